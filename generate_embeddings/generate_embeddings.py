@@ -1,0 +1,296 @@
+"""Stage 2: embed every image of the intermediates with the pretrained backbone, one parquet per tar.
+
+    python generate_embeddings/generate_embeddings.py --config config.toml
+
+Reads intermediates_dir/NNNN.parquet and raw_dir/NNNN.tar, streaming; nothing is extracted to disk. Writes
+embeddings_dir/NNNN_embeddings.parquet and rejects in embeddings_dir/_rejects. A rerun keeps the tars that are done
+and goes on inside the one that was interrupted.
+"""
+
+import functools
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import cli
+from pipeline.archive import Member, stream_members
+from pipeline.config import Config
+from pipeline.errors import Rejection, Terminated
+from pipeline.images import MAX_IMAGE_BYTES, decode_rgb
+from pipeline.log import Progress, Stopwatch, logger
+from pipeline.model_files import identify_model, locate_backbone
+from pipeline.scratch import RowScratch
+from pipeline.tables import (
+    FILE_COLUMNS,
+    ID_COLUMNS,
+    check_columns,
+    hash_json,
+    identify,
+    log_missing_provenance,
+    make_provenance,
+    open_parquet,
+    parquet_writer,
+    read_provenance,
+    rejects_path,
+    write_rejects,
+)
+from pipeline.units import TarUnit, list_units, run_units
+from pipeline.workers import map_in_order
+
+if TYPE_CHECKING:
+    from pipeline.backbone import Embedder
+
+STAGE = "generate_embeddings"
+# Rows of one row group: 16 MB of 4,096 floats, small enough to stream, large enough to compress.
+ROW_GROUP_ROWS = 1024
+# How much work a killed node may lose, against a sync of the scratch file each time.
+SECONDS_BETWEEN_SAVES = 30.0
+
+
+def embed_tar(
+    unit: TarUnit, provenance: dict[str, Any], config: Config, get_embedder: Callable[[], "Embedder"]
+) -> None:
+    """Embed one tar's images, write them and the rejects, and put the counts into the provenance.
+
+    Raises InputError if the tar or its intermediate is missing or damaged.
+    """
+    watch = Stopwatch()
+    table = read_intermediate(unit.intermediate_path)
+    scratch = RowScratch(unit.output_path, len(table), hash_json(provenance))
+    finished = False
+    try:
+        missing = fill_scratch(unit.tar_path, table, scratch, get_embedder(), config, watch)
+        absent = Rejection("missing_image", f"not in {unit.tar_path.name}")
+        rejects = scratch.rejects | dict.fromkeys(missing, absent)
+        with watch.measure("write"):
+            width = scratch.width or get_embedder().measure_width()
+            write_outputs(unit, table, scratch, rejects, provenance, pa.list_(stored_type(config), width))
+        finished = True
+    finally:
+        scratch.close(remove=finished or scratch.seen == 0)
+    count = len(table) - len(rejects)
+    logger.info(
+        "%s: %d embedded, %d rejected, %.1f img/s, %s",
+        unit.tar_path.name, count, len(rejects), count / watch.total(), watch.describe(),
+    )  # fmt: skip
+
+
+def read_intermediate(path: Path) -> pa.Table:
+    """Return stage 1's table.
+
+    Raises InputError if it is damaged or lacks a column.
+    """
+    file = open_parquet(path)
+    check_columns(path, file.schema_arrow, pa.schema(ID_COLUMNS + FILE_COLUMNS))
+    log_missing_provenance(path)
+    return file.read().replace_schema_metadata(None)
+
+
+def fill_scratch(
+    tar_path: Path, table: pa.Table, scratch: RowScratch, embedder: "Embedder", config: Config, watch: Stopwatch
+) -> list[int]:
+    """Embed the table's images in the order of the tar, from where the scratch stands, and return the rows not found.
+
+    Whole passes only are counted as done, so that a resumed run forms the same passes and gets the same values.
+    """
+    left = {name: row for row, name in enumerate(table["image_path"].to_pylist())}
+
+    def read_wanted() -> Iterator[tuple[int, Member, bytes | None]]:
+        found = 0
+        for member in stream_members(tar_path):
+            row = left.pop(member.name, None) if member.is_file else None
+            if row is None:
+                continue
+            found += 1
+            if found > scratch.seen_at_start:
+                with watch.measure("read"):
+                    data = member.read() if member.size <= MAX_IMAGE_BYTES else None
+                yield row, member, data
+
+    def prepare(found: tuple[int, Member, bytes | None]) -> tuple[int, str, Any, float]:
+        row, member, data = found
+        started = time.monotonic()
+        try:
+            pixels: Any = prepare_image(member, data, embedder)
+        except Rejection as rejection:
+            pixels = rejection
+        return row, member.name, pixels, time.monotonic() - started
+
+    workers = config.infrastructure.count_workers()
+    prepared = map_in_order(prepare, read_wanted(), workers, max(2 * embedder.micro_batch, 2 * workers))
+    with Progress(tar_path.name, len(table), interval_seconds=config.logging.progress_interval_seconds) as progress:
+        progress.resume_at(scratch.seen)
+        try:
+            embed_prepared(prepared, scratch, embedder, progress, watch)
+        except (KeyboardInterrupt, Terminated):
+            scratch.save()
+            raise
+    return sorted(left.values())
+
+
+def prepare_image(member: Member, data: bytes | None, embedder: "Embedder") -> Any:
+    """Decode an image and return the model's input, (3, H, W).
+
+    Raises Rejection if the image cannot be used.
+    """
+    if data is None:
+        raise Rejection("unreadable_image", f"{member.size} bytes, over {MAX_IMAGE_BYTES}")
+    return embedder.prepare(decode_rgb(data))
+
+
+def embed_prepared(
+    prepared: Iterable[tuple[int, str, Any, float]],
+    scratch: RowScratch,
+    embedder: "Embedder",
+    progress: Progress,
+    watch: Stopwatch,
+) -> None:
+    """Embed prepared images in full passes and note, between passes, how far it is."""
+    batch: list[tuple[int, str, Any]] = []
+    consumed, saved = scratch.seen, time.monotonic()
+    for row, name, pixels, seconds in prepared:
+        consumed += 1
+        progress.advance()
+        watch.add("decode in threads", seconds)
+        if isinstance(pixels, Rejection):
+            scratch.rejects[row] = pixels
+            continue
+        batch.append((row, name, pixels))
+        if len(batch) >= embedder.micro_batch:
+            embed_batch(batch, scratch, embedder, watch)
+            batch, scratch.seen = [], consumed
+            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                with watch.measure("write"):
+                    scratch.save()
+                saved = time.monotonic()
+    if batch:
+        embed_batch(batch, scratch, embedder, watch)
+
+
+def embed_batch(batch: list[tuple[int, str, Any]], scratch: RowScratch, embedder: "Embedder", watch: Stopwatch) -> None:
+    """Embed one pass and store its rows.
+
+    Raises PipelineError naming the image whose embedding is not finite, zero or of another width.
+    """
+    from pipeline.backbone import check_embeddings
+
+    with watch.measure("compute"):
+        embeddings = embedder.embed([pixels for _, _, pixels in batch])
+    check_embeddings(embeddings, [name for _, name, _ in batch], scratch.width)
+    scratch.write([row for row, _, _ in batch], embeddings)
+
+
+def write_outputs(
+    unit: TarUnit,
+    table: pa.Table,
+    scratch: RowScratch,
+    rejects: dict[int, Rejection],
+    provenance: dict[str, Any],
+    embedding_type: pa.DataType,
+) -> None:
+    """Write the embedded rows in the intermediate's order, and the rejects, with the counts in the provenance."""
+    from pipeline.backbone import check_embeddings
+
+    names = table["image_path"]
+    listed = [(names[row].as_py(), rejects[row]) for row in sorted(rejects)]
+    provenance["counts"] = {"in": len(table), "out": len(table) - len(rejects), "rejected": len(rejects)}
+    provenance["reasons"] = dict(Counter(rejection.reason for rejection in rejects.values()))
+    write_rejects(rejects_path(unit.output_path), listed, provenance)
+    schema = table.schema.append(pa.field("embedding", embedding_type))
+    with parquet_writer(unit.output_path, schema, provenance) as writer:
+        for start in range(0, len(table), ROW_GROUP_ROWS):
+            stop = min(start + ROW_GROUP_ROWS, len(table))
+            keep = np.array([row not in rejects for row in range(start, stop)])
+            if not keep.any():
+                continue
+            rows = table.slice(start, stop - start).filter(pa.array(keep))
+            values = scratch.read(start, stop)[keep].astype(embedding_type.value_type.to_pandas_dtype())
+            check_embeddings(values, rows["image_path"].to_pylist())
+            embedding = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=embedding_type)
+            writer.write_table(rows.append_column(schema.field("embedding"), embedding))
+
+
+def stored_type(config: Config) -> pa.DataType:
+    """Return the Arrow type of one stored number."""
+    return pa.float16() if config.embedding_model.embedding_dtype == "float16" else pa.float32()
+
+
+def run(config: Config, options: cli.Options) -> cli.StageResult:
+    """Embed every tar and return the counts.
+
+    Raises InputError if a tar failed, PipelineError if too many images were rejected.
+    """
+    config.require_paths("intermediates_dir", "embeddings_dir", *([] if options.tar_files else ["raw_dir"]))
+    result = cli.StageResult(STAGE)
+    units = list_units(config, options, "embeddings_dir", "_embeddings")
+    all_there = all(unit.output_path.exists() for unit in units) and not options.overwrite
+    folder = locate_backbone(config, download=not all_there)
+    model_id = identify_model(folder) if folder else None
+
+    @functools.cache
+    def get_embedder() -> "Embedder":
+        assert folder is not None  # without it nothing is left to embed
+        return load_embedder(folder, config)
+
+    run_units(
+        units,
+        result,
+        describe=lambda unit: describe_output(unit, config, model_id),
+        make=lambda unit, provenance: embed_tar(unit, provenance, config, get_embedder),
+        overwrite=options.overwrite,
+    )
+    result.check_reject_fraction(config)
+    return result
+
+
+def load_embedder(folder: Path, config: Config) -> "Embedder":
+    """Load the backbone as the configuration says."""
+    from pipeline.backbone import Embedder
+
+    section = config.embedding_model
+    return Embedder(
+        folder,
+        pooling_type=section.pooling_type,
+        device=config.infrastructure.device,
+        dtype=section.dtype,
+        batch_size=section.batch_size,
+        compile_model=section.compile,
+    )
+
+
+def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> dict[str, Any]:
+    """Return the provenance that a tar's embeddings must have; batch size and device do not shape them.
+
+    Where the backbone is not on this machine, what is there already is taken to be made with it.
+    """
+    if model_id is None:
+        found = (read_provenance(unit.output_path) or {}).get("settings", {})
+        model_id = found.get("model")
+    section = config.embedding_model
+    settings = {
+        "model": model_id,
+        "pooling_type": section.pooling_type,
+        "dtype": section.dtype,
+        "embedding_dtype": section.embedding_dtype,
+    }
+    return make_provenance(STAGE, [*unit.identify_tar(), identify(unit.intermediate_path)], settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage from a command line."""
+    parser = cli.make_parser(__doc__)
+    cli.add_tar_options(parser)
+    arguments = parser.parse_args(argv)
+    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)

@@ -1,0 +1,3 @@
+"""What the stages share."""
+
+VERSION = "0.1.0"

@@ -1,0 +1,81 @@
+"""Stream a raw tar: member by member, in order, in constant memory, nothing extracted to disk."""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from pipeline.errors import InputError, one_line
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg")
+METADATA_SUFFIX = ".txt"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One entry of a tar; its bytes lie at `offset`, `size` of them, and are read only when asked for."""
+
+    name: str
+    is_file: bool
+    is_folder: bool
+    offset: int
+    size: int
+    _file: IO[bytes]
+
+    def read(self, limit: int | None = None) -> bytes:
+        """Return the member's bytes, the first `limit` of them at most.
+
+        Raises InputError if the tar ends before the member does.
+        """
+        wanted = self.size if limit is None else min(self.size, limit)
+        self._file.seek(self.offset)
+        data = self._file.read(wanted)
+        if len(data) < wanted:
+            raise InputError(f"{self._file.name}: truncated inside {self.name}: fetch the tar again")
+        return data
+
+    @property
+    def is_image_name(self) -> bool:
+        """Whether the name is that of an image."""
+        return self.name.lower().endswith(IMAGE_SUFFIXES)
+
+    @property
+    def is_metadata_name(self) -> bool:
+        """Whether the name is that of a metadata text."""
+        return self.name.lower().endswith(METADATA_SUFFIX)
+
+    @property
+    def stem(self) -> str:
+        """The path without its suffix, by which an image and its metadata are paired."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def has_unsafe_path(self) -> bool:
+        """Whether the path is absolute or climbs with `..`."""
+        return self.name.startswith("/") or ".." in PurePosixPath(self.name).parts
+
+
+def stream_members(tar_path: Path) -> Iterator[Member]:
+    """Yield the members of a plain tar in the order in which they lie.
+
+    Bytes of a name that are not UTF-8 come as `\\xNN`. Raises InputError if the tar is missing, empty, not a tar,
+    damaged or truncated; also where the standard library's reader would take a damaged header, or a cut between two
+    members, for the end: here only an end-of-archive block ends a tar.
+    """
+    try:
+        with open(tar_path, "rb") as file, tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as tar:
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # or the module keeps an object for every member
+                # A sparse file's bytes do not lie in one piece; no image is stored so.
+                is_file = info.isreg() and not info.issparse()
+                yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise InputError(f"{tar_path}: truncated or damaged at byte {tar.offset}: fetch the tar again")
+    except FileNotFoundError:
+        raise InputError(f"{tar_path}: no such tar: correct the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{tar_path}: a folder, not a tar: correct the path") from None
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(f"{tar_path}: not a readable tar ({one_line(error)}): fetch the tar again") from None

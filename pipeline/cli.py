@@ -1,0 +1,219 @@
+"""The command line that all stages have in common: options, run guard, exit codes, results."""
+
+import argparse
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pipeline import VERSION
+from pipeline.config import DEFAULT_CONFIG_PATH, Config, load_config
+from pipeline.errors import ConfigError, PipelineError, Terminated, one_line
+from pipeline.ids import Shard
+from pipeline.log import logger, logging_to
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command line asks for beyond the configuration."""
+
+    overwrite: bool = False
+    shard: Shard = Shard()
+    tar_files: tuple[Path, ...] = ()
+
+
+@dataclass
+class StageResult:
+    """What a stage did: its line of the ledger, and the paths that it wrote or kept.
+
+    rows_in = rows_out + rejected + dropped; `reasons` counts the rejects and drops by reason.
+    """
+
+    stage: str
+    rows_in: int = 0
+    rows_out: int = 0
+    rejected: int = 0
+    dropped: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    written: list[Path] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, counts: dict[str, int], reasons: dict[str, int] | None = None) -> None:
+        """Add the counts `in`, `out`, `rejected`, `dropped` of one output, as its provenance records them."""
+        self.rows_in += counts.get("in", 0)
+        self.rows_out += counts.get("out", 0)
+        self.rejected += counts.get("rejected", 0)
+        self.dropped += counts.get("dropped", 0)
+        for reason, count in (reasons or {}).items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+
+    def describe(self) -> str:
+        """Say the counts in one line."""
+        why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
+        files = f"{len(self.written)} written, {len(self.kept)} kept"
+        return (
+            f"{self.stage}: {self.rows_in} in = {self.rows_out} out + {self.rejected} rejected + {self.dropped} dropped"
+            + (f" ({why})" if why else "")
+            + f"; {files}"
+        )
+
+    def check_reject_fraction(self, config: Config) -> None:
+        """Raise PipelineError where more items were rejected than `[data].max_reject_fraction` allows."""
+        allowed = config.data.max_reject_fraction
+        if self.rows_in and self.rejected / self.rows_in > allowed:
+            raise PipelineError(
+                f"{self.stage}: {self.rejected} of {self.rows_in} items were rejected, more than "
+                f"[data].max_reject_fraction = {allowed:g} allows: read the _rejects folder beside the outputs, "
+                "correct the input path or raise the setting"
+            )
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one `error:` line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; see --help")
+
+
+def make_parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the options that every configured stage takes."""
+    # The first line of --help says what the stage is, so the usage line goes below it.
+    parser = _Parser(usage=argparse.SUPPRESS, description=description, formatter_class=argparse.RawTextHelpFormatter)
+    if config:
+        parser.add_argument(
+            "--config", type=Path, default=DEFAULT_CONFIG_PATH, metavar="PATH",
+            help="configuration file (default: config.toml beside the project)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+            help="override one setting; may be repeated",
+        )  # fmt: skip
+        parser.add_argument("--overwrite", action="store_true", help="make again what is there already")
+    return parser
+
+
+def add_shard_option(parser: argparse.ArgumentParser, unit: str) -> None:
+    """Add `--shard I/N`."""
+    parser.add_argument(
+        "--shard", type=parse_shard, default=Shard(), metavar="I/N", help=f"do every N-th {unit}, 0 <= I < N"
+    )
+
+
+def add_tar_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the stages that work per tar."""
+    parser.add_argument(
+        "--tar-file", type=Path, action="append", default=[], metavar="PATH", dest="tar_files",
+        help="do this tar only; may be repeated (default: every tar of raw_dir)",
+    )  # fmt: skip
+    add_shard_option(parser, "tar")
+
+
+def parse_shard(text: str) -> Shard:
+    """Read `I/N`.
+
+    Raises ArgumentTypeError unless 0 <= I < N.
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} must read I/N with 0 <= I < N")
+    return Shard(int(index), int(count))
+
+
+def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a script's main and exit with the contract's code: one line on stderr for what is not a bug."""
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        main(argv)
+    except PipelineError as error:
+        problems = error.problems if isinstance(error, ConfigError) else [one_line(error)]
+        _exit(error.exit_code, *problems)
+    except KeyboardInterrupt:
+        _exit(INTERRUPTED, "interrupted: what was finished is kept, the same command goes on from there")
+    except Terminated:
+        _exit(TERMINATED, "terminated: what was finished is kept, the same command goes on from there")
+    except BrokenPipeError:
+        # Whoever read our stdout has gone; there is nobody left to tell.
+        sys.stdout = None
+        sys.exit(1)
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        _exit(1, f"cannot use{place} ({error.strerror or one_line(error)}): correct that, then run this again")
+    sys.exit(0)
+
+
+def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _exit(code: int, *lines: str) -> NoReturn:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def run_stage(
+    stage: str,
+    story: Callable[[Config, Options], StageResult],
+    config: Config,
+    options: Options,
+) -> StageResult:
+    """Run one stage with its log file, first and last log line, and its written paths on stdout."""
+    suffix = "" if options.shard.is_whole else f".{options.shard}"
+    with logging_to(config.log_dir / f"{stage}{suffix}.log", config.logging.level):
+        log_versions(stage, config)
+        started = time.monotonic()
+        try:
+            result = story(config, options)
+        except PipelineError as error:
+            logger.error("%s", error, extra={"file_only": True})  # stderr gets it as the last line
+            raise
+        except (KeyboardInterrupt, Terminated):
+            logger.error("%s: interrupted; what was finished is kept", stage, extra={"file_only": True})
+            raise
+        result.seconds = time.monotonic() - started
+        if result.kept and not result.written:
+            logger.info("%s: everything is there already and up to date: nothing redone", stage)
+        logger.info("%s; %.1f s", result.describe(), result.seconds)
+    for path in result.written:
+        print(path, flush=True)
+    return result
+
+
+def log_versions(stage: str, config: Config) -> None:
+    """Log what is needed to know later what ran."""
+    logger.info(
+        "%s %s, Python %s, pyarrow %s, device %s, seed %d, config %s",
+        stage, VERSION, platform.python_version(), installed_version("pyarrow"), config.infrastructure.device,
+        config.global_.seed, config.file_path,
+    )  # fmt: skip
+
+
+def installed_version(package: str) -> str:
+    """Return a package's version without importing it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def options_from(arguments: argparse.Namespace) -> Options:
+    """Gather the common options of a parsed command line."""
+    return Options(
+        overwrite=arguments.overwrite,
+        shard=getattr(arguments, "shard", Shard()),
+        tar_files=tuple(getattr(arguments, "tar_files", ())),
+    )
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """Load the configuration that a parsed command line names."""
+    return load_config(arguments.config, arguments.overrides)

@@ -1,0 +1,297 @@
+"""Read `config.toml`: one frozen model per section, every problem reported at once.
+
+Each key's default, unit and meaning stand in its `Field`; `docs/configuration.md` is checked against them by a test.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
+
+Fraction = Field(ge=0.0, le=1.0)
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use, which under SLURM or taskset is fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Section(BaseModel):
+    """What all sections share: no change after loading, no key that nobody reads, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class GlobalSection(Section):
+    """`[global]`"""
+
+    seed: int = Field(42, ge=0, description="seed of every random choice")
+    log_dir: str = Field("logs", description="folder of the log files")
+
+
+class PathsSection(Section):
+    """`[paths]`: a path is needed only by the stages that use it."""
+
+    raw_dir: str | None = Field(None, description="folder of the raw tars, NNNN.tar")
+    intermediates_dir: str | None = Field(None, description="stage 1 output")
+    embeddings_dir: str | None = Field(None, description="stage 2 output")
+    merged_dir: str | None = Field(None, description="stage 3 output")
+    fingerprints_dir: str | None = Field(None, description="stage 4 output")
+    difficulty_metadata_path: str | None = Field(None, description="stage 5 output, one parquet file")
+    checkpoint_dir: str | None = Field(None, description="stage 6 output")
+    published_model_dir: str | None = Field(None, description="stage 7 output")
+    report_dir: str | None = Field(None, description="stage 9 output")
+
+
+class EmbeddingModelSection(Section):
+    """`[embedding_model]`: the pretrained backbone."""
+
+    model_name: str | None = Field(None, description="hub id or local folder of the backbone")
+    pooling_type: Literal["pooler_output", "cls_token"] = Field("pooler_output", description="which output is kept")
+    batch_size: int | Literal["auto"] = Field("auto", description="images in flight at most; auto chooses")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="bfloat16 on CUDA, float32 on CPU")
+    embedding_dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored embedding")
+    compile: bool = Field(False, description="run the backbone through torch.compile")
+
+    @model_validator(mode="after")
+    def _batch_size_is_positive(self) -> "EmbeddingModelSection":
+        if self.batch_size != "auto" and self.batch_size < 1:
+            raise ValueError("batch_size: must be at least 1")
+        return self
+
+
+class FingerprintsSection(Section):
+    """`[fingerprints]`"""
+
+    image_size: int = Field(16, ge=1, le=256, description="side of the fingerprint in pixels")
+
+
+class DataSection(Section):
+    """`[data]`: the split, and how many rejects are too many."""
+
+    train_ratio: float = Field(0.7, ge=0.0, le=1.0, description="share of the buildings")
+    val_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
+    test_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
+    split_cell_m: float = Field(0.0, ge=0.0, description="metres; > 0 splits by geographic cell of this size")
+    split_file: str | None = Field(None, description="parquet or CSV of building_id, split that wins over the hash")
+    max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="share of rejects above which a run fails")
+    memory_mb: int = Field(1024, ge=16, description="MiB of embeddings that stage 3 holds at a time")
+
+    @model_validator(mode="after")
+    def _ratios_sum_to_one(self) -> "DataSection":
+        total = self.train_ratio + self.val_ratio + self.test_ratio
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"train_ratio, val_ratio, test_ratio: must sum to 1, they sum to {total:g}")
+        return self
+
+
+class NewDataSection(Section):
+    """`[new_data]`: what stage 8 embeds when the whole pipeline runs."""
+
+    input: str | None = Field(None, description="packaged parquet")
+    output: str | None = Field(None, description="embeddings dataset directory")
+
+
+class DifficultySection(Section):
+    """`[difficulty]`: visual neighbours and their bands."""
+
+    neighbors: int = Field(150, ge=1, description="images of other buildings kept per image")
+    k0_for_local_scale: int = Field(50, ge=1, description="number of the neighbour that sets the local scale")
+    sample_fraction_for_bands: float = Field(0.05, gt=0.0, le=1.0, description="share of images that set the edges")
+    pca_components: int = Field(32, ge=1, description="dimensions of the search space")
+    backend: Literal["auto", "balltree", "faiss", "torch"] = Field("auto", description="exact search engine")
+    exclude_within_m: float = Field(0.0, ge=0.0, description="metres; nearer targets are no neighbours; 0 is off")
+
+
+class TrainingModelSection(Section):
+    """`[training_model]`: the projector."""
+
+    input_dim: int | Literal["auto"] = Field("auto", description="width of the embeddings; auto reads it")
+    output_dim: int = Field(256, ge=1, description="width of the final embedding")
+    hidden_dim: int = Field(512, ge=1, description="width of the hidden layers")
+    num_hidden_layers: int = Field(1, ge=0, description="hidden layers of the MLP branch; 0 leaves the shortcut alone")
+    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the hidden layers")
+    activation: Literal["relu", "gelu", "silu"] = Field("gelu", description="activation of the hidden layers")
+
+
+class TrainingSection(Section):
+    """`[training]`"""
+
+    num_epochs: int = Field(40, ge=0, description="epochs at most")
+    batch_size: int = Field(256, ge=1, description="triplets a step")
+    learning_rate: float = Field(1e-4, gt=0.0, description="peak learning rate of the MLP branch (AdamW)")
+    shortcut_learning_rate: float = Field(1e-5, ge=0.0, description="peak learning rate of the linear shortcut")
+    weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
+    margin: float = Field(0.2, gt=0.0, description="triplet margin, in Euclidean distance on the unit sphere")
+    init: Literal["whitening", "pca", "random"] = Field("whitening", description="start of the linear shortcut")
+    input_dropout: float = Field(0.3, ge=0.0, lt=1.0, description="dropout of the input features")
+    anchor_penalty: float = Field(0.0, ge=0.0, description="weight of the shortcut's squared distance to its start")
+    min_negative_distance_m: float = Field(
+        0.0, ge=0.0, description="metres; nearer targets are no negatives; 0 leaves out only the same panorama"
+    )
+    warmup_epochs: float = Field(1.0, ge=0.0, description="epochs of linear warm-up")
+    grad_clip: float = Field(1.0, gt=0.0, description="largest gradient norm")
+    patience: int = Field(10, ge=1, description="epochs without a better validation mAP before stopping")
+    save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
+    triplets_per_epoch: int | Literal["auto"] = Field("auto", description="auto: one per training image")
+
+
+class InfrastructureSection(Section):
+    """`[infrastructure]`"""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run")
+    num_workers: int | Literal["auto"] = Field("auto", description="decoding threads; auto: one per usable core")
+
+    @model_validator(mode="after")
+    def _num_workers_is_positive(self) -> "InfrastructureSection":
+        if self.num_workers != "auto" and self.num_workers < 1:
+            raise ValueError("num_workers: must be at least 1")
+        return self
+
+    def count_workers(self) -> int:
+        """Return the number of decoding threads to use."""
+        return count_cores() if self.num_workers == "auto" else self.num_workers
+
+
+class LoggingSection(Section):
+    """`[logging]`"""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe line that is logged")
+    progress_interval_seconds: float = Field(30.0, gt=0.0, description="seconds between progress lines off a terminal")
+
+
+class Config(Section):
+    """The whole configuration, with the file that its relative paths start from."""
+
+    global_: GlobalSection = Field(default_factory=GlobalSection, alias="global")
+    paths: PathsSection = PathsSection()
+    embedding_model: EmbeddingModelSection = EmbeddingModelSection()
+    fingerprints: FingerprintsSection = FingerprintsSection()
+    data: DataSection = DataSection()
+    new_data: NewDataSection = NewDataSection()
+    difficulty: DifficultySection = DifficultySection()
+    training_model: TrainingModelSection = TrainingModelSection()
+    training: TrainingSection = TrainingSection()
+    infrastructure: InfrastructureSection = InfrastructureSection()
+    logging: LoggingSection = LoggingSection()
+    file_path: Path = Field(default=DEFAULT_CONFIG_PATH, exclude=True)
+
+    def path(self, key: str) -> Path:
+        """Return `[paths].key` as an absolute path.
+
+        Raises ConfigError where the key is not set or names an undefined variable.
+        """
+        value = getattr(self.paths, key)
+        if value is None:
+            raise ConfigError(f"{self.file_path}: [paths].{key}: not set, and this stage needs it")
+        return self.expand(value, f"[paths].{key}")
+
+    def expand(self, value: str, where: str) -> Path:
+        """Expand `~` and `$VARIABLES` in a path and make it absolute from the configuration's folder.
+
+        Raises ConfigError naming `where` if a variable is not defined.
+        """
+        expanded = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 (takes any text)
+        undefined = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+        if undefined:
+            raise ConfigError(f"{self.file_path}: {where}: {undefined.group(0)} in {value!r} is not defined: export it")
+        return (self.file_path.parent / expanded).resolve()
+
+    def require_paths(self, *keys: str) -> None:
+        """Raise one ConfigError that names every key of `[paths]` that is missing or cannot be expanded."""
+        problems = []
+        for key in keys:
+            try:
+                self.path(key)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def log_dir(self) -> Path:
+        """The folder of the log files."""
+        return self.expand(self.global_.log_dir, "[global].log_dir")
+
+
+def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = None) -> Config:
+    """Read a configuration file and apply `SECTION.KEY=VALUE` overrides.
+
+    Raises ConfigError with every problem: a file that cannot be read or parsed, unknown sections and keys
+    (with the nearest valid name), wrong types, values out of range or that cannot go together.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}): give --config PATH") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    if "file_path" in tables:
+        raise ConfigError(f"{path}: [file_path]: unknown section")
+    problems = [problem for override in overrides or [] if (problem := _apply_override(tables, override))]
+    try:
+        config = Config.model_validate({**tables, "file_path": path.resolve()})
+    except ValidationError as error:
+        raise ConfigError(problems + [_describe(path, details) for details in error.errors()]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _apply_override(tables: dict[str, Any], override: str) -> str | None:
+    """Put one `SECTION.KEY=VALUE` into the tables; return what is wrong with it, if anything."""
+    match = re.fullmatch(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)=(.*)", override, re.DOTALL)
+    if not match:
+        return f"--set {override}: must read SECTION.KEY=VALUE"
+    section, key, text = match.groups()
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word: strings need no quotes on a command line
+    table = tables.setdefault(section, {})
+    if isinstance(table, dict):
+        table[key] = value
+    return None
+
+
+def _describe(path: Path, details: Any) -> str:
+    """Turn one pydantic error into `file: [section].key: what is wrong, nearest valid name`."""
+    location = [str(part) for part in details["loc"] if not str(part).startswith(("literal[", "constrained-"))]
+    section = location[0] if location else ""
+    key = location[1] if len(location) > 1 and location[1] not in ("int", "str", "float") else None
+    where = f"{path}: [{section}]" + (f".{key}" if key else "")
+    if details["type"] == "extra_forbidden":
+        kind, valid = ("key", _keys(section)) if key else ("section", _sections())
+        near = difflib.get_close_matches(key or section, valid, n=1, cutoff=0.0)
+        return f"{where}: unknown {kind}; did you mean {near[0]}?"
+    if details["type"] == "value_error":
+        return f"{where}: {details['ctx']['error']}"
+    return f"{where}: {_lower_first(details['msg'])}, not {details['input']!r}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _sections() -> list[str]:
+    return [field.alias or name for name, field in Config.model_fields.items() if name != "file_path"]
+
+
+def _keys(section: str) -> list[str]:
+    for name, field in Config.model_fields.items():
+        if section == (field.alias or name) and isinstance(field.annotation, type):
+            return list(field.annotation.model_fields)
+    return []

@@ -1,0 +1,46 @@
+"""The ways in which a run or an item can fail, apart from bugs."""
+
+
+class PipelineError(Exception):
+    """A run that cannot go on; the message is one line that says what, where, and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(PipelineError):
+    """A command line or a configuration text that is wrong; each problem is a line of its own."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("; ".join(self.problems))
+
+
+class InputError(PipelineError):
+    """An input that is missing, empty, damaged, or not of the shape that the stage reads."""
+
+
+class StaleOutputError(PipelineError):
+    """An output that exists but was made from other inputs or settings."""
+
+
+class Rejection(Exception):
+    """One bad item: it is counted and listed with its reason, and the run goes on.
+
+    `reason` is one of the contract's words (`unreadable_image`, ...), `detail` is for people.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: like KeyboardInterrupt, not an Exception, so that no handler swallows it."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

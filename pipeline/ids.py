@@ -1,0 +1,63 @@
+"""The names that tie images, buildings and tars together, and the shards that cut the work."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every `count`-th unit of work, beginning with number `index`."""
+
+    index: int = 0
+    count: int = 1
+
+    def take(self, units: list[T]) -> list[T]:
+        """Return this shard's part of the units."""
+        return units[self.index :: self.count]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one process does everything."""
+        return self.count == 1
+
+    def __str__(self) -> str:
+        return f"{self.index}of{self.count}"
+
+
+def building_id(dataset_id: int, target_id: int) -> str:
+    """Name a building: a target is unique only within its dataset."""
+    return f"{dataset_id:04d}_{target_id}"
+
+
+def streetview_image_id(dataset_id: int, patch_id: int) -> str:
+    """Name an image: a patch is unique only within its dataset."""
+    return f"{dataset_id:04d}_{patch_id}"
+
+
+def parse_dataset_id(tar_path: Path) -> int:
+    """Return the dataset id that a tar's name gives.
+
+    Raises InputError if the name is not NNNN.tar.
+    """
+    stem = tar_path.stem
+    if not (stem.isascii() and stem.isdigit() and tar_path.name == f"{int(stem):04d}.tar"):
+        raise InputError(f"{tar_path}: a raw tar must be named NNNN.tar after its dataset id: rename or move it")
+    return int(stem)
+
+
+def list_tars(raw_dir: Path) -> list[Path]:
+    """Return the raw tars of a folder by dataset id; names that begin with a dot are passed over.
+
+    Raises InputError if the folder is missing, holds no tar, or one whose name gives no dataset id.
+    """
+    if not raw_dir.is_dir():
+        raise InputError(f"{raw_dir}: no such folder: set [paths].raw_dir to the folder of the NNNN.tar files")
+    tars = [path for path in raw_dir.glob("*.tar") if not path.name.startswith(".")]
+    if not tars:
+        raise InputError(f"{raw_dir}: holds no .tar file: set [paths].raw_dir to the folder of the NNNN.tar files")
+    return sorted(tars, key=parse_dataset_id)

@@ -1,0 +1,121 @@
+"""Log lines to stderr and to a file, and progress that suits where stderr goes."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pipeline.errors import PipelineError
+
+logger = logging.getLogger("spatial_building_embeddings")
+_LINE_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+
+
+@contextmanager
+def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
+    """Send the pipeline's log lines to stderr and, appended, to `log_path` while the block runs.
+
+    Raises PipelineError if the log file cannot be written.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].addFilter(lambda record: not getattr(record, "file_only", False))
+    if log_path is not None:
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(log_path, encoding="utf-8"))
+        except OSError as error:
+            raise PipelineError(
+                f"cannot write the log {log_path} ({error.strerror}): set [global].log_dir to a writable folder"
+            ) from None
+    logger.setLevel(level)
+    logger.propagate = False
+    for handler in handlers:
+        handler.setFormatter(_LINE_FORMAT)
+        logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+
+
+class Progress:
+    """Counts items done: a bar on a terminal, elsewhere a log line every `interval_seconds` with rate and ETA."""
+
+    def __init__(self, label: str, total: int | None, unit: str = "img", interval_seconds: float = 30.0) -> None:
+        self.label, self.total, self.unit, self.interval_seconds = label, total, unit, interval_seconds
+        self.done = 0
+        self._resumed = 0
+        self._started = self._reported = time.monotonic()
+        self._bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def resume_at(self, done: int) -> None:
+        """Count `done` items that an earlier run finished, which say nothing of this run's rate."""
+        self.done = self._resumed = done
+        if self._bar is not None:
+            self._bar.initial = done
+            self._bar.update(done - self._bar.n)
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more items."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._reported >= self.interval_seconds:
+            self._reported = now
+            logger.info(self.describe(now - self._started))
+
+    def describe(self, seconds: float) -> str:
+        """Say how far it is: done/total, the rate over `seconds` and the time left."""
+        rate = (self.done - self._resumed) / max(seconds, 1e-9)
+        if self.total is None:
+            return f"{self.label}: {self.done} {self.unit}, {rate:.1f} {self.unit}/s"
+        left = f"{(self.total - self.done) / rate:.0f} s" if rate > 0 else "unknown"
+        return f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, ETA {left}"
+
+
+class Stopwatch:
+    """Adds up where the time went, by the name of the part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the block's duration to `part`."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(part, time.monotonic() - started)
+
+    def add(self, part: str, seconds: float) -> None:
+        """Add seconds that were measured elsewhere to `part`."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    def describe(self) -> str:
+        """Say the total and its parts, as in `12.3 s (read 1.0, compute 10.8)`."""
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
+        return f"{self.total():.1f} s" + (f" ({parts})" if parts else "")

@@ -1,0 +1,82 @@
+"""Find a model's files and tell models apart by content, without importing torch."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, InputError, one_line
+
+# What a model is made of: its settings, weights, remote code and licence; not the flax and onnx copies beside them.
+MODEL_FILES = ["*.json", "*.safetensors", "*.py", "LICENSE*", "README.md"]
+# Only what changes the numbers: a model card does not.
+_IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
+# 256 pieces of 4 KiB of each weight file: retraining changes nearly every tensor, and 27 GB are told apart in a second.
+_NUM_PIECES, _PIECE_BYTES = 256, 4096
+
+
+def locate_backbone(config: Config, *, download: bool) -> Path | None:
+    """Return the local folder of `[embedding_model].model_name`: itself, or the hub's snapshot of it.
+
+    Without `download` only this machine is searched, and None says that the model is not here.
+    Raises ConfigError where the key is not set, InputError where the model cannot be had.
+    """
+    name = config.embedding_model.model_name
+    if name is None:
+        raise ConfigError(f"{config.file_path}: [embedding_model].model_name: not set, and this stage needs it")
+    folder = config.expand(name, "[embedding_model].model_name")
+    if folder.is_dir():
+        return folder
+    if name.startswith(("/", ".", "~", "$")) or name.count("/") > 1:
+        if not download:
+            return None
+        raise InputError(f"{folder}: no such folder: set [embedding_model].model_name to a model folder or a hub id")
+    return locate_hub_model(name, download=download)
+
+
+def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
+    """Return the local snapshot of a hub model, fetched first where `download` allows it.
+
+    Raises InputError where it is to be fetched and cannot be.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES, local_files_only=True))
+    except (OSError, ValueError):
+        if not download:
+            return None
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(
+            f"{repo_id}: the model is neither a local folder nor in the hub cache, and cannot be fetched "
+            f"({one_line(error)[:200]}): correct the name, or fetch it where there is internet"
+        ) from None
+
+
+def identify_model(folder: Path) -> str:
+    """Return a short id of a model folder's settings, code and weights, the same wherever the folder lies.
+
+    Raises InputError if the folder holds no config.json.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: not a model folder (no config.json): correct the model's name or path")
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _IDENTITY_SUFFIXES and path.is_file():
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            _hash_pieces(path, digest)
+    return digest.hexdigest()[:16]
+
+
+def _hash_pieces(path: Path, digest: "hashlib._Hash") -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= _NUM_PIECES * _PIECE_BYTES:
+            digest.update(file.read())
+            return
+        for piece in range(_NUM_PIECES):
+            file.seek((size - _PIECE_BYTES) * piece // (_NUM_PIECES - 1), os.SEEK_SET)
+            digest.update(file.read(_PIECE_BYTES))

@@ -1,0 +1,362 @@
+"""Parquet as the stages exchange it: schemas, provenance, writing in one piece, reading with checks."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import VERSION
+from pipeline.errors import InputError, PipelineError, Rejection, StaleOutputError, one_line
+from pipeline.log import logger
+
+PROVENANCE_KEY = b"spatial_building_embeddings"
+
+ID_COLUMNS = [
+    ("dataset_id", pa.int64()),
+    ("target_id", pa.int64()),
+    ("patch_id", pa.int64()),
+    ("street_view_id", pa.int64()),
+    ("target_lat", pa.float64()),
+    ("target_lon", pa.float64()),
+    ("building_id", pa.string()),
+    ("streetview_image_id", pa.string()),
+]
+FILE_COLUMNS = [("image_path", pa.string()), ("tar_file", pa.string())]
+CAMERA_COLUMNS = [
+    ("street_lat", pa.float64()),
+    ("street_lon", pa.float64()),
+    ("distance_m", pa.float64()),
+    ("heading", pa.float64()),
+    ("pitch", pa.float64()),
+]
+# Where the image's bytes lie in its tar, so that a later reader need not scan terabytes for one picture.
+PLACE_COLUMNS = [("image_offset", pa.int64()), ("image_size", pa.int64())]
+
+INTERMEDIATE_SCHEMA = pa.schema(ID_COLUMNS + FILE_COLUMNS + CAMERA_COLUMNS + PLACE_COLUMNS)
+REJECT_SCHEMA = pa.schema([("member", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def temporary_path(path: Path) -> Path:
+    """Name the hidden file beside `path` that this process writes before the rename."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+
+
+def remove_stale_temporaries(path: Path) -> None:
+    """Remove what killed processes of this host left of earlier tries at `path`; other hosts' are not ours to judge."""
+    pattern = re.compile(re.escape(f".{path.name}.{_host()}-") + r"(\d+)\.tmp")
+    for candidate in path.parent.iterdir():
+        match = pattern.fullmatch(candidate.name)
+        if match and not _is_running(int(match.group(1))):
+            if candidate.is_dir():
+                shutil.rmtree(candidate, ignore_errors=True)
+            else:
+                candidate.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", socket.gethostname())
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[Path]:
+    """Yield a hidden name to write to; when the block ends well it is synced to disk and renamed to `path`.
+
+    Whatever goes wrong, `path` holds either what it held before or all of the new content.
+    Raises PipelineError naming `path` where the disk is full or the folder cannot be written.
+    """
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(path)
+        yield temporary
+        sync_file(temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(path.parent)):
+            raise  # something else that the block touched
+        raise write_failure(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the rename to the disk; some network file systems refuse this, and lose nothing by it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_failure(path: Path, error: OSError) -> PipelineError:
+    """Say in one line why `path` could not be written and what to do."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return PipelineError(f"cannot write {path} ({reason}): free space or allow writing there, then run this again")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one piece."""
+    with writing_to(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def parquet_writer(path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> Iterator[pq.ParquetWriter]:
+    """Yield a writer of a parquet that appears under `path` only when complete.
+
+    zstd throughout; floats of one length a row are split by byte, which halves what bfloat16-born values take.
+    Counts may be put into `provenance` until the block ends, better before: then every reader's view of it is whole.
+    """
+    # A fixed-size list's values are the leaf `NAME.list.element`; under plain `NAME` the encoding is silently dropped.
+    split = [
+        f"{field.name}.list.element"
+        for field in schema
+        if pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type)
+    ]
+    plain = [field.name for field in schema if not pa.types.is_nested(field.type) and field.name not in split]
+    with writing_to(path) as temporary:
+        # In the schema too, so that read_schema() shows it as well as read_metadata().
+        text = json.dumps(provenance, sort_keys=True)
+        writer = pq.ParquetWriter(
+            temporary,
+            schema.with_metadata({PROVENANCE_KEY: text}),
+            compression="zstd",
+            use_dictionary=plain,
+            use_byte_stream_split=split or False,
+        )
+        try:
+            yield writer
+            if json.dumps(provenance, sort_keys=True) != text:
+                writer.add_key_value_metadata({PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)})
+        finally:
+            writer.close()
+
+
+def write_parquet(path: Path, table: pa.Table, provenance: dict[str, Any]) -> None:
+    """Write one table as a parquet in one piece."""
+    with parquet_writer(path, table.schema, provenance) as writer:
+        writer.write_table(table)
+
+
+def write_rejects(path: Path, rejects: Iterable[tuple[str, Rejection]], provenance: dict[str, Any]) -> None:
+    """Write the list of rejected items, each with its name, reason and detail."""
+    listed = list(rejects)
+    columns = {
+        "member": [name for name, _ in listed],
+        "reason": [rejection.reason for _, rejection in listed],
+        "detail": [rejection.detail for _, rejection in listed],
+    }
+    write_parquet(path, pa.table(columns, schema=REJECT_SCHEMA), provenance)
+
+
+def rejects_path(output_path: Path) -> Path:
+    """Return where an output's rejects are listed: the folder `_rejects` beside it, under the same name."""
+    return output_path.parent / "_rejects" / output_path.name
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a parquet file.
+
+    Raises InputError naming the file if it is missing or damaged.
+    """
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: run the stage that writes it, or correct the path") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(
+            f"{path}: not a readable parquet file ({one_line(error)}): remove it and make it again"
+        ) from None
+
+
+def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | pa.Schema) -> None:
+    """Raise one InputError that names every required column which is missing or of another type.
+
+    A required `fixed_size_list` of length -1 stands for any length; string stands for large_string too.
+    """
+    problems = []
+    for field in required:
+        index = schema.get_field_index(field.name)
+        if index < 0:
+            problems.append(f"column {field.name} is missing")
+        elif not _same_type(schema.field(index).type, field.type):
+            problems.append(f"column {field.name} is {schema.field(index).type}, expected {field.type}")
+    if problems:
+        raise InputError(f"{path}: {', '.join(problems)}: make the file again with the stage that writes it")
+
+
+def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    if pa.types.is_string(expected):
+        return pa.types.is_string(found) or pa.types.is_large_string(found)
+    same: bool = found.equals(expected)
+    return same
+
+
+def embedding_width(path: Path, schema: pa.Schema) -> int:
+    """Return the length of the `embedding` column.
+
+    Raises InputError if it is missing or not a fixed_size_list of float32 or float16.
+    """
+    index = schema.get_field_index("embedding")
+    if index < 0:
+        raise InputError(f"{path}: column embedding is missing: make the file again with stage 2")
+    kind = schema.field(index).type
+    if not (pa.types.is_fixed_size_list(kind) and kind.value_type in (pa.float32(), pa.float16())):
+        raise InputError(
+            f"{path}: column embedding is {kind}, expected fixed_size_list<float32 or float16>: "
+            "make the file again with stage 2"
+        )
+    return int(kind.list_size)
+
+
+# ------------------------------------------------------------------------------------------------ provenance
+
+
+def read_provenance(path: Path) -> dict[str, Any] | None:
+    """Return what a parquet says of its own making, None where it says nothing.
+
+    Raises InputError if the file is missing or damaged.
+    """
+    metadata = open_parquet(path).metadata.metadata or {}
+    text = metadata.get(PROVENANCE_KEY)
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def identify(path: Path) -> dict[str, Any]:
+    """Tell a file apart by content: its name, size and, for parquet, a hash of its footer.
+
+    The footer holds every column chunk's place and statistics and the provenance; it is a few kilobytes of any file.
+    Checkpoints and lists have none and are small: all their bytes are hashed. Tars are not read.
+    Raises InputError if the file is missing or damaged.
+    """
+    try:
+        identity: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
+        if path.suffix == ".parquet":
+            identity["footer"] = hash_footer(path)
+        elif path.suffix != ".tar":
+            with open(path, "rb") as file:
+                identity["hash"] = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: run the stage that writes it, or correct the path") from None
+    return identity
+
+
+def hash_footer(path: Path) -> str:
+    """Hash the Thrift footer of a parquet; its length stands in the last 8 bytes (Parquet's file format)."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end < 12:
+            raise InputError(f"{path}: not a readable parquet file (too short): remove it and make it again")
+        file.seek(end - 8)
+        tail = file.read(8)
+        length = int.from_bytes(tail[:4], "little")
+        if tail[4:] != b"PAR1" or length > end - 12:
+            raise InputError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
+        file.seek(end - 8 - length)
+        return hashlib.sha256(file.read(length)).hexdigest()[:32]
+
+
+def hash_json(content: Any) -> str:
+    """Return a short hash of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def is_complete(path: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether `path` is there and was made from these inputs with these settings, so that it can be kept.
+
+    Raises StaleOutputError, naming the difference, where it was made from others and `overwrite` is off.
+    """
+    if overwrite or not path.exists():
+        return False
+    return matches(path, read_provenance(path), provenance)
+
+
+def matches(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> bool:
+    """Return True where an output's provenance is the wanted one.
+
+    Raises StaleOutputError, naming the difference, where it is not.
+    """
+    difference = "it does not say what it was made from" if found is None else describe_difference(found, wanted)
+    if difference:
+        raise StaleOutputError(
+            f"{path}: made from other inputs or settings ({difference}): give --overwrite to make it again, "
+            "or set another output path"
+        )
+    return True
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """Name the first thing in which two provenances' stages, settings or inputs differ; None where they agree.
+
+    A tar that is gone is no difference: what was made from it stands.
+    """
+    if old.get("stage") != new.get("stage"):
+        return f"it was made by {old.get('stage')}"
+    for key in sorted(set(old.get("settings", {})) | set(new.get("settings", {}))):
+        before, after = old.get("settings", {}).get(key), new.get("settings", {}).get(key)
+        if before != after:
+            return f"{key} was {before!r} and is now {after!r}"
+    old_inputs = {item["name"]: item for item in old.get("inputs", [])}
+    new_inputs = {item["name"]: item for item in new.get("inputs", [])}
+    for name in sorted(old_inputs.keys() | new_inputs.keys()):
+        if name not in old_inputs:
+            return f"input {name} was not among its inputs"
+        if name not in new_inputs:
+            if not name.endswith(".tar"):
+                return f"input {name} is gone"
+        elif old_inputs[name] != new_inputs[name]:
+            return f"input {name} has changed"
+    return None
+
+
+def make_provenance(stage: str, inputs: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Say which stage and version makes an output, from which inputs (see `identify`), with which settings."""
+    return {"stage": stage, "version": VERSION, "inputs": list(inputs), "settings": dict(settings)}
+
+
+def log_missing_provenance(path: Path) -> None:
+    """Log that an input does not say where it came from, which is allowed."""
+    if read_provenance(path) is None:
+        logger.warning("%s carries no provenance: taken as it is, its columns and types are checked", path)

@@ -1,0 +1,143 @@
+"""Stage 1: read raw tars, validate every image and its metadata, and write one parquet of both per tar.
+
+    python preprocess_raw_data/process_tar.py --config config.toml
+
+Reads raw_dir/NNNN.tar, streaming; nothing is extracted to disk. Writes intermediates_dir/NNNN.parquet and what was
+rejected, with reasons, in intermediates_dir/_rejects/NNNN.parquet. A rerun keeps the tars that are done.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+import pyarrow as pa
+
+from pipeline import cli
+from pipeline.archive import Member, stream_members
+from pipeline.config import Config
+from pipeline.errors import InputError, Rejection
+from pipeline.ids import building_id, streetview_image_id
+from pipeline.images import MAX_IMAGE_BYTES, decode_rgb
+from pipeline.log import Progress, Stopwatch, logger
+from pipeline.tables import INTERMEDIATE_SCHEMA, make_provenance, rejects_path, write_parquet, write_rejects
+from pipeline.units import TarUnit, list_units, run_units
+from pipeline.workers import map_in_order
+from preprocess_raw_data.tar_items import TarInventory, View
+
+STAGE = "process_tar"
+# A real metadata text has under 200 bytes; no more than this of a longer one is read.
+MAX_METADATA_BYTES = 1 << 20
+
+
+def check_image(data: bytes) -> Rejection | None:
+    """Decode an image in full and return why it cannot be used, or None."""
+    try:
+        decode_rgb(data)
+    except Rejection as rejection:
+        return rejection
+    return None
+
+
+def take_inventory(tar_path: Path, num_workers: int, progress: Progress, watch: Stopwatch) -> TarInventory:
+    """Read a tar once, decoding its images in parallel.
+
+    Raises InputError if the tar is damaged.
+    """
+    inventory = TarInventory()
+
+    def read_wanted() -> Iterator[tuple[Member, bytes | None]]:
+        for member in stream_members(tar_path):
+            if not inventory.wants(member):
+                continue
+            if member.is_image_name:
+                with watch.measure("read"):
+                    yield member, member.read() if member.size <= MAX_IMAGE_BYTES else None
+            else:
+                inventory.add_metadata(member, member.read(MAX_METADATA_BYTES))
+
+    def check(found: tuple[Member, bytes | None]) -> tuple[Member, Rejection | None]:
+        member, data = found
+        if data is None:
+            return member, Rejection("unreadable_image", f"{member.size} bytes, over {MAX_IMAGE_BYTES}")
+        return member, check_image(data)
+
+    for member, rejection in map_in_order(check, read_wanted(), num_workers):
+        inventory.add_image(member, rejection)
+        progress.advance()
+    return inventory
+
+
+def build_table(dataset_id: int, tar_name: str, views: list[View]) -> pa.Table:
+    """Return the views as a table of INTERMEDIATE_SCHEMA; the tar's name gives the dataset."""
+    records = [view.record for view in views]
+    columns: dict[str, list[Any]] = {
+        name: [getattr(record, name) for record in records]
+        for name in INTERMEDIATE_SCHEMA.names
+        if records and hasattr(records[0], name)
+    }
+    columns |= {
+        "dataset_id": [dataset_id] * len(views),
+        "building_id": [building_id(dataset_id, record.target_id) for record in records],
+        "streetview_image_id": [streetview_image_id(dataset_id, record.patch_id) for record in records],
+        "image_path": [view.image.name for view in views],
+        "tar_file": [tar_name] * len(views),
+        "image_offset": [view.image.offset for view in views],
+        "image_size": [view.image.size for view in views],
+    }
+    return pa.table({name: columns.get(name, []) for name in INTERMEDIATE_SCHEMA.names}, schema=INTERMEDIATE_SCHEMA)
+
+
+def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config) -> None:
+    """Make one tar's parquet and its rejects, and put the counts into the provenance.
+
+    Raises InputError if the tar is damaged or holds nothing that looks like a view.
+    """
+    watch = Stopwatch()
+    interval = config.logging.progress_interval_seconds
+    with Progress(unit.tar_path.name, total=None, interval_seconds=interval) as progress:
+        inventory = take_inventory(unit.tar_path, config.infrastructure.count_workers(), progress, watch)
+    views, rejects = inventory.judge()
+    if not views and not rejects:
+        raise InputError(f"{unit.tar_path}: holds no image and no metadata: is it a tar of the raw layout?")
+    renamed = sum(view.record.dataset_id != unit.dataset_id for view in views)
+    ignored = ", ".join(f"{count} {what}" for what, count in sorted(inventory.ignored.items())) or "nothing"
+    logger.info("%s: ignored %s; %d views name another dataset id", unit.tar_path.name, ignored, renamed)
+    provenance["counts"] = {"in": len(views) + len(rejects), "out": len(views), "rejected": len(rejects)}
+    provenance["reasons"] = dict(Counter(rejection.reason for _, rejection in rejects))
+    write_rejects(rejects_path(unit.output_path), rejects, provenance)
+    write_parquet(unit.output_path, build_table(unit.dataset_id, unit.tar_path.name, views), provenance)
+    logger.info("%s: %d views, %d rejected, %s", unit.tar_path.name, len(views), len(rejects), watch.describe())
+
+
+def run(config: Config, options: cli.Options) -> cli.StageResult:
+    """Validate every tar and return the counts.
+
+    Raises InputError if a tar failed, PipelineError if too many items were rejected.
+    """
+    config.require_paths("intermediates_dir", *([] if options.tar_files else ["raw_dir"]))
+    result = cli.StageResult(STAGE)
+    run_units(
+        list_units(config, options, "intermediates_dir"),
+        result,
+        describe=lambda unit: make_provenance(STAGE, unit.identify_tar(), {}),
+        make=lambda unit, provenance: write_tar(unit, provenance, config),
+        overwrite=options.overwrite,
+    )
+    result.check_reject_fraction(config)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage from a command line."""
+    parser = cli.make_parser(__doc__)
+    cli.add_tar_options(parser)
+    arguments = parser.parse_args(argv)
+    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)
