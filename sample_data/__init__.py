@@ -1,0 +1,1 @@
+"""Synthetic raw data for the demo and the tests."""

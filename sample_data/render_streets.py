@@ -1,0 +1,226 @@
+"""Renders synthetic raw tars: invented buildings along invented streets, in the layout of the 3D Street View data.
+
+    python sample_data/render_streets.py --output DIR [--seed 0] [--buildings 150] [--size 448] [--workers N]
+
+Reads nothing. Writes DIR/0001.tar to DIR/0004.tar and DIR/.render.json, which records the parameters, the renderer's
+own code and each finished tar. A rerun with the same ones keeps finished tars and renders the rest; with others it
+renders all anew. The same seed gives the same bytes on one machine, whatever the number of workers.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from numpy.random import PCG64, Generator, SeedSequence
+
+if __package__ in (None, ""):  # run by path: Python put this folder, not the one above it, on sys.path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sample_data.city import MAX_BUILDINGS, NUM_DATASETS, SINGLETONS, Street, plan_city
+from sample_data.street_scene import photograph_street
+
+MARKER_NAME = ".render.json"
+MIN_SIZE_PX, MAX_SIZE_PX = 48, 1024
+MODULES = (  # those whose code decides the bytes
+    "building_styles", "buildings", "canvas", "city", "facade_design", "facade_paint", "facade_parts",
+    "house_model", "lighting", "materials", "relief", "render_streets", "roofs", "street_furniture",
+    "street_geometry", "street_scene",
+)  # fmt: skip
+
+Photograph = tuple[str, bytes, bytes]  # stem, JPEG, metadata
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the tars."""
+
+    seed: int
+    buildings: int
+    size: int
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the parameters with what else the bytes depend on: the code and the versions of its libraries."""
+        code = hashlib.sha256()
+        for module in MODULES:
+            code.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+        versions = {"numpy": np.__version__, "pillow": PIL.__version__}
+        return {**asdict(self), "code": code.hexdigest()[:16], **versions}
+
+
+def render_streets(output_dir: Path, settings: Settings, workers: int) -> list[Path]:
+    """Render the tars that are not finished yet; return the paths of all of them, kept and written."""
+    started = time.monotonic()
+    log(f"render_streets numpy={np.__version__} pillow={PIL.__version__} workers={workers} {settings}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output_dir)
+    fingerprint = settings.fingerprint()
+    finished = read_marker(output_dir, fingerprint)
+    paths = [output_dir / f"{i + 1:04d}.tar" for i in range(NUM_DATASETS)]
+    kept = {path for path in paths if is_finished(path, finished)}
+    for path in sorted(kept):
+        log(f"kept {path}: complete, same parameters")
+    if len(kept) < len(paths):
+        finished = {path.name: finished[path.name] for path in kept}
+        write_marker(output_dir, fingerprint, finished)
+        streets = plan_city(settings.seed, settings.buildings, settings.size)
+        streets = [street for street in streets if paths[street.dataset_id - 1] not in kept]
+        for dataset_id, photographs in photograph_datasets(streets, workers):
+            path = paths[dataset_id - 1]
+            num_bytes = write_tar(path, dataset_id, photographs, settings.seed)
+            finished[path.name] = {"bytes": num_bytes, "images": len(photographs)}
+            write_marker(output_dir, fingerprint, finished)
+            log(f"wrote {path}: {len(photographs)} images, {num_bytes} bytes")
+    images = sum(entry["images"] for entry in finished.values())
+    seconds = time.monotonic() - started
+    log(f"done: {images} images, {len(kept)} tars kept, {len(paths) - len(kept)} written, {seconds:.1f} s")
+    return paths
+
+
+def photograph_datasets(streets: list[Street], workers: int) -> Iterator[tuple[int, list[Photograph]]]:
+    """Photograph streets in parallel; yield each dataset's photographs as soon as its last street is done."""
+    waiting = Counter(street.dataset_id for street in streets)
+    done: dict[int, list[Photograph]] = {dataset_id: [] for dataset_id in waiting}
+    for street, photographs in photograph_streets(streets, workers):
+        done[street.dataset_id] += photographs
+        waiting[street.dataset_id] -= 1
+        if not waiting[street.dataset_id]:
+            yield street.dataset_id, sorted(done.pop(street.dataset_id))
+
+
+def photograph_streets(streets: list[Street], workers: int) -> Iterator[tuple[Street, list[Photograph]]]:
+    """Photograph streets in any order, in this process when one worker is all there is."""
+    if workers == 1:
+        yield from ((street, photograph_street(street)) for street in streets)
+        return
+    # The longest first: the last street to start decides when the last core falls idle.
+    longest_first = sorted(streets, key=lambda street: -len(street.photos))
+    # Spawned, so that no state of this process (threads, in tests) leaks into the children.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(photograph_street, street): street for street in longest_first}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def write_tar(path: Path, dataset_id: int, photographs: list[Photograph], seed: int) -> int:
+    """Write one dataset under a temporary name, its members shuffled, then give it its own; return its size."""
+    folder = f"{dataset_id:04d}/{dataset_id:04d}"
+    members: list[tuple[str, bytes]] = []
+    for stem, jpeg, metadata in photographs:
+        members += [(f"{folder}/{stem}.jpg", jpeg), (f"{folder}/{stem}.txt", metadata)]
+    order = Generator(PCG64(SeedSequence(seed, spawn_key=(dataset_id - 1,)))).permutation(len(members))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in order.tolist():
+                add_member(tar, *members[i])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file without a trace of who made it and when (TarInfo's defaults: time 0, owner 0, no names)."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove the temporary files of a rendering that was killed."""
+    for leftover in [*output_dir.glob(".0???.tar.*.part"), *output_dir.glob(f"{MARKER_NAME}.*.part")]:
+        leftover.unlink(missing_ok=True)
+
+
+def read_marker(output_dir: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Return what is recorded of finished tars, or nothing when other parameters made them."""
+    try:
+        marker = json.loads((output_dir / MARKER_NAME).read_text())
+        return dict(marker["tars"]) if marker["parameters"] == fingerprint else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def write_marker(output_dir: Path, fingerprint: dict[str, Any], finished: dict[str, Any]) -> None:
+    """Record the parameters and the finished tars."""
+    temporary = output_dir / f"{MARKER_NAME}.{os.getpid()}.part"
+    temporary.write_text(json.dumps({"parameters": fingerprint, "tars": finished}, indent=1, sort_keys=True) + "\n")
+    temporary.replace(output_dir / MARKER_NAME)
+
+
+def is_finished(path: Path, finished: dict[str, Any]) -> bool:
+    """Tell whether a tar is recorded and still has the recorded size."""
+    return path.name in finished and path.is_file() and path.stat().st_size == finished[path.name]["bytes"]
+
+
+def log(line: str) -> None:
+    """Say something to whoever watches; stdout is for paths."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def bounded(low: int, high: int) -> Any:
+    """Return an argparse type for whole numbers within bounds."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not within {low} to {high}")
+        return value
+
+    return whole_number
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Render synthetic raw tars: buildings along streets.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the tars")
+    parser.add_argument("--seed", type=bounded(0, 2**31 - 1), default=0)
+    parser.add_argument(
+        "--buildings", type=bounded(NUM_DATASETS, MAX_BUILDINGS), default=150,
+        help=f"targets with 2 to 7 images; {SINGLETONS} more get a single one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", type=bounded(MIN_SIZE_PX, MAX_SIZE_PX), default=448, help="side of the images in pixels"
+    )
+    parser.add_argument("--workers", type=bounded(1, 256), default=len(os.sched_getaffinity(0)), help="processes")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; print one path a line."""
+    arguments = parse_arguments(argv)
+    settings = Settings(arguments.seed, arguments.buildings, arguments.size)
+    try:
+        paths = render_streets(arguments.output, settings, arguments.workers)
+    except OSError as error:
+        where = error.filename or arguments.output
+        log(f"error: {error.strerror or error}, {where}, choose an --output folder that can be written to and has room")
+        return 1
+    except BrokenProcessPool:
+        log(f"error: a rendering process was killed, {arguments.output}, run again with fewer --workers or more memory")
+        return 1
+    for path in paths:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
