@@ -56,13 +56,17 @@ SECONDS_BETWEEN_SAVES = 30.0
 
 
 def embed_tar(
-    unit: TarUnit, provenance: dict[str, Any], config: Config, get_embedder: Callable[[], "Embedder"]
+    unit: TarUnit,
+    provenance: dict[str, Any],
+    config: Config,
+    get_embedder: Callable[[], "Embedder"],
+    watch: Stopwatch,
 ) -> None:
     """Embed one tar's images, write them and the rejects, and put the counts into the provenance.
 
     Raises InputError if the tar or its intermediate is missing or damaged.
     """
-    watch = Stopwatch()
+    started = time.monotonic()
     table = read_intermediate(unit.intermediate_path)
     scratch = RowScratch(unit.output_path, len(table), hash_json(provenance))
     finished = False
@@ -77,10 +81,8 @@ def embed_tar(
     finally:
         scratch.close(remove=finished or scratch.seen == 0)
     count = len(table) - len(rejects)
-    logger.info(
-        "%s: %d embedded, %d rejected, %.1f img/s, %s",
-        unit.tar_path.name, count, len(rejects), count / watch.total(), watch.describe(),
-    )  # fmt: skip
+    rate = count / (time.monotonic() - started)
+    logger.info("%s: %d embedded, %d rejected, %.1f img/s", unit.tar_path.name, count, len(rejects), rate)
 
 
 def read_intermediate(path: Path) -> pa.Table:
@@ -244,7 +246,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         units,
         result,
         describe=lambda unit: describe_output(unit, config, model_id),
-        make=lambda unit, provenance: embed_tar(unit, provenance, config, get_embedder),
+        make=lambda unit, provenance: embed_tar(unit, provenance, config, get_embedder, result.watch),
         overwrite=options.overwrite,
     )
     result.check_reject_fraction(config)

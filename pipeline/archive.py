@@ -26,11 +26,14 @@ class Member:
     def read(self, limit: int | None = None) -> bytes:
         """Return the member's bytes, the first `limit` of them at most.
 
-        Raises InputError if the tar ends before the member does.
+        Raises InputError if the tar ends before the member does, or cannot be read.
         """
         wanted = self.size if limit is None else min(self.size, limit)
-        self._file.seek(self.offset)
-        data = self._file.read(wanted)
+        try:
+            self._file.seek(self.offset)
+            data = self._file.read(wanted)
+        except OSError as error:
+            raise _unreadable(self._file.name, error) from None
         if len(data) < wanted:
             raise InputError(f"{self._file.name}: truncated inside {self.name}: fetch the tar again")
         return data
@@ -64,18 +67,30 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
     members, for the end: here only an end-of-archive block ends a tar.
     """
     try:
-        with open(tar_path, "rb") as file, tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as tar:
+        with (
+            open(tar_path, "rb") as file,
+            # The encoding is named, or a name would read differently under another locale.
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
+        ):
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or the module keeps an object for every member
                 # A sparse file's bytes do not lie in one piece; no image is stored so.
                 is_file = info.isreg() and not info.issparse()
                 yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
             file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            end = file.read(2 * tarfile.BLOCKSIZE)
+            # Two blocks of zeros end a tar; some writers leave out the second. One with data behind it is damage.
+            if len(end) < tarfile.BLOCKSIZE or any(end):
                 raise InputError(f"{tar_path}: truncated or damaged at byte {tar.offset}: fetch the tar again")
     except FileNotFoundError:
         raise InputError(f"{tar_path}: no such tar: correct the path") from None
     except IsADirectoryError:
         raise InputError(f"{tar_path}: a folder, not a tar: correct the path") from None
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:  # also of absurd sizes
         raise InputError(f"{tar_path}: not a readable tar ({one_line(error)}): fetch the tar again") from None
+    except OSError as error:
+        raise _unreadable(tar_path, error) from None
+
+
+def _unreadable(tar_path: Path | str, error: OSError) -> InputError:
+    return InputError(f"{tar_path}: cannot be read ({error.strerror or one_line(error)}): check the disk and the rights")

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.devices import choose_device, describe_device
+from pipeline.devices import choose_device, describe_device, keep_freed_memory
 from pipeline.errors import InputError, PipelineError, one_line
 from pipeline.log import logger
 
@@ -46,6 +46,8 @@ class Embedder:
         Raises InputError if either cannot be loaded or weights are missing.
         """
         self.device = choose_device(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.pooling_type = pooling_type
         self.dtype = _DTYPES[dtype] if dtype != "auto" else _default_dtype(self.device)
         self.micro_batch = _choose_micro_batch(self.device, batch_size)

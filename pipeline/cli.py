@@ -16,7 +16,7 @@ from pipeline import VERSION
 from pipeline.config import DEFAULT_CONFIG_PATH, Config, load_config
 from pipeline.errors import ConfigError, PipelineError, Terminated, one_line
 from pipeline.ids import Shard
-from pipeline.log import logger, logging_to
+from pipeline.log import Stopwatch, logger, logging_to
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -34,7 +34,8 @@ class Options:
 class StageResult:
     """What a stage did: its line of the ledger, and the paths that it wrote or kept.
 
-    rows_in = rows_out + rejected + dropped; `reasons` counts the rejects and drops by reason.
+    rows_in = rows_out + rejected + dropped; `reasons` counts the rejects and drops by reason. `watch` takes
+    the seconds of the stage's parts.
     """
 
     stage: str
@@ -46,6 +47,7 @@ class StageResult:
     written: list[Path] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)
     seconds: float = 0.0
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def add(self, counts: dict[str, int], reasons: dict[str, int] | None = None) -> None:
         """Add the counts `in`, `out`, `rejected`, `dropped` of one output, as its provenance records them."""
@@ -167,12 +169,25 @@ def run_stage(
     options: Options,
 ) -> StageResult:
     """Run one stage with its log file, first and last log line, and its written paths on stdout."""
-    suffix = "" if options.shard.is_whole else f".{options.shard}"
-    with logging_to(config.log_dir / f"{stage}{suffix}.log", config.logging.level):
+
+    def tell() -> StageResult:
         log_versions(stage, config)
+        return story(config, options)
+
+    return run_logged(stage, tell, config.log_dir / log_name(stage, options.shard), config.logging.level)
+
+
+def log_name(stage: str, shard: Shard) -> str:
+    """Name the log file of a stage or of one shard of it."""
+    return f"{stage}.log" if shard.is_whole else f"{stage}.{shard}.log"
+
+
+def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path, level: str = "INFO") -> StageResult:
+    """Run a story with its log file and last log line, and print the paths that it has written."""
+    with logging_to(log_path, level):
         started = time.monotonic()
         try:
-            result = story(config, options)
+            result = story()
         except PipelineError as error:
             logger.error("%s", error, extra={"file_only": True})  # stderr gets it as the last line
             raise
@@ -182,7 +197,7 @@ def run_stage(
         result.seconds = time.monotonic() - started
         if result.kept and not result.written:
             logger.info("%s: everything is there already and up to date: nothing redone", stage)
-        logger.info("%s; %.1f s", result.describe(), result.seconds)
+        logger.info("%s; %.1f s%s", result.describe(), result.seconds, result.watch.describe_parts())
     for path in result.written:
         print(path, flush=True)
     return result

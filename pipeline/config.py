@@ -135,8 +135,15 @@ class TrainingSection(Section):
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
     margin: float = Field(0.2, gt=0.0, description="triplet margin, in Euclidean distance on the unit sphere")
     init: Literal["whitening", "pca", "random"] = Field("whitening", description="start of the linear shortcut")
+    whitening_shrinkage: float | Literal["auto"] = Field(
+        "auto", description="0 ... 1, share of the identity in the whitened covariance; auto: by validation mAP"
+    )
     input_dropout: float = Field(0.3, ge=0.0, lt=1.0, description="dropout of the input features")
-    anchor_penalty: float = Field(0.0, ge=0.0, description="weight of the shortcut's squared distance to its start")
+    anchor_penalty: float = Field(
+        0.0,
+        ge=0.0,
+        description="weight of the shortcut's squared distance to its start, relative to the start's length",
+    )
     min_negative_distance_m: float = Field(
         0.0, ge=0.0, description="metres; nearer targets are no negatives; 0 leaves out only the same panorama"
     )
@@ -145,6 +152,17 @@ class TrainingSection(Section):
     patience: int = Field(10, ge=1, description="epochs without a better validation mAP before stopping")
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
     triplets_per_epoch: int | Literal["auto"] = Field("auto", description="auto: one per training image")
+    validation_images: int = Field(
+        20_000, ge=2, description="images at most, of whole buildings, that the retrieval after each epoch searches"
+    )
+
+    @model_validator(mode="after")
+    def _numbers_are_in_range(self) -> "TrainingSection":
+        if self.triplets_per_epoch != "auto" and self.triplets_per_epoch < 1:
+            raise ValueError("triplets_per_epoch: must be at least 1")
+        if self.whitening_shrinkage != "auto" and not 0.0 <= self.whitening_shrinkage <= 1.0:
+            raise ValueError("whitening_shrinkage: must be between 0 and 1")
+        return self
 
 
 class InfrastructureSection(Section):

@@ -117,5 +117,9 @@ class Stopwatch:
 
     def describe(self) -> str:
         """Say the total and its parts, as in `12.3 s (read 1.0, compute 10.8)`."""
+        return f"{self.total():.1f} s{self.describe_parts()}"
+
+    def describe_parts(self) -> str:
+        """Say the parts, as in ` (read 1.0, compute 10.8)`."""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
-        return f"{self.total():.1f} s" + (f" ({parts})" if parts else "")
+        return f" ({parts})" if parts else ""

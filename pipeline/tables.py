@@ -190,13 +190,13 @@ def rejects_path(output_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a parquet file.
+def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
+    """Open a parquet file; with a `buffer_size` a column chunk is read piece by piece, else in one piece.
 
     Raises InputError naming the file if it is missing or damaged.
     """
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, buffer_size=buffer_size)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: run the stage that writes it, or correct the path") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.ids import list_tars, parse_dataset_id
 from pipeline.log import logger
-from pipeline.tables import identify, is_complete, read_provenance, rejects_path
+from pipeline.tables import identify, is_complete, read_provenance
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def run_units(
     for unit in units:
         try:
             provenance = describe(unit)
-            if is_complete(unit.output_path, provenance, overwrite) and rejects_path(unit.output_path).exists():
+            if is_complete(unit.output_path, provenance, overwrite):
                 _add_kept(unit, result)
             else:
                 planned.append((unit, provenance))

@@ -91,12 +91,11 @@ def build_table(dataset_id: int, tar_name: str, views: list[View]) -> pa.Table:
     return pa.table({name: columns.get(name, []) for name in INTERMEDIATE_SCHEMA.names}, schema=INTERMEDIATE_SCHEMA)
 
 
-def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config) -> None:
+def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config, watch: Stopwatch) -> None:
     """Make one tar's parquet and its rejects, and put the counts into the provenance.
 
     Raises InputError if the tar is damaged or holds nothing that looks like a view.
     """
-    watch = Stopwatch()
     interval = config.logging.progress_interval_seconds
     with Progress(unit.tar_path.name, total=None, interval_seconds=interval) as progress:
         inventory = take_inventory(unit.tar_path, config.infrastructure.count_workers(), progress, watch)
@@ -110,7 +109,7 @@ def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config) -> None
     provenance["reasons"] = dict(Counter(rejection.reason for _, rejection in rejects))
     write_rejects(rejects_path(unit.output_path), rejects, provenance)
     write_parquet(unit.output_path, build_table(unit.dataset_id, unit.tar_path.name, views), provenance)
-    logger.info("%s: %d views, %d rejected, %s", unit.tar_path.name, len(views), len(rejects), watch.describe())
+    logger.info("%s: %d views, %d rejected", unit.tar_path.name, len(views), len(rejects))
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
@@ -124,7 +123,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         list_units(config, options, "intermediates_dir"),
         result,
         describe=lambda unit: make_provenance(STAGE, unit.identify_tar(), {}),
-        make=lambda unit, provenance: write_tar(unit, provenance, config),
+        make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
         overwrite=options.overwrite,
     )
     result.check_reject_fraction(config)

@@ -1,0 +1,67 @@
+"""The projector: backbone features in, L2-normalised embeddings out.
+
+It needs torch alone, because this very file is published with the model.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+class Projector(nn.Module):
+    """A linear shortcut plus an MLP branch, whose sum is L2-normalised.
+
+    The branch's last layer starts at zero, so a new projector equals its shortcut. With `num_hidden_layers` 0 there
+    is no branch.
+    """
+
+    def __init__(  # noqa: PLR0917 (the published configuration's names, in its order)
+        self,
+        input_dim: int,
+        output_dim: int = 256,
+        hidden_dim: int = 512,
+        num_hidden_layers: int = 1,
+        dropout: float = 0.1,
+        activation: str = "gelu",
+        input_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+        self.architecture: dict[str, Any] = {
+            "input_dim": input_dim, "output_dim": output_dim, "hidden_dim": hidden_dim,
+            "num_hidden_layers": num_hidden_layers, "dropout": dropout, "activation": activation,
+            "input_dropout": input_dropout,
+        }  # fmt: skip
+        widths = [input_dim] + [hidden_dim] * num_hidden_layers
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.shortcut = nn.Linear(input_dim, output_dim)
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.activation = ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden_dim, output_dim) if num_hidden_layers else None
+        if self.output is not None:
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map features (B, input_dim) of any float type to float32 embeddings (B, output_dim) of norm 1."""
+        # Weights in half precision are widened here: centring subtracts numbers of one size, and a half-precision
+        # sum would keep little of the difference. The projector is a thousandth of any backbone's work.
+        inputs = self.input_dropout(features.float())  # (B, input_dim)
+        outputs = _linear(self.shortcut, inputs)  # (B, output_dim)
+        if self.output is not None:
+            hidden = inputs
+            for layer in self.hidden:
+                hidden = self.dropout(self.activation(_linear(layer, hidden)))
+            outputs = outputs + _linear(self.output, hidden)
+        return functional.normalize(outputs.float(), p=2.0, dim=1)
+
+
+def _linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Apply a linear layer in float32 (or as autocast says) whatever type its weights have."""
+    return functional.linear(inputs, layer.weight.float(), layer.bias.float())

@@ -1,0 +1,236 @@
+"""Score embeddings by retrieval: each image queries all the others, the images of its building are the positives.
+
+Recall@k is the share of queries with a positive among the k nearest candidates; average precision is the mean, over
+a query's positives, of the precision at each one's rank, and mAP its mean over queries; MRR is the mean of
+1 / rank of the nearest positive (Manning et al., Introduction to Information Retrieval, chapter 8).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+
+RECALL_RANKS = (1, 5, 10)
+SCORE_KEYS = (*(f"recall_at_{k}" for k in RECALL_RANKS), "map", "mrr")
+# Similarities nearer than this are a tie: equal vectors differ by a few 1e-7 with the order in which a matrix
+# product adds up, so an exact comparison would break ties by chance.
+TIE_TOLERANCE = 1e-6
+# Similarities held at a time: 2^25 float32 are 128 MiB; a block has at least 16 queries, or the product is slow.
+BLOCK_VALUES, MIN_BLOCK_QUERIES = 2**25, 16
+
+Embeddings = NDArray[np.float32]
+Codes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class IgnoredPairs:
+    """Pairs of buildings, as codes, whose images are neither right nor wrong answers to each other's queries."""
+
+    building_a: Codes  # (M,)
+    building_b: Codes  # (M,)
+
+
+@dataclass(frozen=True)
+class QueryScores:
+    """How each query that has a positive fared."""
+
+    query: Codes  # (Q,) row indexes, ascending
+    first_rank: Codes  # (Q,) rank of the nearest positive, 1 is the best
+    average_precision: NDArray[np.float64]  # (Q,)
+
+    def values(self) -> NDArray[np.float64]:
+        """Return (Q, 5): what each query adds to the means, in the order of SCORE_KEYS."""
+        recalls = [self.first_rank <= k for k in RECALL_RANKS]
+        return np.stack([*recalls, self.average_precision, 1.0 / self.first_rank], axis=1).astype(np.float64)
+
+    def take(self, chosen: NDArray[Any]) -> "QueryScores":
+        """Return the scores of some of the queries, by mask or position."""
+        return QueryScores(self.query[chosen], self.first_rank[chosen], self.average_precision[chosen])
+
+
+class RowGroups:
+    """The rows of each group, by the group's dense code."""
+
+    def __init__(self, labels: NDArray[Any]) -> None:
+        self.labels, codes = np.unique(labels, return_inverse=True)
+        self.codes: Codes = codes.reshape(-1).astype(np.int64)  # (N,)
+        self._order = np.argsort(self.codes, kind="stable")
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(self.codes, minlength=len(self.labels)))])
+
+    def rows_of(self, code: int) -> Codes:
+        """Return the rows of one group, ascending."""
+        rows: Codes = self._order[self._starts[code] : self._starts[code + 1]]
+        return rows
+
+    def sizes(self) -> Codes:
+        """Return the number of rows of each group."""
+        return np.diff(self._starts)
+
+
+def normalise_rows(embeddings: NDArray[Any]) -> Embeddings:
+    """Return rows of unit length, (N, D) float32.
+
+    Raises InputError if a row is not finite or zero.
+    """
+    rows: Embeddings = np.asarray(embeddings, dtype=np.float32)
+    unit: Embeddings = rows / _check_rows(rows)[:, None]
+    return unit
+
+
+def _check_rows(rows: Embeddings) -> Embeddings:
+    """Return the norms, (N,); a NaN would lose every comparison and so find itself, a zero vector ties with all."""
+    norms: Embeddings = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+    if len(bad):
+        raise InputError(
+            f"embeddings: row {bad[0]} is not finite or all zero, and {len(bad) - 1} more of {len(rows)}: "
+            "make the embeddings again, or train again if only the projector's are so"
+        )
+    return norms
+
+
+def score_queries(
+    embeddings: Embeddings,
+    building_codes: NDArray[Any],
+    *,
+    ignored: IgnoredPairs | None = None,
+    panorama_ids: NDArray[Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> QueryScores:
+    """Let each image query all others by cosine; the query itself is left out by its index.
+
+    `embeddings` is (N, D), L2-normalised; `building_codes` (N,). Candidates of buildings paired with the query's by
+    `ignored`, and those of the query's own panorama where `panorama_ids` (N,) is given, are left out, positives too;
+    an image left without a positive is no query. A negative that ties with a positive counts as nearer.
+    `progress` is called with the number of queries done since the last call.
+    Raises InputError if a row is not finite or zero, or if no image has a positive.
+    """
+    if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
+        raise ValueError("embeddings must be L2-normalised: see normalise_rows")
+    search = Search(building_codes, ignored, panorama_ids)
+    queries = search.queries()
+    num_block = max(MIN_BLOCK_QUERIES, BLOCK_VALUES // max(1, len(embeddings)))
+    kept, first_ranks, precisions = [], [], []
+    for start in range(0, len(queries), num_block):
+        block = queries[start : start + num_block]
+        similarities = embeddings[block] @ embeddings.T  # (block, N)
+        for query, row in zip(block.tolist(), similarities, strict=True):
+            ranks = search.rank_positives(query, row)
+            if len(ranks):
+                kept.append(query)
+                first_ranks.append(ranks[0])
+                precisions.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+        if progress is not None:
+            progress(len(block))
+    if not kept:
+        raise InputError("no image has another image of its building to find: give more images or another split")
+    return QueryScores(np.array(kept, np.int64), np.array(first_ranks, np.int64), np.array(precisions))
+
+
+class Search:
+    """Knows for each query which candidates are right, wrong, or left out."""
+
+    def __init__(
+        self,
+        building_codes: NDArray[Any],
+        ignored: IgnoredPairs | None = None,
+        panorama_ids: NDArray[Any] | None = None,
+    ) -> None:
+        self.buildings = RowGroups(building_codes)
+        self.panoramas = None if panorama_ids is None else RowGroups(panorama_ids)
+        self._partners = _list_partners(ignored, self.buildings)
+
+    def queries(self) -> Codes:
+        """Return the rows whose building has another image, ascending."""
+        return np.flatnonzero(self.buildings.sizes()[self.buildings.codes] > 1)
+
+    def positives(self, query: int) -> Codes:
+        """Return the rows that are right answers, none where all of them share the query's panorama."""
+        own = self.buildings.rows_of(int(self.buildings.codes[query]))
+        right = own != query
+        if self.panoramas is not None:
+            right &= self.panoramas.codes[own] != self.panoramas.codes[query]
+        positives: Codes = own[right]
+        return positives
+
+    def left_out(self, query: int) -> Codes:
+        """Return the rows that are no candidates: the query itself, ignored buildings, its panorama."""
+        partners = self._partners.get(int(self.buildings.codes[query]), ())
+        parts = [np.array([query]), *(self.buildings.rows_of(partner) for partner in partners)]
+        if self.panoramas is not None:
+            parts.append(self.panoramas.rows_of(int(self.panoramas.codes[query])))
+        return np.concatenate(parts)
+
+    def rank_positives(self, query: int, row: Embeddings) -> Codes:
+        """Return the ranks of the query's positives, ascending; `row` (N,) of its similarities is spoilt."""
+        positives = self.positives(query)
+        thresholds = np.sort(row[positives])[::-1] - np.float32(TIE_TOLERANCE)
+        row[positives] = -np.inf
+        row[self.left_out(query)] = -np.inf
+        # Counting needs no sort: a building's few positives each cost one pass over a row that is in the cache.
+        nearer = [np.count_nonzero(row >= threshold) for threshold in thresholds]
+        return np.array(nearer, np.int64) + np.arange(1, len(nearer) + 1)
+
+
+def _list_partners(ignored: IgnoredPairs | None, buildings: RowGroups) -> dict[int, list[int]]:
+    """Return, for each building of a pair, the dense codes of its partners; absent buildings are passed over."""
+    partners: dict[int, list[int]] = {}
+    if ignored is None or not len(ignored.building_a):
+        return partners
+    known = np.isin(ignored.building_a, buildings.labels) & np.isin(ignored.building_b, buildings.labels)
+    first = np.searchsorted(buildings.labels, ignored.building_a[known]).tolist()
+    second = np.searchsorted(buildings.labels, ignored.building_b[known]).tolist()
+    for one, other in zip(first, second, strict=True):
+        if one != other:
+            partners.setdefault(one, []).append(other)
+            partners.setdefault(other, []).append(one)
+    return partners
+
+
+# ------------------------------------------------------------------------------------------------ means, intervals
+
+
+def summarize_scores(scores: QueryScores) -> dict[str, float]:
+    """Return the mean over queries of each of SCORE_KEYS."""
+    return dict(zip(SCORE_KEYS, scores.values().mean(axis=0).tolist(), strict=True))
+
+
+def bootstrap_intervals(
+    scores: QueryScores, building_codes: NDArray[Any], seed: int, num_resamples: int = 1000
+) -> dict[str, list[float]]:
+    """Return the 95 % percentile interval of each of SCORE_KEYS, resampling buildings.
+
+    The queries of one building are not independent, so buildings and not queries are drawn (the cluster bootstrap;
+    Davison and Hinkley, Bootstrap Methods, section 3.8).
+    """
+    means = resample_means(scores.values(), building_codes[scores.query], seed, num_resamples)
+    return dict(zip(SCORE_KEYS, percentile_intervals(means), strict=True))
+
+
+def resample_means(
+    values: NDArray[np.float64], codes: NDArray[Any], seed: int | Sequence[int], num_resamples: int = 1000
+) -> NDArray[np.float64]:
+    """Return (R, K): the mean of `values` (Q, K) in each of R draws of all B buildings with replacement.
+
+    Two sets of values of the same queries get the same draws from the same seed.
+    """
+    buildings = RowGroups(codes)
+    num_buildings = len(buildings.labels)
+    counts = buildings.sizes().astype(np.float64)
+    sums = np.stack([np.bincount(buildings.codes, column, num_buildings) for column in values.T], axis=1)  # (B, K)
+    generator = np.random.default_rng(seed)
+    means = np.empty((num_resamples, values.shape[1]))
+    for resample in means:
+        times = np.bincount(generator.integers(num_buildings, size=num_buildings), minlength=num_buildings)
+        resample[:] = times @ sums / (times @ counts)
+    return means
+
+
+def percentile_intervals(means: NDArray[np.float64]) -> list[list[float]]:
+    """Return the 2.5th and 97.5th percentile of each column of (R, K)."""
+    intervals: list[list[float]] = np.percentile(means, [2.5, 97.5], axis=0).T.tolist()
+    return intervals

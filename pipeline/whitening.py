@@ -1,0 +1,167 @@
+"""Closed-form linear maps of embeddings: PCA-whitening, and whitening by what varies within a building.
+
+Both need one pass over the rows and memory for D x D numbers; sums are in float64.
+Within-class whitening followed by the leading directions between classes is linear discriminant analysis with a
+shrunk within-class covariance (Fukunaga, Introduction to Statistical Pattern Recognition, ch. 10; shrinkage toward a
+multiple of the identity as in Ledoit and Wolf 2004).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Numbers of one block in float64: 128 MiB.
+_BLOCK_NUMBERS = 2**24
+# On real photographs (320 buildings, 5 folds over buildings, 2 seeds, Lite0) the mAP of unseen buildings was 0.743,
+# 0.758, 0.774, 0.779, 0.780, 0.773, 0.742 at 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9. L2-normalising the features before
+# gave the same or 0.002 less, and filling up to 256 directions with those of the whole covariance 0.001 to 0.006 less.
+DEFAULT_SHRINKAGE = 0.5
+SHRINKAGES = (0.2, 0.3, 0.5, 0.7)
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """An affine map whose result is L2-normalised."""
+
+    weight: Float32  # (k, D)
+    bias: Float32  # (k,)
+
+    def apply(self, embeddings: Float32) -> Float32:
+        """Return the mapped rows (N, k), L2-normalised; a row that maps to zero stays zero."""
+        mapped = np.empty((len(embeddings), len(self.weight)), dtype=np.float32)
+        step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
+        for start in range(0, len(embeddings), step):
+            block = np.asarray(embeddings[start : start + step], dtype=np.float32) @ self.weight.T + self.bias
+            norms = np.linalg.norm(block, axis=1, keepdims=True)
+            mapped[start : start + step] = block / np.maximum(norms, np.finfo(np.float32).tiny)
+        return mapped
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """What one pass over the rows leaves: their mean and their covariance, cut in two parts that add up to it."""
+
+    mean: Float64  # (D,)
+    within: Float64  # (D, D) of the rows around their building's mean
+    between: Float64  # (D, D) of the buildings' means around the mean, each weighted by its rows
+    num_rows: int
+    num_buildings: int
+
+    @cached_property
+    def within_axes(self) -> tuple[Float64, Float64]:
+        """The within-building variances, ascending (D,), and their axes as columns (D, D)."""
+        values, vectors = np.linalg.eigh(self.within)
+        return np.maximum(values, 0.0), vectors
+
+    @cached_property
+    def between_on_axes(self) -> Float64:
+        """The covariance between buildings (D, D), seen along the within-building axes."""
+        axes = self.within_axes[1]
+        return axes.T @ self.between @ axes
+
+
+def collect_scatter(embeddings: Float32, building_codes: NDArray[np.int32]) -> Scatter:
+    """Sum up rows (N, D) of buildings (N,) in one pass over blocks of whole buildings.
+
+    Rows need not be grouped; where they are not, they are gathered by building.
+    """
+    count, width = embeddings.shape
+    within, between, total = np.zeros((width, width)), np.zeros((width, width)), np.zeros(width)
+    # Sums of squares around any fixed point near the data lose no digits to a large mean.
+    origin = np.asarray(embeddings[: min(count, 256)], dtype=np.float64).mean(axis=0)
+    num_buildings = 0
+    for rows, starts in _building_blocks(building_codes, max(1, _BLOCK_NUMBERS // width)):
+        block = np.asarray(embeddings[rows], dtype=np.float64) - origin
+        sizes = np.diff(np.append(starts, len(block)))
+        means = np.add.reduceat(block, starts, axis=0) / sizes[:, None]
+        total += sizes @ means
+        between += (means * sizes[:, None]).T @ means
+        block -= np.repeat(means, sizes, axis=0)
+        within += block.T @ block
+        num_buildings += len(starts)
+    mean = total / count
+    return Scatter(mean + origin, within / count, between / count - np.outer(mean, mean), count, num_buildings)
+
+
+def _building_blocks(
+    codes: NDArray[np.int32], block_rows: int
+) -> Iterator[tuple[NDArray[np.int64] | slice, NDArray[np.int64]]]:
+    """Yield rows of whole buildings, about `block_rows` at a time, with each building's first place among them."""
+    grouped = bool((np.diff(codes) >= 0).all())
+    order = None if grouped else np.argsort(codes, kind="stable")
+    ordered = codes if order is None else codes[order]
+    edges = np.append(np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1)), len(ordered))
+    first = 0
+    while first < len(edges) - 1:
+        last = max(first + 1, int(np.searchsorted(edges, edges[first] + block_rows, side="right")) - 1)
+        start, stop = int(edges[first]), int(edges[last])
+        yield slice(start, stop) if order is None else order[start:stop], edges[first:last] - start
+        first = last
+
+
+def whiten_within_class(scatter: Scatter, output_dim: int = 256, shrinkage: float = DEFAULT_SHRINKAGE) -> LinearMap:
+    """Return the map that makes the shrunk within-building covariance the identity, then keeps the leading directions.
+
+    (1 - shrinkage) * within + shrinkage * trace(within) / D * identity is what is whitened; the directions are those
+    in which whitened buildings differ most. Fewer than `output_dim` of them leave rows of zeros at the end, so that
+    the width stays. Rows and bias share one factor, which makes the mapped rows' mean square norm 1.
+    """
+    variances, axes = scatter.within_axes
+    level = variances.mean()
+    if level <= 0:  # every building's images coincide: nothing to whiten by
+        level = max(float(np.trace(scatter.between)) / len(variances), np.finfo(np.float64).tiny)
+    # Shrinking toward the identity moves the variances and leaves the axes.
+    shrunk = (1 - shrinkage) * variances + shrinkage * level
+    # Without shrinkage fewer rows than dimensions leave directions without any spread, which nothing can whiten.
+    root = np.where(shrunk > shrunk.max() * len(shrunk) * np.finfo(np.float64).eps, shrunk, np.inf) ** -0.5  # (D,)
+    spread, directions = np.linalg.eigh(root[:, None] * scatter.between_on_axes * root)
+    rank = min(_count_positive(spread), scatter.num_buildings - 1, output_dim)
+    kept = (directions[:, ::-1][:, :rank].T * root) @ axes.T  # (rank, D)
+    return _finish(kept, scatter, output_dim)
+
+
+def fit_within_class_whitening(
+    embeddings: Float32,
+    building_codes: NDArray[np.int32],
+    output_dim: int = 256,
+    shrinkage: float = DEFAULT_SHRINKAGE,
+) -> LinearMap:
+    """Fit `whiten_within_class` to rows (N, D) of buildings (N,)."""
+    return whiten_within_class(collect_scatter(embeddings, building_codes), output_dim, shrinkage)
+
+
+def fit_pca_whitening(embeddings: Float32, output_dim: int = 256) -> LinearMap:
+    """Fit PCA-whitening to rows (N, D): the leading min(output_dim, rank) components, each with variance 1."""
+    scatter = collect_scatter(embeddings, np.zeros(len(embeddings), dtype=np.int32))
+    values, vectors = np.linalg.eigh(scatter.within)
+    rank = min(_count_positive(values), len(embeddings) - 1, output_dim)
+    if rank < 1:  # one row, or equal ones: any map will do, as long as it is one
+        return LinearMap(np.zeros((1, len(values)), np.float32), np.zeros(1, np.float32))
+    kept = (vectors[:, ::-1][:, :rank] * values[::-1][:rank] ** -0.5).T
+    return _as_map(kept, scatter.mean)
+
+
+def _count_positive(ascending: Float64) -> int:
+    """Count the eigenvalues that are more than rounding."""
+    return int((ascending > max(ascending[-1], 0.0) * len(ascending) * np.finfo(np.float64).eps).sum())
+
+
+def _finish(kept: Float64, scatter: Scatter, output_dim: int) -> LinearMap:
+    """Scale the rows to mean square norm 1 of what they map, and fill up with rows of zeros."""
+    mean_square = float(np.einsum("ij,jk,ik->", kept, scatter.within + scatter.between, kept, optimize=True))
+    padded = np.zeros((output_dim, kept.shape[1]))
+    padded[: len(kept)] = kept / np.sqrt(mean_square) if mean_square > 0 else kept
+    return _as_map(padded, scatter.mean)
+
+
+def _as_map(rows: Float64, mean: Float64) -> LinearMap:
+    """Fix each row's sign, which eigenvectors leave open, by its largest entry, and centre."""
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
+    rows = np.where(largest < 0, -rows, rows)
+    return LinearMap(rows.astype(np.float32), (-rows @ mean).astype(np.float32))
