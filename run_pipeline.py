@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ def run_stages(
         if stage.number == 8 and not (config.new_data.input and config.new_data.output):
             print("stage 8: [new_data].input and output are not set: passed over", file=sys.stderr)
             continue
-        results.append(stage.run(config, options))
+        try:
+            results.append(stage.run(config, options))
+        except PipelineError as error:
+            results += [error.result] if error.result else []
+            raise
 
 
 def format_ledger(results: list[cli.StageResult]) -> str:

@@ -1,0 +1,72 @@
+"""Run the demo: render streets, convert a small backbone, run stages 1 to 9, show what came out.
+
+    python sample_data/run_demo.py [--raw some/tars]
+
+Writes below demo_output/; with --raw the tars of that folder take the place of the rendered ones, and everything is
+written below demo_output/NAME-HASH/ instead. A second call redoes nothing.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+import run_pipeline
+from evaluate_embeddings.report import format_metrics_table
+from pipeline import cli
+from pipeline.config import PROJECT_ROOT, Config, load_config
+from sample_data import convert_lite0, render_streets
+from sample_data.package_split import package_split
+
+DEMO_CONFIG_PATH = PROJECT_ROOT / "sample_data" / "demo.toml"
+OUTPUT_DIR = PROJECT_ROOT / "demo_output"
+
+
+def configure(raw_dir: Path | None) -> Config:
+    """Return the demo's configuration, for the rendered tars or for a folder of the user's own."""
+    if raw_dir is None:
+        return load_config(DEMO_CONFIG_PATH)
+    raw_dir = raw_dir.resolve()
+    name = f"{raw_dir.name}-{hashlib.sha256(str(raw_dir).encode()).hexdigest()[:8]}"
+    template = DEMO_CONFIG_PATH.read_text(encoding="utf-8")
+    moved = template.replace("../demo_output/", f"../demo_output/{name}/")
+    moved = moved.replace(f"../demo_output/{name}/backbone", "../demo_output/backbone")
+    moved = moved.replace(f'"../demo_output/{name}/raw"', json.dumps(str(raw_dir)))
+    config_path = OUTPUT_DIR / f"{name}.toml"
+    config_path.parent.mkdir(parents=True, exist_ok=True)
+    config_path.write_text(moved, encoding="utf-8")
+    return load_config(config_path)
+
+
+def show_results(config: Config, results: list[cli.StageResult], seconds: float) -> None:
+    """Print the ledger, the metrics and the path of the page."""
+    report_dir = config.path("report_dir")
+    metrics = json.loads((report_dir / "metrics.json").read_text(encoding="utf-8"))
+    print(f"\n{run_pipeline.format_ledger(results)}\n\n{format_metrics_table(metrics)}", file=sys.stderr)
+    print(f"\n{seconds:.0f} s; the page to look at:", file=sys.stderr)
+    print(report_dir / "report.html")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the demo from a command line."""
+    parser = cli.make_parser(__doc__, config=False)
+    parser.add_argument("--raw", type=Path, metavar="DIR", help="folder of NNNN.tar files (default: render some)")
+    arguments = parser.parse_args(argv)
+    started = time.monotonic()
+    config, options = configure(arguments.raw), cli.Options()
+    if arguments.raw is None:
+        render_streets.main(["--output", str(config.path("raw_dir"))])
+    convert_lite0.main([str(OUTPUT_DIR / "backbone")])
+    results: list[cli.StageResult] = []
+    run_pipeline.run_stages(config, options, results, 1, 7)
+    package_split(config, "test", config.expand(config.new_data.input or "", "[new_data].input"))
+    run_pipeline.run_stages(config, options, results, 8, 9)
+    show_results(config, results, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)

@@ -1,0 +1,77 @@
+"""The documents say what the code does.
+
+`python tests/test_docs.py` writes docs/configuration.md anew.
+"""
+
+import json
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pipeline.config import Config, load_config  # noqa: E402
+
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+HEAD = """# Configuration
+
+Every key of `config.toml`, with its default and unit. Relative paths start from the configuration file's folder; `~`
+and `$VARIABLES` expand. `--set SECTION.KEY=VALUE` overrides one key for one run. An unknown section or key, a wrong
+type, or values that cannot go together stop the run with exit code 2, all problems at once.
+"""
+
+
+def sections() -> dict[str, type]:
+    return {field.alias or name: field.annotation for name, field in Config.model_fields.items() if name != "file_path"}
+
+
+def render_configuration() -> str:
+    parts = [HEAD]
+    for section, model in sections().items():
+        parts += [f"\n## `[{section}]`\n", "| key | type | default | meaning, unit |", "| --- | --- | --- | --- |"]
+        for key, field in model.model_fields.items():
+            default = "not set" if field.default is None else f"`{json.dumps(field.default)}`"
+            parts.append(f"| `{key}` | {name_type(field.annotation)} | {default} | {field.description} |")
+    return "\n".join(parts) + "\n"
+
+
+def name_type(annotation: object) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return ", ".join(f'`"{value}"`' for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(name_type(part) for part in typing.get_args(annotation) if part is not type(None))
+    return {str: "string", int: "integer", float: "number", bool: "true or false"}.get(annotation, str(annotation))
+
+
+def test_every_key_stands_in_the_configuration_reference_with_its_default_and_meaning():
+    assert CONFIGURATION.read_text(encoding="utf-8") == render_configuration(), "run: python tests/test_docs.py"
+
+
+@pytest.mark.parametrize("path", ["config.toml", "sample_data/demo.toml"])
+def test_the_configurations_in_the_tree_load_without_the_environment(path, monkeypatch):
+    for name in ("HOME", "SCRATCH"):
+        monkeypatch.delenv(name, raising=False)
+    config = load_config(ROOT / path)
+    config.require_paths(*type(config.paths).model_fields)
+    assert "$" not in (ROOT / path).read_text(encoding="utf-8").split("\n\n", 1)[1]
+
+
+def test_every_file_that_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:python |\]\()([\w/]+\.(?:py|md))", text))
+    assert len(named) >= 11
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_no_placeholder_is_left_in_the_documents():
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        assert "@@" not in path.read_text(encoding="utf-8"), path
+
+
+if __name__ == "__main__":
+    CONFIGURATION.write_text(render_configuration(), encoding="utf-8")
