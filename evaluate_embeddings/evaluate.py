@@ -1,0 +1,202 @@
+"""Stage 9: score the raw, PCA-whitened and projected embeddings by retrieval on the test split, and write a report.
+
+    python evaluate_embeddings/evaluate.py --config config.toml
+
+Reads merged_dir/{train,test}.parquet and checkpoint_dir/checkpoint_best.pt; for the page also metrics.jsonl beside the
+checkpoint and photographs from the tars of raw_dir, where they are there. Writes report_dir/report.html and
+report_dir/metrics.json. A rerun keeps both if they were made from the same inputs.
+"""
+
+import functools
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+import numpy as np
+
+from evaluate_embeddings.ignore_pairs import read_ignore_pairs, resolve_pairs
+from evaluate_embeddings.metrics import (
+    GALLERY_SIZES,
+    KINDS,
+    Evaluation,
+    build_metrics,
+    format_metrics_table,
+    score_kinds,
+)
+from pipeline import cli
+from pipeline.config import PROJECT_ROOT, Config
+from pipeline.errors import InputError
+from pipeline.features import Features, load_features
+from pipeline.log import Progress, Stopwatch, logger
+from pipeline.retrieval import Embeddings, IgnoredPairs, Search, normalise_rows
+from pipeline.tables import identify, make_provenance, matches, read_provenance, write_json
+from pipeline.whitening import fit_pca_whitening
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint import Checkpoint, StateDict
+
+STAGE = "evaluate"
+CHECKPOINT_NAME = "checkpoint_best.pt"
+# The contract's width of the whitened baseline, which is also the projector's usual one.
+PCA_DIM = 256
+# Rows in one pass through the projector: 8,192 of a 7B backbone are 128 MiB.
+PROJECTOR_ROWS = 8192
+
+
+def read_commit(root: Path = PROJECT_ROOT) -> str | None:
+    """Return the git commit that is checked out in the project's folder, None where it is no checkout."""
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    lines = answer.stdout.split("\n")
+    return lines[1] if answer.returncode == 0 and Path(lines[0]).resolve() == root else None
+
+
+def hash_weights(weights: "StateDict") -> str:
+    """Return a short hash of a state dict's names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        values = weight.detach().cpu().float().contiguous().numpy()
+        digest.update(f"{name}\0{values.shape}\0".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def project_rows(checkpoint: "Checkpoint", embeddings: Embeddings, device_name: str) -> Embeddings:
+    """Return the projector's embeddings, (N, output_dim), L2-normalised."""
+    import torch
+
+    from pipeline.checkpoint import build_projector
+    from pipeline.devices import choose_device
+
+    device = choose_device(device_name)
+    projector = build_projector(checkpoint).to(device)
+    with torch.inference_mode():
+        parts = [
+            projector(torch.from_numpy(embeddings[start : start + PROJECTOR_ROWS]).to(device)).cpu().numpy()
+            for start in range(0, len(embeddings), PROJECTOR_ROWS)
+        ]
+    return np.concatenate(parts)
+
+
+def load_split(merged_dir: Path) -> tuple[Features, Embeddings]:
+    """Return the test split and its PCA-whitened embeddings, (N, min(256, rank)), fitted on the train split.
+
+    Raises InputError if a split is missing, damaged or empty, the widths differ, or no test image has a positive.
+    """
+    train_path, test_path = merged_dir / "train.parquet", merged_dir / "test.parquet"
+    features = load_features(test_path)
+    if not len(Search(features.building_codes).queries()):
+        raise InputError(f"{test_path}: every building has one image, so that nothing can be found: give more images")
+    train = load_features(train_path)
+    if train.width != features.width:
+        raise InputError(
+            f"{train_path}: embeddings of {train.width} numbers, those of {test_path.name} have {features.width}: "
+            "run stage 3 again on embeddings of one backbone"
+        )
+    return features, fit_pca_whitening(train.embeddings, PCA_DIM).apply(features.embeddings)
+
+
+def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Checkpoint"]:
+    """Return the test split, its embeddings of each kind, and the projector's checkpoint.
+
+    Raises InputError if an input is missing, damaged, or does not fit the others.
+    """
+    from pipeline.checkpoint import load_checkpoint
+
+    features, whitened = load_split(config.path("merged_dir"))
+    checkpoint = load_checkpoint(
+        config.path("checkpoint_dir") / CHECKPOINT_NAME, config.training_model, input_dim=features.width
+    )
+    projected = project_rows(checkpoint, features.embeddings, config.infrastructure.device)
+    embeddings = {"raw": normalise_rows(features.embeddings), "pca_whitened": whitened, "projector": projected}
+    return features, embeddings, checkpoint
+
+
+def score_split(
+    features: Features, embeddings: dict[str, Embeddings], ignored: IgnoredPairs, config: Config
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Score every kind of embedding in every way that metrics.json has."""
+    total = len(KINDS) * (2 * len(features) + sum(size for size in GALLERY_SIZES if size <= len(features)))
+    with Progress("score", total, "queries", config.logging.progress_interval_seconds) as progress:
+        scores = score_kinds(embeddings, features.building_codes, ignored, progress=progress.advance)
+        evaluation = Evaluation(features, embeddings, ignored, scores)
+        return evaluation, build_metrics(evaluation, config.global_.seed, progress.advance)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Return an earlier metrics.json, empty where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def describe_inputs(config: Config, ignore_pairs: Path | None) -> dict[str, Any]:
+    """Return the provenance that the outputs must have.
+
+    Raises InputError if an input is missing.
+    """
+    merged_dir, checkpoint_path = config.path("merged_dir"), config.path("checkpoint_dir") / CHECKPOINT_NAME
+    inputs = [identify(path) for path in (merged_dir / "train.parquet", merged_dir / "test.parquet", checkpoint_path)]
+    if ignore_pairs is not None:
+        inputs.append(identify(ignore_pairs) | {"name": f"--ignore-pairs {ignore_pairs.name}"})
+    return make_provenance(STAGE, inputs, {"seed": config.global_.seed})
+
+
+def run(config: Config, options: cli.Options, ignore_pairs: Path | None = None) -> cli.StageResult:
+    """Score the test split, write the page and the metrics, and return the counts."""
+    config.require_paths("merged_dir", "checkpoint_dir", "report_dir")
+    report_path, metrics_path = (config.path("report_dir") / name for name in ("report.html", "metrics.json"))
+    provenance = describe_inputs(config, ignore_pairs)
+    if metrics_path.exists() and not options.overwrite:
+        found = read_metrics(metrics_path)
+        if matches(metrics_path, found.get("provenance"), provenance) and report_path.exists():
+            logger.info("%s: kept %s and %s, which are complete", STAGE, report_path, metrics_path)
+            return cli.StageResult(STAGE, found["gallery"], found["gallery"], kept=[report_path, metrics_path])
+    watch = Stopwatch()
+    pairs = None if ignore_pairs is None else read_ignore_pairs(ignore_pairs)
+    with watch.measure("load and embed"):
+        features, embeddings, checkpoint = embed_split(config)
+    ignored = resolve_pairs(pairs, features.building_ids)
+    with watch.measure("score"):
+        evaluation, metrics = score_split(features, embeddings, ignored, config)
+    metrics["provenance"] = provenance | {
+        "seed": config.global_.seed,
+        "split_hash": (read_provenance(config.path("merged_dir") / "test.parquet") or {}).get("split_hash"),
+        "commit": read_commit(),
+        "weights_hash": hash_weights(checkpoint.projector),
+        "training_settings": checkpoint.settings,
+    }
+    with watch.measure("report"):
+        from evaluate_embeddings.report import write_report
+
+        write_report(report_path, evaluation, metrics, checkpoint.metrics, config)
+    write_json(metrics_path, metrics)
+    logger.info("%s: %s\n\n%s\n", STAGE, watch.describe(), format_metrics_table(metrics))
+    return cli.StageResult(STAGE, metrics["gallery"], metrics["gallery"], written=[report_path, metrics_path])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage from a command line."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "--ignore-pairs", type=Path, metavar="CSV",
+        help="pairs of buildings (building_id_a, building_id_b) that count as neither right nor wrong",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    story = functools.partial(run, ignore_pairs=arguments.ignore_pairs)
+    cli.run_stage(STAGE, story, cli.config_from(arguments), cli.options_from(arguments))
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)

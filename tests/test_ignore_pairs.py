@@ -1,0 +1,32 @@
+"""The list of pairs of buildings that an evaluation leaves out."""
+
+import pyarrow as pa
+import pytest
+
+from evaluate_embeddings.ignore_pairs import read_ignore_pairs, resolve_pairs
+from pipeline.errors import InputError
+
+
+def test_unknown_ids_in_ignored_pairs_are_passed_over(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("building_id_a,building_id_b\n0001,2\n2,0001\n2,2\n7,8\n0001,8\n")
+    pairs = resolve_pairs(read_ignore_pairs(path), pa.array(["2", "0001", "3"]))
+    assert (pairs.building_a.tolist(), pairs.building_b.tolist()) == ([0], [1])
+    assert len(resolve_pairs(None, pa.array(["2"])).building_a) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("building_id_a,other\n1,2\n", "a column is missing .*building_id_b"),
+        ("", "not a readable CSV"),
+        ("building_id_a,building_id_b\n1\n", "not a readable CSV"),
+    ],
+)
+def test_a_bad_list_of_ignored_pairs_is_refused_with_the_remedy(tmp_path, content, message):
+    path = tmp_path / "pairs.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=rf"pairs\.csv: .*{message}"):
+        read_ignore_pairs(path)

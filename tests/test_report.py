@@ -1,0 +1,337 @@
+"""Stage 9's page: self-contained, honest about what it lacks, right about what it shows."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from evaluation_data import (
+    IMAGES_PER_BUILDING,
+    NUM_BUILDINGS,
+    building_color,
+    make_table,
+    make_workplace,
+    write_checkpoint,
+    write_split,
+)
+from PIL import Image
+
+from evaluate_embeddings.evaluate import run
+from evaluate_embeddings.gallery import describe_examples, pick_failures, pick_hard_successes
+from evaluate_embeddings.gallery_page import format_distance
+from evaluate_embeddings.metrics import Evaluation, score_kinds
+from evaluate_embeddings.photos import PhotoSource
+from evaluate_embeddings.plots import Curve, plot_similarities, plot_training, sample_similarities
+from evaluate_embeddings.report import read_training_curve
+from pipeline.cli import Options
+from pipeline.config import load_config
+from pipeline.geography import distances_m
+from pipeline.retrieval import IgnoredPairs, QueryScores, normalise_rows
+
+VOID_TAGS = {"meta", "br", "img", "link", "input", "hr"}
+HOSTILE = "<script>alert(1)</script>\"'&<b>"
+
+
+class PageReader(HTMLParser):
+    """Collects what a browser would act on, and whether every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open_tags, self.tags, self.text = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open_tags == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID_TAGS:
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open_tags, f"</{tag}> closes nothing"
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def find(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def make_report(config_path, *overrides, ignore_pairs=None):
+    run(load_config(config_path, list(overrides)), Options(overwrite=True), ignore_pairs)
+    return (config_path.parent / "report" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory):
+    """A workplace with photographs, and its page."""
+    config_path = make_workplace(tmp_path_factory.mktemp("pictured"))
+    return config_path, make_report(config_path)
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    return make_workplace(tmp_path, photos=False)
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_page_asks_nothing_of_the_network_and_runs_nothing(pictured):
+    _, page = pictured
+    reader = PageReader(page)
+    names = {tag for tag, _ in reader.tags}
+    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form", "video", "audio"}
+    for tag, attributes in reader.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                assert value.startswith(("data:image/jpeg;base64,", "#")), (tag, name, value[:40])
+    assert "http" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+
+
+def test_the_page_has_its_sections_and_every_picture_and_drawing_has_an_alternative_text(pictured):
+    _, page = pictured
+    reader = PageReader(page)
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings == [
+        "Scores", "Curves", "Harder and fixed conditions", "By dataset", "Worst failures", "Hard successes",
+        "Provenance and settings",
+    ]  # fmt: skip
+    assert "viewport" in str(reader.find("meta"))
+    assert all(len(image["alt"]) > 10 for image in reader.find("img"))
+    drawings = reader.find("svg")
+    assert len(drawings) == 5
+    assert all(svg["role"] == "img" and len(svg["aria-label"]) > 30 and "viewbox" in svg for svg in drawings)
+    assert "imagery © Google" in page
+    assert "feedbeef" in page  # the split's hash, among the provenance
+
+
+def test_ids_in_drawings_do_not_meet(pictured):
+    _, page = pictured
+    ids = [attributes["id"] for _, attributes in PageReader(page).tags if "id" in attributes]
+    clips = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert len(clips) == len(set(clips))
+    assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
+
+
+def test_whatever_the_data_say_is_text(workplace):
+    table = make_table(2, prefix=HOSTILE)
+    write_split(workplace.parent, "test", table)
+    pairs_path = workplace.parent / "<b>pairs.csv"
+    pairs_path.write_text("building_id_a,building_id_b\n")
+    page = make_report(workplace, ignore_pairs=pairs_path)
+    reader = PageReader(page)
+    assert not reader.find("script")
+    assert HOSTILE in "".join(reader.text)
+    assert "<b>pairs.csv" in "".join(reader.text)
+
+
+def test_the_page_says_what_the_verdict_is_in_words_and_numbers(pictured):
+    _, page = pictured
+    text = "".join(PageReader(page).text)
+    assert re.search(r"The projector finds the building at first try for \d+\.\d% of the queries", text)
+    assert re.search(r"(beats|is worse than|cannot be told from) PCA-whitened", text)
+    assert "95% interval" in text
+
+
+# ------------------------------------------------------------------------------------------------ photographs
+
+
+def mean_color(data_uri):
+    image = Image.open(io.BytesIO(base64.b64decode(data_uri.partition(",")[2])))
+    return image.size, np.asarray(image).reshape(-1, 3).mean(axis=0)
+
+
+def test_thumbnails_are_the_pictures_at_their_offsets(pictured):
+    config_path, _ = pictured
+    photos = PhotoSource(config_path.parent / "merged" / "test.parquet", config_path.parent / "raw")
+    rows = [0, 5, 40, 71]
+    found = photos.read_thumbnails(rows)
+    assert sorted(found) == rows
+    for row in rows:
+        size, color = mean_color(found[row])
+        assert size == (224, 168)
+        np.testing.assert_allclose(color, building_color(row // IMAGES_PER_BUILDING), atol=4)
+    assert photos.num_missing == 0
+
+
+def test_the_gallery_shows_each_query_with_its_neighbours(pictured):
+    _, page = pictured
+    examples = re.findall(r'<article class="example">.*?</article>', page, re.DOTALL)
+    assert 2 <= len(examples) <= 24
+    for example in examples:
+        assert 6 <= example.count("<img ") <= 7
+        assert "✗ wrong" in example or "✓ right" in example
+        rank = int(re.search(r"first right answer at rank ([\d,]+)", example)[1].replace(",", ""))
+        assert ("true match, rank" in example) == (rank > 5)
+    assert "left out" not in page.partition("Worst failures")[2]
+
+
+@pytest.mark.parametrize("case", ["not set", "no such folder", "undefined variable", "no offsets"])
+def test_without_photographs_the_page_says_so(workplace, case):
+    settings = {"no such folder": ["paths.raw_dir=nowhere"], "undefined variable": ["paths.raw_dir=$NO_SUCH_NAME/x"]}
+    if case == "no offsets":
+        (workplace.parent / "raw").mkdir()
+        page = make_report(workplace, "paths.raw_dir=raw")
+        assert "test.parquet does not say where the images lie" in page
+    else:
+        page = make_report(workplace, *settings.get(case, []))
+        assert "The pictures are left out: [paths].raw_dir is not set to a folder that is here." in page
+    assert not PageReader(page).find("img")
+    assert "no picture" in page
+
+
+def test_pictures_that_cannot_be_read_leave_gaps_that_are_counted(tmp_path):
+    config_path = make_workplace(tmp_path)
+    places = [(0, 100)] * (NUM_BUILDINGS * IMAGES_PER_BUILDING)
+    places[0], places[1], places[2] = (-5, 100), (10**9, 100), (0, 10**12)
+    write_split(tmp_path, "test", make_table(2, places=places))
+    (tmp_path / "raw" / "0002.tar").unlink()
+    photos = PhotoSource(tmp_path / "merged" / "test.parquet", tmp_path / "raw")
+    assert photos.read_thumbnails(range(8)) == {}
+    assert photos.num_missing == 8
+    assert "pictures are left out: their tars are gone or have changed" in make_report(config_path)
+
+
+# ------------------------------------------------------------------------------------------------ the gallery's choice
+
+
+def make_evaluation(seed=0, ignored=((), ())):
+    generator = np.random.default_rng(seed)
+    codes = np.repeat(np.arange(20, dtype=np.int32), 3)
+    embeddings = {
+        "raw": normalise_rows(generator.normal(size=(60, 6))),
+        "pca_whitened": normalise_rows(generator.normal(size=(60, 6))),
+        "projector": normalise_rows(np.eye(20)[codes] + 0.45 * generator.normal(size=(60, 20))),
+    }
+    pairs = IgnoredPairs(np.array(ignored[0], np.int64), np.array(ignored[1], np.int64))
+
+    class Columns:
+        building_codes = codes
+        target_lat, target_lon = 52 + codes * 1e-3, codes * 0.0
+
+    return Evaluation(Columns(), embeddings, pairs, score_kinds(embeddings, codes, pairs))
+
+
+def test_failures_come_worst_first_and_one_a_building():
+    codes = np.array([0, 0, 1, 1, 2, 2], dtype=np.int32)
+    scores = QueryScores(np.arange(6), np.array([9, 12, 30, 2, 1, 1]), np.ones(6))
+    assert pick_failures(scores, codes, limit=12) == [2, 1]
+    assert pick_failures(scores, codes, limit=1) == [2]
+
+
+def test_hard_successes_are_right_answers_that_the_raw_embeddings_miss():
+    codes = np.array([0, 0, 1, 1, 2, 2], dtype=np.int32)
+    scores = QueryScores(np.arange(6), np.array([1, 1, 1, 2, 1, 1]), np.ones(6))
+    raw = QueryScores(np.arange(6), np.array([3, 8, 5, 99, 1, 1]), np.ones(6))
+    assert pick_hard_successes(scores, raw, codes, limit=12) == [1, 2]
+
+
+def test_answers_are_the_nearest_candidates_by_a_plain_sort():
+    evaluation = make_evaluation(ignored=([0, 1], [7, 3]))
+    embeddings, scores = evaluation.embeddings["projector"], evaluation.scores["projector"]
+    for place, example in enumerate(describe_examples(evaluation, list(range(60)))):
+        query = example.query
+        left_out = {0: 7, 7: 0, 1: 3, 3: 1}.get(int(evaluation.codes[query]))
+        candidates = [row for row in range(60) if row != query and evaluation.codes[row] != left_out]
+        candidates.sort(key=lambda row: -float(embeddings[row] @ embeddings[query]))
+        assert [answer.row for answer in example.neighbors] == candidates[:5]
+        assert [answer.rank for answer in example.neighbors] == [1, 2, 3, 4, 5]
+        rank = next(n for n, row in enumerate(candidates, 1) if evaluation.codes[row] == evaluation.codes[query])
+        assert (example.match.rank, example.match.row) == (rank, candidates[rank - 1])
+        assert example.raw_rank == evaluation.scores["raw"].first_rank[place]
+        for answer in (*example.neighbors, example.match):
+            apart = abs(int(evaluation.codes[answer.row]) - int(evaluation.codes[query]))
+            assert answer.distance_m == pytest.approx(apart * 111.195, rel=1e-4, abs=1e-6)
+            assert answer.is_right == (apart == 0)
+    assert len(scores.query) == 60
+
+
+def test_distances_are_metres_on_the_sphere():
+    assert distances_m(0, 0, 1, 0) == pytest.approx(111_195, abs=1)
+    assert distances_m(60, 0, 60, 1) == pytest.approx(111_195 / 2, rel=1e-3)
+    assert distances_m(0, 179.5, 0, -179.5) == pytest.approx(111_195, abs=1)
+    assert [format_distance(metres) for metres in (0.2, 12.6, 4321)] == ["0 m", "13 m", "4.3 km"]
+
+
+# ------------------------------------------------------------------------------------------------ drawings
+
+
+def test_sampled_pairs_are_of_one_building_or_of_two_that_are_no_ignored_pair():
+    codes = np.array([2, 0, 1, 0, 2, 1, 0, 3], dtype=np.int32)
+    embeddings = np.eye(4, dtype=np.float32)[codes]
+    same, different = sample_similarities(embeddings, codes, IgnoredPairs(np.array([], int), np.array([], int)), seed=0)
+    assert (same == 1).all()
+    assert (different == 0).all()
+    embeddings[codes == 2] = embeddings[codes == 1][0]
+    ignored = IgnoredPairs(np.array([1]), np.array([2]))
+    _, different = sample_similarities(embeddings, codes, ignored, seed=0)
+    assert (different == 0).all()
+
+
+def test_sampled_pairs_never_join_an_image_with_itself():
+    codes = np.repeat(np.arange(5, dtype=np.int32), 2)
+    embeddings = normalise_rows(np.random.default_rng(0).normal(size=(10, 8)))
+    same, _ = sample_similarities(embeddings, codes, IgnoredPairs(np.array([], int), np.array([], int)), seed=0)
+    assert same.max() < 0.999
+
+
+def test_equal_similarities_can_be_drawn():
+    ones = np.ones(10, np.float32)
+    assert plot_similarities(ones, ones, "raw").startswith("<svg ")
+    assert plot_similarities(ones, np.empty(0, np.float32), "raw").startswith("<svg ")
+
+
+def test_a_drawing_takes_the_pages_colour_and_repeats_to_the_byte():
+    curve = Curve([0, 1, 2], [0.4, 0.5, 0.45], {"raw": 0.3})
+    drawing = plot_training(curve)
+    assert drawing == plot_training(curve)
+    assert "currentColor" in drawing
+    assert "best 0.500 at epoch 1" in drawing
+    assert "raw: 0.300" in drawing
+    assert "http" not in drawing
+
+
+def test_the_training_curve_comes_from_metrics_jsonl_or_from_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    training = {"history": [{"epoch": 0, "val": {"map": 0.25}}], "val": {"raw": {"map": 0.2}, "projector": {"map": 1}}}
+    assert read_training_curve(path, training) == Curve([0], [0.25], {"raw": 0.2})
+    path.write_text('{"epoch": 0, "val": {"map": 0.5}}\n{"epoch": 1, "val": {"map": 0.6}}\n')
+    assert read_training_curve(path, training) == Curve([0, 1], [0.5, 0.6], {"raw": 0.2})
+    for broken in ("{", '{"epoch": 0}\n', "[]\n", '{"epoch": 0, "val": null}\n'):
+        path.write_text(broken)
+        assert read_training_curve(path, {}) is None
+
+
+def test_without_a_training_curve_the_page_says_so(workplace):
+    write_checkpoint(workplace.parent / "checkpoints" / "checkpoint_best.pt", history=False)
+    page = make_report(workplace)
+    assert "No training curve" in page
+    assert len(PageReader(page).find("svg")) == 4
+
+
+def test_a_split_in_which_every_query_succeeds_has_no_failures_to_show(workplace):
+    building = np.repeat(np.arange(16), 2)
+    table = make_table(2, num_buildings=16, images=2)
+    values = pa.array((np.eye(16, dtype=np.float32)[building] * 9 + 0.1).reshape(-1))
+    index = table.schema.get_field_index("embedding")
+    write_split(
+        workplace.parent, "test", table.set_column(index, "embedding", pa.FixedSizeListArray.from_arrays(values, 16))
+    )
+    page = make_report(workplace)
+    assert page.count("There are none.") == 2
+
+
+def test_a_split_of_one_building_makes_a_page_all_the_same(workplace):
+    write_split(workplace.parent, "test", make_table(2, num_buildings=1, images=4))
+    assert "two buildings: no pair" in make_report(workplace)
