@@ -74,6 +74,8 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
         ):
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or the module keeps an object for every member
+                if info.size < 0:  # older Pythons would go backwards through it, for ever
+                    raise tarfile.ReadError(f"negative size at byte {info.offset}")
                 # A sparse file's bytes do not lie in one piece; no image is stored so.
                 is_file = info.isreg() and not info.issparse()
                 yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
@@ -93,4 +95,4 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
 
 
 def _unreadable(tar_path: Path | str, error: OSError) -> InputError:
-    return InputError(f"{tar_path}: cannot be read ({error.strerror or one_line(error)}): check the disk and the rights")
+    return InputError(f"{tar_path}: cannot be read ({error.strerror or one_line(error)}): check disk and rights")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_logging
 
@@ -52,8 +53,8 @@ class Embedder:
         self.dtype = _DTYPES[dtype] if dtype != "auto" else _default_dtype(self.device)
         self.micro_batch = _choose_micro_batch(self.device, batch_size)
         transformers_logging.disable_progress_bar()
-        self.processor = _load_processor(folder, trust_remote_code)
-        self.model = _load_model(folder, self.dtype, pooling_type, trust_remote_code).to(self.device).eval()
+        self.processor = load_processor(folder, trust_remote_code)
+        self.model = load_model(folder, self.dtype, pooling_type, trust_remote_code).to(self.device).eval()
         if self.device.type == "cpu":
             self.model.to(memory_format=torch.channels_last)  # twice as fast for convolutions, the same values
         self.compile_model = compile_model
@@ -74,9 +75,11 @@ class Embedder:
         parts = []
         # Processors without a crop give images of several sizes; each pass takes neighbours of one size.
         for _, group in itertools.groupby(pixels, key=lambda tensor: tensor.shape):
-            same_size = list(group)
-            for start in range(0, len(same_size), self.micro_batch):
-                parts.append(self._forward(torch.stack(same_size[start : start + self.micro_batch])))
+            waiting = list(group)
+            while waiting:
+                count = self.micro_batch  # which a pass that is out of memory makes smaller
+                parts.append(self._forward(torch.stack(waiting[:count])))
+                waiting = waiting[count:]
         return np.concatenate(parts)
 
     def measure_width(self) -> int:
@@ -125,20 +128,22 @@ def _choose_micro_batch(device: torch.device, batch_size: int | str) -> int:
     return CPU_MICRO_BATCH if isinstance(batch_size, str) else min(batch_size, CPU_MICRO_BATCH)
 
 
-def _load_processor(folder: Path, trust_remote_code: bool) -> Any:
+def load_processor(folder: Path, trust_remote_code: bool) -> Any:
+    if not any(folder.glob("*processor_config.json")):
+        logger.warning("%s says nothing of its image processor: taken is the default of its kind", folder)
     try:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: no image processor can be loaded ({one_line(error)[:300]})") from None
 
 
-def _load_model(folder: Path, dtype: torch.dtype, pooling_type: str, trust_remote_code: bool) -> torch.nn.Module:
+def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_remote_code: bool) -> torch.nn.Module:
     """Load the weights and refuse to run on any that the folder lacks, which would be random numbers."""
     try:
         model, info = AutoModel.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]})") from None
     unused = "pooler." if pooling_type == "cls_token" else None
     missing = [key for key in info["missing_keys"] if not (unused and key.startswith(unused))]

@@ -166,12 +166,11 @@ def _strip_prefixes(weights: StateDict) -> StateDict:
 
 def _rename_chain(path: Path, weights: StateDict) -> StateDict:
     """Map a plain MLP, linear layers in the order in which they are stored, onto the projector's names."""
-    names = [
-        key.removesuffix(".weight") for key, value in weights.items() if key.endswith("weight") and value.ndim == 2
-    ]
-    known = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    # A layer's name with its dot; a lone layer may have none.
+    names = [key.removesuffix("weight") for key, value in weights.items() if key.endswith("weight") and value.ndim == 2]
+    known = {f"{name}{part}" for name in names for part in ("weight", "bias")}
     others = [key for key in weights if key not in known]
-    matrices = [weights[f"{name}.weight"] for name in names]
+    matrices = [weights[f"{name}weight"] for name in names]
     chained = all(b.shape[1] == a.shape[0] for a, b in zip(matrices[:-1], matrices[1:], strict=True))
     widths = {matrix.shape[0] for matrix in matrices[:-1]}
     if not names or others or not chained or len(widths) > 1:
@@ -186,7 +185,7 @@ def _rename_chain(path: Path, weights: StateDict) -> StateDict:
     renamed: StateDict = {}
     for name, target, matrix in zip(names, targets, matrices, strict=True):
         renamed[f"{target}.weight"] = matrix
-        renamed[f"{target}.bias"] = weights.get(f"{name}.bias", matrix.new_zeros(matrix.shape[0]))
+        renamed[f"{target}.bias"] = weights.get(f"{name}bias", matrix.new_zeros(matrix.shape[0]))
     if len(names) > 1:
         renamed["shortcut.weight"] = matrices[0].new_zeros(matrices[-1].shape[0], matrices[0].shape[1])
         renamed["shortcut.bias"] = matrices[0].new_zeros(matrices[-1].shape[0])

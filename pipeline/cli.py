@@ -72,11 +72,13 @@ class StageResult:
         """Raise PipelineError where more items were rejected than `[data].max_reject_fraction` allows."""
         allowed = config.data.max_reject_fraction
         if self.rows_in and self.rejected / self.rows_in > allowed:
-            raise PipelineError(
+            error = PipelineError(
                 f"{self.stage}: {self.rejected} of {self.rows_in} items were rejected, more than "
                 f"[data].max_reject_fraction = {allowed:g} allows: read the _rejects folder beside the outputs, "
                 "correct the input path or raise the setting"
             )
+            error.result = self
+            raise error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -133,6 +135,7 @@ def parse_shard(text: str) -> Shard:
 def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's main and exit with the contract's code: one line on stderr for what is not a bug."""
     signal.signal(signal.SIGTERM, _raise_terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script that starts us with & has it ignored
     try:
         main(argv)
     except PipelineError as error:
@@ -190,17 +193,24 @@ def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path, lev
             result = story()
         except PipelineError as error:
             logger.error("%s", error, extra={"file_only": True})  # stderr gets it as the last line
+            if error.result is not None:  # outputs that were finished are kept and counted
+                _report(error.result, started)
             raise
         except (KeyboardInterrupt, Terminated):
             logger.error("%s: interrupted; what was finished is kept", stage, extra={"file_only": True})
             raise
-        result.seconds = time.monotonic() - started
         if result.kept and not result.written:
             logger.info("%s: everything is there already and up to date: nothing redone", stage)
-        logger.info("%s; %.1f s%s", result.describe(), result.seconds, result.watch.describe_parts())
+        _report(result, started)
+    return result
+
+
+def _report(result: StageResult, started: float) -> None:
+    """Log the counts as the last line, and print the paths that were written."""
+    result.seconds = time.monotonic() - started
+    logger.info("%s; %.1f s%s", result.describe(), result.seconds, result.watch.describe_parts())
     for path in result.written:
         print(path, flush=True)
-    return result
 
 
 def log_versions(stage: str, config: Config) -> None:

@@ -1,10 +1,16 @@
 """The ways in which a run or an item can fail, apart from bugs."""
 
+from typing import Any
+
 
 class PipelineError(Exception):
-    """A run that cannot go on; the message is one line that says what, where, and what to do."""
+    """A run that cannot go on; the message is one line that says what, where, and what to do.
+
+    `result` is the StageResult of what was done all the same, where there is one.
+    """
 
     exit_code = 1
+    result: Any = None
 
 
 class ConfigError(PipelineError):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import tables
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError
 
 FEATURE_COLUMNS = [
     pa.field("streetview_image_id", pa.string()),
@@ -82,10 +82,8 @@ def load_features(path: Path) -> Features:
 def _read_batches(path: Path, file: pq.ParquetFile, width: int) -> Iterator[pa.RecordBatch]:
     names = [field.name for field in FEATURE_COLUMNS] + ["embedding"]
     batches = file.iter_batches(batch_size=max(1, _BATCH_NUMBERS // max(1, width)), columns=names)
-    try:
+    with tables.reading(path):
         yield from batches
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: damaged ({one_line(error)[:200]}): remove it and run stage 3 again") from None
 
 
 def _check_nulls(path: Path, batch: pa.RecordBatch) -> None:

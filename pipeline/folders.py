@@ -35,7 +35,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(path.parent)):
+        if error.filename is not None and not Path(str(error.filename)).is_relative_to(path.parent):
             raise  # something else that the block touched
         raise write_failure(path, error) from error
     finally:

@@ -1,6 +1,7 @@
 """Find a model's files and tell models apart by content, without importing torch."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -43,10 +44,13 @@ def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES, local_files_only=True))
+        folder = Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES, local_files_only=True))
     except (OSError, ValueError):
-        if not download:
-            return None
+        folder = None
+    if folder is not None and _is_whole(folder):
+        return folder
+    if not download:
+        return None
     try:
         return Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -54,6 +58,17 @@ def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
             f"{repo_id}: the model is neither a local folder nor in the hub cache, and cannot be fetched "
             f"({one_line(error)[:200]}): correct the name, or fetch it where there is internet"
         ) from None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has all that is needed: a fetch that was interrupted leaves a folder too."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except FileNotFoundError:
+        names = {"model.safetensors"}
+    has_processor = any(folder.glob("*processor_config.json"))
+    return has_processor and all((folder / name).is_file() for name in names | {"config.json"})
 
 
 def identify_model(folder: Path) -> str:

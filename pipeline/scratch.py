@@ -55,7 +55,8 @@ class RowScratch:
         """Take up what is there if it belongs to the same run, else begin anew."""
         try:
             progress = json.loads(self._progress_path.read_text(encoding="utf-8"))
-            if progress["identity"] == self.identity and progress["num_rows"] == self.num_rows:
+            is_whole = os.fstat(self._descriptor).st_size >= progress["num_bytes"]  # unless someone has removed it
+            if is_whole and progress["identity"] == self.identity and progress["num_rows"] == self.num_rows:
                 self.seen, self.width = progress["seen"], progress["width"]
                 self.rejects = {row: Rejection(reason, detail) for row, reason, detail in progress["rejects"]}
                 logger.info("%s: going on behind image %d of %d", self._output_path.name, self.seen, self.num_rows)
@@ -72,8 +73,10 @@ class RowScratch:
         self.width = values.shape[1]
         try:
             for row, value in zip(rows, np.ascontiguousarray(values), strict=True):
-                if os.pwrite(self._descriptor, value.tobytes(), row * value.nbytes) < value.nbytes:
-                    os.fsync(self._descriptor)  # a short write means a full disk; this says so
+                data, place = value.tobytes(), row * value.nbytes
+                while data:  # a nearly full disk takes a part, and refuses the rest
+                    written = os.pwrite(self._descriptor, data, place)
+                    data, place = data[written:], place + written
         except OSError as error:
             raise write_failure(self._rows_path, error) from error
 
@@ -88,8 +91,15 @@ class RowScratch:
         """Make what is stored so far safe against a kill, and note how far it is."""
         os.fsync(self._descriptor)
         rejects = [[row, rejection.reason, rejection.detail] for row, rejection in self.rejects.items()]
-        progress = {"identity": self.identity, "num_rows": self.num_rows, "seen": self.seen, "width": self.width}
-        write_json(self._progress_path, progress | {"rejects": rejects})
+        progress = {
+            "identity": self.identity,
+            "num_rows": self.num_rows,
+            "num_bytes": os.fstat(self._descriptor).st_size,
+            "seen": self.seen,
+            "width": self.width,
+            "rejects": rejects,
+        }
+        write_json(self._progress_path, progress)
 
     def close(self, *, remove: bool) -> None:
         """Let go of the file; `remove` once the output is complete."""

@@ -43,6 +43,15 @@ CAMERA_COLUMNS = [
 PLACE_COLUMNS = [("image_offset", pa.int64()), ("image_size", pa.int64())]
 
 INTERMEDIATE_SCHEMA = pa.schema(ID_COLUMNS + FILE_COLUMNS + CAMERA_COLUMNS + PLACE_COLUMNS)
+# What a fingerprint carries of its image's ids.
+FINGERPRINT_ID_SCHEMA = pa.schema(
+    [
+        ("streetview_image_id", pa.string()),
+        ("building_id", pa.string()),
+        ("target_lat", pa.float64()),
+        ("target_lon", pa.float64()),
+    ]
+)
 REJECT_SCHEMA = pa.schema([("member", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 
@@ -59,7 +68,8 @@ def remove_stale_temporaries(path: Path) -> None:
     pattern = re.compile(re.escape(f".{path.name}.{_host()}-") + r"(\d+)\.tmp")
     for candidate in path.parent.iterdir():
         match = pattern.fullmatch(candidate.name)
-        if match and not _is_running(int(match.group(1))):
+        # A process that has our own number died before us: in a container every run may get the same one.
+        if match and (int(match.group(1)) == os.getpid() or not _is_running(int(match.group(1)))):
             if candidate.is_dir():
                 shutil.rmtree(candidate, ignore_errors=True)
             else:
@@ -96,7 +106,7 @@ def writing_to(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(path.parent)):
+        if error.filename is not None and not Path(str(error.filename)).is_relative_to(path.parent):
             raise  # something else that the block touched
         raise write_failure(path, error) from error
     finally:
@@ -137,16 +147,19 @@ def write_json(path: Path, content: Any) -> None:
 def parquet_writer(path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> Iterator[pq.ParquetWriter]:
     """Yield a writer of a parquet that appears under `path` only when complete.
 
-    zstd throughout; floats of one length a row are split by byte, which halves what bfloat16-born values take.
+    zstd throughout; lists of floats are split by byte, which halves what bfloat16-born values take.
     Counts may be put into `provenance` until the block ends, better before: then every reader's view of it is whole.
     """
-    # A fixed-size list's values are the leaf `NAME.list.element`; under plain `NAME` the encoding is silently dropped.
-    split = [
-        f"{field.name}.list.element"
-        for field in schema
-        if pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type)
-    ]
-    plain = [field.name for field in schema if not pa.types.is_nested(field.type) and field.name not in split]
+    # A list's values are the leaf `NAME.list.element`; under plain `NAME` the encoding is silently dropped.
+    split, plain = [], []
+    for field in schema:
+        is_fixed = pa.types.is_fixed_size_list(field.type)
+        if not (is_fixed or pa.types.is_list(field.type)):
+            plain += [] if pa.types.is_nested(field.type) else [field.name]
+        elif pa.types.is_floating(field.type.value_type):
+            split.append(f"{field.name}.list.element")
+        elif not is_fixed:
+            plain.append(f"{field.name}.list.element")  # names and small numbers, which repeat
     with writing_to(path) as temporary:
         # In the schema too, so that read_schema() shows it as well as read_metadata().
         text = json.dumps(provenance, sort_keys=True)
@@ -205,10 +218,19 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
         ) from None
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the failure to decode what a parquet holds behind its footer into an InputError naming the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: damaged ({one_line(error)[:200]}): remove it and make it again") from None
+
+
 def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | pa.Schema) -> None:
     """Raise one InputError that names every required column which is missing or of another type.
 
-    A required `fixed_size_list` of length -1 stands for any length; string stands for large_string too.
+    A large_string does where a string is required. `embedding_width` checks the one list whose length varies.
     """
     problems = []
     for field in required:
@@ -222,10 +244,7 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
 
 
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
-    if pa.types.is_string(expected):
-        return pa.types.is_string(found) or pa.types.is_large_string(found)
-    same: bool = found.equals(expected)
-    return same
+    return bool(found.equals(expected) or (pa.types.is_string(expected) and pa.types.is_large_string(found)))
 
 
 def embedding_width(path: Path, schema: pa.Schema) -> int:

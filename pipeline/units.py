@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.cli import Options, StageResult
 from pipeline.config import Config
-from pipeline.errors import InputError
+from pipeline.errors import ConfigError, InputError
 from pipeline.ids import list_tars, parse_dataset_id
 from pipeline.log import logger
 from pipeline.tables import identify, is_complete, read_provenance
@@ -35,7 +35,7 @@ def list_units(config: Config, options: Options, output_key: str, suffix: str = 
     """
     intermediates_dir, output_dir = config.path("intermediates_dir"), config.path(output_key)
     if options.tar_files:
-        tars = {parse_dataset_id(path): path for path in options.tar_files}
+        tars = _take_named(options.tar_files)
     else:
         tars = _find_tars(config.path("raw_dir"), intermediates_dir if suffix else None)
     units = [
@@ -48,6 +48,14 @@ def list_units(config: Config, options: Options, output_key: str, suffix: str = 
         for dataset_id, tar_path in sorted(tars.items())
     ]
     return options.shard.take(units)
+
+
+def _take_named(tar_files: Iterable[Path]) -> dict[int, Path]:
+    tars: dict[int, Path] = {}
+    for path in tar_files:
+        if tars.setdefault(parse_dataset_id(path), path) != path:
+            raise ConfigError(f"--tar-file {path}: another one has this name too, and so the same output: give one")
+    return tars
 
 
 def _find_tars(raw_dir: Path, intermediates_dir: Path | None) -> dict[int, Path]:
@@ -88,6 +96,8 @@ def run_units(
                 planned.append((unit, provenance))
         except InputError as error:
             failures.append(str(error))
+            logger.error("%s", error)
+    total = len(planned) + len(result.kept) + len(failures)
     for number, (unit, provenance) in enumerate(planned, start=1):
         logger.info("%s: %s (%d of %d)", result.stage, unit.tar_path.name, number, len(planned))
         try:
@@ -99,11 +109,10 @@ def run_units(
         result.add(provenance["counts"], provenance["reasons"])
         result.written.append(unit.output_path)
     if failures:
-        total = len(planned) + len(result.kept) + len(failures)
         more = f" (and {len(failures) - 1} more, see the log)" if len(failures) > 1 else ""
-        for failure in failures[1:]:
-            logger.error("%s", failure)
-        raise InputError(f"{len(failures)} of {total} tars failed, the others are done: {failures[0]}{more}")
+        failed = InputError(f"{len(failures)} of {total} tars failed, the others are done: {failures[0]}{more}")
+        failed.result = result
+        raise failed
 
 
 def _add_kept(unit: TarUnit, result: StageResult) -> None:

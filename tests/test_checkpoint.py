@@ -1,0 +1,210 @@
+"""Checkpoints: written whole, read safely, older ones mapped, wrong ones refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.checkpoint import build_projector, load_checkpoint, save_checkpoint
+from pipeline.config import TrainingModelSection
+from pipeline.errors import InputError
+from pipeline.projector import Projector
+
+
+def make_projector(**arguments: Any) -> Projector:
+    torch.manual_seed(3)
+    projector = Projector(12, **({"output_dim": 5, "hidden_dim": 7} | arguments)).eval()
+    if projector.output is not None:
+        nn.init.normal_(projector.output.weight)
+    return projector
+
+
+def make_content(projector: Projector) -> dict[str, Any]:
+    return {
+        "architecture": projector.architecture,
+        "projector": projector.state_dict(),
+        "metrics": {"val": {"projector": {"map": 0.5}}},
+        "settings": {"seed": 1},
+        "provenance": {"stage": "train"},
+        "sampler": np.random.PCG64(5).state,
+        "step": 17,
+    }
+
+
+def features() -> torch.Tensor:
+    return torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    projector = make_projector(num_hidden_layers=2, activation="silu")
+    save_checkpoint(tmp_path / "a.pt", make_content(projector))
+    found = load_checkpoint(tmp_path / "a.pt", TrainingModelSection(output_dim=5), input_dim=12)
+    assert found.architecture == projector.architecture
+    assert found.metrics == {"val": {"projector": {"map": 0.5}}}
+    assert (found.settings, found.provenance) == ({"seed": 1}, {"stage": "train"})
+    assert found.rest == {"sampler": np.random.PCG64(5).state, "step": 17}
+    rebuilt = build_projector(found)
+    assert not rebuilt.training
+    torch.testing.assert_close(rebuilt(features()), projector(features()))
+
+
+def test_the_same_content_gives_the_same_bytes_under_any_name(tmp_path: Path) -> None:
+    content = make_content(make_projector())
+    for name in ("a.pt", "sub/b.pt"):
+        save_checkpoint(tmp_path / name, content)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "sub/b.pt").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "sub"]
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path / "a.pt", make_content(make_projector()))
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def fail(_content: object, file: Any) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "a.pt", {})
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+# ---------------------------------------------------------------------------------------------- older checkpoints
+
+
+@pytest.mark.parametrize("key", [None, "projector_state_dict", "model_state_dict", "state_dict", "projector"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module.projector.", "projector."])
+def test_bare_weights_of_this_projector_tell_their_widths_and_depth(
+    tmp_path: Path, key: str | None, prefix: str
+) -> None:
+    projector = make_projector(num_hidden_layers=2, activation="relu")
+    weights = {prefix + name: value for name, value in projector.state_dict().items()}
+    torch.save(weights if key is None else {key: weights, "epoch": 3}, tmp_path / "old.pt")
+    section = TrainingModelSection(output_dim=5, activation="relu", dropout=0.25, hidden_dim=999)
+    found = load_checkpoint(tmp_path / "old.pt", section)
+    assert found.architecture == projector.architecture | {"dropout": 0.25}
+    assert found.rest == ({} if key is None else {"epoch": 3})
+    torch.testing.assert_close(build_projector(found)(features()), projector(features()))
+
+
+def test_a_shortcut_alone_has_no_hidden_layers(tmp_path: Path) -> None:
+    projector = make_projector(num_hidden_layers=0)
+    torch.save(projector.state_dict(), tmp_path / "old.pt")
+    found = load_checkpoint(tmp_path / "old.pt")
+    assert found.architecture["num_hidden_layers"] == 0
+    torch.testing.assert_close(build_projector(found)(features()), projector(features()))
+
+
+def test_a_plain_mlp_without_a_shortcut_gets_one_of_zeros(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(
+        nn.Linear(12, 7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 7, bias=False), nn.ReLU(), nn.Linear(7, 5)
+    ).eval()
+    torch.save(
+        {"model_state_dict": {f"mlp.{key}": value for key, value in mlp.state_dict().items()}}, tmp_path / "o.pt"
+    )
+    found = load_checkpoint(tmp_path / "o.pt", TrainingModelSection(output_dim=5, activation="relu"))
+    assert (found.architecture["hidden_dim"], found.architecture["num_hidden_layers"]) == (7, 2)
+    expected = nn.functional.normalize(mlp(features()), dim=1)
+    torch.testing.assert_close(build_projector(found)(features()), expected)
+
+
+def test_a_single_linear_layer_is_the_shortcut(tmp_path: Path) -> None:
+    layer = nn.Linear(12, 5)
+    torch.save(layer.state_dict(), tmp_path / "o.pt")
+    expected = nn.functional.normalize(layer(features()), dim=1)
+    torch.testing.assert_close(build_projector(load_checkpoint(tmp_path / "o.pt"))(features()), expected)
+
+
+@pytest.mark.parametrize(
+    ("mlp", "why"),
+    [
+        (nn.Sequential(nn.Linear(12, 7), nn.BatchNorm1d(7), nn.Linear(7, 5)), "1.weight is not part of a linear layer"),
+        (nn.Sequential(nn.Linear(12, 7), nn.Linear(8, 5)), "its layers do not follow one another"),
+        (nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7), nn.Linear(7, 5)), r"different widths \[7, 9\]"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), "0.weight is not part of a linear layer"),
+    ],
+)
+def test_weights_that_cannot_be_mapped_are_refused_saying_why(tmp_path: Path, mlp: nn.Module, why: str) -> None:
+    torch.save(mlp.state_dict(), tmp_path / "o.pt")
+    with pytest.raises(InputError, match=f"o.pt: cannot be mapped onto the projector .*{why}"):
+        load_checkpoint(tmp_path / "o.pt")
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("empty", b""),
+        ("text", b"hello"),
+        ("cut", None),
+        ("pickle", b"\x80\x02\x95"),
+        ("zip", b"PK\x05\x06" + bytes(18)),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, data: bytes | None) -> None:
+    path = tmp_path / f"{name}.pt"
+    save_checkpoint(path, make_content(make_projector()))
+    path.write_bytes(path.read_bytes()[:-500] if data is None else data)
+    with pytest.raises(InputError, match=f"{name}.pt: not a checkpoint that can be loaded safely"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_says_which_stage_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such checkpoint: run stage 6"):
+        load_checkpoint(tmp_path / "checkpoint_best.pt")
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"projector": Path("/etc/passwd")}, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match="loaded safely"):
+        load_checkpoint(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"projector": {}}])
+def test_content_that_is_no_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match="make it with stage 6"):
+        load_checkpoint(tmp_path / "bad.pt")
+
+
+def test_another_width_is_refused_naming_both_and_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, make_content(make_projector()))
+    with pytest.raises(InputError, match=r"a.pt: its projector takes embeddings of 12 numbers, these have 1280: use"):
+        load_checkpoint(path, input_dim=1280)
+    with pytest.raises(InputError, match=r"its input_dim is 12, \[training_model\].input_dim asks for 1280: correct"):
+        load_checkpoint(path, TrainingModelSection(input_dim=1280, output_dim=5))
+    with pytest.raises(InputError, match=r"its output_dim is 5, \[training_model\].output_dim asks for 256: correct"):
+        load_checkpoint(path, TrainingModelSection())
+
+
+def test_weights_that_do_not_fit_the_architecture_are_refused(tmp_path: Path) -> None:
+    content = make_content(make_projector())
+    content["architecture"] = content["architecture"] | {"hidden_dim": 8}
+    save_checkpoint(tmp_path / "a.pt", content)
+    with pytest.raises(InputError, match="weights and architecture do not fit"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    projector = make_projector()
+    with torch.no_grad():
+        projector.shortcut.weight[0, 0] = torch.nan
+    save_checkpoint(tmp_path / "a.pt", make_content(projector))
+    with pytest.raises(InputError, match="shortcut.weight holds numbers that are not finite"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_metrics_and_settings_are_plain_enough_for_json(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", make_content(make_projector()))
+    found = load_checkpoint(tmp_path / "a.pt")
+    assert json.loads(json.dumps([found.metrics, found.settings, found.architecture]))[2] == found.architecture

@@ -1,0 +1,133 @@
+"""A merged split read into arrays: order, types, and every way in which it can be wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import features as features_module
+from pipeline.errors import InputError
+from pipeline.features import load_features
+
+BUILDINGS = ["0001_9", "0001_9", "0001_2", "0002_9", "0002_9", "0001_2"]
+
+
+def make_table(num_rows: int = 6, width: int = 4, kind: pa.DataType | None = None) -> pa.Table:
+    """Return a split of six images whose buildings are not in alphabetical order."""
+    values = np.arange(1, num_rows * width + 1, dtype=np.float32) / 8
+    kind = kind or pa.float32()
+    return pa.table(
+        {
+            "dataset_id": pa.array([int(name[:4]) for name in BUILDINGS][:num_rows], pa.int64()),
+            "street_view_id": pa.array(range(10, 10 + num_rows), pa.int64()),
+            "target_lat": pa.array(np.linspace(52.1, 52.2, num_rows)),
+            "target_lon": pa.array(np.linspace(0.1, 0.2, num_rows)),
+            "building_id": pa.array(BUILDINGS[:num_rows]),
+            "streetview_image_id": pa.array([f"0001_{number}" for number in range(num_rows)]),
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values).cast(kind), width),
+        }
+    )
+
+
+def write(tmp_path: Path, table: pa.Table, **options: Any) -> Path:
+    pq.write_table(table, tmp_path / "train.parquet", **options)
+    return tmp_path / "train.parquet"
+
+
+@pytest.mark.parametrize("batch_numbers", [1, 8, 2**24])
+@pytest.mark.parametrize("row_group_size", [2, 100])
+def test_columns_come_as_arrays_whatever_the_batches(
+    tmp_path: Path, batch_numbers: int, row_group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features_module, "_BATCH_NUMBERS", batch_numbers)
+    table = make_table()
+    found = load_features(write(tmp_path, table, row_group_size=row_group_size))
+    np.testing.assert_array_equal(found.embeddings, np.arange(1, 25, dtype=np.float32).reshape(6, 4) / 8)
+    assert found.embeddings.dtype == np.float32
+    assert found.building_ids.to_pylist() == ["0001_9", "0001_2", "0002_9"]
+    assert found.building_codes.tolist() == [0, 0, 1, 2, 2, 1]
+    assert found.building_codes.dtype == np.int32
+    assert found.image_ids.to_pylist() == table["streetview_image_id"].to_pylist()
+    for name, column in (("dataset_id", found.dataset_ids), ("street_view_id", found.street_view_ids)):
+        assert column.tolist() == table[name].to_pylist()
+        assert column.dtype == np.int64
+    assert found.target_lat.tolist() == table["target_lat"].to_pylist()
+    assert found.target_lon.tolist() == table["target_lon"].to_pylist()
+    assert (len(found), found.width) == (6, 4)
+
+
+def test_float16_embeddings_come_as_float32(tmp_path: Path) -> None:
+    found = load_features(write(tmp_path, make_table(kind=pa.float16())))
+    assert found.embeddings.dtype == np.float32
+    np.testing.assert_array_equal(found.embeddings, np.arange(1, 25, dtype=np.float32).reshape(6, 4) / 8)
+
+
+def test_large_strings_do_as_well_as_strings(tmp_path: Path) -> None:
+    table = make_table()
+    index = table.schema.get_field_index("building_id")
+    table = table.set_column(index, "building_id", table["building_id"].cast(pa.large_string()))
+    found = load_features(write(tmp_path, table))
+    assert found.building_ids.type == pa.string()
+    assert found.building_codes.tolist() == [0, 0, 1, 2, 2, 1]
+
+
+def test_a_file_without_provenance_is_taken_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "spatial_building_embeddings"):
+        load_features(write(tmp_path, make_table()))
+    assert "carries no provenance" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_a_bad_embedding_is_refused_naming_the_image(tmp_path: Path, bad: float) -> None:
+    values = np.ones((6, 4), np.float32)
+    values[3, :] = bad if bad == 0 else [1, bad, 1, 1]
+    table = make_table().drop_columns(["embedding"])
+    table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 4))
+    with pytest.raises(InputError, match=r"train.parquet: the embedding of image 0001_3 is not finite or all zero"):
+        load_features(write(tmp_path, table))
+
+
+def test_an_empty_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no rows: run stage 3 on more images, or change \[data\]"):
+        load_features(write(tmp_path, make_table().slice(0, 0)))
+
+
+@pytest.mark.parametrize("column", ["building_id", "street_view_id", "embedding"])
+def test_a_null_is_refused_naming_the_column(tmp_path: Path, column: str) -> None:
+    table = make_table()
+    mask = pa.array([False, True, False, False, False, False])
+    values = pa.array([None if hide else value for value, hide in zip(table[column].to_pylist(), mask.to_pylist(),
+                                                                      strict=True)], table[column].type)  # fmt: skip
+    table = table.set_column(table.schema.get_field_index(column), column, values)
+    with pytest.raises(InputError, match=f"column {column} has nulls"):
+        load_features(write(tmp_path, table))
+
+
+def test_a_missing_column_and_a_wrong_type_are_named_together(tmp_path: Path) -> None:
+    table = make_table().drop_columns(["target_lat"])
+    index = table.schema.get_field_index("street_view_id")
+    table = table.set_column(index, "street_view_id", table["street_view_id"].cast(pa.string()))
+    with pytest.raises(InputError, match="street_view_id is string, expected int64, column target_lat is missing"):
+        load_features(write(tmp_path, table))
+
+
+def test_an_embedding_of_varying_length_is_refused(tmp_path: Path) -> None:
+    table = make_table()
+    varying = pa.array(table["embedding"].to_pylist(), pa.list_(pa.float32()))
+    table = table.set_column(table.schema.get_field_index("embedding"), "embedding", varying)
+    with pytest.raises(InputError, match="expected fixed_size_list"):
+        load_features(write(tmp_path, table))
+
+
+def test_a_missing_file_and_one_damaged_behind_its_footer_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="train.parquet: no such file"):
+        load_features(tmp_path / "train.parquet")
+    path = write(tmp_path, make_table(), compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[4:200] = bytes(196)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="train.parquet: damaged"):
+        load_features(path)

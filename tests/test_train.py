@@ -1,0 +1,294 @@
+"""Stage 6: what it leaves, that it never ends below its start, and what it refuses."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from training_data import (
+    OUTPUTS,
+    SETTINGS,
+    WIDTH,
+    fill_workspace,
+    make_difficulty,
+    make_split,
+    read_checkpoints,
+    read_metrics,
+    run,
+)
+
+from pipeline import tables
+from pipeline.checkpoint import build_projector, load_checkpoint
+from pipeline.config import TrainingSection, load_config
+from pipeline.errors import InputError, PipelineError
+from pipeline.projector import Projector
+from pipeline.retrieval import SCORE_KEYS, score_queries, summarize_scores
+from pipeline.whitening import fit_pca_whitening, fit_within_class_whitening
+from train_specialized_embeddings import starts
+from train_specialized_embeddings.starts import Baselines, make_projector
+from train_specialized_embeddings.trainer import rate_factor
+from train_specialized_embeddings.validation import choose_validation_set, format_table, log_verdict, warn_of_collapse
+
+BASELINES = ("raw", "pca_whitened", "whitening")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """A folder with splits, a difficulty table and a configuration."""
+    fill_workspace(tmp_path)
+    write_config(tmp_path, **SETTINGS)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------ what it leaves
+
+
+def test_a_run_leaves_checkpoints_metrics_and_its_provenance(workspace: Path) -> None:
+    result = run(workspace)
+    rows = make_split(30, 1).num_rows + make_split(12, 2).num_rows
+    assert (result.rows_in, result.rows_out, result.rejected, result.dropped) == (rows, rows, 0, 0)
+    assert sorted(path.name for path in result.written) == OUTPUTS
+    history = read_metrics(workspace)
+    assert [record["epoch"] for record in history] == [0, 1, 2, 3, 4, 5]
+    assert (history[0]["train_loss"], history[0]["num_triplets"]) == (None, 0)
+    assert set(history[0]["val"]) == set(SCORE_KEYS)
+    for record in history[1:]:
+        assert record["train_loss"] > 0
+        assert 0 < record["active_triplet_share"] <= 1
+        assert sum(record["band_shares"]) == pytest.approx(1)
+        assert record["num_triplets"] == make_split(30, 1).num_rows
+        assert 0 < record["embedding_spread"] <= 1
+        assert set(record["learning_rates"]) == {"shortcut", "hidden.0", "output"}
+    mark = json.loads((workspace / "checkpoint/provenance.json").read_text())
+    assert mark["counts"] == {"in": rows, "out": rows}
+    assert [item["name"] for item in mark["inputs"]] == ["train.parquet", "val.parquet", "difficulty.parquet"]
+    assert mark["settings"]["training.num_epochs"] == 5
+    assert "training_model.input_dim" not in mark["settings"]
+
+
+def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> None:
+    run(workspace)
+    found = read_checkpoints(workspace)
+    assert [content["epoch"] for name, content in found.items() if "best" not in name] == [2, 4, 5]
+    for name, content in found.items():
+        assert set(content) == {
+            "architecture", "projector", "start_weight", "optimizer", "step", "sampler", "random", "epoch", "start",
+            "metrics", "settings", "provenance",
+        }  # fmt: skip
+        assert content["architecture"]["input_dim"] == WIDTH
+        assert content["provenance"]["split_hash"] == "abc"
+        assert list(content["metrics"]["val"]) == [*BASELINES, "projector"]
+        assert content["metrics"]["epoch"] == content["epoch"]
+        assert len(content["metrics"]["history"]) == content["epoch"] + 1
+        assert content["settings"]["training"]["num_epochs"] == 5
+        loaded = load_checkpoint(workspace / "checkpoint" / name, input_dim=WIDTH)
+        assert build_projector(loaded)(torch.ones(2, WIDTH)).shape == (2, 8)
+
+
+def test_the_best_checkpoint_is_the_best_epoch_by_validation_and_never_below_the_start(workspace: Path) -> None:
+    # A rate that spoils the projector at once: the start must win.
+    run(workspace, "training.learning_rate=1.0", "training.shortcut_learning_rate=1.0")
+    history = read_metrics(workspace)
+    best = read_checkpoints(workspace)["checkpoint_best.pt"]
+    maps = [record["val"]["map"] for record in history]
+    assert best["epoch"] == maps.index(max(maps))
+    assert best["metrics"]["val"]["projector"]["map"] == max(maps) >= maps[0]
+    assert maps[0] == pytest.approx(best["metrics"]["val"]["whitening"]["map"], abs=1e-6)
+
+
+def test_validation_scores_equal_those_computed_by_hand(workspace: Path) -> None:
+    run(workspace, "training.whitening_shrinkage=0.3", "training.num_epochs=0")
+    training, val = make_split(30, 1), make_split(12, 2)
+    rows = [np.stack(split["embedding"].to_numpy()).astype(np.float32) for split in (training, val)]
+    codes = [np.unique(split["building_id"].to_pylist(), return_inverse=True)[1] for split in (training, val)]
+    expected = {
+        "raw": rows[1] / np.linalg.norm(rows[1], axis=1, keepdims=True),
+        "pca_whitened": fit_pca_whitening(rows[0], 8).apply(rows[1]),
+        "whitening": fit_within_class_whitening(rows[0], codes[0].astype(np.int32), 8, 0.3).apply(rows[1]),
+    }
+    expected["projector"] = expected["whitening"]
+    best = read_checkpoints(workspace)["checkpoint_best.pt"]
+    for name, embeddings in expected.items():
+        assert best["metrics"]["val"][name] == pytest.approx(summarize_scores(score_queries(embeddings, codes[1])))
+    assert best["start"] == {"init": "whitening", "shrinkage": 0.3}
+
+
+@pytest.mark.parametrize("init", ["pca", "random"])
+def test_other_starts_are_trained_too(workspace: Path, init: str) -> None:
+    run(workspace, f"training.init={init}")
+    val = read_checkpoints(workspace)["checkpoint_best.pt"]["metrics"]["val"]
+    start = read_metrics(workspace)[0]["val"]["map"]
+    if init == "pca":
+        assert start == pytest.approx(val["pca_whitened"]["map"], abs=1e-6)
+    else:
+        assert start != val["whitening"]["map"]
+
+
+def test_early_stopping_ends_the_run_after_patience_epochs_without_a_gain(workspace: Path) -> None:
+    run(workspace, "training.learning_rate=1.0", "training.shortcut_learning_rate=1.0", "training.patience=2",
+        "training.num_epochs=50")  # fmt: skip
+    found = read_checkpoints(workspace)
+    assert found["checkpoint_final.pt"]["epoch"] == found["checkpoint_best.pt"]["epoch"] + 2 < 50
+
+
+def test_no_hidden_layer_and_a_penalty_and_a_distance_and_few_triplets_work(workspace: Path) -> None:
+    run(workspace, "training_model.num_hidden_layers=0", "training.anchor_penalty=0.5",
+        "training.min_negative_distance_m=2000", "training.triplets_per_epoch=7")  # fmt: skip
+    history = read_metrics(workspace)
+    assert [record["num_triplets"] for record in history] == [0, 7, 7, 7, 7, 7]
+    assert set(history[1]["learning_rates"]) == {"shortcut"}
+
+
+def test_the_log_shows_the_table_and_warns_of_a_projector_that_is_not_worth_publishing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scores = {name: dict.fromkeys(SCORE_KEYS, value) for name, value in
+              {"raw": 0.5, "pca_whitened": 0.4, "whitening": 0.6, "projector": 0.45}.items()}  # fmt: skip
+    assert format_table(scores)[1].split() == ["raw", *["0.5000"] * 5]
+    with caplog.at_level("INFO", "spatial_building_embeddings"):
+        log_verdict(scores, 3)
+    assert "the projector of epoch 3 does NOT beat raw by validation mAP: do not publish it" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", "spatial_building_embeddings"):
+        log_verdict(scores | {"projector": dict.fromkeys(SCORE_KEYS, 0.62)}, 3)
+    assert "raw +0.1200, pca_whitened +0.2200, whitening +0.0200" in caplog.text
+    assert "NOT" not in caplog.text
+
+
+def test_collapse_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "spatial_building_embeddings"):
+        start = {"epoch": 0, "embedding_spread": 0.9, "active_triplet_share": None}
+        warn_of_collapse(start | {"epoch": 1}, start)
+        assert not caplog.text
+        warn_of_collapse({"epoch": 2, "embedding_spread": 0.1, "active_triplet_share": 0.0}, start)
+    assert "epoch 2: the embeddings are collapsing (spread 0.100, at the start 0.900)" in caplog.text
+    assert "epoch 2: no triplet was active" in caplog.text
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_half_cosine() -> None:
+    factors = [rate_factor(step, 12, 4) for step in range(13)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:] == pytest.approx([0.5 * (1 + np.cos(np.pi * step / 8)) for step in range(9)])
+    assert rate_factor(0, 5, 0) == 1.0
+
+
+def test_the_scale_of_the_features_changes_nothing_but_rounding(
+    workspace: Path, write_config: Callable[..., Path]
+) -> None:
+    run(workspace)
+    scaled = workspace / "scaled"
+    for name in ("train", "val"):
+        split = tables.open_parquet(workspace / f"merged/{name}.parquet").read()
+        values = split["embedding"].combine_chunks().flatten().to_numpy() * np.float32(64)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values), WIDTH)
+        split = split.set_column(split.schema.get_field_index("embedding"), "embedding", column)
+        tables.write_parquet(scaled / f"merged/{name}.parquet", split, {})
+    shutil.copy(workspace / "difficulty.parquet", scaled / "difficulty.parquet")
+    write_config(scaled, **SETTINGS)
+    run(scaled)
+    losses = [[record["train_loss"] for record in read_metrics(folder)[1:]] for folder in (workspace, scaled)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_large_validation_split_is_cut_to_whole_buildings(workspace: Path) -> None:
+    from pipeline.features import load_features
+
+    val = load_features(workspace / "merged/val.parquet")
+    chosen = choose_validation_set(val, 12, seed=1)
+    assert 4 <= len(chosen.building_codes) <= 12
+    sizes = np.bincount(val.building_codes)
+    for code in np.unique(chosen.building_codes):
+        assert (chosen.building_codes == code).sum() == sizes[code]
+    assert len(choose_validation_set(val, 1000, seed=1).building_codes) == len(val)
+    assert len(np.unique(choose_validation_set(val, 2, seed=1).building_codes)) == 2
+
+
+def test_the_start_equals_the_whitening_and_its_branch_reads_inputs_of_variance_one(workspace: Path) -> None:
+    from pipeline.features import load_features
+
+    data = load_features(workspace / "merged/train.parquet")
+    whitening = fit_within_class_whitening(data.embeddings * 50, data.building_codes, 8)
+    section = load_config(workspace / "config.toml").training_model.model_copy(update={"hidden_dim": 400})
+    projector = make_projector(WIDTH, Baselines(whitening, whitening, 0.5, {}), section, TrainingSection()).eval()
+    rows = torch.from_numpy(data.embeddings * 50)
+    np.testing.assert_allclose(projector(rows).detach().numpy(), whitening.apply(data.embeddings * 50), atol=1e-5)
+    assert float(projector.hidden[0](rows).var().detach()) == pytest.approx(1.0, rel=0.25)
+    assert starts.relative_scale(Projector(300, 200).shortcut) == pytest.approx(1.0, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_splits_that_cannot_be_trained_on_are_refused_with_a_remedy(workspace: Path) -> None:
+    single = make_split(1, 1)
+    tables.write_parquet(workspace / "merged/train.parquet", single, {})
+    with pytest.raises(InputError, match="train.parquet: holds one building, training needs two"):
+        run(workspace)
+    split = make_split(30, 1)
+    first_images = np.unique(split["building_id"].to_pylist(), return_index=True)[1]
+    tables.write_parquet(workspace / "merged/train.parquet", split.take(pa.array(first_images)), {})
+    with pytest.raises(InputError, match="train.parquet: no building has two images"):
+        run(workspace)
+    tables.write_parquet(workspace / "merged/train.parquet", make_split(30, 1), {})
+    tables.write_parquet(workspace / "merged/val.parquet", make_split(12, 2).slice(0, 0), {})
+    with pytest.raises(InputError, match="val.parquet: holds no rows"):
+        run(workspace)
+    tables.write_parquet(workspace / "merged/val.parquet", make_split(12, 2, width=13), {})
+    with pytest.raises(PipelineError, match="val.parquet: its embeddings have 13 numbers, those of train.parquet 12"):
+        run(workspace)
+
+
+def test_another_input_width_is_refused_naming_both(workspace: Path) -> None:
+    with pytest.raises(PipelineError, match=r"embeddings have 12 numbers, \[training_model\].input_dim asks for 4096"):
+        run(workspace, "training_model.input_dim=4096")
+
+
+def test_a_run_without_any_triplet_says_what_to_lower(workspace: Path) -> None:
+    with pytest.raises(PipelineError, match="no triplet can be drawn.*min_negative_distance_m = 9e"):
+        run(workspace, "training.min_negative_distance_m=9e9")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(workspace: Path) -> None:
+    with pytest.raises(PipelineError, match=r"training diverged .*: lower \[training\].learning_rate"):
+        run(workspace, "training.learning_rate=1e30", "training.shortcut_learning_rate=1e30")
+
+
+def test_two_training_images_of_two_buildings_are_enough(workspace: Path) -> None:
+    tiny = make_split(2, 1)
+    tables.write_parquet(workspace / "merged/train.parquet", tiny, {})
+    tables.write_parquet(workspace / "difficulty.parquet", make_difficulty(tiny), {})
+    assert run(workspace).written
+
+
+def test_the_command_line_ends_with_the_contracts_codes_and_one_line(
+    workspace: Path, run_script: Callable[..., Any], tmp_path: Path
+) -> None:
+    script = "train_specialized_embeddings/train.py"
+    config = ("--config", workspace / "config.toml")
+    done = run_script(script, *config, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert sorted(Path(line).name for line in done.stdout.splitlines()) == OUTPUTS
+    assert re.search(r"train: \d+ in = \d+ out \+ 0 rejected \+ 0 dropped", done.stderr.splitlines()[-1])
+    for number, text, arguments in (
+        (2, "[training].epochs: unknown key", ("--set", "training.epochs=3")),
+        (1, "no such file", ("--set", "paths.difficulty_metadata_path=gone.parquet")),
+        (1, "training.num_epochs was 5 and is now 6", ("--set", "training.num_epochs=6")),
+    ):
+        failed = run_script(script, *config, *arguments, cwd=tmp_path)
+        assert failed.code == number
+        assert text in failed.stderr.splitlines()[-1]
+        assert failed.stderr.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in failed.stderr
+    assert run_script(script, "--help").stdout.startswith("Stage 6: ")
+
+
+@pytest.mark.parametrize("text", ["training.triplets_per_epoch=0", "training.whitening_shrinkage=1.5"])
+def test_settings_out_of_range_are_refused(workspace: Path, text: str) -> None:
+    with pytest.raises(PipelineError, match=text.partition("=")[0].rpartition(".")[2]):
+        load_config(workspace / "config.toml", [text])

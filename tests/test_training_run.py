@@ -1,0 +1,210 @@
+"""Stage 6 killed at any moment, run again, or run with other settings."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_data import (
+    OUTPUTS,
+    SETTINGS,
+    WIDTH,
+    assert_same_run,
+    fill_workspace,
+    make_split,
+    read_checkpoints,
+    read_metrics,
+    run,
+    simplify,
+)
+
+from pipeline import tables
+from pipeline.errors import StaleOutputError
+from train_specialized_embeddings import train, training_run
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """A folder with splits, a difficulty table and a configuration."""
+    fill_workspace(tmp_path)
+    write_config(tmp_path, **SETTINGS)
+    return tmp_path
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def write_json_and_die(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    raise KilledError
+
+
+@pytest.mark.parametrize("point", ["latest", "metrics", "best", "epoch_2", "epoch_4", "final", "mark", "after"])
+def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
+    workspace: Path, tmp_path: Path, write_config: Callable[..., Path], point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_run, "SAVE_INTERVAL_SECONDS", -1.0)  # save after each epoch
+    undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
+    fill_workspace(undisturbed)
+    run(undisturbed)
+    name = {"mark": "provenance.json", "metrics": "metrics.jsonl", "latest": ".checkpoint_latest.pt"}.get(
+        point, f"checkpoint_{point}.pt"
+    )
+    real, times = tables.writing_to, 0
+
+    def writing_to(path: Path) -> Any:
+        nonlocal times
+        times += path.name == name
+        if path.name == name and (times == 3 or point in {"epoch_2", "epoch_4", "final", "mark"}):
+            raise KilledError
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        if point == "after":
+            patch.setattr(training_run.tables, "write_json", write_json_and_die)
+        else:
+            patch.setattr(tables, "writing_to", writing_to)
+        with pytest.raises(KilledError):
+            run(workspace)
+    if point == "after":
+        assert run(workspace).kept
+        (workspace / "checkpoint/.checkpoint_latest.pt").unlink()
+    else:
+        assert run(workspace).written
+    assert_same_run(workspace, undisturbed)
+
+
+def test_resuming_goes_on_and_does_not_begin_anew(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(training_run, "SAVE_INTERVAL_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "warn_of_collapse", lambda record, _: kill_at(record, 3))
+        with pytest.raises(KilledError):
+            run(workspace)
+    monkeypatch.setattr("train_specialized_embeddings.fitting.fit_baselines", None)  # would fail if called
+    with caplog.at_level("INFO", "spatial_building_embeddings"):
+        run(workspace)
+    assert "going on after epoch 2" in caplog.text
+    assert [int(epoch) for epoch in re.findall(r"epoch (\d): loss", caplog.text)] == [3, 4, 5]
+
+
+def kill_at(record: dict[str, Any], epoch: int) -> None:
+    if record["epoch"] == epoch:
+        raise KilledError
+
+
+def test_sigkill_of_the_script_and_a_rerun_equal_an_undisturbed_run(
+    workspace: Path, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
+    fill_workspace(undisturbed)
+    overrides = ["training.num_epochs=80", "training.save_every_n_epochs=20"]
+    arguments = [item for override in overrides for item in ("--set", override)]
+    script = Path(train.__file__)
+    process = subprocess.Popen(
+        [sys.executable, str(script), "--config", str(workspace / "config.toml"), *arguments],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    latest = workspace / "checkpoint/.checkpoint_latest.pt"
+    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert latest.exists()
+    run(undisturbed, *overrides)
+    assert run(workspace, *overrides).written
+    assert simplify(read_checkpoints(workspace)) == simplify(read_checkpoints(undisturbed))
+    assert simplify(read_metrics(workspace)) == simplify(read_metrics(undisturbed))
+
+
+def test_a_complete_run_is_kept_without_importing_torch(workspace: Path) -> None:
+    first = run(workspace)
+    before = {path.name: path.stat().st_mtime_ns for path in (workspace / "checkpoint").iterdir()}
+    again = run(workspace)
+    assert (again.rows_in, again.rows_out, again.written) == (first.rows_in, first.rows_out, [])
+    assert [path.name for path in again.kept] == OUTPUTS[:-1]
+    assert {path.name: path.stat().st_mtime_ns for path in (workspace / "checkpoint").iterdir()} == before
+    code = (
+        "import sys; from train_specialized_embeddings import train\n"
+        f"train.main(['--config', {str(workspace / 'config.toml')!r}])\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(train.__file__).parents[1], check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "nothing redone" in done.stderr
+
+
+def test_a_moved_folder_another_device_and_a_named_width_change_nothing(workspace: Path, tmp_path: Path) -> None:
+    run(workspace)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("merged", "checkpoint", "difficulty.parquet", "config.toml"):
+        shutil.move(workspace / name, moved / name)
+    assert run(moved, "infrastructure.device=cpu", f"training_model.input_dim={WIDTH}").kept
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("training.num_epochs=6", "training.num_epochs was 5 and is now 6"),
+        ("training_model.hidden_dim=7", "training_model.hidden_dim was 6 and is now 7"),
+        ("global.seed=7", "seed was 42 and is now 7"),
+    ],
+)
+def test_changed_settings_are_refused_by_name_until_overwrite(workspace: Path, override: str, difference: str) -> None:
+    run(workspace)
+    with pytest.raises(StaleOutputError, match=f"{difference}.*--overwrite"):
+        run(workspace, override)
+    assert run(workspace, override, overwrite=True).written
+
+
+def test_changed_inputs_are_refused_by_name(workspace: Path) -> None:
+    run(workspace)
+    tables.write_parquet(workspace / "merged/val.parquet", make_split(13, 2), {})
+    with pytest.raises(StaleOutputError, match="input val.parquet has changed"):
+        run(workspace)
+
+
+def test_a_killed_run_with_other_settings_is_refused_by_name(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "warn_of_collapse", lambda record, _: kill_at(record, 3))
+        with pytest.raises(KilledError):
+            run(workspace)
+    with pytest.raises(StaleOutputError, match="margin was .* and is now 0.7"):
+        run(workspace, "training.margin=0.7")
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(workspace: Path) -> None:
+    run(workspace)
+    run(workspace, "training.save_every_n_epochs=5", overwrite=True)
+    names = sorted(path.name for path in (workspace / "checkpoint").iterdir())
+    assert names == ["checkpoint_best.pt", "checkpoint_epoch_5.pt", "checkpoint_final.pt", *OUTPUTS[-2:]]
+
+
+def test_a_checkpoint_of_unknown_origin_is_not_trained_over(workspace: Path) -> None:
+    (workspace / "checkpoint").mkdir()
+    (workspace / "checkpoint/checkpoint_best.pt").write_bytes(b"somebody's")
+    with pytest.raises(StaleOutputError, match=r"checkpoint_best.pt: nothing beside it says what it was made from"):
+        run(workspace)
+    assert (workspace / "checkpoint/checkpoint_best.pt").read_bytes() == b"somebody's"
+
+
+def test_a_complete_run_that_lost_a_file_is_trained_again(workspace: Path) -> None:
+    run(workspace)
+    before = simplify(read_checkpoints(workspace))
+    (workspace / "checkpoint/checkpoint_best.pt").unlink()
+    assert run(workspace).written
+    assert simplify(read_checkpoints(workspace)) == before

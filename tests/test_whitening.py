@@ -1,0 +1,180 @@
+"""Whitening against the dense textbook formulas, on few rows, many rows and degenerate ones."""
+
+import numpy as np
+import pytest
+
+from pipeline import whitening
+from pipeline.whitening import (
+    LinearMap,
+    collect_scatter,
+    fit_pca_whitening,
+    fit_within_class_whitening,
+    whiten_within_class,
+)
+
+
+def make_rows(num_buildings: int, width: int, seed: int = 0, mean: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows (N, D) of buildings of 2-5 images, with correlated spread within and between them."""
+    generator = np.random.default_rng(seed)
+    codes = np.repeat(np.arange(num_buildings), generator.integers(2, 6, num_buildings)).astype(np.int32)
+    mixing = generator.standard_normal((width, width)) / np.sqrt(width)
+    centres = generator.standard_normal((num_buildings, width)) * np.linspace(2, 0.2, width)
+    rows = centres[codes] + generator.standard_normal((len(codes), width)) @ mixing + mean
+    return rows.astype(np.float32), codes
+
+
+def covariances_by_loop(rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Add up the covariance within and between buildings row by row."""
+    width = rows.shape[1]
+    within, between, mean = np.zeros((width, width)), np.zeros((width, width)), rows.astype(float).mean(axis=0)
+    for code in np.unique(codes):
+        own = rows[codes == code].astype(float)
+        for row in own:
+            within += np.outer(row - own.mean(axis=0), row - own.mean(axis=0)) / len(rows)
+            between += np.outer(own.mean(axis=0) - mean, own.mean(axis=0) - mean) / len(rows)
+    return within, between
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("block_numbers", [1, 50, 2**24])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_scatter_equals_a_loop_over_rows_whatever_the_blocks_and_the_order(
+    block_numbers: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whitening, "_BLOCK_NUMBERS", block_numbers)
+    rows, codes = make_rows(12, 5)
+    if not grouped:
+        order = np.random.default_rng(1).permutation(len(rows))
+        rows, codes = rows[order], codes[order]
+    scatter = collect_scatter(rows, codes)
+    within, between = covariances_by_loop(rows, codes)
+    np.testing.assert_allclose(scatter.within, within, atol=1e-10)
+    np.testing.assert_allclose(scatter.between, between, atol=1e-10)
+    np.testing.assert_allclose(scatter.mean, rows.astype(float).mean(axis=0), atol=1e-10)
+    np.testing.assert_allclose(scatter.within + scatter.between, np.cov(rows.T, bias=True), atol=1e-6)
+    assert (scatter.num_rows, scatter.num_buildings) == (len(rows), 12)
+
+
+def test_scatter_keeps_its_digits_where_the_mean_dwarfs_the_spread() -> None:
+    rows, codes = make_rows(20, 4, mean=0.0)
+    rows = np.round(rows * 64) / 64  # exact in float32 beside 4096
+    near, far = collect_scatter(rows, codes), collect_scatter(rows + np.float32(4096), codes)
+    np.testing.assert_allclose(far.within, near.within, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(far.between, near.between, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0])
+def test_within_class_whitening_solves_the_generalised_eigenproblem(shrinkage: float) -> None:
+    rows, codes = make_rows(60, 8)
+    fitted = fit_within_class_whitening(rows, codes, output_dim=5, shrinkage=shrinkage)
+    within, between = covariances_by_loop(rows, codes)
+    shrunk = (1 - shrinkage) * within + shrinkage * np.trace(within) / 8 * np.eye(8)
+    weight = fitted.weight.astype(float)
+    # Its rows are orthogonal under the whitened covariance, all of one length, and diagonalise what is between.
+    gram = weight @ shrunk @ weight.T
+    np.testing.assert_allclose(gram, np.eye(5) * gram[0, 0], atol=1e-5 * gram[0, 0])
+    values = np.sort(np.linalg.eigvals(np.linalg.solve(shrunk, between)).real)[::-1]
+    np.testing.assert_allclose(
+        weight @ between @ weight.T, np.diag(values[:5]) * gram[0, 0], atol=1e-4 * values[0] * gram[0, 0]
+    )
+    np.testing.assert_allclose(fitted.bias, -weight @ rows.mean(axis=0), atol=1e-4)
+
+
+def test_mapped_training_rows_have_mean_square_norm_one() -> None:
+    rows, codes = make_rows(40, 8)
+    fitted = fit_within_class_whitening(rows, codes, output_dim=6)
+    mapped = rows @ fitted.weight.T + fitted.bias
+    assert np.square(mapped).sum(axis=1).mean() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_pca_whitening_equals_the_eigenvectors_of_the_covariance() -> None:
+    rows, _ = make_rows(60, 6)
+    fitted = fit_pca_whitening(rows, output_dim=4)
+    centred = rows.astype(float) - rows.mean(axis=0)
+    mapped = centred @ fitted.weight.T.astype(float)
+    np.testing.assert_allclose(np.cov(mapped.T, bias=True), np.eye(4), atol=1e-4)
+    values = np.linalg.eigvalsh(np.cov(rows.T, bias=True))[::-1]
+    np.testing.assert_allclose(np.square(fitted.weight).sum(axis=1), 1 / values[:4], rtol=1e-3)
+    np.testing.assert_allclose(fitted.apply(rows), unit(mapped), atol=1e-4)
+
+
+def test_fewer_rows_than_dimensions_give_a_full_width_map_with_zero_rows_at_the_end() -> None:
+    rows, codes = make_rows(10, 64)
+    fitted = fit_within_class_whitening(rows, codes, output_dim=32)
+    used = np.abs(fitted.weight).sum(axis=1) > 0
+    assert fitted.weight.shape == (32, 64)
+    assert used.tolist() == [True] * 9 + [False] * 23
+    assert np.isfinite(fitted.weight).all()
+    np.testing.assert_allclose(np.linalg.norm(fitted.apply(rows), axis=1), 1.0, atol=1e-5)
+
+
+def test_pca_has_no_more_components_than_the_rows_have_rank() -> None:
+    rows, _ = make_rows(5, 64)
+    assert fit_pca_whitening(rows, 256).weight.shape == (len(rows) - 1, 64)
+    doubled = np.concatenate([rows, rows])
+    assert fit_pca_whitening(doubled, 256).weight.shape == (len(rows) - 1, 64)
+
+
+def test_an_output_wider_than_the_input_is_filled_with_zeros() -> None:
+    rows, codes = make_rows(40, 6)
+    fitted = fit_within_class_whitening(rows, codes, output_dim=16)
+    assert fitted.weight.shape == (16, 6)
+    assert (fitted.weight[6:] == 0).all()
+    assert (fitted.bias[6:] == 0).all()
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.5])
+def test_images_that_coincide_within_every_building_still_give_a_finite_map(shrinkage: float) -> None:
+    rows, codes = make_rows(6, 4)
+    centres = rows[np.unique(codes, return_index=True)[1]][codes]
+    fitted = fit_within_class_whitening(centres, codes, output_dim=4, shrinkage=shrinkage)
+    assert np.isfinite(fitted.weight).all()
+    assert np.isfinite(fitted.apply(centres)).all()
+
+
+def test_rows_that_are_all_equal_map_to_zero_and_not_to_nan() -> None:
+    rows, codes = np.ones((6, 4), np.float32), np.repeat(np.arange(3), 2).astype(np.int32)
+    assert (fit_within_class_whitening(rows, codes, 4).apply(rows) == 0).all()
+    assert (fit_pca_whitening(rows, 4).apply(rows) == 0).all()
+
+
+def test_the_sign_of_every_row_is_fixed_by_its_largest_entry() -> None:
+    rows, codes = make_rows(40, 8)
+    for fitted in (fit_within_class_whitening(rows, codes, 6), fit_pca_whitening(rows, 6)):
+        largest = fitted.weight[np.arange(6), np.abs(fitted.weight).argmax(axis=1)]
+        assert (largest > 0).all()
+        mirrored = fit_within_class_whitening(rows[::-1].copy(), codes[::-1].copy(), 6)
+        assert mirrored.weight.shape == (6, 8)
+
+
+def test_the_order_of_the_rows_does_not_change_the_map() -> None:
+    rows, codes = make_rows(40, 8)
+    order = np.random.default_rng(3).permutation(len(rows))
+    once = fit_within_class_whitening(rows, codes, 6)
+    again = fit_within_class_whitening(rows[order], codes[order], 6)
+    np.testing.assert_allclose(again.weight, once.weight, atol=1e-5)
+
+
+def test_applying_in_blocks_equals_applying_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, codes = make_rows(30, 8)
+    fitted = fit_within_class_whitening(rows, codes, 6)
+    at_once = fitted.apply(rows)
+    monkeypatch.setattr(whitening, "_BLOCK_NUMBERS", 3 * 8)
+    np.testing.assert_allclose(fitted.apply(rows), at_once, atol=1e-6)
+    np.testing.assert_allclose(at_once, unit(rows @ fitted.weight.T + fitted.bias), atol=1e-6)
+
+
+def test_a_row_that_maps_to_zero_stays_zero() -> None:
+    nothing = LinearMap(np.zeros((2, 3), np.float32), np.zeros(2, np.float32))
+    assert (nothing.apply(np.ones((4, 3), np.float32)) == 0).all()
+
+
+def test_a_shrinkage_grid_reuses_the_scatter_and_equals_fitting_anew() -> None:
+    rows, codes = make_rows(30, 8)
+    scatter = collect_scatter(rows, codes)
+    for shrinkage in (0.2, 0.7):
+        fresh = fit_within_class_whitening(rows, codes, 6, shrinkage)
+        np.testing.assert_array_equal(whiten_within_class(scatter, 6, shrinkage).weight, fresh.weight)

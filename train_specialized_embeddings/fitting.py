@@ -1,0 +1,99 @@
+"""Fit a projector to a training split: check the data, start from a closed form or a killed run, and train."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import tables
+from pipeline.checkpoint import Checkpoint, build_projector, load_checkpoint
+from pipeline.config import Config
+from pipeline.devices import choose_device, describe_device
+from pipeline.errors import InputError, PipelineError
+from pipeline.features import Features, load_features
+from pipeline.log import Stopwatch, logger
+from pipeline.projector import Projector
+from train_specialized_embeddings.band_sampler import BandSampler
+from train_specialized_embeddings.run_files import RunFiles
+from train_specialized_embeddings.starts import fit_baselines, make_projector
+from train_specialized_embeddings.trainer import FeatureStore, Trainer
+from train_specialized_embeddings.training_run import TrainingRun
+from train_specialized_embeddings.triplets import load_neighbors
+from train_specialized_embeddings.validation import Scores, ValidationSet, choose_validation_set
+
+
+def fit(
+    config: Config, inputs: dict[str, Path], provenance: dict[str, Any], files: RunFiles, watch: Stopwatch
+) -> dict[str, int]:
+    """Train, or go on with a killed run, until the run is complete; return the counts of rows.
+
+    Raises InputError where an input cannot be trained on, StaleOutputError where the killed run had other inputs or
+    settings, PipelineError where training diverges.
+    """
+    saved = load_latest(files, provenance)
+    with watch.measure("read"):
+        train, val = load_features(inputs["train"]), load_features(inputs["val"])
+        check_splits(config, inputs, train, val)
+        neighbors = load_neighbors(inputs["difficulty"], train)
+    device = choose_device(config.infrastructure.device)
+    logger.info(
+        "training on %d images of %d buildings, %d numbers each, on %s",
+        len(train), len(train.building_ids), train.width, describe_device(device),
+    )  # fmt: skip
+    section, seed = config.training, config.global_.seed
+    sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m)
+    validation = choose_validation_set(val, section.validation_images, seed)
+    torch.manual_seed(seed)
+    with watch.measure("start"):
+        projector, scores, start = begin(config, train, validation, saved)
+    trainer = Trainer(projector.to(device), FeatureStore(train.embeddings, device), sampler, section)
+    counts = {"in": len(train) + len(val), "out": len(train) + len(val)}
+    run = TrainingRun(config, files, trainer, validation, provenance | {"counts": counts}, scores, start, watch)
+    if saved is not None:
+        run.resume(saved)
+    run.complete()
+    return counts
+
+
+def begin(
+    config: Config, train: Features, validation: ValidationSet, saved: Checkpoint | None
+) -> tuple[Projector, dict[str, Scores], dict[str, Any]]:
+    """Return a projector, the baselines' validation scores and a note of the start: anew, or a killed run's."""
+    if saved is not None:
+        scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
+        return build_projector(saved), scores, saved.rest["start"]
+    model, section = config.training_model, config.training
+    baselines = fit_baselines(train, validation, model.output_dim, section)
+    projector = make_projector(train.width, baselines, model, section)
+    return projector, baselines.scores, {"init": section.init, "shrinkage": baselines.shrinkage}
+
+
+def load_latest(files: RunFiles, provenance: dict[str, Any]) -> Checkpoint | None:
+    """Return the state of a killed run of this very provenance, None where there is none.
+
+    Raises StaleOutputError where it had other inputs or settings, InputError where it is damaged.
+    """
+    if not files.latest.exists():
+        return None
+    saved = load_checkpoint(files.latest)
+    tables.matches(files.latest, saved.provenance or None, provenance)
+    return saved
+
+
+def check_splits(config: Config, inputs: dict[str, Path], train: Features, val: Features) -> None:
+    """Raise InputError where there is nothing to tell apart, PipelineError where the widths do not agree."""
+    if len(train.building_ids) < 2:
+        raise InputError(f"{inputs['train']}: holds one building, training needs two: give more tars to the split")
+    if len(train) == len(train.building_ids):
+        raise InputError(f"{inputs['train']}: no building has two images, so there is no positive: run stage 3 again")
+    wanted = config.training_model.input_dim
+    if wanted not in ("auto", train.width):
+        raise PipelineError(
+            f"{inputs['train']}: its embeddings have {train.width} numbers, [training_model].input_dim asks for "
+            f'{wanted}: set input_dim to "auto", or use that backbone'
+        )
+    if val.width != train.width:
+        raise PipelineError(
+            f"{inputs['val']}: its embeddings have {val.width} numbers, those of {inputs['train'].name} "
+            f"{train.width}: run stage 3 again"
+        )

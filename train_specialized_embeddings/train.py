@@ -1,0 +1,84 @@
+"""Stage 6: train the projector from backbone embeddings to building embeddings, by triplets with banded negatives.
+
+    python train_specialized_embeddings/train.py --config config.toml
+
+Reads merged_dir/train.parquet and val.parquet and difficulty_metadata_path. Writes to checkpoint_dir
+checkpoint_best.pt (by validation mAP, the start included), checkpoint_final.pt, checkpoint_epoch_N.pt, metrics.jsonl
+and provenance.json. A rerun keeps a complete run, and takes up a killed one where it was: the weights are the same.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+from pipeline import cli, tables
+from pipeline.config import Config
+from pipeline.log import logger
+from train_specialized_embeddings.run_files import RunFiles
+
+STAGE = "train"
+
+
+def list_inputs(config: Config) -> dict[str, Path]:
+    """Return the files that the stage reads.
+
+    Raises ConfigError where a path is not set.
+    """
+    config.require_paths("merged_dir", "difficulty_metadata_path", "checkpoint_dir")
+    merged_dir = config.path("merged_dir")
+    return {
+        "train": merged_dir / "train.parquet",
+        "val": merged_dir / "val.parquet",
+        "difficulty": config.path("difficulty_metadata_path"),
+    }
+
+
+def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
+    """Return the provenance of the run: its inputs, and every setting that shapes the weights.
+
+    input_dim is none of them: it can only be the width of the data. Raises InputError if an input is missing.
+    """
+    settings: dict[str, Any] = {"seed": config.global_.seed}
+    for name, section in (("training", config.training), ("training_model", config.training_model)):
+        settings |= {f"{name}.{key}": value for key, value in section.model_dump(exclude={"input_dim"}).items()}
+    provenance = tables.make_provenance(STAGE, map(tables.identify, inputs.values()), settings)
+    provenance["split_hash"] = (tables.read_provenance(inputs["train"]) or {}).get("split_hash")
+    return provenance
+
+
+def run(config: Config, options: cli.Options) -> cli.StageResult:
+    """Train, go on, or keep what is there; the rows are the images of train and val.
+
+    Raises StaleOutputError where the folder holds a run from other inputs or settings, InputError where an input
+    cannot be trained on.
+    """
+    inputs = list_inputs(config)
+    provenance = describe_run(config, inputs)
+    files = RunFiles(config.path("checkpoint_dir"))
+    result = cli.StageResult(STAGE)
+    if options.overwrite:
+        files.remove()
+    elif files.is_complete(provenance):
+        found = files.read_provenance() or {}
+        logger.info("%s: kept %s, which is complete (best epoch %s)", STAGE, files.folder, found.get("best_epoch"))
+        result.add(found.get("counts", {}))
+        result.kept += files.list_outputs()
+        return result
+    from train_specialized_embeddings.fitting import fit  # torch, which a kept run does without
+
+    result.add(fit(config, inputs, provenance, files, result.watch))
+    result.written += [*files.list_outputs(), files.provenance]
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage from a command line."""
+    arguments = cli.make_parser(__doc__).parse_args(argv)
+    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)
