@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
-import numpy as np
 
 from evaluate_embeddings.ignore_pairs import read_ignore_pairs, resolve_pairs
 from evaluate_embeddings.metrics import (
@@ -45,8 +44,6 @@ STAGE = "evaluate"
 CHECKPOINT_NAME = "checkpoint_best.pt"
 # The contract's width of the whitened baseline, which is also the projector's usual one.
 PCA_DIM = 256
-# Rows in one pass through the projector: 8,192 of a 7B backbone are 128 MiB.
-PROJECTOR_ROWS = 8192
 
 
 def read_commit(root: Path = PROJECT_ROOT) -> str | None:
@@ -68,23 +65,6 @@ def hash_weights(weights: "StateDict") -> str:
         digest.update(f"{name}\0{values.shape}\0".encode())
         digest.update(values.tobytes())
     return digest.hexdigest()[:32]
-
-
-def project_rows(checkpoint: "Checkpoint", embeddings: Embeddings, device_name: str) -> Embeddings:
-    """Return the projector's embeddings, (N, output_dim), L2-normalised."""
-    import torch
-
-    from pipeline.checkpoint import build_projector
-    from pipeline.devices import choose_device
-
-    device = choose_device(device_name)
-    projector = build_projector(checkpoint).to(device)
-    with torch.inference_mode():
-        parts = [
-            projector(torch.from_numpy(embeddings[start : start + PROJECTOR_ROWS]).to(device)).cpu().numpy()
-            for start in range(0, len(embeddings), PROJECTOR_ROWS)
-        ]
-    return np.concatenate(parts)
 
 
 def load_split(merged_dir: Path) -> tuple[Features, Embeddings]:
@@ -110,13 +90,15 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
 
     Raises InputError if an input is missing, damaged, or does not fit the others.
     """
-    from pipeline.checkpoint import load_checkpoint
+    from pipeline.checkpoint import build_projector, load_checkpoint, project
+    from pipeline.devices import choose_device
 
     features, whitened = load_split(config.path("merged_dir"))
     checkpoint = load_checkpoint(
         config.path("checkpoint_dir") / CHECKPOINT_NAME, config.training_model, input_dim=features.width
     )
-    projected = project_rows(checkpoint, features.embeddings, config.infrastructure.device)
+    device = choose_device(config.infrastructure.device)
+    projected = project(build_projector(checkpoint).to(device), features.embeddings, device)
     embeddings = {"raw": normalise_rows(features.embeddings), "pca_whitened": whitened, "projector": projected}
     return features, embeddings, checkpoint
 

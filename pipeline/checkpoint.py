@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline import tables
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.projector import Projector
 
+# Rows in one forward pass: large enough for any chip, 64 MiB at 4,096 dimensions.
+BLOCK_ROWS = 4096
 # Under these keys older checkpoints keep the projector's weights; with these prefixes wrappers rename them.
 WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.", "model.", "projector.")
@@ -91,6 +95,19 @@ def build_projector(checkpoint: Checkpoint) -> Projector:
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"{checkpoint.path}: {name} holds numbers that are not finite: train again")
     return projector.eval()
+
+
+def project(projector: Projector, embeddings: NDArray[np.float32], device: torch.device) -> NDArray[np.float32]:
+    """Return the projector's output (N, output_dim) for backbone embeddings (N, D), in evaluation mode, in blocks."""
+    was_training = projector.training
+    projector.eval()
+    with torch.inference_mode():
+        blocks = [
+            projector(torch.from_numpy(np.ascontiguousarray(embeddings[start : start + BLOCK_ROWS])).to(device)).cpu()
+            for start in range(0, len(embeddings), BLOCK_ROWS)
+        ]
+    projector.train(was_training)
+    return torch.cat(blocks).numpy()
 
 
 def _load(path: Path) -> Any:

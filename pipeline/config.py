@@ -17,8 +17,6 @@ from pipeline.errors import ConfigError
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
 
-Fraction = Field(ge=0.0, le=1.0)
-
 
 def count_cores() -> int:
     """Return how many cores this process may use, which under SLURM or taskset is fewer than the machine has."""

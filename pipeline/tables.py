@@ -58,6 +58,9 @@ REJECT_SCHEMA = pa.schema([("member", pa.string()), ("reason", pa.string()), ("d
 # ------------------------------------------------------------------------------------------------ writing
 
 
+_cleared: set[Path] = set()
+
+
 def temporary_path(path: Path) -> Path:
     """Name the hidden file beside `path` that this process writes before the rename."""
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
@@ -65,11 +68,23 @@ def temporary_path(path: Path) -> Path:
 
 def remove_stale_temporaries(path: Path) -> None:
     """Remove what killed processes of this host left of earlier tries at `path`; other hosts' are not ours to judge."""
-    pattern = re.compile(re.escape(f".{path.name}.{_host()}-") + r"(\d+)\.tmp")
-    for candidate in path.parent.iterdir():
+    # A process that has our own number died before us: in a container every run may get the same one.
+    _remove_stale(path.parent, re.escape(path.name), own_is_stale=True)
+
+
+def _clear_once(folder: Path) -> None:
+    """Remove what killed processes left of any file of a folder; once a process, as a dataset has many files."""
+    if folder not in _cleared:
+        _remove_stale(folder, ".+", own_is_stale=False)  # another thread of ours may be writing there
+        _cleared.add(folder)
+
+
+def _remove_stale(folder: Path, name_pattern: str, *, own_is_stale: bool) -> None:
+    pattern = re.compile(rf"\.{name_pattern}\.{re.escape(_host())}-(\d+)\.tmp")
+    for candidate in folder.iterdir():
         match = pattern.fullmatch(candidate.name)
-        # A process that has our own number died before us: in a container every run may get the same one.
-        if match and (int(match.group(1)) == os.getpid() or not _is_running(int(match.group(1)))):
+        pid = int(match.group(1)) if match else None
+        if pid is not None and (own_is_stale if pid == os.getpid() else not _is_running(pid)):
             if candidate.is_dir():
                 shutil.rmtree(candidate, ignore_errors=True)
             else:
@@ -100,7 +115,7 @@ def writing_to(path: Path) -> Iterator[Path]:
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_temporaries(path)
+        _clear_once(path.parent)
         yield temporary
         sync_file(temporary)
         temporary.replace(path)

@@ -57,7 +57,7 @@ class Scatter:
     @cached_property
     def within_axes(self) -> tuple[Float64, Float64]:
         """The within-building variances, ascending (D,), and their axes as columns (D, D)."""
-        values, vectors = _eigh(self.within)
+        values, vectors = decompose(self.within)
         return np.maximum(values, 0.0), vectors
 
     @cached_property
@@ -121,7 +121,7 @@ def whiten_within_class(scatter: Scatter, output_dim: int = 256, shrinkage: floa
     shrunk = (1 - shrinkage) * variances + shrinkage * level
     # Without shrinkage fewer rows than dimensions leave directions without any spread, which nothing can whiten.
     root = np.where(shrunk > shrunk.max() * len(shrunk) * np.finfo(np.float64).eps, shrunk, np.inf) ** -0.5  # (D,)
-    spread, directions = _eigh(root[:, None] * scatter.between_on_axes * root)
+    spread, directions = decompose(root[:, None] * scatter.between_on_axes * root)
     rank = min(_count_positive(spread), scatter.num_buildings - 1, output_dim)
     kept = (directions[:, ::-1][:, :rank].T * root) @ axes.T  # (rank, D)
     return _finish(kept, scatter, output_dim)
@@ -140,7 +140,7 @@ def fit_within_class_whitening(
 def fit_pca_whitening(embeddings: Float32, output_dim: int = 256) -> LinearMap:
     """Fit PCA-whitening to rows (N, D): the leading min(output_dim, rank) components, each with variance 1."""
     scatter = collect_scatter(embeddings, np.zeros(len(embeddings), dtype=np.int32))
-    values, vectors = _eigh(scatter.within)
+    values, vectors = decompose(scatter.within)
     rank = min(_count_positive(values), len(embeddings) - 1, output_dim)
     if rank < 1:  # one row, or equal ones: any map will do, as long as it is one
         return LinearMap(np.zeros((1, len(values)), np.float32), np.zeros(1, np.float32))
@@ -148,8 +148,8 @@ def fit_pca_whitening(embeddings: Float32, output_dim: int = 256) -> LinearMap:
     return _as_map(kept, scatter.mean)
 
 
-def _eigh(symmetric: Float64) -> tuple[Float64, Float64]:
-    """Return eigenvalues, ascending, and eigenvectors as columns.
+def decompose(symmetric: Float64) -> tuple[Float64, Float64]:
+    """Return the eigenvalues (D,) of a symmetric matrix, ascending, and its eigenvectors as columns (D, D).
 
     By one thread: the result is then the same on any number of cores, and where other processes use the cores too,
     several threads that wait for one another were ten times as slow (1,280 dimensions: 4 s, by one thread 0.4 s).

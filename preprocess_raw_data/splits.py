@@ -1,6 +1,7 @@
 """Decide which split a building belongs to."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from numpy.typing import NDArray
 
 from pipeline.config import DataSection
 from pipeline.errors import InputError, one_line
+from pipeline.geography import EARTH_RADIUS_M
 
 SPLITS = ("train", "val", "test")
-# A degree of latitude on the sphere of 6,371,008.8 m mean radius (IUGG).
-METRES_PER_DEGREE = 111_195.0
+METRES_PER_DEGREE = math.radians(1) * EARTH_RADIUS_M  # of latitude
 
 
 def draw_unit(seed: int, unit: str) -> float:

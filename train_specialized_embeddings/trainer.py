@@ -139,7 +139,7 @@ class Trainer:
             drift = relative_drift(self.projector.shortcut.weight, self.start_weight)
             loss = loss + self.section.anchor_penalty * drift
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.section.grad_clip)
         factor = rate_factor(self.step, self.num_steps, self.num_warmup)
         for group in self.optimizer.param_groups:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import tables
-from pipeline.checkpoint import Checkpoint, save_checkpoint
+from pipeline.checkpoint import Checkpoint, project, save_checkpoint
 from pipeline.config import Config
 from pipeline.log import Progress, Stopwatch, logger
 from train_specialized_embeddings.run_files import RunFiles
@@ -13,7 +13,6 @@ from train_specialized_embeddings.trainer import EpochReport, Trainer
 from train_specialized_embeddings.validation import (
     Scores,
     ValidationSet,
-    embed,
     log_verdict,
     measure_spread,
     warn_of_collapse,
@@ -79,7 +78,7 @@ class TrainingRun:
     def resume(self, saved: Checkpoint) -> None:
         """Take up the state of a killed run."""
         self.trainer.restore(saved.rest | {"projector": saved.projector})
-        self.history, self.best = list(saved.metrics["history"]), saved.rest["best"]
+        self.history, self.best = list(saved.rest["history"]), saved.rest["best"]
         logger.info("going on after epoch %d", self.epoch)
 
     @property
@@ -89,7 +88,7 @@ class TrainingRun:
     def _add_epoch(self, report: EpochReport | None, started: float) -> None:
         """Validate, add the epoch's record, and keep its checkpoint if it is the best; epoch 0 has no report."""
         with self.watch.measure("validate"):
-            embeddings = embed(self.trainer.projector, self.validation.embeddings, self.trainer.store.device)
+            embeddings = project(self.trainer.projector, self.validation.embeddings, self.trainer.store.device)
             scores = self.validation.score(embeddings)
         self.history.append(
             {
@@ -124,7 +123,10 @@ class TrainingRun:
             "metrics": {
                 "epoch": self.epoch,
                 "val": self.baselines | {"projector": self.history[-1]["val"]},
-                "history": list(self.history),
+                # Without the seconds: the same training gives the same checkpoint, whatever the machine was doing.
+                "history": [
+                    {key: value for key, value in record.items() if key != "seconds"} for record in self.history
+                ],
             },
             "settings": {
                 "seed": config.global_.seed,
@@ -137,7 +139,7 @@ class TrainingRun:
     def _save(self) -> None:
         """Write what the run goes on from, then the files that follow from it."""
         with self.watch.measure("write"):
-            save_checkpoint(self.files.latest, self._describe() | {"best": self.best})
+            save_checkpoint(self.files.latest, self._describe() | {"best": self.best, "history": self.history})
             self._write_outputs()
 
     def _write_outputs(self) -> None:

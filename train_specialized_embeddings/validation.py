@@ -4,16 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.features import Features
 from pipeline.log import logger
-from pipeline.projector import Projector
 from pipeline.retrieval import SCORE_KEYS, normalise_rows, score_queries, summarize_scores
 
-# Rows in one forward pass: large enough for any chip, 64 MiB at 4,096 dimensions.
-_BLOCK_ROWS = 4096
 # The share of the start's spread below which the embeddings are taken to have collapsed.
 COLLAPSED_SHARE = 0.25
 
@@ -51,19 +47,6 @@ def choose_validation_set(features: Features, max_images: int, seed: int) -> Val
     rows = np.flatnonzero(np.isin(features.building_codes, drawn[fits]))
     logger.info("validation: %d of %d images, %d whole buildings", len(rows), len(features), int(fits.sum()))
     return ValidationSet(features.embeddings[rows], features.building_codes[rows])
-
-
-def embed(projector: Projector, embeddings: Embeddings, device: torch.device) -> Embeddings:
-    """Return the projector's output (N, output_dim) for backbone embeddings (N, D), in evaluation mode."""
-    was_training = projector.training
-    projector.eval()
-    with torch.inference_mode():
-        blocks = [
-            projector(torch.from_numpy(np.ascontiguousarray(embeddings[start : start + _BLOCK_ROWS])).to(device)).cpu()
-            for start in range(0, len(embeddings), _BLOCK_ROWS)
-        ]
-    projector.train(was_training)
-    return torch.cat(blocks).numpy()
 
 
 def measure_spread(embeddings: Embeddings) -> float:
