@@ -163,7 +163,7 @@ def parquet_writer(path: Path, schema: pa.Schema, provenance: dict[str, Any]) ->
     """Yield a writer of a parquet that appears under `path` only when complete.
 
     zstd throughout; lists of floats are split by byte, which halves what bfloat16-born values take.
-    Counts may be put into `provenance` until the block ends, better before: then every reader's view of it is whole.
+    What is to be in `provenance` has to be there when the block begins.
     """
     # A list's values are the leaf `NAME.list.element`; under plain `NAME` the encoding is silently dropped.
     split, plain = [], []
@@ -177,18 +177,15 @@ def parquet_writer(path: Path, schema: pa.Schema, provenance: dict[str, Any]) ->
             plain.append(f"{field.name}.list.element")  # names and small numbers, which repeat
     with writing_to(path) as temporary:
         # In the schema too, so that read_schema() shows it as well as read_metadata().
-        text = json.dumps(provenance, sort_keys=True)
         writer = pq.ParquetWriter(
             temporary,
-            schema.with_metadata({PROVENANCE_KEY: text}),
+            schema.with_metadata({PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}),
             compression="zstd",
             use_dictionary=plain,
             use_byte_stream_split=split or False,
         )
         try:
             yield writer
-            if json.dumps(provenance, sort_keys=True) != text:
-                writer.add_key_value_metadata({PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)})
         finally:
             writer.close()
 

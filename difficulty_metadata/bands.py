@@ -1,0 +1,53 @@
+"""Difficulty bands: a neighbour's distance against the local scale of its anchor, cut at percentiles."""
+
+import numpy as np
+
+from pipeline.log import logger
+
+EDGE_PERCENTILES = (5, 10, 20, 40, 60, 85)
+
+
+def local_scales(distances: np.ndarray, k0: int) -> np.ndarray:
+    """Return each anchor's distance to neighbour number `k0`, or to its last one, as (A,) float64.
+
+    `distances` (A, k) is ascending, with inf where there is no neighbour. No neighbour at all gives inf.
+    """
+    num_found = np.isfinite(distances).sum(axis=1)
+    places = np.clip(np.minimum(num_found, k0) - 1, 0, None)
+    return np.take_along_axis(distances, places[:, None], axis=1)[:, 0].astype(np.float64)
+
+
+def distance_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
+    """Return distance / local scale as (A, k) float64; inf also where there is no neighbour.
+
+    Where the scale is 0, a distance of 0 has the ratio 0, any other inf.
+    """
+    scales = local_scales(distances, k0)[:, None]
+    ratios = np.full(distances.shape, np.inf)
+    np.divide(distances, scales, out=ratios, where=np.isfinite(distances) & (scales > 0), dtype=np.float64)
+    ratios[(scales == 0) & (distances == 0)] = 0.0
+    return ratios
+
+
+def calibration_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
+    """Return, flat, the ratios that count for the percentiles: those of anchors whose local scale is not 0."""
+    ratios = distance_ratios(distances, k0)[local_scales(distances, k0) > 0]
+    finite: np.ndarray = ratios[np.isfinite(ratios)]
+    return finite
+
+
+def compute_band_edges(ratios: np.ndarray) -> list[float]:
+    """Return the six band edges: percentiles of the ratios, by linear interpolation. `ratios` is reordered.
+
+    Without any ratio the edges are 1: a duplicate is then in the hardest band, all else in the easiest.
+    """
+    if not len(ratios):
+        logger.warning("no image of the sample has a neighbour and a local scale above 0: all band edges are set to 1")
+        return [1.0] * len(EDGE_PERCENTILES)
+    edges = np.percentile(ratios, EDGE_PERCENTILES, method="linear", overwrite_input=True)
+    return [float(edge) for edge in edges]
+
+
+def assign_bands(ratios: np.ndarray, edges: list[float]) -> np.ndarray:
+    """Return how many edges are <= each ratio, as int32: 0 is the hardest band, 6 the easiest."""
+    return np.searchsorted(np.asarray(edges), ratios, side="right").astype(np.int32)

@@ -1,0 +1,239 @@
+"""Stage 5: find every image's look-alikes among other buildings and sort them into bands of difficulty.
+
+    python difficulty_metadata/compute_visual_neighbors.py --config config.toml
+
+Reads fingerprints_dir/*_fingerprints.parquet. Writes difficulty_metadata_path, one row an image. What is found on the
+way is kept in the folder _NAME_parts beside it: a rerun after a kill goes on there, and with --shard I/N the process
+that finds the parts of all N complete puts them together. A rerun keeps a complete output.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+import numpy as np
+import pyarrow as pa
+
+from difficulty_metadata.bands import assign_bands, calibration_ratios, compute_band_edges, distance_ratios
+from difficulty_metadata.exclusion import Exclusion
+from difficulty_metadata.fingerprints import ImageTable, list_fingerprint_files, read_images
+from difficulty_metadata.neighbor_parts import PartStore
+from difficulty_metadata.pca import fit_pca
+from pipeline import cli
+from pipeline.config import Config
+from pipeline.errors import InputError
+from pipeline.ids import Shard
+from pipeline.log import Progress, Stopwatch, logger
+from pipeline.tables import describe_difference, identify, is_complete, make_provenance, parquet_writer, read_provenance
+
+STAGE = "compute_visual_neighbors"
+# The names are historical: the key is the image's id, the distances are Euclidean ones between fingerprints.
+DIFFICULTY_SCHEMA = pa.schema(
+    [
+        ("target_coord_hash", pa.string()),
+        ("neighbor_building_ids", pa.list_(pa.string())),
+        ("neighbor_distances_meters", pa.list_(pa.float32())),
+        ("neighbor_bands", pa.list_(pa.int32())),
+    ]
+)
+ROWS_PER_GROUP = 20_000
+# Neighbours written at a time, which cuts the row groups where there are very many an image.
+MAX_NEIGHBORS_PER_GROUP = 1 << 23
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that shape the output; the backend does not."""
+    difficulty = config.difficulty
+    return {
+        "neighbors": difficulty.neighbors,
+        "k0_for_local_scale": difficulty.k0_for_local_scale,
+        "sample_fraction_for_bands": difficulty.sample_fraction_for_bands,
+        "pca_components": difficulty.pca_components,
+        "exclude_within_m": difficulty.exclude_within_m,
+        "seed": config.global_.seed,
+    }
+
+
+def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
+    """Return the images' points in the space of the leading principal components, as (N, d) float32."""
+    pca = fit_pca(images.stream_fingerprints(), images.width, num_components)
+    kept = len(pca.components)
+    logger.info(
+        "PCA: %d of %d dimensions hold %.1f %% of the variance", kept, images.width,
+        100 * float(pca.explained_variance_ratio.sum()),
+    )  # fmt: skip
+    if kept < num_components:
+        logger.warning(
+            "PCA: %d components were asked for, but the fingerprints vary in %d dimensions only: used %d",
+            num_components, pca.rank, kept,
+        )  # fmt: skip
+    points = np.empty((len(images), kept), dtype=np.float32)
+    start = 0
+    for block in images.stream_fingerprints():
+        points[start : start + len(block)] = pca.project(block)
+        start += len(block)
+    return points
+
+
+def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Config, watch: Stopwatch) -> int:
+    """Find the neighbours of a shard's anchors, part by part, and return how many parts had to be made."""
+    todo = [part for part in range(store.count_parts(shard)) if not store.is_done(shard, part)]
+    if not todo:
+        return 0
+    from difficulty_metadata.neighbors import NeighborSearch
+    from pipeline.devices import choose_device, describe_device
+
+    with watch.measure("pca"):
+        points = compute_points(images, config.difficulty.pca_components)
+    device = choose_device(config.infrastructure.device)
+    within_m = config.difficulty.exclude_within_m
+    exclusion = Exclusion(images.latitudes, images.longitudes, within_m) if within_m > 0 else None
+    search = NeighborSearch(
+        points, images.building_codes, store.num_neighbors, config.difficulty.backend, device, exclusion
+    )
+    logger.info("searching %d images of %d buildings: %s on %s",
+                len(images), len(images.building_ids), search.backend, describe_device(device))  # fmt: skip
+    num_anchors = len(range(shard.index, len(images), shard.count))
+    with Progress("neighbours", num_anchors, interval_seconds=config.logging.progress_interval_seconds) as progress:
+        progress.resume_at(num_anchors - sum(len(store.anchors(shard, part)) for part in todo))
+        for part in todo:
+            with watch.measure("search"):
+                rows, distances = search.find(store.anchors(shard, part), progress.advance)
+            with watch.measure("write"):
+                store.write(shard, part, rows, distances)
+    logger.info("shard %s: %d parts made, %d searches repeated with more candidates",
+                shard, len(todo), search.num_redone)  # fmt: skip
+    return len(todo)
+
+
+def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:
+    """Return which images (N,) bool set the band edges: the fraction of them, at least one."""
+    size = max(1, round(num_images * fraction))
+    is_drawn = np.zeros(num_images, dtype=bool)
+    is_drawn[np.random.default_rng(seed).choice(num_images, size, replace=False)] = True
+    return is_drawn
+
+
+def calibrate(store: PartStore, shard_count: int, config: Config) -> list[float]:
+    """Return the band edges that the sample's ratios give."""
+    is_drawn = draw_sample(store.num_anchors, config.difficulty.sample_fraction_for_bands, config.global_.seed)
+    ratios = []
+    start = 0
+    for (distances,) in store.stream(shard_count, rows_per_block(store.num_neighbors), ("distances",)):
+        drawn = distances[is_drawn[start : start + len(distances)]]
+        ratios.append(calibration_ratios(drawn, config.difficulty.k0_for_local_scale))
+        start += len(distances)
+    return compute_band_edges(np.concatenate(ratios))
+
+
+def rows_per_block(num_neighbors: int) -> int:
+    """Return how many images' neighbours are held and written at a time."""
+    return min(ROWS_PER_GROUP, max(1, MAX_NEIGHBORS_PER_GROUP // num_neighbors))
+
+
+def build_rows(
+    images: ImageTable, start: int, rows: np.ndarray, distances: np.ndarray, edges: list[float], k0: int
+) -> pa.Table:
+    """Return the output's rows for the images from `start` on, whose neighbours are given, padded, as (B, k)."""
+    is_found = rows >= 0
+    offsets = pa.array(np.concatenate([[0], is_found.sum(axis=1).cumsum()]).astype(np.int32))
+    codes = images.building_codes[rows[is_found]]
+    bands = assign_bands(distance_ratios(distances, k0)[is_found], edges)
+    columns = [images.building_ids.take(pa.array(codes)), pa.array(distances[is_found]), pa.array(bands)]
+    lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
+    ids = images.image_ids.slice(start, len(rows)).combine_chunks()
+    return pa.table([ids, *lists], schema=DIFFICULTY_SCHEMA)
+
+
+def merge(
+    images: ImageTable, store: PartStore, shard_count: int, path: Path, provenance: dict[str, Any], config: Config
+) -> None:
+    """Write the output from the parts of all shards; the edges and counts go into the provenance.
+
+    Raises InputError if a part is missing or damaged.
+    """
+    edges = calibrate(store, shard_count, config)
+    logger.info("band edges: %s", ", ".join(f"{edge:.4f}" for edge in edges))
+    provenance |= {"band_edges": edges, "counts": {"in": len(images), "out": len(images)}}
+
+    def build_blocks() -> Iterator[pa.Table]:
+        start = 0
+        for rows, distances in store.stream(shard_count, rows_per_block(store.num_neighbors), ("rows", "distances")):
+            yield build_rows(images, start, rows, distances, edges, config.difficulty.k0_for_local_scale)
+            start += len(rows)
+
+    with parquet_writer(path, DIFFICULTY_SCHEMA, provenance) as writer:
+        for block in build_blocks():
+            writer.write_table(block, row_group_size=ROWS_PER_GROUP)
+
+
+def run(config: Config, options: cli.Options) -> cli.StageResult:
+    """Find the neighbours of this shard's images and, when all shards are done, write the output.
+
+    Raises InputError if the fingerprints are missing or not what is expected, StaleOutputError if the output or a part
+    of it was made from others.
+    """
+    config.require_paths("fingerprints_dir", "difficulty_metadata_path")
+    path = config.path("difficulty_metadata_path")
+    paths = list_fingerprint_files(config.path("fingerprints_dir"))
+    provenance = make_provenance(STAGE, [identify(source) for source in paths], data_settings(config))
+    result = cli.StageResult(STAGE)
+    if is_complete(path, provenance, options.overwrite):
+        return keep(path, result)
+    with result.watch.measure("read"):
+        images = read_images(paths)
+    shard = options.shard
+    store = PartStore(path, len(images), min(config.difficulty.neighbors, len(images)), provenance)
+    if options.overwrite:
+        store.remove(shard)
+    else:
+        store.check(shard.count)
+    num_made = search_shard(images, store, shard, config, result.watch)
+    try:
+        if store.is_all_done(shard.count):
+            with result.watch.measure("merge"):
+                merge(images, store, shard.count, path, provenance, config)
+            store.remove_all()
+            result.add(provenance["counts"])
+            result.written.append(path)
+            return result
+    except InputError:  # a part is not there
+        if not is_merged(path, provenance):
+            raise
+        return keep(path, result)
+    if is_merged(path, provenance) and not options.overwrite:
+        return keep(path, result)  # another shard's process has put the parts together and removed them
+    logger.info("shard %s is done; the last of the %d shards will write %s", shard, shard.count, path)
+    num_anchors = len(range(shard.index, len(images), shard.count))
+    result.add({"in": num_anchors, "out": num_anchors})
+    done = [store.path(shard, part) for part in range(store.count_parts(shard))]
+    (result.written if num_made else result.kept).extend(done)
+    return result
+
+
+def is_merged(path: Path, provenance: dict[str, Any]) -> bool:
+    """Whether the output is there, made from these inputs with these settings."""
+    return path.exists() and describe_difference(read_provenance(path) or {}, provenance) is None
+
+
+def keep(path: Path, result: cli.StageResult) -> cli.StageResult:
+    """Say that the output is complete, and return its counts."""
+    logger.info("%s: kept %s, which is complete", STAGE, path)
+    result.add((read_provenance(path) or {}).get("counts", {}))
+    result.kept.append(path)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage from a command line."""
+    parser = cli.make_parser(__doc__)
+    cli.add_shard_option(parser, "anchor")
+    arguments = parser.parse_args(argv)
+    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)

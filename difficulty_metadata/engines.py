@@ -1,0 +1,238 @@
+"""Exact search engines: each returns candidates, and a proven lower bound on the distance of all that it left out.
+
+No engine's float arithmetic decides which neighbour is nearer. An engine proposes candidates; `neighbors` measures
+them anew in float64 and, where the bound does not prove the k nearest to be among them, asks again for more.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.errors import PipelineError
+
+# Up to here a distance matrix of a block of queries to all points is simply sorted (TiledEngine).
+DENSE_POINTS = 8_192
+# One point in so many is looked at first, to guess below which distance a query's candidates lie (16: 1.2 x slower).
+SAMPLE_STRIDE = 32
+# (queries, points) of a tile. On a CPU 256 x 4,096 float32 (4 MB) stays in the cache: 1.7 x faster than 16,384 wide.
+CPU_TILE = (256, 4_096)
+CUDA_TILE = (8_192, 65_536)
+# Candidates held at a time, for a search so wide that a block of queries has to be cut.
+_MAX_HITS = 1 << 25
+
+
+class Engine(Protocol):
+    """What finds candidates among points that were given to it."""
+
+    def search(
+        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return candidates (Q, m) int64, -1 where there is none, and bounds (Q,) float64.
+
+        Every point that is neither among a query's candidates nor of its building has a squared distance of at least
+        the bound. The engine may or may not leave out the query's own building.
+        """
+
+
+class BallTreeEngine:
+    """scikit-learn's BallTree, in float64: the reference."""
+
+    def __init__(self, points: torch.Tensor) -> None:
+        from sklearn.neighbors import BallTree
+
+        self._points = points.double().numpy()
+        self._tree = BallTree(self._points)
+        # Rounding of the tree's own bounds, which are differences of distances across the whole cloud.
+        self._margin = 1e-12 * float(np.linalg.norm(self._points, axis=1).max(initial=0.0))
+
+    def search(
+        self,
+        queries: torch.Tensor,
+        query_codes: torch.Tensor,  # noqa: ARG002 (knows no buildings)
+        num_candidates: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Engine."""
+        count = min(num_candidates, len(self._points))
+        distances, candidates = self._tree.query(queries.double().numpy(), k=count)
+        if count == len(self._points):
+            bounds = np.full(len(queries), np.inf)
+        else:
+            bounds = (distances[:, -1] - self._margin).clip(min=0.0) ** 2
+        return torch.from_numpy(candidates.astype(np.int64)), torch.from_numpy(bounds)
+
+
+class FaissEngine:
+    """faiss's flat index: exhaustive, float32, all cores."""
+
+    def __init__(self, points: torch.Tensor) -> None:
+        try:
+            import faiss
+        except ImportError:
+            raise PipelineError(
+                "[difficulty].backend faiss: faiss is not installed: install the project's faiss extra, "
+                "or set the backend to auto, torch or balltree"
+            ) from None
+        self._index = faiss.IndexFlatL2(points.shape[1])
+        self._index.add(points.numpy())
+
+    def search(
+        self,
+        queries: torch.Tensor,
+        query_codes: torch.Tensor,  # noqa: ARG002 (knows no buildings)
+        num_candidates: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Engine."""
+        count = min(num_candidates, self._index.ntotal)
+        squared, candidates = self._index.search(queries.numpy(), count)
+        if count == self._index.ntotal:
+            bounds = torch.full((len(queries),), torch.inf, dtype=torch.float64)
+        else:
+            bounds = bound_unseen(torch.from_numpy(squared[:, -1]).double(), queries, torch.float32)
+        return torch.from_numpy(candidates.astype(np.int64)), bounds
+
+
+class TiledEngine:
+    """Tiles of the distance matrix by matrix product, on CPU or CUDA, in float32 or float64.
+
+    A threshold per query, guessed from a sample of the points, tells what of a tile is worth keeping; a guess that is
+    too low gives fewer candidates and a lower bound, never a wrong one.
+    """
+
+    def __init__(self, points: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+        # (y, |y|²), so that one product with (-2x, 1) gives |x - y|² - |x|², which orders as the distance does.
+        norms = points.double().square().sum(dim=1, keepdim=True)
+        self._points = torch.cat([points.to(dtype), norms.to(dtype)], dim=1)  # (N, d + 1)
+        self._codes = codes
+        self._tile = CUDA_TILE if points.is_cuda else CPU_TILE
+        self._dtype = dtype
+        self._sample = self._points[::SAMPLE_STRIDE].contiguous(), codes[::SAMPLE_STRIDE].contiguous()
+
+    def search(
+        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Engine."""
+        num_points = len(self._points)
+        # What the sample holds of the wanted ones, and four standard deviations, lest the guess be too low.
+        expected = num_candidates / SAMPLE_STRIDE
+        sample_rank = int(expected + 4 * expected**0.5) + 1
+        is_dense = num_points <= DENSE_POINTS or sample_rank > len(self._sample[0])
+        rows = min(self._tile[0], max(1, _MAX_HITS // (num_points if is_dense else 4 * num_candidates)))
+        found = []
+        # One buffer for all tiles: fresh pages for each cost a CPU more than the product.
+        self._buffer = torch.empty(rows * min(self._tile[1], num_points), dtype=self._dtype, device=queries.device)
+        with full_precision():
+            for start in range(0, len(queries), rows):
+                block = self._extend(queries[start : start + rows]), query_codes[start : start + rows]
+                if is_dense:
+                    found.append(self._search_dense(*block, num_candidates))
+                else:
+                    found.append(self._search_tiles(*block, num_candidates, sample_rank))
+        candidates, limits = (torch.cat(parts) for parts in zip(*found, strict=True))
+        squared = limits.double() + queries.double().square().sum(dim=1)
+        return candidates, bound_unseen(squared, queries, self._dtype)
+
+    def _extend(self, queries: torch.Tensor) -> torch.Tensor:
+        """Return (-2x, 1) for each query x, as (Q, d + 1)."""
+        return torch.nn.functional.pad(-2 * queries.to(self._dtype), (0, 1), value=1.0)
+
+    def _search_dense(
+        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return candidates (Q, m) and the score that all others reach, from all scores at once."""
+        scores = queries @ self._points.T  # (Q, N)
+        scores.masked_fill_(self._codes[None] == query_codes[:, None], torch.inf)
+        count = min(num_candidates, len(self._points))
+        best, places = scores.topk(count, dim=1, largest=False)
+        places = places.masked_fill(best.isinf(), -1)
+        limits = torch.full_like(best[:, -1], torch.inf) if count == len(self._points) else best[:, -1]
+        return _pad(places, num_candidates), limits
+
+    def _search_tiles(
+        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int, sample_rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return candidates (Q, m) and the score that all others reach, from what lies below a guessed threshold."""
+        thresholds = self._guess_thresholds(queries, query_codes, sample_rank)  # (Q, 1)
+        hits = []
+        for start in range(0, len(self._points), self._tile[1]):
+            tile = slice(start, min(start + self._tile[1], len(self._points)))
+            scores = self._buffer[: len(queries) * (tile.stop - start)].view(len(queries), -1)
+            torch.mm(queries, self._points[tile].T, out=scores)
+            rows, columns, values = _find_below(scores, thresholds)
+            hits.append((rows, columns + start, values))
+        rows, columns, values = (torch.cat(parts) for parts in zip(*hits, strict=True))
+        values.masked_fill_(self._codes[columns] == query_codes[rows], torch.inf)
+        scores, places = _gather_by_row(rows, columns, values, len(queries))
+        count = min(num_candidates, scores.shape[1])
+        best, order = scores.topk(count, dim=1, largest=False)
+        limits = thresholds[:, 0]
+        if count == num_candidates:
+            limits = torch.minimum(limits, best[:, -1])  # what was cut off is no nearer than the last one kept
+        return _pad(places.gather(1, order).masked_fill(best.isinf(), -1), num_candidates), limits
+
+    def _guess_thresholds(self, queries: torch.Tensor, query_codes: torch.Tensor, rank: int) -> torch.Tensor:
+        """Return the score (Q, 1) of each query's `rank`-th sampled point of another building."""
+        points, codes = self._sample
+        scores = queries @ points.T
+        scores.masked_fill_(codes[None] == query_codes[:, None], torch.inf)
+        return scores.topk(rank, dim=1, largest=False).values[:, -1:]
+
+
+def bound_unseen(squared: torch.Tensor, queries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn a computed squared distance, which all unseen points reach, into a proven bound on the true one.
+
+    |x|² - 2xy + |y|² computed in `dtype` is off by at most (d + 4) u (|x| + |y|)², u being the unit roundoff, in
+    whatever order it is summed (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). An unseen point
+    truly nearer than r has |y| < |x| + r; so its true squared distance is at least r² - (d + 4) u (2 |x| + r)².
+    """
+    roundoff = torch.finfo(dtype).eps / 2
+    reach = 2 * queries.double().square().sum(dim=1).sqrt() + squared.clamp(min=0.0).sqrt()
+    margin = (queries.shape[1] + 4) * 1.01 * roundoff * reach.square()  # 1.01: terms of second order
+    bounds = (squared - margin).clamp(min=0.0)
+    return torch.where(squared.isinf(), squared, bounds)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep matrix products of float32 from being computed in TF32 or bfloat16, whatever another stage has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _find_below(scores: torch.Tensor, thresholds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the rows, columns and values of the scores (Q, T) below their row's threshold (Q, 1), row by row."""
+    if scores.is_cuda:
+        rows, columns = (scores < thresholds).nonzero(as_tuple=True)
+        return rows, columns, scores[rows, columns]
+    # On a CPU numpy finds the few in a large mask ten times faster than torch.
+    flat = np.flatnonzero((scores < thresholds).numpy().reshape(-1))
+    flat_rows = flat // scores.shape[1]
+    flat_columns = flat - flat_rows * scores.shape[1]
+    values = scores.numpy().reshape(-1)[flat]
+    return torch.from_numpy(flat_rows), torch.from_numpy(flat_columns), torch.from_numpy(values)
+
+
+def _gather_by_row(
+    rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay (row, column, value) triples out as (num_rows, widest) values, padded with inf, and columns, with -1."""
+    rows, order = rows.sort(stable=True)
+    counts = rows.bincount(minlength=num_rows)
+    places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    widest = max(int(counts.max()), 1)
+    laid_values = torch.full((num_rows, widest), torch.inf, dtype=values.dtype, device=values.device)
+    laid_columns = torch.full((num_rows, widest), -1, dtype=torch.int64, device=values.device)
+    laid_values[rows, places] = values[order]
+    laid_columns[rows, places] = columns[order]
+    return laid_values, laid_columns
+
+
+def _pad(candidates: torch.Tensor, width: int) -> torch.Tensor:
+    """Widen (Q, m) to (Q, width) with -1."""
+    return torch.nn.functional.pad(candidates, (0, width - candidates.shape[1]), value=-1)

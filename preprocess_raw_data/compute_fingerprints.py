@@ -1,0 +1,235 @@
+"""Stage 4: average every image to a few coloured cells, the fingerprint by which stage 5 finds look-alikes.
+
+    python preprocess_raw_data/compute_fingerprints.py --config config.toml
+
+Reads intermediates_dir/NNNN.parquet and raw_dir/NNNN.tar, streaming. Writes fingerprints_dir/NNNN_fingerprints.parquet
+and what was rejected, with reasons, in fingerprints_dir/_rejects/. A rerun keeps the tars that are done.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline import cli
+from pipeline.archive import Member, stream_members
+from pipeline.config import Config
+from pipeline.errors import InputError, Rejection
+from pipeline.images import MAX_IMAGE_BYTES, decode_rgb_small
+from pipeline.log import Progress, Stopwatch, logger
+from pipeline.tables import (
+    FINGERPRINT_ID_SCHEMA,
+    check_columns,
+    identify,
+    log_missing_provenance,
+    make_provenance,
+    open_parquet,
+    parquet_writer,
+    reading,
+    rejects_path,
+    write_rejects,
+)
+from pipeline.units import TarUnit, list_units, run_units
+from pipeline.workers import map_in_order
+
+STAGE = "compute_fingerprints"
+PATH_FIELD = pa.field("image_path", pa.string())
+ROWS_PER_GROUP = 65_536  # 50 MB of 16 x 16 fingerprints
+
+# Pixels a cell in each direction that a reduced decode must leave. A cell's border then cuts through an eighth of it
+# at most: on photographs and noise of any size the fingerprint stays within 0.4 grey levels of the full decode.
+MIN_PIXELS_PER_CELL = 8
+
+Reject = tuple[str, Rejection]
+
+
+def choose_scale(width: int, height: int, image_size: int) -> int:
+    """Return 1/2, 1/4 or 1/8 as 2, 4 or 8, the smallest decode that is true to the cells; 1 where none is.
+
+    A scale at which the cells' borders fall between its pixels loses nothing.
+    """
+    for scale in (8, 4, 2):
+        aligned = width % (scale * image_size) == 0 and height % (scale * image_size) == 0
+        if aligned or min(width, height) >= scale * image_size * MIN_PIXELS_PER_CELL:
+            return scale
+    return 1
+
+
+def average_intervals(values: np.ndarray, extent: float, num_cells: int) -> np.ndarray:
+    """Average along the first axis over `num_cells` equal parts of [0, extent]: (N, ...) gives (num_cells, ...).
+
+    Value j stands for [j, j + 1], whole or in part. A running sum, because a matrix product would start the BLAS's own
+    threads in each of ours.
+    """
+    edges = np.linspace(0.0, extent, num_cells + 1)
+    whole = np.minimum(edges.astype(np.int64), len(values) - 1)
+    part = (edges - whole).reshape(-1, *[1] * (values.ndim - 1))
+    sums = np.zeros((len(values) + 1, *values.shape[1:]))
+    np.cumsum(values, axis=0, dtype=np.float64, out=sums[1:])
+    areas = sums[whole] + part * values[whole]
+    cells: np.ndarray = np.diff(areas, axis=0) * (num_cells / extent)
+    return cells
+
+
+def average_cells(image: Image.Image, extent: tuple[float, float], image_size: int) -> np.ndarray:
+    """Return the exact area average of an RGB image's part [0, extent], as (image_size, image_size, 3) uint8."""
+    factors = [max(1, side // (2 * MIN_PIXELS_PER_CELL * image_size)) for side in image.size]
+    if max(factors) > 1:  # a format without reduced decode: the sums of all its pixels could take gigabytes
+        extent = (extent[0] / factors[0], extent[1] / factors[1])
+        image = image.reduce((factors[0], factors[1]))
+    rows = average_intervals(np.asarray(image), extent[1], image_size)  # (image_size, W, 3)
+    cells = average_intervals(rows.swapaxes(0, 1), extent[0], image_size).swapaxes(0, 1)
+    rounded: np.ndarray = np.rint(cells).clip(0, 255).astype(np.uint8)
+    return rounded
+
+
+def compute_fingerprint(data: bytes, image_size: int) -> np.ndarray:
+    """Return an encoded image's fingerprint, as (image_size, image_size, 3) uint8.
+
+    Raises Rejection `unreadable_image` or `image_too_large`.
+    """
+    image, extent = decode_rgb_small(data, lambda width, height: choose_scale(width, height, image_size))
+    return average_cells(image, extent, image_size)
+
+
+def read_views(path: Path) -> pa.Table:
+    """Return the ids, positions and image paths of an intermediate.
+
+    Raises InputError if a column is missing, of another type, or has empty values, or two rows name one image.
+    """
+    log_missing_provenance(path)
+    fields = [*FINGERPRINT_ID_SCHEMA, PATH_FIELD]
+    with open_parquet(path) as file, reading(path):
+        check_columns(path, file.schema_arrow, fields)
+        table = file.read(columns=[field.name for field in fields]).cast(pa.schema(fields))
+    for name in table.column_names:
+        if table[name].null_count:
+            raise InputError(f"{path}: column {name} has empty values: make the file again with stage 1")
+    return table
+
+
+def index_paths(path: Path, image_paths: pa.ChunkedArray) -> dict[str, int]:
+    """Return the row of each image path.
+
+    Raises InputError naming a path that two rows have.
+    """
+    rows: dict[str, int] = {}
+    for row, name in enumerate(image_paths.to_pylist()):
+        if rows.setdefault(name, row) != row:
+            raise InputError(f"{path}: image_path {name} is there twice: make the file again with stage 1")
+    return rows
+
+
+def compute_tar(
+    tar_path: Path, rows: dict[str, int], image_size: int, num_workers: int, progress: Progress, watch: Stopwatch
+) -> tuple[np.ndarray, np.ndarray, list[Reject]]:
+    """Stream a tar and return the fingerprints (N, image_size² x 3) uint8, which of them are there (N,), and rejects.
+
+    `rows` gives the row of each wanted image; it is emptied. Raises InputError if the tar is damaged.
+    """
+    fingerprints = np.zeros((len(rows), image_size * image_size * 3), dtype=np.uint8)
+    is_there = np.zeros(len(rows), dtype=bool)
+    rejects: list[Reject] = []
+
+    def read_wanted() -> Iterator[tuple[int, Member, bytes | None]]:
+        for member in stream_members(tar_path):
+            # The first regular file of a name is the image that stage 1 looked at.
+            if member.is_file and (row := rows.pop(member.name, None)) is not None:
+                with watch.measure("read"):
+                    data = member.read() if member.size <= MAX_IMAGE_BYTES else None
+                yield row, member, data
+
+    def compute(found: tuple[int, Member, bytes | None]) -> tuple[int, Member, np.ndarray | Rejection]:
+        row, member, data = found
+        if data is None:
+            return row, member, Rejection("unreadable_image", f"{member.size} bytes, over {MAX_IMAGE_BYTES}")
+        try:
+            return row, member, compute_fingerprint(data, image_size)
+        except Rejection as rejection:
+            return row, member, rejection
+
+    for row, member, outcome in map_in_order(compute, read_wanted(), num_workers):
+        if isinstance(outcome, Rejection):
+            rejects.append((member.name, outcome))
+        else:
+            fingerprints[row] = outcome.reshape(-1)
+            is_there[row] = True
+        progress.advance()
+    rejects += [(name, Rejection("missing_image", f"not in {tar_path.name}")) for name in rows]
+    return fingerprints, is_there, sorted(rejects, key=lambda reject: reject[0])
+
+
+def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config, watch: Stopwatch) -> None:
+    """Make one tar's fingerprints and its rejects, and put the counts into the provenance.
+
+    Raises InputError if the tar or its intermediate is missing or damaged.
+    """
+    views = read_views(unit.intermediate_path)
+    rows = index_paths(unit.intermediate_path, views[PATH_FIELD.name])
+    interval = config.logging.progress_interval_seconds
+    with Progress(unit.tar_path.name, total=len(rows), interval_seconds=interval) as progress:
+        fingerprints, is_there, rejects = compute_tar(
+            unit.tar_path, rows, config.fingerprints.image_size, config.infrastructure.count_workers(), progress, watch
+        )
+    provenance["counts"] = {"in": len(views), "out": int(is_there.sum()), "rejected": len(rejects)}
+    provenance["reasons"] = dict(Counter(rejection.reason for _, rejection in rejects))
+    write_rejects(rejects_path(unit.output_path), rejects, provenance)
+    with watch.measure("write"):
+        write_fingerprints(unit.output_path, views, fingerprints, is_there, provenance)
+    logger.info("%s: %d images, %d rejected", unit.tar_path.name, len(views), len(rejects))
+
+
+def write_fingerprints(
+    path: Path, views: pa.Table, fingerprints: np.ndarray, is_there: np.ndarray, provenance: dict[str, Any]
+) -> None:
+    """Write the rows that are there, in the order of the views."""
+    width = fingerprints.shape[1]
+    schema = pa.schema([*FINGERPRINT_ID_SCHEMA, pa.field("fingerprint", pa.list_(pa.uint8(), width))])
+    with parquet_writer(path, schema, provenance) as writer:
+        for start in range(0, len(views), ROWS_PER_GROUP):
+            chunk = slice(start, start + ROWS_PER_GROUP)
+            keep = pa.array(is_there[chunk])
+            ids = views.select(FINGERPRINT_ID_SCHEMA.names).slice(start, ROWS_PER_GROUP).filter(keep)
+            values = pa.array(fingerprints[chunk][is_there[chunk]].reshape(-1))
+            column = pa.FixedSizeListArray.from_arrays(values, width)
+            writer.write_table(ids.append_column(schema.field("fingerprint"), column).cast(schema))
+
+
+def run(config: Config, options: cli.Options) -> cli.StageResult:
+    """Compute every tar's fingerprints and return the counts.
+
+    Raises InputError if a tar failed, PipelineError if too many images were rejected.
+    """
+    config.require_paths("intermediates_dir", "fingerprints_dir", *([] if options.tar_files else ["raw_dir"]))
+    settings = {"image_size": config.fingerprints.image_size}
+    result = cli.StageResult(STAGE)
+    run_units(
+        list_units(config, options, "fingerprints_dir", "_fingerprints"),
+        result,
+        describe=lambda unit: make_provenance(
+            STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings
+        ),
+        make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
+        overwrite=options.overwrite,
+    )
+    result.check_reject_fraction(config)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage from a command line."""
+    parser = cli.make_parser(__doc__)
+    cli.add_tar_options(parser)
+    arguments = parser.parse_args(argv)
+    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)

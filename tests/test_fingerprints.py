@@ -1,0 +1,95 @@
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from fingerprint_data import WIDTH, draw_table, write_run
+
+from difficulty_metadata.compute_visual_neighbors import main
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
+    return partial(write_run, tmp_path, write_config)
+
+
+def without(name: str) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.drop_columns([name])
+
+
+def cast(name: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
+
+
+def with_null(name: str) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        values = table[name].to_pylist()
+        values[3] = None
+        field = table.schema.field(name)
+        return table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (without("building_id"), "column building_id is missing"),
+        (without("fingerprint"), "column fingerprint is missing"),
+        (cast("target_lat", pa.float32()), "column target_lat is float, expected double"),
+        (cast("fingerprint", pa.list_(pa.uint8())), "column fingerprint is list<"),
+        (cast("fingerprint", pa.list_(pa.int16(), WIDTH)), "expected fixed_size_list<uint8>"),
+        (with_null("streetview_image_id"), "column streetview_image_id has empty values"),
+        (with_null("fingerprint"), "column fingerprint has empty values"),
+    ],
+)
+def test_a_bad_column_is_named_with_its_file(
+    change: Callable[[pa.Table], pa.Table], problem: str, make_run: Callable, run_main: Callable
+) -> None:
+    config, output = make_run(draw_table(20), change(draw_table(20, dataset_id=2)))
+    outcome = run_main(main, "--config", config)
+    assert outcome.code == 1
+    errors = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "0002_fingerprints.parquet" in errors[0]
+    assert problem in errors[0]
+    assert "stage 4" in errors[0] or "the stage that writes it" in errors[0]
+    assert not output.exists()
+
+
+def test_widths_that_differ_are_refused_naming_both_files(make_run: Callable, run_main: Callable) -> None:
+    config, _ = make_run(draw_table(20), draw_table(20, dataset_id=2, width=27))
+    outcome = run_main(main, "--config", config)
+    assert outcome.code == 1
+    assert "0002_fingerprints.parquet: fingerprints of 27 values, but" in outcome.stderr
+    assert "0001_fingerprints.parquet has 48" in outcome.stderr
+
+
+def test_an_image_that_is_there_twice_is_named(make_run: Callable, run_main: Callable) -> None:
+    config, _ = make_run(draw_table(20), draw_table(30))
+    outcome = run_main(main, "--config", config)
+    assert outcome.code == 1
+    assert "image 0001_0 is in 0001_fingerprints.parquet and again in 0002_fingerprints.parquet" in outcome.stderr
+
+
+def test_a_folder_that_is_missing_or_empty_or_holds_no_image_is_said(make_run: Callable, run_main: Callable) -> None:
+    config, output = make_run()
+    outcome = run_main(main, "--config", config)
+    assert outcome.code == 1
+    assert "holds no file *_fingerprints.parquet: run stage 4" in outcome.stderr
+    make_run(draw_table(20).slice(0, 0))
+    assert "the fingerprint files hold no image" in run_main(main, "--config", config).stderr
+    shutil.rmtree(output.parent / "fingerprints")
+    outcome = run_main(main, "--config", config)
+    assert outcome.code == 1
+    assert "no such folder: run stage 4" in outcome.stderr
+
+
+def test_a_damaged_file_is_named(make_run: Callable, run_main: Callable) -> None:
+    config, output = make_run(draw_table(20))
+    (output.parent / "fingerprints" / "0002_fingerprints.parquet").write_bytes(b"not parquet at all")
+    outcome = run_main(main, "--config", config)
+    assert outcome.code == 1
+    assert "0002_fingerprints.parquet: not a readable parquet file" in outcome.stderr
