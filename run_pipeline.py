@@ -69,12 +69,12 @@ def run_stages(
 
 def format_ledger(results: list[cli.StageResult]) -> str:
     """Return the ledger as a table of at most 80 columns: one line a stage, rows in = out + rejected + dropped."""
-    lines = [f"{'stage':<34}{'in':>9}{'out':>9}{'rejected':>9}{'dropped':>9}{'seconds':>9}"]
+    lines = [f"{'stage':<35}{'in':>9}{'out':>9}{'rejected':>9}{'dropped':>9}{'seconds':>9}"]
     for result in results:
-        kept = " (kept)" if result.kept and not result.written else ""
+        seconds = "kept" if result.kept and not result.written else f"{result.seconds:.1f}"
         lines.append(
-            f"{result.stage[:27] + kept:<34}{result.rows_in:>9}{result.rows_out:>9}{result.rejected:>9}"
-            f"{result.dropped:>9}{result.seconds:>9.1f}"
+            f"{result.stage:<35}{result.rows_in:>9}{result.rows_out:>9}{result.rejected:>9}{result.dropped:>9}"
+            f"{seconds:>9}"
         )
     if results and all(result.kept and not result.written for result in results):
         lines.append("every stage is complete and up to date: nothing was redone")
@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run_stages(config, options, results, arguments.from_stage, arguments.to_stage)
     finally:
-        print(format_ledger(results), file=sys.stderr)
+        if results:
+            print(format_ledger(results), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def test_resuming_goes_on_and_does_not_begin_anew(
         patch.setattr(training_run, "warn_of_collapse", lambda record, _: kill_at(record, 3))
         with pytest.raises(KilledError):
             run(workspace)
+    caplog.clear()
     monkeypatch.setattr("train_specialized_embeddings.fitting.fit_baselines", None)  # would fail if called
     with caplog.at_level("INFO", "spatial_building_embeddings"):
         run(workspace)
