@@ -159,8 +159,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def parquet_writer(path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> Iterator[pq.ParquetWriter]:
-    """Yield a writer of a parquet that appears under `path` only when complete.
+def parquet_writer(
+    path: Path, schema: pa.Schema, provenance: dict[str, Any], metadata: Mapping[bytes, bytes] | None = None
+) -> Iterator[pq.ParquetWriter]:
+    """Yield a writer of a parquet that appears under `path` only when complete; `metadata` goes into its footer too.
 
     zstd throughout; lists of floats are split by byte, which halves what bfloat16-born values take.
     What is to be in `provenance` has to be there when the block begins.
@@ -179,7 +181,7 @@ def parquet_writer(path: Path, schema: pa.Schema, provenance: dict[str, Any]) ->
         # In the schema too, so that read_schema() shows it as well as read_metadata().
         writer = pq.ParquetWriter(
             temporary,
-            schema.with_metadata({PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}),
+            schema.with_metadata({**(metadata or {}), PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}),
             compression="zstd",
             use_dictionary=plain,
             use_byte_stream_split=split or False,
@@ -190,9 +192,11 @@ def parquet_writer(path: Path, schema: pa.Schema, provenance: dict[str, Any]) ->
             writer.close()
 
 
-def write_parquet(path: Path, table: pa.Table, provenance: dict[str, Any]) -> None:
+def write_parquet(
+    path: Path, table: pa.Table, provenance: dict[str, Any], metadata: Mapping[bytes, bytes] | None = None
+) -> None:
     """Write one table as a parquet in one piece."""
-    with parquet_writer(path, table.schema, provenance) as writer:
+    with parquet_writer(path, table.schema, provenance, metadata) as writer:
         writer.write_table(table)
 
 

@@ -1,0 +1,206 @@
+"""Stage 7: publish backbone and trained projector as one folder that transformers loads, offline and alone.
+
+    python publish_model/convert_to_hf.py --config config.toml
+
+Reads checkpoint_dir/checkpoint_best.pt and the backbone. Writes published_model_dir/: config, weights, image processor,
+code and model card. A projector that retrieves worse than no training at all is refused unless --force is given. A
+rerun keeps a folder that was made from the same checkpoint and backbone.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+from pipeline import cli
+from pipeline.config import Config
+from pipeline.errors import InputError, PipelineError, one_line
+from pipeline.folders import writing_folder
+from pipeline.log import logger
+from pipeline.model_files import identify_model, locate_backbone
+from pipeline.tables import PROVENANCE_KEY, identify, make_provenance, matches
+from publish_model.model_card import is_measured, worse_than
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint import Checkpoint
+
+STAGE = "convert_to_hf"
+COUNTS = {"in": 1, "out": 1}  # models
+EXPECTED_FILES = (
+    "config.json", "preprocessor_config.json", "README.md",
+    "configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projector.py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PublishOptions(cli.Options):
+    """What the command line asks for beyond the configuration."""
+
+    checkpoint: Path | None = None
+    output: Path | None = None
+    force: bool = False
+    push_to_hub: str | None = None
+    dtype: str | None = None
+
+
+def name_backbone(config: Config) -> str:
+    """Return what may be said of the backbone in public: its hub id, or a local folder's name, never its path."""
+    name = config.embedding_model.model_name or ""
+    folder = config.expand(name, "[embedding_model].model_name")
+    return folder.name if folder.is_dir() else name
+
+
+def describe(config: Config, options: PublishOptions, checkpoint_path: Path, backbone_dir: Path) -> dict[str, Any]:
+    """Return the folder's provenance: checkpoint and backbone by content, and the settings that shape it.
+
+    Raises InputError if one of them is missing.
+    """
+    if not checkpoint_path.is_file():
+        raise InputError(f"{checkpoint_path}: no such checkpoint: run stage 6 (train), or correct the path")
+    digest = hashlib.sha256(checkpoint_path.read_bytes()).hexdigest()[:32]
+    inputs = [{**identify(checkpoint_path), "sha256": digest}, {"name": "backbone", "id": identify_model(backbone_dir)}]
+    settings = {"pooling_type": config.embedding_model.pooling_type, "dtype": options.dtype or "as stored"}
+    return make_provenance(STAGE, inputs, settings) | {"counts": COUNTS}
+
+
+def is_published(folder: Path, provenance: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder was published from these inputs and settings and is whole.
+
+    Raises StaleOutputError where it was made from others and `overwrite` is off, InputError where something else
+    lies there, which is not removed for any option.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    if not isinstance(config, dict) or config.get("model_type") != "spatial_embeddings":
+        raise InputError(f"{folder}: not empty, and not a model that was published here: give another --output")
+    if overwrite:
+        return False
+    matches(folder, config.get(PROVENANCE_KEY.decode()), provenance)
+    missing = [name for name in (*EXPECTED_FILES, *_list_weights(folder)) if not (folder / name).is_file()]
+    if missing:
+        logger.warning("%s: %s is missing: the folder is written again", folder, missing[0])
+    return not missing
+
+
+def _list_weights(folder: Path) -> list[str]:
+    index_path = folder / "model.safetensors.index.json"
+    if not index_path.is_file():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def check_worth(checkpoint: "Checkpoint", force: bool) -> dict[str, dict[str, float]]:
+    """Return the validation metrics of projector and baselines, empty where there are none.
+
+    Raises PipelineError if the projector's mAP is below a baseline's and `force` is off.
+    """
+    metrics = checkpoint.metrics.get("val")
+    if not isinstance(metrics, dict) or not is_measured(metrics):
+        logger.warning("%s: carries no validation metrics: published as not measured", checkpoint.path)
+        return {}
+    below = worse_than(metrics)
+    if below:
+        figures = ", ".join(f"{row} {metrics[row]['map']:.4f}" for row in (*below, "projector"))
+        message = f"{checkpoint.path}: its projector retrieves worse than no training (validation mAP: {figures})"
+        if not force:
+            raise PipelineError(f"{message}: train on more data or with other settings, or publish it with --force")
+        logger.warning("%s: published all the same, the model card says so", message)
+    return {row: values for row, values in metrics.items() if isinstance(values, dict)}
+
+
+def publish(
+    config: Config, options: PublishOptions, checkpoint_path: Path, output: Path, result: cli.StageResult
+) -> None:
+    """Write the folder unless it is there already."""
+    backbone_dir = locate_backbone(config, download=True)
+    assert backbone_dir is not None  # it was to be fetched
+    provenance = describe(config, options, checkpoint_path, backbone_dir)
+    result.add(COUNTS)
+    if is_published(output, provenance, options.overwrite):
+        logger.info("%s: kept %s, which is complete", STAGE, output)
+        result.kept.append(output)
+        return
+    from pipeline.checkpoint import load_checkpoint
+    from publish_model.published_folder import Backbone, fill_folder
+
+    checkpoint = load_checkpoint(checkpoint_path, config.training_model)
+    metrics = check_worth(checkpoint, options.force)
+    backbone = Backbone(backbone_dir, name_backbone(config), config.embedding_model.pooling_type)
+    with writing_folder(output) as folder:
+        fill_folder(folder, backbone, checkpoint, metrics, options.dtype, provenance)
+    result.written.append(output)
+
+
+def push_to_hub(folder: Path, repo_id: str) -> None:
+    """Upload a published folder to the hub, into a private repository unless it is there already.
+
+    The token comes from $HF_TOKEN alone. Raises PipelineError where there is none or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise PipelineError(f"{repo_id}: no token to publish with: export HF_TOKEN, and run this again")
+    try:
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Publish the model")
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = one_line(error).replace(token, "(token)")[:200]
+        raise PipelineError(
+            f"{repo_id}: cannot publish to the hub ({reason}): correct the name, the token or the network, and run "
+            "this again"
+        ) from None
+    logger.info("%s: published as %s", folder, repo_id)
+
+
+def run(config: Config, options: cli.Options) -> cli.StageResult:
+    """Publish the model, and push it where that is asked for; the row of the ledger is one model.
+
+    Raises InputError for a checkpoint or backbone that cannot be used or do not fit, StaleOutputError where the
+    folder was made from others, PipelineError for a projector that is worse than no training.
+    """
+    own = options if isinstance(options, PublishOptions) else PublishOptions(overwrite=options.overwrite)
+    checkpoint_path = own.checkpoint or config.path("checkpoint_dir") / "checkpoint_best.pt"
+    output = own.output or config.path("published_model_dir")
+    result = cli.StageResult(STAGE)
+    publish(config, own, checkpoint_path.resolve(), output.resolve(), result)
+    if own.push_to_hub:
+        push_to_hub(output, own.push_to_hub)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Publish from a command line."""
+    parser = cli.make_parser(__doc__ or "")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="PATH", help="checkpoint (default: checkpoint_dir/checkpoint_best.pt)")
+    add("--output", type=Path, metavar="DIR", help="folder to write (default: published_model_dir)")
+    add("--force", action="store_true", help="publish a projector that retrieves worse than no training too")
+    add("--push-to-hub", metavar="REPO_ID", help="upload the folder too, to a private repository ($HF_TOKEN)")
+    add("--dtype", choices=("float32", "bfloat16"), help="type of the published weights (default: the stored one)")
+    arguments = parser.parse_args(argv)
+    options = PublishOptions(
+        overwrite=arguments.overwrite,
+        checkpoint=arguments.checkpoint,
+        output=arguments.output,
+        force=arguments.force,
+        push_to_hub=arguments.push_to_hub,
+        dtype=arguments.dtype,
+    )
+    cli.run_stage(STAGE, run, cli.config_from(arguments), options)
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)

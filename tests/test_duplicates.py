@@ -1,0 +1,73 @@
+"""Byte-identical images under different ids."""
+
+import collections
+import random
+
+import pyarrow as pa
+import pytest
+
+from pipeline.tables import write_parquet
+from publish_model.duplicates import find_duplicates, hash_bytes, hash_ids, pack_hashes, unpack_hashes
+from publish_model.parts import HASHES_KEY
+
+
+def write_part(folder, name, rows):
+    """Write a part of (id, image) rows as stage 8 does."""
+    ids, images = [row[0] for row in rows], [row[1] for row in rows]
+    path = folder / "parts" / f"{name}.parquet"
+    write_parquet(path, pa.table({"OSMID": pa.array(ids, pa.string())}), {})
+    hashes = pack_hashes([hash_bytes(image) for image in images], hash_ids(ids))
+    write_parquet(folder / "_rejects" / path.name, pa.table({"row": []}), {}, {HASHES_KEY: hashes})
+    return path
+
+
+def count_plainly(rows):
+    """The oracle: a dictionary of every image's ids."""
+    ids_of = collections.defaultdict(list)
+    for name, image in rows:
+        ids_of[image].append(name)
+    shared = [names for names in ids_of.values() if len(set(names)) > 1]
+    return sum(map(len, shared)), len(shared), sorted(map(len, shared), reverse=True)[:3]
+
+
+@pytest.mark.parametrize("images_per_pass", [10, 50, 1000])
+@pytest.mark.parametrize("num_images", [1, 20, 100, 100_000])
+def test_the_count_equals_a_dictionary_of_all_images(tmp_path, num_images, images_per_pass):
+    generator = random.Random(num_images)
+    rows = [(f"way/{generator.randrange(40)}", str(generator.randrange(num_images)).encode()) for _ in range(300)]
+    paths = [write_part(tmp_path, start, rows[start : start + 37]) for start in range(0, 300, 37)]
+    found = find_duplicates(paths, len(rows), images_per_pass)
+    assert (found.num_images, found.num_pictures, [count for count, _, _ in found.examples]) == count_plainly(rows)
+    for count, one, other in found.examples:
+        holders = [image for name, image in rows if name in (one, other)]
+        assert one != other
+        assert collections.Counter(holders).most_common(1)[0][1] >= 2
+        assert count >= 2
+
+
+def test_the_examples_are_the_first_two_ids_in_input_order(tmp_path):
+    rows = [("c", b"1"), ("b", b"2"), ("a", b"1"), ("a", b"1"), ("d", b"1")]
+    found = find_duplicates([write_part(tmp_path, "p", rows)], 5)
+    assert found.examples == [(4, "c", "a")]
+    assert "4 images are byte for byte the same" in found.describe()
+    assert "4 times, among them c and a" in found.describe()
+
+
+def test_images_that_one_id_repeats_are_none(tmp_path):
+    found = find_duplicates([write_part(tmp_path, "p", [("a", b"1"), ("a", b"1"), ("b", b"2")])], 3)
+    assert (found.num_images, found.examples) == (0, [])
+
+
+def test_parts_without_rows_are_no_trouble(tmp_path):
+    assert find_duplicates([write_part(tmp_path, "p", [])], 0).num_images == 0
+
+
+def test_hashes_come_back_as_they_were_packed():
+    largest = 2**64 - 1
+    assert unpack_hashes(pack_hashes([0, largest], [5, 6])).tolist() == [[0, largest], [5, 6]]
+    assert unpack_hashes(pack_hashes([], [])).shape == (2, 0)
+
+
+def test_ids_that_differ_have_different_hashes():
+    values = [1, "1", b"1", None, "None", 1.5, "é", True]
+    assert len(set(hash_ids(values))) == len(values)

@@ -1,0 +1,91 @@
+"""Reading packaged images."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from publish_model.packaged_input import open_packaged, plain_values, read_batches, take_rows, valid_rows
+
+
+def write(path, num_rows, row_group_size, image_bytes=10):
+    images = [bytes([row % 256]) * image_bytes for row in range(num_rows)]
+    pq.write_table(pa.table({"OSMID": range(num_rows), "image_bytes": images}), path, row_group_size=row_group_size)
+    return open_packaged(path, filter_valid=True)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 4, 5, 100])
+def test_batches_cover_each_row_group_in_order(tmp_path, batch_rows):
+    source = write(tmp_path / "in.parquet", 17, 5)
+    assert source.row_group_rows == (5, 5, 5, 2)
+    seen = []
+    for row_group, num_rows in enumerate(source.row_group_rows):
+        sizes = []
+        for table in read_batches(source, row_group, batch_rows, with_valid=True):
+            sizes.append(table.num_rows)
+            seen += table["OSMID"].to_pylist()
+        assert sizes == [min(batch_rows, num_rows - start) for start in range(0, num_rows, batch_rows)]
+    assert seen == list(range(17))
+
+
+def test_batches_that_arrow_cuts_short_are_put_together(tmp_path, monkeypatch):
+    """Arrow ends a batch early where 2 GiB of bytes are full; here at random."""
+    source = write(tmp_path / "in.parquet", 23, 23)
+    plain = pq.ParquetFile.iter_batches
+
+    def cut(self, *arguments, **options):
+        for batch in plain(self, *arguments, **options):
+            yield batch.slice(0, 2)
+            yield batch.slice(2)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", cut)
+    tables = list(read_batches(source, 0, 5, with_valid=True))
+    assert [table.num_rows for table in tables] == [5, 5, 5, 5, 3]
+    assert [value for table in tables for value in table["OSMID"].to_pylist()] == list(range(23))
+
+
+def test_a_row_group_larger_than_memory_is_read_piece_by_piece(tmp_path):
+    image = 20_000
+    schema = pa.schema([("OSMID", pa.int64()), ("image_bytes", pa.binary())])
+    generator = np.random.default_rng(0)
+    images = pa.array([generator.bytes(image) for _ in range(3000)])
+    pq.write_table(
+        pa.table({"OSMID": range(3000), "image_bytes": images}, schema=schema), tmp_path / "in.parquet",
+        use_dictionary=False, compression="none", write_batch_size=16,  # or a page would hold 1,024 images
+    )  # fmt: skip
+    del images
+    source = open_packaged(tmp_path / "in.parquet", filter_valid=True)
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        for table in read_batches(source, 0, 50, with_valid=True):
+            del table
+    finally:
+        pa.set_memory_pool(before)
+    assert source.size > 50_000_000
+    assert pool.max_memory() < 12_000_000  # a batch is 1 MB, a page and the buffer as much again
+
+
+def test_null_counts_as_valid_and_false_does_not():
+    table = pa.table({"is_valid": pa.chunked_array([[True, None], [False]])})
+    assert valid_rows(table).tolist() == [True, True, False]
+    assert valid_rows(pa.table({"is_valid": pa.nulls(2)})).tolist() == [True, True]
+    assert valid_rows(pa.table({"OSMID": [1, 2]})).tolist() == [True, True]
+
+
+def test_string_views_are_taken_too():
+    if not hasattr(pa, "string_view"):
+        pytest.skip("this pyarrow has no string_view")
+    column = pa.array(["a", None, "c"], pa.string_view())
+    taken = take_rows(column, np.array([2, 1]))
+    assert taken.type == column.type
+    assert taken.to_pylist() == ["c", None]
+    assert take_rows(column, np.array([], dtype=np.int64)).to_pylist() == []
+
+
+def test_plain_values_are_equal_where_the_ids_are():
+    nanoseconds = pa.array([1577836800000000001, None], pa.timestamp("ns"))
+    assert plain_values(nanoseconds) == [1577836800000000001, None]
+    assert plain_values(pa.array(["a", "b", "a"]).dictionary_encode()) == ["a", "b", "a"]
+    assert plain_values(pa.array([3], pa.date32())) == [3]

@@ -1,0 +1,238 @@
+"""The embeddings dataset directory: plan, parts, state."""
+
+import dataclasses
+import json
+import multiprocessing
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import InputError, PipelineError, StaleOutputError
+from publish_model import parts
+from publish_model.packaged_input import PackagedInput
+from publish_model.part_plans import PartContent, PartPlan, make_recipe, plan_parts
+from publish_model.parts import EmbeddingsDataset, resolve_dataset_dir
+
+ID = pa.field("OSMID", pa.int64())
+EMBEDDED = pa.schema([ID, pa.field("embedding", pa.list_(pa.float32(), 2))])
+REJECTED = pa.schema([("row", pa.int64()), ID, ("reason", pa.string()), ("detail", pa.string())])
+
+
+@pytest.fixture
+def source(tmp_path):
+    schema = pa.schema([ID, ("image_bytes", pa.binary())])
+    return PackagedInput(tmp_path / "in.parquet", 1234, schema, "abcd", (5, 0, 3))
+
+
+def make_dataset(folder, source, read_batch_size=2, *, model="model", begin=True):
+    plans = plan_parts(source, read_batch_size)
+    dataset = EmbeddingsDataset(folder, source, plans)
+    if begin:
+        recipe = make_recipe(source, read_batch_size, True, model, "pooler_output", "float32")
+        dataset.begin(recipe, "the/model", dataset.find_begun())
+    return dataset, plans
+
+
+def make_content(plan, rejected=0, skipped=0):
+    embedded = plan.num_rows - rejected - skipped
+    return PartContent(
+        embedded=pa.table({"OSMID": [1] * embedded, "embedding": [[1.0, 0.0]] * embedded}, schema=EMBEDDED),
+        rejects=pa.table(
+            {
+                "row": [plan.first_row] * rejected, "OSMID": [1] * rejected, "reason": ["missing_image"] * rejected,
+                "detail": ["null"] * rejected,
+            },
+            schema=REJECTED,
+        ),
+        skipped=skipped,
+        hashes=b"",
+        reasons={"missing_image": rejected} if rejected else {},
+    )  # fmt: skip
+
+
+def read_state(dataset):
+    return json.loads(dataset.state_path.read_text())
+
+
+def test_the_plan_has_one_part_for_each_read_batch_of_each_row_group(source):
+    assert plan_parts(source, 2) == [
+        PartPlan(0, 0, 0, 2), PartPlan(0, 1, 2, 2), PartPlan(0, 2, 4, 1), PartPlan(2, 0, 5, 2), PartPlan(2, 1, 7, 1),
+    ]  # fmt: skip
+    assert [plan.name for plan in plan_parts(source, 1000)] == ["rg00000_rb00000.parquet", "rg00002_rb00000.parquet"]
+    assert PartPlan(123456, 7, 0, 1).name == "rg123456_rb00007.parquet"
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(None, 4), (0, 0), (10, 0), (11, 1), (13, 3), (14, 4), (99, 4)])
+def test_a_limit_counts_rows_of_the_input(limit, rows):
+    assert PartPlan(0, 0, 10, 4).rows_within(limit) == rows
+
+
+def test_the_directory_is_the_output_unless_a_file_or_an_older_dataset_is_in_the_way(tmp_path):
+    output, sidecar = tmp_path / "e.parquet", tmp_path / "e.parquet.parts"
+    assert resolve_dataset_dir(output) == output
+    output.mkdir()
+    assert resolve_dataset_dir(output) == output
+    output.rmdir()
+    output.write_text("")
+    assert resolve_dataset_dir(output) == sidecar
+    output.unlink()
+    sidecar.mkdir()
+    assert resolve_dataset_dir(output) == output
+    (sidecar / "state.json").write_text("{}")
+    assert resolve_dataset_dir(output) == sidecar
+    output.mkdir()
+    assert resolve_dataset_dir(output) == output
+
+
+def test_the_state_adds_up_what_the_parts_say(tmp_path, source):
+    dataset, plans = make_dataset(tmp_path / "out", source)
+    assert read_state(dataset)["rows_embedded"] == 0
+    dataset.write_part(plans[0], make_content(plans[0], rejected=1))
+    dataset.write_part(plans[1], make_content(plans[1], skipped=2))
+    state = dataset.write_state()
+    assert state == read_state(dataset)
+    assert (state["rows_total"], state["rows_embedded"], state["rows_rejected"], state["rows_skipped_invalid"]) == (
+        8, 1, 1, 2,
+    )  # fmt: skip
+    assert (state["parts_done"], state["parts_total"], state["complete"]) == (2, 5, False)
+    assert state["rejected_by_reason"] == {"missing_image": 1}
+    for plan in plans[2:]:
+        dataset.write_part(plan, make_content(plan))
+    assert dataset.write_state()["complete"] is True
+
+
+def test_a_cut_part_counts_its_rows_but_not_as_done(tmp_path, source):
+    dataset, plans = make_dataset(tmp_path / "out", source)
+    dataset.write_part(plans[0], make_content(dataclasses.replace(plans[0], num_rows=1)))
+    state = dataset.write_state()
+    assert (state["rows_embedded"], state["parts_done"]) == (1, 0)
+
+
+def test_a_part_written_while_another_process_counts_is_counted(tmp_path, source, monkeypatch):
+    """The other process has written its state before this one does, which must not be the last word."""
+    dataset, plans = make_dataset(tmp_path / "out", source)
+    other, _ = make_dataset(tmp_path / "out", source)
+    dataset.write_part(plans[0], make_content(plans[0]))
+    plain = parts.write_json
+
+    def finish_a_part_first(path, content):
+        monkeypatch.setattr(parts, "write_json", plain)
+        for plan in plans[1:]:
+            other.write_part(plan, make_content(plan))
+        other.write_state()
+        plain(path, content)
+
+    monkeypatch.setattr(parts, "write_json", finish_a_part_first)
+    assert dataset.write_state()["complete"] is True
+    assert read_state(dataset)["complete"] is True
+
+
+def write_some_parts(folder, source, index):
+    dataset, plans = make_dataset(folder, source)
+    for plan in plans[index::3]:
+        dataset.write_part(plan, make_content(plan))
+        dataset.write_state()
+
+
+def test_many_writers_at_once_leave_the_right_state(tmp_path, source):
+    source = dataclasses.replace(source, row_group_rows=(40,))
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=write_some_parts, args=(tmp_path / "out", source, index)) for index in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    state = json.loads((tmp_path / "out" / "state.json").read_text())
+    assert (state["rows_embedded"], state["complete"]) == (40, True)
+    assert list((tmp_path / "out").rglob(".*")) == []
+
+
+def test_two_runs_that_begin_at_once_with_other_settings_do_not_mix(tmp_path, source):
+    first, _ = make_dataset(tmp_path / "out", source, begin=False)
+    second, _ = make_dataset(tmp_path / "out", source, begin=False)
+    begun = [first.find_begun(), second.find_begun()]
+    assert begun == [None, None]
+    first.begin(make_recipe(source, 2, True, "model", "pooler_output", "float32"), "m", None)
+    with pytest.raises(StaleOutputError, match="precision was 'float32' and is now 'bfloat16'"):
+        second.begin(make_recipe(source, 2, True, "model", "pooler_output", "bfloat16"), "m", None)
+
+
+def test_the_first_state_is_not_written_over_by_a_run_that_saw_none(tmp_path, source):
+    dataset, _ = make_dataset(tmp_path / "out", source, begin=False)
+    other, _ = make_dataset(tmp_path / "out", source, begin=False)
+    recipe = make_recipe(source, 2, True, "model", "pooler_output", "float32")
+    dataset.begin(recipe, "first/name", None)
+    other.recipe, other._identity = recipe, {"model_id": "second/name", **dataclasses.asdict(recipe)}
+    assert other._create_state()["model_id"] == "first/name"
+    assert list((tmp_path / "out").glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"size": 99}, "input_size was 1234 and is now 99"),
+        ({"fingerprint": "ef"}, "row_group_fingerprint was 'abcd' and is now 'ef'"),
+        ({"schema": pa.schema([ID])}, "input_schema was ['OSMID: int64', 'image_bytes: binary'] and is now"),
+    ],
+)
+def test_another_input_is_refused_by_what_differs(tmp_path, source, change, difference):
+    make_dataset(tmp_path / "out", source)
+    with pytest.raises(StaleOutputError) as caught:
+        make_dataset(tmp_path / "out", dataclasses.replace(source, **change))
+    assert difference in str(caught.value)
+    assert "give another --output, or --overwrite to begin anew" in str(caught.value)
+
+
+def test_the_version_tells_weights_pooling_and_precision_apart(source):
+    versions = {
+        make_recipe(source, 2, True, model, pooling, precision).embedding_version
+        for model in ("a", "b")
+        for pooling in ("pooler_output", "cls_token")
+        for precision in ("float32", "bfloat16")
+    }
+    assert len(versions) == 8
+    assert all(len(version) == 16 for version in versions)
+
+
+def test_parts_of_another_model_are_found_even_if_the_state_says_otherwise(tmp_path, source):
+    dataset, plans = make_dataset(tmp_path / "out", source, model="other")
+    dataset.write_part(plans[0], make_content(plans[0]))
+    dataset.state_path.unlink()
+    dataset, _ = make_dataset(tmp_path / "out2", source)
+    (tmp_path / "out" / "parts").rename(tmp_path / "out2" / "parts")
+    with pytest.raises(StaleOutputError, match="embedding_version was"):
+        dataset.find_parts()
+
+
+def test_a_part_is_not_there_without_its_rejects(tmp_path, source):
+    dataset, plans = make_dataset(tmp_path / "out", source)
+    dataset.write_part(plans[0], make_content(plans[0]))
+    assert list(dataset.find_parts()) == [plans[0].name]
+    (tmp_path / "out" / "_rejects" / plans[0].name).unlink()
+    assert dataset.find_parts() == {}
+
+
+def test_a_replaced_part_is_read_again(tmp_path, source):
+    dataset, plans = make_dataset(tmp_path / "out", source)
+    dataset.write_part(plans[0], make_content(plans[0]))
+    assert dataset.find_parts()[plans[0].name].counts["out"] == 2
+    dataset.write_part(plans[0], make_content(plans[0], rejected=2))
+    assert dataset.find_parts()[plans[0].name].counts["out"] == 0
+
+
+def test_hidden_files_and_other_kinds_are_passed_over(tmp_path, source):
+    dataset, _ = make_dataset(tmp_path / "out", source)
+    dataset.parts_dir.mkdir()
+    for name in (".rg00000_rb00000.parquet.host-1.tmp", "_SUCCESS", "notes.txt", "_metadata.parquet"):
+        (dataset.parts_dir / name).write_text("")
+    assert dataset.find_parts() == {}
+    (dataset.parts_dir / "rg00009_rb00000.parquet").write_text("")
+    with pytest.raises(InputError, match="no part of this input"):
+        dataset.find_parts()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, source):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match="cannot write .*state.json"):
+        make_dataset(tmp_path / "file" / "out", source)
