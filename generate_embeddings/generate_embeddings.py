@@ -7,6 +7,7 @@ embeddings_dir/NNNN_embeddings.parquet and rejects in embeddings_dir/_rejects. A
 and goes on inside the one that was interrupted.
 """
 
+import contextlib
 import functools
 import sys
 import time
@@ -19,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import cli
 from pipeline.archive import Member, stream_members
 from pipeline.config import Config
-from pipeline.errors import Rejection, Terminated
+from pipeline.errors import InputError, Rejection, Terminated
 from pipeline.images import MAX_IMAGE_BYTES, decode_rgb
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.model_files import identify_model, locate_backbone
@@ -39,6 +41,7 @@ from pipeline.tables import (
     open_parquet,
     parquet_writer,
     read_provenance,
+    reading,
     rejects_path,
     write_rejects,
 )
@@ -88,12 +91,20 @@ def embed_tar(
 def read_intermediate(path: Path) -> pa.Table:
     """Return stage 1's table.
 
-    Raises InputError if it is damaged or lacks a column.
+    Raises InputError if it is damaged, lacks a column or a value, or names an image twice.
     """
+    required = pa.schema(ID_COLUMNS + FILE_COLUMNS)
     file = open_parquet(path)
-    check_columns(path, file.schema_arrow, pa.schema(ID_COLUMNS + FILE_COLUMNS))
+    check_columns(path, file.schema_arrow, required)
     log_missing_provenance(path)
-    return file.read().replace_schema_metadata(None)
+    with reading(path):
+        table = file.read().replace_schema_metadata(None)
+    for name in required.names:
+        if table[name].null_count:
+            raise InputError(f"{path}: column {name} has empty values: make the file again with stage 1")
+    if pc.count_distinct(table["image_path"]).as_py() < len(table):
+        raise InputError(f"{path}: an image_path is there twice: make the file again with stage 1")
+    return table.cast(pa.schema([required.field(f.name) if f.name in required.names else f for f in table.schema]))
 
 
 def fill_scratch(
@@ -127,8 +138,13 @@ def fill_scratch(
         return row, member.name, pixels, time.monotonic() - started
 
     workers = config.infrastructure.count_workers()
-    prepared = map_in_order(prepare, read_wanted(), workers, max(2 * embedder.micro_batch, 2 * workers))
-    with Progress(tar_path.name, len(table), interval_seconds=config.logging.progress_interval_seconds) as progress:
+    interval = config.logging.progress_interval_seconds
+    with (
+        contextlib.closing(
+            map_in_order(prepare, read_wanted(), workers, max(2 * embedder.micro_batch, 2 * workers))
+        ) as prepared,
+        Progress(tar_path.name, len(table), interval_seconds=interval) as progress,
+    ):
         progress.resume_at(scratch.seen)
         try:
             embed_prepared(prepared, scratch, embedder, progress, watch)
@@ -214,7 +230,7 @@ def write_outputs(
             if not keep.any():
                 continue
             rows = table.slice(start, stop - start).filter(pa.array(keep))
-            values = scratch.read(start, stop)[keep].astype(embedding_type.value_type.to_pandas_dtype())
+            values = scratch.read(start, stop)[keep].astype("f2" if embedding_type.value_type == pa.float16() else "f4")
             check_embeddings(values, rows["image_path"].to_pylist())
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=embedding_type)
             writer.write_table(rows.append_column(schema.field("embedding"), embedding))

@@ -157,7 +157,7 @@ class TarInventory:
         """Note an image and why it cannot be used, if so; images come in the order of the tar."""
         images = self._items[member.stem].images
         if any(image.name == member.name for image in images):
-            rejection = Rejection("duplicate_image_id", "a second member of this name")
+            rejection = rejection or Rejection("duplicate_image_id", "a second member of this name")
         images.append(FoundImage(self._num_images, member.name, member.offset, member.size, rejection))
         self._num_images += 1
 

@@ -1,0 +1,186 @@
+"""Streaming a raw tar: what is yielded, and which damage is found."""
+
+import gzip
+import random
+import tarfile
+import tracemalloc
+
+import pytest
+from raw_tars import Entry, find_member, make_city, write_tar
+
+from pipeline import archive
+from pipeline.archive import stream_members
+from pipeline.errors import InputError
+
+BLOCK = tarfile.BLOCKSIZE
+ENTRIES = [Entry("a.jpg", b"x" * 700), Entry("b.txt", b"y" * 512), Entry("c.jpg", b""), Entry("d.txt", b"z" * 5)]
+
+
+def list_names(path):
+    return [member.name for member in stream_members(path)]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_come_in_their_order_with_their_bytes(tmp_path, tar_format):
+    long_name = "/".join(["folder" * 8] * 4) + "/ü.jpg"
+    entries = ENTRIES + ([Entry(long_name, b"long")] if tar_format != tarfile.USTAR_FORMAT else [])
+    path = write_tar(tmp_path / "0001.tar", entries, tar_format)
+    found = [(member.name, member.read(), member.is_file) for member in stream_members(path)]
+    assert found == [(entry.name, entry.data, True) for entry in entries]
+
+
+def test_bytes_are_read_only_when_asked_for_and_no_more_than_the_limit(tmp_path):
+    path = write_tar(tmp_path / "0001.tar", ENTRIES)
+    assert [member.read(3) for member in stream_members(path)] == [b"xxx", b"yyy", b"", b"zzz"]
+    assert [member.size for member in stream_members(path)] == [700, 512, 0, 5]
+
+
+def test_an_offset_says_where_the_bytes_lie(tmp_path):
+    path = write_tar(tmp_path / "0001.tar", ENTRIES)
+    whole = path.read_bytes()
+    for member, entry in zip(stream_members(path), ENTRIES, strict=True):
+        assert whole[member.offset : member.offset + member.size] == entry.data
+
+
+def test_files_folders_links_and_devices_are_told_apart(tmp_path):
+    kinds = [
+        Entry("folder.jpg", kind=tarfile.DIRTYPE),
+        Entry("symbolic.jpg", kind=tarfile.SYMTYPE, link="a.jpg"),
+        Entry("hard.jpg", kind=tarfile.LNKTYPE, link="a.jpg"),
+        Entry("pipe.jpg", kind=tarfile.FIFOTYPE),
+        Entry("device.jpg", kind=tarfile.CHRTYPE),
+        Entry("file.jpg"),
+    ]
+    found = list(stream_members(write_tar(tmp_path / "0001.tar", kinds)))
+    assert [member.is_folder for member in found] == [True] + [False] * 5
+    assert [member.is_file for member in found] == [False] * 5 + [True]
+
+
+def test_a_name_that_is_not_utf8_is_shown_by_its_bytes_under_any_locale(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "0001.tar", [Entry("f\udce9e.jpg", b"1"), Entry("grün.jpg", b"2")])
+    for encoding in ("utf-8", "iso-8859-1"):
+        monkeypatch.setattr(tarfile, "ENCODING", encoding)
+        assert list_names(path) == ["f\\xe9e.jpg", "grün.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_image", "is_metadata", "stem", "is_unsafe"),
+    [
+        ("0001/a.jpg", True, False, "0001/a", False),
+        ("0001/a.JPEG", True, False, "0001/a", False),
+        ("a.b.Jpg", True, False, "a.b", False),
+        ("a.txt", False, True, "a", False),
+        ("a.png", False, False, "a", False),
+        ("ajpg", False, False, "", False),
+        ("/a.jpg", True, False, "/a", True),
+        ("x/../a.jpg", True, False, "x/../a", True),
+        ("../a.txt", False, True, "../a", True),
+        ("x/..a/a..jpg", True, False, "x/..a/a.", False),
+    ],
+)
+def test_a_name_says_what_a_member_is(name, is_image, is_metadata, stem, is_unsafe):
+    member = archive.Member(name, True, False, 0, 0, None)
+    assert member.is_image_name == is_image
+    assert member.is_metadata_name == is_metadata
+    assert member.stem == stem
+    assert member.has_unsafe_path == is_unsafe
+
+
+def test_a_tar_cut_anywhere_before_its_end_blocks_is_refused(tmp_path):
+    path = write_tar(tmp_path / "0001.tar", make_city(1, [2, 2]))
+    whole = path.read_bytes()
+    last = find_member(path, "0001/0001/0001_000004_1_000002.txt")
+    end = last.offset_data + -(-last.size // BLOCK) * BLOCK
+    assert whole[end : end + BLOCK] == bytes(BLOCK)
+    generator = random.Random(0)
+    cuts = {
+        1,
+        BLOCK - 1,
+        BLOCK,
+        BLOCK + 1,
+        last.offset,
+        last.offset_data,
+        last.offset_data + 1,
+        end - 1,
+        end,
+        end + BLOCK - 1,
+    }
+    for cut in cuts | {generator.randrange(1, end) for _ in range(30)}:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match=r"0001\.tar: .*: fetch the tar again") as caught:
+            [member.read() for member in stream_members(path)]
+        assert "\n" not in str(caught.value)
+
+
+def test_one_or_two_end_blocks_are_enough(tmp_path):
+    path = write_tar(tmp_path / "0001.tar", ENTRIES)
+    end = find_member(path, "d.txt").offset_data + BLOCK
+    for blocks in (1, 2, 5):
+        path.write_bytes(path.read_bytes()[:end] + bytes(blocks * BLOCK))
+        assert len(list_names(path)) == len(ENTRIES)
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * BLOCK, bytes(BLOCK), b"d 1 2 3".ljust(BLOCK)])
+def test_a_damaged_header_in_the_middle_is_no_end(tmp_path, damage):
+    path = write_tar(tmp_path / "0001.tar", ENTRIES)
+    place = find_member(path, "b.txt").offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + damage + whole[place + BLOCK :])
+    with pytest.raises(InputError, match="truncated or damaged at byte 1536"):
+        list_names(path)
+
+
+def test_what_is_no_tar_is_refused(tmp_path):
+    path = tmp_path / "0001.tar"
+    tar = write_tar(tmp_path / "good.tar", ENTRIES).read_bytes()
+    for content in (b"", b"hello", b"\x89PNG\r\n" * 500, gzip.compress(tar), bytes(100)):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"0001\.tar: not a readable tar .*: fetch the tar again"):
+            list_names(path)
+
+
+def test_a_missing_tar_a_folder_and_one_that_cannot_be_read_are_told_apart(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"0001\.tar: no such tar"):
+        list_names(tmp_path / "0001.tar")
+    with pytest.raises(InputError, match="a folder, not a tar"):
+        list_names(tmp_path)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "0001.tar")
+
+    monkeypatch.setattr(archive, "open", refuse, raising=False)
+    with pytest.raises(InputError, match=r"0001\.tar: cannot be read \(Permission denied\): check disk and rights"):
+        list_names(tmp_path / "0001.tar")
+
+
+def test_any_change_of_a_header_gives_members_or_an_input_error_and_nothing_else(tmp_path):
+    path = write_tar(tmp_path / "0001.tar", ENTRIES, tarfile.PAX_FORMAT)
+    whole, generator = path.read_bytes(), random.Random(1)
+    for _ in range(400):
+        raw = bytearray(whole)
+        header = generator.choice([0, 1536, 2560, 3072])
+        for _ in range(generator.randint(1, 12)):
+            raw[header + generator.choice([124, 125, 135, 156, generator.randrange(BLOCK)])] = generator.choice(
+                [0, 0x80, 0xFF, ord("x"), ord("L"), ord("S"), ord("7")]
+            )
+        checksum = sum(raw[header : header + 148]) + 256 + sum(raw[header + 156 : header + BLOCK])
+        raw[header + 148 : header + 156] = b"%06o\0 " % checksum
+        path.write_bytes(raw)
+        try:
+            for number, member in enumerate(stream_members(path)):
+                assert number < 100
+                member.read(10)
+        except InputError as error:
+            assert "0001.tar" in str(error)  # noqa: PT017 (either end is right)
+
+
+def test_memory_does_not_grow_with_the_number_of_members(tmp_path):
+    def measure(count):
+        path = write_tar(tmp_path / f"{count}.tar", (Entry(f"0001/{number:06d}.txt") for number in range(count)))
+        tracemalloc.start()
+        assert sum(1 for _ in stream_members(path)) == count
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert measure(5000) < measure(500) + 50_000

@@ -1,0 +1,60 @@
+"""Names of buildings, images and tars, and shards."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.ids import Shard, building_id, list_tars, parse_dataset_id, streetview_image_id
+
+
+def test_ids_are_padded_to_four_digits_and_grow_beyond():
+    assert building_id(7, 123456) == "0007_123456"
+    assert streetview_image_id(7, 5) == "0007_5"
+    assert building_id(12345, 1) == "12345_1"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("0001.tar", 1), ("0000.tar", 0), ("9999.tar", 9999), ("12345.tar", 12345)]
+)
+def test_a_tars_name_gives_its_dataset(name, expected):
+    assert parse_dataset_id(Path("some/where") / name) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["1.tar", "00001.tar", "x.tar", "0001.tar.gz", "0001.TAR", "-001.tar", "٠٠٠١.tar", "0001"]
+)
+def test_another_name_is_refused_with_what_to_do(name):
+    with pytest.raises(InputError, match=r"must be named NNNN\.tar after its dataset id: rename"):
+        parse_dataset_id(Path(name))
+
+
+def test_tars_are_listed_by_dataset_without_hidden_ones(tmp_path):
+    for name in ("0010.tar", "0002.tar", ".0003.tar", "12345.tar", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_tars(tmp_path)] == ["0002.tar", "0010.tar", "12345.tar"]
+
+
+def test_a_missing_or_empty_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: no such folder: set \[paths\]\.raw_dir"):
+        list_tars(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"holds no \.tar file"):
+        list_tars(tmp_path)
+
+
+def test_a_wrongly_named_tar_in_the_folder_is_refused(tmp_path):
+    (tmp_path / "0001.tar").touch()
+    (tmp_path / "backup.tar").touch()
+    with pytest.raises(InputError, match=r"backup\.tar"):
+        list_tars(tmp_path)
+
+
+def test_shards_together_take_every_unit_once():
+    units = list(range(11))
+    for count in (1, 2, 3, 20):
+        taken = [Shard(index, count).take(units) for index in range(count)]
+        assert sorted(unit for part in taken for unit in part) == units
+        assert max(map(len, taken)) - min(map(len, taken)) <= 1
+    assert Shard().is_whole
+    assert not Shard(0, 2).is_whole
+    assert str(Shard(1, 3)) == "1of3"

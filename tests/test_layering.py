@@ -1,0 +1,141 @@
+"""How the project hangs together: who may import whom, how scripts run, and a few rules for every file."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+STAGE_FOLDERS = (
+    "preprocess_raw_data",
+    "generate_embeddings",
+    "difficulty_metadata",
+    "train_specialized_embeddings",
+    "publish_model",
+    "evaluate_embeddings",
+)
+SCRIPTS = {
+    "preprocess_raw_data/process_tar.py": "Stage 1: ",
+    "generate_embeddings/generate_embeddings.py": "Stage 2: ",
+    "preprocess_raw_data/merge_and_split.py": "Stage 3: ",
+    "preprocess_raw_data/compute_fingerprints.py": "Stage 4: ",
+    "difficulty_metadata/compute_visual_neighbors.py": "Stage 5: ",
+    "train_specialized_embeddings/train.py": "Stage 6: ",
+    "publish_model/convert_to_hf.py": "Stage 7: ",
+    "publish_model/generate_embeddings_from_parquet.py": "Stage 8: ",
+    "evaluate_embeddings/evaluate.py": "Stage 9: ",
+    "run_pipeline.py": "Run stages 1 to 9 ",
+}
+PROJECT_FOLDERS = (*STAGE_FOLDERS, "pipeline", "sample_data", "tests", "benchmarks")
+FILES = sorted([path for folder in PROJECT_FOLDERS for path in (REPO / folder).rglob("*.py")] + list(REPO.glob("*.py")))
+PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def find_imports(tree):
+    """Return the first word of every import of a file, also of those inside functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def files_below(folder):
+    return {path: tree for path, tree in PARSED.items() if path.relative_to(REPO).parts[0] == folder}
+
+
+def test_the_shared_package_imports_no_stage():
+    project = {*PROJECT_FOLDERS, "run_pipeline"} - {"pipeline"}
+    wrong = {path.name: find_imports(tree) & project for path, tree in files_below("pipeline").items()}
+    assert {name: found for name, found in wrong.items() if found} == {}
+
+
+@pytest.mark.parametrize("folder", STAGE_FOLDERS)
+def test_a_stage_imports_the_shared_package_and_its_own_folder_only(folder):
+    project = {*PROJECT_FOLDERS, "run_pipeline"} - {"pipeline", folder}
+    wrong = {path.name: find_imports(tree) & project for path, tree in files_below(folder).items()}
+    assert {name: found for name, found in wrong.items() if found} == {}
+
+
+def test_no_import_is_relative():
+    wrong = [
+        path.name
+        for path, tree in PARSED.items()
+        if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+        # The published files are loaded by transformers as a package of their own.
+        and not path.name.startswith(("modeling_", "configuration_"))
+    ]
+    assert wrong == []
+
+
+def test_no_module_hides_a_library_from_a_script_beside_it():
+    trap = {"datasets", "parser", "types", "logging", "test", "config", *sys.stdlib_module_names}
+    wrong = [path for folder in STAGE_FOLDERS for path in files_below(folder) if path.stem in trap]
+    assert wrong == []
+
+
+def catches_everything(handler):
+    names = [handler.type] if not isinstance(handler.type, ast.Tuple) else handler.type.elts
+    return any(name is None or getattr(name, "id", "") in ("Exception", "BaseException") for name in names)
+
+
+def test_no_handler_swallows_bugs():
+    wrong = [
+        f"{path.name}:{node.lineno}"
+        for path, tree in PARSED.items()
+        for node in ast.walk(tree)
+        # One that cleans up and raises again swallows nothing.
+        if isinstance(node, ast.ExceptHandler)
+        and catches_everything(node)
+        and not (isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None)
+    ]
+    assert wrong == []
+
+
+def test_no_file_is_longer_than_four_hundred_lines():
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_every_module_says_what_it_is():
+    wrong = [path for path, tree in PARSED.items() if tree.body and not ast.get_docstring(tree)]
+    assert [path.name for path in wrong if path.parent.name != "tests"] == []
+
+
+def existing(script):
+    if not (REPO / script).is_file():
+        pytest.skip(f"{script} is not there yet")
+    return script
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_tells_its_number_first_by_path_and_as_a_module_from_any_folder(script, tmp_path):
+    module = existing(script).removesuffix(".py").replace("/", ".")
+    texts = []
+    for command in ([str(REPO / script)], ["-m", module]):
+        run = subprocess.run(
+            [sys.executable, "-W", "error", *command, "--help"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.stderr == ""
+        assert run.returncode == 0
+        assert run.stdout.splitlines()[0].startswith(SCRIPTS[script])
+        texts.append(run.stdout)
+    assert texts[0] == texts[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_there_before_any_heavy_library():
+    scripts = [
+        f"import {script.removesuffix('.py').replace('/', '.')}" for script in SCRIPTS if (REPO / script).is_file()
+    ]
+    code = "; ".join([*scripts, "import sys; print(*{'torch', 'transformers', 'sklearn', 'faiss'} & set(sys.modules))"])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []

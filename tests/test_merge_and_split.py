@@ -1,0 +1,382 @@
+"""Stage 3: merging, dropping, splitting and grouping, in memory and through the disk."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import tables
+from pipeline.config import DataSection, load_config
+from preprocess_raw_data import grouping, merge_and_split
+from preprocess_raw_data.embedding_inventory import take_inventory
+from preprocess_raw_data.splits import SPLITS, choose_split, name_cells
+
+SETTINGS = {"model": "abc", "pooling_type": "pooler_output"}
+
+
+def make_rows(dataset, images_of_buildings, width=8, kind=None, mixed=False):
+    """Return a table as stage 2 writes it; `mixed` puts the buildings' images in turns."""
+    buildings = np.repeat(np.arange(1, len(images_of_buildings) + 1), images_of_buildings)
+    if mixed:
+        buildings = np.random.default_rng(dataset).permutation(buildings)
+    count = len(buildings)
+    generator = np.random.default_rng(dataset)
+    columns = {
+        "dataset_id": np.full(count, dataset),
+        "target_id": buildings,
+        "patch_id": np.arange(count),
+        "street_view_id": generator.integers(0, 50, count),
+        "target_lat": 52.2 + 0.0003 * buildings + 1e-6 * generator.normal(size=count),
+        "target_lon": 0.1 * dataset + 0.0003 * (buildings % 17),
+        "building_id": [f"{dataset:04d}_{building}" for building in buildings],
+        "streetview_image_id": [f"{dataset:04d}_{patch}" for patch in range(count)],
+        "image_path": [f"{patch}.jpg" for patch in range(count)],
+        "tar_file": [f"{dataset:04d}.tar"] * count,
+        "heading": generator.uniform(-180, 180, count),
+    }
+    values = generator.normal(size=count * width).astype("f2" if kind == pa.float16() else "f4")
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(values), width)
+    schema = pa.schema(tables.ID_COLUMNS + tables.FILE_COLUMNS + [("heading", pa.float64())])
+    return pa.table(columns, schema=schema).append_column("embedding", embedding)
+
+
+def write(folder, dataset, table, settings=None):
+    path = folder / "embeddings" / f"{dataset:04d}_embeddings.parquet"
+    provenance = tables.make_provenance("generate_embeddings", [], settings or SETTINGS)
+    with tables.parquet_writer(path, table.schema, provenance) as writer:
+        writer.write_table(table, row_group_size=1024)
+    return path
+
+
+def read_splits(folder, name="merged"):
+    return {split: pq.read_table(folder / name / f"{split}.parquet") for split in SPLITS}
+
+
+def place_of(folder, name="merged"):
+    """Return the split of every building."""
+    splits = read_splits(folder, name)
+    return {building: split for split, table in splits.items() for building in table["building_id"].to_pylist()}
+
+
+@pytest.fixture
+def stage(tmp_path, write_config, run_main):
+    config = write_config(tmp_path)
+
+    def run(*settings):
+        options = [word if word.startswith("--") else f"--set={word}" for word in settings]
+        return run_main(merge_and_split.main, "--config", config, *options)
+
+    return run
+
+
+SIZES = np.random.default_rng(3).integers(1, 6, 60).tolist()
+
+
+@pytest.fixture
+def city(tmp_path):
+    """Three files of sixty buildings with one to five images each."""
+    return {dataset: make_rows(dataset, SIZES, mixed=dataset == 2) for dataset in (1, 2, 3)} | {
+        "paths": [write(tmp_path, dataset, make_rows(dataset, SIZES, mixed=dataset == 2)) for dataset in (1, 2, 3)]
+    }
+
+
+def test_every_row_is_in_one_split_or_dropped_as_a_single_and_unchanged(tmp_path, stage, city):
+    outcome = stage()
+    assert outcome.code == 0
+    assert outcome.stdout.splitlines() == [f"{tmp_path}/merged/{split}.parquet" for split in SPLITS]
+    expected = {}
+    for dataset in (1, 2, 3):
+        rows = city[dataset].drop_columns(["image_path", "tar_file"]).to_pylist()
+        images = Counter(row["building_id"] for row in rows)
+        expected |= {row["streetview_image_id"]: row for row in rows if images[row["building_id"]] >= 2}
+    found = {}
+    for split, table in read_splits(tmp_path).items():
+        assert table.schema.names == [name for name in city[1].schema.names if name not in ("image_path", "tar_file")]
+        for row in table.to_pylist():
+            assert row["streetview_image_id"] not in found
+            found[row["streetview_image_id"]] = row
+            data = DataSection()
+            assert SPLITS[choose_split(42, row["building_id"], data)] == split
+    assert found == expected
+    singles = SIZES.count(1) * 3
+    total = sum(SIZES) * 3
+    line = f"{total} in = {total - singles} out + 0 rejected + {singles} dropped (single_image {singles})"
+    assert line in outcome.stderr.splitlines()[-1]
+
+
+def test_rows_are_grouped_by_building_and_keep_their_order_inside(tmp_path, stage, city):
+    stage()
+    for table in read_splits(tmp_path).values():
+        buildings = table["building_id"].to_pylist()
+        changes = 1 + sum(before != after for before, after in zip(buildings, buildings[1:], strict=False))
+        assert changes == len(set(buildings)) > 1
+        for building in set(buildings):
+            mask = pa.array([name == building for name in buildings])
+            patches = table.filter(mask)["patch_id"].to_pylist()
+            assert patches == sorted(patches)
+
+
+def test_provenance_says_counts_and_who_is_where(tmp_path, stage, city):
+    stage()
+    found = [tables.read_provenance(tmp_path / "merged" / f"{split}.parquet") for split in SPLITS]
+    assert [provenance["split"] for provenance in found] == list(SPLITS)
+    assert sum(provenance["rows"] for provenance in found) == found[0]["counts"]["out"]
+    assert len({provenance["split_hash"] for provenance in found}) == 1
+    assert [item["name"] for item in found[0]["inputs"]] == [path.name for path in city["paths"]]
+
+
+def test_new_tars_never_move_old_buildings(tmp_path, stage, city):
+    stage()
+    before = place_of(tmp_path)
+    write(tmp_path, 4, make_rows(4, SIZES))
+    assert stage("--overwrite").code == 0
+    after = place_of(tmp_path)
+    assert len(after) > len(before)
+    assert {building: after[building] for building in before} == before
+
+
+def test_a_split_file_wins_for_those_it_names_and_its_hash_is_recorded(tmp_path, stage, city):
+    stage()
+    before = place_of(tmp_path)
+    moved = {building: SPLITS[number % 3] for number, building in enumerate(sorted(before)[::4])}
+    (tmp_path / "old.csv").write_text(
+        "\n".join(["building_id,split", *map(",".join, moved.items()), "9999_1,test", ""])
+    )
+    outcome = stage("data.split_file=old.csv")
+    assert outcome.code == 1  # another split is not taken for the old one
+    assert "split_file was None and is now" in outcome.stderr
+    assert stage("data.split_file=old.csv", "--overwrite").code == 0
+    assert place_of(tmp_path) == before | moved
+    assert tables.read_provenance(tmp_path / "merged" / "val.parquet")["settings"]["split_file"]
+    assert stage("data.split_file=old.csv").stderr.count("nothing redone") == 1
+    pq.write_table(pa.table({"split": list(moved.values()), "building_id": list(moved)}), tmp_path / "old.parquet")
+    assert stage("data.split_file=old.parquet", "--overwrite").code == 0
+    assert place_of(tmp_path) == before | moved
+
+
+def test_cells_hold_neighbours_together_by_their_mean_position(tmp_path, stage, city):
+    assert stage("data.split_cell_m=150").code == 0
+    rows = [row for table in read_splits(tmp_path).values() for row in table.to_pylist()]
+    places = {}
+    for row in rows:
+        places.setdefault(row["building_id"], []).append((row["target_lat"], row["target_lon"]))
+    splits = {}
+    for building, split in place_of(tmp_path).items():
+        mean = np.mean(places[building], axis=0)
+        (cell,) = name_cells(mean[:1], mean[1:], 150.0)
+        splits.setdefault(cell, set()).add(split)
+        assert SPLITS[choose_split(42, cell, DataSection())] == split
+    assert len(places) > len(splits) > 20
+    assert all(len(found) == 1 for found in splits.values())
+
+
+def test_a_building_over_two_files_is_one_building(tmp_path, stage):
+    first, second = make_rows(1, [2, 1, 1]), make_rows(1, [1, 1, 3])
+    renamed = pa.array([f"0001_{patch}" for patch in range(100, 105)])
+    second = second.set_column(second.schema.get_field_index("streetview_image_id"), "streetview_image_id", renamed)
+    write(tmp_path, 1, first)
+    write(tmp_path, 2, second)
+    assert stage().code == 0
+    images = Counter(
+        building for table in read_splits(tmp_path).values() for building in table["building_id"].to_pylist()
+    )
+    assert images == {"0001_1": 3, "0001_2": 2, "0001_3": 4}
+    for table in read_splits(tmp_path).values():
+        buildings = table["building_id"].to_pylist()
+        assert len(set(buildings)) == sum(1 for a, b in zip([None, *buildings], buildings, strict=False) if a != b)
+
+
+@pytest.mark.parametrize("over_two_files", [False, True])
+def test_through_the_disk_comes_the_same_as_in_memory(tmp_path, write_config, monkeypatch, over_two_files):
+    monkeypatch.setattr(merge_and_split, "ROW_GROUP_ROWS", 50)
+    monkeypatch.setattr(grouping, "BATCH_ROWS", 17)
+    paths = [write(tmp_path, dataset, make_rows(dataset, SIZES, mixed=True)) for dataset in (1, 2, 3)]
+    if over_two_files:
+        table = make_rows(4, [2, 3])
+        names = pa.array(["0001_1", "0002_2", "0003_3", "0001_1", "0009_9"])
+        table = table.set_column(table.schema.get_field_index("building_id"), "building_id", names)
+        paths.append(write(tmp_path, 4, table))
+    inventory = take_inventory(paths)
+    assert len(inventory.find_groups()) == (1 if over_two_files else 3)
+    config = load_config(write_config(tmp_path, data={"memory_mb": 16}))
+    results = []
+    for rows_at_a_time in (10_000, 100, 20, 1):
+        folder = tmp_path / str(rows_at_a_time)
+        sized = dataclasses.replace(inventory, row_bytes=16 * 1024**2 // rows_at_a_time)
+        splits, provenances = merge_and_split.plan_splits(sized, {"stage": "x"}, config)
+        merge_and_split.write_splits(sized, splits, folder, provenances, config)
+        assert sorted(path.name for path in folder.iterdir()) == ["test.parquet", "train.parquet", "val.parquet"]
+        results.append([(folder / f"{split}.parquet").read_bytes() for split in SPLITS])
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_pieces_stay_as_small_as_asked_but_for_one_building(tmp_path):
+    inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
+    keep = np.ones(100, bool)
+    for rows_at_a_time in (1, 7, 40):
+        (tmp_path / "spill").mkdir(exist_ok=True)
+        pieces = list(grouping.read_in_order(inventory, [0], keep, rows_at_a_time, tmp_path / "spill"))
+        assert sum(len(table) for table, _ in pieces) == 500
+        assert max(len(table) for table, _ in pieces) < rows_at_a_time + 5
+        assert list((tmp_path / "spill").iterdir()) == []
+        for table, codes in pieces:
+            assert [inventory.building_ids[code] for code in codes] == table["building_id"].to_pylist()
+
+
+def test_no_more_files_are_open_at_once_than_a_process_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(grouping, "MAX_OPEN_FILES", 10)
+    inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
+    (tmp_path / "spill").mkdir()
+    pieces = list(grouping.read_in_order(inventory, [0], np.ones(100, bool), 1, tmp_path / "spill"))
+    assert len(pieces) <= 11
+
+
+def test_memory_does_not_grow_with_the_number_of_embeddings(tmp_path, write_config, monkeypatch):
+    monkeypatch.setattr(merge_and_split, "ROW_GROUP_ROWS", 500)
+    config = load_config(write_config(tmp_path, data={"memory_mb": 16}))
+    peaks = []
+    for count in (6_000, 24_000):
+        inventory = take_inventory([write(tmp_path, 1, make_rows(1, [4] * (count // 4), width=256, mixed=True))])
+        inventory = dataclasses.replace(inventory, row_bytes=16 * 1024**2 // 500)
+        splits, provenances = merge_and_split.plan_splits(inventory, {"stage": "x"}, config)
+        before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+        pa.set_memory_pool(pool)
+        try:
+            merge_and_split.write_splits(inventory, splits, tmp_path / "merged", provenances, config)
+        finally:
+            pa.set_memory_pool(before)
+        peaks.append(pool.max_memory())
+    assert peaks[1] < 1.2 * peaks[0] + 2**20
+
+
+@pytest.mark.parametrize(
+    ("second", "settings", "complaint"),
+    [
+        (make_rows(2, [3, 3], width=9), None, "not the columns of 0001_embeddings.parquet"),
+        (make_rows(2, [3, 3], kind=pa.float16()), None, "not the columns of 0001_embeddings.parquet"),
+        (make_rows(2, [3, 3]).drop_columns("heading"), None, "(no pyarrow.Field<heading: double>)"),
+        (make_rows(2, [3, 3]).drop_columns("embedding"), None, "column embedding is missing"),
+        (make_rows(2, [3, 3]).drop_columns("target_lat"), None, "column target_lat is missing"),
+        (make_rows(2, [3, 3]), SETTINGS | {"model": "other"}, "0001_embeddings.parquet with"),
+        (make_rows(1, [3]), None, "image 0001_0 is there more than once, in 0001_embeddings.parquet, 0002_embeddings"),
+    ],
+)
+def test_files_that_cannot_go_together_are_refused_by_name(tmp_path, stage, second, settings, complaint):
+    write(tmp_path, 1, make_rows(1, [3, 3]))
+    write(tmp_path, 2, second, settings)
+    outcome = stage()
+    assert outcome.code == 1
+    line = outcome.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert complaint in line
+    assert "0002_embeddings.parquet" in line
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_empty_value_is_refused_by_column(tmp_path, stage):
+    table = make_rows(1, [3])
+    table = table.set_column(table.schema.get_field_index("building_id"), "building_id", pa.array(["a", None, "a"]))
+    write(tmp_path, 1, table)
+    outcome = stage()
+    assert outcome.code == 1
+    assert "0001_embeddings.parquet: column building_id has empty values" in outcome.stderr
+
+
+def test_no_files_and_files_without_rows_are_errors_but_one_empty_file_is_not(tmp_path, stage):
+    assert "holds no *_embeddings.parquet: run stage 2" in stage().stderr
+    write(tmp_path, 1, make_rows(1, []))
+    outcome = stage()
+    assert outcome.code == 1
+    assert "its 1 files hold no rows" in outcome.stderr
+    write(tmp_path, 2, make_rows(2, [2, 2, 2]))
+    assert stage().code == 0
+
+
+def test_buildings_of_one_image_alone_give_three_empty_files_and_a_warning(tmp_path, stage):
+    write(tmp_path, 1, make_rows(1, [1, 1, 1]))
+    outcome = stage()
+    assert outcome.code == 0
+    assert "train is empty" in outcome.stderr
+    assert [len(table) for table in read_splits(tmp_path).values()] == [0, 0, 0]
+    assert "3 in = 0 out + 0 rejected + 3 dropped" in outcome.stderr
+
+
+def test_a_damaged_page_is_named_and_leaves_nothing(tmp_path, stage):
+    path = write(tmp_path, 1, make_rows(1, [4] * 50, width=64))
+    column = pq.read_metadata(path).row_group(0).column(11)
+    assert column.path_in_schema.startswith("embedding")
+    whole = bytearray(path.read_bytes())
+    start = column.data_page_offset
+    whole[start : start + 400] = bytes(400)
+    path.write_bytes(whole)
+    outcome = stage()
+    assert outcome.code == 1
+    assert f"error: {path}: damaged (" in outcome.stderr.splitlines()[-1]
+    assert list((tmp_path / "merged").iterdir()) == []
+
+
+def test_a_foreign_input_is_logged_and_taken(tmp_path, stage):
+    table = make_rows(1, [3, 3, 3])
+    (tmp_path / "embeddings").mkdir()
+    pq.write_table(table, tmp_path / "embeddings" / "0001_embeddings.parquet")
+    outcome = stage()
+    assert outcome.code == 0
+    assert "0001_embeddings.parquet carries no provenance" in outcome.stderr
+
+
+def test_a_rerun_keeps_and_another_setting_or_input_is_refused_by_name(tmp_path, stage, city):
+    stage()
+    outcome = stage("data.memory_mb=32", "infrastructure.num_workers=1")
+    assert (outcome.code, outcome.stdout) == (0, "")
+    assert "nothing redone" in outcome.stderr
+    outcome = stage("global.seed=7")
+    assert outcome.code == 1
+    assert "train.parquet: made from other inputs or settings (seed was 42 and is now 7)" in outcome.stderr
+    write(tmp_path, 3, make_rows(3, [2, 2]))
+    assert "(input 0003_embeddings.parquet has changed)" in stage().stderr
+    city["paths"][2].unlink()
+    assert "(input 0003_embeddings.parquet is gone)" in stage().stderr
+
+
+def test_a_run_killed_between_the_renames_is_completed(tmp_path, stage, city, monkeypatch):
+    stage("paths.merged_dir=undisturbed")
+    replace = tables.Path.replace
+    renamed = []
+
+    def die_at_the_second(self, target):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise SystemExit(9)
+        return replace(self, target)
+
+    for first_run in (True, False):  # also over older files
+        renamed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(tables.Path, "replace", die_at_the_second)
+            assert stage(*([] if first_run else ["--overwrite"])).code == 9
+        assert len(list((tmp_path / "merged").glob("*.parquet"))) == 1
+        outcome = stage()
+        assert outcome.code == 0
+        for split in SPLITS:
+            name = f"{split}.parquet"
+            assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+        assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == sorted(f"{s}.parquet" for s in SPLITS)
+
+
+def test_what_a_killed_run_has_spilled_is_cleared_away(tmp_path, stage, city):
+    (tmp_path / "merged" / ".spill").mkdir(parents=True)
+    (tmp_path / "merged" / ".spill" / "000000.arrow").write_bytes(b"half")
+    assert stage().code == 0
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == sorted(f"{s}.parquet" for s in SPLITS)
+
+
+def test_half_floats_stay_half_floats(tmp_path, stage):
+    table = make_rows(1, [4] * 20, kind=pa.float16())
+    write(tmp_path, 1, table)
+    assert stage().code == 0
+    merged = pa.concat_tables(read_splits(tmp_path).values())
+    assert merged.schema.field("embedding").type == pa.list_(pa.float16(), 8)
+    assert sorted(merged["embedding"].to_pylist()) == sorted(table["embedding"].to_pylist())

@@ -1,0 +1,149 @@
+"""Where a model's files lie, and how models are told apart."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, InputError
+from pipeline.model_files import identify_model, locate_backbone, locate_hub_model
+
+
+def make_model(folder, weights=b"w" * 10, **files):
+    folder.mkdir(parents=True)
+    content = {"config.json": b"{}", "preprocessor_config.json": b"{}", "model.safetensors": weights}
+    for name, data in (content | files).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_a_model_is_the_same_wherever_its_folder_lies_and_whatever_its_card_says(tmp_path):
+    first = identify_model(make_model(tmp_path / "a"))
+    assert identify_model(make_model(tmp_path / "deep" / "b", **{"README.md": b"card", "flax.msgpack": b"x"})) == first
+    os.utime(tmp_path / "a" / "config.json", (1, 1))
+    assert identify_model(tmp_path / "a") == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": b"v" * 10},
+        {"weights": b"w" * 11},
+        {"config.json": b"{ }"},
+        {"preprocessor_config.json": b'{"size": 1}'},
+        {"modeling.py": b"pass"},
+        {"model-2.safetensors": b""},
+    ],
+)
+def test_weights_settings_and_code_tell_models_apart(tmp_path, change):
+    assert identify_model(make_model(tmp_path / "a")) != identify_model(make_model(tmp_path / "b", **change))
+
+
+def test_of_large_weights_only_pieces_are_read_and_a_retrained_one_differs(tmp_path):
+    weights = os.urandom(3 * 2**20)
+    first = identify_model(make_model(tmp_path / "a", weights))
+    assert identify_model(make_model(tmp_path / "same", weights)) == first
+    for name, place in (("start", 0), ("end", len(weights) - 1)):
+        changed = bytearray(weights)
+        changed[place] ^= 1
+        assert identify_model(make_model(tmp_path / name, bytes(changed))) != first
+    retrained = bytes(byte ^ (number % 5000 == 0) for number, byte in enumerate(weights))
+    assert identify_model(make_model(tmp_path / "retrained", retrained)) != first
+
+
+def test_a_folder_without_config_is_no_model(tmp_path):
+    with pytest.raises(InputError, match=r"not a model folder \(no config\.json\)"):
+        identify_model(tmp_path)
+
+
+def locate(tmp_path, name, download=True):
+    path = tmp_path / "config.toml"
+    path.write_text(f"[embedding_model]\nmodel_name = {json.dumps(name)}\n" if name else "")
+    return locate_backbone(load_config(path), download=download)
+
+
+def test_a_folder_is_found_from_the_configurations_folder(tmp_path):
+    folder = make_model(tmp_path / "models" / "toy")
+    assert locate(tmp_path, "models/toy") == folder
+    assert locate(tmp_path, str(folder)) == folder
+
+
+def test_a_name_that_is_not_set_or_no_folder_is_one_clear_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"\[embedding_model\]\.model_name: not set"):
+        locate(tmp_path, None)
+    for name in ("/no/such/folder", "./nowhere", "~/no-such-model", "a/b/c"):
+        with pytest.raises(InputError, match=r"no such folder: set \[embedding_model\]\.model_name to a model folder"):
+            locate(tmp_path, name)
+        assert locate(tmp_path, name, download=False) is None
+    with pytest.raises(ConfigError, match=r"\$NO_SUCH_MODEL in .* is not defined"):
+        locate(tmp_path, "$NO_SUCH_MODEL/x")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A hub cache that holds one model, and no way to the hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--someone--toy"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    return make_model(repo / "snapshots" / commit)
+
+
+def test_a_model_in_the_hub_cache_is_used_without_the_hub(cache, monkeypatch):
+    from huggingface_hub import snapshot_download
+
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, **k: snapshot_download(*a, cache_dir=cache.parents[2], **k)
+    )
+    assert locate_hub_model("someone/toy", download=False) == cache
+    assert locate_hub_model("someone/toy", download=True) == cache
+    assert locate_hub_model("someone/else", download=False) is None
+
+
+@pytest.mark.parametrize(
+    "missing", ["config.json", "preprocessor_config.json", "model.safetensors", "second.safetensors"]
+)
+def test_a_snapshot_whose_fetch_was_interrupted_is_fetched_again(cache, monkeypatch, missing):
+    weights = {"weight_map": {"a": "model.safetensors", "b": "second.safetensors"}}
+    (cache / "model.safetensors.index.json").write_text(json.dumps(weights))
+    (cache / "second.safetensors").touch()
+    asked = []
+
+    def snapshot_download(_repo, *, local_files_only=False, **_):
+        asked.append(local_files_only)
+        if not local_files_only:
+            (cache / missing).touch()
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (cache / missing).unlink()
+    assert locate_hub_model("someone/toy", download=False) is None
+    assert locate_hub_model("someone/toy", download=True) == cache
+    assert asked == [True, True, False]
+    assert locate_hub_model("someone/toy", download=True) == cache
+    assert asked == [True, True, False, True]
+
+
+def test_a_model_that_cannot_be_had_is_one_line_naming_it(tmp_path, write_config, make_tar, run_script):
+    config = write_config(tmp_path, embedding_model={"model_name": "someone/no-such-model"})
+    make_tar(tmp_path / "raw")
+    assert run_script("preprocess_raw_data/process_tar.py", "--config", config).code == 0
+    script = "generate_embeddings/generate_embeddings.py"
+    outcome = run_script(script, "--config", config, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    assert outcome.code == 1
+    (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: someone/no-such-model: the model is neither a local folder nor in the hub cache")
+    assert "correct the name, or fetch it where there is internet" in line
+    assert "Traceback" not in outcome.stderr
+
+
+def test_telling_models_apart_does_not_import_torch():
+    code = "import sys, pipeline.model_files; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,0 +1,335 @@
+"""Parquet as the stages exchange it: in one piece, with provenance, read with checks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import tables
+from pipeline.errors import InputError, PipelineError, Rejection, StaleOutputError
+
+PROVENANCE = {"stage": "somewhere", "version": "1", "inputs": [], "settings": {"a": 1}}
+SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("embedding", pa.list_(pa.float32(), 8))])
+
+
+def make_table(rows=100, kind=None):
+    kind = kind or pa.float32()
+    values = np.random.default_rng(0).normal(size=rows * 8).astype("f2" if kind == pa.float16() else "f4")
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(values), 8)
+    return pa.table({"id": list(range(rows)), "name": [f"n{row % 3}" for row in range(rows)], "embedding": embedding})
+
+
+def list_files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def test_a_file_appears_only_when_its_block_has_ended_well(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    with tables.writing_to(path) as temporary:
+        temporary.write_bytes(b"all of it")
+        assert not path.exists()
+        assert temporary.parent == path.parent
+        assert temporary.name.startswith(".")
+    assert path.read_bytes() == b"all of it"
+    assert list_files(path.parent) == ["a.bin"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, InputError, OSError])
+def test_whatever_goes_wrong_the_old_file_stays_and_nothing_else(tmp_path, failure):
+    path = tmp_path / "a.parquet"
+    tables.write_parquet(path, make_table(), PROVENANCE)
+    before = path.read_bytes()
+
+    def fail():
+        with tables.parquet_writer(path, SCHEMA, PROVENANCE) as writer:
+            writer.write_table(make_table(5).cast(SCHEMA))
+            raise failure
+
+    with pytest.raises((failure, PipelineError)):
+        fail()
+    assert path.read_bytes() == before
+    assert list_files(tmp_path) == ["a.parquet"]
+
+
+def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_write_clears_up(tmp_path):
+    path = tmp_path / "a.parquet"
+    script = (
+        "import os, sys; from pathlib import Path; from pipeline import tables\n"
+        "with tables.writing_to(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_bytes(b'half'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, path], check=False).returncode == -9
+    (left,) = list_files(tmp_path)
+    assert left.startswith(".a.parquet.")
+    tables.write_parquet(path, make_table(), PROVENANCE)
+    assert list_files(tmp_path) == ["a.parquet"]
+
+
+def test_temporaries_of_running_processes_other_hosts_and_other_files_are_left_alone(tmp_path):
+    path = tmp_path / "a.bin"
+    own = tables.temporary_path(path).name
+    host = own.removeprefix(".a.bin.").removesuffix(f"-{os.getpid()}.tmp")
+    strangers = {f".a.bin.{host}-1.tmp", ".a.bin.elsewhere-999999.tmp", f".b.bin.{host}-999999.tmp", ".a.bin.rows"}
+    for name in {own, f".a.bin.{host}-999999.tmp"} | strangers:
+        (tmp_path / name).touch()
+    (tmp_path / f".a.bin.{host}-999998.tmp").mkdir()
+    tables.remove_stale_temporaries(path)
+    assert set(list_files(tmp_path)) == strangers
+
+
+def test_the_first_write_into_a_folder_clears_it_of_dead_processes_and_no_later_one_looks_again(tmp_path):
+    host = tables.temporary_path(tmp_path / "x").name.removeprefix(".x.").removesuffix(f"-{os.getpid()}.tmp")
+    ours, dead = f".b.bin.{host}-{os.getpid()}.tmp", f".b.bin.{host}-999999.tmp"
+    for name in (ours, dead):
+        (tmp_path / name).touch()
+    tables.write_json(tmp_path / "a.json", 1)
+    assert set(list_files(tmp_path)) == {"a.json", ours}  # another thread of ours may be at work on it
+    (tmp_path / dead).touch()
+    tables.write_json(tmp_path / "a.json", 2)
+    assert dead in list_files(tmp_path)
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tables.os, "fsync", refuse)
+    with pytest.raises(PipelineError) as caught:
+        tables.write_json(tmp_path / "a.json", {"a": 1})
+    assert str(caught.value) == (
+        f"cannot write {tmp_path}/a.json (No space left on device): "
+        "free space or allow writing there, then run this again"
+    )
+    assert list_files(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte; skips where none can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or not shutil.which("mount"):
+        pytest.skip("only root can mount a small file system")
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_the_old_file(small_disk):
+    path = small_disk / "a.parquet"
+    tables.write_parquet(path, make_table(), PROVENANCE)
+    with pytest.raises(PipelineError, match=r"cannot write .*a\.parquet \(No space left on device\)"):
+        tables.write_parquet(path, make_table(60_000), PROVENANCE)
+    assert pq.read_table(path).num_rows == 100
+    assert list_files(small_disk) == ["a.parquet"]
+
+
+def test_a_read_only_disk_is_one_line(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for path in (small_disk / "a.parquet", small_disk / "new" / "a.parquet"):
+        with pytest.raises(PipelineError, match=r"cannot write .*a\.parquet \(Read-only file system\)"):
+            tables.write_parquet(path, make_table(), PROVENANCE)
+
+
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PipelineError, match=r"cannot write .*file/a\.json"):
+        tables.write_json(tmp_path / "file" / "a.json", 1)
+
+
+def test_an_error_of_another_file_is_not_blamed_on_the_output(tmp_path):
+    with pytest.raises(FileNotFoundError), tables.writing_to(tmp_path / "a.bin"):
+        (tmp_path.parent / "nowhere" / "input").read_bytes()
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
+def test_floats_of_one_length_are_really_split_by_byte(tmp_path, kind):
+    table = make_table(kind=kind)
+    tables.write_parquet(tmp_path / "a.parquet", table, PROVENANCE)
+    group = pq.read_metadata(tmp_path / "a.parquet").row_group(0)
+    columns = {group.column(number).path_in_schema: group.column(number) for number in range(group.num_columns)}
+    assert "BYTE_STREAM_SPLIT" in columns["embedding.list.element"].encodings
+    assert {column.compression for column in columns.values()} == {"ZSTD"}
+    assert columns["name"].has_dictionary_page
+    assert not columns["embedding.list.element"].has_dictionary_page
+    found = pq.read_table(tmp_path / "a.parquet")
+    assert found.schema.field("embedding").type == pa.list_(kind, 8)
+    assert found.equals(table)
+
+
+def test_provenance_is_seen_by_every_reader(tmp_path):
+    path = tmp_path / "a.parquet"
+    tables.write_parquet(path, make_table(), PROVENANCE)
+    for metadata in (
+        pq.read_schema(path).metadata,
+        pq.read_metadata(path).metadata,
+        pq.read_table(path).schema.metadata,
+    ):
+        assert json.loads(metadata[b"spatial_building_embeddings"]) == PROVENANCE
+    assert tables.read_provenance(path) == PROVENANCE
+
+
+def test_rejects_are_listed_in_one_schema_beside_the_output(tmp_path):
+    path = tables.rejects_path(tmp_path / "0001.parquet")
+    assert path == tmp_path / "_rejects" / "0001.parquet"
+    tables.write_rejects(path, [("a", Rejection("unreadable_image", "0 bytes"))], PROVENANCE)
+    assert pq.read_table(path).to_pylist() == [{"member": "a", "reason": "unreadable_image", "detail": "0 bytes"}]
+    tables.write_rejects(path, [], PROVENANCE)
+    assert pq.read_table(path).schema.equals(tables.REJECT_SCHEMA)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.parquet: no such file: run the stage that writes it"):
+        tables.open_parquet(tmp_path / "none.parquet")
+    tables.write_parquet(tmp_path / "a.parquet", make_table(), PROVENANCE)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for content in (b"", b"PAR1", b"hello world, hello", whole[:-9], whole[: len(whole) // 2]):
+        (tmp_path / "b.parquet").write_bytes(content)
+        for read in (tables.open_parquet, tables.read_provenance, tables.identify):
+            with pytest.raises(InputError, match=r"b\.parquet: not a readable parquet file .*: remove it and make it"):
+                read(tmp_path / "b.parquet")
+    with pytest.raises(InputError):
+        tables.open_parquet(tmp_path)
+
+
+def test_damage_behind_the_footer_is_named_when_it_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    tables.write_parquet(path, make_table(), PROVENANCE)
+    whole = bytearray(path.read_bytes())
+    whole[200:900] = bytes(700)
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match=r"a\.parquet: damaged \(.*\): remove it"), tables.reading(path):
+        tables.open_parquet(path).read()
+
+
+def test_every_missing_or_mistyped_column_is_named_at_once(tmp_path):
+    found = pa.schema([("id", pa.int32()), ("name", pa.large_string()), ("embedding", pa.list_(pa.float32()))])
+    with pytest.raises(InputError) as caught:
+        tables.check_columns(tmp_path / "a.parquet", found, [*SCHEMA, pa.field("tar_file", pa.string())])
+    kind, wanted = found.field("embedding").type, SCHEMA.field("embedding").type
+    assert str(caught.value) == (
+        f"{tmp_path}/a.parquet: column id is int32, expected int64, column embedding is {kind}, expected {wanted}, "
+        "column tar_file is missing: make the file again with the stage that writes it"
+    )
+    tables.check_columns(tmp_path / "a.parquet", SCHEMA, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        (pa.list_(pa.float32()), "expected fixed_size_list<float32 or float16>"),
+        (pa.list_(pa.float64(), 4), "expected fixed_size_list<float32 or float16>"),
+        (pa.float32(), "expected fixed_size_list<float32 or float16>"),
+        (None, "column embedding is missing"),
+    ],
+)
+def test_an_embedding_of_another_type_is_refused(tmp_path, kind, complaint):
+    schema = pa.schema([] if kind is None else [("embedding", kind)])
+    with pytest.raises(InputError, match=complaint):
+        tables.embedding_width(tmp_path / "a.parquet", schema)
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
+def test_the_width_of_an_embedding_is_its_lists_length(tmp_path, kind):
+    assert tables.embedding_width(tmp_path, pa.schema([("embedding", pa.list_(kind, 12))])) == 12
+
+
+# ------------------------------------------------------------------------------------------------ provenance
+
+
+def test_a_parquet_of_someone_else_says_nothing(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(make_table(), path)
+    assert tables.read_provenance(path) is None
+    for text in (b"not json", b"[1]"):
+        pq.write_table(make_table().replace_schema_metadata({tables.PROVENANCE_KEY: text}), path)
+        assert tables.read_provenance(path) is None
+
+
+def test_files_are_told_apart_by_content_and_name_never_by_path_or_time(tmp_path):
+    path, moved = tmp_path / "a.parquet", tmp_path / "deep" / "a.parquet"
+    tables.write_parquet(path, make_table(), PROVENANCE)
+    identity = tables.identify(path)
+    assert identity["name"] == "a.parquet"
+    assert identity["size"] == path.stat().st_size
+    moved.parent.mkdir()
+    shutil.copy(path, moved)
+    os.utime(moved, (1, 1))
+    assert tables.identify(moved) == identity
+    changed = make_table().set_column(0, "id", pa.array(range(1, 101)))
+    tables.write_parquet(path, changed, PROVENANCE)
+    assert tables.identify(path) != identity
+    tables.write_parquet(path, make_table(), PROVENANCE | {"settings": {"a": 2}})
+    assert path.stat().st_size == identity["size"]
+    assert tables.identify(path) != identity
+
+
+def test_tars_are_told_apart_without_being_read_and_other_files_by_all_their_bytes(tmp_path):
+    (tmp_path / "0001.tar").write_bytes(b"12345")
+    assert tables.identify(tmp_path / "0001.tar") == {"name": "0001.tar", "size": 5}
+    (tmp_path / "a.csv").write_bytes(b"12345")
+    first = tables.identify(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_bytes(b"12346")
+    assert tables.identify(tmp_path / "a.csv") != first
+    with pytest.raises(InputError, match=r"b\.csv: no such file"):
+        tables.identify(tmp_path / "b.csv")
+
+
+def test_an_output_is_kept_refused_or_made_again(tmp_path):
+    path = tmp_path / "a.parquet"
+    assert not tables.is_complete(path, PROVENANCE, overwrite=False)
+    tables.write_parquet(path, make_table(), PROVENANCE | {"counts": {"in": 1}})
+    assert tables.is_complete(path, PROVENANCE, overwrite=False)
+    assert not tables.is_complete(path, PROVENANCE, overwrite=True)
+    with pytest.raises(StaleOutputError) as caught:
+        tables.is_complete(path, PROVENANCE | {"settings": {"a": 2}}, overwrite=False)
+    assert str(caught.value) == (
+        f"{path}: made from other inputs or settings (a was 1 and is now 2): give --overwrite to make it again, "
+        "or set another output path"
+    )
+    pq.write_table(make_table(), path)
+    with pytest.raises(StaleOutputError, match="it does not say what it was made from"):
+        tables.is_complete(path, PROVENANCE, overwrite=False)
+
+
+TAR = {"name": "0001.tar", "size": 5}
+FILE = {"name": "0001.parquet", "size": 7, "footer": "f"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ({"inputs": [TAR, FILE]}, {"inputs": [FILE, TAR]}, None),
+        ({"counts": 1, "version": "1"}, {"counts": 2, "version": "2"}, None),
+        ({"stage": "a"}, {"stage": "b"}, "it was made by a"),
+        ({"settings": {"k": 1}}, {"settings": {"k": 2}}, "k was 1 and is now 2"),
+        ({"settings": {}}, {"settings": {"k": "x"}}, "k was None and is now 'x'"),
+        ({"settings": {"k": 1}}, {}, "k was 1 and is now None"),
+        ({"inputs": [FILE]}, {"inputs": []}, "input 0001.parquet is gone"),
+        ({"inputs": []}, {"inputs": [FILE]}, "input 0001.parquet was not among its inputs"),
+        ({"inputs": [FILE]}, {"inputs": [FILE | {"footer": "g"}]}, "input 0001.parquet has changed"),
+        ({"inputs": [TAR]}, {"inputs": [TAR | {"size": 6}]}, "input 0001.tar has changed"),
+        ({"inputs": [TAR, FILE]}, {"inputs": [FILE]}, None),  # a tar may be deleted once it has been read
+    ],
+)
+def test_the_first_difference_of_two_provenances_is_named(old, new, difference):
+    assert tables.describe_difference(old, new) == difference
+
+
+def test_a_hash_of_plain_values_does_not_depend_on_their_order():
+    assert tables.hash_json({"a": 1, "b": [2]}) == tables.hash_json({"b": [2], "a": 1})
+    assert tables.hash_json({"a": 1}) != tables.hash_json({"a": 2})

@@ -1,0 +1,155 @@
+"""The per-tar stages' work: which tars, what is kept, what fails, what is counted."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.cli import Options, StageResult
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError
+from pipeline.ids import Shard
+from pipeline.tables import identify, make_provenance, write_parquet
+from pipeline.units import list_units, run_units
+
+
+@pytest.fixture
+def config(tmp_path, write_config):
+    return load_config(write_config(tmp_path))
+
+
+def touch(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+
+
+def test_a_unit_is_a_tar_its_intermediate_and_its_output(tmp_path, config):
+    touch(tmp_path / "raw", "0002.tar", "0001.tar", ".0003.tar")
+    first, second = list_units(config, Options(), "embeddings_dir", "_embeddings")
+    assert (first.dataset_id, second.dataset_id) == (1, 2)
+    assert first.tar_path == tmp_path / "raw" / "0001.tar"
+    assert first.intermediate_path == tmp_path / "intermediates" / "0001.parquet"
+    assert first.output_path == tmp_path / "embeddings" / "0001_embeddings.parquet"
+
+
+def test_an_intermediate_whose_tar_is_gone_is_a_unit_of_the_later_stages_only(tmp_path, config):
+    touch(tmp_path / "raw", "0002.tar")
+    touch(tmp_path / "intermediates", "0001.parquet", ".0004.parquet", "notes.parquet")
+    assert [unit.dataset_id for unit in list_units(config, Options(), "embeddings_dir", "_embeddings")] == [1, 2]
+    assert [unit.dataset_id for unit in list_units(config, Options(), "intermediates_dir")] == [2]
+    (tmp_path / "raw" / "0002.tar").unlink()
+    (tmp_path / "raw").rmdir()
+    assert [unit.dataset_id for unit in list_units(config, Options(), "embeddings_dir", "_embeddings")] == [1]
+    with pytest.raises(InputError, match="no such folder"):
+        list_units(config, Options(), "intermediates_dir")
+
+
+def test_nothing_at_all_is_an_error(tmp_path, config):
+    with pytest.raises(InputError, match=r"raw: no such folder"):
+        list_units(config, Options(), "embeddings_dir", "_embeddings")
+
+
+def test_named_tars_win_over_the_folder_and_shards_cut_either(tmp_path, config):
+    touch(tmp_path / "raw", "0001.tar", "0002.tar", "0003.tar")
+    named = Options(tar_files=(Path("x/0009.tar"), Path("0008.tar")))
+    assert [unit.tar_path for unit in list_units(config, named, "intermediates_dir")] == [
+        Path("0008.tar"),
+        Path("x/0009.tar"),
+    ]
+    shard = Options(shard=Shard(0, 2))
+    assert [unit.dataset_id for unit in list_units(config, shard, "intermediates_dir")] == [1, 3]
+    with pytest.raises(ConfigError, match=r"--tar-file y/0009\.tar: another one has this name"):
+        list_units(config, Options(tar_files=(Path("x/0009.tar"), Path("y/0009.tar"))), "intermediates_dir")
+
+
+@pytest.fixture
+def run(tmp_path, config):
+    """Run units that write a parquet of one row; the tars named in `broken` cannot be read."""
+
+    def start(settings=None, overwrite=False, broken=(), units=None):
+        result = StageResult("stage")
+        made = []
+
+        def describe(unit):
+            return make_provenance("stage", [identify(unit.tar_path)], settings or {})
+
+        def make(unit, provenance):
+            if unit.tar_path.name in broken:
+                raise InputError(f"{unit.tar_path}: damaged")
+            made.append(unit.dataset_id)
+            provenance["counts"] = {"in": 3, "out": 2, "rejected": 1}
+            provenance["reasons"] = {"unreadable_image": 1}
+            write_parquet(unit.output_path, pa.table({"a": [1]}), provenance)
+
+        units = units or list_units(config, Options(), "intermediates_dir")
+        try:
+            run_units(units, result, describe, make, overwrite)
+        except PipelineError as error:
+            return made, result, error
+        return made, result, None
+
+    touch(tmp_path / "raw", "0001.tar", "0002.tar", "0003.tar")
+    return start
+
+
+def test_made_and_kept_units_are_counted_alike(run, tmp_path):
+    made, first, error = run()
+    assert (made, error) == ([1, 2, 3], None)
+    (tmp_path / "intermediates" / "0002.parquet").unlink()
+    made, second, error = run()
+    assert (made, error) == ([2], None)
+    assert (
+        (second.rows_in, second.rows_out, second.rejected)
+        == (first.rows_in, first.rows_out, first.rejected)
+        == (9, 6, 3)
+    )
+    assert second.reasons == {"unreadable_image": 3}
+    assert (len(second.written), len(second.kept)) == (1, 2)
+
+
+def test_a_tar_that_fails_leaves_the_others_done_and_is_told_in_the_end(run, tmp_path):
+    made, result, error = run(broken=("0002.tar",))
+    assert made == [1, 3]
+    assert str(error) == f"1 of 3 tars failed, the others are done: {tmp_path}/raw/0002.tar: damaged"
+    assert error.result is result
+    assert result.rows_in == 6
+    made, _, error = run(broken=("0002.tar", "0003.tar"), overwrite=True)
+    assert made == [1]
+    assert (
+        str(error)
+        == f"2 of 3 tars failed, the others are done: {tmp_path}/raw/0002.tar: damaged (and 1 more, see the log)"
+    )
+
+
+def test_a_tar_whose_inputs_are_missing_fails_before_and_counts_once(run, tmp_path, config):
+    units = list_units(config, Options(), "intermediates_dir")
+    (tmp_path / "raw" / "0001.tar").unlink()
+    made, _, error = run(units=units)
+    assert made == [2, 3]
+    assert str(error).startswith("1 of 3 tars failed")
+
+
+def test_a_stale_output_is_refused_before_anything_is_made(run, tmp_path):
+    run()
+    (tmp_path / "intermediates" / "0001.parquet").unlink()
+    made, _, error = run(settings={"size": 2})
+    assert made == []
+    assert isinstance(error, StaleOutputError)
+    assert "0002.parquet: made from other inputs or settings (size was None and is now 2)" in str(error)
+    assert run(settings={"size": 2}, overwrite=True)[0] == [1, 2, 3]
+
+
+def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config):
+    result = StageResult("stage", rows_in=10, rows_out=7, rejected=3)
+    for allowed, fails in ((0.2, True), (0.3, False), (1.0, False), (0.0, True)):
+        config = load_config(write_config(tmp_path, data={"max_reject_fraction": allowed}))
+        if not fails:
+            result.check_reject_fraction(config)
+            continue
+        with pytest.raises(
+            PipelineError, match=rf"stage: 3 of 10 items were rejected, .* = {allowed:g} allows"
+        ) as caught:
+            result.check_reject_fraction(config)
+        assert caught.value.result is result
+    StageResult("stage").check_reject_fraction(config)
