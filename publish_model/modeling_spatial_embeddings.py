@@ -61,7 +61,8 @@ class SpatialEmbeddingsModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the module that reads the pixels."""
-        return self.backbone.get_input_embeddings()
+        embeddings: nn.Module = self.backbone.get_input_embeddings()
+        return embeddings
 
     def forward(
         self, pixel_values: torch.Tensor, return_dict: bool | None = None, **kwargs: Any
@@ -83,6 +84,6 @@ class SpatialEmbeddingsModel(PreTrainedModel):
 
     def pool(self, outputs: Any) -> torch.Tensor:
         """Return the backbone's features (B, input_dim) as `config.pooling_type` says."""
-        if self.config.pooling_type == "cls_token":
-            return outputs.last_hidden_state[:, 0]
-        return outputs.pooler_output.flatten(1)
+        by_token = self.config.pooling_type == "cls_token"
+        pooled: torch.Tensor = outputs.last_hidden_state[:, 0] if by_token else outputs.pooler_output.flatten(1)
+        return pooled

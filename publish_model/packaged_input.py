@@ -81,7 +81,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _is_boolean(kind: pa.DataType) -> bool:
-    return pa.types.is_boolean(kind) or pa.types.is_null(kind)  # a column of nulls alone has no type
+    return bool(pa.types.is_boolean(kind) or pa.types.is_null(kind))  # a column of nulls alone has no type
 
 
 def read_batches(source: PackagedInput, row_group: int, batch_rows: int, *, with_valid: bool) -> Iterator[pa.Table]:
