@@ -14,6 +14,8 @@ from raw_tars import make_city, write_tar
 
 from pipeline import cli
 
+pytest_plugins = ["stage8_fixtures"]
+
 REPO = Path(__file__).resolve().parents[1]
 
 

@@ -1,0 +1,309 @@
+"""What stage 7 keeps, refuses and pushes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from published_models import GOOD, make_config, write_backbone, write_checkpoint
+
+from pipeline.checkpoint import build_projector, load_checkpoint
+from pipeline.cli import Options
+from pipeline.errors import InputError, PipelineError, StaleOutputError
+from publish_model import convert_to_hf as stage
+from publish_model.convert_to_hf import PublishOptions
+from publish_model.model_card import is_measured, worse_than
+
+FILES = {
+    "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
+    "configuration_spatial_embeddings.py", "projector.py", "README.md",
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(toy_backbone, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    return make_config(tmp_path, toy_backbone)
+
+
+@pytest.fixture
+def config_file(write_config, toy_backbone, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    return write_config(tmp_path, embedding_model={"model_name": str(toy_backbone)})
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def read_all_text(folder):
+    return "\n".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".py", ".md"))
+
+
+# ---------------------------------------------------------------------------------------------------- card and gate
+
+
+def test_the_card_shows_the_projector_beside_both_baselines(config, toy_backbone, tmp_path):
+    (toy_backbone / "README.md").write_text("---\nlicense: other\nlicense_name: toy-licence\n---\n# toy\n")
+    (toy_backbone / "LICENSE.md").write_text("Do as you like.")
+    try:
+        stage.run(config, Options())
+    finally:
+        (toy_backbone / "README.md").unlink()
+        (toy_backbone / "LICENSE.md").unlink()
+    folder = tmp_path / "published"
+    card = (folder / "README.md").read_text()
+    assert "| backbone alone | 0.500 | 0.400 | 0.500 |" in card
+    assert "| backbone, PCA-whitened | 0.500 | 0.450 | 0.500 |" in card
+    assert "| **this model** | 0.500 | 0.500 | 0.500 |" in card
+    assert "worse" not in card
+    assert "license_name: toy-licence" in card
+    assert "Google Street View" in card
+    assert (folder / "LICENSE.md").read_text() == "Do as you like."
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(card).data
+    assert data.library_name == "transformers"
+    assert {result.metric_type: result.metric_value for result in data.eval_results}["map"] == 0.5
+
+
+def test_the_snippet_of_the_card_runs(config, tmp_path, monkeypatch, capsys):
+    from published_models import make_picture
+
+    stage.run(config, Options())
+    folder = tmp_path / "published"
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    make_picture(1).save(folder / "a.jpg")
+    make_picture(2).save(folder / "b.jpg")
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("tensor([[1.0")
+
+
+@pytest.mark.parametrize("baseline", ["raw", "pca_whitened"])
+@pytest.mark.parametrize("value", [0.51, float("nan")])
+def test_a_projector_that_is_worse_than_no_training_is_refused(config, tmp_path, baseline, value):
+    maps = GOOD | {baseline: value}
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", maps=maps)
+    with pytest.raises(PipelineError, match="retrieves worse than no training.*--force"):
+        stage.run(config, Options())
+    assert not (tmp_path / "published").exists()
+
+
+def test_force_publishes_it_and_the_card_says_so(config, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", maps=GOOD | {"projector": 0.41})
+    stage.run(config, PublishOptions(force=True))
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "**The projector retrieves worse than the backbone, PCA-whitened** and was published by `--force`" in card
+
+
+def test_equal_is_not_worse():
+    metrics = {row: {"map": 0.5} for row in ("raw", "pca_whitened", "projector")}
+    assert worse_than(metrics) == []
+    assert is_measured(metrics)
+    assert not is_measured({"raw": {"map": 0.5}, "projector": {"map": 0.5}})
+
+
+def test_a_checkpoint_without_metrics_is_published_as_not_measured(config_file, run_main, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", maps=None)
+    outcome = run_main(stage.main, "--config", config_file)
+    assert outcome.code == 0
+    assert "carries no validation metrics" in outcome.stderr
+    card = (tmp_path / "published_model" / "README.md").read_text()
+    assert "Not measured" in card
+    assert "model-index" not in card
+
+
+# ---------------------------------------------------------------------------------------------------- keep and refuse
+
+
+def test_a_rerun_keeps_the_folder_without_loading_torch(config_file, run_main, run_script, tmp_path):
+    outcome = run_main(stage.main, "--config", config_file)
+    assert (outcome.code, outcome.stdout) == (0, f"{tmp_path / 'published_model'}\n")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "published_model").iterdir()}
+    code = (
+        "import sys; from publish_model.convert_to_hf import main; main(sys.argv[1:]);"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config", str(config_file)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, "nothing redone" in done.stderr) == ("", True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "published_model").iterdir()} == before
+
+
+def test_moved_and_touched_inputs_change_nothing(config, toy_backbone, tmp_path):
+    stage.run(config, Options())
+    moved = shutil.copytree(toy_backbone, tmp_path / "moved" / toy_backbone.name)
+    checkpoint = tmp_path / "moved" / "checkpoint_best.pt"
+    shutil.copyfile(tmp_path / "checkpoint" / "checkpoint_best.pt", checkpoint)
+    result = stage.run(make_config(tmp_path, moved), PublishOptions(checkpoint=checkpoint))
+    assert result.kept == [tmp_path / "published"]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [("checkpoint", "input checkpoint_best.pt has changed"), ("backbone", "input backbone has changed"),
+     ("pooling", "pooling_type was 'pooler_output' and is now 'cls_token'"),
+     ("dtype", "dtype was 'as stored' and is now 'bfloat16'")],
+)  # fmt: skip
+def test_other_inputs_and_settings_are_refused_and_named(config, tmp_path, change, difference):
+    stage.run(config, Options())
+    options = PublishOptions(dtype="bfloat16" if change == "dtype" else None)
+    if change == "checkpoint":
+        write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", maps=GOOD | {"projector": 0.6})
+    elif change == "backbone":
+        config = make_config(tmp_path, write_backbone(tmp_path / "other", num_hidden_layers=1))
+    elif change == "pooling":
+        config = make_config(tmp_path, config.embedding_model.model_name, pooling_type="cls_token")
+    before = (tmp_path / "published" / "model.safetensors").read_bytes()
+    with pytest.raises(StaleOutputError) as caught:
+        stage.run(config, options)
+    assert difference in str(caught.value)
+    assert (tmp_path / "published" / "model.safetensors").read_bytes() == before
+    again = PublishOptions(overwrite=True, dtype=options.dtype)
+    assert stage.run(config, again).written == [tmp_path / "published"]
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_a_folder_of_something_else_is_never_removed(config, tmp_path):
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="not a model that was published here"):
+        stage.run(config, Options(overwrite=True))
+    assert (tmp_path / "published" / "thesis.tex").read_text() == "mine"
+
+
+def test_what_fails_half_way_leaves_nothing(config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "published"))
+
+    monkeypatch.setattr("publish_model.published_folder.write_weights", fail)
+    with pytest.raises(PipelineError, match=r"cannot write .*published \(No space left on device\)"):
+        stage.run(config, Options())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def check_refused(outcome, *texts, code=1):
+    assert outcome.code == code
+    assert outcome.stdout == ""
+    last = outcome.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    for text in texts:
+        assert text in last
+
+
+def test_a_checkpoint_of_another_width_is_refused_naming_both(config_file, run_main, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", input_dim=1280)
+    outcome = run_main(stage.main, "--config", config_file)
+    check_refused(outcome, "its projector takes 1280 features, the backbone toy-dinov2 gives 24", "model_name")
+    assert not (tmp_path / "published_model").exists()
+
+
+def test_a_missing_or_damaged_checkpoint_is_one_line(config_file, run_main, tmp_path):
+    path = tmp_path / "checkpoint" / "checkpoint_best.pt"
+    path.write_bytes(path.read_bytes()[:500])
+    check_refused(run_main(stage.main, "--config", config_file), f"{path}: not a checkpoint")
+    other = tmp_path / "other.pt"
+    check_refused(
+        run_main(stage.main, "--config", config_file, "--checkpoint", other),
+        f"{other}: no such checkpoint: run stage 6",
+    )
+
+
+def test_a_missing_backbone_is_one_line(config_file, run_main, tmp_path):
+    override = f"embedding_model.model_name={tmp_path / 'nowhere'}"
+    outcome = run_main(stage.main, "--config", config_file, "--set", override)
+    check_refused(outcome, f"{tmp_path / 'nowhere'}: no such folder")
+
+
+def test_damaged_backbone_weights_are_one_line(config_file, run_main, toy_backbone, tmp_path):
+    broken = shutil.copytree(toy_backbone, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
+    outcome = run_main(stage.main, "--config", config_file, "--set", f"embedding_model.model_name={broken}")
+    check_refused(outcome, f"{broken}: its weights cannot be read")
+    assert not (tmp_path / "published_model").exists()
+
+
+def test_options_reach_the_stage(config_file, run_main, tmp_path):
+    output = tmp_path / "elsewhere" / "model"
+    write_checkpoint(tmp_path / "epoch.pt", maps=GOOD | {"projector": 0.1})
+    arguments = ["--config", config_file, "--output", output, "--checkpoint", tmp_path / "epoch.pt"]
+    check_refused(run_main(stage.main, *arguments), "--force")
+    outcome = run_main(stage.main, *arguments, "--force", "--dtype", "bfloat16")
+    assert (outcome.code, outcome.stdout) == (0, f"{output}\n")
+    assert read_config(output)["dtype"] == "bfloat16"
+    check_refused(run_main(stage.main, *arguments, "--dtype", "int8"), "invalid choice", code=2)
+
+
+def test_help_says_the_number_of_the_stage_first(run_main):
+    assert run_main(stage.main, "--help").stdout.startswith("Stage 7: ")
+
+
+# ---------------------------------------------------------------------------------------------------- the hub
+
+
+class FakeHub:
+    """Stands in for HfApi."""
+
+    calls: list = []
+    failure: Exception | None = None
+
+    def __init__(self, token):
+        self.calls.append(("token", token))
+
+    def create_repo(self, repo_id, **options):
+        if self.failure:
+            raise self.failure
+        self.calls.append(("create", repo_id, options))
+
+    def upload_folder(self, *, repo_id, folder_path, **_):
+        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [])
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    return FakeHub
+
+
+def test_pushing_uploads_the_folder_into_a_private_repository(hub, config_file, run_main, tmp_path):
+    for _ in range(2):  # what is kept is pushed too
+        outcome = run_main(stage.main, "--config", config_file, "--push-to-hub", "group/model")
+        assert outcome.code == 0
+        assert hub.calls == [
+            ("token", "hf_secret"), ("create", "group/model", {"private": True, "exist_ok": True}),
+            ("upload", "group/model", sorted(FILES)),
+        ]  # fmt: skip
+        hub.calls.clear()
+    assert "hf_secret" not in outcome.stderr + read_all_text(tmp_path / "published_model")
+
+
+def test_a_hub_that_refuses_is_one_line_without_the_token(hub, config_file, run_main, monkeypatch):
+    monkeypatch.setattr(hub, "failure", OSError("401 for token hf_secret\nLog in"))
+    outcome = run_main(stage.main, "--config", config_file, "--push-to-hub", "group/model")
+    check_refused(outcome, "group/model: cannot publish to the hub (401 for token (token) Log in)")
+    monkeypatch.delenv("HF_TOKEN")
+    outcome = run_main(stage.main, "--config", config_file, "--push-to-hub", "group/model")
+    check_refused(outcome, "group/model: no token", "export HF_TOKEN")
+
+
+def test_the_checkpoint_that_is_published_is_the_one_that_computes(config, tmp_path):
+    from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
+
+    stage.run(config, Options())
+    model = SpatialEmbeddingsModel.from_pretrained(tmp_path / "published").eval()
+    projector = build_projector(load_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt"))
+    features = torch.randn(5, 24)
+    with torch.inference_mode():
+        assert torch.equal(model.projector(features), projector(features))
