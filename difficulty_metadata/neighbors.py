@@ -86,9 +86,8 @@ class NeighborSearch:
     ) -> None:
         """Index `points` (N, d) float32 with their buildings (N,) int32; `backend` is as in `[difficulty]`.
 
-        `auto` is torch on every device and size. On 2 cores, 32 dimensions, 150 neighbours, taken from samples of 1,024
-        anchors: 15 s for 100,000 images where faiss takes 18 s and BallTree 750 s, 174 s for 400,000 where faiss takes
-        356 s; at 40,000 faiss is the faster by a second.
+        `auto` is torch on every device and size: on 2 cores it was 1.1 to 2.6 times as fast as faiss from 20,000 to
+        400,000 images (benchmarks/neighbors.py, docs/performance.md).
         """
         self.backend = "torch" if backend == "auto" else backend
         self.num_redone = 0
