@@ -56,6 +56,7 @@ def run_stages(
     """
     chosen = [stage for stage in STAGES if first <= stage.number <= last]
     config.require_paths(*dict.fromkeys(key for stage in chosen for key in stage.paths))
+    _check_other_paths(config, {stage.number for stage in chosen})
     for stage in chosen:
         if stage.number == 8 and not (config.new_data.input and config.new_data.output):
             print("stage 8: [new_data].input and output are not set: passed over", file=sys.stderr)
@@ -65,6 +66,19 @@ def run_stages(
         except PipelineError as error:
             results += [error.result] if error.result else []
             raise
+
+
+def _check_other_paths(config: Config, numbers: set[int]) -> None:
+    """Raise ConfigError where a path outside `[paths]`, which a chosen stage uses hours later, cannot be expanded."""
+    others = (
+        ({2, 7}, "[embedding_model].model_name", config.embedding_model.model_name),
+        ({3}, "[data].split_file", config.data.split_file),
+        ({8}, "[new_data].input", config.new_data.input),
+        ({8}, "[new_data].output", config.new_data.output),
+    )
+    for users, where, value in others:
+        if value and users & numbers:
+            config.expand(value, where)
 
 
 def format_ledger(results: list[cli.StageResult]) -> str:

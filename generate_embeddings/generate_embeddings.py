@@ -70,6 +70,8 @@ def embed_tar(
     Raises InputError if the tar or its intermediate is missing or damaged.
     """
     started = time.monotonic()
+    if not unit.tar_path.is_file():  # before a backbone of 27 GB is loaded for it
+        raise InputError(f"{unit.tar_path}: no such tar: correct the path")
     table = read_intermediate(unit.intermediate_path)
     scratch = RowScratch(unit.output_path, len(table), hash_json(provenance))
     finished = False

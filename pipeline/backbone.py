@@ -108,7 +108,12 @@ class Embedder:
     def _pool(self, outputs: object) -> torch.Tensor:
         """Return (B, D) as `pooling_type` says."""
         if self.pooling_type == "cls_token":
-            return outputs.last_hidden_state[:, 0]  # type: ignore[attr-defined, no-any-return]
+            tokens: torch.Tensor = outputs.last_hidden_state  # type: ignore[attr-defined]
+            if tokens.ndim != 3:  # (B, C, H, W) of a convolutional one
+                raise InputError(
+                    f"{type(self.model).__name__} has no CLS token: set [embedding_model].pooling_type to pooler_output"
+                )
+            return tokens[:, 0]
         pooled = getattr(outputs, "pooler_output", None)
         if pooled is None:
             raise InputError(
@@ -134,7 +139,9 @@ def load_processor(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no image processor can be loaded ({one_line(error)[:300]})") from None
+        raise InputError(
+            f"{folder}: no image processor can be loaded ({one_line(error)[:300]}): fetch the model again"
+        ) from None
 
 
 def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_remote_code: bool) -> torch.nn.Module:
@@ -144,7 +151,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_
             folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]})") from None
+        raise InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]}): fetch it again") from None
     unused = "pooler." if pooling_type == "cls_token" else None
     missing = [key for key in info["missing_keys"] if not (unused and key.startswith(unused))]
     if missing:

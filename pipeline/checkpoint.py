@@ -1,6 +1,8 @@
 """Save and load checkpoints of the projector: tensors and plain Python values, nothing that could run code."""
 
+import io
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +46,10 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint in one piece; the same content gives the same bytes."""
-    with tables.writing_to(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)  # given a path, torch would write its name into the archive
+    archive = io.BytesIO()  # given a path, torch would write its name into it; on a full disk it hides the OSError
+    torch.save(content, archive)
+    with tables.writing_to(path) as temporary:
+        temporary.write_bytes(archive.getbuffer())
 
 
 def load_checkpoint(
@@ -114,7 +118,9 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint: run stage 6 (train), or correct the path")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle, which is refused or checked below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
         raise InputError(
             f"{path}: not a checkpoint that can be loaded safely ({one_line(error)[:200]}): remove it and train again"

@@ -91,7 +91,12 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
     """Return a parser with the options that every configured stage takes."""
     # The first line of --help says what the stage is, so the usage line goes below it.
-    parser = _Parser(usage=argparse.SUPPRESS, description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser = _Parser(
+        usage=argparse.SUPPRESS,
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,  # half a word would be taken for --overwrite
+    )
     if config:
         parser.add_argument(
             "--config", type=Path, default=DEFAULT_CONFIG_PATH, metavar="PATH",

@@ -8,7 +8,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,6 +16,8 @@ from pipeline.errors import ConfigError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
+
+PositiveInt = Annotated[int, Field(ge=1)]
 
 
 def count_cores() -> int:
@@ -57,16 +59,10 @@ class EmbeddingModelSection(Section):
 
     model_name: str | None = Field(None, description="hub id or local folder of the backbone")
     pooling_type: Literal["pooler_output", "cls_token"] = Field("pooler_output", description="which output is kept")
-    batch_size: int | Literal["auto"] = Field("auto", description="images in flight at most; auto chooses")
+    batch_size: PositiveInt | Literal["auto"] = Field("auto", description="images in flight at most; auto chooses")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="bfloat16 on CUDA, float32 on CPU")
     embedding_dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored embedding")
     compile: bool = Field(False, description="run the backbone through torch.compile")
-
-    @model_validator(mode="after")
-    def _batch_size_is_positive(self) -> "EmbeddingModelSection":
-        if self.batch_size != "auto" and self.batch_size < 1:
-            raise ValueError("batch_size: must be at least 1")
-        return self
 
 
 class FingerprintsSection(Section):
@@ -115,7 +111,7 @@ class DifficultySection(Section):
 class TrainingModelSection(Section):
     """`[training_model]`: the projector."""
 
-    input_dim: int | Literal["auto"] = Field("auto", description="width of the embeddings; auto reads it")
+    input_dim: PositiveInt | Literal["auto"] = Field("auto", description="width of the embeddings; auto reads it")
     output_dim: int = Field(256, ge=1, description="width of the final embedding")
     hidden_dim: int = Field(512, ge=1, description="width of the hidden layers")
     num_hidden_layers: int = Field(1, ge=0, description="hidden layers of the MLP branch; 0 leaves the shortcut alone")
@@ -137,7 +133,7 @@ class TrainingSection(Section):
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
     margin: float = Field(0.1, gt=0.0, description="triplet margin, in Euclidean distance on the unit sphere")
     init: Literal["whitening", "pca", "random"] = Field("whitening", description="start of the linear shortcut")
-    whitening_shrinkage: float | Literal["auto"] = Field(
+    whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
         "auto", description="0 ... 1, share of the identity in the whitened covariance; auto: by validation mAP"
     )
     input_dropout: float = Field(0.3, ge=0.0, lt=1.0, description="dropout of the input features")
@@ -153,31 +149,19 @@ class TrainingSection(Section):
     grad_clip: float = Field(1.0, gt=0.0, description="largest gradient norm")
     patience: int = Field(10, ge=1, description="epochs without a better validation mAP before stopping")
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
-    triplets_per_epoch: int | Literal["auto"] = Field("auto", description="auto: one per training image")
+    triplets_per_epoch: PositiveInt | Literal["auto"] = Field("auto", description="auto: one per training image")
     validation_images: int = Field(
         20_000, ge=2, description="images at most, of whole buildings, that the retrieval after each epoch searches"
     )
-
-    @model_validator(mode="after")
-    def _numbers_are_in_range(self) -> "TrainingSection":
-        if self.triplets_per_epoch != "auto" and self.triplets_per_epoch < 1:
-            raise ValueError("triplets_per_epoch: must be at least 1")
-        if self.whitening_shrinkage != "auto" and not 0.0 <= self.whitening_shrinkage <= 1.0:
-            raise ValueError("whitening_shrinkage: must be between 0 and 1")
-        return self
 
 
 class InfrastructureSection(Section):
     """`[infrastructure]`"""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run")
-    num_workers: int | Literal["auto"] = Field("auto", description="decoding threads; auto: one per usable core")
-
-    @model_validator(mode="after")
-    def _num_workers_is_positive(self) -> "InfrastructureSection":
-        if self.num_workers != "auto" and self.num_workers < 1:
-            raise ValueError("num_workers: must be at least 1")
-        return self
+    num_workers: PositiveInt | Literal["auto"] = Field(
+        "auto", description="decoding threads; auto: one per usable core"
+    )
 
     def count_workers(self) -> int:
         """Return the number of decoding threads to use."""
@@ -220,12 +204,14 @@ class Config(Section):
     def expand(self, value: str, where: str) -> Path:
         """Expand `~` and `$VARIABLES` in a path and make it absolute from the configuration's folder.
 
-        Raises ConfigError naming `where` if a variable is not defined.
+        Raises ConfigError naming `where` if a variable is not defined, or nothing is left of the path.
         """
         expanded = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 (takes any text)
         undefined = re.search(r"\$(\w+|\{[^}]*\})", expanded)
         if undefined:
             raise ConfigError(f"{self.file_path}: {where}: {undefined.group(0)} in {value!r} is not defined: export it")
+        if not expanded.strip():  # it would stand for the configuration's own folder
+            raise ConfigError(f"{self.file_path}: {where}: {value!r} is empty: give a path")
         return (self.file_path.parent / expanded).resolve()
 
     def require_paths(self, *keys: str) -> None:

@@ -1,16 +1,21 @@
 """Log lines to stderr and to a file, and progress that suits where stderr goes."""
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.errors import PipelineError
+
+Item = TypeVar("Item")
 
 logger = logging.getLogger("spatial_building_embeddings")
 _LINE_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -55,7 +60,9 @@ class Progress:
         self.done = 0
         self._resumed = 0
         self._started = self._reported = time.monotonic()
-        self._bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr) if sys.stderr.isatty() else None
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr, **_choose_bar_size())
 
     def __enter__(self) -> "Progress":
         return self
@@ -91,6 +98,19 @@ class Progress:
         return f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, ETA {left}"
 
 
+def _choose_bar_size() -> dict[str, int]:
+    """Return nothing, as tqdm asks the terminal, but a size where that does not say it (`script`, some containers).
+
+    tqdm takes 0 columns and rows at their word and draws nothing.
+    """
+    try:
+        if os.get_terminal_size(sys.stderr.fileno()).columns > 0:
+            return {}
+    except (OSError, ValueError):
+        pass
+    return {"ncols": 80, "nrows": 24}
+
+
 class Stopwatch:
     """Adds up where the time went, by the name of the part."""
 
@@ -106,6 +126,16 @@ class Stopwatch:
             yield
         finally:
             self.add(part, time.monotonic() - started)
+
+    def measure_each(self, part: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, adding to `part` what it takes to get each."""
+        iterator = iter(items)
+        while True:
+            with self.measure(part):
+                found = list(islice(iterator, 1))
+            if not found:
+                return
+            yield found.pop()
 
     def add(self, part: str, seconds: float) -> None:
         """Add seconds that were measured elsewhere to `part`."""

@@ -110,7 +110,8 @@ def run_units(
         result.written.append(unit.output_path)
     if failures:
         more = f" (and {len(failures) - 1} more, see the log)" if len(failures) > 1 else ""
-        failed = InputError(f"{len(failures)} of {total} tars failed, the others are done: {failures[0]}{more}")
+        others = ", the others are done" if total > len(failures) else ""
+        failed = InputError(f"{len(failures)} of {total} tars failed{others}: {failures[0]}{more}")
         failed.result = result
         raise failed
 

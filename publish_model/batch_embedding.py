@@ -39,13 +39,13 @@ class Picture:
 class BatchEmbedder:
     """The published model, ready for read batches; `watch` adds up where the time went."""
 
-    def __init__(self, model_dir: Path, device: str, precision: str, batch_size: int) -> None:
+    def __init__(self, model_dir: Path, device: str, precision: str, batch_size: int, watch: Stopwatch) -> None:
         """Load the model and try it on a grey image.
 
         Raises InputError if it cannot be loaded or does not give L2-normalised embeddings.
         """
         self.batch_size = batch_size
-        self.watch = Stopwatch()
+        self.watch = watch
         self._embedder = Embedder(
             model_dir, device=device, dtype=precision, batch_size=batch_size, trust_remote_code=True
         )
@@ -98,7 +98,7 @@ class BatchEmbedder:
         return Picture(row, hash_bytes(data), self._embedder.prepare(image))
 
     def _take(self, pictures: Iterator[Picture]) -> list[Picture]:
-        with self.watch.measure("read and decode"):
+        with self.watch.measure("wait for decoding"):
             return list(islice(pictures, self.batch_size))
 
     def _embed_pictures(self, pictures: list[Picture], first_row: int) -> NDArray[np.float32]:

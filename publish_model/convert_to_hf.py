@@ -7,7 +7,6 @@ code and model card. A projector that retrieves worse than no training at all is
 rerun keeps a folder that was made from the same checkpoint and backbone.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -61,10 +60,7 @@ def describe(config: Config, options: PublishOptions, checkpoint_path: Path, bac
 
     Raises InputError if one of them is missing.
     """
-    if not checkpoint_path.is_file():
-        raise InputError(f"{checkpoint_path}: no such checkpoint: run stage 6 (train), or correct the path")
-    digest = hashlib.sha256(checkpoint_path.read_bytes()).hexdigest()[:32]
-    inputs = [{**identify(checkpoint_path), "sha256": digest}, {"name": "backbone", "id": identify_model(backbone_dir)}]
+    inputs = [identify(checkpoint_path), {"name": "backbone", "id": identify_model(backbone_dir)}]
     settings = {"pooling_type": config.embedding_model.pooling_type, "dtype": options.dtype or "as stored"}
     return make_provenance(STAGE, inputs, settings) | {"counts": COUNTS}
 
@@ -121,7 +117,12 @@ def check_worth(checkpoint: "Checkpoint", force: bool) -> dict[str, dict[str, fl
 def publish(
     config: Config, options: PublishOptions, checkpoint_path: Path, output: Path, result: cli.StageResult
 ) -> None:
-    """Write the folder unless it is there already."""
+    """Write the folder unless it is there already.
+
+    Raises InputError if there is no checkpoint.
+    """
+    if not checkpoint_path.is_file():  # before a backbone of 27 GB is fetched for it
+        raise InputError(f"{checkpoint_path}: no such checkpoint: run stage 6 (train), or correct the path")
     backbone_dir = locate_backbone(config, download=True)
     assert backbone_dir is not None  # it was to be fetched
     provenance = describe(config, options, checkpoint_path, backbone_dir)

@@ -65,6 +65,8 @@ def choose_recipe(
         raise InputError(
             f"{model_dir}: not a model folder (config.json: {one_line(error)}): correct --model-id"
         ) from None
+    if not isinstance(config, dict):
+        raise InputError(f"{model_dir}: not a model folder (config.json holds no settings): correct --model-id")
     pooling = str(config.get("pooling_type", "pooler_output"))
     precision = options.dtype if options.dtype != "auto" else (begun or {}).get("precision")
     if precision is None:
@@ -102,7 +104,7 @@ def embed_parts(
     for row_group, plans in work.items():
         wanted = {plan.read_batch: plan for plan in plans}
         batches = read_batches(source, row_group, options.read_batch_size, with_valid=options.filter_valid)
-        for read_batch, table in enumerate(batches):
+        for read_batch, table in enumerate(embedder.watch.measure_each("read", batches)):
             plan = wanted.pop(read_batch, None)
             if plan is not None:
                 rows = table.slice(0, plan.rows_within(options.limit))
@@ -126,9 +128,11 @@ def make_missing_parts(
     rows_kept: int,
 ) -> Stopwatch:
     """Load the model, make the parts and return where the time went; an interrupted run leaves its state right."""
-    from publish_model.batch_embedding import BatchEmbedder
+    watch = Stopwatch()
+    with watch.measure("load"):
+        from publish_model.batch_embedding import BatchEmbedder
 
-    embedder = BatchEmbedder(model_dir, options.device, dataset.recipe.precision, options.batch_size)
+        embedder = BatchEmbedder(model_dir, options.device, dataset.recipe.precision, options.batch_size, watch)
     rows = sum(plan.rows_within(options.limit) for plans in work.values() for plan in plans)
     try:
         with Progress(STAGE, rows_kept + rows, interval_seconds=options.progress_interval_seconds) as progress:
@@ -137,7 +141,7 @@ def make_missing_parts(
     except (KeyboardInterrupt, Terminated):
         dataset.write_state()
         raise
-    return embedder.watch
+    return watch
 
 
 def embed_dataset(options: EmbedOptions) -> cli.StageResult:

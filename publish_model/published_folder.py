@@ -46,8 +46,17 @@ class Backbone:
     pooling_type: str
 
     def read_config(self) -> dict[str, Any]:
-        """Return its config.json."""
-        content: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        """Return its config.json.
+
+        Raises InputError if it is damaged.
+        """
+        path = self.folder / "config.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: not the configuration of a model: fetch the model again")
         return content
 
 

@@ -34,7 +34,7 @@ def configure(raw_dir: Path | None) -> Config:
     name = f"{raw_dir.name}-{hashlib.sha256(str(raw_dir).encode()).hexdigest()[:8]}"
     template = DEMO_CONFIG_PATH.read_text(encoding="utf-8")
     moved = template.replace("../demo_output/", f"../demo_output/{name}/")
-    moved = moved.replace(f"../demo_output/{name}/backbone", "../demo_output/backbone")
+    moved = moved.replace(f"../demo_output/{name}/efficientnet-lite0", "../demo_output/efficientnet-lite0")
     moved = moved.replace(f'"../demo_output/{name}/raw"', json.dumps(str(raw_dir)))
     config_path = OUTPUT_DIR / f"{name}.toml"
     config_path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, options = configure(arguments.raw), cli.Options()
     if arguments.raw is None:
         render_streets.main(["--output", str(config.path("raw_dir"))])
-    convert_lite0.main([str(OUTPUT_DIR / "backbone")])
+    convert_lite0.main([str(OUTPUT_DIR / "efficientnet-lite0")])
     results: list[cli.StageResult] = []
     run_pipeline.run_stages(config, options, results, 1, 7)
     package_split(config, "test", config.expand(config.new_data.input or "", "[new_data].input"))

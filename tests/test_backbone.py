@@ -242,6 +242,12 @@ def test_a_model_without_a_pooled_output_says_what_to_set(models, monkeypatch):
         embedder.measure_width()
 
 
+def test_a_convolutional_backbone_has_no_class_token(models):
+    embedder = Embedder(models["convnext"], device="cpu", pooling_type="cls_token")
+    with pytest.raises(InputError, match=r"has no CLS token: set \[embedding_model\]\.pooling_type to pooler_output"):
+        embedder.measure_width()
+
+
 def test_embeddings_that_are_no_numbers_name_the_first_image():
     rows = np.ones((4, 3), np.float32)
     check_embeddings(rows, "abcd", 3)

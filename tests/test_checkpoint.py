@@ -1,6 +1,8 @@
 """Checkpoints: written whole, read safely, older ones mapped, wrong ones refused."""
 
 import json
+import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 
 from pipeline.checkpoint import build_projector, load_checkpoint, save_checkpoint
 from pipeline.config import TrainingModelSection
-from pipeline.errors import InputError
+from pipeline.errors import InputError, PipelineError
 from pipeline.projector import Projector
 
 
@@ -58,6 +60,23 @@ def test_the_same_content_gives_the_same_bytes_under_any_name(tmp_path: Path) ->
         save_checkpoint(tmp_path / name, content)
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "sub/b.pt").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "sub"]
+
+
+def test_a_disk_that_takes_only_a_part_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as a full disk does, it fails in mid-file
+    try:
+        with pytest.raises(PipelineError, match=r"cannot write .*a\.pt \(File too large\): free space"):
+            save_checkpoint(tmp_path / "a.pt", make_content(make_projector()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pickle_of_another_protocol_is_refused_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    with pytest.raises(InputError, match="not a checkpoint"):
+        load_checkpoint(tmp_path / "a.pt")
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,11 @@ def test_options_gather_what_the_command_line_says():
     assert options_from(make_parser("x").parse_args([])) == Options()
 
 
+def test_half_an_options_name_is_no_option():
+    with pytest.raises(ConfigError, match="unrecognized arguments: --over"):
+        make_parser("x").parse_args(["--over"])
+
+
 def test_a_results_line_adds_up():
     result = StageResult("stage", watch=cli.Stopwatch())
     result.add({"in": 10, "out": 6, "rejected": 3, "dropped": 1}, {"b": 3, "a": 1})

@@ -209,6 +209,17 @@ def test_an_undefined_variable_is_an_error_only_where_the_path_is_used(tmp_path,
     ]
 
 
+def test_an_empty_path_does_not_stand_for_the_configurations_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTHING", "")
+    config = load_config(write(tmp_path, "[paths]\nraw_dir = ''\nmerged_dir = '$NOTHING'\nreport_dir = '.'"))
+    with pytest.raises(ConfigError) as caught:
+        config.require_paths("raw_dir", "merged_dir", "report_dir")
+    assert caught.value.problems == [
+        f"{tmp_path}/config.toml: [paths].raw_dir: '' is empty: give a path",
+        f"{tmp_path}/config.toml: [paths].merged_dir: '$NOTHING' is empty: give a path",
+    ]
+
+
 def test_nothing_changes_after_loading(tmp_path):
     config = load_config(write(tmp_path, ""))
     with pytest.raises(ValidationError):

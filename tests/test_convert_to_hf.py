@@ -235,3 +235,19 @@ def test_an_older_checkpoint_without_its_architecture_is_published(config, tmp_p
     content = read_config(tmp_path / "published")["projector"]
     assert (content["input_dim"], content["hidden_dim"], content["num_hidden_layers"]) == (24, 32, 1)
     assert "Not measured" in (tmp_path / "published" / "README.md").read_text()
+
+
+def test_a_missing_checkpoint_is_found_before_a_backbone_is_fetched(config, monkeypatch):
+    monkeypatch.setattr(stage, "locate_backbone", lambda *_, **__: pytest.fail("the backbone was asked for"))
+    with pytest.raises(InputError, match="no such checkpoint"):
+        stage.run(config, stage.PublishOptions(checkpoint=Path("nowhere.pt")))
+
+
+@pytest.mark.parametrize("text", ['{"a":', "[]"])
+def test_a_backbone_with_a_damaged_configuration_is_one_line(toy_backbone, tmp_path, text):
+    backbone = shutil.copytree(toy_backbone, tmp_path / "damaged")
+    (backbone / "config.json").write_text(text)
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    with pytest.raises(InputError, match=r"config\.json: not the configuration of a model: fetch the model again"):
+        stage.run(make_config(tmp_path, backbone), Options())
+    assert not (tmp_path / "published").exists()

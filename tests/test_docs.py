@@ -43,6 +43,8 @@ def render_configuration() -> str:
 def name_type(annotation: object) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f'`"{value}"`' for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return name_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " or ".join(name_type(part) for part in typing.get_args(annotation) if part is not type(None))
     return {str: "string", int: "integer", float: "number", bool: "true or false"}.get(annotation, str(annotation))

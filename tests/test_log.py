@@ -1,6 +1,10 @@
 """Log lines, progress and where the time went."""
 
+import os
+import pty
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -87,6 +91,13 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch, capsys):
     assert "0001.tar: 100%" in capsys.readouterr().err
 
 
+def test_a_terminal_that_does_not_say_its_size_gets_a_bar_too():
+    ours, theirs = pty.openpty()  # 0 x 0
+    script = "from pipeline.log import Progress\nwith Progress('0001.tar', total=4) as progress: progress.advance(4)"
+    subprocess.run([sys.executable, "-c", script], stderr=theirs, check=True)
+    assert b"4/4" in os.read(ours, 10_000)
+
+
 def test_the_stopwatch_adds_up_by_part(monkeypatch):
     clock = Clock(monkeypatch)
     watch = Stopwatch()
@@ -98,3 +109,16 @@ def test_the_stopwatch_adds_up_by_part(monkeypatch):
     assert watch.describe() == "4.0 s (read 3.0, decode 0.2)"
     assert watch.describe_parts() == " (read 3.0, decode 0.2)"
     assert Stopwatch().describe_parts() == ""
+
+
+def test_a_stopwatch_measures_what_it_takes_to_get_each_item():
+    watch = Stopwatch()
+
+    def slow():
+        for item in range(3):
+            time.sleep(0.01)
+            yield item
+
+    assert list(watch.measure_each("read", slow())) == [0, 1, 2]
+    assert list(watch.measure_each("nothing", [])) == []
+    assert watch.seconds["read"] >= 0.03
