@@ -1,5 +1,7 @@
 """Fixtures of the tests of stage 8."""
 
+import json
+
 import pytest
 from published_models import make_photographs, publish, read_bytes, write_packaged
 
@@ -36,3 +38,7 @@ def undisturbed(embed, packaged, tmp_path):
     """The files of a dataset that one process made at one go."""
     assert embed(packaged, tmp_path / "undisturbed").code == 0
     return read_bytes(tmp_path / "undisturbed")
+
+
+def read_state(output):
+    return json.loads((output / "state.json").read_text())

@@ -1,8 +1,6 @@
 """What stage 8 refuses, in one line."""
 
-import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,18 +10,9 @@ from published_models import (
     list_parts,
     write_packaged,
 )
+from stage8_fixtures import PHOTOGRAPHS, read_state
 
 from publish_model import generate_embeddings_from_parquet as stage
-
-SCRIPT = "publish_model/generate_embeddings_from_parquet.py"
-REPO = Path(__file__).resolve().parents[1]
-
-from stage8_fixtures import PHOTOGRAPHS
-
-
-def read_state(output):
-    return json.loads((output / "state.json").read_text())
-
 
 # ---------------------------------------------------------------------------------------------------- what is refused
 

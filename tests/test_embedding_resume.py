@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,15 +16,9 @@ from published_models import (
     read_dataset,
     write_packaged,
 )
+from stage8_fixtures import PHOTOGRAPHS, read_state
 
 SCRIPT = "publish_model/generate_embeddings_from_parquet.py"
-REPO = Path(__file__).resolve().parents[1]
-
-from stage8_fixtures import PHOTOGRAPHS
-
-
-def read_state(output):
-    return json.loads((output / "state.json").read_text())
 
 
 # ---------------------------------------------------------------------------------------------------- resuming

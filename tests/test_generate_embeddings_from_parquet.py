@@ -26,18 +26,13 @@ from published_models import (
     read_rejects,
     write_packaged,
 )
+from stage8_fixtures import PHOTOGRAPHS, read_state
 
 from pipeline.cli import Options
 from publish_model import generate_embeddings_from_parquet as stage
 
 SCRIPT = "publish_model/generate_embeddings_from_parquet.py"
 REPO = Path(__file__).resolve().parents[1]
-
-from stage8_fixtures import PHOTOGRAPHS
-
-
-def read_state(output):
-    return json.loads((output / "state.json").read_text())
 
 
 def embed_plainly(model_dir, pictures):

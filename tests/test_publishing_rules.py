@@ -1,6 +1,5 @@
 """What stage 7 keeps, refuses and pushes."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from published_models import GOOD, make_config, write_backbone, write_checkpoint
+from stage7_fixtures import read_all_text, read_config
 
 from pipeline.checkpoint import build_projector, load_checkpoint
 from pipeline.cli import Options
@@ -21,26 +21,6 @@ FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
     "configuration_spatial_embeddings.py", "projector.py", "README.md",
 }  # fmt: skip
-
-
-@pytest.fixture
-def config(toy_backbone, tmp_path):
-    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
-    return make_config(tmp_path, toy_backbone)
-
-
-@pytest.fixture
-def config_file(write_config, toy_backbone, tmp_path):
-    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
-    return write_config(tmp_path, embedding_model={"model_name": str(toy_backbone)})
-
-
-def read_config(folder):
-    return json.loads((folder / "config.json").read_text())
-
-
-def read_all_text(folder):
-    return "\n".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".py", ".md"))
 
 
 # ---------------------------------------------------------------------------------------------------- card and gate
