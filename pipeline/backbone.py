@@ -22,6 +22,9 @@ from pipeline.log import logger
 CPU_MICRO_BATCH = 8
 CUDA_BATCH = 64
 
+# No camera makes pictures of this shape. With the shorter edge at 256 pixels it takes 50 MB, of which a crop keeps 0.3 %.
+RIBBON_RATIO = 256
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -67,6 +70,8 @@ class Embedder:
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """Return an RGB image as the model's own processor makes it, (3, H, W) float32."""
+        if getattr(self.processor, "do_center_crop", False):
+            image = cut_ribbon(image)
         pixels: torch.Tensor = self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
         return pixels
 
@@ -131,6 +136,20 @@ def _choose_micro_batch(device: torch.device, batch_size: int | str) -> int:
     if device.type == "cuda":
         return CUDA_BATCH if isinstance(batch_size, str) else batch_size
     return CPU_MICRO_BATCH if isinstance(batch_size, str) else min(batch_size, CPU_MICRO_BATCH)
+
+
+def cut_ribbon(image: Image.Image) -> Image.Image:
+    """Return the middle of an image that is more than RIBBON_RATIO times as long as wide; others as they are.
+
+    A processor that brings the shorter edge to 256 pixels makes 4 GB of an image of 1 x 20,000, to keep a square from
+    its middle. What it keeps stays the same but for a shift of half a pixel: the cut is centred as its crop is.
+    """
+    width, height = image.size
+    longest = RIBBON_RATIO * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    x, y = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((x, y, width - x, height - y))
 
 
 def load_processor(folder: Path, trust_remote_code: bool) -> Any:

@@ -99,6 +99,23 @@ def test_every_photograph_gets_the_embedding_of_the_plain_loop(models, kind):
     assert embedder.measure_width() == plain.shape[1]
 
 
+@pytest.mark.parametrize("size", [(3, 1201), (1600, 5)])
+def test_a_ribbon_gets_the_embedding_of_the_plain_loop(models, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 12 + 1, size[0] // 12 + 1, 3), dtype=np.uint8)
+    ribbon = encode(Image.fromarray(pixels).resize(size), "PNG")
+    ours, plain = (
+        embed_ours(Embedder(models["dinov2"], device="cpu"), [ribbon]),
+        embed_plainly(models["dinov2"], [ribbon]),
+    )
+    assert smallest_cosine(ours, plain) >= 0.999
+
+
+def test_a_ribbon_takes_no_gigabytes(models):
+    prepared = Embedder(models["dinov2"], device="cpu").prepare(Image.new("RGB", (1, 50_000_000)))
+    assert prepared.shape[0] == 3
+    assert prepared.shape[1] == prepared.shape[2]
+
+
 def test_real_photographs_of_every_mode_get_the_embedding_of_the_plain_loop(shared_dir, models):
     with tarfile.open(shared_dir / "data" / "bad" / "0099.tar") as tar:
         files = [tar.extractfile(info).read() for info in tar if info.isfile() and info.name.endswith("jpg")]
