@@ -22,7 +22,7 @@ from pipeline.log import logger
 CPU_MICRO_BATCH = 8
 CUDA_BATCH = 64
 
-# No camera makes pictures of this shape. With the shorter edge at 256 pixels it takes 50 MB, of which a crop keeps 0.3 %.
+# No camera makes pictures of this shape. At 256 pixels of the shorter edge it takes 50 MB; a crop keeps 0.3 % of them.
 RIBBON_RATIO = 256
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
