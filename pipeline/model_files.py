@@ -56,7 +56,8 @@ def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(
             f"{repo_id}: the model is neither a local folder nor in the hub cache, and cannot be fetched "
-            f"({one_line(error)[:200]}): correct the name, or fetch it where there is internet"
+            f"({one_line(error)[:200]}): correct the name, or fetch it where there is internet "
+            f"(slurm/prepare.sh --model-id {repo_id})"
         ) from None
 
 

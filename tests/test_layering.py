@@ -28,7 +28,7 @@ SCRIPTS = {
     "evaluate_embeddings/evaluate.py": "Stage 9: ",
     "run_pipeline.py": "Run stages 1 to 9 ",
 }
-PROJECT_FOLDERS = (*STAGE_FOLDERS, "pipeline", "sample_data", "tests", "benchmarks")
+PROJECT_FOLDERS = (*STAGE_FOLDERS, "pipeline", "sample_data", "tests", "benchmarks", "slurm")
 FILES = sorted([path for folder in PROJECT_FOLDERS for path in (REPO / folder).rglob("*.py")] + list(REPO.glob("*.py")))
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 

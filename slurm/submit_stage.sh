@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Submits one stage, or some shards of it:
+#   slurm/submit_stage.sh STAGE --account A [--config C] [--shards LIST] [--array-size N] [--dry-run] [-- OPTIONS]
+# Every option: --help. All that it decides is decided in submit.py.
+set -euo pipefail
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
+# shellcheck source=slurm/common.sh
+source "$root/slurm/common.sh"
+load_modules
+find_python
+exec "$PYTHON" "$root/slurm/submit.py" stage "$@"

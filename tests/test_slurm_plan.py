@@ -1,0 +1,339 @@
+"""Which jobs are submitted, with which dependencies and which sbatch lines; no SLURM is needed."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, StaleOutputError
+from preprocess_raw_data import process_tar
+from slurm import scheduler, submit, submit_embeddings
+from slurm.completeness import UnitState, shards_done
+from slurm.plan import ActiveTask, Cut, count_shards, make_plan
+from slurm.stages import STAGES, format_shards, parse_shards
+from slurm.submission import check_secrets, format_dependency
+
+REPO = Path(__file__).resolve().parents[1]
+SHELL_FILES = sorted(
+    [path for folder in ("slurm", "publish_model/slurm", "tests", ".ci") for path in (REPO / folder).glob("*.s[hb]*")]
+    + [REPO / ".ci/run"]
+)
+SBATCH_FILES = [REPO / stage.sbatch_path for stage in STAGES.values()]
+
+
+@pytest.fixture(autouse=True)
+def _no_slurm(monkeypatch):
+    """Whatever this machine has, these tests see no SLURM and no settings of a user's."""
+    monkeypatch.setattr(scheduler, "ask", lambda _command: None)
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_", "HF_TOKEN"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def config(tmp_path, write_config, make_tar):
+    """A configuration with three tars."""
+    path = write_config(tmp_path, embedding_model={"model_name": "backbone"})
+    for number in (1, 2, 3):
+        make_tar(tmp_path / "raw", number)
+    return load_config(path)
+
+
+def plan(config, first=1, last=9, active=None, only=None, **cut):
+    return make_plan(config, first, last, Cut(**cut), active or {}, only)
+
+
+def summarize(found):
+    """Return stage, shards and dependency of every job, jobs by their place in the plan."""
+    ids = {job: f"j{number}" for number, job in enumerate(found.jobs)}
+    return [(job.stage.number, format_shards(job.shards), format_dependency(job, ids)) for job in found.jobs]
+
+
+# ------------------------------------------------------------------------------------------------ the chain
+
+
+def test_every_stage_waits_for_what_it_reads_and_for_nothing_else(config):
+    assert summarize(plan(config)) == [
+        (1, "0-2", ""),
+        (2, "0-2", "aftercorr:j0"),
+        (3, "0", "afterok:j1"),
+        (4, "0-2", "aftercorr:j0"),
+        (5, "0", "afterok:j3"),
+        (6, "0", "afterok:j2:j4"),
+        (7, "0", "afterok:j5"),
+        (9, "0", "afterok:j2:j5"),
+    ]
+
+
+def test_stage_8_is_there_where_new_data_are_set(tmp_path, write_config):
+    config = load_config(write_config(tmp_path, new_data={"input": "new.parquet", "output": "new"}))
+    assert (8, "0", "afterok:j6") in summarize(plan(config, array_size=1))
+
+
+def test_part_of_the_chain_waits_for_what_of_the_rest_is_in_the_queue(config):
+    active = {2: [ActiveTask("70", 1, 3, False)], 5: [ActiveTask("71", 0, 1, True)]}
+    assert summarize(plan(config, 6, 7, active)) == [(6, "0", "afterok:71_0"), (7, "0", "afterok:j0")]
+
+
+# ------------------------------------------------------------------------------------------------ what is done
+
+
+def test_only_the_shards_that_are_not_done_are_submitted(config):
+    done = [f"--tar-file={config.path('raw_dir')}/{number:04d}.tar" for number in (1, 3)]
+    process_tar.main(["--config", str(config.file_path), *done])
+    found = summarize(plan(config, 1, 4))
+    # The shards whose tars are validated wait for nothing.
+    assert found == [
+        (1, "1", ""),
+        (2, "0,2", ""),
+        (2, "1", "aftercorr:j0"),
+        (3, "0", "afterok:j1:j2"),
+        (4, "0,2", ""),
+        (4, "1", "aftercorr:j0"),
+    ]
+
+
+def test_a_complete_stage_is_not_submitted(config):
+    process_tar.main(["--config", str(config.file_path)])
+    found = plan(config, 1, 1)
+    assert found.jobs == []
+    assert found.notes == ["stage 1 process_tar: of 3: 3 done, 0 in the queue, 0 to submit"]
+
+
+def test_an_output_of_another_input_is_refused_with_the_difference_named(config, make_tar):
+    process_tar.main(["--config", str(config.file_path)])
+    make_tar(config.path("raw_dir"), 2, (5, 5, 5, 5, 5))
+    with pytest.raises(StaleOutputError, match=r"0002.parquet: .*input 0002.tar has changed"):
+        plan(config, 1, 1)
+
+
+def test_a_shard_with_too_many_rejects_is_not_done_although_its_outputs_are_there():
+    states = [UnitState(True, 10, 1), UnitState(True, 10, 5), UnitState(True, 10, 0), UnitState(False)]
+    assert shards_done(states, 4, 0.2) == [True, False, True, False]
+    assert shards_done(states, 2, 0.2) == [True, False]
+    assert shards_done(states[:3], 1, 0.2) == [True]  # 6 of 30
+
+
+# ------------------------------------------------------------------------------------------------ the queue
+
+
+def test_what_is_in_the_queue_is_not_submitted_again_and_the_rest_waits_for_it(config):
+    active = {1: [ActiveTask("70", shard, 3, False) for shard in (0, 1)], 2: [ActiveTask("71", 0, 3, True)]}
+    assert summarize(plan(config, 1, 3, active)) == [
+        (1, "2", ""),
+        (2, "1", "aftercorr:70"),
+        (2, "2", "aftercorr:j0"),
+        (3, "0", "afterok:71_0:j1:j2"),
+    ]
+
+
+def test_what_waits_for_a_shard_that_is_retried_is_submitted_anew(config):
+    """It would be taken out of the queue with the failed shard it waits for."""
+    active = {2: [ActiveTask("71", 0, 3, False)], 3: [ActiveTask("72", 0, 1, True, is_array=False)]}
+    process_tar.main(["--config", str(config.file_path)])
+    found = plan(config, 2, 3, active)
+    assert summarize(found) == [(2, "1-2", ""), (3, "0", "afterok:71_0:j0")]
+    assert found.replaced == {"72": [0]}
+
+
+def test_the_queue_settles_into_how_many_shards_the_per_tar_stages_are_cut(config):
+    active = {2: [ActiveTask("71", 0, 2, False)]}
+    assert [job.shard_count for job in plan(config, 1, 4, active).jobs] == [2, 2, 1, 2]
+    with pytest.raises(ConfigError, match="cut it into 2 shards, not 3"):
+        plan(config, 1, 4, active, array_size=3)
+
+
+def test_some_shards_alone_can_be_submitted(config):
+    assert summarize(plan(config, 2, 2, only=[1])) == [(2, "1", "")]
+    with pytest.raises(ConfigError, match="has shards 0 to 2"):
+        plan(config, 2, 2, only=[3])
+
+
+# ------------------------------------------------------------------------------------------------ the cut
+
+
+def test_arrays_are_cut_at_what_the_cluster_allows_and_at_the_number_of_tars():
+    assert count_shards(STAGES[1], 5000, Cut(4000, None, 1001), []) == 1001
+    assert count_shards(STAGES[1], 5000, Cut(64, None, 1001), []) == 64
+    assert count_shards(STAGES[1], 10, Cut(64, None, 1001), []) == 10
+    assert count_shards(STAGES[2], None, Cut(64, None, 1001), []) == 64
+    assert count_shards(STAGES[2], None, Cut(), []) == 1
+    assert [count_shards(STAGES[2], tars, Cut(), []) for tars in (4, 5000)] == [4, 64]
+    assert count_shards(STAGES[5], 1, Cut(64, None, 1001), []) == 1
+    assert count_shards(STAGES[5], 1, Cut(64, 4, 1001), []) == 4
+    assert count_shards(STAGES[8], 500, Cut(), []) == 1
+    assert count_shards(STAGES[6], 1, Cut(64), []) == 1
+
+
+def test_the_clusters_limit_is_read_from_its_configuration(monkeypatch):
+    assert scheduler.read_max_array_size() == 1001
+    monkeypatch.setattr(scheduler, "ask", lambda _command: "MaxArraySize            = 10000\nMaxJobCount = 5\n")
+    assert scheduler.read_max_array_size() == 10000
+
+
+@pytest.mark.parametrize(("shards", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([3, 1, 7, 2], "1-3,7"), ([5, 9], "5,9")])
+def test_shards_are_written_as_sbatch_reads_them(shards, text):
+    assert format_shards(shards) == text
+    assert parse_shards(text) == sorted(shards)
+    assert parse_shards(f"[{text}%4]") == sorted(shards)
+
+
+def test_the_queue_is_read_task_by_task(monkeypatch):
+    monkeypatch.setattr(scheduler, "ask", lambda _command: "70|3|RUNNING\n70|4-5|PENDING\n71|N/A|PENDING\n")
+    assert [(task.job_id, task.shard, task.is_waiting) for task in scheduler.list_queued()] == [
+        ("70", 3, False),
+        ("70", 4, True),
+        ("70", 5, True),
+        ("71", None, True),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def dry_run(*arguments, script="slurm/submit_pipeline.sh", cwd="/", **environment):
+    """Run a submit script where there is no SLURM, and return its sbatch commands."""
+    clean = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **environment}
+    run = subprocess.run(
+        [REPO / script, "--dry-run", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=clean,
+    )
+    assert run.returncode == 0, run.stderr
+    return [shlex.split(line) for line in run.stdout.splitlines()]
+
+
+@pytest.fixture
+def slurmless(tmp_path):
+    """A PATH without SLURM's commands, wherever they are installed."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "env", "readlink", "dirname", "cat", "make"):
+        (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
+
+
+def test_a_dry_run_needs_no_slurm_no_tars_and_no_torch(slurmless, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('not to be imported')")
+    commands = dry_run("--account", "a", PATH=slurmless, PYTHONPATH=str(tmp_path))
+    assert [Path(found).stem for command in commands for found in command if found.endswith(".sbatch")] == [
+        stage.name for stage in STAGES.values() if stage.number != 8
+    ]
+    assert all(command[:3] == ["sbatch", "--parsable", "--account=a"] for command in commands)
+    arrays = [word for command in commands for word in command if word.startswith("--array")]
+    assert arrays == ["--array=0-0"] * 4
+    assert all("--kill-on-invalid-dep=yes" in command for command in commands if "--dependency" in " ".join(command))
+    assert sum("--dependency" in " ".join(command) for command in commands) == 7
+
+
+def test_sizes_and_unknown_options_reach_every_sbatch_line(slurmless):
+    commands = dry_run(
+        "--array-size", "64", "--max-concurrent", "8", "--from-stage", "2", "--to-stage", "4", "--qos=high",
+        "--partition", "gpu", PATH=slurmless, SBATCH_OPTIONS="--mail-type=FAIL", SBATCH_OPTIONS_2="--time=9:00:00",
+    )  # fmt: skip
+    assert [word for command in commands for word in command if word.startswith("--array")] == ["--array=0-63%8"] * 2
+    for command in commands:
+        script = next(number for number, word in enumerate(command) if word.endswith(".sbatch"))
+        assert {"--qos=high", "--partition", "gpu", "--mail-type=FAIL"} < set(command[:script])
+    assert ["--time=9:00:00" in command for command in commands] == [True, False, False]
+
+
+def test_options_behind_two_dashes_go_to_the_stage(slurmless):
+    (command,) = dry_run("7", "--time=5", "--", "--force", script="slurm/submit_stage.sh", PATH=slurmless)
+    script = next(number for number, word in enumerate(command) if word.endswith("convert_to_hf.sbatch"))
+    assert command.index("--time=5") < script < command.index("--force")
+
+
+def test_log_folders_with_percent_signs_and_spaces_are_no_patterns(tmp_path, write_config, slurmless):
+    path = write_config(tmp_path / "100% mine")
+    (command,) = dry_run("3", "--config", path, script="slurm/submit_stage.sh", PATH=slurmless)
+    assert f"--output={tmp_path}/100%% mine/logs/slurm/merge_and_split-%j.log" in command
+
+
+def test_a_dry_run_for_new_data_prints_one_array(slurmless, tmp_path):
+    (command,) = dry_run(
+        "--account", "a", "--input", "in put.parquet", "--output", "out", "--model-id", "x/y", "--batch-size", "64",
+        "--array-size", "4", "--limit", "10", "--nice=5",
+        script="publish_model/slurm/submit_embeddings_from_parquet.sh", cwd=tmp_path, PATH=slurmless,
+    )  # fmt: skip
+    text = shlex.join(command)
+    assert "--array=0-3 " in text
+    assert "--nice=5 " in text
+    assert f"--shards 4 --input '{tmp_path}/in put.parquet' --output {tmp_path}/out --model-id x/y" in text
+    assert text.endswith("--batch-size 64 --read-batch-size 1000 --limit 10")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--overwrite"], "remove the outputs of the stage instead"),
+        (["--from-stage", "5", "--to-stage", "3"], "--from-stage 5 lies behind --to-stage 3"),
+        (["--array-size", "0"], "'0' must be a whole number above 0"),
+        (["--", "--force"], "give them to submit_stage.sh"),
+        (["--dry-run", "--export=ALL,HF_TOKEN=hf_x"], "a token on an sbatch line would be kept by the accounting"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_one_line(run_main, arguments, complaint):
+    outcome = run_main(submit.main, "pipeline", *arguments)
+    assert outcome.code == 2
+    assert complaint in outcome.stderr.splitlines()[-1]
+    assert outcome.stdout == ""
+
+
+def test_without_slurm_nothing_is_submitted(run_main, config):
+    outcome = run_main(submit.main, "pipeline", "--config", config.file_path)
+    assert outcome.code == 1
+    assert outcome.stderr.splitlines()[-1].startswith("error: squeue does not answer here")
+
+
+def test_a_missing_input_for_new_data_leaves_no_folder(run_main, tmp_path):
+    (tmp_path / "model").mkdir()
+    arguments = ["--input", tmp_path / "no.parquet", "--output", tmp_path / "out", "--model-id", tmp_path / "model"]
+    outcome = run_main(submit_embeddings.main, *arguments)
+    assert outcome.code == 1
+    assert "no.parquet: no such file" in outcome.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_never_reaches_a_command_or_a_jobs_environment(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert "HF_TOKEN" not in scheduler.clean_environment()
+    with pytest.raises(ConfigError, match="token"):
+        check_secrets(["--comment=hf_secret"])
+
+
+# ------------------------------------------------------------------------------------------------ the files
+
+
+@pytest.mark.parametrize("path", SBATCH_FILES, ids=lambda path: path.stem)
+def test_a_job_file_asks_for_what_it_must_and_holds_no_logic(path):
+    text = path.read_text(encoding="utf-8")
+    options = dict(
+        line.removeprefix("#SBATCH --").split("=", 1)
+        for line in text.splitlines()
+        if "#SBATCH --" in line and "=" in line
+    )
+    stage = next(stage for stage in STAGES.values() if stage.sbatch_path.endswith(path.name))
+    assert {"mem", "time", "signal", "open-mode", "cpus-per-task"} <= options.keys()
+    assert (options["signal"], options["open-mode"]) == ("B:USR1@120", "append")
+    assert "#SBATCH --requeue\n" in text
+    assert ("gpus-per-node" in options) == stage.uses_gpu
+    assert not {"account", "partition"} & options.keys()
+    assert options["job-name"] == stage.name
+    assert text.rstrip().endswith(f'run_task {stage.number} "$@"')
+    assert len(text.splitlines()) <= 25
+
+
+def test_every_shell_file_passes_shellcheck():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    assert len(SHELL_FILES) >= 15
+    run = subprocess.run(["shellcheck", "-x", *SHELL_FILES], cwd=REPO, capture_output=True, text=True, check=False)
+    assert run.stdout == ""

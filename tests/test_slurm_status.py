@@ -1,0 +1,206 @@
+"""What status.py finds in outputs, records and logs, with and without SLURM's answers."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.tables import write_json
+from preprocess_raw_data import process_tar
+from slurm import records, scheduler, status
+from slurm.records import Record, format_table, holding, read_records
+from slurm.stages import STAGES
+from slurm.submission import Target
+from slurm.survey import read_log, survey
+
+REPO = Path(__file__).resolve().parents[1]
+STAMP = "2026-01-01 00:00:00 INFO"
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What SLURM's commands answer; None where there is no SLURM."""
+    found = {"squeue": None, "sacct": None}
+    monkeypatch.setattr(scheduler, "ask", lambda command: found.get(command[0]))
+    return found
+
+
+@pytest.fixture
+def config(tmp_path, write_config, make_tar):
+    """A configuration with four tars, of which stage 1 has done the first."""
+    path = write_config(tmp_path / "with spaces")
+    for number in (1, 2, 3, 4):
+        make_tar(path.parent / "raw", number)
+    process_tar.main(["--config", str(path), "--tar-file", str(path.parent / "raw/0001.tar")])
+    return load_config(path)
+
+
+def record_job(config, number, job_id, shards, shard_count=4, age_seconds=60.0):
+    stage, target = STAGES[number], Target(config.log_dir, config)
+    record = Record(
+        stage=number, name=stage.name, job_id=job_id, shards=shards, shard_count=shard_count, dependency="",
+        output=target.output(stage), log_pattern=records.log_pattern(stage, config.log_dir, stage.is_array),
+        submitted=time.time() - age_seconds, command=["sbatch", "--account=group"],
+    )  # fmt: skip
+    folder = records.submissions_dir(config.log_dir)
+    write_json(folder / f"{job_id}.json", [asdict(record)])
+    return record
+
+
+def write_log(record, shard, *lines):
+    path = record.log_path(shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def states(config, number):
+    (stage,) = [found for found in survey(config) if found.stage.number == number]
+    return [shard.state for shard in stage.shards]
+
+
+def test_without_records_the_outputs_alone_tell(config, answers):
+    assert states(config, 1) == ["done", "not started", "not started", "not started"]
+    assert states(config, 3) == ["not started"]
+
+
+def test_queue_logs_and_outputs_are_put_together(config, answers):
+    record = record_job(config, 1, "70", "0-3")
+    answers["squeue"] = "70|1|RUNNING\n70|2|PENDING\n"
+    write_log(record, 1, f"{STAMP} 0002.tar: 5/10 img, 2.5 img/s, ETA 2 s")
+    path = write_log(record, 3, f"{STAMP} begin", "error: 0004.tar: truncated", "task: stage 1 shard 3 job 70 exit 1")
+    assert states(config, 1) == ["done", "running", "waiting", "failed"]
+    stage = survey(config)[0]
+    (failed,) = stage.failed()
+    assert failed.log.last_error == "error: 0004.tar: truncated"
+    assert (failed.log.path, failed.log.exit_code, failed.job) == (path, 1, "70_3")
+    assert (stage.items_per_second, stage.items) == (2.5, "img")
+    assert stage.eta_seconds is not None
+    text = status.format_status(survey(config), config, [])
+    assert "error: 0004.tar: truncated" in text
+    assert f"submit_stage.sh 1 --account group --config '{config.file_path}' --array-size 4 --shards 3" in text
+
+
+def test_the_last_job_of_a_shard_counts(config, answers):
+    answers["squeue"] = ""
+    write_log(record_job(config, 1, "70", "0-3"), 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
+    assert states(config, 1)[3] == "failed"
+    record_job(config, 1, "71", "3")
+    answers["squeue"] = "71|3|PENDING\n"
+    assert states(config, 1)[3] == "waiting"
+
+
+def test_a_job_that_ended_without_a_word_has_failed(config, answers):
+    """It was killed with its keeper, by the kernel or with its node."""
+    path = write_log(record_job(config, 1, "70", "0-3"), 2, f"{STAMP} begin")
+    assert states(config, 1)[2] == "running"  # nobody to ask, and the log is young
+    os.utime(path, (time.time() - 3600,) * 2)
+    assert states(config, 1)[2] == "failed"
+    os.utime(path)
+    answers["squeue"] = ""
+    assert states(config, 1)[2] == "failed"
+
+
+def test_the_accounting_tells_of_a_job_that_failed_before_it_had_a_log(config, answers):
+    record_job(config, 1, "70", "0-3")
+    answers |= {"squeue": "", "sacct": "70_1|NODE_FAIL\n70_[2-3]|CANCELLED by 0\n"}
+    assert states(config, 1) == ["done", "failed", "not started", "not started"]
+
+
+def test_too_many_rejects_are_a_failure_although_the_output_is_there(config, answers, make_tar):
+    answers["squeue"] = ""
+    record = record_job(config, 1, "70", "0-3")
+    write_log(record, 0, "error: too many", "task: stage 1 shard 0 job 70 exit 1")
+    assert states(config, 1)[0] == "done"  # a run by hand has mended it since
+    strict = load_config(config.file_path, ["data.max_reject_fraction=0"])
+    raw = config.path("raw_dir") / "0001.tar"
+    with open(raw, "rb") as file:
+        content = file.read()
+    config.path("intermediates_dir").joinpath("0001.parquet").unlink()
+    raw.write_bytes(content)
+    make_tar(config.path("raw_dir"), 1, (3,))
+    add_lonely_image(raw)
+    process_tar.main(["--config", str(config.file_path), "--set", "data.max_reject_fraction=1", "--tar-file", str(raw)])
+    assert states(strict, 1)[0] == "failed"
+
+
+def add_lonely_image(tar_path):
+    import io
+    import tarfile
+
+    with tarfile.open(tar_path, "a") as tar:
+        member = tarfile.TarInfo("0001/alone.jpg")
+        tar.addfile(member, io.BytesIO(b""))
+
+
+def test_a_log_is_read_from_its_end(tmp_path):
+    path = tmp_path / "job.log"
+    path.write_text(
+        f"{STAMP} x: 1/10 img, 1.0 img/s, ETA 9 s\ntask: stage 2 shard 0 job 7 exit 143\n"
+        f"task 7_0 goes back into the queue (try 2, 20 requeues at most)\n{STAMP} x: 5/10 img, 9.0 img/s, ETA unknown\n"
+    )
+    log = read_log(path)
+    assert (log.exit_code, log.items_per_second, log.eta_seconds) == (None, 9.0, None)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("task: stage 2 shard 0 job 7 exit 143\nerror: two tries, and the second got no further\n")
+    log = read_log(path)
+    assert (log.exit_code, log.last_error) == (143, "error: two tries, and the second got no further")
+    assert read_log(tmp_path / "none.log") is None
+    (tmp_path / "empty.log").write_text("")
+    assert read_log(tmp_path / "empty.log").last_error == ""
+
+
+def test_json_has_every_stage_and_no_torch_is_imported(config, write_config):
+    record = record_job(config, 1, "70", "0-3")
+    write_log(record, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
+    code = (
+        "import sys; from slurm import status; status.main(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, "--config", str(config.file_path), "--json"],
+        capture_output=True, text=True, check=False, cwd=REPO, env=os.environ | {"SLURM_CONF": "/nowhere", "PATH": "/"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    stages = json.loads(run.stdout)["stages"]
+    assert [stage["stage"] for stage in stages] == [1, 2, 3, 4, 5, 6, 7, 9]
+    assert {key: stages[0][key] for key in ("done", "running", "failed", "not_started", "total")} == {
+        "done": 1, "running": 0, "failed": 1, "not_started": 2, "total": 4,
+    }  # fmt: skip
+    assert stages[0]["failures"][0]["error"] == "error: bad"
+
+
+def test_watching_ends_when_all_is_done(config, answers, monkeypatch, capsys):
+    shown = iter([False, False, True])
+    slept = []
+    monkeypatch.setattr(status, "show", lambda _arguments: next(shown))
+    monkeypatch.setattr(status.time, "sleep", slept.append)
+    status.main(["--config", str(config.file_path), "--watch", "5"])
+    assert slept == [5.0, 5.0]
+
+
+def test_records_are_kept_job_by_job_and_another_output_is_another_pipeline(config, tmp_path, answers):
+    answers["squeue"] = ""
+    record = record_job(config, 1, "70", "0-3")
+    (records.submissions_dir(config.log_dir) / "9-broken.json").write_text("{")
+    assert read_records(config.log_dir) == [record]
+    write_log(record, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
+    elsewhere = load_config(config.file_path, [f"paths.intermediates_dir={tmp_path / 'other'}"])
+    assert states(elsewhere, 1) == ["not started"] * 4
+    assert format_table([record]).splitlines()[1].split() == ["1", "process_tar", "70", "0-3", "of", "4", "-"]
+
+
+def test_two_submissions_at_a_time_are_refused(tmp_path):
+    from pipeline.errors import PipelineError
+
+    with holding(tmp_path), pytest.raises(PipelineError, match="another process is submitting"), holding(tmp_path):
+        pass
+    with holding(tmp_path):
+        pass
+    assert (tmp_path / "slurm").is_dir()

@@ -1,0 +1,231 @@
+"""What a job does on its node: its shard, its device, its tars, and when it goes back into the queue."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.ids import Shard
+from preprocess_raw_data import process_tar
+from slurm import requeue, scheduler, task
+from slurm.outputs import take_mark
+from slurm.stages import STAGES
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def config_path(tmp_path, write_config, make_tar):
+    path = write_config(tmp_path / "of mine", infrastructure={"num_workers": "auto"})
+    for number in (1, 2, 3):
+        make_tar(path.parent / "raw", number)
+    return path
+
+
+def command(stage, config_path, *options, **environment):
+    found = task.read_task([str(stage), *options, "--config", str(config_path)], environment)
+    return task.build_command(found, {"REQUIRE_GPU": "0", **environment})
+
+
+# ------------------------------------------------------------------------------------------------ the task
+
+
+def test_a_task_is_the_shard_of_its_number(config_path):
+    found = command(1, config_path, "--shards", "8", SLURM_ARRAY_TASK_ID="5", SLURM_ARRAY_TASK_MAX="6")
+    assert found == [
+        sys.executable, str(REPO / "preprocess_raw_data/process_tar.py"), "--config", str(config_path),
+        "--shard", "5/8",
+    ]  # fmt: skip
+    # By hand, without --shards, the array's last number says how many there are.
+    assert command(1, config_path, SLURM_ARRAY_TASK_ID="5", SLURM_ARRAY_TASK_MAX="6")[-1] == "5/7"
+    assert command(1, config_path)[-1] == "0/1"
+    assert "--shard" not in command(3, config_path)
+    with pytest.raises(ConfigError, match="task 5 of an array that is cut into 4 shards"):
+        command(1, config_path, "--shards", "4", SLURM_ARRAY_TASK_ID="5")
+
+
+def test_a_gpu_stage_is_told_to_insist_on_the_gpu(config_path):
+    insist = ["--set", "infrastructure.device=cuda"]
+    assert command(2, config_path, REQUIRE_GPU="1")[-2:] == insist
+    assert insist[1] not in command(2, config_path)
+    assert insist[1] not in command(1, config_path, REQUIRE_GPU="1")
+    assert insist[1] not in command(2, config_path, "--set", "infrastructure.device=cpu", REQUIRE_GPU="1")
+    found = task.read_task(["8", "--input", "i", "--output", "o"], {})
+    assert task.build_command(found, {"REQUIRE_GPU": "1"})[-2:] == ["--device", "cuda"]
+
+
+def test_a_cluster_that_does_not_confine_jobs_is_not_taken_whole(config_path, monkeypatch):
+    monkeypatch.setattr(task, "count_cores", lambda: 64)
+    assert command(1, config_path, SLURM_CPUS_PER_TASK="16")[-1] == "infrastructure.num_workers=16"
+    assert "num_workers" not in command(1, config_path, SLURM_CPUS_PER_TASK="64")[-1]
+
+
+def test_a_shards_tars_are_copied_and_the_others_linked(config_path, tmp_path):
+    found = task.read_task(["1", "--shards", "3", "--config", str(config_path)], {"SLURM_ARRAY_TASK_ID": "1"})
+    (_, option) = task.copy_tars(found, tmp_path / "node")
+    raw_dir = tmp_path / "node/raw"
+    assert option == f"paths.raw_dir={raw_dir}"
+    assert [path.is_symlink() for path in sorted(raw_dir.iterdir())] == [True, False, True]
+    # The copies make the same outputs: neither place nor link is part of what a tar is told apart by.
+    process_tar.main(["--config", str(config_path), "--shard", "1/3", "--set", option])
+    process_tar.main(["--config", str(config_path)])
+    assert len(list((config_path.parent / "intermediates").glob("*.parquet"))) == 3
+
+
+# ------------------------------------------------------------------------------------------------ going back
+
+
+def mark_task(config_path, stage=1, shards="1"):
+    return task.read_task([str(stage), "--shards", shards, "--config", str(config_path)], {})
+
+
+def test_an_array_task_goes_back_by_its_own_number():
+    assert requeue.name_task({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "75"}) == "70_3"
+    assert requeue.name_task({"SLURM_JOB_ID": "75"}) == "75"
+
+
+def test_a_task_goes_back_as_long_as_it_gets_further(config_path):
+    found = mark_task(config_path)
+    assert "try 2" in requeue.check_progress(found, "70_0", {})
+    with pytest.raises(PipelineError, match="two tries, and the second got no further"):
+        requeue.check_progress(found, "70_0", {"SLURM_RESTART_COUNT": "1"})
+    process_tar.main(["--config", str(config_path), "--tar-file", str(config_path.parent / "raw/0002.tar")])
+    assert "try 3" in requeue.check_progress(found, "70_0", {"SLURM_RESTART_COUNT": "1"})
+    with pytest.raises(PipelineError, match=r"begun 3 times already \(MAX_REQUEUES is 2\)"):
+        requeue.check_progress(found, "70_0", {"SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
+
+
+def test_every_kind_of_progress_changes_the_mark(config_path, tmp_path):
+    config = load_config(config_path)
+    folder = config_path.parent
+
+    def mark(stage, options=(), shard=None):
+        return take_mark(STAGES[stage], config, shard or Shard(), list(options))
+
+    def changes(stage, path, text="x", **more):
+        before = mark(stage, **more)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return mark(stage, **more) != before
+
+    assert changes(2, folder / "embeddings/.0002_embeddings.parquet.progress.json", json.dumps({"seen": 64}))
+    assert not changes(2, folder / "embeddings/.0002_embeddings.parquet.progress.json", json.dumps({"seen": 64}))
+    assert changes(2, folder / "embeddings/.0002_embeddings.parquet.progress.json", json.dumps({"seen": 128}))
+    assert changes(4, folder / "fingerprints/0003_fingerprints.parquet")
+    assert changes(3, folder / "merged/train.parquet")
+    assert changes(5, folder / "_difficulty_parts/0of1/part00001.parquet")
+    assert changes(6, folder / "checkpoint/metrics.jsonl", "{}\n")
+    assert changes(6, folder / "checkpoint/metrics.jsonl", "{}\n{}\n")
+    options = {"options": ["--output", str(tmp_path / "new")]}
+    assert changes(8, tmp_path / "new/parts/rg00001_rb00000.parquet", **options)
+    assert not changes(8, tmp_path / "new/parts/rg00003_rb00000.parquet", **options, shard=Shard(0, 2))
+    # Another shard's work is none of this one's.
+    process_tar.main(["--config", str(config_path), "--tar-file", str(folder / "raw/0001.tar")])
+    assert [unit[1] for unit in mark(1, shard=Shard(1, 2))] == [False]
+
+
+def test_where_stage_5_keeps_its_parts_is_where_the_mark_looks(tmp_path):
+    from difficulty_metadata.neighbor_parts import PartStore
+    from pipeline.tables import make_provenance
+
+    store = PartStore(tmp_path / "difficulty.parquet", 4, 2, make_provenance("compute_visual_neighbors", [], {}))
+    assert store.folder == tmp_path / "_difficulty_parts"
+
+
+def test_scontrol_is_told_and_its_refusal_is_an_error(config_path, monkeypatch, run_main):
+    told = []
+    monkeypatch.setattr(scheduler, "tell", told.append)
+    monkeypatch.setenv("SLURM_JOB_ID", "75")
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT", "MAX_REQUEUES"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = ("3", "--config", config_path)
+    assert run_main(requeue.main, *arguments).code == 0
+    assert told == [["scontrol", "requeue", "75"]]
+    outcome = run_main(requeue.main, *arguments)
+    assert (outcome.code, len(told)) == (1, 1)
+    assert "got no further" in outcome.stderr
+
+
+# ------------------------------------------------------------------------------------------------ the shell
+
+# A Python that stands in for the stage: it says when it runs, keeps what it has on TERM, or does not listen.
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+    -c*) exit 0 ;;
+    */requeue.py*) echo requeue "${@:2}"; exit "${REQUEUE_CODE:-0}" ;;
+esac
+echo "stage $HF_HUB_OFFLINE ${HF_TOKEN:-no token} ${SLURM_TMPDIR:+scratch}"
+if [ "$STUBBORN" = 1 ]; then trap '' TERM; else trap 'echo kept; exit 143' TERM; fi
+echo ready >"$READY"
+for _ in $(seq "$TENTHS"); do sleep 0.1; done
+exit "$CODE"
+"""
+
+
+def run_job(tmp_path, number=None, stubborn=0, code=0, tenths=100, requeue_code=0):
+    """Run common.sh's run_task with a stand-in for Python, send it a signal, and return exit code and output."""
+    stand_in, ready = tmp_path / "python", tmp_path / "ready"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    environment = {
+        "PATH": "/usr/bin:/bin", "PYTHON": str(stand_in), "READY": str(ready), "STUBBORN": str(stubborn),
+        "CODE": str(code), "TENTHS": str(tenths), "GRACE_SECONDS": "1", "HF_TOKEN": "secret", "SLURM_JOB_ID": "7",
+        "REQUEUE_CODE": str(requeue_code), "PIPELINE_MODULES": "a b", "TMPDIR": str(tmp_path),
+    }  # fmt: skip
+    job = subprocess.Popen(
+        ["bash", "-c", f'root={REPO}; source "$root/slurm/common.sh" || exit 1; run_task 2 --config "a b"'],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if number is not None:
+        deadline = time.monotonic() + 20
+        while not ready.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(job.pid, number)
+    output, _ = job.communicate(timeout=30)
+    return job.returncode, output
+
+
+def test_a_stages_exit_code_is_the_jobs(tmp_path):
+    code, output = run_job(tmp_path, code=3, tenths=1)
+    assert code == 3
+    assert output.splitlines() == ["stage 1 no token scratch", "task: stage 2 shard 0 job 7 exit 3"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp.")] == []
+
+
+def test_a_warned_job_lets_the_stage_keep_what_it_has_and_requeues(tmp_path):
+    code, output = run_job(tmp_path, signal.SIGUSR1)
+    assert output.splitlines()[1:] == ["kept", "task: stage 2 shard 0 job 7 exit 143", "requeue 2 --config a b"]
+    assert code == 143
+
+
+def test_a_job_that_may_not_go_back_has_failed(tmp_path):
+    assert run_job(tmp_path, signal.SIGUSR1, requeue_code=1)[0] == 1
+
+
+def test_a_stage_that_does_not_listen_is_killed_in_time_and_requeued(tmp_path):
+    started = time.monotonic()
+    code, output = run_job(tmp_path, signal.SIGUSR1, stubborn=1)
+    assert (code, "requeue 2" in output) == (137, True)
+    assert time.monotonic() - started < 9
+
+
+def test_a_cancelled_job_does_not_come_back(tmp_path):
+    code, output = run_job(tmp_path, signal.SIGTERM)
+    assert (code, "kept" in output, "requeue" in output) == (143, True, False)
+
+
+def test_preparing_a_cluster_names_the_backbones_folder(tmp_path, write_config):
+    (tmp_path / "backbone").mkdir()
+    path = write_config(tmp_path, embedding_model={"model_name": "backbone"})
+    run = subprocess.run(
+        [REPO / "slurm/prepare.sh", "--no-install", "--config", path],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHON": sys.executable},
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (0, f"{tmp_path / 'backbone'}\n"), run.stderr
