@@ -202,20 +202,23 @@ def write_fingerprints(
             writer.write_table(ids.append_column(schema.field("fingerprint"), column).cast(schema))
 
 
+def describe_output(unit: TarUnit, config: Config) -> dict[str, Any]:
+    """Return the provenance that a tar's fingerprints must have."""
+    settings = {"image_size": config.fingerprints.image_size}
+    return make_provenance(STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings)
+
+
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Compute every tar's fingerprints and return the counts.
 
     Raises InputError if a tar failed, PipelineError if too many images were rejected.
     """
     config.require_paths("intermediates_dir", "fingerprints_dir", *([] if options.tar_files else ["raw_dir"]))
-    settings = {"image_size": config.fingerprints.image_size}
     result = cli.StageResult(STAGE)
     run_units(
         list_units(config, options, "fingerprints_dir", "_fingerprints"),
         result,
-        describe=lambda unit: make_provenance(
-            STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings
-        ),
+        describe=lambda unit: describe_output(unit, config),
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
         overwrite=options.overwrite,
     )

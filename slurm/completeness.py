@@ -77,12 +77,9 @@ def find_states(stage: Stage, config: Config) -> list[UnitState]:
 def tar_provenance(stage: Stage, config: Config) -> Callable[[TarUnit], Provenance]:
     """Return what gives the provenance that a tar's output must have."""
     if stage.number == 1:
-        return lambda unit: make_provenance(process_tar.STAGE, unit.identify_tar(), {})
+        return process_tar.describe_output
     if stage.number == 4:
-        settings = {"image_size": config.fingerprints.image_size}
-        return lambda unit: make_provenance(
-            compute_fingerprints.STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings
-        )
+        return lambda unit: compute_fingerprints.describe_output(unit, config)
     folder = locate_backbone(config, download=False)
     model_id = identify_model(folder) if folder else None
     return lambda unit: generate_embeddings.describe_output(unit, config, model_id)
