@@ -1,9 +1,11 @@
 """The command line that all stages have in common: options, run guard, exit codes, results."""
 
 import argparse
+import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -141,6 +143,7 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     """Run a script's main and exit with the contract's code: one line on stderr for what is not a bug."""
     signal.signal(signal.SIGTERM, _raise_terminated)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script that starts us with & has it ignored
+    sys.unraisablehook = _send_again
     try:
         main(argv)
     except PipelineError as error:
@@ -162,6 +165,17 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
 
 def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
     raise Terminated
+
+
+def _send_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Repeat a signal that came in a destructor or a weakref's callback, where Python drops what is raised."""
+    numbers = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+    if dropped.exc_type not in numbers:
+        sys.__unraisablehook__(dropped)
+        return
+    repeat = threading.Timer(0.1, os.kill, [os.getpid(), numbers[dropped.exc_type]])  # once the destructor is done
+    repeat.daemon = True
+    repeat.start()
 
 
 def _exit(code: int, *lines: str) -> NoReturn:

@@ -240,7 +240,7 @@ def check_signal(start_script, embed, model_dir, tmp_path, number, expected_code
     output = tmp_path / "out"
     arguments = ["-i", source, "-o", output, "--model-id", model_dir, "--read-batch-size", 2]
     code, errors = wait_and_signal(start_script(SCRIPT, *arguments), output / "parts", "rg*", 3, number)
-    assert code == expected_code
+    assert code == expected_code, errors
     assert errors.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in errors
     state = read_state(output)
