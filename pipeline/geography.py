@@ -13,3 +13,14 @@ def distances_m(lat_a: Any, lon_a: Any, lat_b: Any, lon_b: Any) -> NDArray[np.fl
     lat_a, lon_a, lat_b, lon_b = (np.radians(value) for value in (lat_a, lon_a, lat_b, lon_b))
     chord = np.sin((lat_b - lat_a) / 2) ** 2 + np.cos(lat_a) * np.cos(lat_b) * np.sin((lon_b - lon_a) / 2) ** 2
     return np.asarray(2 * EARTH_RADIUS_M * np.arcsin(np.sqrt(np.clip(chord, 0.0, 1.0))))
+
+
+def earth_centred_m(lat: Any, lon: Any) -> NDArray[np.float64]:
+    """Return points given in degrees as (N, 3) metres from the Earth's centre.
+
+    A straight line between two of them is as long as their great-circle distance within a millionth up to 30 km, over
+    the poles and the antimeridian alike.
+    """
+    lat, lon = np.radians(lat), np.radians(lon)
+    unit = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
+    return np.asarray(EARTH_RADIUS_M * unit)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.tables import (
+    FILE_COLUMNS,
     ID_COLUMNS,
     check_columns,
     embedding_width,
@@ -18,7 +19,11 @@ from pipeline.tables import (
     read_provenance,
     reading,
 )
+from preprocess_raw_data.splits import Buildings
 
+INVENTORY_COLUMNS = [
+    "building_id", "dataset_id", "street_view_id", "streetview_image_id", "target_lat", "target_lon",
+]  # fmt: skip
 # What a row takes beside its embedding, roughly: ids, names, positions.
 BYTES_BESIDE_EMBEDDING = 300
 
@@ -29,23 +34,23 @@ class Inventory:
 
     paths: list[Path]
     codes: list[NDArray[np.int32]]
-    building_ids: list[str]
-    mean_lat: NDArray[np.float64]
-    mean_lon: NDArray[np.float64]
+    panoramas: NDArray[np.int32]  # (N,) one code per panorama, in the order of the files
+    buildings: Buildings
     row_bytes: int
-    schema: pa.Schema
+    schema: pa.Schema  # of what is merged: the columns that speak of the tar are left out
 
     @property
     def images_per_building(self) -> NDArray[np.int64]:
         """The number of images of each building, (B,)."""
-        return np.bincount(np.concatenate(self.codes), minlength=len(self.building_ids))
+        return np.bincount(np.concatenate(self.codes), minlength=len(self.buildings))
 
     def find_groups(self) -> list[list[int]]:
-        """Return the files that must be merged together: each alone, unless a building lies in several."""
-        buildings_of_files = sum(len(np.unique(codes)) for codes in self.codes)
-        if buildings_of_files == len(self.building_ids):
-            return [[number] for number in range(len(self.paths))]
-        return [list(range(len(self.paths)))]
+        """Return the files that must be merged together: each alone, but those together that share buildings."""
+        held = [np.unique(codes) for codes in self.codes]
+        num_files = np.bincount(np.concatenate(held), minlength=len(self.buildings))
+        sharing = [number for number, codes in enumerate(held) if (num_files[codes] > 1).any()]
+        alone = [[number] for number in range(len(held)) if number not in set(sharing)]
+        return sorted([*alone, sharing] if sharing else alone)
 
 
 def list_embeddings(embeddings_dir: Path) -> list[Path]:
@@ -69,41 +74,54 @@ def take_inventory(paths: list[Path]) -> Inventory:
     if not any(map(len, tables)):
         raise InputError(f"{paths[0].parent}: its {len(paths)} files hold no rows: see the rejects of stages 1 and 2")
     check_unique(paths, [table["streetview_image_id"] for table in tables])
-    encoded = pc.dictionary_encode(
-        pa.chunked_array(
-            [chunk.cast(pa.string()) for table in tables for chunk in table["building_id"].chunks], pa.string()
-        )
-    ).combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):  # of no rows, or of one chunk by some versions
-        encoded = encoded.chunk(0)
-    codes = encoded.indices.to_numpy().astype(np.int32)
-    num_buildings = len(encoded.dictionary)
-    counts = np.maximum(np.bincount(codes, minlength=num_buildings), 1)
-    lat, lon = (
-        np.bincount(codes, np.concatenate([table[name].to_numpy() for table in tables]), num_buildings) / counts
-        for name in ("target_lat", "target_lon")
-    )
-    width = embedding_width(paths[0], schema)
+    ids = pa.concat_tables(tables)
+    building_ids, codes = encode(ids["building_id"])
+    rows = {name: ids[name].to_numpy() for name in ("dataset_id", "street_view_id", "target_lat", "target_lon")}
+    counts = np.bincount(codes)
+    dataset_ids = np.empty(len(building_ids), np.int64)
+    dataset_ids[codes[::-1]] = rows["dataset_id"][::-1]  # the first row's, should they differ
+    kind = schema.field("embedding").type
+    dropped = {name for name, _ in FILE_COLUMNS}
     return Inventory(
         paths,
         np.split(codes, np.cumsum([len(table) for table in tables])[:-1]),
-        encoded.dictionary.to_pylist(),
-        lat,
-        lon,
-        width * 4 + BYTES_BESIDE_EMBEDDING,
-        schema,
+        code_panoramas(rows["dataset_id"], rows["street_view_id"]),
+        Buildings(
+            building_ids,
+            dataset_ids,
+            np.bincount(codes, rows["target_lat"]) / counts,
+            np.bincount(codes, rows["target_lon"]) / counts,
+        ),
+        kind.list_size * kind.value_type.bit_width // 8 + BYTES_BESIDE_EMBEDDING,
+        pa.schema([field for field in schema if field.name not in dropped]),
     )
 
 
+def encode(column: pa.ChunkedArray) -> tuple[pa.StringArray, NDArray[np.int32]]:
+    """Return the distinct values in order of first appearance, and each row's place among them, (N,)."""
+    encoded = pc.dictionary_encode(column.cast(pa.string())).combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):  # of one chunk, by some versions
+        encoded = encoded.chunk(0)
+    return encoded.dictionary, encoded.indices.to_numpy()
+
+
+def code_panoramas(dataset_ids: NDArray[np.int64], street_view_ids: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return one code per panorama, (N,): a street_view_id is unique only within its dataset."""
+    _, datasets = np.unique(dataset_ids, return_inverse=True)
+    labels, views = np.unique(street_view_ids, return_inverse=True)
+    pairs = datasets.reshape(-1) * len(labels) + views.reshape(-1)
+    codes: NDArray[np.int32] = np.unique(pairs, return_inverse=True)[1].reshape(-1).astype(np.int32)
+    return codes
+
+
 def read_ids(path: Path) -> pa.Table:
-    """Return the columns by which images and buildings are told apart and placed.
+    """Return the columns by which images, buildings and panoramas are told apart and placed.
 
     Raises InputError if the file is damaged or a value is missing.
     """
-    names = ["building_id", "target_lat", "target_lon", "streetview_image_id"]
     with reading(path):
-        table = open_parquet(path).read(columns=names)
-    for name in names:
+        table = open_parquet(path).read(columns=INVENTORY_COLUMNS).replace_schema_metadata(None)
+    for name in INVENTORY_COLUMNS:
         if table[name].null_count:
             raise InputError(f"{path}: column {name} has empty values: make the file again with stage 2")
     return table

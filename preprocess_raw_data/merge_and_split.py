@@ -24,7 +24,6 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.log import Progress, logger
 from pipeline.tables import (
-    FILE_COLUMNS,
     hash_json,
     identify,
     is_complete,
@@ -33,7 +32,8 @@ from pipeline.tables import (
     read_provenance,
 )
 from preprocess_raw_data.embedding_inventory import Inventory, list_embeddings, take_inventory
-from preprocess_raw_data.grouping import read_in_order
+from preprocess_raw_data.grouping import Piece, read_in_order
+from preprocess_raw_data.leakage import compare_leakage, log_leakage
 from preprocess_raw_data.splits import SPLITS, assign_splits, hash_splits, read_split_file
 
 STAGE = "merge_and_split"
@@ -45,30 +45,26 @@ SINGLE = "single_image"
 class SplitWriter:
     """Writes one split's rows in row groups of a fixed size, however they come."""
 
-    def __init__(self, writer: pq.ParquetWriter) -> None:
-        self._writer = writer
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self._writer, self._schema = writer, schema
         self._waiting: list[pa.Table] = []
         self._num_waiting = 0
 
-    def add(self, rows: pa.Table) -> None:
-        """Add rows."""
-        self._waiting.append(rows)
-        self._num_waiting += len(rows)
-        if self._num_waiting >= ROW_GROUP_ROWS:
-            whole = self._num_waiting - self._num_waiting % ROW_GROUP_ROWS
-            together = pa.concat_tables(self._waiting)
-            for start in range(0, whole, ROW_GROUP_ROWS):
-                self._write(together.slice(start, ROW_GROUP_ROWS))
-            self._waiting, self._num_waiting = [together.slice(whole)], len(together) - whole
+    def add(self, piece: Piece, rows: NDArray[np.int64]) -> None:
+        """Add some of a piece's rows; a copy is made of no more than a row group."""
+        while len(rows):
+            room = ROW_GROUP_ROWS - self._num_waiting
+            self._waiting.append(piece.take(rows[:room], self._schema))
+            self._num_waiting += len(rows[:room])
+            rows = rows[room:]
+            if self._num_waiting == ROW_GROUP_ROWS:
+                self.finish()
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write what is waiting, from one piece, so that its bytes do not depend on how the rows came."""
         if self._num_waiting:
-            self._write(pa.concat_tables(self._waiting))
-
-    def _write(self, rows: pa.Table) -> None:
-        """Write a row group from one piece, so that its bytes do not depend on how the rows came."""
-        self._writer.write_table(rows.combine_chunks())
+            self._writer.write_table(pa.concat_tables(self._waiting).combine_chunks())
+            self._waiting, self._num_waiting = [], 0
 
 
 def write_splits(
@@ -76,9 +72,6 @@ def write_splits(
 ) -> None:
     """Write the three files; `splits` gives each building's, -1 for those that are dropped."""
     schema = inventory.schema
-    for name, _ in FILE_COLUMNS:
-        index = schema.get_field_index(name)
-        schema = schema if index < 0 else schema.remove(index)
     rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
     targets = [merged_dir / f"{split}.parquet" for split in SPLITS]
     scratch_dir = merged_dir / ".spill"
@@ -88,15 +81,16 @@ def write_splits(
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch_dir, ignore_errors=True)
         writers = [
-            SplitWriter(stack.enter_context(parquet_writer(path, schema, provenance)))
+            SplitWriter(stack.enter_context(parquet_writer(path, schema, provenance)), schema)
             for path, provenance in zip(targets, provenances, strict=True)
         ]
         progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes)), interval_seconds=interval))
         for group in inventory.find_groups():
-            for table, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time, scratch_dir):
+            for piece, order, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time, scratch_dir):
                 for split, writer in enumerate(writers):
-                    writer.add(table.select(schema.names).filter(pa.array(splits[codes] == split)))
-                progress.advance(len(table))
+                    writer.add(piece, order[splits[codes] == split])
+                progress.advance(len(order))
+                del piece  # before the next one is read
         for writer in writers:
             writer.finish()
         for path in targets:  # all three are renamed below: a kill in between leaves a gap, never a mixture
@@ -137,6 +131,8 @@ def describe_settings(config: Config) -> dict[str, Any]:
         "train_ratio": data.train_ratio,
         "val_ratio": data.val_ratio,
         "test_ratio": data.test_ratio,
+        # Left out at its default, so that splits made before there was a choice are still taken for what they are.
+        **({"split_unit": data.split_unit} if data.split_unit != "building" else {}),
         "split_cell_m": data.split_cell_m,
         "split_file": hash_json(named) if named is not None else None,
     }
@@ -154,24 +150,25 @@ def plan_splits(
     named = read_split_file(split_file_path(config)) if config.data.split_file else {}
     images = inventory.images_per_building
     kept = np.flatnonzero(images >= 2)  # a building with one image has no positive
+    buildings = inventory.buildings.take(kept)
     splits = np.full(len(images), -1, np.int8)
-    kept_ids = [inventory.building_ids[code] for code in kept]
-    splits[kept] = assign_splits(
-        kept_ids, inventory.mean_lat[kept], inventory.mean_lon[kept], config.data, config.global_.seed, named
-    )
+    splits[kept] = assign_splits(buildings, config.data, config.global_.seed, named)
+    leakage = compare_leakage(inventory, splits, config.data, config.global_.seed)
+    log_leakage(leakage)
     total, dropped = int(images.sum()), int((images < 2).sum())
     common = wanted | {
         "counts": {"in": total, "out": total - dropped, "dropped": dropped},
         "reasons": {SINGLE: dropped} if dropped else {},
-        "split_hash": hash_splits(kept_ids, splits[kept]),
+        "split_hash": hash_splits(buildings.ids, splits[kept]),
+        "leakage": leakage,
     }
     provenances = []
     for number, split in enumerate(SPLITS):
-        rows, buildings = int(images[splits == number].sum()), int((splits == number).sum())
-        logger.info("%s: %d images of %d buildings", split, rows, buildings)
+        rows, num_buildings = int(images[splits == number].sum()), int((splits == number).sum())
+        logger.info("%s: %d images of %d buildings", split, rows, num_buildings)
         if not rows:
             logger.warning("%s is empty: there are too few buildings, or its ratio is 0", split)
-        provenances.append(common | {"split": split, "rows": rows, "buildings": buildings})
+        provenances.append(common | {"split": split, "rows": rows, "buildings": num_buildings})
     return splits, provenances
 
 

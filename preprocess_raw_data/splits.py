@@ -2,11 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -16,7 +18,26 @@ from pipeline.errors import InputError, one_line
 from pipeline.geography import EARTH_RADIUS_M
 
 SPLITS = ("train", "val", "test")
+_STRINGS_AT_A_TIME = 65_536
 METRES_PER_DEGREE = math.radians(1) * EARTH_RADIUS_M  # of latitude
+
+
+@dataclass(frozen=True)
+class Buildings:
+    """Buildings as columns."""
+
+    ids: pa.StringArray  # (B,)
+    dataset_ids: NDArray[np.int64]  # (B,)
+    mean_lat: NDArray[np.float64]  # (B,) degrees, the mean over the building's images
+    mean_lon: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: NDArray[np.int64]) -> "Buildings":
+        """Return some of them."""
+        ids = self.ids.take(pa.array(rows))
+        return Buildings(ids, self.dataset_ids[rows], self.mean_lat[rows], self.mean_lon[rows])
 
 
 def draw_unit(seed: int, unit: str) -> float:
@@ -33,38 +54,50 @@ def choose_split(seed: int, unit: str, data: DataSection) -> int:
     return 1 if value < data.train_ratio + data.val_ratio else 2
 
 
-def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float) -> list[str]:
+def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float) -> Iterator[str]:
     """Name the square of side `cell_m` metres that holds each position (degrees)."""
     rows = np.floor(lat * METRES_PER_DEGREE / cell_m)
     # The width of a degree is taken at the row's own latitude, so that all cells of a row have the same edges.
     widths = METRES_PER_DEGREE * np.cos(np.radians(rows * cell_m / METRES_PER_DEGREE))
     columns = np.floor(lon * widths / cell_m)
-    return [f"cell:{row:.0f}:{column:.0f}" for row, column in zip(rows, columns, strict=True)]
+    for row, column in zip(rows, columns, strict=True):
+        yield f"cell:{row:.0f}:{column:.0f}"
 
 
-def assign_splits(
-    building_ids: Sequence[str],
-    mean_lat: NDArray[np.float64],
-    mean_lon: NDArray[np.float64],
-    data: DataSection,
-    seed: int,
-    named: dict[str, str],
-) -> NDArray[np.int8]:
-    """Return each building's index into SPLITS: as `named`, else by the hash of its id or of its cell."""
-    units: Iterable[str] = building_ids
+def name_units(buildings: Buildings, data: DataSection) -> Iterator[str]:
+    """Name what each building goes to a split with: itself, its cell, or its dataset."""
+    if data.split_unit == "dataset":
+        return (f"dataset:{dataset_id}" for dataset_id in buildings.dataset_ids)
     if data.split_cell_m > 0:
-        units = name_cells(mean_lat, mean_lon, data.split_cell_m)
-    chosen = [
-        SPLITS.index(named[building]) if building in named else choose_split(seed, unit, data)
-        for building, unit in zip(building_ids, units, strict=True)
-    ]
-    return np.array(chosen, dtype=np.int8)
+        return name_cells(buildings.mean_lat, buildings.mean_lon, data.split_cell_m)
+    return iterate_strings(buildings.ids)
 
 
-def hash_splits(building_ids: Sequence[str], splits: NDArray[np.int8]) -> str:
+def iterate_strings(column: pa.StringArray) -> Iterator[str]:
+    """Yield the strings, a few thousand of them being Python objects at a time."""
+    for start in range(0, len(column), _STRINGS_AT_A_TIME):
+        yield from column.slice(start, _STRINGS_AT_A_TIME).to_pylist()
+
+
+def assign_splits(buildings: Buildings, data: DataSection, seed: int, named: Mapping[str, str]) -> NDArray[np.int8]:
+    """Return each building's index into SPLITS: as `named`, else by the hash of its unit."""
+    units = name_units(buildings, data)
+    chosen = np.fromiter((choose_split(seed, unit, data) for unit in units), np.int8, len(buildings))
+    if named:
+        splits = np.array([SPLITS.index(split) for split in named.values()], np.int8)
+        places = pc.index_in(buildings.ids, pa.array(named, pa.string()))
+        is_named = np.asarray(places.is_valid())
+        chosen[is_named] = splits[places.drop_null().to_numpy()]
+    return chosen
+
+
+def hash_splits(building_ids: pa.StringArray, splits: NDArray[np.int8]) -> str:
     """Return a short hash of who is where, the same for the same assignment in any order."""
-    lines = sorted(f"{building}\t{SPLITS[split]}\n" for building, split in zip(building_ids, splits, strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+    order = pc.array_sort_indices(building_ids)
+    digest = hashlib.sha256()
+    for building, split in zip(iterate_strings(building_ids.take(order)), splits[order.to_numpy()], strict=True):
+        digest.update(f"{building}\t{SPLITS[split]}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def read_split_file(path: Path) -> dict[str, str]:

@@ -8,49 +8,13 @@ from math import isfinite
 
 from pipeline.archive import Member
 from pipeline.errors import Rejection
+from preprocess_raw_data.views import FoundImage, View, ViewRecord, ViewStore
 
 NUM_FIELDS = 17  # behind the d; shared by all releases of the dataset
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _MAX_ID = 2**63 - 1
 
 Reject = tuple[str, Rejection]  # the item's name, and why
-
-
-@dataclass(frozen=True, slots=True)
-class ViewRecord:
-    """What the `d` line says of a view, as far as the pipeline keeps it; degrees and metres."""
-
-    dataset_id: int
-    target_id: int
-    patch_id: int
-    street_view_id: int
-    target_lat: float
-    target_lon: float
-    street_lat: float
-    street_lon: float
-    distance_m: float
-    heading: float
-    pitch: float
-
-
-@dataclass(frozen=True, slots=True)
-class FoundImage:
-    """An image member: which of the tar's images it is, where it lies, and why it cannot be used, if so."""
-
-    order: int
-    name: str
-    offset: int
-    size: int
-    rejection: Rejection | None
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A usable pair."""
-
-    stem: str
-    image: FoundImage
-    record: ViewRecord
 
 
 @dataclass(slots=True)
@@ -118,7 +82,8 @@ class TarInventory:
 
     def __init__(self) -> None:
         self.ignored: Counter[str] = Counter()
-        self._items: dict[str, Item] = {}
+        self._items: dict[str, Item] = {}  # those that are no view yet, or more than one
+        self._views = ViewStore()
         self._num_images = 0
 
     def wants(self, member: Member) -> bool:
@@ -130,9 +95,7 @@ class TarInventory:
         if base_name.startswith("._") or not (member.is_image_name or member.is_metadata_name):
             self.ignored["other members"] += 1
             return False
-        item = self._items.get(member.stem)
-        if item is None:
-            item = self._items[member.stem] = Item(member.has_unsafe_path)
+        item = self._find(member)
         if not member.is_file:
             item.not_files.append(member)
         elif member.is_image_name:
@@ -148,34 +111,53 @@ class TarInventory:
 
     def add_metadata(self, member: Member, data: bytes) -> None:
         """Note what a metadata text says."""
+        item = self._find(member)
         try:
-            self._items[member.stem].metadata = parse_metadata(data)
+            item.metadata = parse_metadata(data)
         except Rejection as rejection:
-            self._items[member.stem].metadata = rejection
+            item.metadata = rejection
+        self._settle(member.stem, item)
 
     def add_image(self, member: Member, rejection: Rejection | None) -> None:
         """Note an image and why it cannot be used, if so; images come in the order of the tar."""
-        images = self._items[member.stem].images
-        if any(image.name == member.name for image in images):
+        item = self._find(member)
+        if any(image.name == member.name for image in item.images):
             rejection = rejection or Rejection("duplicate_image_id", "a second member of this name")
-        images.append(FoundImage(self._num_images, member.name, member.offset, member.size, rejection))
+        item.images.append(FoundImage(self._num_images, member.name, member.offset, member.size, rejection))
         self._num_images += 1
+        self._settle(member.stem, item)
 
-    def judge(self) -> tuple[list[View], list[Reject]]:
+    def _find(self, member: Member) -> Item:
+        """Return a member's item, taken back from the views where it was one already."""
+        item = self._items.get(member.stem)
+        if item is None:
+            item = self._items[member.stem] = Item(member.has_unsafe_path)
+            if (stored := self._views.pop(member.stem)) is not None:
+                view, item.metadata_name = stored
+                item.images, item.metadata = [view.image], view.record
+        return item
+
+    def _settle(self, stem: str, item: Item) -> None:
+        """Move an item that is one sound pair, which most are, to the views on disk."""
+        if len(item.images) != 1 or item.images[0].rejection is not None or item.not_files or item.is_unsafe:
+            return
+        if isinstance(item.metadata, ViewRecord):
+            self._views.add(View(stem, item.images[0], item.metadata), item.metadata_name or "")
+            del self._items[stem]
+
+    def judge(self) -> tuple[ViewStore, list[Reject]]:
         """Return the usable views by patch id, and the rejects by name."""
-        views: list[View] = []
         rejects: list[Reject] = []
         for stem, item in self._items.items():
             view, refused = judge_item(stem, item)
-            views += [view] if view else []
+            if view:
+                self._views.add(view, item.metadata_name or "")
             rejects += refused
-        unique: dict[int, View] = {}
-        for view in sorted(views, key=lambda view: view.image.order):
-            first = unique.setdefault(view.record.patch_id, view)
-            if first is not view:
-                detail = f"patch {view.record.patch_id} is also {first.image.name}, which comes first"
-                rejects.append((view.stem, Rejection("duplicate_image_id", detail)))
-        return [unique[patch_id] for patch_id in sorted(unique)], sorted(rejects, key=lambda reject: reject[0])
+        self._items.clear()
+        for view, first in self._views.pop_repeated():
+            detail = f"patch {view.record.patch_id} is also {first.image.name}, which comes first"
+            rejects.append((view.stem, Rejection("duplicate_image_id", detail)))
+        return self._views, sorted(rejects, key=lambda reject: reject[0])
 
 
 def judge_item(stem: str, item: Item) -> tuple[View | None, list[Reject]]:

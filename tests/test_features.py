@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import features as features_module
+from pipeline import sidecar
 from pipeline.errors import InputError
 from pipeline.features import load_features
 
@@ -42,7 +42,7 @@ def write(tmp_path: Path, table: pa.Table, **options: Any) -> Path:
 def test_columns_come_as_arrays_whatever_the_batches(
     tmp_path: Path, batch_numbers: int, row_group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features_module, "_BATCH_NUMBERS", batch_numbers)
+    monkeypatch.setattr(sidecar, "_BATCH_NUMBERS", batch_numbers)
     table = make_table()
     found = load_features(write(tmp_path, table, row_group_size=row_group_size))
     np.testing.assert_array_equal(found.embeddings, np.arange(1, 25, dtype=np.float32).reshape(6, 4) / 8)
@@ -59,9 +59,9 @@ def test_columns_come_as_arrays_whatever_the_batches(
     assert (len(found), found.width) == (6, 4)
 
 
-def test_float16_embeddings_come_as_float32(tmp_path: Path) -> None:
+def test_float16_embeddings_stay_half_as_large(tmp_path: Path) -> None:
     found = load_features(write(tmp_path, make_table(kind=pa.float16())))
-    assert found.embeddings.dtype == np.float32
+    assert found.embeddings.dtype == np.float16
     np.testing.assert_array_equal(found.embeddings, np.arange(1, 25, dtype=np.float32).reshape(6, 4) / 8)
 
 

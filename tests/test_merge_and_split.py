@@ -1,64 +1,17 @@
 """Stage 3: merging, dropping, splitting and grouping, in memory and through the disk."""
 
-import dataclasses
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embedding_files import SETTINGS, SIZES, make_rows, place_of, read_splits, write
 
 from pipeline import tables
-from pipeline.config import DataSection, load_config
-from preprocess_raw_data import grouping, merge_and_split
-from preprocess_raw_data.embedding_inventory import take_inventory
+from pipeline.config import DataSection
+from preprocess_raw_data import merge_and_split
 from preprocess_raw_data.splits import SPLITS, choose_split, name_cells
-
-SETTINGS = {"model": "abc", "pooling_type": "pooler_output"}
-
-
-def make_rows(dataset, images_of_buildings, width=8, kind=None, mixed=False):
-    """Return a table as stage 2 writes it; `mixed` puts the buildings' images in turns."""
-    buildings = np.repeat(np.arange(1, len(images_of_buildings) + 1), images_of_buildings)
-    if mixed:
-        buildings = np.random.default_rng(dataset).permutation(buildings)
-    count = len(buildings)
-    generator = np.random.default_rng(dataset)
-    columns = {
-        "dataset_id": np.full(count, dataset),
-        "target_id": buildings,
-        "patch_id": np.arange(count),
-        "street_view_id": generator.integers(0, 50, count),
-        "target_lat": 52.2 + 0.0003 * buildings + 1e-6 * generator.normal(size=count),
-        "target_lon": 0.1 * dataset + 0.0003 * (buildings % 17),
-        "building_id": [f"{dataset:04d}_{building}" for building in buildings],
-        "streetview_image_id": [f"{dataset:04d}_{patch}" for patch in range(count)],
-        "image_path": [f"{patch}.jpg" for patch in range(count)],
-        "tar_file": [f"{dataset:04d}.tar"] * count,
-        "heading": generator.uniform(-180, 180, count),
-    }
-    values = generator.normal(size=count * width).astype("f2" if kind == pa.float16() else "f4")
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(values), width)
-    schema = pa.schema(tables.ID_COLUMNS + tables.FILE_COLUMNS + [("heading", pa.float64())])
-    return pa.table(columns, schema=schema).append_column("embedding", embedding)
-
-
-def write(folder, dataset, table, settings=None):
-    path = folder / "embeddings" / f"{dataset:04d}_embeddings.parquet"
-    provenance = tables.make_provenance("generate_embeddings", [], settings or SETTINGS)
-    with tables.parquet_writer(path, table.schema, provenance) as writer:
-        writer.write_table(table, row_group_size=1024)
-    return path
-
-
-def read_splits(folder, name="merged"):
-    return {split: pq.read_table(folder / name / f"{split}.parquet") for split in SPLITS}
-
-
-def place_of(folder, name="merged"):
-    """Return the split of every building."""
-    splits = read_splits(folder, name)
-    return {building: split for split, table in splits.items() for building in table["building_id"].to_pylist()}
 
 
 @pytest.fixture
@@ -70,9 +23,6 @@ def stage(tmp_path, write_config, run_main):
         return run_main(merge_and_split.main, "--config", config, *options)
 
     return run
-
-
-SIZES = np.random.default_rng(3).integers(1, 6, 60).tolist()
 
 
 @pytest.fixture
@@ -189,67 +139,66 @@ def test_a_building_over_two_files_is_one_building(tmp_path, stage):
         assert len(set(buildings)) == sum(1 for a, b in zip([None, *buildings], buildings, strict=False) if a != b)
 
 
-@pytest.mark.parametrize("over_two_files", [False, True])
-def test_through_the_disk_comes_the_same_as_in_memory(tmp_path, write_config, monkeypatch, over_two_files):
-    monkeypatch.setattr(merge_and_split, "ROW_GROUP_ROWS", 50)
-    monkeypatch.setattr(grouping, "BATCH_ROWS", 17)
-    paths = [write(tmp_path, dataset, make_rows(dataset, SIZES, mixed=True)) for dataset in (1, 2, 3)]
-    if over_two_files:
-        table = make_rows(4, [2, 3])
-        names = pa.array(["0001_1", "0002_2", "0003_3", "0001_1", "0009_9"])
-        table = table.set_column(table.schema.get_field_index("building_id"), "building_id", names)
-        paths.append(write(tmp_path, 4, table))
-    inventory = take_inventory(paths)
-    assert len(inventory.find_groups()) == (1 if over_two_files else 3)
-    config = load_config(write_config(tmp_path, data={"memory_mb": 16}))
-    results = []
-    for rows_at_a_time in (10_000, 100, 20, 1):
-        folder = tmp_path / str(rows_at_a_time)
-        sized = dataclasses.replace(inventory, row_bytes=16 * 1024**2 // rows_at_a_time)
-        splits, provenances = merge_and_split.plan_splits(sized, {"stage": "x"}, config)
-        merge_and_split.write_splits(sized, splits, folder, provenances, config)
-        assert sorted(path.name for path in folder.iterdir()) == ["test.parquet", "train.parquet", "val.parquet"]
-        results.append([(folder / f"{split}.parquet").read_bytes() for split in SPLITS])
-    assert all(result == results[0] for result in results[1:])
+def test_embeddings_are_split_by_byte_in_the_file(tmp_path, stage, city):
+    stage()
+    metadata = pq.read_metadata(tmp_path / "merged" / "train.parquet")
+    columns = [metadata.row_group(0).column(index) for index in range(metadata.num_columns)]
+    (embedding,) = [column for column in columns if column.path_in_schema == "embedding.list.element"]
+    assert "BYTE_STREAM_SPLIT" in embedding.encodings
+    assert {column.compression for column in columns} == {"ZSTD"}
 
 
-def test_pieces_stay_as_small_as_asked_but_for_one_building(tmp_path):
-    inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
-    keep = np.ones(100, bool)
-    for rows_at_a_time in (1, 7, 40):
-        (tmp_path / "spill").mkdir(exist_ok=True)
-        pieces = list(grouping.read_in_order(inventory, [0], keep, rows_at_a_time, tmp_path / "spill"))
-        assert sum(len(table) for table, _ in pieces) == 500
-        assert max(len(table) for table, _ in pieces) < rows_at_a_time + 5
-        assert list((tmp_path / "spill").iterdir()) == []
-        for table, codes in pieces:
-            assert [inventory.building_ids[code] for code in codes] == table["building_id"].to_pylist()
+def test_whole_tars_are_held_out_and_the_leakage_is_told(tmp_path, stage):
+    for dataset in range(1, 13):
+        write(tmp_path, dataset, make_rows(dataset, [3, 3, 2]))
+    outcome = stage("data.split_unit=dataset")
+    assert outcome.code == 0
+    split_of_tar = {}
+    for building, split in place_of(tmp_path).items():
+        split_of_tar.setdefault(building[:4], set()).add(split)
+    expected = {
+        f"{dataset:04d}": {SPLITS[choose_split(42, f"dataset:{dataset}", DataSection())]} for dataset in range(1, 13)
+    }
+    assert split_of_tar == expected
+    assert len(set.union(*expected.values())) > 1
+    provenance = tables.read_provenance(tmp_path / "merged" / "train.parquet")
+    assert provenance["settings"]["split_unit"] == "dataset"
+    leakage = provenance["leakage"]
+    assert leakage["written"]["datasets_in_several_splits"] == 0
+    assert leakage["split_cell_m = 0"]["datasets_in_several_splits"] > 0
+    assert leakage["written"]["panoramas_in_several_splits"] == 0
+    assert "leakage, written: of" in outcome.stderr
+    assert "leakage, split_cell_m = 200: of" in outcome.stderr
+    assert "(split_unit was 'dataset' and is now None)" in stage().stderr
 
 
-def test_no_more_files_are_open_at_once_than_a_process_may_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(grouping, "MAX_OPEN_FILES", 10)
-    inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
-    (tmp_path / "spill").mkdir()
-    pieces = list(grouping.read_in_order(inventory, [0], np.ones(100, bool), 1, tmp_path / "spill"))
-    assert len(pieces) <= 11
+def test_whole_tars_and_cells_cannot_go_together(tmp_path, stage, city):
+    outcome = stage("data.split_unit=dataset", "data.split_cell_m=100")
+    assert outcome.code == 2
+    assert 'split_unit, split_cell_m: "dataset" holds out whole tars, so split_cell_m must be 0' in outcome.stderr
 
 
-def test_memory_does_not_grow_with_the_number_of_embeddings(tmp_path, write_config, monkeypatch):
-    monkeypatch.setattr(merge_and_split, "ROW_GROUP_ROWS", 500)
-    config = load_config(write_config(tmp_path, data={"memory_mb": 16}))
-    peaks = []
-    for count in (6_000, 24_000):
-        inventory = take_inventory([write(tmp_path, 1, make_rows(1, [4] * (count // 4), width=256, mixed=True))])
-        inventory = dataclasses.replace(inventory, row_bytes=16 * 1024**2 // 500)
-        splits, provenances = merge_and_split.plan_splits(inventory, {"stage": "x"}, config)
-        before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
-        pa.set_memory_pool(pool)
-        try:
-            merge_and_split.write_splits(inventory, splits, tmp_path / "merged", provenances, config)
-        finally:
-            pa.set_memory_pool(before)
-        peaks.append(pool.max_memory())
-    assert peaks[1] < 1.2 * peaks[0] + 2**20
+def test_a_split_file_wins_over_whole_tars_and_the_torn_ones_are_counted(tmp_path, stage, city):
+    assert stage("data.split_unit=dataset").code == 0
+    before = place_of(tmp_path)
+    (building,) = list(before)[:1]
+    other = SPLITS[(SPLITS.index(before[building]) + 1) % 3]
+    (tmp_path / "old.csv").write_text(f"building_id,split\n{building},{other}\n")
+    assert stage("data.split_unit=dataset", "data.split_file=old.csv", "--overwrite").code == 0
+    assert place_of(tmp_path) == before | {building: other}
+    leakage = tables.read_provenance(tmp_path / "merged" / "val.parquet")["leakage"]
+    assert leakage["written"]["datasets_in_several_splits"] == 1
+
+
+@pytest.mark.parametrize("where", ["row", "number"])
+def test_an_embedding_that_is_missing_is_refused(tmp_path, stage, where):
+    table = make_rows(1, [3, 3]).drop_columns("embedding")
+    rows = [[1.0, 2.0]] * 6
+    rows[4] = None if where == "row" else [1.0, None]
+    write(tmp_path, 1, table.append_column("embedding", pa.array(rows, pa.list_(pa.float32(), 2))))
+    outcome = stage()
+    assert outcome.code == 1
+    assert "0001_embeddings.parquet: column embedding has empty values: make the file again" in outcome.stderr
 
 
 @pytest.mark.parametrize(

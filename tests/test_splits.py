@@ -12,6 +12,7 @@ from pipeline.config import DataSection
 from pipeline.errors import InputError
 from preprocess_raw_data.splits import (
     SPLITS,
+    Buildings,
     assign_splits,
     choose_split,
     draw_unit,
@@ -24,8 +25,13 @@ IDS = [f"{dataset:04d}_{target}" for dataset in range(1, 9) for target in range(
 NOWHERE = np.zeros(len(IDS))
 
 
+def make_buildings(ids=IDS, lat=NOWHERE, lon=NOWHERE):
+    return Buildings(pa.array(ids), np.array([int(name[:4]) for name in ids]), lat, lon)
+
+
 def assign(ids=IDS, lat=NOWHERE, lon=NOWHERE, seed=42, named=None, **data):
-    return [SPLITS[split] for split in assign_splits(ids, lat, lon, DataSection(**data), seed, named or {})]
+    found = assign_splits(make_buildings(ids, lat, lon), DataSection(**data), seed, named or {})
+    return [SPLITS[split] for split in found]
 
 
 def split_by_hand(seed, unit, train, val):
@@ -90,13 +96,13 @@ def cell_by_hand(lat, lon, cell_m):
 def test_cells_are_those_that_one_would_count_by_hand(cell_m):
     generator = np.random.default_rng(0)
     lat, lon = generator.uniform(-80, 80, 40), generator.uniform(-30, 30, 40)
-    assert name_cells(lat, lon, cell_m) == [cell_by_hand(*place, cell_m) for place in zip(lat, lon, strict=True)]
+    assert list(name_cells(lat, lon, cell_m)) == [cell_by_hand(*place, cell_m) for place in zip(lat, lon, strict=True)]
 
 
 def test_a_cell_is_as_wide_and_high_as_it_says_and_goes_to_one_split():
     generator = np.random.default_rng(1)
     lat, lon = 52.2 + generator.uniform(0, 0.02, 2000), 0.12 + generator.uniform(0, 0.03, 2000)
-    cells = np.array(name_cells(lat, lon, 200.0))
+    cells = np.array(list(name_cells(lat, lon, 200.0)))
     assert 60 < len(set(cells)) < 200
     splits = np.array(assign(lat=lat, lon=lon, split_cell_m=200.0))
     for cell in set(cells):
@@ -106,17 +112,32 @@ def test_a_cell_is_as_wide_and_high_as_it_says_and_goes_to_one_split():
         assert set(splits[inside]) == {split_by_hand(42, cell, 0.7, 0.15)}
 
 
-def test_a_named_building_goes_where_it_is_named_with_or_without_cells():
+def test_a_named_building_goes_where_it_is_named_whatever_the_unit():
     named = {building: SPLITS[number % 3] for number, building in enumerate(IDS[::5])}
-    for data in ({}, {"split_cell_m": 100.0}):
+    for data in ({}, {"split_cell_m": 100.0}, {"split_unit": "dataset"}):
         free, held = assign(**data), assign(named=named, **data)
         for building, before, after in zip(IDS, free, held, strict=True):
             assert after == named.get(building, before)
 
 
+def test_whole_datasets_go_where_the_hash_of_seed_and_dataset_sends_them():
+    for seed in range(3):
+        expected = [split_by_hand(seed, f"dataset:{int(name[:4])}", 0.7, 0.15) for name in IDS]
+        assert assign(seed=seed, split_unit="dataset") == expected
+        assert len(set(expected)) > 1
+
+
+def test_the_strings_are_the_same_however_many_are_taken_at_a_time(monkeypatch):
+    expected = assign()
+    monkeypatch.setattr("preprocess_raw_data.splits._STRINGS_AT_A_TIME", 7)
+    assert assign() == expected
+
+
 def test_the_hash_of_a_split_depends_on_who_is_where_and_not_on_the_order():
     splits = np.array([0, 1, 2, 0], dtype=np.int8)
-    ids = ["d", "a", "c", "b"]
+    ids = pa.array(["d", "a", "c", "b"])
+    lines = "a\tval\nb\ttrain\nc\ttest\nd\ttrain\n"
+    assert hash_splits(ids, splits) == hashlib.sha256(lines.encode()).hexdigest()[:32]
     assert hash_splits(ids, splits) == hash_splits(ids[::-1], splits[::-1])
     assert hash_splits(ids, splits) != hash_splits(ids, np.array([0, 1, 2, 1], dtype=np.int8))
 

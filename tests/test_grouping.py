@@ -1,0 +1,91 @@
+"""Rows of one building together, in memory and through the disk, in memory that the configuration sets."""
+
+import dataclasses
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from embedding_files import SIZES, make_rows, write
+
+from pipeline.config import load_config
+from preprocess_raw_data import grouping, merge_and_split
+from preprocess_raw_data.embedding_inventory import take_inventory
+from preprocess_raw_data.splits import SPLITS
+
+
+@pytest.mark.parametrize("over_two_files", [False, True])
+def test_through_the_disk_comes_the_same_as_in_memory(tmp_path, write_config, monkeypatch, over_two_files):
+    monkeypatch.setattr(merge_and_split, "ROW_GROUP_ROWS", 50)
+    monkeypatch.setattr(grouping, "BATCH_ROWS", 17)
+    paths = [write(tmp_path, dataset, make_rows(dataset, SIZES, mixed=True)) for dataset in (1, 2, 3)]
+    if over_two_files:
+        table = make_rows(4, [2, 3])
+        names = pa.array(["0001_1", "0002_2", "0003_3", "0001_1", "0009_9"])
+        table = table.set_column(table.schema.get_field_index("building_id"), "building_id", names)
+        paths.append(write(tmp_path, 4, table))
+    inventory = take_inventory(paths)
+    assert inventory.find_groups() == ([[0, 1, 2, 3]] if over_two_files else [[0], [1], [2]])
+    config = load_config(write_config(tmp_path, data={"memory_mb": 16}))
+    results = []
+    for rows_at_a_time in (10_000, 100, 20, 1):
+        folder = tmp_path / str(rows_at_a_time)
+        sized = dataclasses.replace(inventory, row_bytes=16 * 1024**2 // rows_at_a_time)
+        splits, provenances = merge_and_split.plan_splits(sized, {"stage": "x"}, config)
+        merge_and_split.write_splits(sized, splits, folder, provenances, config)
+        assert sorted(path.name for path in folder.iterdir()) == ["test.parquet", "train.parquet", "val.parquet"]
+        results.append([(folder / f"{split}.parquet").read_bytes() for split in SPLITS])
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_pieces_stay_as_small_as_asked_but_for_one_building(tmp_path):
+    inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
+    keep = np.ones(100, bool)
+    for rows_at_a_time in (1, 7, 40):
+        (tmp_path / "spill").mkdir(exist_ok=True)
+        pieces = list(grouping.read_in_order(inventory, [0], keep, rows_at_a_time, tmp_path / "spill"))
+        assert sum(len(order) for _, order, _ in pieces) == 500
+        assert max(len(piece.embeddings) for piece, _, _ in pieces) < rows_at_a_time + 5
+        assert list((tmp_path / "spill").iterdir()) == []
+        for piece, order, codes in pieces:
+            names = piece.take(order, inventory.schema)["building_id"].to_pylist()
+            assert [inventory.buildings.ids[code].as_py() for code in codes] == names
+
+
+def test_no_more_files_are_open_at_once_than_a_process_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(grouping, "MAX_OPEN_FILES", 10)
+    inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
+    (tmp_path / "spill").mkdir()
+    pieces = list(grouping.read_in_order(inventory, [0], np.ones(100, bool), 1, tmp_path / "spill"))
+    assert len(pieces) <= 11
+
+
+def test_only_files_that_share_a_building_are_merged_together(tmp_path):
+    paths = [write(tmp_path, dataset, make_rows(dataset, [3, 3])) for dataset in (1, 2, 3, 4)]
+    table = make_rows(5, [2, 2])
+    names = pa.array(["0002_1", "0005_7", "0004_2", "0005_7"])
+    table = table.set_column(table.schema.get_field_index("building_id"), "building_id", names)
+    paths.append(write(tmp_path, 5, table))
+    assert take_inventory(paths).find_groups() == [[0], [1, 3, 4], [2]]
+
+
+@pytest.mark.parametrize("num_files", [1, 8])
+def test_memory_does_not_grow_with_the_number_of_embeddings(tmp_path, write_config, monkeypatch, num_files):
+    monkeypatch.setattr(merge_and_split, "ROW_GROUP_ROWS", 500)
+    config = load_config(write_config(tmp_path, data={"memory_mb": 16}))
+    peaks = []
+    for count in (8_000, 32_000):  # 8 and 32 MB
+        sizes = [4] * (count // 4 // num_files)
+        paths = [write(tmp_path, number, make_rows(number, sizes, 256, mixed=True)) for number in range(num_files)]
+        inventory = dataclasses.replace(take_inventory(paths), row_bytes=16 * 1024**2 // 1000)
+        splits, provenances = merge_and_split.plan_splits(inventory, {"stage": "x"}, config)
+        before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+        pa.set_memory_pool(pool)
+        tracemalloc.start()
+        try:
+            merge_and_split.write_splits(inventory, splits, tmp_path / "merged", provenances, config)
+            peaks.append(pool.max_memory() + tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+            pa.set_memory_pool(before)
+    assert peaks[1] < 1.2 * peaks[0] + 3 * 2**20

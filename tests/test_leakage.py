@@ -1,0 +1,106 @@
+"""What the test split can see of the training split, against loops over all pairs."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.config import DataSection
+from pipeline.geography import distances_m
+from preprocess_raw_data.embedding_inventory import Inventory
+from preprocess_raw_data.leakage import RADII_M, compare_leakage, count_near, log_leakage, measure_leakage
+from preprocess_raw_data.splits import SPLITS, Buildings, assign_splits
+
+METRES_PER_DEGREE = 111_195.0
+
+
+def make_buildings(lat, lon, dataset_ids=None):
+    count = len(lat)
+    datasets = np.ones(count, np.int64) if dataset_ids is None else np.asarray(dataset_ids)
+    ids = pa.array([f"{dataset:04d}_{number}" for number, dataset in enumerate(datasets)])
+    return Buildings(ids, datasets, np.asarray(lat, float), np.asarray(lon, float))
+
+
+def make_inventory(buildings, codes, panoramas):
+    return Inventory([Path("a")], [np.asarray(codes, np.int32)], np.asarray(panoramas, np.int32), buildings, 1, None)
+
+
+def near_by_hand(buildings, splits, radius):
+    count = 0
+    for one in np.flatnonzero(splits == 2):
+        away = [
+            distances_m(buildings.mean_lat[one], buildings.mean_lon[one], buildings.mean_lat[other],
+                        buildings.mean_lon[other])
+            for other in np.flatnonzero(splits == 0)
+        ]  # fmt: skip
+        count += any(distance <= radius for distance in away)
+    return count
+
+
+@pytest.mark.parametrize("place", [(52.2, 0.1), (-33.0, 179.9999), (89.9995, 20.0), (-89.9999, -180.0)])
+def test_near_buildings_are_counted_as_by_hand_also_at_the_antimeridian_and_the_poles(place):
+    generator = np.random.default_rng(4)
+    lat = place[0] + generator.normal(0, 60, 120) / METRES_PER_DEGREE
+    lon = place[1] + generator.normal(0, 60, 120) / (METRES_PER_DEGREE * np.cos(np.radians(place[0])))
+    lat, lon = np.clip(lat, -90, 90), (lon + 180) % 360 - 180
+    buildings = make_buildings(lat, lon)
+    splits = generator.integers(-1, 3, 120).astype(np.int8)
+    found = count_near(buildings, splits)
+    assert found == {radius: near_by_hand(buildings, splits, radius) for radius in RADII_M}
+    assert 0 < found[10] < found[50]
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_without_training_or_test_buildings_nothing_is_near(missing):
+    buildings = make_buildings([52.0, 52.0], [0.0, 0.0])
+    splits = np.array([2 - missing, 1], np.int8)
+    assert count_near(buildings, splits) == {10: 0, 25: 0, 50: 0}
+
+
+def test_panoramas_and_datasets_of_several_splits_are_counted_and_dropped_buildings_are_not():
+    buildings = make_buildings([52.0, 53.0, 54.0, 55.0], [0.0] * 4, [1, 1, 2, 2])
+    splits = np.array([0, 2, 1, -1], np.int8)
+    codes = [0, 0, 1, 1, 2, 2, 3]
+    panoramas = [0, 1, 1, 2, 2, 3, 0]  # 1 in train and test, 2 in test and val, 0 in train and a dropped building
+    assert measure_leakage(make_inventory(buildings, codes, panoramas), splits) == {
+        "test_buildings": 1,
+        "test_buildings_with_train_within_m": {"10": 0, "25": 0, "50": 0},
+        "panoramas": 4,
+        "panoramas_in_several_splits": 2,
+        "datasets_in_several_splits": 1,
+    }
+
+
+def test_the_written_split_stands_beside_those_without_and_with_cells(caplog):
+    generator = np.random.default_rng(0)
+    count = 400
+    lat = 52.2 + generator.uniform(0, 600, count) / METRES_PER_DEGREE
+    lon = 0.1 + generator.uniform(0, 600, count) / (METRES_PER_DEGREE * 0.613)
+    buildings = make_buildings(lat, lon, np.arange(count) // 100)
+    inventory = make_inventory(buildings, np.repeat(np.arange(count), 2), np.arange(2 * count) // 5)
+    data = DataSection(split_unit="dataset")
+    splits = assign_splits(buildings, data, 1, {})
+    splits[:7] = -1
+    found = compare_leakage(inventory, splits, data, 1)
+    assert list(found) == ["written", "split_cell_m = 0", "split_cell_m = 200"]
+    assert found["written"] == measure_leakage(inventory, splits)
+    assert found["written"]["datasets_in_several_splits"] == 0
+    for cell_m in (0.0, 200.0):
+        other = assign_splits(buildings, DataSection(split_cell_m=cell_m), 1, {})
+        other[:7] = -1
+        assert found[f"split_cell_m = {cell_m:g}"] == measure_leakage(inventory, other)
+    near = [found[f"split_cell_m = {cell_m}"]["test_buildings_with_train_within_m"]["25"] for cell_m in (0, 200)]
+    assert near[0] > 2 * near[1]
+    with caplog.at_level("INFO", "spatial_building_embeddings"):
+        log_leakage(found)
+    assert "leakage, written: of" in caplog.text
+    assert f"25 m {near[0]} (" in caplog.text
+
+
+def test_a_cell_of_the_configuration_is_the_one_that_is_compared():
+    buildings = make_buildings([52.0, 52.1], [0.0, 0.1])
+    inventory = make_inventory(buildings, [0, 1], [0, 1])
+    found = compare_leakage(inventory, np.array([0, 2], np.int8), DataSection(split_cell_m=75.0), 0)
+    assert list(found) == ["written", "split_cell_m = 0", "split_cell_m = 75"]
+    assert SPLITS[2] == "test"
