@@ -1,33 +1,54 @@
-"""Time stage 5's exact engines beside one another on the same points, and print their ratios.
+"""Time stage 5's exact engines beside one another on the same points, and what the output takes on disk and in memory.
 
-    python benchmarks/neighbors.py [--sizes 20000 40000 100000] [--anchors 1024] [--rounds 3]
+    python benchmarks/neighbors.py [--sizes 20000 40000 100000 200000] [--anchors 2048] [--rounds 3]
+                                   [--threads N] [--gpu-sizes 1000000 5772534] [--output FILE]
 
 Points are correlated, 32-dimensional, of buildings with 2 to 7 images. Each engine searches the same anchors in turn,
 round by round, so that whatever else the machine does meets all of them; the least time of the rounds counts, scaled
-up to all anchors. Prints JSON, and a table to stderr.
+up to all anchors. BallTree, which has one thread, searches fewer of them, once. With `--threads 1` processor time is
+counted, which other processes disturb little, else the clock's. The column `product` is the floor: the matrix product
+alone, by the same tiles. Where there is a GPU, the whole search and its output are then timed in full on it, beside
+naive tiles. Prints tables to stderr, and writes JSON to `--output`.
 """
 
 import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
+import faiss
 import numpy as np
+import pyarrow as pa
 import torch
 
+from benchmarks.scale import read_peak
+from difficulty_metadata import compute_visual_neighbors as stage5
+from difficulty_metadata import neighbors
+from difficulty_metadata.engines import CPU_TILE, TiledEngine
+from difficulty_metadata.fingerprints import ImageTable
+from difficulty_metadata.neighbor_parts import PartStore
 from difficulty_metadata.neighbors import NeighborSearch
 from pipeline.cli import installed_version
-from pipeline.config import count_cores
+from pipeline.config import Config, count_cores
+from pipeline.ids import Shard
+from pipeline.log import Stopwatch
+from pipeline.workers import prefetch
 
 DIMENSIONS, NEIGHBORS = 32, 150
 BACKENDS = ("torch", "faiss", "balltree")
-# BallTree visits nearly every point at 32 dimensions: beyond this it would take minutes for the sample alone.
-BALLTREE_LIMIT = 100_000
+BALLTREE_ANCHORS = 64
+WHOLE = Shard(0, 1)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def make_points(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -35,46 +56,246 @@ def make_points(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     images = generator.integers(2, 8, count)
     codes = np.repeat(np.arange(count), images)[:count].astype(np.int32)
-    scale = 1.0 / np.sqrt(np.arange(1, DIMENSIONS + 1))
-    centres = generator.normal(size=(int(codes[-1]) + 1, DIMENSIONS))
-    points = (centres[codes] + 0.5 * generator.normal(size=(count, DIMENSIONS))) * scale
-    return points.astype(np.float32), codes
+    scale = (1.0 / np.sqrt(np.arange(1, DIMENSIONS + 1))).astype(np.float32)
+    points = generator.standard_normal((int(codes[-1]) + 1, DIMENSIONS), np.float32)[codes]
+    points += 0.5 * generator.standard_normal((count, DIMENSIONS), np.float32)
+    return points * scale, codes
+
+
+def seconds_now() -> float:
+    """Return the clock's time, or with one thread the processor's."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def time_engines(count: int, num_anchors: int, rounds: int) -> dict[str, float]:
-    """Return the seconds that each engine would take for all anchors."""
+    """Return the seconds that each engine would take for all anchors, and the matrix product alone."""
     points, codes = make_points(count)
     anchors = np.random.default_rng(1).choice(count, min(num_anchors, count), replace=False)
-    names = [name for name in BACKENDS if name != "balltree" or count <= BALLTREE_LIMIT]
-    searches = {name: NeighborSearch(points, codes, NEIGHBORS, name, torch.device("cpu")) for name in names}
+    searches = {name: NeighborSearch(points, codes, NEIGHBORS, name, CPU) for name in BACKENDS}
     best: dict[str, float] = {}
     answers = {}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, search in searches.items():
-            started = time.perf_counter()
-            answers[name] = search.find(anchors)[0]
-            best[name] = min(best.get(name, np.inf), time.perf_counter() - started)
-    for name in names:
-        assert np.array_equal(answers[name], answers["torch"]), f"{name} found other neighbours than torch"
-    return {name: seconds * count / len(anchors) for name, seconds in best.items()}
+            chosen = anchors[:BALLTREE_ANCHORS] if name == "balltree" else anchors
+            if name != "balltree" or number == 0:
+                started = seconds_now()
+                answers[name] = search.find(chosen)[0]
+                best[name] = min(best.get(name, np.inf), (seconds_now() - started) / len(chosen) * count)
+        best["product"] = min(best.get("product", np.inf), time_product(points, anchors) / len(anchors) * count)
+    for name, rows in answers.items():
+        assert np.array_equal(rows, answers["torch"][: len(rows)]), f"{name} found other neighbours than torch"
+    return best
+
+
+def time_product(points: np.ndarray, anchors: np.ndarray) -> float:
+    """Return the seconds that the tiles' matrix products take and nothing else."""
+    all_points, queries = torch.from_numpy(points), torch.from_numpy(points[anchors])
+    scores = torch.empty(CPU_TILE)
+    started = seconds_now()
+    for block in queries.split(CPU_TILE[0]):
+        for tile in all_points.split(CPU_TILE[1]):
+            torch.mm(block, tile.T, out=scores.view(-1)[: len(block) * len(tile)].view(len(block), -1))
+    return seconds_now() - started
+
+
+# ------------------------------------------------------------------------------------------------ the output, memory
+
+
+def make_images(codes: np.ndarray, num_buildings: int, num_images: int) -> ImageTable:
+    """Return a table of images whose buildings have names as in the data set, with nine random digits.
+
+    Only the first `num_images` have a name; the rest are there to be neighbours.
+    """
+    targets = np.random.default_rng(2).integers(10**8, 10**9, num_buildings)
+    building_ids = pa.array([f"{place // 1_000 + 1:04d}_{target}" for place, target in enumerate(targets)])
+    image_ids = pa.chunked_array([pa.array([f"{row // 5_800 + 1:04d}_{row}" for row in range(num_images)])])
+    nowhere = np.zeros(len(codes))
+    return ImageTable([], 0, image_ids, building_ids, codes, nowhere, nowhere)
+
+
+def measure_output(num_images: int, num_buildings: int) -> dict[str, float]:
+    """Return the bytes a neighbour of an output and the seconds to merge it.
+
+    The neighbours are drawn from all the buildings alike, which leaves the least for a dictionary to save.
+    """
+    generator = np.random.default_rng(3)
+    codes = np.arange(5 * num_buildings, dtype=np.int32) // 5
+    images = make_images(codes, num_buildings, num_images)
+    spread = np.abs(generator.standard_normal((num_images, 1), np.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        store = PartStore(Path(folder) / "difficulty.parquet", num_images, NEIGHBORS, {})
+        for part in range(store.count_parts(WHOLE)):
+            anchors = store.anchors(WHOLE, part)
+            noise = generator.standard_gamma(5.0, (len(anchors), NEIGHBORS), np.float32)
+            distances = np.sort(0.1 * np.sqrt(noise) + spread[anchors], axis=1)
+            store.write(WHOLE, part, generator.integers(0, len(codes), distances.shape), distances)
+        return merge_output(images, store, Path(folder) / "difficulty.parquet")
+
+
+def merge_output(images: ImageTable, store: PartStore, path: Path) -> dict[str, float]:
+    """Merge the parts, and say how long it took and what a neighbour takes on disk."""
+    started = time.perf_counter()
+    stage5.merge(images, store, 1, path, {}, Config())
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "bytes_a_neighbor": path.stat().st_size / store.num_anchors / store.num_neighbors}
+
+
+def print_search_memory(count: int) -> None:
+    """Print the bytes that a search among `count` points adds to what the imports and the points' making took."""
+    points, codes = make_points(count)
+    before = read_peak()
+    NeighborSearch(points, codes, NEIGHBORS, "torch", CPU).find(np.arange(0, count, count // 256))
+    print(json.dumps({"before": before, "after": read_peak()}))
+
+
+def measure_memory(counts: list[int]) -> dict[str, float]:
+    """Return the peak bytes of searches of two sizes, each in a process of its own, and what a further row takes."""
+    peaks = []
+    for count in counts:
+        command = [sys.executable, __file__, "--memory-of", str(count)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(json.loads(found.stdout)["after"])
+    slope = (peaks[1] - peaks[0]) / (counts[1] - counts[0])
+    return {str(count): peak for count, peak in zip(counts, peaks, strict=True)} | {"bytes_a_row": slope}
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+def timed(watch: Stopwatch, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, which then adds its time on the GPU to `name`."""
+
+    def call(*arguments: Any) -> Any:
+        torch.cuda.synchronize()
+        with watch.measure(name):
+            result = function(*arguments)
+            torch.cuda.synchronize()
+        return result
+
+    return call
+
+
+def search_on_gpu(count: int, folder: Path) -> dict[str, Any]:
+    """Search, write and merge `count` images in full, and return the seconds of each phase and the peaks of memory."""
+    points, codes = make_points(count)
+    images = make_images(codes, int(codes[-1]) + 1, count)
+    torch.cuda.reset_peak_memory_stats()
+    watch, started = Stopwatch(), time.perf_counter()
+    with watch.measure("index"):
+        search = NeighborSearch(points, codes, NEIGHBORS, "torch", CUDA)
+    engine: Any = search._engine
+    if not isinstance(engine, TiledEngine):
+        engine._guess_thresholds = timed(watch, "sample", engine._guess_thresholds)
+        engine._search_block = timed(watch, "sample and filter", engine._search_block)
+    measure_squared, neighbors.measure_squared = (
+        neighbors.measure_squared,
+        timed(watch, "rerank", neighbors.measure_squared),
+    )
+    store = PartStore(folder / "difficulty.parquet", count, NEIGHBORS, {})
+    parts = range(store.count_parts(WHOLE))
+    found = watch.measure_each("search", stage5.find_parts(search, store, WHOLE, parts, lambda _: None))
+    with closing(prefetch(found)) as blocks:
+        for part, rows, distances in blocks:
+            with watch.measure("write, beside the search"):
+                store.write(WHOLE, part, rows, distances)
+    neighbors.measure_squared = measure_squared
+    merged = merge_output(images, store, folder / "difficulty.parquet")
+    return {
+        "total": time.perf_counter() - started, **watch.seconds, "merge": merged["seconds"],
+        "bytes_a_neighbor": merged["bytes_a_neighbor"], "redone": search.num_redone, "engine": type(engine).__name__,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(), "peak_host_bytes": read_peak(),
+        "wrong_of_300": check_by_brute_force(points, codes, store),
+    }  # fmt: skip
+
+
+def check_by_brute_force(points: np.ndarray, codes: np.ndarray, store: PartStore) -> int:
+    """Return how many of 300 queries have other distances than all points measured in float64 give, to 1e-6 of them."""
+    chosen = np.sort(np.random.default_rng(4).choice(len(points), 300, replace=False))
+    all_points, all_codes = torch.from_numpy(points).to(CUDA).double(), torch.from_numpy(codes).to(CUDA)
+    num_wrong, start = 0, 0
+    for (distances,) in store.stream(1, 20_000, ("distances",)):
+        for row in chosen[(chosen >= start) & (chosen < start + len(distances))].tolist():
+            squared = (all_points - all_points[row]).square().sum(dim=1)
+            squared[all_codes == all_codes[row]] = torch.inf
+            true = squared.topk(NEIGHBORS, largest=False).values.sqrt().cpu().numpy()
+            num_wrong += not np.allclose(distances[row - start], true, rtol=1e-6, atol=0)
+        start += len(distances)
+    return num_wrong
+
+
+def time_naive_tiles(count: int, num_anchors: int = 65_536) -> float:
+    """Return the seconds that a tile's product and top-k would take for all anchors, without anything else."""
+    points = torch.from_numpy(make_points(count)[0]).to(CUDA)
+    norms = points.square().sum(dim=1)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for queries in points[:num_anchors].split(4_096):
+        best = torch.empty((len(queries), 0), device=CUDA)
+        for tile, tile_norms in zip(points.split(262_144), norms.split(262_144), strict=True):
+            scores = torch.addmm(tile_norms, queries, tile.T, alpha=-2)
+            best = torch.cat([best, scores.topk(200, largest=False).values], dim=1).topk(200, largest=False).values
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) * count / min(num_anchors, count)
+
+
+def say(line: str) -> None:
+    """Print a line of a table."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what this machine can, print it as it comes, and return it."""
+    results: dict[str, Any] = {"seconds": {}, "gpu": {}}
+    say(
+        f"{'points':>10}"
+        + "".join(f"{name:>12}" for name in (*BACKENDS, "product"))
+        + "   faiss / torch, balltree / torch"
+    )
+    for count in arguments.sizes:
+        seconds = results["seconds"][count] = time_engines(count, arguments.anchors, arguments.rounds)
+        cells = "".join(f"{seconds[name]:>10.1f} s" for name in (*BACKENDS, "product"))
+        ratios = [seconds[name] / seconds["torch"] for name in ("faiss", "balltree")]
+        say(f"{count:>10}{cells}   {ratios[0]:.2f}, {ratios[1]:.1f}")
+    results["output"] = output = measure_output(arguments.images, arguments.buildings)
+    say(f"output of {arguments.images} images, ids of {arguments.buildings} buildings: "
+        f"{output['bytes_a_neighbor']:.2f} bytes a neighbour, merged in {output['seconds']:.1f} s")  # fmt: skip
+    results["memory"] = memory = measure_memory(arguments.memory_sizes)
+    say(f"memory of a search on the CPU: {memory}")
+    for count in arguments.gpu_sizes if torch.cuda.is_available() else []:
+        with tempfile.TemporaryDirectory() as folder:
+            results["gpu"][count] = search_on_gpu(count, Path(folder))
+        say(f"GPU, {count} images: {results['gpu'][count]}")
+        if count <= 1_000_000:
+            results["gpu"][count]["naive"] = time_naive_tiles(count)
+            say(f"GPU, {count} images, naive tiles: {results['gpu'][count]['naive']:.1f} s for the search alone")
+    return results
 
 
 def main() -> None:
-    """Time all sizes from a command line."""
+    """Measure from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[20_000, 40_000, 100_000])
-    parser.add_argument("--anchors", type=int, default=1024, help="anchors searched, of all")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[20_000, 40_000, 100_000, 200_000])
+    parser.add_argument("--anchors", type=int, default=2_048, help="anchors searched, of all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=count_cores(), help="threads of torch and faiss")
+    parser.add_argument("--images", type=int, default=100_000, help="images of the output that is weighed")
+    parser.add_argument("--buildings", type=int, default=1_000_000, help="buildings that its neighbours are of")
+    parser.add_argument("--memory-sizes", type=int, nargs=2, default=[400_000, 1_000_000])
+    parser.add_argument("--gpu-sizes", type=int, nargs="*", default=[1_000_000, 5_772_534])
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)  # what a process of its own is asked
     arguments = parser.parse_args()
-    results = {}
-    print(f"{'points':>10}" + "".join(f"{name:>12}" for name in BACKENDS) + "   slowest / torch", file=sys.stderr)
-    for count in arguments.sizes:
-        seconds = results[count] = time_engines(count, arguments.anchors, arguments.rounds)
-        cells = "".join(f"{seconds[name]:>10.1f} s" if name in seconds else f"{'-':>12}" for name in BACKENDS)
-        print(f"{count:>10}{cells}   {max(seconds.values()) / seconds['torch']:.1f}", file=sys.stderr)
-    versions = {name: installed_version(name) for name in ("torch", "faiss-cpu", "scikit-learn", "numpy")}
-    machine = {"cores": count_cores(), "load": os.getloadavg()[0], "processor": platform.machine()}
-    print(json.dumps({"seconds": results, "versions": versions, "machine": machine}, indent=2))
+    if arguments.memory_of:
+        print_search_memory(arguments.memory_of)
+        return
+    torch.set_num_threads(arguments.threads)
+    faiss.omp_set_num_threads(arguments.threads)
+    results = measure_all(arguments)
+    names = ("torch", "triton", "faiss-cpu", "scikit-learn", "numpy", "pyarrow")
+    results["versions"] = {name: installed_version(name) for name in names}
+    results["machine"] = {"cores": count_cores(), "load": os.getloadavg()[0], "processor": platform.machine()}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ that finds the parts of all N complete puts them together. A rerun keeps a compl
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
@@ -28,6 +29,10 @@ from pipeline.errors import InputError
 from pipeline.ids import Shard
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.tables import describe_difference, identify, is_complete, make_provenance, parquet_writer, read_provenance
+from pipeline.workers import prefetch
+
+if TYPE_CHECKING:
+    from difficulty_metadata.neighbors import NeighborSearch
 
 STAGE = "compute_visual_neighbors"
 # The names are historical: the key is the image's id, the distances are Euclidean ones between fingerprints.
@@ -40,6 +45,9 @@ DIFFICULTY_SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 20_000
+# Parts searched together. On a GPU the more queries there are, the nearer together those of a tile, and the more points
+# are passed over: 500,000 queries, whose neighbours take 1 GB.
+PARTS_AT_ONCE = {"cpu": 1, "cuda": 25}
 # Neighbours written at a time, which cuts the row groups where there are very many an image.
 MAX_NEIGHBORS_PER_GROUP = 1 << 23
 
@@ -99,14 +107,30 @@ def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Con
     num_anchors = len(range(shard.index, len(images), shard.count))
     with Progress("neighbours", num_anchors, interval_seconds=config.logging.progress_interval_seconds) as progress:
         progress.resume_at(num_anchors - sum(len(store.anchors(shard, part)) for part in todo))
-        for part in todo:
-            with watch.measure("search"):
-                rows, distances = search.find(store.anchors(shard, part), progress.advance)
-            with watch.measure("write"):
-                store.write(shard, part, rows, distances)
+        found = watch.measure_each("search", find_parts(search, store, shard, todo, progress.advance))
+        # Where parts come in batches, one is written while the next is searched. Not on a CPU: it has no time to
+        # spare, and an interrupt would have to wait for a part.
+        is_batched = PARTS_AT_ONCE[device.type] > 1
+        with closing(prefetch(found)) if is_batched else nullcontext(found) as parts:
+            for part, rows, distances in parts:
+                with watch.measure("write"):
+                    store.write(shard, part, rows, distances)
     logger.info("shard %s: %d parts made, %d searches repeated with more candidates",
                 shard, len(todo), search.num_redone)  # fmt: skip
     return len(todo)
+
+
+def find_parts(
+    search: "NeighborSearch", store: PartStore, shard: Shard, parts: Sequence[int], report: Callable[[int], None]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield each part with its anchors' neighbours (A, k) and their distances (A, k)."""
+    at_once = PARTS_AT_ONCE[search.device.type]
+    for start in range(0, len(parts), at_once):
+        batch = parts[start : start + at_once]
+        anchors = [store.anchors(shard, part) for part in batch]
+        rows, distances = search.find(np.concatenate(anchors), report)
+        ends = np.cumsum([len(part) for part in anchors])[:-1]
+        yield from zip(batch, np.split(rows, ends), np.split(distances, ends), strict=True)
 
 
 def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:
@@ -122,10 +146,11 @@ def calibrate(store: PartStore, shard_count: int, config: Config) -> list[float]
     is_drawn = draw_sample(store.num_anchors, config.difficulty.sample_fraction_for_bands, config.global_.seed)
     ratios = []
     start = 0
-    for (distances,) in store.stream(shard_count, rows_per_block(store.num_neighbors), ("distances",)):
-        drawn = distances[is_drawn[start : start + len(distances)]]
-        ratios.append(calibration_ratios(drawn, config.difficulty.k0_for_local_scale))
-        start += len(distances)
+    with closing(prefetch(store.stream(shard_count, rows_per_block(store.num_neighbors), ("distances",)))) as blocks:
+        for (distances,) in blocks:
+            drawn = distances[is_drawn[start : start + len(distances)]]
+            ratios.append(calibration_ratios(drawn, config.difficulty.k0_for_local_scale))
+            start += len(distances)
     return compute_band_edges(np.concatenate(ratios))
 
 
@@ -165,8 +190,8 @@ def merge(
             yield build_rows(images, start, rows, distances, edges, config.difficulty.k0_for_local_scale)
             start += len(rows)
 
-    with parquet_writer(path, DIFFICULTY_SCHEMA, provenance) as writer:
-        for block in build_blocks():
+    with closing(prefetch(build_blocks())) as blocks, parquet_writer(path, DIFFICULTY_SCHEMA, provenance) as writer:
+        for block in blocks:
             writer.write_table(block, row_group_size=ROWS_PER_GROUP)
 
 

@@ -27,6 +27,10 @@ _MAX_HITS = 1 << 25
 class Engine(Protocol):
     """What finds candidates among points that were given to it."""
 
+    @property
+    def order(self) -> torch.Tensor | None:
+        """The points in an order in which queries at them are best asked; None where any will do."""
+
     def search(
         self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +43,8 @@ class Engine(Protocol):
 
 class BallTreeEngine:
     """scikit-learn's BallTree, in float64: the reference."""
+
+    order = None
 
     def __init__(self, points: torch.Tensor) -> None:
         from sklearn.neighbors import BallTree
@@ -66,6 +72,8 @@ class BallTreeEngine:
 
 class FaissEngine:
     """faiss's flat index: exhaustive, float32, all cores."""
+
+    order = None
 
     def __init__(self, points: torch.Tensor) -> None:
         try:
@@ -100,6 +108,8 @@ class TiledEngine:
     A threshold per query, guessed from a sample of the points, tells what of a tile is worth keeping; a guess that is
     too low gives fewer candidates and a lower bound, never a wrong one.
     """
+
+    order = None
 
     def __init__(self, points: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
         # (y, |y|²), so that one product with (-2x, 1) gives |x - y|² - |x|², which orders as the distance does.

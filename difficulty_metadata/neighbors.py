@@ -1,5 +1,7 @@
 """Exact nearest images of other buildings, the same from every engine, ties broken by row."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,12 +10,18 @@ import torch
 
 from difficulty_metadata.engines import BallTreeEngine, Engine, FaissEngine, TiledEngine
 from difficulty_metadata.exclusion import Exclusion
+from pipeline.log import logger
 
 # Asked for beyond the neighbours wanted, for what turns out to be of the own building, or too near on the ground.
 SPARE_CANDIDATES = 32
 # How many times more are asked for where the first answer was not proven complete.
 _GROWTH = 4
-_BLOCK_ANCHORS = 4_096
+# Anchors searched at a time: on a GPU enough to keep every multiprocessor busy.
+_BLOCK_ANCHORS = {"cpu": 4_096, "cuda": 65_536}
+# Points from which on a GPU's fused kernel is used; below, its preparation costs as much as the tiles.
+_MIN_TRITON_POINTS = 65_536
+# Ampere, the oldest that Triton compiles the kernels for.
+_TRITON_CAPABILITY = (8, 0)
 # Candidates held at a time: only searches that were repeated with very many are cut by this.
 _MAX_CANDIDATES = 1 << 24
 # Coordinates of candidates held at a time in float64: 8 MB on a CPU, where less stays nearer to the cache.
@@ -72,6 +80,21 @@ def _hash_rows(points: np.ndarray) -> np.ndarray:
     return hashes
 
 
+def make_gpu_engine(points: torch.Tensor, codes: torch.Tensor) -> Engine:
+    """Return the fastest engine that can search points (N, d) on a GPU here."""
+    if len(points) >= _MIN_TRITON_POINTS:
+        try:
+            from difficulty_metadata.triton_filter import MAX_DIMS, TritonEngine
+        except ImportError:
+            logger.info("triton is not installed: the GPU searches by torch's tiles, which is slower")
+            return TiledEngine(points, codes)
+        if "CC" not in os.environ and not any(shutil.which(name) for name in ("clang", "gcc", "cc")):
+            logger.info("no C compiler, which triton needs: the GPU searches by torch's tiles, which is slower")
+        elif points.shape[1] <= MAX_DIMS:
+            return TritonEngine(points, codes)
+    return TiledEngine(points, codes)
+
+
 class NeighborSearch:
     """Finds, for rows of a table of points, the nearest rows of other buildings."""
 
@@ -95,21 +118,27 @@ class NeighborSearch:
         self._num_neighbors = num_neighbors
         self._exclusion = exclusion
         self._groups = group_points(points, building_codes)
-        self._device = device if self.backend == "torch" else torch.device("cpu")
-        self._points = torch.from_numpy(self._groups.points).to(self._device)
-        self._point_codes = torch.from_numpy(self._groups.codes).to(self._device)
+        self.device = device if self.backend == "torch" else torch.device("cpu")
+        self._points = torch.from_numpy(self._groups.points).to(self.device)
+        self._point_codes = torch.from_numpy(self._groups.codes).to(self.device)
         sizes = np.diff(self._groups.starts)
-        self._is_shared = torch.from_numpy(sizes > 1).to(self._device)
-        self._first_rows = torch.from_numpy(self._groups.rows[self._groups.starts[:-1]]).to(self._device)
+        self._is_shared = torch.from_numpy(sizes > 1).to(self.device)
+        self._first_rows = torch.from_numpy(self._groups.rows[self._groups.starts[:-1]]).to(self.device)
         self._building_sizes = np.bincount(building_codes)
         self._engine = self._make_engine()
         self._float64_engine: Engine | None = None
+        # Where each point comes in the order in which the engine likes to be asked.
+        self._places = np.arange(len(self._points))
+        if self._engine.order is not None:
+            self._places[self._engine.order.cpu().numpy()] = np.arange(len(self._points))
 
     def _make_engine(self) -> Engine:
         if self.backend == "balltree":
             return BallTreeEngine(self._points)
         if self.backend == "faiss":
             return FaissEngine(self._points)
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= _TRITON_CAPABILITY:
+            return make_gpu_engine(self._points, self._point_codes)
         return TiledEngine(self._points, self._point_codes)
 
     def find(
@@ -120,46 +149,49 @@ class NeighborSearch:
         Rows (A, k) int64, -1 where there are fewer than k; distances (A, k) float32, inf there. `report` hears of
         every block that is done.
         """
-        rows = np.full((len(anchors), self._num_neighbors), -1, dtype=np.int64)
-        distances = np.full(rows.shape, np.inf, dtype=np.float32)
-        for start in range(0, len(anchors), _BLOCK_ANCHORS):
-            block = slice(start, start + _BLOCK_ANCHORS)
-            rows[block], distances[block] = self._find_block(anchors[block])
-            report(len(rows[block]))
+        rows = np.empty((len(anchors), self._num_neighbors), dtype=np.int64)
+        distances = np.empty(rows.shape, dtype=np.float32)
+        order = np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")
+        step = _BLOCK_ANCHORS[self.device.type]
+        for start in range(0, len(anchors), step):
+            block = order[start : start + step]
+            found, squared = self._find_block(anchors[block])
+            rows[block], distances[block] = found.cpu().numpy(), squared.sqrt().float().cpu().numpy()
+            report(len(block))
         return rows, distances
 
-    def _find_block(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _find_block(self, anchors: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Search, and search again with more candidates and in float64 for the anchors whose answer is not proven."""
         num_candidates = self._num_neighbors + SPARE_CANDIDATES
         rows, squared, is_proven = self._search(self._engine, anchors, num_candidates)
         while not is_proven.all():
-            again = np.flatnonzero(~is_proven)
+            again = (~is_proven).nonzero()[:, 0]
             self.num_redone += len(again)
             num_candidates *= _GROWTH
             # Float64 leaves margins that only exact ties fall into; a float32 engine can be lost in a dense cluster.
             self._float64_engine = self._float64_engine or TiledEngine(self._points, self._point_codes, torch.float64)
             rows[again], squared[again], is_proven[again] = self._search(
-                self._float64_engine, anchors[again], num_candidates
+                self._float64_engine, anchors[again.cpu().numpy()], num_candidates
             )
-        return rows, np.sqrt(squared).astype(np.float32)
+        return rows, squared
 
     def _search(
         self, engine: Engine, anchors: np.ndarray, num_candidates: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return rows (A, k), squared distances (A, k) float64 and whether they are proven to be the nearest (A,)."""
         step = max(1, _MAX_CANDIDATES // min(num_candidates, len(self._points)))
         parts = [
             self._search_step(engine, anchors[start : start + step], num_candidates)
             for start in range(0, len(anchors), step)
         ]
-        rows, squared, is_proven = (np.concatenate(part) for part in zip(*parts, strict=True))
+        rows, squared, is_proven = (torch.cat(part) for part in zip(*parts, strict=True))
         return rows, squared, is_proven
 
     def _search_step(
         self, engine: Engine, anchors: np.ndarray, num_candidates: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        own_points = torch.from_numpy(self._groups.group_of_row[anchors]).to(self._device)
-        own_codes = torch.from_numpy(self._codes[anchors]).to(self._device)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        own_points = torch.from_numpy(self._groups.group_of_row[anchors]).to(self.device)
+        own_codes = torch.from_numpy(self._codes[anchors]).to(self.device)
         queries = self._points[own_points]
         candidates, bounds = engine.search(queries, own_codes, num_candidates)
         candidates, _ = candidates.sort(dim=1)  # points are in the order of their first rows: ties go to the lower
@@ -169,27 +201,43 @@ class NeighborSearch:
         if self._exclusion is not None:
             too_near = self._exclusion.is_near(anchors, self._first_rows[candidates].cpu().numpy())
             # Of a point that several rows share, each row is asked on its own below.
-            squared.masked_fill_(torch.from_numpy(too_near).to(self._device) & ~is_shared, torch.inf)
+            squared.masked_fill_(torch.from_numpy(too_near).to(self.device) & ~is_shared, torch.inf)
         squared, order = squared.sort(dim=1, stable=True)
         candidates, is_shared = candidates.gather(1, order), is_shared.gather(1, order)
         rows, nearest = self._take_first(candidates, squared)
-        for position in np.flatnonzero(is_shared[:, : self._num_neighbors].any(dim=1).cpu().numpy()):
-            rows[position], nearest[position] = self._expand(
-                int(anchors[position]), candidates[position].cpu().numpy(), squared[position].cpu().numpy()
-            )
+        self._expand_shared(anchors, candidates, squared, is_shared, rows, nearest)
         # Strictly nearer than all that is unseen: not even a tie can be missing.
-        is_proven = (nearest[:, -1] < bounds.cpu().numpy()) | np.isinf(bounds.cpu().numpy())
-        return rows, nearest, is_proven
+        return rows, nearest, (nearest[:, -1] < bounds) | bounds.isinf()
 
-    def _take_first(self, candidates: torch.Tensor, squared: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _take_first(self, candidates: torch.Tensor, squared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the first rows (Q, k) of the sorted points and their squared distances, padded with -1 and inf."""
         nearest = squared[:, : self._num_neighbors]
         rows = self._first_rows[candidates[:, : self._num_neighbors]].masked_fill(nearest.isinf(), -1)
         missing = (0, self._num_neighbors - nearest.shape[1])
         return (
-            torch.nn.functional.pad(rows, missing, value=-1).cpu().numpy(),
-            torch.nn.functional.pad(nearest, missing, value=torch.inf).cpu().numpy(),
+            torch.nn.functional.pad(rows, missing, value=-1),
+            torch.nn.functional.pad(nearest, missing, value=torch.inf),
         )
+
+    def _expand_shared(
+        self,
+        anchors: np.ndarray,
+        candidates: torch.Tensor,
+        squared: torch.Tensor,
+        is_shared: torch.Tensor,
+        rows: torch.Tensor,
+        nearest: torch.Tensor,
+    ) -> None:
+        """Replace `rows` and `nearest` of the anchors among whose first points are some that several rows share."""
+        places = is_shared[:, : self._num_neighbors].any(dim=1).nonzero()[:, 0]
+        points, distances = candidates[places].cpu().numpy(), squared[places].cpu().numpy()
+        expanded = [
+            self._expand(int(anchor), *point)
+            for anchor, *point in zip(anchors[places.cpu().numpy()], points, distances, strict=True)
+        ]
+        if expanded:
+            rows[places] = torch.from_numpy(np.stack([found for found, _ in expanded])).to(self.device)
+            nearest[places] = torch.from_numpy(np.stack([measured for _, measured in expanded])).to(self.device)
 
     def _expand(self, anchor: int, candidates: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return one anchor's neighbours (k,) and squared distances (k,) where points stand for several rows."""

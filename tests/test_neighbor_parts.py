@@ -74,6 +74,19 @@ def test_shards_together_give_the_bytes_of_one_process(
     ]  # fmt: skip
 
 
+def test_parts_searched_together_give_the_same_bytes(
+    make_run: Callable, run_main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 11)
+    config, output = make_run(draw_table(90))
+    run_main(main, "--config", config)
+    whole = output.read_bytes()
+    output.unlink()
+    monkeypatch.setattr(compute_visual_neighbors, "PARTS_AT_ONCE", {"cpu": 3})
+    assert run_main(main, "--config", config).code == 0
+    assert output.read_bytes() == whole
+
+
 def test_more_shards_than_images_are_no_trouble(make_run: Callable, run_main: Callable) -> None:
     config, output = make_run(draw_table(3, images_per_building=1))
     for index in range(5):

@@ -115,7 +115,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "CPU_TILE", (13, 37))
     monkeypatch.setattr(engines, "SAMPLE_STRIDE", 4)
     monkeypatch.setattr(neighbors, "SPARE_CANDIDATES", 3)
-    monkeypatch.setattr(neighbors, "_BLOCK_ANCHORS", 101)
+    monkeypatch.setattr(neighbors, "_BLOCK_ANCHORS", {"cpu": 101})
     monkeypatch.setattr(neighbors, "_MAX_COORDINATES", {"cpu": 3_000})
 
 

@@ -1,0 +1,136 @@
+"""The kernels run here on Triton's interpreter, in a process of its own; what they are compiled to is only compiled."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_neighbors import CASES
+
+pytest.importorskip("triton", reason="the GPU's kernels need triton")
+
+from difficulty_metadata import neighbors
+from difficulty_metadata.engines import TiledEngine
+from difficulty_metadata.neighbors import NeighborSearch, make_gpu_engine
+from difficulty_metadata.triton_filter import TILE_SHAPES, TritonEngine, order_in_space
+
+OTHERS = ["lists too short", "room too small", "two levels", "wide points", "huge numbers", "tiny numbers"]
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    script = Path(__file__).with_name("interpreted_search.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    outcome = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    return json.loads(outcome.stdout)
+
+
+@pytest.mark.parametrize("case", [*CASES, *OTHERS])
+def test_the_kernels_find_what_the_reference_finds_to_the_last_bit(case: str, results: Any) -> None:
+    assert results[case]["wrong"] == 0
+
+
+@pytest.mark.parametrize("case", [*CASES, *OTHERS])
+def test_no_point_is_nearer_than_the_bound_of_the_unseen(case: str, results: Any) -> None:
+    assert results[case]["broken_bounds"] == 0
+
+
+def test_ordinary_points_are_proven_by_half_precision_alone(results: Any) -> None:
+    for case in ("ordinary", "two levels", "wide points", "huge numbers", "tiny numbers"):
+        assert results[case]["redone"] == 0
+        assert results[case]["num_bounded"] == 14
+    assert results["ordinary"]["num_levels"] == 3
+    assert results["two levels"]["num_levels"] == 2
+
+
+@pytest.mark.parametrize("case", ["lists too short", "room too small"])
+def test_a_list_that_overflows_has_its_query_searched_again(case: str, results: Any) -> None:
+    assert results[case]["redone"] > 0
+
+
+def test_a_gpu_without_triton_or_a_compiler_searches_by_tiles(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(neighbors, "_MIN_TRITON_POINTS", 100)
+    monkeypatch.setattr(neighbors.logger, "propagate", True)
+    monkeypatch.delenv("CC", raising=False)
+    points, codes = torch.rand(100, 5), torch.arange(100, dtype=torch.int32)
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/cc" if name == "cc" else None)
+    assert isinstance(make_gpu_engine(points, codes), TritonEngine)
+    assert isinstance(make_gpu_engine(points[:99], codes[:99]), TiledEngine)
+    assert isinstance(make_gpu_engine(torch.rand(100, 65), codes), TiledEngine)
+    with caplog.at_level("INFO"):
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+        assert isinstance(make_gpu_engine(points, codes), TiledEngine)
+        assert "no C compiler, which triton needs" in caplog.text
+        monkeypatch.setitem(sys.modules, "difficulty_metadata.triton_filter", None)
+        assert isinstance(make_gpu_engine(points, codes), TiledEngine)
+        assert "triton is not installed" in caplog.text
+
+
+def test_points_in_order_are_each_there_once_and_near_each_other() -> None:
+    points = torch.from_numpy(np.random.default_rng(0).random((5_000, 3), dtype=np.float32))
+    order = order_in_space(points)
+    assert sorted(order.tolist()) == list(range(5_000))
+    tiles = points[order][: 39 * 128].view(39, 128, 3)
+    widths = (tiles.amax(dim=1) - tiles.amin(dim=1)).prod(dim=1)
+    assert float(widths.mean()) < 0.1  # of the cube's volume: 2 / 39 for perfect cells cut across by a tile
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 1_000.0])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_every_point_within_a_threshold_scores_the_limit(offset: float, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = (torch.randn(600, 24, generator=generator) + offset) * scale
+    engine = TritonEngine(points, torch.arange(600, dtype=torch.int32))
+    thresholds = torch.rand(100, generator=generator) * 50 * scale**2
+    limits = engine._score_limits(points[:100], thresholds)
+    scaled = points.double() * engine._scale
+    # The kernel's arithmetic with the products summed by torch in float32, and the norms' half taken off last.
+    product = (points[:100] * engine._scale).half().float() @ (points * engine._scale).half().float().T
+    scores = product - (scaled.square().sum(dim=1) / 2).float()
+    true = (points[:100, None].double() - points[None].double()).square().sum(dim=2)
+    is_near = true <= thresholds[:, None]
+    assert is_near.sum() > 1_000 or offset / scale > 1
+    assert (scores >= limits[:, None])[is_near].all()
+    if offset == 0:
+        assert (scores >= limits[:, None]).sum() < 1.1 * is_near.sum()  # and few others do
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_gpus_and_use_their_tensor_cores(capability: int, tmp_path: Path) -> None:
+    """Triton compiles for a GPU that is not there."""
+    script = Path(__file__).with_name("compiled_kernels.py")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, script, str(capability)]
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    kernels = json.loads(outcome.stdout)
+    assert len(kernels) == len(TILE_SHAPES) + 1
+    for kernel in kernels:
+        assert not kernel["has_atomics"]
+        assert kernel["product"] == (
+            None if kernel["name"] == "measure_groups" else "wgmma" if capability >= 90 else "mma"
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_finds_what_the_cpu_finds_to_the_last_bit() -> None:
+    generator = np.random.default_rng(0)
+    codes = (np.arange(100_000) // 5).astype(np.int32)
+    centres = generator.standard_normal((20_000, 32), np.float32)
+    points = centres[codes] + 0.3 * generator.standard_normal((100_000, 32), np.float32)
+    points[::100] = 0.25  # grey tiles
+    anchors = generator.choice(100_000, 3_000, replace=False)
+    searches = [NeighborSearch(points, codes, 150, "torch", torch.device(name)) for name in ("cuda", "cpu")]
+    assert isinstance(searches[0]._engine, TritonEngine)
+    (rows, distances), (expected_rows, expected_distances) = (search.find(anchors) for search in searches)
+    assert (rows == expected_rows).all()
+    assert (distances == expected_distances).all()
