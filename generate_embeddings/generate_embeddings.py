@@ -12,9 +12,9 @@ import functools
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
@@ -22,12 +22,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import cli
-from pipeline.archive import Member, stream_members
+from pipeline import cli, launcher
+from pipeline.archive import stream_members
 from pipeline.config import Config
+from pipeline.engine_watch import EngineWatch
 from pipeline.errors import InputError, Rejection, Terminated
-from pipeline.images import MAX_IMAGE_BYTES, decode_rgb
-from pipeline.log import Progress, Stopwatch, logger
+from pipeline.images import MAX_IMAGE_BYTES
+from pipeline.log import Progress, logger
 from pipeline.model_files import identify_model, locate_backbone
 from pipeline.scratch import RowScratch
 from pipeline.tables import (
@@ -46,10 +47,11 @@ from pipeline.tables import (
     write_rejects,
 )
 from pipeline.units import TarUnit, list_units, run_units
-from pipeline.workers import map_in_order
+from pipeline.workers import Background
 
 if TYPE_CHECKING:
-    from pipeline.backbone import Embedder
+    from pipeline.backbone import Decoded, Embedder
+    from pipeline.engine import Embedded
 
 STAGE = "generate_embeddings"
 # Rows of one row group: 16 MB of 4,096 floats, small enough to stream, large enough to compress.
@@ -58,14 +60,44 @@ ROW_GROUP_ROWS = 1024
 SECONDS_BETWEEN_SAVES = 30.0
 
 
-def embed_tar(
-    unit: TarUnit,
-    provenance: dict[str, Any],
-    config: Config,
-    get_embedder: Callable[[], "Embedder"],
-    watch: Stopwatch,
-) -> None:
-    """Embed one tar's images, write them and the rejects, and put the counts into the provenance.
+class TarImage(NamedTuple):
+    """A wanted image of a tar: its row in the intermediate, its name, and its bytes unless they are too many."""
+
+    row: int
+    name: str
+    size: int
+    data: bytes | None
+
+
+class Stage:
+    """What the tars of one run share: the backbone, loaded when it is needed, and two threads that write behind it.
+
+    While one tar's parquet is written, the next tar is embedded.
+    """
+
+    def __init__(self, config: Config, folder: Path | None, watch: EngineWatch) -> None:
+        self.config, self.watch = config, watch
+        self.rows, self.outputs = Background(), Background()
+        self._folder = folder
+
+    @functools.cached_property
+    def embedder(self) -> "Embedder":
+        """The backbone, as the configuration says."""
+        assert self._folder is not None  # without it nothing is left to embed
+        with self.watch.measure("load"):
+            return load_embedder(self._folder, self.config)
+
+    def close(self) -> None:
+        """End the threads behind what they still write.
+
+        Raises PipelineError if it cannot be written.
+        """
+        self.rows.close()
+        self.outputs.close()
+
+
+def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
+    """Embed one tar's images, put the counts into the provenance, and have them and the rejects written.
 
     Raises InputError if the tar or its intermediate is missing or damaged.
     """
@@ -74,17 +106,29 @@ def embed_tar(
         raise InputError(f"{unit.tar_path}: no such tar: correct the path")
     table = read_intermediate(unit.intermediate_path)
     scratch = RowScratch(unit.output_path, len(table), hash_json(provenance))
-    finished = False
+    embedded = False
     try:
-        missing = fill_scratch(unit.tar_path, table, scratch, get_embedder(), config, watch)
-        absent = Rejection("missing_image", f"not in {unit.tar_path.name}")
-        rejects = scratch.rejects | dict.fromkeys(missing, absent)
-        with watch.measure("write"):
-            width = scratch.width or get_embedder().measure_width()
-            write_outputs(unit, table, scratch, rejects, provenance, pa.list_(stored_type(config), width))
-        finished = True
+        missing = fill_scratch(unit.tar_path, table, scratch, stage)
+        embedding_type = pa.list_(stored_type(stage.config), scratch.width or stage.embedder.measure_width())
+        embedded = True
     finally:
-        scratch.close(remove=finished or scratch.seen == 0)
+        if not embedded:
+            scratch.close(remove=scratch.seen == 0)
+    absent = Rejection("missing_image", f"not in {unit.tar_path.name}")
+    rejects = scratch.rejects | dict.fromkeys(missing, absent)
+    provenance["counts"] = {"in": len(table), "out": len(table) - len(rejects), "rejected": len(rejects)}
+    provenance["reasons"] = dict(Counter(rejection.reason for rejection in rejects.values()))
+
+    def write() -> None:
+        written = False
+        try:
+            with stage.watch.measure("write"):
+                write_outputs(unit, table, scratch, rejects, provenance, embedding_type)
+            written = True
+        finally:
+            scratch.close(remove=written or scratch.seen == 0)
+
+    stage.outputs.submit(write)
     count = len(table) - len(rejects)
     rate = count / (time.monotonic() - started)
     logger.info("%s: %d embedded, %d rejected, %.1f img/s", unit.tar_path.name, count, len(rejects), rate)
@@ -109,103 +153,90 @@ def read_intermediate(path: Path) -> pa.Table:
     return table.cast(pa.schema([required.field(f.name) if f.name in required.names else f for f in table.schema]))
 
 
-def fill_scratch(
-    tar_path: Path, table: pa.Table, scratch: RowScratch, embedder: "Embedder", config: Config, watch: Stopwatch
-) -> list[int]:
+def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Stage) -> list[int]:
     """Embed the table's images in the order of the tar, from where the scratch stands, and return the rows not found.
 
     Whole passes only are counted as done, so that a resumed run forms the same passes and gets the same values.
     """
+    from pipeline.engine import embed_stream
+
     left = {name: row for row, name in enumerate(table["image_path"].to_pylist())}
-
-    def read_wanted() -> Iterator[tuple[int, Member, bytes | None]]:
-        found = 0
-        for member in stream_members(tar_path):
-            row = left.pop(member.name, None) if member.is_file else None
-            if row is None:
-                continue
-            found += 1
-            if found > scratch.seen_at_start:
-                with watch.measure("read"):
-                    data = member.read() if member.size <= MAX_IMAGE_BYTES else None
-                yield row, member, data
-
-    def prepare(found: tuple[int, Member, bytes | None]) -> tuple[int, str, Any, float]:
-        row, member, data = found
-        started = time.monotonic()
-        try:
-            pixels: Any = prepare_image(member, data, embedder)
-        except Rejection as rejection:
-            pixels = rejection
-        return row, member.name, pixels, time.monotonic() - started
-
-    workers = config.infrastructure.count_workers()
+    embedder, config = stage.embedder, stage.config
+    stream = embed_stream(
+        embedder,
+        read_wanted(tar_path, left, scratch.seen),
+        lambda image: decode_image(image, embedder),
+        config.infrastructure.count_workers(),
+        stage.watch,
+    )
     interval = config.logging.progress_interval_seconds
     with (
-        contextlib.closing(
-            map_in_order(prepare, read_wanted(), workers, max(2 * embedder.micro_batch, 2 * workers))
-        ) as prepared,
+        contextlib.closing(stream) as passes,
         Progress(tar_path.name, len(table), interval_seconds=interval) as progress,
     ):
         progress.resume_at(scratch.seen)
         try:
-            embed_prepared(prepared, scratch, embedder, progress, watch)
+            store = RowStore(scratch, stage.watch)
+            for done in passes:
+                stage.rows.submit(functools.partial(store.write, done))
+                progress.advance(done.taken)
         except (KeyboardInterrupt, Terminated):
+            stage.rows.finish()
             scratch.save()
             raise
+        finally:
+            stage.rows.finish()  # before anyone closes the scratch
     return sorted(left.values())
 
 
-def prepare_image(member: Member, data: bytes | None, embedder: "Embedder") -> Any:
-    """Decode an image and return the model's input, (3, H, W).
-
-    Raises Rejection if the image cannot be used.
-    """
-    if data is None:
-        raise Rejection("unreadable_image", f"{member.size} bytes, over {MAX_IMAGE_BYTES}")
-    return embedder.prepare(decode_rgb(data))
-
-
-def embed_prepared(
-    prepared: Iterable[tuple[int, str, Any, float]],
-    scratch: RowScratch,
-    embedder: "Embedder",
-    progress: Progress,
-    watch: Stopwatch,
-) -> None:
-    """Embed prepared images in full passes and note, between passes, how far it is."""
-    batch: list[tuple[int, str, Any]] = []
-    consumed, saved = scratch.seen, time.monotonic()
-    for row, name, pixels, seconds in prepared:
-        consumed += 1
-        progress.advance()
-        watch.add("decode in threads", seconds)
-        if isinstance(pixels, Rejection):
-            scratch.rejects[row] = pixels
+def read_wanted(tar_path: Path, left: dict[str, int], num_seen: int) -> Iterator[TarImage]:
+    """Yield the images whose row is in `left`, but for the first `num_seen`; those found leave it."""
+    found = 0
+    for member in stream_members(tar_path):
+        row = left.pop(member.name, None) if member.is_file else None
+        if row is None:
             continue
-        batch.append((row, name, pixels))
-        if len(batch) >= embedder.micro_batch:
-            embed_batch(batch, scratch, embedder, watch)
-            batch, scratch.seen = [], consumed
-            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                with watch.measure("write"):
-                    scratch.save()
-                saved = time.monotonic()
-    if batch:
-        embed_batch(batch, scratch, embedder, watch)
+        found += 1
+        if found > num_seen:
+            yield TarImage(row, member.name, member.size, member.read() if member.size <= MAX_IMAGE_BYTES else None)
 
 
-def embed_batch(batch: list[tuple[int, str, Any]], scratch: RowScratch, embedder: "Embedder", watch: Stopwatch) -> None:
-    """Embed one pass and store its rows.
+def decode_image(image: TarImage, embedder: "Embedder") -> "Decoded":
+    """Decode an image.
 
-    Raises PipelineError naming the image whose embedding is not finite, zero or of another width.
+    Raises Rejection if it cannot be used.
     """
-    from pipeline.backbone import check_embeddings
+    if image.data is None:
+        raise Rejection("unreadable_image", f"{image.size} bytes, over {MAX_IMAGE_BYTES}")
+    return embedder.decode(image.data)
 
-    with watch.measure("compute"):
-        embeddings = embedder.embed([pixels for _, _, pixels in batch])
-    check_embeddings(embeddings, [name for _, name, _ in batch], scratch.width)
-    scratch.write([row for row, _, _ in batch], embeddings)
+
+class RowStore:
+    """Takes embedded passes into a scratch and notes, between full ones, how far it is."""
+
+    def __init__(self, scratch: RowScratch, watch: EngineWatch) -> None:
+        self._scratch, self._watch = scratch, watch
+        self._consumed, self._saved = scratch.seen, time.monotonic()
+
+    def write(self, done: "Embedded[TarImage]") -> None:
+        """Store a pass.
+
+        Raises PipelineError naming the image whose embedding is not finite, zero or of another width.
+        """
+        from pipeline.backbone import check_embeddings
+
+        self._consumed += done.taken
+        self._scratch.rejects |= {image.row: rejection for image, rejection in done.rejected}
+        if done.embeddings is None:
+            return
+        check_embeddings(done.embeddings, [image.name for image in done.items], self._scratch.width)
+        with self._watch.measure("write"):
+            self._scratch.write([image.row for image in done.items], done.embeddings)
+            if done.is_full:
+                self._scratch.seen = self._consumed
+                if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
+                    self._scratch.save()
+                    self._saved = time.monotonic()
 
 
 def write_outputs(
@@ -216,13 +247,11 @@ def write_outputs(
     provenance: dict[str, Any],
     embedding_type: pa.DataType,
 ) -> None:
-    """Write the embedded rows in the intermediate's order, and the rejects, with the counts in the provenance."""
+    """Write the embedded rows in the intermediate's order, and the rejects."""
     from pipeline.backbone import check_embeddings
 
     names = table["image_path"]
     listed = [(names[row].as_py(), rejects[row]) for row in sorted(rejects)]
-    provenance["counts"] = {"in": len(table), "out": len(table) - len(rejects), "rejected": len(rejects)}
-    provenance["reasons"] = dict(Counter(rejection.reason for rejection in rejects.values()))
     write_rejects(rejects_path(unit.output_path), listed, provenance)
     schema = table.schema.append(pa.field("embedding", embedding_type))
     with parquet_writer(unit.output_path, schema, provenance) as writer:
@@ -249,24 +278,20 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     Raises InputError if a tar failed, PipelineError if too many images were rejected.
     """
     config.require_paths("intermediates_dir", "embeddings_dir", *([] if options.tar_files else ["raw_dir"]))
-    result = cli.StageResult(STAGE)
+    watch = EngineWatch()
+    result = cli.StageResult(STAGE, watch=watch)
     units = list_units(config, options, "embeddings_dir", "_embeddings")
     all_there = all(unit.output_path.exists() for unit in units) and not options.overwrite
     folder = locate_backbone(config, download=not all_there)
     model_id = identify_model(folder) if folder else None
-
-    @functools.cache
-    def get_embedder() -> "Embedder":
-        assert folder is not None  # without it nothing is left to embed
-        return load_embedder(folder, config)
-
-    run_units(
-        units,
-        result,
-        describe=lambda unit: describe_output(unit, config, model_id),
-        make=lambda unit, provenance: embed_tar(unit, provenance, config, get_embedder, result.watch),
-        overwrite=options.overwrite,
-    )
+    with contextlib.closing(Stage(config, folder, watch)) as stage:
+        run_units(
+            units,
+            result,
+            describe=lambda unit: describe_output(unit, config, model_id),
+            make=lambda unit, provenance: embed_tar(unit, provenance, stage),
+            overwrite=options.overwrite,
+        )
     result.check_reject_fraction(config)
     return result
 
@@ -308,8 +333,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage from a command line."""
     parser = cli.make_parser(__doc__)
     cli.add_tar_options(parser)
+    launcher.add_processes_option(parser)
     arguments = parser.parse_args(argv)
-    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+    config = cli.config_from(arguments)  # what is wrong with it is said once
+    if launcher.launch(__file__, argv, arguments.processes, is_sharded=not arguments.shard.is_whole):
+        return
+    cli.run_stage(STAGE, run, config, cli.options_from(arguments))
 
 
 if __name__ == "__main__":

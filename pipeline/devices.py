@@ -2,11 +2,15 @@
 
 import ctypes
 import platform
+from pathlib import Path
 
 import torch
 
 from pipeline.errors import PipelineError
 from pipeline.log import logger
+
+# What the driver makes for the first GPU, on Linux.
+NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -19,6 +23,8 @@ def choose_device(wanted: str) -> torch.device:
         raise PipelineError("device cuda: this machine has no usable GPU: set [infrastructure].device to auto or cpu")
     if wanted == "cpu" and available:
         logger.warning("a GPU is present but not used: the device is set to cpu")
+    if not available and NVIDIA_DEVICE.exists():
+        logger.warning("a GPU is present but not used: torch %s cannot use it; see nvidia-smi", torch.__version__)
     return torch.device("cuda" if available and wanted != "cpu" else "cpu")
 
 
@@ -32,6 +38,7 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, malloc.h
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: those of other threads than the main one give memory back all the same
 
 
 def describe_device(device: torch.device) -> str:

@@ -5,31 +5,92 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from pipeline.errors import PipelineError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], num_workers: int, in_flight: int | None = None
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_workers: int,
+    in_flight: int | None = None,
+    initializer: Callable[[], None] | None = None,
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item in order, computed by threads, with at most `in_flight` items held.
 
     Threads, because the decoders release the interpreter lock, nothing has to be copied to another process, and
-    no orphan survives a kill. `items` is consumed in the calling thread. An exception of `function` is raised here.
-    Whoever may stop early closes what is returned, and with it `items`.
+    no orphan survives a kill. `items` is consumed in the calling thread. An exception of `function` is raised here; a
+    PipelineError of `items`, such as a damaged tar, behind the results of what came before it.
+    Each thread calls `initializer` first. Whoever may stop early closes what is returned, and with it `items`.
     """
     in_flight = in_flight or 4 * num_workers
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(num_workers) as pool:
+    failure: PipelineError | None = None
+    with ThreadPoolExecutor(num_workers, initializer=initializer) as pool:
         try:
-            for item in items:
+            reader = iter(items)
+            while True:
+                try:
+                    item = next(reader)
+                except StopIteration:
+                    break
+                except PipelineError as error:
+                    failure = error
+                    break
                 pending.append(pool.submit(function, item))
                 if len(pending) >= in_flight:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+            if failure is not None:
+                raise failure
         finally:
             for future in pending:
                 future.cancel()
             if isinstance(items, Generator):
                 items.close()  # now, not when it is collected: it may hold a file
+
+
+def prefetch(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, None]:
+    """Yield the items in order, made by one thread of their own that keeps at most `depth` of them ready.
+
+    An exception of `items` is raised here. Whoever may stop early closes what is returned, and with it `items`.
+    """
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        try:
+            while (item := pending.popleft().result()) is not end:
+                pending.append(pool.submit(next, iterator, end))
+                yield item  # type: ignore[misc]
+        finally:
+            for future in pending:
+                future.cancel()
+            if isinstance(iterator, Generator):
+                pool.submit(iterator.close).result()
+
+
+class Background:
+    """A thread that does one call at a time, behind its caller; the error of a call is raised by the next one."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Start a call once the last one has ended."""
+        self.finish()
+        self._pending = self._pool.submit(call)
+
+    def finish(self) -> None:
+        """Wait for the call under way, and raise its error."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread behind the call under way, and raise its error."""
+        self._pool.shutdown()
+        self.finish()

@@ -80,6 +80,8 @@ def average_intervals(values: np.ndarray, extent: float, num_cells: int) -> np.n
 
 def average_cells(image: Image.Image, extent: tuple[float, float], image_size: int) -> np.ndarray:
     """Return the exact area average of an RGB image's part [0, extent], as (image_size, image_size, 3) uint8."""
+    if extent == image.size and not any(side % image_size for side in image.size):  # whole pixels in every cell
+        return np.asarray(image.reduce((image.width // image_size, image.height // image_size)))
     factors = [max(1, side // (2 * MIN_PIXELS_PER_CELL * image_size)) for side in image.size]
     if max(factors) > 1:  # a format without reduced decode: the sums of all its pixels could take gigabytes
         extent = (extent[0] / factors[0], extent[1] / factors[1])

@@ -9,6 +9,7 @@ rejected, with reasons, in intermediates_dir/_rejects/NNNN.parquet. A rerun keep
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +22,23 @@ from pipeline.archive import Member, stream_members
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
 from pipeline.ids import building_id, streetview_image_id
-from pipeline.images import MAX_IMAGE_BYTES, decode_rgb
+from pipeline.images import MAX_IMAGE_BYTES, check_image
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.tables import INTERMEDIATE_SCHEMA, make_provenance, rejects_path, write_parquet, write_rejects
+from pipeline.tables import INTERMEDIATE_SCHEMA, make_provenance, parquet_writer, rejects_path, write_rejects
 from pipeline.units import TarUnit, list_units, run_units
 from pipeline.workers import map_in_order
-from preprocess_raw_data.tar_items import TarInventory, View
+from preprocess_raw_data.tar_items import TarInventory
+from preprocess_raw_data.views import View
 
 STAGE = "process_tar"
 # A real metadata text has under 200 bytes; no more than this of a longer one is read.
 MAX_METADATA_BYTES = 1 << 20
-
-
-def check_image(data: bytes) -> Rejection | None:
-    """Decode an image in full and return why it cannot be used, or None."""
-    try:
-        decode_rgb(data)
-    except Rejection as rejection:
-        return rejection
-    return None
+# Views that are Python objects at a time, some 20 MB of them.
+ROW_GROUP_ROWS = 16_384
 
 
 def take_inventory(tar_path: Path, num_workers: int, progress: Progress, watch: Stopwatch) -> TarInventory:
-    """Read a tar once, decoding its images in parallel.
+    """Read a tar once, checking its images in parallel.
 
     Raises InputError if the tar is damaged.
     """
@@ -63,7 +58,11 @@ def take_inventory(tar_path: Path, num_workers: int, progress: Progress, watch: 
         member, data = found
         if data is None:
             return member, Rejection("unreadable_image", f"{member.size} bytes, over {MAX_IMAGE_BYTES}")
-        return member, check_image(data)
+        try:
+            check_image(data)
+        except Rejection as rejection:
+            return member, rejection
+        return member, None
 
     for member, rejection in map_in_order(check, read_wanted(), num_workers):
         inventory.add_image(member, rejection)
@@ -108,7 +107,10 @@ def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config, watch: 
     provenance["counts"] = {"in": len(views) + len(rejects), "out": len(views), "rejected": len(rejects)}
     provenance["reasons"] = dict(Counter(rejection.reason for _, rejection in rejects))
     write_rejects(rejects_path(unit.output_path), rejects, provenance)
-    write_parquet(unit.output_path, build_table(unit.dataset_id, unit.tar_path.name, views), provenance)
+    with parquet_writer(unit.output_path, INTERMEDIATE_SCHEMA, provenance) as writer:
+        in_order = iter(views)
+        while some := list(islice(in_order, ROW_GROUP_ROWS)):
+            writer.write_table(build_table(unit.dataset_id, unit.tar_path.name, some))
     logger.info("%s: %d views, %d rejected", unit.tar_path.name, len(views), len(rejects))
 
 

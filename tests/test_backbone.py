@@ -28,6 +28,8 @@ from pipeline.devices import choose_device
 from pipeline.errors import InputError, PipelineError, Rejection
 from pipeline.images import decode_rgb
 from pipeline.log import logging_to
+from pipeline.pixels import has_nvjpeg
+from pipeline.preprocessing import DeviceProcessor
 
 # What a street-view patch can look like as a file.
 EXIF = Image.Exif()
@@ -166,6 +168,65 @@ def test_out_of_memory_halves_the_pass_and_keeps_every_row(models, monkeypatch):
     np.testing.assert_allclose(embedder.embed(pixels), expected, rtol=1e-4, atol=1e-6)
     assert embedder.micro_batch == 2
     assert sizes[:3] == [8, 4, 2]
+
+
+def stand_in_for_a_gpu(embedder):
+    """Have the CPU do what is left to a GPU: nvJPEG's part and the resizing of batches."""
+    embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
+    embedder.nvjpeg = True
+    return embedder
+
+
+def test_what_comes_as_bytes_as_pixels_and_prepared_is_one_pass_in_order(models):
+    embedder = stand_in_for_a_gpu(Embedder(models["dinov3"], device="cpu"))
+    ready = [embedder.decode(data) for data in PHOTOGRAPHS.values()]
+    kinds = ["bytes" if isinstance(one, bytes) else str(one.dtype) for one in ready]
+    assert kinds == [
+        "bytes", "bytes", "bytes", "torch.uint8", "bytes", "torch.uint8", "bytes", "torch.uint8", "torch.uint8",
+        "torch.uint8", "bytes",
+    ]  # fmt: skip
+    large = encode(draw_view(12, size=(1100, 1000)))
+    assert embedder.decode(large).dtype == torch.float32  # it would fill the memory
+    photographs = [*PHOTOGRAPHS.values(), large]
+    ours = embedder.embed([embedder.decode(data) for data in photographs])
+    assert smallest_cosine(ours, embed_plainly(models["dinov3"], photographs)) >= 0.9999
+
+
+def test_pictures_that_the_gpu_cannot_hold_are_resized_on_the_cpu_and_none_is_lost(models, tmp_path):
+    embedder = stand_in_for_a_gpu(Embedder(models["dinov3"], device="cpu"))
+    ready = [embedder.decode(data) for data in PHOTOGRAPHS.values()]
+
+    def refuse(_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    embedder.device_processor = refuse
+    with logging_to(tmp_path / "a.log"):
+        first = embedder.embed(ready)
+    assert "out of GPU memory: pictures are resized on the CPU from now on" in (tmp_path / "a.log").read_text()
+    plain = embed_plainly(models["dinov3"], PHOTOGRAPHS.values())
+    assert smallest_cosine(first, plain) >= 0.9999
+    assert smallest_cosine(embedder.embed(ready), plain) >= 0.9999  # those that were decoded before it happened
+    assert all(embedder.decode(data).dtype == torch.float32 for data in PHOTOGRAPHS.values())
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 5])
+def test_on_a_gpu_the_passes_are_found_by_measurement_and_a_number_is_obeyed(models, monkeypatch, batch_size):
+    embedder = Embedder(models["dinov3"], device="cpu")
+    embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
+    rates = {5: 10.0, 8: 100.0, 16: 180.0, 32: 181.0}
+    monkeypatch.setattr(embedder, "_measure_rate", lambda count, _: rates[count])
+    embedder.micro_batch = 1 if batch_size == "auto" else batch_size
+    embedder._tune(batch_size)
+    assert embedder.micro_batch == (16 if batch_size == "auto" else 5)
+    assert not embedder.nvjpeg  # a slow model leaves the cores time to decode
+    monkeypatch.setattr(embedder, "_measure_rate", lambda *_: 1e6)
+    embedder._tune(batch_size)
+    assert embedder.nvjpeg == has_nvjpeg(embedder.device)
+
+
+def test_the_rate_of_the_model_alone_is_measured(models):
+    embedder = Embedder(models["dinov3"], device="cpu")
+    assert embedder._measure_rate(4, torch.Size((3, 64, 64))) > 0
 
 
 def test_a_gpu_too_small_for_one_image_is_one_line(models, monkeypatch):

@@ -278,15 +278,14 @@ def test_an_intermediate_of_someone_else_is_taken_and_its_texts_become_plain_str
 KILLED = """
 import os, sys
 from generate_embeddings import generate_embeddings
-from pipeline.backbone import Embedder
+from pipeline.scratch import RowScratch
 generate_embeddings.SECONDS_BETWEEN_SAVES = -1.0
-embed, passes = Embedder.embed, []
-def die_in_the_third_pass(self, pixels):
-    passes.append(len(pixels))
-    if len(passes) == 3:
+save = RowScratch.save
+def die_behind_the_second_pass(self):
+    save(self)
+    if self.seen == 8:
         os.kill(os.getpid(), 9)
-    return embed(self, pixels)
-Embedder.embed = die_in_the_third_pass
+RowScratch.save = die_behind_the_second_pass
 generate_embeddings.main(sys.argv[1:])
 """
 
@@ -294,13 +293,13 @@ generate_embeddings.main(sys.argv[1:])
 def count_passes(monkeypatch):
     from pipeline.backbone import Embedder
 
-    embed, passes = Embedder.embed, []
+    launch, passes = Embedder.launch, []
 
-    def note(self, pixels):
-        passes.append(len(pixels))
-        return embed(self, pixels)
+    def note(self, staged):
+        passes.append(sum(len(batch) for batch in staged.batches))
+        return launch(self, staged)
 
-    monkeypatch.setattr(Embedder, "embed", note)
+    monkeypatch.setattr(Embedder, "launch", note)
     return passes
 
 
@@ -316,7 +315,7 @@ def test_a_kill_inside_a_tar_is_gone_on_from_and_gives_the_undisturbed_bytes(
     outcome = stage("embedding_model.batch_size=4")
     assert outcome.code == 0
     assert "0001_embeddings.parquet: going on behind image 8 of 20" in outcome.stderr
-    assert passes == [4, 4, 4]
+    assert passes == [4] * 3
     assert stage("embedding_model.batch_size=4", "paths.embeddings_dir=undisturbed").code == 0
     assert passes[3:] == [4] * 5
     names = list_files(tmp_path / "undisturbed")
@@ -332,22 +331,22 @@ def test_an_interrupted_tar_is_gone_on_from_with_its_rejects(tmp_path, city, sta
     entries = make_city(1, SIZES)
     spoiled = entries[2].name
     write_tar(city, [entry if entry.name != spoiled else type(entry)(spoiled, b"") for entry in entries])
-    embed = Embedder.embed
+    launch = Embedder.launch
     left = [3]
 
-    def interrupt(self, pixels):
+    def interrupt(self, staged):
         left[0] -= 1
         if not left[0]:
             raise signal
-        return embed(self, pixels)
+        return launch(self, staged)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Embedder, "embed", interrupt)
+        patch.setattr(Embedder, "launch", interrupt)
         assert stage("embedding_model.batch_size=4").code == code
     passes = count_passes(monkeypatch)
     outcome = stage("embedding_model.batch_size=4")
     assert outcome.code == 0
-    assert passes == [4, 4, 3]
+    assert sorted(passes) == [3, 4, 4]  # several are computed at once
     assert "20 in = 19 out + 1 rejected + 0 dropped (unreadable_image 1)" in outcome.stderr
     assert stage("embedding_model.batch_size=4", "paths.embeddings_dir=undisturbed").code == 0
     assert read(tmp_path).equals(read(tmp_path, where="undisturbed"))

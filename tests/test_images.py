@@ -146,7 +146,7 @@ def test_a_bomb_is_known_by_its_header_and_never_decoded(monkeypatch, kind):
 
 def test_one_hundred_million_pixels_are_allowed_and_one_more_is_not(monkeypatch):
     decoded = []
-    monkeypatch.setattr(images, "_load", decoded.append)
+    monkeypatch.setattr(images, "load_rgb", decoded.append)
     decode_rgb(make_jpeg_header(10_000, 10_000))
     assert decoded[0].size == (10_000, 10_000)
     assert reason_of(make_png_header(100_000_001, 1)) == "image_too_large"

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from pipeline.workers import map_in_order
+from pipeline.errors import InputError
+from pipeline.workers import Background, map_in_order, prefetch
 
 
 def test_results_come_in_the_order_of_the_items_whatever_the_threads_do():
@@ -61,6 +62,81 @@ def test_an_exception_of_the_items_comes_out():
 
     with pytest.raises(OSError, match="the disk"):
         list(map_in_order(str, items(), num_workers=2))
+
+
+def test_damage_comes_out_behind_what_came_before_it():
+    def items():
+        yield from range(5)
+        raise InputError("0001.tar: truncated")
+
+    results = map_in_order(str, items(), num_workers=2, in_flight=8)
+    assert [next(results) for _ in range(5)] == list("01234")
+    with pytest.raises(InputError, match="truncated"):
+        next(results)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_prefetching_keeps_the_order_and_no_more_ready_than_asked(depth):
+    made, taken, most = 0, 0, 0
+
+    def items():
+        nonlocal made, most
+        for number in range(40):
+            made += 1
+            most = max(most, made - taken)
+            yield number
+
+    for expected, number in enumerate(prefetch(items(), depth)):
+        assert number == expected
+        taken += 1
+    assert taken == 40
+    assert most <= depth + 1
+
+
+def test_prefetching_works_in_one_thread_of_its_own_and_closes_the_items_there():
+    threads = []
+
+    def items():
+        try:
+            while True:
+                threads.append(threading.get_ident())
+                yield 0
+        finally:
+            threads.append(threading.get_ident())
+
+    before = threading.active_count()
+    results = prefetch(items())
+    next(results)
+    next(results)
+    results.close()
+    assert len(set(threads)) == 1
+    assert threading.get_ident() not in threads
+    assert threading.active_count() == before
+
+
+def test_an_exception_of_prefetched_items_comes_out_at_its_place():
+    def items():
+        yield 1
+        raise OSError("the disk")
+
+    results = prefetch(items(), 3)
+    assert next(results) == 1
+    with pytest.raises(OSError, match="the disk"):
+        next(results)
+
+
+def test_work_in_the_background_is_done_in_order_and_its_error_comes_out_next():
+    done, background = [], Background()
+    background.submit(lambda: done.append(1))
+    background.submit(lambda: done.append(2))
+    background.submit(lambda: done[9])
+    with pytest.raises(IndexError):
+        background.submit(lambda: done.append(3))
+    background.finish()
+    assert done == [1, 2]
+    background.submit(lambda: done[9])
+    with pytest.raises(IndexError):
+        background.close()
 
 
 def test_a_consumer_that_stops_early_waits_only_for_what_runs_and_leaves_no_thread():

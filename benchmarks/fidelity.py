@@ -1,0 +1,89 @@
+"""Hold every path through the engine to the float32 loop over the model's own processor, by the smallest cosine."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.backbone import Decoded, Embedder
+from pipeline.pixels import decode_pixels, has_nvjpeg, is_for_nvjpeg
+
+# The contract's, for float32 and bfloat16.
+LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.999}
+
+
+def draw_photographs() -> dict[str, bytes]:
+    """Return JPEGs as street-view patches may come: of odd sizes, of each mode, turned by a tag, progressive."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
+        "square": ((448, 448), "RGB", {"quality": 85}),
+        "large": ((640, 640), "RGB", {}),
+        "odd": ((131, 97), "RGB", {}),
+        "wide": ((1001, 301), "RGB", {"subsampling": 0}),
+        "small": ((33, 47), "RGB", {}),
+        "grayscale": ((200, 210), "L", {}),
+        "cmyk": ((150, 160), "CMYK", {}),
+        "tagged": ((300, 200), "RGB", {"exif": exif}),
+        "progressive": ((300, 310), "RGB", {"progressive": True}),
+    }
+    photographs = {}
+    for seed, (name, (size, mode, options)) in enumerate(kinds.items()):
+        cells = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        picture = np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC), np.int16)
+        noise = np.random.default_rng(seed).integers(-8, 9, picture.shape)
+        file = io.BytesIO()
+        Image.fromarray((picture + noise).clip(0, 255).astype(np.uint8)).convert(mode).save(file, "JPEG", **options)
+        photographs[name] = file.getvalue()
+    return photographs
+
+
+def embed_plainly(processor: Any, model: torch.nn.Module, photographs: Sequence[bytes]) -> NDArray[np.float64]:
+    """Return the embeddings (N, D) of the loop that fidelity is measured by: one image at a time, in float32."""
+    device = next(model.parameters()).device
+    rows = []
+    with torch.no_grad():
+        for data in photographs:
+            inputs = processor(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="pt")
+            rows.append(model(pixel_values=inputs["pixel_values"].to(device)).pooler_output.flatten(1)[0].cpu().numpy())
+    return np.stack(rows).astype(np.float64)
+
+
+def smallest_cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Return the smallest of the cosines between the rows of two matrices."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+
+
+def check_paths(embedder: Embedder, photographs: Sequence[bytes], expected: NDArray[Any]) -> dict[str, float]:
+    """Return the smallest cosine of each path that this embedder has, by its name.
+
+    The paths: whole pictures to the device, pictures prepared on the CPU, JPEGs decoded by nvJPEG, one image a pass.
+    """
+    paths: dict[str, list[Decoded]] = {"prepared on the CPU": [embedder.prepare(decode_pixels(d)) for d in photographs]}
+    if embedder.device_processor is not None:
+        paths["resized on the device"] = [decode_pixels(data) for data in photographs]
+        if embedder.on_gpu and has_nvjpeg(embedder.device):
+            paths["nvJPEG"] = [data if is_for_nvjpeg(data) else decode_pixels(data) for data in photographs]
+    found = {name: smallest_cosine(embedder.embed(images), expected) for name, images in paths.items()}
+    alone = np.concatenate([embedder.embed([image]) for image in paths["prepared on the CPU"]])
+    found["one image a pass"] = smallest_cosine(alone, expected)
+    many = paths["prepared on the CPU"] * -(-64 // len(photographs))
+    found["64 a pass"] = smallest_cosine(embedder.embed(many)[: len(photographs)], expected)
+    return found
+
+
+def check_gpu(embedder: Embedder) -> dict[str, float]:
+    """Return the smallest cosine of each path of an embedder on a GPU against its own weights in float32."""
+    photographs = list(draw_photographs().values())
+    dtype, forward = embedder.dtype, embedder.model
+    reference = type(forward)(forward.config).to(embedder.device, torch.float32).eval()
+    reference.load_state_dict(forward.state_dict())
+    expected = embed_plainly(embedder.processor, reference, photographs)
+    del reference
+    torch.cuda.empty_cache()
+    return check_paths(embedder, photographs, expected) | {"contract": LEAST_COSINE[dtype]}

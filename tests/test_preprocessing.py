@@ -1,0 +1,116 @@
+"""The model's input made on a device: the same as the model's own processor makes it, for every family."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from raw_tars import draw_view
+
+from pipeline import preprocessing
+from pipeline.log import logging_to
+from pipeline.pixels import to_pixels
+from pipeline.preprocessing import (
+    DEVICE_CHUNK,
+    DeviceProcessor,
+    find_device_processor,
+    measure_difference,
+    prepare,
+    works_on_tensors,
+)
+
+CPU = torch.device("cpu")
+SIZES = [(448, 448), (131, 97), (640, 200), (33, 47)]
+
+
+def make_processor(family):
+    """Return a processor with torch inside, under its name in this transformers."""
+
+    def kind(name):
+        fast = getattr(transformers, f"{name}Fast", None)
+        return fast if fast is not None and works_on_tensors(fast()) else getattr(transformers, name)
+
+    return {
+        "dinov2": lambda: kind("BitImageProcessor")(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}),
+        "without crop": lambda: kind("BitImageProcessor")(size={"shortest_edge": 42}, do_center_crop=False),
+        "dinov3": lambda: kind("DINOv3ViTImageProcessor")(size={"height": 64, "width": 64}),
+        "vit": lambda: kind("ViTImageProcessor")(size={"height": 48, "width": 48}, resample=3),
+        "convnext": lambda: kind("ConvNextImageProcessor")(size={"shortest_edge": 64}, crop_pct=0.875),
+        "large convnext": lambda: kind("ConvNextImageProcessor")(size={"shortest_edge": 384}),
+        "efficientnet": lambda: kind("EfficientNetImageProcessor")(size={"height": 60, "width": 60}),
+        "efficientnet with offset": lambda: kind("EfficientNetImageProcessor")(
+            size={"height": 60, "width": 60}, rescale_offset=True, rescale_factor=1 / 127.5, include_top=False
+        ),
+    }[family]()
+
+
+FAMILIES = (
+    "dinov2", "without crop", "dinov3", "vit", "convnext", "large convnext", "efficientnet",
+    "efficientnet with offset",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_on_the_device_is_what_the_processor_makes_of_each_picture(family):
+    processor = make_processor(family)
+    pictures = [draw_view(seed, size=size) for seed, size in enumerate(SIZES * (DEVICE_CHUNK // 4 + 1))]
+    found = DeviceProcessor(processor, CPU)([to_pixels(picture) for picture in pictures])
+    assert len(found) == len(pictures) > DEVICE_CHUNK
+    for one, picture in zip(found[:6] + found[-3:], pictures[:6] + pictures[-3:], strict=True):
+        expected = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_passes_the_probe(family, tmp_path):
+    processor = make_processor(family)
+    assert measure_difference(processor, DeviceProcessor(processor, CPU), CPU) < 0.01
+    assert isinstance(find_device_processor(tmp_path, processor, False, CPU), DeviceProcessor)
+
+
+def test_the_probe_measures_in_grey_levels():
+    processor = make_processor("dinov2")
+
+    def brighter(pixels):
+        return DeviceProcessor(processor, CPU)([(one.int() + 10).clamp(0, 255).to(torch.uint8) for one in pixels])
+
+    assert 9 < measure_difference(processor, brighter, CPU) <= 10.1
+    assert measure_difference(processor, lambda pixels: [pixels[0][:, :5].float()], CPU) == float("inf")
+
+
+def test_a_processor_that_differs_on_the_device_is_run_on_the_cpu_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocessing, "measure_difference", lambda *_: 0.7)
+    with logging_to(tmp_path / "a.log"):
+        assert find_device_processor(tmp_path, make_processor("vit"), False, CPU) is None
+    line = (tmp_path / "a.log").read_text()
+    assert "pictures are resized on the CPU: " in line
+    assert "differs there by 0.70 grey levels on average" in line
+
+
+class Homemade:
+    """A processor of somebody's own, which computes with NumPy."""
+
+    def __call__(self, images, **_):
+        return {"pixel_values": torch.from_numpy(np.stack([np.asarray(image.resize((8, 8))) for image in images]))}
+
+
+@pytest.mark.parametrize("outcome", ["no twin", "cannot be loaded"])
+def test_a_processor_without_torch_is_run_on_the_cpu_and_said(tmp_path, monkeypatch, outcome):
+    def load(*_, **__):
+        if outcome == "cannot be loaded":
+            raise ValueError("there is none")
+        return Homemade()
+
+    monkeypatch.setattr(preprocessing.AutoImageProcessor, "from_pretrained", load)
+    with logging_to(tmp_path / "a.log"):
+        assert find_device_processor(tmp_path, Homemade(), False, CPU) is None
+    said = "Homemade has no version for the GPU" if outcome == "no twin" else "there is none"
+    assert said in (tmp_path / "a.log").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_and_pictures_give_the_same_input(family):
+    processor, picture = make_processor(family), draw_view(1, size=(131, 97))
+    assert torch.equal(prepare(processor, picture), prepare(processor, to_pixels(picture)))
+    assert works_on_tensors(processor)
+    assert isinstance(picture, Image.Image)
