@@ -1,24 +1,29 @@
-"""Stage 9: score the raw, PCA-whitened and projected embeddings by retrieval on the test split, and write a report.
+"""Stage 9: score raw, PCA-whitened, whitened and projected embeddings by retrieval on the test split, with a report.
 
     python evaluate_embeddings/evaluate.py --config config.toml
+    python evaluate_embeddings/evaluate.py --compare other_checkpoint.pt
+    python evaluate_embeddings/evaluate.py --embeddings OUTPUT --labels labels.parquet --compare OTHER_OUTPUT
 
 Reads merged_dir/{train,test}.parquet and checkpoint_dir/checkpoint_best.pt; for the page also metrics.jsonl beside the
 checkpoint and photographs from the tars of raw_dir, where they are there. Writes report_dir/report.html and
-report_dir/metrics.json. A rerun keeps both if they were made from the same inputs.
+report_dir/metrics.json. A rerun keeps both if they were made from the same inputs. With --compare or --embeddings it
+scores what is named instead, prints a table with the verdict last, and writes nothing.
 """
 
+import argparse
 import functools
 import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 
+from evaluate_embeddings.breakdowns import load_camera, summarize_breakdowns
 from evaluate_embeddings.ignore_pairs import read_ignore_pairs, resolve_pairs
 from evaluate_embeddings.metrics import (
     GALLERY_SIZES,
@@ -26,22 +31,23 @@ from evaluate_embeddings.metrics import (
     Evaluation,
     build_metrics,
     format_metrics_table,
-    score_kinds,
+    score_kinds_twice,
 )
+from evaluate_embeddings.pair_similarity import sample_similarities
+from evaluate_embeddings.standalone import CHECKPOINT_NAME, STAGE, Request
+from evaluate_embeddings.standalone import run as run_standalone
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
-from pipeline.errors import InputError
+from pipeline.errors import ConfigError, InputError
 from pipeline.features import Features, load_features
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval import Embeddings, IgnoredPairs, Search, normalise_rows
 from pipeline.tables import identify, make_provenance, matches, read_provenance, write_json
-from pipeline.whitening import fit_pca_whitening
+from pipeline.whitening import DEFAULT_SHRINKAGE, collect_scatter, whiten_by_pca, whiten_within_class
 
 if TYPE_CHECKING:
     from pipeline.checkpoint import Checkpoint, StateDict
 
-STAGE = "evaluate"
-CHECKPOINT_NAME = "checkpoint_best.pt"
 # The contract's width of the whitened baseline, which is also the projector's usual one.
 PCA_DIM = 256
 
@@ -67,8 +73,8 @@ def hash_weights(weights: "StateDict") -> str:
     return digest.hexdigest()[:32]
 
 
-def load_split(merged_dir: Path) -> tuple[Features, Embeddings]:
-    """Return the test split and its PCA-whitened embeddings, (N, min(256, rank)), fitted on the train split.
+def load_splits(merged_dir: Path) -> tuple[Features, Features]:
+    """Return the train and the test split.
 
     Raises InputError if a split is missing, damaged or empty, the widths differ, or no test image has a positive.
     """
@@ -82,7 +88,7 @@ def load_split(merged_dir: Path) -> tuple[Features, Embeddings]:
             f"{train_path}: embeddings of {train.width} numbers, those of {test_path.name} have {features.width}: "
             "run stage 3 again on embeddings of one backbone"
         )
-    return features, fit_pca_whitening(train.embeddings, PCA_DIM).apply(features.embeddings)
+    return train, features
 
 
 def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Checkpoint"]:
@@ -93,13 +99,20 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
     from pipeline.checkpoint import build_projector, load_checkpoint, project
     from pipeline.devices import choose_device
 
-    features, whitened = load_split(config.path("merged_dir"))
+    train, features = load_splits(config.path("merged_dir"))
     checkpoint = load_checkpoint(
         config.path("checkpoint_dir") / CHECKPOINT_NAME, config.training_model, input_dim=features.width
     )
     device = choose_device(config.infrastructure.device)
-    projected = project(build_projector(checkpoint).to(device), features.embeddings, device)
-    embeddings = {"raw": normalise_rows(features.embeddings), "pca_whitened": whitened, "projector": projected}
+    scatter = collect_scatter(train.embeddings, train.building_codes, device=device)
+    shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # an older run's says nothing
+    whitening = whiten_within_class(scatter, checkpoint.architecture["output_dim"], shrinkage)
+    embeddings = {
+        "raw": normalise_rows(features.embeddings),
+        "pca_whitened": whiten_by_pca(scatter, PCA_DIM).apply(features.embeddings),
+        "whitening": whitening.apply(features.embeddings),
+        "projector": project(build_projector(checkpoint).to(device), features.embeddings, device),
+    }
     return features, embeddings, checkpoint
 
 
@@ -107,11 +120,15 @@ def score_split(
     features: Features, embeddings: dict[str, Embeddings], ignored: IgnoredPairs, config: Config
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score every kind of embedding in every way that metrics.json has."""
-    total = len(KINDS) * (2 * len(features) + sum(size for size in GALLERY_SIZES if size <= len(features)))
+    total = len(KINDS) * (len(features) + sum(size for size in GALLERY_SIZES if size <= len(features)))
     with Progress("score", total, "queries", config.logging.progress_interval_seconds) as progress:
-        scores = score_kinds(embeddings, features.building_codes, ignored, progress=progress.advance)
-        evaluation = Evaluation(features, embeddings, ignored, scores)
-        return evaluation, build_metrics(evaluation, config.global_.seed, progress.advance)
+        codes, seed = features.building_codes, config.global_.seed
+        scores, apart = score_kinds_twice(embeddings, features, ignored, progress.advance)
+        pairs = {kind: sample_similarities(rows, codes, ignored, seed) for kind, rows in embeddings.items()}
+        evaluation = Evaluation(features, embeddings, ignored, scores, apart, pairs)
+        camera = load_camera(config.path("merged_dir") / "test.parquet")
+        metrics = build_metrics(evaluation, seed, progress.advance)
+        return evaluation, metrics | summarize_breakdowns(evaluation, camera, seed)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -123,7 +140,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def describe_inputs(config: Config, ignore_pairs: Path | None) -> dict[str, Any]:
+def describe_inputs(config: Config, ignore_pairs: Path | None, images: bool = True) -> dict[str, Any]:
     """Return the provenance that the outputs must have.
 
     Raises InputError if an input is missing.
@@ -132,14 +149,17 @@ def describe_inputs(config: Config, ignore_pairs: Path | None) -> dict[str, Any]
     inputs = [identify(path) for path in (merged_dir / "train.parquet", merged_dir / "test.parquet", checkpoint_path)]
     if ignore_pairs is not None:
         inputs.append(identify(ignore_pairs) | {"name": f"--ignore-pairs {ignore_pairs.name}"})
-    return make_provenance(STAGE, inputs, {"seed": config.global_.seed})
+    # A page with photographs must not pass for one without.
+    return make_provenance(STAGE, inputs, {"seed": config.global_.seed} | ({} if images else {"images": False}))
 
 
-def run(config: Config, options: cli.Options, ignore_pairs: Path | None = None) -> cli.StageResult:
+def run(
+    config: Config, options: cli.Options, ignore_pairs: Path | None = None, *, images: bool = True
+) -> cli.StageResult:
     """Score the test split, write the page and the metrics, and return the counts."""
     config.require_paths("merged_dir", "checkpoint_dir", "report_dir")
     report_path, metrics_path = (config.path("report_dir") / name for name in ("report.html", "metrics.json"))
-    provenance = describe_inputs(config, ignore_pairs)
+    provenance = describe_inputs(config, ignore_pairs, images)
     if metrics_path.exists() and not options.overwrite:
         found = read_metrics(metrics_path)
         if matches(metrics_path, found.get("provenance"), provenance) and report_path.exists():
@@ -162,10 +182,25 @@ def run(config: Config, options: cli.Options, ignore_pairs: Path | None = None) 
     with watch.measure("report"):
         from evaluate_embeddings.report import write_report
 
-        write_report(report_path, evaluation, metrics, checkpoint.metrics, config)
+        write_report(report_path, evaluation, metrics, checkpoint.metrics, config, images=images)
     write_json(metrics_path, metrics)
     logger.info("%s: %s\n\n%s\n", STAGE, watch.describe(), format_metrics_table(metrics))
     return cli.StageResult(STAGE, metrics["gallery"], metrics["gallery"], written=[report_path, metrics_path])
+
+
+def choose_story(arguments: argparse.Namespace) -> Callable[[Config, cli.Options], cli.StageResult]:
+    """Return what the command line asks for: the report, or a table of something else.
+
+    Raises ConfigError where options do not go together.
+    """
+    if arguments.labels is not None and arguments.embeddings is None:
+        raise ConfigError("evaluate.py: --labels belongs to --embeddings: give both, or neither")
+    if arguments.embeddings is None and arguments.compare is None:
+        return functools.partial(run, ignore_pairs=arguments.ignore_pairs, images=not arguments.no_images)
+    if arguments.no_images:
+        raise ConfigError("evaluate.py: --no-images is about the page, which --embeddings and --compare do not write")
+    request = Request(arguments.embeddings, arguments.labels, arguments.compare, arguments.ignore_pairs)
+    return functools.partial(run_standalone, request=request)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -175,8 +210,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--ignore-pairs", type=Path, metavar="CSV",
         help="pairs of buildings (building_id_a, building_id_b) that count as neither right nor wrong",
     )  # fmt: skip
+    parser.add_argument("--no-images", action="store_true", help="make a page without photographs, for sharing")
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="DIR",
+        help="score this embeddings dataset of stage 8 instead; needs no checkpoint and no split",
+    )  # fmt: skip
+    parser.add_argument(
+        "--labels", type=Path, metavar="PARQUET",
+        help="building_id of each OSMID or streetview_image_id of --embeddings (default: the OSMID itself)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", type=Path, metavar="OTHER",
+        help="another checkpoint or embeddings dataset: which is better on the same images, and how sure is that",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
-    story = functools.partial(run, ignore_pairs=arguments.ignore_pairs)
+    story = choose_story(arguments)
     cli.run_stage(STAGE, story, cli.config_from(arguments), cli.options_from(arguments))
 
 

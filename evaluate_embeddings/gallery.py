@@ -6,10 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluate_embeddings.metrics import Evaluation
+from evaluate_embeddings.pair_similarity import RECOMMENDED_RATE
 from pipeline.geography import distances_m
-from pipeline.retrieval import TIE_TOLERANCE, QueryScores, Search
+from pipeline.retrieval import TIE_TOLERANCE, QueryScores, Search, similarity_rows
 
 NUM_NEIGHBORS = 5
+# Images whose nearest wrong answer is looked for: each costs a product with the whole split.
+MAX_SUSPECT_QUERIES = 20_000
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,55 @@ class Example:
     neighbors: tuple[Answer, ...]
     match: Answer
     raw_rank: int  # of the nearest positive by the raw embeddings
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """Two images of different ids that look almost equal to the projector."""
+
+    rows: tuple[int, int]
+    similarity: float  # cosine of the projector's embeddings
+    raw_similarity: float
+    distance_m: float  # between the two targets
+
+
+def find_suspects(evaluation: Evaluation, limit: int, seed: int) -> list[Suspect]:
+    """Return the most similar pairs of images of two buildings, one for each pair of buildings, ignored pairs left out.
+
+    Only pairs that pass the recommended threshold, as 1 in 1,000 of two buildings do, are suspect. Of more than
+    MAX_SUSPECT_QUERIES images a random sample is compared with all the others.
+    """
+    embeddings, codes = evaluation.embeddings["projector"], evaluation.codes
+    pairs = evaluation.pairs["projector"]
+    if not len(pairs.different):
+        return []
+    threshold = pairs.threshold_at(RECOMMENDED_RATE)
+    search = Search(codes, evaluation.ignored)
+    queries = np.arange(len(codes))
+    if len(queries) > MAX_SUSPECT_QUERIES:
+        queries = np.sort(np.random.default_rng(seed).choice(queries, MAX_SUSPECT_QUERIES, replace=False))
+    nearest, similarity = np.empty(len(queries), np.int64), np.empty(len(queries), np.float32)
+    for place, (query, row) in enumerate(similarity_rows(embeddings, queries)):
+        row[search.left_out(query)] = -np.inf
+        row[search.positives(query)] = -np.inf
+        nearest[place] = np.argmax(row)
+        similarity[place] = row[nearest[place]]
+    chosen: dict[tuple[int, int], Suspect] = {}
+    for place in np.argsort(-similarity, kind="stable").tolist():
+        one, other = int(queries[place]), int(nearest[place])
+        pair = (min(int(codes[one]), int(codes[other])), max(int(codes[one]), int(codes[other])))
+        if similarity[place] < threshold or len(chosen) == limit:
+            break
+        if pair not in chosen:
+            chosen[pair] = _describe_suspect(evaluation, one, other, float(similarity[place]))
+    return list(chosen.values())
+
+
+def _describe_suspect(evaluation: Evaluation, one: int, other: int, similarity: float) -> Suspect:
+    lat, lon = evaluation.features.target_lat, evaluation.features.target_lon
+    raw = evaluation.embeddings["raw"]
+    metres = float(distances_m(lat[one], lon[one], lat[other], lon[other]))
+    return Suspect((one, other), similarity, float(raw[one] @ raw[other]), metres)
 
 
 def pick_failures(scores: QueryScores, codes: NDArray[np.int32], limit: int) -> list[int]:

@@ -2,12 +2,13 @@
 
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluate_embeddings.pair_similarity import PairSimilarities, share_of_same_pairs, summarize_pairs
 from pipeline.errors import InputError
 from pipeline.features import Features
 from pipeline.retrieval import (
@@ -20,12 +21,15 @@ from pipeline.retrieval import (
     percentile_intervals,
     resample_means,
     score_queries,
+    score_queries_twice,
     summarize_scores,
 )
 
 BASELINES = ("raw", "pca_whitened")
-KINDS = (*BASELINES, "projector")
-KIND_LABELS = {"raw": "raw", "pca_whitened": "PCA-whitened", "projector": "projector"}
+# Beside the contract's kinds: what a closed form gives without training.
+COMPARED = (*BASELINES, "whitening")
+KINDS = (*COMPARED, "projector")
+KIND_LABELS = {"raw": "raw", "pca_whitened": "PCA-whitened", "whitening": "whitening", "projector": "projector"}
 SCORE_LABELS = {
     "recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_10": "Recall@10", "map": "mAP", "mrr": "MRR",
 }  # fmt: skip
@@ -44,6 +48,8 @@ class Evaluation:
     embeddings: dict[str, Embeddings]  # (N, D of the kind), L2-normalised
     ignored: IgnoredPairs
     scores: ScoresByKind
+    apart: ScoresByKind | None = None  # without the candidates of the query's own panorama; None where none are left
+    pairs: dict[str, PairSimilarities] = field(default_factory=dict)  # sampled, of each kind
 
     @property
     def codes(self) -> NDArray[np.int32]:
@@ -61,20 +67,33 @@ def score_kinds(
     embeddings: Mapping[str, Embeddings],
     codes: NDArray[Any],
     ignored: IgnoredPairs,
-    panoramas: NDArray[Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ScoresByKind:
-    """Score each kind of embedding of the same rows.
+    """Score each kind of embedding of the same rows."""
+    return {kind: score_queries(rows, codes, ignored=ignored, progress=progress) for kind, rows in embeddings.items()}
+
+
+def score_kinds_twice(
+    embeddings: Mapping[str, Embeddings],
+    features: Features,
+    ignored: IgnoredPairs,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[ScoresByKind, ScoresByKind | None]:
+    """Score each kind of embedding of a split, among all candidates and among those of other panoramas.
 
     Raises InputError, naming the kind, if a row is not finite or zero.
     """
-    scores = {}
+    scores, apart = {}, {}
     for kind, rows in embeddings.items():
         try:
-            scores[kind] = score_queries(rows, codes, ignored=ignored, panorama_ids=panoramas, progress=progress)
+            scores[kind], without = score_queries_twice(
+                rows, features.building_codes, panorama_codes(features), ignored=ignored, progress=progress
+            )
         except InputError as error:
             raise InputError(f"{KIND_LABELS[kind]} {error}") from None
-    return scores
+        if without is not None:
+            apart[kind] = without
+    return scores, apart or None
 
 
 def sample_gallery(codes: NDArray[Any], size: int, seed: int) -> NDArray[np.int64]:
@@ -94,10 +113,11 @@ def summarize_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dic
     """Return the number of queries and of their buildings, and for each kind the scores with intervals."""
     queries = next(iter(scores.values())).query
     counts = {"queries": len(queries), "buildings": len(np.unique(codes[queries]))}
-    return counts | {kind: _summarize(one, codes, seed) for kind, one in scores.items()}
+    return counts | {kind: summarize_scores_with_intervals(one, codes, seed) for kind, one in scores.items()}
 
 
-def _summarize(scores: QueryScores, codes: NDArray[Any], seed: int) -> Scores:
+def summarize_scores_with_intervals(scores: QueryScores, codes: NDArray[Any], seed: int) -> Scores:
+    """Return the scores of one kind of embedding, each with its interval over buildings."""
     return _with_intervals(summarize_scores(scores), bootstrap_intervals(scores, codes, seed))
 
 
@@ -135,6 +155,10 @@ def summarize_galleries(evaluation: Evaluation, seed: int, progress: Callable[[i
     for size in GALLERY_SIZES:
         if size > len(evaluation.codes):
             break
+        if size == len(evaluation.codes):  # the whole split has been scored already
+            found[str(size)] = summarize_kinds(evaluation.scores, evaluation.codes, seed)
+            progress(size * len(evaluation.scores))
+            break
         rows = sample_gallery(evaluation.codes, size, seed)
         embeddings = {kind: matrix[rows] for kind, matrix in evaluation.embeddings.items()}
         scores = score_kinds(embeddings, evaluation.codes[rows], evaluation.ignored, progress=progress)
@@ -148,7 +172,7 @@ def compare_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dict[
     Paired: each resample of buildings is scored for both, and the differences give the interval.
     """
     gains = {}
-    for baseline in BASELINES:
+    for baseline in COMPARED:
         differences = scores["projector"].values() - scores[baseline].values()
         intervals = percentile_intervals(resample_means(differences, codes[scores["projector"].query], seed))
         means = dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True))
@@ -160,7 +184,6 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
     """Return metrics.json without its provenance."""
     features, codes = evaluation.features, evaluation.codes
     whole = summarize_kinds(evaluation.scores, codes, seed)
-    apart = score_without_panoramas(evaluation, progress)
     return {
         "split": "test",
         "queries": whole["queries"],
@@ -170,17 +193,17 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
         **{kind: whole[kind] for kind in KINDS},
         "projector_gain": compare_kinds(evaluation.scores, codes, seed),
         "by_dataset": summarize_datasets(evaluation.scores, codes, features.dataset_ids, seed),
-        "without_same_panorama": apart and summarize_kinds(apart, codes, seed),
+        "without_same_panorama": evaluation.apart and summarize_kinds(evaluation.apart, codes, seed),
         "by_gallery_size": summarize_galleries(evaluation, seed, progress),
+        "verification": summarize_verification(evaluation),
     }
 
 
-def score_without_panoramas(evaluation: Evaluation, progress: Callable[[int], None]) -> ScoresByKind | None:
-    """Score with the candidates of the query's own panorama left out; None where no building has another one."""
-    panoramas = panorama_codes(evaluation.features)
-    if len(np.unique(np.stack([evaluation.codes, panoramas], axis=1), axis=0)) == len(evaluation.features.building_ids):
-        return None
-    return score_kinds(evaluation.embeddings, evaluation.codes, evaluation.ignored, panoramas, progress)
+def summarize_verification(evaluation: Evaluation) -> dict[str, Any]:
+    """Return how well one threshold tells pairs apart, for each kind whose pairs were sampled."""
+    share = share_of_same_pairs(evaluation.codes)
+    found = {kind: summarize_pairs(pairs, share) for kind, pairs in evaluation.pairs.items()}
+    return {"share_of_same_pairs": share, **found}
 
 
 # ------------------------------------------------------------------------------------------------ for people
@@ -196,20 +219,26 @@ def format_metrics_table(metrics: Mapping[str, Any]) -> str:
         " " * 14 + "".join(f"{SCORE_LABELS[key]:>13}" for key in SCORE_KEYS),
     ]
     for kind in KINDS:
-        scores = metrics[kind]
-        lines.append(f"{KIND_LABELS[kind]:<14}" + "".join(f"{scores[key]:>13.3f}" for key in SCORE_KEYS))
-        intervals = ("{:.3f}-{:.3f}".format(*scores[f"{key}_ci95"]) for key in SCORE_KEYS)
-        lines.append(" " * 14 + "".join(f"{interval:>13}" for interval in intervals))
+        lines += format_score_lines(KIND_LABELS[kind], metrics[kind])
     return "\n".join([*lines, "", *textwrap.wrap(describe_verdict(metrics), 80)])
+
+
+def format_score_lines(label: str, scores: Scores) -> list[str]:
+    """Return two lines of a table: the scores, and below them their intervals."""
+    intervals = ("{:.3f}-{:.3f}".format(*scores[f"{key}_ci95"]) for key in SCORE_KEYS)
+    return [
+        f"{label:<14}" + "".join(f"{scores[key]:>13.3f}" for key in SCORE_KEYS),
+        " " * 14 + "".join(f"{interval:>13}" for interval in intervals),
+    ]
 
 
 def describe_verdict(metrics: Mapping[str, Any]) -> str:
     """Say whether the projector is better than the baselines, by how much, and how sure that is."""
     own = metrics["projector"]
-    parts = [_compare(metrics, baseline) for baseline in BASELINES]
+    parts = [_compare(metrics, baseline) for baseline in COMPARED]
     return (
         f"The projector finds the building at first try for {own['recall_at_1']:.1%} of the queries "
-        f"(mAP {own['map']:.3f}). It {parts[0]}, and {parts[1]}."
+        f"(mAP {own['map']:.3f}): it {', '.join(parts[:-1])}, and {parts[-1]}."
     )
 
 

@@ -6,26 +6,31 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from evaluate_embeddings.gallery_page import build_galleries
-from evaluate_embeddings.metrics import (
-    BASELINES,
-    KIND_LABELS,
-    KINDS,
-    SCORE_LABELS,
-    Evaluation,
-    describe_verdict,
+import numpy as np
+
+from evaluate_embeddings.embedding_map import build_map
+from evaluate_embeddings.figure_sections import build_recall, build_training, build_verification
+from evaluate_embeddings.gallery_page import build_galleries, choose_gallery
+from evaluate_embeddings.ledger import find_path, read_ledger
+from evaluate_embeddings.metrics import Evaluation
+from evaluate_embeddings.page import (
+    build_contents,
+    build_key_table,
+    build_page,
+    build_section,
+    build_table,
 )
-from evaluate_embeddings.page import build_figure, build_key_table, build_page, build_section, build_table
+from evaluate_embeddings.page_script import SCRIPT
 from evaluate_embeddings.photos import PhotoSource
-from evaluate_embeddings.plots import (
-    Curve,
-    plot_recall_curves,
-    plot_similarities,
-    plot_training,
-    sample_similarities,
+from evaluate_embeddings.score_sections import (
+    build_breakdowns,
+    build_conditions,
+    build_datasets,
+    build_head,
+    build_scores,
 )
+from pipeline.cli import StageResult
 from pipeline.config import Config
-from pipeline.errors import ConfigError
 from pipeline.log import logger
 from pipeline.tables import writing_to
 
@@ -33,172 +38,88 @@ ATTRIBUTION = (
     "If these pictures come from Google Street View: imagery © Google; "
     "do not publish this page without checking the terms."
 )
+# The page has to pass through mail: under 15 MB in all. A data URI has a character for each byte of the page.
+MAX_GALLERY_CHARACTERS, MAX_MAP_CHARACTERS = 7_500_000, 4_500_000
 
 
 def write_report(
-    path: Path, evaluation: Evaluation, metrics: Mapping[str, Any], training: Mapping[str, Any], config: Config
+    path: Path,
+    evaluation: Evaluation,
+    metrics: Mapping[str, Any],
+    training: Mapping[str, Any],
+    config: Config,
+    *,
+    images: bool = True,
 ) -> None:
     """Write the page in one piece; what cannot be shown (pictures, training curve) is left out and said so.
 
-    `training` is what the checkpoint says of its metrics.
+    `training` is what the checkpoint says of its metrics; without `images` the page has no photograph.
     """
-    photos = PhotoSource(config.path("merged_dir") / "test.parquet", find_raw_dir(config))
-    sections = [
-        build_head(metrics),
+    seed = config.global_.seed
+    photos = PhotoSource(config.path("merged_dir") / "test.parquet", find_path(config, "raw_dir"), wanted=images)
+    gallery = choose_gallery(evaluation, find_path(config, "difficulty_metadata_path"), seed)
+    numbers = [
         build_scores(metrics),
-        build_figures(evaluation, training, config),
+        build_recall(evaluation, metrics),
+        build_verification(evaluation, metrics),
+        build_breakdowns(metrics),
         build_conditions(metrics),
         build_datasets(metrics),
-        *build_galleries(evaluation, photos),
-        build_provenance(metrics),
-        f'<footer class="soft">{escape(ATTRIBUTION)}</footer>',
+        build_training(training, config),
     ]
-    page = build_page("Building retrieval report", sections)
+    pictures = [*build_galleries(gallery, photos, MAX_GALLERY_CHARACTERS)]
+    pictures.insert(0, build_map(evaluation, photos, MAX_MAP_CHARACTERS, seed))
+    origin = [build_ledger(read_ledger(config), metrics), build_provenance(metrics)]
+    page = build_page(
+        "Building retrieval report",
+        [
+            build_head(metrics),
+            build_contents(numbers + pictures + origin),
+            *numbers,
+            build_filter(evaluation),
+            *pictures,
+            *origin,
+            f'<footer class="soft">{escape(ATTRIBUTION)}</footer>',
+        ],
+        SCRIPT,
+    )
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    logger.info("%s: %.1f MB", path.name, len(page) / 1e6)
+    logger.info("%s: %.1f MB", path.name, path.stat().st_size / 1e6)
 
 
-def find_raw_dir(config: Config) -> Path | None:
-    """Return the tars' folder where it is set: the page can do without."""
-    try:
-        return config.path("raw_dir")
-    except ConfigError:
-        return None
-
-
-# ------------------------------------------------------------------------------------------------ numbers
-
-
-def build_head(metrics: Mapping[str, Any]) -> str:
-    """Return the title, the verdict and a tile for each kind of embedding."""
-    intervals = [metrics["projector_gain"][f"over_{baseline}"]["map_ci95"] for baseline in BASELINES]
-    mood = "good" if all(low > 0 for low, _ in intervals) else "bad" if any(high < 0 for _, high in intervals) else ""
-    title = {
-        "good": "The projector beats both baselines",
-        "bad": "The projector is worse than a baseline",
-        "": "The projector does not clearly beat both baselines",
-    }[mood]
-    tiles = "\n".join(
-        f'<div class="card{" own" if kind == "projector" else ""}"><h3>{KIND_LABELS[kind]}</h3>'
-        f'<div class="big">{metrics[kind]["recall_at_1"]:.1%}</div>'
-        f'<div class="soft">right at first try<br>mAP {metrics[kind]["map"]:.3f}</div></div>'
-        for kind in KINDS
+def build_filter(evaluation: Evaluation) -> str:
+    """Return the controls that choose among marks and examples; the page's script shows them."""
+    datasets = sorted({f"{dataset_id:04d}" for dataset_id in np.unique(evaluation.features.dataset_ids).tolist()})
+    options = "".join(f"<option>{name}</option>" for name in datasets)
+    return (
+        '<div id="filter" role="search" hidden>'
+        '<input id="filter-words" type="search" placeholder="image or building id" aria-label="image or building id">'
+        f'<select id="filter-dataset" aria-label="dataset"><option value="">all datasets</option>{options}</select>'
+        '<select id="filter-answer" aria-label="answer"><option value="">right and wrong</option>'
+        '<option value="1">found at first try</option><option value="0">not found at first try</option></select>'
+        '<span id="filter-count" class="soft" role="status"></span></div>'
     )
-    verdict = f'<p class="verdict {mood}">{escape(describe_verdict(metrics))}</p>'
-    return f'<header>\n<h1>{title}</h1>\n{verdict}\n<div class="tiles">\n{tiles}\n</div>\n</header>'
 
 
-def build_scores(metrics: Mapping[str, Any]) -> str:
-    """Return the table of all scores, and of what the projector gains, with intervals."""
-    gains = [metrics["projector_gain"][f"over_{baseline}"] for baseline in BASELINES]
-    header = ["", *KIND_LABELS.values(), *(f"gain over {KIND_LABELS[baseline]}" for baseline in BASELINES)]
+def build_ledger(results: list[StageResult], metrics: Mapping[str, Any]) -> str:
+    """Return what became of every row, stage by stage."""
+    own = StageResult("evaluate", metrics["gallery"], metrics["gallery"])
     rows = [
-        (
-            "",
-            [label, *(format_score(metrics[kind], key) for kind in KINDS), *(format_gain(gain, key) for gain in gains)],
-        )
-        for key, label in SCORE_LABELS.items()
-    ]
+        ("", [
+            result.stage, f"{len(result.kept):,}" if result.kept else "",
+            *(f"{count:,}" for count in (result.rows_in, result.rows_out, result.rejected, result.dropped)),
+            escape(", ".join(f"{reason} {count:,}" for reason, count in sorted(result.reasons.items()))),
+        ])
+        for result in (*results, own)
+    ]  # fmt: skip
     lead = (
-        f"Each of {metrics['queries']:,} photographs of {metrics['buildings']:,} buildings queries the other "
-        f"{metrics['gallery'] - 1:,} of the test split; the other photographs of its building are the right answers. "
-        "Below each score its 95% interval, by resampling buildings."
+        "No row vanishes: in = out + rejected + dropped, as the files of each stage say of their own making. "
+        "Stages whose files are not here are left out."
     )
-    if metrics["ignored_pairs"]:
-        lead += f" {metrics['ignored_pairs']:,} pairs of buildings count as neither right nor wrong."
-    return build_section("Scores", lead, build_table(header, rows))
-
-
-def format_score(scores: Mapping[str, Any], key: str) -> str:
-    """Return a cell's HTML: a score and its interval."""
-    low, high = scores[f"{key}_ci95"]
-    return f"{scores[key]:.3f}<small>{low:.3f}–{high:.3f}</small>"
-
-
-def format_gain(gain: Mapping[str, Any], key: str) -> str:
-    """Return a cell's HTML: a signed difference and its interval."""
-    low, high = gain[f"{key}_ci95"]
-    return f"{gain[key]:+.3f}<small>{low:+.3f} to {high:+.3f}</small>"
-
-
-def build_conditions(metrics: Mapping[str, Any]) -> str:
-    """Return the scores without the query's panorama and at fixed gallery sizes."""
-    rows = [("", ["the whole test split", f"{metrics['queries']:,}", *_short_scores(metrics)])]
-    if metrics["without_same_panorama"]:
-        found = metrics["without_same_panorama"]
-        rows.append(("", ["without the query's own panorama", f"{found['queries']:,}", *_short_scores(found)]))
-    for size, found in metrics["by_gallery_size"].items():
-        rows.append(("", [f"gallery of {int(size):,} images", f"{found['queries']:,}", *_short_scores(found)]))
-    lead = (
-        "Photographs cut from one panorama share light and camera, which makes them easy: the second row leaves them "
-        "out. Galleries of one size make splits comparable; those larger than the split are missing."
-    )
-    return build_section("Harder and fixed conditions", lead, build_table(_SHORT_HEADER, rows))
-
-
-def build_datasets(metrics: Mapping[str, Any]) -> str:
-    """Return the scores of each dataset's queries."""
-    datasets = dict(metrics["by_dataset"])
-    mean = datasets.pop("mean")
-    rows = [("own", [f"mean of {len(datasets)}", "", *_short_scores(mean)])]
-    rows += [
-        ("", [f"{int(name):04d}", f"{found['queries']:,}", *_short_scores(found)]) for name, found in datasets.items()
-    ]
-    lead = (
-        "Queries of each dataset (one raw tar, a rectangle of a city) among the whole gallery; "
-        "the mean counts each dataset alike."
-    )
-    return build_section("By dataset", lead, build_table(_SHORT_HEADER, rows))
-
-
-_SHORT_HEADER = ["", "queries"] + [f"{score}, {KIND_LABELS[kind]}" for score in ("R@1", "mAP") for kind in KINDS]
-
-
-def _short_scores(found: Mapping[str, Any]) -> list[str]:
-    return [format_score(found[kind], key) for key in ("recall_at_1", "map") for kind in KINDS]
-
-
-# ------------------------------------------------------------------------------------------------ figures
-
-
-def build_figures(evaluation: Evaluation, training: Mapping[str, Any], config: Config) -> str:
-    """Return the Recall@k curves, the training curve and the similarity histograms."""
-    curve = read_training_curve(config.path("checkpoint_dir") / "metrics.jsonl", training)
-    progress = '<p class="card soft">No training curve: neither metrics.jsonl nor the checkpoint has one.</p>'
-    if curve is not None:
-        progress = build_figure(plot_training(curve), "Training, on the validation split; the best epoch is kept.")
-    recall = build_figure(
-        plot_recall_curves(evaluation.scores), "Share of queries with a right answer among the first k."
-    )
-    histograms = []
-    for kind in KINDS:
-        same, different = sample_similarities(
-            evaluation.embeddings[kind], evaluation.codes, evaluation.ignored, config.global_.seed
-        )
-        svg = plot_similarities(same, different, KIND_LABELS[kind])
-        histograms.append(build_figure(svg, f"Pairs of images, {KIND_LABELS[kind]}: the less overlap, the better."))
     return build_section(
-        "Curves",
-        "How far down the list one has to look, how training went, and how well similarity tells buildings apart.",
-        f'<div class="figures">{recall}{progress}</div>',
-        f'<div class="figures three">{"".join(histograms)}</div>',
+        "Ledger", lead, build_table(["stage", "files", "in", "out", "rejected", "dropped", "why"], rows)
     )
-
-
-def read_training_curve(path: Path, training: Mapping[str, Any]) -> Curve | None:
-    """Return the validation mAP by epoch, of metrics.jsonl or else of the checkpoint; None where there is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        records = [json.loads(line) for line in lines] or training["history"]
-        epochs, values = [int(record["epoch"]) for record in records], [float(r["val"]["map"]) for r in records]
-        baselines = {kind: float(training["val"][kind]["map"]) for kind in BASELINES if kind in training.get("val", {})}
-    except (OSError, ValueError, KeyError, TypeError):  # an older run's files: the page can do without
-        return None
-    return Curve(epochs, values, baselines) if epochs else None
-
-
-# ------------------------------------------------------------------------------------------------ provenance
 
 
 def build_provenance(metrics: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ a query's positives, of the precision at each one's rank, and mAP its mean over 
 1 / rank of the nearest positive (Manning et al., Introduction to Information Retrieval, chapter 8).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,23 +112,76 @@ def score_queries(
     if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
         raise ValueError("embeddings must be L2-normalised: see normalise_rows")
     search = Search(building_codes, ignored, panorama_ids)
-    queries = search.queries()
+    found = _Collector()
+    for query, row in similarity_rows(embeddings, search.queries(), progress):
+        found.add(query, search.rank_positives(query, row))
+    return _expect(found.scores())
+
+
+def score_queries_twice(
+    embeddings: Embeddings,
+    building_codes: NDArray[Any],
+    panorama_ids: NDArray[Any],
+    *,
+    ignored: IgnoredPairs | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[QueryScores, QueryScores | None]:
+    """Do what `score_queries` does among all candidates and among those of other panoramas, by one search.
+
+    The second is None where no image has a positive of another panorama. Raises as `score_queries` does.
+    """
+    if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
+        raise ValueError("embeddings must be L2-normalised: see normalise_rows")
+    search, panoramas = Search(building_codes, ignored), RowGroups(panorama_ids)
+    found, apart = _Collector(), _Collector()
+    for query, row in similarity_rows(embeddings, search.queries(), progress):
+        positives = search.positives(query)
+        positives = positives[np.argsort(-row[positives], kind="stable")]
+        thresholds = row[positives] - np.float32(TIE_TOLERANCE)
+        ranks = search.rank_positives(query, row)  # spoils the row: what is no candidate is at -inf from here on
+        found.add(query, ranks)
+        companions = row[panoramas.rows_of(int(panoramas.codes[query]))]
+        other = panoramas.codes[positives] != panoramas.codes[query]
+        nearer = (ranks - np.arange(1, len(ranks) + 1))[other]
+        nearer -= (companions >= thresholds[other, None]).sum(axis=1)
+        apart.add(query, nearer + np.arange(1, len(nearer) + 1))
+    return _expect(found.scores()), apart.scores()
+
+
+def similarity_rows(
+    embeddings: Embeddings, queries: Codes, progress: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, Embeddings]]:
+    """Yield each query with its cosines to all rows, (N,), which may be spoilt; a block of queries is multiplied."""
     num_block = max(MIN_BLOCK_QUERIES, BLOCK_VALUES // max(1, len(embeddings)))
-    kept, first_ranks, precisions = [], [], []
     for start in range(0, len(queries), num_block):
         block = queries[start : start + num_block]
-        similarities = embeddings[block] @ embeddings.T  # (block, N)
-        for query, row in zip(block.tolist(), similarities, strict=True):
-            ranks = search.rank_positives(query, row)
-            if len(ranks):
-                kept.append(query)
-                first_ranks.append(ranks[0])
-                precisions.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+        yield from zip(block.tolist(), embeddings[block] @ embeddings.T, strict=True)
         if progress is not None:
             progress(len(block))
-    if not kept:
+
+
+class _Collector:
+    """Gathers the scores of queries from the ranks of their positives, ascending; one without any is no query."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, int, float]] = []
+
+    def add(self, query: int, ranks: Codes) -> None:
+        if len(ranks):
+            precision = float(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+            self._kept.append((query, int(ranks[0]), precision))
+
+    def scores(self) -> QueryScores | None:
+        if not self._kept:
+            return None
+        queries, first_ranks, precisions = zip(*self._kept, strict=True)
+        return QueryScores(np.array(queries, np.int64), np.array(first_ranks, np.int64), np.array(precisions))
+
+
+def _expect(scores: QueryScores | None) -> QueryScores:
+    if scores is None:
         raise InputError("no image has another image of its building to find: give more images or another split")
-    return QueryScores(np.array(kept, np.int64), np.array(first_ranks, np.int64), np.array(precisions))
+    return scores
 
 
 class Search:

@@ -37,7 +37,9 @@ def write_tar(path, buildings):
         return [(member.offset_data, member.size) for member in tar]
 
 
-def make_table(seed, *, num_buildings=NUM_BUILDINGS, width=WIDTH, places=None, prefix="", images=IMAGES_PER_BUILDING):
+def make_table(
+    seed, *, num_buildings=NUM_BUILDINGS, width=WIDTH, places=None, prefix="", images=IMAGES_PER_BUILDING, camera=False
+):
     """Return a split: buildings of two datasets by turns, embeddings near each building's own direction."""
     generator = np.random.default_rng(seed)
     building = np.repeat(np.arange(num_buildings), images)
@@ -52,6 +54,9 @@ def make_table(seed, *, num_buildings=NUM_BUILDINGS, width=WIDTH, places=None, p
         "building_id": pa.array([f"{prefix}{d:04d}_{b}" for d, b in zip(dataset, building, strict=True)]),
         "streetview_image_id": pa.array([f"{prefix}{d:04d}_{i}" for i, d in enumerate(dataset)]),
     }
+    if camera:
+        columns["heading"] = pa.array(np.arange(len(building)) * 25.0 % 360 - 180)
+        columns["distance_m"] = pa.array(5.0 + np.arange(len(building)) % 40)
     if places is not None:
         columns["image_offset"] = pa.array([place[0] for place in places], pa.int64())
         columns["image_size"] = pa.array([place[1] for place in places], pa.int64())
@@ -69,7 +74,10 @@ def write_checkpoint(path, *, seed=0, width=WIDTH, history=True):
     """Write a checkpoint of a projector with random weights."""
     torch.manual_seed(seed)
     projector = Projector(width, output_dim=8, hidden_dim=8)
-    scores = [{"epoch": epoch, "val": {"map": 0.4 + 0.01 * epoch}} for epoch in range(4)]
+    scores = [
+        {"epoch": epoch, "val": {"map": 0.4 + 0.01 * epoch}, "band_shares": [0.125] * 8 if epoch else None}
+        for epoch in range(4)
+    ]
     metrics = {"val": {"raw": {"map": 0.35}, "pca_whitened": {"map": 0.38}}, "history": scores} if history else {}
     content = {
         "architecture": projector.architecture,
@@ -80,7 +88,21 @@ def write_checkpoint(path, *, seed=0, width=WIDTH, history=True):
     save_checkpoint(path, content)
 
 
-def make_workplace(folder, *, photos=True):
+def write_difficulty(folder, table):
+    """Write metadata in which every image has a neighbour of each band, buildings of the split by turns."""
+    buildings = list(dict.fromkeys(table["building_id"].to_pylist()))
+    own = [buildings.index(name) for name in table["building_id"].to_pylist()]
+    columns = {
+        "target_coord_hash": table["streetview_image_id"],
+        "neighbor_building_ids": pa.array([[buildings[(n + k + 1) % len(buildings)] for k in range(7)] for n in own]),
+        "neighbor_bands": pa.array([list(range(7))] * len(own), pa.list_(pa.int32())),
+    }
+    tables.write_parquet(
+        folder / "difficulty.parquet", pa.table(columns), {"counts": {"in": len(own), "out": len(own)}}
+    )
+
+
+def make_workplace(folder, *, photos=True, camera=False):
     """Make tars, splits, a checkpoint and a configuration below `folder`; return the configuration's path."""
     folder = Path(folder)
     places = None
@@ -92,13 +114,16 @@ def make_workplace(folder, *, photos=True):
         }
         places = [next(found[1 + building % 2]) for building in buildings]
     write_split(folder, "train", make_table(1, num_buildings=40, prefix="t"))
-    write_split(folder, "test", make_table(2, places=places))
+    test = make_table(2, places=places, camera=camera)
+    write_split(folder, "test", test)
+    write_difficulty(folder, test)
     write_checkpoint(folder / "checkpoints" / "checkpoint_best.pt")
     config_path = folder / "config.toml"
     config_path.write_text(
         "[paths]\n"
         + ('raw_dir = "raw"\n' if photos else "")
         + 'merged_dir = "merged"\ncheckpoint_dir = "checkpoints"\nreport_dir = "report"\n'
+        + 'difficulty_metadata_path = "difficulty.parquet"\n'
         + "[training_model]\noutput_dim = 8\n"
     )
     return config_path

@@ -36,6 +36,7 @@ from pipeline.config import PROJECT_ROOT, load_config
 from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.features import load_features
 from pipeline.retrieval import SCORE_KEYS, normalise_rows, score_queries, summarize_scores
+from pipeline.whitening import DEFAULT_SHRINKAGE, fit_within_class_whitening
 
 SCRIPT = PROJECT_ROOT / "evaluate_embeddings" / "evaluate.py"
 NUM_IMAGES = NUM_BUILDINGS * IMAGES_PER_BUILDING
@@ -70,15 +71,16 @@ def finished(tmp_path_factory):
 def test_metrics_have_the_contracts_keys_and_the_counts_of_the_split(finished):
     metrics, _ = read_outputs(finished)
     assert list(metrics) == [
-        "split", "queries", "gallery", "buildings", "ignored_pairs", "raw", "pca_whitened", "projector",
-        "projector_gain", "by_dataset", "without_same_panorama", "by_gallery_size", "provenance",
+        "split", "queries", "gallery", "buildings", "ignored_pairs", "raw", "pca_whitened", "whitening",
+        "projector", "projector_gain", "by_dataset", "without_same_panorama", "by_gallery_size", "verification",
+        "by_views", "by_viewpoint_change", "by_distance", "provenance",
     ]  # fmt: skip
     assert metrics["split"] == "test"
     assert metrics["queries"] == metrics["gallery"] == NUM_IMAGES
     assert metrics["buildings"] == NUM_BUILDINGS
     assert metrics["ignored_pairs"] == 0
     groups = [metrics, metrics["without_same_panorama"], *metrics["by_dataset"].values()]
-    for scores in [group[kind] for group in groups for kind in ("raw", "pca_whitened", "projector")]:
+    for scores in [group[kind] for group in groups for kind in ("raw", "pca_whitened", "whitening", "projector")]:
         assert set(scores) == SCORE_DICT_KEYS
         assert all(scores[f"{key}_ci95"][0] <= scores[key] <= scores[f"{key}_ci95"][1] for key in SCORE_KEYS)
     assert metrics["by_gallery_size"] == {}
@@ -88,14 +90,15 @@ def test_metrics_have_the_contracts_keys_and_the_counts_of_the_split(finished):
     assert {item["name"] for item in provenance["inputs"]} == {"train.parquet", "test.parquet", "checkpoint_best.pt"}
 
 
-def test_the_three_rows_are_what_each_embedding_scores(finished):
+def test_the_rows_are_what_each_embedding_scores(finished):
     metrics, _ = read_outputs(finished)
     test = load_features(finished.parent / "merged" / "test.parquet")
     train = load_features(finished.parent / "merged" / "train.parquet")
     centred = train.embeddings.astype(np.float64) - train.embeddings.mean(axis=0)
     values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
     whitened = (test.embeddings - train.embeddings.mean(axis=0)) @ (vectors / np.sqrt(values))
-    expected = {"raw": test.embeddings, "pca_whitened": whitened}
+    whitening = fit_within_class_whitening(train.embeddings, train.building_codes, 8, DEFAULT_SHRINKAGE)
+    expected = {"raw": test.embeddings, "pca_whitened": whitened, "whitening": whitening.apply(test.embeddings)}
     for kind, embeddings in expected.items():
         summary = summarize_scores(score_queries(normalise_rows(embeddings), test.building_codes))
         assert {key: metrics[kind][key] for key in SCORE_KEYS} == pytest.approx(summary, abs=1e-6)
@@ -181,9 +184,9 @@ def test_the_gain_is_paired_and_zero_between_equal_embeddings():
     codes = np.repeat(np.arange(30), 3)
     raw = score_queries(normalise_rows(generator.normal(size=(90, 8))), codes)
     better = score_queries(normalise_rows(np.eye(30)[codes] + 0.2 * generator.normal(size=(90, 30))), codes)
-    gains = compare_kinds({"raw": raw, "pca_whitened": better, "projector": better}, codes, seed=0)
+    gains = compare_kinds({"raw": raw, "pca_whitened": better, "whitening": raw, "projector": better}, codes, seed=0)
     expected = better.average_precision.mean() - raw.average_precision.mean()
-    assert gains["over_raw"]["map"] == pytest.approx(expected)
+    assert gains["over_raw"]["map"] == gains["over_whitening"]["map"] == pytest.approx(expected)
     assert gains["over_raw"]["map_ci95"][0] > 0
     assert gains["over_pca_whitened"]["map_ci95"] == [0.0, 0.0]
 

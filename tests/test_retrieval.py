@@ -14,6 +14,7 @@ from pipeline.retrieval import (
     normalise_rows,
     resample_means,
     score_queries,
+    score_queries_twice,
     summarize_scores,
 )
 
@@ -73,6 +74,22 @@ def test_scores_equal_a_loop_with_ignored_pairs():
     scores = score_queries(embeddings, codes, ignored=ignored)
     assert_equals_loops(scores, score_by_loops(embeddings, codes, ignored=pairs))
     assert scores.average_precision.mean() > score_queries(embeddings, codes).average_precision.mean()
+
+
+def test_one_search_gives_the_scores_with_and_without_the_same_panorama():
+    for seed in range(5):
+        embeddings, codes, panoramas = make_views(seed=seed)
+        ignored = IgnoredPairs(np.array([0, 3]), np.array([5, 7]))
+        with_all, apart = score_queries_twice(embeddings, codes, panoramas, ignored=ignored)
+        for found, expected in (
+            (with_all, score_queries(embeddings, codes, ignored=ignored)),
+            (apart, score_queries(embeddings, codes, ignored=ignored, panorama_ids=panoramas)),
+        ):
+            assert found.query.tolist() == expected.query.tolist()
+            assert found.first_rank.tolist() == expected.first_rank.tolist()
+            np.testing.assert_array_equal(found.average_precision, expected.average_precision)
+    one_panorama = np.zeros(len(codes))
+    assert score_queries_twice(embeddings, codes, one_panorama)[1] is None
 
 
 def test_scores_equal_a_loop_without_the_same_panorama():

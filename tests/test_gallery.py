@@ -1,0 +1,139 @@
+"""What the gallery finds to show beyond right and wrong answers: suspected label errors, bands, the map."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from evaluation_data import make_workplace
+
+from evaluate_embeddings import embedding_map, gallery
+from evaluate_embeddings.difficulty_bands import find_band_examples
+from evaluate_embeddings.embedding_map import place_points
+from evaluate_embeddings.evaluate import embed_split, score_split
+from evaluate_embeddings.gallery import find_suspects
+from pipeline.config import load_config
+from pipeline.errors import InputError
+from pipeline.retrieval import IgnoredPairs
+from pipeline.tables import write_parquet
+
+NO_PAIRS = IgnoredPairs(np.array([], np.int64), np.array([], np.int64))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return make_workplace(tmp_path_factory.mktemp("gallery"), photos=False)
+
+
+def evaluate(config_path, ignored=NO_PAIRS):
+    config = load_config(config_path)
+    features, embeddings, _ = embed_split(config)
+    return score_split(features, embeddings, ignored, config)[0]
+
+
+@pytest.fixture(scope="module")
+def evaluation(workplace):
+    return evaluate(workplace)
+
+
+def find_by_hand(evaluation, threshold):
+    embeddings, codes = evaluation.embeddings["projector"], evaluation.codes
+    best = {}
+    for one in range(len(codes)):
+        for other in range(len(codes)):
+            if codes[one] != codes[other]:
+                pair = tuple(sorted((int(codes[one]), int(codes[other]))))
+                best[pair] = max(best.get(pair, -2), float(embeddings[one] @ embeddings[other]))
+    return sorted((value for value in best.values() if value >= threshold), reverse=True)
+
+
+def test_suspects_are_the_most_similar_pairs_of_two_buildings_each_pair_once(evaluation):
+    found = find_suspects(evaluation, 5, seed=0)
+    expected = find_by_hand(evaluation, evaluation.pairs["projector"].threshold_at(0.001))[:5]
+    assert 1 <= len(found) <= 5
+    np.testing.assert_allclose([suspect.similarity for suspect in found][: len(expected)], expected, atol=1e-5)
+    for suspect in found:
+        one, other = suspect.rows
+        assert evaluation.codes[one] != evaluation.codes[other]
+        raw = evaluation.embeddings["raw"]
+        assert suspect.raw_similarity == pytest.approx(float(raw[one] @ raw[other]), abs=1e-6)
+        # A building lies 1e-4 degrees north and east of the one before it: 13 m.
+        steps = abs(int(evaluation.codes[one]) - int(evaluation.codes[other]))
+        assert suspect.distance_m == pytest.approx(13.05 * steps, rel=0.01)
+
+
+def test_an_ignored_pair_is_no_suspect(workplace, evaluation):
+    one, other = (int(evaluation.codes[row]) for row in find_suspects(evaluation, 1, seed=0)[0].rows)
+    ignored = IgnoredPairs(np.array([min(one, other)]), np.array([max(one, other)]))
+    again = evaluate(workplace, ignored)
+    pairs = [{int(again.codes[row]) for row in suspect.rows} for suspect in find_suspects(again, 99, seed=0)]
+    assert {one, other} not in pairs
+
+
+def test_of_many_images_a_sample_is_looked_at(evaluation, monkeypatch):
+    monkeypatch.setattr(gallery, "MAX_SUSPECT_QUERIES", 10)
+    whole = {suspect.rows for suspect in find_suspects(evaluation, 99, seed=0)}
+    assert len(whole) <= 10
+    assert whole == {suspect.rows for suspect in find_suspects(evaluation, 99, seed=0)}
+
+
+# ------------------------------------------------------------------------------------------------ bands
+
+
+def write_difficulty(path, rows):
+    columns = {
+        "target_coord_hash": pa.array([row[0] for row in rows]),
+        "neighbor_building_ids": pa.array([row[1] for row in rows]),
+        "neighbor_bands": pa.array([row[2] for row in rows], pa.list_(pa.int32())),
+    }
+    write_parquet(path, pa.table(columns), {})
+
+
+def test_an_anchor_shows_the_nearest_building_of_the_split_of_each_band(evaluation, tmp_path):
+    images, buildings = evaluation.features.image_ids.to_pylist(), evaluation.features.building_ids.to_pylist()
+    rows = [
+        ("9999_1", [buildings[3]], [0]),  # an image of another split
+        (images[0], ["9999_7", buildings[5], buildings[6], buildings[5]], [0, 0, 2, 6]),
+        (images[9], [buildings[2]], [4]),
+    ]
+    write_difficulty(tmp_path / "d.parquet", rows)
+    found = find_band_examples(tmp_path / "d.parquet", evaluation, limit=2)
+    assert [example.anchor for example in found] == [0, 9]
+    assert [(band, int(evaluation.codes[row])) for band, row in found[0].negatives] == [(0, 5), (2, 6)]
+    assert [(band, int(evaluation.codes[row])) for band, row in found[1].negatives] == [(4, 2)]
+    own = evaluation.embeddings["projector"]
+    for band, row in found[0].negatives:
+        alike = np.flatnonzero(evaluation.codes == evaluation.codes[row])
+        assert row == max(alike, key=lambda other: float(own[other] @ own[0])), band
+
+
+def test_a_table_that_is_no_difficulty_metadata_is_an_error_that_names_it(evaluation, tmp_path):
+    write_parquet(tmp_path / "d.parquet", pa.table({"target_coord_hash": ["a"]}), {})
+    with pytest.raises(InputError, match=r"d\.parquet: not difficulty metadata"):
+        find_band_examples(tmp_path / "d.parquet", evaluation, limit=2)
+
+
+# ------------------------------------------------------------------------------------------------ map
+
+
+def test_the_map_shows_the_two_leading_components_of_numpys_svd(evaluation):
+    points = place_points(evaluation, seed=0)
+    rows = evaluation.embeddings["projector"]
+    centred = rows - rows.mean(axis=0)
+    _, values, axes = np.linalg.svd(centred.astype(np.float64), full_matrices=False)
+    np.testing.assert_allclose(np.abs(points.place), np.abs(centred @ axes[:2].T), atol=1e-4)
+    np.testing.assert_allclose(points.variance, values[:2] ** 2 / (values**2).sum(), atol=1e-5)
+    assert points.row.tolist() == list(range(len(rows)))
+    assert points.is_right.tolist() == (evaluation.scores["projector"].first_rank == 1).tolist()
+
+
+def test_a_large_split_is_sampled_and_the_page_says_so(evaluation, monkeypatch):
+    monkeypatch.setattr(embedding_map, "MAX_POINTS", 20)
+    monkeypatch.setattr(embedding_map, "MAX_FIT_ROWS", 30)
+    points = place_points(evaluation, seed=0)
+    assert len(points.row) == len(set(points.row.tolist())) == 20
+
+    class NoPhotos:
+        problem = "none"
+
+    page = embedding_map.build_map(evaluation, NoPhotos(), 100, seed=0)
+    assert "a random 20 of the test images" in page
+    assert page.count("data-mark=") == 20

@@ -1,0 +1,263 @@
+"""Stage 9 on anything: an embeddings dataset with labels, two models side by side, and how sure the answer is."""
+
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from evaluation_data import make_table, make_workplace, write_checkpoint, write_split
+
+from evaluate_embeddings.comparison import NUM_RESAMPLES, compare, format_p
+from evaluate_embeddings.evaluate import main
+from evaluate_embeddings.labelled import label_rows, match_rows, read_embeddings
+from evaluate_embeddings.standalone import name_models
+from pipeline import tables
+from pipeline.errors import InputError
+from pipeline.retrieval import QueryScores, normalise_rows, score_queries, summarize_scores
+
+BUILDINGS = np.repeat(np.arange(12), 3)
+
+
+def make_vectors(noise, seed=0):
+    generator = np.random.default_rng(seed)
+    return (np.eye(12)[BUILDINGS] + noise * generator.normal(size=(36, 12))).astype(np.float32)
+
+
+def write_dataset(folder, ids, vectors, *, name="OSMID", parts=3):
+    values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    table = pa.table({name: ids, "embedding": values})
+    size = -(-len(table) // parts)
+    for part in range(parts):
+        path = folder / "parts" / f"rg00000_rb{part:05d}.parquet"
+        tables.write_parquet(path, table.slice(part * size, size), {})
+    return folder
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset whose OSMID is the building."""
+    return write_dataset(tmp_path / "one", pa.array(BUILDINGS), make_vectors(0.5))
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A dataset whose OSMID is the image, and labels of all but the last building, in another order."""
+    folder = write_dataset(tmp_path / "images", pa.array(np.arange(36), pa.int32()), make_vectors(0.5))
+    order = np.random.default_rng(0).permutation(33)
+    labels = pa.table({"OSMID": pa.array(order, pa.int64()), "building_id": [f"b{BUILDINGS[row]}" for row in order]})
+    tables.write_parquet(tmp_path / "labels.parquet", labels, {})
+    return folder, tmp_path / "labels.parquet"
+
+
+def evaluate(run_main, tmp_path, *arguments, code=0):
+    outcome = run_main(main, *arguments, "--set", f"global.log_dir={tmp_path / 'logs'}")
+    assert outcome.code == code, outcome.stderr
+    assert outcome.stdout == ""
+    return outcome.stderr
+
+
+def read_verdict(text):
+    """Return the last paragraph of the table as one line."""
+    return " ".join(text.split("\n\n")[-2].split())
+
+
+def check_width(text):
+    table = text[text.index(" queries, gallery of") - 10 :].rsplit("\n\n", 1)[0]
+    assert max(map(len, table.splitlines())) <= 80
+
+
+# ------------------------------------------------------------------------------------------------ one dataset
+
+
+def test_without_labels_the_osmid_says_which_images_belong_together(run_main, tmp_path, dataset):
+    text = evaluate(run_main, tmp_path, "--embeddings", dataset)
+    expected = summarize_scores(score_queries(normalise_rows(make_vectors(0.5)), BUILDINGS))
+    row = re.search(r"^one +([\d. ]+)$", text, re.MULTILINE)[1].split()
+    assert row == [f"{value:.3f}" for value in expected.values()]
+    assert "36 queries, gallery of 36 images, 12 buildings" in text
+    assert read_verdict(text).startswith(f"one finds the building at first try for {expected['recall_at_1']:.1%}")
+    check_width(text)
+
+
+def test_labels_join_by_osmid_whatever_its_type_and_what_they_do_not_know_is_counted(run_main, tmp_path, labelled):
+    folder, labels = labelled
+    text = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", labels)
+    expected = summarize_scores(score_queries(normalise_rows(make_vectors(0.5)[:33]), BUILDINGS[:33]))
+    assert f"{expected['map']:.3f}" in text
+    assert "3 images have no label: left out of queries and gallery" in text
+    assert "36 in = 33 out + 0 rejected + 3 dropped (no_label 3)" in text
+
+
+def test_a_merged_split_will_do_for_labels(tmp_path):
+    split = make_table(2, num_buildings=4)
+    tables.write_parquet(tmp_path / "test.parquet", split, {})
+    ids = split["streetview_image_id"].combine_chunks()
+    found = label_rows(pa.concat_arrays([ids[::-1], pa.array(["stranger"])]), tmp_path / "test.parquet")
+    assert found.to_pylist() == [*split["building_id"].to_pylist()[::-1], None]
+
+
+def test_ignored_pairs_are_left_out_here_too(run_main, tmp_path, dataset):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("building_id_a,building_id_b\n0,1\n2,3\n0,99\n")
+    text = evaluate(run_main, tmp_path, "--embeddings", dataset, "--ignore-pairs", pairs)
+    assert "2 pairs of buildings ignored" in text
+
+
+def test_an_unfinished_dataset_is_scored_and_said_to_be_one(run_main, tmp_path, dataset):
+    tables.write_json(dataset / "state.json", {"complete": False, "rows_embedded": 36, "rows_total": 50})
+    assert "is not complete: 36 of 50 rows are embedded" in evaluate(run_main, tmp_path, "--embeddings", dataset)
+
+
+def test_a_dataset_beside_a_file_of_its_name_and_a_plain_folder_are_read(tmp_path, dataset):
+    (tmp_path / "busy").write_text("a file")
+    dataset.rename(tmp_path / "busy.parts")
+    assert len(read_embeddings(tmp_path / "busy").ids) == 36
+    plain = read_embeddings(tmp_path / "busy.parts" / "parts")
+    np.testing.assert_allclose(plain.embeddings, normalise_rows(make_vectors(0.5)), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ two models
+
+
+def test_a_better_model_beats_a_worse_one_and_not_the_other_way_round(run_main, tmp_path, dataset):
+    better = write_dataset(tmp_path / "two", pa.array(BUILDINGS), make_vectors(0.2, seed=5), parts=2)
+    text = evaluate(run_main, tmp_path, "--embeddings", dataset, "--compare", better)
+    one, two = (score_queries(normalise_rows(make_vectors(*a)), BUILDINGS) for a in ((0.5, 0), (0.2, 5)))
+    gain = two.average_precision.mean() - one.average_precision.mean()
+    assert read_verdict(text).startswith(f"B (two) beats A (one): mAP {gain:+.3f}, 95% interval +")
+    check_width(text)
+    text = evaluate(run_main, tmp_path, "--embeddings", better, "--compare", dataset)
+    assert read_verdict(text).startswith(f"B (one) is worse than A (two): mAP {-gain:+.3f}")
+
+
+def test_a_model_beside_itself_cannot_be_told_from_it(run_main, tmp_path, dataset):
+    text = evaluate(run_main, tmp_path, "--embeddings", dataset, "--compare", dataset)
+    assert "cannot be told from" in read_verdict(text)
+    assert "mAP +0.000, 95% interval +0.000 to +0.000, p = 1.0000" in read_verdict(text)
+
+
+def test_images_meet_by_their_id_and_those_of_one_dataset_alone_are_counted(run_main, tmp_path, labelled):
+    folder, labels = labelled
+    order = np.random.default_rng(1).permutation(36)[:30]
+    other = write_dataset(tmp_path / "shuffled", pa.array(order), make_vectors(0.5)[order])
+    text = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", labels, "--compare", other)
+    assert "mAP +0.000, 95% interval +0.000 to +0.000, p = 1.0000" in read_verdict(text)
+    unlabelled = int((order >= 33).sum())
+    assert f"36 in = {30 - unlabelled} out + 0 rejected + {6 + unlabelled} dropped" in text
+
+
+def test_rows_that_cannot_be_matched_are_an_error():
+    ids = pa.array(["a", "a", "b"])
+    assert [rows.tolist() for rows in match_rows(ids, ids, "x")] == [[0, 1, 2], [0, 1, 2]]
+    with pytest.raises(InputError, match="x: ids repeat and are not the same in the same order"):
+        match_rows(ids, pa.array(["a", "b", "a"]), "x")
+    with pytest.raises(InputError, match="x: has no image in common"):
+        match_rows(pa.array(["a"]), pa.array(["b"]), "x")
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    return make_workplace(tmp_path / "work", photos=False)
+
+
+def test_two_checkpoints_are_compared_on_the_test_split_and_nothing_is_written(run_main, tmp_path, workplace):
+    other = tmp_path / "other.pt"
+    write_checkpoint(other, seed=1)
+    text = evaluate(run_main, tmp_path, "--config", workplace, "--compare", other)
+    assert "A = checkpoint_best.pt" in text
+    assert "B = other.pt" in text
+    assert "Mind: other.pt was trained on a split that it does not name" in text
+    assert re.match(r"B \(other\.pt\) (beats|is worse than|cannot be told from) A", read_verdict(text))
+    assert not (workplace.parent / "report").exists()
+    check_width(text)
+
+
+def test_a_dataset_of_the_test_images_is_compared_with_the_checkpoint(run_main, tmp_path, workplace):
+    from evaluate_embeddings.evaluate import embed_split
+    from pipeline.config import load_config
+
+    features, embeddings, _ = embed_split(load_config(workplace))
+    order = np.random.default_rng(0).permutation(len(features))
+    for name, ids in (("images", features.image_ids.take(pa.array(order))), ("buildings", None)):
+        rows = order if ids is not None else np.arange(len(features))
+        names = ids if ids is not None else features.building_ids.take(pa.array(features.building_codes))
+        other = write_dataset(tmp_path / name, names, embeddings["projector"][rows])
+        text = evaluate(run_main, tmp_path, "--config", workplace, "--compare", other)
+        assert "cannot be told from" in read_verdict(text)
+        assert "p = 1.0000" in read_verdict(text)
+
+
+def test_the_interval_and_p_of_a_comparison_are_those_of_a_slow_paired_bootstrap():
+    generator = np.random.default_rng(0)
+    codes = np.repeat(np.arange(30), 2)
+    ranks = generator.integers(1, 9, (2, 60))
+    one, other = (QueryScores(np.arange(60), rank, 1 / rank) for rank in ranks)
+    found = compare(one, other, codes, seed=7)
+    differences = (1 / ranks[1] - 1 / ranks[0]).reshape(30, 2).sum(axis=1)
+    generator = np.random.default_rng(7)
+    means = np.array([differences[generator.integers(30, size=30)].mean() / 2 for _ in range(NUM_RESAMPLES)])
+    assert found.difference["map"] == pytest.approx((1 / ranks[1]).mean() - (1 / ranks[0]).mean())
+    np.testing.assert_allclose(found.interval["map"], np.percentile(means, [2.5, 97.5]), atol=1e-9)
+    tail = min((means <= 0).sum(), (means >= 0).sum())
+    assert found.p["map"] == pytest.approx(min(1, 2 * (tail + 1) / (NUM_RESAMPLES + 1)), abs=1e-3)
+
+
+def test_a_p_is_told_as_far_as_the_resamples_go():
+    assert format_p(2 / (NUM_RESAMPLES + 1)) == "<0.0002"
+    assert format_p(0.04321) == "0.0432"
+
+
+def test_models_are_named_by_what_tells_them_apart(tmp_path):
+    assert name_models([tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt"]) == ["a/x.pt", "b/x.pt"]
+    assert name_models([tmp_path / "x.pt"]) == ["x.pt"]
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def test_options_that_do_not_go_together_are_exit_code_2(run_main, tmp_path, dataset):
+    for arguments, words in (
+        (["--labels", "x.parquet"], "--labels belongs to --embeddings"),
+        (["--embeddings", dataset, "--no-images"], "--no-images is about the page"),
+    ):
+        assert words in evaluate(run_main, tmp_path, *arguments, code=2)
+
+
+def test_what_cannot_be_scored_is_exit_code_1_with_one_line(run_main, tmp_path, dataset, labelled):
+    folder, labels = labelled
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    tables.write_parquet(tmp_path / "twice.parquet", pa.table({"OSMID": [1, 1], "building_id": ["a", "b"]}), {})
+    tables.write_parquet(tmp_path / "others.parquet", pa.table({"OSMID": [99], "building_id": ["a"]}), {})
+    tables.write_parquet(tmp_path / "plain.parquet", pa.table({"OSMID": [1]}), {})
+    narrow = write_dataset(tmp_path / "narrow", pa.array(BUILDINGS), make_vectors(0.5))
+    tables.write_parquet(
+        narrow / "parts" / "rg00009_rb00000.parquet",
+        pa.table({"OSMID": [1], "embedding": pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0], pa.float32()), 2)}),
+        {},
+    )
+    zero = write_dataset(tmp_path / "zero", pa.array(BUILDINGS), np.zeros((36, 4), np.float32))
+    cases = [
+        (["--embeddings", tmp_path / "nowhere"], "nowhere: no parts/*.parquet"),
+        (["--embeddings", empty], "empty: no parts/*.parquet"),
+        (["--embeddings", narrow], "embeddings of 2 numbers, rg00000_rb00000.parquet has 12"),
+        (["--embeddings", zero], "zero: embeddings: row 0 is not finite or all zero"),
+        (["--embeddings", folder], "every image has an OSMID of its own: give --labels"),
+        (["--embeddings", folder, "--labels", tmp_path / "twice.parquet"], "OSMID 1 has two buildings"),
+        (["--embeddings", folder, "--labels", tmp_path / "others.parquet"], "names none of the images"),
+        (["--embeddings", folder, "--labels", tmp_path / "plain.parquet"], "no column building_id"),
+        (["--embeddings", folder, "--labels", tmp_path / "no.parquet"], "no.parquet: no such file"),
+        (["--embeddings", dataset, "--compare", labels], "takes an embeddings dataset"),
+    ]
+    for arguments, words in cases:
+        last = evaluate(run_main, tmp_path, *arguments, code=1).splitlines()[-1]
+        assert last.startswith("error: "), last
+        assert words in last
+
+
+def test_a_split_of_another_width_refuses_the_other_checkpoint(run_main, tmp_path, workplace):
+    write_split(workplace.parent, "test", make_table(2, width=9))
+    write_checkpoint(workplace.parent / "checkpoints" / "checkpoint_best.pt", width=9)
+    write_checkpoint(tmp_path / "other.pt")
+    text = evaluate(run_main, tmp_path, "--config", workplace, "--compare", tmp_path / "other.pt", code=1)
+    assert "other.pt: its projector takes embeddings of 16 numbers, these have 9" in text
