@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # A folder of tars of your own: make demo RAW=some/tars
 RAW ?=
 
-.PHONY: install demo test test-slow test-all lint format clean
+.PHONY: install demo test test-slow test-all faults lint format clean
 
 install: $(STAMP)
 
@@ -16,10 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 	    { echo "error: $(PYTHON) is older than Python 3.11: give make PYTHON=python3.11" >&2; exit 1; }
 	@if command -v uv >/dev/null 2>&1; then \
 	    { [ -x $(PY) ] || uv venv --quiet --python $(PYTHON) $(VENV); } && \
-	    uv pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[faiss,demo,test]'; \
+	    uv pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[faiss,tune,tensorboard,demo,test]'; \
 	else \
 	    { [ -x $(PY) ] || $(PYTHON) -m venv $(VENV); } && \
-	    $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[faiss,demo,test]'; \
+	    $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[faiss,tune,tensorboard,demo,test]'; \
 	fi
 	@touch $@
 
@@ -34,6 +34,10 @@ test-slow: install
 	$(PY) -m pytest -m slow --numprocesses auto --dist worksteal
 
 test-all: test test-slow
+
+# Every disturbance that is known, 100 kills among them; writes the table of docs/reliability.md.
+faults: install
+	$(PY) tests/faults/run.py --tries 100 --write
 
 lint: install
 	$(PY) -m ruff format --check .

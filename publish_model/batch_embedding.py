@@ -1,50 +1,63 @@
-"""Embed one read batch of packaged images: rows in, embeddings and rejects out."""
+"""Embed read batches of packaged images: rows in, embeddings and rejects out."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.backbone import Embedder, check_embeddings
+from pipeline.backbone import Decoded, Embedder, check_embeddings
 from pipeline.config import count_cores
+from pipeline.engine import End, embed_stream
+from pipeline.engine_watch import EngineWatch
 from pipeline.errors import InputError, Rejection
-from pipeline.images import decode_rgb
-from pipeline.log import Stopwatch
-from pipeline.workers import map_in_order
-from publish_model.duplicates import hash_bytes, hash_ids, pack_hashes
+from publish_model.hashes import hash_bytes, hash_ids, pack_hashes
 from publish_model.packaged_input import ID_COLUMN, IMAGE_COLUMN, plain_values, take_rows, valid_rows
-from publish_model.part_plans import PartContent
+from publish_model.part_plans import PartContent, PartPlan
 
 # The projector normalises in float32; anything further from 1 comes from another kind of model.
 NORM_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass
 class Picture:
-    """The image of row `row` of a read batch as the model takes it, or why it cannot be taken."""
+    """The image of row `row` of a read batch."""
 
     row: int
+    data: bytes | None
     image_hash: int = 0
-    pixels: torch.Tensor | None = None
-    rejection: Rejection | None = None
+
+
+@dataclass
+class ReadBatch(End):
+    """The rows of one part; in a stream of pictures it stands behind its own."""
+
+    plan: PartPlan
+    table: pa.Table
 
 
 class BatchEmbedder:
     """The published model, ready for read batches; `watch` adds up where the time went."""
 
-    def __init__(self, model_dir: Path, device: str, precision: str, batch_size: int, watch: Stopwatch) -> None:
-        """Load the model and try it on a grey image.
+    def __init__(
+        self,
+        model_dir: Path,
+        device: str,
+        precision: str,
+        batch_size: int | str,
+        filter_valid: bool,
+        watch: EngineWatch,
+    ) -> None:
+        """Load the model and try it on a grey image; `filter_valid` leaves out the rows whose `is_valid` is false.
 
         Raises InputError if it cannot be loaded or does not give L2-normalised embeddings.
         """
-        self.batch_size = batch_size
+        self.filter_valid = filter_valid
         self.watch = watch
         self._embedder = Embedder(
             model_dir, device=device, dtype=precision, batch_size=batch_size, trust_remote_code=True
@@ -57,55 +70,66 @@ class BatchEmbedder:
                 "not a backbone"
             )
 
-    def embed(self, table: pa.Table, first_row: int) -> PartContent:
-        """Embed the rows of a read batch, which begins at row `first_row` of the input.
+    def embed_each(self, batches: Iterable[ReadBatch]) -> Generator[tuple[ReadBatch, PartContent], None, None]:
+        """Yield what becomes of each read batch, in order; the next ones are read and decoded meanwhile.
 
-        Raises PipelineError if an embedding is not finite or all zero.
+        `batches` is read in another thread. Raises PipelineError if an embedding is not finite or all zero. Whoever
+        may stop early closes what is returned.
         """
-        ids = table.column(ID_COLUMN).combine_chunks()
-        wanted = np.flatnonzero(valid_rows(table))
-        embedded: list[Picture] = []
-        rejected: list[Picture] = []
-        embeddings = [np.empty((0, self.width), dtype=np.float32)]
-        pictures = self._prepare_in_order(table.column(IMAGE_COLUMN), wanted)
-        while batch := self._take(pictures):
-            rejected += [picture for picture in batch if picture.rejection is not None]
-            ready = [picture for picture in batch if picture.pixels is not None]
-            if ready:
-                embeddings.append(self._embed_pictures(ready, first_row))
-            embedded += [Picture(picture.row, picture.image_hash) for picture in ready]  # without the pixels
+        stream = embed_stream(self._embedder, self._list_pictures(batches), self._decode, count_cores(), self.watch)
+        gathered = Gathered()
+        with contextlib.closing(stream):
+            for done in stream:
+                gathered.embedded += done.items
+                gathered.rejected += done.rejected
+                if done.embeddings is not None:
+                    gathered.embeddings.append(done.embeddings)
+                if isinstance(done.end, ReadBatch):
+                    with self.watch.measure("write"):
+                        content = self._assemble(done.end, gathered)
+                    yield done.end, content
+                    gathered = Gathered()
+
+    def _list_pictures(self, batches: Iterable[ReadBatch]) -> Iterator[Picture | ReadBatch]:
+        """Yield each batch's pictures, then the batch; only the images in flight leave Arrow's memory."""
+        for batch in batches:
+            images = batch.table.column(IMAGE_COLUMN)
+            for row in self._wanted_rows(batch):
+                yield Picture(int(row), images[int(row)].as_py())
+            yield batch
+
+    def _wanted_rows(self, batch: ReadBatch) -> NDArray[np.int64]:
+        return np.flatnonzero(valid_rows(batch.table)) if self.filter_valid else np.arange(batch.table.num_rows)
+
+    def _decode(self, picture: Picture) -> Decoded:
+        data, picture.data = picture.data, None  # held no longer than it takes
+        if not data:
+            raise Rejection("missing_image", "null" if data is None else "0 bytes")
+        decoded = self._embedder.decode(data)
+        picture.image_hash = hash_bytes(data)
+        return decoded
+
+    def _assemble(self, batch: ReadBatch, gathered: "Gathered") -> PartContent:
+        first_row, embedded, rejected = batch.plan.first_row, gathered.embedded, gathered.rejected
+        ids, id_field = batch.table.column(ID_COLUMN).combine_chunks(), batch.table.schema.field(ID_COLUMN)
+        embeddings = np.concatenate([np.empty((0, self.width), dtype=np.float32), *gathered.embeddings])
+        check_embeddings(embeddings, [f"row {first_row + picture.row}" for picture in embedded], self.width)
         return PartContent(
-            embedded=_embedded_table(ids, table.schema.field(ID_COLUMN), embedded, np.concatenate(embeddings)),
-            rejects=_reject_table(ids, table.schema.field(ID_COLUMN), rejected, first_row),
-            skipped=table.num_rows - len(wanted),
+            embedded=_embedded_table(ids, id_field, embedded, embeddings),
+            rejects=_reject_table(ids, id_field, rejected, first_row),
+            skipped=batch.table.num_rows - len(self._wanted_rows(batch)),
             hashes=_pack(ids, embedded),
-            reasons=dict(Counter(picture.rejection.reason for picture in rejected if picture.rejection)),
+            reasons=dict(Counter(rejection.reason for _, rejection in rejected)),
         )
 
-    def _prepare_in_order(self, images: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[Picture]:
-        """Yield each row's picture, decoded by threads; only those in flight leave Arrow's memory."""
-        items = ((int(row), images[int(row)].as_py()) for row in rows)
-        return map_in_order(lambda item: self._prepare(*item), items, count_cores(), in_flight=2 * self.batch_size)
 
-    def _prepare(self, row: int, data: bytes | None) -> Picture:
-        if not data:
-            detail = "null" if data is None else "0 bytes"
-            return Picture(row, rejection=Rejection("missing_image", detail))
-        try:
-            image = decode_rgb(data)
-        except Rejection as rejection:
-            return Picture(row, rejection=rejection)
-        return Picture(row, hash_bytes(data), self._embedder.prepare(image))
+@dataclass
+class Gathered:
+    """What has become of a read batch's pictures so far."""
 
-    def _take(self, pictures: Iterator[Picture]) -> list[Picture]:
-        with self.watch.measure("wait for decoding"):
-            return list(islice(pictures, self.batch_size))
-
-    def _embed_pictures(self, pictures: list[Picture], first_row: int) -> NDArray[np.float32]:
-        with self.watch.measure("compute"):
-            embeddings = self._embedder.embed([picture.pixels for picture in pictures if picture.pixels is not None])
-        check_embeddings(embeddings, [f"row {first_row + picture.row}" for picture in pictures], self.width)
-        return embeddings
+    embedded: list[Picture] = field(default_factory=list)
+    embeddings: list[NDArray[np.float32]] = field(default_factory=list)
+    rejected: list[tuple[Picture, Rejection]] = field(default_factory=list)
 
 
 def _rows(pictures: list[Picture]) -> NDArray[np.int64]:
@@ -122,15 +146,17 @@ def _embedded_table(
     return pa.Table.from_arrays([take_rows(ids, _rows(embedded)), values], schema=schema)
 
 
-def _reject_table(ids: pa.Array, id_field: pa.Field, rejected: list[Picture], first_row: int) -> pa.Table:
+def _reject_table(
+    ids: pa.Array, id_field: pa.Field, rejected: list[tuple[Picture, Rejection]], first_row: int
+) -> pa.Table:
     """Return the row in the input, OSMID, reason and detail of what cannot be embedded."""
-    rejections = [picture.rejection for picture in rejected if picture.rejection is not None]
+    rows = _rows([picture for picture, _ in rejected])
     schema = pa.schema([("row", pa.int64()), id_field, ("reason", pa.string()), ("detail", pa.string())])
     columns = [
-        pa.array(first_row + _rows(rejected), pa.int64()),
-        take_rows(ids, _rows(rejected)),
-        pa.array([rejection.reason for rejection in rejections], pa.string()),
-        pa.array([rejection.detail for rejection in rejections], pa.string()),
+        pa.array(first_row + rows, pa.int64()),
+        take_rows(ids, rows),
+        pa.array([rejection.reason for _, rejection in rejected], pa.string()),
+        pa.array([rejection.detail for _, rejection in rejected], pa.string()),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
 

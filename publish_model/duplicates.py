@@ -1,14 +1,12 @@
 """Find images that are the same byte for byte under different ids, such as the grey tile for "no imagery"."""
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from publish_model.hashes import unpack_hashes
 from publish_model.parts import read_hashes, read_ids
 
 # Images whose hashes are held at a time (16 bytes each, and as much again to sort them); more take several passes.
@@ -34,27 +32,6 @@ class Duplicates:
             f"{self.num_images} images are byte for byte the same as an image of another OSMID "
             f"({self.num_pictures} pictures): {examples}: is one of them a placeholder for missing imagery?"
         )
-
-
-def hash_bytes(data: bytes) -> int:
-    """Return a 64-bit hash, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def hash_ids(values: Sequence[object]) -> list[int]:
-    """Return the 64-bit hashes of plain Python values."""
-    return [hash_bytes(repr(value).encode("utf-8", "surrogatepass")) for value in values]
-
-
-def pack_hashes(image_hashes: Sequence[int], id_hashes: Sequence[int]) -> bytes:
-    """Write the hashes of a part's images and ids as text that fits into a parquet's footer."""
-    pairs = np.array([image_hashes, id_hashes], dtype="<u8").reshape(2, -1)
-    return base64.b64encode(pairs.tobytes())
-
-
-def unpack_hashes(text: bytes) -> NDArray[np.uint64]:
-    """Return (2, N): the hashes of a part's images, and of their ids."""
-    return np.frombuffer(base64.b64decode(text), dtype="<u8").reshape(2, -1)
 
 
 def find_duplicates(part_paths: Sequence[Path], num_images: int, images_per_pass: int = IMAGES_PER_PASS) -> Duplicates:

@@ -2,34 +2,48 @@
 
     python publish_model/generate_embeddings_from_parquet.py --input packaged_images.parquet --output embeddings
 
-Reads a parquet of image_bytes and OSMID (is_valid false rows are skipped). Writes OUTPUT/parts/*.parquet with OSMID and
-embedding, OUTPUT/_rejects/ with the images that cannot be read, OUTPUT/state.json and OUTPUT/_logs/. A rerun keeps the
-parts that are done. Takes no configuration: it needs the published model alone.
+Reads a parquet of image_bytes and OSMID (is_valid false rows are skipped), a folder of such, or a folder of photographs
+whose paths become the OSMID. Writes OUTPUT/parts/*.parquet with OSMID and embedding, OUTPUT/_rejects/ with the images
+that cannot be read, OUTPUT/state.json and OUTPUT/_logs/. A rerun keeps the parts that are done. Takes no configuration:
+it needs the published model alone.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
-from pipeline import VERSION, cli
+import pyarrow as pa
+
+from pipeline import VERSION, cli, launcher
 from pipeline.config import Config
+from pipeline.engine_watch import EngineWatch
 from pipeline.errors import ConfigError, InputError, PipelineError, Terminated, one_line
-from pipeline.log import Progress, Stopwatch, logger
-from pipeline.model_files import identify_model, locate_hub_model
+from pipeline.log import Progress, logger
+from pipeline.model_files import find_missing_files, identify_model, locate_hub_model
 from pipeline.tables import write_failure
+from pipeline.workers import Background
 from publish_model.duplicates import find_duplicates
 from publish_model.embed_options import EmbedOptions, parse
-from publish_model.packaged_input import PackagedInput, open_packaged, read_batches
-from publish_model.part_plans import PartPlan, PartRecord, Recipe, make_recipe, plan_parts
+from publish_model.packaged_input import (
+    PackagedInput,
+    carry_columns,
+    embedded_rows,
+    open_packaged,
+    read_batches,
+)
+from publish_model.part_plans import PartContent, PartPlan, PartRecord, Recipe, make_recipe, plan_parts
 from publish_model.parts import STAGE, EmbeddingsDataset, resolve_dataset_dir
 
 if TYPE_CHECKING:
@@ -67,6 +81,9 @@ def choose_recipe(
         ) from None
     if not isinstance(config, dict):
         raise InputError(f"{model_dir}: not a model folder (config.json holds no settings): correct --model-id")
+    missing = find_missing_files(model_dir)
+    if missing:  # found before a dataset is begun that bears the broken model's id
+        raise InputError(f"{model_dir}: {missing[0]} is missing: fetch or copy the model folder again")
     pooling = str(config.get("pooling_type", "pooler_output"))
     precision = options.dtype if options.dtype != "auto" else (begun or {}).get("precision")
     if precision is None:
@@ -89,6 +106,31 @@ def find_work(plans: list[PartPlan], records: dict[str, PartRecord], limit: int 
     return work
 
 
+def open_input(options: EmbedOptions) -> PackagedInput:
+    """Open what the options name; see `open_packaged`."""
+    return open_packaged(options.input, filter_valid=options.filter_valid, keep_columns=options.keep_columns)
+
+
+def read_work(
+    options: EmbedOptions, source: PackagedInput, work: dict[int, list[PartPlan]]
+) -> Iterator[tuple[PartPlan, pa.Table]]:
+    """Yield the rows of each missing part, row group by row group.
+
+    Raises InputError if the input cannot be read to where its footer says it goes.
+    """
+    for row_group, plans in work.items():
+        wanted = {plan.read_batch: plan for plan in plans}
+        batches = read_batches(source, row_group, options.read_batch_size, with_valid=options.filter_valid)
+        for read_batch, table in enumerate(batches):
+            plan = wanted.pop(read_batch, None)
+            if plan is not None:
+                yield plan, table.slice(0, plan.rows_within(options.limit))
+            if not wanted:
+                break
+        if wanted:
+            raise InputError(f"{source.path}: row group {row_group} ends too early: fetch the file again")
+
+
 def embed_parts(
     options: EmbedOptions,
     source: PackagedInput,
@@ -97,26 +139,25 @@ def embed_parts(
     work: dict[int, list[PartPlan]],
     progress: Progress,
 ) -> None:
-    """Embed and write the missing parts, row group by row group; one read batch of images is held at a time.
+    """Embed and write the missing parts, with the columns to keep; two or three read batches are held at a time.
 
     Raises InputError if the input cannot be read to where its footer says it goes.
     """
-    for row_group, plans in work.items():
-        wanted = {plan.read_batch: plan for plan in plans}
-        batches = read_batches(source, row_group, options.read_batch_size, with_valid=options.filter_valid)
-        for read_batch, table in enumerate(embedder.watch.measure_each("read", batches)):
-            plan = wanted.pop(read_batch, None)
-            if plan is not None:
-                rows = table.slice(0, plan.rows_within(options.limit))
-                content = embedder.embed(rows, plan.first_row)
-                with embedder.watch.measure("write"):
-                    dataset.write_part(plan, content)
-                    dataset.write_state_now_and_then()
-                progress.advance(rows.num_rows)
-            if not wanted:
-                break
-        if wanted:
-            raise InputError(f"{source.path}: row group {row_group} ends too early: fetch the file again")
+    from publish_model.batch_embedding import ReadBatch
+
+    batches = (ReadBatch(plan, table) for plan, table in read_work(options, source, work))
+
+    def write(batch: ReadBatch, content: PartContent) -> None:
+        rows = embedded_rows(batch.table, batch.plan.first_row, content.rejects, options.filter_valid)
+        kept = carry_columns(content.embedded, batch.table, rows, options.keep_columns)
+        with embedder.watch.measure("write"):
+            dataset.write_part(batch.plan, replace(content, embedded=kept))
+            dataset.write_state_now_and_then()
+        progress.advance(batch.table.num_rows)
+
+    with contextlib.closing(Background()) as writer, contextlib.closing(embedder.embed_each(batches)) as parts:
+        for batch, content in parts:
+            writer.submit(partial(write, batch, content))
 
 
 def make_missing_parts(
@@ -126,13 +167,15 @@ def make_missing_parts(
     model_dir: Path,
     work: dict[int, list[PartPlan]],
     rows_kept: int,
-) -> Stopwatch:
+) -> EngineWatch:
     """Load the model, make the parts and return where the time went; an interrupted run leaves its state right."""
-    watch = Stopwatch()
+    watch = EngineWatch()
     with watch.measure("load"):
         from publish_model.batch_embedding import BatchEmbedder
 
-        embedder = BatchEmbedder(model_dir, options.device, dataset.recipe.precision, options.batch_size, watch)
+        embedder = BatchEmbedder(
+            model_dir, options.device, dataset.recipe.precision, options.batch_size, options.filter_valid, watch
+        )
     rows = sum(plan.rows_within(options.limit) for plans in work.values() for plan in plans)
     try:
         with Progress(STAGE, rows_kept + rows, interval_seconds=options.progress_interval_seconds) as progress:
@@ -150,7 +193,7 @@ def embed_dataset(options: EmbedOptions) -> cli.StageResult:
     Raises InputError for an input or a model that cannot be used, StaleOutputError where the output was made from
     others, PipelineError where more images are bad than allowed.
     """
-    source = open_packaged(options.input, filter_valid=options.filter_valid)
+    source = open_input(options)
     model_dir = locate_model(options.model_id)
     folder = resolve_dataset_dir(options.output)
     if folder != options.output:
@@ -197,7 +240,8 @@ def report(result: cli.StageResult, state: dict[str, Any], max_reject_fraction: 
     """
     logger.info(
         "dataset: %d of %d parts, %d of %d rows done, %s", state["parts_done"], state["parts_total"],
-        state["rows_embedded"] + state["rows_rejected"] + state["rows_skipped_invalid"], state["rows_total"],
+        sum(state.get(f"rows_{key}", 0) for key in ("embedded", "rejected", "skipped_invalid", "deleted")),
+        state["rows_total"],
         "complete" if state["complete"] else "not complete yet",
     )  # fmt: skip
     tried = result.rows_out + result.rejected
@@ -239,7 +283,9 @@ def use_private_module_cache() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Embed from a command line."""
     options = parse(__doc__ or "", argv)
-    open_packaged(options.input, filter_valid=options.filter_valid)  # a mistyped path leaves no folder behind
+    open_input(options)  # a mistyped path leaves no folder behind
+    if launcher.launch(__file__, argv, options.processes, is_sharded=not options.shard.is_whole):
+        return
     folder = resolve_dataset_dir(options.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)

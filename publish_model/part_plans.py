@@ -1,6 +1,7 @@
 """What the parts of an embeddings dataset are: what they have in common, which rows each holds, what became of them."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ class Recipe:
     filter_valid: bool
     precision: str
     embedding_version: str
+    keep_columns: list[str] = field(default_factory=list)
 
     def check(self, found: dict[str, Any], where: Path) -> None:
         """Raise StaleOutputError naming the first thing in which what is there already differs."""
         for key, wanted in asdict(self).items():
-            if found.get(key) != wanted:
+            # Datasets of version 1.0 say nothing of kept columns, as they have none.
+            if found.get(key, [] if key == "keep_columns" else None) != wanted:
                 hint = " (another model, processor, pooling or precision)" if key == "embedding_version" else ""
                 raise StaleOutputError(
                     f"{where}: made from another input, model or setting: {key} was {_shorten(found.get(key))} and is "
@@ -38,10 +41,16 @@ def make_recipe(
     source: PackagedInput, read_batch_size: int, filter_valid: bool, model: str, pooling: str, precision: str
 ) -> Recipe:
     """Combine an input, the id of a model's files, its pooling and the type that it computes in."""
-    version = hash_json({"model": model, "pooling": pooling, "precision": precision})[:16]
+    version = name_version(model, pooling, precision)
     return Recipe(
-        source.size, source.describe_schema(), source.fingerprint, read_batch_size, filter_valid, precision, version
-    )
+        source.size, source.describe_schema(), source.fingerprint, read_batch_size, filter_valid, precision, version,
+        list(source.keep_columns),
+    )  # fmt: skip
+
+
+def name_version(model: str, pooling: str, precision: str) -> str:
+    """Return the short id of what computes the embeddings."""
+    return hash_json({"model": model, "pooling": pooling, "precision": precision})[:16]
 
 
 @dataclass(frozen=True)
@@ -75,19 +84,24 @@ def plan_parts(source: PackagedInput, read_batch_size: int) -> list[PartPlan]:
 
 @dataclass(frozen=True)
 class PartContent:
-    """What has become of a read batch's rows; `hashes` (N, 2) uint64 are of each embedded image and its id."""
+    """What has become of a read batch's rows; `hashes` (N, 2) uint64 are of each embedded image and its id.
+
+    `deleted` counts the rows that were taken out for good (see delete_ids.py).
+    """
 
     embedded: pa.Table
     rejects: pa.Table
     skipped: int
     hashes: bytes
     reasons: dict[str, int]
+    deleted: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
-        """The part's line of the ledger."""
-        out, rejected = self.embedded.num_rows, self.rejects.num_rows
-        return {"in": out + rejected + self.skipped, "out": out, "rejected": rejected, "dropped": self.skipped}
+        """The part's line of the ledger; what was deleted is among the dropped."""
+        out, rejected, dropped = self.embedded.num_rows, self.rejects.num_rows, self.skipped + self.deleted
+        counts = {"in": out + rejected + dropped, "out": out, "rejected": rejected, "dropped": dropped}
+        return counts | ({"deleted": self.deleted} if self.deleted else {})
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,28 @@ class PartRecord:
 
     counts: dict[str, int]
     reasons: dict[str, int]
+
+
+def count_rows(records: Iterable[tuple[PartRecord, int]]) -> dict[str, Any]:
+    """Add up what parts say of themselves, each given with the rows of its read batch, as `state.json` counts it."""
+    sums = {"out": 0, "rejected": 0, "dropped": 0, "deleted": 0}
+    reasons: dict[str, int] = {}
+    whole = 0
+    for record, num_rows in records:
+        for key in sums:
+            sums[key] += record.counts.get(key, 0)
+        for reason, count in record.reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+        whole += record.counts["in"] == num_rows
+    deleted = {"rows_deleted": sums["deleted"]} if sums["deleted"] else {}
+    return {
+        "rows_embedded": sums["out"],
+        "rows_rejected": sums["rejected"],
+        "rows_skipped_invalid": sums["dropped"] - sums["deleted"],
+        **deleted,
+        "rejected_by_reason": dict(sorted(reasons.items())),
+        "parts_done": whole,
+    }
 
 
 def _shorten(value: object) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, StaleOutputError
+from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.log import logger
 from pipeline.tables import (
     PROVENANCE_KEY,
@@ -23,8 +23,10 @@ from pipeline.tables import (
     write_json,
     write_parquet,
 )
+from publish_model.deletions import read_order, without_ids
+from publish_model.hashes import checksum_tables
 from publish_model.packaged_input import ID_COLUMN, PackagedInput, plain_values
-from publish_model.part_plans import PartContent, PartPlan, PartRecord, Recipe
+from publish_model.part_plans import PartContent, PartPlan, PartRecord, Recipe, count_rows
 
 STAGE = "generate_embeddings_from_parquet"
 HASHES_KEY = PROVENANCE_KEY + b".image_hashes"
@@ -67,15 +69,15 @@ class EmbeddingsDataset:
         """
         state = self._read_state()
         for name in sorted(self._list_parts()) if state is None else ():
-            provenance = _read_part_provenance(self.parts_dir / name)
+            provenance = read_part_provenance(self.parts_dir / name)
             if provenance is not None:
                 logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
-                return _recipe_of(provenance)
+                return recipe_of(provenance)
         return state
 
     def remove(self) -> None:
         """Remove state, parts and rejects, the state first: what a kill leaves then still says what it is."""
-        for doomed in (self.state_path, self.parts_dir, self.rejects_dir):
+        for doomed in (self.state_path, self.parts_dir, self.rejects_dir):  # what was deleted stays so
             if doomed.is_dir():
                 shutil.rmtree(doomed)
             doomed.unlink(missing_ok=True)
@@ -83,10 +85,15 @@ class EmbeddingsDataset:
     def begin(self, recipe: Recipe, model_id: str, begun: dict[str, Any] | None) -> None:
         """Take up the dataset that has begun if it is of this recipe, or begin it.
 
-        Raises StaleOutputError, naming the difference, where it is of another recipe.
+        Raises StaleOutputError, naming the difference, where it is of another recipe, PipelineError where a deletion
+        of ids was interrupted.
         """
         if begun is not None:
             recipe.check(begun, self.folder)
+        order = read_order(self.folder)
+        if order is not None and not order.done:
+            raise PipelineError(f"{self.folder}: a deletion of ids was interrupted: run delete_ids.py again first")
+        self._deleted_hashes = order.id_hashes if order else frozenset()
         self.recipe = recipe
         self._identity = {"input_path": str(self._source.path), "model_id": model_id, **asdict(recipe)}
         state = self._read_state() or self._create_state()
@@ -129,11 +136,11 @@ class EmbeddingsDataset:
     def _read_part(self, plan: PartPlan) -> PartRecord | None:
         """Return what a part says of itself, None where it cannot be read or lies under another's name."""
         path = self.path(plan)
-        provenance = _read_part_provenance(path)
+        provenance = read_part_provenance(path)
         if provenance is None:
             logger.warning("%s: damaged: it is made again", path)
             return None
-        self.recipe.check(_recipe_of(provenance), path)
+        self.recipe.check(recipe_of(provenance), path)
         if provenance.get("part") != asdict(plan):
             logger.warning("%s: holds another part's rows: it is made again", path)
             return None
@@ -141,22 +148,14 @@ class EmbeddingsDataset:
 
     def write_part(self, plan: PartPlan, content: PartContent) -> None:
         """Write a part and its rejects; the part comes last, so that where it is, both are."""
-        provenance = self._describe_part(plan, content)
-        hashes = {HASHES_KEY: content.hashes}  # beside the rejects, where no reader of the data carries them along
-        write_parquet(self.rejects_dir / plan.name, content.rejects, provenance, hashes)
-        write_parquet(self.path(plan), content.embedded, provenance)
-
-    def _describe_part(self, plan: PartPlan, content: PartContent) -> dict[str, Any]:
         recipe = asdict(self.recipe)
         inputs = [{key: recipe.pop(key) for key in ("input_size", "input_schema", "row_group_fingerprint")}]
-        return {
+        provenance = {
             **make_provenance(STAGE, inputs, recipe),
             "embedding_version": self.recipe.embedding_version,
             "part": asdict(plan),
-            "cut": content.counts["in"] < plan.num_rows,
-            "counts": content.counts,
-            "reasons": content.reasons,
         }
+        write_part_files(self.folder, plan, without_ids(content, self._deleted_hashes), provenance)
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -183,31 +182,17 @@ class EmbeddingsDataset:
             self._next_state = time.monotonic() + max(STATE_INTERVAL_SECONDS, took / STATE_TIME_SHARE)
 
     def _count(self, records: dict[str, PartRecord]) -> dict[str, Any]:
-        sums = {key: sum(record.counts[key] for record in records.values()) for key in ("out", "rejected", "dropped")}
-        reasons: dict[str, int] = {}
-        for record in records.values():
-            for reason, count in record.reasons.items():
-                reasons[reason] = reasons.get(reason, 0) + count
-        whole = sum(record.counts["in"] == self._plans[name].num_rows for name, record in records.items())
+        counted = count_rows((record, self._plans[name].num_rows) for name, record in records.items())
         return {
             **self._identity,
             "rows_total": self._source.num_rows,
-            "rows_embedded": sums["out"],
-            "rows_rejected": sums["rejected"],
-            "rows_skipped_invalid": sums["dropped"],
-            "rejected_by_reason": dict(sorted(reasons.items())),
-            "parts_done": whole,
+            **counted,
             "parts_total": len(self._plans),
-            "complete": whole == len(self._plans),
+            "complete": counted["parts_done"] == len(self._plans),
         }
 
     def _read_state(self) -> dict[str, Any] | None:
-        """Return the state, None where it is missing or damaged."""
-        try:
-            state = json.loads(self.state_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return None
-        return state if isinstance(state, dict) and state.get("embedding_version") else None
+        return read_state(self.state_path)
 
     def _create_state(self) -> dict[str, Any]:
         """Write the first state unless another process has just done so, and return whichever is there."""
@@ -241,12 +226,37 @@ def _put_if_absent(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
-def _recipe_of(provenance: dict[str, Any]) -> dict[str, Any]:
+def write_part_files(folder: Path, plan: PartPlan, content: PartContent, provenance: dict[str, Any]) -> None:
+    """Write a part and its rejects; the part comes last, so that where it is, both are.
+
+    `provenance` says what the part was made from; what became of its rows is added here.
+    """
+    provenance = provenance | {
+        "cut": content.counts["in"] < plan.num_rows,
+        "counts": content.counts,
+        "reasons": content.reasons,
+        "checksum": checksum_tables(content.embedded, content.rejects),
+    }
+    hashes = {HASHES_KEY: content.hashes}  # beside the rejects, where no reader of the data carries them along
+    write_parquet(folder / "_rejects" / plan.name, content.rejects, provenance, hashes)
+    write_parquet(folder / "parts" / plan.name, content.embedded, provenance)
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return a dataset's state, None where it is missing or damaged."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return state if isinstance(state, dict) and state.get("embedding_version") else None
+
+
+def recipe_of(provenance: dict[str, Any]) -> dict[str, Any]:
     inputs = provenance.get("inputs") or [{}]
     return {**inputs[0], **provenance.get("settings", {})}
 
 
-def _read_part_provenance(path: Path) -> dict[str, Any] | None:
+def read_part_provenance(path: Path) -> dict[str, Any] | None:
     """Return what a part says of itself, None where it cannot be read.
 
     Raises StaleOutputError for a sound file that says nothing: it is not ours to replace.

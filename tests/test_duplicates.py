@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.tables import write_parquet
-from publish_model.duplicates import find_duplicates, hash_bytes, hash_ids, pack_hashes, unpack_hashes
+from publish_model.duplicates import find_duplicates
+from publish_model.hashes import hash_bytes, hash_ids, pack_hashes, unpack_hashes
 from publish_model.parts import HASHES_KEY
 
 

@@ -32,7 +32,9 @@ def test_an_input_that_cannot_be_read_is_one_line_and_leaves_nothing_behind(embe
     check_refused(embed(source, tmp_path / "out"), f"{source}: no such file")
     source.write_bytes(b"PAR1 and no more")
     check_refused(embed(source, tmp_path / "out"), f"{source}: not a readable parquet file")
-    check_refused(embed(tmp_path, tmp_path / "out"), f"{tmp_path}: a folder, not a parquet file")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    check_refused(embed(empty, tmp_path / "out"), f"{empty}: holds neither parquet files nor photographs")
     write_packaged(source, [])
     check_refused(embed(source, tmp_path / "out"), f"{source}: holds no rows")
     assert not (tmp_path / "out").exists()
@@ -97,17 +99,17 @@ def test_a_model_that_lacks_weights_is_refused(embed, packaged, model_dir, tmp_p
 
 
 def test_embeddings_that_are_not_finite_stop_the_run_and_name_the_row(embed, packaged, tmp_path, monkeypatch):
-    from pipeline.backbone import Embedder
+    from pipeline.backbone import Launched
 
-    plain = Embedder.embed
+    plain = Launched.result
 
-    def spoil(self, pixels):
-        embeddings = plain(self, pixels)
+    def spoil(self):
+        embeddings = plain(self)
         if len(embeddings) == 4:  # a read batch, not the trial
             embeddings[2] = np.nan
         return embeddings
 
-    monkeypatch.setattr(Embedder, "embed", spoil)
+    monkeypatch.setattr(Launched, "result", spoil)
     check_refused(embed(packaged, tmp_path / "out"), "row 2: its embedding is not finite")
     assert list_parts(tmp_path / "out") == []
 

@@ -1,0 +1,160 @@
+"""Write a compact copy of an embeddings dataset, and say what it costs: the recall of its nearest neighbours.
+
+    python publish_model/export_embeddings.py OUTPUT --export float16
+
+Reads what stage 8 wrote. Writes OUTPUT/_exports/float16/ (or int8, or --output): a part for each part, with the same
+columns, and export.json with recall@10 against the exact embeddings. float16 halves the numbers; int8 quarters them,
+each row with its `scale` (embedding = scale * int8). A rerun keeps the parts that are done.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+from pipeline import cli
+from pipeline.log import logger
+from pipeline.tables import is_complete, make_provenance, open_parquet, write_json, write_parquet
+from publish_model.embedded_dataset import (
+    BLOCK_ROWS,
+    EMBEDDING_COLUMN,
+    EmbeddedDataset,
+    embeddings_of,
+    open_dataset,
+    read_blocks,
+)
+from publish_model.parts import resolve_dataset_dir
+from publish_model.similarity_search import find_nearest, import_faiss
+
+STAGE = "export_embeddings"
+NUM_NEAREST = 10
+# Rows whose neighbours are looked for, spread over the dataset: recall is known to about 0.002 by 1,000 x 10 of them.
+NUM_QUERIES = 1000
+
+
+def compress(table: pa.Table, kind: str) -> pa.Table:
+    """Return a part's rows with compact embeddings: float16, or int8 and the column `scale`."""
+    embeddings = embeddings_of(table)  # (N, D)
+    width = embeddings.shape[1]
+    place = table.schema.get_field_index(EMBEDDING_COLUMN)
+    if kind == "float16":
+        values = pa.array(embeddings.astype(np.float16).ravel(), pa.float16())
+        return table.set_column(place, EMBEDDING_COLUMN, pa.FixedSizeListArray.from_arrays(values, width))
+    scale = np.abs(embeddings).max(axis=1, initial=0.0) / 127  # (N,)
+    rounded = np.rint(embeddings / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rounded.ravel(), pa.int8()), width)
+    table = table.set_column(place, EMBEDDING_COLUMN, column)
+    return table.append_column("scale", pa.array(scale.astype(np.float32), pa.float32()))
+
+
+def expand(table: pa.Table) -> NDArray[np.float32]:
+    """Return the embeddings (N, D) that a compact part stands for."""
+    embeddings = embeddings_of(table)
+    if "scale" in table.column_names:
+        embeddings = embeddings * table.column("scale").to_numpy()[:, None]
+    return embeddings
+
+
+def read_compact_blocks(paths: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the embeddings of compact parts in blocks, each with the number of its first row."""
+    first, held = 0, [np.empty((0, 0), np.float32)][:0]
+    for path in paths:
+        with open_parquet(path) as file:
+            columns = [name for name in (EMBEDDING_COLUMN, "scale") if name in file.schema_arrow.names]
+            held.append(expand(file.read(columns)))
+        if sum(map(len, held)) >= BLOCK_ROWS:
+            block = np.concatenate(held)
+            yield first, block
+            first, held = first + len(block), []
+    if held:
+        yield first, np.concatenate(held)
+
+
+def measure_recall(dataset: EmbeddedDataset, paths: Sequence[Path]) -> tuple[float, int]:
+    """Return the share of the 10 nearest that the compact copy finds too, and the number of queries.
+
+    A query is not its own neighbour.
+    """
+    step = max(1, -(-dataset.num_rows // NUM_QUERIES))
+    rows = np.arange(0, dataset.num_rows, step)
+    found = []
+    for blocks in (lambda: read_blocks(dataset), lambda: read_compact_blocks(paths)):
+        queries = np.concatenate([block[(-first) % step :: step] for first, block in blocks()])
+        _, nearest = find_nearest(queries, blocks(), NUM_NEAREST + 1)
+        found.append(
+            [[row for row in line if row != own][:NUM_NEAREST] for line, own in zip(nearest, rows, strict=True)]
+        )
+    hits = sum(len(set(exact) & set(compact)) for exact, compact in zip(*found, strict=True))
+    return hits / max(1, sum(map(len, found[0]))), len(rows)
+
+
+def export(output: Path, kind: str, target: Path | None, overwrite: bool) -> cli.StageResult:
+    """Write the compact copy and return the counts of its rows.
+
+    Raises InputError for a dataset that cannot be read, StaleOutputError for a copy of another one.
+    """
+    import_faiss()
+    dataset = open_dataset(output)
+    folder = target or dataset.folder / "_exports" / kind
+    result = cli.StageResult(STAGE)
+    paths, sizes = [], [0, 0]
+    for part in dataset.parts:
+        path = folder / "parts" / part.path.name
+        source = {"name": part.path.name, "checksum": part.checksum or part.path.stat().st_size}
+        provenance = make_provenance(STAGE, [source], {"export": kind})
+        if not is_complete(path, provenance, overwrite):
+            write_parquet(path, compress(part.read(), kind), provenance)
+            result.written.append(path)
+        else:
+            result.kept.append(path)
+        paths.append(path)
+        result.add({"in": part.record.counts["out"], "out": part.record.counts["out"]})
+        sizes = [sizes[0] + part.path.stat().st_size, sizes[1] + path.stat().st_size]
+    summary_path = folder / "export.json"
+    wanted = {"export": kind, "source": dataset.identify()}
+    if result.written or _read_summary(summary_path).get("source") != wanted["source"]:
+        recall, num_queries = measure_recall(dataset, paths)
+        write_json(summary_path, wanted | {"recall_at_10": recall, "num_queries": num_queries, "bytes": sizes[1]})
+        result.written = [folder]
+    summary = _read_summary(summary_path)
+    logger.info(
+        "%s: recall@10 %.4f against exact (%d queries), %.1f MB of %.1f MB",
+        kind, summary["recall_at_10"], summary["num_queries"], sizes[1] / 1e6, sizes[0] / 1e6,
+    )  # fmt: skip
+    return result
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export from a command line."""
+    parser = cli.make_parser(__doc__ or "", config=False)
+    add = parser.add_argument
+    add("output", type=Path, metavar="OUTPUT", help="dataset directory that stage 8 wrote")
+    add("--export", choices=("float16", "int8"), required=True, help="type of the copy's numbers")
+    add("--output", "-o", type=Path, dest="target", metavar="DIR", help="folder to write (OUTPUT/_exports/TYPE)")
+    add("--overwrite", action="store_true", help="write again what is there already")
+    arguments = parser.parse_args(argv)
+    folder = resolve_dataset_dir(arguments.output)
+    cli.run_logged(
+        STAGE,
+        lambda: export(arguments.output, arguments.export, arguments.target, arguments.overwrite),
+        folder / "_logs" / f"{STAGE}.log",
+    )
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)

@@ -1,0 +1,61 @@
+"""Embeddings datasets for the tests of what works on them, written without a model."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from publish_model.hashes import hash_ids, pack_hashes
+from publish_model.packaged_input import plain_values
+from publish_model.part_plans import PartContent, PartPlan, PartRecord, count_rows
+from publish_model.parts import write_part_files
+
+WIDTH = 8
+VERSION = "0123456789abcdef"
+
+
+def unit_rows(seed: int, num_rows: int, width: int = WIDTH) -> NDArray[np.float32]:
+    """Return random unit vectors, (N, D)."""
+    rows = np.random.default_rng(seed).normal(size=(num_rows, width))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def write_dataset(
+    folder: Path, ids: pa.Array, embeddings: NDArray[np.float32], rows_of_part: int = 10, **columns: Any
+) -> Path:
+    """Write a complete dataset of these embeddings (N, D), none rejected."""
+    width = embeddings.shape[1]
+    provenance = {
+        "stage": "generate_embeddings_from_parquet", "version": "test", "embedding_version": VERSION,
+        "inputs": [{"input_size": 1, "input_schema": [], "row_group_fingerprint": "f"}],
+        "settings": {
+            "read_batch_size": rows_of_part, "filter_valid": True, "precision": "float32", "embedding_version": VERSION,
+            "keep_columns": list(columns),
+        },
+    }  # fmt: skip
+    records = []
+    for number, first in enumerate(range(0, len(ids), rows_of_part)):
+        own = slice(first, first + rows_of_part)
+        table = pa.table(
+            {
+                "OSMID": ids[own],
+                "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings[own].ravel()), width),
+                **{name: pa.array(values)[own] for name, values in columns.items()},
+            }
+        )
+        plan = PartPlan(0, number, first, table.num_rows)
+        schema = pa.schema([("row", pa.int64()), ("OSMID", ids.type), ("reason", pa.string()), ("detail", pa.string())])
+        hashes = pack_hashes(list(range(first, first + table.num_rows)), hash_ids(plain_values(ids[own])))
+        content = PartContent(table, schema.empty_table(), 0, hashes, {})
+        write_part_files(folder, plan, content, provenance | {"part": asdict(plan)})
+        records.append((PartRecord(content.counts, {}), plan.num_rows))
+    state = {
+        **provenance["inputs"][0], **provenance["settings"], "model_id": "none", "rows_total": len(ids),
+        **count_rows(records), "parts_total": len(records), "complete": True,
+    }  # fmt: skip
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder

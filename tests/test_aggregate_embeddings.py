@@ -1,0 +1,236 @@
+"""Means by id: against a loop, in bounded memory, with geometries."""
+
+import json
+import struct
+import tracemalloc
+from itertools import combinations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from embedded_datasets import WIDTH, unit_rows, write_dataset
+
+from publish_model import aggregate_embeddings
+from publish_model.geometry import wkb_type
+
+IDS = [f"{kind}/{number}" for number in range(7) for kind in ("way", "relation")]
+
+
+@pytest.fixture
+def aggregate(run_main):
+    return lambda output, *arguments: run_main(aggregate_embeddings.main, output, *arguments)
+
+
+@pytest.fixture
+def rows():
+    """Ids, years and embeddings of 60 images."""
+    generator = np.random.default_rng(3)
+    ids = [IDS[number] for number in generator.integers(0, len(IDS), 60)]
+    return ids, [int(year) for year in generator.integers(2019, 2022, 60)], unit_rows(0, 60)
+
+
+def loop_over(keys, embeddings):
+    """Return by key: the number of images, the mean over all pairs, the normalised mean."""
+    found = {}
+    for key in set(keys):
+        own = [embeddings[row].astype(np.float64) for row, one in enumerate(keys) if one == key]
+        mean = np.mean(own, axis=0)
+        pairs = [float(a @ b) for a, b in combinations(own, 2)]
+        found[key] = (len(own), np.mean(pairs) if pairs else None, mean / np.linalg.norm(mean))
+    return found
+
+
+def check_equal(table, by, expected):
+    assert table.num_rows == len(expected)
+    for row in table.to_pylist():
+        count, similarity, mean = expected[tuple(row[name] for name in by) if len(by) > 1 else row[by[0]]]
+        assert row["num_images"] == count
+        assert row["mean_pairwise_similarity"] == (None if similarity is None else pytest.approx(similarity, abs=1e-6))
+        assert np.allclose(row["embedding"], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups_per_pass", [1000, 3])
+def test_the_means_are_those_of_a_loop_in_one_pass_or_in_several(
+    aggregate, rows, tmp_path, monkeypatch, groups_per_pass
+):
+    monkeypatch.setattr(aggregate_embeddings, "GROUPS_PER_PASS", groups_per_pass)
+    monkeypatch.setattr(aggregate_embeddings, "COUNT_SAMPLE", 1)
+    ids, years, embeddings = rows
+    output = write_dataset(tmp_path / "out", pa.array(ids), embeddings, year=years)
+    for by, keys in ((["OSMID"], ids), (["OSMID", "year"], list(zip(ids, years, strict=True)))):
+        outcome = aggregate(output, "--by", ",".join(by))
+        path = output / "_aggregated" / f"{'_'.join(by)}.parquet"
+        assert (outcome.code, outcome.stdout) == (0, f"{path}\n")
+        assert "60 in = 60 out" in outcome.stderr
+        table = pq.read_table(path)
+        assert table.schema.field("embedding").type == pa.list_(pa.float32(), WIDTH)
+        check_equal(table, by, loop_over(keys, embeddings))
+        assert [one.name for one in path.parent.iterdir() if one.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pa.array([3, 1, 3, 2**62] * 5),
+        pa.array(["a", "b"] * 10).dictionary_encode(),
+        pa.array([b"x", b"y"] * 10, pa.large_binary()),
+    ],
+)
+def test_ids_keep_their_type(aggregate, tmp_path, ids):
+    output = write_dataset(tmp_path / "out", ids, unit_rows(1, 20), rows_of_part=3)
+    assert aggregate(output).code == 0
+    column = pq.read_table(output / "_aggregated" / "OSMID.parquet")["OSMID"]
+    assert column.type == ids.type
+    assert column.to_pylist() == list(dict.fromkeys(ids.to_pylist()))
+
+
+def test_images_without_an_id_are_dropped_and_counted(aggregate, tmp_path):
+    output = write_dataset(
+        tmp_path / "out", pa.array(["a", None, "a"]), unit_rows(1, 3), year=[2020.0, 1.0, float("nan")]
+    )
+    assert "3 in = 2 out + 0 rejected + 1 dropped" in aggregate(output).stderr
+    assert "3 in = 2 out" in aggregate(output).stderr
+    assert aggregate(output, "--by", "OSMID,year").code == 0
+    assert pq.read_table(output / "_aggregated" / "OSMID_year.parquet")["num_images"].to_pylist() == [1, 1]
+
+
+def test_opposite_images_have_no_mean(aggregate, tmp_path):
+    one = unit_rows(1, 1)
+    output = write_dataset(tmp_path / "out", pa.array(["a", "a"]), np.concatenate([one, -one]))
+    assert aggregate(output).code == 0
+    assert pq.read_table(output / "_aggregated" / "OSMID.parquet").to_pylist() == [
+        {"OSMID": "a", "num_images": 2, "mean_pairwise_similarity": pytest.approx(-1), "embedding": None}
+    ]
+
+
+def test_a_rerun_keeps_the_file_and_another_dataset_is_refused(aggregate, rows, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(rows[0]), rows[2])
+    path = output / "_aggregated" / "OSMID.parquet"
+    assert aggregate(output).code == 0
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    outcome = aggregate(output)
+    assert (outcome.code, outcome.stdout) == (0, "")
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    write_dataset(output, pa.array(rows[0]), rows[2][::-1].copy())
+    outcome = aggregate(output)
+    assert outcome.code == 1
+    assert "made from other inputs or settings" in outcome.stderr.splitlines()[-1]
+    assert aggregate(output, "--overwrite").code == 0
+
+
+def test_an_interrupted_run_goes_on_at_its_pass(aggregate, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregate_embeddings, "GROUPS_PER_PASS", 4)
+    monkeypatch.setattr(aggregate_embeddings, "COUNT_SAMPLE", 1)
+    output = write_dataset(tmp_path / "out", pa.array(rows[0]), rows[2])
+    plain, done = aggregate_embeddings.group_pass, []
+
+    def stop_at_the_third(*arguments):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(arguments[2])
+        return plain(*arguments)
+
+    monkeypatch.setattr(aggregate_embeddings, "group_pass", stop_at_the_third)
+    assert aggregate(output).code == 130
+    assert not (output / "_aggregated" / "OSMID.parquet").exists()
+    rest = []
+    monkeypatch.setattr(aggregate_embeddings, "group_pass", lambda *a: rest.append(a[2]) or plain(*a))
+    assert aggregate(output).code == 0
+    assert (done, rest[0]) == ([0, 1], 2)
+    check_equal(pq.read_table(output / "_aggregated" / "OSMID.parquet"), ["OSMID"], loop_over(rows[0], rows[2]))
+
+
+def test_memory_does_not_grow_with_the_images(aggregate, tmp_path):
+    peaks = []
+    for num_rows in (2_000, 20_000):
+        output = write_dataset(
+            tmp_path / str(num_rows), pa.array(np.arange(num_rows) % 50), unit_rows(0, num_rows, 64), rows_of_part=500
+        )
+        tracemalloc.start()
+        assert aggregate(output).code == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0] + 200_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--by", "year"], 2, "--by year: give OSMID"),
+        (["--by", "OSMID,OSMID"], 2, "once each"),
+        (["--by", "OSMID,year"], 1, "run stage 8 with --keep-columns year"),
+        (["--geometry", "none.parquet"], 1, "none.parquet: no such file"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(aggregate, rows, tmp_path, arguments, code, text):
+    output = write_dataset(tmp_path / "out", pa.array(rows[0]), rows[2])
+    outcome = aggregate(output, *arguments)
+    assert outcome.code == code
+    assert text in outcome.stderr.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ geometry
+
+
+def point(x, y):
+    return struct.pack("<BIdd", 1, 1, x, y)
+
+
+def write_geometry(path, ids, shapes, metadata=None):
+    table = pa.table({"OSMID": ids, "geometry": pa.array(shapes, pa.binary())})
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    return path
+
+
+def test_geometries_are_joined_by_id_into_a_geoparquet(aggregate, rows, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(rows[0]), rows[2])
+    crs = {"type": "GeographicCRS", "name": "WGS 84"}
+    geo = {"version": "1.0.0", "primary_column": "geometry", "columns": {"geometry": {"encoding": "WKB", "crs": crs}}}
+    shapes = {name: point(number, 1.5) for number, name in enumerate(IDS[1:])} | {"way/999": point(0, 0)}
+    line = struct.pack("<BII4d", 1, 2, 2, 0, 0, 1, 1)
+    shapes["relation/1"] = line
+    source = write_geometry(tmp_path / "g.parquet", list(shapes), list(shapes.values()), {"geo": json.dumps(geo)})
+    outcome = aggregate(output, "--geometry", source)
+    assert outcome.code == 0, outcome.stderr
+    assert "1 ids have no geometry" in outcome.stderr
+    path = output / "_aggregated" / "OSMID.geo.parquet"
+    table = pq.read_table(path)
+    assert {row["OSMID"]: row["geometry"] for row in table.to_pylist()} == {
+        one: shapes.get(one) for one in set(rows[0])
+    }
+    assert json.loads(pq.read_metadata(path).metadata[b"geo"]) == {
+        "version": "1.1.0",
+        "primary_column": "geometry",
+        "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["LineString", "Point"], "crs": crs}},
+    }
+    check_equal(table, ["OSMID"], loop_over(rows[0], rows[2]))
+
+
+@pytest.mark.parametrize(
+    ("ids", "shapes", "text"),
+    [
+        ([1, 2], [point(0, 0)] * 2, "its OSMID is int64, that of the dataset string"),
+        (["way/1", "way/1"], [point(0, 0), point(1, 1)], "two geometries for way/1"),
+        (["way/1"], [b"POINT (1 2)"], "not well-known binary"),
+    ],
+)
+def test_geometries_that_cannot_be_joined_are_one_line(aggregate, rows, tmp_path, ids, shapes, text):
+    output = write_dataset(tmp_path / "out", pa.array(rows[0]), rows[2])
+    outcome = aggregate(output, "--geometry", write_geometry(tmp_path / "g.parquet", ids, shapes))
+    assert outcome.code == 1
+    assert text in outcome.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("code", "order", "name"),
+    [(1, "<", "Point"), (6, ">", "MultiPolygon"), (1003, "<", "Polygon Z"), (0x80000002, "<", "LineString Z")],
+)
+def test_the_type_of_a_geometry_is_read_from_its_head(code, order, name):
+    assert wkb_type(struct.pack(f"{order}BI", order == "<", code)) == name
+
+
+def test_what_is_no_geometry_is_said_so():
+    for value in (b"", b"\x01\x00", struct.pack("<BI", 1, 99), b"POINT (0 0)"):
+        with pytest.raises(ValueError, match="not well-known binary"):
+            wkb_type(value)

@@ -1,0 +1,227 @@
+"""What stage 8 takes beside one parquet file: folders of parquets or photographs; columns to keep; memory."""
+
+import datetime
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from published_models import list_parts, make_photographs, read_bytes, read_dataset, read_rejects, write_packaged
+from stage8_fixtures import read_state
+
+from publish_model import verify_embeddings
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+# ------------------------------------------------------------------------------------------------ folders of parquets
+
+
+@pytest.fixture
+def parquets(tmp_path):
+    """Three files of 12, 7 and 5 rows, one of them in a folder below, beside what is not data."""
+    images = make_photographs(24)
+    images[13] = None
+    folder = tmp_path / "packaged"
+    for name, start, end in (("a.parquet", 0, 12), ("b.parquet", 12, 19), ("c/d.parquet", 19, 24)):
+        write_packaged(folder / name, images[start:end], 5, OSMID=[f"way/{row}" for row in range(start, end)])
+    write_packaged(folder / ".hidden.parquet", images[:1])
+    write_packaged(folder / "_rejects" / "x.parquet", images[:1])
+    return folder
+
+
+def test_a_folder_of_parquets_is_one_input_in_order_of_names(embed, run_main, parquets, tmp_path):
+    assert embed(parquets, tmp_path / "out").code == 0
+    table = read_dataset(tmp_path / "out")
+    assert table["OSMID"].to_pylist() == [f"way/{row}" for row in range(24) if row != 13]
+    assert read_rejects(tmp_path / "out") == {13: "missing_image"}
+    assert read_state(tmp_path / "out")["rows_total"] == 24
+    one = write_packaged(tmp_path / "one.parquet", make_photographs(24), OSMID=[f"way/{row}" for row in range(24)])
+    assert embed(one, tmp_path / "other").code == 0
+    for row in read_dataset(tmp_path / "other").to_pylist():
+        if row["OSMID"] != "way/13":
+            found = next(other for other in table.to_pylist() if other["OSMID"] == row["OSMID"])
+            assert found["embedding"] == pytest.approx(row["embedding"], abs=1e-5)
+    assert run_main(verify_embeddings.main, tmp_path / "out", "--input", parquets).code == 0
+
+
+def test_shards_of_a_folder_make_what_one_process_makes(embed, parquets, tmp_path):
+    assert embed(parquets, tmp_path / "one").code == 0
+    for index in range(3):
+        assert embed(parquets, tmp_path / "many", "--shard", f"{index}/3").code == 0
+    assert read_bytes(tmp_path / "many") == read_bytes(tmp_path / "one")
+
+
+def test_the_same_folder_elsewhere_is_the_same_input_and_a_file_more_is_another(embed, parquets, tmp_path):
+    assert embed(parquets, tmp_path / "out").code == 0
+    moved = parquets.rename(tmp_path / "moved")
+    assert "nothing redone" in embed(moved, tmp_path / "out").stderr
+    write_packaged(moved / "z.parquet", make_photographs(1))
+    outcome = embed(moved, tmp_path / "out")
+    assert outcome.code == 1
+    assert "input_size was" in outcome.stderr.splitlines()[-1]
+
+
+def test_files_whose_columns_differ_are_refused_and_named(embed, parquets, tmp_path):
+    write_packaged(parquets / "z.parquet", make_photographs(2), OSMID=[1, 2])
+    outcome = embed(parquets, tmp_path / "out")
+    assert outcome.code == 1
+    assert "z.parquet: column OSMID is int64, in a.parquet it is string" in outcome.stderr.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ photographs
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Seven photographs in two folders, beside what is none."""
+    folder = tmp_path / "photos"
+    (folder / "b street").mkdir(parents=True)
+    for number, image in enumerate(make_photographs(7)):
+        (folder / ("b street" if number % 2 else "") / f"{number}.{'JPG' if number % 3 else 'jpeg'}").write_bytes(image)
+    (folder / "notes.txt").write_text("no photograph")
+    (folder / ".hidden.jpg").write_bytes(b"x")
+    (folder / "bad.png").write_bytes(b"x")
+    (folder / "empty.webp").write_bytes(b"")
+    (folder / "link.jpg").symlink_to("/etc/passwd")
+    return folder
+
+
+def test_the_path_below_the_folder_becomes_the_id(embed, run_main, photographs, tmp_path):
+    outcome = embed(photographs, tmp_path / "out")
+    assert outcome.code == 0
+    assert "1 links are passed over" in outcome.stderr
+    names = sorted(
+        str(path.relative_to(photographs)) for path in photographs.rglob("*.[jJ]*") if path.name[0] not in ".l"
+    )
+    table = read_dataset(tmp_path / "out")
+    assert table["OSMID"].to_pylist() == names
+    assert len(names) == 7
+    reasons = [pq.read_table(path).to_pylist() for path in (tmp_path / "out" / "_rejects").iterdir()]
+    found = {row["OSMID"]: row["reason"] for rows in reasons for row in rows}
+    assert found == {"bad.png": "unreadable_image", "empty.webp": "missing_image"}
+    assert run_main(verify_embeddings.main, tmp_path / "out", "-i", photographs).code == 0
+    packaged = write_packaged(tmp_path / "p.parquet", [(photographs / one).read_bytes() for one in names], OSMID=names)
+    assert embed(packaged, tmp_path / "packaged").code == 0
+    for one, other in zip(table.to_pylist(), read_dataset(tmp_path / "packaged").to_pylist(), strict=True):
+        assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-5)
+
+
+def test_photographs_resume_and_another_photograph_is_another_input(embed, photographs, tmp_path):
+    assert embed(photographs, tmp_path / "out", "--limit", 5).code == 0
+    assert embed(photographs, tmp_path / "out").code == 0
+    assert read_state(tmp_path / "out")["complete"] is True
+    assert embed(photographs, tmp_path / "whole").code == 0
+    assert read_bytes(tmp_path / "whole") == read_bytes(tmp_path / "out")
+    (photographs / "new.jpg").write_bytes(make_photographs(1)[0])
+    assert "made from another input" in embed(photographs, tmp_path / "out").stderr.splitlines()[-1]
+
+
+def test_a_name_that_is_not_utf_8_is_escaped(embed, photographs, tmp_path):
+    (Path(str(photographs)) / b"caf\xe9.jpg".decode("utf-8", "surrogateescape")).write_bytes(make_photographs(1)[0])
+    assert embed(photographs, tmp_path / "out").code == 0
+    assert "caf\\udce9.jpg" in read_dataset(tmp_path / "out")["OSMID"].to_pylist()
+
+
+def test_an_output_inside_the_input_is_refused(embed, photographs):
+    outcome = embed(photographs, photographs / "out")
+    assert outcome.code == 2
+    assert "lies in the input folder" in outcome.stderr.splitlines()[-1]
+    assert not (photographs / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ columns to keep
+
+
+def test_columns_are_carried_along_row_by_row_whatever_their_type(embed, run_main, tmp_path):
+    images = make_photographs(12)
+    images[2], images[9] = None, b"x"
+    columns = {
+        "year": list(range(2000, 2012)),
+        "note": pa.array([None if row % 3 else f"n{row}" for row in range(12)]).dictionary_encode(),
+        "price": [Decimal(row) / 4 for row in range(12)],
+        "taken": pa.array([datetime.datetime(2020, 1, 1 + row) for row in range(12)], pa.timestamp("ns")),
+        "box": [{"x": row, "ys": [row] * (row % 3)} for row in range(12)],
+        "is_valid": [row != 5 for row in range(12)],
+    }
+    source = write_packaged(tmp_path / "in.parquet", images, 6, **columns)
+    names = ",".join(columns)
+    expected = pq.read_table(source)
+    for arguments, gone in (([], (2, 5, 9)), (["--no-filter-valid"], (2, 9))):
+        output = tmp_path / f"out{len(arguments)}"
+        outcome = embed(source, output, "--keep-columns", names, *arguments)
+        assert outcome.code == 0, outcome.stderr
+        table = read_dataset(output)
+        assert table.column_names == ["OSMID", "embedding", *columns]
+        rows = [row for row in range(12) if row not in gone]
+        for name in columns:
+            assert table[name].type == expected[name].type
+            assert table[name].to_pylist() == expected[name].take(rows).to_pylist()
+        outcome = run_main(verify_embeddings.main, output, "-i", source)
+        assert outcome.code == 0, outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "text"),
+    [
+        ("none", 1, "column none of --keep-columns is there 0 times"),
+        ("OSMID", 2, "other than OSMID and image_bytes"),
+        ("embedding", 2, "must name columns once each"),
+        ("year,year", 2, "must name columns once each"),
+        ("", 2, "must name columns once each"),
+    ],
+)
+def test_columns_that_cannot_be_kept_are_one_line(embed, packaged, tmp_path, names, code, text):
+    outcome = embed(packaged, tmp_path / "out", "--keep-columns", names)
+    assert outcome.code == code
+    assert text in outcome.stderr.splitlines()[-1]
+
+
+def test_other_columns_to_keep_are_another_dataset(embed, tmp_path):
+    source = write_packaged(tmp_path / "in.parquet", make_photographs(4), year=[1, 2, 3, 4])
+    assert embed(source, tmp_path / "out").code == 0
+    outcome = embed(source, tmp_path / "out", "--keep-columns", "year")
+    assert outcome.code == 1
+    assert "keep_columns was [] and is now ['year']" in outcome.stderr.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, {repo!r})
+from pathlib import Path
+from publish_model.packaged_input import open_packaged, read_batches
+source = open_packaged(Path(sys.argv[1]), filter_valid=True)
+for table in read_batches(source, 0, 50, with_valid=True):
+    del table
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_the_memory_of_a_process_does_not_grow_with_the_row_group(tmp_path):
+    """Row groups of 1,000 and of 12,000 images of 20 KB: 20 MB and 240 MB."""
+    peaks = []
+    for num_rows in (1_000, 12_000):
+        path = tmp_path / f"{num_rows}.parquet"
+        schema = pa.schema([("OSMID", pa.int64()), ("image_bytes", pa.binary())])
+        batch = pa.array([bytes([row % 251, row % 7]) * 10_000 for row in range(1_000)], pa.binary())
+        images = pa.chunked_array([batch] * (num_rows // 1_000))
+        table = pa.table({"OSMID": range(num_rows), "image_bytes": images}, schema=schema)
+        pq.write_table(
+            table, path, row_group_size=num_rows, use_dictionary=False, compression="none", write_batch_size=16
+        )
+        code = MEASURE.format(repo=str(REPO))
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+        assert pq.read_metadata(path).num_row_groups == 1
+        peaks.append(int(done.stdout) * 1024)
+    assert peaks[1] - peaks[0] < 40_000_000
+
+
+def test_parts_of_one_row_group_are_as_many_as_its_read_batches(embed, tmp_path):
+    source = write_packaged(tmp_path / "in.parquet", make_photographs(9), row_group_size=9)
+    assert embed(source, tmp_path / "out").code == 0
+    assert [pq.read_metadata(path).num_rows for path in list_parts(tmp_path / "out")] == [4, 4, 1]

@@ -1,0 +1,174 @@
+"""Searching a dataset and copying it compactly: against brute force."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from embedded_datasets import unit_rows, write_dataset
+from published_models import make_photographs, write_packaged
+
+from publish_model import export_embeddings, search_embeddings
+from publish_model.embedded_dataset import open_dataset, read_blocks, read_ids_at
+from publish_model.similarity_search import find_nearest
+
+
+@pytest.fixture
+def search(run_main):
+    return lambda output, *arguments: run_main(search_embeddings.main, output, "--device", "cpu", *arguments)
+
+
+@pytest.fixture
+def export(run_main):
+    return lambda output, *arguments: run_main(export_embeddings.main, output, *arguments)
+
+
+def sort_rows(queries, embeddings, count):
+    """Return the nearest rows by a full sort, ties in order of rows."""
+    return [
+        sorted(range(len(embeddings)), key=lambda row: (-float(query @ embeddings[row]), row))[:count]
+        for query in queries
+    ]
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 25, 1000])
+@pytest.mark.parametrize("count", [1, 5, 100])
+def test_the_nearest_of_blocks_are_those_of_a_full_sort(tmp_path, block_rows, count):
+    embeddings = unit_rows(0, 60)
+    dataset = open_dataset(write_dataset(tmp_path / "out", pa.array(range(60)), embeddings))
+    queries = unit_rows(1, 4)
+    similarities, rows = find_nearest(queries, read_blocks(dataset, block_rows), count)
+    assert rows.tolist() == sort_rows(queries, embeddings, count)
+    assert np.allclose(similarities, np.take_along_axis(queries @ embeddings.T, rows, axis=1), atol=1e-6)
+
+
+def test_blocks_cover_every_row_once_and_ids_are_found_by_row(tmp_path):
+    embeddings = unit_rows(0, 25)
+    dataset = open_dataset(write_dataset(tmp_path / "out", pa.array([f"way/{row}" for row in range(25)]), embeddings))
+    for size in (1, 10, 11, 99):
+        blocks = list(read_blocks(dataset, size))
+        assert np.array_equal(np.concatenate([block for _, block in blocks]), embeddings)
+        assert [first for first, _ in blocks] == [0, *np.cumsum([len(block) for _, block in blocks[:-1]])]
+    assert {row: str(one) for row, one in read_ids_at(dataset, [24, 0, 10]).items()} == {
+        24: "way/24",
+        0: "way/0",
+        10: "way/10",
+    }
+
+
+@pytest.fixture
+def photographs(embed, tmp_path):
+    """A dataset of 20 photographs, some without bytes or marked invalid, and one of them as a file."""
+    images = make_photographs(20)
+    (tmp_path / "query.jpg").write_bytes(images[12])
+    images[3] = None
+    source = write_packaged(
+        tmp_path / "in.parquet", images, row_group_size=10, is_valid=[row != 11 for row in range(20)]
+    )
+    assert embed(source, tmp_path / "out").code == 0
+    return tmp_path / "out"
+
+
+def test_a_photograph_of_the_dataset_is_found_first(search, photographs, tmp_path):
+    outcome = search(photographs, "--query", tmp_path / "query.jpg", "--top", 3)
+    lines = [line.split("\t") for line in outcome.stdout.splitlines()]
+    assert outcome.code == 0
+    assert [line[0] for line in lines] == ["1", "2", "3"]
+    assert (float(lines[0][1]), lines[0][2]) == (pytest.approx(1, abs=1e-5), "way/6")
+    assert float(lines[0][1]) >= float(lines[1][1]) >= float(lines[2][1])
+
+
+def test_the_page_shows_the_images_of_the_input(search, photographs, tmp_path, monkeypatch):
+    shown = []
+    plain = search_embeddings._figure
+    monkeypatch.setattr(
+        search_embeddings, "_figure", lambda image, caption: shown.append(image) or plain(image, caption)
+    )
+    query, page = tmp_path / "query.jpg", tmp_path / "page.html"
+    arguments = ["--query", query, "--html", page, "--input", tmp_path / "in.parquet", "--top", 18]
+    outcome = search(photographs, *arguments)
+    assert outcome.code == 0
+    images = pq.read_table(tmp_path / "in.parquet").to_pylist()
+    ids = [line.split("\t")[2] for line in outcome.stdout.splitlines()]
+    assert shown[:2] == [query.read_bytes(), images[12]["image_bytes"]]
+    assert sorted(shown[1:]) == sorted(row["image_bytes"] for n, row in enumerate(images) if n not in (3, 11))
+    for identifier, image in zip(ids, shown[1:], strict=True):
+        assert image in [row["image_bytes"] for row in images if row["OSMID"] == identifier]
+    assert page.read_text().count("data:image/jpeg;base64,") == 19
+
+
+def test_ids_are_escaped_in_the_page(tmp_path):
+    query = tmp_path / "q.jpg"
+    query.write_bytes(make_photographs(1)[0])
+    search_embeddings.write_page(tmp_path / "p.html", query, [(0.5, "<script>alert(1)</script>")], [None])
+    assert "<script>" not in (tmp_path / "p.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--query", "none.jpg"], "none.jpg: cannot be read"),
+        (["--query", "in.parquet"], "unreadable_image"),
+        (["--query", "query.jpg", "--model-id", "nobody/nothing"], "is not on this machine"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_line(search, photographs, tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    outcome = search(photographs, *arguments)
+    assert outcome.code == 1
+    assert outcome.stderr.splitlines()[-1].startswith("error: ")
+    assert text in outcome.stderr.splitlines()[-1]
+
+
+def test_another_model_or_input_is_refused(search, photographs, packaged, toy_backbone, tmp_path):
+    query = ["--query", tmp_path / "query.jpg"]
+    assert "not the model that" in search(photographs, *query, "--model-id", toy_backbone).stderr.splitlines()[-1]
+    assert "not the input that" in search(photographs, *query, "--input", packaged).stderr.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+
+@pytest.mark.parametrize(("kind", "error"), [("float16", 6e-4), ("int8", 4.1e-3)])
+def test_a_compact_copy_has_the_same_rows_and_says_its_recall(export, tmp_path, kind, error):
+    embeddings = unit_rows(0, 300)
+    output = write_dataset(
+        tmp_path / "out", pa.array([f"way/{row}" for row in range(300)]), embeddings, year=list(range(300))
+    )
+    outcome = export(output, "--export", kind)
+    folder = output / "_exports" / kind
+    assert (outcome.code, outcome.stdout) == (0, f"{folder}\n")
+    table = pq.read_table(folder / "parts")
+    assert table["year"].to_pylist() == list(range(300))
+    restored = np.concatenate(
+        [export_embeddings.expand(pq.read_table(one)) for one in sorted((folder / "parts").iterdir())]
+    )
+    assert np.abs(restored - embeddings).max() < error
+    expected = [set(line) - {row} for row, line in enumerate(sort_rows(embeddings, embeddings, 11))]
+    found = [set(line) - {row} for row, line in enumerate(sort_rows(restored, restored, 11))]
+    recall = sum(len(a & b) for a, b in zip(expected, found, strict=True)) / 3000
+    said = json.loads((folder / "export.json").read_text())["recall_at_10"]
+    assert said == pytest.approx(recall, abs=0.002)
+    assert f"{kind}: recall@10 {said:.4f} against exact (300 queries)" in outcome.stderr
+    assert recall > 0.9
+
+
+def test_a_rerun_of_an_export_makes_what_is_missing(export, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(range(40)), unit_rows(0, 40))
+    assert export(output, "--export", "int8").code == 0
+    parts = sorted((output / "_exports" / "int8" / "parts").iterdir())
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in parts}
+    outcome = export(output, "--export", "int8")
+    assert (outcome.code, outcome.stdout) == (0, "")
+    parts[1].unlink()
+    assert export(output, "--export", "int8").code == 0
+    assert {path: path.read_bytes() for path in parts} == {path: data for path, (data, _) in before.items()}
+    assert parts[0].stat().st_mtime_ns == before[parts[0]][1]
+    write_dataset(output, pa.array(range(40)), unit_rows(1, 40))
+    assert "made from other inputs" in export(output, "--export", "int8").stderr.splitlines()[-1]
+
+
+def test_an_embedding_of_zeros_survives_int8():
+    table = pa.table({"OSMID": [1], "embedding": pa.array([[0.0, 0.0]], pa.list_(pa.float32(), 2))})
+    assert export_embeddings.expand(export_embeddings.compress(table, "int8")).tolist() == [[0.0, 0.0]]

@@ -1,0 +1,112 @@
+"""What must not be in the code: unsafe loading, remote code of others, secrets in what is written."""
+
+import ast
+import io
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from published_models import make_config, write_checkpoint
+
+from pipeline.errors import InputError, PipelineError
+from publish_model import convert_to_hf
+
+REPO = Path(__file__).resolve().parents[1]
+FOLDERS = (
+    "pipeline", "preprocess_raw_data", "generate_embeddings", "difficulty_metadata", "train_specialized_embeddings",
+    "publish_model", "evaluate_embeddings", "sample_data", "slurm", "benchmarks",
+)  # fmt: skip
+PARSED = {
+    path: ast.parse(path.read_text(encoding="utf-8"))
+    for path in [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in (REPO / folder).rglob("*.py"))]
+}
+
+
+def calls(name):
+    """Return every call whose function is written as `name`, as (file, call)."""
+    found = []
+    for path, tree in PARSED.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
+                found.append((path, node))
+    return found
+
+
+def keyword(call, name):
+    return next((ast.unparse(one.value) for one in call.keywords if one.arg == name), None)
+
+
+def test_checkpoints_are_loaded_as_weights_only():
+    found = calls("torch.load")
+    assert found
+    assert [str(path) for path, call in found if keyword(call, "weights_only") != "True"] == []
+
+
+def test_arrays_are_loaded_without_pickle():
+    assert [str(path) for path, call in calls("np.load") if keyword(call, "allow_pickle") not in (None, "False")] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pickle.load", "pickle.loads", "cPickle.load", "dill.load", "joblib.load", "torch.jit.load", "yaml.load",
+        "eval", "exec", "os.system", "marshal.loads", "shelve.open",
+    ],
+)  # fmt: skip
+def test_nothing_that_could_run_data_is_called(name):
+    assert [str(path) for path, _ in calls(name)] == []
+
+
+def test_no_shell_runs_a_command_line():
+    for name in ("subprocess.run", "subprocess.Popen", "subprocess.check_call", "subprocess.check_output"):
+        assert [str(path) for path, call in calls(name) if keyword(call, "shell") == "True"] == []
+
+
+def test_code_of_others_is_trusted_only_where_the_published_model_is_loaded():
+    trusted = {
+        path.relative_to(REPO).parts[0] + "/" + path.name
+        for path, tree in PARSED.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and ast.unparse(node.value) == "True"
+    }
+    assert {name for name in trusted if not name.startswith(("publish_model/", "sample_data/", "benchmarks/"))} == set()
+
+
+def test_the_token_reaches_neither_logs_nor_the_folder_nor_the_error(toy_backbone, tmp_path, monkeypatch, caplog):
+    """The hub answers with an error that repeats the token, as some proxies do."""
+    import huggingface_hub
+
+    token = "hf_" + "verysecrettoken"
+    monkeypatch.setenv("HF_TOKEN", token)
+
+    def refuse(self, *_arguments, **_options):
+        raise ValueError(f"401: bad header 'Bearer {self.token}'")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    config = make_config(tmp_path, toy_backbone)
+    with caplog.at_level(logging.DEBUG), pytest.raises(PipelineError, match="cannot publish to the hub") as refused:
+        convert_to_hf.run(config, convert_to_hf.PublishOptions(push_to_hub="someone/model"))
+    assert token not in str(refused.value)
+    assert token not in caplog.text
+    texts = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(token.encode() in text for text in texts)
+    assert token not in json.dumps(config.model_dump(mode="json"), default=str)
+
+
+@pytest.mark.parametrize("terminal_answer", ["y\n", ""])
+def test_code_in_a_backbones_folder_is_not_run(toy_backbone, tmp_path, monkeypatch, terminal_answer):
+    """Left to itself, transformers asks on the terminal whether to run it."""
+    backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
+    settings = json.loads((backbone / "config.json").read_text())
+    settings |= {"model_type": "toy", "auto_map": {"AutoConfig": "toy.Toy", "AutoModel": "toy.Toy"}}
+    (backbone / "config.json").write_text(json.dumps(settings))
+    (backbone / "toy.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Toy: pass\n")
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    monkeypatch.setattr("sys.stdin", io.StringIO(terminal_answer))
+    with pytest.raises(InputError, match="cannot be loaded .*contains custom code"):
+        convert_to_hf.run(make_config(tmp_path, backbone), convert_to_hf.PublishOptions())
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "published").exists()

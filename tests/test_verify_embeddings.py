@@ -1,0 +1,269 @@
+"""Checking a dataset: what is sound, what is seen, what a repair removes."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from published_models import list_parts, make_photographs, read_bytes, write_packaged
+from stage8_fixtures import read_state
+
+from publish_model import drift, verify_embeddings
+from publish_model.hashes import checksum_tables
+from publish_model.parts import write_part_files
+
+
+@pytest.fixture
+def verify(run_main):
+    return lambda output, *arguments: run_main(verify_embeddings.main, output, *arguments)
+
+
+@pytest.fixture
+def dataset(embed, tmp_path):
+    """A dataset of 20 pictures, of which one has no bytes, one is damaged and one is marked invalid."""
+    images = make_photographs(20)
+    images[3], images[8] = None, images[8][:50]
+    source = write_packaged(
+        tmp_path / "in.parquet", images, row_group_size=10, is_valid=[row != 5 for row in range(20)]
+    )
+    assert embed(source, tmp_path / "out").code == 0
+    return tmp_path / "out"
+
+
+def check_seen(outcome, *texts):
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stderr.splitlines()[-1].startswith("error: ")
+    for text in texts:
+        assert text in outcome.stderr
+
+
+def rewrite(path, change):
+    """Change a part's rows and keep what it says of itself."""
+    table = pq.read_table(path)
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
+
+
+def set_embedding(table, row, values):
+    embeddings = table["embedding"].to_pylist()
+    embeddings[row] = values
+    return table.set_column(1, table.schema.field(1), pa.array(embeddings, table.schema.field(1).type))
+
+
+def test_a_sound_dataset_passes_with_and_without_its_input(verify, dataset, tmp_path):
+    for arguments in ([], ["--input", tmp_path / "in.parquet"], ["--repair"]):
+        before = read_bytes(dataset)
+        outcome = verify(dataset, *arguments)
+        assert (outcome.code, outcome.stdout) == (0, "")
+        assert "20 of 20" in outcome.stderr
+        assert f"{dataset}: complete" in outcome.stderr
+        assert read_bytes(dataset) == before
+
+
+def test_an_unfinished_dataset_passes_as_not_complete(verify, embed, packaged, tmp_path):
+    assert embed(packaged, tmp_path / "out", "--limit", 10).code == 0
+    outcome = verify(tmp_path / "out", "-i", packaged)
+    assert outcome.code == 0
+    assert "10 of 37" in outcome.stderr
+    assert "sound so far, not complete yet" in outcome.stderr
+
+
+def test_a_state_behind_its_parts_is_no_problem_as_a_kill_leaves_it_so(verify, dataset):
+    state = read_state(dataset)
+    (dataset / "state.json").write_text(json.dumps(state | {"rows_embedded": 2, "parts_done": 1, "complete": False}))
+    outcome = verify(dataset)
+    assert outcome.code == 0
+    assert "behind its parts" in outcome.stderr
+
+
+DAMAGE = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot be read"),
+    "not finite": (
+        lambda path: rewrite(path, lambda t: set_embedding(t, 1, [np.nan] * 256)),
+        "embedding 1 is not finite",
+    ),
+    "not unit": (lambda path: rewrite(path, lambda t: set_embedding(t, 2, [0.5] * 256)), "embedding 2 has norm 8.0000"),
+    "another unit vector": (
+        lambda path: rewrite(path, lambda t: set_embedding(t, 0, [1.0] + [0.0] * 255)), "not those of its checksum",
+    ),
+    "a row less": (lambda path: rewrite(path, lambda t: t.slice(1)), "but says"),
+    "a row twice": (lambda path: rewrite(path, lambda t: pa.concat_tables([t, t.slice(0, 1)])), "but says"),
+    "another id": (
+        lambda path: rewrite(path, lambda t: t.set_column(0, "OSMID", pa.array(["x"] * len(t)))),
+        "not those of its checksum",
+    ),
+    "no provenance": (
+        lambda path: pq.write_table(pq.read_table(path).replace_schema_metadata(), path),
+        "does not say what it was made from",
+    ),
+    "rejects gone": (lambda path: (path.parents[1] / "_rejects" / path.name).unlink(), "no such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_seen_and_a_repair_and_a_rerun_undo_it(verify, embed, dataset, tmp_path, kind):
+    before = read_bytes(dataset)
+    act, text = DAMAGE[kind]
+    act(list_parts(dataset)[3])
+    check_seen(verify(dataset), text, "--repair")
+    outcome = verify(dataset, "--repair")
+    assert outcome.code == 0, outcome.stderr
+    assert read_state(dataset)["complete"] is False
+    assert not list_parts(dataset)[3:] or list_parts(dataset)[3].name != "rg00001_rb00000.parquet"
+    assert verify(dataset).code == 0
+    assert embed(tmp_path / "in.parquet", dataset).code == 0
+    assert read_bytes(dataset) == before
+    assert read_state(dataset)["complete"] is True
+
+
+def test_a_part_under_another_name_is_seen(verify, dataset):
+    one, other = list_parts(dataset)[:2]
+    shutil.copy(one, other)
+    check_seen(verify(dataset), "holds the rows of rg00000_rb00000.parquet")
+
+
+def test_rejects_under_another_name_are_seen_even_if_none_of_them_lists_a_row(verify, dataset):
+    one, other = (dataset / "_rejects" / path.name for path in list_parts(dataset)[3:5])
+    assert pq.read_metadata(one).num_rows == pq.read_metadata(other).num_rows == 0
+    shutil.copy(one, other)
+    check_seen(verify(dataset), "its rejects are those of another part or run")
+
+
+def test_a_lost_part_of_a_complete_dataset_is_seen(verify, dataset):
+    list_parts(dataset)[2].unlink()
+    check_seen(verify(dataset), "complete, but 18 of 20 rows are accounted for", "its part is missing")
+
+
+def test_ids_that_are_not_those_of_the_input_are_seen_with_the_input_alone(verify, dataset, tmp_path):
+    """The part is consistent in itself: only the input tells."""
+    from publish_model.embedded_dataset import read_part
+
+    part = read_part(list_parts(dataset)[0])
+    content = part.read_content()
+    ids = pa.array(["way/999", *content.embedded["OSMID"].to_pylist()[1:]])
+    embedded = content.embedded.set_column(0, content.embedded.schema.field(0), ids)
+    changed = type(content)(embedded, content.rejects, content.skipped, content.hashes, content.reasons)
+    provenance = {
+        key: value for key, value in part.provenance.items() if key not in ("cut", "counts", "reasons", "checksum")
+    }
+    write_part_files(dataset, part.plan, changed, provenance)
+    assert verify(dataset).code == 0
+    check_seen(verify(dataset, "--input", tmp_path / "in.parquet"), "its ids are not those of the input's rows")
+
+
+def test_another_input_is_refused(verify, embed, dataset, packaged):
+    check_seen(verify(dataset, "--input", packaged), "not the input that")
+
+
+def test_a_file_that_is_not_ours_is_named_and_stays(verify, dataset):
+    foreign = dataset / "parts" / "mine.parquet"
+    pq.write_table(pa.table({"a": [1]}), foreign)
+    check_seen(verify(dataset), "mine.parquet: not made by stage 8: move it away")
+    check_seen(verify(dataset, "--repair"), "it is not removed here")
+    assert foreign.exists()
+
+
+def test_a_part_of_another_model_is_seen(verify, dataset):
+    def rename(table):
+        text = table.schema.metadata[b"spatial_building_embeddings"]
+        version = read_state(dataset)["embedding_version"].encode()
+        return text.replace(version, b"0" * 16)
+
+    path = list_parts(dataset)[1]
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({b"spatial_building_embeddings": rename(table)}), path)
+    check_seen(verify(dataset), "made with another embedding_version")
+
+
+def test_parts_without_a_checksum_are_counted(verify, dataset):
+    """Version 1.0 wrote none."""
+    part = list_parts(dataset)[1]
+    for path in (part, dataset / "_rejects" / part.name):
+        table = pq.read_table(path)
+        said = json.loads(table.schema.metadata[b"spatial_building_embeddings"])
+        said.pop("checksum")
+        metadata = table.schema.metadata | {b"spatial_building_embeddings": json.dumps(said).encode()}
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+    outcome = verify(dataset)
+    assert outcome.code == 0, outcome.stderr
+    assert "parts without a checksum   1" in outcome.stderr
+
+
+@pytest.mark.parametrize("columns", [["a", "b"], ["b", "a"]])
+def test_a_checksum_is_of_values_not_of_chunks_and_encodings(columns):
+    one = pa.table({"a": ["x", "y", None], "b": pa.array([[1.0, 2], [3, 4], [5, 6]], pa.list_(pa.float32(), 2))})
+    chunked = pa.concat_tables([one.slice(0, 1), one.slice(1)])
+    assert checksum_tables(one.select(columns)) == checksum_tables(chunked.select(columns))
+    for change in (one.slice(0, 2), one.set_column(0, "a", pa.array(["x", "y", ""])), one.rename_columns(["a", "c"])):
+        assert checksum_tables(change) != checksum_tables(one)
+
+
+# ------------------------------------------------------------------------------------------------ drift
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_the_nearest_similarity_is_that_of_a_loop():
+    generator = np.random.default_rng(0)
+    queries, reference = unit(generator.normal(size=(9, 5))), unit(generator.normal(size=(7, 5)))
+    expected = [max(float(query @ other) for other in reference) for query in queries]
+    assert np.allclose(drift.nearest_similarity(queries, reference), expected, atol=1e-6)
+
+
+def test_the_share_beyond_the_99th_percentile_is_that_of_a_loop(verify, dataset, model_dir, tmp_path):
+    """The reference holds every second image of the dataset itself; held-out images lie at some distance from it."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    embeddings = np.array(pq.read_table(dataset / "parts")["embedding"].to_pylist(), dtype=np.float32)
+    reference = embeddings[::2]
+    queries = unit(reference + np.random.default_rng(1).normal(size=reference.shape) * 1e-3)
+    (model / drift.FILE_NAME).write_text(json.dumps(drift.describe_training(reference, queries)))
+    quantiles, stored = drift.read_training(model)
+    beyond = sum(max(float(one @ other) for other in stored) < quantiles["0.01"] for one in embeddings)
+    assert 0 < beyond < len(embeddings)
+    expected = f"{beyond / len(embeddings):.1%} of {len(embeddings)} images are beyond the 99th percentile of distance"
+    assert expected in verify(dataset, "--model-id", model).stderr
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")  # now it is another model
+    outcome = verify(dataset, "--model-id", model)
+    assert outcome.code == 0
+    assert "not the model that the embeddings" in outcome.stderr
+
+
+def test_a_published_folder_carries_the_quantiles_of_its_training(
+    config_with_splits, verify, embed, packaged, tmp_path
+):
+    model = config_with_splits
+    content = json.loads((model / drift.FILE_NAME).read_text())
+    assert list(content["quantiles"]) == ["0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99"]
+    assert sorted(content["quantiles"].values()) == list(content["quantiles"].values())
+    assert content["reference_shape"] == [40, 256]
+    assert embed(packaged, tmp_path / "out", model=model).code == 0
+    outcome = verify(tmp_path / "out")
+    assert "of 37 images are beyond the 99th percentile of distance" in outcome.stderr
+
+
+@pytest.fixture
+def config_with_splits(toy_backbone, tmp_path):
+    """A model published beside the splits that it was trained on."""
+    from published_models import make_config, write_checkpoint
+
+    from pipeline.tables import identify
+    from publish_model import convert_to_hf
+
+    generator = np.random.default_rng(0)
+    inputs = []
+    for name, count in (("train", 40), ("val", 30)):
+        kind = pa.list_(pa.float32(), 24)
+        path = tmp_path / "merged" / f"{name}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"embedding": pa.array(list(generator.normal(size=(count, 24))), kind)}), path)
+        inputs.append(identify(path))
+    provenance = {"stage": "train", "inputs": inputs}
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", provenance=provenance)
+    config = make_config(tmp_path, toy_backbone)
+    config = config.model_copy(update={"paths": config.paths.model_copy(update={"merged_dir": "merged"})})
+    convert_to_hf.run(config, convert_to_hf.PublishOptions())
+    return tmp_path / "published"
