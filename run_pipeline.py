@@ -66,6 +66,11 @@ def run_stages(
         except PipelineError as error:
             results += [error.result] if error.result else []
             raise
+    if last == 9 and config.paths.published_model_dir is not None:
+        from publish_model.card_results import add_test_results
+
+        # The card was written two stages before there were results.
+        add_test_results(config.path("published_model_dir"), config.path("report_dir") / "metrics.json")
 
 
 def _check_other_paths(config: Config, numbers: set[int]) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, one_line
 
+# A licence's own text, as model folders call it.
+LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "notice*"]
 # What a model is made of: its settings, weights, remote code and licence; not the flax and onnx copies beside them.
-MODEL_FILES = ["*.json", "*.safetensors", "*.py", "LICENSE*", "README.md"]
-# Only what changes the numbers: a model card does not.
+MODEL_FILES = ["*.json", "*.safetensors", "*.py", *LICENCE_FILES, "README.md"]
+# Only what changes the numbers: a model card does not, nor what is said of the training images or to other libraries.
 _IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
+_NO_IDENTITY = {"training_similarity.json", "modules.json", "sentence_bert_config.json"}
 # 256 pieces of 4 KiB of each weight file: retraining changes nearly every tensor, and 27 GB are told apart in a second.
 _NUM_PIECES, _PIECE_BYTES = 256, 4096
 
@@ -47,7 +50,7 @@ def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
         folder = Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES, local_files_only=True))
     except (OSError, ValueError):
         folder = None
-    if folder is not None and _is_whole(folder):
+    if folder is not None and not find_missing_files(folder):
         return folder
     if not download:
         return None
@@ -61,15 +64,17 @@ def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
         ) from None
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a snapshot has all that is needed: a fetch that was interrupted leaves a folder too."""
+def find_missing_files(folder: Path) -> list[str]:
+    """Return what a model folder lacks, none where it is whole; an interrupted fetch or copy leaves one too."""
     index = folder / "model.safetensors.index.json"
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except FileNotFoundError:
         names = {"model.safetensors"}
-    has_processor = any(folder.glob("*processor_config.json"))
-    return has_processor and all((folder / name).is_file() for name in names | {"config.json"})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [index.name]
+    missing = sorted(name for name in names | {"config.json"} if not (folder / name).is_file())
+    return missing + ([] if any(folder.glob("*processor_config.json")) else ["preprocessor_config.json"])
 
 
 def identify_model(folder: Path) -> str:
@@ -81,7 +86,7 @@ def identify_model(folder: Path) -> str:
         raise InputError(f"{folder}: not a model folder (no config.json): correct the model's name or path")
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in _IDENTITY_SUFFIXES and path.is_file():
+        if path.suffix in _IDENTITY_SUFFIXES and path.name not in _NO_IDENTITY and path.is_file():
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             _hash_pieces(path, digest)
     return digest.hexdigest()[:16]

@@ -4,7 +4,8 @@
 
 Reads checkpoint_dir/checkpoint_best.pt and the backbone. Writes published_model_dir/: config, weights, image processor,
 code and model card. A projector that retrieves worse than no training at all is refused unless --force is given. A
-rerun keeps a folder that was made from the same checkpoint and backbone.
+rerun keeps a folder that was made from the same checkpoint and backbone, and puts the results of stage 9, where there
+are any of this checkpoint, on its card.
 """
 
 import json
@@ -24,6 +25,7 @@ from pipeline.folders import writing_folder
 from pipeline.log import logger
 from pipeline.model_files import identify_model, locate_backbone
 from pipeline.tables import PROVENANCE_KEY, identify, make_provenance, matches
+from publish_model.card_results import add_test_results
 from publish_model.model_card import is_measured, worse_than
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class PublishOptions(cli.Options):
     output: Path | None = None
     force: bool = False
     push_to_hub: str | None = None
+    dry_run: bool = False
     dtype: str | None = None
 
 
@@ -133,13 +136,25 @@ def publish(
         return
     from pipeline.checkpoint import load_checkpoint
     from publish_model.published_folder import Backbone, fill_folder
+    from publish_model.training_similarity import measure_training
 
     checkpoint = load_checkpoint(checkpoint_path, config.training_model)
     metrics = check_worth(checkpoint, options.force)
     backbone = Backbone(backbone_dir, name_backbone(config), config.embedding_model.pooling_type)
     with writing_folder(output) as folder:
-        fill_folder(folder, backbone, checkpoint, metrics, options.dtype, provenance)
+        fill_folder(
+            folder, backbone, checkpoint, metrics, options.dtype, provenance, measure_training(config, checkpoint)
+        )
     result.written.append(output)
+
+
+def describe_push(folder: Path, repo_id: str) -> None:
+    """Log what `push_to_hub` would upload."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        logger.info("would upload %s (%d bytes)", path.relative_to(folder), path.stat().st_size)
+    total = sum(path.stat().st_size for path in paths) / 1e6
+    logger.info("dry run: %d files, %.1f MB, to %s: nothing was uploaded", len(paths), total, repo_id)
 
 
 def push_to_hub(folder: Path, repo_id: str) -> None:
@@ -177,8 +192,10 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     output = own.output or config.path("published_model_dir")
     result = cli.StageResult(STAGE)
     publish(config, own, checkpoint_path.resolve(), output.resolve(), result)
+    if config.paths.report_dir is not None:
+        add_test_results(output.resolve(), config.path("report_dir") / "metrics.json")
     if own.push_to_hub:
-        push_to_hub(output, own.push_to_hub)
+        (describe_push if own.dry_run else push_to_hub)(output, own.push_to_hub)
     return result
 
 
@@ -190,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, metavar="DIR", help="folder to write (default: published_model_dir)")
     add("--force", action="store_true", help="publish a projector that retrieves worse than no training too")
     add("--push-to-hub", metavar="REPO_ID", help="upload the folder too, to a private repository ($HF_TOKEN)")
+    add("--dry-run", action="store_true", help="with --push-to-hub: list what would be uploaded, upload nothing")
     add("--dtype", choices=("float32", "bfloat16"), help="type of the published weights (default: the stored one)")
     arguments = parser.parse_args(argv)
     options = PublishOptions(
@@ -198,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output=arguments.output,
         force=arguments.force,
         push_to_hub=arguments.push_to_hub,
+        dry_run=arguments.dry_run,
         dtype=arguments.dtype,
     )
     cli.run_stage(STAGE, run, cli.config_from(arguments), options)

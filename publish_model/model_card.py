@@ -1,23 +1,11 @@
 """Write the published model's README: a model card in the hub's format, made of what was measured."""
 
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROWS = {
-    "raw": "backbone alone",
-    "pca_whitened": "backbone, PCA-whitened",
-    "whitening": "within-class whitening alone",
-    "projector": "**this model**",
-}
-COLUMNS = {
-    "recall_at_1": "Recall@1",
-    "recall_at_5": "Recall@5",
-    "recall_at_10": "Recall@10",
-    "map": "mAP",
-    "mrr": "MRR",
-}
+from publish_model.card_results import COLUMNS, PENDING, ROWS, wrap
+
 BASELINES = ("raw", "pca_whitened")
 
 
@@ -28,6 +16,7 @@ class CardFacts:
     name: str
     backbone_name: str
     licence: dict[str, str]  # license, license_name, license_link of the backbone's own card
+    licence_files: list[str]  # texts that travel in the folder
     architecture: dict[str, Any]
     pooling_type: str
     dtype: str
@@ -36,6 +25,7 @@ class CardFacts:
     training_inputs: list[dict[str, Any]] = field(default_factory=list)
     split_hash: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    num_training_samples: int = 0  # embeddings of training images that the folder holds
 
     @property
     def backbone_is_on_hub(self) -> bool:
@@ -71,7 +61,7 @@ def make_card(facts: CardFacts) -> str:
     """Return the whole README."""
     sections = [
         _front_matter(facts), _summary(facts), _usage(), _results(facts), _intended_use(), _training(facts),
-        _backbone(facts), _files(), _citation(),
+        _backbone(facts), _files(facts), _citation(),
     ]  # fmt: skip
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
@@ -93,11 +83,9 @@ def _front_matter(facts: CardFacts) -> str:
             for key in COLUMNS
             if key in facts.metrics["projector"]
         ]
-    licence: dict[str, Any] = dict(facts.licence) or {
-        "license": "other",
-        "license_name": "unknown",
-        "license_link": "LICENSE",
-    }
+    licence: dict[str, Any] = dict(facts.licence) or {"license": "other", "license_name": "unknown"}
+    if licence.get("license") == "other" and facts.licence_files:
+        licence.setdefault("license_link", facts.licence_files[0])
     card = ModelCardData(
         **licence,
         library_name="transformers",
@@ -113,7 +101,7 @@ def _front_matter(facts: CardFacts) -> str:
 def _summary(facts: CardFacts) -> str:
     width = facts.architecture["output_dim"]
     input_dim = facts.architecture["input_dim"]
-    made_of = _wrap(
+    made_of = wrap(
         f"The model is the vision backbone `{facts.backbone_name}` (frozen; its `{facts.pooling_type}` is taken), "
         f"followed by a projector from {input_dim} to {width} numbers that was trained for building identity. The "
         f"backbone's weights are stored as {facts.dtype}, the projector's as float32. Position, heading and map data "
@@ -127,10 +115,6 @@ building, from whatever side, lie close together; those of different buildings l
 L2-normalised, so the dot product of two is their cosine similarity.
 
 {made_of}"""
-
-
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
 
 
 def _usage() -> str:
@@ -156,13 +140,34 @@ print(embeddings @ embeddings.T)
 
 `trust_remote_code` runs three short files of this folder: `configuration_spatial_embeddings.py`,
 `modeling_spatial_embeddings.py` and `projector.py`. They build the backbone that transformers itself brings along and
-the projector on top of it; they fetch, read and write nothing. `pipeline("image-feature-extraction", model=folder,
-trust_remote_code=True)` works too; mind that it turns images by their EXIF tag, which training did not."""
+the projector on top of it; they fetch, read and write nothing.
+
+The pipeline of transformers works too; mind that it turns images by their EXIF tag, which training did not:
+
+```python
+from transformers import pipeline
+
+extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
+embedding = extract("a.jpg")[0]
+```
+
+So does sentence-transformers, from version 6 on:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+embeddings = SentenceTransformer(folder, trust_remote_code=True).encode(photographs)
+```
+
+`from_pretrained` takes `dtype=torch.bfloat16` (transformers 4 widens the weights to float32 unless `dtype="auto"` or a
+type is given), `attn_implementation="sdpa"` and, where accelerate is installed, `device_map="auto"`. Embeddings are
+float32 of norm 1 in every case."""
 
 
 def _results(facts: CardFacts) -> str:
     if not is_measured(facts.metrics):
-        return "## Results\n\nNot measured: the checkpoint that this model was made from carries no validation results."
+        missing = "Not measured: the checkpoint that this model was made from carries no validation results."
+        return f"## Results\n\n### Validation split\n\n{missing}\n\n### Test split\n\n{PENDING}"
     columns = {key: title for key, title in COLUMNS.items() if all(key in facts.metrics[row] for row in BASELINES)}
     lines = [f"| | {' | '.join(columns.values())} |", f"| --- |{' --- |' * len(columns)}"]
     for row, title in ROWS.items():
@@ -182,10 +187,16 @@ def _results(facts: CardFacts) -> str:
     return f"""
 ## Results
 
+### Validation split
+
 {warning}Every image of the validation split searches all others; right is another image of the same building. No
 building of the split was trained on, but the best epoch was chosen by these figures: expect less of a test split.
 
-{table}"""
+{table}
+
+### Test split
+
+{PENDING}"""
 
 
 def _intended_use() -> str:
@@ -221,21 +232,32 @@ comply with the terms for those. What this model was made from, and how:
 def _backbone(facts: CardFacts) -> str:
     name = facts.licence.get("license_name") or facts.licence.get("license")
     link = f", {facts.licence['license_link']}" if facts.licence.get("license_link") else ""
-    said = f"Its own card gives its licence as `{name}`{link}." if name else "Its folder does not say its licence."
-    text = _wrap(
+    said = f"Its own card gives its licence as `{name}`{link}." if name else "Its own folder does not name its licence."
+    texts = ", ".join(f"`{file}`" for file in facts.licence_files)
+    beside = (
+        f"The text lies beside this file: {texts}." if texts else "It came without a licence text: ask its authors."
+    )
+    text = wrap(
         f"The weights of `{facts.backbone_name}` are part of this folder, unchanged but for their type, so its "
-        f"licence applies to the whole. {said} Its licence text, where it came with one, lies beside this file. Some "
-        "backbones' licences (DINOv3's is one) forbid certain uses: read it."
+        f"licence applies to the whole. {said} {beside} Some backbones' licences (DINOv3's is one) forbid certain "
+        "uses: read it."
     )
     return f"## Backbone and licence\n\n{text}"
 
 
-def _files() -> str:
-    return """
+def _files(facts: CardFacts) -> str:
+    sample = wrap(
+        f"`training_similarity.json` holds the embeddings of {facts.num_training_samples} images of the training "
+        "split, as float16 and without ids or places, and how similar held-out images are to them, so that new images "
+        "can be compared with it. Whoever has a photograph can also tell whether it is among them. The model loads "
+        "without this file: remove it if that is not to be published."
+    )
+    sample = f"\n\n{sample}" if facts.num_training_samples else ""
+    return f"""
 ## Files
 
 `config.json` also records, under `spatial_building_embeddings`, the checkpoint, the backbone and the settings that this
-folder was made from."""
+folder was made from. `modules.json` and `sentence_bert_config.json` are for sentence-transformers alone.{sample}"""
 
 
 def _citation() -> str:

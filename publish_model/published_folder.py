@@ -14,7 +14,9 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.cli import installed_version
 from pipeline.errors import InputError, PipelineError
 from pipeline.log import logger
+from pipeline.model_files import LICENCE_FILES
 from pipeline.tables import PROVENANCE_KEY
+from publish_model import drift
 from publish_model.model_card import CardFacts, make_card, read_licence
 from publish_model.weights import list_backbone, stored_type, tensors_of, write_weights
 
@@ -29,6 +31,17 @@ CODE_PATHS = (
 AUTO_MAP = {
     "AutoConfig": "configuration_spatial_embeddings.SpatialEmbeddingsConfig",
     "AutoModel": "modeling_spatial_embeddings.SpatialEmbeddingsModel",
+}
+# What lets SentenceTransformer (6 or newer) load the same weights as its one module.
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": {"method": "forward", "method_output_name": "embeddings"}},
+        "module_output_name": "sentence_embedding",
+    },
 }
 # What a backbone's configuration says of where and in which type it was stored: false for the published copy.
 STORAGE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "auto_map")
@@ -59,6 +72,11 @@ class Backbone:
             raise InputError(f"{path}: not the configuration of a model: fetch the model again")
         return content
 
+    def list_licences(self) -> list[Path]:
+        """List the licence texts that came with it."""
+        paths = {path for pattern in LICENCE_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        return sorted(path for path in paths if path.suffix != ".py")
+
 
 def fill_folder(
     folder: Path,
@@ -67,22 +85,26 @@ def fill_folder(
     metrics: dict[str, dict[str, float]],
     dtype: str | None,
     provenance: dict[str, Any],
+    training: dict[str, Any] | None = None,
 ) -> None:
     """Write everything that loading the model needs into an empty folder, and try it.
 
-    `dtype` is that of the published backbone weights, None keeps the stored one. Raises InputError if backbone and
-    projector do not fit, or the backbone cannot be read.
+    `dtype` is that of the published backbone weights, None keeps the stored one; `training` is what the folder says of
+    the training images (see drift.py). Raises InputError if backbone and projector do not fit, or the backbone cannot
+    be read.
     """
     check_width(checkpoint, backbone)
     stored, num_bytes = write_all_weights(folder, backbone, checkpoint, dtype)
     config = make_config(backbone, checkpoint, stored, provenance)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in CODE_PATHS:
+    for name, content in {"config.json": config, **SENTENCE_TRANSFORMERS_FILES}.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in (*CODE_PATHS, *backbone.list_licences()):
         shutil.copyfile(path, folder / path.name)
     copy_processor(backbone.folder, folder)
-    for path in sorted(backbone.folder.glob("LICENSE*")):
-        shutil.copyfile(path, folder / path.name)
-    (folder / "README.md").write_text(make_card(card_facts(backbone, checkpoint, metrics, stored)), encoding="utf-8")
+    if training is not None:
+        (folder / drift.FILE_NAME).write_text(json.dumps(training) + "\n", encoding="utf-8")
+    facts = card_facts(backbone, checkpoint, metrics, stored, training)
+    (folder / "README.md").write_text(make_card(facts), encoding="utf-8")
     if num_bytes <= TRIAL_BYTES:
         try_model(folder, backbone, checkpoint)
     else:
@@ -142,14 +164,18 @@ def copy_processor(backbone_dir: Path, folder: Path) -> None:
     if (backbone_dir / name).is_file():
         shutil.copyfile(backbone_dir / name, folder / name)
         return
-    from pipeline.backbone import load_processor
+    from pipeline.preprocessing import load_processor
 
     processor = load_processor(backbone_dir, trust_remote_code=False)
     processor.to_json_file(folder / name)
 
 
 def card_facts(
-    backbone: Backbone, checkpoint: Checkpoint, metrics: dict[str, dict[str, float]], dtype: str
+    backbone: Backbone,
+    checkpoint: Checkpoint,
+    metrics: dict[str, dict[str, float]],
+    dtype: str,
+    training: dict[str, Any] | None,
 ) -> CardFacts:
     """Gather what the model card says."""
     settings = {name: value for name, value in checkpoint.settings.items() if isinstance(value, dict)}
@@ -157,6 +183,7 @@ def card_facts(
         name="Spatial building embeddings",
         backbone_name=backbone.name,
         licence=read_licence(backbone.folder),
+        licence_files=[path.name for path in backbone.list_licences()],
         architecture=checkpoint.architecture,
         pooling_type=backbone.pooling_type,
         dtype=dtype,
@@ -165,6 +192,7 @@ def card_facts(
         training_inputs=list(checkpoint.provenance.get("inputs", [])),
         split_hash=checkpoint.provenance.get("split_hash"),
         versions={package: installed_version(package) for package in ("torch", "transformers")},
+        num_training_samples=training["reference_shape"][0] if training else 0,
     )
 
 
@@ -189,7 +217,7 @@ def try_model(folder: Path, backbone: Backbone, checkpoint: Checkpoint) -> None:
             f"{wrong[0]}, ...): use another version of transformers"
         )
     model.eval()
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     pixels = processor(images=[Image.new("RGB", (256, 256), (128, 128, 128))], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         features = model.pool(model.backbone(pixel_values=pixels.to(model.backbone.dtype)))

@@ -106,9 +106,9 @@ def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Te
     formats) is loaded once and saved by transformers into `scratch_dir`. Raises InputError if it cannot be loaded.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # without it, a terminal is asked
         with torch.device("meta"):  # names and shapes, no memory
-            model = AutoModel.from_config(config)
+            model = AutoModel.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: the backbone cannot be loaded ({one_line(error)[:200]})") from None
     stored = list_stored(folder)

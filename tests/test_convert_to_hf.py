@@ -22,7 +22,7 @@ from publish_model.convert_to_hf import PublishOptions
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
-    "configuration_spatial_embeddings.py", "projector.py", "README.md",
+    "configuration_spatial_embeddings.py", "projector.py", "README.md", "modules.json", "sentence_bert_config.json",
 }  # fmt: skip
 
 

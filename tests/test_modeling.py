@@ -203,3 +203,33 @@ def test_it_is_built_without_memory_where_nothing_is_to_be_kept(published):
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=True)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_it_compiles_into_one_graph(model, pixels, expected, backend):
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert cosines(embed(compiled, pixels).embeddings, expected).min() > 0.9999
+    torch.compiler.reset()
+
+
+def test_accelerate_can_place_it(published, pixels, expected):
+    """Where it is not installed here, test_fresh_environment.py does this."""
+    pytest.importorskip("accelerate")
+    model = load(published, device_map="auto")
+    assert torch.allclose(embed(model, pixels.to(model.device)).embeddings.cpu(), expected, atol=1e-5)
+
+
+def test_no_backbone_configuration_names_a_place(published):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(published, trust_remote_code=True)
+    assert config.backbone_config._name_or_path == ""
+    assert not any("_name_or_path" in line for line in (published / "config.json").read_text().splitlines())
+
+
+def test_saving_a_loaded_model_leaks_no_place(model, published, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    text = (tmp_path / "saved" / "config.json").read_text()
+    assert str(published) not in text
+    assert str(published.parent) not in text

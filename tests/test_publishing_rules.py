@@ -19,7 +19,7 @@ from publish_model.model_card import is_measured, worse_than
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
-    "configuration_spatial_embeddings.py", "projector.py", "README.md",
+    "configuration_spatial_embeddings.py", "projector.py", "README.md", "modules.json", "sentence_bert_config.json",
 }  # fmt: skip
 
 

@@ -1,0 +1,185 @@
+"""The model card and what it names: licences, results with intervals, snippets that run, the sample of embeddings."""
+
+import json
+import re
+import shutil
+
+import pytest
+from published_models import GOOD, make_config, make_picture, write_checkpoint
+from stage7_fixtures import read_config
+
+import run_pipeline
+from pipeline.cli import Options, StageResult
+from pipeline.config import load_config
+from pipeline.model_files import identify_model
+from publish_model import convert_to_hf as stage
+from publish_model.card_results import add_test_results
+from publish_model.drift import FILE_NAME
+
+
+def snippets(folder):
+    """The card's blocks of Python, in order."""
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+
+
+def write_metrics(path, hash_, value=0.5):
+    """What stage 9 writes, as far as the card reads it."""
+    keys = ("recall_at_1", "recall_at_5", "recall_at_10", "map", "mrr")
+    scores = dict.fromkeys(keys, value) | {f"{key}_ci95": [value - 0.125, value + 0.125] for key in keys}
+    rows = dict.fromkeys(("raw", "pca_whitened", "projector"), scores)
+    counts = {"queries": 40, "gallery": 41, "buildings": 10, "ignored_pairs": 3}
+    inputs = [{"name": "test.parquet", "size": 1}, {"name": "checkpoint_best.pt", "size": 1, "hash": hash_}]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(counts | rows | {"provenance": {"inputs": inputs}}))
+    return path
+
+
+@pytest.fixture
+def published(config, tmp_path):
+    stage.run(config, Options())
+    return tmp_path / "published"
+
+
+def test_every_snippet_of_the_card_runs(published, monkeypatch):
+    make_picture(1).save(published / "a.jpg")
+    make_picture(2).save(published / "b.jpg")
+    monkeypatch.chdir(published)
+    blocks = snippets(published)
+    assert len(blocks) == 3
+    names: dict = {}
+    for code in blocks:
+        if "sentence_transformers" in code:  # which test_fresh_environment.py runs where it is not installed here
+            try:
+                import sentence_transformers  # noqa: F401
+            except ImportError:
+                continue
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["embeddings"].shape == (2, 256)
+    assert abs(float(names["embeddings"][0] @ names["embeddings"][0]) - 1) < 1e-5
+    assert len(names["embedding"]) == 256
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.md", "LICENCE.txt", "NOTICE", "COPYING", "license.txt"])
+def test_licence_texts_of_the_backbone_travel_and_the_card_names_them(toy_backbone, tmp_path, name):
+    backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
+    (backbone / name).write_text("Do as you like.")
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    stage.run(make_config(tmp_path, backbone), Options())
+    assert (tmp_path / "published" / name).read_text() == "Do as you like."
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert f"The text lies beside this file: `{name}`." in card.replace("\n", " ")
+    assert f"license_link: {name}" in card
+
+
+def test_a_backbone_without_a_licence_is_said_to_have_none(published):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(published / "README.md")
+    assert "Its own folder does not name its licence. It came without a licence text" in card.text.replace("\n", " ")
+    assert (card.data.license, card.data.license_name) == ("other", "unknown")
+    assert card.data.get("license_link") is None
+
+
+def test_the_front_matter_is_what_the_hub_reads(published):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(published / "README.md").data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-feature-extraction")
+    assert {"place-recognition", "street-view"} <= set(data.tags)
+    assert {result.metric_type: result.metric_value for result in data.eval_results}["map"] == GOOD["projector"]
+
+
+def test_the_card_has_every_section_that_users_look_for(published):
+    text = (published / "README.md").read_text()
+    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert titles == [
+        "How to use it", "Results", "Intended use and limits", "Training data and settings", "Backbone and licence",
+        "Files", "Citation",
+    ]  # fmt: skip
+    for said in ("Google Street View", "they fetch, read and write nothing", "not made to identify people", "torch "):
+        assert said in text.replace("\n", " ")
+
+
+# ---------------------------------------------------------------------------------------------------- test results
+
+
+def test_results_of_stage_9_reach_the_card_with_their_intervals(published, tmp_path):
+    before, version = (published / "README.md").read_text(), identify_model(published)
+    assert "Not measured on the test split when this card was written." in before
+    hash_ = read_config(published)["spatial_building_embeddings"]["inputs"][0]["hash"]
+    metrics = write_metrics(tmp_path / "metrics.json", hash_)
+    assert add_test_results(published, metrics)
+    card = (published / "README.md").read_text()
+    cells = " | ".join(["0.500 [0.375, 0.625]"] * 5)
+    for title in ("backbone alone", "backbone, PCA-whitened", "**this model**"):
+        assert f"| {title} | {cells} |" in card
+    flat = card.replace("\n", " ")
+    assert "40 images of 10 buildings search 41 images" in flat
+    assert "3 pairs of buildings count as neither" in flat
+    assert identify_model(published) == version
+    assert not add_test_results(published, metrics), "what is there already is not written again"
+    assert add_test_results(published, write_metrics(metrics, hash_, 0.625))
+    assert "0.500 [0.375" not in (published / "README.md").read_text()
+
+
+def test_results_of_another_checkpoint_or_none_leave_the_card_alone(published, tmp_path):
+    before = (published / "README.md").read_bytes()
+    assert not add_test_results(published, write_metrics(tmp_path / "other.json", "0" * 32))
+    assert not add_test_results(published, tmp_path / "nowhere.json")
+    (tmp_path / "broken.json").write_text("{")
+    assert not add_test_results(published, tmp_path / "broken.json")
+    assert not add_test_results(tmp_path / "no-folder", tmp_path / "other.json")
+    assert (published / "README.md").read_bytes() == before
+
+
+def test_a_card_that_somebody_has_rewritten_is_left_alone(published, tmp_path):
+    (published / "README.md").write_text("# Mine\n")
+    hash_ = read_config(published)["spatial_building_embeddings"]["inputs"][0]["hash"]
+    assert not add_test_results(published, write_metrics(tmp_path / "metrics.json", hash_))
+    assert (published / "README.md").read_text() == "# Mine\n"
+
+
+def test_a_rerun_keeps_the_folder_and_brings_the_results(config_file, run_main, tmp_path):
+    assert run_main(stage.main, "--config", config_file).code == 0
+    folder = tmp_path / "published_model"
+    hash_ = read_config(folder)["spatial_building_embeddings"]["inputs"][0]["hash"]
+    write_metrics(tmp_path / "report" / "metrics.json", hash_)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    outcome = run_main(stage.main, "--config", config_file)
+    assert (outcome.code, outcome.stdout) == (0, "")
+    assert "0.500 [0.375, 0.625]" in (folder / "README.md").read_text()
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_pipeline_brings_them_when_stage_9_is_done(config_file, run_main, tmp_path, monkeypatch):
+    assert run_main(stage.main, "--config", config_file).code == 0
+    folder = tmp_path / "published_model"
+    hash_ = read_config(folder)["spatial_building_embeddings"]["inputs"][0]["hash"]
+
+    def evaluate(self, _config, _options):
+        write_metrics(tmp_path / "report" / "metrics.json", hash_)
+        return StageResult(self.name, 1, 1, written=["x"])
+
+    monkeypatch.setattr(run_pipeline.Stage, "run", evaluate)
+    run_pipeline.run_stages(load_config(config_file), Options(), [], 9, 9)
+    assert "0.500 [0.375, 0.625]" in (folder / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- the sample
+
+
+def test_the_sample_of_training_embeddings_is_named_and_no_part_of_the_version(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("publish_model.training_similarity.measure_training", lambda *_: None)
+    stage.run(config, Options())
+    without = identify_model(tmp_path / "published")
+    assert FILE_NAME not in (tmp_path / "published" / "README.md").read_text()
+    sample = {"reference_shape": [17, 256], "quantiles": {}, "reference_float16": ""}
+    monkeypatch.setattr("publish_model.training_similarity.measure_training", lambda *_: sample)
+    stage.run(config, Options(overwrite=True))
+    card = (tmp_path / "published" / "README.md").read_text().replace("\n", " ")
+    assert f"`{FILE_NAME}` holds the embeddings of 17 images of the training split" in card
+    assert (tmp_path / "published" / FILE_NAME).is_file()
+    assert identify_model(tmp_path / "published") == without
+    for name in ("modules.json", "sentence_bert_config.json", FILE_NAME):
+        (tmp_path / "published" / name).unlink()
+    assert identify_model(tmp_path / "published") == without
