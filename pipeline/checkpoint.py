@@ -107,7 +107,8 @@ def project(projector: Projector, embeddings: NDArray[np.float32], device: torch
     projector.eval()
     with torch.inference_mode():
         blocks = [
-            projector(torch.from_numpy(np.ascontiguousarray(embeddings[start : start + BLOCK_ROWS])).to(device)).cpu()
+            # A copy: torch warns of rows that are mapped from disk and cannot be written to.
+            projector(torch.from_numpy(np.array(embeddings[start : start + BLOCK_ROWS])).to(device)).cpu()
             for start in range(0, len(embeddings), BLOCK_ROWS)
         ]
     projector.train(was_training)
@@ -171,7 +172,7 @@ def _read_bare_weights(
         "input_dim": int(input_dim), "output_dim": int(output_dim),
         "hidden_dim": int(weights["hidden.0.weight"].shape[0]) if layers else section.hidden_dim,
         "num_hidden_layers": len(layers), "dropout": section.dropout, "activation": section.activation,
-        "input_dropout": 0.0,
+        "input_dropout": 0.0, "input_power": 1.0,
     }  # fmt: skip
     return architecture, weights
 

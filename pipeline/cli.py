@@ -106,7 +106,7 @@ def make_parser(description: str, *, config: bool = True) -> argparse.ArgumentPa
         )  # fmt: skip
         parser.add_argument(
             "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-            help="override one setting; may be repeated",
+            help="override one setting, or those that a .toml file names; may be repeated",
         )  # fmt: skip
         parser.add_argument("--overwrite", action="store_true", help="make again what is there already")
     return parser

@@ -77,6 +77,9 @@ class DataSection(Section):
     train_ratio: float = Field(0.7, ge=0.0, le=1.0, description="share of the buildings")
     val_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
     test_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
+    split_unit: Literal["building", "dataset"] = Field(
+        "building", description="what goes to one split; dataset holds out whole tars, that is unseen cities"
+    )
     split_cell_m: float = Field(0.0, ge=0.0, description="metres; > 0 splits by geographic cell of this size")
     split_file: str | None = Field(None, description="parquet or CSV of building_id, split that wins over the hash")
     max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="share of rejects above which a run fails")
@@ -87,6 +90,12 @@ class DataSection(Section):
         total = self.train_ratio + self.val_ratio + self.test_ratio
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"train_ratio, val_ratio, test_ratio: must sum to 1, they sum to {total:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_split_unit(self) -> "DataSection":
+        if self.split_unit == "dataset" and self.split_cell_m > 0:
+            raise ValueError('split_unit, split_cell_m: "dataset" holds out whole tars, so split_cell_m must be 0')
         return self
 
 
@@ -124,15 +133,24 @@ class TrainingSection(Section):
 
     num_epochs: int = Field(40, ge=0, description="epochs at most")
     batch_size: int = Field(256, ge=1, description="triplets a step")
-    # Measured on 320 buildings with 5 folds over buildings: what 40 epochs add to the start's mAP on unseen buildings,
-    # without choosing an epoch. These defaults +0.0014 and +0.0012 (two draws of the folds); without the distance
-    # -0.0003 and +0.0008; with margin 0.2 +0.0007 and +0.0007; with margin 0.2, no distance and a rate of 1e-4 for the
-    # branch -0.017, for branch and shortcut -0.022, for a shortcut alone -0.006.
+    # Rates, margin, distance, dropout and start: chosen on 320 buildings; docs/training.md has the tables.
     learning_rate: float = Field(1e-5, gt=0.0, description="peak learning rate of the MLP branch (AdamW)")
     shortcut_learning_rate: float = Field(1e-5, ge=0.0, description="peak learning rate of the linear shortcut")
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
+    loss: Literal["triplet", "supcon"] = Field(
+        "triplet", description="triplet loss, or supervised contrastive loss among the images of a batch"
+    )
     margin: float = Field(0.1, gt=0.0, description="triplet margin, in Euclidean distance on the unit sphere")
-    init: Literal["whitening", "pca", "random"] = Field("whitening", description="start of the linear shortcut")
+    hard_mining: bool = Field(
+        True,
+        description="triplet loss: the nearest negative in the batch takes the place of a banded one farther off; "
+        "no effect with share_within_building",
+    )
+    temperature: float = Field(0.05, gt=0.0, description="of supcon: what cosines are divided by")
+    init: Literal["sharpened", "whitening", "pca", "random"] = Field(
+        "sharpened",
+        description="start of the linear shortcut; sharpened: or plain whitening where that validates better",
+    )
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
         "auto", description="0 ... 1, share of the identity in the whitened covariance; auto: by validation mAP"
     )
@@ -150,9 +168,27 @@ class TrainingSection(Section):
     patience: int = Field(10, ge=1, description="epochs without a better validation mAP before stopping")
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
     triplets_per_epoch: PositiveInt | Literal["auto"] = Field("auto", description="auto: one per training image")
+    band_sampling: Literal["uniform", "ucb"] = Field(
+        "uniform", description="bands of negatives: all alike, or those with the most active triplets (UCB bandit)"
+    )
+    share_within_building: bool = Field(
+        False,
+        description="a building's images share their negatives; anchors are counted then, triplets are many more",
+    )
     validation_images: int = Field(
         20_000, ge=2, description="images at most, of whole buildings, that the retrieval after each epoch searches"
     )
+
+    @property
+    def compares_in_batch(self) -> bool:
+        """Whether a batch's images are each other's negatives."""
+        return (self.loss == "supcon" or self.hard_mining) and not self.share_within_building
+
+    @model_validator(mode="after")
+    def _shared_negatives_make_triplets(self) -> "TrainingSection":
+        if self.share_within_building and self.loss == "supcon":
+            raise ValueError('share_within_building, loss: "supcon" shares all negatives of a batch already')
+        return self
 
 
 class InfrastructureSection(Section):
@@ -173,6 +209,10 @@ class LoggingSection(Section):
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe line that is logged")
     progress_interval_seconds: float = Field(30.0, gt=0.0, description="seconds between progress lines off a terminal")
+    tensorboard: bool = Field(False, description="stage 6 also writes checkpoint_dir/_tensorboard")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="stage 6 also writes a Weights & Biases run, checkpoint_dir/_wandb"
+    )
 
 
 class Config(Section):
@@ -232,7 +272,7 @@ class Config(Section):
 
 
 def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = None) -> Config:
-    """Read a configuration file and apply `SECTION.KEY=VALUE` overrides.
+    """Read a configuration file and apply overrides, `SECTION.KEY=VALUE` or the name of a TOML file, in their order.
 
     Raises ConfigError with every problem: a file that cannot be read or parsed, unknown sections and keys
     (with the nearest valid name), wrong types, values out of range or that cannot go together.
@@ -261,7 +301,9 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
 
 
 def _apply_override(tables: dict[str, Any], override: str) -> str | None:
-    """Put one `SECTION.KEY=VALUE` into the tables; return what is wrong with it, if anything."""
+    """Put one `SECTION.KEY=VALUE`, or a TOML file of settings, into the tables; return what is wrong, if anything."""
+    if override.endswith(".toml") and "=" not in override:
+        return _merge_fragment(tables, Path(override))
     match = re.fullmatch(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)=(.*)", override, re.DOTALL)
     if not match:
         return f"--set {override}: must read SECTION.KEY=VALUE"
@@ -273,6 +315,20 @@ def _apply_override(tables: dict[str, Any], override: str) -> str | None:
     table = tables.setdefault(section, {})
     if isinstance(table, dict):
         table[key] = value
+    return None
+
+
+def _merge_fragment(tables: dict[str, Any], path: Path) -> str | None:
+    """Put the settings of a TOML file, as the tuning writes one, over those of the tables; return what is wrong."""
+    try:
+        fragment = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"--set {path}: cannot read it ({error.strerror})"
+    except ValueError as error:
+        return f"--set {path}: not valid TOML: {error}"
+    for section, keys in fragment.items():
+        known = tables.get(section)
+        tables[section] = known | keys if isinstance(known, dict) and isinstance(keys, dict) else keys
     return None
 
 

@@ -16,7 +16,7 @@ class Projector(nn.Module):
     """A linear shortcut plus an MLP branch, whose sum is L2-normalised.
 
     The branch's last layer starts at zero, so a new projector equals its shortcut. With `num_hidden_layers` 0 there
-    is no branch.
+    is no branch. Features are first raised to `input_power`, keeping their signs.
     """
 
     def __init__(  # noqa: PLR0917 (the published configuration's names, in its order)
@@ -28,6 +28,7 @@ class Projector(nn.Module):
         dropout: float = 0.1,
         activation: str = "gelu",
         input_dropout: float = 0.0,
+        input_power: float = 1.0,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -35,9 +36,10 @@ class Projector(nn.Module):
         self.architecture: dict[str, Any] = {
             "input_dim": input_dim, "output_dim": output_dim, "hidden_dim": hidden_dim,
             "num_hidden_layers": num_hidden_layers, "dropout": dropout, "activation": activation,
-            "input_dropout": input_dropout,
+            "input_dropout": input_dropout, "input_power": input_power,
         }  # fmt: skip
         widths = [input_dim] + [hidden_dim] * num_hidden_layers
+        self.input_power = input_power
         self.input_dropout = nn.Dropout(input_dropout)
         self.shortcut = nn.Linear(input_dim, output_dim)
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
@@ -50,16 +52,24 @@ class Projector(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map features (B, input_dim) of any float type to float32 embeddings (B, output_dim) of norm 1."""
+        return functional.normalize(self.map(features), p=2.0, dim=1)
+
+    def map(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the float32 embeddings before they are normalised."""
         # Weights in half precision are widened here: centring subtracts numbers of one size, and a half-precision
         # sum would keep little of the difference. The projector is a thousandth of any backbone's work.
-        inputs = self.input_dropout(features.float())  # (B, input_dim)
+        inputs = features.float()
+        if self.input_power != 1.0:
+            # At 0 the power's slope is infinite, which would make the backbone's gradients NaN.
+            inputs = inputs.sign() * inputs.abs().clamp_min(torch.finfo(inputs.dtype).tiny) ** self.input_power
+        inputs = self.input_dropout(inputs)  # (B, input_dim)
         outputs = _linear(self.shortcut, inputs)  # (B, output_dim)
         if self.output is not None:
             hidden = inputs
             for layer in self.hidden:
                 hidden = self.dropout(self.activation(_linear(layer, hidden)))
             outputs = outputs + _linear(self.output, hidden)
-        return functional.normalize(outputs.float(), p=2.0, dim=1)
+        return outputs.float()
 
 
 def _linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:

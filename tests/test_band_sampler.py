@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from pipeline.features import Features
 from pipeline.geography import distances_m
-from train_specialized_embeddings.band_sampler import RANDOM_BAND, BandSampler, Triplets, band_shares
+from train_specialized_embeddings.band_sampler import RANDOM_BAND, Anchors, BandSampler, Triplets
 from train_specialized_embeddings.triplets import NUM_BANDS, Neighbors
 
 
@@ -54,15 +55,24 @@ def draw_many(sampler: BandSampler, count: int = 20_000) -> Triplets:
     return sampler.draw(sampler.draw_anchors(count))
 
 
+def draw_for(sampler: BandSampler, rows: np.ndarray, preference: list[list[int]] | None = None) -> Triplets:
+    """Draw a triplet for each of some images, each on its own."""
+    places = torch.arange(len(rows))
+    anchors = Anchors(torch.from_numpy(rows), places, torch.ones_like(places), np.arange(1, len(rows) + 1))
+    return sampler.draw(anchors, None if preference is None else torch.tensor(preference))
+
+
 @pytest.mark.parametrize("min_distance_m", [0.0, 25.0])
 def test_no_forbidden_triplet_is_ever_drawn(min_distance_m: float) -> None:
     data = make_features()
     neighbors = make_neighbors(data)
     drawn = draw_many(BandSampler(data, neighbors, 1, min_distance_m))
     assert len(drawn) == 20_000
+    assert drawn.found.all()
     for anchor, positive, negative, band in set(
         zip(
-            *(column.tolist() for column in (drawn.anchors, drawn.positives, drawn.negatives, drawn.bands)), strict=True
+            *(column.tolist() for column in (drawn.anchors.rows, drawn.positives, drawn.negatives, drawn.bands)),
+            strict=True,
         )
     ):
         assert anchor != positive
@@ -87,9 +97,9 @@ def test_bands_are_uniform_over_the_anchors_bands_that_are_not_empty() -> None:
     data = without_panoramas(make_features())
     neighbors = make_neighbors(data)
     sampler = BandSampler(data, neighbors, 2)
-    for anchor in sampler.candidates:
+    for anchor in sampler.candidates.tolist():
         filled = [band for band in range(NUM_BANDS) if neighbours_of(neighbors, anchor, band)]
-        drawn = sampler.draw(np.full(7000, anchor))
+        drawn = draw_for(sampler, np.full(7000, anchor))
         shares = Counter(drawn.bands.tolist())
         assert sorted(shares) == (filled or [RANDOM_BAND])
         for count in shares.values():
@@ -105,7 +115,7 @@ def test_negatives_are_uniform_over_a_bands_neighbours_and_then_over_their_image
     ends = np.zeros((count, NUM_BANDS), np.int32)
     ends[:, 3:] = 3
     sampler = BandSampler(data, Neighbors(np.array(listed, np.int32), np.zeros(count, np.int64), ends), 3)
-    drawn = sampler.draw(np.full(30_000, anchor))
+    drawn = draw_for(sampler, np.full(30_000, anchor))
     assert set(drawn.bands.tolist()) == {3}
     images = np.bincount(data.building_codes)
     for row, times in Counter(drawn.negatives.tolist()).items():
@@ -117,9 +127,9 @@ def test_negatives_are_uniform_over_a_bands_neighbours_and_then_over_their_image
 def test_positives_are_uniform_over_the_other_images() -> None:
     data = make_features()
     sampler = BandSampler(data, make_neighbors(data), 4)
-    for anchor in sampler.candidates[:8]:
+    for anchor in sampler.candidates[:8].tolist():
         others = [row for row in np.flatnonzero(data.building_codes == data.building_codes[anchor]) if row != anchor]
-        times = Counter(sampler.draw(np.full(6000, anchor)).positives.tolist())
+        times = Counter(draw_for(sampler, np.full(6000, anchor)).positives.tolist())
         assert sorted(times) == others
         assert all(abs(count - 6000 / len(others)) < 5 * np.sqrt(6000 / len(others)) for count in times.values())
 
@@ -129,8 +139,8 @@ def test_every_image_with_a_positive_is_anchor_equally_often() -> None:
     sampler = BandSampler(data, make_neighbors(data), 5)
     pairs = Counter(data.building_codes.tolist())
     expected = [row for row, code in enumerate(data.building_codes.tolist()) if pairs[code] > 1]
-    assert sorted(sampler.draw_anchors(len(expected)).tolist()) == expected
-    assert set(Counter(sampler.draw_anchors(3 * len(expected) - 1).tolist()).values()) <= {2, 3}
+    assert sorted(sampler.draw_anchors(len(expected)).rows.tolist()) == expected
+    assert set(Counter(sampler.draw_anchors(3 * len(expected) - 1).rows.tolist()).values()) <= {2, 3}
     assert len(sampler.draw_anchors(0)) == 0
 
 
@@ -142,19 +152,73 @@ def test_an_anchor_whose_neighbours_are_all_forbidden_gets_a_random_negative() -
     ends = np.ones((rows, NUM_BANDS), np.int32)
     listed = np.array([1 if code != 1 else 2 for code in data.building_codes], np.int32)
     sampler = BandSampler(data, Neighbors(listed, np.arange(rows), ends), 6)
-    anchors = sampler.candidates[data.building_codes[sampler.candidates] < 6]
-    drawn = sampler.draw(anchors)
+    candidates = sampler.candidates.numpy()
+    drawn = draw_for(sampler, candidates[data.building_codes[candidates] < 6])
+    assert drawn.found.all()
     assert set(drawn.bands.tolist()) == {RANDOM_BAND}
     assert (data.building_codes[drawn.negatives] >= 6).all()
 
 
-def test_a_triplet_without_any_allowed_negative_is_left_out() -> None:
-    data = replace(
-        make_features(), dataset_ids=np.ones(len(make_features())), street_view_ids=np.ones(len(make_features()))
-    )
-    drawn = draw_many(BandSampler(data, make_neighbors(data), 7), 100)
-    assert len(drawn) == 0
-    assert band_shares(drawn.bands) == [0.0] * (NUM_BANDS + 1)
+def test_a_triplet_without_any_allowed_negative_is_marked() -> None:
+    data = make_features()
+    ones = np.ones(len(data), np.int64)
+    drawn = draw_many(BandSampler(replace(data, dataset_ids=ones, street_view_ids=ones), make_neighbors(data), 7), 100)
+    assert len(drawn) == 100
+    assert not drawn.found.any()
+    assert drawn.negatives.equal(drawn.anchors.rows)
+
+
+def test_a_preferred_band_is_taken_where_the_anchor_has_it_and_the_next_one_where_not() -> None:
+    data = without_panoramas(make_features())
+    neighbors = make_neighbors(data)
+    sampler = BandSampler(data, neighbors, 2)
+    orders = [[6, 5, 4, 3, 2, 1, 0], [2, 0, 1, 3, 4, 5, 6]]
+    for anchor in sampler.candidates.tolist():
+        filled = [band for band in range(NUM_BANDS) if neighbours_of(neighbors, anchor, band)]
+        drawn = draw_for(sampler, np.full(100, anchor), orders)
+        for part, order in enumerate(orders):
+            expected = next((band for band in order if band in filled), RANDOM_BAND)
+            assert set(drawn.bands[50 * part : 50 * part + 50].tolist()) == {expected}
+
+
+def test_groups_are_whole_buildings_or_even_parts_of_them_each_image_once() -> None:
+    data = make_features()
+    codes = np.concatenate([data.building_codes, np.full(19, 12, np.int32)])  # one building of 19 images
+    columns = {name: np.arange(len(codes)) for name in ("dataset_ids", "street_view_ids", "target_lat", "target_lon")}
+    data = replace(data, embeddings=np.ones((len(codes), 2), np.float32), building_codes=codes, **columns)
+    neighbors = Neighbors(np.zeros(0, np.int32), np.zeros(len(codes), np.int64), np.zeros((len(codes), 7), np.int32))
+    sampler = BandSampler(data, neighbors, 5)
+    anchors = sampler.draw_groups(len(sampler.candidates))
+    assert sorted(anchors.rows.tolist()) == sorted(sampler.candidates.tolist())
+    sizes: dict[int, list[int]] = {}
+    for first, last in zip([0, *anchors.ends[:-1]], anchors.ends, strict=True):
+        group = anchors.rows[first:last].numpy()
+        assert len(set(codes[group].tolist())) == 1
+        sizes.setdefault(int(codes[group[0]]), []).append(len(group))
+        assert set(anchors.starts[first:last].tolist()) == {first}
+        assert set(anchors.sizes[first:last].tolist()) == {len(group)}
+    for code, found in sizes.items():
+        count = int((codes == code).sum())
+        assert sorted(found) == ([6, 6, 7] if code == 12 else [count])
+    many = sampler.draw_groups(3 * len(sampler.candidates))
+    assert set(Counter(many.rows.tolist()).values()) == {3}
+    assert 7 <= len(sampler.draw_groups(7)) <= 7 + 7
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 10, 100])
+def test_batches_are_whole_groups_and_no_larger_than_asked_for(batch_size: int) -> None:
+    data = make_features()
+    anchors = BandSampler(data, make_neighbors(data), 5).draw_groups(200)
+    edges = anchors.plan_batches(batch_size)
+    assert edges[0] == 0
+    assert edges[-1] == len(anchors)
+    assert set(edges[1:]) <= set(anchors.ends.tolist())
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        part = anchors.cut(first, last)
+        assert part.ends[-1] == len(part) == last - first
+        assert len(part) <= batch_size or len(part.ends) == 1
+        assert part.starts[0] == 0
+        assert part.rows.equal(anchors.rows[first:last])
 
 
 def test_the_state_repeats_the_draws() -> None:
@@ -167,13 +231,9 @@ def test_the_state_repeats_the_draws() -> None:
     other = BandSampler(data, neighbors, 99)
     other.state = state
     second = draw_many(other, 500)
-    for column in ("anchors", "positives", "negatives", "bands"):
-        np.testing.assert_array_equal(getattr(first, column), getattr(second, column))
-
-
-def test_band_shares_count_the_random_negatives_last() -> None:
-    shares = band_shares(np.array([0, 0, 6, RANDOM_BAND]))
-    assert shares == [0.5, 0, 0, 0, 0, 0, 0.25, 0.25]
+    assert first.anchors.rows.equal(second.anchors.rows)
+    for column in ("positives", "negatives", "bands"):
+        assert getattr(first, column).equal(getattr(second, column))
 
 
 def test_the_distance_in_metres_is_that_of_a_great_circle() -> None:

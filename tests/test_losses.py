@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from train_specialized_embeddings.losses import pair_distances, relative_drift, triplet_losses
+from train_specialized_embeddings.losses import (
+    hardest_negatives,
+    pair_distances,
+    relative_drift,
+    supervised_contrastive_losses,
+    triplet_losses,
+)
 
 
 def random_unit_rows(seed: int, count: int = 7, width: int = 5) -> torch.Tensor:
@@ -57,3 +63,47 @@ def test_drift_is_the_squared_way_from_the_start_in_units_of_its_length() -> Non
     moved = torch.tensor([[3.0, 1.0], [2.0, 4.0]])
     assert relative_drift(moved, start).item() == pytest.approx((1 + 4) / 25)
     assert relative_drift(torch.zeros(2, 2), torch.zeros(2, 2)).item() == 0.0
+
+
+# ------------------------------------------------------------------------------------------------ within a batch
+
+
+def random_masks(seed: int, count: int, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return who is whose positive and whose negative; nobody is both, some are neither."""
+    drawn = torch.randint(0, 3, (count, num_candidates), generator=torch.Generator().manual_seed(seed))
+    return drawn == 0, drawn == 1
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_supervised_contrastive_losses_equal_a_loop_over_pairs(temperature: float) -> None:
+    anchors, candidates = random_unit_rows(1), random_unit_rows(2, 9)
+    is_positive, is_negative = random_masks(3, 7, 9)
+    is_positive[2], is_negative[4] = False, False  # an anchor without a positive, and one without a negative
+    expected = []
+    for i in range(7):
+        cosines = [sum(x * y for x, y in zip(anchors[i].tolist(), row, strict=True)) for row in candidates.tolist()]
+        negatives = [math.exp(cosines[j] / temperature) for j in range(9) if is_negative[i, j]]
+        own = [math.exp(cosines[j] / temperature) for j in range(9) if is_positive[i, j]]
+        expected.append(sum(-math.log(one / (one + sum(negatives))) for one in own) / max(1, len(own)))
+    losses = supervised_contrastive_losses(anchors, candidates, is_positive, is_negative, temperature)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert losses[2] == losses[4] == 0
+
+
+def test_a_contrastive_batch_of_equal_images_or_without_negatives_has_finite_gradients() -> None:
+    for is_negative in (torch.ones(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)):
+        rows = torch.ones(3, 2, requires_grad=True)
+        candidates = torch.ones(4, 2)
+        losses = supervised_contrastive_losses(rows, candidates, ~is_negative | True, is_negative, 0.01)
+        losses.sum().backward()
+        assert torch.isfinite(losses).all()
+        assert torch.isfinite(rows.grad).all()
+
+
+def test_the_hardest_negative_is_the_nearest_that_is_allowed() -> None:
+    anchors, candidates = random_unit_rows(1), random_unit_rows(2, 9)
+    _, is_negative = random_masks(3, 7, 9)
+    found = hardest_negatives(anchors, candidates, is_negative).tolist()
+    for i, chosen in enumerate(found):
+        cosines = {j: float(anchors[i] @ candidates[j]) for j in range(9) if is_negative[i, j]}
+        assert chosen == max(cosines, key=cosines.__getitem__)

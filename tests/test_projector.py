@@ -92,6 +92,14 @@ def test_gradients_reach_every_weight_but_those_behind_the_zero_layer() -> None:
     assert projector.output.weight.grad.abs().sum() > 0
 
 
+def test_a_feature_of_zero_has_a_finite_gradient_whatever_the_power() -> None:
+    projector = Projector(3, 2, num_hidden_layers=0, input_power=0.8)
+    inputs = torch.tensor([[0.0, -1.0, 2.0]], requires_grad=True)
+    projector(inputs)[0, 0].backward()
+    assert inputs.grad.isfinite().all()
+    assert inputs.grad[0, 1] != 0
+
+
 def test_an_unknown_activation_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="activation 'tanh': must be one of relu, gelu, silu"):
         Projector(12, activation="tanh")
@@ -107,3 +115,20 @@ def test_the_file_imports_nothing_but_torch_and_the_standard_library() -> None:
             assert node.level == 0
             modules.add(str(node.module).split(".")[0])
     assert modules == {"torch", "typing"}
+
+
+@pytest.mark.parametrize("power", [0.5, 0.8])
+def test_an_input_power_keeps_the_signs(power: float) -> None:
+    plain, powered = randomised(output_dim=5), randomised(output_dim=5, input_power=power)
+    powered.load_state_dict(plain.state_dict())
+    rows = features() - 2
+    expected = plain(torch.tensor([[abs(x) ** power * (1 if x >= 0 else -1) for x in row] for row in rows.tolist()]))
+    torch.testing.assert_close(powered(rows), expected)
+    assert torch.isfinite(powered(torch.zeros(1, 12))).all()
+
+
+def test_the_map_is_the_embedding_before_it_is_normalised() -> None:
+    projector = randomised(output_dim=5)
+    mapped = projector.map(features())
+    assert (mapped.norm(dim=1) - 1).abs().min() > 1e-3
+    torch.testing.assert_close(torch.nn.functional.normalize(mapped, dim=1), projector(features()))

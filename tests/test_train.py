@@ -93,7 +93,7 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
 
 def test_the_best_checkpoint_is_the_best_epoch_by_validation_and_never_below_the_start(workspace: Path) -> None:
     # A rate that spoils the projector at once: the start must win.
-    run(workspace, "training.learning_rate=1.0", "training.shortcut_learning_rate=1.0")
+    run(workspace, "training.learning_rate=1.0", "training.shortcut_learning_rate=1.0", "training.init=whitening")
     history = read_metrics(workspace)
     best = read_checkpoints(workspace)["checkpoint_best.pt"]
     maps = [record["val"]["map"] for record in history]
@@ -103,7 +103,7 @@ def test_the_best_checkpoint_is_the_best_epoch_by_validation_and_never_below_the
 
 
 def test_validation_scores_equal_those_computed_by_hand(workspace: Path) -> None:
-    run(workspace, "training.whitening_shrinkage=0.3", "training.num_epochs=0")
+    run(workspace, "training.whitening_shrinkage=0.3", "training.num_epochs=0", "training.init=whitening")
     training, val = make_split(30, 1), make_split(12, 2)
     rows = [np.stack(split["embedding"].to_numpy()).astype(np.float32) for split in (training, val)]
     codes = [np.unique(split["building_id"].to_pylist(), return_inverse=True)[1] for split in (training, val)]
@@ -163,10 +163,15 @@ def test_the_log_shows_the_table_and_warns_of_a_projector_that_is_not_worth_publ
 
 def test_collapse_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "spatial_building_embeddings"):
-        start = {"epoch": 0, "embedding_spread": 0.9, "active_triplet_share": None}
-        warn_of_collapse(start | {"epoch": 1}, start)
+        start = {"epoch": 0, "embedding_spread": 0.9, "embedding_norm": 1.0, "active_triplet_share": None}
+        warn_of_collapse(start | {"epoch": 1, "embedding_norm": 3.9}, start)
         assert not caplog.text
-        warn_of_collapse({"epoch": 2, "embedding_spread": 0.1, "active_triplet_share": 0.0}, start)
+        warn_of_collapse(start | {"epoch": 2, "embedding_spread": 0.1, "active_triplet_share": 0.0}, start)
+        assert "norm" not in caplog.text
+        warn_of_collapse(start | {"epoch": 3, "embedding_norm": 4.1}, start)
+        warn_of_collapse(start | {"epoch": 4, "embedding_norm": 0.2}, start)
+    assert "epoch 3: the embeddings' norm before normalisation is 4.1, at the start it was 1" in caplog.text
+    assert "epoch 4: the embeddings' norm before normalisation is 0.2" in caplog.text
     assert "epoch 2: the embeddings are collapsing (spread 0.100, at the start 0.900)" in caplog.text
     assert "epoch 2: no triplet was active" in caplog.text
 
@@ -215,7 +220,7 @@ def test_the_start_equals_the_whitening_and_its_branch_reads_inputs_of_variance_
     data = load_features(workspace / "merged/train.parquet")
     whitening = fit_within_class_whitening(data.embeddings * 50, data.building_codes, 8)
     section = load_config(workspace / "config.toml").training_model.model_copy(update={"hidden_dim": 400})
-    projector = make_projector(WIDTH, Baselines(whitening, whitening, 0.5, {}), section, TrainingSection()).eval()
+    projector = make_projector(WIDTH, Baselines(whitening, {}, {}), section, TrainingSection()).eval()
     rows = torch.from_numpy(data.embeddings * 50)
     np.testing.assert_allclose(projector(rows).detach().numpy(), whitening.apply(data.embeddings * 50), atol=1e-5)
     assert float(projector.hidden[0](rows).var().detach()) == pytest.approx(1.0, rel=0.25)

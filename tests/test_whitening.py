@@ -1,5 +1,7 @@
 """Whitening against the dense textbook formulas, on few rows, many rows and degenerate ones."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from pipeline.whitening import (
     collect_scatter,
     fit_pca_whitening,
     fit_within_class_whitening,
+    sharpen_whitening,
+    whiten_by_pca,
     whiten_within_class,
 )
 
@@ -178,3 +182,75 @@ def test_a_shrinkage_grid_reuses_the_scatter_and_equals_fitting_anew() -> None:
     for shrinkage in (0.2, 0.7):
         fresh = fit_within_class_whitening(rows, codes, 6, shrinkage)
         np.testing.assert_array_equal(whiten_within_class(scatter, 6, shrinkage).weight, fresh.weight)
+
+
+def test_pca_needs_no_pass_of_its_own_where_the_scatter_is_there() -> None:
+    rows, codes = make_rows(40, 8)
+    own, shared = fit_pca_whitening(rows, 6), whiten_by_pca(collect_scatter(rows, codes), 6)
+    np.testing.assert_allclose(shared.weight, own.weight, atol=1e-5)
+    np.testing.assert_allclose(shared.bias, own.bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_a_read_only_table_on_disk_of_any_float_type_gives_the_sums_of_its_values(
+    kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, codes = make_rows(30, 6)
+    np.save(tmp_path / "rows.npy", rows.astype(kind))
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    monkeypatch.setattr(whitening, "_BLOCK_NUMBERS", 8 * 6)
+    within, between = covariances_by_loop(rows.astype(kind), codes)
+    scatter = collect_scatter(mapped, codes)
+    np.testing.assert_allclose(scatter.within, within, atol=1e-10)
+    np.testing.assert_allclose(scatter.between, between, atol=1e-10)
+    fitted = whiten_within_class(scatter, 4)
+    np.testing.assert_allclose(fitted.apply(mapped), fitted.apply(rows.astype(kind).astype(np.float32)), atol=1e-6)
+
+
+def test_no_more_rows_are_read_at_a_time_than_a_block_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whitening, "_BLOCK_NUMBERS", 20 * 6)
+    rows, codes = make_rows(60, 6)
+    read = []
+
+    class Table(np.ndarray):
+        def __getitem__(self, index: object) -> np.ndarray:
+            found = np.asarray(super().__getitem__(index))  # type: ignore[call-overload]
+            read.append(len(found))
+            return found
+
+    collect_scatter(rows.view(Table), codes)
+    fit_pca_whitening(rows.view(Table), 4)
+    assert max(size for size in read if size < len(rows)) <= 20
+    assert read.count(len(rows)) + sum(size > 20 for size in read) <= 4  # the first rows, which set the origin
+
+
+@pytest.mark.parametrize("shrinkage", [0.3, 0.7])
+def test_sharpened_whitening_equals_its_definition(shrinkage: float) -> None:
+    rows, codes = make_rows(60, 8, mean=0.0)
+    powered = np.sign(rows) * np.abs(rows).astype(float) ** 0.8
+    within, between = covariances_by_loop(powered, codes)
+    variances = np.diag(within)
+    weights = (variances / variances.mean() + 1e-3) ** 0.2
+    within, between = (np.diag(weights) @ matrix @ np.diag(weights) for matrix in (within, between))
+    shrunk = (1 - shrinkage) * within + shrinkage * np.trace(within) / 8 * np.eye(8)
+    values, axes = np.linalg.eigh(shrunk)
+    root = axes @ np.diag(values**-0.65) @ axes.T
+    directions = np.linalg.eigh(root @ between @ root)[1][:, ::-1][:, :5]
+    expected = unit((powered - powered.mean(axis=0)) * weights @ root @ directions)
+    fitted = sharpen_whitening(collect_scatter(rows, codes, 0.8), 5, shrinkage)
+    assert fitted.input_power == 0.8
+    found = fitted.apply(rows)
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-4)
+    mapped = np.sign(rows) * np.abs(rows) ** 0.8 @ fitted.weight.T + fitted.bias
+    assert np.square(mapped).sum(axis=1).mean() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_sharpened_whitening_refuses_sums_of_other_rows_and_survives_constant_channels() -> None:
+    rows, codes = make_rows(20, 6)
+    with pytest.raises(ValueError, match="rows to the power 1, not 0.8"):
+        sharpen_whitening(collect_scatter(rows, codes), 4)
+    rows[:, 2] = 5
+    assert np.isfinite(sharpen_whitening(collect_scatter(rows, codes, 0.8), 4).apply(rows)).all()
+    equal = np.ones((6, 4), np.float32)
+    fitted = sharpen_whitening(collect_scatter(equal, np.repeat(np.arange(3), 2).astype(np.int32), 0.8), 4)
+    assert (fitted.apply(equal) == 0).all()

@@ -1,5 +1,7 @@
 """Fit a projector to a training split: check the data, start from a closed form or a killed run, and train."""
 
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,25 @@ from pipeline.features import Features, load_features
 from pipeline.log import Stopwatch, logger
 from pipeline.projector import Projector
 from train_specialized_embeddings.band_sampler import BandSampler
+from train_specialized_embeddings.feature_store import FeatureStore
+from train_specialized_embeddings.metric_sinks import MetricSinks
 from train_specialized_embeddings.run_files import RunFiles
 from train_specialized_embeddings.starts import fit_baselines, make_projector
-from train_specialized_embeddings.trainer import FeatureStore, Trainer
+from train_specialized_embeddings.trainer import Trainer
 from train_specialized_embeddings.training_run import TrainingRun
 from train_specialized_embeddings.triplets import load_neighbors
 from train_specialized_embeddings.validation import Scores, ValidationSet, choose_validation_set
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every run on the same splits shares."""
+
+    train: Features
+    validation: ValidationSet
+    sampler: BandSampler
+    num_images: int  # of train and val
+    device: torch.device
 
 
 def fit(
@@ -31,41 +46,52 @@ def fit(
     settings, PipelineError where training diverges.
     """
     saved = load_latest(files, provenance)
+    with closing(MetricSinks(config.logging, files.folder, provenance)) as sinks:
+        material = read_material(config, inputs, watch)
+        torch.manual_seed(config.global_.seed)
+        with watch.measure("start"):
+            projector, scores, start = begin(config, material, saved)
+        store = FeatureStore(material.train.embeddings, material.device)  # after the pass over all rows in their order
+        trainer = Trainer(projector.to(material.device), store, material.sampler, config.training)
+        counts = {"in": material.num_images, "out": material.num_images}
+        described = provenance | {"counts": counts}
+        run = TrainingRun(config, files, trainer, material.validation, described, scores, start, watch, sinks)
+        if saved is not None:
+            run.resume(saved)
+        run.complete()
+    return counts
+
+
+def read_material(config: Config, inputs: dict[str, Path], watch: Stopwatch) -> Material:
+    """Read and check the splits and the difficulty table, each once.
+
+    Raises InputError where an input cannot be trained on, PipelineError where the widths do not agree.
+    """
+    section, seed = config.training, config.global_.seed
+    device = choose_device(config.infrastructure.device)
     with watch.measure("read"):
         train, val = load_features(inputs["train"]), load_features(inputs["val"])
         check_splits(config, inputs, train, val)
         neighbors = load_neighbors(inputs["difficulty"], train)
-    device = choose_device(config.infrastructure.device)
+        sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
     logger.info(
         "training on %d images of %d buildings, %d numbers each, on %s",
         len(train), len(train.building_ids), train.width, describe_device(device),
     )  # fmt: skip
-    section, seed = config.training, config.global_.seed
-    sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m)
     validation = choose_validation_set(val, section.validation_images, seed)
-    torch.manual_seed(seed)
-    with watch.measure("start"):
-        projector, scores, start = begin(config, train, validation, saved)
-    trainer = Trainer(projector.to(device), FeatureStore(train.embeddings, device), sampler, section)
-    counts = {"in": len(train) + len(val), "out": len(train) + len(val)}
-    run = TrainingRun(config, files, trainer, validation, provenance | {"counts": counts}, scores, start, watch)
-    if saved is not None:
-        run.resume(saved)
-    run.complete()
-    return counts
+    return Material(train, validation, sampler, len(train) + len(val), device)
 
 
 def begin(
-    config: Config, train: Features, validation: ValidationSet, saved: Checkpoint | None
+    config: Config, material: Material, saved: Checkpoint | None
 ) -> tuple[Projector, dict[str, Scores], dict[str, Any]]:
     """Return a projector, the baselines' validation scores and a note of the start: anew, or a killed run's."""
     if saved is not None:
         scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
         return build_projector(saved), scores, saved.rest["start"]
-    model, section = config.training_model, config.training
-    baselines = fit_baselines(train, validation, model.output_dim, section)
-    projector = make_projector(train.width, baselines, model, section)
-    return projector, baselines.scores, {"init": section.init, "shrinkage": baselines.shrinkage}
+    model, section, train = config.training_model, config.training, material.train
+    baselines = fit_baselines(train, material.validation, model.output_dim, section, material.device)
+    return make_projector(train.width, baselines, model, section), baselines.scores, baselines.note
 
 
 def load_latest(files: RunFiles, provenance: dict[str, Any]) -> Checkpoint | None:

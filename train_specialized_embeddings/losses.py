@@ -1,14 +1,19 @@
-"""The triplet loss on the unit sphere, and the pull toward a start."""
+"""The losses of embeddings on the unit sphere, and the pull toward a start.
+
+A loss takes embeddings and masks that say who is whose positive and negative, and returns one value an anchor; all of
+it on the device. A classification loss would fit in beside them.
+"""
 
 import torch
+from torch.nn import functional
 
 # Below this squared distance the square root's slope would explode; it is 1e-6 of the sphere's radius.
 MIN_SQUARED_DISTANCE = 1e-12
 
 
 def pair_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the Euclidean distances (B,) of rows (B, D)."""
-    return (first - second).pow(2).sum(dim=1).clamp_min(MIN_SQUARED_DISTANCE).sqrt()
+    """Return the Euclidean distances (...) of rows (..., D)."""
+    return (first - second).pow(2).sum(dim=-1).clamp_min(MIN_SQUARED_DISTANCE).sqrt()
 
 
 def triplet_losses(anchor: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, margin: float) -> torch.Tensor:
@@ -17,6 +22,33 @@ def triplet_losses(anchor: torch.Tensor, positive: torch.Tensor, negative: torch
     Source: Schroff et al. 2015 (FaceNet), with the distance instead of its square. A triplet is active where it is > 0.
     """
     return torch.relu(pair_distances(anchor, positive) - pair_distances(anchor, negative) + margin)
+
+
+def supervised_contrastive_losses(  # noqa: PLR0917
+    anchors: torch.Tensor,
+    candidates: torch.Tensor,
+    is_positive: torch.Tensor,
+    is_negative: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Return, of each anchor (B, D), the mean over its positives p of -log(e^(s_p/t) / (e^(s_p/t) + sum e^(s_n/t))).
+
+    s are the cosines to the candidates (C, D), n the anchor's negatives; the masks are (B, C). Without a positive, or
+    without a negative, it is 0. Source: Khosla et al. 2020, equation 2, the other positives left out of the
+    denominator as in NT-Xent (Chen et al. 2020).
+    """
+    logits = (anchors @ candidates.T).float() / temperature  # (B, C)
+    lowest = torch.finfo(logits.dtype).min  # minus infinity would make the slope of an anchor without negatives a NaN
+    of_negatives = logits.masked_fill(~is_negative, lowest).logsumexp(dim=1, keepdim=True)
+    losses = functional.softplus(of_negatives - logits) * is_positive
+    return losses.sum(dim=1) / is_positive.sum(dim=1).clamp_min(1)
+
+
+def hardest_negatives(anchors: torch.Tensor, candidates: torch.Tensor, is_negative: torch.Tensor) -> torch.Tensor:
+    """Return for each anchor (B, D) which of the candidates (C, D) is its nearest negative, (B,); any without one."""
+    with torch.no_grad():
+        cosines = (anchors @ candidates.T).masked_fill(~is_negative, -2.0)
+        return cosines.argmax(dim=1)
 
 
 def relative_drift(weight: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -5,14 +5,24 @@ goes on from, and the other files are written from what it holds, so that they a
 Importing this needs no torch: a complete run is kept without it.
 """
 
+import fcntl
 import json
+import os
 import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import tables
-from pipeline.errors import InputError, StaleOutputError
+from pipeline.errors import InputError, PipelineError, StaleOutputError
+from pipeline.log import logger
+
+# What TensorBoard and Weights & Biases are given.
+LOG_FOLDERS = TENSORBOARD, WANDB = "_tensorboard", "_wandb"
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,36 @@ class RunFiles:
         """Remove all that runs left here; the mark first, so that a kill in between leaves no half that looks whole."""
         for path in (self.provenance, self.latest, *self.list_outputs()):
             path.unlink(missing_ok=True)
+        for name in LOG_FOLDERS:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainings out of the folder while the block runs.
+
+        The kernel drops the lock with the process, so that a killed one is in nobody's way; where the file system has
+        no locks there is none. Raises PipelineError naming the process and host that hold it.
+        """
+        path = self.folder / ".lock"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise PipelineError(
+                    f"{self.folder}: {holder} is training there: wait for it, or set another [paths].checkpoint_dir"
+                ) from None
+            except OSError as error:
+                logger.warning("%s: cannot be locked (%s): do not train into it twice", self.folder, error.strerror)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write one line an epoch, in one piece."""

@@ -53,15 +53,13 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Train, go on, or keep what is there; the rows are the images of train and val.
 
     Raises StaleOutputError where the folder holds a run from other inputs or settings, InputError where an input
-    cannot be trained on.
+    cannot be trained on, PipelineError where another process is training into the folder.
     """
     inputs = list_inputs(config)
     provenance = describe_run(config, inputs)
     files = RunFiles(config.path("checkpoint_dir"))
     result = cli.StageResult(STAGE)
-    if options.overwrite:
-        files.remove()
-    elif files.is_complete(provenance):
+    if not options.overwrite and files.is_complete(provenance):
         found = files.read_provenance() or {}
         logger.info("%s: kept %s, which is complete (best epoch %s)", STAGE, files.folder, found.get("best_epoch"))
         result.add(found.get("counts", {}))
@@ -69,7 +67,10 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         return result
     from train_specialized_embeddings.fitting import fit  # torch, which a kept run does without
 
-    result.add(fit(config, inputs, provenance, files, result.watch))
+    with files.locked():
+        if options.overwrite:
+            files.remove()
+        result.add(fit(config, inputs, provenance, files, result.watch))
     result.written += [*files.list_outputs(), files.provenance]
     return result
 

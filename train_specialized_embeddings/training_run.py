@@ -8,12 +8,14 @@ from pipeline import tables
 from pipeline.checkpoint import Checkpoint, project, save_checkpoint
 from pipeline.config import Config
 from pipeline.log import Progress, Stopwatch, logger
+from train_specialized_embeddings.metric_sinks import MetricSinks
 from train_specialized_embeddings.run_files import RunFiles
 from train_specialized_embeddings.trainer import EpochReport, Trainer
 from train_specialized_embeddings.validation import (
     Scores,
     ValidationSet,
     log_verdict,
+    measure_norm,
     measure_spread,
     warn_of_collapse,
 )
@@ -36,6 +38,7 @@ class TrainingRun:
     baselines: dict[str, Scores]  # validation scores of raw, pca_whitened, whitening
     start: dict[str, Any]  # how the shortcut began
     watch: Stopwatch
+    sinks: MetricSinks
     history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
     best: Content = field(default_factory=dict)  # the best epoch's checkpoint
 
@@ -55,30 +58,41 @@ class TrainingRun:
 
         Raises PipelineError where training diverges or no triplet can be drawn.
         """
-        if not self.history:
-            self._add_epoch(None, time.monotonic())
-        else:
+        if self.history:
             self._write_outputs()  # which the kill may have come between
-        total = self.config.training.num_epochs * self.trainer.num_triplets
+        else:
+            self.begin()
+            self._log_epoch()
+        total = self.config.training.num_epochs * self.trainer.num_anchors
         interval = self.config.logging.progress_interval_seconds
         saved = time.monotonic()
-        with Progress("train", total, "triplet", interval) as progress:
-            progress.resume_at(self.epoch * self.trainer.num_triplets)
+        with Progress("train", total, "anchor", interval) as progress:
+            progress.resume_at(self.epoch * self.trainer.num_anchors)
             while not self.is_over:
-                started = time.monotonic()
-                with self.watch.measure("train"):
-                    report = self.trainer.run_epoch(progress)
-                self._add_epoch(report, started)
-                warn_of_collapse(self.history[-1], self.history[0])
+                self.advance(progress)
+                self._log_epoch()
                 if self._is_periodic or time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
                     self._save()
                     saved = time.monotonic()
         self._finish()
 
+    def begin(self) -> None:
+        """Validate the start, which is epoch 0."""
+        self._add_epoch(None, time.monotonic())
+
+    def advance(self, progress: Progress) -> None:
+        """Train for one epoch and validate; nothing is saved."""
+        started = time.monotonic()
+        with self.watch.measure("train"):
+            report = self.trainer.run_epoch(progress)
+        self._add_epoch(report, started)
+
     def resume(self, saved: Checkpoint) -> None:
         """Take up the state of a killed run."""
         self.trainer.restore(saved.rest | {"projector": saved.projector})
         self.history, self.best = list(saved.rest["history"]), saved.rest["best"]
+        for record in self.history:
+            self.sinks.write(record)
         logger.info("going on after epoch %d", self.epoch)
 
     @property
@@ -88,7 +102,9 @@ class TrainingRun:
     def _add_epoch(self, report: EpochReport | None, started: float) -> None:
         """Validate, add the epoch's record, and keep its checkpoint if it is the best; epoch 0 has no report."""
         with self.watch.measure("validate"):
-            embeddings = project(self.trainer.projector, self.validation.embeddings, self.trainer.store.device)
+            projector, device = self.trainer.projector, self.trainer.store.device
+            embeddings = project(projector, self.validation.embeddings, device)
+            norm = measure_norm(projector, self.validation.embeddings, device)
             scores = self.validation.score(embeddings)
         self.history.append(
             {
@@ -99,19 +115,27 @@ class TrainingRun:
                 "learning_rates": report and report.learning_rates,
                 "num_triplets": report.num_triplets if report else 0,
                 "embedding_spread": measure_spread(embeddings),
+                "embedding_norm": norm,
                 "val": scores,
                 "seconds": round(time.monotonic() - started, 3),
             }
         )
-        is_best = not self.best or scores["map"] > self.best["metrics"]["val"]["projector"]["map"]
-        if is_best:
+        self.sinks.write(self.history[-1])
+        if not self.best or scores["map"] > self.best["metrics"]["val"]["projector"]["map"]:
             self.best = self._describe()
-        training = f"loss {report.loss:.4f}, {report.active_share:.1%} active, " if report else "the start, "
+
+    def _log_epoch(self) -> None:
+        """Say how the last epoch went, and where it has gone wrong."""
+        record = self.history[-1]
+        training = "the start, "
+        if record["train_loss"] is not None:
+            training = f"loss {record['train_loss']:.4f}, {record['active_triplet_share']:.1%} active, "
         logger.info(
             "epoch %d: %sspread %.3f, validation mAP %.4f, R@1 %.4f%s",
-            self.epoch, training, self.history[-1]["embedding_spread"], scores["map"], scores["recall_at_1"],
-            ", the best so far" if is_best else "",
+            self.epoch, training, record["embedding_spread"], record["val"]["map"], record["val"]["recall_at_1"],
+            ", the best so far" if self.best["epoch"] == self.epoch else "",
         )  # fmt: skip
+        warn_of_collapse(record, self.history[0])
 
     def _describe(self) -> Content:
         """Return the checkpoint of the epoch that is done: all that its reader, and the next epoch, need."""

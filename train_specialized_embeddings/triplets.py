@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,20 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import tables
+from pipeline.config import count_cores
 from pipeline.errors import InputError
 from pipeline.features import Features
 from pipeline.log import logger
+from pipeline.workers import map_in_order
 
 NUM_BANDS = 7  # 0 is the hardest, 6 the easiest
-# Rows of the difficulty table decoded at a time: 65,536 rows of 150 neighbours are about 200 MB of text.
-_BATCH_ROWS = 65_536
+# Rows of the difficulty table that a thread works on at a time: with 150 neighbours about 300 MB. Fewer would spend
+# their time on building Arrow's hash table of the buildings, which is made for each call.
+_BATCH_ROWS = 32_768
 
 Rows = NDArray[np.int64]
+# Rows of `features`, their usable neighbours by image and band, where each image's bands end.
+Gathered = tuple[Rows, NDArray[np.int32], NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,15 @@ def load_neighbors(path: Path, features: Features) -> Neighbors:
         raise InputError(f"{path}: names an image twice: make it again with stage 5")
     starts = np.zeros(len(features), np.int64)
     ends = np.zeros((len(features), NUM_BANDS), np.int32)
-    parts: list[NDArray[np.int32]] = []
+    codes = np.empty(_count_neighbors(path), np.int32)  # memory that is not written to is not taken
     filled = 0
-    for batch_rows, batch in _read_batches(path, rows):
-        codes, batch_ends = _gather_batch(path, batch, batch_rows, features)
+    for batch_rows, batch_codes, batch_ends in _gather_groups(path, rows, features):
         starts[batch_rows] = filled + np.concatenate([[0], np.cumsum(batch_ends[:, -1])[:-1]])
         ends[batch_rows] = batch_ends
-        parts.append(codes)
-        filled += len(codes)
+        codes[filled : filled + len(batch_codes)] = batch_codes
+        filled += len(batch_codes)
     _log_coverage(path, len(features) - len(known), ends)
-    return Neighbors(np.concatenate(parts), starts, ends)
+    return Neighbors(codes[:filled], starts, ends)
 
 
 def _read_keys(path: Path) -> pa.Array:
@@ -103,15 +108,39 @@ def _read_keys(path: Path) -> pa.Array:
         return file.read(columns=["target_coord_hash"]).column(0).combine_chunks().cast(pa.string())
 
 
-def _read_batches(path: Path, rows: Rows) -> Iterator[tuple[Rows, pa.RecordBatch]]:
-    """Yield the table's rows that are training images, with their places in `features`."""
-    first = 0
+def _count_neighbors(path: Path) -> int:
+    """Return how many values the lists of the table hold, or a few more, as its footer says."""
+    metadata = tables.open_parquet(path).metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(column.num_values for column in columns if column.path_in_schema.startswith("neighbor_building_ids."))
+
+
+def _gather_groups(path: Path, rows: Rows, features: Features) -> Iterator[Gathered]:
+    """Yield the table's batches in order, while threads work on the row groups that follow."""
+    metadata = tables.open_parquet(path).metadata
+    sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    edges = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    groups = ((number, rows[edges[number] : edges[number + 1]]) for number in range(len(sizes)))
+    num_threads = count_cores()
+    yield from chain.from_iterable(
+        map_in_order(lambda group: _gather_group(path, *group, features), groups, num_threads, num_threads + 1)
+    )
+
+
+def _gather_group(path: Path, number: int, rows: Rows, features: Features) -> list[Gathered]:
+    """Read a row group; `rows` are its rows' places in `features`, -1 for images of other splits."""
     columns = ["neighbor_building_ids", "neighbor_bands"]
+    gathered, first = [], 0
     with tables.reading(path):
-        for batch in tables.open_parquet(path).iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+        for batch in tables.open_parquet(path).iter_batches(_BATCH_ROWS, [number], columns, use_threads=False):
             batch_rows = rows[first : first + batch.num_rows]
             first += batch.num_rows
-            yield batch_rows[batch_rows >= 0], batch.filter(pa.array(batch_rows >= 0))
+            known = batch_rows >= 0
+            if not known.all():
+                batch_rows, batch = batch_rows[known], batch.filter(pa.array(known))  # noqa: PLW2901
+            gathered.append((batch_rows, *_gather_batch(path, batch, batch_rows, features)))
+    return gathered
 
 
 def _gather_batch(
@@ -127,11 +156,10 @@ def _gather_batch(
     bands = pc.fill_null(bands_column.flatten(), -1).to_numpy(zero_copy_only=False)
     if len(bands) and (bands.min() < 0 or bands.max() >= NUM_BANDS):
         raise InputError(f"{path}: neighbor_bands must be 0 ... {NUM_BANDS - 1}: run stage 5 again")
-    owners = np.repeat(np.arange(len(rows)), lengths)
-    usable = (codes >= 0) & (codes != features.building_codes[rows][owners])
-    cells = owners[usable] * NUM_BANDS + bands[usable]
+    usable = (codes >= 0) & (codes != np.repeat(features.building_codes[rows], lengths))
+    cells = np.repeat(np.arange(len(rows), dtype=np.int32) * NUM_BANDS, lengths)[usable] + bands[usable]
     codes = codes[usable]
-    if (np.diff(cells) < 0).any():  # stage 5 writes them so that this is not needed
+    if (cells[1:] < cells[:-1]).any():  # stage 5 writes them so that this is not needed
         order = np.argsort(cells, kind="stable")
         cells, codes = cells[order], codes[order]
     counts = np.bincount(cells, minlength=len(rows) * NUM_BANDS).reshape(len(rows), NUM_BANDS)

@@ -4,14 +4,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.features import Features
 from pipeline.log import logger
-from pipeline.retrieval import SCORE_KEYS, normalise_rows, score_queries, summarize_scores
+from pipeline.projector import Projector
+from pipeline.retrieval import SCORE_KEYS, QueryScores, normalise_rows, score_queries, summarize_scores
 
-# The share of the start's spread below which the embeddings are taken to have collapsed.
+# The share of the start's spread below which the embeddings are taken to have collapsed; the same of their norm before
+# it is made 1, or that many times it: then steps of one size turn them too far, or not at all.
 COLLAPSED_SHARE = 0.25
+# Images whose norm is measured.
+NORM_ROWS = 4096
 
 Scores = dict[str, float]
 Embeddings = NDArray[np.float32]
@@ -26,7 +31,21 @@ class ValidationSet:
 
     def score(self, embeddings: Embeddings) -> Scores:
         """Return recall_at_1/5/10, map and mrr of L2-normalised embeddings (N, k) of these images."""
-        return summarize_scores(score_queries(embeddings, self.building_codes))
+        return summarize_scores(self.score_each(embeddings))
+
+    def score_each(self, embeddings: Embeddings) -> QueryScores:
+        """Return how each image that has a positive fares."""
+        return score_queries(embeddings, self.building_codes)
+
+    def is_better(self, one: QueryScores, other: QueryScores) -> bool:
+        """Whether the mAP of one is above the other's by more than the standard error of the difference.
+
+        The error is over buildings, whose queries are not independent (linearised ratio estimator; Cochran, Sampling
+        Techniques, section 9A.4).
+        """
+        gains = one.average_precision - other.average_precision
+        around = np.bincount(self.building_codes[one.query], gains - gains.mean())
+        return bool(gains.sum() > np.sqrt(np.square(around).sum()))
 
     def score_raw(self) -> Scores:
         """Score the backbone's own embeddings."""
@@ -52,6 +71,17 @@ def choose_validation_set(features: Features, max_images: int, seed: int) -> Val
 def measure_spread(embeddings: Embeddings) -> float:
     """Return 1 - |mean|^2 of unit vectors: their total variance, 1 where they fill the sphere, 0 where all coincide."""
     return float(1.0 - np.square(embeddings.astype(np.float64).mean(axis=0)).sum())
+
+
+def measure_norm(projector: Projector, embeddings: NDArray[Any], device: torch.device) -> float:
+    """Return the mean norm of the first NORM_ROWS images' outputs before it is made 1."""
+    rows = torch.from_numpy(np.array(embeddings[:NORM_ROWS])).to(device)
+    was_training = projector.training
+    projector.eval()
+    with torch.inference_mode():
+        norm = float(projector.map(rows).norm(dim=1).mean())
+    projector.train(was_training)
+    return norm
 
 
 def format_table(rows: dict[str, Scores]) -> list[str]:
@@ -85,6 +115,13 @@ def warn_of_collapse(record: dict[str, Any], start: dict[str, Any]) -> None:
         logger.warning(
             "epoch %d: the embeddings are collapsing (spread %.3f, at the start %.3f): lower the learning rates",
             record["epoch"], record["embedding_spread"], start["embedding_spread"],
+        )  # fmt: skip
+    norm, first = record["embedding_norm"], start["embedding_norm"]
+    if not COLLAPSED_SHARE * first <= norm <= first / COLLAPSED_SHARE:
+        logger.warning(
+            "epoch %d: the embeddings' norm before normalisation is %.3g, at the start it was %.3g: lower the learning "
+            "rates",
+            record["epoch"], norm, first,
         )  # fmt: skip
     if record["active_triplet_share"] == 0.0:
         logger.warning("epoch %d: no triplet was active: raise [training].margin", record["epoch"])

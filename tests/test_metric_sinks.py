@@ -1,0 +1,102 @@
+"""TensorBoard and Weights & Biases beside metrics.jsonl."""
+
+import json
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_data import OUTPUTS, SETTINGS, fill_workspace, read_metrics, run
+
+from pipeline.errors import PipelineError
+from train_specialized_embeddings import metric_sinks, training_run
+from train_specialized_embeddings.metric_sinks import flatten
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """A folder with splits, a difficulty table and a configuration."""
+    fill_workspace(tmp_path)
+    write_config(tmp_path, **SETTINGS)
+    return tmp_path
+
+
+def test_nested_numbers_are_named_by_their_paths() -> None:
+    record = {"epoch": 1, "train_loss": None, "val": {"map": 0.5}, "band_shares": [0.25, 0.75], "name": "x"}
+    assert flatten(record) == {"epoch": 1.0, "val/map": 0.5, "band_shares/0": 0.25, "band_shares/1": 0.75}
+
+
+def test_tensorboard_gets_every_epoch_once_after_a_kill_too(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages that it imports
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(training_run, "SAVE_INTERVAL_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "warn_of_collapse", lambda record, _: 1 / (3 - record["epoch"]))
+        with pytest.raises(ZeroDivisionError):
+            run(workspace, "logging.tensorboard=true")
+    run(workspace, "logging.tensorboard=true")
+    events = EventAccumulator(str(workspace / "checkpoint/_tensorboard")).Reload()
+    for name in ("val/map", "embedding_spread"):
+        section, _, key = name.rpartition("/")
+        expected = [(record[section] if section else record)[key] for record in read_metrics(workspace)]
+        assert [event.step for event in events.Scalars(name)] == [0, 1, 2, 3, 4, 5]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(expected)
+    assert len(events.Scalars("train_loss")) == 5
+    run(workspace, overwrite=True)
+    assert sorted(path.name for path in (workspace / "checkpoint").iterdir()) == OUTPUTS
+
+
+class FakeRun:
+    """Stands for wandb's run: notes what it is given."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options, self.logged, self.finished = options, [], False
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.logged.append((step, numbers))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_weights_and_biases_gets_settings_and_every_epoch_under_one_id(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[FakeRun] = []
+
+    def init(**options: Any) -> FakeRun:
+        runs.append(FakeRun(options))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setattr(metric_sinks, "find_spec", lambda _: True)
+    run(workspace, "logging.wandb=offline")
+    run(workspace, "logging.wandb=online", overwrite=True)
+    first, second = runs
+    assert (first.options["mode"], second.options["mode"]) == ("offline", "online")
+    assert first.options["id"] == second.options["id"]
+    assert first.options["config"]["training.num_epochs"] == 5
+    assert Path(first.options["dir"]) == workspace / "checkpoint/_wandb"
+    assert json.dumps(first.options["config"])
+    assert first.finished
+    assert [step for step, _ in first.logged] == [0, 1, 2, 3, 4, 5]
+    assert [numbers["val/map"] for _, numbers in first.logged] == [
+        record["val"]["map"] for record in read_metrics(workspace)
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "offline")])
+def test_a_missing_package_is_named_with_its_extra_before_anything_is_read(
+    workspace: Path, key: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metric_sinks, "find_spec", lambda _: None)
+    monkeypatch.setattr("train_specialized_embeddings.fitting.load_features", None)  # would fail if called
+    with pytest.raises(PipelineError, match=rf"\[logging\].{key}: the package {key} is not installed: pip install .*"
+                                            rf"\[{key}\]"):  # fmt: skip
+        run(workspace, f"logging.{key}={value}")

@@ -1,0 +1,74 @@
+"""The lock that keeps two trainings out of one folder."""
+
+import errno
+import fcntl
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_data import SETTINGS, fill_workspace, run
+
+from pipeline.errors import PipelineError
+from train_specialized_embeddings.run_files import RunFiles
+
+HOLDER = """
+import sys
+from pathlib import Path
+from train_specialized_embeddings.run_files import RunFiles
+with RunFiles(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Any:
+    """Another process that holds the lock of `tmp_path / "checkpoint"`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "checkpoint")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_training_is_refused_naming_process_and_host_and_changes_nothing(
+    tmp_path: Path, write_config: Callable[..., Path], holder: Any
+) -> None:
+    fill_workspace(tmp_path)
+    write_config(tmp_path, **SETTINGS)
+    (tmp_path / "checkpoint/metrics.jsonl").write_text("the other's\n")
+    for overwrite in (False, True):
+        (tmp_path / "checkpoint/.checkpoint_latest.pt").write_bytes(b"the other's")
+        with pytest.raises(PipelineError, match=rf"checkpoint: process {holder.pid} on \S+ is training there: wait"):
+            run(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "checkpoint/metrics.jsonl").read_text() == "the other's\n"
+
+
+def test_a_killed_training_leaves_no_lock(tmp_path: Path, holder: Any) -> None:
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "checkpoint/.lock").exists()
+    with RunFiles(tmp_path / "checkpoint").locked():
+        assert re.fullmatch(rf"process {os.getpid()} on \S+\n", (tmp_path / "checkpoint/.lock").read_text())
+    assert list((tmp_path / "checkpoint").iterdir()) == []
+
+
+def test_where_the_file_system_has_no_locks_the_run_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with caplog.at_level("WARNING", "spatial_building_embeddings"), RunFiles(tmp_path).locked():
+        pass
+    assert "cannot be locked (Function not implemented): do not train into it twice" in caplog.text

@@ -1,0 +1,119 @@
+"""What training starts from, and how its shrinkage is chosen."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.config import TrainingModelSection, TrainingSection
+from pipeline.features import Features
+from pipeline.retrieval import QueryScores
+from pipeline.whitening import LinearMap, collect_scatter, sharpen_whitening
+from train_specialized_embeddings import starts
+from train_specialized_embeddings.starts import Fitted, fit_baselines, make_projector
+from train_specialized_embeddings.validation import ValidationSet
+
+CODES = np.repeat(np.arange(20), 3).astype(np.int32)
+NOTHING = LinearMap(np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
+
+
+def make_fitted(precisions: np.ndarray) -> Fitted:
+    count = len(CODES)
+    return Fitted(NOTHING, QueryScores(np.arange(count), np.ones(count, np.int64), precisions))
+
+
+def make_validation() -> ValidationSet:
+    return ValidationSet(np.zeros((len(CODES), 1), np.float32), CODES)
+
+
+def precisions(mean: float, noise: float, seed: int = 0) -> np.ndarray:
+    """Return a precision for each query, with noise that the queries of one building share."""
+    drawn = np.random.default_rng(seed).normal(size=20)
+    return mean + noise * (drawn - drawn.mean())[CODES]
+
+
+def test_better_means_by_more_than_the_standard_error_over_buildings() -> None:
+    validation = make_validation()
+    one, other = make_fitted(precisions(0.62, 0.1)), make_fitted(precisions(0.6, 0.0))
+    gains = (one.scores.average_precision - other.scores.average_precision).reshape(20, 3).mean(axis=1)
+    error = gains.std() / np.sqrt(20)
+    assert validation.is_better(one.scores, other.scores) == (gains.mean() > error)
+    assert gains.mean() == pytest.approx(0.02)
+    assert 0.01 < error < 0.03
+    assert validation.is_better(make_fitted(precisions(0.6 + 1.1 * error, 0.1)).scores, other.scores)
+    assert not validation.is_better(make_fitted(precisions(0.6 + 0.9 * error, 0.1)).scores, other.scores)
+    assert not validation.is_better(other.scores, other.scores)
+
+
+@pytest.mark.parametrize(
+    ("means", "noises", "whitening", "expected"),
+    [
+        ((0.60, 0.61, 0.605), (0.0, 0.1, 0.0), 0.5, 0.7),  # the largest is as good as the best, give or take
+        ((0.60, 0.61, 0.55), (0.0, 0.1, 0.0), 0.5, 0.5),  # the largest is worse
+        ((0.70, 0.61, 0.55), (0.0, 0.0, 0.0), 0.5, 0.3),
+        ((0.60, 0.61, 0.605), (0.0, 0.1, 0.0), 0.7, None),  # the plain whitening is better than all
+    ],
+)
+def test_the_largest_shrinkage_that_validates_as_well_as_the_best_one_is_taken(
+    means: tuple[float, ...], noises: tuple[float, ...], whitening: float, expected: float | None
+) -> None:
+    tried = {
+        shrinkage: make_fitted(precisions(mean, noise))
+        for shrinkage, mean, noise in zip((0.3, 0.5, 0.7), means, noises, strict=True)
+    }
+    plain = Fitted(LinearMap(np.ones((1, 1), np.float32), np.zeros(1, np.float32)), make_fitted(
+        precisions(whitening, 0.0)).scores)  # fmt: skip
+    chosen, shrinkage = starts._choose_start(tried, plain, make_validation())
+    assert shrinkage == expected
+    assert chosen is (plain.linear_map if expected is None else NOTHING)
+
+
+def make_split(seed: int, num_buildings: int = 40, width: int = 12) -> Features:
+    generator = np.random.default_rng(seed)
+    codes = np.repeat(np.arange(num_buildings), 3).astype(np.int32)
+    noise = generator.standard_normal((len(codes), width)) * np.linspace(3, 0.3, width)
+    rows = (generator.standard_normal((num_buildings, width))[codes] + noise).astype(np.float32)
+    columns: dict[str, Any] = dict.fromkeys(
+        ("building_ids", "image_ids", "dataset_ids", "street_view_ids", "target_lat", "target_lon"), pa.array([])
+    )
+    return Features(embeddings=rows, building_codes=codes, **columns)
+
+
+def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ValidationSet, "is_better", lambda *_: False)  # not even where the plain one is
+    train, val = make_split(1), make_split(2)
+    validation = ValidationSet(val.embeddings, val.building_codes)
+    section = TrainingSection(whitening_shrinkage=0.5)
+    fitted = fit_baselines(train, validation, 6, section)
+    expected = sharpen_whitening(collect_scatter(train.embeddings, train.building_codes, 0.8), 6, 0.5)
+    assert fitted.note["init"] == "sharpened"
+    assert fitted.note["shrinkage"] == 0.5
+    model = TrainingModelSection(output_dim=6, hidden_dim=8)
+    projector = make_projector(12, fitted, model, section).eval()
+    assert fitted.note["sharpened_shrinkage"] == 0.5
+    np.testing.assert_allclose(
+        projector(torch.from_numpy(val.embeddings)).detach().numpy(), expected.apply(val.embeddings), atol=1e-4
+    )
+    assert projector.architecture["input_power"] == 0.8
+
+
+@pytest.mark.parametrize(("init", "row"), [("whitening", "whitening"), ("pca", "pca_whitened")])
+def test_the_other_starts_score_as_their_baseline(init: str, row: str) -> None:
+    train, val = make_split(1), make_split(2)
+    validation = ValidationSet(val.embeddings, val.building_codes)
+    section = TrainingSection(init=init)
+    fitted = fit_baselines(train, validation, 6, section)
+    assert "sharpened_shrinkage" not in fitted.note
+    projector = make_projector(12, fitted, TrainingModelSection(output_dim=6, hidden_dim=8), section).eval()
+    found = validation.score(projector(torch.from_numpy(val.embeddings)).detach().numpy())
+    assert found["map"] == pytest.approx(fitted.scores[row]["map"], abs=1e-6)
+
+
+def test_random_weights_start_from_nothing() -> None:
+    train, val = make_split(1), make_split(2)
+    section = TrainingSection(init="random")
+    fitted = fit_baselines(train, ValidationSet(val.embeddings, val.building_codes), 6, section)
+    assert fitted.start is None
+    assert make_projector(12, fitted, TrainingModelSection(output_dim=6), section).architecture["input_power"] == 1.0

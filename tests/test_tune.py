@@ -1,0 +1,187 @@
+"""The tuning of stage 6: its study, what it leaves, and what it refuses."""
+
+import csv
+import logging
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_data import SETTINGS, fill_workspace
+from training_data import run as train
+
+from pipeline.config import Config, load_config
+from pipeline.errors import ConfigError, PipelineError, StaleOutputError
+from train_specialized_embeddings import metric_sinks, search_space, tune
+from train_specialized_embeddings.search_space import SPACE
+from train_specialized_embeddings.tune import TuneOptions
+
+optuna = pytest.importorskip("optuna", reason="the extra `tune` is not installed")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """A folder with splits, a difficulty table and a configuration whose settings lie in the space."""
+    fill_workspace(tmp_path)
+    training = SETTINGS["training"] | {"num_epochs": 2, "batch_size": 64}
+    write_config(tmp_path, training=training, training_model={"output_dim": 8, "hidden_dim": 128})
+    return tmp_path
+
+
+def search(workspace: Path, num_trials: int, *overrides: str, **options: Any) -> Any:
+    config = load_config(workspace / "config.toml", list(overrides))
+    return tune.run(config, TuneOptions(num_trials=num_trials, **options))
+
+
+def read_trials(workspace: Path) -> list[dict[str, str]]:
+    with open(workspace / "checkpoint/_tune/trials.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("storage", ["journal", "sqlite"])
+def test_a_search_leaves_its_best_settings_a_table_and_plots_and_goes_on_when_asked_for_more(
+    workspace: Path, storage: str
+) -> None:
+    result = search(workspace, 3, storage=storage)
+    assert [path.name for path in result.written] == ["best.toml", "trials.csv", "trials.png"]
+    assert (result.rows_in, result.rows_out) == (3, 3)
+    first = read_trials(workspace)
+    assert [row["trial"] for row in first] == ["0", "1", "2"]
+    assert set(SPACE) < set(first[0])
+    best = max(first, key=lambda row: float(row["map"]))
+    fragment = tomllib.loads((workspace / "checkpoint/_tune/best.toml").read_text())
+    assert {f"{section}.{key}": str(value) for section, keys in fragment.items() for key, value in keys.items()} == {
+        name: best[name] for name in SPACE
+    }
+    assert (workspace / "checkpoint/_tune/trials.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (workspace / "checkpoint").iterdir()} == {"_tune"}
+    kept = search(workspace, 3, storage=storage)
+    assert (kept.written, len(kept.kept)) == ([], 3)
+    assert search(workspace, 5, storage=storage).rows_in == 5
+    assert read_trials(workspace)[:3] == first
+
+
+def test_the_first_trial_has_the_configured_settings_and_its_value_is_that_of_training(workspace: Path) -> None:
+    search(workspace, 1)
+    row = read_trials(workspace)[0]
+    assert {name: row[name] for name in SPACE} == {
+        name: str(value) for name, value in search_space.configured(load_config(workspace / "config.toml")).items()
+    }
+    train(workspace)
+    log = (workspace / "checkpoint/metrics.jsonl").read_text()
+    assert float(row["map"]) == max(float(value) for value in re.findall(r'"map": ([\d.]+)', log))
+    text = (workspace / "checkpoint/_tune/best.toml").read_text()
+    assert f"the settings as configured: {float(row['map']):.4f}" in text
+
+
+def test_training_takes_the_fragment(workspace: Path) -> None:
+    search(workspace, 2)
+    fragment = workspace / "checkpoint/_tune/best.toml"
+    config = load_config(workspace / "config.toml", [str(fragment), "training.margin=0.3"])
+    for section, keys in tomllib.loads(fragment.read_text()).items():
+        for key, value in keys.items():
+            assert getattr(getattr(config, section), key) == (0.3 if key == "margin" else value)
+    assert config.training_model.output_dim == 8
+    assert train(workspace, str(fragment)).written
+
+
+def test_a_fragment_that_cannot_be_read_is_a_bad_command_line(workspace: Path) -> None:
+    (workspace / "bad.toml").write_text("[training\n")
+    for name, message in (("gone.toml", "cannot read it"), ("bad.toml", "not valid TOML")):
+        with pytest.raises(ConfigError, match=rf"--set .*{name}: {message}"):
+            load_config(workspace / "config.toml", [str(workspace / name)])
+
+
+def test_two_workers_share_one_study(workspace: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "train_specialized_embeddings/tune.py"),
+         "--config", str(workspace / "config.toml"), "--trials", "6", "--workers", "2"],
+        capture_output=True, text=True, cwd=workspace, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).name for line in done.stdout.splitlines()] == ["best.toml", "trials.csv", "trials.png"]
+    rows = read_trials(workspace)
+    assert 6 <= len(rows) <= 7
+    assert len({tuple(row[name] for name in SPACE) for row in rows}) == len(rows)
+
+
+def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train_specialized_embeddings import study
+
+    monkeypatch.setattr(study, "_FREE_TRIALS", 1)
+    monkeypatch.setattr(study, "_FREE_EPOCHS", 0)
+    real, projectors = study.make_projector, []
+
+    def make_projector(*arguments: Any) -> Any:
+        projectors.append(real(*arguments))
+        if len(projectors) == 2:
+            raise PipelineError("training diverged")
+        if len(projectors) > 2:
+            projectors[-1].shortcut.weight.data.fill_(1.0)  # all images coincide
+        return projectors[-1]
+
+    monkeypatch.setattr(study, "make_projector", make_projector)
+    result = search(workspace, 4)
+    assert (result.rows_in, result.rejected, result.dropped) == (4, 1, 2)
+    assert [row["state"] for row in read_trials(workspace)] == ["complete", "fail", "pruned", "pruned"]
+
+
+def test_a_study_of_other_inputs_or_settings_is_refused_but_not_for_what_the_trials_choose(workspace: Path) -> None:
+    search(workspace, 1)
+    assert search(workspace, 1, "training.margin=0.4", "training_model.hidden_dim=200").kept
+    with pytest.raises(StaleOutputError, match=r"journal.log: .*training.num_epochs was 2 and is now 3.*--overwrite"):
+        search(workspace, 1, "training.num_epochs=3")
+    assert search(workspace, 1, "training.num_epochs=3", overwrite=True).written
+
+
+def test_a_study_without_any_complete_trial_says_so(workspace: Path) -> None:
+    with pytest.raises(PipelineError, match=r"_tune: no trial was complete"):
+        search(workspace, 2, "training.min_negative_distance_m=9e9")
+
+
+def test_a_missing_optuna_is_one_line_that_names_the_extra(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline import cli
+
+    monkeypatch.setattr(metric_sinks, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run_guarded(tune.main, ["--config", str(workspace / "config.toml")])
+    assert exit_info.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: tune.py: the package optuna is not installed: pip install ")
+    assert "'spatial-building-embeddings[tune]'" in last
+    assert not (workspace / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--trials", "0"], ["--workers", "x"], ["--storage", "mysql"]])
+def test_a_bad_command_line_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline import cli
+
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run_guarded(tune.main, arguments)
+    assert exit_info.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_every_setting_of_the_space_is_a_key_and_is_documented_with_its_range() -> None:
+    config = Config()
+    text = (ROOT / "docs/tuning.md").read_text(encoding="utf-8")
+    for name, dimension in SPACE.items():
+        section, _, key = name.partition(".")
+        assert hasattr(getattr(config, section), key)
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        bounds = [str(word).lower() for word in dimension.words] or [f"{dimension.low:g}", f"{dimension.high:g}"]
+        assert all(bound in row.replace(",", "") for bound in bounds), row
+        assert ("logarithmic" in row) == dimension.log
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    yield
+    logging.getLogger("optuna").handlers.clear()

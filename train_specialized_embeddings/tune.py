@@ -1,0 +1,73 @@
+"""Tune stage 6: search its settings for the best validation mAP with Optuna, by one worker or many.
+
+    python train_specialized_embeddings/tune.py --config config.toml --trials 200 --workers 2
+
+Reads what stage 6 reads. Writes to checkpoint_dir/_tune the study (journal.log or study.db), trials.csv, trials.png
+and best.toml, which every stage takes by --set .../best.toml; nothing else in checkpoint_dir is touched.
+A rerun goes on until the study has --trials finished trials; the same command started several times, on one machine
+or on several that share the folder, works on one study. Needs Optuna: pip install 'spatial-building-embeddings[tune]'.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+from pipeline import cli
+from pipeline.config import Config
+from train_specialized_embeddings.metric_sinks import require_package
+from train_specialized_embeddings.train import describe_run, list_inputs
+
+STAGE = "tune"
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What the command line asks for."""
+
+    num_trials: int = 100
+    num_workers: int = 1
+    storage: str = "journal"
+    overwrite: bool = False
+
+
+def run(config: Config, options: TuneOptions) -> cli.StageResult:
+    """Search until the study has all its trials; the rows are trials: out complete, dropped pruned, rejected failed.
+
+    Raises PipelineError where Optuna is missing or no trial was complete, StaleOutputError where the study was made
+    from other inputs or settings, InputError where an input cannot be trained on.
+    """
+    require_package("optuna", "tune.py", "train with the settings as they are", extra="tune")
+    inputs = list_inputs(config)
+    provenance = describe_run(config, inputs)
+    from train_specialized_embeddings.study import run_study  # torch and Optuna
+
+    return run_study(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the search from a command line."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--trials", type=_count, default=100, metavar="N", help="finished trials in all (default: 100)")
+    parser.add_argument("--workers", type=_count, default=1, metavar="N", help="processes at once (default: 1)")
+    parser.add_argument(
+        "--storage", choices=["journal", "sqlite"], default="journal",
+        help="how the study is kept; sqlite not on a network file system (default: journal)",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    options = TuneOptions(arguments.trials, arguments.workers, arguments.storage, arguments.overwrite)
+    config = cli.config_from(arguments)
+    cli.run_stage(STAGE, lambda config, _: run(config, options), config, cli.options_from(arguments))
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
+    return int(text)
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)
