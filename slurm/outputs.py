@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.ids import Shard
 from pipeline.units import TarUnit, list_units
-from slurm.stages import ROW_GROUP, TAR, Stage
+from slurm.stages import ROW_GROUP, TAR, TUNE, Stage
 
 # Stage 8's default; the part names below follow from it.
 READ_BATCH_SIZE = 1000
@@ -105,6 +105,8 @@ def list_final_outputs(stage: Stage, config: Config) -> tuple[Path, ...]:
     if stage.number == 6:
         names = ("checkpoint_best.pt", "checkpoint_final.pt", "metrics.jsonl", "provenance.json")
         return tuple(config.path("checkpoint_dir") / name for name in names)
+    if stage == TUNE:
+        return (config.path("checkpoint_dir") / "_tune" / "best.toml",)
     if stage.number == 7:
         return (config.path("published_model_dir") / "config.json",)
     return tuple(config.path("report_dir") / name for name in ("report.html", "metrics.json"))
@@ -127,6 +129,9 @@ def take_mark(stage: Stage, config: Config | None, shard: Shard, arguments: list
         path = config.path("difficulty_metadata_path")
         parts = path.with_name(f"_{path.stem}_parts")
         return sorted(str(part.relative_to(parts)) for part in parts.rglob("*.parquet") if part.name[0] != ".")
+    if stage == TUNE:  # the study, in which every worker's epochs are noted
+        study = config.path("checkpoint_dir") / "_tune"
+        return {path.name: path.stat().st_size for path in (study / "journal.log", study / "study.db") if path.exists()}
     if stage.number == 6:
         metrics = config.path("checkpoint_dir") / "metrics.jsonl"
         return metrics.read_text(encoding="utf-8").count("\n") if metrics.exists() else 0

@@ -7,7 +7,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
 from slurm.completeness import find_states, shards_done
 from slurm.outputs import list_stage_units
-from slurm.stages import ANCHOR, ROW_GROUP, STAGES, TAR, Stage, has_new_data
+from slurm.stages import ANCHOR, ROW_GROUP, STAGES, TAR, TUNE, WORKER, Stage, has_new_data
 
 # A task more is a model loaded once more: 64 GPUs are a large share of a cluster, and leave each of them minutes of
 # work at a million images (docs/scale.md).
@@ -66,21 +66,21 @@ def count_shards(stage: Stage, num_units: int | None, cut: Cut, active: list[Act
     if not stage.is_array:
         return 1
     asked = cut.anchor_shards if stage.unit == ANCHOR else cut.array_size
+    most = num_units if stage.unit in (TAR, ROW_GROUP) and num_units else cut.max_array_size
+    most = min(most, cut.max_array_size)
     counts = {task.shard_count for task in active}
     if counts:
         settled = max(counts)
-        wanted = asked and min(asked, num_units or asked, cut.max_array_size)
+        wanted = asked and min(asked, most)
         if len(counts) > 1 or (wanted and wanted != settled):
             raise ConfigError(
-                f"stage {stage.number} has jobs in the queue that cut it into {settled} shards, not {wanted}: wait for "
+                f"stage {stage.label} has jobs in the queue that cut it into {settled} shards, not {wanted}: wait for "
                 "them or scancel them, or leave out --array-size"
             )
         return settled
     if asked is None:
         asked = min(num_units or 1, DEFAULT_MAX_SHARDS) if stage.unit == TAR else 1
-    if stage.unit != ANCHOR and num_units:
-        asked = min(asked, num_units)
-    return min(asked, cut.max_array_size)
+    return min(asked, most)
 
 
 class Planner:
@@ -113,7 +113,7 @@ class Planner:
         pending = self._name_active(kept)
         wanted = range(shard_count) if only is None else sorted(set(only))
         if any(shard >= shard_count for shard in wanted):
-            raise ConfigError(f"stage {stage.number} has shards 0 to {shard_count - 1}: correct --shards")
+            raise ConfigError(f"stage {stage.label} has shards 0 to {shard_count - 1}: correct --shards")
         todo = [shard for shard in wanted if not done[shard] and shard not in pending]
         for job in self._group(stage, shard_count, todo, waits):
             self.plan.jobs.append(job)
@@ -123,12 +123,12 @@ class Planner:
 
     def _like(self, stage: Stage) -> list[ActiveTask]:
         """Return the tasks in the queue of all stages that are cut as this one is: shard 3 must be the same tars."""
-        alike = [other for other in STAGES.values() if other is stage or (stage.unit == other.unit == TAR)]
+        alike = [other for other in STAGES.values() if other.unit == TAR] if stage.unit == TAR else [stage]
         return [task for other in alike for task in self.active.get(other.number, [])]
 
     def _count_units(self, stage: Stage) -> int | None:
         """Return how many units there are, None where that cannot be told yet."""
-        if not stage.is_array or stage.unit == ANCHOR:
+        if not stage.is_array or stage.unit in (ANCHOR, WORKER):
             return 1
         try:
             return len(list_stage_units(stage, self.config))
@@ -141,7 +141,8 @@ class Planner:
         self, stage: Stage, shard_count: int, waits: dict[int, list[Source]], num_units: int | None
     ) -> list[bool]:
         """Return which shards are done; one whose input is still to be made is not, whatever lies there."""
-        if num_units is None or all(waits.values()):
+        # A study is done when it has its trials, which the workers count.
+        if num_units is None or stage.unit == WORKER or all(waits.values()):
             return [False] * shard_count
         states = find_states(stage, self.config)
         if stage.unit == ANCHOR:  # one output for all shards
@@ -188,14 +189,14 @@ class Planner:
         if todo and not num_active and not num_done:
             return
         parts = [f"{num_done} done", f"{num_active} in the queue", f"{len(todo)} to submit"]
-        self.plan.notes.append(f"stage {stage.number} {stage.name}: of {shard_count}: {', '.join(parts)}")
+        self.plan.notes.append(f"stage {stage.label} {stage.name}: of {shard_count}: {', '.join(parts)}")
 
 
 def make_plan(
     config: Config, first: int, last: int, cut: Cut, active: dict[int, list[ActiveTask]],
     only: Iterable[int] | None = None,
 ) -> Plan:  # fmt: skip
-    """Plan the stages from `first` to `last`; stage 8 only where new data are set.
+    """Plan the stages from `first` to `last`, stage 8 only where new data are set; TUNE's number plans the search.
 
     Raises ConfigError before anything is planned where a path is not set.
     """
@@ -207,4 +208,6 @@ def make_plan(
             planner.add(stage, only)
         else:
             planner.look_at(stage)
+    if first == last == TUNE.number:
+        planner.add(TUNE, only)
     return planner.plan

@@ -110,7 +110,7 @@ def format_table(records: list[Record]) -> str:
     rows = [("stage", "name", "job", "shards", "waits for")]
     for record in records:
         shards = f"{format_shards(record.list_shards())} of {record.shard_count}" if record.shards else "-"
-        rows.append((str(record.stage), record.name, record.job_id, shards, record.dependency or "-"))
+        rows.append((str(record.stage or "-"), record.name, record.job_id, shards, record.dependency or "-"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                      for row in rows)  # fmt: skip

@@ -46,7 +46,7 @@ def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> 
     most = int(environment.get("MAX_REQUEUES") or DEFAULT_MAX_REQUEUES)
     if tries >= most:
         raise PipelineError(
-            f"stage {task.stage.number}, task {task_id}: begun {tries + 1} times already (MAX_REQUEUES is {most}): "
+            f"stage {task.stage.label}, task {task_id}: begun {tries + 1} times already (MAX_REQUEUES is {most}): "
             "give it more --time, or smaller shards"
         )
     path = records.submissions_dir(find_log_dir(task)) / "marks" / f"{task_id}.json"
@@ -58,7 +58,7 @@ def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> 
         before = None
     if before == mark:
         raise PipelineError(
-            f"stage {task.stage.number}, task {task_id}: two tries, and the second got no further: give it more --time"
+            f"stage {task.stage.label}, task {task_id}: two tries, and the second got no further: give it more --time"
         )
     write_json(path, mark)
     return f"task {task_id} goes back into the queue (try {tries + 2}, {most} requeues at most)"

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from pipeline.config import Config
 
-TAR, ANCHOR, ROW_GROUP, WHOLE = "tar", "anchor", "row group", "run"
+TAR, ANCHOR, ROW_GROUP, WORKER, WHOLE = "tar", "anchor", "row group", "worker", "run"
 
 
 @dataclass(frozen=True)
 class Stage:
     """A stage as a job.
 
-    `unit` is what `--shard` cuts, WHOLE where nothing is. `after` are the stages that must be complete before it;
-    `shard_after` is the one whose shard of the same number is enough.
+    `unit` is what `--shard` cuts, WHOLE where nothing is; workers share their work without it. `after` are the stages
+    that must be complete before it; `shard_after` is the one whose shard of the same number is enough.
     """
 
     number: int
@@ -37,8 +37,13 @@ class Stage:
 
     @property
     def is_array(self) -> bool:
-        """Whether the stage takes --shard."""
+        """Whether it is cut into tasks."""
         return self.unit != WHOLE
+
+    @property
+    def label(self) -> str:
+        """What a command line and a message call it: its number, or the name of what is no stage."""
+        return str(self.number or self.name)
 
 
 STAGES = {
@@ -55,6 +60,20 @@ STAGES = {
         Stage(9, "evaluate_embeddings/evaluate.py", after=(3, 6)),
     )
 }
+
+# No stage of the pipeline: the search for stage 6's settings, whose array is of workers on one study.
+TUNE = Stage(0, "train_specialized_embeddings/tune.py", WORKER, after=(3, 5), uses_gpu=True)
+
+
+def find_stage(label: str) -> Stage:
+    """Return the stage of a label.
+
+    Raises ValueError where there is none.
+    """
+    for stage in (*STAGES.values(), TUNE):
+        if stage.label == label:
+            return stage
+    raise ValueError(f"{label!r} must be 1 to 9 or {TUNE.label}")
 
 
 def has_new_data(config: Config) -> bool:

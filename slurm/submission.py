@@ -120,7 +120,7 @@ def environment_options(stage: Stage) -> list[str]:
     """Return the sbatch options of $SBATCH_OPTIONS and, for one stage, of $SBATCH_OPTIONS_N."""
     return [
         option
-        for name in ("SBATCH_OPTIONS", f"SBATCH_OPTIONS_{stage.number}")
+        for name in ("SBATCH_OPTIONS", f"SBATCH_OPTIONS_{stage.label}")
         for option in shlex.split(os.environ.get(name, ""))
     ]
 
@@ -147,7 +147,7 @@ def carry_out(plan: Plan, target: Target, request: Request) -> list[Record]:
         for job in plan.jobs:
             print(shlex.join(build_command(job, target, request, ids)), flush=True)
             same = sum(other.stage == job.stage for other in ids)
-            ids[job] = f"JOB{job.stage.number}" + (f"-{same + 1}" if same else "")
+            ids[job] = f"JOB{job.stage.label}" + (f"-{same + 1}" if same else "")
         return []
     for job_id, shards in plan.replaced.items():
         scheduler.cancel(job_id, shards)

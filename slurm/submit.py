@@ -2,9 +2,11 @@
 
     slurm/submit_pipeline.sh --account A [--config C] [--from-stage N] [--to-stage N] [--array-size N] [--dry-run]
     slurm/submit_stage.sh STAGE --account A [--config C] [--shards LIST] [--array-size N] [--dry-run] [-- OPTIONS]
+    slurm/submit_stage.sh tune --account A [--config C] [--array-size WORKERS] [--dry-run] [-- --trials N]
 
 Prints the job ids and keeps them in log_dir/submissions. Options that are not known here go to sbatch, for every job;
-what follows -- goes to the stage. $SBATCH_OPTIONS and, for stage N, $SBATCH_OPTIONS_N go to sbatch too.
+what follows -- goes to the stage. $SBATCH_OPTIONS and, for stage N, $SBATCH_OPTIONS_N go to sbatch too (for tune,
+$SBATCH_OPTIONS_tune).
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.model_files import locate_backbone
 from slurm import records, scheduler
 from slurm.plan import Cut, Plan, make_plan
-from slurm.stages import STAGES, has_new_data, parse_shards
+from slurm.stages import STAGES, TUNE, Stage, find_stage, has_new_data, parse_shards
 from slurm.submission import Request, Target, carry_out, find_active
 
 PATH_KEYS = {
@@ -33,6 +35,7 @@ PATH_KEYS = {
     7: ("checkpoint_dir", "published_model_dir"),
     8: ("published_model_dir",),
     9: ("merged_dir", "checkpoint_dir", "report_dir"),
+    TUNE.number: ("merged_dir", "difficulty_metadata_path", "checkpoint_dir"),
 }
 
 
@@ -47,6 +50,14 @@ def shard_list(text: str) -> list[int]:
     """Read shard numbers as in 0-3,7."""
     try:
         return parse_shards(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def stage_label(text: str) -> Stage:
+    """Read the number of a stage, or tune."""
+    try:
+        return find_stage(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -76,7 +87,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     kind = own.pop(0) if own and own[0] in ("pipeline", "stage") else "pipeline"
     parser.set_defaults(kind=kind)
     if kind == "stage":
-        parser.add_argument("stage", type=int, choices=range(1, 10), metavar="STAGE", help="number of the stage")
+        parser.add_argument("stage", type=stage_label, metavar="STAGE", help="number of the stage, or tune")
         parser.add_argument("--shards", type=shard_list, metavar="LIST", help="these shards only, as in 0-3,7")
     else:
         parser.add_argument("--from-stage", type=int, default=1, choices=range(1, 10), metavar="N", help="first (1)")
@@ -90,7 +101,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
             "--overwrite: a task that is requeued would begin anew each time: remove the outputs of the stage instead"
         )
     if kind == "stage":
-        arguments.from_stage = arguments.to_stage = arguments.stage
+        arguments.from_stage = arguments.to_stage = arguments.stage.number
         arguments.anchor_shards = arguments.array_size
     elif arguments.from_stage > arguments.to_stage:
         raise ConfigError(f"--from-stage {arguments.from_stage} lies behind --to-stage {arguments.to_stage}")
@@ -144,18 +155,18 @@ def run(arguments: argparse.Namespace, sbatch_options: list[str], stage_options:
 
 def plan_now(target: Target, config: Config, first: int, last: int, cut: Cut, only: list[int] | None) -> Plan:
     """Plan with what is in the queue now."""
-    known = [stage for stage in STAGES.values() if _has_output(target, stage.number)]
+    known = [stage for stage in (*STAGES.values(), TUNE) if _has_output(target, stage)]
     active = find_active(target, known, records.read_records(target.log_dir))
     return make_plan(config, first, last, cut, active, only)
 
 
-def _has_output(target: Target, number: int) -> bool:
+def _has_output(target: Target, stage: Stage) -> bool:
     """Whether the configuration says where the stage writes; those outside the range need not be set."""
     try:
-        target.output(STAGES[number])
+        target.output(stage)
     except ConfigError:
         return False
-    return number != 8 or has_new_data(target.config) if target.config else True
+    return stage.number != 8 or has_new_data(target.config) if target.config else True
 
 
 def tell_notes(plan: Plan) -> None:

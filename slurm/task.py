@@ -19,7 +19,7 @@ from pipeline.config import PROJECT_ROOT, Config, count_cores, load_config
 from pipeline.errors import ConfigError
 from pipeline.ids import Shard
 from slurm.outputs import list_tar_units
-from slurm.stages import ROW_GROUP, STAGES, TAR, Stage
+from slurm.stages import ROW_GROUP, TAR, WORKER, Stage, find_stage
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def read_task(argv: Sequence[str], environment: Mapping[str, str]) -> Task:
     Raises ConfigError where they are wrong.
     """
     parser = cli.make_parser(__doc__ or "", config=False)
-    parser.add_argument("stage", type=int, choices=range(1, 10))
+    parser.add_argument("stage", type=find_stage)
     parser.add_argument("--shards", type=int, default=None)
     arguments, options = parser.parse_known_args(list(argv))
-    stage = STAGES[arguments.stage]
+    stage = arguments.stage
     config = None if stage.unit == ROW_GROUP else _load(options)
     index = int(environment.get("SLURM_ARRAY_TASK_ID") or 0)
     total = arguments.shards or int(environment.get("SLURM_ARRAY_TASK_MAX") or 0) + 1
@@ -58,7 +58,7 @@ def _load(options: list[str]) -> Config:
 def build_command(task: Task, environment: Mapping[str, str]) -> list[str]:
     """Return the stage's command, with what follows from where it runs."""
     command = [sys.executable, str(PROJECT_ROOT / task.stage.script), *task.options]
-    if task.stage.is_array:
+    if task.stage.is_array and task.stage.unit != WORKER:
         command += ["--shard", f"{task.shard.index}/{task.shard.count}"]
     if task.stage.uses_gpu and must_have_gpu(environment):
         command += _require_gpu(task)

@@ -261,7 +261,7 @@ def start_stage_2(cluster: Cluster, workspace: Path, local_run: Path) -> tuple[s
 
 def test_a_task_that_is_warned_keeps_what_it_has_and_goes_on_behind_it(cluster, workspace, local_run):
     job, log_path = start_stage_2(cluster, workspace, local_run)
-    cluster.wait_for(lambda: "0001.tar: " in log_path.read_text(), 60)
+    cluster.wait_for((workspace / "embeddings/0001_embeddings.parquet").exists, 60)
     cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
     cluster.wait_until_empty()
     log = log_path.read_text()
@@ -275,7 +275,7 @@ def test_a_task_that_is_warned_keeps_what_it_has_and_goes_on_behind_it(cluster, 
 
 def test_a_killed_node_costs_no_more_than_the_tar_it_was_in(cluster, workspace, local_run):
     job, log_path = start_stage_2(cluster, workspace, local_run)
-    cluster.wait_for(lambda: "0001.tar: " in log_path.read_text(), 60)
+    cluster.wait_for((workspace / "embeddings/0001_embeddings.parquet").exists, 60)
     kill_node(cluster)
     time.sleep(8)  # a job younger than 7 s is not missed yet
     cluster.local("node")
@@ -329,3 +329,20 @@ def test_a_job_without_the_weights_says_which_command_fetches_them(cluster, work
     )  # fmt: skip
     cluster.wait_until_empty()
     assert "slurm/prepare.sh --model-id somebody/some-model" in read_job_logs(workspace)
+
+
+def test_two_workers_tune_on_one_study(cluster, workspace, local_run):
+    pytest.importorskip("optuna")
+    for name in ("merged", "difficulty"):
+        shutil.copytree(local_run / name, workspace / name)
+    submit = [REPO / "slurm/submit_stage.sh", "tune", "--config", workspace / "config.toml", "--array-size", "2"]
+    table = cluster.run(*submit, "--", "--trials", "4")
+    assert table.splitlines()[1].split()[1] == "tune"
+    assert "nothing to submit" in cluster.run(*submit)
+    cluster.wait_until_empty()
+    logs = read_job_logs(workspace)
+    assert logs.count(" exit 0") == 2, logs
+    study = workspace / "checkpoints/_tune"
+    assert len((study / "trials.csv").read_text().splitlines()) - 1 in (4, 5)  # two workers may do one more
+    assert (study / "best.toml").exists()
+    assert not list((workspace / "checkpoints").glob("*.pt"))

@@ -15,7 +15,7 @@ from preprocess_raw_data import process_tar
 from slurm import scheduler, submit, submit_embeddings
 from slurm.completeness import UnitState, shards_done
 from slurm.plan import ActiveTask, Cut, count_shards, make_plan
-from slurm.stages import STAGES, format_shards, parse_shards
+from slurm.stages import STAGES, TUNE, format_shards, parse_shards
 from slurm.submission import check_secrets, format_dependency
 
 REPO = Path(__file__).resolve().parents[1]
@@ -23,7 +23,7 @@ SHELL_FILES = sorted(
     [path for folder in ("slurm", "publish_model/slurm", "tests", ".ci") for path in (REPO / folder).glob("*.s[hb]*")]
     + [REPO / ".ci/run"]
 )
-SBATCH_FILES = [REPO / stage.sbatch_path for stage in STAGES.values()]
+SBATCH_FILES = [REPO / stage.sbatch_path for stage in (*STAGES.values(), TUNE)]
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +67,16 @@ def test_every_stage_waits_for_what_it_reads_and_for_nothing_else(config):
         (7, "0", "afterok:j5"),
         (9, "0", "afterok:j2:j5"),
     ]
+
+
+def test_tuning_is_an_array_of_workers_behind_what_training_reads(config):
+    assert summarize(plan(config, 0, 0, array_size=4)) == [(0, "0-3", "")]
+    under_way = {3: [ActiveTask("7", 0, 1, False, is_array=False)], 5: [ActiveTask("8", 0, 1, True)]}
+    assert summarize(plan(config, 0, 0, under_way)) == [(0, "0", "afterok:7:8_0")]
+    workers = {0: [ActiveTask("9", 1, 3, False)]}
+    assert summarize(plan(config, 0, 0, workers, array_size=3)) == [(0, "0,2", "")]
+    anchors = {5: [ActiveTask("9", 1, 3, False)]}
+    assert summarize(plan(config, 5, 5, anchors, anchor_shards=3)) == [(5, "0,2", "")]
 
 
 def test_stage_8_is_there_where_new_data_are_set(tmp_path, write_config):
@@ -251,6 +261,15 @@ def test_options_behind_two_dashes_go_to_the_stage(slurmless):
     assert command.index("--time=5") < script < command.index("--force")
 
 
+def test_tuning_is_submitted_by_its_name(slurmless):
+    options = ["tune", "--array-size", "4", "--", "--trials", "200"]
+    (command,) = dry_run(*options, script="slurm/submit_stage.sh", PATH=slurmless, SBATCH_OPTIONS_tune="--time=9")
+    script = next(number for number, word in enumerate(command) if word.endswith("tune.sbatch"))
+    assert {"--array=0-3", "--time=9"} < set(command[:script])
+    assert command[script + 1 : script + 3] == ["--shards", "4"]
+    assert command[-2:] == ["--trials", "200"]
+
+
 def test_log_folders_with_percent_signs_and_spaces_are_no_patterns(tmp_path, write_config, slurmless):
     path = write_config(tmp_path / "100% mine")
     (command,) = dry_run("3", "--config", path, script="slurm/submit_stage.sh", PATH=slurmless)
@@ -320,14 +339,14 @@ def test_a_job_file_asks_for_what_it_must_and_holds_no_logic(path):
         for line in text.splitlines()
         if "#SBATCH --" in line and "=" in line
     )
-    stage = next(stage for stage in STAGES.values() if stage.sbatch_path.endswith(path.name))
+    stage = next(stage for stage in (*STAGES.values(), TUNE) if stage.sbatch_path.endswith(path.name))
     assert {"mem", "time", "signal", "open-mode", "cpus-per-task"} <= options.keys()
     assert (options["signal"], options["open-mode"]) == ("B:USR1@120", "append")
     assert "#SBATCH --requeue\n" in text
     assert ("gpus-per-node" in options) == stage.uses_gpu
     assert not {"account", "partition"} & options.keys()
     assert options["job-name"] == stage.name
-    assert text.rstrip().endswith(f'run_task {stage.number} "$@"')
+    assert text.rstrip().endswith(f'run_task {stage.label} "$@"')
     assert len(text.splitlines()) <= 25
 
 

@@ -16,7 +16,7 @@ from pipeline.ids import Shard
 from preprocess_raw_data import process_tar
 from slurm import requeue, scheduler, task
 from slurm.outputs import take_mark
-from slurm.stages import STAGES
+from slurm.stages import STAGES, TUNE
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -47,6 +47,8 @@ def test_a_task_is_the_shard_of_its_number(config_path):
     assert command(1, config_path, SLURM_ARRAY_TASK_ID="5", SLURM_ARRAY_TASK_MAX="6")[-1] == "5/7"
     assert command(1, config_path)[-1] == "0/1"
     assert "--shard" not in command(3, config_path)
+    workers = command("tune", config_path, "--shards", "4", SLURM_ARRAY_TASK_ID="3")
+    assert workers[1:] == [str(REPO / "train_specialized_embeddings/tune.py"), "--config", str(config_path)]
     with pytest.raises(ConfigError, match="task 5 of an array that is cut into 4 shards"):
         command(1, config_path, "--shards", "4", SLURM_ARRAY_TASK_ID="5")
 
@@ -123,6 +125,11 @@ def test_every_kind_of_progress_changes_the_mark(config_path, tmp_path):
     assert changes(5, folder / "_difficulty_parts/0of1/part00001.parquet")
     assert changes(6, folder / "checkpoint/metrics.jsonl", "{}\n")
     assert changes(6, folder / "checkpoint/metrics.jsonl", "{}\n{}\n")
+    study = folder / "checkpoint/_tune/journal.log"
+    before = take_mark(TUNE, config, Shard(), [])
+    study.parent.mkdir()
+    study.write_text("a trial's epoch")
+    assert take_mark(TUNE, config, Shard(), []) != before
     options = {"options": ["--output", str(tmp_path / "new")]}
     assert changes(8, tmp_path / "new/parts/rg00001_rb00000.parquet", **options)
     assert not changes(8, tmp_path / "new/parts/rg00003_rb00000.parquet", **options, shard=Shard(0, 2))
