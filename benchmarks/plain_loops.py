@@ -1,6 +1,8 @@
 """The loops that a user would write in an afternoon, against which the stages are timed."""
 
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +70,16 @@ def embed(paths: list[Path], processor: object, model: torch.nn.Module) -> np.nd
 def load(folder: Path) -> tuple[object, torch.nn.Module]:
     """Load a model and its processor as the documentation of transformers does."""
     return AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def main() -> None:
+    """Embed the files that stdin names with the model of a folder; print the seconds, without those of loading it."""
+    processor, model = load(Path(sys.argv[1]))
+    paths = [Path(line) for line in sys.stdin.read().splitlines()]
+    started = time.perf_counter()
+    embed(paths, processor, model)
+    print(time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

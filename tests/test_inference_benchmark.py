@@ -5,8 +5,7 @@ import json
 from benchmarks import inference
 
 
-def test_a_tiny_run_fills_the_table(tmp_path, capsys, monkeypatch, recwarn):
-    monkeypatch.setattr("benchmarks.plain_loops.NUM_WORKERS", 1)
+def test_a_tiny_run_fills_the_table(tmp_path, capsys):
     path = tmp_path / "inference.json"
     arguments = ["--images", "24", "--side", "128", "--rounds", "1", "--cores", "1", "--backbones", "tiny"]
     inference.main([*arguments, "--output", str(path)])
