@@ -41,7 +41,8 @@ from pipeline.workers import map_in_order
 
 STAGE = "compute_fingerprints"
 PATH_FIELD = pa.field("image_path", pa.string())
-ROWS_PER_GROUP = 65_536  # 50 MB of 16 x 16 fingerprints
+# 6 MB of 16 x 16 fingerprints; the writer holds a group, at twelve times that.
+ROWS_PER_GROUP = 8_192
 
 # Pixels a cell in each direction that a reduced decode must leave. A cell's border then cuts through an eighth of it
 # at most: on photographs and noise of any size the fingerprint stays within 0.4 grey levels of the full decode.
