@@ -16,10 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 	    { echo "error: $(PYTHON) is older than Python 3.11: give make PYTHON=python3.11" >&2; exit 1; }
 	@if command -v uv >/dev/null 2>&1; then \
 	    { [ -x $(PY) ] || uv venv --quiet --python $(PYTHON) $(VENV); } && \
-	    uv pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[faiss,tune,tensorboard,demo,test]'; \
+	    uv pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[faiss,tune,tensorboard,interop,demo,test]'; \
 	else \
 	    { [ -x $(PY) ] || $(PYTHON) -m venv $(VENV); } && \
-	    $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[faiss,tune,tensorboard,demo,test]'; \
+	    $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[faiss,tune,tensorboard,interop,demo,test]'; \
 	fi
 	@touch $@
 
