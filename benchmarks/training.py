@@ -30,6 +30,7 @@ import torch
 from pipeline import tables
 from pipeline.cli import installed_version
 from pipeline.config import TrainingSection, count_cores
+from pipeline.device_retrieval import score_queries_on
 from pipeline.features import Features
 from pipeline.log import Progress
 from pipeline.projector import Projector
@@ -227,7 +228,10 @@ def time_validation(arguments: argparse.Namespace) -> dict[str, float]:
     count = arguments.images
     rows = normalise_rows(np.random.default_rng(0).standard_normal((count, 256)))
     started = time.perf_counter()
-    score_queries(rows, np.arange(count) // 4)
+    if DEVICE.type == "cuda":
+        score_queries_on(DEVICE, rows, np.arange(count) // 4)
+    else:
+        score_queries(rows, np.arange(count) // 4)
     return {"seconds": time.perf_counter() - started}
 
 

@@ -78,7 +78,7 @@ def read_material(config: Config, inputs: dict[str, Path], watch: Stopwatch) -> 
         "training on %d images of %d buildings, %d numbers each, on %s",
         len(train), len(train.building_ids), train.width, describe_device(device),
     )  # fmt: skip
-    validation = choose_validation_set(val, section.validation_images, seed)
+    validation = choose_validation_set(val, section.validation_images, seed, device)
     return Material(train, validation, sampler, len(train) + len(val), device)
 
 

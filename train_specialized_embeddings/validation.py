@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.device_retrieval import score_queries_on
 from pipeline.features import Features
 from pipeline.log import logger
 from pipeline.projector import Projector
@@ -17,6 +18,7 @@ from pipeline.retrieval import SCORE_KEYS, QueryScores, normalise_rows, score_qu
 COLLAPSED_SHARE = 0.25
 # Images whose norm is measured.
 NORM_ROWS = 4096
+CPU = torch.device("cpu")
 
 Scores = dict[str, float]
 Embeddings = NDArray[np.float32]
@@ -28,6 +30,7 @@ class ValidationSet:
 
     embeddings: Embeddings  # (N, D)
     building_codes: NDArray[np.int32]  # (N,)
+    device: torch.device = CPU  # where they are searched
 
     def score(self, embeddings: Embeddings) -> Scores:
         """Return recall_at_1/5/10, map and mrr of L2-normalised embeddings (N, k) of these images."""
@@ -35,6 +38,8 @@ class ValidationSet:
 
     def score_each(self, embeddings: Embeddings) -> QueryScores:
         """Return how each image that has a positive fares."""
+        if self.device.type == "cuda":
+            return score_queries_on(self.device, embeddings, self.building_codes)
         return score_queries(embeddings, self.building_codes)
 
     def is_better(self, one: QueryScores, other: QueryScores) -> bool:
@@ -52,20 +57,20 @@ class ValidationSet:
         return self.score(normalise_rows(self.embeddings))
 
 
-def choose_validation_set(features: Features, max_images: int, seed: int) -> ValidationSet:
+def choose_validation_set(features: Features, max_images: int, seed: int, device: torch.device = CPU) -> ValidationSet:
     """Return the validation images, or whole buildings drawn from `seed` where there are more than `max_images`.
 
     At least two buildings are kept, or there would be nothing to mix up.
     """
     if len(features) <= max_images:
-        return ValidationSet(features.embeddings, features.building_codes)
+        return ValidationSet(features.embeddings, features.building_codes, device)
     sizes = np.bincount(features.building_codes)
     drawn = np.random.default_rng(seed).permutation(len(sizes))
     fits = np.cumsum(sizes[drawn]) <= max_images
     fits[:2] = True
     rows = np.flatnonzero(np.isin(features.building_codes, drawn[fits]))
     logger.info("validation: %d of %d images, %d whole buildings", len(rows), len(features), int(fits.sum()))
-    return ValidationSet(features.embeddings[rows], features.building_codes[rows])
+    return ValidationSet(features.embeddings[rows], features.building_codes[rows], device)
 
 
 def measure_spread(embeddings: Embeddings) -> float:
