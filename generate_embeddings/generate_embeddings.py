@@ -30,7 +30,7 @@ from pipeline.errors import InputError, Rejection, Terminated
 from pipeline.images import MAX_IMAGE_BYTES
 from pipeline.log import Progress, logger
 from pipeline.model_files import identify_model, locate_backbone
-from pipeline.scratch import RowScratch
+from pipeline.scratch import RowScratch, remove_leftover
 from pipeline.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
@@ -292,6 +292,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
             make=lambda unit, provenance: embed_tar(unit, provenance, stage),
             overwrite=options.overwrite,
         )
+    for kept in result.kept:
+        remove_leftover(kept)
     result.check_reject_fraction(config)
     return result
 

@@ -13,6 +13,32 @@ from pipeline.log import logger
 from pipeline.tables import write_failure, write_json
 
 
+def remove_leftover(output_path: Path) -> None:
+    """Remove the scratch of an output that is complete, left by a run that was killed before it could tidy up.
+
+    One that another process holds stays.
+    """
+    rows_path, progress_path = _name_files(output_path)
+    try:
+        descriptor = os.open(rows_path, os.O_RDWR)
+    except OSError:
+        return  # there is none, which is the rule
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        progress_path.unlink(missing_ok=True)
+        rows_path.unlink(missing_ok=True)
+    except OSError:
+        logger.debug("%s: left where it is", rows_path)
+    finally:
+        os.close(descriptor)
+
+
+def _name_files(output_path: Path) -> tuple[Path, Path]:
+    """Return where an output's rows lie while they are computed, and the note of how far they are."""
+    hidden = f".{output_path.name}"
+    return output_path.with_name(f"{hidden}.rows"), output_path.with_name(f"{hidden}.progress.json")
+
+
 class RowScratch:
     """A hidden file of float32 rows beside an output, with a note of how far it is.
 
@@ -27,8 +53,7 @@ class RowScratch:
         """
         self.num_rows, self.identity = num_rows, identity
         self._output_path = output_path
-        self._rows_path = output_path.with_name(f".{output_path.name}.rows")
-        self._progress_path = output_path.with_name(f".{output_path.name}.progress.json")
+        self._rows_path, self._progress_path = _name_files(output_path)
         try:
             output_path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._rows_path, os.O_RDWR | os.O_CREAT, 0o666)
