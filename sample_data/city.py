@@ -23,7 +23,9 @@ MAX_ANGLE_DEG = 55.0
 MIN_DISTANCE_M, MAX_DISTANCE_M = 6.0, 30.0
 MIN_VIEWS, MAX_VIEWS = 2, 7
 VIEW_SHARES = (0.18, 0.24, 0.22, 0.16, 0.1, 0.1)  # of targets with 2, 3, ... images: about four on average
-MAX_BUILDINGS = 4000  # more streets would run one dataset into the next
+STREETS_PER_TOWN = 100  # more streets would run one dataset into the next, so that another town begins
+TOWN_SPACING_M = 2 * DATASET_SPACING_M
+MAX_BUILDINGS = 20_000  # five towns
 PARKING_M = 2.2
 
 
@@ -100,9 +102,10 @@ def plan_city(seed: int, num_buildings: int, size: int) -> list[Street]:
 
 
 def place_street(rng: Generator, dataset: int, street: int) -> StreetFrame:
-    """Put a street on the map: datasets on a coarse grid of their own, streets parallel within one."""
-    north = DATASET_SPACING_M * (dataset // 2) + STREET_SPACING_M * street
-    east = DATASET_SPACING_M * (dataset % 2) + float(rng.uniform(-20, 20))
+    """Put a street on the map: towns side by side, datasets on a coarse grid within one, streets parallel."""
+    town, row = divmod(street, STREETS_PER_TOWN)
+    north = DATASET_SPACING_M * (dataset // 2) + STREET_SPACING_M * row
+    east = TOWN_SPACING_M * town + DATASET_SPACING_M * (dataset % 2) + float(rng.uniform(-20, 20))
     lat = ORIGIN_LAT + north / METRES_PER_DEGREE
     lon = ORIGIN_LON + east / (METRES_PER_DEGREE * math.cos(math.radians(lat)))
     # One side in four faces north, where the sun never reaches it.
