@@ -26,22 +26,22 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from evaluate_embeddings.ignore_pairs import read_ignore_pairs, resolve_pairs
-from pipeline.checkpoint import project
+from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
 from pipeline.config import Config, LoggingSection, load_config
-from pipeline.features import Features, load_features
 from pipeline.log import Progress, Stopwatch
-from pipeline.retrieval import IgnoredPairs, normalise_rows, score_queries, summarize_scores
-from pipeline.whitening import fit_pca_whitening, fit_within_class_whitening
-from train_specialized_embeddings.band_sampler import BandSampler
-from train_specialized_embeddings.feature_store import FeatureStore
-from train_specialized_embeddings.metric_sinks import MetricSinks
-from train_specialized_embeddings.run_files import RunFiles
-from train_specialized_embeddings.starts import fit_baselines, make_projector
-from train_specialized_embeddings.trainer import Trainer
-from train_specialized_embeddings.training_run import TrainingRun
-from train_specialized_embeddings.triplets import load_neighbors
-from train_specialized_embeddings.validation import choose_validation_set
+from pipeline.retrieval.checkpoint import project
+from pipeline.retrieval.features import Features, load_features
+from pipeline.retrieval.scores import IgnoredPairs, normalise_rows, score_queries, summarize_scores
+from pipeline.retrieval.whitening import fit_pca_whitening, fit_within_class_whitening
+from train_specialized_embeddings.sampling.band_sampler import BandSampler
+from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.sampling.triplets import load_neighbors
+from train_specialized_embeddings.training.metric_sinks import MetricSinks
+from train_specialized_embeddings.training.run_files import RunFiles
+from train_specialized_embeddings.training.starts import fit_baselines, make_projector
+from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.training_run import TrainingRun
+from train_specialized_embeddings.training.validation import choose_validation_set
 
 KINDS = ("raw", "pca_whitened", "whitening", "start", "projector")
 SCORES = ("recall_at_1", "map")

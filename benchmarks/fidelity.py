@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.backbone import Decoded, Embedder
-from pipeline.pixels import decode_pixels, has_nvjpeg, is_for_nvjpeg
+from pipeline.inference.backbone import Decoded, Embedder
+from pipeline.inference.pixels import decode_pixels, has_nvjpeg, is_for_nvjpeg
 
 # The contract's, for float32 and bfloat16.
 LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.999}

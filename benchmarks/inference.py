@@ -38,12 +38,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import backbones, fidelity, plain_loops
 from benchmarks.synthetic import make_config
 from generate_embeddings import generate_embeddings
-from pipeline import backbone, cli
+from pipeline import cli
 from pipeline.config import load_config
-from pipeline.engine import use_one_thread
-from pipeline.images import check_image
+from pipeline.inference import backbone
+from pipeline.inference.engine import use_one_thread
+from pipeline.inference.images import check_image
+from pipeline.inference.workers import map_in_order
 from pipeline.log import logger
-from pipeline.workers import map_in_order
 from preprocess_raw_data import compute_fingerprints, process_tar
 
 NUM_DISTINCT = 32

@@ -33,16 +33,16 @@ import torch
 
 from benchmarks.scale import read_peak
 from difficulty_metadata import compute_visual_neighbors as stage5
-from difficulty_metadata import neighbors
-from difficulty_metadata.engines import CPU_TILE, TiledEngine
-from difficulty_metadata.fingerprints import ImageTable
-from difficulty_metadata.neighbor_parts import PartStore
-from difficulty_metadata.neighbors import NeighborSearch
+from difficulty_metadata.neighbor_search import neighbors
+from difficulty_metadata.neighbor_search.engines import CPU_TILE, TiledEngine
+from difficulty_metadata.neighbor_search.fingerprints import ImageTable
+from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
+from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
 from pipeline.cli import installed_version
 from pipeline.config import Config, count_cores
 from pipeline.ids import Shard
+from pipeline.inference.workers import prefetch
 from pipeline.log import Stopwatch
-from pipeline.workers import prefetch
 
 DIMENSIONS, NEIGHBORS = 32, 150
 BACKENDS = ("torch", "faiss", "balltree")

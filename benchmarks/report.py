@@ -23,13 +23,13 @@ import torch
 
 from benchmarks import synthetic
 from evaluate_embeddings.evaluate import describe_inputs, embed_split, score_split
-from evaluate_embeddings.ignore_pairs import resolve_pairs
-from evaluate_embeddings.report import write_report
-from pipeline import tables
-from pipeline.archive import stream_members
-from pipeline.checkpoint import save_checkpoint
+from evaluate_embeddings.page.report import write_report
+from evaluate_embeddings.scores.ignore_pairs import resolve_pairs
 from pipeline.config import Config, count_cores, load_config
-from pipeline.projector import Projector
+from pipeline.files import tables
+from pipeline.files.archive import stream_members
+from pipeline.retrieval.checkpoint import save_checkpoint
+from pipeline.retrieval.projector import Projector
 
 NUM_NEIGHBORS = 150
 PHOTO_SIDE = 448

@@ -55,7 +55,7 @@ def copy_plainly(folder: Path) -> None:
     """Copy the embedding files into one parquet with stage 3's columns, row groups and compression."""
     import pyarrow.parquet as pq
 
-    from pipeline import tables
+    from pipeline.files import tables
     from preprocess_raw_data.merge_and_split import ROW_GROUP_ROWS
 
     paths = sorted((folder / "embeddings").glob("*.parquet"))
@@ -69,7 +69,7 @@ def copy_plainly(folder: Path) -> None:
 
 def map_splits(folder: Path) -> None:
     """Open the training split as training does."""
-    from pipeline.features import load_features
+    from pipeline.retrieval.features import load_features
 
     load_features(folder / "merged" / "train.parquet")
 

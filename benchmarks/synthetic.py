@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline import tables
+from pipeline.files import tables
 
 # Buildings by their number of images, as counted in the 320 of the development set.
 BUILDINGS_BY_IMAGES = {2: 126, 3: 71, 4: 39, 5: 38, 6: 17, 7: 29}

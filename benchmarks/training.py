@@ -27,18 +27,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline import tables
 from pipeline.cli import installed_version
 from pipeline.config import TrainingSection, count_cores
-from pipeline.device_retrieval import score_queries_on
-from pipeline.features import Features
+from pipeline.files import tables
 from pipeline.log import Progress
-from pipeline.projector import Projector
-from pipeline.retrieval import normalise_rows, score_queries
-from train_specialized_embeddings.band_sampler import BandSampler
-from train_specialized_embeddings.feature_store import FeatureStore
-from train_specialized_embeddings.trainer import Trainer
-from train_specialized_embeddings.triplets import NUM_BANDS, Neighbors, load_neighbors
+from pipeline.retrieval.device_scores import score_queries_on
+from pipeline.retrieval.features import Features
+from pipeline.retrieval.projector import Projector
+from pipeline.retrieval.scores import normalise_rows, score_queries
+from train_specialized_embeddings.sampling.band_sampler import BandSampler
+from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.sampling.triplets import NUM_BANDS, Neighbors, load_neighbors
+from train_specialized_embeddings.training.trainer import Trainer
 
 NEIGHBORS, FULL_IMAGES, FULL_BUILDINGS = 150, 5_800_000, 1_000_000
 CASES = ["plain", "memory single", "mapped single", "memory mined", "memory shared", "mapped shared"]

@@ -18,21 +18,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 import numpy as np
 import pyarrow as pa
 
-from difficulty_metadata.bands import assign_bands, calibration_ratios, compute_band_edges, distance_ratios
-from difficulty_metadata.exclusion import Exclusion
-from difficulty_metadata.fingerprints import ImageTable, list_fingerprint_files, read_images
-from difficulty_metadata.neighbor_parts import PartStore
-from difficulty_metadata.pca import fit_pca
+from difficulty_metadata.neighbor_search.bands import (
+    assign_bands,
+    calibration_ratios,
+    compute_band_edges,
+    distance_ratios,
+)
+from difficulty_metadata.neighbor_search.exclusion import Exclusion
+from difficulty_metadata.neighbor_search.fingerprints import ImageTable, list_fingerprint_files, read_images
+from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
+from difficulty_metadata.neighbor_search.pca import fit_pca
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
+from pipeline.files.tables import (
+    describe_difference,
+    identify,
+    is_complete,
+    make_provenance,
+    parquet_writer,
+    read_provenance,
+)
 from pipeline.ids import Shard
+from pipeline.inference.workers import prefetch
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.tables import describe_difference, identify, is_complete, make_provenance, parquet_writer, read_provenance
-from pipeline.workers import prefetch
 
 if TYPE_CHECKING:
-    from difficulty_metadata.neighbors import NeighborSearch
+    from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
 
 STAGE = "compute_visual_neighbors"
 # The names are historical: the key is the image's id, the distances are Euclidean ones between fingerprints.
@@ -91,8 +103,8 @@ def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Con
     todo = [part for part in range(store.count_parts(shard)) if not store.is_done(shard, part)]
     if not todo:
         return 0
-    from difficulty_metadata.neighbors import NeighborSearch
-    from pipeline.devices import choose_device, describe_device
+    from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
+    from pipeline.inference.devices import choose_device, describe_device
 
     with watch.measure("pca"):
         points = compute_points(images, config.difficulty.pca_components)

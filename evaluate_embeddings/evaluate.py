@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 
-from evaluate_embeddings.breakdowns import load_camera, summarize_breakdowns
-from evaluate_embeddings.ignore_pairs import read_ignore_pairs, resolve_pairs
-from evaluate_embeddings.metrics import (
+from evaluate_embeddings.scores.breakdowns import load_camera, summarize_breakdowns
+from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
+from evaluate_embeddings.scores.metrics import (
     GALLERY_SIZES,
     KINDS,
     Evaluation,
@@ -33,20 +33,20 @@ from evaluate_embeddings.metrics import (
     format_metrics_table,
     score_kinds_twice,
 )
-from evaluate_embeddings.pair_similarity import sample_similarities
-from evaluate_embeddings.standalone import CHECKPOINT_NAME, STAGE, Request
-from evaluate_embeddings.standalone import run as run_standalone
+from evaluate_embeddings.scores.pair_similarity import sample_similarities
+from evaluate_embeddings.scores.standalone import CHECKPOINT_NAME, STAGE, Request
+from evaluate_embeddings.scores.standalone import run as run_standalone
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.features import Features, load_features
+from pipeline.files.tables import identify, make_provenance, matches, read_provenance, write_json
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.retrieval import Embeddings, IgnoredPairs, Search, normalise_rows
-from pipeline.tables import identify, make_provenance, matches, read_provenance, write_json
-from pipeline.whitening import DEFAULT_SHRINKAGE, collect_scatter, whiten_by_pca, whiten_within_class
+from pipeline.retrieval.features import Features, load_features
+from pipeline.retrieval.scores import Embeddings, IgnoredPairs, Search, normalise_rows
+from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatter, whiten_by_pca, whiten_within_class
 
 if TYPE_CHECKING:
-    from pipeline.checkpoint import Checkpoint, StateDict
+    from pipeline.retrieval.checkpoint import Checkpoint, StateDict
 
 # The contract's width of the whitened baseline, which is also the projector's usual one.
 PCA_DIM = 256
@@ -96,8 +96,8 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
 
     Raises InputError if an input is missing, damaged, or does not fit the others.
     """
-    from pipeline.checkpoint import build_projector, load_checkpoint, project
-    from pipeline.devices import choose_device
+    from pipeline.inference.devices import choose_device
+    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 
     train, features = load_splits(config.path("merged_dir"))
     checkpoint = load_checkpoint(
@@ -180,7 +180,7 @@ def run(
         "training_settings": checkpoint.settings,
     }
     with watch.measure("report"):
-        from evaluate_embeddings.report import write_report
+        from evaluate_embeddings.page.report import write_report
 
         write_report(report_path, evaluation, metrics, checkpoint.metrics, config, images=images)
     write_json(metrics_path, metrics)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
-from evaluate_embeddings.atlas_table import write_atlas_table
+from evaluate_embeddings.page.atlas_table import write_atlas_table
 from pipeline import cli
 from pipeline.errors import InputError, PipelineError
 from pipeline.log import logger, logging_to

@@ -22,16 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import cli, launcher
-from pipeline.archive import stream_members
+from pipeline import cli
 from pipeline.config import Config
-from pipeline.engine_watch import EngineWatch
 from pipeline.errors import InputError, Rejection, Terminated
-from pipeline.images import MAX_IMAGE_BYTES
-from pipeline.log import Progress, logger
-from pipeline.model_files import identify_model, locate_backbone
-from pipeline.scratch import RowScratch, remove_leftover
-from pipeline.tables import (
+from pipeline.files.archive import stream_members
+from pipeline.files.scratch import RowScratch, remove_leftover
+from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
     check_columns,
@@ -46,12 +42,17 @@ from pipeline.tables import (
     rejects_path,
     write_rejects,
 )
-from pipeline.units import TarUnit, list_units, run_units
-from pipeline.workers import Background
+from pipeline.files.units import TarUnit, list_units, run_units
+from pipeline.inference import launcher
+from pipeline.inference.engine_watch import EngineWatch
+from pipeline.inference.images import MAX_IMAGE_BYTES
+from pipeline.inference.model_files import identify_model, locate_backbone
+from pipeline.inference.workers import Background
+from pipeline.log import Progress, logger
 
 if TYPE_CHECKING:
-    from pipeline.backbone import Decoded, Embedder
-    from pipeline.engine import Embedded
+    from pipeline.inference.backbone import Decoded, Embedder
+    from pipeline.inference.engine import Embedded
 
 STAGE = "generate_embeddings"
 # Rows of one row group: 16 MB of 4,096 floats, small enough to stream, large enough to compress.
@@ -158,7 +159,7 @@ def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: St
 
     Whole passes only are counted as done, so that a resumed run forms the same passes and gets the same values.
     """
-    from pipeline.engine import embed_stream
+    from pipeline.inference.engine import embed_stream
 
     left = {name: row for row, name in enumerate(table["image_path"].to_pylist())}
     embedder, config = stage.embedder, stage.config
@@ -223,7 +224,7 @@ class RowStore:
 
         Raises PipelineError naming the image whose embedding is not finite, zero or of another width.
         """
-        from pipeline.backbone import check_embeddings
+        from pipeline.inference.backbone import check_embeddings
 
         self._consumed += done.taken
         self._scratch.rejects |= {image.row: rejection for image, rejection in done.rejected}
@@ -248,7 +249,7 @@ def write_outputs(
     embedding_type: pa.DataType,
 ) -> None:
     """Write the embedded rows in the intermediate's order, and the rejects."""
-    from pipeline.backbone import check_embeddings
+    from pipeline.inference.backbone import check_embeddings
 
     names = table["image_path"]
     listed = [(names[row].as_py(), rejects[row]) for row in sorted(rejects)]
@@ -300,7 +301,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 def load_embedder(folder: Path, config: Config) -> "Embedder":
     """Load the backbone as the configuration says."""
-    from pipeline.backbone import Embedder
+    from pipeline.inference.backbone import Embedder
 
     section = config.embedding_model
     return Embedder(

@@ -19,12 +19,10 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline import cli
-from pipeline.archive import Member, stream_members
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
-from pipeline.images import MAX_IMAGE_BYTES, decode_rgb_small
-from pipeline.log import Progress, Stopwatch, logger
-from pipeline.tables import (
+from pipeline.files.archive import Member, stream_members
+from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
     check_columns,
     identify,
@@ -36,8 +34,10 @@ from pipeline.tables import (
     rejects_path,
     write_rejects,
 )
-from pipeline.units import TarUnit, list_units, run_units
-from pipeline.workers import map_in_order
+from pipeline.files.units import TarUnit, list_units, run_units
+from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb_small
+from pipeline.inference.workers import map_in_order
+from pipeline.log import Progress, Stopwatch, logger
 
 STAGE = "compute_fingerprints"
 PATH_FIELD = pa.field("image_path", pa.string())

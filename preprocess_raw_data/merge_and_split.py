@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.log import Progress, logger
-from pipeline.tables import (
+from pipeline.files.tables import (
     hash_json,
     identify,
     is_complete,
@@ -31,10 +30,11 @@ from pipeline.tables import (
     parquet_writer,
     read_provenance,
 )
-from preprocess_raw_data.embedding_inventory import Inventory, list_embeddings, take_inventory
-from preprocess_raw_data.grouping import Piece, read_in_order
-from preprocess_raw_data.leakage import compare_leakage, log_leakage
-from preprocess_raw_data.splits import SPLITS, assign_splits, hash_splits, read_split_file
+from pipeline.log import Progress, logger
+from preprocess_raw_data.merging.embedding_inventory import Inventory, list_embeddings, take_inventory
+from preprocess_raw_data.merging.grouping import Piece, read_in_order
+from preprocess_raw_data.merging.leakage import compare_leakage, log_leakage
+from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, read_split_file
 
 STAGE = "merge_and_split"
 # Rows of one row group of the output: at 4,096 dimensions 64 MB.

@@ -18,17 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 import pyarrow as pa
 
 from pipeline import cli
-from pipeline.archive import Member, stream_members
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
+from pipeline.files.archive import Member, stream_members
+from pipeline.files.tables import INTERMEDIATE_SCHEMA, make_provenance, parquet_writer, rejects_path, write_rejects
+from pipeline.files.units import TarUnit, list_units, run_units
 from pipeline.ids import building_id, streetview_image_id
-from pipeline.images import MAX_IMAGE_BYTES, check_image
+from pipeline.inference.images import MAX_IMAGE_BYTES, check_image
+from pipeline.inference.workers import map_in_order
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.tables import INTERMEDIATE_SCHEMA, make_provenance, parquet_writer, rejects_path, write_rejects
-from pipeline.units import TarUnit, list_units, run_units
-from pipeline.workers import map_in_order
-from preprocess_raw_data.tar_items import TarInventory
-from preprocess_raw_data.views import View
+from preprocess_raw_data.tars.tar_items import TarInventory
+from preprocess_raw_data.tars.views import View
 
 STAGE = "process_tar"
 # A real metadata text has under 200 bytes; no more than this of a longer one is read.

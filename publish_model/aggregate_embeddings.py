@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import ConfigError, InputError
-from pipeline.log import Progress, logger
-from pipeline.tables import (
+from pipeline.files.tables import (
     hash_json,
     identify,
     is_complete,
@@ -32,12 +31,13 @@ from pipeline.tables import (
     read_provenance,
     write_parquet,
 )
-from publish_model.embedded_dataset import EMBEDDING_COLUMN, EmbeddedDataset, open_dataset
-from publish_model.embedding_groups import Groups, Key, keys_of
-from publish_model.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile, wkb_type
-from publish_model.hashes import hash_ids
-from publish_model.packaged_input import ID_COLUMN
-from publish_model.parts import resolve_dataset_dir
+from pipeline.log import Progress, logger
+from publish_model.dataset.embedded_dataset import EMBEDDING_COLUMN, EmbeddedDataset, open_dataset
+from publish_model.dataset.embedding_groups import Groups, Key, keys_of
+from publish_model.dataset.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile, wkb_type
+from publish_model.dataset.hashes import hash_ids
+from publish_model.dataset.parts import resolve_dataset_dir
+from publish_model.new_data.packaged_input import ID_COLUMN
 
 STAGE = "aggregate_embeddings"
 # Groups of one pass over the dataset: their sums take 2 KB each at 256 numbers, so half a gigabyte.

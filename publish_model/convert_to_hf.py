@@ -21,15 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError, one_line
-from pipeline.folders import writing_folder
+from pipeline.files.folders import writing_folder
+from pipeline.files.tables import PROVENANCE_KEY, identify, make_provenance, matches
+from pipeline.inference.model_files import identify_model, locate_backbone
 from pipeline.log import logger
-from pipeline.model_files import identify_model, locate_backbone
-from pipeline.tables import PROVENANCE_KEY, identify, make_provenance, matches
-from publish_model.card_results import add_test_results
-from publish_model.model_card import is_measured, worse_than
+from publish_model.model_folder.card_results import add_test_results
+from publish_model.model_folder.model_card import is_measured, worse_than
 
 if TYPE_CHECKING:
-    from pipeline.checkpoint import Checkpoint
+    from pipeline.retrieval.checkpoint import Checkpoint
 
 STAGE = "convert_to_hf"
 COUNTS = {"in": 1, "out": 1}  # models
@@ -134,9 +134,9 @@ def publish(
         logger.info("%s: kept %s, which is complete", STAGE, output)
         result.kept.append(output)
         return
-    from pipeline.checkpoint import load_checkpoint
-    from publish_model.published_folder import Backbone, fill_folder
-    from publish_model.training_similarity import measure_training
+    from pipeline.retrieval.checkpoint import load_checkpoint
+    from publish_model.model_folder.published_folder import Backbone, fill_folder
+    from publish_model.model_folder.training_similarity import measure_training
 
     checkpoint = load_checkpoint(checkpoint_path, config.training_model)
     metrics = check_worth(checkpoint, options.force)

@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError
+from pipeline.files.tables import open_parquet, read_provenance, write_json, write_parquet
 from pipeline.log import logger
-from pipeline.tables import open_parquet, read_provenance, write_json, write_parquet
-from publish_model.deletions import DeletionOrder, read_order, stay_rows, without_ids, write_order
-from publish_model.embedded_dataset import EmbeddedDataset, as_written, open_dataset
-from publish_model.hashes import hash_ids
-from publish_model.packaged_input import ID_COLUMN, plain_values
-from publish_model.part_plans import count_rows
-from publish_model.parts import resolve_dataset_dir, write_part_files
+from publish_model.dataset.deletions import DeletionOrder, read_order, stay_rows, without_ids, write_order
+from publish_model.dataset.embedded_dataset import EmbeddedDataset, as_written, open_dataset
+from publish_model.dataset.hashes import hash_ids
+from publish_model.dataset.part_plans import count_rows
+from publish_model.dataset.parts import resolve_dataset_dir, write_part_files
+from publish_model.new_data.packaged_input import ID_COLUMN, plain_values
 
 STAGE = "delete_ids"
 DERIVED = ("_aggregated", "_exports")

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_json, write_parquet
 from pipeline.log import logger
-from pipeline.tables import is_complete, make_provenance, open_parquet, write_json, write_parquet
-from publish_model.embedded_dataset import (
+from publish_model.dataset.embedded_dataset import (
     BLOCK_ROWS,
     EMBEDDING_COLUMN,
     EmbeddedDataset,
@@ -30,8 +30,8 @@ from publish_model.embedded_dataset import (
     open_dataset,
     read_blocks,
 )
-from publish_model.parts import resolve_dataset_dir
-from publish_model.similarity_search import find_nearest, import_faiss
+from publish_model.dataset.parts import resolve_dataset_dir
+from publish_model.dataset.similarity_search import find_nearest, import_faiss
 
 STAGE = "export_embeddings"
 NUM_NEAREST = 10

@@ -26,28 +26,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 import pyarrow as pa
 
-from pipeline import VERSION, cli, launcher
+from pipeline import VERSION, cli
 from pipeline.config import Config
-from pipeline.engine_watch import EngineWatch
 from pipeline.errors import ConfigError, InputError, PipelineError, Terminated, one_line
+from pipeline.files.tables import write_failure
+from pipeline.inference import launcher
+from pipeline.inference.engine_watch import EngineWatch
+from pipeline.inference.model_files import find_missing_files, identify_model, locate_hub_model
+from pipeline.inference.workers import Background
 from pipeline.log import Progress, logger
-from pipeline.model_files import find_missing_files, identify_model, locate_hub_model
-from pipeline.tables import write_failure
-from pipeline.workers import Background
-from publish_model.duplicates import find_duplicates
-from publish_model.embed_options import EmbedOptions, parse
-from publish_model.packaged_input import (
+from publish_model.dataset.duplicates import find_duplicates
+from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord, Recipe, make_recipe, plan_parts
+from publish_model.dataset.parts import STAGE, EmbeddingsDataset, resolve_dataset_dir
+from publish_model.new_data.embed_options import EmbedOptions, parse
+from publish_model.new_data.packaged_input import (
     PackagedInput,
     carry_columns,
     embedded_rows,
     open_packaged,
     read_batches,
 )
-from publish_model.part_plans import PartContent, PartPlan, PartRecord, Recipe, make_recipe, plan_parts
-from publish_model.parts import STAGE, EmbeddingsDataset, resolve_dataset_dir
 
 if TYPE_CHECKING:
-    from publish_model.batch_embedding import BatchEmbedder
+    from publish_model.dataset.batch_embedding import BatchEmbedder
 
 
 def locate_model(model_id: str) -> Path:
@@ -87,7 +88,7 @@ def choose_recipe(
     pooling = str(config.get("pooling_type", "pooler_output"))
     precision = options.dtype if options.dtype != "auto" else (begun or {}).get("precision")
     if precision is None:
-        from pipeline.devices import choose_device
+        from pipeline.inference.devices import choose_device
 
         precision = "bfloat16" if choose_device(options.device).type == "cuda" else "float32"
     return make_recipe(
@@ -143,7 +144,7 @@ def embed_parts(
 
     Raises InputError if the input cannot be read to where its footer says it goes.
     """
-    from publish_model.batch_embedding import ReadBatch
+    from publish_model.dataset.batch_embedding import ReadBatch
 
     batches = (ReadBatch(plan, table) for plan, table in read_work(options, source, work))
 
@@ -171,7 +172,7 @@ def make_missing_parts(
     """Load the model, make the parts and return where the time went; an interrupted run leaves its state right."""
     watch = EngineWatch()
     with watch.measure("load"):
-        from publish_model.batch_embedding import BatchEmbedder
+        from publish_model.dataset.batch_embedding import BatchEmbedder
 
         embedder = BatchEmbedder(
             model_dir, options.device, dataset.recipe.precision, options.batch_size, options.filter_valid, watch

@@ -1,5 +1,5 @@
-"""The projector under the name by which the published folder imports it; the folder gets pipeline/projector.py."""
+"""The projector by the name that the published folder imports; the folder gets pipeline/retrieval/projector.py."""
 
-from pipeline.projector import Projector
+from pipeline.retrieval.projector import Projector
 
 __all__ = ["Projector"]

@@ -21,15 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError, Rejection
-from pipeline.images import decode_rgb
+from pipeline.files.tables import writing_to
+from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
-from pipeline.tables import writing_to
-from publish_model.drift import find_model
-from publish_model.embed_options import whole_number
-from publish_model.embedded_dataset import EmbeddedDataset, Part, open_dataset, read_blocks, read_ids_at
-from publish_model.packaged_input import IMAGE_COLUMN, PackagedInput, embedded_rows, open_packaged, read_batches
-from publish_model.parts import recipe_of
-from publish_model.similarity_search import find_nearest, import_faiss
+from publish_model.dataset.drift import find_model
+from publish_model.dataset.embedded_dataset import EmbeddedDataset, Part, open_dataset, read_blocks, read_ids_at
+from publish_model.dataset.parts import recipe_of
+from publish_model.dataset.similarity_search import find_nearest, import_faiss
+from publish_model.new_data.embed_options import whole_number
+from publish_model.new_data.packaged_input import (
+    IMAGE_COLUMN,
+    PackagedInput,
+    embedded_rows,
+    open_packaged,
+    read_batches,
+)
 
 THUMBNAIL_PX = 224
 STYLE = "body{font:14px sans-serif;margin:2em}figure{display:inline-block;margin:.5em;vertical-align:top;width:224px}"
@@ -46,7 +52,7 @@ def embed_photograph(path: Path, model_dir: Path, precision: str, device: str) -
         raise InputError(f"{path}: cannot be read ({error.strerror}): correct --query") from None
     except Rejection as rejection:
         raise InputError(f"{path}: {rejection}: give a JPEG, PNG or WebP image") from None
-    from pipeline.backbone import Embedder
+    from pipeline.inference.backbone import Embedder
 
     embedder = Embedder(model_dir, device=device, dtype=precision, batch_size=1, trust_remote_code=True)
     return embedder.embed([embedder.prepare(image)])

@@ -19,15 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError, PipelineError, StaleOutputError, one_line
+from pipeline.files.tables import write_json
 from pipeline.log import logger, logging_to
-from pipeline.tables import write_json
-from publish_model.deletions import read_order
-from publish_model.drift import measure_drift
-from publish_model.embedded_dataset import EmbeddedDataset, Part, list_part_paths
-from publish_model.packaged_input import open_packaged, read_batches
-from publish_model.part_checks import check_against_input, check_part, open_part
-from publish_model.part_plans import count_rows, plan_parts
-from publish_model.parts import read_part_provenance, read_state, recipe_of, resolve_dataset_dir
+from publish_model.dataset.deletions import read_order
+from publish_model.dataset.drift import measure_drift
+from publish_model.dataset.embedded_dataset import EmbeddedDataset, Part, list_part_paths
+from publish_model.dataset.part_checks import check_against_input, check_part, open_part
+from publish_model.dataset.part_plans import count_rows, plan_parts
+from publish_model.dataset.parts import read_part_provenance, read_state, recipe_of, resolve_dataset_dir
+from publish_model.new_data.packaged_input import open_packaged, read_batches
 
 CHECKS = ("state", "parts", "rows", "rejects", "input")
 SHOWN = 10

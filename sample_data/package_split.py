@@ -18,8 +18,8 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
+from pipeline.files.tables import check_columns, identify, is_complete, make_provenance, open_parquet, parquet_writer
 from pipeline.log import logging_to
-from pipeline.tables import check_columns, identify, is_complete, make_provenance, open_parquet, parquet_writer
 
 SCHEMA = pa.schema([("image_bytes", pa.binary()), ("OSMID", pa.string()), ("is_valid", pa.bool_())])
 COLUMNS = pa.schema(

@@ -31,16 +31,12 @@ from numpy.random import PCG64, Generator, SeedSequence
 if __package__ in (None, ""):  # run by path: Python put this folder, not the one above it, on sys.path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sample_data.city import MAX_BUILDINGS, NUM_DATASETS, SINGLETONS, Street, plan_city
-from sample_data.street_scene import photograph_street
+from sample_data.renderer.city import MAX_BUILDINGS, NUM_DATASETS, SINGLETONS, Street, plan_city
+from sample_data.renderer.street_scene import photograph_street
 
 MARKER_NAME = ".render.json"
 MIN_SIZE_PX, MAX_SIZE_PX = 48, 1024
-MODULES = (  # those whose code decides the bytes
-    "building_styles", "buildings", "canvas", "city", "facade_design", "facade_paint", "facade_parts",
-    "house_model", "lighting", "materials", "relief", "render_streets", "roofs", "street_furniture",
-    "street_geometry", "street_scene",
-)  # fmt: skip
+RENDERER_DIR = Path(__file__).with_name("renderer")
 
 Photograph = tuple[str, bytes, bytes]  # stem, JPEG, metadata
 
@@ -56,8 +52,8 @@ class Settings:
     def fingerprint(self) -> dict[str, Any]:
         """Return the parameters with what else the bytes depend on: the code and the versions of its libraries."""
         code = hashlib.sha256()
-        for module in MODULES:
-            code.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+        for path in (Path(__file__), *sorted(RENDERER_DIR.glob("*.py"))):
+            code.update(path.read_bytes())
         versions = {"numpy": np.__version__, "pillow": PIL.__version__}
         return {**asdict(self), "code": code.hexdigest()[:16], **versions}
 

@@ -5,8 +5,8 @@
 # the models named, into $HF_HOME. A gated model needs HF_TOKEN in the environment, here and nowhere else.
 set -euo pipefail
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
-# shellcheck source=slurm/common.sh
-source "$root/slurm/common.sh"
+# shellcheck source=slurm/control/common.sh
+source "$root/slurm/control/common.sh"
 load_modules
 
 options=()
@@ -19,4 +19,4 @@ if [ "$install" = 1 ] && [[ " ${options[*]-} " != *" --help "* ]]; then
 fi
 find_python
 export HF_HUB_OFFLINE=0
-exec "$PYTHON" "$root/slurm/fetch_models.py" ${options[@]+"${options[@]}"}
+exec "$PYTHON" "$root/slurm/control/fetch_models.py" ${options[@]+"${options[@]}"}

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import DEFAULT_CONFIG_PATH, PROJECT_ROOT, Config
-from slurm.stages import format_shards
-from slurm.survey import DONE, NOT_STARTED, RUNNING, WAITING, ShardState, StageState, survey
+from slurm.control.stages import format_shards
+from slurm.control.survey import DONE, NOT_STARTED, RUNNING, WAITING, ShardState, StageState, survey
 
 
 def retry_command(state: StageState, config: Config, overrides: list[str]) -> str:

@@ -4,8 +4,8 @@
 # Every option: --help. All that it decides is decided in submit.py.
 set -euo pipefail
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
-# shellcheck source=slurm/common.sh
-source "$root/slurm/common.sh"
+# shellcheck source=slurm/control/common.sh
+source "$root/slurm/control/common.sh"
 load_modules
 find_python
-exec "$PYTHON" "$root/slurm/submit.py" stage "$@"
+exec "$PYTHON" "$root/slurm/control/submit.py" stage "$@"

@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from difficulty_metadata.triton_filter import GROUPS_AT_ONCE, TILE_GROUPS, TILE_POINTS, TILE_SHAPES
-from difficulty_metadata.triton_kernels import measure_groups, note_groups
+from difficulty_metadata.neighbor_search.triton_filter import GROUPS_AT_ONCE, TILE_GROUPS, TILE_POINTS, TILE_SHAPES
+from difficulty_metadata.neighbor_search.triton_kernels import measure_groups, note_groups
 
 # Of 150 neighbours among millions of points of 32 dimensions.
 CAPACITY, ROOM, WIDTH = 160, 1024, 32

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from publish_model.hashes import hash_ids, pack_hashes
-from publish_model.packaged_input import plain_values
-from publish_model.part_plans import PartContent, PartPlan, PartRecord, count_rows
-from publish_model.parts import write_part_files
+from publish_model.dataset.hashes import hash_ids, pack_hashes
+from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord, count_rows
+from publish_model.dataset.parts import write_part_files
+from publish_model.new_data.packaged_input import plain_values
 
 WIDTH = 8
 VERSION = "0123456789abcdef"

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import tables
-from preprocess_raw_data.splits import SPLITS
+from pipeline.files import tables
+from preprocess_raw_data.merging.splits import SPLITS
 
 SIZES = np.random.default_rng(3).integers(1, 6, 60).tolist()
 SETTINGS = {"model": "abc", "pooling_type": "pooler_output"}

@@ -9,9 +9,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from pipeline import tables
-from pipeline.checkpoint import save_checkpoint
-from pipeline.projector import Projector
+from pipeline.files import tables
+from pipeline.retrieval.checkpoint import save_checkpoint
+from pipeline.retrieval.projector import Projector
 
 WIDTH = 16
 NUM_BUILDINGS = 24

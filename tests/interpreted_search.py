@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from test_neighbors import CASES
 
-from difficulty_metadata import triton_filter
-from difficulty_metadata.neighbors import NeighborSearch
-from difficulty_metadata.triton_filter import TritonEngine
+from difficulty_metadata.neighbor_search import triton_filter
+from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
+from difficulty_metadata.neighbor_search.triton_filter import TritonEngine
 
 CPU = torch.device("cpu")
 K, NUM_ANCHORS = 20, 14

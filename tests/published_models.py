@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline.checkpoint import save_checkpoint
 from pipeline.config import Config
-from pipeline.projector import Projector
+from pipeline.retrieval.checkpoint import save_checkpoint
+from pipeline.retrieval.projector import Projector
 from publish_model import convert_to_hf
 from publish_model.convert_to_hf import PublishOptions
 

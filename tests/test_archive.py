@@ -8,9 +8,9 @@ import tracemalloc
 import pytest
 from raw_tars import Entry, find_member, make_city, write_tar
 
-from pipeline import archive
-from pipeline.archive import stream_members
 from pipeline.errors import InputError
+from pipeline.files import archive
+from pipeline.files.archive import stream_members
 
 BLOCK = tarfile.BLOCKSIZE
 ENTRIES = [Entry("a.jpg", b"x" * 700), Entry("b.txt", b"y" * 512), Entry("c.jpg", b""), Entry("d.txt", b"z" * 5)]

@@ -22,14 +22,14 @@ from transformers import (
     DINOv3ViTModel,
 )
 
-from pipeline import backbone
-from pipeline.backbone import Embedder, check_embeddings
-from pipeline.devices import choose_device
 from pipeline.errors import InputError, PipelineError, Rejection
-from pipeline.images import decode_rgb
+from pipeline.inference import backbone
+from pipeline.inference.backbone import Embedder, check_embeddings
+from pipeline.inference.devices import choose_device
+from pipeline.inference.images import decode_rgb
+from pipeline.inference.pixels import has_nvjpeg
+from pipeline.inference.preprocessing import DeviceProcessor
 from pipeline.log import logging_to
-from pipeline.pixels import has_nvjpeg
-from pipeline.preprocessing import DeviceProcessor
 
 # What a street-view patch can look like as a file.
 EXIF = Image.Exif()

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.features import Features
-from pipeline.geography import distances_m
-from train_specialized_embeddings.band_sampler import RANDOM_BAND, Anchors, BandSampler, Triplets
-from train_specialized_embeddings.triplets import NUM_BANDS, Neighbors
+from pipeline.retrieval.features import Features
+from pipeline.retrieval.geography import distances_m
+from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, Anchors, BandSampler, Triplets
+from train_specialized_embeddings.sampling.triplets import NUM_BANDS, Neighbors
 
 
 def make_features(num_buildings: int = 12, seed: int = 0) -> Features:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from difficulty_metadata.bands import (
+from difficulty_metadata.neighbor_search.bands import (
     assign_bands,
     calibration_ratios,
     compute_band_edges,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.batch_size import SIZES, find_batch_size
+from pipeline.inference.batch_size import SIZES, find_batch_size
 
 
 def test_it_stops_where_larger_passes_are_hardly_faster():

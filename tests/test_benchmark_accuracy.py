@@ -12,8 +12,8 @@ import pytest
 from training_data import SETTINGS, make_difficulty, make_split
 
 from benchmarks.accuracy import KINDS, list_cases, read_all, take_buildings
-from pipeline import tables
 from pipeline.config import PROJECT_ROOT, load_config
+from pipeline.files import tables
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from evaluation_data import make_table, make_workplace, write_split
 
-from evaluate_embeddings.breakdowns import heading_changes, load_camera, name_count, name_range
 from evaluate_embeddings.evaluate import run
+from evaluate_embeddings.scores.breakdowns import heading_changes, load_camera, name_count, name_range
 from pipeline.cli import Options
 from pipeline.config import load_config
-from pipeline.features import load_features
-from pipeline.retrieval import normalise_rows, score_queries
+from pipeline.retrieval.features import load_features
+from pipeline.retrieval.scores import normalise_rows, score_queries
 
 
 def test_the_smallest_change_of_heading_goes_round_the_circle_and_leaves_out_the_image_itself():

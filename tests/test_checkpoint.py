@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.checkpoint import build_projector, load_checkpoint, save_checkpoint
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, PipelineError
-from pipeline.projector import Projector
+from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, save_checkpoint
+from pipeline.retrieval.projector import Projector
 
 
 def make_projector(**arguments: Any) -> Projector:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from raw_tars import Entry, draw_view, encode, make_city, make_view, write_tar
 
-from pipeline.archive import stream_members
+from pipeline.files.archive import stream_members
 from preprocess_raw_data import process_tar
 from preprocess_raw_data.compute_fingerprints import (
     average_cells,

@@ -13,12 +13,12 @@ from published_models import make_config, write_backbone, write_checkpoint
 from safetensors.torch import load_file, save_file
 from stage7_fixtures import read_all_text, read_config
 
-from pipeline.checkpoint import load_checkpoint
 from pipeline.cli import Options
 from pipeline.errors import InputError
+from pipeline.retrieval.checkpoint import load_checkpoint
 from publish_model import convert_to_hf as stage
-from publish_model import weights
 from publish_model.convert_to_hf import PublishOptions
+from publish_model.model_folder import weights
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
@@ -43,7 +43,7 @@ def test_the_folder_holds_backbone_projector_processor_code_and_card(config, toy
     for name, tensor in projector.items():
         assert torch.equal(found[f"projector.{name}"], tensor)
     assert (folder / "projector.py").read_text() == Path(stage.__file__).parents[1].joinpath(
-        "pipeline", "projector.py"
+        "pipeline", "retrieval", "projector.py"
     ).read_text()
 
 

@@ -99,7 +99,7 @@ def test_a_model_that_lacks_weights_is_refused(embed, packaged, model_dir, tmp_p
 
 
 def test_embeddings_that_are_not_finite_stop_the_run_and_name_the_row(embed, packaged, tmp_path, monkeypatch):
-    from pipeline.backbone import Launched
+    from pipeline.inference.backbone import Launched
 
     plain = Launched.result
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from raw_tars import draw_view, encode
 
-from pipeline import devices
-from pipeline.backbone import Embedder, Launched, Staged
-from pipeline.devices import choose_device
-from pipeline.engine import End, embed_stream
-from pipeline.engine_watch import EngineWatch
 from pipeline.errors import InputError, Rejection
+from pipeline.inference import devices
+from pipeline.inference.backbone import Embedder, Launched, Staged
+from pipeline.inference.devices import choose_device
+from pipeline.inference.engine import End, embed_stream
+from pipeline.inference.engine_watch import EngineWatch
 from pipeline.log import logging_to
 
 PICTURES = [encode(draw_view(seed)) for seed in range(11)]

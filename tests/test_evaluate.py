@@ -20,9 +20,9 @@ from evaluation_data import (
     write_split,
 )
 
-from evaluate_embeddings import metrics as metrics_module
 from evaluate_embeddings.evaluate import STAGE, main, read_commit, run
-from evaluate_embeddings.metrics import (
+from evaluate_embeddings.scores import metrics as metrics_module
+from evaluate_embeddings.scores.metrics import (
     compare_kinds,
     describe_verdict,
     format_metrics_table,
@@ -30,13 +30,13 @@ from evaluate_embeddings.metrics import (
     sample_gallery,
     summarize_datasets,
 )
-from pipeline.checkpoint import save_checkpoint
 from pipeline.cli import Options
 from pipeline.config import PROJECT_ROOT, load_config
 from pipeline.errors import InputError, PipelineError, StaleOutputError
-from pipeline.features import load_features
-from pipeline.retrieval import SCORE_KEYS, normalise_rows, score_queries, summarize_scores
-from pipeline.whitening import DEFAULT_SHRINKAGE, fit_within_class_whitening
+from pipeline.retrieval.checkpoint import save_checkpoint
+from pipeline.retrieval.features import load_features
+from pipeline.retrieval.scores import SCORE_KEYS, normalise_rows, score_queries, summarize_scores
+from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, fit_within_class_whitening
 
 SCRIPT = PROJECT_ROOT / "evaluate_embeddings" / "evaluate.py"
 NUM_IMAGES = NUM_BUILDINGS * IMAGES_PER_BUILDING

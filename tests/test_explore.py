@@ -16,10 +16,10 @@ from browser import Watched, open_browser
 from PIL import Image
 from raw_tars import encode
 
-from evaluate_embeddings import atlas_table
-from evaluate_embeddings.atlas_table import write_atlas_table
 from evaluate_embeddings.explore import main
-from pipeline import tables
+from evaluate_embeddings.page import atlas_table
+from evaluate_embeddings.page.atlas_table import write_atlas_table
+from pipeline.files import tables
 
 NUM_ROWS = 12
 REJECTED, INVALID = 4, (2, 9)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from train_specialized_embeddings import feature_store
-from train_specialized_embeddings.feature_store import FeatureStore
+from train_specialized_embeddings.sampling import feature_store
+from train_specialized_embeddings.sampling.feature_store import FeatureStore
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float16])

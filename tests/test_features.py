@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import sidecar
 from pipeline.errors import InputError
-from pipeline.features import load_features
+from pipeline.files import sidecar
+from pipeline.retrieval.features import load_features
 
 BUILDINGS = ["0001_9", "0001_9", "0001_2", "0002_9", "0002_9", "0001_2"]
 

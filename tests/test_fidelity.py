@@ -10,9 +10,9 @@ from test_backbone import make_convnext, make_dinov3
 from benchmarks import fidelity
 from benchmarks.fidelity import LEAST_COSINE, check_paths, draw_photographs, embed_plainly
 from benchmarks.plain_loops import load
-from pipeline.backbone import Embedder
 from pipeline.errors import Rejection
-from pipeline.preprocessing import DeviceProcessor
+from pipeline.inference.backbone import Embedder
+from pipeline.inference.preprocessing import DeviceProcessor
 from sample_data import convert_lite0
 
 PHOTOGRAPHS = draw_photographs()

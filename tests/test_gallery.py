@@ -5,15 +5,15 @@ import pyarrow as pa
 import pytest
 from evaluation_data import make_workplace
 
-from evaluate_embeddings import embedding_map, gallery
-from evaluate_embeddings.difficulty_bands import find_band_examples
-from evaluate_embeddings.embedding_map import place_points
 from evaluate_embeddings.evaluate import embed_split, score_split
-from evaluate_embeddings.gallery import find_suspects
+from evaluate_embeddings.page import embedding_map, gallery
+from evaluate_embeddings.page.embedding_map import place_points
+from evaluate_embeddings.page.gallery import find_suspects
+from evaluate_embeddings.scores.difficulty_bands import find_band_examples
 from pipeline.config import load_config
 from pipeline.errors import InputError
-from pipeline.retrieval import IgnoredPairs
-from pipeline.tables import write_parquet
+from pipeline.files.tables import write_parquet
+from pipeline.retrieval.scores import IgnoredPairs
 
 NO_PAIRS = IgnoredPairs(np.array([], np.int64), np.array([], np.int64))
 

@@ -14,9 +14,9 @@ from plain_loop import embed_plainly, smallest_cosine
 from raw_tars import draw_view, encode, make_city, make_view, write_tar
 
 from generate_embeddings import generate_embeddings
-from pipeline import tables
 from pipeline.errors import Terminated
-from pipeline.scratch import RowScratch
+from pipeline.files import tables
+from pipeline.files.scratch import RowScratch
 from preprocess_raw_data import process_tar
 
 SIZES = (3, 2, 4, 2, 3, 1, 5)
@@ -278,7 +278,7 @@ def test_an_intermediate_of_someone_else_is_taken_and_its_texts_become_plain_str
 KILLED = """
 import os, sys
 from generate_embeddings import generate_embeddings
-from pipeline.scratch import RowScratch
+from pipeline.files.scratch import RowScratch
 generate_embeddings.SECONDS_BETWEEN_SAVES = -1.0
 save = RowScratch.save
 def die_behind_the_second_pass(self):
@@ -291,7 +291,7 @@ generate_embeddings.main(sys.argv[1:])
 
 
 def count_passes(monkeypatch):
-    from pipeline.backbone import Embedder
+    from pipeline.inference.backbone import Embedder
 
     launch, passes = Embedder.launch, []
 
@@ -326,7 +326,7 @@ def test_a_kill_inside_a_tar_is_gone_on_from_and_gives_the_undisturbed_bytes(
 
 @pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_an_interrupted_tar_is_gone_on_from_with_its_rejects(tmp_path, city, stage, monkeypatch, signal, code):
-    from pipeline.backbone import Embedder
+    from pipeline.inference.backbone import Embedder
 
     entries = make_city(1, SIZES)
     spoiled = entries[2].name
@@ -390,7 +390,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_finishes(tmp_path, city, stage, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.scratch.os.pwrite", refuse)
+        patch.setattr("pipeline.files.scratch.os.pwrite", refuse)
         outcome = stage()
     assert outcome.code == 1
     assert "(No space left on device): free space or allow writing there" in outcome.stderr.splitlines()[-1]

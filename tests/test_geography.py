@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from pipeline.geography import distances_m
+from pipeline.retrieval.geography import distances_m
 
 
 def metres_by_hand(a: tuple[float, float], b: tuple[float, float]) -> float:

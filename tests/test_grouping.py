@@ -9,9 +9,10 @@ import pytest
 from embedding_files import SIZES, make_rows, write
 
 from pipeline.config import load_config
-from preprocess_raw_data import grouping, merge_and_split
-from preprocess_raw_data.embedding_inventory import take_inventory
-from preprocess_raw_data.splits import SPLITS
+from preprocess_raw_data import merge_and_split
+from preprocess_raw_data.merging import grouping
+from preprocess_raw_data.merging.embedding_inventory import take_inventory
+from preprocess_raw_data.merging.splits import SPLITS
 
 
 @pytest.mark.parametrize("over_two_files", [False, True])

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from evaluate_embeddings.ignore_pairs import read_ignore_pairs, resolve_pairs
+from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
 from pipeline.errors import InputError
 
 

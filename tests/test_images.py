@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageFile
 from raw_tars import draw_view, encode
 
-from pipeline import images
 from pipeline.errors import Rejection
-from pipeline.images import decode_rgb, decode_rgb_small
+from pipeline.inference import images
+from pipeline.inference.images import decode_rgb, decode_rgb_small
 
 VIEW = draw_view(1)
 

@@ -7,9 +7,9 @@ import torch
 from test_band_sampler import make_features, make_neighbors
 
 from pipeline.config import TrainingSection
-from train_specialized_embeddings import in_batch
-from train_specialized_embeddings.band_sampler import BandSampler, Triplets
-from train_specialized_embeddings.in_batch import in_batch_losses
+from train_specialized_embeddings.sampling.band_sampler import BandSampler, Triplets
+from train_specialized_embeddings.training import in_batch
+from train_specialized_embeddings.training.in_batch import in_batch_losses
 
 MIN_DISTANCE_M = 15.0
 

@@ -7,9 +7,9 @@ import types
 
 import pytest
 
-from pipeline import launcher
 from pipeline.errors import ConfigError, Terminated
-from pipeline.launcher import launch, list_gpus
+from pipeline.inference import launcher
+from pipeline.inference.launcher import launch, list_gpus
 from preprocess_raw_data import process_tar
 
 STAGE_2 = "generate_embeddings/generate_embeddings.py"

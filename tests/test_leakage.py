@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import DataSection
-from pipeline.geography import distances_m
-from preprocess_raw_data.embedding_inventory import Inventory
-from preprocess_raw_data.leakage import RADII_M, compare_leakage, count_near, log_leakage, measure_leakage
-from preprocess_raw_data.splits import SPLITS, Buildings, assign_splits
+from pipeline.retrieval.geography import distances_m
+from preprocess_raw_data.merging.embedding_inventory import Inventory
+from preprocess_raw_data.merging.leakage import RADII_M, compare_leakage, count_near, log_leakage, measure_leakage
+from preprocess_raw_data.merging.splits import SPLITS, Buildings, assign_splits
 
 METRES_PER_DEGREE = 111_195.0
 

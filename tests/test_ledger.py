@@ -7,10 +7,10 @@ import pytest
 from evaluation_data import make_workplace
 
 from evaluate_embeddings.evaluate import run
-from evaluate_embeddings.ledger import read_ledger
+from evaluate_embeddings.page.ledger import read_ledger
 from pipeline.cli import Options
 from pipeline.config import load_config
-from pipeline.tables import write_parquet
+from pipeline.files.tables import write_parquet
 
 
 @pytest.fixture

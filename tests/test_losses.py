@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from train_specialized_embeddings.losses import (
+from train_specialized_embeddings.training.losses import (
     hardest_negatives,
     pair_distances,
     relative_drift,

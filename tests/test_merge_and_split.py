@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_files import SETTINGS, SIZES, make_rows, place_of, read_splits, write
 
-from pipeline import tables
 from pipeline.config import DataSection
+from pipeline.files import tables
 from preprocess_raw_data import merge_and_split
-from preprocess_raw_data.splits import SPLITS, choose_split, name_cells
+from preprocess_raw_data.merging.splits import SPLITS, choose_split, name_cells
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 from training_data import OUTPUTS, SETTINGS, fill_workspace, read_metrics, run
 
 from pipeline.errors import PipelineError
-from train_specialized_embeddings import metric_sinks, training_run
-from train_specialized_embeddings.metric_sinks import flatten
+from train_specialized_embeddings.training import metric_sinks, training_run
+from train_specialized_embeddings.training.metric_sinks import flatten
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_missing_package_is_named_with_its_extra_before_anything_is_read(
     workspace: Path, key: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metric_sinks, "find_spec", lambda _: None)
-    monkeypatch.setattr("train_specialized_embeddings.fitting.load_features", None)  # would fail if called
+    monkeypatch.setattr("train_specialized_embeddings.training.fitting.load_features", None)  # would fail if called
     with pytest.raises(PipelineError, match=rf"\[logging\].{key}: the package {key} is not installed: pip install .*"
                                             rf"\[{key}\]"):  # fmt: skip
         run(workspace, f"logging.{key}={value}")

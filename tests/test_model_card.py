@@ -11,10 +11,10 @@ from stage7_fixtures import read_config
 import run_pipeline
 from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
-from pipeline.model_files import identify_model
+from pipeline.inference.model_files import identify_model
 from publish_model import convert_to_hf as stage
-from publish_model.card_results import add_test_results
-from publish_model.drift import FILE_NAME
+from publish_model.dataset.drift import FILE_NAME
+from publish_model.model_folder.card_results import add_test_results
 
 
 def snippets(folder):
@@ -169,12 +169,12 @@ def test_the_pipeline_brings_them_when_stage_9_is_done(config_file, run_main, tm
 
 
 def test_the_sample_of_training_embeddings_is_named_and_no_part_of_the_version(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("publish_model.training_similarity.measure_training", lambda *_: None)
+    monkeypatch.setattr("publish_model.model_folder.training_similarity.measure_training", lambda *_: None)
     stage.run(config, Options())
     without = identify_model(tmp_path / "published")
     assert FILE_NAME not in (tmp_path / "published" / "README.md").read_text()
     sample = {"reference_shape": [17, 256], "quantiles": {}, "reference_float16": ""}
-    monkeypatch.setattr("publish_model.training_similarity.measure_training", lambda *_: sample)
+    monkeypatch.setattr("publish_model.model_folder.training_similarity.measure_training", lambda *_: sample)
     stage.run(config, Options(overwrite=True))
     card = (tmp_path / "published" / "README.md").read_text().replace("\n", " ")
     assert f"`{FILE_NAME}` holds the embeddings of 17 images of the training split" in card

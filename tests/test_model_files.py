@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError
-from pipeline.model_files import identify_model, locate_backbone, locate_hub_model
+from pipeline.inference.model_files import identify_model, locate_backbone, locate_hub_model
 
 
 def make_model(folder, weights=b"w" * 10, **files):
@@ -145,5 +145,5 @@ def test_a_model_that_cannot_be_had_is_one_line_naming_it(tmp_path, write_config
 
 
 def test_telling_models_apart_does_not_import_torch():
-    code = "import sys, pipeline.model_files; print('torch' in sys.modules)"
+    code = "import sys, pipeline.inference.model_files; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from fingerprint_data import draw_table, write_run
 
-from difficulty_metadata import compute_visual_neighbors, neighbor_parts
+from difficulty_metadata import compute_visual_neighbors
 from difficulty_metadata.compute_visual_neighbors import main
-from difficulty_metadata.neighbor_parts import PartStore
+from difficulty_metadata.neighbor_search import neighbor_parts
+from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
 from pipeline.ids import Shard
 
 

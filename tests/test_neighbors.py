@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from difficulty_metadata import engines, neighbors
-from difficulty_metadata.engines import TiledEngine, bound_unseen, full_precision
-from difficulty_metadata.exclusion import Exclusion
-from difficulty_metadata.neighbors import NeighborSearch, group_points, measure_squared
+from difficulty_metadata.neighbor_search import engines, neighbors
+from difficulty_metadata.neighbor_search.engines import TiledEngine, bound_unseen, full_precision
+from difficulty_metadata.neighbor_search.exclusion import Exclusion
+from difficulty_metadata.neighbor_search.neighbors import NeighborSearch, group_points, measure_squared
 from pipeline.errors import InputError, PipelineError
-from pipeline.geography import distances_m
+from pipeline.retrieval.geography import distances_m
 
 BACKENDS = ["balltree", "faiss", "torch"]
 CPU = torch.device("cpu")

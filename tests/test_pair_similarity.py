@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from evaluate_embeddings.pair_similarity import (
+from evaluate_embeddings.page.plots import plot_roc, plot_similarities
+from evaluate_embeddings.scores.pair_similarity import (
     PairSimilarities,
     sample_similarities,
     share_of_same_pairs,
     summarize_pairs,
 )
-from evaluate_embeddings.plots import plot_roc, plot_similarities
-from pipeline.retrieval import IgnoredPairs, normalise_rows
+from pipeline.retrieval.scores import IgnoredPairs, normalise_rows
 
 NO_PAIRS = IgnoredPairs(np.array([], int), np.array([], int))
 

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import InputError, PipelineError, StaleOutputError
-from publish_model import parts
-from publish_model.packaged_input import PackagedInput
-from publish_model.part_plans import PartContent, PartPlan, make_recipe, plan_parts
-from publish_model.parts import EmbeddingsDataset, resolve_dataset_dir
+from publish_model.dataset import parts
+from publish_model.dataset.part_plans import PartContent, PartPlan, make_recipe, plan_parts
+from publish_model.dataset.parts import EmbeddingsDataset, resolve_dataset_dir
+from publish_model.new_data.packaged_input import PackagedInput
 
 ID = pa.field("OSMID", pa.int64())
 EMBEDDED = pa.schema([ID, pa.field("embedding", pa.list_(pa.float32(), 2))])

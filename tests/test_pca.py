@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from difficulty_metadata.pca import MAX_WIDTH, fit_pca
+from difficulty_metadata.neighbor_search.pca import MAX_WIDTH, fit_pca
 from pipeline.errors import InputError
 
 

@@ -6,10 +6,10 @@ import torch
 from raw_tars import draw_view, encode
 from test_jpeg import KINDS, judge
 
-from pipeline import pixels
 from pipeline.errors import Rejection
-from pipeline.images import decode_rgb
-from pipeline.pixels import decode_on_gpu, decode_pixels, has_nvjpeg, is_for_nvjpeg, to_pixels, travels_whole
+from pipeline.inference import pixels
+from pipeline.inference.images import decode_rgb
+from pipeline.inference.pixels import decode_on_gpu, decode_pixels, has_nvjpeg, is_for_nvjpeg, to_pixels, travels_whole
 
 OTHERS = {"png": encode(draw_view(1), "PNG"), "webp": encode(draw_view(1), "WEBP")}
 

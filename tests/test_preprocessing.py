@@ -7,10 +7,9 @@ import transformers
 from PIL import Image
 from raw_tars import draw_view
 
-from pipeline import preprocessing
-from pipeline.log import logging_to
-from pipeline.pixels import to_pixels
-from pipeline.preprocessing import (
+from pipeline.inference import preprocessing
+from pipeline.inference.pixels import to_pixels
+from pipeline.inference.preprocessing import (
     DEVICE_CHUNK,
     DeviceProcessor,
     find_device_processor,
@@ -18,6 +17,7 @@ from pipeline.preprocessing import (
     prepare,
     works_on_tensors,
 )
+from pipeline.log import logging_to
 
 CPU = torch.device("cpu")
 SIZES = [(448, 448), (131, 97), (640, 200), (33, 47)]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from raw_tars import Entry, draw_view, encode, find_member, make_city, make_view, write_d_line, write_tar
 
-from pipeline.tables import INTERMEDIATE_SCHEMA, PROVENANCE_KEY, REJECT_SCHEMA
+from pipeline.files.tables import INTERMEDIATE_SCHEMA, PROVENANCE_KEY, REJECT_SCHEMA
 from preprocess_raw_data import process_tar
 
 CONTRACT_COLUMNS = dict.fromkeys(("dataset_id", "target_id", "patch_id", "street_view_id"), pa.int64())

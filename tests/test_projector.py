@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import projector as projector_module
-from pipeline.projector import Projector
+from pipeline.retrieval import projector as projector_module
+from pipeline.retrieval.projector import Projector
 
 
 def features(count: int = 6, width: int = 12) -> torch.Tensor:

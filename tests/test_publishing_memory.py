@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from published_models import make_config, write_backbone, write_checkpoint
 
-from publish_model.weights import list_stored
+from publish_model.model_folder.weights import list_stored
 
 TESTS = Path(__file__).resolve().parent
 # Publishes in a process of its own and prints by how many bytes the peak of resident memory rises.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[:0] = sys.argv[4:]
 from published_models import PublishOptions, convert_to_hf, make_config
-from publish_model import published_folder, weights
+from publish_model.model_folder import published_folder, weights
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 from transformers import Dinov2Model
 
@@ -68,7 +68,8 @@ def test_the_shards_load_as_the_one_file_does(toy_backbone, tmp_path, monkeypatc
     import torch
     from transformers import AutoModel
 
-    from publish_model import convert_to_hf, weights
+    from publish_model import convert_to_hf
+    from publish_model.model_folder import weights
 
     write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
     config = make_config(tmp_path, toy_backbone)

@@ -10,12 +10,12 @@ import torch
 from published_models import GOOD, make_config, write_backbone, write_checkpoint
 from stage7_fixtures import read_all_text, read_config
 
-from pipeline.checkpoint import build_projector, load_checkpoint
 from pipeline.cli import Options
 from pipeline.errors import InputError, PipelineError, StaleOutputError
+from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from publish_model import convert_to_hf as stage
 from publish_model.convert_to_hf import PublishOptions
-from publish_model.model_card import is_measured, worse_than
+from publish_model.model_folder.model_card import is_measured, worse_than
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
@@ -163,7 +163,7 @@ def test_what_fails_half_way_leaves_nothing(config, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device", str(tmp_path / "published"))
 
-    monkeypatch.setattr("publish_model.published_folder.write_weights", fail)
+    monkeypatch.setattr("publish_model.model_folder.published_folder.write_weights", fail)
     with pytest.raises(PipelineError, match=r"cannot write .*published \(No space left on device\)"):
         stage.run(config, Options())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]

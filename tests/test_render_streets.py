@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from sample_data import render_streets
-from sample_data.city import MAX_ANGLE_DEG, SINGLETONS, plan_city
-from sample_data.street_geometry import DOWN, METRES_PER_DEGREE, Camera, StreetFrame, X
+from sample_data.renderer.city import MAX_ANGLE_DEG, SINGLETONS, plan_city
+from sample_data.renderer.street_geometry import DOWN, METRES_PER_DEGREE, Camera, StreetFrame, X
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUILDINGS, SIZE = 4, 96

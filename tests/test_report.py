@@ -20,17 +20,17 @@ from evaluation_data import (
 from PIL import Image
 
 from evaluate_embeddings.evaluate import run
-from evaluate_embeddings.figure_sections import read_training_curve
-from evaluate_embeddings.gallery import describe_examples, pick_failures, pick_hard_successes
-from evaluate_embeddings.gallery_page import format_distance
-from evaluate_embeddings.metrics import Evaluation, score_kinds
-from evaluate_embeddings.photos import PhotoSource
-from evaluate_embeddings.plots import Curve, plot_training
+from evaluate_embeddings.page.figure_sections import read_training_curve
+from evaluate_embeddings.page.gallery import describe_examples, pick_failures, pick_hard_successes
+from evaluate_embeddings.page.gallery_page import format_distance
+from evaluate_embeddings.page.photos import PhotoSource
+from evaluate_embeddings.page.plots import Curve, plot_training
+from evaluate_embeddings.scores.metrics import Evaluation, score_kinds
 from pipeline.cli import Options
 from pipeline.config import load_config
 from pipeline.errors import StaleOutputError
-from pipeline.geography import distances_m
-from pipeline.retrieval import IgnoredPairs, QueryScores, normalise_rows
+from pipeline.retrieval.geography import distances_m
+from pipeline.retrieval.scores import IgnoredPairs, QueryScores, normalise_rows
 
 VOID_TAGS = {"meta", "br", "img", "link", "input", "hr"}
 HOSTILE = "<script>alert(1)</script>\"'&<b>"

@@ -14,12 +14,12 @@ import pytest
 from training_data import SETTINGS, fill_workspace, run
 
 from pipeline.errors import PipelineError
-from train_specialized_embeddings.run_files import RunFiles
+from train_specialized_embeddings.training.run_files import RunFiles
 
 HOLDER = """
 import sys
 from pathlib import Path
-from train_specialized_embeddings.run_files import RunFiles
+from train_specialized_embeddings.training.run_files import RunFiles
 with RunFiles(Path(sys.argv[1])).locked():
     print("held", flush=True)
     sys.stdin.read()

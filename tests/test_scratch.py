@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from pipeline import scratch as scratch_module
 from pipeline.errors import PipelineError, Rejection
-from pipeline.scratch import RowScratch, remove_leftover
+from pipeline.files import scratch as scratch_module
+from pipeline.files.scratch import RowScratch, remove_leftover
 
 ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 

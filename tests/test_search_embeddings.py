@@ -10,8 +10,8 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import make_photographs, write_packaged
 
 from publish_model import export_embeddings, search_embeddings
-from publish_model.embedded_dataset import open_dataset, read_blocks, read_ids_at
-from publish_model.similarity_search import find_nearest
+from publish_model.dataset.embedded_dataset import open_dataset, read_blocks, read_ids_at
+from publish_model.dataset.similarity_search import find_nearest
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import sidecar, tables
-from pipeline.batches import read_batches
 from pipeline.errors import InputError, PipelineError
-from pipeline.features import load_features
+from pipeline.files import sidecar, tables
+from pipeline.files.batches import read_batches
+from pipeline.retrieval.features import load_features
 
 
 def write_split(folder: Path, count: int = 40, width: int = 8, seed: int = 0, **options: object) -> np.ndarray:

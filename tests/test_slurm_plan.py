@@ -12,11 +12,11 @@ import pytest
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, StaleOutputError
 from preprocess_raw_data import process_tar
-from slurm import scheduler, submit, submit_embeddings
-from slurm.completeness import UnitState, shards_done
-from slurm.plan import ActiveTask, Cut, count_shards, make_plan
-from slurm.stages import STAGES, TUNE, format_shards, parse_shards
-from slurm.submission import check_secrets, format_dependency
+from slurm.control import scheduler, submit, submit_embeddings
+from slurm.control.completeness import UnitState, shards_done
+from slurm.control.plan import ActiveTask, Cut, count_shards, make_plan
+from slurm.control.stages import STAGES, TUNE, format_shards, parse_shards
+from slurm.control.submission import check_secrets, format_dependency
 
 REPO = Path(__file__).resolve().parents[1]
 SHELL_FILES = sorted(

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
-from pipeline.tables import write_json
+from pipeline.files.tables import write_json
 from preprocess_raw_data import process_tar
-from slurm import records, scheduler, status
-from slurm.records import Record, format_table, holding, read_records
-from slurm.stages import STAGES
-from slurm.submission import Target
-from slurm.survey import read_log, survey
+from slurm import status
+from slurm.control import records, scheduler
+from slurm.control.records import Record, format_table, holding, read_records
+from slurm.control.stages import STAGES
+from slurm.control.submission import Target
+from slurm.control.survey import read_log, survey
 
 REPO = Path(__file__).resolve().parents[1]
 STAMP = "2026-01-01 00:00:00 INFO"

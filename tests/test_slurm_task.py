@@ -14,9 +14,9 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.ids import Shard
 from preprocess_raw_data import process_tar
-from slurm import requeue, scheduler, task
-from slurm.outputs import take_mark
-from slurm.stages import STAGES, TUNE
+from slurm.control import requeue, scheduler, task
+from slurm.control.outputs import take_mark
+from slurm.control.stages import STAGES, TUNE
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -139,8 +139,8 @@ def test_every_kind_of_progress_changes_the_mark(config_path, tmp_path):
 
 
 def test_where_stage_5_keeps_its_parts_is_where_the_mark_looks(tmp_path):
-    from difficulty_metadata.neighbor_parts import PartStore
-    from pipeline.tables import make_provenance
+    from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
+    from pipeline.files.tables import make_provenance
 
     store = PartStore(tmp_path / "difficulty.parquet", 4, 2, make_provenance("compute_visual_neighbors", [], {}))
     assert store.folder == tmp_path / "_difficulty_parts"
@@ -187,7 +187,7 @@ def run_job(tmp_path, number=None, stubborn=0, code=0, tenths=100, requeue_code=
         "REQUEUE_CODE": str(requeue_code), "PIPELINE_MODULES": "a b", "TMPDIR": str(tmp_path),
     }  # fmt: skip
     job = subprocess.Popen(
-        ["bash", "-c", f'root={REPO}; source "$root/slurm/common.sh" || exit 1; run_task 2 --config "a b"'],
+        ["bash", "-c", f'root={REPO}; source "$root/slurm/control/common.sh" || exit 1; run_task 2 --config "a b"'],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if number is not None:

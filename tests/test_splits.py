@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config import DataSection
 from pipeline.errors import InputError
-from preprocess_raw_data.splits import (
+from preprocess_raw_data.merging.splits import (
     SPLITS,
     Buildings,
     assign_splits,
@@ -129,7 +129,7 @@ def test_whole_datasets_go_where_the_hash_of_seed_and_dataset_sends_them():
 
 def test_the_strings_are_the_same_however_many_are_taken_at_a_time(monkeypatch):
     expected = assign()
-    monkeypatch.setattr("preprocess_raw_data.splits._STRINGS_AT_A_TIME", 7)
+    monkeypatch.setattr("preprocess_raw_data.merging.splits._STRINGS_AT_A_TIME", 7)
     assert assign() == expected
 
 
@@ -145,7 +145,7 @@ def test_the_hash_of_a_split_depends_on_who_is_where_and_not_on_the_order():
 def test_the_choice_at_the_borders_is_half_open(monkeypatch):
     data = DataSection(train_ratio=0.5, val_ratio=0.25, test_ratio=0.25)
     for value, split in ((0.0, 0), (0.4999, 0), (0.5, 1), (0.7499, 1), (0.75, 2), (0.9999, 2)):
-        monkeypatch.setattr("preprocess_raw_data.splits.draw_unit", lambda *_, value=value: value)
+        monkeypatch.setattr("preprocess_raw_data.merging.splits.draw_unit", lambda *_, value=value: value)
         assert choose_split(0, "x", data) == split
 
 

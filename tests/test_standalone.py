@@ -7,13 +7,13 @@ import pyarrow as pa
 import pytest
 from evaluation_data import make_table, make_workplace, write_checkpoint, write_split
 
-from evaluate_embeddings.comparison import NUM_RESAMPLES, compare, format_p
 from evaluate_embeddings.evaluate import main
-from evaluate_embeddings.labelled import label_rows, match_rows, read_embeddings
-from evaluate_embeddings.standalone import name_models
-from pipeline import tables
+from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, compare, format_p
+from evaluate_embeddings.scores.labelled import label_rows, match_rows, read_embeddings
+from evaluate_embeddings.scores.standalone import name_models
 from pipeline.errors import InputError
-from pipeline.retrieval import QueryScores, normalise_rows, score_queries, summarize_scores
+from pipeline.files import tables
+from pipeline.retrieval.scores import QueryScores, normalise_rows, score_queries, summarize_scores
 
 BUILDINGS = np.repeat(np.arange(12), 3)
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pipeline.config import TrainingModelSection, TrainingSection
-from pipeline.features import Features
-from pipeline.retrieval import QueryScores
-from pipeline.whitening import LinearMap, collect_scatter, sharpen_whitening
-from train_specialized_embeddings import starts
-from train_specialized_embeddings.starts import Fitted, fit_baselines, make_projector
-from train_specialized_embeddings.validation import ValidationSet
+from pipeline.retrieval.features import Features
+from pipeline.retrieval.scores import QueryScores
+from pipeline.retrieval.whitening import LinearMap, collect_scatter, sharpen_whitening
+from train_specialized_embeddings.training import starts
+from train_specialized_embeddings.training.starts import Fitted, fit_baselines, make_projector
+from train_specialized_embeddings.training.validation import ValidationSet
 
 CODES = np.repeat(np.arange(20), 3).astype(np.int32)
 NOTHING = LinearMap(np.zeros((1, 1), np.float32), np.zeros(1, np.float32))

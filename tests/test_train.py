@@ -23,17 +23,22 @@ from training_data import (
     run,
 )
 
-from pipeline import tables
-from pipeline.checkpoint import build_projector, load_checkpoint
 from pipeline.config import TrainingSection, load_config
 from pipeline.errors import InputError, PipelineError
-from pipeline.projector import Projector
-from pipeline.retrieval import SCORE_KEYS, score_queries, summarize_scores
-from pipeline.whitening import fit_pca_whitening, fit_within_class_whitening
-from train_specialized_embeddings import starts
-from train_specialized_embeddings.starts import Baselines, make_projector
-from train_specialized_embeddings.trainer import rate_factor
-from train_specialized_embeddings.validation import choose_validation_set, format_table, log_verdict, warn_of_collapse
+from pipeline.files import tables
+from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
+from pipeline.retrieval.projector import Projector
+from pipeline.retrieval.scores import SCORE_KEYS, score_queries, summarize_scores
+from pipeline.retrieval.whitening import fit_pca_whitening, fit_within_class_whitening
+from train_specialized_embeddings.training import starts
+from train_specialized_embeddings.training.starts import Baselines, make_projector
+from train_specialized_embeddings.training.trainer import rate_factor
+from train_specialized_embeddings.training.validation import (
+    choose_validation_set,
+    format_table,
+    log_verdict,
+    warn_of_collapse,
+)
 
 BASELINES = ("raw", "pca_whitened", "whitening")
 
@@ -202,7 +207,7 @@ def test_the_scale_of_the_features_changes_nothing_but_rounding(
 
 
 def test_a_large_validation_split_is_cut_to_whole_buildings(workspace: Path) -> None:
-    from pipeline.features import load_features
+    from pipeline.retrieval.features import load_features
 
     val = load_features(workspace / "merged/val.parquet")
     chosen = choose_validation_set(val, 12, seed=1)
@@ -215,7 +220,7 @@ def test_a_large_validation_split_is_cut_to_whole_buildings(workspace: Path) -> 
 
 
 def test_the_start_equals_the_whitening_and_its_branch_reads_inputs_of_variance_one(workspace: Path) -> None:
-    from pipeline.features import load_features
+    from pipeline.retrieval.features import load_features
 
     data = load_features(workspace / "merged/train.parquet")
     whitening = fit_within_class_whitening(data.embeddings * 50, data.building_codes, 8)

@@ -9,13 +9,13 @@ import torch
 from test_band_sampler import make_features, make_neighbors
 
 from pipeline.config import TrainingSection
-from pipeline.features import Features
 from pipeline.log import Progress
-from pipeline.projector import Projector
-from train_specialized_embeddings.band_sampler import BandSampler, Triplets
-from train_specialized_embeddings.feature_store import FeatureStore
-from train_specialized_embeddings.losses import triplet_losses
-from train_specialized_embeddings.trainer import Trainer
+from pipeline.retrieval.features import Features
+from pipeline.retrieval.projector import Projector
+from train_specialized_embeddings.sampling.band_sampler import BandSampler, Triplets
+from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.training.losses import triplet_losses
+from train_specialized_embeddings.training.trainer import Trainer
 
 
 def make_trainer(**settings: Any) -> tuple[Trainer, Features]:

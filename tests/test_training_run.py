@@ -25,9 +25,10 @@ from training_data import (
     simplify,
 )
 
-from pipeline import tables
 from pipeline.errors import StaleOutputError
-from train_specialized_embeddings import train, training_run
+from pipeline.files import tables
+from train_specialized_embeddings import train
+from train_specialized_embeddings.training import training_run
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_resuming_goes_on_and_does_not_begin_anew(
         with pytest.raises(KilledError):
             run(workspace)
     caplog.clear()
-    monkeypatch.setattr("train_specialized_embeddings.fitting.fit_baselines", None)  # would fail if called
+    monkeypatch.setattr("train_specialized_embeddings.training.fitting.fit_baselines", None)  # would fail if called
     with caplog.at_level("INFO", "spatial_building_embeddings"):
         run(workspace)
     assert "going on after epoch 2" in caplog.text

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.features import Features
-from train_specialized_embeddings import triplets
-from train_specialized_embeddings.triplets import NUM_BANDS, Neighbors, group_by_building, load_neighbors
+from pipeline.retrieval.features import Features
+from train_specialized_embeddings.sampling import triplets
+from train_specialized_embeddings.sampling.triplets import NUM_BANDS, Neighbors, group_by_building, load_neighbors
 
 
 def make_features(building_names: list[str]) -> Features:

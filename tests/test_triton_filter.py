@@ -15,10 +15,10 @@ from test_neighbors import CASES
 
 pytest.importorskip("triton", reason="the GPU's kernels need triton")
 
-from difficulty_metadata import neighbors
-from difficulty_metadata.engines import TiledEngine
-from difficulty_metadata.neighbors import NeighborSearch, make_gpu_engine
-from difficulty_metadata.triton_filter import TILE_SHAPES, TritonEngine, order_in_space
+from difficulty_metadata.neighbor_search import neighbors
+from difficulty_metadata.neighbor_search.engines import TiledEngine
+from difficulty_metadata.neighbor_search.neighbors import NeighborSearch, make_gpu_engine
+from difficulty_metadata.neighbor_search.triton_filter import TILE_SHAPES, TritonEngine, order_in_space
 
 OTHERS = ["lists too short", "room too small", "two levels", "wide points", "huge numbers", "tiny numbers"]
 
@@ -70,7 +70,7 @@ def test_a_gpu_without_triton_or_a_compiler_searches_by_tiles(
         monkeypatch.setattr(shutil, "which", lambda _: None)
         assert isinstance(make_gpu_engine(points, codes), TiledEngine)
         assert "no C compiler, which triton needs" in caplog.text
-        monkeypatch.setitem(sys.modules, "difficulty_metadata.triton_filter", None)
+        monkeypatch.setitem(sys.modules, "difficulty_metadata.neighbor_search.triton_filter", None)
         assert isinstance(make_gpu_engine(points, codes), TiledEngine)
         assert "triton is not installed" in caplog.text
 

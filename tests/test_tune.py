@@ -16,9 +16,11 @@ from training_data import run as train
 
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
-from train_specialized_embeddings import metric_sinks, search_space, tune
-from train_specialized_embeddings.search_space import SPACE
+from train_specialized_embeddings import tune
+from train_specialized_embeddings.training import metric_sinks
 from train_specialized_embeddings.tune import TuneOptions
+from train_specialized_embeddings.tuning import search_space
+from train_specialized_embeddings.tuning.search_space import SPACE
 
 optuna = pytest.importorskip("optuna", reason="the extra `tune` is not installed")
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +113,7 @@ def test_two_workers_share_one_study(workspace: Path) -> None:
 
 
 def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train_specialized_embeddings import study
+    from train_specialized_embeddings.tuning import study
 
     monkeypatch.setattr(study, "_FREE_TRIALS", 1)
     monkeypatch.setattr(study, "_FREE_EPOCHS", 0)

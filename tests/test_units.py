@@ -8,9 +8,9 @@ import pytest
 from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError
+from pipeline.files.tables import identify, make_provenance, write_parquet
+from pipeline.files.units import list_units, run_units
 from pipeline.ids import Shard
-from pipeline.tables import identify, make_provenance, write_parquet
-from pipeline.units import list_units, run_units
 
 
 @pytest.fixture

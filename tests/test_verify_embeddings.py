@@ -10,9 +10,10 @@ import pytest
 from published_models import list_parts, make_photographs, read_bytes, write_packaged
 from stage8_fixtures import read_state
 
-from publish_model import drift, verify_embeddings
-from publish_model.hashes import checksum_tables
-from publish_model.parts import write_part_files
+from publish_model import verify_embeddings
+from publish_model.dataset import drift
+from publish_model.dataset.hashes import checksum_tables
+from publish_model.dataset.parts import write_part_files
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_a_lost_part_of_a_complete_dataset_is_seen(verify, dataset):
 
 def test_ids_that_are_not_those_of_the_input_are_seen_with_the_input_alone(verify, dataset, tmp_path):
     """The part is consistent in itself: only the input tells."""
-    from publish_model.embedded_dataset import read_part
+    from publish_model.dataset.embedded_dataset import read_part
 
     part = read_part(list_parts(dataset)[0])
     content = part.read_content()
@@ -250,7 +251,7 @@ def config_with_splits(toy_backbone, tmp_path):
     """A model published beside the splits that it was trained on."""
     from published_models import make_config, write_checkpoint
 
-    from pipeline.tables import identify
+    from pipeline.files.tables import identify
     from publish_model import convert_to_hf
 
     generator = np.random.default_rng(0)

@@ -5,10 +5,10 @@ import tracemalloc
 
 import pytest
 
-from pipeline.archive import Member
 from pipeline.errors import PipelineError
-from preprocess_raw_data.tar_items import TarInventory
-from preprocess_raw_data.views import FoundImage, View, ViewRecord, ViewStore
+from pipeline.files.archive import Member
+from preprocess_raw_data.tars.tar_items import TarInventory
+from preprocess_raw_data.tars.views import FoundImage, View, ViewRecord, ViewStore
 
 
 def make_view(number: int, patch_id: int | None = None) -> View:

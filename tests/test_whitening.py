@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import whitening
-from pipeline.whitening import (
+from pipeline.retrieval import whitening
+from pipeline.retrieval.whitening import (
     LinearMap,
     collect_scatter,
     fit_pca_whitening,

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline import tables
 from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
+from pipeline.files import tables
 from train_specialized_embeddings import train
 
 WIDTH = 12

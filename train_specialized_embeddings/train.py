@@ -14,10 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
-from pipeline import cli, tables
+from pipeline import cli
 from pipeline.config import Config
+from pipeline.files import tables
 from pipeline.log import logger
-from train_specialized_embeddings.run_files import RunFiles
+from train_specialized_embeddings.training.run_files import RunFiles
 
 STAGE = "train"
 
@@ -65,7 +66,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         result.add(found.get("counts", {}))
         result.kept += files.list_outputs()
         return result
-    from train_specialized_embeddings.fitting import fit  # torch, which a kept run does without
+    from train_specialized_embeddings.training.fitting import fit  # torch, which a kept run does without
 
     with files.locked():
         if options.overwrite:

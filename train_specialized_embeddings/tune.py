@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import Config
-from train_specialized_embeddings.metric_sinks import require_package
 from train_specialized_embeddings.train import describe_run, list_inputs
+from train_specialized_embeddings.training.metric_sinks import require_package
 
 STAGE = "tune"
 
@@ -43,7 +43,7 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
     require_package("optuna", "tune.py", "train with the settings as they are", extra="tune")
     inputs = list_inputs(config)
     provenance = describe_run(config, inputs)
-    from train_specialized_embeddings.study import run_study  # torch and Optuna
+    from train_specialized_embeddings.tuning.study import run_study  # torch and Optuna
 
     return run_study(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune")
 

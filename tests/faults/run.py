@@ -28,8 +28,6 @@ from faults.bench import Bench, Failure, Tally
 from faults.disturbances import FAULTS, RECOVERED
 from transformers import AutoImageProcessor, AutoModel, Dinov2Model  # noqa: F401
 
-from publish_model import batch_embedding, published_folder, training_similarity  # noqa: F401
-
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- table: tests/faults/run.py --write -->", "<!-- end of the table -->"
 

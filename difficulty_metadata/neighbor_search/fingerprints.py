@@ -1,0 +1,119 @@
+"""The fingerprint files of a folder, read as one table of images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import InputError
+from pipeline.files.tables import FINGERPRINT_ID_SCHEMA, check_columns, log_missing_provenance, open_parquet, reading
+
+_AGAIN = "make the file again with stage 4"
+# Fingerprints held at a time while they stream by, as bytes; the PCA takes them to float64, eight times that.
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """All images of a folder, in the order of the files and their rows; N of them, of B buildings."""
+
+    paths: list[Path]
+    width: int  # values of a fingerprint
+    image_ids: pa.ChunkedArray  # (N,) string
+    building_ids: pa.Array  # (B,) string
+    building_codes: np.ndarray  # (N,) int32, places in building_ids
+    latitudes: np.ndarray  # (N,) float64, degrees
+    longitudes: np.ndarray  # (N,) float64, degrees
+
+    def __len__(self) -> int:
+        return len(self.building_codes)
+
+    def stream_fingerprints(self) -> Iterator[np.ndarray]:
+        """Yield the fingerprints in blocks (rows, width) uint8."""
+        rows = max(1, _BLOCK_BYTES // self.width)
+        for path in self.paths:
+            with open_parquet(path) as file, reading(path):
+                for batch in file.iter_batches(batch_size=rows, columns=["fingerprint"]):
+                    column = batch.column(0)
+                    values = column.flatten()  # leaves empty lists out
+                    if len(values) != len(column) * self.width or values.null_count:
+                        raise InputError(f"{path}: column fingerprint has empty values: {_AGAIN}")
+                    yield values.to_numpy().reshape(-1, self.width)
+
+
+def list_fingerprint_files(folder: Path) -> list[Path]:
+    """Return the fingerprint files of a folder by name; hidden ones are passed over.
+
+    Raises InputError if the folder is missing or holds none.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder: run stage 4, or correct [paths].fingerprints_dir")
+    paths = sorted(path for path in folder.glob("*_fingerprints.parquet") if not path.name.startswith("."))
+    if not paths:
+        raise InputError(
+            f"{folder}: holds no file *_fingerprints.parquet: run stage 4, or correct [paths].fingerprints_dir"
+        )
+    return paths
+
+
+def read_images(paths: list[Path]) -> ImageTable:
+    """Read everything but the fingerprints.
+
+    Raises InputError if a column is missing, of another type, or has empty values, if the fingerprints' widths
+    differ, if an image is there twice, or if there is no image at all.
+    """
+    widths = [_check_file(path) for path in paths]
+    for path, width in zip(paths, widths, strict=True):
+        if width != widths[0]:
+            raise InputError(
+                f"{path}: fingerprints of {width} values, but {paths[0]} has {widths[0]}: "
+                "make both with one [fingerprints].image_size"
+            )
+    table = pa.concat_tables(_read_ids(path) for path in paths)
+    if not len(table):
+        raise InputError(f"{paths[0].parent}: the fingerprint files hold no image: look into stage 4's rejects")
+    _check_unique(paths, table["streetview_image_id"])
+    buildings = table["building_id"].combine_chunks().dictionary_encode()
+    return ImageTable(
+        paths, widths[0], table["streetview_image_id"], buildings.dictionary, buildings.indices.to_numpy(),
+        table["target_lat"].to_numpy(), table["target_lon"].to_numpy(),
+    )  # fmt: skip
+
+
+def _check_file(path: Path) -> int:
+    """Return the width of a file's fingerprints."""
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+    check_columns(path, schema, FINGERPRINT_ID_SCHEMA)
+    index = schema.get_field_index("fingerprint")
+    if index < 0:
+        raise InputError(f"{path}: column fingerprint is missing: {_AGAIN}")
+    kind = schema.field(index).type
+    if not (pa.types.is_fixed_size_list(kind) and kind.value_type == pa.uint8() and kind.list_size > 0):
+        raise InputError(f"{path}: column fingerprint is {kind}, expected fixed_size_list<uint8>: {_AGAIN}")
+    log_missing_provenance(path)
+    return int(kind.list_size)
+
+
+def _read_ids(path: Path) -> pa.Table:
+    with open_parquet(path) as file, reading(path):
+        table = file.read(columns=FINGERPRINT_ID_SCHEMA.names).cast(FINGERPRINT_ID_SCHEMA)
+    for name in table.column_names:
+        if table[name].null_count:
+            raise InputError(f"{path}: column {name} has empty values: {_AGAIN}")
+    return table
+
+
+def _check_unique(paths: list[Path], image_ids: pa.ChunkedArray) -> None:
+    codes = image_ids.combine_chunks().dictionary_encode()
+    if len(codes.dictionary) == len(image_ids):
+        return
+    code = int(np.argmax(np.bincount(codes.indices.to_numpy()) > 1))
+    rows = np.flatnonzero(codes.indices.to_numpy() == code)[:2]
+    ends = np.cumsum([open_parquet(path).metadata.num_rows for path in paths])
+    first, second = (paths[int(np.searchsorted(ends, row, side="right"))].name for row in rows)
+    raise InputError(
+        f"{paths[0].parent}: image {codes.dictionary[code]} is in {first} and again in {second}: remove one of them"
+    )

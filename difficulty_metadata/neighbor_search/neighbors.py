@@ -1,0 +1,281 @@
+"""Exact nearest images of other buildings, the same from every engine, ties broken by row."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from difficulty_metadata.neighbor_search.engines import BallTreeEngine, Engine, FaissEngine, TiledEngine
+from difficulty_metadata.neighbor_search.exclusion import Exclusion
+from pipeline.log import logger
+
+# Asked for beyond the neighbours wanted, for what turns out to be of the own building, or too near on the ground.
+SPARE_CANDIDATES = 32
+# How many times more are asked for where the first answer was not proven complete.
+_GROWTH = 4
+# Anchors searched at a time: on a GPU enough to keep every multiprocessor busy.
+_BLOCK_ANCHORS = {"cpu": 4_096, "cuda": 65_536}
+# Points from which on a GPU's fused kernel is used; below, its preparation costs as much as the tiles.
+_MIN_TRITON_POINTS = 65_536
+# Ampere, the oldest that Triton compiles the kernels for.
+_TRITON_CAPABILITY = (8, 0)
+# Candidates held at a time: only searches that were repeated with very many are cut by this.
+_MAX_CANDIDATES = 1 << 24
+# Coordinates of candidates held at a time in float64: 8 MB on a CPU, where less stays nearer to the cache.
+_MAX_COORDINATES = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+@dataclass(frozen=True)
+class PointGroups:
+    """Distinct points, in the order of their first rows, and which rows lie at each.
+
+    Thousands of grey "no imagery" pictures are one point: searched once, they cannot crowd out its neighbours.
+    """
+
+    points: np.ndarray  # (U, d) float32
+    codes: np.ndarray  # (U,) int32, the building of all rows at the point, -1 where they are of several
+    group_of_row: np.ndarray  # (N,) int64
+    rows: np.ndarray  # (N,) int64, point by point, ascending within a point
+    starts: np.ndarray  # (U + 1,) int64, where a point's rows begin
+
+    def rows_at(self, point: int) -> np.ndarray:
+        """Return the rows that lie at a point, ascending."""
+        return self.rows[self.starts[point] : self.starts[point + 1]]
+
+
+def group_points(points: np.ndarray, codes: np.ndarray) -> PointGroups:
+    """Find which rows of `points` (N, d) float32 are identical; `codes` (N,) int32 are their buildings."""
+    hashes = _hash_rows(points)
+    order = np.argsort(hashes, kind="stable")
+    is_new = np.ones(len(points), dtype=bool)
+    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    is_new[same + 1] = (points[order[same + 1]] != points[order[same]]).any(axis=1)
+    starts = np.flatnonzero(is_new)
+    sizes = np.diff(starts, append=len(points))
+    # Within a group `order` ascends, so its first row is its least; the groups are put in order of that.
+    by_first = np.argsort(order[starts])
+    lowest, highest = (function.reduceat(codes[order], starts) for function in (np.minimum, np.maximum))
+    group_codes = np.where(lowest == highest, lowest, -1)[by_first].astype(np.int32)
+    rank = np.empty(len(starts), dtype=np.int64)
+    rank[by_first] = np.arange(len(starts))
+    group_of_row = np.empty(len(points), dtype=np.int64)
+    group_of_row[order] = np.repeat(rank, sizes)
+    rows = np.argsort(group_of_row, kind="stable")
+    group_starts = np.concatenate([[0], np.cumsum(sizes[by_first])])
+    distinct = points if len(starts) == len(points) else points[rows[group_starts[:-1]]]
+    return PointGroups(distinct, group_codes, group_of_row, rows, group_starts)
+
+
+def _hash_rows(points: np.ndarray) -> np.ndarray:
+    """Return a 64-bit hash of each row's values, so that sorting need not compare whole rows."""
+    hashes = np.zeros(len(points), dtype=np.uint64)
+    for column in range(points.shape[1]):
+        bits = (points[:, column] + np.float32(0.0)).view(np.uint32)  # -0 becomes 0
+        # A step of a multiplicative hash by the golden ratio (Knuth); uint64 wraps round.
+        hashes = (hashes ^ bits) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
+
+
+def make_gpu_engine(points: torch.Tensor, codes: torch.Tensor) -> Engine:
+    """Return the fastest engine that can search points (N, d) on a GPU here."""
+    if len(points) >= _MIN_TRITON_POINTS:
+        try:
+            from difficulty_metadata.neighbor_search.triton_filter import MAX_DIMS, TritonEngine
+        except ImportError:
+            logger.info("triton is not installed: the GPU searches by torch's tiles, which is slower")
+            return TiledEngine(points, codes)
+        if "CC" not in os.environ and not any(shutil.which(name) for name in ("clang", "gcc", "cc")):
+            logger.info("no C compiler, which triton needs: the GPU searches by torch's tiles, which is slower")
+        elif points.shape[1] <= MAX_DIMS:
+            return TritonEngine(points, codes)
+    return TiledEngine(points, codes)
+
+
+class NeighborSearch:
+    """Finds, for rows of a table of points, the nearest rows of other buildings."""
+
+    def __init__(
+        self,
+        points: np.ndarray,
+        building_codes: np.ndarray,
+        num_neighbors: int,
+        backend: str,
+        device: torch.device,
+        exclusion: Exclusion | None = None,
+    ) -> None:
+        """Index `points` (N, d) float32 with their buildings (N,) int32; `backend` is as in `[difficulty]`.
+
+        `auto` is torch on every device and size: on 2 cores it was 1.1 to 2.6 times as fast as faiss from 20,000 to
+        400,000 images (benchmarks/neighbors.py, docs/performance.md).
+        """
+        self.backend = "torch" if backend == "auto" else backend
+        self.num_redone = 0
+        self._codes = building_codes
+        self._num_neighbors = num_neighbors
+        self._exclusion = exclusion
+        self._groups = group_points(points, building_codes)
+        self.device = device if self.backend == "torch" else torch.device("cpu")
+        self._points = torch.from_numpy(self._groups.points).to(self.device)
+        self._point_codes = torch.from_numpy(self._groups.codes).to(self.device)
+        sizes = np.diff(self._groups.starts)
+        self._is_shared = torch.from_numpy(sizes > 1).to(self.device)
+        self._first_rows = torch.from_numpy(self._groups.rows[self._groups.starts[:-1]]).to(self.device)
+        self._building_sizes = np.bincount(building_codes)
+        self._engine = self._make_engine()
+        self._float64_engine: Engine | None = None
+        # Where each point comes in the order in which the engine likes to be asked.
+        self._places = np.arange(len(self._points))
+        if self._engine.order is not None:
+            self._places[self._engine.order.cpu().numpy()] = np.arange(len(self._points))
+
+    def _make_engine(self) -> Engine:
+        if self.backend == "balltree":
+            return BallTreeEngine(self._points)
+        if self.backend == "faiss":
+            return FaissEngine(self._points)
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= _TRITON_CAPABILITY:
+            return make_gpu_engine(self._points, self._point_codes)
+        return TiledEngine(self._points, self._point_codes)
+
+    def find(
+        self, anchors: np.ndarray, report: Callable[[int], None] = lambda _: None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the neighbours of the rows `anchors` (A,), nearest first, and their Euclidean distances.
+
+        Rows (A, k) int64, -1 where there are fewer than k; distances (A, k) float32, inf there. `report` hears of
+        every block that is done.
+        """
+        rows = np.empty((len(anchors), self._num_neighbors), dtype=np.int64)
+        distances = np.empty(rows.shape, dtype=np.float32)
+        order = np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")
+        step = _BLOCK_ANCHORS[self.device.type]
+        for start in range(0, len(anchors), step):
+            block = order[start : start + step]
+            found, squared = self._find_block(anchors[block])
+            rows[block], distances[block] = found.cpu().numpy(), squared.sqrt().float().cpu().numpy()
+            report(len(block))
+        return rows, distances
+
+    def _find_block(self, anchors: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search, and search again with more candidates and in float64 for the anchors whose answer is not proven."""
+        num_candidates = self._num_neighbors + SPARE_CANDIDATES
+        rows, squared, is_proven = self._search(self._engine, anchors, num_candidates)
+        while not is_proven.all():
+            again = (~is_proven).nonzero()[:, 0]
+            self.num_redone += len(again)
+            num_candidates *= _GROWTH
+            # Float64 leaves margins that only exact ties fall into; a float32 engine can be lost in a dense cluster.
+            self._float64_engine = self._float64_engine or TiledEngine(self._points, self._point_codes, torch.float64)
+            rows[again], squared[again], is_proven[again] = self._search(
+                self._float64_engine, anchors[again.cpu().numpy()], num_candidates
+            )
+        return rows, squared
+
+    def _search(
+        self, engine: Engine, anchors: np.ndarray, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return rows (A, k), squared distances (A, k) float64 and whether they are proven to be the nearest (A,)."""
+        step = max(1, _MAX_CANDIDATES // min(num_candidates, len(self._points)))
+        parts = [
+            self._search_step(engine, anchors[start : start + step], num_candidates)
+            for start in range(0, len(anchors), step)
+        ]
+        rows, squared, is_proven = (torch.cat(part) for part in zip(*parts, strict=True))
+        return rows, squared, is_proven
+
+    def _search_step(
+        self, engine: Engine, anchors: np.ndarray, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        own_points = torch.from_numpy(self._groups.group_of_row[anchors]).to(self.device)
+        own_codes = torch.from_numpy(self._codes[anchors]).to(self.device)
+        queries = self._points[own_points]
+        candidates, bounds = engine.search(queries, own_codes, num_candidates)
+        candidates, _ = candidates.sort(dim=1)  # points are in the order of their first rows: ties go to the lower
+        squared = measure_squared(self._points, queries, candidates)
+        squared.masked_fill_((candidates < 0) | (self._point_codes[candidates] == own_codes[:, None]), torch.inf)
+        is_shared = self._is_shared[candidates] & squared.isfinite()
+        if self._exclusion is not None:
+            too_near = self._exclusion.is_near(anchors, self._first_rows[candidates].cpu().numpy())
+            # Of a point that several rows share, each row is asked on its own below.
+            squared.masked_fill_(torch.from_numpy(too_near).to(self.device) & ~is_shared, torch.inf)
+        squared, order = squared.sort(dim=1, stable=True)
+        candidates, is_shared = candidates.gather(1, order), is_shared.gather(1, order)
+        rows, nearest = self._take_first(candidates, squared)
+        self._expand_shared(anchors, candidates, squared, is_shared, rows, nearest)
+        # Strictly nearer than all that is unseen: not even a tie can be missing.
+        return rows, nearest, (nearest[:, -1] < bounds) | bounds.isinf()
+
+    def _take_first(self, candidates: torch.Tensor, squared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first rows (Q, k) of the sorted points and their squared distances, padded with -1 and inf."""
+        nearest = squared[:, : self._num_neighbors]
+        rows = self._first_rows[candidates[:, : self._num_neighbors]].masked_fill(nearest.isinf(), -1)
+        missing = (0, self._num_neighbors - nearest.shape[1])
+        return (
+            torch.nn.functional.pad(rows, missing, value=-1),
+            torch.nn.functional.pad(nearest, missing, value=torch.inf),
+        )
+
+    def _expand_shared(
+        self,
+        anchors: np.ndarray,
+        candidates: torch.Tensor,
+        squared: torch.Tensor,
+        is_shared: torch.Tensor,
+        rows: torch.Tensor,
+        nearest: torch.Tensor,
+    ) -> None:
+        """Replace `rows` and `nearest` of the anchors among whose first points are some that several rows share."""
+        places = is_shared[:, : self._num_neighbors].any(dim=1).nonzero()[:, 0]
+        points, distances = candidates[places].cpu().numpy(), squared[places].cpu().numpy()
+        expanded = [
+            self._expand(int(anchor), *point)
+            for anchor, *point in zip(anchors[places.cpu().numpy()], points, distances, strict=True)
+        ]
+        if expanded:
+            rows[places] = torch.from_numpy(np.stack([found for found, _ in expanded])).to(self.device)
+            nearest[places] = torch.from_numpy(np.stack([measured for _, measured in expanded])).to(self.device)
+
+    def _expand(self, anchor: int, candidates: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return one anchor's neighbours (k,) and squared distances (k,) where points stand for several rows."""
+        k = self._num_neighbors
+        # At most so many rows of a point can be needed: k, and those of the own building that lie among them.
+        most = k + int(self._building_sizes[self._codes[anchor]]) if self._exclusion is None else None
+        rows: list[np.ndarray] = []
+        repeats: list[np.ndarray] = []
+        num_found, last = 0, np.inf
+        for point, distance in zip(candidates, squared, strict=True):
+            if np.isinf(distance) or (num_found >= k and distance > last):
+                break
+            members = self._groups.rows_at(point)[:most]
+            members = members[self._codes[members] != self._codes[anchor]]
+            if self._exclusion is not None:
+                members = members[~self._exclusion.is_near(np.array([anchor]), members[None])[0]]
+            rows.append(members)
+            repeats.append(np.full(len(members), distance))
+            num_found, last = num_found + len(members), distance
+        found, distances = np.concatenate(rows), np.concatenate(repeats)
+        first = np.lexsort((found, distances))[:k]
+        pad = (0, k - len(first))
+        return np.pad(found[first], pad, constant_values=-1), np.pad(distances[first], pad, constant_values=np.inf)
+
+
+def measure_squared(points: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Return the squared distances (Q, m) float64 of queries (Q, d) to candidates (Q, m) among points (N, d).
+
+    From differences, so that nothing cancels; and added in one fixed order, so that every engine, device and cut of
+    the work gives the same bits.
+    """
+    step = max(1, _MAX_COORDINATES[points.device.type] // (candidates.shape[1] * points.shape[1]))
+    squared = torch.empty(candidates.shape, dtype=torch.float64, device=points.device)
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        terms = (points[candidates[rows]].double() - queries[rows].double()[:, None]).square_()  # (rows, m, d)
+        while (width := terms.shape[2]) > 1:
+            folded = terms[:, :, : width // 2] + terms[:, :, width // 2 : width // 2 * 2]
+            terms = torch.cat([folded, terms[:, :, -1:]], dim=2) if width % 2 else folded
+        squared[rows] = terms[:, :, 0]
+    return squared

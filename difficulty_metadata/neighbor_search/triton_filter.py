@@ -1,0 +1,270 @@
+"""The GPU's search: half-precision tiles on the tensor cores tell which points can be near at all, exactly.
+
+Half precision is twice as fast as TF32 with as many bits, and eight times as precise as bfloat16. Nothing of the
+distance matrix is written: only groups of points of which one can be near are noted (triton_kernels.py), and a second
+kernel measures their points in float32.
+
+Nothing near is missed. Let x be a query, t its squared threshold, X = |x|, and Y = X + sqrt(t), which no point y with
+|x - y|² <= t exceeds in norm. Such a point has x.y - |y|²/2 >= (X² - t)/2. Rounding to half precision changes a
+coordinate by at most u = 2^-11 of it, or by 2^-25 where it is subnormal: a vector v by e(|v|) = u |v| + 2^-25 sqrt(d).
+So the product of the rounded vectors is off by at most X e(Y) + (Y + e(Y)) e(X). Products of halves are exact in
+float32; adding d of them is off by at most (d + 8) 2^-21 X Y (1 + u)², eight times what Higham's bound (Accuracy and
+Stability of Numerical Algorithms, section 3.1) gives for rounding to nearest, as tensor cores cut aligned terms off at
+24 bits or more (Fasi, Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, 2021; NVIDIA documents no
+bound). |y|²/2 and the last subtraction are in float32: 2^-22 (X + Y)² is more than they can lose. All this is taken
+off the limit that scores are compared with (`_score_limits`).
+
+A tile of points is passed over where its bounding box is farther from the box of the queries' tile than every query's
+threshold. Points are ordered by halving boxes at the median of their widest side, so that boxes are small. The gap is a
+sum of squares, which float32 gets right to (d + 3) 2^-24 of it; so does the second kernel its distances, which are
+sums of squared differences.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, SAMPLE_STRIDE, full_precision
+from difficulty_metadata.neighbor_search.triton_kernels import measure_groups, note_groups
+from pipeline.log import logger
+
+# Points of a tile, and the groups that are noted of it. A group's points are one thread's own in the layout of the
+# tensor cores' sums, so that its maximum costs no exchange between threads.
+TILE_POINTS = 128
+TILE_GROUPS = 8
+# (queries of a tile, warps, stages of the pipeline, registers a thread), timed on the first search on a GPU. All fit
+# without a spill and leave two or more blocks of threads to a multiprocessor.
+TILE_SHAPES = [(64, 4, 4, 128), (128, 4, 3, 255), (128, 8, 3, 128)]
+# Groups of one query measured at a time.
+GROUPS_AT_ONCE = 8
+# Wider points would not fit the shared memory of smaller GPUs (99 KiB), four tiles of them at a time.
+MAX_DIMS = 64
+# Lists are so many times longer than they are expected to get; a longer one has its query searched again.
+_LIST_ROOM, _NEAR_ROOM = 2.5, 2.0
+_HALF_ROUNDOFF, _HALF_SUBNORMAL = 2.0**-11, 2.0**-25
+# The largest coordinate's exponent in half precision: so large that few are subnormal, far from float32's end.
+_LARGEST_EXPONENT = 8
+# Relative room for a float32 sum of up to 64 squared differences: (64 + 3) 2^-24 < 2^-17, and half of it to spare.
+_SUM_ROOM = 2.0**-16
+# Points of a cell looked at to tell in which direction it is to be halved.
+_CELL_SAMPLE = 64
+# Bytes of lists held at a time.
+_MAX_LIST_BYTES = 1 << 31
+
+
+@dataclass(frozen=True)
+class _Level:
+    """All points or a sample of them, in an order that keeps near ones together, padded to whole tiles."""
+
+    points: torch.Tensor  # (M, D) float32, padding at infinity
+    codes: torch.Tensor  # (M,) int32, -2 where padding
+    halves: torch.Tensor  # (M, D) float16, scaled
+    half_norms: torch.Tensor  # (M,) float32, |y|²/2 scaled, by the kernel's columns of a tile
+    lows: torch.Tensor  # (tiles, d) float32, the tiles' bounding boxes
+    highs: torch.Tensor  # (tiles, d) float32
+
+
+class TritonEngine:
+    """Tiles filtered by a fused kernel in half precision, and what may be near measured in float32 (see above)."""
+
+    def __init__(self, points: torch.Tensor, codes: torch.Tensor) -> None:
+        """Take points (N, d) float32 and their buildings (N,) int32, on a GPU or, interpreted, on a CPU."""
+        self.order = order_in_space(points)
+        self._num_dims = points.shape[1]
+        self._width = max(16, triton.next_power_of_2(self._num_dims))
+        largest = float(points.abs().max())
+        self._scale = 2.0 ** (_LARGEST_EXPONENT - torch.tensor(largest).frexp().exponent.item()) if largest else 1.0
+        points, codes = points[self.order], codes[self.order]
+        self._levels = [self._make_level(points, codes)]
+        while len(points) > DENSE_POINTS or len(self._levels) == 1:
+            points, codes = points[::SAMPLE_STRIDE], codes[::SAMPLE_STRIDE]
+            self._levels.append(self._make_level(points, codes))
+        self._shape = TILE_SHAPES[0]
+        self._is_shape_chosen = not points.is_cuda
+
+    def _make_level(self, points: torch.Tensor, codes: torch.Tensor) -> _Level:
+        missing = -len(points) % TILE_POINTS
+        pad = torch.nn.functional.pad
+        wide = pad(points, (0, self._width - self._num_dims))
+        half_norms = pad((points.double() * self._scale).square().sum(dim=1) / 2, (0, missing), value=torch.inf)
+        by_column = half_norms.float().view(-1, TILE_GROUPS, TILE_POINTS // TILE_GROUPS).transpose(1, 2)
+        tiles = pad(points, (0, 0, 0, missing), value=torch.inf).view(-1, TILE_POINTS, self._num_dims)
+        return _Level(
+            pad(wide, (0, 0, 0, missing), value=torch.inf),
+            pad(codes, (0, missing), value=-2),
+            pad((wide * self._scale).half(), (0, 0, 0, missing)),
+            by_column.reshape(-1).contiguous(),
+            tiles.amin(dim=1),
+            tiles.masked_fill(tiles.isinf(), -torch.inf).amax(dim=1),
+        )
+
+    def search(
+        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Engine. Queries that follow one another in `order` have fewer tiles to look at."""
+        ranks = [num_candidates]
+        for _ in self._levels[1:]:
+            expected = ranks[-1] / SAMPLE_STRIDE
+            ranks.append(int(expected + 4 * expected**0.5) + 1)  # four standard deviations, as in TiledEngine
+        bytes_of_row = 4 * SAMPLE_STRIDE * ranks[1] * (_LIST_ROOM + 2 * _NEAR_ROOM)
+        rows = max(1, int(_MAX_LIST_BYTES / bytes_of_row))
+        if not self._is_shape_chosen:
+            self._choose_shape(queries, query_codes, ranks)
+        found = [
+            self._search_block(queries[start : start + rows], query_codes[start : start + rows], ranks)
+            for start in range(0, len(queries), rows)
+        ]
+        candidates, bounds = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return candidates, bounds
+
+    def _search_block(
+        self, queries: torch.Tensor, query_codes: torch.Tensor, ranks: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        thresholds = self._guess_thresholds(queries, query_codes, ranks)
+        near, squared, is_whole = self._collect(0, queries, query_codes, thresholds, ranks[1])
+        count = min(ranks[0], near.shape[1])
+        best, places = squared.topk(count, dim=1, largest=False)
+        near = near.gather(1, places).masked_fill(best.isinf(), -1)
+        candidates = torch.where(near >= 0, self.order[near], -1)
+        bounds = thresholds.double()
+        if count == ranks[0]:
+            bounds = torch.minimum(bounds, best[:, -1].double() * (1 - _SUM_ROOM))
+        missing = (0, ranks[0] - count)
+        return torch.nn.functional.pad(candidates, missing, value=-1), bounds.masked_fill(~is_whole, 0.0)
+
+    def _guess_thresholds(self, queries: torch.Tensor, query_codes: torch.Tensor, ranks: list[int]) -> torch.Tensor:
+        """Return squared distances (Q,) float32 that about SAMPLE_STRIDE x ranks[1] points are within.
+
+        The smallest sample is looked through as a whole, and bounds the search in the next one.
+        """
+        coarsest = self._levels[-1]
+        thresholds = torch.cat([
+            _nearest_squared(block, codes, coarsest, ranks[-1])
+            for block, codes in zip(queries.split(DENSE_POINTS), query_codes.split(DENSE_POINTS), strict=True)
+        ])  # fmt: skip
+        for index in range(len(self._levels) - 2, 0, -1):
+            _, squared, _ = self._collect(index, queries, query_codes, thresholds, ranks[index + 1])
+            rank = min(ranks[index], squared.shape[1])
+            thresholds = torch.minimum(thresholds, squared.topk(rank, dim=1, largest=False).values[:, -1])
+        return thresholds
+
+    def _collect(
+        self, index: int, queries: torch.Tensor, query_codes: torch.Tensor, thresholds: torch.Tensor, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the places (Q, m) in a level of all points within the thresholds, their squared distances, inf where
+        there is none, and whether they are all there (Q,); `rank` is the place in the next level's that was aimed at.
+        """
+        level, num_queries, device = self._levels[index], len(queries), queries.device
+        tile_rows, num_warps, num_stages, max_registers = self._shape
+        padding = -num_queries % tile_rows
+        can_search = thresholds.isfinite()
+        limits = self._score_limits(queries, thresholds).masked_fill(~can_search, torch.inf)
+        limits = torch.nn.functional.pad(limits, (0, padding), value=torch.inf)
+        padded = torch.cat([queries, queries[-1:].expand(padding, -1)])
+        tile_starts, tiles = _list_tiles(padded, thresholds, level, tile_rows)
+        wide = torch.nn.functional.pad(padded, (0, self._width - self._num_dims))
+        expected = SAMPLE_STRIDE * rank
+        capacity = 16 * -(-int(_LIST_ROOM * expected / TILE_GROUPS) // 16)
+        room = 16 * -(-int(_NEAR_ROOM * expected) // 16)
+        notes = torch.empty((len(padded), TILE_GROUPS, capacity), dtype=torch.int32, device=device)
+        counts = torch.empty((len(padded), TILE_GROUPS), dtype=torch.int32, device=device)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
+        note_groups[(len(padded) // tile_rows,)](
+            (wide * self._scale).half(), limits, level.halves, level.half_norms, tile_starts, tiles, notes, counts,
+            self._width, tile_rows, TILE_POINTS, TILE_GROUPS, capacity, **(options if queries.is_cuda else {}),
+        )  # fmt: skip
+        near = torch.empty((num_queries, room), dtype=torch.int32, device=device)
+        squared = torch.full((num_queries, room), torch.inf, device=device)
+        num_near = torch.empty(num_queries, dtype=torch.int32, device=device)
+        measure_groups[(num_queries,)](
+            wide, query_codes, thresholds * (1 + _SUM_ROOM), level.points, level.codes, notes, counts, near, squared,
+            num_near, self._width, TILE_GROUPS, TILE_POINTS // TILE_GROUPS, capacity, room, GROUPS_AT_ONCE,
+        )  # fmt: skip
+        is_whole = can_search & (counts[:num_queries] <= capacity).all(dim=1) & (num_near <= room)
+        most = max(1, min(room, int(num_near.max())))
+        return near[:, :most].long().masked_fill(squared[:, :most].isinf(), 0), squared[:, :most], is_whole
+
+    def _score_limits(self, queries: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+        """Return the score (Q,) float32 that every point within the threshold reaches, as derived above."""
+        norms = queries.double().square().sum(dim=1).sqrt() * self._scale
+        squared = thresholds.double() * self._scale**2
+        reaches = norms + squared.sqrt()
+        norm_error, reach_error = (
+            _HALF_ROUNDOFF * length + _HALF_SUBNORMAL * self._num_dims**0.5 for length in (norms, reaches)
+        )
+        rounded = norms * reach_error + (reaches + reach_error) * norm_error
+        summed = (self._num_dims + 8) * 2.0**-21 * (norms + norm_error) * (reaches + reach_error)
+        margins = rounded + summed + 2.0**-22 * (norms + reaches).square()
+        limits: torch.Tensor = ((norms.square() - squared) / 2 - margins).float()
+        return limits
+
+    def _choose_shape(self, queries: torch.Tensor, query_codes: torch.Tensor, ranks: list[int]) -> None:
+        """Time the tile shapes on the first queries, and keep the fastest."""
+        block = queries[:DENSE_POINTS], query_codes[:DENSE_POINTS]
+        thresholds = self._guess_thresholds(*block, ranks)
+        milliseconds = {}
+        for shape in TILE_SHAPES:
+            self._shape = shape
+            self._collect(0, *block, thresholds, ranks[1])  # compiles
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            self._collect(0, *block, thresholds, ranks[1])
+            end.record()
+            end.synchronize()
+            milliseconds[shape] = start.elapsed_time(end)
+        self._shape = min(TILE_SHAPES, key=milliseconds.__getitem__)
+        self._is_shape_chosen = True
+        logger.info("filter kernel: tiles of %d queries, %d warps, %d stages", *self._shape[:3])
+
+
+def order_in_space(points: torch.Tensor) -> torch.Tensor:
+    """Return an order (N,) of points (N, d) in which near ones are near: cells are halved until a tile holds them.
+
+    A cell is halved at the median of the direction in which a sample of it varies most.
+    """
+    num_points, device = len(points), points.device
+    order = torch.arange(num_points, device=device)
+    num_cells = 1
+    while num_points > num_cells * TILE_POINTS:
+        starts = torch.arange(num_cells + 1, device=device) * num_points // num_cells
+        sizes = starts.diff()
+        steps = torch.arange(_CELL_SAMPLE, device=device)
+        sampled = starts[:-1, None] + steps * sizes[:, None] // _CELL_SAMPLE
+        directions = points[order[sampled]].var(dim=1).argmax(dim=1)  # (cells,)
+        cells = torch.repeat_interleave(torch.arange(num_cells, device=device), sizes)
+        by_value = points[order, directions[cells]].argsort(stable=True)
+        order = order[by_value[cells[by_value].argsort(stable=True)]]
+        num_cells *= 2
+    return order
+
+
+def _nearest_squared(queries: torch.Tensor, query_codes: torch.Tensor, level: _Level, rank: int) -> torch.Tensor:
+    """Return about the squared distance (Q,) of each query's `rank`-th point of a level of another building."""
+    points = level.points[: int((level.codes != -2).sum()), : queries.shape[1]]
+    with full_precision():
+        scores = torch.addmm(points.square().sum(dim=1), queries, points.T, alpha=-2)  # (Q, M)
+    scores.masked_fill_(level.codes[: len(points)] == query_codes[:, None], torch.inf)
+    best: torch.Tensor = scores.topk(min(rank, len(points)), dim=1, largest=False).values[:, -1]
+    return (best + queries.square().sum(dim=1)).clamp(min=0.0)
+
+
+def _list_tiles(
+    queries: torch.Tensor, thresholds: torch.Tensor, level: _Level, tile_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the list of each query tile starts (T + 1,), and the lists: the tiles of points near enough."""
+    boxes = queries.view(-1, tile_rows, queries.shape[1])
+    lows, highs = boxes.amin(dim=1), boxes.amax(dim=1)
+    reach = torch.nn.functional.pad(
+        thresholds.masked_fill(thresholds.isinf(), -1.0), (0, len(queries) - len(thresholds)), value=-1.0
+    )
+    farthest = reach.view(-1, tile_rows).amax(dim=1, keepdim=True)  # (T, 1)
+    squared = torch.zeros((len(lows), len(level.lows)), device=queries.device)
+    for dim in range(queries.shape[1]):
+        beyond = level.lows[None, :, dim] - highs[:, None, dim]
+        before = lows[:, None, dim] - level.highs[None, :, dim]
+        squared += torch.maximum(beyond, before).clamp_(min=0.0).square_()
+    query_tiles, tiles = (squared * (1 - _SUM_ROOM) <= farthest).nonzero(as_tuple=True)
+    counts = query_tiles.bincount(minlength=len(lows))
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return starts.int(), tiles.int()

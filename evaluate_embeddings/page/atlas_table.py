@@ -1,0 +1,185 @@
+"""Write the table that embedding-atlas opens: id, embedding and thumbnail of each image of an embeddings dataset."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from evaluate_embeddings.page.photos import shrink
+from evaluate_embeddings.scores.labelled import find_id_column, list_parts, to_text
+from pipeline.errors import InputError, Rejection
+from pipeline.files.tables import embedding_width, open_parquet, read_provenance, reading
+from pipeline.inference.images import decode_rgb
+from pipeline.log import Progress, logger
+
+# What the browser can still move about; of more a random sample is shown.
+MAX_ROWS = 1_000_000
+THUMBNAIL_SIDE, JPEG_QUALITY = 96, 70
+IMAGE_COLUMN, VALID_COLUMN = "image_bytes", "is_valid"
+_BATCH_ROWS = 256
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parquet of a dataset and the rows of it that are shown."""
+
+    path: Path
+    id_column: str
+    chosen: Rows  # ascending, within the part
+
+
+def write_atlas_table(folder: Path, images: Path | None, output: Path, seed: int) -> tuple[int, bool]:
+    """Write OSMID, embedding and, where they can be had, thumbnails; return the rows, and whether there are any.
+
+    `images` is what stage 8 embedded, a packaged parquet or a folder of photographs (default: as state.json says).
+    Raises InputError if the dataset cannot be read or holds no row.
+    """
+    parts = choose_rows(folder, seed)
+    images = images or read_input_path(folder)
+    photos = _open_photos(parts, images)
+    width = embedding_width(parts[0].path, open_parquet(parts[0].path).schema_arrow)
+    columns = [pa.field("OSMID", pa.string()), pa.field("embedding", pa.list_(pa.float32(), width))]
+    if photos is not None:
+        columns.append(pa.field("image", pa.struct([("bytes", pa.binary())])))
+    total = sum(len(part.chosen) for part in parts)
+    with pq.ParquetWriter(output, pa.schema(columns)) as writer, Progress("prepare", total, "images") as progress:
+        for ids, embeddings in _read_rows(parts):
+            arrays = [ids, embeddings]
+            if photos is not None:
+                arrays.append(pa.array([{"bytes": next(photos)} for _ in range(len(ids))], columns[2].type))
+            writer.write_batch(pa.record_batch(arrays, schema=pa.schema(columns)))
+            progress.advance(len(ids))
+    return total, photos is not None
+
+
+def choose_rows(folder: Path, seed: int) -> list[Part]:
+    """Return the parts with the rows to show: all of them, or a random MAX_ROWS, which is logged."""
+    paths = list_parts(folder)
+    files = [open_parquet(path) for path in paths]
+    counts = [file.metadata.num_rows for file in files]
+    total = sum(counts)
+    if not total:
+        raise InputError(f"{folder}: holds no embedding: embed some images with stage 8 first")
+    chosen = np.arange(total)
+    if total > MAX_ROWS:
+        chosen = np.sort(np.random.default_rng(seed).choice(total, MAX_ROWS, replace=False))
+        logger.warning("%s: a random sample of %d of %d images is shown", folder, MAX_ROWS, total)
+    starts = np.cumsum([0, *counts])
+    cuts = np.searchsorted(chosen, starts)
+    return [
+        Part(path, find_id_column(path, file.schema_arrow), chosen[cuts[n] : cuts[n + 1]] - starts[n])
+        for n, (path, file) in enumerate(zip(paths, files, strict=True))
+    ]
+
+
+def read_input_path(folder: Path) -> Path | None:
+    """Return what the dataset was made from, as its state.json says; None where that is not here."""
+    for place in (folder, folder.with_name(f"{folder.name}.parts")):
+        try:
+            path = Path(json.loads((place / "state.json").read_text(encoding="utf-8"))["input_path"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return path if path.exists() else None
+    return None
+
+
+def _read_rows(parts: list[Part]) -> Iterator[tuple[pa.Array, pa.Array]]:
+    for part in parts:
+        with reading(part.path):
+            for batch, rows in _cut(open_parquet(part.path), [part.id_column, "embedding"], part.chosen):
+                taken = batch.take(pa.array(rows))
+                values = taken.column("embedding").flatten().cast(pa.float32())
+                width = taken.schema.field("embedding").type.list_size
+                yield to_text(part.path, taken.column(part.id_column)), pa.FixedSizeListArray.from_arrays(values, width)
+
+
+def _cut(file: pq.ParquetFile, columns: list[str], chosen: Rows) -> Iterator[tuple[pa.RecordBatch, Rows]]:
+    """Yield the batches that hold a chosen row, with its places in the batch."""
+    start = 0
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+        low, high = np.searchsorted(chosen, [start, start + batch.num_rows])
+        if high > low:
+            yield batch, chosen[low:high] - start
+        start += batch.num_rows
+
+
+# ------------------------------------------------------------------------------------------------ photographs
+
+
+def _open_photos(parts: list[Part], images: Path | None) -> Iterator[bytes | None] | None:
+    """Return the thumbnails of the shown rows, in order; None where there are none to be had, which is logged."""
+    if all(open_parquet(part.path).schema_arrow.get_field_index(IMAGE_COLUMN) >= 0 for part in parts):
+        return (_shrink_bytes(data) for part in parts for data in _read_column(part.path, part.chosen))
+    if images is None:
+        logger.warning("no thumbnails: what was embedded is not here; give --images")
+        return None
+    if images.is_file():
+        return (_shrink_bytes(data) for data in _read_column(images, locate_rows(parts, images)))
+    return (_shrink_file(images / name) for part in parts for name in _read_names(part))
+
+
+def locate_rows(parts: list[Part], images: Path) -> Rows:
+    """Return the rows of the packaged parquet that the shown rows were made from, ascending.
+
+    A part holds the rows of its read batch that were neither skipped as invalid nor rejected, in their order.
+    Raises InputError if a part does not say where it begins, or the parquet is not the one it was made from.
+    """
+    file = open_parquet(images)
+    has_valid = file.schema_arrow.get_field_index(VALID_COLUMN) >= 0
+    with reading(images):
+        # A null counts as valid.
+        valid = file.read([VALID_COLUMN])[VALID_COLUMN].fill_null(True).to_numpy() if has_valid else None
+    found = []
+    for part in parts:
+        provenance = read_provenance(part.path) or {}
+        place, settings = provenance.get("part"), provenance.get("settings", {})
+        if not isinstance(place, dict):
+            raise InputError(f"{part.path}: does not say which rows of the input it holds: give no --images")
+        rows = np.arange(place["first_row"], place["first_row"] + place["num_rows"])
+        if valid is not None and settings.get("filter_valid", True):
+            rows = rows[valid[rows[rows < len(valid)]]] if rows[-1] < len(valid) else rows
+        rejects = part.path.parents[1] / "_rejects" / part.path.name
+        if rejects.is_file():
+            rows = np.setdiff1d(rows, open_parquet(rejects).read(["row"])["row"].to_numpy())
+        if len(rows) < open_parquet(part.path).metadata.num_rows or rows[-1:].max(initial=0) >= file.metadata.num_rows:
+            raise InputError(f"{images}: is not what {part.path.name} was made from: correct --images")
+        found.append(rows[part.chosen])
+    return np.concatenate(found)
+
+
+def _read_column(path: Path, rows: Rows) -> Iterator[bytes | None]:
+    with reading(path):
+        for batch, places in _cut(open_parquet(path, 2**20), [IMAGE_COLUMN], rows):
+            column = batch.column(0)
+            yield from (column[place].as_py() for place in places.tolist())
+
+
+def _read_names(part: Part) -> Iterator[str]:
+    for batch, rows in _cut(open_parquet(part.path), [part.id_column], part.chosen):
+        yield from to_text(part.path, batch.column(0).take(pa.array(rows))).to_pylist()
+
+
+def _shrink_file(path: Path) -> bytes | None:
+    try:
+        return _shrink_bytes(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _shrink_bytes(data: bytes | None) -> bytes | None:
+    """Return a small JPEG, None where the picture cannot be read: the map can do without."""
+    try:
+        image = shrink(decode_rgb(data or b""), THUMBNAIL_SIDE)
+    except Rejection:
+        return None
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()

@@ -1,0 +1,88 @@
+"""Fetch a few photographs out of the raw tars, by their offsets, as thumbnails that a page can carry."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.errors import Rejection
+from pipeline.files.tables import PLACE_COLUMNS, open_parquet
+from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb
+
+# Tried one after the other until the pictures fit: longest side in pixels, JPEG quality.
+THUMBNAIL_LEVELS = ((224, 80), (224, 65), (192, 55), (160, 50), (128, 45), (96, 40))
+
+
+class PhotoSource:
+    """The photographs of a split; `problem` says why there are none."""
+
+    def __init__(self, split_path: Path, raw_dir: Path | None, *, wanted: bool = True) -> None:
+        """Read where each row's image lies, if the split says so; not `wanted` is a page without photographs."""
+        names = ["dataset_id", *(name for name, _ in PLACE_COLUMNS)]
+        file = open_parquet(split_path)
+        self.raw_dir = raw_dir
+        self.problem: str | None = None
+        self.num_missing = 0
+        self._places: pa.Table | None = None
+        if not wanted:
+            self.problem = "this page was asked for without them (--no-images)"
+        elif raw_dir is None or not raw_dir.is_dir():
+            self.problem = "[paths].raw_dir is not set to a folder that is here"
+        elif any(file.schema_arrow.get_field_index(name) < 0 for name in names):
+            self.problem = f"{split_path.name} does not say where the images lie in their tars"
+        else:
+            self._places = file.read(columns=names)
+
+    def read_thumbnails(self, rows: Iterable[int], max_characters: int, max_side: int = 224) -> dict[int, str]:
+        """Return, for the rows whose picture can be had, a JPEG as a data URI; the others are counted.
+
+        A row that is asked for twice will stand in the page twice. Side and quality are lowered until all of it has
+        at most `max_characters`; where the lowest level is still too much, the last rows go without a picture.
+        """
+        asked = list(rows)
+        images: dict[int, Image.Image] = {}
+        for row in dict.fromkeys(asked):
+            try:
+                images[row] = shrink(self._read(row), max_side)
+            except (Rejection, OSError):  # a tar that is gone, cut or changed leaves a gap, never a failure
+                self.num_missing += 1
+        times = Counter(asked)
+        for side, quality in THUMBNAIL_LEVELS:
+            found = {row: to_data_uri(shrink(image, side), quality) for row, image in images.items()}
+            if sum(len(uri) * times[row] for row, uri in found.items()) <= max_characters:
+                return found
+        total = 0
+        kept = {}
+        for row, uri in found.items():
+            total += len(uri) * times[row]
+            if total <= max_characters:
+                kept[row] = uri
+        return kept
+
+    def _read(self, row: int) -> Image.Image:
+        if self._places is None or self.raw_dir is None:
+            raise Rejection("missing_image", "no place is known")
+        dataset_id, offset, size = (self._places.column(i)[row].as_py() for i in range(3))
+        if offset is None or size is None or offset < 0 or not 0 < size <= MAX_IMAGE_BYTES:
+            raise Rejection("missing_image", "no place is known")
+        with open(self.raw_dir / f"{dataset_id:04d}.tar", "rb") as tar:
+            tar.seek(offset)
+            return decode_rgb(tar.read(size))
+
+
+def shrink(image: Image.Image, side: int) -> Image.Image:
+    """Return a copy whose longest side has at most `side` pixels."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    return small
+
+
+def to_data_uri(image: Image.Image, quality: int) -> str:
+    """Return an RGB image as a JPEG data URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,197 @@
+"""Draw the report's figures as SVG that takes the page's text colour."""
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from evaluate_embeddings.scores.metrics import KIND_LABELS, KINDS, ScoresByKind
+from evaluate_embeddings.scores.pair_similarity import PairSimilarities
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; lines differ by dashes and markers too.
+KIND_STYLES: dict[str, dict[str, Any]] = {
+    "raw": {"color": "#8C8C8C", "linestyle": ":", "marker": "s"},
+    "pca_whitened": {"color": "#E69F00", "linestyle": "--", "marker": "^"},
+    "whitening": {"color": "#CC79A7", "linestyle": "-.", "marker": "D"},
+    "projector": {"color": "#0084C8", "linestyle": "-", "marker": "o"},
+}
+SAME_COLOR, DIFFERENT_COLOR = "#009E73", "#D55E00"
+# Drawn in a colour that nothing else has, then handed to the page's style sheet, for light and dark.
+TEXT_COLOR = "#010203"
+FIGURE_INCHES = (5.0, 3.5)
+# Okabe and Ito's palette, from the hardest band to the easiest, and grey for negatives of no band.
+BAND_COLORS = ("#D55E00", "#E69F00", "#F0E442", "#009E73", "#56B4E9", "#0072B2", "#CC79A7", "#8C8C8C")
+MAX_RANK = 100
+NUM_BINS = 40
+LOWEST_RATE = 1e-4
+LEGEND_ABOVE: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "fontsize": 9, "columnspacing": 1.0}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A training run's validation mAP by epoch."""
+
+    epochs: list[int]
+    values: list[float]
+    baselines: dict[str, float]  # the mAP of the other kinds on the same images, as far as it is recorded
+    band_shares: dict[int, list[float]] = field(default_factory=dict)  # by epoch; the last share is of no band
+
+
+@contextmanager
+def _figure(name: str) -> Iterator[tuple[Figure, Axes]]:
+    """Yield a figure with the report's style; `name` makes the ids in its SVG its own, and the same every time."""
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11,
+        "text.color": TEXT_COLOR, "axes.edgecolor": TEXT_COLOR, "axes.labelcolor": TEXT_COLOR,
+        "xtick.color": TEXT_COLOR, "ytick.color": TEXT_COLOR, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.color": "#8C8C8C", "grid.alpha": 0.25, "legend.frameon": False,
+    }  # fmt: skip
+    with mpl.rc_context(style):
+        figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def _to_svg(figure: Figure, description: str) -> str:
+    """Return the figure as an inline <svg> with an alternative text, without anything that names another file."""
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(TEXT_COLOR, "currentColor")
+    head, _, body = text.partition(">")
+    view_box = re.search(r'viewBox="[^"]*"', head)
+    label = escape(description, quote=True)
+    return f'<svg {view_box[0] if view_box else ""} role="img" aria-label="{label}">{body}'
+
+
+def plot_recall_curves(scores: ScoresByKind) -> str:
+    """Draw Recall@k by k, on a logarithmic axis, for each kind of embedding."""
+    with _figure("recall") as (figure, axes):
+        num_queries = len(next(iter(scores.values())).query)
+        ranks = np.unique(np.geomspace(1, MAX_RANK, 40).astype(int))
+        described = []
+        for kind in KINDS:
+            shares = [float((scores[kind].first_rank <= rank).mean()) for rank in ranks]
+            axes.plot(ranks, shares, label=KIND_LABELS[kind], markevery=6, markersize=5, **KIND_STYLES[kind])
+            described.append(f"{KIND_LABELS[kind]} {shares[0]:.3f} at 1 and {shares[-1]:.3f} at {ranks[-1]}")
+        axes.set_xscale("log")
+        axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel="k, nearest candidates looked at", ylabel="Recall@k")
+        axes.legend(loc="lower right")
+        return _to_svg(figure, f"Recall at k of {num_queries} queries: {'; '.join(described)}.")
+
+
+def plot_similarities(pairs: PairSimilarities, summary: Mapping[str, Any] | None, label: str) -> str:
+    """Draw how the cosines of pairs of one building and of two are distributed; those of two may be missing."""
+    with _figure(f"similarity {label}") as (figure, axes):
+        both = np.concatenate([pairs.same, pairs.different])
+        bins = np.linspace(min(float(both.min()), 0.99), max(float(both.max()), 1.0), NUM_BINS + 1).tolist()
+        described = []
+        for values, name, color, hatch in (
+            (pairs.different, "two buildings", DIFFERENT_COLOR, "///"),
+            (pairs.same, "same building", SAME_COLOR, None),
+        ):
+            shares = np.full(len(values), 1 / max(1, len(values)))
+            axes.hist(values, bins, weights=shares, color=color, alpha=0.55, hatch=hatch, label=name)
+            described.append(f"{name} {np.median(values):.2f}" if len(values) else f"{name}: no pair")
+        text = f"Similarity of pairs of images, {label}, median of {' and of '.join(described)}."
+        if summary is not None:
+            equal, rate = summary["equal_error_threshold"], summary["equal_error_rate"]
+            recommended = summary["recommended_threshold"]
+            axes.axvline(equal, color=TEXT_COLOR, linestyle=":", label=f"equal error: {rate:.1%} at {equal:.2f}")
+            axes.axvline(recommended, color=TEXT_COLOR, linestyle="-", label=f"recommended: {recommended:.2f}")
+            text += f" Equal error {rate:.1%} at {equal:.3f}; recommended threshold {recommended:.3f}."
+        axes.set(xlabel=f"cosine similarity, {label}", ylabel="share of pairs", yticks=[])
+        axes.legend(**LEGEND_ABOVE, ncols=2)
+        return _to_svg(figure, text)
+
+
+def plot_roc(pairs: Mapping[str, PairSimilarities], summaries: Mapping[str, Any]) -> str:
+    """Draw the share of pairs of one building that pass, by the share of pairs of two that do (logarithmic)."""
+    with _figure("roc") as (figure, axes):
+        described = []
+        rates = np.geomspace(LOWEST_RATE, 1, 200)
+        for kind, one in pairs.items():
+            recalls = one.pass_rates(np.array([one.threshold_at(rate) for rate in rates], np.float32))[1]
+            area = summaries[kind]["area_under_curve"]
+            label = f"{KIND_LABELS[kind]}, area {area:.3f}"
+            axes.plot(rates, recalls, label=label, markevery=25, markersize=5, **KIND_STYLES[kind])
+            described.append(label)
+        axes.set_xscale("log")
+        axes.set(xlabel="share of pairs of two buildings that pass", ylabel="share of pairs of one building", ylim=0)
+        axes.legend(loc="upper left", fontsize=9)
+        return _to_svg(figure, f"Receiver operating characteristic: {'; '.join(described)}.")
+
+
+def plot_groups(groups: Mapping[str, Any], axis_label: str) -> str:
+    """Draw Recall@1 of each kind of embedding, with its interval, group by group."""
+    with _figure(f"groups {axis_label}") as (figure, axes):
+        described = []
+        for number, kind in enumerate(KINDS):
+            places = np.arange(len(groups)) + 0.14 * (number - (len(KINDS) - 1) / 2)
+            values = np.array([group[kind]["recall_at_1"] for group in groups.values()])
+            limits = np.array([group[kind]["recall_at_1_ci95"] for group in groups.values()])  # (G, 2)
+            errors = np.abs(limits.T - values)
+            style = KIND_STYLES[kind] | {"linestyle": "none"}
+            axes.errorbar(places, values, errors, label=KIND_LABELS[kind], capsize=3, markersize=6, **style)
+        for name, group in groups.items():
+            described.append(f"{name}: {group['projector']['recall_at_1']:.3f}")
+        ticks = [f"{name}\n{group['queries']:,}" for name, group in groups.items()]
+        axes.set_xticks(range(len(groups)), ticks)
+        axes.set(xlabel=f"{axis_label}; below, queries", ylabel="Recall@1", ylim=(0, 1.02))
+        axes.legend(**LEGEND_ABOVE, ncols=len(KINDS))
+        return _to_svg(figure, f"Recall@1 by {axis_label}, of the projector {', '.join(described)}.")
+
+
+def plot_band_shares(curve: Curve) -> str:
+    """Draw from which difficulty band the negatives of each epoch were drawn, stacked."""
+    with _figure("bands") as (figure, axes):
+        shares = np.array(list(curve.band_shares.values()))  # (E, bands + 1), the last one of no band
+        epochs = list(curve.band_shares)
+        names = [f"band {band}" for band in range(shares.shape[1] - 1)] + ["any"]
+        bottom = np.zeros(len(epochs))
+        for band, (name, color) in enumerate(zip(names, BAND_COLORS, strict=False)):
+            hatch = "//" if band % 2 else None
+            axes.bar(epochs, shares[:, band], 0.9, bottom, color=color, label=name, hatch=hatch, edgecolor="#FFFFFF")
+            bottom += shares[:, band]
+        axes.set(xlabel="epoch", ylabel="share of the negatives", ylim=(0, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, reverse=True)
+        last = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, shares[-1], strict=False))
+        return _to_svg(figure, f"Bands of the negatives by epoch, the hardest (0) at the bottom; at the end {last}.")
+
+
+def plot_training(curve: Curve) -> str:
+    """Draw validation mAP by epoch, with epoch 0 (before training), the best epoch and the baselines marked."""
+    with _figure("training") as (figure, axes):
+        best = int(np.argmax(curve.values))
+        style = {key: value for key, value in KIND_STYLES["projector"].items() if key != "marker"}
+        axes.plot(curve.epochs, curve.values, label="projector", **style)
+        _mark(axes, curve, 0, "D", f"epoch {curve.epochs[0]}, before training: {curve.values[0]:.3f}")
+        _mark(axes, curve, best, "*", f"best, epoch {curve.epochs[best]}: {curve.values[best]:.3f}")
+        for kind, value in curve.baselines.items():
+            style = {key: value for key, value in KIND_STYLES[kind].items() if key != "marker"}
+            axes.axhline(value, label=f"{KIND_LABELS[kind]}: {value:.3f}", **style)
+        axes.set(xlabel="epoch", ylabel="validation mAP")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="best", fontsize=9)
+        return _to_svg(
+            figure,
+            f"Validation mAP over {len(curve.epochs)} epochs: {curve.values[0]:.3f} before training, "
+            f"best {curve.values[best]:.3f} at epoch {curve.epochs[best]}.",
+        )
+
+
+def _mark(axes: Axes, curve: Curve, place: int, marker: str, label: str) -> None:
+    color = KIND_STYLES["projector"]["color"]
+    axes.plot(curve.epochs[place], curve.values[place], marker, color=color, markersize=9, label=label)

@@ -1,0 +1,102 @@
+"""Scores by what makes a query hard: how few views its building has, how the viewpoint changes, how far it stands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from evaluate_embeddings.scores.metrics import Evaluation, summarize_kinds
+from pipeline.files.tables import open_parquet, reading
+from pipeline.retrieval.scores import RowGroups
+
+# Lower ends of the groups. Each group's last number belongs to the next; the last group is open.
+VIEW_EDGES = (2, 3, 4, 6)
+HEADING_EDGES = (0, 15, 30, 60, 90)  # degrees, 180 at most
+DISTANCE_EDGES = (0, 10, 20, 30, 50)  # metres
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Where each image of a split was taken from."""
+
+    heading: NDArray[np.float64]  # (N,) degrees, NaN where unknown
+    distance_m: NDArray[np.float64]  # (N,) from camera to target, NaN where unknown
+
+
+def load_camera(split_path: Path) -> Camera | None:
+    """Read a split's camera columns; None where it does not carry them, as a foreign one may not."""
+    file = open_parquet(split_path)
+    names = ["heading", "distance_m"]
+    if any(file.schema_arrow.get_field_index(name) < 0 for name in names):
+        return None
+    with reading(split_path):
+        table = file.read(columns=names)
+    heading, distance = (
+        table[name].cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64) for name in names
+    )
+    return Camera(heading, distance)
+
+
+def heading_changes(codes: NDArray[Any], headings: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (N,): the smallest angle in degrees between an image's heading and another one's of its building.
+
+    NaN where the building has no other image with a heading.
+    """
+    groups = RowGroups(codes)
+    smallest = np.full(len(headings), np.nan)
+    for code in range(len(groups.labels)):
+        rows = groups.rows_of(code)
+        angles = np.abs((headings[rows, None] - headings[None, rows] + 180) % 360 - 180)
+        np.fill_diagonal(angles, np.nan)
+        smallest[rows] = np.fmin.reduce(angles, axis=1)
+    return smallest
+
+
+def summarize_breakdowns(evaluation: Evaluation, camera: Camera | None, seed: int) -> dict[str, Any]:
+    """Return the scores by number of views, viewpoint change and distance; None for what the camera would tell."""
+    queries = next(iter(evaluation.scores.values())).query
+    views = RowGroups(evaluation.codes)
+    found: dict[str, Any] = {
+        "by_views": _summarize_groups(evaluation, views.sizes()[views.codes][queries], VIEW_EDGES, name_count, seed),
+        "by_viewpoint_change": None,
+        "by_distance": None,
+    }
+    if camera is not None:
+        changes = heading_changes(evaluation.codes, camera.heading)[queries]
+        found["by_viewpoint_change"] = _summarize_groups(evaluation, changes, HEADING_EDGES, name_range, seed)
+        distances = camera.distance_m[queries]
+        found["by_distance"] = _summarize_groups(evaluation, distances, DISTANCE_EDGES, name_range, seed)
+    return found
+
+
+def _summarize_groups(
+    evaluation: Evaluation,
+    values: NDArray[Any],
+    edges: tuple[int, ...],
+    name: Callable[[int, float], str],
+    seed: int,
+) -> dict[str, Any]:
+    """Return the scores of the queries between each two edges, under the group's name; empty groups are left out."""
+    found = {}
+    for low, high in zip(edges, (*edges[1:], np.inf), strict=True):
+        chosen = (values >= low) & (values < high)  # NaN is in no group
+        if chosen.any():
+            scores = {kind: one.take(chosen) for kind, one in evaluation.scores.items()}
+            found[name(low, high)] = summarize_kinds(scores, evaluation.codes, seed)
+    return found
+
+
+def name_count(low: int, high: float) -> str:
+    """Name a group of whole numbers: 2, 4-5, 6+."""
+    if high == np.inf:
+        return f"{low}+"
+    return f"{low}" if high == low + 1 else f"{low}-{high - 1:g}"
+
+
+def name_range(low: int, high: float) -> str:
+    """Name a group of measures: 0-15, 90+."""
+    return f"{low}+" if high == np.inf else f"{low}-{high:g}"

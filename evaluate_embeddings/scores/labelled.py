@@ -1,0 +1,162 @@
+"""Read any embeddings dataset, and the labels that say which of its images show one building."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError, one_line
+from pipeline.files.tables import embedding_width, open_parquet, reading
+from pipeline.log import logger
+from pipeline.retrieval.scores import Embeddings, normalise_rows
+
+# The column that names an image, in the order of preference: stage 8's, then that of the merged splits.
+ID_COLUMNS = ("OSMID", "streetview_image_id")
+LABEL_COLUMN = "building_id"
+_BATCH_ROWS = 8192
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EmbeddingsTable:
+    """The rows of an embeddings dataset, in its order."""
+
+    place: Path
+    ids: pa.StringArray  # (N,)
+    embeddings: Embeddings  # (N, D), L2-normalised
+
+    def take(self, rows: Rows) -> "EmbeddingsTable":
+        """Return some of the rows."""
+        return EmbeddingsTable(self.place, self.ids.take(pa.array(rows)), self.embeddings[rows])
+
+
+def read_embeddings(folder: Path) -> EmbeddingsTable:
+    """Read OUTPUT/parts/*.parquet of stage 8, or the parquets that lie in the folder itself.
+
+    Raises InputError if there are none, one is damaged or lacks a column, the widths differ, an id is null, or a row
+    is not finite or zero.
+    """
+    paths = list_parts(folder)
+    files = [(path, open_parquet(path)) for path in paths]
+    widths = {path: embedding_width(path, file.schema_arrow) for path, file in files}
+    width = widths[paths[0]]
+    for path, found in widths.items():
+        if found != width:
+            raise InputError(f"{path}: embeddings of {found} numbers, {paths[0].name} has {width}: give one dataset")
+    embeddings = np.empty((sum(file.metadata.num_rows for _, file in files), width), np.float32)
+    ids, done = [], 0
+    for path, file in files:
+        name = find_id_column(path, file.schema_arrow)
+        with reading(path):
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name, "embedding"]):
+                ids.append(to_text(path, batch.column(name)))
+                values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
+                if len(values) != batch.num_rows * width:
+                    raise InputError(f"{path}: column embedding has nulls: make the dataset again")
+                embeddings[done : done + batch.num_rows] = values.reshape(-1, width)
+                done += batch.num_rows
+    if not done:
+        raise InputError(f"{folder}: holds no embedding: embed some images with stage 8 first")
+    try:
+        return EmbeddingsTable(folder, pa.concat_arrays(ids), normalise_rows(embeddings))
+    except InputError as error:
+        raise InputError(f"{folder}: {one_line(error)}") from None
+
+
+def list_parts(folder: Path) -> list[Path]:
+    """Return the parquets of a dataset, in the order of its input.
+
+    Raises InputError if there are none.
+    """
+    places = (folder / "parts", folder.with_name(f"{folder.name}.parts") / "parts", folder)
+    for place in places:
+        paths = sorted(path for path in place.glob("*.parquet") if not path.name.startswith((".", "_")))
+        if paths:
+            _log_if_incomplete(place.parent)
+            return paths
+    raise InputError(f"{folder}: no parts/*.parquet and no parquet: give the folder that stage 8 wrote")
+
+
+def _log_if_incomplete(folder: Path) -> None:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(state, dict) and state.get("complete") is False:
+        logger.warning(
+            "%s is not complete: %s of %s rows are embedded, and only those are scored",
+            folder, state.get("rows_embedded"), state.get("rows_total"),
+        )  # fmt: skip
+
+
+def find_id_column(path: Path, schema: pa.Schema) -> str:
+    """Return the name of the column that names the images.
+
+    Raises InputError if there is none.
+    """
+    for name in ID_COLUMNS:
+        if schema.get_field_index(name) >= 0:
+            return name
+    raise InputError(f"{path}: no column {' or '.join(ID_COLUMNS)}: one of them must name the image")
+
+
+def to_text(path: Path, column: pa.Array) -> pa.StringArray:
+    """Return ids of any scalar type as text, so that 7 meets 7 whatever its width.
+
+    Raises InputError if one is null or they cannot be text.
+    """
+    if column.null_count:
+        raise InputError(f"{path}: an id is null: give every image one")
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{path}: ids of type {column.type} cannot be compared ({one_line(error)[:100]})") from None
+
+
+def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
+    """Return the building of each id, (N,), null where the labels do not know it; without labels the id itself.
+
+    Raises InputError if the labels are damaged, lack a column, or give an id two buildings.
+    """
+    if labels_path is None:
+        return ids
+    file = open_parquet(labels_path)
+    name = find_id_column(labels_path, file.schema_arrow)
+    if file.schema_arrow.get_field_index(LABEL_COLUMN) < 0:
+        raise InputError(f"{labels_path}: no column {LABEL_COLUMN}: it must say which building each {name} shows")
+    with reading(labels_path):
+        table = file.read(columns=[name, LABEL_COLUMN])
+    known = to_text(labels_path, table[name].combine_chunks())
+    buildings = table[LABEL_COLUMN].combine_chunks().cast(pa.string())
+    pairs = pa.table({"id": known, "building": buildings}).group_by(["id", "building"]).aggregate([])
+    if pairs.num_rows != len(known.unique()):
+        counts = pairs["id"].value_counts()
+        twice = next(entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1)
+        raise InputError(f"{labels_path}: {name} {twice} has two buildings: give each image one")
+    return buildings.take(pc.index_in(ids, value_set=known))
+
+
+def match_rows(ids: pa.StringArray, other_ids: pa.StringArray, other_name: str) -> tuple[Rows, Rows]:
+    """Return the rows of the one and of the other that are of the same images, in the order of the one.
+
+    Rows meet by their id where ids are unique; where they repeat (several images of one building), both must be of the
+    same images in the same order. Raises InputError where neither holds, or nothing meets.
+    """
+    if ids.equals(other_ids):
+        return np.arange(len(ids)), np.arange(len(ids))
+    if any(len(names.unique()) != len(names) for names in (ids, other_ids)):
+        raise InputError(
+            f"{other_name}: ids repeat and are not the same in the same order, so that images cannot be matched: "
+            "embed the same input with both models"
+        )
+    places = pc.index_in(ids, value_set=other_ids)
+    kept = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
+    if not len(kept):
+        raise InputError(f"{other_name}: has no image in common with the first: embed the same input with both models")
+    logger.info("%s: %d of %d images are in both", other_name, len(kept), len(ids))
+    return kept, places.take(pa.array(kept)).to_numpy().astype(np.int64)

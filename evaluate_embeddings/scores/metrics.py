@@ -1,0 +1,253 @@
+"""From embeddings of one split to the numbers of metrics.json, and from those to a table for people."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluate_embeddings.scores.pair_similarity import PairSimilarities, share_of_same_pairs, summarize_pairs
+from pipeline.errors import InputError
+from pipeline.retrieval.features import Features
+from pipeline.retrieval.scores import (
+    SCORE_KEYS,
+    Embeddings,
+    IgnoredPairs,
+    QueryScores,
+    RowGroups,
+    bootstrap_intervals,
+    percentile_intervals,
+    resample_means,
+    score_queries,
+    score_queries_twice,
+    summarize_scores,
+)
+
+BASELINES = ("raw", "pca_whitened")
+# Beside the contract's kinds: what a closed form gives without training.
+COMPARED = (*BASELINES, "whitening")
+KINDS = (*COMPARED, "projector")
+KIND_LABELS = {"raw": "raw", "pca_whitened": "PCA-whitened", "whitening": "whitening", "projector": "projector"}
+SCORE_LABELS = {
+    "recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_10": "Recall@10", "map": "mAP", "mrr": "MRR",
+}  # fmt: skip
+# The contract's galleries: at one size, splits of different sizes can be compared.
+GALLERY_SIZES = (1_000, 10_000, 100_000)
+
+ScoresByKind = dict[str, QueryScores]
+Scores = dict[str, Any]  # each of SCORE_KEYS and, under KEY_ci95, its interval
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A split, its embeddings of each kind, and how every query fared among the whole split."""
+
+    features: Features
+    embeddings: dict[str, Embeddings]  # (N, D of the kind), L2-normalised
+    ignored: IgnoredPairs
+    scores: ScoresByKind
+    apart: ScoresByKind | None = None  # without the candidates of the query's own panorama; None where none are left
+    pairs: dict[str, PairSimilarities] = field(default_factory=dict)  # sampled, of each kind
+
+    @property
+    def codes(self) -> NDArray[np.int32]:
+        """The building of each row, (N,)."""
+        return self.features.building_codes
+
+
+def panorama_codes(features: Features) -> NDArray[np.int64]:
+    """Return one code per panorama, (N,): a street_view_id is unique only within its dataset."""
+    pairs = np.stack([features.dataset_ids, features.street_view_ids], axis=1)
+    return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def score_kinds(
+    embeddings: Mapping[str, Embeddings],
+    codes: NDArray[Any],
+    ignored: IgnoredPairs,
+    progress: Callable[[int], None] | None = None,
+) -> ScoresByKind:
+    """Score each kind of embedding of the same rows."""
+    return {kind: score_queries(rows, codes, ignored=ignored, progress=progress) for kind, rows in embeddings.items()}
+
+
+def score_kinds_twice(
+    embeddings: Mapping[str, Embeddings],
+    features: Features,
+    ignored: IgnoredPairs,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[ScoresByKind, ScoresByKind | None]:
+    """Score each kind of embedding of a split, among all candidates and among those of other panoramas.
+
+    Raises InputError, naming the kind, if a row is not finite or zero.
+    """
+    scores, apart = {}, {}
+    for kind, rows in embeddings.items():
+        try:
+            scores[kind], without = score_queries_twice(
+                rows, features.building_codes, panorama_codes(features), ignored=ignored, progress=progress
+            )
+        except InputError as error:
+            raise InputError(f"{KIND_LABELS[kind]} {error}") from None
+        if without is not None:
+            apart[kind] = without
+    return scores, apart or None
+
+
+def sample_gallery(codes: NDArray[Any], size: int, seed: int) -> NDArray[np.int64]:
+    """Return `size` rows, ascending, of buildings in an order drawn from the seed: whole ones, the last one cut.
+
+    A building comes with all its images, so that each query keeps its positives; smaller galleries lie in larger ones.
+    """
+    buildings = RowGroups(codes)
+    place = np.random.default_rng(seed).permutation(len(buildings.labels))  # of each building in the order
+    return np.sort(np.argsort(place[buildings.codes], kind="stable")[:size])
+
+
+# ------------------------------------------------------------------------------------------------ summaries
+
+
+def summarize_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dict[str, Any]:
+    """Return the number of queries and of their buildings, and for each kind the scores with intervals."""
+    queries = next(iter(scores.values())).query
+    counts = {"queries": len(queries), "buildings": len(np.unique(codes[queries]))}
+    return counts | {kind: summarize_scores_with_intervals(one, codes, seed) for kind, one in scores.items()}
+
+
+def summarize_scores_with_intervals(scores: QueryScores, codes: NDArray[Any], seed: int) -> Scores:
+    """Return the scores of one kind of embedding, each with its interval over buildings."""
+    return _with_intervals(summarize_scores(scores), bootstrap_intervals(scores, codes, seed))
+
+
+def _with_intervals(means: Mapping[str, float], intervals: Mapping[str, list[float]]) -> Scores:
+    return {name: value for key in SCORE_KEYS for name, value in ((key, means[key]), (f"{key}_ci95", intervals[key]))}
+
+
+def summarize_datasets(
+    scores: ScoresByKind, codes: NDArray[Any], dataset_ids: NDArray[np.int64], seed: int
+) -> dict[str, Any]:
+    """Return, for each dataset, the scores of its queries among the whole gallery, and under `mean` their mean.
+
+    The mean counts each dataset alike, whatever its size; its interval draws the buildings within each dataset.
+    """
+    first = next(iter(scores.values()))
+    found: dict[str, Any] = {}
+    resampled: dict[str, list[NDArray[np.float64]]] = {kind: [] for kind in scores}
+    for dataset_id in np.unique(dataset_ids[first.query]).tolist():
+        chosen = dataset_ids[first.query] == dataset_id
+        found[str(dataset_id)] = summarize_kinds({k: one.take(chosen) for k, one in scores.items()}, codes, seed)
+        for kind, one in scores.items():
+            values, buildings = one.values()[chosen], codes[first.query[chosen]]
+            resampled[kind].append(resample_means(values, buildings, [seed, dataset_id]))
+    mean: dict[str, Any] = {}
+    for kind in scores:
+        means = {key: float(np.mean([dataset[kind][key] for dataset in found.values()])) for key in SCORE_KEYS}
+        intervals = percentile_intervals(np.mean(resampled[kind], axis=0))
+        mean[kind] = _with_intervals(means, dict(zip(SCORE_KEYS, intervals, strict=True)))
+    return found | {"mean": mean}
+
+
+def summarize_galleries(evaluation: Evaluation, seed: int, progress: Callable[[int], None]) -> dict[str, Any]:
+    """Return the scores within galleries of the sizes that the split is large enough for."""
+    found = {}
+    for size in GALLERY_SIZES:
+        if size > len(evaluation.codes):
+            break
+        if size == len(evaluation.codes):  # the whole split has been scored already
+            found[str(size)] = summarize_kinds(evaluation.scores, evaluation.codes, seed)
+            progress(size * len(evaluation.scores))
+            break
+        rows = sample_gallery(evaluation.codes, size, seed)
+        embeddings = {kind: matrix[rows] for kind, matrix in evaluation.embeddings.items()}
+        scores = score_kinds(embeddings, evaluation.codes[rows], evaluation.ignored, progress=progress)
+        found[str(size)] = summarize_kinds(scores, evaluation.codes[rows], seed)
+    return found
+
+
+def compare_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dict[str, Scores]:
+    """Return by how much the projector is better than each baseline, with intervals.
+
+    Paired: each resample of buildings is scored for both, and the differences give the interval.
+    """
+    gains = {}
+    for baseline in COMPARED:
+        differences = scores["projector"].values() - scores[baseline].values()
+        intervals = percentile_intervals(resample_means(differences, codes[scores["projector"].query], seed))
+        means = dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True))
+        gains[f"over_{baseline}"] = _with_intervals(means, dict(zip(SCORE_KEYS, intervals, strict=True)))
+    return gains
+
+
+def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], None]) -> dict[str, Any]:
+    """Return metrics.json without its provenance."""
+    features, codes = evaluation.features, evaluation.codes
+    whole = summarize_kinds(evaluation.scores, codes, seed)
+    return {
+        "split": "test",
+        "queries": whole["queries"],
+        "gallery": len(features),
+        "buildings": len(features.building_ids),
+        "ignored_pairs": len(evaluation.ignored.building_a),
+        **{kind: whole[kind] for kind in KINDS},
+        "projector_gain": compare_kinds(evaluation.scores, codes, seed),
+        "by_dataset": summarize_datasets(evaluation.scores, codes, features.dataset_ids, seed),
+        "without_same_panorama": evaluation.apart and summarize_kinds(evaluation.apart, codes, seed),
+        "by_gallery_size": summarize_galleries(evaluation, seed, progress),
+        "verification": summarize_verification(evaluation),
+    }
+
+
+def summarize_verification(evaluation: Evaluation) -> dict[str, Any]:
+    """Return how well one threshold tells pairs apart, for each kind whose pairs were sampled."""
+    share = share_of_same_pairs(evaluation.codes)
+    found = {kind: summarize_pairs(pairs, share) for kind, pairs in evaluation.pairs.items()}
+    return {"share_of_same_pairs": share, **found}
+
+
+# ------------------------------------------------------------------------------------------------ for people
+
+
+def format_metrics_table(metrics: Mapping[str, Any]) -> str:
+    """Return metrics.json as a table of at most 80 columns, intervals below the values, the verdict last."""
+    lines = [
+        f"{metrics['split']} split: {metrics['queries']:,} queries, gallery of {metrics['gallery']:,} images, "
+        f"{metrics['buildings']:,} buildings,",
+        f"{metrics['ignored_pairs']:,} pairs of buildings ignored; below each value its 95% interval",
+        "",
+        " " * 14 + "".join(f"{SCORE_LABELS[key]:>13}" for key in SCORE_KEYS),
+    ]
+    for kind in KINDS:
+        lines += format_score_lines(KIND_LABELS[kind], metrics[kind])
+    return "\n".join([*lines, "", *textwrap.wrap(describe_verdict(metrics), 80)])
+
+
+def format_score_lines(label: str, scores: Scores) -> list[str]:
+    """Return two lines of a table: the scores, and below them their intervals."""
+    intervals = ("{:.3f}-{:.3f}".format(*scores[f"{key}_ci95"]) for key in SCORE_KEYS)
+    return [
+        f"{label:<14}" + "".join(f"{scores[key]:>13.3f}" for key in SCORE_KEYS),
+        " " * 14 + "".join(f"{interval:>13}" for interval in intervals),
+    ]
+
+
+def describe_verdict(metrics: Mapping[str, Any]) -> str:
+    """Say whether the projector is better than the baselines, by how much, and how sure that is."""
+    own = metrics["projector"]
+    parts = [_compare(metrics, baseline) for baseline in COMPARED]
+    return (
+        f"The projector finds the building at first try for {own['recall_at_1']:.1%} of the queries "
+        f"(mAP {own['map']:.3f}): it {', '.join(parts[:-1])}, and {parts[-1]}."
+    )
+
+
+def _compare(metrics: Mapping[str, Any], baseline: str) -> str:
+    """Say how the projector's mAP relates to a baseline's: the interval of the paired difference decides."""
+    gain = metrics["projector_gain"][f"over_{baseline}"]
+    low, high = gain["map_ci95"]
+    verb = "beats" if low > 0 else "is worse than" if high < 0 else "cannot be told from"
+    return (
+        f"{verb} {KIND_LABELS[baseline]} ({metrics[baseline]['recall_at_1']:.1%}, mAP {metrics[baseline]['map']:.3f}): "
+        f"mAP {gain['map']:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
+    )

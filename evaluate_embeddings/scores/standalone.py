@@ -1,0 +1,179 @@
+"""Stage 9 on anything: one embeddings dataset with labels, or two models side by side on the same images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from evaluate_embeddings.scores.comparison import LabelledImages, compare, format_one, format_two
+from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
+from evaluate_embeddings.scores.labelled import label_rows, match_rows, read_embeddings
+from pipeline import cli
+from pipeline.config import Config
+from pipeline.errors import InputError
+from pipeline.files.tables import read_provenance
+from pipeline.log import Progress, logger
+from pipeline.retrieval.features import Features, load_features
+from pipeline.retrieval.scores import Embeddings, QueryScores, score_queries
+
+STAGE = "evaluate"
+CHECKPOINT_NAME = "checkpoint_best.pt"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks to score, beside or in place of the configured checkpoint."""
+
+    embeddings: Path | None = None
+    labels: Path | None = None
+    compare: Path | None = None
+    ignore_pairs: Path | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is scored: the place it came from, a row an image."""
+
+    place: Path
+    embeddings: Embeddings  # (N, D), L2-normalised
+
+    def take(self, rows: NDArray[np.int64]) -> "Model":
+        """Return some of the rows."""
+        return Model(self.place, self.embeddings[rows])
+
+
+def run(config: Config, _options: cli.Options, request: Request) -> cli.StageResult:
+    """Score what is asked for, log the table with the verdict last, and return the counts; nothing is written."""
+    result = cli.StageResult(STAGE)
+    if request.embeddings is None:
+        models, images, notes = load_checkpoints(config, request, result)
+    else:
+        models, images, notes = load_datasets(request.embeddings, request, result)
+    scores = [_score(model, images, config) for model in models]
+    seed = config.global_.seed
+    names = name_models([model.place for model in models])
+    if len(models) == 1:
+        text = format_one(names[0], scores[0], images, seed)
+    else:
+        found = compare(scores[0], scores[1], images.codes, seed)
+        text = format_two((names[0], names[1]), found, images, seed, notes)
+    result.rows_out = len(images.codes)
+    logger.info("%s:\n\n%s\n", STAGE, text)
+    return result
+
+
+def _score(model: Model, images: LabelledImages, config: Config) -> QueryScores:
+    interval = config.logging.progress_interval_seconds
+    with Progress(f"score {model.place.name}", len(images.codes), "queries", interval) as progress:
+        try:
+            return score_queries(model.embeddings, images.codes, ignored=images.ignored, progress=progress.advance)
+        except InputError as error:
+            raise InputError(f"{model.place}: {error}") from None
+
+
+def name_models(places: list[Path]) -> list[str]:
+    """Name each model by the end of its path that tells it from the other."""
+    for parts in range(1, max(len(place.parts) for place in places) + 1):
+        names = ["/".join(place.parts[-parts:]) for place in places]
+        if len(set(names)) == len(places):
+            return names
+    return [str(place) for place in places]  # a model beside itself
+
+
+# ------------------------------------------------------------------------------------------------ datasets
+
+
+def load_datasets(
+    folder: Path, request: Request, result: cli.StageResult
+) -> tuple[list[Model], LabelledImages, list[str]]:
+    """Read one or two embeddings datasets and the labels of their images; counts go to the result.
+
+    Raises InputError if one cannot be read, they have no image in common, or no two images have one label.
+    """
+    first = read_embeddings(folder)
+    ids, models = first.ids, [Model(first.place, first.embeddings)]
+    result.rows_in = len(ids)
+    if request.compare is not None:
+        if request.compare.is_file():
+            raise InputError(f"{request.compare}: a file: with --embeddings, --compare takes an embeddings dataset")
+        other = read_embeddings(request.compare)
+        rows, other_rows = match_rows(ids, other.ids, str(request.compare))
+        _drop(result, "not_in_both", len(ids) - len(rows))
+        ids = ids.take(pa.array(rows))
+        models = [models[0].take(rows), Model(other.place, other.embeddings[other_rows])]
+    buildings = label_rows(ids, request.labels)
+    kept = np.flatnonzero(buildings.is_valid().to_numpy(zero_copy_only=False))
+    if not len(kept):
+        raise InputError(f"{request.labels}: names none of the images of {folder}: give their labels")
+    _drop(result, "no_label", len(ids) - len(kept))
+    encoded = buildings.take(pa.array(kept)).dictionary_encode()
+    if len(kept) == len(encoded.dictionary):
+        remedy = "give more images" if request.labels else "every image has an OSMID of its own: give --labels"
+        raise InputError(f"{folder}: no two images have one label, so that nothing can be found: {remedy}")
+    ignored = resolve_pairs(_read_pairs(request), encoded.dictionary)
+    images = LabelledImages(encoded.indices.to_numpy().astype(np.int32), ignored, len(ids) - len(kept))
+    return [model.take(kept) for model in models], images, []
+
+
+def _drop(result: cli.StageResult, reason: str, count: int) -> None:
+    if count:
+        result.dropped += count
+        result.reasons[reason] = count
+
+
+def _read_pairs(request: Request) -> pa.Table | None:
+    return None if request.ignore_pairs is None else read_ignore_pairs(request.ignore_pairs)
+
+
+# ------------------------------------------------------------------------------------------------ the test split
+
+
+def load_checkpoints(
+    config: Config, request: Request, result: cli.StageResult
+) -> tuple[list[Model], LabelledImages, list[str]]:
+    """Embed the test split with the configured checkpoint and with another one, or match a dataset of its images.
+
+    The notes say what makes the comparison unfair. Raises InputError if an input is missing or does not fit.
+    """
+    config.require_paths("merged_dir", "checkpoint_dir")
+    test_path = config.path("merged_dir") / "test.parquet"
+    features = load_features(test_path)
+    result.rows_in = len(features)
+    split_hash = (read_provenance(test_path) or {}).get("split_hash")
+    assert request.compare is not None  # main asks for one of the two
+    own, notes = _project(config.path("checkpoint_dir") / CHECKPOINT_NAME, features, config, split_hash)
+    rows = np.arange(len(features))
+    if request.compare.is_dir():
+        table = read_embeddings(request.compare)
+        rows, other_rows = _match_split(features, table.ids, str(request.compare))
+        _drop(result, "not_in_both", len(features) - len(rows))
+        other = Model(table.place, table.embeddings[other_rows])
+    else:
+        other, more = _project(request.compare, features, config, split_hash)
+        notes += more
+    ignored = resolve_pairs(_read_pairs(request), features.building_ids)
+    return [own.take(rows), other], LabelledImages(features.building_codes[rows], ignored, 0), notes
+
+
+def _project(path: Path, features: Features, config: Config, split_hash: str | None) -> tuple[Model, list[str]]:
+    from pipeline.inference.devices import choose_device
+    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
+
+    checkpoint = load_checkpoint(path, input_dim=features.width)
+    device = choose_device(config.infrastructure.device)
+    trained_on = checkpoint.provenance.get("split_hash")
+    notes = []
+    if trained_on != split_hash:
+        why = "on another split" if trained_on else "on a split that it does not name"
+        notes.append(f"Mind: {path.name} was trained {why}: it may have seen images of this test split.")
+    return Model(path, project(build_projector(checkpoint).to(device), features.embeddings, device)), notes
+
+
+def _match_split(features: Features, ids: pa.StringArray, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Match a dataset whose rows are named as the split's images are, or by their buildings, row by row."""
+    buildings = features.building_ids.take(pa.array(features.building_codes)).cast(pa.string())
+    if ids.equals(buildings):
+        return np.arange(len(ids)), np.arange(len(ids))
+    return match_rows(features.image_ids.cast(pa.string()), ids, name)

@@ -1,0 +1,134 @@
+"""Rows of floats kept on disk while they are being computed, so that an interrupted run goes on where it stood."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError, Rejection
+from pipeline.files.tables import write_failure, write_json
+from pipeline.log import logger
+
+
+def remove_leftover(output_path: Path) -> None:
+    """Remove the scratch of an output that is complete, left by a run that was killed before it could tidy up.
+
+    One that another process holds stays.
+    """
+    rows_path, progress_path = _name_files(output_path)
+    try:
+        descriptor = os.open(rows_path, os.O_RDWR)
+    except OSError:
+        return  # there is none, which is the rule
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        progress_path.unlink(missing_ok=True)
+        rows_path.unlink(missing_ok=True)
+    except OSError:
+        logger.debug("%s: left where it is", rows_path)
+    finally:
+        os.close(descriptor)
+
+
+def _name_files(output_path: Path) -> tuple[Path, Path]:
+    """Return where an output's rows lie while they are computed, and the note of how far they are."""
+    hidden = f".{output_path.name}"
+    return output_path.with_name(f"{hidden}.rows"), output_path.with_name(f"{hidden}.progress.json")
+
+
+class RowScratch:
+    """A hidden file of float32 rows beside an output, with a note of how far it is.
+
+    Rows are computed in the order of the input (`seen` counts them) and stored at their place in the output. Plain
+    writes, not a memory map: on a full disk a map ends the process with SIGBUS. One process at a time holds it.
+    """
+
+    def __init__(self, output_path: Path, num_rows: int, identity: str) -> None:
+        """Open the scratch of an output; what an interrupted run of the same `identity` left is taken up.
+
+        Raises PipelineError if another process is making the same output, or the folder cannot be written.
+        """
+        self.num_rows, self.identity = num_rows, identity
+        self._output_path = output_path
+        self._rows_path, self._progress_path = _name_files(output_path)
+        try:
+            output_path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._rows_path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise write_failure(self._rows_path, error) from error
+        self._lock()
+        self.seen = 0
+        self.width: int | None = None
+        self.rejects: dict[int, Rejection] = {}
+        self._load()
+        self.seen_at_start = self.seen
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PipelineError(
+                f"{self._output_path}: another process is making it: wait for that one, or stop it and run this again"
+            ) from None
+        except OSError:
+            logger.debug("%s: this file system has no locks", self._rows_path)
+
+    def _load(self) -> None:
+        """Take up what is there if it belongs to the same run, else begin anew."""
+        try:
+            progress = json.loads(self._progress_path.read_text(encoding="utf-8"))
+            is_whole = os.fstat(self._descriptor).st_size >= progress["num_bytes"]  # unless someone has removed it
+            if is_whole and progress["identity"] == self.identity and progress["num_rows"] == self.num_rows:
+                self.seen, self.width = progress["seen"], progress["width"]
+                self.rejects = {row: Rejection(reason, detail) for row, reason, detail in progress["rejects"]}
+                logger.info("%s: going on behind image %d of %d", self._output_path.name, self.seen, self.num_rows)
+                return
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # no note, or one that is not ours
+        os.ftruncate(self._descriptor, 0)
+
+    def write(self, rows: list[int], values: NDArray[np.float32]) -> None:
+        """Store values (len(rows), D) at their places.
+
+        Raises PipelineError where the disk is full.
+        """
+        self.width = values.shape[1]
+        try:
+            for row, value in zip(rows, np.ascontiguousarray(values), strict=True):
+                data, place = value.tobytes(), row * value.nbytes
+                while data:  # a nearly full disk takes a part, and refuses the rest
+                    written = os.pwrite(self._descriptor, data, place)
+                    data, place = data[written:], place + written
+        except OSError as error:
+            raise write_failure(self._rows_path, error) from error
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the rows from `start` up to `stop`, (stop - start, D); rows never written are zero."""
+        width = self.width or 0
+        data = os.pread(self._descriptor, (stop - start) * width * 4, start * width * 4)
+        data += bytes((stop - start) * width * 4 - len(data))
+        return np.frombuffer(data, np.float32).reshape(stop - start, width)
+
+    def save(self) -> None:
+        """Make what is stored so far safe against a kill, and note how far it is."""
+        os.fsync(self._descriptor)
+        rejects = [[row, rejection.reason, rejection.detail] for row, rejection in self.rejects.items()]
+        progress = {
+            "identity": self.identity,
+            "num_rows": self.num_rows,
+            "num_bytes": os.fstat(self._descriptor).st_size,
+            "seen": self.seen,
+            "width": self.width,
+            "rejects": rejects,
+        }
+        write_json(self._progress_path, progress)
+
+    def close(self, *, remove: bool) -> None:
+        """Let go of the file; `remove` once the output is complete."""
+        if remove:
+            self._progress_path.unlink(missing_ok=True)
+            self._rows_path.unlink(missing_ok=True)
+        os.close(self._descriptor)

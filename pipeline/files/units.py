@@ -1,0 +1,123 @@
+"""The per-tar stages' work: which tars, which outputs, what is kept, what failed."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli import Options, StageResult
+from pipeline.config import Config
+from pipeline.errors import ConfigError, InputError
+from pipeline.files.tables import identify, is_complete, read_provenance
+from pipeline.ids import list_tars, parse_dataset_id
+from pipeline.log import logger
+
+
+@dataclass(frozen=True)
+class TarUnit:
+    """One tar and what a stage makes of it; `intermediate_path` is stage 1's output for the tar."""
+
+    dataset_id: int
+    tar_path: Path
+    intermediate_path: Path
+    output_path: Path
+
+    def identify_tar(self) -> list[dict[str, Any]]:
+        """Tell the tar apart by name and size; a tar that is gone is no input any more."""
+        return [identify(self.tar_path)] if self.tar_path.is_file() else []
+
+
+def list_units(config: Config, options: Options, output_key: str, suffix: str = "") -> list[TarUnit]:
+    """Return this shard's units for the tars named on the command line, or else all that there are.
+
+    All are the tars of raw_dir and, for the stages that read intermediates (`suffix` given), also the intermediates
+    whose tar is gone: what was made of them still counts. Raises InputError where there is nothing.
+    """
+    intermediates_dir, output_dir = config.path("intermediates_dir"), config.path(output_key)
+    if options.tar_files:
+        tars = _take_named(options.tar_files)
+    else:
+        tars = _find_tars(config.path("raw_dir"), intermediates_dir if suffix else None)
+    units = [
+        TarUnit(
+            dataset_id,
+            tar_path,
+            intermediates_dir / f"{dataset_id:04d}.parquet",
+            output_dir / f"{dataset_id:04d}{suffix}.parquet",
+        )
+        for dataset_id, tar_path in sorted(tars.items())
+    ]
+    return options.shard.take(units)
+
+
+def _take_named(tar_files: Iterable[Path]) -> dict[int, Path]:
+    tars: dict[int, Path] = {}
+    for path in tar_files:
+        if tars.setdefault(parse_dataset_id(path), path) != path:
+            raise ConfigError(f"--tar-file {path}: another one has this name too, and so the same output: give one")
+    return tars
+
+
+def _find_tars(raw_dir: Path, intermediates_dir: Path | None) -> dict[int, Path]:
+    known = {}
+    if intermediates_dir is not None:
+        stems = (path.stem for path in intermediates_dir.glob("*.parquet") if not path.name.startswith("."))
+        known = {int(stem): raw_dir / f"{stem}.tar" for stem in stems if stem.isascii() and stem.isdigit()}
+    if not known or raw_dir.is_dir():
+        try:
+            known |= {parse_dataset_id(path): path for path in list_tars(raw_dir)}
+        except InputError:
+            if not known:
+                raise
+    return known
+
+
+def run_units(
+    units: Iterable[TarUnit],
+    result: StageResult,
+    describe: Callable[[TarUnit], dict[str, Any]],
+    make: Callable[[TarUnit, dict[str, Any]], None],
+    overwrite: bool,
+) -> None:
+    """Make what is not there yet, tar by tar, and add every tar's counts to `result`.
+
+    `describe` gives the provenance that an output must have, `make` writes the output and its rejects and puts
+    `counts` and `reasons` into the provenance. A tar that cannot be read fails alone: the others are done first.
+    Raises StaleOutputError before anything is made, InputError in the end where tars failed.
+    """
+    planned: list[tuple[TarUnit, dict[str, Any]]] = []
+    failures: list[str] = []
+    for unit in units:
+        try:
+            provenance = describe(unit)
+            if is_complete(unit.output_path, provenance, overwrite):
+                _add_kept(unit, result)
+            else:
+                planned.append((unit, provenance))
+        except InputError as error:
+            failures.append(str(error))
+            logger.error("%s", error)
+    total = len(planned) + len(result.kept) + len(failures)
+    for number, (unit, provenance) in enumerate(planned, start=1):
+        logger.info("%s: %s (%d of %d)", result.stage, unit.tar_path.name, number, len(planned))
+        try:
+            make(unit, provenance)
+        except InputError as error:
+            failures.append(str(error))
+            logger.error("%s", error)
+            continue
+        result.add(provenance["counts"], provenance["reasons"])
+        result.written.append(unit.output_path)
+    if failures:
+        more = f" (and {len(failures) - 1} more, see the log)" if len(failures) > 1 else ""
+        others = ", the others are done" if total > len(failures) else ""
+        failed = InputError(f"{len(failures)} of {total} tars failed{others}: {failures[0]}{more}")
+        failed.result = result
+        raise failed
+
+
+def _add_kept(unit: TarUnit, result: StageResult) -> None:
+    found = read_provenance(unit.output_path) or {}
+    logger.info("%s: kept %s, which is complete", result.stage, unit.output_path)
+    result.add(found.get("counts", {}), found.get("reasons"))
+    result.kept.append(unit.output_path)

@@ -1,0 +1,341 @@
+"""Run a pretrained vision model: encoded images in, pooled embeddings out."""
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
+
+from pipeline.config import count_cores
+from pipeline.errors import InputError, PipelineError, one_line
+from pipeline.inference.batch_size import find_batch_size
+from pipeline.inference.devices import choose_device, describe_device, keep_freed_memory
+from pipeline.inference.images import decode_rgb
+from pipeline.inference.pixels import decode_on_gpu, decode_pixels, has_nvjpeg, is_for_nvjpeg, travels_whole
+from pipeline.inference.preprocessing import (
+    cut_ribbon,
+    find_device_processor,
+    find_margins,
+    load_processor,
+    prepare,
+    works_on_tensors,
+)
+from pipeline.log import logger
+
+# Images in one forward pass on a CPU. On two cores 8 is four times as fast as 32 for a convolutional backbone (its
+# activations then stay in the cache). Not measured at start: a resumed run has to form the same passes.
+CPU_MICRO_BATCH = 8
+# JPEGs of 640 px that one core decodes in a second (torchvision, 16 threads of an H100's host: 4,041). A model that
+# is faster than the cores together leaves decoding to nvJPEG; a slower one keeps the whole GPU for itself.
+DECODES_PER_CORE = 250
+# Passes that are timed for each batch size, behind one that is not.
+TIMED_PASSES = 3
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# What `decode` makes of a file: the model's input (3, h, w) float32, or what the GPU shall make it of, pixels
+# (3, H, W) uint8 or the bytes of a JPEG.
+Decoded = torch.Tensor | bytes
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Inputs of a pass on their way to the device, (n, 3, h, w) for each size, and what says that they are there."""
+
+    batches: list[torch.Tensor]
+    arrived: torch.cuda.Event | None = None
+
+
+@dataclass
+class Launched:
+    """A pass under way: its outputs by part, (n, D) each, and the events around each part on the GPU."""
+
+    parts: list[torch.Tensor]
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]]
+
+    def result(self) -> NDArray[np.float32]:
+        """Wait for the embeddings, (N, D) float32."""
+        if self.events:
+            self.events[-1][1].synchronize()
+        return torch.cat(self.parts).numpy()
+
+    def gpu_seconds(self) -> float:
+        """Seconds for which the GPU computed, behind `result`."""
+        return float(sum(start.elapsed_time(end) for start, end in self.events)) / 1000.0
+
+
+class Embedder:
+    """A model with its image processor, on a device, in evaluation mode.
+
+    An image goes through `decode`, `stage` and `launch`. Many threads may call `decode`, and on a CPU `launch`; the
+    others are each called from one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        pooling_type: str = "pooler_output",
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int | str = "auto",
+        compile_model: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load model and processor from a local folder.
+
+        Raises InputError if either cannot be loaded or weights are missing.
+        """
+        self.device = choose_device(device)
+        self.on_gpu = self.device.type == "cuda"
+        if not self.on_gpu:
+            keep_freed_memory()
+        self.pooling_type = pooling_type
+        self.dtype = _DTYPES[dtype] if dtype != "auto" else _default_dtype(self.device)
+        transformers_logging.disable_progress_bar()
+        self.processor = load_processor(folder, trust_remote_code)
+        self._takes_pixels = works_on_tensors(self.processor)
+        self.device_processor = None
+        if self.on_gpu:
+            self.device_processor = find_device_processor(folder, self.processor, trust_remote_code, self.device)
+        self._side = torch.cuda.Stream() if self.on_gpu else None
+        self.model = load_model(folder, self.dtype, pooling_type, trust_remote_code).to(self.device).eval()
+        # Twice as fast for convolutions on a CPU, the same values.
+        self._layout = torch.contiguous_format if self.on_gpu else torch.channels_last
+        self.model.to(memory_format=self._layout)
+        self.compile_model = False
+        self.nvjpeg = False
+        self.micro_batch = 1 if isinstance(batch_size, str) else batch_size
+        if self.on_gpu:
+            self._tune(batch_size)
+        else:
+            self.micro_batch = CPU_MICRO_BATCH if isinstance(batch_size, str) else min(batch_size, CPU_MICRO_BATCH)
+        if compile_model:
+            self.compile_model = True
+            self.model.compile(dynamic=False)
+        logger.info(
+            "model %s: %s, %s, %s, attention %s, %d images a pass%s",
+            folder.name, type(self.model).__name__, describe_device(self.device), self.dtype,
+            getattr(self.model.config, "_attn_implementation", None) or "none", self.micro_batch,
+            ", JPEGs decoded by the GPU" if self.nvjpeg else "",
+        )  # fmt: skip
+
+    def decode(self, data: bytes) -> Decoded:
+        """Decode an image, and prepare it unless that is left to the device.
+
+        Raises Rejection if it cannot be used.
+        """
+        if self.nvjpeg and is_for_nvjpeg(data):
+            return data
+        if not self._takes_pixels and self.device_processor is None:
+            return self.prepare(decode_rgb(data))
+        pixels = decode_pixels(data)
+        if self.device_processor is None or not travels_whole(*pixels.shape[1:]):
+            return self.prepare(pixels)
+        return pixels.pin_memory() if self.on_gpu else pixels
+
+    def prepare(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Return an RGB image, or its pixels (3, H, W) uint8, as the model's processor makes it, (3, h, w) float32."""
+        if getattr(self.processor, "do_center_crop", False):
+            if isinstance(image, torch.Tensor):
+                x, y = find_margins(image.shape[2], image.shape[1])
+                image = image[:, y : image.shape[1] - y, x : image.shape[2] - x]
+            else:
+                image = cut_ribbon(image)
+        if isinstance(image, torch.Tensor) and not self._takes_pixels:
+            image = Image.fromarray(image.permute(1, 2, 0).numpy())
+        return prepare(self.processor, image)
+
+    def stage(self, images: Sequence[Decoded]) -> Staged:
+        """Bring decoded images to the device, behind what it computes; neighbours of one size make a batch.
+
+        Processors without a crop give several sizes.
+        """
+        with torch.cuda.stream(self._side):  # None on a CPU, which does nothing
+            try:
+                inputs = self._finish(images)
+                batches = _stack_by_size(inputs)
+                if self.on_gpu:
+                    batches = [batch.to(self.device, self.dtype, non_blocking=True) for batch in batches]
+            except torch.cuda.OutOfMemoryError:
+                logger.warning("out of GPU memory: pictures are resized on the CPU from now on")
+                self.device_processor, self.nvjpeg = None, False
+                return Staged(_stack_by_size([self._prepare_late(image) for image in images]))
+            return Staged(batches, self._side.record_event() if self._side else None)
+
+    def _finish(self, images: Sequence[Decoded]) -> list[torch.Tensor]:
+        """Return the model's inputs, (3, h, w) each; those that come as bytes or pixels are made on the device."""
+        if self.device_processor is None:  # or taken away since they were decoded
+            images = [self._prepare_late(image) for image in images]
+        found = dict(enumerate(images))
+        files = {place: image for place, image in found.items() if isinstance(image, bytes)}
+        if files:
+            found |= zip(files, decode_on_gpu(list(files.values()), self.device), strict=True)
+        whole: dict[int, torch.Tensor] = {}
+        for place, image in found.items():
+            assert isinstance(image, torch.Tensor)
+            if image.dtype == torch.uint8:
+                whole[place] = image.to(self.device, non_blocking=True)
+        if whole and self.device_processor is not None:
+            found |= zip(whole, self.device_processor(list(whole.values())), strict=True)
+        inputs = [image for image in found.values() if isinstance(image, torch.Tensor)]
+        return [image.to(self.device) for image in inputs]
+
+    def _prepare_late(self, image: Decoded) -> torch.Tensor:
+        if isinstance(image, bytes):
+            image = decode_pixels(image)
+        return self.prepare(image) if image.dtype == torch.uint8 else image
+
+    def launch(self, staged: Staged) -> Launched:
+        """Start the forward passes; on a CPU this computes them."""
+        if staged.arrived is not None:
+            current = torch.cuda.current_stream()
+            current.wait_event(staged.arrived)
+            for batch in staged.batches:
+                batch.record_stream(current)
+        launched = Launched([], [])
+        for batch in staged.batches:
+            waiting = batch
+            while len(waiting):
+                count = self.micro_batch  # which a pass that is out of memory makes smaller
+                self._forward(waiting[:count], launched)
+                waiting = waiting[count:]
+        return launched
+
+    def embed(self, images: Sequence[Decoded]) -> NDArray[np.float32]:
+        """Return the pooled outputs, (N, D) float32, not normalised, of decoded or prepared images in order."""
+        return self.launch(self.stage(images)).result()
+
+    def measure_width(self) -> int:
+        """Return the length of an embedding, by embedding a grey picture."""
+        return int(self.embed([self.prepare(Image.new("RGB", (224, 224), "grey"))]).shape[1])
+
+    def _forward(self, batch: torch.Tensor, launched: Launched) -> None:
+        """Start one pass, in halves where the GPU's memory does not hold it."""
+        count = len(batch)
+        if self.compile_model and count < self.micro_batch:  # a new shape would compile anew
+            batch = torch.cat([batch, batch[-1:].expand(self.micro_batch - count, -1, -1, -1)])
+        try:
+            with torch.inference_mode():
+                inputs = batch.to(self.device, self.dtype, memory_format=self._layout)
+                started = torch.cuda.current_stream().record_event(_timer()) if self.on_gpu else None
+                pooled = self._pool(self.model(pixel_values=inputs))[:count].float()
+                launched.parts.append(_fetch(pooled))
+                if started is not None:
+                    launched.events.append((started, torch.cuda.current_stream().record_event(_timer())))
+                return
+        except torch.cuda.OutOfMemoryError:
+            if count == 1:
+                raise PipelineError("the GPU cannot hold the model and one image: use a larger one") from None
+        torch.cuda.empty_cache()
+        self.micro_batch = max(1, count // 2)
+        logger.warning("out of GPU memory: going on with %d images a pass", self.micro_batch)
+        for half in batch[:count].split(self.micro_batch):
+            self._forward(half, launched)
+
+    def _tune(self, batch_size: int | str) -> None:
+        """Choose by measurement how many images a pass takes, if that is left to us, and who decodes."""
+        shape = self.prepare(Image.new("RGB", (640, 640), "grey")).shape
+        if isinstance(batch_size, str):
+            self.micro_batch, rate = find_batch_size(lambda size: self._measure_rate(size, shape))
+        else:
+            try:
+                rate = self._measure_rate(batch_size, shape)
+            except torch.cuda.OutOfMemoryError:
+                rate = 0.0  # the passes will be halved
+        torch.cuda.empty_cache()
+        fast = rate > DECODES_PER_CORE * count_cores()
+        self.nvjpeg = fast and self.device_processor is not None and has_nvjpeg(self.device)
+        logger.info("the model alone does %.0f img/s in passes of %d", rate, self.micro_batch)
+
+    def _measure_rate(self, count: int, shape: torch.Size) -> float:
+        """Return the images/s of the model alone, not compiled, in passes of `count` inputs of `shape`."""
+        batch = torch.zeros((count, *shape), dtype=self.dtype, device=self.device)
+        with torch.inference_mode():
+            for number in range(1 + TIMED_PASSES):
+                if number == 1:
+                    self._wait()
+                    started = time.monotonic()
+                self.model(pixel_values=batch)
+            self._wait()
+        return count * TIMED_PASSES / (time.monotonic() - started)
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def _pool(self, outputs: object) -> torch.Tensor:
+        """Return (B, D) as `pooling_type` says."""
+        if self.pooling_type == "cls_token":
+            tokens: torch.Tensor = outputs.last_hidden_state  # type: ignore[attr-defined]
+            if tokens.ndim != 3:  # (B, C, H, W) of a convolutional one
+                raise InputError(
+                    f"{type(self.model).__name__} has no CLS token: set [embedding_model].pooling_type to pooler_output"
+                )
+            return tokens[:, 0]
+        pooled = getattr(outputs, "pooler_output", None)
+        if pooled is None:
+            raise InputError(
+                f"{type(self.model).__name__} has no pooler_output: set [embedding_model].pooling_type to cls_token"
+            )
+        return pooled.flatten(1)  # type: ignore[no-any-return]
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the chip is made for it; never float16, which breaks DINOv3."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _stack_by_size(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.stack(list(group)) for _, group in itertools.groupby(inputs, key=lambda tensor: tensor.shape)]
+
+
+def _fetch(pooled: torch.Tensor) -> torch.Tensor:
+    """Copy to the host; from a GPU without waiting, into pinned memory."""
+    if pooled.device.type != "cuda":
+        return pooled
+    host = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
+    return host.copy_(pooled, non_blocking=True)
+
+
+def _timer() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_remote_code: bool) -> torch.nn.Module:
+    """Load the weights and refuse to run on any that the folder lacks, which would be random numbers."""
+    try:
+        model, info = AutoModel.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]}): fetch it again") from None
+    unused = "pooler." if pooling_type == "cls_token" else None
+    missing = [key for key in info["missing_keys"] if not (unused and key.startswith(unused))]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(missing)} weights are missing ({sorted(missing)[0]}, ...): fetch the model again, "
+            "or set [embedding_model].pooling_type to cls_token if only its pooler is missing"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def check_embeddings(embeddings: NDArray[np.float32], names: Sequence[str], width: int | None = None) -> None:
+    """Raise PipelineError naming the first image whose embedding is not finite, all zero, or of another width."""
+    if width is not None and embeddings.shape[1] != width:
+        raise PipelineError(f"the model gives {embeddings.shape[1]} numbers an image, expected {width}: wrong model")
+    bad = ~np.isfinite(embeddings).all(axis=1) | ~embeddings.any(axis=1)
+    if bad.any():
+        name = names[int(np.flatnonzero(bad)[0])]
+        raise PipelineError(
+            f"{name}: its embedding is not finite or all zero, and {int(bad.sum()) - 1} more of {len(names)}: "
+            'the weights are damaged or the dtype is wrong; try [embedding_model].dtype = "float32"'
+        )

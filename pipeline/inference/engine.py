@@ -1,0 +1,189 @@
+"""Embed a stream of encoded images: read, decode, prepare, compute and write, each while the others go on.
+
+A thread reads and gathers passes, several decode, the caller's feeds the GPU, and writes behind itself (`Background`);
+each is ahead of the next by a bounded number of images, so what is held depends on the settings and not on the input.
+On a CPU each core computes a pass of its own: threads that share one wait for one another at every layer, and with
+other programs on the cores that took five times as long (EfficientNet-Lite0 on two cores).
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError, Rejection
+from pipeline.inference.backbone import Decoded, Embedder, Launched, Staged
+from pipeline.inference.engine_watch import EngineWatch
+from pipeline.inference.workers import map_in_order, prefetch
+
+Item = TypeVar("Item")
+
+# Passes under way on a GPU while the one before them is fetched, and passes made ready ahead of them.
+PASSES_UNDER_WAY = 1
+PASSES_READY = 2
+
+
+class End:
+    """Stands between images of a stream: no pass spans it, and `Embedded.end` says that it was reached."""
+
+
+@dataclass
+class Embedded(Generic[Item]):
+    """What became of the next images of the stream: those embedded, those rejected, `taken` in all.
+
+    `is_full` says that the pass has as many images as a pass takes; `end` is the End that closed it, if any.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    embeddings: NDArray[np.float32] | None = None  # (len(items), D), None without items
+    rejected: list[tuple[Item, Rejection]] = field(default_factory=list)
+    taken: int = 0
+    is_full: bool = False
+    end: End | None = None
+
+
+def embed_stream(
+    embedder: Embedder,
+    items: Iterable[Item | End],
+    decode: Callable[[Item], Decoded],
+    num_workers: int,
+    watch: EngineWatch,
+) -> Generator[Embedded[Item], None, None]:
+    """Yield what becomes of the items, in their order, pass by pass.
+
+    `decode` runs in threads and calls `embedder.decode` with an item's bytes; the Rejection that it raises costs that
+    item alone. `items` is read in a thread of its own. Whoever may stop early closes what is returned.
+    """
+    started = time.monotonic()
+    watch.device = "GPU" if embedder.on_gpu else "CPU"
+    num_threads, num_passes = torch.get_num_threads(), count_passes(embedder)
+    in_flight = max(2 * embedder.micro_batch * num_passes, 2 * num_workers)
+    gathered = _gather(embedder, items, decode, num_workers, in_flight, watch)
+    staged = prefetch(gathered, PASSES_READY if embedder.on_gpu else num_passes)
+    try:
+        with closing(staged):
+            if embedder.on_gpu:
+                yield from _compute_on_gpu(embedder, staged, watch)
+            else:
+                yield from _compute_on_cpu(embedder, staged, num_passes, watch)
+    finally:
+        torch.set_num_threads(num_threads)  # for threads yet to come, behind `use_one_thread`
+        watch.wall_seconds += time.monotonic() - started
+
+
+def _gather(
+    embedder: Embedder,
+    items: Iterable[Item | End],
+    decode: Callable[[Item], Decoded],
+    num_workers: int,
+    in_flight: int,
+    watch: EngineWatch,
+) -> Iterator[tuple[Embedded[Item], Staged]]:
+    """Read the items, have them decoded, and bring each pass to the device."""
+
+    def attempt(item: Item | End) -> tuple[Item | End, Decoded | Rejection | None, float]:
+        if isinstance(item, End):
+            return item, None, 0.0
+        started = time.monotonic()
+        try:
+            outcome: Decoded | Rejection = decode(item)
+        except Rejection as rejection:
+            outcome = rejection
+        return item, outcome, time.monotonic() - started
+
+    reader = watch.measure_each("read", items)
+    gathered: Embedded[Item] = Embedded()
+    ready: list[Decoded] = []
+    with closing(map_in_order(attempt, reader, num_workers, in_flight, use_one_thread)) as decoded:
+        failure = None
+        try:
+            for item, outcome, seconds in decoded:
+                watch.add("decode in threads", seconds)
+                if isinstance(item, End):
+                    gathered.end = item
+                else:
+                    gathered.taken += 1
+                    if isinstance(outcome, Rejection):
+                        gathered.rejected.append((item, outcome))
+                    else:
+                        assert outcome is not None
+                        gathered.items.append(item)
+                        ready.append(outcome)
+                gathered.is_full = len(ready) >= embedder.micro_batch
+                if gathered.is_full or gathered.end is not None:
+                    yield gathered, _stage(embedder, ready, watch)
+                    gathered, ready = Embedded(), []
+        except PipelineError as error:
+            failure = error
+    if gathered.taken:
+        yield gathered, _stage(embedder, ready, watch)
+    if failure is not None:
+        raise failure
+
+
+def _stage(embedder: Embedder, ready: list[Any], watch: EngineWatch) -> Staged:
+    with watch.measure("stage"):
+        return embedder.stage(ready)
+
+
+def use_one_thread() -> None:
+    """Keep torch from starting threads of its own in each of ours; asked first, or it would set them anew later."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def _compute_on_gpu(
+    embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], watch: EngineWatch
+) -> Iterator[Embedded[Item]]:
+    """Run the passes; the next one is started before the last one's embeddings are fetched."""
+    under_way: deque[tuple[Embedded[Item], Launched]] = deque()
+    failure = None
+    try:
+        for gathered, inputs in watch.measure_each("wait", staged):
+            with watch.measure("compute"):
+                under_way.append((gathered, embedder.launch(inputs)))
+            while len(under_way) > PASSES_UNDER_WAY:
+                yield _fetch(*under_way.popleft(), watch)
+    except PipelineError as error:
+        failure = error
+    while under_way:
+        yield _fetch(*under_way.popleft(), watch)
+    if failure is not None:
+        raise failure
+
+
+def _compute_on_cpu(
+    embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], num_passes: int, watch: EngineWatch
+) -> Iterator[Embedded[Item]]:
+    """Run as many passes at once as there are cores."""
+
+    def compute(entry: tuple[Embedded[Item], Staged]) -> tuple[Embedded[Item], Launched, float]:
+        started = time.monotonic()
+        return entry[0], embedder.launch(entry[1]), time.monotonic() - started
+
+    reader = watch.measure_each("wait", staged)
+    with closing(map_in_order(compute, reader, num_passes, num_passes + 1, use_one_thread)) as computed:
+        for gathered, launched, seconds in computed:
+            watch.add("compute", seconds / num_passes)
+            watch.busy_seconds += seconds / num_passes
+            yield _fetch(gathered, launched, watch)
+
+
+def count_passes(embedder: Embedder) -> int:
+    """Return how many passes are computed at once: on a GPU one. Asked in the caller's thread."""
+    return 1 if embedder.on_gpu else torch.get_num_threads()
+
+
+def _fetch(gathered: Embedded[Item], launched: Launched, watch: EngineWatch) -> Embedded[Item]:
+    if gathered.items:
+        with watch.measure("compute"):
+            gathered.embeddings = launched.result()
+        watch.busy_seconds += launched.gpu_seconds()
+        watch.images += len(gathered.items)
+    return gathered

@@ -1,0 +1,117 @@
+"""Make a model's input of pixels with the model's own image processor, on the CPU or in batches on a GPU."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from pipeline.errors import InputError, one_line
+from pipeline.inference.pixels import to_pixels
+from pipeline.log import logger
+
+# No camera makes pictures of this shape. At 256 pixels of the shorter edge it takes 50 MB; a crop keeps 0.3 % of them.
+RIBBON_RATIO = 256
+# Pictures that are resized in one go: as floats, 400 MB of the largest.
+DEVICE_CHUNK = 32
+# Grey levels by which a GPU's input may differ from the CPU's, on average over a picture: it rounds otherwise.
+TOLERANCE_LEVELS = 0.5
+
+
+class DeviceProcessor:
+    """Resizes, crops and normalises batches on a device, by the model's own image processor run there."""
+
+    def __init__(self, processor: Any, device: torch.device) -> None:
+        self._processor, self._device = processor, device
+
+    def __call__(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the model's input, (3, h, w) float32 each, of pictures (3, H, W) uint8 on the device."""
+        ready: list[torch.Tensor] = []
+        for start in range(0, len(pixels), DEVICE_CHUNK):
+            chunk = list(pixels[start : start + DEVICE_CHUNK])
+            ready += self._processor(images=chunk, device=self._device)["pixel_values"]
+        return ready
+
+
+def works_on_tensors(processor: Any) -> bool:
+    """Whether an image processor computes with torch: BaseImageProcessorFast until transformers 5, then this name."""
+    names = {base.__name__ for base in type(processor).__mro__}
+    return bool(names & {"TorchvisionBackend", "BaseImageProcessorFast"})
+
+
+def find_device_processor(
+    folder: Path, processor: Any, trust_remote_code: bool, device: torch.device
+) -> DeviceProcessor | None:
+    """Return the image processor as it runs on `device`, or None, said in the log, where it cannot or gives another
+    input than `processor` on the CPU."""
+    found = processor
+    if not works_on_tensors(found):  # the older kind, which computes with Pillow; most have a twin
+        try:
+            found = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, use_fast=True)
+        except (OSError, ValueError, ImportError) as error:
+            logger.info("pictures are resized on the CPU: %s", one_line(error)[:200])
+            return None
+    name = type(processor).__name__
+    if not works_on_tensors(found):
+        logger.info("pictures are resized on the CPU: %s has no version for the GPU", name)
+        return None
+    on_device = DeviceProcessor(found, device)
+    levels = measure_difference(processor, on_device, device)
+    if levels > TOLERANCE_LEVELS:
+        logger.info("pictures are resized on the CPU: %s differs there by %.2f grey levels on average", name, levels)
+        return None
+    return on_device
+
+
+def measure_difference(processor: Any, on_device: DeviceProcessor, device: torch.device) -> float:
+    """Return by how many grey levels two ways to the input of a model differ, on average over a drawn picture."""
+    blocks = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    drawn = Image.fromarray(blocks).resize((512, 384), Image.Resampling.BICUBIC)
+    white, black = (prepare(processor, Image.new("RGB", (64, 64), grey)) for grey in ("white", "black"))
+    levels_per_unit = 255.0 / float((white - black).mean())
+    there = on_device([to_pixels(drawn).to(device)])[0].float().cpu()
+    here = prepare(processor, drawn)
+    if there.shape != here.shape:
+        return float("inf")
+    return float((there - here).abs().mean()) * levels_per_unit
+
+
+def prepare(processor: Any, image: Image.Image | torch.Tensor) -> torch.Tensor:
+    """Return an RGB image, or its pixels (3, H, W) uint8, as the processor makes it on the CPU, (3, h, w) float32."""
+    pixels: torch.Tensor = processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    return pixels
+
+
+def cut_ribbon(image: Image.Image) -> Image.Image:
+    """Return the middle of an image that is more than RIBBON_RATIO times as long as wide; others as they are.
+
+    A processor that brings the shorter edge to 256 pixels makes 4 GB of an image of 1 x 20,000, to keep a square from
+    its middle. What it keeps stays the same but for a shift of half a pixel: the cut is centred as its crop is.
+    """
+    width, height = image.size
+    x, y = find_margins(width, height)
+    return image.crop((x, y, width - x, height - y)) if x or y else image
+
+
+def find_margins(width: int, height: int) -> tuple[int, int]:
+    """Return what `cut_ribbon` takes from each side, left and right, above and below."""
+    longest = RIBBON_RATIO * min(width, height)
+    return max(0, width - longest) // 2, max(0, height - longest) // 2
+
+
+def load_processor(folder: Path, trust_remote_code: bool) -> Any:
+    """Load a model's image processor.
+
+    Raises InputError where it cannot be loaded.
+    """
+    if not any(folder.glob("*processor_config.json")):
+        logger.warning("%s says nothing of its image processor: taken is the default of its kind", folder)
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder}: no image processor can be loaded ({one_line(error)[:300]}): fetch the model again"
+        ) from None

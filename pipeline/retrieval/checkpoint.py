@@ -1,0 +1,216 @@
+"""Save and load checkpoints of the projector: tensors and plain Python values, nothing that could run code."""
+
+import io
+import pickle
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import TrainingModelSection
+from pipeline.errors import InputError, one_line
+from pipeline.files import tables
+from pipeline.retrieval.projector import Projector
+
+# Rows in one forward pass: large enough for any chip, 64 MiB at 4,096 dimensions.
+BLOCK_ROWS = 4096
+# Under these keys older checkpoints keep the projector's weights; with these prefixes wrappers rename them.
+WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.", "model.", "projector.")
+# What torch.load raises on a file that is cut, empty, not its own, or would run code.
+_LOAD_ERRORS = (
+    OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, IndexError, TypeError,
+    pickle.UnpicklingError, zipfile.BadZipFile,
+)  # fmt: skip
+
+StateDict = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as loaded: what the projector is, its weights, and how it came about."""
+
+    path: Path
+    architecture: dict[str, Any]  # the arguments of Projector
+    projector: StateDict
+    metrics: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    rest: dict[str, Any] = field(default_factory=dict)  # optimiser, sampler, random state, ...
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint in one piece; the same content gives the same bytes."""
+    archive = io.BytesIO()  # given a path, torch would write its name into it; on a full disk it hides the OSError
+    torch.save(content, archive)
+    with tables.writing_to(path) as temporary:
+        temporary.write_bytes(archive.getbuffer())
+
+
+def load_checkpoint(
+    path: Path, model_section: TrainingModelSection | None = None, *, input_dim: int | None = None
+) -> Checkpoint:
+    """Load a checkpoint, also an older one without its architecture, on the CPU.
+
+    `model_section` gives the widths that are asked for, and what an older file's weights do not tell (dropout,
+    activation); `input_dim` is the width of the features to be mapped, where it is known.
+    Raises InputError if the file is missing, damaged, not a checkpoint, cannot be mapped onto the projector, or has
+    other widths.
+    """
+    section = model_section or TrainingModelSection()
+    content = _load(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint: make it with stage 6")
+    rest = dict(content)
+    if isinstance(content.get("architecture"), dict) and isinstance(content.get("projector"), dict):
+        architecture, weights = rest.pop("architecture"), rest.pop("projector")
+    else:
+        key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
+        architecture, weights = _read_bare_weights(path, rest.pop(key) if key else rest, section)
+        rest = rest if key else {}
+    parts = {
+        key: found if isinstance(found := rest.pop(key, None), dict) else {}
+        for key in ("metrics", "settings", "provenance")
+    }
+    checkpoint = Checkpoint(path, architecture, weights, rest=rest, **parts)
+    build_projector(checkpoint)  # weights that do not fit are found here, not in the midst of the work
+    _check_widths(checkpoint, model_section, input_dim)
+    return checkpoint
+
+
+def build_projector(checkpoint: Checkpoint) -> Projector:
+    """Return the checkpoint's projector in evaluation mode, on the CPU.
+
+    Raises InputError if weights and architecture do not fit, or a weight is not finite.
+    """
+    try:
+        projector = Projector(**checkpoint.architecture)
+        projector.load_state_dict(checkpoint.projector, strict=True)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(
+            f"{checkpoint.path}: weights and architecture do not fit ({one_line(error)[:300]}): make it with stage 6"
+        ) from None
+    for name, weight in projector.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"{checkpoint.path}: {name} holds numbers that are not finite: train again")
+    return projector.eval()
+
+
+def project(projector: Projector, embeddings: NDArray[np.float32], device: torch.device) -> NDArray[np.float32]:
+    """Return the projector's output (N, output_dim) for backbone embeddings (N, D), in evaluation mode, in blocks."""
+    was_training = projector.training
+    projector.eval()
+    with torch.inference_mode():
+        blocks = [
+            # A copy: torch warns of rows that are mapped from disk and cannot be written to.
+            projector(torch.from_numpy(np.array(embeddings[start : start + BLOCK_ROWS])).to(device)).cpu()
+            for start in range(0, len(embeddings), BLOCK_ROWS)
+        ]
+    projector.train(was_training)
+    return torch.cat(blocks).numpy()
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint: run stage 6 (train), or correct the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle, which is refused or checked below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except _LOAD_ERRORS as error:
+        raise InputError(
+            f"{path}: not a checkpoint that can be loaded safely ({one_line(error)[:200]}): remove it and train again"
+        ) from None
+
+
+def _check_widths(checkpoint: Checkpoint, section: TrainingModelSection | None, input_dim: int | None) -> None:
+    found_in, found_out = checkpoint.architecture["input_dim"], checkpoint.architecture["output_dim"]
+    if input_dim is not None and input_dim != found_in:
+        raise InputError(
+            f"{checkpoint.path}: its projector takes embeddings of {found_in} numbers, these have {input_dim}: "
+            "use the backbone that it was trained on, or train again"
+        )
+    if section is None:
+        return
+    for key, found, asked in (
+        ("input_dim", found_in, section.input_dim),
+        ("output_dim", found_out, section.output_dim),
+    ):
+        if asked not in ("auto", found):
+            raise InputError(
+                f"{checkpoint.path}: its {key} is {found}, [training_model].{key} asks for {asked}: "
+                "correct the setting, or train again"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- older checkpoints
+
+
+def _read_bare_weights(
+    path: Path, content: dict[str, Any], section: TrainingModelSection
+) -> tuple[dict[str, Any], StateDict]:
+    """Infer widths and depth from weights alone; dropout and activation come from the configuration.
+
+    Understood are this projector's own names and a plain chain of linear layers, whose shortcut is then zero (a
+    single layer is the shortcut itself).
+    """
+    weights = _strip_prefixes(
+        {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor) and value.numel()}
+    )
+    if not weights:
+        raise InputError(f"{path}: holds no projector weights: make it with stage 6")
+    if "shortcut.weight" not in weights:
+        weights = _rename_chain(path, weights)
+    output_dim, input_dim = weights["shortcut.weight"].shape
+    layers = [name for name in weights if name.startswith("hidden.") and name.endswith(".weight")]
+    architecture = {
+        "input_dim": int(input_dim), "output_dim": int(output_dim),
+        "hidden_dim": int(weights["hidden.0.weight"].shape[0]) if layers else section.hidden_dim,
+        "num_hidden_layers": len(layers), "dropout": section.dropout, "activation": section.activation,
+        "input_dropout": 0.0, "input_power": 1.0,
+    }  # fmt: skip
+    return architecture, weights
+
+
+def _strip_prefixes(weights: StateDict) -> StateDict:
+    """Undo what wrappers put before the names; where some weights are `projector.`'s, the others are not ours."""
+    while True:
+        inner = {key: value for key, value in weights.items() if key.startswith("projector.")}
+        weights = inner or weights
+        prefix = next((prefix for prefix in PREFIXES if weights and all(key.startswith(prefix) for key in weights)), "")
+        if not prefix:
+            return weights
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+def _rename_chain(path: Path, weights: StateDict) -> StateDict:
+    """Map a plain MLP, linear layers in the order in which they are stored, onto the projector's names."""
+    # A layer's name with its dot; a lone layer may have none.
+    names = [key.removesuffix("weight") for key, value in weights.items() if key.endswith("weight") and value.ndim == 2]
+    known = {f"{name}{part}" for name in names for part in ("weight", "bias")}
+    others = [key for key in weights if key not in known]
+    matrices = [weights[f"{name}weight"] for name in names]
+    chained = all(b.shape[1] == a.shape[0] for a, b in zip(matrices[:-1], matrices[1:], strict=True))
+    widths = {matrix.shape[0] for matrix in matrices[:-1]}
+    if not names or others or not chained or len(widths) > 1:
+        why = (
+            f"{others[0]} is not part of a linear layer" if others
+            else "it has no linear layer" if not names
+            else "its layers do not follow one another" if not chained
+            else f"its hidden layers have different widths {sorted(widths)}"
+        )  # fmt: skip
+        raise InputError(f"{path}: cannot be mapped onto the projector ({why}): train again with stage 6")
+    targets = ["shortcut"] if len(names) == 1 else [f"hidden.{i}" for i in range(len(names) - 1)] + ["output"]
+    renamed: StateDict = {}
+    for name, target, matrix in zip(names, targets, matrices, strict=True):
+        renamed[f"{target}.weight"] = matrix
+        renamed[f"{target}.bias"] = weights.get(f"{name}bias", matrix.new_zeros(matrix.shape[0]))
+    if len(names) > 1:
+        renamed["shortcut.weight"] = matrices[0].new_zeros(matrices[-1].shape[0], matrices[0].shape[1])
+        renamed["shortcut.bias"] = matrices[0].new_zeros(matrices[-1].shape[0])
+    return renamed

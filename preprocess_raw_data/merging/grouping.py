@@ -1,0 +1,120 @@
+"""Bring the rows of a building together, in memory where they fit and through files on disk where they do not."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+from pipeline.files.batches import read_batches
+from preprocess_raw_data.merging.embedding_inventory import Inventory
+
+BATCH_ROWS = 1024
+# Fewer than the usual limit of 1,024 for a process; where memory_mb asks for smaller pieces they are larger than that.
+MAX_OPEN_FILES = 512
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows in memory: the embeddings as one array, because Arrow would copy all its chunks to take some rows."""
+
+    columns: pa.Table  # N rows of all columns but the embeddings
+    embeddings: NDArray[Any]  # (N, D)
+
+    def take(self, rows: NDArray[np.int64], schema: pa.Schema) -> pa.Table:
+        """Return some rows with all columns, as `schema` orders them."""
+        taken = self.columns.take(pa.array(rows))
+        values = pa.array(self.embeddings[rows].reshape(-1))
+        embedding = pa.FixedSizeListArray.from_arrays(values, type=schema.field("embedding").type)
+        return pa.table([embedding if name == "embedding" else taken[name] for name in schema.names], schema=schema)
+
+
+def order_rows(codes: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the kept rows, building by building in the order of first appearance, each building's in their order."""
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    order = np.argsort(first[inverse], kind="stable")
+    return order[keep[order]]
+
+
+def cut_buckets(ordered_codes: NDArray[np.int32], rows_at_a_time: int) -> NDArray[np.int64]:
+    """Return the positions that cut ordered rows into pieces of about `rows_at_a_time`, never inside a building."""
+    starts = np.flatnonzero(np.diff(ordered_codes, prepend=-1))
+    buckets = starts // rows_at_a_time
+    return np.append(starts[np.flatnonzero(np.diff(buckets, prepend=-1))], len(ordered_codes))
+
+
+def read_in_order(
+    inventory: Inventory, group: list[int], keep: NDArray[np.bool_], rows_at_a_time: int, scratch_dir: Path
+) -> Iterator[tuple[Piece, NDArray[np.int64], NDArray[np.int32]]]:
+    """Yield a group's kept rows, about `rows_at_a_time` at a time, with their order by building and their codes in it.
+
+    A group that is larger goes once through files on disk, one per piece of the output.
+    """
+    codes = np.concatenate([inventory.codes[number] for number in group])
+    order = order_rows(codes, keep[codes])
+    if len(codes) <= rows_at_a_time:
+        yield gather(read_group(inventory, group), len(codes), inventory), order, codes[order]
+        return
+    cuts = cut_buckets(codes[order], max(rows_at_a_time, len(codes) // MAX_OPEN_FILES))
+    bucket_of_row = np.full(len(codes), -1, np.int64)
+    bucket_of_row[order] = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
+    spilled = spill(inventory, group, bucket_of_row, scratch_dir)
+    for bucket, path in enumerate(spilled):
+        rows_in_file = np.flatnonzero(bucket_of_row == bucket)
+        wanted = order[cuts[bucket] : cuts[bucket + 1]]
+        # No name here holds the piece, or two of them would be in memory when the next one is read.
+        yield gather_spilled(path, len(rows_in_file), inventory), np.searchsorted(rows_in_file, wanted), codes[wanted]
+
+
+def read_group(inventory: Inventory, group: list[int]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a group's files piece by piece; raises InputError if one is damaged or lacks an embedding."""
+    for number in group:
+        path = inventory.paths[number]
+        for batch in read_batches(path, inventory.schema.names, BATCH_ROWS):
+            embedding = batch.column("embedding")
+            if embedding.null_count or embedding.flatten().null_count:
+                raise InputError(f"{path}: column embedding has empty values: make the file again with stage 2")
+            yield batch
+
+
+def gather(batches: Iterable[pa.RecordBatch], num_rows: int, inventory: Inventory) -> Piece:
+    """Put batches of `num_rows` rows together."""
+    names = [name for name in inventory.schema.names if name != "embedding"]
+    kind = inventory.schema.field("embedding").type
+    embeddings = np.empty((num_rows, kind.list_size), kind.value_type.to_pandas_dtype())
+    columns, start = [], 0
+    for batch in batches:
+        block = batch.column("embedding").flatten().to_numpy()
+        embeddings[start : start + len(batch)] = block.reshape(len(batch), -1)
+        start += len(batch)
+        # A copy: a batch from disk lies in one buffer, and its ids would keep the embeddings with them.
+        columns.append(batch.select(names).take(pa.array(np.arange(len(batch)))))
+    schema = pa.schema([inventory.schema.field(name) for name in names])
+    return Piece(pa.Table.from_batches(columns, schema).combine_chunks(), embeddings)
+
+
+def gather_spilled(path: Path, num_rows: int, inventory: Inventory) -> Piece:
+    """Put the rows of a spilled file together, and remove it."""
+    with pa.OSFile(str(path)) as file:
+        piece = gather(pa.ipc.open_stream(file), num_rows, inventory)
+    path.unlink()
+    return piece
+
+
+def spill(inventory: Inventory, group: list[int], bucket_of_row: NDArray[np.int64], scratch_dir: Path) -> list[Path]:
+    """Write every kept row to the file of its bucket, in one pass over the group."""
+    paths = [scratch_dir / f"{bucket:06d}.arrow" for bucket in range(int(bucket_of_row.max(initial=-1)) + 1)]
+    start = 0
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(pa.ipc.new_stream(str(path), inventory.schema)) for path in paths]
+        for batch in read_group(inventory, group):
+            buckets = bucket_of_row[start : start + len(batch)]
+            start += len(batch)
+            for bucket in np.unique(buckets[buckets >= 0]):
+                writers[bucket].write_batch(batch.filter(pa.array(buckets == bucket)))
+    return paths

@@ -1,0 +1,86 @@
+"""How much of the training split can be seen from the test split: near buildings and shared panoramas."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import DataSection
+from pipeline.log import logger
+from pipeline.retrieval.geography import earth_centred_m
+from preprocess_raw_data.merging.embedding_inventory import Inventory
+from preprocess_raw_data.merging.splits import SPLITS, Buildings, assign_splits
+
+RADII_M = (10, 25, 50)
+# The cell that a split without cells is compared with: a block of houses or two, several times the largest radius.
+USUAL_CELL_M = 200.0
+
+Splits = NDArray[np.int8]
+
+
+def compare_leakage(inventory: Inventory, splits: Splits, data: DataSection, seed: int) -> dict[str, dict[str, Any]]:
+    """Return what leaks in the split that is written, and beside it without cells and with them, by hash alone.
+
+    `splits` gives each building's index into SPLITS, -1 for those that are dropped.
+    """
+    cell_m = data.split_cell_m or USUAL_CELL_M
+    kept = np.flatnonzero(splits >= 0)
+    buildings = inventory.buildings.take(kept)
+    found = {"written": measure_leakage(inventory, splits)}
+    for other_m in (0.0, cell_m):
+        other = data.model_copy(update={"split_unit": "building", "split_cell_m": other_m})
+        assigned = splits.copy()
+        assigned[kept] = assign_splits(buildings, other, seed, {})
+        found[f"split_cell_m = {other_m:g}"] = measure_leakage(inventory, assigned)
+    return found
+
+
+def measure_leakage(inventory: Inventory, splits: Splits) -> dict[str, Any]:
+    """Count the test buildings with a training building near by, and the panoramas and datasets of several splits."""
+    split_of_row = splits[np.concatenate(inventory.codes)]
+    panoramas, shared = count_shared(inventory.panoramas, split_of_row)
+    _, datasets = np.unique(inventory.buildings.dataset_ids, return_inverse=True)
+    within = count_near(inventory.buildings, splits)
+    return {
+        "test_buildings": int((splits == SPLITS.index("test")).sum()),
+        "test_buildings_with_train_within_m": {str(radius): count for radius, count in within.items()},
+        "panoramas": panoramas,
+        "panoramas_in_several_splits": shared,
+        "datasets_in_several_splits": count_shared(datasets.reshape(-1), splits)[1],
+    }
+
+
+def count_near(buildings: Buildings, splits: Splits) -> dict[int, int]:
+    """Return, for each of RADII_M, how many test buildings have a training building that near, by mean positions."""
+    train, test = (np.flatnonzero(splits == SPLITS.index(name)) for name in ("train", "test"))
+    if not (len(train) and len(test)):
+        return dict.fromkeys(RADII_M, 0)
+    from scipy.spatial import cKDTree  # scikit-learn's takes seconds to import
+
+    points = earth_centred_m(buildings.mean_lat, buildings.mean_lon)
+    distances, _ = cKDTree(points[train]).query(points[test], distance_upper_bound=1.01 * max(RADII_M))
+    return {radius: int((distances <= radius).sum()) for radius in RADII_M}
+
+
+def count_shared(groups: NDArray[Any], splits: Splits) -> tuple[int, int]:
+    """Return how many groups have a member in any split, and how many have members in several."""
+    splits_of_group = np.zeros(int(groups.max(initial=-1)) + 1, np.int8)
+    for split in range(len(SPLITS)):
+        splits_of_group += np.bincount(groups[splits == split], minlength=len(splits_of_group)) > 0
+    return int((splits_of_group > 0).sum()), int((splits_of_group > 1).sum())
+
+
+def log_leakage(found: dict[str, dict[str, Any]]) -> None:
+    """Log a line for each split that was looked at."""
+    for name, counts in found.items():
+        total, panoramas = max(1, counts["test_buildings"]), max(1, counts["panoramas"])
+        near = ", ".join(
+            f"{radius} m {count} ({100 * count / total:.1f} %)"
+            for radius, count in counts["test_buildings_with_train_within_m"].items()
+        )
+        shared = counts["panoramas_in_several_splits"]
+        logger.info(
+            "leakage, %s: of %d test buildings have a training building within %s; of %d panoramas %d (%.1f %%) are in "
+            "several splits",
+            name, counts["test_buildings"], near, counts["panoramas"], shared, 100 * shared / panoramas,
+        )  # fmt: skip

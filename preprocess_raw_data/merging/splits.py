@@ -1,0 +1,125 @@
+"""Decide which split a building belongs to."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.config import DataSection
+from pipeline.errors import InputError, one_line
+from pipeline.retrieval.geography import EARTH_RADIUS_M
+
+SPLITS = ("train", "val", "test")
+_STRINGS_AT_A_TIME = 65_536
+METRES_PER_DEGREE = math.radians(1) * EARTH_RADIUS_M  # of latitude
+
+
+@dataclass(frozen=True)
+class Buildings:
+    """Buildings as columns."""
+
+    ids: pa.StringArray  # (B,)
+    dataset_ids: NDArray[np.int64]  # (B,)
+    mean_lat: NDArray[np.float64]  # (B,) degrees, the mean over the building's images
+    mean_lon: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: NDArray[np.int64]) -> "Buildings":
+        """Return some of them."""
+        ids = self.ids.take(pa.array(rows))
+        return Buildings(ids, self.dataset_ids[rows], self.mean_lat[rows], self.mean_lon[rows])
+
+
+def draw_unit(seed: int, unit: str) -> float:
+    """Return a number in [0, 1) that depends on the seed and the unit's name alone."""
+    digest = hashlib.blake2b(f"{seed}:{unit}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def choose_split(seed: int, unit: str, data: DataSection) -> int:
+    """Return the index into SPLITS that the hash and the ratios give a unit."""
+    value = draw_unit(seed, unit)
+    if value < data.train_ratio:
+        return 0
+    return 1 if value < data.train_ratio + data.val_ratio else 2
+
+
+def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float) -> Iterator[str]:
+    """Name the square of side `cell_m` metres that holds each position (degrees)."""
+    rows = np.floor(lat * METRES_PER_DEGREE / cell_m)
+    # The width of a degree is taken at the row's own latitude, so that all cells of a row have the same edges.
+    widths = METRES_PER_DEGREE * np.cos(np.radians(rows * cell_m / METRES_PER_DEGREE))
+    columns = np.floor(lon * widths / cell_m)
+    for row, column in zip(rows, columns, strict=True):
+        yield f"cell:{row:.0f}:{column:.0f}"
+
+
+def name_units(buildings: Buildings, data: DataSection) -> Iterator[str]:
+    """Name what each building goes to a split with: itself, its cell, or its dataset."""
+    if data.split_unit == "dataset":
+        return (f"dataset:{dataset_id}" for dataset_id in buildings.dataset_ids)
+    if data.split_cell_m > 0:
+        return name_cells(buildings.mean_lat, buildings.mean_lon, data.split_cell_m)
+    return iterate_strings(buildings.ids)
+
+
+def iterate_strings(column: pa.StringArray) -> Iterator[str]:
+    """Yield the strings, a few thousand of them being Python objects at a time."""
+    for start in range(0, len(column), _STRINGS_AT_A_TIME):
+        yield from column.slice(start, _STRINGS_AT_A_TIME).to_pylist()
+
+
+def assign_splits(buildings: Buildings, data: DataSection, seed: int, named: Mapping[str, str]) -> NDArray[np.int8]:
+    """Return each building's index into SPLITS: as `named`, else by the hash of its unit."""
+    units = name_units(buildings, data)
+    chosen = np.fromiter((choose_split(seed, unit, data) for unit in units), np.int8, len(buildings))
+    if named:
+        splits = np.array([SPLITS.index(split) for split in named.values()], np.int8)
+        places = pc.index_in(buildings.ids, pa.array(named, pa.string()))
+        is_named = np.asarray(places.is_valid())
+        chosen[is_named] = splits[places.drop_null().to_numpy()]
+    return chosen
+
+
+def hash_splits(building_ids: pa.StringArray, splits: NDArray[np.int8]) -> str:
+    """Return a short hash of who is where, the same for the same assignment in any order."""
+    order = pc.array_sort_indices(building_ids)
+    digest = hashlib.sha256()
+    for building, split in zip(iterate_strings(building_ids.take(order)), splits[order.to_numpy()], strict=True):
+        digest.update(f"{building}\t{SPLITS[split]}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def read_split_file(path: Path) -> dict[str, str]:
+    """Return building_id -> split from a parquet or CSV with these two columns.
+
+    Raises InputError if it cannot be read, lacks a column, names an unknown split or one building twice differently.
+    """
+    try:
+        if path.suffix == ".parquet":
+            table = pq.read_table(path, columns=["building_id", "split"])
+        else:
+            types = pa.csv.ConvertOptions(column_types={"building_id": pa.string(), "split": pa.string()})
+            table = pa.csv.read_csv(path, convert_options=types)
+        pairs = list(zip(table["building_id"].to_pylist(), table["split"].to_pylist(), strict=True))
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
+        raise InputError(
+            f"{path}: cannot be read as a split file ({one_line(error)}): it needs the columns building_id and split"
+        ) from None
+    named: dict[str, str] = {}
+    for building, split in pairs:
+        if split not in SPLITS:
+            raise InputError(f"{path}: building {building} has split {split!r}: it must be one of {', '.join(SPLITS)}")
+        if named.setdefault(str(building), split) != split:
+            raise InputError(f"{path}: building {building} is in {named[str(building)]} and in {split}: remove one")
+    return named

@@ -1,0 +1,87 @@
+"""Sums of embeddings by group, from which means and their spread are made."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from publish_model.dataset.embedded_dataset import embeddings_of
+from publish_model.new_data.packaged_input import plain_values, take_rows
+
+Key = tuple[object, ...]
+
+
+def keys_of(table: pa.Table, by: Sequence[str]) -> list[Key]:
+    """Return the keys of a part's rows as plain values; NaN, which equals nothing, counts as null."""
+    columns = [plain_values(table.column(name).combine_chunks()) for name in by]
+    return [tuple(None if value != value else value for value in row) for row in zip(*columns, strict=True)]  # noqa: PLR0124
+
+
+class Groups:
+    """Groups in order of their first image: keys, and the sums of their embeddings, which are (G, D) float64."""
+
+    def __init__(self, by: Sequence[str], width: int) -> None:
+        """Begin without groups, of embeddings of `width` numbers."""
+        self.by = list(by)
+        self.numbers: dict[Key, int] = {}
+        self._keys: list[pa.Table] = []
+        self._sums: NDArray[np.float64] = np.zeros((1024, width))
+        self._squares: NDArray[np.float64] = np.zeros(1024)  # (G,) sums of squared norms
+        self._counts: NDArray[np.int64] = np.zeros(1024, dtype=np.int64)
+
+    def add(self, table: pa.Table, keys: Sequence[Key], rows: NDArray[np.int64]) -> None:
+        """Add rows of a part; `keys` are those of all its rows."""
+        if not len(rows):
+            return
+        before = len(self.numbers)
+        first_rows: list[int] = []
+        codes = np.empty(len(rows), dtype=np.int64)
+        for place, row in enumerate(rows.tolist()):
+            codes[place] = self.numbers.setdefault(keys[row], len(self.numbers))
+            if codes[place] == before + len(first_rows):
+                first_rows.append(row)
+        if first_rows:
+            columns = [take_rows(table.column(name).combine_chunks(), np.array(first_rows)) for name in self.by]
+            self._keys.append(pa.Table.from_arrays(columns, schema=self._schema(table)))
+        self._grow()
+        embeddings = embeddings_of(table)[rows].astype(np.float64)  # (N, D)
+        order = np.argsort(codes, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(codes[order]) > 0])
+        found = codes[order][starts]
+        self._sums[found] += np.add.reduceat(embeddings[order], starts, axis=0)
+        self._squares[found] += np.add.reduceat((embeddings**2).sum(axis=1)[order], starts)
+        self._counts[found] += np.diff(np.r_[starts, len(order)])
+
+    def _schema(self, table: pa.Table) -> pa.Schema:
+        return pa.schema([table.schema.field(name) for name in self.by])
+
+    def _grow(self) -> None:
+        while len(self._counts) < len(self.numbers):
+            self._sums = np.concatenate([self._sums, np.zeros_like(self._sums)])
+            self._squares = np.concatenate([self._squares, np.zeros_like(self._squares)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+
+    def to_table(self, schema: pa.Schema) -> pa.Table:
+        """Return keys, num_images, mean_pairwise_similarity and the L2-normalised mean.
+
+        For n unit vectors of sum s the mean over pairs is (|s|^2 - n) / (n (n - 1)); it is null for one image. A mean
+        of length zero has no direction, and is null.
+        """
+        num_groups = len(self.numbers)
+        sums, counts = self._sums[:num_groups], self._counts[:num_groups]
+        lengths = np.sqrt(np.einsum("gd,gd->g", sums, sums))
+        pairs = counts * (counts - 1.0)
+        similarity = (lengths**2 - self._squares[:num_groups]) / np.where(pairs > 0, pairs, 1)
+        has_direction = lengths > 1e-6 * counts
+        means = (sums / np.where(has_direction, lengths, 1)[:, None]).astype(np.float32)
+        values = pa.FixedSizeListArray.from_arrays(
+            pa.array(means.ravel(), pa.float32()), means.shape[1], mask=pa.array(~has_direction)
+        )
+        keys = pa.concat_tables(self._keys).unify_dictionaries() if self._keys else _empty_keys(schema, self.by)
+        columns = [*keys.columns, pa.array(counts), pa.array(similarity, mask=counts < 2), values]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _empty_keys(schema: pa.Schema, by: Sequence[str]) -> pa.Table:
+    return pa.schema([schema.field(name) for name in by]).empty_table()

@@ -1,0 +1,100 @@
+"""Geometries by id, and the metadata that make a parquet a GeoParquet 1.1 (https://geoparquet.org/releases/v1.1.0)."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import InputError
+from pipeline.files.tables import open_parquet, reading
+from publish_model.new_data.packaged_input import ID_COLUMN, plain_values
+
+GEO_KEY = b"geo"
+VERSION = "1.1.0"
+GEOMETRY_COLUMN = "geometry"
+BATCH_ROWS = 65_536
+# OGC's codes of well-known binary.
+WKB_TYPES = {
+    1: "Point", 2: "LineString", 3: "Polygon", 4: "MultiPoint", 5: "MultiLineString", 6: "MultiPolygon",
+    7: "GeometryCollection",
+}  # fmt: skip
+EWKB_Z, EWKB_FLAGS = 0x80000000, 0xE0000000
+
+
+def wkb_type(value: bytes) -> str:
+    """Return a geometry's type as GeoParquet names it, ` Z` for three dimensions.
+
+    Raises ValueError if it is not well-known binary.
+    """
+    if len(value) < 5 or value[0] > 1:
+        raise ValueError("not well-known binary")
+    (code,) = struct.unpack("<I" if value[0] else ">I", value[1:5])
+    has_z = bool(code & EWKB_Z) or (code & ~EWKB_FLAGS) // 1000 in (1, 3)
+    kind = WKB_TYPES.get((code & ~EWKB_FLAGS) % 1000)
+    if kind is None:
+        raise ValueError(f"not well-known binary (type {code})")
+    return f"{kind} Z" if has_z else kind
+
+
+class GeometryFile:
+    """A parquet of ids and geometries in well-known binary, GeoParquet or plain."""
+
+    def __init__(self, path: Path, id_type: pa.DataType) -> None:
+        """Read its footer.
+
+        Raises InputError if it cannot be read, or has no such columns, or its ids are not of the dataset's kind.
+        """
+        self.path = path
+        with open_parquet(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata.metadata or {}
+        try:
+            geo: Any = json.loads(metadata.get(GEO_KEY, b"{}"))
+            self.column = str(geo.get("primary_column", GEOMETRY_COLUMN))
+            described = dict(geo.get("columns", {}).get(self.column, {}))
+        except (ValueError, AttributeError, TypeError):
+            raise InputError(f"{path}: its geo metadata are damaged: write the file again") from None
+        self._kept = {key: described[key] for key in ("crs", "edges", "orientation", "epoch") if key in described}
+        for name in (ID_COLUMN, self.column):
+            if name not in schema.names:
+                raise InputError(f"{path}: column {name} is missing: --geometry takes {ID_COLUMN} and geometry")
+        kind = schema.field(self.column).type
+        if (
+            not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+            or described.get("encoding", "WKB") != "WKB"
+        ):
+            raise InputError(f"{path}: column {self.column} is not well-known binary (WKB): write it so")
+        if _family(schema.field(ID_COLUMN).type) != _family(id_type):
+            raise InputError(
+                f"{path}: its {ID_COLUMN} is {schema.field(ID_COLUMN).type}, that of the dataset {id_type}: "
+                "write both in one type"
+            )
+
+    def read(self) -> Iterator[tuple[object, bytes]]:
+        """Yield id and geometry of every row that has both.
+
+        Raises InputError if a geometry is not well-known binary.
+        """
+        with reading(self.path), open_parquet(self.path) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=[ID_COLUMN, self.column]):
+                ids = plain_values(batch.column(batch.schema.get_field_index(ID_COLUMN)))
+                shapes = batch.column(batch.schema.get_field_index(self.column)).to_pylist()
+                yield from ((one, shape) for one, shape in zip(ids, shapes, strict=True) if None not in (one, shape))
+
+    def describe(self, types: set[str]) -> bytes:
+        """Return the `geo` metadata of a file with its geometries of some types, in the column `geometry`."""
+        column = {"encoding": "WKB", "geometry_types": sorted(types), **self._kept}
+        geo = {"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": {GEOMETRY_COLUMN: column}}
+        return json.dumps(geo, sort_keys=True).encode()
+
+
+def _family(kind: pa.DataType) -> str:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_integer(kind):
+        return "integer"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view":
+        return "string"
+    return str(kind)

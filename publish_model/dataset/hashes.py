@@ -1,0 +1,52 @@
+"""Hashes of images, ids and parts, the same in every process."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from publish_model.new_data.packaged_input import plain_values
+
+
+def hash_bytes(data: bytes) -> int:
+    """Return a 64-bit hash, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def hash_ids(values: Sequence[object]) -> list[int]:
+    """Return the 64-bit hashes of plain Python values."""
+    return [hash_bytes(repr(value).encode("utf-8", "surrogatepass")) for value in values]
+
+
+def pack_hashes(image_hashes: Sequence[int], id_hashes: Sequence[int]) -> bytes:
+    """Write the hashes of a part's images and ids as text that fits into a parquet's footer."""
+    pairs = np.array([image_hashes, id_hashes], dtype="<u8").reshape(2, -1)
+    return base64.b64encode(pairs.tobytes())
+
+
+def unpack_hashes(text: bytes) -> NDArray[np.uint64]:
+    """Return (2, N): the hashes of a part's images, and of their ids."""
+    return np.frombuffer(base64.b64decode(text), dtype="<u8").reshape(2, -1)
+
+
+def checksum_tables(*tables: pa.Table) -> str:
+    """Return a hash of the values of tables, whatever their chunks and encodings are; float lists count by their bytes.
+
+    A column's plain Python values are hashed as text, which for the ids of a part costs about a millisecond.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for table in tables:
+        for field, column in zip(table.schema, table.columns, strict=True):
+            # A list's type names its element otherwise after it was stored.
+            kind = "list" if pa.types.is_nested(field.type) else str(field.type)
+            digest.update(f"{field.name}\0{kind}\0{len(column)}\0".encode())
+            for chunk in column.chunks:
+                if pa.types.is_fixed_size_list(chunk.type) and chunk.null_count == 0:
+                    digest.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=False)).tobytes())
+                else:
+                    for value in plain_values(chunk):
+                        digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()

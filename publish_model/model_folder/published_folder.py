@@ -1,0 +1,226 @@
+"""Fill the published folder: weights, configuration, image processor, code, licence, model card."""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.cli import installed_version
+from pipeline.errors import InputError, PipelineError
+from pipeline.files.tables import PROVENANCE_KEY
+from pipeline.inference.backbone import check_embeddings
+from pipeline.inference.model_files import LICENCE_FILES
+from pipeline.log import logger
+from pipeline.retrieval.checkpoint import Checkpoint
+from publish_model.dataset import drift
+from publish_model.model_folder.model_card import CardFacts, make_card, read_licence
+from publish_model.model_folder.weights import list_backbone, stored_type, tensors_of, write_weights
+
+MODEL_TYPE = "spatial_embeddings"
+CODE_DIR = Path(__file__).resolve().parents[1]
+# One definition of the projector: the very file that training uses travels with the model.
+CODE_PATHS = (
+    CODE_DIR / "configuration_spatial_embeddings.py",
+    CODE_DIR / "modeling_spatial_embeddings.py",
+    CODE_DIR.parent / "pipeline" / "retrieval" / "projector.py",
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_spatial_embeddings.SpatialEmbeddingsConfig",
+    "AutoModel": "modeling_spatial_embeddings.SpatialEmbeddingsModel",
+}
+# What lets SentenceTransformer (6 or newer) load the same weights as its one module.
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": {"method": "forward", "method_output_name": "embeddings"}},
+        "module_output_name": "sentence_embedding",
+    },
+}
+# What a backbone's configuration says of where and in which type it was stored: false for the published copy.
+STORAGE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "auto_map")
+# Larger models are not loaded for a trial: who publishes 27 GB may do so on a machine that does not hold them.
+TRIAL_BYTES = 5_000_000_000
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The pretrained model that is published: where it lies, what it is called in public, what is taken of it."""
+
+    folder: Path
+    name: str
+    pooling_type: str
+
+    def read_config(self) -> dict[str, Any]:
+        """Return its config.json.
+
+        Raises InputError if it is damaged.
+        """
+        path = self.folder / "config.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: not the configuration of a model: fetch the model again")
+        return content
+
+    def list_licences(self) -> list[Path]:
+        """List the licence texts that came with it."""
+        paths = {path for pattern in LICENCE_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        return sorted(path for path in paths if path.suffix != ".py")
+
+
+def fill_folder(
+    folder: Path,
+    backbone: Backbone,
+    checkpoint: Checkpoint,
+    metrics: dict[str, dict[str, float]],
+    dtype: str | None,
+    provenance: dict[str, Any],
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write everything that loading the model needs into an empty folder, and try it.
+
+    `dtype` is that of the published backbone weights, None keeps the stored one; `training` is what the folder says of
+    the training images (see drift.py). Raises InputError if backbone and projector do not fit, or the backbone cannot
+    be read.
+    """
+    check_width(checkpoint, backbone)
+    stored, num_bytes = write_all_weights(folder, backbone, checkpoint, dtype)
+    config = make_config(backbone, checkpoint, stored, provenance)
+    for name, content in {"config.json": config, **SENTENCE_TRANSFORMERS_FILES}.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in (*CODE_PATHS, *backbone.list_licences()):
+        shutil.copyfile(path, folder / path.name)
+    copy_processor(backbone.folder, folder)
+    if training is not None:
+        (folder / drift.FILE_NAME).write_text(json.dumps(training) + "\n", encoding="utf-8")
+    facts = card_facts(backbone, checkpoint, metrics, stored, training)
+    (folder / "README.md").write_text(make_card(facts), encoding="utf-8")
+    if num_bytes <= TRIAL_BYTES:
+        try_model(folder, backbone, checkpoint)
+    else:
+        logger.info("the model takes %.1f GB: loading it was not tried", num_bytes / 1e9)
+
+
+def check_width(checkpoint: Checkpoint, backbone: Backbone, width: int | None = None) -> None:
+    """Raise InputError if the projector takes another number of features than the backbone gives.
+
+    Without `width` the backbone's configuration is asked, which may not say it.
+    """
+    config = backbone.read_config()
+    if width is None:
+        sizes = config.get("hidden_sizes")
+        width = sizes[-1] if sizes else config.get("hidden_size", config.get("hidden_dim"))
+    expected = checkpoint.architecture["input_dim"]
+    if isinstance(width, int) and width != expected:
+        raise InputError(
+            f"{checkpoint.path}: its projector takes {expected} features, the backbone {backbone.name} gives {width}: "
+            "set [embedding_model].model_name to the backbone it was trained on, or train again"
+        )
+
+
+def write_all_weights(folder: Path, backbone: Backbone, checkpoint: Checkpoint, dtype: str | None) -> tuple[str, int]:
+    """Write `backbone.*` and `projector.*`; return the type of the backbone's floats and the size of all in bytes."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+        tensors = [
+            tensor.cast(_TYPES[dtype] if dtype else None).renamed("backbone.")
+            for tensor in list_backbone(backbone.folder, backbone.pooling_type, Path(scratch))
+        ]
+        stored = str(stored_type(tensors)).removeprefix("torch.")
+        weights = {f"projector.{name}": weight.float() for name, weight in checkpoint.projector.items()}
+        tensors += tensors_of(weights)
+        write_weights(folder, tensors)
+    return stored, sum(tensor.num_bytes for tensor in tensors)
+
+
+def make_config(backbone: Backbone, checkpoint: Checkpoint, dtype: str, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return the published config.json; nothing in it says where on this machine anything lay."""
+    return {
+        "architectures": [AUTO_MAP["AutoModel"].partition(".")[2]],
+        "auto_map": AUTO_MAP,
+        "model_type": MODEL_TYPE,
+        "dtype": dtype,
+        "backbone_model_name": backbone.name,
+        "backbone_config": {key: value for key, value in backbone.read_config().items() if key not in STORAGE_KEYS},
+        "pooling_type": backbone.pooling_type,
+        "projector": checkpoint.architecture,
+        "embedding_dim": checkpoint.architecture["output_dim"],
+        PROVENANCE_KEY.decode(): provenance,
+    }
+
+
+def copy_processor(backbone_dir: Path, folder: Path) -> None:
+    """Copy the backbone's image processor, in the form that every version of transformers reads."""
+    name = "preprocessor_config.json"
+    if (backbone_dir / name).is_file():
+        shutil.copyfile(backbone_dir / name, folder / name)
+        return
+    from pipeline.inference.preprocessing import load_processor
+
+    processor = load_processor(backbone_dir, trust_remote_code=False)
+    processor.to_json_file(folder / name)
+
+
+def card_facts(
+    backbone: Backbone,
+    checkpoint: Checkpoint,
+    metrics: dict[str, dict[str, float]],
+    dtype: str,
+    training: dict[str, Any] | None,
+) -> CardFacts:
+    """Gather what the model card says."""
+    settings = {name: value for name, value in checkpoint.settings.items() if isinstance(value, dict)}
+    return CardFacts(
+        name="Spatial building embeddings",
+        backbone_name=backbone.name,
+        licence=read_licence(backbone.folder),
+        licence_files=[path.name for path in backbone.list_licences()],
+        architecture=checkpoint.architecture,
+        pooling_type=backbone.pooling_type,
+        dtype=dtype,
+        metrics=metrics,
+        settings=settings,
+        training_inputs=list(checkpoint.provenance.get("inputs", [])),
+        split_hash=checkpoint.provenance.get("split_hash"),
+        versions={package: installed_version(package) for package in ("torch", "transformers")},
+        num_training_samples=training["reference_shape"][0] if training else 0,
+    )
+
+
+def try_model(folder: Path, backbone: Backbone, checkpoint: Checkpoint) -> None:
+    """Load the folder as a user does and embed a grey image.
+
+    Raises PipelineError if a weight is missing or left over, InputError if backbone and projector do not fit.
+    """
+    from PIL import Image
+    from transformers import AutoImageProcessor
+    from transformers.utils import logging as transformers_logging
+
+    from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
+
+    transformers_logging.disable_progress_bar()
+    loaded: Any = SpatialEmbeddingsModel.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
+    wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind])
+    if wrong:
+        raise PipelineError(
+            f"{backbone.folder}: this transformers cannot load it as part of a model ({len(wrong)} weights do not fit, "
+            f"{wrong[0]}, ...): use another version of transformers"
+        )
+    model.eval()
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    pixels = processor(images=[Image.new("RGB", (256, 256), (128, 128, 128))], return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        features = model.pool(model.backbone(pixel_values=pixels.to(model.backbone.dtype)))
+        check_width(checkpoint, backbone, features.shape[1])
+        embedding = model.projector(features).numpy()
+    check_embeddings(embedding, ["a grey image"], checkpoint.architecture["output_dim"])

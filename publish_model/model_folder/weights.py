@@ -1,0 +1,189 @@
+"""Write a model's weights as safetensors, tensor by tensor: a backbone of 27 GB never lies in memory."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel
+
+from pipeline.errors import InputError, one_line
+from pipeline.log import logger
+
+# The hub's own limit for one file.
+MAX_SHARD_BYTES = 5_000_000_000
+# The format's names of the types that weights have.
+TYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to write, which is read only when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers it holds."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes it takes."""
+        return self.num_elements * self.dtype.itemsize
+
+    def renamed(self, prefix: str) -> "Tensor":
+        """Return it under a name that begins with `prefix`."""
+        return Tensor(prefix + self.name, self.shape, self.dtype, self.read)
+
+    def cast(self, dtype: torch.dtype | None) -> "Tensor":
+        """Return it as floats of another type; whole numbers stay as they are."""
+        if dtype is None or not self.dtype.is_floating_point:
+            return self
+        return Tensor(self.name, self.shape, dtype, lambda: self.read().to(dtype))
+
+
+def tensors_of(state_dict: dict[str, torch.Tensor]) -> list[Tensor]:
+    """List the tensors of a state dict."""
+    return [
+        Tensor(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for name, tensor in state_dict.items()
+    ]
+
+
+def list_stored(folder: Path) -> list[Tensor]:
+    """List the tensors of a model folder's safetensors files, none where it has no such files.
+
+    Raises InputError if a file is missing or damaged.
+    """
+    index_path = folder / "model.safetensors.index.json"
+    try:
+        if index_path.is_file():
+            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            paths = [folder / name for name in sorted(set(weight_map.values()))]
+        else:
+            paths = [path for path in (folder / "model.safetensors",) if path.is_file()]
+        return [tensor for path in paths for tensor in _list_file(path)]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: its weights cannot be read ({one_line(error)[:200]}): fetch the model again"
+        ) from None
+
+
+def _list_file(path: Path) -> list[Tensor]:
+    def read(name: str) -> torch.Tensor:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    tensors = []
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            part = file.get_slice(name)
+            kind = part.get_dtype()
+            if kind not in _TYPES:
+                raise InputError(f"{path}: {name} is of type {kind}: take the backbone's unquantised weights")
+            tensors.append(
+                Tensor(name, tuple(part.get_shape()), _TYPES[kind], lambda name=name: read(name))  # type: ignore[misc]
+            )
+    return tensors
+
+
+def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Tensor]:
+    """List a backbone's tensors under the names that AutoModel reads for its class.
+
+    Where the stored ones are just these, they are streamed; a folder of another shape (a head on top, other
+    formats) is loaded once and saved by transformers into `scratch_dir`. Raises InputError if it cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # without it, a terminal is asked
+        with torch.device("meta"):  # names and shapes, no memory
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: the backbone cannot be loaded ({one_line(error)[:200]})") from None
+    stored = list_stored(folder)
+    same_class = (config.architectures or [None])[0] == type(model).__name__
+    expected = sorted(tuple(tensor.shape) for tensor in model.state_dict().values())
+    if same_class and sorted(tensor.shape for tensor in stored) == expected:
+        return stored
+    logger.info("%s: its weights are stored for another class: loading them as %s", folder, type(model).__name__)
+    _save_plain(folder, pooling_type, scratch_dir, stored)
+    return list_stored(scratch_dir)
+
+
+def _save_plain(folder: Path, pooling_type: str, scratch_dir: Path, stored: Sequence[Tensor]) -> None:
+    from pipeline.inference.backbone import load_model
+
+    model = load_model(folder, "auto", pooling_type, trust_remote_code=False)
+    if pooling_type == "cls_token" and stored and not any("pooler." in tensor.name for tensor in stored):
+        # The class has a pooler, this backbone has none, and nobody uses it: no random numbers are published.
+        for parameter in getattr(model, "pooler", torch.nn.Module()).parameters():
+            torch.nn.init.zeros_(parameter)
+    model.save_pretrained(scratch_dir, max_shard_size=f"{MAX_SHARD_BYTES // 10**9}GB")  # type: ignore[operator]
+
+
+def stored_type(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the float type that most of the numbers have."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def write_weights(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or numbered shards and their index where it would be larger than one shard."""
+    shards = _cut(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        _write_file(folder / "model.safetensors", shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / name, shard)
+        weight_map |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.num_bytes for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _cut(tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards
+
+
+def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
+    """Write one safetensors file: the header's length, the header as JSON, then the tensors' bytes without gaps."""
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # so that each is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": TYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            file.write(tensor.read().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,112 @@
+"""The options of stage 8, which takes no configuration."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import cli
+from pipeline.errors import ConfigError
+from pipeline.ids import Shard
+from pipeline.inference.launcher import add_processes_option, parse_count
+
+DEFAULT_MODEL_ID = "alexwaolson/spatial-building-embeddings"
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What to embed with which model, and how."""
+
+    input: Path
+    output: Path
+    model_id: str = DEFAULT_MODEL_ID
+    batch_size: int | str = 32
+    device: str = "auto"
+    dtype: str = "auto"
+    limit: int | None = None
+    filter_valid: bool = True
+    read_batch_size: int = 1000
+    max_reject_fraction: float = 1.0
+    shard: Shard = Shard()
+    processes: int | str = 1
+    keep_columns: tuple[str, ...] = ()
+    overwrite: bool = False
+    progress_interval_seconds: float = 30.0
+
+
+def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
+    """Read the command line.
+
+    Raises ConfigError where it is wrong.
+    """
+    parser = cli.make_parser(description, config=False)
+    add = parser.add_argument
+    add(
+        "--input", "-i", type=Path, required=True, metavar="PATH",
+        help="packaged images (image_bytes, OSMID): a parquet, a folder of them, or a folder of photographs",
+    )  # fmt: skip
+    add("--output", "-o", type=Path, required=True, metavar="OUTPUT", help="dataset directory to write or resume")
+    add(
+        "--model-id", default=os.environ.get("MODEL_ID") or DEFAULT_MODEL_ID, metavar="ID",
+        help=f"published model: hub id or folder (default: $MODEL_ID, else {DEFAULT_MODEL_ID})",
+    )  # fmt: skip
+    add(
+        "--batch-size", type=parse_count, default=32, metavar="N",
+        help="images in one pass at most; auto: found by measurement on a GPU (32)",
+    )  # fmt: skip
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs (auto)")
+    add(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="what the model computes in (auto: as the dataset was begun, else bfloat16 on CUDA, float32 on CPU)",
+    )  # fmt: skip
+    add("--limit", type=whole_number, metavar="N", help="embed the first N rows of the input only")
+    add("--no-filter-valid", action="store_false", dest="filter_valid", help="embed rows with is_valid false too")
+    add("--read-batch-size", type=whole_number, default=1000, metavar="N", help="rows of a part (1000)")
+    add(
+        "--max-reject-fraction", type=_fraction, default=1.0, metavar="X",
+        help="exit 1 if a larger share of the images is rejected (1.0: never)",
+    )  # fmt: skip
+    add(
+        "--keep-columns", type=_names, default=(), metavar="A,B",
+        help="columns of the input to carry along (none)",
+    )  # fmt: skip
+    cli.add_shard_option(parser, "row group")
+    add_processes_option(parser)
+    add("--overwrite", action="store_true", help="remove what is in OUTPUT and begin anew")
+    options = EmbedOptions(**vars(parser.parse_args(argv)))
+    if options.overwrite and not (options.shard.is_whole and options.processes == 1):
+        raise ConfigError(
+            "--overwrite with --shard or --processes would remove what the other shards write: remove OUTPUT yourself"
+        )
+    if options.output.resolve().is_relative_to(options.input.resolve()) and options.input.is_dir():
+        raise ConfigError(f"--output {options.output}: lies in the input folder, of which it would become a part")
+    return options
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    taken = sorted(set(names) & {"OSMID", "embedding", "image_bytes"})
+    if "" in names or len(set(names)) < len(names) or taken:
+        raise argparse.ArgumentTypeError(f"{text!r} must name columns once each, other than OSMID and image_bytes")
+    return names
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number above 0.
+
+    Raises ArgumentTypeError if it is none.
+    """
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1")
+    return value

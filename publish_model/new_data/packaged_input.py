@@ -1,0 +1,232 @@
+"""Read packaged images: a parquet of image bytes with an identifier, in read batches, in bounded memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError, one_line
+from pipeline.files.tables import hash_footer, hash_json, open_parquet
+from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, name_id, read_images
+
+ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN = "OSMID", "image_bytes", "is_valid"
+# Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
+READ_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PackagedInput:
+    """Packaged images, told apart by content: their size, their schema and their footers, never their path.
+
+    `places` holds the file of each row group and its number there; a folder of photographs has `images` instead.
+    """
+
+    path: Path
+    size: int
+    schema: pa.Schema
+    fingerprint: str
+    row_group_rows: tuple[int, ...]
+    places: tuple[tuple[Path, int], ...] = ()
+    images: tuple[ImageFile, ...] = ()
+    keep_columns: tuple[str, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole input."""
+        return sum(self.row_group_rows)
+
+    def describe_schema(self) -> list[str]:
+        """Return `name: type` of every column."""
+        return [f"{field.name}: {field.type}" for field in self.schema]
+
+
+def open_packaged(path: Path, *, filter_valid: bool, keep_columns: Sequence[str] = ()) -> PackagedInput:
+    """Read the footers of a packaged parquet or of a folder of them, or list a folder of photographs.
+
+    Raises InputError naming the file if it is missing, damaged, empty, or a column is missing or of a wrong type.
+    """
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(file for file in path.rglob("*.parquet") if _is_data(file.relative_to(path)))
+        if not paths:
+            return _open_photographs(path, keep_columns)
+    schemas, rows, places = [], [], []
+    for file_path in paths:
+        with open_parquet(file_path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
+        _check_columns(file_path, schema, filter_valid, keep_columns)
+        schemas.append(schema)
+        rows += [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        places += [(file_path, index) for index in range(metadata.num_row_groups)]
+    if not sum(rows):
+        raise InputError(f"{path}: holds no rows: package images first, or correct the path")
+    used = [ID_COLUMN, IMAGE_COLUMN, *([VALID_COLUMN] if filter_valid else []), *keep_columns]
+    for file_path, schema in zip(paths, schemas, strict=True):
+        for name in used:
+            types = [str(one.field(name).type) if name in one.names else "missing" for one in (schema, schemas[0])]
+            if types[0] != types[1]:
+                raise InputError(
+                    f"{file_path}: column {name} is {types[0]}, in {paths[0].name} it is {types[1]}: package all files "
+                    "in the same way"
+                )
+    footers = [hash_footer(file_path) for file_path in paths]
+    return PackagedInput(
+        path, sum(file_path.stat().st_size for file_path in paths), schemas[0],
+        footers[0] if path.is_file() else hash_json(footers), tuple(rows), tuple(places),
+        keep_columns=tuple(keep_columns),
+    )  # fmt: skip
+
+
+def _is_data(path: Path) -> bool:
+    """Whether no name of a path begins as temporary and side tables do."""
+    return not any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInput:
+    images = list_images(folder)
+    if not images:
+        raise InputError(f"{folder}: holds neither parquet files nor photographs: correct the path")
+    if keep_columns:
+        raise InputError(f"{folder}: photographs have no columns to keep: leave out --keep-columns")
+    num_groups = -(-len(images) // IMAGES_PER_GROUP)
+    rows = [min(IMAGES_PER_GROUP, len(images) - group * IMAGES_PER_GROUP) for group in range(num_groups)]
+    schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
+    listed = [[name_id(name), size] for name, size in images]
+    size = sum(size for _, size in images)
+    return PackagedInput(folder, size, schema, hash_json(listed), tuple(rows), images=tuple(images))
+
+
+def _check_columns(path: Path, schema: pa.Schema, filter_valid: bool, keep_columns: Sequence[str]) -> None:
+    """Raise one InputError that names every column which cannot be used."""
+    problems = []
+    for name, accepts, expected in (
+        (ID_COLUMN, _is_scalar, "a scalar type"),
+        (IMAGE_COLUMN, _is_binary, "binary"),
+        (VALID_COLUMN, _is_boolean, "bool"),
+    ):
+        count = len(schema.get_all_field_indices(name))
+        if name == VALID_COLUMN and (not filter_valid or count == 0):
+            continue
+        if count != 1:
+            problems.append(f"column {name} is missing" if count == 0 else f"column {name} is there {count} times")
+        elif not accepts(schema.field(name).type):
+            problems.append(f"column {name} is {schema.field(name).type}, expected {expected}")
+    for name in keep_columns:
+        count = len(schema.get_all_field_indices(name))
+        if count != 1:
+            problems.append(f"column {name} of --keep-columns is there {count} times")
+        elif "[ns" in str(schema.field(name).type) and pa.types.is_nested(schema.field(name).type):
+            problems.append(f"column {name} of --keep-columns nests nanoseconds, which Python cannot hold")
+    if problems:
+        raise InputError(f"{path}: {', '.join(problems)}: package the images again, or correct the path")
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    return not (pa.types.is_nested(kind) or pa.types.is_union(kind))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    # binary_view is younger than the oldest pyarrow that is supported.
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or str(kind) == "binary_view")
+
+
+def _is_boolean(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_boolean(kind) or pa.types.is_null(kind))  # a column of nulls alone has no type
+
+
+def read_batches(
+    source: PackagedInput, row_group: int, batch_rows: int, *, with_valid: bool, with_images: bool = True
+) -> Iterator[pa.Table]:
+    """Yield the rows of one row group in tables of `batch_rows`, the last one shorter.
+
+    `with_images` false leaves the images out, which takes seconds for millions of rows. Raises InputError if a file
+    cannot be read.
+    """
+    if source.images:
+        yield from _read_photographs(source, row_group, batch_rows, with_images)
+        return
+    columns = [ID_COLUMN, *([IMAGE_COLUMN] if with_images else []), *source.keep_columns]
+    if with_valid and VALID_COLUMN in source.schema.names and VALID_COLUMN not in columns:
+        columns.append(VALID_COLUMN)
+    path, own_group = source.places[row_group]
+    held: pa.Table | None = None
+    try:
+        with open_parquet(path, buffer_size=READ_BUFFER_BYTES) as file:
+            # A batch ends early where Arrow's 2 GiB of bytes a chunk are full, so batches are put together here.
+            for batch in file.iter_batches(batch_rows, row_groups=[own_group], columns=columns):
+                table = pa.Table.from_batches([batch])
+                held = table if held is None else pa.concat_tables([held, table])
+                while held.num_rows >= batch_rows:
+                    yield held.slice(0, batch_rows)
+                    held = held.slice(batch_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path}: row group {own_group} cannot be read ({one_line(error)[:200]}): fetch the file again"
+        ) from None
+    if held is not None and held.num_rows:
+        yield held
+
+
+def _read_photographs(source: PackagedInput, row_group: int, batch_rows: int, with_images: bool) -> Iterator[pa.Table]:
+    start = row_group * IMAGES_PER_GROUP
+    for offset in range(0, source.row_group_rows[row_group], batch_rows):
+        end = start + min(offset + batch_rows, source.row_group_rows[row_group])
+        images = source.images[start + offset : end]
+        if with_images:
+            yield read_images(source.path, images, source.schema)
+        else:
+            yield pa.table({ID_COLUMN: [name_id(name) for name, _ in images]}, schema=source.schema.remove(1))
+
+
+def valid_rows(table: pa.Table) -> NDArray[np.bool_]:
+    """Return which rows are to be embedded, (N,); a null `is_valid` counts as true."""
+    if VALID_COLUMN not in table.column_names:
+        return np.ones(table.num_rows, dtype=bool)
+    column = table.column(VALID_COLUMN).cast(pa.bool_()).fill_null(True)
+    return np.asarray(column.to_numpy(), dtype=bool)
+
+
+def embedded_rows(table: pa.Table, first_row: int, rejects: pa.Table, filter_valid: bool) -> NDArray[np.int64]:
+    """Return which rows of a read batch have an embedding, in order: those neither skipped nor rejected."""
+    wanted = valid_rows(table) if filter_valid else np.ones(table.num_rows, dtype=bool)
+    wanted[rejects.column("row").to_numpy() - first_row] = False
+    return np.flatnonzero(wanted)
+
+
+def carry_columns(embedded: pa.Table, table: pa.Table, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
+    """Add to a part's embeddings the columns of the input that are to be kept."""
+    for name in names:
+        column = table.column(name).combine_chunks()
+        embedded = embedded.append_column(table.schema.field(name), take_rows(column, rows))
+    return embedded
+
+
+def take_rows(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
+    """Return the given rows of a column of any type, its type unchanged."""
+    if pa.types.is_dictionary(column.type) and not column.type.ordered:
+        return _compact(column.take(pa.array(rows)))
+    try:
+        return column.take(pa.array(rows))
+    except pa.ArrowNotImplementedError:  # string_view
+        return pa.concat_arrays([column.slice(int(row), 1) for row in rows]) if len(rows) else column.slice(0, 0)
+
+
+def _compact(column: pa.DictionaryArray) -> pa.Array:
+    """Drop the dictionary entries that no row uses: a read batch carries those of its whole row group."""
+    encoded = column.dictionary_decode().dictionary_encode()
+    return pa.DictionaryArray.from_arrays(encoded.indices.cast(column.type.index_type), encoded.dictionary)
+
+
+def plain_values(column: pa.Array) -> list[object]:
+    """Return the values as Python objects that are equal where the ids are, whatever the column's type."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_temporal(column.type):  # nanoseconds have no place in Python's datetime
+        column = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64())
+    values: list[object] = column.to_pylist()
+    return values

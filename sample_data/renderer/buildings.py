@@ -1,0 +1,143 @@
+"""The builders who work in the city's styles, and the single houses they put up.
+
+A builder fixes what a terrace shares (material, window type, roof); a house adds what a neighbour tells apart (width,
+door, sign, curtains). A street of one builder is hard, a street of many is easy.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from numpy.random import Generator
+
+from sample_data.renderer.building_styles import (
+    BOARDS,
+    BRICK,
+    CLADDING,
+    CONCRETE,
+    DOORS,
+    SHOPS,
+    STUCCO,
+    STYLES,
+    Rgb,
+    Style,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What the houses of one builder share; `style` keeps the ranges for what each house still chooses."""
+
+    style: Style
+    wall: str
+    wall_rgb: Rgb
+    base: str
+    trim_rgb: Rgb
+    frame_rgb: Rgb
+    roof: str
+    roof_rgb: Rgb
+    floors: int
+    ground_m: float
+    upper_m: float
+    window_width_m: float
+    window_fill: float
+    window_top: str
+    panes: tuple[int, int]
+    column_m: float
+    rhythm: str
+    head: str
+    balcony: str
+    bay: str
+    cornice_m: float
+    string_course: bool
+    quoins: bool
+    shutters: bool
+    dormers: bool
+    ground: str
+    house_width_m: float
+    garden_m: float
+    gap_m: float
+
+
+@dataclass(frozen=True)
+class House:
+    """One building: its builder's habits and its own width, door, shop and seed."""
+
+    builder: Builder
+    width_m: float
+    depth_m: float
+    floors: int
+    ground: str
+    door_rgb: Rgb
+    shop_rgb: Rgb
+    sign: str
+    number: int
+    awning: bool
+    mirrored: bool
+    bay: bool
+    wall_rgb: Rgb
+    chimneys: int
+    seed: int
+
+
+def pick(rng: Generator, choices: tuple[T, ...]) -> T:
+    """Choose one alternative, keeping its type (Generator.choice would turn tuples into arrays)."""
+    return choices[int(rng.integers(len(choices)))]
+
+
+def choose_builder(rng: Generator, style_name: str = "") -> Builder:
+    """Draw a builder, of the named style or of any."""
+    style = STYLES[style_name or pick(rng, tuple(sorted(STYLES)))]
+
+    def between(span: tuple[float, float]) -> float:
+        return float(rng.uniform(*span))
+
+    wall = pick(rng, style.wall)
+    palette = {"brick": BRICK, "boards": BOARDS, "panel": CONCRETE, "cladding": CLADDING}.get(wall, style.wall_rgbs)
+    if wall == "render":
+        palette = STUCCO
+    return Builder(
+        style=style, wall=wall, wall_rgb=pick(rng, palette), base=pick(rng, style.base),
+        trim_rgb=pick(rng, style.trim_rgbs), frame_rgb=pick(rng, style.frame_rgbs),
+        roof=pick(rng, style.roof), roof_rgb=pick(rng, style.roof_rgbs),
+        floors=pick(rng, style.floors), ground_m=between(style.ground_m), upper_m=between(style.upper_m),
+        window_width_m=between(style.window_width_m), window_fill=between(style.window_fill),
+        window_top=pick(rng, style.window_top), panes=pick(rng, style.panes), column_m=between(style.column_m),
+        rhythm=pick(rng, style.rhythm), head=pick(rng, style.head), balcony=pick(rng, style.balcony),
+        bay=pick(rng, style.bay), cornice_m=between(style.cornice_m),
+        string_course=pick(rng, style.string_course), quoins=pick(rng, style.quoins),
+        shutters=pick(rng, style.shutters), dormers=pick(rng, style.dormers), ground=pick(rng, style.ground),
+        house_width_m=between(style.house_width_m), garden_m=pick(rng, style.garden_m), gap_m=pick(rng, style.gap_m),
+    )  # fmt: skip
+
+
+def build_house(rng: Generator, builder: Builder, number: int) -> House:
+    """Draw one house of a builder: near the builder's usual width, with its own details."""
+    width = float(clamp(builder.house_width_m * rng.uniform(0.88, 1.15), 5.0, 25.0))
+    repaint = builder.wall in {"render", "boards"} and rng.random() < 0.6
+    storeys = builder.floors + (int(rng.integers(-1, 2)) if builder.wall != "brick" and builder.floors > 2 else 0)
+    return House(
+        builder=builder, width_m=width, depth_m=float(rng.uniform(9.0, 13.0)), floors=int(clamp(storeys, 2, 7)),
+        ground=builder.ground if rng.random() < 0.7 else pick(rng, builder.style.ground), door_rgb=pick(rng, DOORS),
+        shop_rgb=pick(rng, SHOPS), sign=invent_sign(rng), number=number, awning=bool(rng.random() < 0.6),
+        mirrored=bool(rng.random() < 0.5), bay=bool(rng.random() < 0.85),
+        wall_rgb=pick(rng, STUCCO if builder.wall == "render" else BOARDS) if repaint else builder.wall_rgb,
+        chimneys=int(rng.integers(0, 3)), seed=int(rng.integers(2**31)),
+    )  # fmt: skip
+
+
+def clamp(value: float, low: float, high: float) -> float:
+    """Keep a plain number within bounds."""
+    return min(max(value, low), high)
+
+
+def invent_sign(rng: Generator) -> str:
+    """Make up a shop's name that no shop bears."""
+    trades = ("CAFE", "BOOKS", "BAKERY", "PHARMA", "OPTIK", "HAIR", "WINE", "TAILOR", "FLORIST", "BIKES", "DELI", "")
+    starts, ends = (
+        ("BO", "MA", "LU", "TRE", "VI", "KO", "SA", "NE", "FA", "RI"),
+        ("RELLO", "NIX", "DERA", "TTO", "LIN", "SKA"),
+    )
+    name = pick(rng, starts) + pick(rng, ends)
+    return f"{name} {pick(rng, trades)}".strip()

@@ -1,0 +1,64 @@
+# shellcheck shell=bash
+# Sourced by the job files and the submit scripts, which set $root to the project.
+
+: "${root:?is to be the project}"
+# shellcheck source=slurm/settings.sh
+source "$root/slurm/settings.sh"
+export MAX_REQUEUES COPY_TARS_TO_TMPDIR REQUIRE_GPU PIPELINE_ROOT="$root"
+if [ -n "${HF_HOME:-}" ]; then export HF_HOME; fi
+
+load_modules() {
+    if [ -n "$PIPELINE_MODULES" ] && type module >/dev/null 2>&1; then
+        local names
+        read -r -a names <<<"$PIPELINE_MODULES"
+        module load "${names[@]}"
+    fi
+}
+
+# Sets PYTHON: what is given, else the project's environment, else python3.
+find_python() {
+    if [ -z "${PYTHON:-}" ]; then
+        if [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; else PYTHON=python3; fi
+    fi
+    if ! "$PYTHON" -c 'import pyarrow, pydantic' 2>/dev/null; then
+        echo "error: $PYTHON lacks the project's packages: run $root/slurm/prepare.sh on a login node" >&2
+        return 1
+    fi
+}
+
+# Of run_task: asks the stage to stop, and kills it where it does not in time.
+stop_child() {
+    if [ -z "$child" ] || [ -n "$watchdog" ]; then return; fi
+    kill -TERM "$child" 2>/dev/null
+    (sleep "$GRACE_SECONDS" && kill -KILL "$child") >/dev/null 2>&1 &
+    watchdog=$!
+}
+
+# Runs a stage as a job: run_task STAGE [OPTIONS]. On SLURM's warning the stage keeps what is finished, and the task
+# goes back into the queue.
+run_task() {
+    local child='' watchdog='' warned='' scratch='' code
+    trap 'warned=1; stop_child' USR1
+    trap 'stop_child' TERM
+    unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACEHUB_API_TOKEN
+    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+    if [ -z "${SLURM_TMPDIR:-}" ]; then scratch=$(mktemp -d) && export SLURM_TMPDIR=$scratch; fi
+    load_modules
+    find_python || return 1
+
+    # In the background: bash runs a trap only once the foreground command has ended.
+    "$PYTHON" "$root/slurm/control/task.py" "$@" &
+    child=$!
+    if [ -n "$warned" ]; then stop_child; fi
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+    wait "$child"
+    code=$?
+    if [ -n "$watchdog" ]; then kill "$watchdog" 2>/dev/null; fi
+    if [ -n "$scratch" ]; then rm -rf "$scratch"; fi
+    echo "task: stage $1 shard ${SLURM_ARRAY_TASK_ID:-0} job ${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}} exit $code"
+    # 143: it kept what was finished. 137: it did not answer in time, and what it wrote is whole all the same.
+    if [ -n "$warned" ] && { [ "$code" = 143 ] || [ "$code" = 137 ]; }; then
+        "$PYTHON" "$root/slurm/control/requeue.py" "$@" || code=1
+    fi
+    return "$code"
+}

@@ -1,0 +1,77 @@
+"""Put this task back into the queue after a warning, unless it has been often enough or gets no further.
+
+    python slurm/control/requeue.py STAGE [--shards N] [the stage's own options]
+
+Called by slurm/control/common.sh once the stage has kept what was finished. Exit code 1: the task stays as it is, a
+failure.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
+
+from pipeline import cli
+from pipeline.errors import PipelineError
+from pipeline.files.tables import write_json
+from slurm.control import records, scheduler
+from slurm.control.outputs import dataset_dir, take_mark
+from slurm.control.task import Task, read_task
+
+DEFAULT_MAX_REQUEUES = 20
+
+
+def name_task(environment: Mapping[str, str]) -> str:
+    """Return the id by which a task is requeued; an array's own id would requeue all its tasks."""
+    if environment.get("SLURM_ARRAY_JOB_ID"):
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+def find_log_dir(task: Task) -> Path:
+    """Return the folder that keeps the marks."""
+    if task.config is not None:
+        return task.config.log_dir
+    return dataset_dir(Path(task.options[task.options.index("--output") + 1])) / "_logs"
+
+
+def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> str:
+    """Return what to say of the next try, having noted how far this one got.
+
+    Raises PipelineError where there is not to be a next one.
+    """
+    tries = int(environment.get("SLURM_RESTART_COUNT") or 0)
+    most = int(environment.get("MAX_REQUEUES") or DEFAULT_MAX_REQUEUES)
+    if tries >= most:
+        raise PipelineError(
+            f"stage {task.stage.label}, task {task_id}: begun {tries + 1} times already (MAX_REQUEUES is {most}): "
+            "give it more --time, or smaller shards"
+        )
+    path = records.submissions_dir(find_log_dir(task)) / "marks" / f"{task_id}.json"
+    # Through JSON, as what was noted before has gone.
+    mark = json.loads(json.dumps(take_mark(task.stage, task.config, task.shard, task.options)))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if before == mark:
+        raise PipelineError(
+            f"stage {task.stage.label}, task {task_id}: two tries, and the second got no further: give it more --time"
+        )
+    write_json(path, mark)
+    return f"task {task_id} goes back into the queue (try {tries + 2}, {most} requeues at most)"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Requeue this task."""
+    task = read_task(sys.argv[1:] if argv is None else argv, os.environ)
+    task_id = name_task(os.environ)
+    print(check_progress(task, task_id, os.environ), flush=True)
+    scheduler.tell(["scontrol", "requeue", task_id])
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)

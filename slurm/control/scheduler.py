@@ -1,0 +1,125 @@
+"""What is asked of SLURM's own commands, and what is told to them."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import PROJECT_ROOT
+from pipeline.errors import PipelineError
+from slurm.control.stages import parse_shards
+
+# Slurm's own default (slurm.conf(5)), for where there is no Slurm to ask.
+DEFAULT_MAX_ARRAY_SIZE = 1001
+# A token belongs to the login node: jobs work offline, and a job's environment may be kept by the accounting.
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+QUERY_TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class QueuedTask:
+    """A job or one task of an array that is waiting or running; `shard` is None where it is no array."""
+
+    job_id: str
+    shard: int | None
+    state: str
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has not begun."""
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+
+
+def is_there(command: str) -> bool:
+    """Whether a SLURM command is on the path."""
+    return shutil.which(command) is not None
+
+
+def ask(command: Sequence[str]) -> str | None:
+    """Return what a SLURM command prints, None where it is missing or does not answer."""
+    if not is_there(command[0]):
+        return None
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=QUERY_TIMEOUT_SECONDS, env=clean_environment()
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout if run.returncode == 0 else None
+
+
+def tell(command: Sequence[str]) -> str:
+    """Return what a SLURM command prints.
+
+    Raises PipelineError with its complaint where it fails.
+    """
+    try:
+        # SLURM_SUBMIT_DIR becomes the project's root, by which the job finds the project.
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=PROJECT_ROOT, env=clean_environment()
+        )
+    except OSError as error:
+        raise PipelineError(f"{command[0]}: cannot be run ({error.strerror}): run this where SLURM is") from None
+    if run.returncode != 0:
+        complaint = " ".join(run.stderr.split()) or f"exit code {run.returncode}"
+        raise PipelineError(f"{command[0]} refused: {complaint}: correct that, then run this again")
+    return run.stdout
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment without tokens, and without formats that would change what SLURM prints."""
+    hidden = {*SECRETS, "SQUEUE_FORMAT", "SQUEUE_FORMAT2", "SQUEUE_STATES", "SQUEUE_SORT", "SACCT_FORMAT"}
+    return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
+def read_max_array_size() -> int:
+    """Return the cluster's MaxArraySize, which is one more than the highest task number."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", re.MULTILINE)
+    # 0 stands for a cluster without arrays; an array of one still has to be asked for.
+    return max(1, int(match[1])) if match else DEFAULT_MAX_ARRAY_SIZE
+
+
+def list_queued() -> list[QueuedTask] | None:
+    """Return the user's waiting and running tasks, None where squeue does not answer."""
+    text = ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T"])
+    if text is None:
+        return None
+    tasks = []
+    for line in text.splitlines():
+        job_id, task, state = (part.strip() for part in line.split("|"))
+        shards: Sequence[int | None] = [None] if task in ("N/A", "") else parse_shards(task)
+        tasks += [QueuedTask(job_id, shard, state) for shard in shards]
+    return tasks
+
+
+def list_ended(job_ids: Sequence[str]) -> dict[tuple[str, int | None], str]:
+    """Return the state in which tasks ended, as far as the accounting knows them."""
+    text = ask(["sacct", "-X", "-n", "-P", f"--jobs={','.join(job_ids)}", "--format=JobID,State"]) if job_ids else None
+    ended: dict[tuple[str, int | None], str] = {}
+    for line in (text or "").splitlines():
+        match = re.fullmatch(r"(\d+)(?:_(\d+|\[.*\]))?\|(\w+).*", line)
+        if match:
+            shards: Sequence[int | None] = parse_shards(match[2]) if match[2] else [None]
+            ended.update({(match[1], shard): match[3] for shard in shards})
+    return ended
+
+
+def submit(command: Sequence[str]) -> str:
+    """Run an `sbatch --parsable` command and return the job id."""
+    job_id = tell(command).strip().splitlines()[-1].partition(";")[0]
+    if not job_id.isdigit():
+        raise PipelineError(f"sbatch answered {job_id!r} in place of a job id: is sbatch wrapped by something?")
+    return job_id
+
+
+def cancel(job_id: str, shards: Sequence[int] | None) -> None:
+    """Cancel a job, or some tasks of an array."""
+    tell(["scancel", *([f"{job_id}_{shard}" for shard in shards] if shards else [job_id])])
+
+
+def escape_pattern(path: Path) -> str:
+    """Write a path so that sbatch does not take its percent signs for patterns."""
+    return str(path).replace("%", "%%")

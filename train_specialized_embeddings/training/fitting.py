@@ -1,0 +1,125 @@
+"""Fit a projector to a training split: check the data, start from a closed form or a killed run, and train."""
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import Config
+from pipeline.errors import InputError, PipelineError
+from pipeline.files import tables
+from pipeline.inference.devices import choose_device, describe_device
+from pipeline.log import Stopwatch, logger
+from pipeline.retrieval.checkpoint import Checkpoint, build_projector, load_checkpoint
+from pipeline.retrieval.features import Features, load_features
+from pipeline.retrieval.projector import Projector
+from train_specialized_embeddings.sampling.band_sampler import BandSampler
+from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.sampling.triplets import load_neighbors
+from train_specialized_embeddings.training.metric_sinks import MetricSinks
+from train_specialized_embeddings.training.run_files import RunFiles
+from train_specialized_embeddings.training.starts import fit_baselines, make_projector
+from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.training_run import TrainingRun
+from train_specialized_embeddings.training.validation import Scores, ValidationSet, choose_validation_set
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every run on the same splits shares."""
+
+    train: Features
+    validation: ValidationSet
+    sampler: BandSampler
+    num_images: int  # of train and val
+    device: torch.device
+
+
+def fit(
+    config: Config, inputs: dict[str, Path], provenance: dict[str, Any], files: RunFiles, watch: Stopwatch
+) -> dict[str, int]:
+    """Train, or go on with a killed run, until the run is complete; return the counts of rows.
+
+    Raises InputError where an input cannot be trained on, StaleOutputError where the killed run had other inputs or
+    settings, PipelineError where training diverges.
+    """
+    saved = load_latest(files, provenance)
+    with closing(MetricSinks(config.logging, files.folder, provenance)) as sinks:
+        material = read_material(config, inputs, watch)
+        torch.manual_seed(config.global_.seed)
+        with watch.measure("start"):
+            projector, scores, start = begin(config, material, saved)
+        store = FeatureStore(material.train.embeddings, material.device)  # after the pass over all rows in their order
+        trainer = Trainer(projector.to(material.device), store, material.sampler, config.training)
+        counts = {"in": material.num_images, "out": material.num_images}
+        described = provenance | {"counts": counts}
+        run = TrainingRun(config, files, trainer, material.validation, described, scores, start, watch, sinks)
+        if saved is not None:
+            run.resume(saved)
+        run.complete()
+    return counts
+
+
+def read_material(config: Config, inputs: dict[str, Path], watch: Stopwatch) -> Material:
+    """Read and check the splits and the difficulty table, each once.
+
+    Raises InputError where an input cannot be trained on, PipelineError where the widths do not agree.
+    """
+    section, seed = config.training, config.global_.seed
+    device = choose_device(config.infrastructure.device)
+    with watch.measure("read"):
+        train, val = load_features(inputs["train"]), load_features(inputs["val"])
+        check_splits(config, inputs, train, val)
+        neighbors = load_neighbors(inputs["difficulty"], train)
+        sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
+    logger.info(
+        "training on %d images of %d buildings, %d numbers each, on %s",
+        len(train), len(train.building_ids), train.width, describe_device(device),
+    )  # fmt: skip
+    validation = choose_validation_set(val, section.validation_images, seed, device)
+    return Material(train, validation, sampler, len(train) + len(val), device)
+
+
+def begin(
+    config: Config, material: Material, saved: Checkpoint | None
+) -> tuple[Projector, dict[str, Scores], dict[str, Any]]:
+    """Return a projector, the baselines' validation scores and a note of the start: anew, or a killed run's."""
+    if saved is not None:
+        scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
+        return build_projector(saved), scores, saved.rest["start"]
+    model, section, train = config.training_model, config.training, material.train
+    baselines = fit_baselines(train, material.validation, model.output_dim, section, material.device)
+    return make_projector(train.width, baselines, model, section), baselines.scores, baselines.note
+
+
+def load_latest(files: RunFiles, provenance: dict[str, Any]) -> Checkpoint | None:
+    """Return the state of a killed run of this very provenance, None where there is none.
+
+    Raises StaleOutputError where it had other inputs or settings, InputError where it is damaged.
+    """
+    if not files.latest.exists():
+        return None
+    saved = load_checkpoint(files.latest)
+    tables.matches(files.latest, saved.provenance or None, provenance)
+    return saved
+
+
+def check_splits(config: Config, inputs: dict[str, Path], train: Features, val: Features) -> None:
+    """Raise InputError where there is nothing to tell apart, PipelineError where the widths do not agree."""
+    if len(train.building_ids) < 2:
+        raise InputError(f"{inputs['train']}: holds one building, training needs two: give more tars to the split")
+    if len(train) == len(train.building_ids):
+        raise InputError(f"{inputs['train']}: no building has two images, so there is no positive: run stage 3 again")
+    wanted = config.training_model.input_dim
+    if wanted not in ("auto", train.width):
+        raise PipelineError(
+            f"{inputs['train']}: its embeddings have {train.width} numbers, [training_model].input_dim asks for "
+            f'{wanted}: set input_dim to "auto", or use that backbone'
+        )
+    if val.width != train.width:
+        raise PipelineError(
+            f"{inputs['val']}: its embeddings have {val.width} numbers, those of {inputs['train'].name} "
+            f"{train.width}: run stage 3 again"
+        )

@@ -1,0 +1,140 @@
+"""The files of a training run: what says that it is complete, what it goes on from, what it leaves.
+
+`provenance.json` is written last and marks a complete run. Until then `.checkpoint_latest.pt` holds all that the run
+goes on from, and the other files are written from what it holds, so that they agree with it after any kill.
+Importing this needs no torch: a complete run is kept without it.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError, PipelineError, StaleOutputError
+from pipeline.files import tables
+from pipeline.log import logger
+
+# What TensorBoard and Weights & Biases are given.
+LOG_FOLDERS = TENSORBOARD, WANDB = "_tensorboard", "_wandb"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The names within a checkpoint folder."""
+
+    folder: Path
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the epoch with the best validation mAP."""
+        return self.folder / "checkpoint_best.pt"
+
+    @property
+    def final(self) -> Path:
+        """The checkpoint of the last epoch."""
+        return self.folder / "checkpoint_final.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object an epoch."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def latest(self) -> Path:
+        """What an unfinished run goes on from."""
+        return self.folder / ".checkpoint_latest.pt"
+
+    @property
+    def provenance(self) -> Path:
+        """What a complete run was made from, and its counts."""
+        return self.folder / "provenance.json"
+
+    def of_epoch(self, epoch: int) -> Path:
+        """Return the periodic checkpoint of an epoch."""
+        return self.folder / f"checkpoint_epoch_{epoch}.pt"
+
+    def list_outputs(self) -> list[Path]:
+        """Return the files of a run that are there, other than the hidden one and the mark."""
+        if not self.folder.is_dir():
+            return []
+        pattern = re.compile(r"checkpoint_(best|final|epoch_\d+)\.pt|metrics\.jsonl")
+        return sorted(path for path in self.folder.iterdir() if pattern.fullmatch(path.name))
+
+    def read_provenance(self) -> dict[str, Any] | None:
+        """Return the mark of a complete run, None where there is none.
+
+        Raises InputError if it is damaged.
+        """
+        try:
+            content = json.loads(self.provenance.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise InputError(f"{self.provenance}: damaged: give --overwrite to train again, or remove the folder")
+        return content
+
+    def is_complete(self, wanted: dict[str, Any]) -> bool:
+        """Whether a run with this provenance has finished and all it must leave is there.
+
+        Raises StaleOutputError where what is there was made from other inputs or settings, or says nothing of it.
+        """
+        found = self.read_provenance()
+        if found is not None:
+            tables.matches(self.folder, found, wanted)
+            return all(path.is_file() for path in (self.best, self.final, self.metrics))
+        if self.list_outputs() and not self.latest.exists():
+            raise StaleOutputError(
+                f"{self.list_outputs()[0]}: nothing beside it says what it was made from: give --overwrite to train "
+                "over it, or set another [paths].checkpoint_dir"
+            )
+        return False
+
+    def remove(self) -> None:
+        """Remove all that runs left here; the mark first, so that a kill in between leaves no half that looks whole."""
+        for path in (self.provenance, self.latest, *self.list_outputs()):
+            path.unlink(missing_ok=True)
+        for name in LOG_FOLDERS:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainings out of the folder while the block runs.
+
+        The kernel drops the lock with the process, so that a killed one is in nobody's way; where the file system has
+        no locks there is none. Raises PipelineError naming the process and host that hold it.
+        """
+        path = self.folder / ".lock"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise PipelineError(
+                    f"{self.folder}: {holder} is training there: wait for it, or set another [paths].checkpoint_dir"
+                ) from None
+            except OSError as error:
+                logger.warning("%s: cannot be locked (%s): do not train into it twice", self.folder, error.strerror)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Write one line an epoch, in one piece."""
+        lines = [json.dumps(record, allow_nan=False) for record in history]
+        with tables.writing_to(self.metrics) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,227 @@
+"""Train a projector by triplets, an epoch at a time, from a state that can be saved and taken up again exactly."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.config import TrainingSection
+from pipeline.errors import PipelineError
+from pipeline.log import Progress
+from pipeline.retrieval.projector import Projector
+from train_specialized_embeddings.sampling.band_sampler import MAX_GROUP, RANDOM_BAND, BandSampler, Triplets
+from train_specialized_embeddings.sampling.bandit import BandBandit
+from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.training.in_batch import in_batch_losses
+from train_specialized_embeddings.training.losses import pair_distances, relative_drift
+from train_specialized_embeddings.training.starts import relative_scale
+
+# Triplets are drawn for this many steps at once, and at least this many: the host waits for the device once a draw,
+# and the bandit learns from one draw for the next.
+_STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What an epoch's training was like."""
+
+    loss: float  # mean over triplets
+    active_share: float  # triplets whose loss is not zero
+    band_shares: list[float]
+    learning_rates: dict[str, float]  # at the epoch's last step
+    num_triplets: int
+
+
+def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
+    """Return what step `step`, counted from 0, multiplies the learning rates by: linear warm-up, then a half cosine."""
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+class Trainer:
+    """A projector with its optimiser, schedule, sampler and bandit."""
+
+    def __init__(
+        self, projector: Projector, store: FeatureStore, sampler: BandSampler, section: TrainingSection
+    ) -> None:
+        self.projector, self.store, self.sampler, self.section = projector, store, sampler, section
+        self.bandit = BandBandit() if section.band_sampling == "ucb" else None
+        self.start_weight = projector.shortcut.weight.detach().clone()
+        self.epoch = self.step = 0
+        auto = section.triplets_per_epoch == "auto"
+        self.num_anchors = len(sampler.candidates) if auto else int(section.triplets_per_epoch)
+        self.steps_per_epoch = math.ceil(self.num_anchors / section.batch_size)
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), fused=True)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the weights by learning rate; decay would only shrink a shortcut whose output is normalised."""
+        section, projector = self.section, self.projector
+        decay = section.weight_decay
+        rate = section.shortcut_learning_rate * relative_scale(projector.shortcut)
+        groups: list[dict[str, Any]] = [
+            {"name": "shortcut", "params": list(projector.shortcut.parameters()), "peak_lr": rate, "weight_decay": 0.0}
+        ]
+        for number, layer in enumerate(projector.hidden):
+            rate = section.learning_rate * (relative_scale(layer) if number == 0 else 1.0)
+            groups.append(
+                {"name": f"hidden.{number}", "params": list(layer.parameters()), "peak_lr": rate, "weight_decay": decay}
+            )
+        if projector.output is not None:
+            rate = section.learning_rate
+            groups.append(
+                {
+                    "name": "output",
+                    "params": list(projector.output.parameters()),
+                    "peak_lr": rate,
+                    "weight_decay": decay,
+                }
+            )
+        return [group | {"lr": 0.0} for group in groups]
+
+    def run_epoch(self, progress: Progress) -> EpochReport:
+        """Train on one epoch's triplets.
+
+        Raises PipelineError where no triplet can be drawn, or the loss is no number any more.
+        """
+        self.projector.train()
+        section, device = self.section, self.store.device
+        draw = self.sampler.draw_groups if section.share_within_building else self.sampler.draw_anchors
+        anchors = draw(self.num_anchors)
+        edges = anchors.plan_batches(section.batch_size)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        totals = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=device)  # triplets and active ones by band
+        steps_per_draw = max(_STEPS_PER_DRAW, -(-_MIN_ANCHORS_PER_DRAW // section.batch_size))
+        for first in range(0, len(edges) - 1, steps_per_draw):
+            part = edges[first : first + steps_per_draw + 1]
+            preference = torch.tensor(self.bandit.rank_bands(), device=device) if self.bandit else None
+            drawn = self.sampler.draw(anchors.cut(part[0], part[-1]), preference)
+            batches = [drawn.cut(a - part[0], b - part[0]) for a, b in zip(part[:-1], part[1:], strict=True)]
+            counts = torch.zeros_like(totals)
+            rows = [self._list_rows(batch) for batch in batches]
+            for number, (features, places) in enumerate(self.store.stream(rows), first):
+                self._set_rates(number / (len(edges) - 1))
+                loss_sum += self._take_step(batches[number - first], features, places, counts)
+            if self.bandit:
+                self.bandit.learn(*counts[:, :RANDOM_BAND].tolist())
+            totals += counts
+            progress.advance(part[-1] - part[0])
+        self.epoch += 1
+        return self._report(float(loss_sum), *totals.tolist())
+
+    def _report(self, loss_sum: float, num_triplets: list[float], num_active: list[float]) -> EpochReport:
+        total = sum(num_triplets)
+        if not total:
+            raise PipelineError(
+                "no triplet can be drawn: every image is of the anchor's building, its panorama, or nearer than "
+                f"[training].min_negative_distance_m = {self.section.min_negative_distance_m:g}: lower it"
+            )
+        if not math.isfinite(loss_sum):
+            raise PipelineError("training diverged (the loss is not a number): lower [training].learning_rate")
+        rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        shares = [count / total for count in num_triplets]
+        return EpochReport(loss_sum / total, sum(num_active) / total, shares, rates, int(total))
+
+    def _set_rates(self, done: float) -> None:
+        """Set the learning rates for a step of this epoch; `done` is the share of its steps before it."""
+        steps, section = self.steps_per_epoch, self.section
+        place = self.epoch * steps + round(done * steps)
+        factor = rate_factor(place, section.num_epochs * steps, round(section.warmup_epochs * steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def _list_rows(self, batch: Triplets) -> torch.Tensor:
+        """Return the images that a batch needs; where a building shares, its other anchors are the positives."""
+        shares = self.section.share_within_building
+        return torch.cat([batch.anchors.rows, *([] if shares else [batch.positives]), batch.negatives])
+
+    def _take_step(
+        self, batch: Triplets, features: torch.Tensor, places: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """Move the weights by one batch; return the sum of its losses, and add its triplets by band to `counts`."""
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
+            embeddings = self.projector(features)
+        embeddings = embeddings.index_select(0, places)
+        losses, valid, bands = self._compare(batch, embeddings)
+        active = valid & (losses > 0)  # of the banded triplets, whatever is learned from
+        if self.section.compares_in_batch:
+            losses = in_batch_losses(self.sampler, batch, embeddings, self.section)[:, None, None]
+        per_anchor = (losses * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp_min(1)
+        # Every image counts the same, however many triplets its building gives it.
+        loss = per_anchor.sum() / valid.any(dim=2).any(dim=1).sum().clamp_min(1)
+        if self.section.anchor_penalty > 0:
+            drift = relative_drift(self.projector.shortcut.weight, self.start_weight)
+            loss = loss + self.section.anchor_penalty * drift
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.section.grad_clip)
+        self.optimizer.step()
+        self.step += 1
+        with torch.no_grad():
+            for line, mask in zip(counts, (valid, active), strict=True):
+                line.scatter_add_(0, bands.flatten(), mask.sum(dim=1).flatten().double())
+            return (losses * valid).sum().double()
+
+    def _compare(self, batch: Triplets, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the losses of each anchor's triplets (B, P, Q), which of them are valid, and the bands (B, Q)."""
+        parts = embeddings.chunk(2 if self.section.share_within_building else 3)
+        anchors, negatives = parts[0], parts[-1]
+        if not self.section.share_within_building:
+            distances = [pair_distances(anchors, other)[:, None] for other in parts[1:]]
+            valid = batch.found[:, None, None]
+            return self._hinge(*distances), valid, batch.bands[:, None]
+        slots = torch.arange(MAX_GROUP, device=anchors.device)
+        members = (batch.anchors.starts[:, None] + slots).clamp_max(len(anchors) - 1)  # (B, P) the group's anchors
+        there = slots < batch.anchors.sizes[:, None]
+        rows = batch.anchors.rows
+        is_positive = there & (rows[members] != rows[:, None])
+        is_negative = there & batch.found[members]
+        is_negative &= self.sampler.allows(rows[:, None].expand_as(members), batch.negatives[members])
+        distances = [
+            pair_distances(anchors[:, None], others.index_select(0, members.flatten()).view(*members.shape, -1))
+            for others in (anchors, negatives)
+        ]
+        return self._hinge(*distances), is_positive[:, :, None] & is_negative[:, None], batch.bands[members]
+
+    def _hinge(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        """Return the triplet losses (B, P, Q) of distances (B, P) and (B, Q), as `triplet_losses` defines them."""
+        return torch.relu(positive[:, :, None] - negative[:, None] + self.section.margin)
+
+    def state(self) -> dict[str, Any]:
+        """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""
+        cuda = torch.cuda.get_rng_state_all() if self.store.device.type == "cuda" else []
+        return {
+            "projector": _copy(self.projector.state_dict()),
+            "start_weight": _copy(self.start_weight),
+            "optimizer": _copy(self.optimizer.state_dict()),
+            "epoch": self.epoch,
+            "step": self.step,
+            "sampler": {"random": self.sampler.state, "bandit": self.bandit and self.bandit.state},
+            "random": {"torch": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self.projector.load_state_dict(state["projector"])
+        self.start_weight.copy_(state["start_weight"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.sampler.state = state["sampler"]["random"]
+        if self.bandit:
+            self.bandit.state = state["sampler"]["bandit"]
+        torch.set_rng_state(state["random"]["torch"])
+        if self.store.device.type == "cuda" and state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+
+
+def _copy(value: Any) -> Any:
+    """Copy nested dictionaries and lists with their tensors, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_copy(item) for item in value]
+    return value

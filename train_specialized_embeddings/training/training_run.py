@@ -1,0 +1,182 @@
+"""One training run: its epochs, its best, and what it saves so that a killed run can go on exactly."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.files import tables
+from pipeline.log import Progress, Stopwatch, logger
+from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
+from train_specialized_embeddings.training.metric_sinks import MetricSinks
+from train_specialized_embeddings.training.run_files import RunFiles
+from train_specialized_embeddings.training.trainer import EpochReport, Trainer
+from train_specialized_embeddings.training.validation import (
+    Scores,
+    ValidationSet,
+    log_verdict,
+    measure_norm,
+    measure_spread,
+    warn_of_collapse,
+)
+
+# An epoch on little data takes less time than syncing its state to disk; a kill costs this much at most, or an epoch.
+SAVE_INTERVAL_SECONDS = 10.0
+
+Content = dict[str, Any]
+
+
+@dataclass
+class TrainingRun:
+    """A trainer, what it is validated on, where it writes, and how far it is."""
+
+    config: Config
+    files: RunFiles
+    trainer: Trainer
+    validation: ValidationSet
+    provenance: dict[str, Any]
+    baselines: dict[str, Scores]  # validation scores of raw, pca_whitened, whitening
+    start: dict[str, Any]  # how the shortcut began
+    watch: Stopwatch
+    sinks: MetricSinks
+    history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
+    best: Content = field(default_factory=dict)  # the best epoch's checkpoint
+
+    @property
+    def epoch(self) -> int:
+        """The last epoch that is done."""
+        return int(self.history[-1]["epoch"])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has all its epochs, or has not got better for `patience` of them."""
+        section = self.config.training
+        return self.epoch >= section.num_epochs or self.epoch - self.best["epoch"] >= section.patience
+
+    def complete(self) -> None:
+        """Validate the start, run the epochs that are left, and write everything.
+
+        Raises PipelineError where training diverges or no triplet can be drawn.
+        """
+        if self.history:
+            self._write_outputs()  # which the kill may have come between
+        else:
+            self.begin()
+            self._log_epoch()
+        total = self.config.training.num_epochs * self.trainer.num_anchors
+        interval = self.config.logging.progress_interval_seconds
+        saved = time.monotonic()
+        with Progress("train", total, "anchor", interval) as progress:
+            progress.resume_at(self.epoch * self.trainer.num_anchors)
+            while not self.is_over:
+                self.advance(progress)
+                self._log_epoch()
+                if self._is_periodic or time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
+        self._finish()
+
+    def begin(self) -> None:
+        """Validate the start, which is epoch 0."""
+        self._add_epoch(None, time.monotonic())
+
+    def advance(self, progress: Progress) -> None:
+        """Train for one epoch and validate; nothing is saved."""
+        started = time.monotonic()
+        with self.watch.measure("train"):
+            report = self.trainer.run_epoch(progress)
+        self._add_epoch(report, started)
+
+    def resume(self, saved: Checkpoint) -> None:
+        """Take up the state of a killed run."""
+        self.trainer.restore(saved.rest | {"projector": saved.projector})
+        self.history, self.best = list(saved.rest["history"]), saved.rest["best"]
+        for record in self.history:
+            self.sinks.write(record)
+        logger.info("going on after epoch %d", self.epoch)
+
+    @property
+    def _is_periodic(self) -> bool:
+        return self.epoch > 0 and self.epoch % self.config.training.save_every_n_epochs == 0
+
+    def _add_epoch(self, report: EpochReport | None, started: float) -> None:
+        """Validate, add the epoch's record, and keep its checkpoint if it is the best; epoch 0 has no report."""
+        with self.watch.measure("validate"):
+            projector, device = self.trainer.projector, self.trainer.store.device
+            embeddings = project(projector, self.validation.embeddings, device)
+            norm = measure_norm(projector, self.validation.embeddings, device)
+            scores = self.validation.score(embeddings)
+        self.history.append(
+            {
+                "epoch": len(self.history),
+                "train_loss": report and report.loss,
+                "active_triplet_share": report and report.active_share,
+                "band_shares": report and report.band_shares,
+                "learning_rates": report and report.learning_rates,
+                "num_triplets": report.num_triplets if report else 0,
+                "embedding_spread": measure_spread(embeddings),
+                "embedding_norm": norm,
+                "val": scores,
+                "seconds": round(time.monotonic() - started, 3),
+            }
+        )
+        self.sinks.write(self.history[-1])
+        if not self.best or scores["map"] > self.best["metrics"]["val"]["projector"]["map"]:
+            self.best = self._describe()
+
+    def _log_epoch(self) -> None:
+        """Say how the last epoch went, and where it has gone wrong."""
+        record = self.history[-1]
+        training = "the start, "
+        if record["train_loss"] is not None:
+            training = f"loss {record['train_loss']:.4f}, {record['active_triplet_share']:.1%} active, "
+        logger.info(
+            "epoch %d: %sspread %.3f, validation mAP %.4f, R@1 %.4f%s",
+            self.epoch, training, record["embedding_spread"], record["val"]["map"], record["val"]["recall_at_1"],
+            ", the best so far" if self.best["epoch"] == self.epoch else "",
+        )  # fmt: skip
+        warn_of_collapse(record, self.history[0])
+
+    def _describe(self) -> Content:
+        """Return the checkpoint of the epoch that is done: all that its reader, and the next epoch, need."""
+        config = self.config
+        return self.trainer.state() | {
+            "architecture": dict(self.trainer.projector.architecture),
+            "epoch": self.epoch,
+            "start": self.start,
+            "metrics": {
+                "epoch": self.epoch,
+                "val": self.baselines | {"projector": self.history[-1]["val"]},
+                # Without the seconds: the same training gives the same checkpoint, whatever the machine was doing.
+                "history": [
+                    {key: value for key, value in record.items() if key != "seconds"} for record in self.history
+                ],
+            },
+            "settings": {
+                "seed": config.global_.seed,
+                "training": config.training.model_dump(),
+                "training_model": config.training_model.model_dump(),
+            },
+            "provenance": self.provenance,
+        }
+
+    def _save(self) -> None:
+        """Write what the run goes on from, then the files that follow from it."""
+        with self.watch.measure("write"):
+            save_checkpoint(self.files.latest, self._describe() | {"best": self.best, "history": self.history})
+            self._write_outputs()
+
+    def _write_outputs(self) -> None:
+        self.files.write_metrics(self.history)
+        save_checkpoint(self.files.best, self.best)
+        if self._is_periodic:
+            save_checkpoint(self.files.of_epoch(self.epoch), self._describe())
+
+    def _finish(self) -> None:
+        """Write everything, the mark of a complete run last, and say how it went."""
+        self._save()
+        save_checkpoint(self.files.final, self._describe())
+        val = self.best["metrics"]["val"]
+        tables.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
+        self.files.latest.unlink(missing_ok=True)
+        log_verdict(val, self.best["epoch"])

@@ -1,0 +1,132 @@
+"""Score a projector, and what it has to beat, by retrieval on the validation split."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.log import logger
+from pipeline.retrieval.device_scores import score_queries_on
+from pipeline.retrieval.features import Features
+from pipeline.retrieval.projector import Projector
+from pipeline.retrieval.scores import SCORE_KEYS, QueryScores, normalise_rows, score_queries, summarize_scores
+
+# The share of the start's spread below which the embeddings are taken to have collapsed; the same of their norm before
+# it is made 1, or that many times it: then steps of one size turn them too far, or not at all.
+COLLAPSED_SHARE = 0.25
+# Images whose norm is measured.
+NORM_ROWS = 4096
+CPU = torch.device("cpu")
+
+Scores = dict[str, float]
+Embeddings = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The images that every epoch is scored on."""
+
+    embeddings: Embeddings  # (N, D)
+    building_codes: NDArray[np.int32]  # (N,)
+    device: torch.device = CPU  # where they are searched
+
+    def score(self, embeddings: Embeddings) -> Scores:
+        """Return recall_at_1/5/10, map and mrr of L2-normalised embeddings (N, k) of these images."""
+        return summarize_scores(self.score_each(embeddings))
+
+    def score_each(self, embeddings: Embeddings) -> QueryScores:
+        """Return how each image that has a positive fares."""
+        if self.device.type == "cuda":
+            return score_queries_on(self.device, embeddings, self.building_codes)
+        return score_queries(embeddings, self.building_codes)
+
+    def is_better(self, one: QueryScores, other: QueryScores) -> bool:
+        """Whether the mAP of one is above the other's by more than the standard error of the difference.
+
+        The error is over buildings, whose queries are not independent (linearised ratio estimator; Cochran, Sampling
+        Techniques, section 9A.4).
+        """
+        gains = one.average_precision - other.average_precision
+        around = np.bincount(self.building_codes[one.query], gains - gains.mean())
+        return bool(gains.sum() > np.sqrt(np.square(around).sum()))
+
+    def score_raw(self) -> Scores:
+        """Score the backbone's own embeddings."""
+        return self.score(normalise_rows(self.embeddings))
+
+
+def choose_validation_set(features: Features, max_images: int, seed: int, device: torch.device = CPU) -> ValidationSet:
+    """Return the validation images, or whole buildings drawn from `seed` where there are more than `max_images`.
+
+    At least two buildings are kept, or there would be nothing to mix up.
+    """
+    if len(features) <= max_images:
+        return ValidationSet(features.embeddings, features.building_codes, device)
+    sizes = np.bincount(features.building_codes)
+    drawn = np.random.default_rng(seed).permutation(len(sizes))
+    fits = np.cumsum(sizes[drawn]) <= max_images
+    fits[:2] = True
+    rows = np.flatnonzero(np.isin(features.building_codes, drawn[fits]))
+    logger.info("validation: %d of %d images, %d whole buildings", len(rows), len(features), int(fits.sum()))
+    return ValidationSet(features.embeddings[rows], features.building_codes[rows], device)
+
+
+def measure_spread(embeddings: Embeddings) -> float:
+    """Return 1 - |mean|^2 of unit vectors: their total variance, 1 where they fill the sphere, 0 where all coincide."""
+    return float(1.0 - np.square(embeddings.astype(np.float64).mean(axis=0)).sum())
+
+
+def measure_norm(projector: Projector, embeddings: NDArray[Any], device: torch.device) -> float:
+    """Return the mean norm of the first NORM_ROWS images' outputs before it is made 1."""
+    rows = torch.from_numpy(np.array(embeddings[:NORM_ROWS])).to(device)
+    was_training = projector.training
+    projector.eval()
+    with torch.inference_mode():
+        norm = float(projector.map(rows).norm(dim=1).mean())
+    projector.train(was_training)
+    return norm
+
+
+def format_table(rows: dict[str, Scores]) -> list[str]:
+    """Return the lines of a table of scores, one row a method."""
+    head = " ".join(f"{key.replace('recall_at_', 'R@'):>7}" for key in SCORE_KEYS)
+    lines = [f"{'validation':<14}{head}"]
+    return lines + [f"{name:<14}" + " ".join(f"{row[key]:7.4f}" for key in SCORE_KEYS) for name, row in rows.items()]
+
+
+def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:
+    """Log the table, and say plainly whether the projector beats the baselines."""
+    for line in format_table(rows):
+        logger.info("%s", line)
+    beaten = [name for name in ("raw", "pca_whitened") if rows["projector"]["map"] <= rows[name]["map"]]
+    if beaten:
+        logger.warning(
+            "the projector of epoch %d does NOT beat %s by validation mAP: do not publish it; more training images, "
+            "a lower learning rate or init = whitening may help",
+            best_epoch, " and ".join(beaten),
+        )  # fmt: skip
+    else:
+        gains = ", ".join(
+            f"{name} {rows['projector']['map'] - row['map']:+.4f}" for name, row in rows.items() if name != "projector"
+        )
+        logger.info("the projector of epoch %d in validation mAP, beside: %s", best_epoch, gains)
+
+
+def warn_of_collapse(record: dict[str, Any], start: dict[str, Any]) -> None:
+    """Log where an epoch's embeddings have drawn together, or no triplet teaches anything any more."""
+    if record["embedding_spread"] < COLLAPSED_SHARE * start["embedding_spread"]:
+        logger.warning(
+            "epoch %d: the embeddings are collapsing (spread %.3f, at the start %.3f): lower the learning rates",
+            record["epoch"], record["embedding_spread"], start["embedding_spread"],
+        )  # fmt: skip
+    norm, first = record["embedding_norm"], start["embedding_norm"]
+    if not COLLAPSED_SHARE * first <= norm <= first / COLLAPSED_SHARE:
+        logger.warning(
+            "epoch %d: the embeddings' norm before normalisation is %.3g, at the start it was %.3g: lower the learning "
+            "rates",
+            record["epoch"], norm, first,
+        )  # fmt: skip
+    if record["active_triplet_share"] == 0.0:
+        logger.warning("epoch %d: no triplet was active: raise [training].margin", record["epoch"])

@@ -1,0 +1,165 @@
+"""An Optuna study of stage 6's settings: its storage, its trials, its workers."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from pipeline.cli import StageResult
+from pipeline.config import Config, LoggingSection
+from pipeline.errors import PipelineError
+from pipeline.files import tables
+from pipeline.log import Progress, Stopwatch, logger, logging_to
+from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.training.fitting import read_material
+from train_specialized_embeddings.training.metric_sinks import MetricSinks
+from train_specialized_embeddings.training.run_files import RunFiles
+from train_specialized_embeddings.training.starts import fit_baselines, make_projector
+from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.training_run import TrainingRun
+from train_specialized_embeddings.tuning import search_space
+from train_specialized_embeddings.tuning.tuning_report import write_report
+
+NAME = "stage6"
+FILES = {"journal": "journal.log", "sqlite": "study.db"}
+# A trial is given up where its validation mAP is below the median of the others at the same epoch; the first trials
+# are not, nor the epochs of a warm-up.
+_FREE_TRIALS, _FREE_EPOCHS = 10, 3
+# How long SQLite waits while another worker writes.
+_LOCK_SECONDS = 60
+
+
+def run_study(
+    config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
+) -> StageResult:
+    """Run the trials that are left, this process being one of the workers, and write the report.
+
+    Raises StaleOutputError where the study in `folder` had other inputs or settings, PipelineError where no trial was
+    complete.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    result = StageResult("tune")
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.overwrite:
+        for name in FILES.values():
+            (folder / name).unlink(missing_ok=True)
+    study = open_study(config, options, folder, provenance)
+    if _count_finished(study) < options.num_trials:
+        start = multiprocessing.get_context("spawn").Process  # fork would copy threads that are not there any more
+        work = (config, options, inputs, provenance, folder)
+        helpers = [start(target=_help, args=(*work, number), daemon=True) for number in range(1, options.num_workers)]
+        for helper in helpers:
+            helper.start()
+        _work(study, config, inputs, options.num_trials, result.watch)
+        for helper in helpers:
+            helper.join()
+        result.written += write_report(folder, study)
+    else:
+        logger.info("tune: the study has its %d trials; a larger --trials goes on", options.num_trials)
+        result.kept += write_report(folder, study)
+    states = [trial.state for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    done, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
+    result.add({"in": len(states), "out": done, "dropped": pruned, "rejected": len(states) - done - pruned})
+    return result
+
+
+def open_study(config: Config, options: Any, folder: Path, provenance: dict[str, Any]) -> optuna.Study:
+    """Open the study, or begin it with the settings as configured.
+
+    Raises StaleOutputError where it was made from other inputs, or settings that the trials do not choose.
+    """
+    path = folder / FILES[options.storage]
+    if options.storage == "journal":
+        storage: Any = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+    else:
+        engine = {"connect_args": {"timeout": _LOCK_SECONDS}}
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=engine)
+    study = optuna.create_study(
+        storage=storage, study_name=NAME, direction="maximize", load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
+    )  # fmt: skip
+    # Without a seed: workers that begin together on several machines must not try the same.
+    study.sampler = optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True)
+    fixed = {key: value for key, value in provenance["settings"].items() if key not in search_space.SPACE}
+    made_from = provenance | {"stage": "tune", "settings": fixed}
+    if "provenance" in study.user_attrs:
+        tables.matches(path, study.user_attrs["provenance"], made_from)
+    else:
+        study.set_user_attr("provenance", made_from)
+        study.enqueue_trial(search_space.configured(config), skip_if_exists=True)
+    return study
+
+
+def _help(*work: Any) -> None:
+    """Work on the study in a process of its own."""
+    config, options, inputs, provenance, folder, number = work
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with logging_to(config.log_dir / f"tune.{number}.log", config.logging.level):
+        study = open_study(config, options, folder, provenance)
+        _work(study, config, inputs, options.num_trials, Stopwatch())
+
+
+def _work(study: optuna.Study, config: Config, inputs: dict[str, Path], num_trials: int, watch: Stopwatch) -> None:
+    """Run trials until the study has enough; with W workers it may get W - 1 more."""
+    objective = Objective(config, inputs, watch)
+    parent = multiprocessing.parent_process()
+    while _count_finished(study) < num_trials and (parent is None or parent.is_alive()):
+        study.optimize(objective, n_trials=1, catch=(PipelineError,), callbacks=[_log_trial])
+
+
+def _log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    values = [other.values[0] for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    found = "" if trial.value is None else f" {trial.value:.4f}"
+    best = f"{max(values):.4f}" if values else "none yet"
+    logger.info("trial %d: %s%s; %d finished, best %s", trial.number, trial.state.name.lower(), found,
+                _count_finished(study), best)  # fmt: skip
+
+
+def _count_finished(study: optuna.Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+
+
+class Objective:
+    """The best validation mAP that settings reach; what they share is read and fitted once."""
+
+    def __init__(self, config: Config, inputs: dict[str, Path], watch: Stopwatch) -> None:
+        self.config, self.watch = config, watch
+        self.material = read_material(config, inputs, watch)
+        with watch.measure("start"):
+            self.baselines = fit_baselines(
+                self.material.train, self.material.validation, config.training_model.output_dim, config.training,
+                self.material.device,
+            )  # fmt: skip
+        self.store = FeatureStore(self.material.train.embeddings, self.material.device)
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """Train with the trial's settings, an epoch at a time, and give up where the others were better.
+
+        Raises PipelineError where training diverges, TrialPruned where it is given up.
+        """
+        config = search_space.apply(self.config, search_space.suggest(trial))
+        material, seed = self.material, config.global_.seed
+        torch.manual_seed(seed)
+        material.sampler.seed(seed)
+        projector = make_projector(material.train.width, self.baselines, config.training_model, config.training)
+        trainer = Trainer(projector.to(material.device), self.store, material.sampler, config.training)
+        nowhere = RunFiles(Path())  # nothing is saved
+        sinks = MetricSinks(LoggingSection(), nowhere.folder, {})
+        run = TrainingRun(
+            config, nowhere, trainer, material.validation, {}, self.baselines.scores, {}, self.watch, sinks
+        )
+        run.begin()
+        interval = config.logging.progress_interval_seconds
+        with Progress(
+            f"trial {trial.number}", config.training.num_epochs * trainer.num_anchors, "anchor", interval
+        ) as bar:
+            while not run.is_over:
+                run.advance(bar)
+                trial.report(run.history[-1]["val"]["map"], run.epoch)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+        return float(run.best["metrics"]["val"]["projector"]["map"])
