@@ -139,3 +139,74 @@ def test_help_is_there_before_any_heavy_library():
     code = "; ".join([*scripts, "import sys; print(*{'torch', 'transformers', 'sklearn', 'faiss'} & set(sys.modules))"])
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+# What may stand directly in a folder; `control` and `renderer` are rooms of parts, not of commands.
+MOST_FILES = 15
+COMMAND_FOLDERS = (*STAGE_FOLDERS, "sample_data", "slurm")
+SHIPPED = {"publish_model": {"modeling_spatial_embeddings", "configuration_spatial_embeddings", "projector"}}
+# Each room imports those before it, and what stands above the rooms of `pipeline`.
+ROOMS = {
+    "pipeline": ("files", "inference", "retrieval"),
+    "preprocess_raw_data": ("tars", "merging"),
+    "difficulty_metadata": ("neighbor_search",),
+    "train_specialized_embeddings": ("sampling", "training", "tuning"),
+    "publish_model": ("new_data", "dataset", "model_folder"),
+    "evaluate_embeddings": ("scores", "page"),
+    "slurm": ("control",),
+    "sample_data": ("renderer",),
+}
+
+
+def find_modules(tree):
+    """Return the full name of every module, or name in a module, that a file imports."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_no_folder_shows_more_than_a_person_can_take_in():
+    folders = {path.parent for folder in {*COMMAND_FOLDERS, "pipeline"} for path in files_below(folder)}
+    counts = {
+        str(folder.relative_to(REPO)): sum(path.is_file() and path.name != "__init__.py" for path in folder.iterdir())
+        for folder in folders
+    }
+    assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+@pytest.mark.parametrize("folder", COMMAND_FOLDERS)
+def test_what_stands_in_a_stages_folder_is_a_command_or_is_shipped(folder):
+    parts = [
+        path.name
+        for path in (REPO / folder).glob("*.py")
+        if path.stem not in {"__init__", *SHIPPED.get(folder, ())}
+        and 'if __name__ == "__main__":' not in path.read_text(encoding="utf-8")
+    ]
+    assert parts == []
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_rooms_import_downwards_only(folder):
+    rooms = ROOMS[folder]
+    assert {path.parent.name for path in files_below(folder)} - {folder, "slurm"} == set(rooms)
+    wrong = []
+    for path, tree in files_below(folder).items():
+        room = path.relative_to(REPO).parts[1]
+        if room in rooms:
+            above = rooms[rooms.index(room) + 1 :]
+            commands = {path.stem for path in (REPO / folder).glob("*.py")} - SHIPPED.get(folder, set())
+            modules = set() if folder == "pipeline" else commands
+            imported = [name.split(".") for name in find_modules(tree) if name.startswith(f"{folder}.")]
+            wrong += [f"{path.name}: {words[1]}" for words in imported if words[1] in {*above, *modules}]
+    assert wrong == []
+
+
+def test_the_core_of_the_shared_package_imports_no_room():
+    rooms = tuple(f"pipeline.{room}" for room in ROOMS["pipeline"])
+    core = [path for path in files_below("pipeline") if path.parent.name == "pipeline"]
+    wrong = [f"{path.name}: {name}" for path in core for name in find_modules(PARSED[path]) if name.startswith(rooms)]
+    assert wrong == []
