@@ -12,7 +12,7 @@ from pipeline.inference.devices import choose_device
 from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint, build_projector, project
 from publish_model.dataset.drift import NUM_QUERIES, NUM_REFERENCE, describe_training
-from publish_model.dataset.embedded_dataset import EMBEDDING_COLUMN, embeddings_of
+from publish_model.dataset.parts import EMBEDDING_COLUMN, embeddings_of
 
 # Row groups that a sample is taken from: a split of 5.8 million images takes 95 GB.
 NUM_ROW_GROUPS = 16
