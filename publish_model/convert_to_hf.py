@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError, one_line
-from pipeline.files.folders import writing_folder
 from pipeline.files.tables import PROVENANCE_KEY, identify, make_provenance, matches
+from pipeline.files.writing import writing_folder
 from pipeline.inference.model_files import identify_model, locate_backbone
 from pipeline.log import logger
 from publish_model.model_folder.card_results import add_test_results

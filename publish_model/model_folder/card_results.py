@@ -5,7 +5,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from pipeline.files.tables import PROVENANCE_KEY, writing_to
+from pipeline.files.tables import PROVENANCE_KEY
+from pipeline.files.writing import writing_to
 
 ROWS = {
     "raw": "backbone alone",
