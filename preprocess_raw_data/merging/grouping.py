@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.files.batches import read_batches
+from pipeline.files.tables import read_batches
 from preprocess_raw_data.merging.embedding_inventory import Inventory
 
 BATCH_ROWS = 1024
