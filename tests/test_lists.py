@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.files.batches import read_batches
 from pipeline.files.lists import find_embedding, find_fingerprint
+from pipeline.files.tables import read_batches
 
 
 def write(folder: Path, kind: pa.DataType, rows: list[Any], name: str = "embedding") -> Path:

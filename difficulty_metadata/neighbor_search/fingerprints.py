@@ -8,10 +8,16 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.files.batches import read_batches
 from pipeline.files.composite_ids import fill_composite_ids, stored_fields
 from pipeline.files.lists import ListColumn, find_fingerprint
-from pipeline.files.tables import FINGERPRINT_ID_SCHEMA, check_columns, log_missing_provenance, open_parquet, reading
+from pipeline.files.tables import (
+    FINGERPRINT_ID_SCHEMA,
+    check_columns,
+    log_missing_provenance,
+    open_parquet,
+    read_batches,
+    reading,
+)
 
 _AGAIN = "make the file again with stage 4"
 # Fingerprints held at a time while they stream by, as bytes; the PCA takes them to float64, eight times that.

@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.files.batches import read_batches
-from pipeline.files.tables import open_parquet
+from pipeline.files.tables import open_parquet, read_batches
 
 # As what the stored numbers are read.
 _EMBEDDING_TYPES = {pa.float16(): "f2", pa.float32(): "f4", pa.float64(): "f4"}

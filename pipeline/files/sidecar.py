@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files import tables
-from pipeline.files.batches import read_batches
-from pipeline.files.folders import writing_folder
 from pipeline.files.lists import ListColumn, find_embedding
+from pipeline.files.tables import read_batches
+from pipeline.files.writing import writing_folder
 from pipeline.log import logger
 
 FOLDER = "_sidecar"

@@ -10,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.files.batches import read_batches
 from pipeline.files.composite_ids import fill_composite_ids, stored_fields
-from pipeline.files.tables import open_parquet
+from pipeline.files.tables import open_parquet, read_batches
 from preprocess_raw_data.merging.embedding_inventory import Inventory
 
 BATCH_ROWS = 1024
