@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.errors import DamagedError, InputError, PipelineError
-from pipeline.files.tables import make_provenance, sync_file, temporary_path, write_failure, write_json
+from pipeline.files.tables import make_provenance
+from pipeline.files.writing import sync_file, temporary_path, write_failure, write_json
 from pipeline.log import logger
 from publish_model.dataset import set_aside
 from publish_model.dataset.deletions import DeletionOrder, read_order, without_ids, write_order

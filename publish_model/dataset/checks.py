@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DamagedError, InputError
-from pipeline.files.tables import write_json
+from pipeline.files.writing import write_json
 from pipeline.log import logger
 from publish_model.dataset import set_aside
 from publish_model.dataset.deletions import read_order

@@ -12,7 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.files.tables import read_provenance, write_json, write_parquet
+from pipeline.files.tables import read_provenance, write_parquet
+from pipeline.files.writing import write_json
 from pipeline.log import logger
 from publish_model.dataset.hashes import hash_ids, pack_hashes, unpack_hashes
 from publish_model.dataset.part_plans import PartContent
