@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.files.listing import list_outputs
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
@@ -54,14 +55,8 @@ class Inventory:
 
 
 def list_embeddings(embeddings_dir: Path) -> list[Path]:
-    """Return the embedding files by name.
-
-    Raises InputError if there are none.
-    """
-    paths = sorted(path for path in embeddings_dir.glob("*_embeddings.parquet") if not path.name.startswith("."))
-    if not paths:
-        raise InputError(f"{embeddings_dir}: holds no *_embeddings.parquet: run stage 2, or correct the path")
-    return paths
+    """Return the embedding files by name; see `list_outputs`."""
+    return list_outputs(embeddings_dir, 2, "_embeddings")
 
 
 def take_inventory(paths: list[Path]) -> Inventory:
