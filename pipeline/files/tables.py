@@ -127,7 +127,8 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
     Raises InputError naming the file if it is missing or damaged.
     """
     try:
-        return pq.ParquetFile(path, buffer_size=buffer_size)
+        # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
+        return pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=not buffer_size)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: run the stage that writes it, or correct the path") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -165,7 +166,7 @@ def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa
 def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | pa.Schema) -> None:
     """Raise one InputError that names every required column which is missing or of another type.
 
-    A large_string does where a string is required. `embedding_width` checks the one list whose length varies.
+    A large_string does where a string is required. Lists of one length are `lists.py`'s.
     """
     problems = []
     for field in required:
@@ -180,23 +181,6 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
 
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
     return bool(found.equals(expected) or (pa.types.is_string(expected) and pa.types.is_large_string(found)))
-
-
-def embedding_width(path: Path, schema: pa.Schema) -> int:
-    """Return the length of the `embedding` column.
-
-    Raises InputError if it is missing or not a fixed_size_list of float32 or float16.
-    """
-    index = schema.get_field_index("embedding")
-    if index < 0:
-        raise InputError(f"{path}: column embedding is missing: make the file again with stage 2")
-    kind = schema.field(index).type
-    if not (pa.types.is_fixed_size_list(kind) and kind.value_type in (pa.float32(), pa.float16())):
-        raise InputError(
-            f"{path}: column embedding is {kind}, expected fixed_size_list<float32 or float16>: "
-            "make the file again with stage 2"
-        )
-    return int(kind.list_size)
 
 
 # ------------------------------------------------------------------------------------------------ provenance
