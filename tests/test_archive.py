@@ -7,12 +7,15 @@ import subprocess
 import tarfile
 import tracemalloc
 
+import pyarrow.parquet as pq
 import pytest
 from raw_tars import Entry, find_member, make_city, write_tar
 
+from generate_embeddings import generate_embeddings
 from pipeline.errors import InputError
 from pipeline.files import archive
 from pipeline.files.archive import stream_members
+from preprocess_raw_data import compute_fingerprints, process_tar
 
 BLOCK = tarfile.BLOCKSIZE
 ENTRIES = [Entry("a.jpg", b"x" * 700), Entry("b.txt", b"y" * 512), Entry("c.jpg", b""), Entry("d.txt", b"z" * 5)]
@@ -258,3 +261,25 @@ def test_memory_does_not_grow_with_the_number_of_members(tmp_path):
         return peak
 
     assert measure(5000) < measure(500) + 50_000
+
+
+def test_a_tar_with_data_behind_its_end_fails_alone_in_every_stage_that_reads_tars(
+    tmp_path, make_tar, write_config, run_main
+):
+    config = write_config(tmp_path)
+    make_tar(tmp_path / "raw", 1, (2,))
+    make_tar(tmp_path / "raw", 2, (2,))
+    assert run_main(process_tar.main, "--config", config).code == 0
+    first, second = (tmp_path / "raw" / f"000{number}.tar" for number in (1, 2))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    complaint = f"{first}: data behind the end of the archive"
+    outcome = run_main(process_tar.main, "--config", config, "--overwrite")
+    assert outcome.code == 1
+    assert outcome.stderr.splitlines()[-1].startswith(f"error: 1 of 2 tars failed, the others are done: {complaint}")
+    outcome = run_main(compute_fingerprints.main, "--config", config)
+    assert outcome.code == 1
+    assert complaint in outcome.stderr.splitlines()[-1]
+    assert sorted(path.name for path in (tmp_path / "fingerprints").glob("*.parquet")) == ["0002_fingerprints.parquet"]
+    names = dict.fromkeys(pq.read_table(tmp_path / "intermediates" / "0001.parquet")["image_path"].to_pylist(), 0)
+    with pytest.raises(InputError, match="data behind the end of the archive"):
+        list(generate_embeddings.read_wanted(first, names, 0))

@@ -10,10 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from raw_tars import Entry, draw_view, encode, find_member, make_city, make_view, write_d_line, write_tar
 
-from generate_embeddings import generate_embeddings
-from pipeline.errors import InputError
 from pipeline.files.tables import INTERMEDIATE_SCHEMA, PROVENANCE_KEY, REJECT_SCHEMA
-from preprocess_raw_data import compute_fingerprints, process_tar
+from preprocess_raw_data import process_tar
 
 CONTRACT_COLUMNS = dict.fromkeys(("dataset_id", "target_id", "patch_id", "street_view_id"), pa.int64())
 CONTRACT_COLUMNS |= dict.fromkeys(("target_lat", "target_lon"), pa.float64())
@@ -390,25 +388,3 @@ def test_two_runs_give_the_same_bytes(tmp_path, stage):
                      "--set", "data.max_reject_fraction=0.9").code == 0  # fmt: skip
         outputs.append([path.read_bytes() for path in sorted((tmp_path / "intermediates").rglob("*.parquet"))])
     assert outputs[0] == outputs[1]
-
-
-def test_a_tar_with_data_behind_its_end_fails_alone_in_every_stage_that_reads_tars(
-    tmp_path, stage, make_tar, write_config, run_main
-):
-    make_tar(tmp_path / "raw", 1, (2,))
-    make_tar(tmp_path / "raw", 2, (2,))
-    assert stage().code == 0
-    first, second = (tmp_path / "raw" / f"000{number}.tar" for number in (1, 2))
-    first.write_bytes(first.read_bytes() + second.read_bytes())
-    complaint = f"{first}: data behind the end of the archive"
-    config = write_config(tmp_path)
-    outcome = stage("--overwrite")
-    assert outcome.code == 1
-    assert outcome.stderr.splitlines()[-1].startswith(f"error: 1 of 2 tars failed, the others are done: {complaint}")
-    outcome = run_main(compute_fingerprints.main, "--config", config)
-    assert outcome.code == 1
-    assert complaint in outcome.stderr.splitlines()[-1]
-    assert sorted(path.name for path in (tmp_path / "fingerprints").glob("*.parquet")) == ["0002_fingerprints.parquet"]
-    names = dict.fromkeys(pq.read_table(tmp_path / "intermediates" / "0001.parquet")["image_path"].to_pylist(), 0)
-    with pytest.raises(InputError, match="data behind the end of the archive"):
-        list(generate_embeddings.read_wanted(first, names, 0))
