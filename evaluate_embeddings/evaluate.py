@@ -39,7 +39,8 @@ from evaluate_embeddings.scores.standalone import run as run_standalone
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.tables import identify, make_provenance, matches, read_provenance, write_json
+from pipeline.files.tables import identify, make_provenance, matches, read_provenance
+from pipeline.files.writing import write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.features import Features, load_features
 from pipeline.retrieval.scores import Embeddings, IgnoredPairs, Search, normalise_rows

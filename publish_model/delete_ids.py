@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError
-from pipeline.files.tables import open_parquet, read_provenance, write_json, write_parquet
+from pipeline.files.tables import open_parquet, read_provenance, write_parquet
+from pipeline.files.writing import write_json
 from pipeline.log import logger
 from publish_model.dataset.deletions import DeletionOrder, read_order, stay_rows, without_ids, write_order
 from publish_model.dataset.embedded_dataset import EmbeddedDataset, as_written, open_dataset

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_json, write_parquet
+from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_parquet
+from pipeline.files.writing import write_json
 from pipeline.log import logger
 from publish_model.dataset.embedded_dataset import (
     BLOCK_ROWS,

@@ -29,7 +29,7 @@ import pyarrow as pa
 from pipeline import VERSION, cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, PipelineError, Terminated, one_line
-from pipeline.files.tables import write_failure
+from pipeline.files.writing import write_failure
 from pipeline.inference import launcher
 from pipeline.inference.engine_watch import EngineWatch
 from pipeline.inference.model_files import find_missing_files, identify_model, locate_hub_model

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError, Rejection
-from pipeline.files.tables import writing_to
+from pipeline.files.writing import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
 from publish_model.dataset.drift import find_model

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError, PipelineError, StaleOutputError, one_line
-from pipeline.files.tables import write_json
+from pipeline.files.writing import write_json
 from pipeline.log import logger, logging_to
 from publish_model.dataset.deletions import read_order
 from publish_model.dataset.drift import measure_drift

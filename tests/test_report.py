@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -144,11 +145,13 @@ def test_whatever_the_data_say_is_text(workplace):
 
 
 def test_the_page_says_what_the_verdict_is_in_words_and_numbers(pictured):
-    _, page = pictured
+    config_path, page = pictured
     text = "".join(PageReader(page).text)
     assert re.search(r"The projector finds the building at first try for \d+\.\d% of the queries", text)
     assert re.search(r"(beats|is worse than|cannot be told from) PCA-whitened", text)
     assert "95% interval" in text
+    metrics = json.loads((config_path.parent / "report" / "metrics.json").read_text())
+    assert f"<h1>{metrics['headline']}</h1>" in page
 
 
 # ------------------------------------------------------------------------------------------------ photographs

@@ -31,7 +31,7 @@ from evaluate_embeddings.page.score_sections import (
 from evaluate_embeddings.scores.metrics import Evaluation
 from pipeline.cli import StageResult
 from pipeline.config import Config
-from pipeline.files.tables import writing_to
+from pipeline.files.writing import writing_to
 from pipeline.log import logger
 
 ATTRIBUTION = (

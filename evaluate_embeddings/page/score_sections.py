@@ -6,7 +6,7 @@ from typing import Any
 
 from evaluate_embeddings.page.layout import build_figure, build_section, build_table
 from evaluate_embeddings.page.plots import plot_groups
-from evaluate_embeddings.scores.metrics import BASELINES, COMPARED, KIND_LABELS, KINDS, SCORE_LABELS, describe_verdict
+from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, KINDS, SCORE_LABELS, describe_verdict, judge
 
 BREAKDOWNS = {
     "by_views": "images of the building",
@@ -17,13 +17,8 @@ BREAKDOWNS = {
 
 def build_head(metrics: Mapping[str, Any]) -> str:
     """Return the title, the verdict and a tile for each kind of embedding."""
-    intervals = [metrics["projector_gain"][f"over_{baseline}"]["map_ci95"] for baseline in BASELINES]
-    mood = "good" if all(low > 0 for low, _ in intervals) else "bad" if any(high < 0 for _, high in intervals) else ""
-    title = {
-        "good": "The projector beats both baselines",
-        "bad": "The projector is worse than a baseline",
-        "": "The projector does not clearly beat both baselines",
-    }[mood]
+    verdicts = {judge(metrics["projector_gain"][f"over_{baseline}"]["map_ci95"]) for baseline in BASELINES}
+    mood = "good" if verdicts == {"beats"} else "bad" if "is worse than" in verdicts else ""
     tiles = "\n".join(
         f'<div class="card{" own" if kind == "projector" else ""}"><h3>{KIND_LABELS[kind]}</h3>'
         f'<div class="big">{metrics[kind]["recall_at_1"]:.1%}</div>'
@@ -31,13 +26,13 @@ def build_head(metrics: Mapping[str, Any]) -> str:
         for kind in KINDS
     )
     verdict = f'<p class="verdict {mood}">{escape(describe_verdict(metrics))}</p>'
-    return f'<header>\n<h1>{title}</h1>\n{verdict}\n<div class="tiles">\n{tiles}\n</div>\n</header>'
+    return f'<header>\n<h1>{metrics["headline"]}</h1>\n{verdict}\n<div class="tiles">\n{tiles}\n</div>\n</header>'
 
 
 def build_scores(metrics: Mapping[str, Any]) -> str:
     """Return the table of all scores, and of what the projector gains, with intervals."""
-    gains = [metrics["projector_gain"][f"over_{baseline}"] for baseline in COMPARED]
-    header = ["", *KIND_LABELS.values(), *(f"gain over {KIND_LABELS[baseline]}" for baseline in COMPARED)]
+    gains = [metrics["projector_gain"][f"over_{baseline}"] for baseline in BASELINES]
+    header = ["", *KIND_LABELS.values(), *(f"gain over {KIND_LABELS[baseline]}" for baseline in BASELINES)]
     rows = [
         (
             "",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
-from pipeline.files import tables
+from pipeline.files import writing
 from pipeline.retrieval.projector import Projector
 
 # Rows in one forward pass: large enough for any chip, 64 MiB at 4,096 dimensions.
@@ -48,7 +48,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint in one piece; the same content gives the same bytes."""
     archive = io.BytesIO()  # given a path, torch would write its name into it; on a full disk it hides the OSError
     torch.save(content, archive)
-    with tables.writing_to(path) as temporary:
+    with writing.writing_to(path) as temporary:
         temporary.write_bytes(archive.getbuffer())
 
 

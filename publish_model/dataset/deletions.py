@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.files.tables import write_json
+from pipeline.files.writing import write_json
 from publish_model.dataset.hashes import hash_ids, pack_hashes, unpack_hashes
 from publish_model.dataset.part_plans import PartContent
 from publish_model.new_data.packaged_input import ID_COLUMN, plain_values

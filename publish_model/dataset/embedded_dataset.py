@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.files.listing import list_files
 from pipeline.files.tables import hash_json, open_parquet, reading
 from pipeline.inference.model_files import identify_model
 from pipeline.log import logger
@@ -130,8 +131,14 @@ def read_part(path: Path) -> Part | None:
 
 
 def list_part_paths(folder: Path) -> list[Path]:
-    """Return the part files of a dataset by name."""
-    return sorted(path for path in (folder / "parts").glob("*.parquet") if path.name[0] not in "._")
+    """Return the part files of a dataset by name.
+
+    Raises InputError if their folder cannot be read.
+    """
+    parts_dir = folder / "parts"
+    if not parts_dir.is_dir():
+        return []
+    return [path for path in list_files(parts_dir, hidden=(".", "_")) if path.suffix == ".parquet"]
 
 
 def open_dataset(output: Path) -> EmbeddedDataset:

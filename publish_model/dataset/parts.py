@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, PipelineError, StaleOutputError
-from pipeline.files.tables import (
-    PROVENANCE_KEY,
-    make_provenance,
-    open_parquet,
-    read_provenance,
-    sync_file,
-    temporary_path,
-    write_failure,
-    write_json,
-    write_parquet,
-)
+from pipeline.files.tables import PROVENANCE_KEY, make_provenance, open_parquet, read_provenance, write_parquet
+from pipeline.files.writing import sync_file, temporary_path, write_failure, write_json
 from pipeline.log import logger
 from publish_model.dataset.deletions import read_order, without_ids
 from publish_model.dataset.hashes import checksum_tables

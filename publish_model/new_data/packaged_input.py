@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.listing import is_parquet, walk_files, warn_of_others
 from pipeline.files.tables import hash_footer, hash_json, open_parquet
 from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, name_id, read_images
 
@@ -50,7 +51,7 @@ def open_packaged(path: Path, *, filter_valid: bool, keep_columns: Sequence[str]
     """
     paths = [path]
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*.parquet") if _is_data(file.relative_to(path)))
+        paths = _list_parquets(path)
         if not paths:
             return _open_photographs(path, keep_columns)
     schemas, rows, places = [], [], []
@@ -80,9 +81,13 @@ def open_packaged(path: Path, *, filter_valid: bool, keep_columns: Sequence[str]
     )  # fmt: skip
 
 
-def _is_data(path: Path) -> bool:
-    """Whether no name of a path begins as temporary and side tables do."""
-    return not any(part.startswith((".", "_")) for part in path.parts)
+def _list_parquets(folder: Path) -> list[Path]:
+    """Return the parquets below a folder by path, but for temporary and side tables; beside them others are counted."""
+    files = [Path(entry.path) for entry in walk_files(folder, hidden=(".", "_"))]
+    paths = sorted(path for path in files if is_parquet(path))
+    if paths:
+        warn_of_others(folder, (str(path.relative_to(folder)) for path in set(files) - set(paths)), "parquet files")
+    return paths
 
 
 def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInput:
