@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pipeline import VERSION
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
 from pipeline.files.failures import read_failure
+from pipeline.files.listing import is_parquet
 from pipeline.files.writing import writing_to
 from pipeline.log import logger
 
@@ -210,7 +211,7 @@ def identify(path: Path) -> dict[str, Any]:
     """
     try:
         identity: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
-        if path.suffix == ".parquet":
+        if is_parquet(path):
             identity["footer"] = hash_footer(path)
         elif path.suffix != ".tar":
             with open(path, "rb") as file:

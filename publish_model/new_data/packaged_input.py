@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.listing import is_parquet, walk_files, warn_of_others
 from pipeline.files.tables import hash_footer, hash_json, open_parquet
 from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, name_id, read_images
 
@@ -70,7 +71,7 @@ def open_packaged(
     """
     paths = [path]
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*.parquet") if _is_data(file.relative_to(path)))
+        paths = _list_parquets(path)
         if not paths:
             return replace(
                 _open_photographs(path, keep_columns), filter_valid=filter_valid, read_batch_size=read_batch_size
@@ -102,9 +103,13 @@ def open_packaged(
     )  # fmt: skip
 
 
-def _is_data(path: Path) -> bool:
-    """Whether no name of a path begins as temporary and side tables do."""
-    return not any(part.startswith((".", "_")) for part in path.parts)
+def _list_parquets(folder: Path) -> list[Path]:
+    """Return the parquets below a folder by path, but for temporary and side tables; beside them others are counted."""
+    files = [Path(entry.path) for entry in walk_files(folder, hidden=(".", "_"))]
+    paths = sorted(path for path in files if is_parquet(path))
+    if paths:
+        warn_of_others(folder, (str(path.relative_to(folder)) for path in set(files) - set(paths)), "parquet files")
+    return paths
 
 
 def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInput:
