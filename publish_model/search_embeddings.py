@@ -14,13 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.errors import InputError, Rejection
 from pipeline.files.writing import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
@@ -29,27 +25,11 @@ from publish_model.dataset.parts import Part
 from publish_model.dataset.similarity_search import find_nearest, import_faiss
 from publish_model.new_data.embed_options import whole_number
 from publish_model.new_data.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
+from publish_model.new_data.photographs import embed_photographs
 from publish_model.new_data.published_model import find_model
 
 THUMBNAIL_PX = 224
 STYLE = "body{font:14px sans-serif;margin:2em}figure{display:inline-block;margin:.5em;vertical-align:top;width:224px}"
-
-
-def embed_photograph(path: Path, model_dir: Path, precision: str, device: str) -> NDArray[np.float32]:
-    """Return the embedding of one photograph, (1, D).
-
-    Raises InputError if it cannot be read as an image.
-    """
-    try:
-        image = decode_rgb(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): correct --query") from None
-    except Rejection as rejection:
-        raise InputError(f"{path}: {rejection}: give a JPEG, PNG or WebP image") from None
-    from pipeline.inference.backbone import Embedder
-
-    embedder = Embedder(model_dir, device=device, dtype=precision, batch_size=1, trust_remote_code=True)
-    return embedder.embed([embedder.prepare(image)])
 
 
 def read_thumbnails(dataset: EmbeddingsDataset, source: PackagedInput, rows: list[int]) -> dict[int, bytes]:
@@ -107,7 +87,7 @@ def search(
     model = find_model(model_id or dataset.model_id, download=False)
     dataset.check_model(model)
     source = dataset.open_input(input_path) if input_path is not None else None
-    embedding = embed_photograph(query, model.folder, str(recipe["precision"]), device)
+    embedding = embed_photographs([query], model.folder, str(recipe["precision"]), device)
     similarities, rows = find_nearest(embedding, dataset.read_blocks(), top)
     ids = dataset.read_ids_at(rows[0].tolist())
     hits = [(float(similarity), ids[row]) for similarity, row in zip(similarities[0], rows[0].tolist(), strict=True)]
