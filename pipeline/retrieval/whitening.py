@@ -32,6 +32,8 @@ SHRINKAGES = (0.2, 0.3, 0.5, 0.7)
 # the other +0.010 (worst +0.007).
 INPUT_POWER, CHANNEL_POWER, EXPONENT = 0.8, 0.4, 1.3
 SHARPENED_SHRINKAGES = (0.3, 0.5, 0.7)
+# What nn.LayerNorm adds to a row's variance.
+NORM_EPSILON = 1e-5
 # A channel that never varies within a building would get no weight at all: it has this share of the mean variance.
 _LEAST_VARIANCE = 1e-3
 
@@ -41,18 +43,20 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LinearMap:
-    """An affine map, of features to a power where that is not 1, whose result is L2-normalised."""
+    """An affine map of prepared features (see `prepare`), whose result is L2-normalised."""
 
     weight: Float32  # (k, D)
     bias: Float32  # (k,)
     input_power: float = 1.0
+    input_norm: bool = False
 
     def apply(self, embeddings: NDArray[Any]) -> Float32:
         """Return the mapped rows (N, k), L2-normalised; a row that maps to zero stays zero."""
         mapped = np.empty((len(embeddings), len(self.weight)), dtype=np.float32)
         step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
         for start in range(0, len(embeddings), step):
-            block = _raise(np.asarray(embeddings[start : start + step], dtype=np.float32), self.input_power)
+            rows = np.asarray(embeddings[start : start + step], dtype=np.float32)
+            block = prepare(rows, self.input_power, self.input_norm)
             block = block @ self.weight.T + self.bias
             norms = np.linalg.norm(block, axis=1, keepdims=True)
             mapped[start : start + step] = block / np.maximum(norms, np.finfo(np.float32).tiny)
@@ -68,7 +72,8 @@ class Scatter:
     between: Float64  # (D, D) of the buildings' means around the mean, each weighted by its rows
     num_rows: int
     num_buildings: int
-    input_power: float = 1.0  # of the rows that were summed up
+    input_power: float = 1.0  # how the rows that were summed up had been prepared
+    input_norm: bool = False
     device: "torch.device | None" = None  # where matrices are decomposed, None is the CPU
 
     @cached_property
@@ -103,6 +108,8 @@ def collect_scatter(
     building_codes: NDArray[np.int32],
     input_power: float = 1.0,
     device: "torch.device | None" = None,
+    *,
+    input_norm: bool = False,
 ) -> Scatter:
     """Sum up rows (N, D) of any float type, of buildings (N,), in one pass over blocks of whole buildings.
 
@@ -115,10 +122,11 @@ def collect_scatter(
     within = torch.zeros((width, width), dtype=torch.float64, device=device)
     between, total = torch.zeros_like(within), np.zeros(width)
     # Sums of squares around any fixed point near the data lose no digits to a large mean.
-    origin = _raise(np.asarray(embeddings[: min(count, 256)], dtype=np.float64), input_power).mean(axis=0)
+    first = np.asarray(embeddings[: min(count, 256)], dtype=np.float64)
+    origin = prepare(first, input_power, input_norm).mean(axis=0)
     num_buildings = 0
     for rows, starts in _building_blocks(building_codes, max(1, _BLOCK_NUMBERS // width)):
-        block = _raise(np.asarray(embeddings[rows], dtype=np.float64), input_power) - origin
+        block = prepare(np.asarray(embeddings[rows], dtype=np.float64), input_power, input_norm) - origin
         sizes = np.diff(np.append(starts, len(block)))
         means = np.add.reduceat(block, starts, axis=0) / sizes[:, None]
         total += sizes @ means
@@ -130,12 +138,15 @@ def collect_scatter(
     mean = total / count
     around = between.cpu().numpy() / count - np.outer(mean, mean)
     return Scatter(
-        mean + origin, within.cpu().numpy() / count, around, count, num_buildings, input_power, device
+        mean + origin, within.cpu().numpy() / count, around, count, num_buildings, input_power, input_norm, device
     )  # fmt: skip
 
 
-def _raise(rows: NDArray[Any], power: float) -> NDArray[Any]:
-    """Return sign(x) |x|^power, as the projector does."""
+def prepare(rows: NDArray[Any], power: float, norm: bool = False) -> NDArray[Any]:
+    """Return rows (N, D) as a new projector has them: `norm` makes mean 0 and variance 1, then sign(x) |x|^power."""
+    if norm:
+        rows = rows - rows.mean(axis=1, keepdims=True)
+        rows = rows / np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + NORM_EPSILON)
     return rows if power == 1.0 else np.sign(rows) * np.abs(rows) ** power
 
 
@@ -250,4 +261,5 @@ def _as_map(rows: Float64, scatter: Scatter) -> LinearMap:
     """Fix each row's sign, which eigenvectors leave open, by its largest entry, and centre."""
     largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
     rows = np.where(largest < 0, -rows, rows)
-    return LinearMap(rows.astype(np.float32), (-rows @ scatter.mean).astype(np.float32), scatter.input_power)
+    bias = (-rows @ scatter.mean).astype(np.float32)
+    return LinearMap(rows.astype(np.float32), bias, scatter.input_power, scatter.input_norm)
