@@ -228,8 +228,8 @@ import resource, sys
 sys.path.insert(0, {repo!r})
 from pathlib import Path
 from publish_model.new_data.packaged_input import open_packaged, read_batches
-source = open_packaged(Path(sys.argv[1]), filter_valid=True)
-for table in read_batches(source, 0, 50, with_valid=True):
+source = open_packaged(Path(sys.argv[1]), read_batch_size=50)
+for table in read_batches(source, 0):
     del table
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
