@@ -93,7 +93,7 @@ def test_a_folder_that_is_missing_or_empty_or_holds_no_image_is_said(make_run: C
     config, output = make_run()
     outcome = run_main(main, "--config", config)
     assert outcome.code == 1
-    assert "holds no file *_fingerprints.parquet: run stage 4" in outcome.stderr
+    assert "holds no *_fingerprints.parquet: run stage 4" in outcome.stderr
     make_run(draw_table(20).slice(0, 0))
     assert "the fingerprint files hold no image" in run_main(main, "--config", config).stderr
     shutil.rmtree(output.parent / "fingerprints")

@@ -237,6 +237,8 @@ def test_an_empty_value_is_refused_by_column(tmp_path, stage):
 
 
 def test_no_files_and_files_without_rows_are_errors_but_one_empty_file_is_not(tmp_path, stage):
+    assert "no such folder: run stage 2" in stage().stderr
+    (tmp_path / "embeddings").mkdir()
     assert "holds no *_embeddings.parquet: run stage 2" in stage().stderr
     write(tmp_path, 1, make_rows(1, []))
     outcome = stage()

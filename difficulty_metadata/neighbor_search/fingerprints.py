@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.listing import list_outputs
 from pipeline.files.lists import ListColumn, find_fingerprint
 from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
@@ -50,18 +51,8 @@ class ImageTable:
 
 
 def list_fingerprint_files(folder: Path) -> list[Path]:
-    """Return the fingerprint files of a folder by name; hidden ones are passed over.
-
-    Raises InputError if the folder is missing or holds none.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder: run stage 4, or correct [paths].fingerprints_dir")
-    paths = sorted(path for path in folder.glob("*_fingerprints.parquet") if not path.name.startswith("."))
-    if not paths:
-        raise InputError(
-            f"{folder}: holds no file *_fingerprints.parquet: run stage 4, or correct [paths].fingerprints_dir"
-        )
-    return paths
+    """Return the fingerprint files by name; see `list_outputs`."""
+    return list_outputs(folder, 4, "_fingerprints")
 
 
 def read_images(paths: list[Path]) -> ImageTable:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.listing import is_parquet, list_files
 from pipeline.files.lists import find_embedding
 from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
@@ -77,7 +78,7 @@ def list_parts(folder: Path) -> list[Path]:
     """
     places = (folder / "parts", folder.with_name(f"{folder.name}.parts") / "parts", folder)
     for place in places:
-        paths = sorted(path for path in place.glob("*.parquet") if not path.name.startswith((".", "_")))
+        paths = [path for path in list_files(place, hidden=(".", "_")) if is_parquet(path)] if place.is_dir() else []
         if paths:
             _log_if_incomplete(place.parent)
             return paths

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import VERSION
-from pipeline.errors import InputError, Rejection, StaleOutputError, one_line
+from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
+from pipeline.files.failures import read_failure
+from pipeline.files.listing import is_parquet
 from pipeline.files.writing import writing_to
 from pipeline.log import logger
 
@@ -123,26 +125,25 @@ def rejects_path(output_path: Path) -> Path:
 def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
     """Open a parquet file; with a `buffer_size` a column chunk is read piece by piece, else in one piece.
 
-    Raises InputError naming the file if it is missing or damaged.
+    Raises InputError naming the file if it is missing or cannot be opened, DamagedError if it is no parquet.
     """
     try:
         # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
         return pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=not buffer_size)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: run the stage that writes it, or correct the path") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(
-            f"{path}: not a readable parquet file ({one_line(error)}): remove it and make it again"
-        ) from None
+        raise read_failure(path, error, "not a readable parquet file") from None
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the failure to decode what a parquet holds behind its footer into an InputError naming the file."""
+    """Turn the failure to decode what a parquet holds behind its footer into an InputError naming the file.
+
+    Only where its content is to blame is it a DamagedError.
+    """
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: damaged ({one_line(error)[:200]}): remove it and make it again") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise read_failure(path, error) from None
 
 
 def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
@@ -210,7 +211,7 @@ def identify(path: Path) -> dict[str, Any]:
     """
     try:
         identity: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
-        if path.suffix == ".parquet":
+        if is_parquet(path):
             identity["footer"] = hash_footer(path)
         elif path.suffix != ".tar":
             with open(path, "rb") as file:
@@ -225,12 +226,12 @@ def hash_footer(path: Path) -> str:
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         if end < 12:
-            raise InputError(f"{path}: not a readable parquet file (too short): remove it and make it again")
+            raise DamagedError(f"{path}: not a readable parquet file (too short): remove it and make it again")
         file.seek(end - 8)
         tail = file.read(8)
         length = int.from_bytes(tail[:4], "little")
         if tail[4:] != b"PAR1" or length > end - 12:
-            raise InputError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
+            raise DamagedError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
         file.seek(end - 8 - length)
         return hashlib.sha256(file.read(length)).hexdigest()[:32]
 

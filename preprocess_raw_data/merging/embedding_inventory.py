@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.listing import list_outputs
 from pipeline.files.lists import ListColumn, find_embedding
 from pipeline.files.tables import (
     FILE_COLUMNS,
@@ -56,14 +57,8 @@ class Inventory:
 
 
 def list_embeddings(embeddings_dir: Path) -> list[Path]:
-    """Return the embedding files by name.
-
-    Raises InputError if there are none.
-    """
-    paths = sorted(path for path in embeddings_dir.glob("*_embeddings.parquet") if not path.name.startswith("."))
-    if not paths:
-        raise InputError(f"{embeddings_dir}: holds no *_embeddings.parquet: run stage 2, or correct the path")
-    return paths
+    """Return the embedding files by name; see `list_outputs`."""
+    return list_outputs(embeddings_dir, 2, "_embeddings")
 
 
 def take_inventory(paths: list[Path]) -> Inventory:
