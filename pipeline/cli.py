@@ -204,7 +204,7 @@ def log_name(stage: str, shard: Shard) -> str:
     return f"{stage}.log" if shard.is_whole else f"{stage}.{shard}.log"
 
 
-def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path, level: str = "INFO") -> StageResult:
+def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path | None, level: str = "INFO") -> StageResult:
     """Run a story with its log file and last log line, and print the paths that it has written."""
     with logging_to(log_path, level):
         started = time.monotonic()

@@ -22,18 +22,12 @@ from pipeline.files.writing import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
 from pipeline.pages import load_templates, shrink, to_data_uri
-from publish_model.dataset.drift import find_model
-from publish_model.dataset.embedded_dataset import EmbeddedDataset, Part, open_dataset, read_blocks, read_ids_at
-from publish_model.dataset.parts import recipe_of
+from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
+from publish_model.dataset.parts import Part
 from publish_model.dataset.similarity_search import find_nearest, import_faiss
 from publish_model.new_data.embed_options import whole_number
-from publish_model.new_data.packaged_input import (
-    IMAGE_COLUMN,
-    PackagedInput,
-    embedded_rows,
-    open_packaged,
-    read_batches,
-)
+from publish_model.new_data.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
+from publish_model.new_data.published_model import find_model
 
 THUMBNAIL_PX = 224
 TEMPLATES_DIR = Path(__file__).parent / "templates"
@@ -56,26 +50,20 @@ def embed_photograph(path: Path, model_dir: Path, precision: str, device: str) -
     return embedder.embed([embedder.prepare(image)])
 
 
-def read_thumbnails(dataset: EmbeddedDataset, source: PackagedInput, rows: Sequence[int]) -> dict[int, bytes]:
+def read_thumbnails(dataset: EmbeddingsDataset, source: PackagedInput, rows: list[int]) -> dict[int, bytes]:
     """Return the image files of some embedded rows, from the packaged input."""
     images: dict[int, bytes] = {}
-    first = 0
-    for part in dataset.parts:
-        inside = [row for row in rows if first <= row < first + part.record.counts["out"]]
-        if inside:
-            images |= dict(zip(inside, _read_images(part, source, [row - first for row in inside]), strict=True))
-        first += part.record.counts["out"]
+    for part, inside in dataset.locate(rows):
+        images |= dict(zip(inside, _read_images(part, source, list(inside.values())), strict=True))
     return images
 
 
 def _read_images(part: Part, source: PackagedInput, rows: Sequence[int]) -> list[bytes]:
     """Return the images of some rows of a part."""
-    recipe = recipe_of(part.provenance)
-    filter_valid, batch_rows = bool(recipe["filter_valid"]), int(recipe["read_batch_size"])
-    batches = read_batches(source, part.plan.row_group, batch_rows, with_valid=filter_valid)
+    batches = read_batches(source, part.plan.row_group)
     table = next(table for read_batch, table in enumerate(batches) if read_batch == part.plan.read_batch)
     table = table.slice(0, part.record.counts["in"])
-    places = embedded_rows(table, part.plan.first_row, part.read_content().rejects, filter_valid)
+    places = source.embedded_rows(table, part.plan.first_row, part.read_content().rejects)
     return [table.column(IMAGE_COLUMN)[int(places[row])].as_py() for row in rows]
 
 
@@ -104,18 +92,14 @@ def search(
     Raises InputError for a dataset, model or photograph that cannot be used or do not belong together.
     """
     import_faiss()
-    dataset = open_dataset(output)
-    model_dir = find_model(model_id or str(dataset.state.get("model_id", "")))
-    dataset.check_model(model_dir)
-    source = None
-    if input_path is not None:
-        recipe = recipe_of(dataset.parts[0].provenance)
-        source = open_packaged(input_path, filter_valid=bool(recipe["filter_valid"]))
-        if source.fingerprint != recipe["row_group_fingerprint"]:
-            raise InputError(f"{input_path}: not the input that {dataset.folder} was made from: give that one")
-    embedding = embed_photograph(query, model_dir, dataset.precision, device)
-    similarities, rows = find_nearest(embedding, read_blocks(dataset), top)
-    ids = read_ids_at(dataset, rows[0].tolist())
+    dataset = EmbeddingsDataset(output)
+    recipe = dataset.recipe
+    model = find_model(model_id or dataset.model_id, download=False)
+    dataset.check_model(model)
+    source = dataset.open_input(input_path) if input_path is not None else None
+    embedding = embed_photograph(query, model.folder, str(recipe["precision"]), device)
+    similarities, rows = find_nearest(embedding, dataset.read_blocks(), top)
+    ids = dataset.read_ids_at(rows[0].tolist())
     hits = [(float(similarity), ids[row]) for similarity, row in zip(similarities[0], rows[0].tolist(), strict=True)]
     for rank, (similarity, identifier) in enumerate(hits, start=1):
         print(f"{rank}\t{similarity:.6f}\t{identifier}")

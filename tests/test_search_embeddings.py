@@ -10,7 +10,7 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import make_photographs, write_packaged
 
 from publish_model import export_embeddings, search_embeddings
-from publish_model.dataset.embedded_dataset import open_dataset, read_blocks, read_ids_at
+from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.similarity_search import find_nearest
 
 
@@ -36,21 +36,23 @@ def sort_rows(queries, embeddings, count):
 @pytest.mark.parametrize("count", [1, 5, 100])
 def test_the_nearest_of_blocks_are_those_of_a_full_sort(tmp_path, block_rows, count):
     embeddings = unit_rows(0, 60)
-    dataset = open_dataset(write_dataset(tmp_path / "out", pa.array(range(60)), embeddings))
+    dataset = EmbeddingsDataset(write_dataset(tmp_path / "out", pa.array(range(60)), embeddings))
     queries = unit_rows(1, 4)
-    similarities, rows = find_nearest(queries, read_blocks(dataset, block_rows), count)
+    similarities, rows = find_nearest(queries, dataset.read_blocks(block_rows), count)
     assert rows.tolist() == sort_rows(queries, embeddings, count)
     assert np.allclose(similarities, np.take_along_axis(queries @ embeddings.T, rows, axis=1), atol=1e-6)
 
 
 def test_blocks_cover_every_row_once_and_ids_are_found_by_row(tmp_path):
     embeddings = unit_rows(0, 25)
-    dataset = open_dataset(write_dataset(tmp_path / "out", pa.array([f"way/{row}" for row in range(25)]), embeddings))
+    dataset = EmbeddingsDataset(
+        write_dataset(tmp_path / "out", pa.array([f"way/{row}" for row in range(25)]), embeddings)
+    )
     for size in (1, 10, 11, 99):
-        blocks = list(read_blocks(dataset, size))
+        blocks = list(dataset.read_blocks(size))
         assert np.array_equal(np.concatenate([block for _, block in blocks]), embeddings)
         assert [first for first, _ in blocks] == [0, *np.cumsum([len(block) for _, block in blocks[:-1]])]
-    assert {row: str(one) for row, one in read_ids_at(dataset, [24, 0, 10]).items()} == {
+    assert {row: str(one) for row, one in dataset.read_ids_at([24, 0, 10]).items()} == {
         24: "way/24",
         0: "way/0",
         10: "way/10",

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from evaluation_data import make_table, make_workplace, write_checkpoint, write_split
 
@@ -77,6 +78,20 @@ def test_without_labels_the_osmid_says_which_images_belong_together(run_main, tm
     assert "36 queries, gallery of 36 images, 12 buildings" in text
     assert read_verdict(text).startswith(f"one finds the building at first try for {expected['recall_at_1']:.1%}")
     check_width(text)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float64())])
+def test_lists_of_one_length_are_read_as_well_and_a_row_that_does_not_fit_is_named(tmp_path, dataset, kind):
+    expected = read_embeddings(dataset).embeddings
+    for path in (dataset / "parts").iterdir():
+        table = pq.read_table(path)
+        rows = table["embedding"].to_pylist()
+        pq.write_table(table.set_column(1, "embedding", pa.array(rows, kind)), path)
+    np.testing.assert_array_equal(read_embeddings(dataset).embeddings, expected)
+    rows[4] = rows[4][:5]
+    pq.write_table(table.set_column(1, "embedding", pa.array(rows, kind)), path)
+    with pytest.raises(InputError, match=f"{path.name}: column embedding: row 4 has not 12 numbers"):
+        read_embeddings(dataset)
 
 
 def test_labels_join_by_osmid_whatever_its_type_and_what_they_do_not_know_is_counted(run_main, tmp_path, labelled):

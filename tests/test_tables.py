@@ -228,26 +228,6 @@ def test_every_missing_or_mistyped_column_is_named_at_once(tmp_path):
     tables.check_columns(tmp_path / "a.parquet", SCHEMA, SCHEMA)
 
 
-@pytest.mark.parametrize(
-    ("kind", "complaint"),
-    [
-        (pa.list_(pa.float32()), "expected fixed_size_list<float32 or float16>"),
-        (pa.list_(pa.float64(), 4), "expected fixed_size_list<float32 or float16>"),
-        (pa.float32(), "expected fixed_size_list<float32 or float16>"),
-        (None, "column embedding is missing"),
-    ],
-)
-def test_an_embedding_of_another_type_is_refused(tmp_path, kind, complaint):
-    schema = pa.schema([] if kind is None else [("embedding", kind)])
-    with pytest.raises(InputError, match=complaint):
-        tables.embedding_width(tmp_path / "a.parquet", schema)
-
-
-@pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
-def test_the_width_of_an_embedding_is_its_lists_length(tmp_path, kind):
-    assert tables.embedding_width(tmp_path, pa.schema([("embedding", pa.list_(kind, 12))])) == 12
-
-
 # ------------------------------------------------------------------------------------------------ provenance
 
 

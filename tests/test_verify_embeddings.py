@@ -13,7 +13,7 @@ from stage8_fixtures import read_state
 from publish_model import verify_embeddings
 from publish_model.dataset import drift
 from publish_model.dataset.hashes import checksum_tables
-from publish_model.dataset.parts import write_part_files
+from publish_model.dataset.parts import read_part
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_state_behind_its_parts_is_no_problem_as_a_kill_leaves_it_so(verify, d
 
 
 DAMAGE = {
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot be read"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "not a readable parquet file"),
     "not finite": (
         lambda path: rewrite(path, lambda t: set_embedding(t, 1, [np.nan] * 256)),
         "embedding 1 is not finite",
@@ -139,17 +139,12 @@ def test_a_lost_part_of_a_complete_dataset_is_seen(verify, dataset):
 
 def test_ids_that_are_not_those_of_the_input_are_seen_with_the_input_alone(verify, dataset, tmp_path):
     """The part is consistent in itself: only the input tells."""
-    from publish_model.dataset.embedded_dataset import read_part
-
     part = read_part(list_parts(dataset)[0])
     content = part.read_content()
     ids = pa.array(["way/999", *content.embedded["OSMID"].to_pylist()[1:]])
     embedded = content.embedded.set_column(0, content.embedded.schema.field(0), ids)
     changed = type(content)(embedded, content.rejects, content.skipped, content.hashes, content.reasons)
-    provenance = {
-        key: value for key, value in part.provenance.items() if key not in ("cut", "counts", "reasons", "checksum")
-    }
-    write_part_files(dataset, part.plan, changed, provenance)
+    part.rewrite(changed)
     assert verify(dataset).code == 0
     check_seen(verify(dataset, "--input", tmp_path / "in.parquet"), "its ids are not those of the input's rows")
 
@@ -161,8 +156,8 @@ def test_another_input_is_refused(verify, embed, dataset, packaged):
 def test_a_file_that_is_not_ours_is_named_and_stays(verify, dataset):
     foreign = dataset / "parts" / "mine.parquet"
     pq.write_table(pa.table({"a": [1]}), foreign)
-    check_seen(verify(dataset), "mine.parquet: not made by stage 8: move it away")
-    check_seen(verify(dataset, "--repair"), "it is not removed here")
+    check_seen(verify(dataset), "mine.parquet: not written by this project")
+    check_seen(verify(dataset, "--repair"), "mine.parquet: not written by this project (1 such files, which are left)")
     assert foreign.exists()
 
 

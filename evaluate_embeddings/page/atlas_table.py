@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.labelled import find_id_column, list_parts, to_text
 from pipeline.errors import InputError, Rejection
-from pipeline.files.tables import embedding_width, open_parquet, read_provenance, reading
+from pipeline.files.lists import find_embedding
+from pipeline.files.tables import open_parquet, read_provenance, reading
 from pipeline.inference.images import decode_rgb
 from pipeline.log import Progress, logger
 from pipeline.pages import shrink, to_jpeg
@@ -44,7 +45,7 @@ def write_atlas_table(folder: Path, images: Path | None, output: Path, seed: int
     parts = choose_rows(folder, seed)
     images = images or read_input_path(folder)
     photos = _open_photos(parts, images)
-    width = embedding_width(parts[0].path, open_parquet(parts[0].path).schema_arrow)
+    width = next(found.width for part in parts if (found := find_embedding(part.path)).width)
     columns = [pa.field("OSMID", pa.string()), pa.field("embedding", pa.list_(pa.float32(), width))]
     if photos is not None:
         columns.append(pa.field("image", pa.struct([("bytes", pa.binary())])))
@@ -92,12 +93,14 @@ def read_input_path(folder: Path) -> Path | None:
 
 def _read_rows(parts: list[Part]) -> Iterator[tuple[pa.Array, pa.Array]]:
     for part in parts:
+        column, done = find_embedding(part.path), 0
         with reading(part.path):
-            for batch, rows in _cut(open_parquet(part.path), [part.id_column, "embedding"], part.chosen):
-                taken = batch.take(pa.array(rows))
-                values = taken.column("embedding").flatten().cast(pa.float32())
-                width = taken.schema.field("embedding").type.list_size
-                yield to_text(part.path, taken.column(part.id_column)), pa.FixedSizeListArray.from_arrays(values, width)
+            for batch, rows in _cut(open_parquet(part.path), [part.id_column, column.name], part.chosen):
+                ids = to_text(part.path, batch.column(part.id_column).take(pa.array(rows)))
+                first_row = int(part.chosen[done] - rows[0])
+                values = column.read(batch.column(column.name), first_row)[rows].astype(np.float32)
+                done += len(rows)
+                yield ids, pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
 def _cut(file: pq.ParquetFile, columns: list[str], chosen: Rows) -> Iterator[tuple[pa.RecordBatch, Rows]]:

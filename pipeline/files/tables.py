@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import VERSION
-from pipeline.errors import InputError, Rejection, StaleOutputError, one_line
+from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
+from pipeline.files.failures import read_failure
+from pipeline.files.listing import is_parquet
 from pipeline.files.writing import writing_to
 from pipeline.log import logger
 
@@ -123,25 +125,25 @@ def rejects_path(output_path: Path) -> Path:
 def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
     """Open a parquet file; with a `buffer_size` a column chunk is read piece by piece, else in one piece.
 
-    Raises InputError naming the file if it is missing or damaged.
+    Raises InputError naming the file if it is missing or cannot be opened, DamagedError if it is no parquet.
     """
     try:
-        return pq.ParquetFile(path, buffer_size=buffer_size)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: run the stage that writes it, or correct the path") from None
+        # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
+        return pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=not buffer_size)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(
-            f"{path}: not a readable parquet file ({one_line(error)}): remove it and make it again"
-        ) from None
+        raise read_failure(path, error, "not a readable parquet file") from None
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the failure to decode what a parquet holds behind its footer into an InputError naming the file."""
+    """Turn the failure to decode what a parquet holds behind its footer into an InputError naming the file.
+
+    Only where its content is to blame is it a DamagedError.
+    """
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: damaged ({one_line(error)[:200]}): remove it and make it again") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise read_failure(path, error) from None
 
 
 def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
@@ -164,7 +166,7 @@ def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa
 def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | pa.Schema) -> None:
     """Raise one InputError that names every required column which is missing or of another type.
 
-    A large_string does where a string is required. `embedding_width` checks the one list whose length varies.
+    A large_string does where a string is required. Lists of one length are `lists.py`'s.
     """
     problems = []
     for field in required:
@@ -179,23 +181,6 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
 
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
     return bool(found.equals(expected) or (pa.types.is_string(expected) and pa.types.is_large_string(found)))
-
-
-def embedding_width(path: Path, schema: pa.Schema) -> int:
-    """Return the length of the `embedding` column.
-
-    Raises InputError if it is missing or not a fixed_size_list of float32 or float16.
-    """
-    index = schema.get_field_index("embedding")
-    if index < 0:
-        raise InputError(f"{path}: column embedding is missing: make the file again with stage 2")
-    kind = schema.field(index).type
-    if not (pa.types.is_fixed_size_list(kind) and kind.value_type in (pa.float32(), pa.float16())):
-        raise InputError(
-            f"{path}: column embedding is {kind}, expected fixed_size_list<float32 or float16>: "
-            "make the file again with stage 2"
-        )
-    return int(kind.list_size)
 
 
 # ------------------------------------------------------------------------------------------------ provenance
@@ -226,7 +211,7 @@ def identify(path: Path) -> dict[str, Any]:
     """
     try:
         identity: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
-        if path.suffix == ".parquet":
+        if is_parquet(path):
             identity["footer"] = hash_footer(path)
         elif path.suffix != ".tar":
             with open(path, "rb") as file:
@@ -241,12 +226,12 @@ def hash_footer(path: Path) -> str:
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         if end < 12:
-            raise InputError(f"{path}: not a readable parquet file (too short): remove it and make it again")
+            raise DamagedError(f"{path}: not a readable parquet file (too short): remove it and make it again")
         file.seek(end - 8)
         tail = file.read(8)
         length = int.from_bytes(tail[:4], "little")
         if tail[4:] != b"PAR1" or length > end - 12:
-            raise InputError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
+            raise DamagedError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
         file.seek(end - 8 - length)
         return hashlib.sha256(file.read(length)).hexdigest()[:32]
 

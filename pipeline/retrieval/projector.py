@@ -12,6 +12,23 @@ from torch.nn import functional
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
+class Linear(nn.Module):
+    """A linear layer that computes in float32 (or as autocast says) whatever type its weights have.
+
+    It is no `nn.Linear`, because that is what every library looks for that swaps layers for quantised ones: the
+    projector is a thousandth of any backbone's work, and eight bits would cost it more than they save.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        start = nn.Linear(input_dim, output_dim)
+        self.weight, self.bias = start.weight, start.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map inputs (B, input_dim) to (B, output_dim)."""
+        return functional.linear(inputs, self.weight.float(), self.bias.float())
+
+
 class Projector(nn.Module):
     """A linear shortcut plus an MLP branch, whose sum is L2-normalised.
 
@@ -41,11 +58,11 @@ class Projector(nn.Module):
         widths = [input_dim] + [hidden_dim] * num_hidden_layers
         self.input_power = input_power
         self.input_dropout = nn.Dropout(input_dropout)
-        self.shortcut = nn.Linear(input_dim, output_dim)
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.shortcut = Linear(input_dim, output_dim)
+        self.hidden = nn.ModuleList(Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden_dim, output_dim) if num_hidden_layers else None
+        self.output = Linear(hidden_dim, output_dim) if num_hidden_layers else None
         if self.output is not None:
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
@@ -57,21 +74,16 @@ class Projector(nn.Module):
     def map(self, features: torch.Tensor) -> torch.Tensor:
         """Return the float32 embeddings before they are normalised."""
         # Weights in half precision are widened here: centring subtracts numbers of one size, and a half-precision
-        # sum would keep little of the difference. The projector is a thousandth of any backbone's work.
+        # sum would keep little of the difference.
         inputs = features.float()
         if self.input_power != 1.0:
             # At 0 the power's slope is infinite, which would make the backbone's gradients NaN.
             inputs = inputs.sign() * inputs.abs().clamp_min(torch.finfo(inputs.dtype).tiny) ** self.input_power
         inputs = self.input_dropout(inputs)  # (B, input_dim)
-        outputs = _linear(self.shortcut, inputs)  # (B, output_dim)
+        outputs: torch.Tensor = self.shortcut(inputs)  # (B, output_dim)
         if self.output is not None:
             hidden = inputs
             for layer in self.hidden:
-                hidden = self.dropout(self.activation(_linear(layer, hidden)))
-            outputs = outputs + _linear(self.output, hidden)
+                hidden = self.dropout(self.activation(layer(hidden)))
+            outputs = outputs + self.output(hidden)
         return outputs.float()
-
-
-def _linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Apply a linear layer in float32 (or as autocast says) whatever type its weights have."""
-    return functional.linear(inputs, layer.weight.float(), layer.bias.float())

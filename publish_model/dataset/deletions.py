@@ -1,6 +1,8 @@
-"""Ids that were taken out of an embeddings dataset for good: kept as hashes, so that a rerun leaves them out too."""
+"""Take ids out of an embeddings dataset for good: their hashes are kept, so that a rerun leaves them out too."""
 
 import json
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.files.tables import read_provenance, write_parquet
 from pipeline.files.writing import write_json
+from pipeline.log import logger
 from publish_model.dataset.hashes import hash_ids, pack_hashes, unpack_hashes
 from publish_model.dataset.part_plans import PartContent
+from publish_model.dataset.parts import Part, as_written
 from publish_model.new_data.packaged_input import ID_COLUMN, plain_values
+
+# What other scripts make of a dataset inside its folder.
+DERIVED = ("_aggregated", "_exports")
 
 
 @dataclass(frozen=True)
@@ -75,3 +83,30 @@ def stay_rows(table: pa.Table, id_hashes: frozenset[int]) -> NDArray[np.bool_]:
     """Return which rows do not have one of the ids, (N,)."""
     hashes = [value for chunk in table.column(ID_COLUMN).chunks for value in hash_ids(plain_values(chunk))]
     return np.array([value not in id_hashes for value in hashes], dtype=bool)
+
+
+def rewrite_parts(parts: Iterable[Part], id_hashes: frozenset[int]) -> int:
+    """Write every part that holds one of the ids again without it, and return how many rows that takes out."""
+    num_deleted = 0
+    for part in parts:
+        promised = read_provenance(part.rejects_path) or {}
+        if promised.get("checksum") != part.checksum:
+            # Killed between the rejects and their part: the rejects are the new ones and say what the part is to hold.
+            embedded = as_written(part.read())
+            write_parquet(part.path, embedded.filter(pa.array(stay_rows(embedded, id_hashes))), promised)
+            num_deleted += promised["counts"].get("deleted", 0) - part.record.counts.get("deleted", 0)
+            continue
+        content = part.read_content()
+        left = without_ids(content, id_hashes)
+        if left is not content:
+            part.rewrite(left)
+            num_deleted += left.deleted - content.deleted
+    return num_deleted
+
+
+def remove_derived(folder: Path) -> None:
+    """Remove what was made of a dataset inside its folder."""
+    for name in DERIVED:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+            logger.warning("%s: removed, as it was made with the ids: make it again", folder / name)

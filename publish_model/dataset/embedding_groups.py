@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from publish_model.dataset.embedded_dataset import embeddings_of
+from publish_model.dataset.parts import embeddings_of
 from publish_model.new_data.packaged_input import plain_values, take_rows
 
 Key = tuple[object, ...]

@@ -1,7 +1,7 @@
 """Read packaged images: a parquet of image bytes with an identifier, in read batches, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.listing import is_parquet, walk_files, warn_of_others
 from pipeline.files.tables import hash_footer, hash_json, open_parquet
 from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, name_id, read_images
 
@@ -19,9 +20,10 @@ READ_BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PackagedInput:
-    """Packaged images, told apart by content: their size, their schema and their footers, never their path.
+    """Packaged images and how they are read; told apart by content, that is size, schema and footers, never by path.
 
     `places` holds the file of each row group and its number there; a folder of photographs has `images` instead.
+    `filter_valid` leaves out the rows whose `is_valid` is false; a read batch has `read_batch_size` rows.
     """
 
     path: Path
@@ -31,6 +33,8 @@ class PackagedInput:
     row_group_rows: tuple[int, ...]
     places: tuple[tuple[Path, int], ...] = ()
     images: tuple[ImageFile, ...] = ()
+    filter_valid: bool = True
+    read_batch_size: int = 1000
     keep_columns: tuple[str, ...] = ()
 
     @property
@@ -42,17 +46,36 @@ class PackagedInput:
         """Return `name: type` of every column."""
         return [f"{field.name}: {field.type}" for field in self.schema]
 
+    def wanted_rows(self, table: pa.Table) -> NDArray[np.int64]:
+        """Return which rows of a read batch are to be embedded."""
+        return np.flatnonzero(valid_rows(table)) if self.filter_valid else np.arange(table.num_rows)
 
-def open_packaged(path: Path, *, filter_valid: bool, keep_columns: Sequence[str] = ()) -> PackagedInput:
+    def embedded_rows(self, table: pa.Table, first_row: int, rejects: pa.Table) -> NDArray[np.int64]:
+        """Return which rows of a read batch have an embedding, in order: those neither skipped nor rejected."""
+        return np.setdiff1d(self.wanted_rows(table), rejects.column("row").to_numpy() - first_row)
+
+    def carry_columns(self, embedded: pa.Table, table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+        """Add to a part's embeddings the columns that are to be kept, from the rows of its read batch."""
+        for name in self.keep_columns:
+            column = table.column(name).combine_chunks()
+            embedded = embedded.append_column(table.schema.field(name), take_rows(column, rows))
+        return embedded
+
+
+def open_packaged(
+    path: Path, *, filter_valid: bool = True, read_batch_size: int = 1000, keep_columns: Sequence[str] = ()
+) -> PackagedInput:
     """Read the footers of a packaged parquet or of a folder of them, or list a folder of photographs.
 
     Raises InputError naming the file if it is missing, damaged, empty, or a column is missing or of a wrong type.
     """
     paths = [path]
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*.parquet") if _is_data(file.relative_to(path)))
+        paths = _list_parquets(path)
         if not paths:
-            return _open_photographs(path, keep_columns)
+            return replace(
+                _open_photographs(path, keep_columns), filter_valid=filter_valid, read_batch_size=read_batch_size
+            )
     schemas, rows, places = [], [], []
     for file_path in paths:
         with open_parquet(file_path) as file:
@@ -76,13 +99,17 @@ def open_packaged(path: Path, *, filter_valid: bool, keep_columns: Sequence[str]
     return PackagedInput(
         path, sum(file_path.stat().st_size for file_path in paths), schemas[0],
         footers[0] if path.is_file() else hash_json(footers), tuple(rows), tuple(places),
-        keep_columns=tuple(keep_columns),
+        filter_valid=filter_valid, read_batch_size=read_batch_size, keep_columns=tuple(keep_columns),
     )  # fmt: skip
 
 
-def _is_data(path: Path) -> bool:
-    """Whether no name of a path begins as temporary and side tables do."""
-    return not any(part.startswith((".", "_")) for part in path.parts)
+def _list_parquets(folder: Path) -> list[Path]:
+    """Return the parquets below a folder by path, but for temporary and side tables; beside them others are counted."""
+    files = [Path(entry.path) for entry in walk_files(folder, hidden=(".", "_"))]
+    paths = sorted(path for path in files if is_parquet(path))
+    if paths:
+        warn_of_others(folder, (str(path.relative_to(folder)) for path in set(files) - set(paths)), "parquet files")
+    return paths
 
 
 def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInput:
@@ -137,19 +164,18 @@ def _is_boolean(kind: pa.DataType) -> bool:
     return bool(pa.types.is_boolean(kind) or pa.types.is_null(kind))  # a column of nulls alone has no type
 
 
-def read_batches(
-    source: PackagedInput, row_group: int, batch_rows: int, *, with_valid: bool, with_images: bool = True
-) -> Iterator[pa.Table]:
-    """Yield the rows of one row group in tables of `batch_rows`, the last one shorter.
+def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = True) -> Iterator[pa.Table]:
+    """Yield the rows of one row group in read batches, the last one shorter.
 
     `with_images` false leaves the images out, which takes seconds for millions of rows. Raises InputError if a file
     cannot be read.
     """
     if source.images:
-        yield from _read_photographs(source, row_group, batch_rows, with_images)
+        yield from _read_photographs(source, row_group, with_images)
         return
+    batch_rows = source.read_batch_size
     columns = [ID_COLUMN, *([IMAGE_COLUMN] if with_images else []), *source.keep_columns]
-    if with_valid and VALID_COLUMN in source.schema.names and VALID_COLUMN not in columns:
+    if source.filter_valid and VALID_COLUMN in source.schema.names and VALID_COLUMN not in columns:
         columns.append(VALID_COLUMN)
     path, own_group = source.places[row_group]
     held: pa.Table | None = None
@@ -170,8 +196,8 @@ def read_batches(
         yield held
 
 
-def _read_photographs(source: PackagedInput, row_group: int, batch_rows: int, with_images: bool) -> Iterator[pa.Table]:
-    start = row_group * IMAGES_PER_GROUP
+def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) -> Iterator[pa.Table]:
+    start, batch_rows = row_group * IMAGES_PER_GROUP, source.read_batch_size
     for offset in range(0, source.row_group_rows[row_group], batch_rows):
         end = start + min(offset + batch_rows, source.row_group_rows[row_group])
         images = source.images[start + offset : end]
@@ -187,21 +213,6 @@ def valid_rows(table: pa.Table) -> NDArray[np.bool_]:
         return np.ones(table.num_rows, dtype=bool)
     column = table.column(VALID_COLUMN).cast(pa.bool_()).fill_null(True)
     return np.asarray(column.to_numpy(), dtype=bool)
-
-
-def embedded_rows(table: pa.Table, first_row: int, rejects: pa.Table, filter_valid: bool) -> NDArray[np.int64]:
-    """Return which rows of a read batch have an embedding, in order: those neither skipped nor rejected."""
-    wanted = valid_rows(table) if filter_valid else np.ones(table.num_rows, dtype=bool)
-    wanted[rejects.column("row").to_numpy() - first_row] = False
-    return np.flatnonzero(wanted)
-
-
-def carry_columns(embedded: pa.Table, table: pa.Table, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
-    """Add to a part's embeddings the columns of the input that are to be kept."""
-    for name in names:
-        column = table.column(name).combine_chunks()
-        embedded = embedded.append_column(table.schema.field(name), take_rows(column, rows))
-    return embedded
 
 
 def take_rows(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:

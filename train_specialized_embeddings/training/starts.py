@@ -19,7 +19,7 @@ from pipeline.retrieval.whitening import (
     SHRINKAGES,
     LinearMap,
     Scatter,
-    collect_scatter,
+    collect_scatters,
     sharpen_whitening,
     whiten_by_pca,
     whiten_within_class,
@@ -57,7 +57,8 @@ def fit_baselines(
     device: torch.device | None = None,
 ) -> Baselines:
     """Fit PCA-whitening, within-class whitening (the shrinkage that validates best) and what training starts from."""
-    scatter = collect_scatter(train.embeddings, train.building_codes, device=device)
+    powers = (1.0, INPUT_POWER) if section.init == "sharpened" else (1.0,)
+    scatter, *powered = collect_scatters(train.embeddings, train.building_codes, powers, device)
     pca = whiten_by_pca(scatter, output_dim)
     tried = _try(whiten_within_class, scatter, validation, output_dim, _list_shrinkages(section, SHRINKAGES))
     shrinkage = max(tried, key=lambda key: tried[key].mean)
@@ -70,9 +71,8 @@ def fit_baselines(
     note: dict[str, Any] = {"init": section.init, "shrinkage": shrinkage}
     start: LinearMap | None = None
     if section.init == "sharpened":
-        powered = collect_scatter(train.embeddings, train.building_codes, INPUT_POWER, device)
         shrinkages = _list_shrinkages(section, SHARPENED_SHRINKAGES)
-        tried = _try(sharpen_whitening, powered, validation, output_dim, shrinkages)
+        tried = _try(sharpen_whitening, powered[0], validation, output_dim, shrinkages)
         start, note["sharpened_shrinkage"] = _choose_start(tried, whitening, validation)
     elif section.init != "random":
         start = whitening.linear_map if section.init == "whitening" else _fill_up(pca, output_dim)
