@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.files.writing import writing_to
+from pipeline.ids import decode_name
 from pipeline.log import logging_to
 from publish_model.new_data.embed_options import DEFAULT_MODEL_ID
-from publish_model.new_data.image_folder import name_id
 from publish_model.new_data.photographs import embed_photographs
 from publish_model.new_data.published_model import find_model
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         embeddings = embed_images(arguments.images, arguments.model_id, device=arguments.device, dtype=arguments.dtype)
         if arguments.npy is None:
             for path, embedding in zip(arguments.images, embeddings, strict=True):
-                print(json.dumps({"image": name_id(str(path)), "embedding": embedding.tolist()}))
+                print(json.dumps({"image": decode_name(str(path)), "embedding": embedding.tolist()}))
             return
         with writing_to(arguments.npy) as temporary, open(temporary, "wb") as file:
             np.save(file, embeddings)
