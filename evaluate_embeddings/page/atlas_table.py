@@ -1,6 +1,5 @@
 """Write the table that embedding-atlas opens: id, embedding and thumbnail of each image of an embeddings dataset."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from evaluate_embeddings.page.photos import shrink
 from evaluate_embeddings.scores.labelled import count_rows, find_id_column, list_parts, to_text
 from pipeline.errors import InputError, Rejection
 from pipeline.files.lists import find_embedding
 from pipeline.files.tables import open_parquet, read_provenance, reading
 from pipeline.inference.images import decode_rgb
 from pipeline.log import Progress, logger
+from pipeline.pages import shrink, to_jpeg
 
 # What the browser can still move about; of more a random sample is shown.
 MAX_ROWS = 1_000_000
@@ -179,9 +178,6 @@ def _shrink_file(path: Path) -> bytes | None:
 def _shrink_bytes(data: bytes | None) -> bytes | None:
     """Return a small JPEG, None where the picture cannot be read: the map can do without."""
     try:
-        image = shrink(decode_rgb(data or b""), THUMBNAIL_SIDE)
+        return to_jpeg(shrink(decode_rgb(data or b""), THUMBNAIL_SIDE), JPEG_QUALITY)
     except Rejection:
         return None
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

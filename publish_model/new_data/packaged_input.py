@@ -12,8 +12,9 @@ from pipeline.errors import DamagedError, InputError, one_line
 from pipeline.files.failures import read_failure
 from pipeline.files.listing import is_parquet, walk_files, warn_of_others
 from pipeline.files.tables import UNMAPPED_KEY, hash_footer, hash_json, open_parquet
+from pipeline.ids import decode_name
 from publish_model.new_data.columns import take_rows
-from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, name_id, read_images
+from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, read_images
 
 ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN = "OSMID", "image_bytes", "is_valid"
 # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
@@ -125,7 +126,7 @@ def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInpu
     num_groups = -(-len(images) // IMAGES_PER_GROUP)
     rows = [min(IMAGES_PER_GROUP, len(images) - group * IMAGES_PER_GROUP) for group in range(num_groups)]
     schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
-    listed = [[name_id(name), size] for name, size in images]
+    listed = [[decode_name(name), size] for name, size in images]
     size = sum(size for _, size in images)
     return PackagedInput(folder, size, schema, hash_json(listed), tuple(rows), images=tuple(images))
 
@@ -233,7 +234,7 @@ def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) 
         if with_images:
             yield read_images(source.path, images, source.schema)
         else:
-            yield pa.table({ID_COLUMN: [name_id(name) for name, _ in images]}, schema=source.schema.remove(1))
+            yield pa.table({ID_COLUMN: [decode_name(name) for name, _ in images]}, schema=source.schema.remove(1))
 
 
 def valid_rows(table: pa.Table) -> NDArray[np.bool_]:
