@@ -130,8 +130,22 @@ class TrainingModelSection(Section):
     output_dim: int = Field(256, ge=1, description="width of the final embedding")
     hidden_dim: int = Field(512, ge=1, description="width of the hidden layers")
     num_hidden_layers: int = Field(1, ge=0, description="hidden layers of the MLP branch; 0 leaves the shortcut alone")
+    hidden_dim_multiplier: float = Field(
+        1.0, gt=0.0, le=1.0, description="width of each further hidden layer, relative to the one before"
+    )
+    input_norm: bool = Field(False, description="layer-normalise the backbone's features first")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the hidden layers")
     activation: Literal["relu", "gelu", "silu"] = Field("gelu", description="activation of the hidden layers")
+
+    @property
+    def hidden_dims(self) -> list[int] | None:
+        """The widths of the hidden layers where they differ, else None."""
+        if self.hidden_dim_multiplier == 1.0:
+            return None
+        widths: list[int] = []
+        for _ in range(self.num_hidden_layers):
+            widths.append(max(1, int(widths[-1] * self.hidden_dim_multiplier)) if widths else self.hidden_dim)
+        return widths
 
 
 class TrainingSection(Section):
