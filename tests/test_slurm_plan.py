@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,39 @@ def test_options_behind_two_dashes_go_to_the_stage(slurmless):
     assert command.index("--time=5") < script < command.index("--force")
 
 
+def test_a_test_is_one_shard_with_the_first_tar(slurmless, config):
+    command, *more = dry_run(
+        "2", "--config", config.file_path, "--test", script="slurm/submit_stage.sh", PATH=slurmless
+    )
+    assert (more, "--array=0-0" in command) == ([], True)
+    assert command[-2:] == ["--tar-file", str(config.path("raw_dir") / "0001.tar")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["3", "--test"], "give it to submit_stage.sh 1, 2 or 4"),
+        (["1", "--test", "--shards", "0"], "one tar is one shard"),
+    ],
+)
+def test_a_test_of_what_has_no_one_tar_is_refused(run_main, arguments, complaint):
+    outcome = run_main(submit.main, "stage", *arguments)
+    assert outcome.code == 2
+    assert complaint in outcome.stderr
+
+
+@pytest.mark.parametrize("as_one_word", [True, False])
+def test_another_environment_runs_the_submission_and_the_jobs(slurmless, tmp_path, as_one_word):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\necho "$PYTHON" >"{tmp_path}/seen"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    option = ["--venv-path=venv"] if as_one_word else ["--venv-path", "venv"]
+    (command,) = dry_run("3", *option, script="slurm/submit_stage.sh", PATH=slurmless, cwd=tmp_path)
+    assert not any("venv-path" in word for word in command)
+    assert (tmp_path / "seen").read_text() == f"{python}\n"  # exported, so that the jobs find it too
+
+
 def test_tuning_is_submitted_by_its_name(slurmless):
     options = ["tune", "--array-size", "4", "--", "--trials", "200"]
     (command,) = dry_run(*options, script="slurm/submit_stage.sh", PATH=slurmless, SBATCH_OPTIONS_tune="--time=9")
@@ -257,6 +291,7 @@ def test_log_folders_with_percent_signs_and_spaces_are_no_patterns(tmp_path, wri
         (["--from-stage", "5", "--to-stage", "3"], "--from-stage 5 lies behind --to-stage 3"),
         (["--array-size", "0"], "'0' must be a whole number above 0"),
         (["--", "--force"], "give them to submit_stage.sh"),
+        (["--test"], "give it to submit_stage.sh 1, 2 or 4"),
         (["--dry-run", "--export=ALL,HF_TOKEN=hf_x"], "a token on an sbatch line would be kept by the accounting"),
     ],
 )
