@@ -110,7 +110,7 @@ def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
     embedded = False
     try:
         missing = fill_scratch(unit.tar_path, table, scratch, stage)
-        embedding_type = pa.list_(stored_type(stage.config), scratch.width or stage.embedder.measure_width())
+        embedding_type = pa.list_(stored_type(stage.config), scratch.width or stage.embedder.width)
         embedded = True
     finally:
         if not embedded:
@@ -307,6 +307,9 @@ def load_embedder(folder: Path, config: Config) -> "Embedder":
     return Embedder(
         folder,
         pooling_type=section.pooling_type,
+        image_size=section.input_size,
+        scales=section.scales,
+        flip=section.flip,
         device=config.infrastructure.device,
         dtype=section.dtype,
         batch_size=section.batch_size,
@@ -325,7 +328,7 @@ def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> dict
     section = config.embedding_model
     settings = {
         "model": model_id,
-        "pooling_type": section.pooling_type,
+        **section.describe_views(),
         "dtype": section.dtype,
         "embedding_dtype": section.embedding_dtype,
     }

@@ -58,11 +58,43 @@ class EmbeddingModelSection(Section):
     """`[embedding_model]`: the pretrained backbone."""
 
     model_name: str | None = Field(None, description="hub id or local folder of the backbone")
-    pooling_type: Literal["pooler_output", "cls_token"] = Field("pooler_output", description="which output is kept")
+    pooling_type: Literal["pooler_output", "cls_token", "cls_mean"] = Field(
+        "pooler_output",
+        description="which output is kept; cls_mean: the CLS token beside the mean of the patches, twice the width",
+    )
+    image_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="side in pixels of what the backbone sees; auto: its image processor's own"
+    )
+    scales: list[PositiveInt] = Field(
+        [], description="sides in pixels instead of one: the normalised mean of the embeddings at these sizes"
+    )
+    flip: bool = Field(False, description="the mean of the embeddings of an image and of its mirror image")
     batch_size: PositiveInt | Literal["auto"] = Field("auto", description="images in flight at most; auto chooses")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="bfloat16 on CUDA, float32 on CPU")
     embedding_dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored embedding")
     compile: bool = Field(False, description="run the backbone through torch.compile")
+
+    @model_validator(mode="after")
+    def _one_way_to_say_the_size(self) -> "EmbeddingModelSection":
+        if len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales: a size is there twice in {self.scales}")
+        if self.scales and self.image_size != "auto":
+            raise ValueError("image_size, scales: give one of them; the largest of the scales is the image size")
+        return self
+
+    @property
+    def input_size(self) -> int | None:
+        """The side of the model's input in pixels, None for the image processor's own."""
+        size = max(self.scales) if self.scales else self.image_size
+        return None if size == "auto" else size
+
+    def describe_views(self) -> dict[str, Any]:
+        """Return what shapes the embeddings of the backbone, for their provenance; what is left at its default only
+        where there was no choice before, so that embeddings made then are still taken for what they are."""
+        chosen = {"image_size": self.image_size, "scales": sorted(self.scales), "flip": self.flip}
+        defaults = {"image_size": "auto", "scales": [], "flip": False}
+        views = {key: value for key, value in chosen.items() if value != defaults[key]}
+        return {"pooling_type": self.pooling_type, **views}
 
 
 class FingerprintsSection(Section):

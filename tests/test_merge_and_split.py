@@ -76,6 +76,7 @@ def test_provenance_says_counts_and_who_is_where(tmp_path, stage, city):
     assert sum(provenance["rows"] for provenance in found) == found[0]["counts"]["out"]
     assert len({provenance["split_hash"] for provenance in found}) == 1
     assert [item["name"] for item in found[0]["inputs"]] == [path.name for path in city["paths"]]
+    assert {tables.hash_json(provenance["embedded_with"]) for provenance in found} == {tables.hash_json(SETTINGS)}
 
 
 def test_new_tars_never_move_old_buildings(tmp_path, stage, city):
