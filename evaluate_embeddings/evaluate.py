@@ -39,14 +39,16 @@ from evaluate_embeddings.scores.standalone import run as run_standalone
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.tables import identify, make_provenance, matches, read_provenance, write_json
+from pipeline.files.tables import identify, make_provenance, matches, read_provenance
+from pipeline.files.writing import write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.features import Features, load_features
 from pipeline.retrieval.scores import Embeddings, IgnoredPairs, Search, normalise_rows
 from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatter, whiten_by_pca, whiten_within_class
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.checkpoint import Checkpoint, StateDict
+    from pipeline.retrieval.bare_weights import StateDict
+    from pipeline.retrieval.checkpoint import Checkpoint
 
 # The contract's width of the whitened baseline, which is also the projector's usual one.
 PCA_DIM = 256

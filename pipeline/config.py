@@ -3,7 +3,6 @@
 Each key's default, unit and meaning stand in its `Field`; `docs/configuration.md` is checked against them by a test.
 """
 
-import difflib
 import os
 import re
 import tomllib
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.hints import suggest
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
@@ -115,6 +115,9 @@ class DataSection(Section):
     split_cell_m: float = Field(0.0, ge=0.0, description="metres; > 0 splits by geographic cell of this size")
     split_file: str | None = Field(None, description="parquet or CSV of building_id, split that wins over the hash")
     max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="share of rejects above which a run fails")
+    allow_missing_embeddings: bool = Field(
+        False, description="stage 3 goes on where tars have intermediates and no embeddings; they count as dropped"
+    )
     memory_mb: int = Field(1024, ge=16, description="MiB of embeddings that stage 3 holds at a time")
 
     @model_validator(mode="after")
@@ -147,6 +150,9 @@ class DifficultySection(Section):
     pca_components: int = Field(32, ge=1, description="dimensions of the search space")
     backend: Literal["auto", "balltree", "faiss", "torch"] = Field("auto", description="exact search engine")
     exclude_within_m: float = Field(0.0, ge=0.0, description="metres; nearer targets are no neighbours; 0 is off")
+    allow_missing_fingerprints: bool = Field(
+        False, description="stage 5 goes on where tars have intermediates and no fingerprints; they count as dropped"
+    )
 
 
 class TrainingModelSection(Section):
@@ -156,8 +162,22 @@ class TrainingModelSection(Section):
     output_dim: int = Field(256, ge=1, description="width of the final embedding")
     hidden_dim: int = Field(512, ge=1, description="width of the hidden layers")
     num_hidden_layers: int = Field(1, ge=0, description="hidden layers of the MLP branch; 0 leaves the shortcut alone")
+    hidden_dim_multiplier: float = Field(
+        1.0, gt=0.0, le=1.0, description="width of each further hidden layer, relative to the one before"
+    )
+    input_norm: bool = Field(False, description="layer-normalise the backbone's features first")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the hidden layers")
     activation: Literal["relu", "gelu", "silu"] = Field("gelu", description="activation of the hidden layers")
+
+    @property
+    def hidden_dims(self) -> list[int] | None:
+        """The widths of the hidden layers where they differ, else None."""
+        if self.hidden_dim_multiplier == 1.0:
+            return None
+        widths: list[int] = []
+        for _ in range(self.num_hidden_layers):
+            widths.append(max(1, int(widths[-1] * self.hidden_dim_multiplier)) if widths else self.hidden_dim)
+        return widths
 
 
 class TrainingSection(Section):
@@ -311,15 +331,14 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            tables = tomllib.load(file)
+        tables = read_toml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}): give --config PATH") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     problems = [problem for override in overrides or [] if (problem := _apply_override(tables, override))]
     if "file_path" in tables:  # a field of Config, but not a section
-        problems.append(f"{path}: [file_path]: unknown section; did you mean paths?")
+        problems.append(f"{path}: [file_path]: unknown section{suggest(list_keys(), 'file_path')}")
     try:
         config = Config.model_validate({**tables, "file_path": path.resolve()})
     except ValidationError as error:
@@ -330,6 +349,14 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's tables; a byte-order mark is passed over.
+
+    Raises OSError where it cannot be read, ValueError where it is no TOML in UTF-8.
+    """
+    return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
 
 
 def _apply_override(tables: dict[str, Any], override: str) -> str | None:
@@ -353,7 +380,7 @@ def _apply_override(tables: dict[str, Any], override: str) -> str | None:
 def _merge_fragment(tables: dict[str, Any], path: Path) -> str | None:
     """Put the settings of a TOML file, as the tuning writes one, over those of the tables; return what is wrong."""
     try:
-        fragment = tomllib.loads(path.read_text(encoding="utf-8"))
+        fragment = read_toml(path)
     except OSError as error:
         return f"--set {path}: cannot read it ({error.strerror})"
     except ValueError as error:
@@ -372,9 +399,7 @@ def _describe(path: Path, errors: list[Any]) -> str:
     key = location[1] if len(location) > 1 and location[1] not in ("int", "str", "float") else None
     where = f"{path}: [{section}]" + (f".{key}" if key else "")
     if details["type"] == "extra_forbidden":
-        kind, valid = ("key", _keys(section)) if key else ("section", _sections())
-        near = difflib.get_close_matches(key or section, valid, n=1, cutoff=0.0)
-        return f"{where}: unknown {kind}; did you mean {near[0]}?"
+        return f"{where}: unknown {'key' if key else 'section'}{suggest(list_keys(), section, key)}"
     if details["type"] == "value_error":
         return f"{where}: {details['ctx']['error']}"
     allowed = " or ".join(_lower_first(error["msg"]) for error in errors)
@@ -385,12 +410,10 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _sections() -> list[str]:
-    return [field.alias or name for name, field in Config.model_fields.items() if name != "file_path"]
-
-
-def _keys(section: str) -> list[str]:
-    for name, field in Config.model_fields.items():
-        if section == (field.alias or name) and isinstance(field.annotation, type):
-            return list(field.annotation.model_fields)
-    return []
+def list_keys() -> dict[str, list[str]]:
+    """Return the valid keys of each section."""
+    return {
+        field.alias or name: list(field.annotation.model_fields)
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }

@@ -27,6 +27,10 @@ class InputError(PipelineError):
     """An input that is missing, empty, damaged, or not of the shape that the stage reads."""
 
 
+class DamagedError(InputError):
+    """A file whose content is provably not what was written, so that it may be replaced."""
+
+
 class StaleOutputError(PipelineError):
     """An output that exists but was made from other inputs or settings."""
 

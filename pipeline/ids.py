@@ -1,5 +1,6 @@
 """The names that tie images, buildings and tars together, and the shards that cut the work."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +30,11 @@ class Shard:
         return f"{self.index}of{self.count}"
 
 
+def decode_name(name: str) -> str:
+    """Return a file's name as text: its bytes as UTF-8 whatever the locale, `\\xNN` for those that are none."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def building_id(dataset_id: int, target_id: int) -> str:
     """Name a building: a target is unique only within its dataset."""
     return f"{dataset_id:04d}_{target_id}"
@@ -48,16 +54,3 @@ def parse_dataset_id(tar_path: Path) -> int:
     if not (stem.isascii() and stem.isdigit() and tar_path.name == f"{int(stem):04d}.tar"):
         raise InputError(f"{tar_path}: a raw tar must be named NNNN.tar after its dataset id: rename or move it")
     return int(stem)
-
-
-def list_tars(raw_dir: Path) -> list[Path]:
-    """Return the raw tars of a folder by dataset id; names that begin with a dot are passed over.
-
-    Raises InputError if the folder is missing, holds no tar, or one whose name gives no dataset id.
-    """
-    if not raw_dir.is_dir():
-        raise InputError(f"{raw_dir}: no such folder: set [paths].raw_dir to the folder of the NNNN.tar files")
-    tars = [path for path in raw_dir.glob("*.tar") if not path.name.startswith(".")]
-    if not tars:
-        raise InputError(f"{raw_dir}: holds no .tar file: set [paths].raw_dir to the folder of the NNNN.tar files")
-    return sorted(tars, key=parse_dataset_id)

@@ -32,11 +32,11 @@ from pipeline.files.tables import (
     write_parquet,
 )
 from pipeline.log import Progress, logger
-from publish_model.dataset.embedded_dataset import EMBEDDING_COLUMN, EmbeddedDataset, open_dataset
 from publish_model.dataset.embedding_groups import Groups, Key, keys_of
+from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile, wkb_type
 from publish_model.dataset.hashes import hash_ids
-from publish_model.dataset.parts import resolve_dataset_dir
+from publish_model.dataset.parts import EMBEDDING_COLUMN
 from publish_model.new_data.packaged_input import ID_COLUMN
 
 STAGE = "aggregate_embeddings"
@@ -46,7 +46,7 @@ GROUPS_PER_PASS = 250_000
 COUNT_SAMPLE = 64
 
 
-def choose_num_passes(dataset: EmbeddedDataset, by: Sequence[str]) -> int:
+def choose_num_passes(dataset: EmbeddingsDataset, by: Sequence[str]) -> int:
     """Return how often the dataset has to be read so that no pass holds more groups than memory is meant for."""
     if dataset.num_rows <= GROUPS_PER_PASS:
         return 1
@@ -56,14 +56,14 @@ def choose_num_passes(dataset: EmbeddedDataset, by: Sequence[str]) -> int:
     return max(1, -(-len(sampled) * COUNT_SAMPLE // GROUPS_PER_PASS))
 
 
-def output_schema(dataset: EmbeddedDataset, by: Sequence[str]) -> pa.Schema:
+def output_schema(dataset: EmbeddingsDataset, by: Sequence[str]) -> pa.Schema:
     """Return the columns of the output, without geometry."""
     kept = [dataset.schema.field(name) for name in by]
     measured = [pa.field("num_images", pa.int64()), pa.field("mean_pairwise_similarity", pa.float64())]
     return pa.schema([*kept, *measured, dataset.schema.field(EMBEDDING_COLUMN)])
 
 
-def group_pass(dataset: EmbeddedDataset, by: Sequence[str], number: int, num_passes: int) -> Groups:
+def group_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_passes: int) -> Groups:
     """Sum the embeddings of the groups that belong to one pass; images without an id belong to none."""
     groups = Groups(by, dataset.schema.field(EMBEDDING_COLUMN).type.list_size)
     with Progress(f"{STAGE} {number + 1}/{num_passes}", dataset.num_rows) as progress:
@@ -99,7 +99,7 @@ def join_geometry(table: pa.Table, geometry: GeometryFile) -> pa.Table:
 
 
 def make_pass(
-    path: Path, dataset: EmbeddedDataset, by: Sequence[str], place: tuple[int, int], geometry: GeometryFile | None
+    path: Path, dataset: EmbeddingsDataset, by: Sequence[str], place: tuple[int, int], geometry: GeometryFile | None
 ) -> pa.Table:
     """Return the rows of pass `place` (number, of how many), kept at `path` until the output is written."""
     provenance = make_provenance(STAGE, [dataset.identify()], {"pass": list(place)})
@@ -129,14 +129,13 @@ def describe_geometry(tables: Iterator[pa.Table], geometry: GeometryFile) -> tup
 
 
 def aggregate(
-    output: Path, by: Sequence[str], target: Path | None, geometry_path: Path | None, overwrite: bool
+    dataset: EmbeddingsDataset, by: Sequence[str], target: Path | None, geometry_path: Path | None, overwrite: bool
 ) -> cli.StageResult:
     """Write the means and return the counts of the images: in, averaged, and dropped as they have no id.
 
     Raises InputError for a dataset or geometries that cannot be used, StaleOutputError where the output was made of
     others.
     """
-    dataset = open_dataset(output)
     missing = [name for name in by if name not in dataset.schema.names]
     if missing:
         raise InputError(f"{dataset.folder}: has no column {missing[0]}: run stage 8 with --keep-columns {missing[0]}")
@@ -186,7 +185,7 @@ def write_passes(
     return num_images, num_groups
 
 
-def _counts(dataset: EmbeddedDataset, num_images: int) -> dict[str, int]:
+def _counts(dataset: EmbeddingsDataset, num_images: int) -> dict[str, int]:
     return {"in": dataset.num_rows, "out": num_images, "dropped": dataset.num_rows - num_images}
 
 
@@ -196,7 +195,7 @@ def parse_columns(text: str) -> list[str]:
     Raises ConfigError unless OSMID is one of them and each stands there once.
     """
     names = [name.strip() for name in text.split(",")]
-    if ID_COLUMN not in names or len(set(names)) < len(names) or not all(names):
+    if ID_COLUMN not in names or len(set(names)) < len(names) or not all(names) or EMBEDDING_COLUMN in names:
         raise ConfigError(f"--by {text}: give {ID_COLUMN}, or {ID_COLUMN} and kept columns, once each")
     return names
 
@@ -212,13 +211,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="make again what is there already")
     arguments = parser.parse_args(argv)
     by = parse_columns(arguments.by)
-    folder = resolve_dataset_dir(arguments.output)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no embeddings dataset: run stage 8 first, or correct the path")
+    dataset = EmbeddingsDataset(arguments.output)
+    if not dataset.folder.is_dir():
+        raise InputError(f"{dataset.folder}: no embeddings dataset: run stage 8 first, or correct the path")
     cli.run_logged(
         STAGE,
-        lambda: aggregate(arguments.output, by, arguments.target, arguments.geometry, arguments.overwrite),
-        folder / "_logs" / f"{STAGE}.log",
+        lambda: aggregate(dataset, by, arguments.target, arguments.geometry, arguments.overwrite),
+        dataset.folder / "_logs" / f"{STAGE}.log",
     )
 
 

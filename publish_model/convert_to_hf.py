@@ -3,9 +3,9 @@
     python publish_model/convert_to_hf.py --config config.toml
 
 Reads checkpoint_dir/checkpoint_best.pt and the backbone. Writes published_model_dir/: config, weights, image processor,
-code and model card. A projector that retrieves worse than no training at all is refused unless --force is given. A
-rerun keeps a folder that was made from the same checkpoint and backbone, and puts the results of stage 9, where there
-are any of this checkpoint, on its card.
+code and model card. A projector that retrieves worse than the backbone's features as they are, PCA-whitened or whitened
+within classes is refused unless --force is given. A rerun keeps a folder that was made from the same checkpoint and
+backbone, and puts the results of stage 9, where there are any of this checkpoint, on its card.
 """
 
 import json
@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError, one_line
-from pipeline.files.folders import writing_folder
 from pipeline.files.tables import PROVENANCE_KEY, identify, make_provenance, matches
+from pipeline.files.writing import writing_folder
 from pipeline.inference.model_files import identify_model, locate_backbone
 from pipeline.log import logger
 from publish_model.model_folder.card_results import add_test_results

@@ -20,17 +20,11 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_json, write_parquet
+from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_parquet
+from pipeline.files.writing import write_json
 from pipeline.log import logger
-from publish_model.dataset.embedded_dataset import (
-    BLOCK_ROWS,
-    EMBEDDING_COLUMN,
-    EmbeddedDataset,
-    embeddings_of,
-    open_dataset,
-    read_blocks,
-)
-from publish_model.dataset.parts import resolve_dataset_dir
+from publish_model.dataset.embeddings_dataset import BLOCK_ROWS, EmbeddingsDataset
+from publish_model.dataset.parts import EMBEDDING_COLUMN, embeddings_of
 from publish_model.dataset.similarity_search import find_nearest, import_faiss
 
 STAGE = "export_embeddings"
@@ -77,7 +71,7 @@ def read_compact_blocks(paths: Sequence[Path]) -> Iterator[tuple[int, NDArray[np
         yield first, np.concatenate(held)
 
 
-def measure_recall(dataset: EmbeddedDataset, paths: Sequence[Path]) -> tuple[float, int]:
+def measure_recall(dataset: EmbeddingsDataset, paths: Sequence[Path]) -> tuple[float, int]:
     """Return the share of the 10 nearest that the compact copy finds too, and the number of queries.
 
     A query is not its own neighbour.
@@ -85,7 +79,7 @@ def measure_recall(dataset: EmbeddedDataset, paths: Sequence[Path]) -> tuple[flo
     step = max(1, -(-dataset.num_rows // NUM_QUERIES))
     rows = np.arange(0, dataset.num_rows, step)
     found = []
-    for blocks in (lambda: read_blocks(dataset), lambda: read_compact_blocks(paths)):
+    for blocks in (dataset.read_blocks, lambda: read_compact_blocks(paths)):
         queries = np.concatenate([block[(-first) % step :: step] for first, block in blocks()])
         _, nearest = find_nearest(queries, blocks(), NUM_NEAREST + 1)
         found.append(
@@ -95,13 +89,12 @@ def measure_recall(dataset: EmbeddedDataset, paths: Sequence[Path]) -> tuple[flo
     return hits / max(1, sum(map(len, found[0]))), len(rows)
 
 
-def export(output: Path, kind: str, target: Path | None, overwrite: bool) -> cli.StageResult:
+def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite: bool) -> cli.StageResult:
     """Write the compact copy and return the counts of its rows.
 
     Raises InputError for a dataset that cannot be read, StaleOutputError for a copy of another one.
     """
     import_faiss()
-    dataset = open_dataset(output)
     folder = target or dataset.folder / "_exports" / kind
     result = cli.StageResult(STAGE)
     paths, sizes = [], [0, 0]
@@ -148,11 +141,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", "-o", type=Path, dest="target", metavar="DIR", help="folder to write (OUTPUT/_exports/TYPE)")
     add("--overwrite", action="store_true", help="write again what is there already")
     arguments = parser.parse_args(argv)
-    folder = resolve_dataset_dir(arguments.output)
+    dataset = EmbeddingsDataset(arguments.output)
     cli.run_logged(
         STAGE,
-        lambda: export(arguments.output, arguments.export, arguments.target, arguments.overwrite),
-        folder / "_logs" / f"{STAGE}.log",
+        lambda: export(dataset, arguments.export, arguments.target, arguments.overwrite),
+        dataset.folder / "_logs" / f"{STAGE}.log",
     )
 
 

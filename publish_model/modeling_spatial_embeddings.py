@@ -44,6 +44,8 @@ class SpatialEmbeddingsModel(PreTrainedModel):
     _supports_attention_backend = True
     # The projector is small, and centring features in half precision would lose most of them.
     _keep_in_fp32_modules_strict = ["projector"]
+    # This one names the modules that quantisers leave alone.
+    _keep_in_fp32_modules = ["projector"]
 
     def __init__(self, config: SpatialEmbeddingsConfig) -> None:
         super().__init__(config)
@@ -61,8 +63,12 @@ class SpatialEmbeddingsModel(PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the module that reads the pixels."""
-        embeddings: nn.Module = self.backbone.get_input_embeddings()
+        """Return the module that reads the pixels: the backbone's first one, where it does not say."""
+        embeddings: nn.Module
+        try:
+            embeddings = self.backbone.get_input_embeddings()
+        except NotImplementedError:
+            embeddings = next(self.backbone.children())
         return embeddings
 
     def forward(

@@ -3,107 +3,67 @@
     python publish_model/search_embeddings.py OUTPUT --query photo.jpg --top 10
 
 Reads what stage 8 wrote, and embeds the photograph with the same model. Prints rank, similarity (cosine) and OSMID,
-separated by tabs. --html PAGE writes a page with thumbnails, for which --input names the packaged images.
+separated by tabs; what is no printable character in an id comes as an escape. --html PAGE writes a page with
+thumbnails, for which --input names the packaged images.
 """
 
-import base64
-import html
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.errors import InputError, Rejection
-from pipeline.files.tables import writing_to
+from pipeline.files.writing import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
-from publish_model.dataset.drift import find_model
-from publish_model.dataset.embedded_dataset import EmbeddedDataset, Part, open_dataset, read_blocks, read_ids_at
-from publish_model.dataset.parts import recipe_of
+from pipeline.pages import load_templates, shrink, to_data_uri
+from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
+from publish_model.dataset.parts import Part
 from publish_model.dataset.similarity_search import find_nearest, import_faiss
 from publish_model.new_data.embed_options import whole_number
-from publish_model.new_data.packaged_input import (
-    IMAGE_COLUMN,
-    PackagedInput,
-    embedded_rows,
-    open_packaged,
-    read_batches,
-)
+from publish_model.new_data.id_lists import describe_id
+from publish_model.new_data.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
+from publish_model.new_data.photographs import embed_photographs
+from publish_model.new_data.published_model import find_model
 
 THUMBNAIL_PX = 224
-STYLE = "body{font:14px sans-serif;margin:2em}figure{display:inline-block;margin:.5em;vertical-align:top;width:224px}"
+TEMPLATES_DIR = Path(__file__).parent / "templates"
 
 
-def embed_photograph(path: Path, model_dir: Path, precision: str, device: str) -> NDArray[np.float32]:
-    """Return the embedding of one photograph, (1, D).
-
-    Raises InputError if it cannot be read as an image.
-    """
-    try:
-        image = decode_rgb(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): correct --query") from None
-    except Rejection as rejection:
-        raise InputError(f"{path}: {rejection}: give a JPEG, PNG or WebP image") from None
-    from pipeline.inference.backbone import Embedder
-
-    embedder = Embedder(model_dir, device=device, dtype=precision, batch_size=1, trust_remote_code=True)
-    return embedder.embed([embedder.prepare(image)])
-
-
-def read_thumbnails(dataset: EmbeddedDataset, source: PackagedInput, rows: Sequence[int]) -> dict[int, bytes]:
+def read_thumbnails(dataset: EmbeddingsDataset, source: PackagedInput, rows: list[int]) -> dict[int, bytes]:
     """Return the image files of some embedded rows, from the packaged input."""
     images: dict[int, bytes] = {}
-    first = 0
-    for part in dataset.parts:
-        inside = [row for row in rows if first <= row < first + part.record.counts["out"]]
-        if inside:
-            images |= dict(zip(inside, _read_images(part, source, [row - first for row in inside]), strict=True))
-        first += part.record.counts["out"]
+    for part, inside in dataset.locate(rows):
+        images |= dict(zip(inside, _read_images(part, source, list(inside.values())), strict=True))
     return images
 
 
 def _read_images(part: Part, source: PackagedInput, rows: Sequence[int]) -> list[bytes]:
     """Return the images of some rows of a part."""
-    recipe = recipe_of(part.provenance)
-    filter_valid, batch_rows = bool(recipe["filter_valid"]), int(recipe["read_batch_size"])
-    batches = read_batches(source, part.plan.row_group, batch_rows, with_valid=filter_valid)
+    batches = read_batches(source, part.plan.row_group)
     table = next(table for read_batch, table in enumerate(batches) if read_batch == part.plan.read_batch)
     table = table.slice(0, part.record.counts["in"])
-    places = embedded_rows(table, part.plan.first_row, part.read_content().rejects, filter_valid)
+    places = source.embedded_rows(table, part.plan.first_row, part.read_content().rejects)
     return [table.column(IMAGE_COLUMN)[int(places[row])].as_py() for row in rows]
 
 
 def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], images: Sequence[bytes | None]) -> None:
     """Write a page with the photograph and what was found, which needs no other file."""
-    figures = [_figure(query.read_bytes(), "the query")]
-    for rank, ((similarity, identifier), image) in enumerate(zip(hits, images, strict=True), start=1):
-        figures.append(_figure(image, f"{rank}. {html.escape(str(identifier))}<br>{similarity:.4f}"))
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Search</title><style>{STYLE}</style>\n'
-        f"<h1>Nearest of the dataset</h1>\n" + "\n".join(figures) + "\n</html>\n"
-    )
+    found = [
+        {"rank": rank, "picture": make_thumbnail(image), "identifier": identifier, "similarity": similarity}
+        for rank, ((similarity, identifier), image) in enumerate(zip(hits, images, strict=True), start=1)
+    ]
+    template = load_templates(TEMPLATES_DIR).get_template("search.html.j2")
+    page = template.render(query=make_thumbnail(query.read_bytes()), found=found)
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def _figure(image: bytes | None, caption: str) -> str:
-    picture = ""
-    if image is not None:
-        thumbnail = decode_rgb(image)
-        thumbnail.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        buffer = io.BytesIO()
-        thumbnail.save(buffer, "JPEG", quality=85)
-        data = base64.b64encode(buffer.getvalue()).decode("ascii")
-        picture = f'<img alt="" src="data:image/jpeg;base64,{data}">'
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+def make_thumbnail(image: bytes | None) -> str | None:
+    """Return an image file as a small data URI."""
+    return None if image is None else to_data_uri(shrink(decode_rgb(image), THUMBNAIL_PX), 85)
 
 
 def search(
@@ -114,19 +74,18 @@ def search(
     Raises InputError for a dataset, model or photograph that cannot be used or do not belong together.
     """
     import_faiss()
-    dataset = open_dataset(output)
-    model_dir = find_model(model_id or str(dataset.state.get("model_id", "")))
-    dataset.check_model(model_dir)
-    source = None
-    if input_path is not None:
-        recipe = recipe_of(dataset.parts[0].provenance)
-        source = open_packaged(input_path, filter_valid=bool(recipe["filter_valid"]))
-        if source.fingerprint != recipe["row_group_fingerprint"]:
-            raise InputError(f"{input_path}: not the input that {dataset.folder} was made from: give that one")
-    embedding = embed_photograph(query, model_dir, dataset.precision, device)
-    similarities, rows = find_nearest(embedding, read_blocks(dataset), top)
-    ids = read_ids_at(dataset, rows[0].tolist())
-    hits = [(float(similarity), ids[row]) for similarity, row in zip(similarities[0], rows[0].tolist(), strict=True)]
+    dataset = EmbeddingsDataset(output)
+    recipe = dataset.recipe
+    model = find_model(model_id or dataset.model_id, download=False)
+    dataset.check_model(model)
+    source = dataset.open_input(input_path) if input_path is not None else None
+    embedding = embed_photographs([query], model.folder, str(recipe["precision"]), device)
+    similarities, rows = find_nearest(embedding, dataset.read_blocks(), top)
+    ids = dataset.read_ids_at(rows[0].tolist())
+    hits = [
+        (float(similarity), describe_id(ids[row]))
+        for similarity, row in zip(similarities[0], rows[0].tolist(), strict=True)
+    ]
     for rank, (similarity, identifier) in enumerate(hits, start=1):
         print(f"{rank}\t{similarity:.6f}\t{identifier}")
     logger.info("searched %d embeddings", dataset.num_rows)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from publish_model.dataset.hashes import hash_ids, pack_hashes
 from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord, count_rows
-from publish_model.dataset.parts import write_part_files
-from publish_model.new_data.packaged_input import plain_values
+from publish_model.dataset.parts import write_part
+from publish_model.new_data.columns import plain_values
 
 WIDTH = 8
 VERSION = "0123456789abcdef"
@@ -51,7 +51,7 @@ def write_dataset(
         schema = pa.schema([("row", pa.int64()), ("OSMID", ids.type), ("reason", pa.string()), ("detail", pa.string())])
         hashes = pack_hashes(list(range(first, first + table.num_rows)), hash_ids(plain_values(ids[own])))
         content = PartContent(table, schema.empty_table(), 0, hashes, {})
-        write_part_files(folder, plan, content, provenance | {"part": asdict(plan)})
+        write_part(folder, plan, content, provenance | {"part": asdict(plan)})
         records.append((PartRecord(content.counts, {}), plan.num_rows))
     state = {
         **provenance["inputs"][0], **provenance["settings"], "model_id": "none", "rows_total": len(ids),

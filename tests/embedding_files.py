@@ -11,7 +11,7 @@ SIZES = np.random.default_rng(3).integers(1, 6, 60).tolist()
 SETTINGS = {"model": "abc", "pooling_type": "pooler_output"}
 
 
-def make_rows(dataset, images_of_buildings, width=8, kind=None, mixed=False):
+def make_rows(dataset, images_of_buildings, width=8, kind=None, mixed=False, heading=None):
     """Return a table as stage 2 writes it; `mixed` puts the buildings' images in turns."""
     buildings = np.repeat(np.arange(1, len(images_of_buildings) + 1), images_of_buildings)
     if mixed:
@@ -33,7 +33,7 @@ def make_rows(dataset, images_of_buildings, width=8, kind=None, mixed=False):
     }
     values = generator.normal(size=count * width).astype("f2" if kind == pa.float16() else "f4")
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(values), width)
-    schema = pa.schema(tables.ID_COLUMNS + tables.FILE_COLUMNS + [("heading", pa.float64())])
+    schema = pa.schema(tables.ID_COLUMNS + tables.FILE_COLUMNS + [("heading", heading or pa.float64())])
     return pa.table(columns, schema=schema).append_column("embedding", embedding)
 
 

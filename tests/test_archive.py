@@ -2,15 +2,20 @@
 
 import gzip
 import random
+import shutil
+import subprocess
 import tarfile
 import tracemalloc
 
+import pyarrow.parquet as pq
 import pytest
 from raw_tars import Entry, find_member, make_city, write_tar
 
+from generate_embeddings import generate_embeddings
 from pipeline.errors import InputError
 from pipeline.files import archive
 from pipeline.files.archive import stream_members
+from preprocess_raw_data import compute_fingerprints, process_tar
 
 BLOCK = tarfile.BLOCKSIZE
 ENTRIES = [Entry("a.jpg", b"x" * 700), Entry("b.txt", b"y" * 512), Entry("c.jpg", b""), Entry("d.txt", b"z" * 5)]
@@ -126,8 +131,80 @@ def test_a_damaged_header_in_the_middle_is_no_end(tmp_path, damage):
     place = find_member(path, "b.txt").offset
     whole = path.read_bytes()
     path.write_bytes(whole[:place] + damage + whole[place + BLOCK :])
-    with pytest.raises(InputError, match="truncated or damaged at byte 1536"):
+    said = "truncated or damaged at byte 1536" if any(damage) else r"data behind the end .* at byte 2048 .* byte 1536"
+    with pytest.raises(InputError, match=said):
         list_names(path)
+
+
+def test_tars_put_together_with_cat_are_no_tar_that_is_read_to_the_first_end(tmp_path):
+    first = write_tar(tmp_path / "a.tar", ENTRIES).read_bytes()
+    path = tmp_path / "0001.tar"
+    path.write_bytes(first + write_tar(tmp_path / "b.tar", [Entry("e.jpg", b"e")]).read_bytes())
+    end = find_member(tmp_path / "a.tar", "d.txt").offset_data + BLOCK
+    with pytest.raises(InputError) as caught:
+        list_names(path)
+    assert str(caught.value) == (
+        f"{path}: data behind the end of the archive, at byte {len(first)} (the end is at byte {end}): fetch the tar "
+        "again, or, if it was put together from several, make one with tar --concatenate"
+    )
+
+
+@pytest.mark.parametrize("hole", [3 * BLOCK, 3 << 20])
+def test_a_download_whose_middle_was_never_written_is_refused(tmp_path, hole):
+    path = write_tar(tmp_path / "0001.tar", [Entry(f"{number}.jpg", b"x" * 40_000) for number in range(100)])
+    whole = bytearray(path.read_bytes())
+    start = find_member(path, "7.jpg").offset
+    whole[start : start + hole] = bytes(hole)
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match=f"data behind the end of the archive, .*the end is at byte {start}"):
+        list_names(path)
+
+
+def test_more_zeros_at_the_end_than_padding_explains_are_told_with_the_figure(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(archive.logger, "propagate", True)
+    path = write_tar(tmp_path / "0001.tar", ENTRIES)
+    end = find_member(path, "d.txt").offset_data + BLOCK
+    whole = path.read_bytes()[:end]
+    for num_zeros, told in ((archive.MAX_PADDING_BYTES, False), (archive.MAX_PADDING_BYTES + BLOCK, True)):
+        path.write_bytes(whole + bytes(num_zeros))
+        caplog.clear()
+        assert len(list_names(path)) == len(ENTRIES)
+        assert (f"0001.tar: {num_zeros} bytes of zeros behind its last member" in caplog.text) == told
+
+
+def test_a_member_of_a_tar_without_magic_as_unix_v7_wrote_them_is_read(tmp_path):
+    header = bytearray(BLOCK)
+    header[:5], header[100:107], header[124:135], header[136:147] = b"a.jpg", b"0000644", b"00000000005", b"00000000000"
+    header[148:156] = b"%06o\0 " % (sum(header) + 8 * 32)
+    path = tmp_path / "0001.tar"
+    path.write_bytes(bytes(header) + b"bytes".ljust(BLOCK, b"\0") + bytes(2 * BLOCK))
+    assert [(member.name, member.is_file, member.read()) for member in stream_members(path)] == [
+        ("a.jpg", True, b"bytes")
+    ]
+
+
+def test_a_name_with_a_newline_and_a_tar_in_a_tar_are_members_like_others(tmp_path):
+    inner = write_tar(tmp_path / "inner.tar", ENTRIES).read_bytes()
+    entries = [Entry("a\nb.jpg", b"1"), Entry("0002.tar", inner), Entry("c.jpg", b"2")]
+    path = write_tar(tmp_path / "0001.tar", entries, tarfile.PAX_FORMAT)
+    assert list_names(path) == ["a\nb.jpg", "0002.tar", "c.jpg"]
+
+
+@pytest.mark.parametrize("kind", [["--format=gnu"], ["--format=pax"], ["--format=pax", "--sparse-version=0.1"]])
+def test_a_sparse_member_is_no_file_whose_bytes_lie_in_one_piece(tmp_path, kind):
+    if shutil.which("tar") is None:
+        pytest.skip("no tar command here")
+    with open(tmp_path / "holes.jpg", "wb") as file:
+        file.write(b"begin")
+        file.seek(1 << 20)
+        file.write(b"end")
+    (tmp_path / "z.txt").write_bytes(b"text")
+    path = tmp_path / "0001.tar"
+    subprocess.run(["tar", "--sparse", *kind, "-cf", path, "holes.jpg", "z.txt"], cwd=tmp_path, check=True)
+    found = [(member.name, member.is_file) for member in stream_members(path)]
+    if found[0] == ("holes.jpg", True):
+        pytest.skip("the file system keeps no holes")
+    assert found == [("holes.jpg", False), ("z.txt", True)]
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
@@ -184,3 +261,25 @@ def test_memory_does_not_grow_with_the_number_of_members(tmp_path):
         return peak
 
     assert measure(5000) < measure(500) + 50_000
+
+
+def test_a_tar_with_data_behind_its_end_fails_alone_in_every_stage_that_reads_tars(
+    tmp_path, make_tar, write_config, run_main
+):
+    config = write_config(tmp_path)
+    make_tar(tmp_path / "raw", 1, (2,))
+    make_tar(tmp_path / "raw", 2, (2,))
+    assert run_main(process_tar.main, "--config", config).code == 0
+    first, second = (tmp_path / "raw" / f"000{number}.tar" for number in (1, 2))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    complaint = f"{first}: data behind the end of the archive"
+    outcome = run_main(process_tar.main, "--config", config, "--overwrite")
+    assert outcome.code == 1
+    assert outcome.stderr.splitlines()[-1].startswith(f"error: 1 of 2 tars failed, the others are done: {complaint}")
+    outcome = run_main(compute_fingerprints.main, "--config", config)
+    assert outcome.code == 1
+    assert complaint in outcome.stderr.splitlines()[-1]
+    assert sorted(path.name for path in (tmp_path / "fingerprints").glob("*.parquet")) == ["0002_fingerprints.parquet"]
+    names = dict.fromkeys(pq.read_table(tmp_path / "intermediates" / "0001.parquet")["image_path"].to_pylist(), 0)
+    with pytest.raises(InputError, match="data behind the end of the archive"):
+        list(generate_embeddings.read_wanted(first, names, 0))

@@ -95,14 +95,21 @@ def test_an_empty_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
         load_features(write(tmp_path, make_table().slice(0, 0)))
 
 
-@pytest.mark.parametrize("column", ["building_id", "street_view_id", "embedding"])
-def test_a_null_is_refused_naming_the_column(tmp_path: Path, column: str) -> None:
+@pytest.mark.parametrize(
+    ("column", "problem"),
+    [
+        ("building_id", "column building_id has nulls"),
+        ("street_view_id", "column street_view_id has nulls"),
+        ("embedding", "column embedding: row 1 is empty"),
+    ],
+)
+def test_a_null_is_refused_naming_the_column(tmp_path: Path, column: str, problem: str) -> None:
     table = make_table()
     mask = pa.array([False, True, False, False, False, False])
     values = pa.array([None if hide else value for value, hide in zip(table[column].to_pylist(), mask.to_pylist(),
                                                                       strict=True)], table[column].type)  # fmt: skip
     table = table.set_column(table.schema.get_field_index(column), column, values)
-    with pytest.raises(InputError, match=f"column {column} has nulls"):
+    with pytest.raises(InputError, match=problem):
         load_features(write(tmp_path, table))
 
 
@@ -114,11 +121,23 @@ def test_a_missing_column_and_a_wrong_type_are_named_together(tmp_path: Path) ->
         load_features(write(tmp_path, table))
 
 
-def test_an_embedding_of_varying_length_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float64())])
+def test_lists_of_one_length_do_as_well_as_those_of_a_fixed_one(tmp_path: Path, kind: pa.DataType) -> None:
     table = make_table()
-    varying = pa.array(table["embedding"].to_pylist(), pa.list_(pa.float32()))
-    table = table.set_column(table.schema.get_field_index("embedding"), "embedding", varying)
-    with pytest.raises(InputError, match="expected fixed_size_list"):
+    expected = load_features(write(tmp_path, table)).embeddings.copy()
+    listed = pa.array(table["embedding"].to_pylist(), kind)
+    table = table.set_column(table.schema.get_field_index("embedding"), "embedding", listed)
+    found = load_features(write(tmp_path, table)).embeddings
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_row_of_another_length_is_refused_naming_it(tmp_path: Path) -> None:
+    table = make_table()
+    rows = table["embedding"].to_pylist()
+    rows[3] = rows[3][:3]
+    table = table.set_column(table.schema.get_field_index("embedding"), "embedding", pa.array(rows))
+    with pytest.raises(InputError, match=r"train.parquet: column embedding: row 3 has not 4 numbers"):
         load_features(write(tmp_path, table))
 
 

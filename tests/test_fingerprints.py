@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fingerprint_data import WIDTH, draw_table, write_run
 
@@ -33,16 +34,30 @@ def with_null(name: str) -> Callable[[pa.Table], pa.Table]:
     return change
 
 
+def with_row(values: list[int | None]) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        rows = table["fingerprint"].to_pylist()
+        rows[3] = values
+        listed = pa.array(rows, pa.list_(pa.int64()))
+        return table.set_column(table.schema.get_field_index("fingerprint"), "fingerprint", listed)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         (without("building_id"), "column building_id is missing"),
         (without("fingerprint"), "column fingerprint is missing"),
         (cast("target_lat", pa.float32()), "column target_lat is float, expected double"),
-        (cast("fingerprint", pa.list_(pa.uint8())), "column fingerprint is list<"),
-        (cast("fingerprint", pa.list_(pa.int16(), WIDTH)), "expected fixed_size_list<uint8>"),
+        (cast("fingerprint", pa.list_(pa.float32())), "column fingerprint is list<"),
+        (cast("fingerprint", pa.list_(pa.float64())), "expected lists of one length of whole numbers"),
+        (with_row([0] * (WIDTH - 1)), f"row 3 has not {WIDTH} numbers"),
+        (with_row([0] * (WIDTH - 1) + [256]), "row 3 holds no byte"),
+        (with_row([0] * (WIDTH - 1) + [-1]), "row 3 holds no byte"),
+        (with_row([0] * (WIDTH - 1) + [None]), "row 3 holds an empty value"),
         (with_null("streetview_image_id"), "column streetview_image_id has empty values"),
-        (with_null("fingerprint"), "column fingerprint has empty values"),
+        (with_null("fingerprint"), "column fingerprint: row 3 is empty"),
     ],
 )
 def test_a_bad_column_is_named_with_its_file(
@@ -78,7 +93,7 @@ def test_a_folder_that_is_missing_or_empty_or_holds_no_image_is_said(make_run: C
     config, output = make_run()
     outcome = run_main(main, "--config", config)
     assert outcome.code == 1
-    assert "holds no file *_fingerprints.parquet: run stage 4" in outcome.stderr
+    assert "holds no *_fingerprints.parquet: run stage 4" in outcome.stderr
     make_run(draw_table(20).slice(0, 0))
     assert "the fingerprint files hold no image" in run_main(main, "--config", config).stderr
     shutil.rmtree(output.parent / "fingerprints")
@@ -93,3 +108,30 @@ def test_a_damaged_file_is_named(make_run: Callable, run_main: Callable) -> None
     outcome = run_main(main, "--config", config)
     assert outcome.code == 1
     assert "0002_fingerprints.parquet: not a readable parquet file" in outcome.stderr
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int64()), pa.list_(pa.uint8()), pa.list_(pa.int16(), WIDTH)])
+def test_fingerprints_as_lists_of_whole_numbers_give_the_same_neighbours(
+    kind: pa.DataType, make_run: Callable, run_main: Callable
+) -> None:
+    config, output = make_run(draw_table(40), draw_table(20, dataset_id=2))
+    assert run_main(main, "--config", config).code == 0
+    expected = pq.read_table(output)
+    output.unlink()
+    make_run(cast("fingerprint", kind)(draw_table(40)), draw_table(20, dataset_id=2))
+    assert run_main(main, "--config", config).code == 0
+    assert pq.read_table(output).equals(expected)
+
+
+def test_composite_ids_that_a_file_lacks_are_made_of_its_numbers(make_run: Callable, run_main: Callable) -> None:
+    config, output = make_run(draw_table(40))
+    assert run_main(main, "--config", config).code == 0
+    expected = pq.read_table(output)
+    output.unlink()
+    table = draw_table(40)
+    for name, column in (("target_id", "building_id"), ("patch_id", "streetview_image_id")):
+        table = table.append_column(name, pa.array([int(id_.split("_")[1]) for id_ in table[column].to_pylist()]))
+    table = table.append_column("dataset_id", pa.array([1] * 40))
+    make_run(table.drop_columns(["building_id", "streetview_image_id"]))
+    assert run_main(main, "--config", config).code == 0
+    assert pq.read_table(output).equals(expected)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.ids import Shard, building_id, list_tars, parse_dataset_id, streetview_image_id
+from pipeline.ids import Shard, building_id, parse_dataset_id, streetview_image_id
 
 
 def test_ids_are_padded_to_four_digits_and_grow_beyond():
@@ -27,26 +27,6 @@ def test_a_tars_name_gives_its_dataset(name, expected):
 def test_another_name_is_refused_with_what_to_do(name):
     with pytest.raises(InputError, match=r"must be named NNNN\.tar after its dataset id: rename"):
         parse_dataset_id(Path(name))
-
-
-def test_tars_are_listed_by_dataset_without_hidden_ones(tmp_path):
-    for name in ("0010.tar", "0002.tar", ".0003.tar", "12345.tar", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in list_tars(tmp_path)] == ["0002.tar", "0010.tar", "12345.tar"]
-
-
-def test_a_missing_or_empty_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere: no such folder: set \[paths\]\.raw_dir"):
-        list_tars(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"holds no \.tar file"):
-        list_tars(tmp_path)
-
-
-def test_a_wrongly_named_tar_in_the_folder_is_refused(tmp_path):
-    (tmp_path / "0001.tar").touch()
-    (tmp_path / "backup.tar").touch()
-    with pytest.raises(InputError, match=r"backup\.tar"):
-        list_tars(tmp_path)
 
 
 def test_shards_together_take_every_unit_once():

@@ -1,5 +1,6 @@
 """Stage 3: merging, dropping, splitting and grouping, in memory and through the disk."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -199,7 +200,8 @@ def test_an_embedding_that_is_missing_is_refused(tmp_path, stage, where):
     write(tmp_path, 1, table.append_column("embedding", pa.array(rows, pa.list_(pa.float32(), 2))))
     outcome = stage()
     assert outcome.code == 1
-    assert "0001_embeddings.parquet: column embedding has empty values: make the file again" in outcome.stderr
+    what = "is empty" if where == "row" else "holds an empty value"
+    assert f"0001_embeddings.parquet: column embedding: row 4 {what}: make the file again" in outcome.stderr
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_an_embedding_that_is_missing_is_refused(tmp_path, stage, where):
     [
         (make_rows(2, [3, 3], width=9), None, "not the columns of 0001_embeddings.parquet"),
         (make_rows(2, [3, 3], kind=pa.float16()), None, "not the columns of 0001_embeddings.parquet"),
-        (make_rows(2, [3, 3]).drop_columns("heading"), None, "(no pyarrow.Field<heading: double>)"),
+        (make_rows(2, [3, 3], heading=pa.float32()), None, "(heading is float, there double)"),
         (make_rows(2, [3, 3]).drop_columns("embedding"), None, "column embedding is missing"),
         (make_rows(2, [3, 3]).drop_columns("target_lat"), None, "column target_lat is missing"),
         (make_rows(2, [3, 3]), SETTINGS | {"model": "other"}, "0001_embeddings.parquet with"),
@@ -236,6 +238,8 @@ def test_an_empty_value_is_refused_by_column(tmp_path, stage):
 
 
 def test_no_files_and_files_without_rows_are_errors_but_one_empty_file_is_not(tmp_path, stage):
+    assert "no such folder: run stage 2" in stage().stderr
+    (tmp_path / "embeddings").mkdir()
     assert "holds no *_embeddings.parquet: run stage 2" in stage().stderr
     write(tmp_path, 1, make_rows(1, []))
     outcome = stage()
@@ -330,3 +334,68 @@ def test_half_floats_stay_half_floats(tmp_path, stage):
     merged = pa.concat_tables(read_splits(tmp_path).values())
     assert merged.schema.field("embedding").type == pa.list_(pa.float16(), 8)
     assert sorted(merged["embedding"].to_pylist()) == sorted(table["embedding"].to_pylist())
+
+
+# ---------------------------------------------------------------------------------------- files of other writers
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.list_(pa.float32()), pa.large_list(pa.float32())])
+def test_lists_of_any_float_give_the_same_splits(tmp_path, stage, kind):
+    for dataset in (1, 2):
+        write(tmp_path, dataset, make_rows(dataset, SIZES))
+    assert stage().code == 0
+    shutil.move(tmp_path / "merged", tmp_path / "expected")
+    for dataset in (1, 2):  # the second one stays as this project writes it
+        table = make_rows(dataset, SIZES)
+        if dataset == 1:
+            column = pa.array(table["embedding"].to_pylist(), kind)
+            table = table.set_column(table.schema.get_field_index("embedding"), "embedding", column)
+        pq.write_table(table, tmp_path / "embeddings" / f"{dataset:04d}_embeddings.parquet")
+    assert stage().code == 0
+    for split, expected in read_splits(tmp_path, "expected").items():
+        assert read_splits(tmp_path)[split].equals(expected)
+
+
+@pytest.mark.parametrize("dataset", [1, 2])
+def test_columns_that_a_file_lacks_are_null_in_its_rows(tmp_path, stage, dataset):
+    for number in (1, 2):
+        table = make_rows(number, [3, 3, 3])
+        write(tmp_path, number, table.drop_columns("heading") if number == dataset else table)
+    outcome = stage()
+    assert outcome.code == 0
+    assert f"000{dataset}_embeddings.parquet has no heading: null in its rows" in outcome.stderr
+    rows = pa.concat_tables(read_splits(tmp_path).values())
+    assert len(rows) == 18
+    for id_, heading in zip(rows["dataset_id"].to_pylist(), rows["heading"].to_pylist(), strict=True):
+        assert (heading is None) == (id_ == dataset)
+
+
+def test_composite_ids_that_a_file_lacks_are_made_of_its_numbers(tmp_path, stage):
+    table = make_rows(1, SIZES)
+    write(tmp_path, 1, table)
+    assert stage().code == 0
+    shutil.move(tmp_path / "merged", tmp_path / "expected")
+    write(tmp_path, 1, table.drop_columns(["building_id", "streetview_image_id"]))
+    assert stage().code == 0
+    for split, expected in read_splits(tmp_path, "expected").items():
+        assert read_splits(tmp_path)[split].equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [([1.0] * 7, "has not 8 numbers"), (None, "is empty"), ([1.0] * 7 + [None], "holds an empty value"),
+     ([1.0] * 7 + [float("nan")], "not finite"), ([1e300] * 8, "not finite")],
+)  # fmt: skip
+def test_a_row_that_does_not_fit_is_refused_by_its_number_in_the_file(tmp_path, stage, row, what):
+    table = make_rows(1, [3] * 500)
+    rows = table["embedding"].to_pylist()
+    rows[1234] = row
+    table = table.set_column(table.schema.get_field_index("embedding"), "embedding", pa.array(rows))
+    (tmp_path / "embeddings").mkdir()
+    pq.write_table(table, tmp_path / "embeddings" / "0001_embeddings.parquet", row_group_size=100)
+    outcome = stage()
+    assert outcome.code == 1
+    error = outcome.stderr.splitlines()[-1]
+    assert "0001_embeddings.parquet: column embedding: row 1234 " in error
+    assert what in error
+    assert list((tmp_path / "merged").iterdir()) == []

@@ -30,6 +30,7 @@ def write_metrics(path, hash_, value=0.5):
     counts = {"queries": 40, "gallery": 41, "buildings": 10, "ignored_pairs": 3}
     inputs = [{"name": "test.parquet", "size": 1}, {"name": "checkpoint_best.pt", "size": 1, "hash": hash_}]
     path.parent.mkdir(exist_ok=True)
+    counts["headline"] = "The projector cannot be told from whitening"
     path.write_text(json.dumps(counts | rows | {"provenance": {"inputs": inputs}}))
     return path
 
@@ -116,6 +117,7 @@ def test_results_of_stage_9_reach_the_card_with_their_intervals(published, tmp_p
     flat = card.replace("\n", " ")
     assert "40 images of 10 buildings search 41 images" in flat
     assert "3 pairs of buildings count as neither" in flat
+    assert "**The projector cannot be told from whitening**, by the 95 % interval of the difference in mAP." in flat
     assert identify_model(published) == version
     assert not add_test_results(published, metrics), "what is there already is not written again"
     assert add_test_results(published, write_metrics(metrics, hash_, 0.625))

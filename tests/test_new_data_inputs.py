@@ -1,6 +1,7 @@
 """What stage 8 takes beside one parquet file: folders of parquets or photographs; columns to keep; memory."""
 
 import datetime
+import os
 import subprocess
 import sys
 from decimal import Decimal
@@ -12,7 +13,10 @@ import pytest
 from published_models import list_parts, make_photographs, read_bytes, read_dataset, read_rejects, write_packaged
 from stage8_fixtures import read_state
 
+from pipeline.files import listing
 from publish_model import verify_embeddings
+from publish_model.new_data.image_folder import list_images
+from publish_model.new_data.packaged_input import open_packaged
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -94,6 +98,7 @@ def test_the_path_below_the_folder_becomes_the_id(embed, run_main, photographs, 
     outcome = embed(photographs, tmp_path / "out")
     assert outcome.code == 0
     assert "1 links are passed over" in outcome.stderr
+    assert "1 files are not photographs and are passed over (.txt 1), as notes.txt" in outcome.stderr
     names = sorted(
         str(path.relative_to(photographs)) for path in photographs.rglob("*.[jJ]*") if path.name[0] not in ".l"
     )
@@ -123,7 +128,35 @@ def test_photographs_resume_and_another_photograph_is_another_input(embed, photo
 def test_a_name_that_is_not_utf_8_is_escaped(embed, photographs, tmp_path):
     (Path(str(photographs)) / b"caf\xe9.jpg".decode("utf-8", "surrogateescape")).write_bytes(make_photographs(1)[0])
     assert embed(photographs, tmp_path / "out").code == 0
-    assert "caf\\udce9.jpg" in read_dataset(tmp_path / "out")["OSMID"].to_pylist()
+    assert "caf\\xe9.jpg" in read_dataset(tmp_path / "out")["OSMID"].to_pylist()
+
+
+def test_linked_folders_of_photographs_are_followed_once_and_a_pipe_is_not_waited_for(photographs, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "far.jpg").write_bytes(make_photographs(1)[0])
+    (elsewhere / "back").symlink_to(photographs)
+    (photographs / "linked").symlink_to(elsewhere)
+    os.mkfifo(photographs / "pipe.jpg")
+    names = [name for name, _ in list_images(photographs)]
+    assert "linked/far.jpg" in names
+    assert len(names) == 10
+    assert "pipe.jpg" not in names
+
+
+def test_parquets_of_any_ending_in_linked_folders_are_taken_and_others_counted(tmp_path, caplog, monkeypatch):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+    images = make_photographs(3)
+    for number, path in enumerate([folder / "a.PARQUET", folder / "b.pq", elsewhere / "c.parquet"]):
+        write_packaged(path, [images[number]], OSMID=[number])
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "old.csv").touch()
+    monkeypatch.setattr(listing.logger, "propagate", True)
+    source = open_packaged(folder, filter_valid=True)
+    assert [path.name for path, _ in source.places] == ["a.PARQUET", "b.pq", "c.parquet"]
+    assert "1 files are not parquet files and are passed over (.csv 1), as old.csv" in caplog.text
 
 
 def test_an_output_inside_the_input_is_refused(embed, photographs):
@@ -195,8 +228,8 @@ import resource, sys
 sys.path.insert(0, {repo!r})
 from pathlib import Path
 from publish_model.new_data.packaged_input import open_packaged, read_batches
-source = open_packaged(Path(sys.argv[1]), filter_valid=True)
-for table in read_batches(source, 0, 50, with_valid=True):
+source = open_packaged(Path(sys.argv[1]), read_batch_size=50)
+for table in read_batches(source, 0):
     del table
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

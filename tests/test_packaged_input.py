@@ -5,23 +5,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from publish_model.new_data.packaged_input import open_packaged, plain_values, read_batches, take_rows, valid_rows
+from publish_model.new_data.columns import plain_values, take_rows
+from publish_model.new_data.packaged_input import open_packaged, read_batches, valid_rows
 
 
-def write(path, num_rows, row_group_size, image_bytes=10):
-    images = [bytes([row % 256]) * image_bytes for row in range(num_rows)]
+def write(path, num_rows, row_group_size, batch_rows):
+    images = [bytes([row % 256]) * 10 for row in range(num_rows)]
     pq.write_table(pa.table({"OSMID": range(num_rows), "image_bytes": images}), path, row_group_size=row_group_size)
-    return open_packaged(path, filter_valid=True)
+    return open_packaged(path, read_batch_size=batch_rows)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 4, 5, 100])
 def test_batches_cover_each_row_group_in_order(tmp_path, batch_rows):
-    source = write(tmp_path / "in.parquet", 17, 5)
+    source = write(tmp_path / "in.parquet", 17, 5, batch_rows)
     assert source.row_group_rows == (5, 5, 5, 2)
     seen = []
     for row_group, num_rows in enumerate(source.row_group_rows):
         sizes = []
-        for table in read_batches(source, row_group, batch_rows, with_valid=True):
+        for table in read_batches(source, row_group):
             sizes.append(table.num_rows)
             seen += table["OSMID"].to_pylist()
         assert sizes == [min(batch_rows, num_rows - start) for start in range(0, num_rows, batch_rows)]
@@ -30,7 +31,7 @@ def test_batches_cover_each_row_group_in_order(tmp_path, batch_rows):
 
 def test_batches_that_arrow_cuts_short_are_put_together(tmp_path, monkeypatch):
     """Arrow ends a batch early where 2 GiB of bytes are full; here at random."""
-    source = write(tmp_path / "in.parquet", 23, 23)
+    source = write(tmp_path / "in.parquet", 23, 23, 5)
     plain = pq.ParquetFile.iter_batches
 
     def cut(self, *arguments, **options):
@@ -39,7 +40,7 @@ def test_batches_that_arrow_cuts_short_are_put_together(tmp_path, monkeypatch):
             yield batch.slice(2)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", cut)
-    tables = list(read_batches(source, 0, 5, with_valid=True))
+    tables = list(read_batches(source, 0))
     assert [table.num_rows for table in tables] == [5, 5, 5, 5, 3]
     assert [value for table in tables for value in table["OSMID"].to_pylist()] == list(range(23))
 
@@ -54,12 +55,12 @@ def test_a_row_group_larger_than_memory_is_read_piece_by_piece(tmp_path):
         use_dictionary=False, compression="none", write_batch_size=16,  # or a page would hold 1,024 images
     )  # fmt: skip
     del images
-    source = open_packaged(tmp_path / "in.parquet", filter_valid=True)
+    source = open_packaged(tmp_path / "in.parquet", read_batch_size=50)
     pool = pa.proxy_memory_pool(pa.default_memory_pool())
     before = pa.default_memory_pool()
     pa.set_memory_pool(pool)
     try:
-        for table in read_batches(source, 0, 50, with_valid=True):
+        for table in read_batches(source, 0):
             del table
     finally:
         pa.set_memory_pool(before)

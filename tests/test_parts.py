@@ -8,10 +8,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import InputError, PipelineError, StaleOutputError
-from publish_model.dataset import parts
-from publish_model.dataset.part_plans import PartContent, PartPlan, make_recipe, plan_parts
-from publish_model.dataset.parts import EmbeddingsDataset, resolve_dataset_dir
+from publish_model.dataset import appending as appending_module
+from publish_model.dataset.embeddings_dataset import EmbeddingsDataset, resolve_dataset_dir
+from publish_model.dataset.part_plans import PartContent, PartPlan, plan_parts
+from publish_model.new_data.embed_options import EmbedOptions
 from publish_model.new_data.packaged_input import PackagedInput
+from publish_model.new_data.published_model import name_version
 
 ID = pa.field("OSMID", pa.int64())
 EMBEDDED = pa.schema([ID, pa.field("embedding", pa.list_(pa.float32(), 2))])
@@ -21,16 +23,25 @@ REJECTED = pa.schema([("row", pa.int64()), ID, ("reason", pa.string()), ("detail
 @pytest.fixture
 def source(tmp_path):
     schema = pa.schema([ID, ("image_bytes", pa.binary())])
-    return PackagedInput(tmp_path / "in.parquet", 1234, schema, "abcd", (5, 0, 3))
+    return PackagedInput(tmp_path / "in.parquet", 1234, schema, "abcd", (5, 0, 3), read_batch_size=2)
 
 
-def make_dataset(folder, source, read_batch_size=2, *, model="model", begin=True):
-    plans = plan_parts(source, read_batch_size)
-    dataset = EmbeddingsDataset(folder, source, plans)
+class Model:
+    """Stands for a published model, told apart by the id of its files."""
+
+    def __init__(self, files="model", model_id="the/model"):
+        self.files, self.model_id = files, model_id
+
+    def name_version(self, precision):
+        return name_version(self.files, "pooler_output", precision)
+
+
+def make_appending(folder, source, *, model="model", model_id="the/model", begin=True, **options):
+    options = EmbedOptions(input=source.path, output=folder, dtype=options.pop("dtype", "float32"), **options)
+    appending = EmbeddingsDataset(folder).append(options, source, Model(model, model_id))
     if begin:
-        recipe = make_recipe(source, read_batch_size, True, model, "pooler_output", "float32")
-        dataset.begin(recipe, "the/model", dataset.find_begun())
-    return dataset, plans
+        appending.begin()
+    return appending, plan_parts(source)
 
 
 def make_content(plan, rejected=0, skipped=0):
@@ -50,15 +61,18 @@ def make_content(plan, rejected=0, skipped=0):
     )  # fmt: skip
 
 
-def read_state(dataset):
-    return json.loads(dataset.state_path.read_text())
+def read_state(appending):
+    return json.loads(appending.dataset.state_path.read_text())
 
 
 def test_the_plan_has_one_part_for_each_read_batch_of_each_row_group(source):
-    assert plan_parts(source, 2) == [
+    assert plan_parts(source) == [
         PartPlan(0, 0, 0, 2), PartPlan(0, 1, 2, 2), PartPlan(0, 2, 4, 1), PartPlan(2, 0, 5, 2), PartPlan(2, 1, 7, 1),
     ]  # fmt: skip
-    assert [plan.name for plan in plan_parts(source, 1000)] == ["rg00000_rb00000.parquet", "rg00002_rb00000.parquet"]
+    assert [plan.name for plan in plan_parts(dataclasses.replace(source, read_batch_size=1000))] == [
+        "rg00000_rb00000.parquet",
+        "rg00002_rb00000.parquet",
+    ]
     assert PartPlan(123456, 7, 0, 1).name == "rg123456_rb00007.parquet"
 
 
@@ -85,53 +99,53 @@ def test_the_directory_is_the_output_unless_a_file_or_an_older_dataset_is_in_the
 
 
 def test_the_state_adds_up_what_the_parts_say(tmp_path, source):
-    dataset, plans = make_dataset(tmp_path / "out", source)
-    assert read_state(dataset)["rows_embedded"] == 0
-    dataset.write_part(plans[0], make_content(plans[0], rejected=1))
-    dataset.write_part(plans[1], make_content(plans[1], skipped=2))
-    state = dataset.write_state()
-    assert state == read_state(dataset)
+    appending, plans = make_appending(tmp_path / "out", source)
+    assert read_state(appending)["rows_embedded"] == 0
+    appending.write_part(plans[0], make_content(plans[0], rejected=1))
+    appending.write_part(plans[1], make_content(plans[1], skipped=2))
+    state = appending.write_state()
+    assert state == read_state(appending)
     assert (state["rows_total"], state["rows_embedded"], state["rows_rejected"], state["rows_skipped_invalid"]) == (
         8, 1, 1, 2,
     )  # fmt: skip
     assert (state["parts_done"], state["parts_total"], state["complete"]) == (2, 5, False)
     assert state["rejected_by_reason"] == {"missing_image": 1}
     for plan in plans[2:]:
-        dataset.write_part(plan, make_content(plan))
-    assert dataset.write_state()["complete"] is True
+        appending.write_part(plan, make_content(plan))
+    assert appending.write_state()["complete"] is True
 
 
 def test_a_cut_part_counts_its_rows_but_not_as_done(tmp_path, source):
-    dataset, plans = make_dataset(tmp_path / "out", source)
-    dataset.write_part(plans[0], make_content(dataclasses.replace(plans[0], num_rows=1)))
-    state = dataset.write_state()
+    appending, plans = make_appending(tmp_path / "out", source)
+    appending.write_part(plans[0], make_content(dataclasses.replace(plans[0], num_rows=1)))
+    state = appending.write_state()
     assert (state["rows_embedded"], state["parts_done"]) == (1, 0)
 
 
 def test_a_part_written_while_another_process_counts_is_counted(tmp_path, source, monkeypatch):
     """The other process has written its state before this one does, which must not be the last word."""
-    dataset, plans = make_dataset(tmp_path / "out", source)
-    other, _ = make_dataset(tmp_path / "out", source)
-    dataset.write_part(plans[0], make_content(plans[0]))
-    plain = parts.write_json
+    appending, plans = make_appending(tmp_path / "out", source)
+    other, _ = make_appending(tmp_path / "out", source)
+    appending.write_part(plans[0], make_content(plans[0]))
+    plain = appending_module.write_json
 
     def finish_a_part_first(path, content):
-        monkeypatch.setattr(parts, "write_json", plain)
+        monkeypatch.setattr(appending_module, "write_json", plain)
         for plan in plans[1:]:
             other.write_part(plan, make_content(plan))
         other.write_state()
         plain(path, content)
 
-    monkeypatch.setattr(parts, "write_json", finish_a_part_first)
-    assert dataset.write_state()["complete"] is True
-    assert read_state(dataset)["complete"] is True
+    monkeypatch.setattr(appending_module, "write_json", finish_a_part_first)
+    assert appending.write_state()["complete"] is True
+    assert read_state(appending)["complete"] is True
 
 
 def write_some_parts(folder, source, index):
-    dataset, plans = make_dataset(folder, source)
+    appending, plans = make_appending(folder, source)
     for plan in plans[index::3]:
-        dataset.write_part(plan, make_content(plan))
-        dataset.write_state()
+        appending.write_part(plan, make_content(plan))
+        appending.write_state()
 
 
 def test_many_writers_at_once_leave_the_right_state(tmp_path, source):
@@ -149,21 +163,17 @@ def test_many_writers_at_once_leave_the_right_state(tmp_path, source):
 
 
 def test_two_runs_that_begin_at_once_with_other_settings_do_not_mix(tmp_path, source):
-    first, _ = make_dataset(tmp_path / "out", source, begin=False)
-    second, _ = make_dataset(tmp_path / "out", source, begin=False)
-    begun = [first.find_begun(), second.find_begun()]
-    assert begun == [None, None]
-    first.begin(make_recipe(source, 2, True, "model", "pooler_output", "float32"), "m", None)
+    first, _ = make_appending(tmp_path / "out", source, begin=False)
+    second, _ = make_appending(tmp_path / "out", source, begin=False, dtype="bfloat16")
+    first.begin()
     with pytest.raises(StaleOutputError, match="precision was 'float32' and is now 'bfloat16'"):
-        second.begin(make_recipe(source, 2, True, "model", "pooler_output", "bfloat16"), "m", None)
+        second.begin()
 
 
 def test_the_first_state_is_not_written_over_by_a_run_that_saw_none(tmp_path, source):
-    dataset, _ = make_dataset(tmp_path / "out", source, begin=False)
-    other, _ = make_dataset(tmp_path / "out", source, begin=False)
-    recipe = make_recipe(source, 2, True, "model", "pooler_output", "float32")
-    dataset.begin(recipe, "first/name", None)
-    other.recipe, other._identity = recipe, {"model_id": "second/name", **dataclasses.asdict(recipe)}
+    first, _ = make_appending(tmp_path / "out", source, model_id="first/name", begin=False)
+    other, _ = make_appending(tmp_path / "out", source, model_id="second/name", begin=False)
+    first.begin()
     assert other._create_state()["model_id"] == "first/name"
     assert list((tmp_path / "out").glob(".*")) == []
 
@@ -177,16 +187,16 @@ def test_the_first_state_is_not_written_over_by_a_run_that_saw_none(tmp_path, so
     ],
 )
 def test_another_input_is_refused_by_what_differs(tmp_path, source, change, difference):
-    make_dataset(tmp_path / "out", source)
+    make_appending(tmp_path / "out", source)
     with pytest.raises(StaleOutputError) as caught:
-        make_dataset(tmp_path / "out", dataclasses.replace(source, **change))
+        make_appending(tmp_path / "out", dataclasses.replace(source, **change))
     assert difference in str(caught.value)
     assert "give another --output, or --overwrite to begin anew" in str(caught.value)
 
 
-def test_the_version_tells_weights_pooling_and_precision_apart(source):
+def test_the_version_tells_weights_pooling_and_precision_apart():
     versions = {
-        make_recipe(source, 2, True, model, pooling, precision).embedding_version
+        name_version(model, pooling, precision)
         for model in ("a", "b")
         for pooling in ("pooler_output", "cls_token")
         for precision in ("float32", "bfloat16")
@@ -196,43 +206,43 @@ def test_the_version_tells_weights_pooling_and_precision_apart(source):
 
 
 def test_parts_of_another_model_are_found_even_if_the_state_says_otherwise(tmp_path, source):
-    dataset, plans = make_dataset(tmp_path / "out", source, model="other")
-    dataset.write_part(plans[0], make_content(plans[0]))
-    dataset.state_path.unlink()
-    dataset, _ = make_dataset(tmp_path / "out2", source)
+    appending, plans = make_appending(tmp_path / "out", source, model="other")
+    appending.write_part(plans[0], make_content(plans[0]))
+    appending.dataset.state_path.unlink()
+    appending, _ = make_appending(tmp_path / "out2", source)
     (tmp_path / "out" / "parts").rename(tmp_path / "out2" / "parts")
     with pytest.raises(StaleOutputError, match="embedding_version was"):
-        dataset.find_parts()
+        appending.find_parts()
 
 
 def test_a_part_is_not_there_without_its_rejects(tmp_path, source):
-    dataset, plans = make_dataset(tmp_path / "out", source)
-    dataset.write_part(plans[0], make_content(plans[0]))
-    assert list(dataset.find_parts()) == [plans[0].name]
+    appending, plans = make_appending(tmp_path / "out", source)
+    appending.write_part(plans[0], make_content(plans[0]))
+    assert list(appending.find_parts()) == [plans[0].name]
     (tmp_path / "out" / "_rejects" / plans[0].name).unlink()
-    assert dataset.find_parts() == {}
+    assert appending.find_parts() == {}
 
 
 def test_a_replaced_part_is_read_again(tmp_path, source):
-    dataset, plans = make_dataset(tmp_path / "out", source)
-    dataset.write_part(plans[0], make_content(plans[0]))
-    assert dataset.find_parts()[plans[0].name].counts["out"] == 2
-    dataset.write_part(plans[0], make_content(plans[0], rejected=2))
-    assert dataset.find_parts()[plans[0].name].counts["out"] == 0
+    appending, plans = make_appending(tmp_path / "out", source)
+    appending.write_part(plans[0], make_content(plans[0]))
+    assert appending.find_parts()[plans[0].name].counts["out"] == 2
+    appending.write_part(plans[0], make_content(plans[0], rejected=2))
+    assert appending.find_parts()[plans[0].name].counts["out"] == 0
 
 
 def test_hidden_files_and_other_kinds_are_passed_over(tmp_path, source):
-    dataset, _ = make_dataset(tmp_path / "out", source)
-    dataset.parts_dir.mkdir()
+    appending, _ = make_appending(tmp_path / "out", source)
+    (appending.dataset.folder / "parts").mkdir()
     for name in (".rg00000_rb00000.parquet.host-1.tmp", "_SUCCESS", "notes.txt", "_metadata.parquet"):
-        (dataset.parts_dir / name).write_text("")
-    assert dataset.find_parts() == {}
-    (dataset.parts_dir / "rg00009_rb00000.parquet").write_text("")
+        ((appending.dataset.folder / "parts") / name).write_text("")
+    assert appending.find_parts() == {}
+    ((appending.dataset.folder / "parts") / "rg00009_rb00000.parquet").write_text("")
     with pytest.raises(InputError, match="no part of this input"):
-        dataset.find_parts()
+        appending.find_parts()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(PipelineError, match="cannot write .*state.json"):
-        make_dataset(tmp_path / "file" / "out", source)
+        make_appending(tmp_path / "file" / "out", source)

@@ -66,7 +66,7 @@ def test_the_snippet_of_the_card_runs(config, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("tensor([[1.0")
 
 
-@pytest.mark.parametrize("baseline", ["raw", "pca_whitened"])
+@pytest.mark.parametrize("baseline", ["raw", "pca_whitened", "whitening"])
 @pytest.mark.parametrize("value", [0.51, float("nan")])
 def test_a_projector_that_is_worse_than_no_training_is_refused(config, tmp_path, baseline, value):
     maps = GOOD | {baseline: value}
@@ -80,12 +80,26 @@ def test_force_publishes_it_and_the_card_says_so(config, tmp_path):
     write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", maps=GOOD | {"projector": 0.41})
     stage.run(config, PublishOptions(force=True))
     card = (tmp_path / "published" / "README.md").read_text()
-    assert "**The projector retrieves worse than the backbone, PCA-whitened** and was published by `--force`" in card
+    assert (
+        "**The projector retrieves worse than the backbone, PCA-whitened and within-class whitening alone** and was "
+        "published by `--force` nevertheless: whiten the backbone's embeddings instead."
+    ) in card
 
 
-def test_equal_is_not_worse():
+def test_a_projector_between_the_baselines_is_refused_by_the_one_it_is_worse_than(config, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", maps=GOOD | {"projector": 0.47})
+    with pytest.raises(PipelineError, match=r"validation mAP: whitening 0\.4800, projector 0\.4700\)"):
+        stage.run(config, Options())
+    stage.run(config, PublishOptions(force=True))
+    card = (tmp_path / "published" / "README.md").read_text().replace("\n", " ")
+    assert "worse than the within-class whitening alone** and was published by `--force` nevertheless: whiten" in card
+
+
+def test_equal_or_as_good_as_rounding_tells_is_not_worse():
     metrics = {row: {"map": 0.5} for row in ("raw", "pca_whitened", "projector")}
     assert worse_than(metrics) == []
+    assert worse_than(metrics | {"whitening": {"map": 0.50005}}) == []
+    assert worse_than(metrics | {"whitening": {"map": 0.5002}}) == ["whitening"]
     assert is_measured(metrics)
     assert not is_measured({"raw": {"map": 0.5}, "projector": {"map": 0.5}})
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -20,11 +21,11 @@ from evaluation_data import (
 from PIL import Image
 
 from evaluate_embeddings.evaluate import run
-from evaluate_embeddings.page.figure_sections import read_training_curve
+from evaluate_embeddings.page.drawings import read_training_curve
 from evaluate_embeddings.page.gallery import describe_examples, pick_failures, pick_hard_successes
-from evaluate_embeddings.page.gallery_page import format_distance
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.plots import Curve, plot_training
+from evaluate_embeddings.page.report import format_distance
 from evaluate_embeddings.scores.metrics import Evaluation, score_kinds
 from pipeline.cli import Options
 from pipeline.config import load_config
@@ -144,11 +145,13 @@ def test_whatever_the_data_say_is_text(workplace):
 
 
 def test_the_page_says_what_the_verdict_is_in_words_and_numbers(pictured):
-    _, page = pictured
+    config_path, page = pictured
     text = "".join(PageReader(page).text)
     assert re.search(r"The projector finds the building at first try for \d+\.\d% of the queries", text)
     assert re.search(r"(beats|is worse than|cannot be told from) PCA-whitened", text)
     assert "95% interval" in text
+    metrics = json.loads((config_path.parent / "report" / "metrics.json").read_text())
+    assert f"<h1>{metrics['headline']}</h1>" in page
 
 
 # ------------------------------------------------------------------------------------------------ photographs

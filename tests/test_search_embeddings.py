@@ -10,7 +10,7 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import make_photographs, write_packaged
 
 from publish_model import export_embeddings, search_embeddings
-from publish_model.dataset.embedded_dataset import open_dataset, read_blocks, read_ids_at
+from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.similarity_search import find_nearest
 
 
@@ -36,21 +36,23 @@ def sort_rows(queries, embeddings, count):
 @pytest.mark.parametrize("count", [1, 5, 100])
 def test_the_nearest_of_blocks_are_those_of_a_full_sort(tmp_path, block_rows, count):
     embeddings = unit_rows(0, 60)
-    dataset = open_dataset(write_dataset(tmp_path / "out", pa.array(range(60)), embeddings))
+    dataset = EmbeddingsDataset(write_dataset(tmp_path / "out", pa.array(range(60)), embeddings))
     queries = unit_rows(1, 4)
-    similarities, rows = find_nearest(queries, read_blocks(dataset, block_rows), count)
+    similarities, rows = find_nearest(queries, dataset.read_blocks(block_rows), count)
     assert rows.tolist() == sort_rows(queries, embeddings, count)
     assert np.allclose(similarities, np.take_along_axis(queries @ embeddings.T, rows, axis=1), atol=1e-6)
 
 
 def test_blocks_cover_every_row_once_and_ids_are_found_by_row(tmp_path):
     embeddings = unit_rows(0, 25)
-    dataset = open_dataset(write_dataset(tmp_path / "out", pa.array([f"way/{row}" for row in range(25)]), embeddings))
+    dataset = EmbeddingsDataset(
+        write_dataset(tmp_path / "out", pa.array([f"way/{row}" for row in range(25)]), embeddings)
+    )
     for size in (1, 10, 11, 99):
-        blocks = list(read_blocks(dataset, size))
+        blocks = list(dataset.read_blocks(size))
         assert np.array_equal(np.concatenate([block for _, block in blocks]), embeddings)
         assert [first for first, _ in blocks] == [0, *np.cumsum([len(block) for _, block in blocks[:-1]])]
-    assert {row: str(one) for row, one in read_ids_at(dataset, [24, 0, 10]).items()} == {
+    assert {row: str(one) for row, one in dataset.read_ids_at([24, 0, 10]).items()} == {
         24: "way/24",
         0: "way/0",
         10: "way/10",
@@ -81,19 +83,17 @@ def test_a_photograph_of_the_dataset_is_found_first(search, photographs, tmp_pat
 
 def test_the_page_shows_the_images_of_the_input(search, photographs, tmp_path, monkeypatch):
     shown = []
-    plain = search_embeddings._figure
-    monkeypatch.setattr(
-        search_embeddings, "_figure", lambda image, caption: shown.append(image) or plain(image, caption)
-    )
+    plain = search_embeddings.make_thumbnail
+    monkeypatch.setattr(search_embeddings, "make_thumbnail", lambda image: shown.append(image) or plain(image))
     query, page = tmp_path / "query.jpg", tmp_path / "page.html"
     arguments = ["--query", query, "--html", page, "--input", tmp_path / "in.parquet", "--top", 18]
     outcome = search(photographs, *arguments)
     assert outcome.code == 0
     images = pq.read_table(tmp_path / "in.parquet").to_pylist()
     ids = [line.split("\t")[2] for line in outcome.stdout.splitlines()]
-    assert shown[:2] == [query.read_bytes(), images[12]["image_bytes"]]
-    assert sorted(shown[1:]) == sorted(row["image_bytes"] for n, row in enumerate(images) if n not in (3, 11))
-    for identifier, image in zip(ids, shown[1:], strict=True):
+    assert (shown[-1], shown[0]) == (query.read_bytes(), images[12]["image_bytes"])
+    assert sorted(shown[:-1]) == sorted(row["image_bytes"] for n, row in enumerate(images) if n not in (3, 11))
+    for identifier, image in zip(ids, shown[:-1], strict=True):
         assert image in [row["image_bytes"] for row in images if row["OSMID"] == identifier]
     assert page.read_text().count("data:image/jpeg;base64,") == 19
 
@@ -102,13 +102,16 @@ def test_ids_are_escaped_in_the_page(tmp_path):
     query = tmp_path / "q.jpg"
     query.write_bytes(make_photographs(1)[0])
     search_embeddings.write_page(tmp_path / "p.html", query, [(0.5, "<script>alert(1)</script>")], [None])
-    assert "<script>" not in (tmp_path / "p.html").read_text()
+    page = (tmp_path / "p.html").read_text()
+    assert "<script>" not in page
+    assert "1. <code>&lt;script&gt;alert(1)&lt;/script&gt;</code><br>cosine 0.5000" in page
+    assert "http" not in page
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--query", "none.jpg"], "none.jpg: cannot be read"),
+        (["--query", "none.jpg"], "none.jpg: no such file"),
         (["--query", "in.parquet"], "unreadable_image"),
         (["--query", "query.jpg", "--model-id", "nobody/nothing"], "is not on this machine"),
     ],

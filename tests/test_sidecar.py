@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import sidecar, tables
-from pipeline.files.batches import read_batches
+from pipeline.files.tables import read_batches
 from pipeline.retrieval.features import load_features
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
-from pipeline.files.tables import write_json
+from pipeline.files.writing import write_json
 from preprocess_raw_data import process_tar
 from slurm import status
 from slurm.control import records, scheduler

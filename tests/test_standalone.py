@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from evaluation_data import make_table, make_workplace, write_checkpoint, write_split
 
@@ -12,7 +13,7 @@ from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, compare, format
 from evaluate_embeddings.scores.labelled import label_rows, match_rows, read_embeddings
 from evaluate_embeddings.scores.standalone import name_models
 from pipeline.errors import InputError
-from pipeline.files import tables
+from pipeline.files import tables, writing
 from pipeline.retrieval.scores import QueryScores, normalise_rows, score_queries, summarize_scores
 
 BUILDINGS = np.repeat(np.arange(12), 3)
@@ -79,6 +80,20 @@ def test_without_labels_the_osmid_says_which_images_belong_together(run_main, tm
     check_width(text)
 
 
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float64())])
+def test_lists_of_one_length_are_read_as_well_and_a_row_that_does_not_fit_is_named(tmp_path, dataset, kind):
+    expected = read_embeddings(dataset).embeddings
+    for path in (dataset / "parts").iterdir():
+        table = pq.read_table(path)
+        rows = table["embedding"].to_pylist()
+        pq.write_table(table.set_column(1, "embedding", pa.array(rows, kind)), path)
+    np.testing.assert_array_equal(read_embeddings(dataset).embeddings, expected)
+    rows[4] = rows[4][:5]
+    pq.write_table(table.set_column(1, "embedding", pa.array(rows, kind)), path)
+    with pytest.raises(InputError, match=f"{path.name}: column embedding: row 4 has not 12 numbers"):
+        read_embeddings(dataset)
+
+
 def test_labels_join_by_osmid_whatever_its_type_and_what_they_do_not_know_is_counted(run_main, tmp_path, labelled):
     folder, labels = labelled
     text = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", labels)
@@ -104,7 +119,7 @@ def test_ignored_pairs_are_left_out_here_too(run_main, tmp_path, dataset):
 
 
 def test_an_unfinished_dataset_is_scored_and_said_to_be_one(run_main, tmp_path, dataset):
-    tables.write_json(dataset / "state.json", {"complete": False, "rows_embedded": 36, "rows_total": 50})
+    writing.write_json(dataset / "state.json", {"complete": False, "rows_embedded": 36, "rows_total": 50})
     assert "is not complete: 36 of 50 rows are embedded" in evaluate(run_main, tmp_path, "--embeddings", dataset)
 
 

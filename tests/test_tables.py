@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, PipelineError, Rejection, StaleOutputError
-from pipeline.files import tables
+from pipeline.files import tables, writing
 
 PROVENANCE = {"stage": "somewhere", "version": "1", "inputs": [], "settings": {"a": 1}}
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("embedding", pa.list_(pa.float32(), 8))])
@@ -34,7 +34,7 @@ def list_files(folder):
 
 def test_a_file_appears_only_when_its_block_has_ended_well(tmp_path):
     path = tmp_path / "new" / "a.bin"
-    with tables.writing_to(path) as temporary:
+    with writing.writing_to(path) as temporary:
         temporary.write_bytes(b"all of it")
         assert not path.exists()
         assert temporary.parent == path.parent
@@ -63,8 +63,8 @@ def test_whatever_goes_wrong_the_old_file_stays_and_nothing_else(tmp_path, failu
 def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_write_clears_up(tmp_path):
     path = tmp_path / "a.parquet"
     script = (
-        "import os, sys; from pathlib import Path; from pipeline.files import tables\n"
-        "with tables.writing_to(Path(sys.argv[1])) as temporary:\n"
+        "import os, sys; from pathlib import Path; from pipeline.files import writing\n"
+        "with writing.writing_to(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half'); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", script, path], check=False).returncode == -9
@@ -76,25 +76,25 @@ def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_write_clears_up
 
 def test_temporaries_of_running_processes_other_hosts_and_other_files_are_left_alone(tmp_path):
     path = tmp_path / "a.bin"
-    own = tables.temporary_path(path).name
+    own = writing.temporary_path(path).name
     host = own.removeprefix(".a.bin.").removesuffix(f"-{os.getpid()}.tmp")
     strangers = {f".a.bin.{host}-1.tmp", ".a.bin.elsewhere-999999.tmp", f".b.bin.{host}-999999.tmp", ".a.bin.rows"}
     for name in {own, f".a.bin.{host}-999999.tmp"} | strangers:
         (tmp_path / name).touch()
     (tmp_path / f".a.bin.{host}-999998.tmp").mkdir()
-    tables.remove_stale_temporaries(path)
+    writing.remove_stale_temporaries(path)
     assert set(list_files(tmp_path)) == strangers
 
 
 def test_the_first_write_into_a_folder_clears_it_of_dead_processes_and_no_later_one_looks_again(tmp_path):
-    host = tables.temporary_path(tmp_path / "x").name.removeprefix(".x.").removesuffix(f"-{os.getpid()}.tmp")
+    host = writing.temporary_path(tmp_path / "x").name.removeprefix(".x.").removesuffix(f"-{os.getpid()}.tmp")
     ours, dead = f".b.bin.{host}-{os.getpid()}.tmp", f".b.bin.{host}-999999.tmp"
     for name in (ours, dead):
         (tmp_path / name).touch()
-    tables.write_json(tmp_path / "a.json", 1)
+    writing.write_json(tmp_path / "a.json", 1)
     assert set(list_files(tmp_path)) == {"a.json", ours}  # another thread of ours may be at work on it
     (tmp_path / dead).touch()
-    tables.write_json(tmp_path / "a.json", 2)
+    writing.write_json(tmp_path / "a.json", 2)
     assert dead in list_files(tmp_path)
 
 
@@ -102,9 +102,9 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tables.os, "fsync", refuse)
+    monkeypatch.setattr(writing.os, "fsync", refuse)
     with pytest.raises(PipelineError) as caught:
-        tables.write_json(tmp_path / "a.json", {"a": 1})
+        writing.write_json(tmp_path / "a.json", {"a": 1})
     assert str(caught.value) == (
         f"cannot write {tmp_path}/a.json (No space left on device): "
         "free space or allow writing there, then run this again"
@@ -145,11 +145,11 @@ def test_a_read_only_disk_is_one_line(small_disk):
 def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PipelineError, match=r"cannot write .*file/a\.json"):
-        tables.write_json(tmp_path / "file" / "a.json", 1)
+        writing.write_json(tmp_path / "file" / "a.json", 1)
 
 
 def test_an_error_of_another_file_is_not_blamed_on_the_output(tmp_path):
-    with pytest.raises(FileNotFoundError), tables.writing_to(tmp_path / "a.bin"):
+    with pytest.raises(FileNotFoundError), writing.writing_to(tmp_path / "a.bin"):
         (tmp_path.parent / "nowhere" / "input").read_bytes()
 
 
@@ -226,26 +226,6 @@ def test_every_missing_or_mistyped_column_is_named_at_once(tmp_path):
         "column tar_file is missing: make the file again with the stage that writes it"
     )
     tables.check_columns(tmp_path / "a.parquet", SCHEMA, SCHEMA)
-
-
-@pytest.mark.parametrize(
-    ("kind", "complaint"),
-    [
-        (pa.list_(pa.float32()), "expected fixed_size_list<float32 or float16>"),
-        (pa.list_(pa.float64(), 4), "expected fixed_size_list<float32 or float16>"),
-        (pa.float32(), "expected fixed_size_list<float32 or float16>"),
-        (None, "column embedding is missing"),
-    ],
-)
-def test_an_embedding_of_another_type_is_refused(tmp_path, kind, complaint):
-    schema = pa.schema([] if kind is None else [("embedding", kind)])
-    with pytest.raises(InputError, match=complaint):
-        tables.embedding_width(tmp_path / "a.parquet", schema)
-
-
-@pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
-def test_the_width_of_an_embedding_is_its_lists_length(tmp_path, kind):
-    assert tables.embedding_width(tmp_path, pa.schema([("embedding", pa.list_(kind, 12))])) == 12
 
 
 # ------------------------------------------------------------------------------------------------ provenance

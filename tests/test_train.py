@@ -159,7 +159,9 @@ def test_the_log_shows_the_table_and_warns_of_a_projector_that_is_not_worth_publ
     assert format_table(scores)[1].split() == ["raw", *["0.5000"] * 5]
     with caplog.at_level("INFO", "spatial_building_embeddings"):
         log_verdict(scores, 3)
-    assert "the projector of epoch 3 does NOT beat raw by validation mAP: do not publish it" in caplog.text
+    assert (
+        "the projector of epoch 3 does NOT beat raw and whitening by validation mAP: do not publish it" in caplog.text
+    )
     caplog.clear()
     with caplog.at_level("INFO", "spatial_building_embeddings"):
         log_verdict(scores | {"projector": dict.fromkeys(SCORE_KEYS, 0.62)}, 3)

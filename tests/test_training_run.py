@@ -26,7 +26,7 @@ from training_data import (
 )
 
 from pipeline.errors import StaleOutputError
-from pipeline.files import tables
+from pipeline.files import tables, writing
 from train_specialized_embeddings import train
 from train_specialized_embeddings.training import training_run
 
@@ -59,7 +59,7 @@ def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
     name = {"mark": "provenance.json", "metrics": "metrics.jsonl", "latest": ".checkpoint_latest.pt"}.get(
         point, f"checkpoint_{point}.pt"
     )
-    real, times = tables.writing_to, 0
+    real, times = writing.writing_to, 0
 
     def writing_to(path: Path) -> Any:
         nonlocal times
@@ -70,9 +70,9 @@ def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
 
     with monkeypatch.context() as patch:
         if point == "after":
-            patch.setattr(training_run.tables, "write_json", write_json_and_die)
+            patch.setattr(training_run.writing, "write_json", write_json_and_die)
         else:
-            patch.setattr(tables, "writing_to", writing_to)
+            patch.setattr(writing, "writing_to", writing_to)
         with pytest.raises(KilledError):
             run(workspace)
     if point == "after":

@@ -8,8 +8,9 @@ import pytest
 from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError
+from pipeline.files import listing
 from pipeline.files.tables import identify, make_provenance, write_parquet
-from pipeline.files.units import list_units, run_units
+from pipeline.files.units import list_tars, list_units, run_units
 from pipeline.ids import Shard
 
 
@@ -153,3 +154,26 @@ def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config):
             result.check_reject_fraction(config)
         assert caught.value.result is result
     StageResult("stage").check_reject_fraction(config)
+
+
+def test_tars_are_listed_by_dataset_and_what_is_none_is_counted(tmp_path, caplog, monkeypatch):
+    for name in ("0010.tar", "0002.tar", ".0003.tar", "12345.tar", "0004.tar.aria2"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(listing.logger, "propagate", True)
+    assert [path.name for path in list_tars(tmp_path)] == ["0002.tar", "0010.tar", "12345.tar"]
+    assert "1 files are not *.tar and are passed over (.aria2 1), as 0004.tar.aria2" in caplog.text
+
+
+def test_a_missing_or_empty_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: no such folder: set \[paths\]\.raw_dir"):
+        list_tars(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"holds no \.tar file"):
+        list_tars(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["backup.tar", "0002.TAR"])
+def test_a_wrongly_named_tar_in_the_folder_is_refused(tmp_path, name):
+    (tmp_path / "0001.tar").touch()
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=rf"{name}: a raw tar must be named NNNN\.tar"):
+        list_tars(tmp_path)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.retrieval import whitening
 from pipeline.retrieval.whitening import (
     LinearMap,
     collect_scatter,
+    collect_scatters,
     fit_pca_whitening,
     fit_within_class_whitening,
     sharpen_whitening,
@@ -68,6 +70,30 @@ def test_scatter_keeps_its_digits_where_the_mean_dwarfs_the_spread() -> None:
     near, far = collect_scatter(rows, codes), collect_scatter(rows + np.float32(4096), codes)
     np.testing.assert_allclose(far.within, near.within, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(far.between, near.between, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_one_pass_sums_up_every_power_of_the_rows(mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whitening, "_BLOCK_NUMBERS", 50)
+    rows, codes = make_rows(12, 5, mean=mean)
+    for power, scatter in zip((1.0, 0.8, 0.5), collect_scatters(rows, codes, (1.0, 0.8, 0.5)), strict=True):
+        powered = np.sign(rows) * np.abs(rows).astype(float) ** power
+        within, between = covariances_by_loop(powered, codes)
+        tolerance = 1e-10 if power == 1.0 else 1e-6  # powers are in float32, as the projector's
+        np.testing.assert_allclose(scatter.within, within, atol=tolerance)
+        np.testing.assert_allclose(scatter.between, between, atol=tolerance)
+        np.testing.assert_allclose(scatter.mean, powered.mean(axis=0), atol=tolerance)
+        assert scatter.input_power == power
+
+
+def test_the_gpus_product_and_numpys_give_the_same_sums() -> None:
+    rows, codes = make_rows(300, 40)
+    scatter = collect_scatter(rows, codes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    centred = torch.from_numpy(rows).to(device).double()
+    centred -= centred.mean(dim=0)
+    total = torch.zeros((40, 40), dtype=torch.float64, device=device).addmm_(centred.T, centred) / len(rows)
+    np.testing.assert_allclose(scatter.within + scatter.between, total.cpu().numpy(), atol=1e-10)
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0])

@@ -8,7 +8,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.files.tables import FINGERPRINT_ID_SCHEMA, check_columns, log_missing_provenance, open_parquet, reading
+from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.listing import list_outputs
+from pipeline.files.lists import ListColumn, find_fingerprint
+from pipeline.files.tables import (
+    FINGERPRINT_ID_SCHEMA,
+    check_columns,
+    log_missing_provenance,
+    open_parquet,
+    read_batches,
+    reading,
+)
 
 _AGAIN = "make the file again with stage 4"
 # Fingerprints held at a time while they stream by, as bytes; the PCA takes them to float64, eight times that.
@@ -19,7 +29,7 @@ _BLOCK_BYTES = 16 << 20
 class ImageTable:
     """All images of a folder, in the order of the files and their rows; N of them, of B buildings."""
 
-    paths: list[Path]
+    fingerprints: list[ListColumn]  # of each file
     width: int  # values of a fingerprint
     image_ids: pa.ChunkedArray  # (N,) string
     building_ids: pa.Array  # (B,) string
@@ -33,29 +43,16 @@ class ImageTable:
     def stream_fingerprints(self) -> Iterator[np.ndarray]:
         """Yield the fingerprints in blocks (rows, width) uint8."""
         rows = max(1, _BLOCK_BYTES // self.width)
-        for path in self.paths:
-            with open_parquet(path) as file, reading(path):
-                for batch in file.iter_batches(batch_size=rows, columns=["fingerprint"]):
-                    column = batch.column(0)
-                    values = column.flatten()  # leaves empty lists out
-                    if len(values) != len(column) * self.width or values.null_count:
-                        raise InputError(f"{path}: column fingerprint has empty values: {_AGAIN}")
-                    yield values.to_numpy().reshape(-1, self.width)
+        for column in self.fingerprints:
+            start = 0
+            for batch in read_batches(column.path, [column.name], rows):
+                yield column.read(batch.column(0), start)
+                start += len(batch)
 
 
 def list_fingerprint_files(folder: Path) -> list[Path]:
-    """Return the fingerprint files of a folder by name; hidden ones are passed over.
-
-    Raises InputError if the folder is missing or holds none.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder: run stage 4, or correct [paths].fingerprints_dir")
-    paths = sorted(path for path in folder.glob("*_fingerprints.parquet") if not path.name.startswith("."))
-    if not paths:
-        raise InputError(
-            f"{folder}: holds no file *_fingerprints.parquet: run stage 4, or correct [paths].fingerprints_dir"
-        )
-    return paths
+    """Return the fingerprint files by name; see `list_outputs`."""
+    return list_outputs(folder, 4, "_fingerprints")
 
 
 def read_images(paths: list[Path]) -> ImageTable:
@@ -64,11 +61,12 @@ def read_images(paths: list[Path]) -> ImageTable:
     Raises InputError if a column is missing, of another type, or has empty values, if the fingerprints' widths
     differ, if an image is there twice, or if there is no image at all.
     """
-    widths = [_check_file(path) for path in paths]
-    for path, width in zip(paths, widths, strict=True):
-        if width != widths[0]:
+    columns = [_check_file(path) for path in paths]
+    known = next((column for column in columns if column.width), columns[0])
+    for column in columns:
+        if column.width not in (None, known.width):
             raise InputError(
-                f"{path}: fingerprints of {width} values, but {paths[0]} has {widths[0]}: "
+                f"{column.path}: fingerprints of {column.width} values, but {known.path} has {known.width}: "
                 "make both with one [fingerprints].image_size"
             )
     table = pa.concat_tables(_read_ids(path) for path in paths)
@@ -77,29 +75,25 @@ def read_images(paths: list[Path]) -> ImageTable:
     _check_unique(paths, table["streetview_image_id"])
     buildings = table["building_id"].combine_chunks().dictionary_encode()
     return ImageTable(
-        paths, widths[0], table["streetview_image_id"], buildings.dictionary, buildings.indices.to_numpy(),
+        columns, known.width or 0, table["streetview_image_id"], buildings.dictionary, buildings.indices.to_numpy(),
         table["target_lat"].to_numpy(), table["target_lon"].to_numpy(),
     )  # fmt: skip
 
 
-def _check_file(path: Path) -> int:
-    """Return the width of a file's fingerprints."""
+def _check_file(path: Path) -> ListColumn:
+    """Return a file's column of fingerprints."""
     with open_parquet(path) as file:
         schema = file.schema_arrow
-    check_columns(path, schema, FINGERPRINT_ID_SCHEMA)
-    index = schema.get_field_index("fingerprint")
-    if index < 0:
-        raise InputError(f"{path}: column fingerprint is missing: {_AGAIN}")
-    kind = schema.field(index).type
-    if not (pa.types.is_fixed_size_list(kind) and kind.value_type == pa.uint8() and kind.list_size > 0):
-        raise InputError(f"{path}: column fingerprint is {kind}, expected fixed_size_list<uint8>: {_AGAIN}")
+    check_columns(path, schema, stored_fields(schema, FINGERPRINT_ID_SCHEMA))
     log_missing_provenance(path)
-    return int(kind.list_size)
+    return find_fingerprint(path)
 
 
 def _read_ids(path: Path) -> pa.Table:
     with open_parquet(path) as file, reading(path):
-        table = file.read(columns=FINGERPRINT_ID_SCHEMA.names).cast(FINGERPRINT_ID_SCHEMA)
+        stored = stored_fields(file.schema_arrow, FINGERPRINT_ID_SCHEMA)
+        table = fill_composite_ids(file.read(columns=[field.name for field in stored]))
+    table = table.select(FINGERPRINT_ID_SCHEMA.names).cast(FINGERPRINT_ID_SCHEMA)
     for name in table.column_names:
         if table[name].null_count:
             raise InputError(f"{path}: column {name} has empty values: {_AGAIN}")

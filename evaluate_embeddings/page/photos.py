@@ -1,7 +1,5 @@
 """Fetch a few photographs out of the raw tars, by their offsets, as thumbnails that a page can carry."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +10,7 @@ from PIL import Image
 from pipeline.errors import Rejection
 from pipeline.files.tables import PLACE_COLUMNS, open_parquet
 from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb
+from pipeline.pages import shrink, to_data_uri
 
 # Tried one after the other until the pictures fit: longest side in pixels, JPEG quality.
 THUMBNAIL_LEVELS = ((224, 80), (224, 65), (192, 55), (160, 50), (128, 45), (96, 40))
@@ -72,17 +71,3 @@ class PhotoSource:
         with open(self.raw_dir / f"{dataset_id:04d}.tar", "rb") as tar:
             tar.seek(offset)
             return decode_rgb(tar.read(size))
-
-
-def shrink(image: Image.Image, side: int) -> Image.Image:
-    """Return a copy whose longest side has at most `side` pixels."""
-    small = image.copy()
-    small.thumbnail((side, side))
-    return small
-
-
-def to_data_uri(image: Image.Image, quality: int) -> str:
-    """Return an RGB image as a JPEG data URI."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate_embeddings.scores.metrics import SCORE_LABELS, Scores, format_score_lines, summarize_scores_with_intervals
+from evaluate_embeddings.scores.metrics import (
+    SCORE_LABELS,
+    Scores,
+    format_score_lines,
+    judge,
+    summarize_scores_with_intervals,
+)
 from pipeline.retrieval.scores import SCORE_KEYS, IgnoredPairs, QueryScores, percentile_intervals, resample_means
 
 # So that a p of 0.0002 can be told from 0.
@@ -106,10 +112,10 @@ def _table(summaries: Mapping[str, Scores]) -> list[str]:
 def describe_comparison(names: tuple[str, str], found: Comparison) -> str:
     """Say whether B is better than A, by how much, and how sure that is: the interval of the difference decides."""
     low, high = found.interval["map"]
-    verb = "beats" if low > 0 else "is worse than" if high < 0 else "cannot be told from"
     return (
-        f"B ({names[1]}) {verb} A ({names[0]}): mAP {found.difference['map']:+.3f}, 95% interval {low:+.3f} to "
-        f"{high:+.3f}, p = {format_p(found.p['map'])}; Recall@1 {found.difference['recall_at_1']:+.3f}."
+        f"B ({names[1]}) {judge((low, high))} A ({names[0]}): mAP {found.difference['map']:+.3f}, "
+        f"95% interval {low:+.3f} to {high:+.3f}, p = {format_p(found.p['map'])}; "
+        f"Recall@1 {found.difference['recall_at_1']:+.3f}."
     )
 
 

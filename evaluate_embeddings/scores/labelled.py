@@ -10,7 +10,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, one_line
-from pipeline.files.tables import embedding_width, open_parquet, reading
+from pipeline.files.listing import is_parquet, list_files
+from pipeline.files.lists import find_embedding
+from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
 from pipeline.retrieval.scores import Embeddings, normalise_rows
 
@@ -41,24 +43,23 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
     Raises InputError if there are none, one is damaged or lacks a column, the widths differ, an id is null, or a row
     is not finite or zero.
     """
-    paths = list_parts(folder)
-    files = [(path, open_parquet(path)) for path in paths]
-    widths = {path: embedding_width(path, file.schema_arrow) for path, file in files}
-    width = widths[paths[0]]
-    for path, found in widths.items():
-        if found != width:
-            raise InputError(f"{path}: embeddings of {found} numbers, {paths[0].name} has {width}: give one dataset")
-    embeddings = np.empty((sum(file.metadata.num_rows for _, file in files), width), np.float32)
+    columns = [find_embedding(path) for path in list_parts(folder)]
+    known = next((column for column in columns if column.width), columns[0])
+    for column in columns:
+        if column.width not in (None, known.width):
+            raise InputError(
+                f"{column.path}: embeddings of {column.width} numbers, {known.path.name} has {known.width}: "
+                "give one dataset"
+            )
+    embeddings = np.empty((sum(count_rows(column.path) for column in columns), known.width or 0), np.float32)
     ids, done = [], 0
-    for path, file in files:
-        name = find_id_column(path, file.schema_arrow)
-        with reading(path):
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name, "embedding"]):
+    for column in columns:  # one at a time is open: a dataset has thousands
+        path, first = column.path, done
+        with reading(path), open_parquet(path) as file:
+            name = find_id_column(path, file.schema_arrow)
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name, column.name]):
                 ids.append(to_text(path, batch.column(name)))
-                values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
-                if len(values) != batch.num_rows * width:
-                    raise InputError(f"{path}: column embedding has nulls: make the dataset again")
-                embeddings[done : done + batch.num_rows] = values.reshape(-1, width)
+                embeddings[done : done + batch.num_rows] = column.read(batch.column(column.name), done - first)
                 done += batch.num_rows
     if not done:
         raise InputError(f"{folder}: holds no embedding: embed some images with stage 8 first")
@@ -68,6 +69,13 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
         raise InputError(f"{folder}: {one_line(error)}") from None
 
 
+def count_rows(path: Path) -> int:
+    """Return the rows of a parquet, by its footer."""
+    with open_parquet(path) as file:
+        num_rows: int = file.metadata.num_rows
+        return num_rows
+
+
 def list_parts(folder: Path) -> list[Path]:
     """Return the parquets of a dataset, in the order of its input.
 
@@ -75,7 +83,7 @@ def list_parts(folder: Path) -> list[Path]:
     """
     places = (folder / "parts", folder.with_name(f"{folder.name}.parts") / "parts", folder)
     for place in places:
-        paths = sorted(path for path in place.glob("*.parquet") if not path.name.startswith((".", "_")))
+        paths = [path for path in list_files(place, hidden=(".", "_")) if is_parquet(path)] if place.is_dir() else []
         if paths:
             _log_if_incomplete(place.parent)
             return paths

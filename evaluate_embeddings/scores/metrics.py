@@ -1,9 +1,9 @@
 """From embeddings of one split to the numbers of metrics.json, and from those to a table for people."""
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,9 @@ from pipeline.retrieval.scores import (
     summarize_scores,
 )
 
-BASELINES = ("raw", "pca_whitened")
-# Beside the contract's kinds: what a closed form gives without training.
-COMPARED = (*BASELINES, "whitening")
-KINDS = (*COMPARED, "projector")
+# What the projector has to beat: the contract's two, and what a closed form gives without training.
+BASELINES = ("raw", "pca_whitened", "whitening")
+KINDS = (*BASELINES, "projector")
 KIND_LABELS = {"raw": "raw", "pca_whitened": "PCA-whitened", "whitening": "whitening", "projector": "projector"}
 SCORE_LABELS = {
     "recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_10": "Recall@10", "map": "mAP", "mrr": "MRR",
@@ -36,6 +35,7 @@ SCORE_LABELS = {
 # The contract's galleries: at one size, splits of different sizes can be compared.
 GALLERY_SIZES = (1_000, 10_000, 100_000)
 
+Verdict = Literal["beats", "cannot be told from", "is worse than"]
 ScoresByKind = dict[str, QueryScores]
 Scores = dict[str, Any]  # each of SCORE_KEYS and, under KEY_ci95, its interval
 
@@ -172,7 +172,7 @@ def compare_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dict[
     Paired: each resample of buildings is scored for both, and the differences give the interval.
     """
     gains = {}
-    for baseline in COMPARED:
+    for baseline in BASELINES:
         differences = scores["projector"].values() - scores[baseline].values()
         intervals = percentile_intervals(resample_means(differences, codes[scores["projector"].query], seed))
         means = dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True))
@@ -184,6 +184,7 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
     """Return metrics.json without its provenance."""
     features, codes = evaluation.features, evaluation.codes
     whole = summarize_kinds(evaluation.scores, codes, seed)
+    gains = compare_kinds(evaluation.scores, codes, seed)
     return {
         "split": "test",
         "queries": whole["queries"],
@@ -191,7 +192,8 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
         "buildings": len(features.building_ids),
         "ignored_pairs": len(evaluation.ignored.building_a),
         **{kind: whole[kind] for kind in KINDS},
-        "projector_gain": compare_kinds(evaluation.scores, codes, seed),
+        "projector_gain": gains,
+        "headline": describe_headline(gains),
         "by_dataset": summarize_datasets(evaluation.scores, codes, features.dataset_ids, seed),
         "without_same_panorama": evaluation.apart and summarize_kinds(evaluation.apart, codes, seed),
         "by_gallery_size": summarize_galleries(evaluation, seed, progress),
@@ -220,7 +222,8 @@ def format_metrics_table(metrics: Mapping[str, Any]) -> str:
     ]
     for kind in KINDS:
         lines += format_score_lines(KIND_LABELS[kind], metrics[kind])
-    return "\n".join([*lines, "", *textwrap.wrap(describe_verdict(metrics), 80)])
+    verdict = f"{describe_headline(metrics['projector_gain'])}. {describe_verdict(metrics)}"
+    return "\n".join([*lines, "", *textwrap.wrap(verdict, 80)])
 
 
 def format_score_lines(label: str, scores: Scores) -> list[str]:
@@ -232,10 +235,32 @@ def format_score_lines(label: str, scores: Scores) -> list[str]:
     ]
 
 
+def judge(interval: Sequence[float]) -> Verdict:
+    """Say how one model relates to another: the 95% interval of the paired difference decides."""
+    low, high = interval
+    return "beats" if low > 0 else "is worse than" if high < 0 else "cannot be told from"
+
+
+def describe_headline(gains: Mapping[str, Scores]) -> str:
+    """Say in one line how the projector's mAP stands to every baseline; "beats" only where it beats them all."""
+    groups: dict[Verdict, list[str]] = {"is worse than": [], "cannot be told from": [], "beats": []}
+    for baseline in BASELINES:
+        groups[judge(gains[f"over_{baseline}"]["map_ci95"])].append(KIND_LABELS[baseline])
+    beaten = groups.pop("beats")
+    rest = " and ".join(f"{verb} {_enumerate(names)}" for verb, names in groups.items() if names)
+    if not rest:
+        return f"The projector beats {_enumerate(beaten)}"
+    return f"The projector {rest}" + (f", though it is better than {_enumerate(beaten)}" if beaten else "")
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def describe_verdict(metrics: Mapping[str, Any]) -> str:
-    """Say whether the projector is better than the baselines, by how much, and how sure that is."""
+    """Say how the projector compares with each baseline, by how much, and how sure that is."""
     own = metrics["projector"]
-    parts = [_compare(metrics, baseline) for baseline in COMPARED]
+    parts = [_compare(metrics, baseline) for baseline in BASELINES]
     return (
         f"The projector finds the building at first try for {own['recall_at_1']:.1%} of the queries "
         f"(mAP {own['map']:.3f}): it {', '.join(parts[:-1])}, and {parts[-1]}."
@@ -243,11 +268,9 @@ def describe_verdict(metrics: Mapping[str, Any]) -> str:
 
 
 def _compare(metrics: Mapping[str, Any], baseline: str) -> str:
-    """Say how the projector's mAP relates to a baseline's: the interval of the paired difference decides."""
     gain = metrics["projector_gain"][f"over_{baseline}"]
     low, high = gain["map_ci95"]
-    verb = "beats" if low > 0 else "is worse than" if high < 0 else "cannot be told from"
     return (
-        f"{verb} {KIND_LABELS[baseline]} ({metrics[baseline]['recall_at_1']:.1%}, mAP {metrics[baseline]['map']:.3f}): "
-        f"mAP {gain['map']:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
+        f"{judge((low, high))} {KIND_LABELS[baseline]} ({metrics[baseline]['recall_at_1']:.1%}, "
+        f"mAP {metrics[baseline]['map']:.3f}): mAP {gain['map']:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
     )

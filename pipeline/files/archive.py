@@ -7,9 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from pipeline.errors import InputError, one_line
+from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 METADATA_SUFFIX = ".txt"
+# tar pads to its record, 10 KiB by default; with the largest that tape drives take it stays below this.
+MAX_PADDING_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
 
     Bytes of a name that are not UTF-8 come as `\\xNN`. Raises InputError if the tar is missing, empty, not a tar,
     damaged or truncated; also where the standard library's reader would take a damaged header, or a cut between two
-    members, for the end: here only an end-of-archive block ends a tar.
+    members, for the end: here only an end-of-archive block ends a tar, and nothing but zeros may follow it.
     """
     try:
         with (
@@ -79,11 +83,7 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
                 # A sparse file's bytes do not lie in one piece; no image is stored so.
                 is_file = info.isreg() and not info.issparse()
                 yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
-            file.seek(tar.offset)
-            end = file.read(2 * tarfile.BLOCKSIZE)
-            # Two blocks of zeros end a tar; some writers leave out the second. One with data behind it is damage.
-            if len(end) < tarfile.BLOCKSIZE or any(end):
-                raise InputError(f"{tar_path}: truncated or damaged at byte {tar.offset}: fetch the tar again")
+            _check_end(tar_path, file, tar.offset)
     except FileNotFoundError:
         raise InputError(f"{tar_path}: no such tar: correct the path") from None
     except IsADirectoryError:
@@ -92,6 +92,33 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
         raise InputError(f"{tar_path}: not a readable tar ({one_line(error)}): fetch the tar again") from None
     except OSError as error:
         raise _unreadable(tar_path, error) from None
+
+
+def _check_end(tar_path: Path, file: IO[bytes], offset: int) -> None:
+    """Raise InputError unless the tar ends at `offset`, with a block of zeros and nothing but zeros behind it.
+
+    Tars that were put together with cat, and a download whose middle was never written, have members behind it.
+    """
+    file.seek(offset)
+    # Two blocks end a tar; some writers leave out the second.
+    end = file.read(tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise InputError(f"{tar_path}: truncated or damaged at byte {offset}: fetch the tar again")
+    num_zeros = len(end)
+    while chunk := file.read(_CHUNK_BYTES):
+        if data := chunk.lstrip(b"\0"):
+            place = offset + num_zeros + len(chunk) - len(data)
+            raise InputError(
+                f"{tar_path}: data behind the end of the archive, at byte {place} (the end is at byte {offset}): fetch "
+                "the tar again, or, if it was put together from several, make one with tar --concatenate"
+            )
+        num_zeros += len(chunk)
+    if num_zeros > MAX_PADDING_BYTES:
+        logger.warning(
+            "%s: %d bytes of zeros behind its last member, more than padding explains: was it fetched to its end? "
+            "Compare its size with the source's",
+            tar_path, num_zeros,
+        )  # fmt: skip
 
 
 def _unreadable(tar_path: Path | str, error: OSError) -> InputError:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, Rejection
-from pipeline.files.tables import write_failure, write_json
+from pipeline.files.writing import write_failure, write_json
 from pipeline.log import logger
 
 

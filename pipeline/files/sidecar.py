@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files import tables
-from pipeline.files.batches import read_batches
-from pipeline.files.folders import writing_folder
+from pipeline.files.lists import ListColumn, find_embedding
+from pipeline.files.tables import read_batches
+from pipeline.files.writing import writing_folder
 from pipeline.log import logger
 
 FOLDER = "_sidecar"
@@ -66,17 +67,16 @@ def _open(folder: Path) -> View:
 
 def _make(folder: Path, path: Path, names: list[str]) -> None:
     file = tables.open_parquet(path)
-    width = tables.embedding_width(path, file.schema_arrow)
-    kind = np.dtype(file.schema_arrow.field("embedding").type.value_type.to_pandas_dtype())
-    shape = (file.metadata.num_rows, width)
-    size = shape[0] * width * kind.itemsize / 1e9
+    column = find_embedding(path)
+    kind, shape = column.dtype, (file.metadata.num_rows, column.width or 0)
+    size = shape[0] * shape[1] * kind.itemsize / 1e9
     logger.info("%s: its uncompressed copy, %.1f GB, is made once in %s", path.name, size, folder.parent)
     with writing_folder(folder) as temporary:
         ids = _read_ids(path, file, names)
         with open(temporary / "embeddings.npy", "wb") as out:
             header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(out, header)
-            for block in _read_embeddings(path, width, ids.column("streetview_image_id")):
+            for block in _read_embeddings(column, ids.column("streetview_image_id")):
                 out.write(block.data)
         with pa.ipc.new_file(str(temporary / "ids.arrow"), ids.schema) as writer:
             writer.write_batch(ids)
@@ -99,15 +99,12 @@ def _read_ids(path: Path, file: pq.ParquetFile, names: list[str]) -> pa.RecordBa
     return pa.RecordBatch.from_arrays(list(columns.values()), names=names)
 
 
-def _read_embeddings(path: Path, width: int, image_ids: pa.Array) -> Iterator[NDArray[Any]]:
+def _read_embeddings(column: ListColumn, image_ids: pa.Array) -> Iterator[NDArray[Any]]:
     """Yield the embeddings in checked blocks (rows, D)."""
     start = 0
-    for batch in read_batches(path, ["embedding"], max(1, _BATCH_NUMBERS // max(1, width))):
-        column = batch.column(0)
-        if column.null_count or column.flatten().null_count:  # it would shift every later row of the flattened list
-            raise _nulls(path, "embedding")
-        block = np.ascontiguousarray(column.flatten().to_numpy()).reshape(-1, width)
-        _check_block(path, block, image_ids.slice(start, len(batch)))
+    for batch in read_batches(column.path, [column.name], max(1, _BATCH_NUMBERS // max(1, column.width or 0))):
+        block = np.ascontiguousarray(column.read(batch.column(0), start, check_finite=False))
+        _check_block(column.path, block, image_ids.slice(start, len(batch)), start)
         yield block
         start += len(batch)
 
@@ -116,11 +113,12 @@ def _nulls(path: Path, name: str) -> InputError:
     return InputError(f"{path}: column {name} has nulls: make the file again with stage 3")
 
 
-def _check_block(path: Path, block: NDArray[Any], image_ids: pa.Array) -> None:
+def _check_block(path: Path, block: NDArray[Any], image_ids: pa.Array, start: int) -> None:
     bad = ~np.isfinite(block).all(axis=1) | ~block.any(axis=1)
     if bad.any():
-        name = image_ids[int(np.flatnonzero(bad)[0])].as_py()
+        row = int(np.argmax(bad))
         raise InputError(
-            f"{path}: the embedding of image {name} is not finite or all zero ({int(bad.sum())} such rows near it): "
+            f"{path}: the embedding of image {image_ids[row]} is not finite or all zero (row {start + row}, "
+            f"{int(bad.sum())} such rows near it): "
             "run stage 2 again, with another [embedding_model].dtype if it comes back"
         )

@@ -1,12 +1,9 @@
 """Parquet as the stages exchange it: schemas, provenance, writing in one piece, reading with checks."""
 
-import contextlib
 import hashlib
+import io
 import json
 import os
-import re
-import shutil
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import VERSION
-from pipeline.errors import InputError, PipelineError, Rejection, StaleOutputError, one_line
+from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
+from pipeline.files.failures import read_failure
+from pipeline.files.listing import is_parquet
+from pipeline.files.writing import writing_to
 from pipeline.log import logger
 
+# Where Arrow keeps its schema in a footer, and what stands there instead where that schema is not to be read.
+_ARROW_SCHEMA_KEY, UNMAPPED_KEY = b"ARROW:schema", b"ARROW_schema"
 PROVENANCE_KEY = b"spatial_building_embeddings"
 
 ID_COLUMNS = [
@@ -55,107 +57,11 @@ FINGERPRINT_ID_SCHEMA = pa.schema(
 REJECT_SCHEMA = pa.schema([("member", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 
+# Read ahead of each column: a foreign parquet may hold all its rows in one group.
+BUFFER_BYTES = 2**20
+
+
 # ------------------------------------------------------------------------------------------------ writing
-
-
-_cleared: set[Path] = set()
-
-
-def temporary_path(path: Path) -> Path:
-    """Name the hidden file beside `path` that this process writes before the rename."""
-    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
-
-
-def remove_stale_temporaries(path: Path) -> None:
-    """Remove what killed processes of this host left of earlier tries at `path`; other hosts' are not ours to judge."""
-    # A process that has our own number died before us: in a container every run may get the same one.
-    _remove_stale(path.parent, re.escape(path.name), own_is_stale=True)
-
-
-def _clear_once(folder: Path) -> None:
-    """Remove what killed processes left of any file of a folder; once a process, as a dataset has many files."""
-    if folder not in _cleared:
-        _remove_stale(folder, ".+", own_is_stale=False)  # another thread of ours may be writing there
-        _cleared.add(folder)
-
-
-def _remove_stale(folder: Path, name_pattern: str, *, own_is_stale: bool) -> None:
-    pattern = re.compile(rf"\.{name_pattern}\.{re.escape(_host())}-(\d+)\.tmp")
-    for candidate in folder.iterdir():
-        match = pattern.fullmatch(candidate.name)
-        pid = int(match.group(1)) if match else None
-        if pid is not None and (own_is_stale if pid == os.getpid() else not _is_running(pid)):
-            if candidate.is_dir():
-                shutil.rmtree(candidate, ignore_errors=True)
-            else:
-                candidate.unlink(missing_ok=True)
-
-
-def _host() -> str:
-    return re.sub(r"\W", "_", socket.gethostname())
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextmanager
-def writing_to(path: Path) -> Iterator[Path]:
-    """Yield a hidden name to write to; when the block ends well it is synced to disk and renamed to `path`.
-
-    Whatever goes wrong, `path` holds either what it held before or all of the new content.
-    Raises PipelineError naming `path` where the disk is full or the folder cannot be written.
-    """
-    temporary = temporary_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_once(path.parent)
-        yield temporary
-        sync_file(temporary)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.filename is not None and not Path(str(error.filename)).is_relative_to(path.parent):
-            raise  # something else that the block touched
-        raise write_failure(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def sync_file(path: Path) -> None:
-    """Force a file's bytes to the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the rename to the disk; some network file systems refuse this, and lose nothing by it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-
-
-def write_failure(path: Path, error: OSError) -> PipelineError:
-    """Say in one line why `path` could not be written and what to do."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return PipelineError(f"cannot write {path} ({reason}): free space or allow writing there, then run this again")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one piece."""
-    with writing_to(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -222,31 +128,58 @@ def rejects_path(output_path: Path) -> Path:
 def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
     """Open a parquet file; with a `buffer_size` a column chunk is read piece by piece, else in one piece.
 
-    Raises InputError naming the file if it is missing or damaged.
+    Raises InputError naming the file if it is missing or cannot be opened, DamagedError if it is no parquet.
     """
+    options = {"buffer_size": buffer_size, "pre_buffer": not buffer_size}
     try:
-        return pq.ParquetFile(path, buffer_size=buffer_size)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: run the stage that writes it, or correct the path") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(
-            f"{path}: not a readable parquet file ({one_line(error)}): remove it and make it again"
-        ) from None
+        # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
+        try:
+            return pq.ParquetFile(path, **options)
+        except pa.ArrowNotImplementedError:  # the writer's Arrow schema has a type that this Arrow does not know
+            return pq.ParquetFile(path, metadata=_read_plain_footer(path), **options)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise read_failure(path, error, "not a readable parquet file") from None
+
+
+def _read_plain_footer(path: Path) -> pq.FileMetaData:
+    """Return a parquet's footer without what its writer said in Arrow's terms: columns have Parquet's own types."""
+    footer = read_footer(path).replace(_ARROW_SCHEMA_KEY, UNMAPPED_KEY)
+    return pq.read_metadata(io.BytesIO(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"))
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the failure to decode what a parquet holds behind its footer into an InputError naming the file."""
+    """Turn the failure to decode what a parquet holds behind its footer into an InputError naming the file.
+
+    Only where its content is to blame is it a DamagedError.
+    """
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: damaged ({one_line(error)[:200]}): remove it and make it again") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise read_failure(path, error) from None
+
+
+def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield some columns of a parquet, in their order, `batch_rows` rows at a time or fewer.
+
+    Raises InputError if the file is missing or damaged.
+    """
+    with open_parquet(path, BUFFER_BYTES) as file:
+        # One reader over all row groups keeps every one's compressed bytes until it is done (seen with pyarrow 26).
+        for group in range(file.num_row_groups):
+            batches = file.iter_batches(batch_rows, row_groups=[group], columns=columns)
+            while True:
+                with reading(path):  # decoding alone: what fails in the caller is no damage of this file
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                yield batch.select(columns).replace_schema_metadata(None)
 
 
 def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | pa.Schema) -> None:
     """Raise one InputError that names every required column which is missing or of another type.
 
-    A large_string does where a string is required. `embedding_width` checks the one list whose length varies.
+    A large_string does where a string is required. Lists of one length are `lists.py`'s.
     """
     problems = []
     for field in required:
@@ -261,23 +194,6 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
 
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
     return bool(found.equals(expected) or (pa.types.is_string(expected) and pa.types.is_large_string(found)))
-
-
-def embedding_width(path: Path, schema: pa.Schema) -> int:
-    """Return the length of the `embedding` column.
-
-    Raises InputError if it is missing or not a fixed_size_list of float32 or float16.
-    """
-    index = schema.get_field_index("embedding")
-    if index < 0:
-        raise InputError(f"{path}: column embedding is missing: make the file again with stage 2")
-    kind = schema.field(index).type
-    if not (pa.types.is_fixed_size_list(kind) and kind.value_type in (pa.float32(), pa.float16())):
-        raise InputError(
-            f"{path}: column embedding is {kind}, expected fixed_size_list<float32 or float16>: "
-            "make the file again with stage 2"
-        )
-    return int(kind.list_size)
 
 
 # ------------------------------------------------------------------------------------------------ provenance
@@ -308,7 +224,7 @@ def identify(path: Path) -> dict[str, Any]:
     """
     try:
         identity: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
-        if path.suffix == ".parquet":
+        if is_parquet(path):
             identity["footer"] = hash_footer(path)
         elif path.suffix != ".tar":
             with open(path, "rb") as file:
@@ -319,18 +235,26 @@ def identify(path: Path) -> dict[str, Any]:
 
 
 def hash_footer(path: Path) -> str:
-    """Hash the Thrift footer of a parquet; its length stands in the last 8 bytes (Parquet's file format)."""
+    """Hash the Thrift footer of a parquet."""
+    return hashlib.sha256(read_footer(path)).hexdigest()[:32]
+
+
+def read_footer(path: Path) -> bytes:
+    """Return the Thrift footer of a parquet; its length stands in the last 8 bytes (Parquet's file format).
+
+    Raises DamagedError if there is none.
+    """
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         if end < 12:
-            raise InputError(f"{path}: not a readable parquet file (too short): remove it and make it again")
+            raise DamagedError(f"{path}: not a readable parquet file (too short): remove it and make it again")
         file.seek(end - 8)
         tail = file.read(8)
         length = int.from_bytes(tail[:4], "little")
         if tail[4:] != b"PAR1" or length > end - 12:
-            raise InputError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
+            raise DamagedError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
         file.seek(end - 8 - length)
-        return hashlib.sha256(file.read(length)).hexdigest()[:32]
+        return file.read(length)
 
 
 def hash_json(content: Any) -> str:

@@ -8,9 +8,12 @@ from typing import Any
 from pipeline.cli import Options, StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.tables import identify, is_complete, read_provenance
-from pipeline.ids import list_tars, parse_dataset_id
+from pipeline.files.listing import is_parquet, list_files, warn_of_others
+from pipeline.files.tables import identify, is_complete, open_parquet, read_provenance
+from pipeline.ids import parse_dataset_id
 from pipeline.log import logger
+
+MAX_NAMED = 10  # of those that an error lists
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,13 @@ def list_units(config: Config, options: Options, output_key: str, suffix: str = 
     whose tar is gone: what was made of them still counts. Raises InputError where there is nothing.
     """
     intermediates_dir, output_dir = config.path("intermediates_dir"), config.path(output_key)
-    if options.tar_files:
-        tars = _take_named(options.tar_files)
-    else:
-        tars = _find_tars(config.path("raw_dir"), intermediates_dir if suffix else None)
+    intermediates = list_intermediates(intermediates_dir) if suffix else {}
+    tars = _take_named(options.tar_files) if options.tar_files else _find_tars(config.path("raw_dir"), intermediates)
     units = [
         TarUnit(
             dataset_id,
             tar_path,
-            intermediates_dir / f"{dataset_id:04d}.parquet",
+            intermediates.get(dataset_id, intermediates_dir / f"{dataset_id:04d}.parquet"),
             output_dir / f"{dataset_id:04d}{suffix}.parquet",
         )
         for dataset_id, tar_path in sorted(tars.items())
@@ -58,11 +59,59 @@ def _take_named(tar_files: Iterable[Path]) -> dict[int, Path]:
     return tars
 
 
-def _find_tars(raw_dir: Path, intermediates_dir: Path | None) -> dict[int, Path]:
-    known = {}
-    if intermediates_dir is not None:
-        stems = (path.stem for path in intermediates_dir.glob("*.parquet") if not path.name.startswith("."))
-        known = {int(stem): raw_dir / f"{stem}.tar" for stem in stems if stem.isascii() and stem.isdigit()}
+def list_tars(raw_dir: Path) -> list[Path]:
+    """Return the raw tars of a folder by dataset id; names that begin with a dot are passed over, others are counted.
+
+    Raises InputError if the folder is missing, cannot be read, or holds no tar or one whose name gives no dataset id.
+    """
+    if not raw_dir.is_dir():
+        raise InputError(f"{raw_dir}: no such folder: set [paths].raw_dir to the folder of the NNNN.tar files")
+    files = list_files(raw_dir)
+    tars = [path for path in files if path.suffix.lower() == ".tar"]
+    warn_of_others(raw_dir, (path.name for path in files if path not in set(tars)), "*.tar")
+    if not tars:
+        raise InputError(f"{raw_dir}: holds no .tar file: set [paths].raw_dir to the folder of the NNNN.tar files")
+    return sorted(tars, key=parse_dataset_id)
+
+
+def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
+    """Return stage 1's outputs by dataset id; none where there is no such folder.
+
+    Raises InputError if the folder cannot be read.
+    """
+    if not intermediates_dir.is_dir():
+        return {}
+    found = (path for path in list_files(intermediates_dir) if is_parquet(path))
+    return {int(path.stem): path for path in found if path.stem.isascii() and path.stem.isdigit()}
+
+
+def drop_missing(
+    result: StageResult, config: Config, outputs: Iterable[Path], what: str, *, allowed: bool, setting: str
+) -> None:
+    """Count as dropped the images of intermediates for which there is no file NNNN_`what`.parquet among `outputs`.
+
+    Without a folder of intermediates there is nothing to compare with. Raises InputError naming those without unless
+    they are `allowed`, by `setting`.
+    """
+    if config.paths.intermediates_dir is None:
+        logger.info("[paths].intermediates_dir is not set: no one looks whether %s are missing", what)
+        return
+    intermediates = list_intermediates(config.path("intermediates_dir"))
+    made = {path.stem for path in outputs}
+    missing = [path for path in intermediates.values() if f"{path.stem}_{what}" not in made]
+    if not missing:
+        return
+    names = ", ".join(path.stem for path in missing[:MAX_NAMED]) + (", ..." if len(missing) > MAX_NAMED else "")
+    said = f"{len(missing)} of {len(intermediates)} tars of {missing[0].parent} have no {what} ({names})"
+    if not allowed:
+        raise InputError(f"{said}: run the stage that makes them, or set {setting} = true to go on without")
+    num_images = sum(open_parquet(path).metadata.num_rows for path in missing)
+    logger.warning("%s: %d images are left out", said, num_images)
+    result.add({"in": num_images, "dropped": num_images}, {f"missing_{what}": num_images})
+
+
+def _find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
+    known = {dataset_id: raw_dir / f"{path.stem}.tar" for dataset_id, path in intermediates.items()}
     if not known or raw_dir.is_dir():
         try:
             known |= {parse_dataset_id(path): path for path in list_tars(raw_dir)}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files import tables
+from pipeline.files.lists import find_embedding
 from pipeline.files.sidecar import map_columns
 
 FEATURE_COLUMNS = [
@@ -55,7 +56,7 @@ def load_features(path: Path) -> Features:
     """
     file = tables.open_parquet(path)
     tables.check_columns(path, file.schema_arrow, FEATURE_COLUMNS)
-    tables.embedding_width(path, file.schema_arrow)
+    find_embedding(path)
     tables.log_missing_provenance(path)
     if file.metadata.num_rows == 0:
         raise InputError(f"{path}: holds no rows: run stage 3 on more images, or change [data].*_ratio")

@@ -9,16 +9,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.listing import list_outputs
+from pipeline.files.lists import ListColumn, find_embedding
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
     check_columns,
-    embedding_width,
     log_missing_provenance,
     open_parquet,
     read_provenance,
     reading,
 )
+from pipeline.log import logger
 from preprocess_raw_data.merging.splits import Buildings
 
 INVENTORY_COLUMNS = [
@@ -32,7 +35,7 @@ BYTES_BESIDE_EMBEDDING = 300
 class Inventory:
     """All ids of all files, without the embeddings: for each file the building code of each row."""
 
-    paths: list[Path]
+    embeddings: list[ListColumn]  # of each file
     codes: list[NDArray[np.int32]]
     panoramas: NDArray[np.int32]  # (N,) one code per panorama, in the order of the files
     buildings: Buildings
@@ -54,14 +57,8 @@ class Inventory:
 
 
 def list_embeddings(embeddings_dir: Path) -> list[Path]:
-    """Return the embedding files by name.
-
-    Raises InputError if there are none.
-    """
-    paths = sorted(path for path in embeddings_dir.glob("*_embeddings.parquet") if not path.name.startswith("."))
-    if not paths:
-        raise InputError(f"{embeddings_dir}: holds no *_embeddings.parquet: run stage 2, or correct the path")
-    return paths
+    """Return the embedding files by name; see `list_outputs`."""
+    return list_outputs(embeddings_dir, 2, "_embeddings")
 
 
 def take_inventory(paths: list[Path]) -> Inventory:
@@ -69,7 +66,7 @@ def take_inventory(paths: list[Path]) -> Inventory:
 
     Raises InputError if a file is damaged, of another shape or model than the first, or repeats an image.
     """
-    schema = check_files(paths)
+    schema, columns = check_files(paths)
     tables = [read_ids(path) for path in paths]
     if not any(map(len, tables)):
         raise InputError(f"{paths[0].parent}: its {len(paths)} files hold no rows: see the rejects of stages 1 and 2")
@@ -83,7 +80,7 @@ def take_inventory(paths: list[Path]) -> Inventory:
     kind = schema.field("embedding").type
     dropped = {name for name, _ in FILE_COLUMNS}
     return Inventory(
-        paths,
+        columns,
         np.split(codes, np.cumsum([len(table) for table in tables])[:-1]),
         code_panoramas(rows["dataset_id"], rows["street_view_id"]),
         Buildings(
@@ -119,36 +116,66 @@ def read_ids(path: Path) -> pa.Table:
 
     Raises InputError if the file is damaged or a value is missing.
     """
+    file = open_parquet(path)
+    stored = stored_fields(file.schema_arrow, [pa.schema(ID_COLUMNS).field(name) for name in INVENTORY_COLUMNS])
     with reading(path):
-        table = open_parquet(path).read(columns=INVENTORY_COLUMNS).replace_schema_metadata(None)
+        table = fill_composite_ids(file.read(columns=[field.name for field in stored]).replace_schema_metadata(None))
+    table = table.select(INVENTORY_COLUMNS)
     for name in INVENTORY_COLUMNS:
         if table[name].null_count:
             raise InputError(f"{path}: column {name} has empty values: make the file again with stage 2")
     return table
 
 
-def check_files(paths: list[Path]) -> pa.Schema:
-    """Return the schema that all files share.
+def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
+    """Return the schema of what is merged, the embedding last, and each file's column of embeddings.
 
-    Raises InputError naming the first file that differs from the first in columns, width or model.
+    It has the columns of all files: what a file lacks beside the ids, as older ones do the camera, is null in its rows.
+    Raises InputError naming the first file that lacks an id, or differs from an earlier one in a type, the width or the
+    model.
     """
-    schema, model = None, None
-    for path in paths:
-        found = open_parquet(path).schema_arrow.remove_metadata()
-        check_columns(path, found, pa.schema(ID_COLUMNS))
-        embedding_width(path, found)
+    fields = {field.name: (field, paths[0]) for field in pa.schema(ID_COLUMNS)}
+    schemas = [open_parquet(path).schema_arrow.remove_metadata() for path in paths]
+    columns, model = [], None
+    for path, found in zip(paths, schemas, strict=True):
+        check_columns(path, found, stored_fields(found, pa.schema(ID_COLUMNS)))
+        column = find_embedding(path)
+        columns.append(column)
         log_missing_provenance(path)
+        for field in list_fields(found, column):
+            known, other = fields.setdefault(field.name, (field, path))
+            if known.type != field.type:
+                raise InputError(
+                    f"{path}: not the columns of {other.name} ({field.name} is {field.type}, there {known.type}): "
+                    "make one of them again"
+                )
         settings = (read_provenance(path) or {}).get("settings")
-        schema, model = schema or found, model or settings
-        if not found.equals(schema):
-            differing = [field for field in found if field not in list(schema)]
-            differing += [f"no {field}" for field in schema if field not in list(found)]
-            what = differing[0] if differing else "another order"
-            raise InputError(f"{path}: not the columns of {paths[0].name} ({what}): make one of them again")
+        model = model or settings
         if settings and settings != model:
             raise InputError(f"{path}: embedded with {settings}, {paths[0].name} with {model}: make one of them again")
-    assert schema is not None  # paths is never empty
-    return schema
+    log_missing_columns(paths, schemas, fields.keys() - dict(ID_COLUMNS + FILE_COLUMNS).keys())
+    embedding, _ = fields.pop("embedding", (pa.field("embedding", columns[0].arrow_type), None))
+    return pa.schema([*(field for field, _ in fields.values()), embedding]), columns
+
+
+def list_fields(schema: pa.Schema, embedding: ListColumn) -> list[pa.Field]:
+    """Return a file's columns with the types that they are merged under."""
+    fields = []
+    for field in schema:
+        if field.name == embedding.name:
+            fields += [pa.field(field.name, embedding.arrow_type)] if embedding.width else []
+        else:
+            is_text = pa.types.is_large_string(field.type)
+            fields.append(pa.field(field.name, pa.string() if is_text else field.type))
+    return fields
+
+
+def log_missing_columns(paths: list[Path], schemas: list[pa.Schema], names: set[str]) -> None:
+    """Log which columns of other files a file lacks."""
+    for path, schema in zip(paths, schemas, strict=True):
+        missing = sorted(names - set(schema.names))
+        if missing:
+            logger.warning("%s has no %s: null in its rows", path.name, ", ".join(missing))
 
 
 def check_unique(paths: list[Path], ids: list[pa.ChunkedArray]) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError
-from pipeline.files.batches import read_batches
+from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.tables import open_parquet, read_batches
 from preprocess_raw_data.merging.embedding_inventory import Inventory
 
 BATCH_ROWS = 1024
@@ -72,14 +72,33 @@ def read_in_order(
 
 
 def read_group(inventory: Inventory, group: list[int]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a group's files piece by piece; raises InputError if one is damaged or lacks an embedding."""
+    """Yield the rows of a group's files piece by piece, with the columns of the inventory.
+
+    Raises InputError if a file is damaged, or an embedding is missing, of another length or not finite, naming its row.
+    """
     for number in group:
-        path = inventory.paths[number]
-        for batch in read_batches(path, inventory.schema.names, BATCH_ROWS):
-            embedding = batch.column("embedding")
-            if embedding.null_count or embedding.flatten().null_count:
-                raise InputError(f"{path}: column embedding has empty values: make the file again with stage 2")
-            yield batch
+        column, start = inventory.embeddings[number], 0
+        stored = open_parquet(column.path).schema_arrow
+        names = [field.name for field in stored_fields(stored, inventory.schema) if field.name in stored.names]
+        for batch in read_batches(column.path, names, BATCH_ROWS):
+            rows = column.read(batch.column(batch.schema.get_field_index(column.name)), start)
+            yield complete_batch(batch, rows, inventory.schema)
+            start += len(batch)
+
+
+def complete_batch(batch: pa.RecordBatch, rows: NDArray[Any], schema: pa.Schema) -> pa.RecordBatch:
+    """Return a file's batch with the columns and types of `schema`; `rows` (n, D) are its embeddings."""
+    table = fill_composite_ids(pa.Table.from_batches([batch]))
+    arrays = []
+    for field in schema:
+        if field.name == "embedding":
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=field.type))
+        elif field.name in table.column_names:
+            column = table[field.name].cast(field.type).combine_chunks()
+            arrays.append(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column)
+        else:
+            arrays.append(pa.nulls(len(batch), field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def gather(batches: Iterable[pa.RecordBatch], num_rows: int, inventory: Inventory) -> Piece:

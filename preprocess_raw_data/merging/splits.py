@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import DataSection
 from pipeline.errors import InputError, one_line
+from pipeline.files.listing import is_parquet
 from pipeline.retrieval.geography import EARTH_RADIUS_M
 
 SPLITS = ("train", "val", "test")
@@ -106,7 +107,7 @@ def read_split_file(path: Path) -> dict[str, str]:
     Raises InputError if it cannot be read, lacks a column, names an unknown split or one building twice differently.
     """
     try:
-        if path.suffix == ".parquet":
+        if is_parquet(path):
             table = pq.read_table(path, columns=["building_id", "split"])
         else:
             types = pa.csv.ConvertOptions(column_types={"building_id": pa.string(), "split": pa.string()})

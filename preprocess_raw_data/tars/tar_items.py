@@ -167,7 +167,7 @@ def judge_item(stem: str, item: Item) -> tuple[View | None, list[Reject]]:
     """
     rejects: list[Reject] = []
     if item.not_files:
-        reason = Rejection("not_a_file", "a link, a device or a pipe: nothing is followed")
+        reason = Rejection("not_a_file", "a link, a device, a pipe or a sparse file: nothing is followed")
         if not (item.images and item.metadata_name):
             return None, list(_reject_all(stem, item, reason))
         rejects = [(member.name, reason) for member in item.not_files]

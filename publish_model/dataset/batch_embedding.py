@@ -18,7 +18,9 @@ from pipeline.inference.engine import End, embed_stream
 from pipeline.inference.engine_watch import EngineWatch
 from publish_model.dataset.hashes import hash_bytes, hash_ids, pack_hashes
 from publish_model.dataset.part_plans import PartContent, PartPlan
-from publish_model.new_data.packaged_input import ID_COLUMN, IMAGE_COLUMN, plain_values, take_rows, valid_rows
+from publish_model.new_data.columns import plain_values, take_rows
+from publish_model.new_data.embed_options import EmbedOptions
+from publish_model.new_data.packaged_input import ID_COLUMN, IMAGE_COLUMN, PackagedInput
 
 # The projector normalises in float32; anything further from 1 comes from another kind of model.
 NORM_TOLERANCE = 1e-3
@@ -45,22 +47,16 @@ class BatchEmbedder:
     """The published model, ready for read batches; `watch` adds up where the time went."""
 
     def __init__(
-        self,
-        model_dir: Path,
-        device: str,
-        precision: str,
-        batch_size: int | str,
-        filter_valid: bool,
-        watch: EngineWatch,
+        self, model_dir: Path, source: PackagedInput, precision: str, options: EmbedOptions, watch: EngineWatch
     ) -> None:
-        """Load the model and try it on a grey image; `filter_valid` leaves out the rows whose `is_valid` is false.
+        """Load the model for an input and try it on a grey image.
 
         Raises InputError if it cannot be loaded or does not give L2-normalised embeddings.
         """
-        self.filter_valid = filter_valid
         self.watch = watch
+        self._source = source
         self._embedder = Embedder(
-            model_dir, device=device, dtype=precision, batch_size=batch_size, trust_remote_code=True
+            model_dir, device=options.device, dtype=precision, batch_size=options.batch_size, trust_remote_code=True
         )
         trial = self._embedder.embed([self._embedder.prepare(Image.new("RGB", (256, 256), (128, 128, 128)))])
         self.width = trial.shape[1]
@@ -94,12 +90,9 @@ class BatchEmbedder:
         """Yield each batch's pictures, then the batch; only the images in flight leave Arrow's memory."""
         for batch in batches:
             images = batch.table.column(IMAGE_COLUMN)
-            for row in self._wanted_rows(batch):
+            for row in self._source.wanted_rows(batch.table):
                 yield Picture(int(row), images[int(row)].as_py())
             yield batch
-
-    def _wanted_rows(self, batch: ReadBatch) -> NDArray[np.int64]:
-        return np.flatnonzero(valid_rows(batch.table)) if self.filter_valid else np.arange(batch.table.num_rows)
 
     def _decode(self, picture: Picture) -> Decoded:
         data, picture.data = picture.data, None  # held no longer than it takes
@@ -114,10 +107,11 @@ class BatchEmbedder:
         ids, id_field = batch.table.column(ID_COLUMN).combine_chunks(), batch.table.schema.field(ID_COLUMN)
         embeddings = np.concatenate([np.empty((0, self.width), dtype=np.float32), *gathered.embeddings])
         check_embeddings(embeddings, [f"row {first_row + picture.row}" for picture in embedded], self.width)
+        table = _embedded_table(ids, id_field, embedded, embeddings)
         return PartContent(
-            embedded=_embedded_table(ids, id_field, embedded, embeddings),
+            embedded=self._source.carry_columns(table, batch.table, _rows(embedded)),
             rejects=_reject_table(ids, id_field, rejected, first_row),
-            skipped=batch.table.num_rows - len(self._wanted_rows(batch)),
+            skipped=batch.table.num_rows - len(self._source.wanted_rows(batch.table)),
             hashes=_pack(ids, embedded),
             reasons=dict(Counter(rejection.reason for _, rejection in rejected)),
         )

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.inference.model_files import locate_hub_model
-from publish_model.dataset.embedded_dataset import EmbeddedDataset, read_blocks
+from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
+from publish_model.new_data.published_model import find_model
 
 FILE_NAME = "training_similarity.json"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -62,31 +62,16 @@ def read_training(folder: Path) -> tuple[dict[str, float], Embeddings]:
         raise InputError(f"{folder / FILE_NAME}: damaged: publish the model again") from None
 
 
-def find_model(model_id: str) -> Path:
-    """Return a published model's folder without fetching anything.
-
-    Raises InputError if it is not on this machine.
-    """
-    folder = Path(model_id).expanduser()
-    if model_id and folder.is_dir():
-        return folder
-    is_hub_id = model_id.count("/") == 1 and model_id[0] not in "/.~"
-    located = locate_hub_model(model_id, download=False) if is_hub_id else None
-    if located is None:
-        raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
-    return located
-
-
-def measure_drift(dataset: EmbeddedDataset, model_id: str) -> str:
+def measure_drift(dataset: EmbeddingsDataset, model_id: str) -> str:
     """Say which share of a dataset's images is beyond the 99th percentile of distance to the training images.
 
     Raises InputError where the model cannot be had, carries no statistics, or is not the dataset's.
     """
-    folder = find_model(model_id)
-    quantiles, reference = read_training(folder)
-    dataset.check_model(folder)
+    model = find_model(model_id, download=False)
+    quantiles, reference = read_training(model.folder)
+    dataset.check_model(model)
     step = max(1, dataset.num_rows // NUM_SAMPLED)
-    blocks = (block[-first % step :: step] for first, block in read_blocks(dataset))
+    blocks = (block[-first % step :: step] for first, block in dataset.read_blocks())
     similarity = np.concatenate([np.empty(0, np.float32), *(nearest_similarity(block, reference) for block in blocks)])
     if not len(similarity):
         raise InputError("the dataset holds no embeddings")

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import InputError, PipelineError, one_line
+from pipeline.errors import DamagedError, one_line
 from pipeline.files.tables import read_provenance
-from publish_model.dataset.embedded_dataset import EMBEDDING_COLUMN, Part, embeddings_of, read_part
 from publish_model.dataset.hashes import checksum_tables, unpack_hashes
 from publish_model.dataset.part_plans import PartContent
-from publish_model.dataset.parts import recipe_of
-from publish_model.new_data.packaged_input import ID_COLUMN, embedded_rows, plain_values
+from publish_model.dataset.parts import EMBEDDING_COLUMN, Part, embeddings_of, read_part
+from publish_model.new_data.columns import plain_values
+from publish_model.new_data.packaged_input import ID_COLUMN, PackagedInput
 
 # The model normalises in float32.
 NORM_TOLERANCE = 1e-3
@@ -23,26 +23,31 @@ RECIPE_KEYS = ("input_size", "row_group_fingerprint", "read_batch_size", "filter
 def open_part(path: Path, recipe: dict[str, Any]) -> Part | str:
     """Open a part that was made as `recipe` says, or say what is wrong with it.
 
-    Raises StaleOutputError for a parquet that was not made here.
+    Raises ForeignError for a parquet that was not written here, InputError for one that cannot be read now.
     """
-    part = read_part(path)
-    if part is None:
-        return "cannot be read"
+    try:
+        part = read_part(path)
+    except DamagedError as error:
+        return one_line(error).removeprefix(f"{path}: ")
     if part.plan.name != path.name:
         return f"holds the rows of {part.plan.name}"
-    found = recipe_of(part.provenance)
     for key in RECIPE_KEYS:
-        if found.get(key) != recipe.get(key):
-            return f"made with another {key} ({found.get(key)!r}, the dataset has {recipe.get(key)!r})"
+        if part.recipe.get(key) != recipe.get(key):
+            return f"made with another {key} ({part.recipe.get(key)!r}, the dataset has {recipe.get(key)!r})"
     return part
 
 
 def check_part(part: Part) -> str | None:
-    """Say what is wrong with what a part holds, None where nothing is."""
+    """Say what is wrong with what a part holds, None where nothing is.
+
+    Raises InputError for one that cannot be read now.
+    """
+    if not part.rejects_path.exists():
+        return "its rejects are missing: no such file"
     try:
         content = part.read_content()
         written_with = read_provenance(part.rejects_path)
-    except PipelineError as error:
+    except DamagedError as error:
         return one_line(error)
     if written_with != part.provenance:
         return "its rejects are those of another part or run"
@@ -86,27 +91,29 @@ def check_values(part: Part, content: PartContent) -> str | None:
     return None
 
 
-def check_against_input(part: Part, table: pa.Table, filter_valid: bool) -> str | None:
+def check_against_input(part: Part, table: pa.Table, source: PackagedInput) -> str | None:
     """Say in what a part does not account for the rows of its read batch, in order, None where it does.
 
     `table` is the read batch without images. Rows that were deleted are not looked for one by one.
     """
-    try:
-        content = part.read_content()
-    except InputError as error:
-        return one_line(error)
+    content = part.read_content()
     table = table.slice(0, part.record.counts["in"])
     if part.record.counts.get("deleted", 0):
         return None if table.num_rows == part.record.counts["in"] else "accounts for rows that the input lacks"
     ids = _values(table.column(ID_COLUMN))
-    rows = embedded_rows(table, part.plan.first_row, content.rejects, filter_valid)
-    if [ids[row] for row in rows] != _values(content.embedded.column(ID_COLUMN)):
+    rows = source.embedded_rows(table, part.plan.first_row, content.rejects)
+    if not _same([ids[row] for row in rows], _values(content.embedded.column(ID_COLUMN))):
         return "its ids are not those of the input's rows"
     rejected = content.rejects.column("row").to_numpy() - part.plan.first_row
-    if [ids[row] for row in rejected] != _values(content.rejects.column(ID_COLUMN)):
+    if not _same([ids[row] for row in rejected], _values(content.rejects.column(ID_COLUMN))):
         return "its rejected ids are not those of the input's rows"
     return None
 
 
 def _values(column: pa.ChunkedArray) -> list[object]:
     return [value for chunk in column.chunks for value in plain_values(chunk)]
+
+
+def _same(one: list[object], other: list[object]) -> bool:
+    """Whether ids are the same, in order; NaN, which pandas makes of a missing number, is as good as any."""
+    return [repr(value) for value in one] == [repr(value) for value in other]

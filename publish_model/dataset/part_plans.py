@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import StaleOutputError
-from pipeline.files.tables import hash_json
 from publish_model.new_data.packaged_input import PackagedInput
 
 
@@ -37,20 +36,12 @@ class Recipe:
                 )
 
 
-def make_recipe(
-    source: PackagedInput, read_batch_size: int, filter_valid: bool, model: str, pooling: str, precision: str
-) -> Recipe:
-    """Combine an input, the id of a model's files, its pooling and the type that it computes in."""
-    version = name_version(model, pooling, precision)
+def make_recipe(source: PackagedInput, precision: str, embedding_version: str) -> Recipe:
+    """Combine an input as it is read, the type that is computed in, and the id of what computes."""
     return Recipe(
-        source.size, source.describe_schema(), source.fingerprint, read_batch_size, filter_valid, precision, version,
-        list(source.keep_columns),
+        source.size, source.describe_schema(), source.fingerprint, source.read_batch_size, source.filter_valid,
+        precision, embedding_version, list(source.keep_columns),
     )  # fmt: skip
-
-
-def name_version(model: str, pooling: str, precision: str) -> str:
-    """Return the short id of what computes the embeddings."""
-    return hash_json({"model": model, "pooling": pooling, "precision": precision})[:16]
 
 
 @dataclass(frozen=True)
@@ -72,9 +63,9 @@ class PartPlan:
         return self.num_rows if limit is None else max(0, min(self.num_rows, limit - self.first_row))
 
 
-def plan_parts(source: PackagedInput, read_batch_size: int) -> list[PartPlan]:
+def plan_parts(source: PackagedInput) -> list[PartPlan]:
     """Return every read batch of every row group, in input order."""
-    plans, first_row = [], 0
+    plans, first_row, read_batch_size = [], 0, source.read_batch_size
     for row_group, num_rows in enumerate(source.row_group_rows):
         for read_batch, start in enumerate(range(0, num_rows, read_batch_size)):
             plans.append(PartPlan(row_group, read_batch, first_row + start, min(read_batch_size, num_rows - start)))

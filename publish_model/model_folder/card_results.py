@@ -5,7 +5,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from pipeline.files.tables import PROVENANCE_KEY, writing_to
+from pipeline.files.tables import PROVENANCE_KEY
+from pipeline.files.writing import writing_to
 
 ROWS = {
     "raw": "backbone alone",
@@ -63,6 +64,8 @@ def format_test_results(metrics: dict[str, Any]) -> str:
         f"{metrics['queries']} images of {metrics['buildings']} buildings search {metrics['gallery']} images; right is "
         f"another image of the same building.{ignored} In brackets are 95 % intervals, from resampling buildings."
     )
+    if "headline" in metrics:  # an older stage 9 says none
+        table += "\n\n" + wrap(f"**{metrics['headline']}**, by the 95 % interval of the difference in mAP.")
     return f"{wrap(text)}\n\n{table}"
 
 

@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config
+from pipeline.files.lists import find_embedding
 from pipeline.files.tables import identify, open_parquet, reading
 from pipeline.inference.devices import choose_device
 from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint, build_projector, project
 from publish_model.dataset.drift import NUM_QUERIES, NUM_REFERENCE, describe_training
-from publish_model.dataset.embedded_dataset import EMBEDDING_COLUMN, embeddings_of
 
 # Row groups that a sample is taken from: a split of 5.8 million images takes 95 GB.
 NUM_ROW_GROUPS = 16
@@ -20,13 +20,15 @@ NUM_ROW_GROUPS = 16
 
 def sample_rows(path: Path, num_rows: int) -> NDArray[np.float32]:
     """Return (N, D) backbone features of about `num_rows` rows, evenly spaced within some row groups of a split."""
+    column = find_embedding(path)
     with reading(path), open_parquet(path) as file:
         groups = np.unique(np.linspace(0, file.num_row_groups - 1, NUM_ROW_GROUPS).astype(int))
         taken = []
         for group in groups:
-            table = file.read_row_group(int(group), columns=[EMBEDDING_COLUMN])
+            table = file.read_row_group(int(group), columns=[column.name])
             wanted = min(table.num_rows, -(-num_rows // len(groups)))
-            taken.append(embeddings_of(table.take(np.linspace(0, table.num_rows - 1, wanted).astype(np.int64))))
+            rows = table.take(np.linspace(0, table.num_rows - 1, wanted).astype(np.int64)).combine_chunks()
+            taken += [column.read(chunk, 0).astype(np.float32) for chunk in rows[column.name].chunks]
         return np.concatenate(taken)
 
 

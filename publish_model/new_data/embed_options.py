@@ -64,7 +64,7 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
     add("--no-filter-valid", action="store_false", dest="filter_valid", help="embed rows with is_valid false too")
     add("--read-batch-size", type=whole_number, default=1000, metavar="N", help="rows of a part (1000)")
     add(
-        "--max-reject-fraction", type=_fraction, default=1.0, metavar="X",
+        "--max-reject-fraction", type=fraction, default=1.0, metavar="X",
         help="exit 1 if a larger share of the images is rejected (1.0: never)",
     )  # fmt: skip
     add(
@@ -102,7 +102,7 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

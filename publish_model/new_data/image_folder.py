@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.files.listing import walk_files, warn_of_others
+from pipeline.ids import decode_name
 from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -14,26 +16,26 @@ ImageFile = tuple[str, int]  # path below the folder, bytes
 
 
 def list_images(folder: Path) -> list[ImageFile]:
-    """Return the photographs below a folder by path, with their sizes; hidden names and links are passed over."""
-    found, num_links = [], 0
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
-                continue
-            path = os.path.join(place, name)  # noqa: PTH118 (a million Path objects take seconds)
-            if os.path.islink(path):  # noqa: PTH114 (nothing outside the folder is opened)
-                num_links += 1
-            else:
-                found.append((os.path.relpath(path, folder).replace(os.sep, "/"), os.stat(path).st_size))  # noqa: PTH116
+    """Return the photographs below a folder by path, with their sizes; what else is there is counted.
+
+    Links to folders are followed; links to files are passed over, as are names that begin with a dot. Raises
+    InputError if a folder cannot be read.
+    """
+    found, others, num_links = [], [], 0
+    for entry in walk_files(folder):
+        name = os.path.relpath(entry.path, folder).replace(os.sep, "/")
+        if not name.lower().endswith(IMAGE_SUFFIXES):
+            others.append(name)
+        elif entry.is_symlink():  # nothing outside the folders that are named is opened
+            num_links += 1
+        elif entry.is_file():
+            found.append((name, entry.stat().st_size))
+        else:  # a pipe would be waited for without end
+            others.append(name)
     if num_links:
         logger.warning("%s: %d links are passed over: copy the files there", folder, num_links)
-    return sorted(found, key=lambda image: name_id(image[0]))
-
-
-def name_id(name: str) -> str:
-    """Return the identifier of a path; what is not UTF-8 in it is written as an escape."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    warn_of_others(folder, map(decode_name, others), "photographs")
+    return sorted(found, key=lambda image: decode_name(image[0]))
 
 
 def read_images(folder: Path, images: tuple[ImageFile, ...], schema: pa.Schema) -> pa.Table:
@@ -44,5 +46,5 @@ def read_images(folder: Path, images: tuple[ImageFile, ...], schema: pa.Schema) 
             contents.append((folder / name).read_bytes())
         except OSError:
             contents.append(None)
-    ids = pa.array([name_id(name) for name, _ in images], schema.field(0).type)
+    ids = pa.array([decode_name(name) for name, _ in images], schema.field(0).type)
     return pa.Table.from_arrays([ids, pa.array(contents, schema.field(1).type)], schema=schema)

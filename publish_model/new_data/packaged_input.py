@@ -1,16 +1,20 @@
 """Read packaged images: a parquet of image bytes with an identifier, in read batches, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError, one_line
-from pipeline.files.tables import hash_footer, hash_json, open_parquet
-from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, name_id, read_images
+from pipeline.errors import DamagedError, InputError, one_line
+from pipeline.files.failures import read_failure
+from pipeline.files.listing import is_parquet, walk_files, warn_of_others
+from pipeline.files.tables import UNMAPPED_KEY, hash_footer, hash_json, open_parquet
+from pipeline.ids import decode_name
+from publish_model.new_data.columns import take_rows
+from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, read_images
 
 ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN = "OSMID", "image_bytes", "is_valid"
 # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
@@ -19,9 +23,10 @@ READ_BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PackagedInput:
-    """Packaged images, told apart by content: their size, their schema and their footers, never their path.
+    """Packaged images and how they are read; told apart by content, that is size, schema and footers, never by path.
 
     `places` holds the file of each row group and its number there; a folder of photographs has `images` instead.
+    `filter_valid` leaves out the rows whose `is_valid` is false; a read batch has `read_batch_size` rows.
     """
 
     path: Path
@@ -31,6 +36,8 @@ class PackagedInput:
     row_group_rows: tuple[int, ...]
     places: tuple[tuple[Path, int], ...] = ()
     images: tuple[ImageFile, ...] = ()
+    filter_valid: bool = True
+    read_batch_size: int = 1000
     keep_columns: tuple[str, ...] = ()
 
     @property
@@ -42,22 +49,43 @@ class PackagedInput:
         """Return `name: type` of every column."""
         return [f"{field.name}: {field.type}" for field in self.schema]
 
+    def wanted_rows(self, table: pa.Table) -> NDArray[np.int64]:
+        """Return which rows of a read batch are to be embedded."""
+        return np.flatnonzero(valid_rows(table)) if self.filter_valid else np.arange(table.num_rows)
 
-def open_packaged(path: Path, *, filter_valid: bool, keep_columns: Sequence[str] = ()) -> PackagedInput:
+    def embedded_rows(self, table: pa.Table, first_row: int, rejects: pa.Table) -> NDArray[np.int64]:
+        """Return which rows of a read batch have an embedding, in order: those neither skipped nor rejected."""
+        return np.setdiff1d(self.wanted_rows(table), rejects.column("row").to_numpy() - first_row)
+
+    def carry_columns(self, embedded: pa.Table, table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+        """Add to a part's embeddings the columns that are to be kept, from the rows of its read batch."""
+        for name in self.keep_columns:
+            column = table.column(name).combine_chunks()
+            embedded = embedded.append_column(table.schema.field(name), take_rows(column, rows))
+        return embedded
+
+
+def open_packaged(
+    path: Path, *, filter_valid: bool = True, read_batch_size: int = 1000, keep_columns: Sequence[str] = ()
+) -> PackagedInput:
     """Read the footers of a packaged parquet or of a folder of them, or list a folder of photographs.
 
     Raises InputError naming the file if it is missing, damaged, empty, or a column is missing or of a wrong type.
     """
     paths = [path]
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*.parquet") if _is_data(file.relative_to(path)))
+        paths = _list_parquets(path)
         if not paths:
-            return _open_photographs(path, keep_columns)
+            return replace(
+                _open_photographs(path, keep_columns), filter_valid=filter_valid, read_batch_size=read_batch_size
+            )
     schemas, rows, places = [], [], []
     for file_path in paths:
         with open_parquet(file_path) as file:
             metadata, schema = file.metadata, file.schema_arrow
         _check_columns(file_path, schema, filter_valid, keep_columns)
+        if UNMAPPED_KEY in (metadata.metadata or {}):
+            _check_mapped(file_path, schema, [ID_COLUMN, *keep_columns])
         schemas.append(schema)
         rows += [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         places += [(file_path, index) for index in range(metadata.num_row_groups)]
@@ -76,13 +104,17 @@ def open_packaged(path: Path, *, filter_valid: bool, keep_columns: Sequence[str]
     return PackagedInput(
         path, sum(file_path.stat().st_size for file_path in paths), schemas[0],
         footers[0] if path.is_file() else hash_json(footers), tuple(rows), tuple(places),
-        keep_columns=tuple(keep_columns),
+        filter_valid=filter_valid, read_batch_size=read_batch_size, keep_columns=tuple(keep_columns),
     )  # fmt: skip
 
 
-def _is_data(path: Path) -> bool:
-    """Whether no name of a path begins as temporary and side tables do."""
-    return not any(part.startswith((".", "_")) for part in path.parts)
+def _list_parquets(folder: Path) -> list[Path]:
+    """Return the parquets below a folder by path, but for temporary and side tables; beside them others are counted."""
+    files = [Path(entry.path) for entry in walk_files(folder, hidden=(".", "_"))]
+    paths = sorted(path for path in files if is_parquet(path))
+    if paths:
+        warn_of_others(folder, (str(path.relative_to(folder)) for path in set(files) - set(paths)), "parquet files")
+    return paths
 
 
 def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInput:
@@ -94,7 +126,7 @@ def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInpu
     num_groups = -(-len(images) // IMAGES_PER_GROUP)
     rows = [min(IMAGES_PER_GROUP, len(images) - group * IMAGES_PER_GROUP) for group in range(num_groups)]
     schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
-    listed = [[name_id(name), size] for name, size in images]
+    listed = [[decode_name(name), size] for name, size in images]
     size = sum(size for _, size in images)
     return PackagedInput(folder, size, schema, hash_json(listed), tuple(rows), images=tuple(images))
 
@@ -118,10 +150,15 @@ def _check_columns(path: Path, schema: pa.Schema, filter_valid: bool, keep_colum
         count = len(schema.get_all_field_indices(name))
         if count != 1:
             problems.append(f"column {name} of --keep-columns is there {count} times")
-        elif "[ns" in str(schema.field(name).type) and pa.types.is_nested(schema.field(name).type):
-            problems.append(f"column {name} of --keep-columns nests nanoseconds, which Python cannot hold")
     if problems:
         raise InputError(f"{path}: {', '.join(problems)}: package the images again, or correct the path")
+
+
+def _check_mapped(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
+    """Raise InputError for a used column that may be of the type which this Arrow does not know, such as Int128."""
+    for name in names:
+        if "fixed_size_binary" in str(schema.field(name).type):
+            raise InputError(f"{path}: column {name} is of a type that cannot be read here: write it in another type")
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
@@ -137,19 +174,18 @@ def _is_boolean(kind: pa.DataType) -> bool:
     return bool(pa.types.is_boolean(kind) or pa.types.is_null(kind))  # a column of nulls alone has no type
 
 
-def read_batches(
-    source: PackagedInput, row_group: int, batch_rows: int, *, with_valid: bool, with_images: bool = True
-) -> Iterator[pa.Table]:
-    """Yield the rows of one row group in tables of `batch_rows`, the last one shorter.
+def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = True) -> Iterator[pa.Table]:
+    """Yield the rows of one row group in read batches, the last one shorter.
 
     `with_images` false leaves the images out, which takes seconds for millions of rows. Raises InputError if a file
     cannot be read.
     """
     if source.images:
-        yield from _read_photographs(source, row_group, batch_rows, with_images)
+        yield from _read_photographs(source, row_group, with_images)
         return
+    batch_rows = source.read_batch_size
     columns = [ID_COLUMN, *([IMAGE_COLUMN] if with_images else []), *source.keep_columns]
-    if with_valid and VALID_COLUMN in source.schema.names and VALID_COLUMN not in columns:
+    if source.filter_valid and VALID_COLUMN in source.schema.names and VALID_COLUMN not in columns:
         columns.append(VALID_COLUMN)
     path, own_group = source.places[row_group]
     held: pa.Table | None = None
@@ -158,27 +194,47 @@ def read_batches(
             # A batch ends early where Arrow's 2 GiB of bytes a chunk are full, so batches are put together here.
             for batch in file.iter_batches(batch_rows, row_groups=[own_group], columns=columns):
                 table = pa.Table.from_batches([batch])
+                _check_text(path, table)
                 held = table if held is None else pa.concat_tables([held, table])
                 while held.num_rows >= batch_rows:
                     yield held.slice(0, batch_rows)
                     held = held.slice(batch_rows)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: row group {own_group} cannot be read ({one_line(error)[:200]}): fetch the file again"
-        ) from None
+        if "UTF8" in str(error):  # of a dictionary Arrow says so itself
+            raise _not_text(path, f"one of {', '.join(columns)}", error) from None
+        failure = read_failure(path, error)
+        if isinstance(failure, DamagedError):
+            what = f"row group {own_group} cannot be read ({one_line(error)[:200]})"
+            failure = DamagedError(f"{path}: {what}: fetch the file again")
+        raise failure from None
     if held is not None and held.num_rows:
         yield held
 
 
-def _read_photographs(source: PackagedInput, row_group: int, batch_rows: int, with_images: bool) -> Iterator[pa.Table]:
-    start = row_group * IMAGES_PER_GROUP
+def _check_text(path: Path, table: pa.Table) -> None:
+    for name in table.column_names:
+        if name != IMAGE_COLUMN:
+            try:
+                table.column(name).validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise _not_text(path, name, error) from None
+
+
+def _not_text(path: Path, name: str, error: pa.ArrowInvalid) -> InputError:
+    return InputError(
+        f"{path}: column {name}: text that is not UTF-8 ({one_line(error)[:200]}): write it in UTF-8, or as binary"
+    )
+
+
+def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) -> Iterator[pa.Table]:
+    start, batch_rows = row_group * IMAGES_PER_GROUP, source.read_batch_size
     for offset in range(0, source.row_group_rows[row_group], batch_rows):
         end = start + min(offset + batch_rows, source.row_group_rows[row_group])
         images = source.images[start + offset : end]
         if with_images:
             yield read_images(source.path, images, source.schema)
         else:
-            yield pa.table({ID_COLUMN: [name_id(name) for name, _ in images]}, schema=source.schema.remove(1))
+            yield pa.table({ID_COLUMN: [decode_name(name) for name, _ in images]}, schema=source.schema.remove(1))
 
 
 def valid_rows(table: pa.Table) -> NDArray[np.bool_]:
@@ -187,46 +243,3 @@ def valid_rows(table: pa.Table) -> NDArray[np.bool_]:
         return np.ones(table.num_rows, dtype=bool)
     column = table.column(VALID_COLUMN).cast(pa.bool_()).fill_null(True)
     return np.asarray(column.to_numpy(), dtype=bool)
-
-
-def embedded_rows(table: pa.Table, first_row: int, rejects: pa.Table, filter_valid: bool) -> NDArray[np.int64]:
-    """Return which rows of a read batch have an embedding, in order: those neither skipped nor rejected."""
-    wanted = valid_rows(table) if filter_valid else np.ones(table.num_rows, dtype=bool)
-    wanted[rejects.column("row").to_numpy() - first_row] = False
-    return np.flatnonzero(wanted)
-
-
-def carry_columns(embedded: pa.Table, table: pa.Table, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
-    """Add to a part's embeddings the columns of the input that are to be kept."""
-    for name in names:
-        column = table.column(name).combine_chunks()
-        embedded = embedded.append_column(table.schema.field(name), take_rows(column, rows))
-    return embedded
-
-
-def take_rows(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
-    """Return the given rows of a column of any type, its type unchanged."""
-    if pa.types.is_dictionary(column.type) and not column.type.ordered:
-        return _compact(column.take(pa.array(rows)))
-    try:
-        return column.take(pa.array(rows))
-    except pa.ArrowNotImplementedError:  # string_view
-        return pa.concat_arrays([column.slice(int(row), 1) for row in rows]) if len(rows) else column.slice(0, 0)
-
-
-def _compact(column: pa.DictionaryArray) -> pa.Array:
-    """Drop the dictionary entries that no row uses: a read batch carries those of its whole row group."""
-    encoded = column.dictionary_decode().dictionary_encode()
-    return pa.DictionaryArray.from_arrays(encoded.indices.cast(column.type.index_type), encoded.dictionary)
-
-
-def plain_values(column: pa.Array) -> list[object]:
-    """Return the values as Python objects that are equal where the ids are, whatever the column's type."""
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_temporal(column.type):  # nanoseconds have no place in Python's datetime
-        column = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64())
-    values: list[object] = column.to_pylist()
-    return values

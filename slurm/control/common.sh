@@ -6,6 +6,7 @@
 source "$root/slurm/settings.sh"
 export MAX_REQUEUES COPY_TARS_TO_TMPDIR REQUIRE_GPU PIPELINE_ROOT="$root"
 if [ -n "${HF_HOME:-}" ]; then export HF_HOME; fi
+export PYTHONUTF8=1 # whatever a node's locale is, a path means the same file and prints the same
 
 load_modules() {
     if [ -n "$PIPELINE_MODULES" ] && type module >/dev/null 2>&1; then

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import PipelineError
-from pipeline.files.tables import write_json
+from pipeline.files.writing import write_json
 from slurm.control import records, scheduler
 from slurm.control.outputs import dataset_dir, take_mark
 from slurm.control.task import Task, read_task

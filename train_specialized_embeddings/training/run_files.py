@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, PipelineError, StaleOutputError
-from pipeline.files import tables
+from pipeline.files import tables, writing
 from pipeline.log import logger
 
 # What TensorBoard and Weights & Biases are given.
@@ -136,5 +136,5 @@ class RunFiles:
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write one line an epoch, in one piece."""
         lines = [json.dumps(record, allow_nan=False) for record in history]
-        with tables.writing_to(self.metrics) as temporary:
+        with writing.writing_to(self.metrics) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.files import tables
+from pipeline.files import writing
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
@@ -177,6 +177,6 @@ class TrainingRun:
         self._save()
         save_checkpoint(self.files.final, self._describe())
         val = self.best["metrics"]["val"]
-        tables.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
+        writing.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
         self.files.latest.unlink(missing_ok=True)
         log_verdict(val, self.best["epoch"])

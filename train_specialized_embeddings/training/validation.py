@@ -100,12 +100,12 @@ def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:
     """Log the table, and say plainly whether the projector beats the baselines."""
     for line in format_table(rows):
         logger.info("%s", line)
-    beaten = [name for name in ("raw", "pca_whitened") if rows["projector"]["map"] <= rows[name]["map"]]
-    if beaten:
+    ahead = [name for name, row in rows.items() if not rows["projector"]["map"] >= row["map"]]
+    if ahead:
         logger.warning(
             "the projector of epoch %d does NOT beat %s by validation mAP: do not publish it; more training images, "
             "a lower learning rate or init = whitening may help",
-            best_epoch, " and ".join(beaten),
+            best_epoch, " and ".join(ahead),
         )  # fmt: skip
     else:
         gains = ", ".join(

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import PipelineError
-from pipeline.files import tables
+from pipeline.files import writing
 from pipeline.log import logger
 from train_specialized_embeddings.tuning.search_space import SPACE
 
@@ -28,7 +28,7 @@ def write_report(folder: Path, study: optuna.Study) -> list[Path]:
         raise PipelineError(f"{folder}: no trial was complete: train with the settings as they are and read the log")
     paths = [folder / name for name in ("best.toml", "trials.csv", "trials.png")]
     for path, content in zip(paths, (_render_toml(ranked), _render_csv(trials), _plot(trials, ranked)), strict=True):
-        with tables.writing_to(path) as temporary:
+        with writing.writing_to(path) as temporary:
             temporary.write_bytes(content)
     for trial in ranked[:_NUM_LISTED]:
         logger.info("trial %4d: validation mAP %.4f: %s", trial.number, _value(trial), _describe(trial.params))

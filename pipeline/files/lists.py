@@ -1,0 +1,111 @@
+"""Columns whose every row is a list of as many numbers: embeddings and fingerprints, in whatever type they are stored.
+
+This project writes fixed_size_list; what other writers leave (`list<double>`, `list<int64>`) is taken batch by batch,
+once it is seen that its rows have one length and their numbers fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+from pipeline.files.tables import open_parquet, read_batches
+
+# As what the stored numbers are read.
+_EMBEDDING_TYPES = {pa.float16(): "f2", pa.float32(): "f4", pa.float64(): "f4"}
+_FINGERPRINT_TYPES = dict.fromkeys(
+    (pa.uint8(), pa.int8(), pa.uint16(), pa.int16(), pa.uint32(), pa.int32(), pa.uint64(), pa.int64()), "u1"
+)
+
+
+@dataclass(frozen=True)
+class ListColumn:
+    """A column of lists of `width` numbers, to be read as `dtype`; without any row the width may be unknown, None."""
+
+    path: Path
+    name: str
+    width: int | None
+    dtype: np.dtype[Any]
+    remedy: str
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """The type under which this project stores it."""
+        return pa.list_(pa.from_numpy_dtype(self.dtype), self.width or 0)
+
+    def read(self, column: pa.Array, first_row: int, *, check_finite: bool = True) -> NDArray[Any]:
+        """Return the rows (n, width) of a batch whose first one is the file's row `first_row`, counted from 0.
+
+        Raises InputError naming the first row that is null, of another length, or holds a null or a number that is
+        not finite (unless told not to look) or not a fingerprint's.
+        """
+        width = self.width or 0
+        if not pa.types.is_fixed_size_list(column.type):
+            lengths = pc.fill_null(pc.list_value_length(column), width).to_numpy(zero_copy_only=False)
+            self._refuse_first(lengths != width, first_row, f"has not {width} numbers as the first row has")
+        if column.null_count:
+            self._refuse_first(column.is_null().to_numpy(zero_copy_only=False), first_row, "is empty")
+        values = column.flatten()
+        if values.null_count:
+            holes = values.is_null().to_numpy(zero_copy_only=False).reshape(-1, width).any(axis=1)
+            self._refuse_first(holes, first_row, "holds an empty value")
+        stored = values.to_numpy().reshape(len(column), width)
+        if self.dtype.kind == "u" and stored.dtype != self.dtype:
+            self._refuse_first(((stored < 0) | (stored > 255)).any(axis=1), first_row, "holds no byte (0 ... 255)")
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+            rows: NDArray[Any] = stored.astype(self.dtype, copy=False)
+        if check_finite and self.dtype.kind == "f":
+            self._refuse_first(~np.isfinite(rows).all(axis=1), first_row, "holds a number that is not finite")
+        return rows
+
+    def _refuse_first(self, is_bad: NDArray[np.bool_], first_row: int, what: str) -> None:
+        if is_bad.any():
+            row = first_row + int(np.argmax(is_bad))
+            raise InputError(f"{self.path}: column {self.name}: row {row} {what}: {self.remedy}")
+
+
+def find_embedding(path: Path) -> ListColumn:
+    """Return a parquet's column `embedding`: float16 as stored, float32 and float64 as float32.
+
+    Raises InputError if the file is missing or damaged, or the column is missing or no list of floats.
+    """
+    return _find(path, "embedding", _EMBEDDING_TYPES, "floats", "make the file again with stage 2")
+
+
+def find_fingerprint(path: Path) -> ListColumn:
+    """Return a parquet's column `fingerprint`, whole numbers of any type, as bytes.
+
+    Raises InputError if the file is missing or damaged, or the column is missing or no list of whole numbers.
+    """
+    return _find(path, "fingerprint", _FINGERPRINT_TYPES, "whole numbers", "make the file again with stage 4")
+
+
+def _find(path: Path, name: str, kinds: Mapping[pa.DataType, str], what: str, remedy: str) -> ListColumn:
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+    index = schema.get_field_index(name)
+    if index < 0:
+        raise InputError(f"{path}: column {name} is missing: {remedy}")
+    kind = schema.field(index).type
+    is_fixed = pa.types.is_fixed_size_list(kind)
+    is_list = is_fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or kind.value_type not in kinds or (is_fixed and kind.list_size == 0):
+        raise InputError(f"{path}: column {name} is {kind}, expected lists of one length of {what}: {remedy}")
+    width = kind.list_size if is_fixed else _measure_first(path, name, remedy)
+    return ListColumn(path, name, width, np.dtype(kinds[kind.value_type]), remedy)
+
+
+def _measure_first(path: Path, name: str, remedy: str) -> int | None:
+    """Return the length of the first row's list, None where there is no row."""
+    for batch in read_batches(path, [name], 1):
+        length = pc.list_value_length(batch.column(0))[0].as_py()
+        if not length:
+            raise InputError(f"{path}: column {name}: row 0 is empty: {remedy}")
+        return int(length)
+    return None

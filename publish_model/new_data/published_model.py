@@ -1,0 +1,59 @@
+"""A published model's folder, found and told apart without importing torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import InputError, one_line
+from pipeline.files.tables import hash_json
+from pipeline.inference.model_files import find_missing_files, identify_model, locate_hub_model
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """The folder of a model that stage 7 wrote, and the id under which it was asked for."""
+
+    model_id: str
+    folder: Path
+    pooling: str
+
+    def name_version(self, precision: str) -> str:
+        """Return the short id of what computes the embeddings: its files, its pooling and the type it computes in."""
+        return name_version(identify_model(self.folder), self.pooling, precision)
+
+
+def name_version(files: str, pooling: str, precision: str) -> str:
+    """Return the short id of a model's files, pooling and precision together."""
+    return hash_json({"model": files, "pooling": pooling, "precision": precision})[:16]
+
+
+def find_model(model_id: str, *, download: bool) -> PublishedModel:
+    """Return a published model by its folder or hub id, fetched where `download` allows it and need be.
+
+    Raises InputError if there is none, or a file of it is missing.
+    """
+    folder = Path(model_id).expanduser()
+    if not (model_id and folder.is_dir()):
+        is_hub_id = model_id.count("/") <= 1 and not model_id.startswith(("/", ".", "~"))
+        if download and not is_hub_id:
+            raise InputError(
+                f"{folder}: no such model folder: give --model-id a folder that stage 7 wrote, or a hub id"
+            )
+        located = locate_hub_model(model_id, download=download) if model_id and is_hub_id else None
+        if located is None:
+            raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
+        folder = located
+    return PublishedModel(model_id, folder.resolve(), _read_pooling(folder))
+
+
+def _read_pooling(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: not a model folder (config.json: {one_line(error)}): correct --model-id") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{folder}: not a model folder (config.json holds no settings): correct --model-id")
+    missing = find_missing_files(folder)
+    if missing:  # found before a dataset is begun that bears the broken model's id
+        raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
+    return str(config.get("pooling_type", "pooler_output"))

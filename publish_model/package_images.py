@@ -1,0 +1,286 @@
+"""Package images as stage 8 reads them: a folder of parquets with OSMID, image_bytes and is_valid.
+
+    python publish_model/package_images.py --input photographs --output packaged
+    python publish_model/package_images.py --input images.csv --output packaged
+
+Reads a folder of photographs (OSMID is the path below it), a CSV of OSMID, path and further columns, which are kept
+(paths are relative to the CSV), or a tar or a folder of tars (OSMID is the tar's name and the member's). Writes
+OUTPUT/NNNNN.parquet, where a picture that cannot be read has no bytes and is_valid false, and OUTPUT/_rejects/, which
+says why. OUTPUT appears when it is complete; until then the files are kept in a hidden folder beside it, where a rerun
+goes on. Takes no configuration.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+import pyarrow as pa
+
+from pipeline import cli
+from pipeline.config import count_cores
+from pipeline.errors import ConfigError, InputError, PipelineError, Rejection
+from pipeline.files.tables import (
+    describe_difference,
+    make_provenance,
+    matches,
+    parquet_writer,
+    read_provenance,
+    rejects_path,
+    write_rejects,
+)
+from pipeline.files.writing import sync_folder, temporary_path, write_failure
+from pipeline.inference.images import check_image
+from pipeline.inference.workers import map_in_order
+from pipeline.log import Progress, logger
+from publish_model.new_data.embed_options import fraction
+from publish_model.new_data.image_sources import ImageSource, SourceImage, open_source
+from publish_model.new_data.packaged_input import IMAGE_COLUMN, VALID_COLUMN
+
+STAGE = "package_images"
+# A row group is what stage 8's --shard deals out and a reader may hold: 1,000 pictures of Street View take 110 MB.
+ROW_GROUP_ROWS, ROW_GROUP_BYTES = 1000, 128 * 2**20
+# What an interruption costs at most.
+FILE_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class PackageOptions:
+    """What to package, and where."""
+
+    input: Path
+    output: Path
+    max_reject_fraction: float = 0.2
+    overwrite: bool = False
+
+
+@dataclass
+class Packed:
+    """An image that was tried: its row, or why it has no bytes."""
+
+    image: SourceImage
+    data: bytes | None
+    rejection: Rejection | None
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the row of the package."""
+        return {**self.image.row, IMAGE_COLUMN: self.data, VALID_COLUMN: self.data is not None}
+
+
+def try_image(image: SourceImage) -> Packed:
+    """Read an image and see whether it can be decoded."""
+    try:
+        data = image.read()
+        check_image(data)
+        return Packed(image, data, None)
+    except Rejection as rejection:
+        return Packed(image, None, rejection)
+
+
+def group_rows(images: Iterator[Packed]) -> Iterator[list[Packed]]:
+    """Yield row groups: as many rows as fit into the bounds, one at least."""
+    held: list[Packed] = []
+    num_bytes = 0
+    for image in images:
+        size = len(image.data or b"")
+        if held and (len(held) == ROW_GROUP_ROWS or num_bytes + size > ROW_GROUP_BYTES):
+            yield held
+            held, num_bytes = [], 0
+        held.append(image)
+        num_bytes += size
+    if held:
+        yield held
+
+
+@dataclass
+class Package:
+    """A package under way: numbered files in a hidden folder, each done once its rejects are there."""
+
+    folder: Path
+    schema: pa.Schema
+    provenance: dict[str, Any]
+    counts: list[dict[str, Any]] = field(default_factory=list)  # of each file, as its rejects say
+
+    def take_up(self) -> int:
+        """Find the files that an interrupted run has finished, and return how many images they hold."""
+        while (found := self._read(self._path(len(self.counts)))) is not None:
+            self.counts.append(found)
+        return sum(counts["in"] for counts in self.counts)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.parquet"
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """Return a finished file's counts, None where it is none."""
+        if not (path.is_file() and rejects_path(path).is_file()):
+            return None
+        found = read_provenance(rejects_path(path)) or {}
+        if describe_difference(found, self.provenance) is None:
+            return {**found["counts"], "reasons": found["reasons"]}
+        logger.info("%s: begun with other images: begun anew", self.folder)
+        for name in ("", "_rejects"):
+            for old in (self.folder / name).glob("*.parquet"):
+                old.unlink()
+        return None
+
+    def write_file(self, groups: Iterator[list[Packed]], progress: Progress) -> bool:
+        """Write the next file of row groups, and return whether there was anything to write."""
+        first = next(groups, None)
+        if first is None:
+            return False
+        rejected: list[tuple[str, Rejection]] = []
+        num_rows = num_bytes = 0
+        path = self._path(len(self.counts))
+        with parquet_writer(path, self.schema, self.provenance) as writer:
+            for group in itertools.chain([first], groups):
+                writer.write_table(pa.Table.from_pylist([image.to_row() for image in group], self.schema))
+                rejected += [(image.image.name, image.rejection) for image in group if image.rejection is not None]
+                num_rows += len(group)
+                num_bytes += sum(len(image.data or b"") for image in group)
+                progress.advance(len(group))
+                if num_bytes >= FILE_BYTES:
+                    break
+        counts = {"in": num_rows, "out": num_rows - len(rejected), "rejected": len(rejected), "dropped": 0}
+        reasons: dict[str, int] = {}
+        for _, rejection in rejected:
+            reasons[rejection.reason] = reasons.get(rejection.reason, 0) + 1
+        write_rejects(rejects_path(path), rejected, self.provenance | {"counts": counts, "reasons": reasons})
+        self.counts.append({**counts, "reasons": reasons})
+        return True
+
+
+def is_packaged(output: Path, provenance: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the package is there and was made of these images.
+
+    Raises StaleOutputError where it was made of others and `overwrite` is off, InputError where something else lies
+    there, which is not removed for any option.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    first = output / "00000.parquet"
+    found = read_provenance(first) if first.is_file() else None
+    if found is None or found.get("stage") != STAGE:
+        raise InputError(f"{output}: not empty, and not a package that was made here: give another --output")
+    return not overwrite and matches(output, found, provenance)
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if need be.
+
+    Raises PipelineError where another one is at it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise write_failure(folder, error) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise PipelineError(f"{folder}: another process is at it: wait for that one, or stop it") from None
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(folder: Path, output: Path) -> None:
+    """Give a finished folder its name; what had it before is moved aside first and removed after."""
+    old = temporary_path(output.with_name(f"{output.name}.old"))
+    try:
+        if output.exists():
+            output.rename(old)
+        folder.rename(output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise write_failure(output, error) from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fill(package: Package, source: ImageSource) -> None:
+    """Write what is missing of a package.
+
+    Raises InputError where a tar is damaged or there is no image at all; what was finished before is kept.
+    """
+    start = package.take_up()
+    if start:
+        logger.info("%s: going on behind image %d", STAGE, start)
+    with (
+        contextlib.closing(map_in_order(try_image, source.stream(start), count_cores())) as images,
+        Progress(STAGE, source.num_images) as progress,
+    ):
+        progress.resume_at(start)
+        groups = group_rows(images)
+        while package.write_file(groups, progress):
+            pass
+    if not package.counts:
+        raise InputError(f"{source.inputs[0]['name']}: holds no image: correct --input")
+
+
+def package_images(options: PackageOptions) -> cli.StageResult:
+    """Package the images and return the counts.
+
+    Raises InputError where the input cannot be read, StaleOutputError where the output was made of others,
+    PipelineError where more images are bad than allowed.
+    """
+    source = open_source(options.input)
+    provenance = make_provenance(STAGE, source.inputs, {})
+    result = cli.StageResult(STAGE)
+    schema = pa.schema(
+        [*source.fields[:1], (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *source.fields[1:]]
+    )
+    output = options.output.resolve()
+    if is_packaged(output, provenance, options.overwrite):
+        package = Package(output, schema, provenance)
+        package.take_up()
+        result.kept.append(options.output)
+    else:
+        package = Package(output.with_name(f".{output.name}.unfinished"), schema, provenance)
+        with holding(package.folder):
+            fill(package, source)
+            put_in_place(package.folder, output)
+        result.written.append(options.output)
+    for counts in package.counts:
+        result.add(counts, counts["reasons"])
+    check_rejects(result, options.max_reject_fraction)
+    return result
+
+
+def check_rejects(result: cli.StageResult, allowed: float) -> None:
+    """Raise PipelineError where more of the images were rejected than allowed."""
+    if result.rejected / result.rows_in > allowed:
+        error = PipelineError(
+            f"{result.rejected} of {result.rows_in} images cannot be used, more than --max-reject-fraction "
+            f"{allowed:g} allows: read OUTPUT/_rejects, correct the input and give --overwrite, or raise the fraction"
+        )
+        error.result = result
+        raise error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Package from a command line."""
+    parser = cli.make_parser(__doc__ or "", config=False)
+    add = parser.add_argument
+    add("--input", "-i", type=Path, required=True, metavar="PATH", help="a folder, a .csv or a .tar")
+    add("--output", "-o", type=Path, required=True, metavar="DIR", help="folder to write or resume")
+    add(
+        "--max-reject-fraction", type=fraction, default=0.2, metavar="X",
+        help="exit 1 if a larger share of the images cannot be used (0.2)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="make a package anew that is there; the old one stays until then")
+    options = PackageOptions(**vars(parser.parse_args(argv)))
+    if options.input.is_dir() and options.output.resolve().is_relative_to(options.input.resolve()):
+        raise ConfigError(f"--output {options.output}: lies in the input folder, of which it would become a part")
+    cli.run_logged(STAGE, lambda: package_images(options), None)
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)
