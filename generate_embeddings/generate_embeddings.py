@@ -46,7 +46,7 @@ from pipeline.files.units import TarUnit, list_units, run_units
 from pipeline.inference import launcher
 from pipeline.inference.engine_watch import EngineWatch
 from pipeline.inference.images import MAX_IMAGE_BYTES
-from pipeline.inference.model_files import identify_model, locate_backbone
+from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.inference.workers import Background
 from pipeline.log import Progress, logger
 
@@ -328,7 +328,7 @@ def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> dict
     section = config.embedding_model
     settings = {
         "model": model_id,
-        **section.describe_views(),
+        **describe_views(section),
         "dtype": section.dtype,
         "embedding_dtype": section.embedding_dtype,
     }

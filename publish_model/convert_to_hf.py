@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError, one_line
 from pipeline.files.tables import PROVENANCE_KEY, identify, make_provenance, matches
 from pipeline.files.writing import writing_folder
-from pipeline.inference.model_files import identify_model, locate_backbone
+from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.log import logger
 from publish_model.model_folder.card_results import add_test_results
 from publish_model.model_folder.model_card import is_measured, worse_than
@@ -64,7 +64,7 @@ def describe(config: Config, options: PublishOptions, checkpoint_path: Path, bac
     Raises InputError if one of them is missing.
     """
     inputs = [identify(checkpoint_path), {"name": "backbone", "id": identify_model(backbone_dir)}]
-    settings = {**config.embedding_model.describe_views(), "dtype": options.dtype or "as stored"}
+    settings = {**describe_views(config.embedding_model), "dtype": options.dtype or "as stored"}
     return make_provenance(STAGE, inputs, settings) | {"counts": COUNTS}
 
 
@@ -101,7 +101,7 @@ def _list_weights(folder: Path) -> list[str]:
 def check_embedded_alike(config: Config, checkpoint: "Checkpoint", model_id: str) -> None:
     """Raise InputError naming the difference where the checkpoint was trained on embeddings of another backbone, or
     made with other settings of it, than would be published; older checkpoints do not say."""
-    wanted = {"model": model_id, **config.embedding_model.describe_views()}
+    wanted = {"model": model_id, **describe_views(config.embedding_model)}
     found = checkpoint.provenance.get("embedded_with")
     if not isinstance(found, dict):
         return

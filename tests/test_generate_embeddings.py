@@ -128,28 +128,6 @@ def test_the_class_token_is_another_embedding_and_refused_as_such(tmp_path, city
     assert read(tmp_path, where="other").schema.equals(read(tmp_path).schema)
 
 
-@pytest.mark.parametrize(
-    ("setting", "difference"),
-    [
-        ("image_size=70", "image_size was None and is now 70"),
-        ("scales=[70,56]", "scales was None and is now [56, 70]"),
-        ("flip=true", "flip was None and is now True"),
-    ],
-)
-def test_embeddings_of_other_views_are_refused_by_name_and_those_of_before_kept(
-    tmp_path, city, stage, setting, difference
-):
-    stage()
-    assert set(tables.read_provenance(tmp_path / "embeddings" / "0001_embeddings.parquet")["settings"]) == {
-        "model", "pooling_type", "dtype", "embedding_dtype",
-    }  # fmt: skip
-    outcome = stage(f"embedding_model.{setting}")
-    assert outcome.code == 1
-    assert difference in outcome.stderr.splitlines()[-1]
-    assert stage(f"embedding_model.{setting}", "paths.embeddings_dir=other").code == 0
-    assert smallest_cosine(as_matrix(read(tmp_path, where="other")), as_matrix(read(tmp_path))) < 0.999999
-
-
 def test_a_tar_of_rejects_alone_gives_no_rows_of_the_right_width(tmp_path, validate, stage):
     write_tar(tmp_path / "raw" / "0001.tar", make_view("a", 1, 1, image=b"x"))
     validate()

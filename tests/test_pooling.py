@@ -1,18 +1,25 @@
 """Image sizes, scales, mirror images and pooling: the same numbers by hand, in stage 2 and in the published model."""
 
 import json
+import re
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from plain_loop import smallest_cosine
 from published_models import make_picture, publish, write_backbone
 from torch.nn import functional
 
-from pipeline.errors import ConfigError, InputError
+from generate_embeddings import generate_embeddings
+from pipeline.cli import Options
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, InputError, PipelineError
+from pipeline.files import tables
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.pooling import embed_views, pool
+from preprocess_raw_data import process_tar
 from publish_model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 
 PICTURES = [make_picture(seed, size) for seed, size in enumerate([(300, 280), (97, 131), (448, 448)])]
@@ -247,10 +254,39 @@ def test_a_model_that_gives_another_embedding_each_time_is_refused(backbone, mon
     ],
 )
 def test_settings_that_cannot_go_together_are_refused_by_name(tmp_path, settings, message):
-    from pipeline.config import load_config
-
     path = tmp_path / "config.toml"
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     path.write_text("\n".join(["[embedding_model]", *lines]))
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "difference"),
+    [
+        ("image_size=70", "image_size was None and is now 70"),
+        ("scales=[70,56]", "scales was None and is now [56, 70]"),
+        ("flip=true", "flip was None and is now True"),
+    ],
+)
+def test_embeddings_of_other_views_are_refused_by_name_and_those_of_before_kept(
+    tmp_path, make_tar, toy_backbone, setting, difference
+):
+    make_tar(tmp_path / "raw", 1, [2, 3])
+    paths = ["raw_dir", "intermediates_dir", "embeddings_dir"]
+    lines = ["[paths]", *(f'{key} = "{key.removesuffix("_dir")}"' for key in paths)]
+    lines += ["[embedding_model]", f'model_name = "{toy_backbone}"']
+    (tmp_path / "config.toml").write_text("\n".join(lines))
+
+    def run(stage, *overrides):
+        return stage.run(load_config(tmp_path / "config.toml", list(overrides)), Options())
+
+    run(process_tar)
+    written = run(generate_embeddings).written[0]
+    settings = tables.read_provenance(written)["settings"]
+    assert set(settings) == {"model", "pooling_type", "dtype", "embedding_dtype"}
+    with pytest.raises(PipelineError, match=re.escape(difference)):
+        run(generate_embeddings, f"embedding_model.{setting}")
+    other = run(generate_embeddings, f"embedding_model.{setting}", "paths.embeddings_dir=other").written[0]
+    rows = [np.stack(pq.read_table(path)["embedding"].to_numpy()) for path in (written, other)]
+    assert smallest_cosine(*rows) < 0.999999
