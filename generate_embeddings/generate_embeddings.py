@@ -49,7 +49,7 @@ from pipeline.files.units import TarUnit, list_units, run_units
 from pipeline.inference import launcher
 from pipeline.inference.engine_watch import EngineWatch
 from pipeline.inference.images import MAX_IMAGE_BYTES
-from pipeline.inference.model_files import identify_model, locate_backbone
+from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.inference.workers import Background
 from pipeline.log import Progress, logger
 
@@ -113,7 +113,7 @@ def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
     embedded = False
     try:
         missing = fill_scratch(unit.tar_path, table, scratch, stage)
-        embedding_type = pa.list_(stored_type(stage.config), scratch.width or stage.embedder.measure_width())
+        embedding_type = pa.list_(stored_type(stage.config), scratch.width or stage.embedder.width)
         embedded = True
     finally:
         if not embedded:
@@ -312,6 +312,9 @@ def load_embedder(folder: Path, config: Config) -> "Embedder":
     return Embedder(
         folder,
         pooling_type=section.pooling_type,
+        image_size=section.input_size,
+        scales=section.scales,
+        flip=section.flip,
         device=config.infrastructure.device,
         dtype=section.dtype,
         batch_size=section.batch_size,
@@ -330,7 +333,7 @@ def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> dict
     section = config.embedding_model
     settings = {
         "model": model_id,
-        "pooling_type": section.pooling_type,
+        **describe_views(section),
         "dtype": section.dtype,
         "embedding_dtype": section.embedding_dtype,
     }

@@ -1,6 +1,5 @@
 """What other writers left is taken over: paths with other folders, files without provenance beside ours."""
 
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -111,7 +111,7 @@ def test_ids_are_escaped_in_the_page(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--query", "none.jpg"], "none.jpg: cannot be read"),
+        (["--query", "none.jpg"], "none.jpg: no such file"),
         (["--query", "in.parquet"], "unreadable_image"),
         (["--query", "query.jpg", "--model-id", "nobody/nothing"], "is not on this machine"),
     ],
