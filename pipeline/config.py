@@ -83,6 +83,9 @@ class DataSection(Section):
     split_cell_m: float = Field(0.0, ge=0.0, description="metres; > 0 splits by geographic cell of this size")
     split_file: str | None = Field(None, description="parquet or CSV of building_id, split that wins over the hash")
     max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="share of rejects above which a run fails")
+    allow_missing_embeddings: bool = Field(
+        False, description="stage 3 goes on where tars have intermediates and no embeddings; they count as dropped"
+    )
     memory_mb: int = Field(1024, ge=16, description="MiB of embeddings that stage 3 holds at a time")
 
     @model_validator(mode="after")
@@ -115,6 +118,9 @@ class DifficultySection(Section):
     pca_components: int = Field(32, ge=1, description="dimensions of the search space")
     backend: Literal["auto", "balltree", "faiss", "torch"] = Field("auto", description="exact search engine")
     exclude_within_m: float = Field(0.0, ge=0.0, description="metres; nearer targets are no neighbours; 0 is off")
+    allow_missing_fingerprints: bool = Field(
+        False, description="stage 5 goes on where tars have intermediates and no fingerprints; they count as dropped"
+    )
 
 
 class TrainingModelSection(Section):

@@ -3,7 +3,8 @@
     python publish_model/search_embeddings.py OUTPUT --query photo.jpg --top 10
 
 Reads what stage 8 wrote, and embeds the photograph with the same model. Prints rank, similarity (cosine) and OSMID,
-separated by tabs. --html PAGE writes a page with thumbnails, for which --input names the packaged images.
+separated by tabs; what is no printable character in an id comes as an escape. --html PAGE writes a page with
+thumbnails, for which --input names the packaged images.
 """
 
 import sys
@@ -22,6 +23,7 @@ from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.parts import Part
 from publish_model.dataset.similarity_search import find_nearest, import_faiss
 from publish_model.new_data.embed_options import whole_number
+from publish_model.new_data.id_lists import describe_id
 from publish_model.new_data.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
 from publish_model.new_data.photographs import embed_photographs
 from publish_model.new_data.published_model import find_model
@@ -80,7 +82,10 @@ def search(
     embedding = embed_photographs([query], model.prepare(), str(recipe["precision"]), device)
     similarities, rows = find_nearest(embedding, dataset.read_blocks(), top)
     ids = dataset.read_ids_at(rows[0].tolist())
-    hits = [(float(similarity), ids[row]) for similarity, row in zip(similarities[0], rows[0].tolist(), strict=True)]
+    hits = [
+        (float(similarity), describe_id(ids[row]))
+        for similarity, row in zip(similarities[0], rows[0].tolist(), strict=True)
+    ]
     for rank, (similarity, identifier) in enumerate(hits, start=1):
         print(f"{rank}\t{similarity:.6f}\t{identifier}")
     logger.info("searched %d embeddings", dataset.num_rows)

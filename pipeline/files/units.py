@@ -9,9 +9,11 @@ from pipeline.cli import Options, StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.listing import is_parquet, list_files, warn_of_others
-from pipeline.files.tables import identify, is_complete, read_provenance
+from pipeline.files.tables import identify, is_complete, open_parquet, read_provenance
 from pipeline.ids import parse_dataset_id
 from pipeline.log import logger
+
+MAX_NAMED = 10  # of those that an error lists
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,31 @@ def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
         return {}
     found = (path for path in list_files(intermediates_dir) if is_parquet(path))
     return {int(path.stem): path for path in found if path.stem.isascii() and path.stem.isdigit()}
+
+
+def drop_missing(
+    result: StageResult, config: Config, outputs: Iterable[Path], what: str, *, allowed: bool, setting: str
+) -> None:
+    """Count as dropped the images of intermediates for which there is no file NNNN_`what`.parquet among `outputs`.
+
+    Without a folder of intermediates there is nothing to compare with. Raises InputError naming those without unless
+    they are `allowed`, by `setting`.
+    """
+    if config.paths.intermediates_dir is None:
+        logger.info("[paths].intermediates_dir is not set: no one looks whether %s are missing", what)
+        return
+    intermediates = list_intermediates(config.path("intermediates_dir"))
+    made = {path.stem for path in outputs}
+    missing = [path for path in intermediates.values() if f"{path.stem}_{what}" not in made]
+    if not missing:
+        return
+    names = ", ".join(path.stem for path in missing[:MAX_NAMED]) + (", ..." if len(missing) > MAX_NAMED else "")
+    said = f"{len(missing)} of {len(intermediates)} tars of {missing[0].parent} have no {what} ({names})"
+    if not allowed:
+        raise InputError(f"{said}: run the stage that makes them, or set {setting} = true to go on without")
+    num_images = sum(open_parquet(path).metadata.num_rows for path in missing)
+    logger.warning("%s: %d images are left out", said, num_images)
+    result.add({"in": num_images, "dropped": num_images}, {f"missing_{what}": num_images})
 
 
 def _find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
