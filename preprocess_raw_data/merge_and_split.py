@@ -120,7 +120,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         result.kept = targets
         return result
     inventory = take_inventory(paths)
-    splits, provenances = plan_splits(inventory, wanted, config)
+    embedded_with = next(filter(None, ((read_provenance(path) or {}).get("settings") for path in paths)), None)
+    splits, provenances = plan_splits(inventory, wanted | {"embedded_with": embedded_with}, config)
     write_splits(inventory, splits, config.path("merged_dir"), provenances, config)
     result.add(provenances[0]["counts"], provenances[0]["reasons"])
     result.written = targets

@@ -5,10 +5,11 @@ from typing import Any
 
 MODEL_TYPE = "spatial_embeddings"
 CODE_DIR = Path(__file__).resolve().parents[1]
-# One definition of the projector: the very file that training uses travels with the model.
+# One definition of pooling and projector: the very files that stage 2 and training use travel with the model.
 CODE_PATHS = (
     CODE_DIR / "configuration_spatial_embeddings.py",
     CODE_DIR / "modeling_spatial_embeddings.py",
+    CODE_DIR.parent / "pipeline" / "inference" / "pooling.py",
     CODE_DIR.parent / "pipeline" / "retrieval" / "projector.py",
 )
 AUTO_MAP = {
