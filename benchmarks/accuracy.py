@@ -127,7 +127,7 @@ def fit_projector(config: Config, train: Features, val: Features, seed: int) -> 
     neighbors = load_neighbors(config.path("difficulty_metadata_path"), train)
     sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, CPU)
     material = Material(train, validation, sampler, len(train) + len(val), CPU)
-    baselines = fit_baselines(train, validation, config.training_model.output_dim, section)
+    baselines = fit_baselines(train, validation, config.training_model, section)
     run = make_run(config, material, store_coordinates(material, baselines.start), baselines)
     run.begin()
     run.start = run.start | {"weights": run.best["projector"]}

@@ -39,6 +39,7 @@ from pipeline.files.tables import (
     parquet_writer,
     read_provenance,
 )
+from pipeline.files.units import drop_missing
 from pipeline.ids import Shard
 from pipeline.inference.workers import prefetch
 from pipeline.log import Progress, Stopwatch, logger
@@ -218,6 +219,11 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     paths = list_fingerprint_files(config.path("fingerprints_dir"))
     provenance = make_provenance(STAGE, [identify(source) for source in paths], data_settings(config))
     result = cli.StageResult(STAGE)
+    if options.shard.index == 0:  # one shard counts for all
+        drop_missing(
+            result, config, paths, "fingerprints",
+            allowed=config.difficulty.allow_missing_fingerprints, setting="[difficulty].allow_missing_fingerprints",
+        )  # fmt: skip
     if is_complete(path, provenance, options.overwrite):
         return keep(path, result)
     with result.watch.measure("read"):

@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError, one_line
 from pipeline.files.tables import PROVENANCE_KEY, identify, make_provenance, matches
 from pipeline.files.writing import writing_folder
-from pipeline.inference.model_files import identify_model, locate_backbone
+from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.log import logger
 from publish_model.model_folder.card_results import add_test_results
 from publish_model.model_folder.model_card import is_measured, worse_than
@@ -64,7 +64,7 @@ def describe(config: Config, options: PublishOptions, checkpoint_path: Path, bac
     Raises InputError if one of them is missing.
     """
     inputs = [identify(checkpoint_path), {"name": "backbone", "id": identify_model(backbone_dir)}]
-    settings = {"pooling_type": config.embedding_model.pooling_type, "dtype": options.dtype or "as stored"}
+    settings = {**describe_views(config.embedding_model), "dtype": options.dtype or "as stored"}
     return make_provenance(STAGE, inputs, settings) | {"counts": COUNTS}
 
 
@@ -96,6 +96,22 @@ def _list_weights(folder: Path) -> list[str]:
     if not index_path.is_file():
         return ["model.safetensors"]
     return sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def check_embedded_alike(config: Config, checkpoint: "Checkpoint", model_id: str) -> None:
+    """Raise InputError naming the difference where the checkpoint was trained on embeddings of another backbone, or
+    made with other settings of it, than would be published; older checkpoints do not say."""
+    wanted = {"model": model_id, **describe_views(config.embedding_model)}
+    found = checkpoint.provenance.get("embedded_with")
+    if not isinstance(found, dict):
+        return
+    compared = set(wanted) | set(found) - {"dtype", "embedding_dtype"}
+    for key in sorted(compared):
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"{checkpoint.path}: trained on embeddings made with {key} {found.get(key)!r}, the configuration says "
+                f"{wanted.get(key)!r}: set [embedding_model] as it was, or run stages 2, 3 and 6 again"
+            )
 
 
 def check_worth(checkpoint: "Checkpoint", force: bool) -> dict[str, dict[str, float]]:
@@ -139,8 +155,9 @@ def publish(
     from publish_model.model_folder.training_similarity import measure_training
 
     checkpoint = load_checkpoint(checkpoint_path, config.training_model)
+    check_embedded_alike(config, checkpoint, identify_model(backbone_dir))
     metrics = check_worth(checkpoint, options.force)
-    backbone = Backbone(backbone_dir, name_backbone(config), config.embedding_model.pooling_type)
+    backbone = Backbone(backbone_dir, name_backbone(config), config.embedding_model)
     with writing_folder(output) as folder:
         fill_folder(
             folder, backbone, checkpoint, metrics, options.dtype, provenance, measure_training(config, checkpoint)

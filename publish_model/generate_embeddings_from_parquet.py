@@ -79,7 +79,7 @@ def make_missing_parts(appending: Appending, model: PublishedModel) -> EngineWat
         from publish_model.dataset.batch_embedding import BatchEmbedder
 
         embedder = BatchEmbedder(model.folder, appending.source, appending.recipe.precision, options, watch)
-    appending.begin()  # what cannot be used is known by now, and has left nothing behind
+    appending.begin(embedder.width)  # what cannot be used is known by now, and has left nothing behind
     rows_kept, rows = appending.num_rows
     try:
         with Progress(STAGE, rows_kept + rows, interval_seconds=options.progress_interval_seconds) as progress:

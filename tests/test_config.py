@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import DEFAULT_CONFIG_PATH, Config, DataSection, count_cores, load_config
+from pipeline.config import DEFAULT_CONFIG_PATH, Config, DataSection, TrainingModelSection, count_cores, load_config
 from pipeline.errors import ConfigError
 
 
@@ -260,3 +260,10 @@ def test_every_key_says_what_it_is():
         if section.alias == "global" or hasattr(section.annotation, "model_fields"):
             for key, field in section.annotation.model_fields.items():
                 assert field.description, key
+
+
+def test_hidden_layers_shrink_by_the_multiplier_and_are_rounded_down():
+    section = TrainingModelSection(hidden_dim=384, num_hidden_layers=3, hidden_dim_multiplier=0.75)
+    assert section.hidden_dims == [384, 288, 216]
+    assert TrainingModelSection(hidden_dim=3, num_hidden_layers=3, hidden_dim_multiplier=0.4).hidden_dims == [3, 1, 1]
+    assert TrainingModelSection(hidden_dim=384, num_hidden_layers=3).hidden_dims is None

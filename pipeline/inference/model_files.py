@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, one_line
 
 # A licence's own text, as model folders call it.
@@ -17,6 +18,17 @@ _IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
 _NO_IDENTITY = {"training_similarity.json", "modules.json", "sentence_bert_config.json"}
 # 256 pieces of 4 KiB of each weight file: retraining changes nearly every tensor, and 27 GB are told apart in a second.
 _NUM_PIECES, _PIECE_BYTES = 256, 4096
+
+
+def describe_views(section: EmbeddingModelSection) -> dict[str, Any]:
+    """Return which outputs of the backbone are taken over which views of a picture, for the provenance.
+
+    What there was no choice of once is left out at its default, so that embeddings made then are still taken for what
+    they are.
+    """
+    chosen = {"image_size": section.image_size, "scales": sorted(section.scales), "flip": section.flip}
+    defaults = {"image_size": "auto", "scales": [], "flip": False}
+    return {"pooling_type": section.pooling_type} | {key: chosen[key] for key in chosen if chosen[key] != defaults[key]}
 
 
 def locate_backbone(config: Config, *, download: bool) -> Path | None:

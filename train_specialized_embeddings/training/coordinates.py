@@ -45,6 +45,7 @@ class Coordinates:
         """Return the projector of features that equals this one of coordinates, up to rounding; on the CPU."""
         architecture = projector.architecture | {
             "input_dim": self.linear_map.weight.shape[1], "input_power": self.linear_map.input_power,
+            "input_norm": self.linear_map.input_norm,
         }  # fmt: skip
         state = {name: value.detach().cpu() for name, value in projector.state_dict().items()}
         weight, bias = (torch.from_numpy(part).double() for part in (self.linear_map.weight, self.linear_map.bias))
@@ -55,20 +56,23 @@ class Coordinates:
                 state[f"{layer}.bias"] = (own @ bias + state[f"{layer}.bias"]).float()
         with torch.random.fork_rng(devices=[]):  # the layers' first weights are drawn, and thrown away
             folded = Projector(**architecture)
-        folded.load_state_dict(state)
+        # A norm keeps its first weights: the coordinates are of what it gives, and so are all that is trained.
+        folded.load_state_dict(folded.state_dict() | state)
         return folded.eval()
 
     def state(self) -> dict[str, Any]:
         """Return it as tensors and plain values."""
+        own = self.linear_map
         return {
-            "weight": torch.from_numpy(self.linear_map.weight), "bias": torch.from_numpy(self.linear_map.bias),
-            "input_power": self.linear_map.input_power, "spread": torch.from_numpy(self.spread), "length": self.length,
+            "weight": torch.from_numpy(own.weight), "bias": torch.from_numpy(own.bias),
+            "input_power": own.input_power, "input_norm": own.input_norm,
+            "spread": torch.from_numpy(self.spread), "length": self.length,
         }  # fmt: skip
 
 
 def restore_coordinates(state: dict[str, Any]) -> Coordinates:
     """Return the coordinates of a saved state."""
-    linear_map = LinearMap(state["weight"].numpy(), state["bias"].numpy(), state["input_power"])
+    linear_map = LinearMap(state["weight"].numpy(), state["bias"].numpy(), state["input_power"], state["input_norm"])
     return Coordinates(linear_map, state["spread"].numpy(), state["length"])
 
 

@@ -112,9 +112,8 @@ def begin(config: Config, material: Material, saved: Checkpoint | None) -> Basel
     if saved is not None:
         scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
         return Baselines(restore_coordinates(saved.rest["coordinates"]), saved.rest["start"], scores)
-    return fit_baselines(
-        material.train, material.validation, config.training_model.output_dim, config.training, material.device
-    )
+    model, section = config.training_model, config.training
+    return fit_baselines(material.train, material.validation, model, section, material.device)
 
 
 def load_latest(files: RunFiles, provenance: dict[str, Any]) -> Checkpoint | None:

@@ -54,11 +54,12 @@ class Baselines:
 def fit_baselines(
     train: Features,
     validation: ValidationSet,
-    output_dim: int,
+    model: TrainingModelSection,
     section: TrainingSection,
     device: torch.device | None = None,
 ) -> Baselines:
     """Fit PCA-whitening, within-class whitening (the shrinkage that validates best) and what training starts from."""
+    output_dim = model.output_dim
     powers = (1.0, INPUT_POWER) if section.init == "sharpened" else (1.0,)
     scatter, *powered = collect_scatters(train.embeddings, train.building_codes, powers, device)
     num_rows = max(output_dim, min(train.width, NUM_COORDINATES))
@@ -72,6 +73,12 @@ def fit_baselines(
         "whitening": summarize_scores(whitening.scores),
     }
     note: dict[str, Any] = {"init": section.init, "shrinkage": shrinkage}
+    if model.input_norm:  # the start is fitted to what its layer will get
+        scatter, *powered = collect_scatters(train.embeddings, train.building_codes, powers, device, input_norm=True)
+        pca = whiten_by_pca(scatter, num_rows)
+        tried = _try(whiten_within_class, scatter, validation, output_dim, num_rows, section)
+        note["shrinkage_after_norm"] = max(tried, key=lambda key: tried[key].mean)
+        whitening = tried[note["shrinkage_after_norm"]]
     start = _fill_up(pca, num_rows) if section.init == "pca" else whitening.linear_map
     if section.init == "sharpened":
         tried = _try(sharpen_whitening, powered[0], validation, output_dim, num_rows, section)
@@ -133,7 +140,7 @@ def make_projector(baselines: Baselines, model: TrainingModelSection, section: T
     start = baselines.start
     projector = Projector(
         len(start.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,
-        model.activation, section.input_dropout,
+        model.activation, section.input_dropout, hidden_dims=model.hidden_dims,
     )  # fmt: skip
     if section.init == "random":
         return projector
@@ -152,4 +159,4 @@ def _fill_up(pca: LinearMap, output_dim: int) -> LinearMap:
     rank, width = pca.weight.shape
     weight, bias = np.zeros((output_dim, width), np.float32), np.zeros(output_dim, np.float32)
     weight[:rank], bias[:rank] = pca.weight / np.sqrt(rank), pca.bias / np.sqrt(rank)
-    return LinearMap(weight, bias)
+    return LinearMap(weight, bias, pca.input_power, pca.input_norm)
