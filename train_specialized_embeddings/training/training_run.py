@@ -1,16 +1,13 @@
 """One training run: its epochs, its best, and what it saves so that a killed run can go on exactly."""
 
 import time
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from pipeline.config import Config
 from pipeline.files import writing
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
-from pipeline.retrieval.scores import QueryScores, summarize_scores
 from train_specialized_embeddings.training.collapse import has_collapsed
 from train_specialized_embeddings.training.coordinates import Coordinates
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
@@ -48,7 +45,6 @@ class TrainingRun:
     sinks: MetricSinks
     history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
     best: Content = field(default_factory=dict)  # the best epoch's checkpoint
-    first_scores: QueryScores | None = None  # of the start's validation
 
     @property
     def epoch(self) -> int:
@@ -61,8 +57,7 @@ class TrainingRun:
         section = self.config.training
         if sum(record["collapsed"] for record in self.history) > MAX_COLLAPSES:
             return True
-        peak = max(self.history, key=lambda record: float(record["val"]["map"]))
-        return self.epoch >= section.num_epochs or self.epoch - peak["epoch"] >= section.patience
+        return self.epoch >= section.num_epochs or self.epoch - self.best["epoch"] >= section.patience
 
     def complete(self) -> None:
         """Validate the start, run the epochs that are left, and write everything.
@@ -104,7 +99,6 @@ class TrainingRun:
         """Take up the state of a killed run."""
         self.trainer.restore(saved.rest)
         self.history, self.best = list(saved.rest["history"]), saved.rest["best"]
-        self.first_scores = QueryScores(*(values.numpy() for values in saved.rest["first_scores"]))
         for record in self.history:
             self.sinks.write(record)
         logger.info("going on after epoch %d", self.epoch)
@@ -119,8 +113,7 @@ class TrainingRun:
             projector, device = self.trainer.projector, self.trainer.store.device
             embeddings = project(projector, self.validation.embeddings, device)
             norm = measure_norm(projector, self.validation.embeddings, device)
-            query_scores = self.validation.score_each(embeddings)
-            scores = summarize_scores(query_scores)
+            scores = self.validation.score(embeddings)
         record: dict[str, Any] = {
             "epoch": len(self.history),
             "train_loss": report and report.loss,
@@ -137,19 +130,8 @@ class TrainingRun:
         record["collapsed"] = has_collapsed(record, self.history[0] if self.history else record)
         self.history.append(record)
         self.sinks.write(self.history[-1])
-        self.first_scores = self.first_scores or query_scores
-        if not self.best or self._is_best(scores, query_scores):
+        if not self.best or scores["map"] > self.best["metrics"]["val"]["projector"]["map"]:
             self.best = self._describe()
-
-    def _is_best(self, scores: Scores, query_scores: QueryScores) -> bool:
-        """Whether the last epoch validates best, and better than the start by more than a standard error.
-
-        With few buildings to validate on the best of many epochs is one by chance, and the start has seen none of them.
-        """
-        if scores["map"] <= self.best["metrics"]["val"]["projector"]["map"]:
-            return False
-        assert self.first_scores is not None
-        return self.validation.is_better(query_scores, self.first_scores)
 
     def _log_epoch(self) -> None:
         """Say how the last epoch went, and where it has gone wrong."""
@@ -211,10 +193,7 @@ class TrainingRun:
     def _save(self) -> None:
         """Write what the run goes on from, then the files that follow from it."""
         with self.watch.measure("write"):
-            assert self.first_scores is not None
-            first = [torch.from_numpy(values) for values in astuple(self.first_scores)]
-            content = {"best": self.best, "history": self.history, "first_scores": first}
-            save_checkpoint(self.files.latest, self._describe() | content)
+            save_checkpoint(self.files.latest, self._describe() | {"best": self.best, "history": self.history})
             self._write_outputs()
 
     def _write_outputs(self) -> None:
