@@ -73,6 +73,7 @@ class EmbeddingModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="bfloat16 on CUDA, float32 on CPU")
     embedding_dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored embedding")
     compile: bool = Field(False, description="run the backbone through torch.compile")
+    trust_remote_code: bool = Field(False, description="run the code that comes with the backbone; read it first")
 
     @model_validator(mode="after")
     def _one_way_to_say_the_size(self) -> "EmbeddingModelSection":
@@ -138,7 +139,9 @@ class DifficultySection(Section):
 
     neighbors: int = Field(150, ge=1, description="images of other buildings kept per image")
     k0_for_local_scale: int = Field(50, ge=1, description="number of the neighbour that sets the local scale")
-    sample_fraction_for_bands: float = Field(0.05, gt=0.0, le=1.0, description="share of images that set the edges")
+    sample_fraction_for_bands: float = Field(
+        0.05, gt=0.0, le=1.0, description="share of images that set the edges; 10,000, or all, at the least"
+    )
     pca_components: int = Field(32, ge=1, description="dimensions of the search space")
     backend: Literal["auto", "balltree", "faiss", "torch"] = Field("auto", description="exact search engine")
     exclude_within_m: float = Field(0.0, ge=0.0, description="metres; nearer targets are no neighbours; 0 is off")
