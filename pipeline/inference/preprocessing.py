@@ -32,7 +32,8 @@ class DeviceProcessor:
         """Return the model's input, (3, h, w) float32 each, of pictures (3, H, W) uint8 on the device."""
         ready: list[torch.Tensor] = []
         while len(ready) < len(pixels):
-            chunk, area = [], 0
+            chunk: list[torch.Tensor] = []
+            area = 0
             for picture in pixels[len(ready) : len(ready) + DEVICE_CHUNK]:
                 area += picture.shape[1] * picture.shape[2]
                 if chunk and area > DEVICE_CHUNK_PIXELS:
