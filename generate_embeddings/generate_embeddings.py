@@ -309,6 +309,8 @@ def load_embedder(folder: Path, config: Config) -> "Embedder":
     from pipeline.inference.backbone import Embedder
 
     section = config.embedding_model
+    if section.trust_remote_code:
+        logger.warning("%s: the code that comes with the model is run ([embedding_model].trust_remote_code)", folder)
     return Embedder(
         folder,
         pooling_type=section.pooling_type,
@@ -319,6 +321,7 @@ def load_embedder(folder: Path, config: Config) -> "Embedder":
         dtype=section.dtype,
         batch_size=section.batch_size,
         compile_model=section.compile,
+        trust_remote_code=section.trust_remote_code,
     )
 
 
