@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline import cli
-from pipeline.config import Config, list_keys, read_toml
+from pipeline.config import Config, list_keys
+from pipeline.config_overrides import read_toml
 from pipeline.errors import ConfigError
 
 # Other names of what is here, whatever section they stood in.
