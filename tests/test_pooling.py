@@ -201,6 +201,54 @@ def test_a_model_without_a_class_token_is_refused_not_given_a_patch(tmp_path, po
             Embedder(folder, device="cpu", pooling_type=pooling_type)
 
 
+def write_text_and_vision(folder, family):
+    """Save a toy model of text and pictures, and return its folder."""
+    import transformers
+
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = getattr(transformers, f"{family}Config")(
+        vision_config={**shape, "image_size": 32, "patch_size": 8}, text_config={**shape, "vocab_size": 99}
+    )
+    torch.manual_seed(3)
+    getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    options = size if family == "CLIP" else {"size": {"height": 32, "width": 32}}
+    getattr(transformers, f"{family}ImageProcessor")(**options).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_of_a_model_of_text_and_pictures_the_vision_tower_is_taken_and_published(tmp_path, family):
+    import transformers
+    from transformers import AutoModel
+
+    folder = write_text_and_vision(tmp_path / family.lower(), family)
+    embedder = Embedder(folder, device="cpu")
+    pixels = torch.stack([embedder.prepare(picture) for picture in PICTURES])
+    whole = getattr(transformers, f"{family}Model").from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = whole.vision_model(pixel_values=pixels).pooler_output.numpy()
+    found = embedder.embed(list(pixels))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    published = publish(tmp_path, folder)
+    model, info = AutoModel.from_pretrained(published, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values())
+    with torch.inference_mode():
+        features, _ = model.eval().extract(pixels)
+    np.testing.assert_allclose(features.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_text_is_refused_with_what_to_give(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(**shape, vocab_size=99)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(
+        InputError, match="bert: a bert model does not take pictures alone: set .*model_name to a vision"
+    ):
+        Embedder(tmp_path / "bert", device="cpu")
+
+
 def test_a_model_without_a_pooled_output_says_what_to_set(backbone, monkeypatch):
     from transformers import Dinov2Model, DINOv3ViTModel
 

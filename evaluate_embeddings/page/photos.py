@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.errors import Rejection
+from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.tables import PLACE_COLUMNS, open_parquet
+from pipeline.files.units import find_tar_dir
 from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb
 from pipeline.pages import shrink, to_data_uri
 
@@ -34,7 +35,11 @@ class PhotoSource:
         elif any(file.schema_arrow.get_field_index(name) < 0 for name in names):
             self.problem = f"{split_path.name} does not say where the images lie in their tars"
         else:
-            self._places = file.read(columns=names)
+            try:
+                self.raw_dir = find_tar_dir(raw_dir)
+                self._places = file.read(columns=names)
+            except InputError as error:  # the page does without
+                self.problem = one_line(error)
 
     def read_thumbnails(self, rows: Iterable[int], max_characters: int, max_side: int = 224) -> dict[int, str]:
         """Return, for the rows whose picture can be had, a JPEG as a data URI; the others are counted.

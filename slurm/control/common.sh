@@ -16,8 +16,16 @@ load_modules() {
     fi
 }
 
-# Sets PYTHON: what is given, else the project's environment, else python3.
+# Sets PYTHON: that of --venv-path among the arguments, for the jobs too, else what is given, else the project's
+# environment, else python3.
 find_python() {
+    local previous='' word
+    for word in "$@"; do
+        if [ "$previous" = --venv-path ]; then export PYTHON=$word/bin/python; fi
+        case $word in --venv-path=*) export PYTHON=${word#*=}/bin/python ;; esac
+        previous=$word
+    done
+    case ${PYTHON:-} in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/${PYTHON##*/} ;; esac
     if [ -z "${PYTHON:-}" ]; then
         if [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; else PYTHON=python3; fi
     fi
