@@ -41,7 +41,7 @@ def embed_images(
     had or a file cannot be read as an image.
     """
     model = find_model(model_id, download=True)
-    return embed_photographs([Path(path) for path in paths], model.folder, dtype, device)
+    return embed_photographs([Path(path) for path in paths], model.prepare(), dtype, device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,9 +27,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError, Terminated
 from pipeline.files.writing import write_failure
 from pipeline.inference import launcher
-from pipeline.inference.engine_watch import EngineWatch
 from pipeline.inference.workers import Background
-from pipeline.log import Progress, logger
+from pipeline.log import EngineWatch, Progress, logger
 from publish_model.dataset.appending import Appending
 from publish_model.dataset.duplicates import find_duplicates
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
@@ -78,7 +77,7 @@ def make_missing_parts(appending: Appending, model: PublishedModel) -> EngineWat
     with watch.measure("load"):
         from publish_model.dataset.batch_embedding import BatchEmbedder
 
-        embedder = BatchEmbedder(model.folder, appending.source, appending.recipe.precision, options, watch)
+        embedder = BatchEmbedder(model.prepare(), appending.source, appending.recipe.precision, options, watch)
     appending.begin(embedder.width)  # what cannot be used is known by now, and has left nothing behind
     rows_kept, rows = appending.num_rows
     try:

@@ -79,7 +79,7 @@ def search(
     model = find_model(model_id or dataset.model_id, download=False)
     dataset.check_model(model)
     source = dataset.open_input(input_path) if input_path is not None else None
-    embedding = embed_photographs([query], model.folder, str(recipe["precision"]), device)
+    embedding = embed_photographs([query], model.prepare(), str(recipe["precision"]), device)
     similarities, rows = find_nearest(embedding, dataset.read_blocks(), top)
     ids = dataset.read_ids_at(rows[0].tolist())
     hits = [

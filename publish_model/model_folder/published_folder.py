@@ -21,20 +21,8 @@ from pipeline.retrieval.checkpoint import Checkpoint
 from publish_model.dataset import drift
 from publish_model.model_folder.model_card import CardFacts, make_card, read_licence
 from publish_model.model_folder.weights import list_backbone, stored_type, tensors_of, write_weights
+from publish_model.new_data.model_code import CODE_PATHS, describe_model
 
-MODEL_TYPE = "spatial_embeddings"
-CODE_DIR = Path(__file__).resolve().parents[1]
-# One definition of pooling and projector: the very files that stage 2 and training use travel with the model.
-CODE_PATHS = (
-    CODE_DIR / "configuration_spatial_embeddings.py",
-    CODE_DIR / "modeling_spatial_embeddings.py",
-    CODE_DIR.parent / "pipeline" / "inference" / "pooling.py",
-    CODE_DIR.parent / "pipeline" / "retrieval" / "projector.py",
-)
-AUTO_MAP = {
-    "AutoConfig": "configuration_spatial_embeddings.SpatialEmbeddingsConfig",
-    "AutoModel": "modeling_spatial_embeddings.SpatialEmbeddingsModel",
-}
 # What lets SentenceTransformer (6 or newer) load the same weights as its one module.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
     "modules.json": [
@@ -46,8 +34,6 @@ SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
         "module_output_name": "sentence_embedding",
     },
 }
-# What a backbone's configuration says of where and in which type it was stored: false for the published copy.
-STORAGE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "auto_map")
 # Larger models are not loaded for a trial: who publishes 27 GB may do so on a machine that does not hold them.
 TRIAL_BYTES = 5_000_000_000
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -156,20 +142,9 @@ def write_all_weights(folder: Path, backbone: Backbone, checkpoint: Checkpoint, 
 
 def make_config(backbone: Backbone, checkpoint: Checkpoint, dtype: str, provenance: dict[str, Any]) -> dict[str, Any]:
     """Return the published config.json; nothing in it says where on this machine anything lay."""
-    return {
-        "architectures": [AUTO_MAP["AutoModel"].partition(".")[2]],
-        "auto_map": AUTO_MAP,
-        "model_type": MODEL_TYPE,
-        "dtype": dtype,
-        "backbone_model_name": backbone.name,
-        "backbone_config": {key: value for key, value in backbone.read_config().items() if key not in STORAGE_KEYS},
-        "pooling_type": backbone.pooling_type,
-        "scales": backbone.section.scales,
-        "flip": backbone.section.flip,
-        "projector": checkpoint.architecture,
-        "embedding_dim": checkpoint.architecture["output_dim"],
-        PROVENANCE_KEY.decode(): provenance,
-    }
+    described = describe_model(backbone.name, backbone.read_config(), backbone.pooling_type, checkpoint.architecture)
+    views = {"scales": backbone.section.scales, "flip": backbone.section.flip}
+    return described | views | {"dtype": dtype, PROVENANCE_KEY.decode(): provenance}
 
 
 def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> None:
