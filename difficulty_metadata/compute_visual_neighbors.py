@@ -58,6 +58,8 @@ DIFFICULTY_SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 20_000
+# Images that set the band edges at the least, as in the reference implementation: 5 % of a small city are too few.
+MIN_SAMPLE = 10_000
 # Parts searched together. On a GPU the more queries there are, the nearer together those of a tile, and the more points
 # are passed over: 500,000 queries, whose neighbours take 1 GB.
 PARTS_AT_ONCE = {"cpu": 1, "cuda": 25}
@@ -147,8 +149,8 @@ def find_parts(
 
 
 def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:
-    """Return which images (N,) bool set the band edges: the fraction of them, at least one."""
-    size = max(1, round(num_images * fraction))
+    """Return which images (N,) bool set the band edges: the fraction of them, at least MIN_SAMPLE or all."""
+    size = min(num_images, max(MIN_SAMPLE, round(num_images * fraction)))
     is_drawn = np.zeros(num_images, dtype=bool)
     is_drawn[np.random.default_rng(seed).choice(num_images, size, replace=False)] = True
     return is_drawn

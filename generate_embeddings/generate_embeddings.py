@@ -47,11 +47,10 @@ from pipeline.files.tables import (
 )
 from pipeline.files.units import TarUnit, list_units, run_units
 from pipeline.inference import launcher
-from pipeline.inference.engine_watch import EngineWatch
 from pipeline.inference.images import MAX_IMAGE_BYTES
 from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.inference.workers import Background
-from pipeline.log import Progress, logger
+from pipeline.log import EngineWatch, Progress, logger
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Decoded, Embedder
@@ -309,6 +308,8 @@ def load_embedder(folder: Path, config: Config) -> "Embedder":
     from pipeline.inference.backbone import Embedder
 
     section = config.embedding_model
+    if section.trust_remote_code:
+        logger.warning("%s: the code that comes with the model is run ([embedding_model].trust_remote_code)", folder)
     return Embedder(
         folder,
         pooling_type=section.pooling_type,
@@ -319,6 +320,7 @@ def load_embedder(folder: Path, config: Config) -> "Embedder":
         dtype=section.dtype,
         batch_size=section.batch_size,
         compile_model=section.compile,
+        trust_remote_code=section.trust_remote_code,
     )
 
 

@@ -180,8 +180,7 @@ def plan_splits(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage from a command line."""
-    arguments = cli.make_parser(__doc__).parse_args(argv)
-    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+    cli.run_from_command_line(STAGE, run, __doc__, argv)
 
 
 if __name__ == "__main__":

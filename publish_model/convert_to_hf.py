@@ -47,6 +47,7 @@ class PublishOptions(cli.Options):
     output: Path | None = None
     force: bool = False
     push_to_hub: str | None = None
+    public: bool = False
     dry_run: bool = False
     dtype: str | None = None
 
@@ -165,17 +166,20 @@ def publish(
     result.written.append(output)
 
 
-def describe_push(folder: Path, repo_id: str) -> None:
+def describe_push(folder: Path, repo_id: str, *, public: bool) -> None:
     """Log what `push_to_hub` would upload."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         logger.info("would upload %s (%d bytes)", path.relative_to(folder), path.stat().st_size)
     total = sum(path.stat().st_size for path in paths) / 1e6
-    logger.info("dry run: %d files, %.1f MB, to %s: nothing was uploaded", len(paths), total, repo_id)
+    logger.info(
+        "dry run: %d files, %.1f MB, to %s (%s): nothing was uploaded",
+        len(paths), total, repo_id, "public" if public else "private",
+    )  # fmt: skip
 
 
-def push_to_hub(folder: Path, repo_id: str) -> None:
-    """Upload a published folder to the hub, into a private repository unless it is there already.
+def push_to_hub(folder: Path, repo_id: str, *, public: bool) -> None:
+    """Upload a published folder to the hub, into a private repository unless it is to be public or there already.
 
     The token comes from $HF_TOKEN alone. Raises PipelineError where there is none or the hub refuses.
     """
@@ -187,7 +191,7 @@ def push_to_hub(folder: Path, repo_id: str) -> None:
         raise PipelineError(f"{repo_id}: no token to publish with: export HF_TOKEN, and run this again")
     try:
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=True, exist_ok=True)
+        api.create_repo(repo_id, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Publish the model")
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = one_line(error).replace(token, "(token)")[:200]
@@ -212,7 +216,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     if config.paths.report_dir is not None:
         add_test_results(output.resolve(), config.path("report_dir") / "metrics.json")
     if own.push_to_hub:
-        (describe_push if own.dry_run else push_to_hub)(output, own.push_to_hub)
+        (describe_push if own.dry_run else push_to_hub)(output, own.push_to_hub, public=own.public)
     return result
 
 
@@ -224,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, metavar="DIR", help="folder to write (default: published_model_dir)")
     add("--force", action="store_true", help="publish a projector that retrieves worse than no training too")
     add("--push-to-hub", metavar="REPO_ID", help="upload the folder too, to a private repository ($HF_TOKEN)")
+    add("--public", action="store_true", help="with --push-to-hub: make a new repository public")
     add("--dry-run", action="store_true", help="with --push-to-hub: list what would be uploaded, upload nothing")
     add("--dtype", choices=("float32", "bfloat16"), help="type of the published weights (default: the stored one)")
     arguments = parser.parse_args(argv)
@@ -233,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output=arguments.output,
         force=arguments.force,
         push_to_hub=arguments.push_to_hub,
+        public=arguments.public,
         dry_run=arguments.dry_run,
         dtype=arguments.dtype,
     )

@@ -121,6 +121,15 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return what a JSON file says, empty where it is missing, damaged or no object: for what one can do without."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path` to fill; when the block ends well it is synced to disk and renamed.

@@ -21,7 +21,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_
             folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]}): fetch it again") from None
+        raise _cannot_load(folder, error) from None
     unused = None if pooling_type == "pooler_output" else "pooler."
     missing = [key for key in info["missing_keys"] if not (unused and key.startswith(unused))]
     if missing:
@@ -40,7 +40,7 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]}): fetch it again") from None
+        raise _cannot_load(folder, error) from None
     if type(config) not in MODEL_MAPPING or _takes_pictures(config):  # the former brings code of its own
         return config
     tower = getattr(config, "vision_config", None)
@@ -50,6 +50,15 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False) -> Any:
         f"{folder}: a {config.model_type} model does not take pictures alone: set [embedding_model].model_name to a "
         "vision model, such as a DINOv3 or DINOv2 ViT, or the vision tower of a CLIP or SigLIP"
     )
+
+
+def _cannot_load(folder: Path, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):  # transformers' own word for what is missing
+        return InputError(
+            f"{folder}: the model comes with code of its own, which is not run unasked: read it, then set "
+            "[embedding_model].trust_remote_code = true"
+        )
+    return InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]}): fetch it again")
 
 
 def _takes_pictures(config: Any) -> bool:

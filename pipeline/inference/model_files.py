@@ -23,13 +23,14 @@ _NUM_PIECES, _PIECE_BYTES = 256, 4096
 
 
 def describe_views(section: EmbeddingModelSection) -> dict[str, Any]:
-    """Return which outputs of the backbone are taken over which views of a picture, for the provenance.
+    """Return which outputs of the backbone are taken over which views of a picture, by whose code, for the provenance.
 
     What there was no choice of once is left out at its default, so that embeddings made then are still taken for what
     they are.
     """
     chosen = {"image_size": section.image_size, "scales": sorted(section.scales), "flip": section.flip}
-    defaults = {"image_size": "auto", "scales": [], "flip": False}
+    chosen["trust_remote_code"] = section.trust_remote_code
+    defaults = {"image_size": "auto", "scales": [], "flip": False, "trust_remote_code": False}
     return {"pooling_type": section.pooling_type} | {key: chosen[key] for key in chosen if chosen[key] != defaults[key]}
 
 
