@@ -164,7 +164,7 @@ class NeighborSearch:
         num_candidates = self._num_neighbors + SPARE_CANDIDATES
         try:
             found = self._search(engine, anchors, num_candidates)
-        except Exception as error:  # whatever a compiler, a driver or a kernel raises
+        except Exception as error:  # noqa: BLE001 (whatever a compiler, a driver or a kernel raises)
             logger.warning("the GPU's kernel failed in a trial, so torch's tiles search, which is slower: %s",
                            one_line(error)[:300])  # fmt: skip
             return False
