@@ -138,7 +138,7 @@ def fit_projector(config: Config, train: Features, val: Features, seed: int) -> 
     section, model = config.training, config.training_model
     torch.manual_seed(seed)
     validation = choose_validation_set(val, section.validation_images, seed)
-    baselines = fit_baselines(train, validation, model.output_dim, section)
+    baselines = fit_baselines(train, validation, model, section)
     projector = make_projector(train.embeddings.shape[1], baselines, model, section)
     start = {name: value.clone() for name, value in projector.state_dict().items()}
     neighbors = load_neighbors(config.path("difficulty_metadata_path"), train)

@@ -39,6 +39,7 @@ from pipeline.files.tables import (
     parquet_writer,
     read_provenance,
 )
+from pipeline.files.units import drop_missing
 from pipeline.ids import Shard
 from pipeline.inference.workers import prefetch
 from pipeline.log import Progress, Stopwatch, logger
@@ -57,6 +58,8 @@ DIFFICULTY_SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 20_000
+# Images that set the band edges at the least, as in the reference implementation: 5 % of a small city are too few.
+MIN_SAMPLE = 10_000
 # Parts searched together. On a GPU the more queries there are, the nearer together those of a tile, and the more points
 # are passed over: 500,000 queries, whose neighbours take 1 GB.
 PARTS_AT_ONCE = {"cpu": 1, "cuda": 25}
@@ -146,8 +149,8 @@ def find_parts(
 
 
 def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:
-    """Return which images (N,) bool set the band edges: the fraction of them, at least one."""
-    size = max(1, round(num_images * fraction))
+    """Return which images (N,) bool set the band edges: the fraction of them, at least MIN_SAMPLE or all."""
+    size = min(num_images, max(MIN_SAMPLE, round(num_images * fraction)))
     is_drawn = np.zeros(num_images, dtype=bool)
     is_drawn[np.random.default_rng(seed).choice(num_images, size, replace=False)] = True
     return is_drawn
@@ -218,6 +221,11 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     paths = list_fingerprint_files(config.path("fingerprints_dir"))
     provenance = make_provenance(STAGE, [identify(source) for source in paths], data_settings(config))
     result = cli.StageResult(STAGE)
+    if options.shard.index == 0:  # one shard counts for all
+        drop_missing(
+            result, config, paths, "fingerprints",
+            allowed=config.difficulty.allow_missing_fingerprints, setting="[difficulty].allow_missing_fingerprints",
+        )  # fmt: skip
     if is_complete(path, provenance, options.overwrite):
         return keep(path, result)
     with result.watch.measure("read"):

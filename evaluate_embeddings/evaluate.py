@@ -47,7 +47,8 @@ from pipeline.retrieval.scores import Embeddings, IgnoredPairs, Search, normalis
 from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatter, whiten_by_pca, whiten_within_class
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.checkpoint import Checkpoint, StateDict
+    from pipeline.retrieval.bare_weights import StateDict
+    from pipeline.retrieval.checkpoint import Checkpoint
 
 # The contract's width of the whitened baseline, which is also the projector's usual one.
 PCA_DIM = 256

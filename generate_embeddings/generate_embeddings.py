@@ -26,6 +26,9 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection, Terminated
 from pipeline.files.archive import stream_members
+from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.foreign import check_foreign_output, resolve_image_paths
+from pipeline.files.lists import find_embedding
 from pipeline.files.scratch import RowScratch, remove_leftover
 from pipeline.files.tables import (
     FILE_COLUMNS,
@@ -46,7 +49,7 @@ from pipeline.files.units import TarUnit, list_units, run_units
 from pipeline.inference import launcher
 from pipeline.inference.engine_watch import EngineWatch
 from pipeline.inference.images import MAX_IMAGE_BYTES
-from pipeline.inference.model_files import identify_model, locate_backbone
+from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.inference.workers import Background
 from pipeline.log import Progress, logger
 
@@ -105,12 +108,12 @@ def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
     started = time.monotonic()
     if not unit.tar_path.is_file():  # before a backbone of 27 GB is loaded for it
         raise InputError(f"{unit.tar_path}: no such tar: correct the path")
-    table = read_intermediate(unit.intermediate_path)
+    table = resolve_image_paths(unit, read_intermediate(unit.intermediate_path))
     scratch = RowScratch(unit.output_path, len(table), hash_json(provenance))
     embedded = False
     try:
         missing = fill_scratch(unit.tar_path, table, scratch, stage)
-        embedding_type = pa.list_(stored_type(stage.config), scratch.width or stage.embedder.measure_width())
+        embedding_type = pa.list_(stored_type(stage.config), scratch.width or stage.embedder.width)
         embedded = True
     finally:
         if not embedded:
@@ -142,10 +145,11 @@ def read_intermediate(path: Path) -> pa.Table:
     """
     required = pa.schema(ID_COLUMNS + FILE_COLUMNS)
     file = open_parquet(path)
-    check_columns(path, file.schema_arrow, required)
+    check_columns(path, file.schema_arrow, stored_fields(file.schema_arrow, required))
     log_missing_provenance(path)
     with reading(path):
-        table = file.read().replace_schema_metadata(None)
+        table = fill_composite_ids(file.read().replace_schema_metadata(None))
+    table = table.select([*required.names, *(name for name in table.column_names if name not in required.names)])
     for name in required.names:
         if table[name].null_count:
             raise InputError(f"{path}: column {name} has empty values: make the file again with stage 1")
@@ -292,6 +296,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
             describe=lambda unit: describe_output(unit, config, model_id),
             make=lambda unit, provenance: embed_tar(unit, provenance, stage),
             overwrite=options.overwrite,
+            take_over=lambda unit: check_foreign_output(unit, find_embedding(unit.output_path)),
         )
     for kept in result.kept:
         remove_leftover(kept)
@@ -304,13 +309,19 @@ def load_embedder(folder: Path, config: Config) -> "Embedder":
     from pipeline.inference.backbone import Embedder
 
     section = config.embedding_model
+    if section.trust_remote_code:
+        logger.warning("%s: the code that comes with the model is run ([embedding_model].trust_remote_code)", folder)
     return Embedder(
         folder,
         pooling_type=section.pooling_type,
+        image_size=section.input_size,
+        scales=section.scales,
+        flip=section.flip,
         device=config.infrastructure.device,
         dtype=section.dtype,
         batch_size=section.batch_size,
         compile_model=section.compile,
+        trust_remote_code=section.trust_remote_code,
     )
 
 
@@ -325,7 +336,7 @@ def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> dict
     section = config.embedding_model
     settings = {
         "model": model_id,
-        "pooling_type": section.pooling_type,
+        **describe_views(section),
         "dtype": section.dtype,
         "embedding_dtype": section.embedding_dtype,
     }

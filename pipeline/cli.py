@@ -1,6 +1,7 @@
 """The command line that all stages have in common: options, run guard, exit codes, results."""
 
 import argparse
+import io
 import os
 import platform
 import signal
@@ -17,7 +18,7 @@ from typing import NoReturn
 from pipeline import VERSION
 from pipeline.config import DEFAULT_CONFIG_PATH, Config, load_config
 from pipeline.errors import ConfigError, PipelineError, Terminated, one_line
-from pipeline.ids import Shard
+from pipeline.ids import Shard, decode_name
 from pipeline.log import Stopwatch, logger, logging_to
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -141,6 +142,8 @@ def parse_shard(text: str) -> Shard:
 
 def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's main and exit with the contract's code: one line on stderr for what is not a bug."""
+    if argv is None:  # run as a script, not from another program
+        _speak_utf8()
     signal.signal(signal.SIGTERM, _raise_terminated)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script that starts us with & has it ignored
     sys.unraisablehook = _send_again
@@ -157,10 +160,28 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
         # Whoever read our stdout has gone; there is nobody left to tell.
         sys.stdout = None
         sys.exit(1)
+    except UnicodeEncodeError as error:  # of a path: Parquet's library takes UTF-8 alone
+        shown = decode_name(error.object)
+        if shown == error.object:
+            raise
+        _exit(1, f"{shown}: not UTF-8, so it cannot be read or written: rename that, then run this again")
     except OSError as error:
         place = f" {error.filename}" if error.filename else ""
         _exit(1, f"cannot use{place} ({error.strerror or one_line(error)}): correct that, then run this again")
     sys.exit(0)
+
+
+def _speak_utf8() -> None:
+    """Take file names for UTF-8 and write all text as such, with escapes for what is none, whatever the locale says.
+
+    Names become text when Python starts, so under a Latin-1 locale the script begins anew, in UTF-8 mode (PEP 540).
+    """
+    if sys.getfilesystemencoding() != "utf-8" and sys.executable:
+        os.environ["PYTHONUTF8"] = "1"  # for the scripts that this one starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _raise_terminated(_number: int, _frame: FrameType | None) -> None:

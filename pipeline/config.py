@@ -3,16 +3,16 @@
 Each key's default, unit and meaning stand in its `Field`; `docs/configuration.md` is checked against them by a test.
 """
 
-import difflib
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.config_overrides import apply_override, read_toml
 from pipeline.errors import ConfigError
+from pipeline.hints import suggest
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
@@ -58,11 +58,36 @@ class EmbeddingModelSection(Section):
     """`[embedding_model]`: the pretrained backbone."""
 
     model_name: str | None = Field(None, description="hub id or local folder of the backbone")
-    pooling_type: Literal["pooler_output", "cls_token"] = Field("pooler_output", description="which output is kept")
+    pooling_type: Literal["pooler_output", "cls_token", "cls_mean"] = Field(
+        "pooler_output",
+        description="which output is kept; cls_mean: the CLS token beside the mean of the patches, twice the width",
+    )
+    image_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="side in pixels of what the backbone sees; auto: its image processor's own"
+    )
+    scales: list[PositiveInt] = Field(
+        [], description="sides in pixels instead of one: the normalised mean of the embeddings at these sizes"
+    )
+    flip: bool = Field(False, description="the mean of the embeddings of an image and of its mirror image")
     batch_size: PositiveInt | Literal["auto"] = Field("auto", description="images in flight at most; auto chooses")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="bfloat16 on CUDA, float32 on CPU")
     embedding_dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored embedding")
     compile: bool = Field(False, description="run the backbone through torch.compile")
+    trust_remote_code: bool = Field(False, description="run the code that comes with the backbone; read it first")
+
+    @model_validator(mode="after")
+    def _one_way_to_say_the_size(self) -> "EmbeddingModelSection":
+        if len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales: a size is there twice in {self.scales}")
+        if self.scales and self.image_size != "auto":
+            raise ValueError("image_size, scales: give one of them; the largest of the scales is the image size")
+        return self
+
+    @property
+    def input_size(self) -> int | None:
+        """The side of the model's input in pixels, None for the image processor's own."""
+        size = max(self.scales) if self.scales else self.image_size
+        return None if size == "auto" else size
 
 
 class FingerprintsSection(Section):
@@ -83,6 +108,9 @@ class DataSection(Section):
     split_cell_m: float = Field(0.0, ge=0.0, description="metres; > 0 splits by geographic cell of this size")
     split_file: str | None = Field(None, description="parquet or CSV of building_id, split that wins over the hash")
     max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="share of rejects above which a run fails")
+    allow_missing_embeddings: bool = Field(
+        False, description="stage 3 goes on where tars have intermediates and no embeddings; they count as dropped"
+    )
     memory_mb: int = Field(1024, ge=16, description="MiB of embeddings that stage 3 holds at a time")
 
     @model_validator(mode="after")
@@ -111,10 +139,15 @@ class DifficultySection(Section):
 
     neighbors: int = Field(150, ge=1, description="images of other buildings kept per image")
     k0_for_local_scale: int = Field(50, ge=1, description="number of the neighbour that sets the local scale")
-    sample_fraction_for_bands: float = Field(0.05, gt=0.0, le=1.0, description="share of images that set the edges")
+    sample_fraction_for_bands: float = Field(
+        0.05, gt=0.0, le=1.0, description="share of images that set the edges; 10,000, or all, at the least"
+    )
     pca_components: int = Field(32, ge=1, description="dimensions of the search space")
     backend: Literal["auto", "balltree", "faiss", "torch"] = Field("auto", description="exact search engine")
     exclude_within_m: float = Field(0.0, ge=0.0, description="metres; nearer targets are no neighbours; 0 is off")
+    allow_missing_fingerprints: bool = Field(
+        False, description="stage 5 goes on where tars have intermediates and no fingerprints; they count as dropped"
+    )
 
 
 class TrainingModelSection(Section):
@@ -124,8 +157,22 @@ class TrainingModelSection(Section):
     output_dim: int = Field(256, ge=1, description="width of the final embedding")
     hidden_dim: int = Field(512, ge=1, description="width of the hidden layers")
     num_hidden_layers: int = Field(1, ge=0, description="hidden layers of the MLP branch; 0 leaves the shortcut alone")
+    hidden_dim_multiplier: float = Field(
+        1.0, gt=0.0, le=1.0, description="width of each further hidden layer, relative to the one before"
+    )
+    input_norm: bool = Field(False, description="layer-normalise the backbone's features first")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the hidden layers")
     activation: Literal["relu", "gelu", "silu"] = Field("gelu", description="activation of the hidden layers")
+
+    @property
+    def hidden_dims(self) -> list[int] | None:
+        """The widths of the hidden layers where they differ, else None."""
+        if self.hidden_dim_multiplier == 1.0:
+            return None
+        widths: list[int] = []
+        for _ in range(self.num_hidden_layers):
+            widths.append(max(1, int(widths[-1] * self.hidden_dim_multiplier)) if widths else self.hidden_dim)
+        return widths
 
 
 class TrainingSection(Section):
@@ -279,15 +326,14 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            tables = tomllib.load(file)
+        tables = read_toml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}): give --config PATH") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    problems = [problem for override in overrides or [] if (problem := _apply_override(tables, override))]
+    problems = [problem for override in overrides or [] if (problem := apply_override(tables, override))]
     if "file_path" in tables:  # a field of Config, but not a section
-        problems.append(f"{path}: [file_path]: unknown section; did you mean paths?")
+        problems.append(f"{path}: [file_path]: unknown section{suggest(list_keys(), 'file_path')}")
     try:
         config = Config.model_validate({**tables, "file_path": path.resolve()})
     except ValidationError as error:
@@ -300,38 +346,6 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
     return config
 
 
-def _apply_override(tables: dict[str, Any], override: str) -> str | None:
-    """Put one `SECTION.KEY=VALUE`, or a TOML file of settings, into the tables; return what is wrong, if anything."""
-    if override.endswith(".toml") and "=" not in override:
-        return _merge_fragment(tables, Path(override))
-    match = re.fullmatch(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)=(.*)", override, re.DOTALL)
-    if not match:
-        return f"--set {override}: must read SECTION.KEY=VALUE"
-    section, key, text = match.groups()
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word: strings need no quotes on a command line
-    table = tables.setdefault(section, {})
-    if isinstance(table, dict):
-        table[key] = value
-    return None
-
-
-def _merge_fragment(tables: dict[str, Any], path: Path) -> str | None:
-    """Put the settings of a TOML file, as the tuning writes one, over those of the tables; return what is wrong."""
-    try:
-        fragment = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        return f"--set {path}: cannot read it ({error.strerror})"
-    except ValueError as error:
-        return f"--set {path}: not valid TOML: {error}"
-    for section, keys in fragment.items():
-        known = tables.get(section)
-        tables[section] = known | keys if isinstance(known, dict) and isinstance(keys, dict) else keys
-    return None
-
-
 def _describe(path: Path, errors: list[Any]) -> str:
     """Turn pydantic's errors of one place into `file: [section].key: what is wrong, nearest valid name`."""
     details = errors[0]
@@ -340,9 +354,7 @@ def _describe(path: Path, errors: list[Any]) -> str:
     key = location[1] if len(location) > 1 and location[1] not in ("int", "str", "float") else None
     where = f"{path}: [{section}]" + (f".{key}" if key else "")
     if details["type"] == "extra_forbidden":
-        kind, valid = ("key", _keys(section)) if key else ("section", _sections())
-        near = difflib.get_close_matches(key or section, valid, n=1, cutoff=0.0)
-        return f"{where}: unknown {kind}; did you mean {near[0]}?"
+        return f"{where}: unknown {'key' if key else 'section'}{suggest(list_keys(), section, key)}"
     if details["type"] == "value_error":
         return f"{where}: {details['ctx']['error']}"
     allowed = " or ".join(_lower_first(error["msg"]) for error in errors)
@@ -353,12 +365,10 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _sections() -> list[str]:
-    return [field.alias or name for name, field in Config.model_fields.items() if name != "file_path"]
-
-
-def _keys(section: str) -> list[str]:
-    for name, field in Config.model_fields.items():
-        if section == (field.alias or name) and isinstance(field.annotation, type):
-            return list(field.annotation.model_fields)
-    return []
+def list_keys() -> dict[str, list[str]]:
+    """Return the valid keys of each section."""
+    return {
+        field.alias or name: list(field.annotation.model_fields)
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }

@@ -1,6 +1,6 @@
 """The ways in which a run or an item can fail, apart from bugs."""
 
-from typing import Any
+from typing import Any, Literal
 
 
 class PipelineError(Exception):
@@ -35,13 +35,20 @@ class StaleOutputError(PipelineError):
     """An output that exists but was made from other inputs or settings."""
 
 
+# Every word that a `_rejects` table may hold; docs/data_architecture.md says what each means.
+Reason = Literal[
+    "not_a_file", "unsafe_path", "missing_image", "missing_metadata", "bad_metadata", "image_too_large",
+    "unreadable_image", "duplicate_image_id",
+]  # fmt: skip
+
+
 class Rejection(Exception):
     """One bad item: it is counted and listed with its reason, and the run goes on.
 
-    `reason` is one of the contract's words (`unreadable_image`, ...), `detail` is for people.
+    `detail` is for people.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail

@@ -1,5 +1,6 @@
 """The names that tie images, buildings and tars together, and the shards that cut the work."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,11 @@ class Shard:
 
     def __str__(self) -> str:
         return f"{self.index}of{self.count}"
+
+
+def decode_name(name: str) -> str:
+    """Return a file's name as text: its bytes as UTF-8 whatever the locale, `\\xNN` for those that are none."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def building_id(dataset_id: int, target_id: int) -> str:

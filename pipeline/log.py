@@ -32,7 +32,7 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
     if log_path is not None:
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(log_path, encoding="utf-8"))
+            handlers.append(logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             raise PipelineError(
                 f"cannot write the log {log_path} ({error.strerror}): set [global].log_dir to a writable folder"

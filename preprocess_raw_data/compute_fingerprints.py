@@ -22,6 +22,9 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
 from pipeline.files.archive import Member, stream_members
+from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.foreign import check_foreign_output, resolve_image_paths
+from pipeline.files.lists import find_fingerprint
 from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
     check_columns,
@@ -110,8 +113,10 @@ def read_views(path: Path) -> pa.Table:
     log_missing_provenance(path)
     fields = [*FINGERPRINT_ID_SCHEMA, PATH_FIELD]
     with open_parquet(path) as file, reading(path):
-        check_columns(path, file.schema_arrow, fields)
-        table = file.read(columns=[field.name for field in fields]).cast(pa.schema(fields))
+        stored = stored_fields(file.schema_arrow, fields)
+        check_columns(path, file.schema_arrow, stored)
+        table = fill_composite_ids(file.read(columns=[field.name for field in stored]))
+    table = table.select([field.name for field in fields]).cast(pa.schema(fields))
     for name in table.column_names:
         if table[name].null_count:
             raise InputError(f"{path}: column {name} has empty values: make the file again with stage 1")
@@ -174,7 +179,7 @@ def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config, watch: 
 
     Raises InputError if the tar or its intermediate is missing or damaged.
     """
-    views = read_views(unit.intermediate_path)
+    views = resolve_image_paths(unit, read_views(unit.intermediate_path))
     rows = index_paths(unit.intermediate_path, views[PATH_FIELD.name])
     interval = config.logging.progress_interval_seconds
     with Progress(unit.tar_path.name, total=len(rows), interval_seconds=interval) as progress:
@@ -211,6 +216,20 @@ def describe_output(unit: TarUnit, config: Config) -> dict[str, Any]:
     return make_provenance(STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings)
 
 
+def take_over(unit: TarUnit, config: Config) -> dict[str, int]:
+    """Return the counts of fingerprints without provenance that are of the intermediate's images and this size.
+
+    Raises InputError where they are not.
+    """
+    column, side = find_fingerprint(unit.output_path), config.fingerprints.image_size
+    if column.width not in (None, side * side * 3):
+        raise InputError(
+            f"{unit.output_path}: fingerprints of {column.width} values, [fingerprints].image_size = {side} gives "
+            f"{side * side * 3}: correct the setting, or move the file away to have it made again"
+        )
+    return check_foreign_output(unit, column)
+
+
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Compute every tar's fingerprints and return the counts.
 
@@ -224,6 +243,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         describe=lambda unit: describe_output(unit, config),
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
         overwrite=options.overwrite,
+        take_over=lambda unit: take_over(unit, config),
     )
     result.check_reject_fraction(config)
     return result

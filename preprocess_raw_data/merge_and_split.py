@@ -30,6 +30,7 @@ from pipeline.files.tables import (
     parquet_writer,
     read_provenance,
 )
+from pipeline.files.units import drop_missing
 from pipeline.log import Progress, logger
 from preprocess_raw_data.merging.embedding_inventory import Inventory, list_embeddings, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
@@ -100,11 +101,15 @@ def write_splits(
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Merge, split and write, and return the counts.
 
-    Raises InputError if there is nothing to merge or a file is not fit.
+    Raises InputError if there is nothing to merge, a file is not fit, or a tar has no embeddings.
     """
     config.require_paths("embeddings_dir", "merged_dir")
     result = cli.StageResult(STAGE)
     paths = list_embeddings(config.path("embeddings_dir"))
+    drop_missing(
+        result, config, paths, "embeddings",
+        allowed=config.data.allow_missing_embeddings, setting="[data].allow_missing_embeddings",
+    )  # fmt: skip
     targets = [config.path("merged_dir") / f"{split}.parquet" for split in SPLITS]
     wanted = make_provenance(STAGE, map(identify, paths), describe_settings(config))
     # Each file is compared before any is judged, so that a mixture of two runs is refused, not half replaced.
@@ -115,7 +120,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         result.kept = targets
         return result
     inventory = take_inventory(paths)
-    splits, provenances = plan_splits(inventory, wanted, config)
+    embedded_with = next(filter(None, ((read_provenance(path) or {}).get("settings") for path in paths)), None)
+    splits, provenances = plan_splits(inventory, wanted | {"embedded_with": embedded_with}, config)
     write_splits(inventory, splits, config.path("merged_dir"), provenances, config)
     result.add(provenances[0]["counts"], provenances[0]["reasons"])
     result.written = targets

@@ -195,7 +195,7 @@ def parse_columns(text: str) -> list[str]:
     Raises ConfigError unless OSMID is one of them and each stands there once.
     """
     names = [name.strip() for name in text.split(",")]
-    if ID_COLUMN not in names or len(set(names)) < len(names) or not all(names):
+    if ID_COLUMN not in names or len(set(names)) < len(names) or not all(names) or EMBEDDING_COLUMN in names:
         raise ConfigError(f"--by {text}: give {ID_COLUMN}, or {ID_COLUMN} and kept columns, once each")
     return names
 

@@ -20,19 +20,24 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
         backbone_config: dict[str, Any] | PretrainedConfig | None = None,
         backbone_model_name: str | None = None,
         pooling_type: str = "pooler_output",
+        scales: list[int] | None = None,
+        flip: bool = False,
         projector: dict[str, Any] | None = None,
         embedding_dim: int = 256,
         **kwargs: Any,
     ) -> None:
         """Take the backbone's own configuration, its hub id, and the arguments of `Projector`.
 
-        `pooling_type` is `pooler_output` or `cls_token`.
+        `pooling_type` is `pooler_output`, `cls_token` or `cls_mean`; `scales` (sides in pixels, the image processor
+        makes the largest) and `flip` say over which views of a picture the backbone's features are averaged.
         """
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
         self.backbone_config = backbone_config
         self.backbone_model_name = backbone_model_name
         self.pooling_type = pooling_type
+        self.scales = scales or []
+        self.flip = flip
         self.projector = projector
         self.embedding_dim = embedding_dim
         super().__init__(**kwargs)

@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError, one_line
 from pipeline.files.tables import PROVENANCE_KEY, identify, make_provenance, matches
 from pipeline.files.writing import writing_folder
-from pipeline.inference.model_files import identify_model, locate_backbone
+from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.log import logger
 from publish_model.model_folder.card_results import add_test_results
 from publish_model.model_folder.model_card import is_measured, worse_than
@@ -47,6 +47,7 @@ class PublishOptions(cli.Options):
     output: Path | None = None
     force: bool = False
     push_to_hub: str | None = None
+    public: bool = False
     dry_run: bool = False
     dtype: str | None = None
 
@@ -64,7 +65,7 @@ def describe(config: Config, options: PublishOptions, checkpoint_path: Path, bac
     Raises InputError if one of them is missing.
     """
     inputs = [identify(checkpoint_path), {"name": "backbone", "id": identify_model(backbone_dir)}]
-    settings = {"pooling_type": config.embedding_model.pooling_type, "dtype": options.dtype or "as stored"}
+    settings = {**describe_views(config.embedding_model), "dtype": options.dtype or "as stored"}
     return make_provenance(STAGE, inputs, settings) | {"counts": COUNTS}
 
 
@@ -96,6 +97,22 @@ def _list_weights(folder: Path) -> list[str]:
     if not index_path.is_file():
         return ["model.safetensors"]
     return sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def check_embedded_alike(config: Config, checkpoint: "Checkpoint", model_id: str) -> None:
+    """Raise InputError naming the difference where the checkpoint was trained on embeddings of another backbone, or
+    made with other settings of it, than would be published; older checkpoints do not say."""
+    wanted = {"model": model_id, **describe_views(config.embedding_model)}
+    found = checkpoint.provenance.get("embedded_with")
+    if not isinstance(found, dict):
+        return
+    compared = set(wanted) | set(found) - {"dtype", "embedding_dtype"}
+    for key in sorted(compared):
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"{checkpoint.path}: trained on embeddings made with {key} {found.get(key)!r}, the configuration says "
+                f"{wanted.get(key)!r}: set [embedding_model] as it was, or run stages 2, 3 and 6 again"
+            )
 
 
 def check_worth(checkpoint: "Checkpoint", force: bool) -> dict[str, dict[str, float]]:
@@ -139,8 +156,9 @@ def publish(
     from publish_model.model_folder.training_similarity import measure_training
 
     checkpoint = load_checkpoint(checkpoint_path, config.training_model)
+    check_embedded_alike(config, checkpoint, identify_model(backbone_dir))
     metrics = check_worth(checkpoint, options.force)
-    backbone = Backbone(backbone_dir, name_backbone(config), config.embedding_model.pooling_type)
+    backbone = Backbone(backbone_dir, name_backbone(config), config.embedding_model)
     with writing_folder(output) as folder:
         fill_folder(
             folder, backbone, checkpoint, metrics, options.dtype, provenance, measure_training(config, checkpoint)
@@ -148,17 +166,20 @@ def publish(
     result.written.append(output)
 
 
-def describe_push(folder: Path, repo_id: str) -> None:
+def describe_push(folder: Path, repo_id: str, *, public: bool) -> None:
     """Log what `push_to_hub` would upload."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         logger.info("would upload %s (%d bytes)", path.relative_to(folder), path.stat().st_size)
     total = sum(path.stat().st_size for path in paths) / 1e6
-    logger.info("dry run: %d files, %.1f MB, to %s: nothing was uploaded", len(paths), total, repo_id)
+    logger.info(
+        "dry run: %d files, %.1f MB, to %s (%s): nothing was uploaded",
+        len(paths), total, repo_id, "public" if public else "private",
+    )  # fmt: skip
 
 
-def push_to_hub(folder: Path, repo_id: str) -> None:
-    """Upload a published folder to the hub, into a private repository unless it is there already.
+def push_to_hub(folder: Path, repo_id: str, *, public: bool) -> None:
+    """Upload a published folder to the hub, into a private repository unless it is to be public or there already.
 
     The token comes from $HF_TOKEN alone. Raises PipelineError where there is none or the hub refuses.
     """
@@ -170,7 +191,7 @@ def push_to_hub(folder: Path, repo_id: str) -> None:
         raise PipelineError(f"{repo_id}: no token to publish with: export HF_TOKEN, and run this again")
     try:
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=True, exist_ok=True)
+        api.create_repo(repo_id, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Publish the model")
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = one_line(error).replace(token, "(token)")[:200]
@@ -195,7 +216,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     if config.paths.report_dir is not None:
         add_test_results(output.resolve(), config.path("report_dir") / "metrics.json")
     if own.push_to_hub:
-        (describe_push if own.dry_run else push_to_hub)(output, own.push_to_hub)
+        (describe_push if own.dry_run else push_to_hub)(output, own.push_to_hub, public=own.public)
     return result
 
 
@@ -207,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, metavar="DIR", help="folder to write (default: published_model_dir)")
     add("--force", action="store_true", help="publish a projector that retrieves worse than no training too")
     add("--push-to-hub", metavar="REPO_ID", help="upload the folder too, to a private repository ($HF_TOKEN)")
+    add("--public", action="store_true", help="with --push-to-hub: make a new repository public")
     add("--dry-run", action="store_true", help="with --push-to-hub: list what would be uploaded, upload nothing")
     add("--dtype", choices=("float32", "bfloat16"), help="type of the published weights (default: the stored one)")
     arguments = parser.parse_args(argv)
@@ -216,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output=arguments.output,
         force=arguments.force,
         push_to_hub=arguments.push_to_hub,
+        public=arguments.public,
         dry_run=arguments.dry_run,
         dtype=arguments.dtype,
     )

@@ -2,10 +2,11 @@
 
     python publish_model/delete_ids.py OUTPUT --delete-ids ids.txt
 
-Reads the ids, one a line or the column OSMID of a parquet, and rewrites the parts and rejects that hold one of them,
-each in one piece; state.json counts what is gone. Hashes of the ids are kept in OUTPUT/_deleted/, so that stage 8
+Reads the ids, one a line or the column OSMID of a CSV or parquet, and rewrites the parts and rejects that hold one of
+them, each in one piece; state.json counts what is gone. Hashes of the ids are kept in OUTPUT/_deleted/, so that stage 8
 leaves them out too when it makes a part again. What was made of the dataset inside OUTPUT (aggregates, exports) is
-removed. A rerun goes on where a run was interrupted. Run it while nothing else writes to the dataset.
+removed. Where ids match nothing the exit code is 1 (0 with --allow-missing); the others are gone all the same. A rerun
+goes on where a run was interrupted. Run it while nothing else writes to the dataset.
 """
 
 import sys
@@ -23,20 +24,34 @@ from publish_model.new_data.id_lists import read_id_list
 from publish_model.new_data.packaged_input import ID_COLUMN
 
 STAGE = "delete_ids"
+NUM_EXAMPLES = 5
 
 
-def delete(dataset: EmbeddingsDataset, list_path: Path) -> cli.StageResult:
+def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> cli.StageResult:
     """Rewrite a dataset without some ids and return the counts of its rows.
 
-    Raises InputError where the dataset or the list cannot be read.
+    Raises InputError where the dataset or the list cannot be read, and, once the others are gone, where ids match
+    nothing unless that is allowed.
     """
-    ids = read_id_list(list_path, dataset.schema.field(ID_COLUMN).type)
-    num_rows, num_ids = dataset.delete(frozenset(hash_ids(ids)))
+    listed = read_id_list(list_path, dataset.schema.field(ID_COLUMN).type)
+    hashes = {text: frozenset(hash_ids(values)) for text, values in listed.items()}
+    num_rows, unmatched = dataset.delete(frozenset().union(*hashes.values()))
     result = cli.StageResult(STAGE)
     for part in dataset.parts:
         result.add(part.record.counts, part.record.reasons)
-    logger.info("%d rows deleted; %d ids are left out from now on", num_rows, num_ids)
     (result.written if num_rows else result.kept).append(dataset.folder)
+    missing = [text for text, own in hashes.items() if own <= unmatched]
+    logger.info("%d rows deleted; the %d ids of the list are left out from now on", num_rows, len(hashes))
+    if missing:
+        examples = ", ".join(map(repr, missing[:NUM_EXAMPLES]))
+        problem = InputError(
+            f"{list_path}: {len(missing)} of its {len(hashes)} ids match nothing in {dataset.folder} ({examples}): "
+            "correct them, or give --allow-missing; the others are deleted"
+        )
+        if not allow_missing:
+            problem.result = result
+            raise problem
+        logger.warning("%s", problem)
     return result
 
 
@@ -45,14 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__ or "", config=False)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="dataset directory that stage 8 wrote")
     parser.add_argument(
-        "--delete-ids", type=Path, required=True, metavar="FILE", help="ids, one a line, or a parquet with OSMID"
+        "--delete-ids", type=Path, required=True, metavar="FILE", help="ids, one a line, or a CSV or parquet with OSMID"
     )
+    parser.add_argument("--allow-missing", action="store_true", help="exit 0 where ids match nothing, too")
     arguments = parser.parse_args(argv)
     dataset = EmbeddingsDataset(arguments.output)
     if not dataset.folder.is_dir():
         raise InputError(f"{dataset.folder}: no embeddings dataset: correct the path")
     log_path = dataset.folder / "_logs" / f"{STAGE}.log"
-    cli.run_logged(STAGE, lambda: delete(dataset, arguments.delete_ids), log_path)
+    cli.run_logged(STAGE, lambda: delete(dataset, arguments.delete_ids, arguments.allow_missing), log_path)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def make_missing_parts(appending: Appending, model: PublishedModel) -> EngineWat
     with watch.measure("load"):
         from publish_model.dataset.batch_embedding import BatchEmbedder
 
-        embedder = BatchEmbedder(model.folder, appending.source, appending.recipe.precision, options, watch)
-    appending.begin()  # what cannot be used is known by now, and has left nothing behind
+        embedder = BatchEmbedder(model.prepare(), appending.source, appending.recipe.precision, options, watch)
+    appending.begin(embedder.width)  # what cannot be used is known by now, and has left nothing behind
     rows_kept, rows = appending.num_rows
     try:
         with Progress(STAGE, rows_kept + rows, interval_seconds=options.progress_interval_seconds) as progress:

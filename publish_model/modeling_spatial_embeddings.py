@@ -1,6 +1,6 @@
 """The published model: photographs in, one L2-normalised embedding each out.
 
-It is published with the model, so it needs torch, transformers and the two files beside it alone.
+It is published with the model, so it needs torch, transformers and the files beside it alone.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from .configuration_spatial_embeddings import SpatialEmbeddingsConfig
+from .pooling import embed_views
 from .projector import Projector
 
 
@@ -77,8 +78,8 @@ class SpatialEmbeddingsModel(PreTrainedModel):
 
         Further arguments (`output_hidden_states`, ...) go to the backbone.
         """
-        outputs = self.backbone(pixel_values=pixel_values.to(self.backbone.dtype), return_dict=True, **kwargs)
-        embeddings = self.projector(self.pool(outputs))
+        features, outputs = self.extract(pixel_values, **kwargs)
+        embeddings = self.projector(features)
         result = SpatialEmbeddingsOutput(
             embeddings=embeddings,
             pooler_output=embeddings,
@@ -88,8 +89,9 @@ class SpatialEmbeddingsModel(PreTrainedModel):
         use_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
         return result if use_dict else result.to_tuple()
 
-    def pool(self, outputs: Any) -> torch.Tensor:
-        """Return the backbone's features (B, input_dim) as `config.pooling_type` says."""
-        by_token = self.config.pooling_type == "cls_token"
-        pooled: torch.Tensor = outputs.last_hidden_state[:, 0] if by_token else outputs.pooler_output.flatten(1)
-        return pooled
+    def extract(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """Return the backbone's features (B, input_dim) as the configuration says, and its outputs."""
+        config = self.config
+        return embed_views(
+            self.backbone, pixel_values, config.pooling_type, config.scales, config.flip, return_dict=True, **kwargs
+        )

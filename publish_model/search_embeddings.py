@@ -3,53 +3,33 @@
     python publish_model/search_embeddings.py OUTPUT --query photo.jpg --top 10
 
 Reads what stage 8 wrote, and embeds the photograph with the same model. Prints rank, similarity (cosine) and OSMID,
-separated by tabs. --html PAGE writes a page with thumbnails, for which --input names the packaged images.
+separated by tabs; what is no printable character in an id comes as an escape. --html PAGE writes a page with
+thumbnails, for which --input names the packaged images.
 """
 
-import base64
-import html
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.errors import InputError, Rejection
 from pipeline.files.writing import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
+from pipeline.pages import load_templates, shrink, to_data_uri
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.parts import Part
 from publish_model.dataset.similarity_search import find_nearest, import_faiss
 from publish_model.new_data.embed_options import whole_number
+from publish_model.new_data.id_lists import describe_id
 from publish_model.new_data.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
+from publish_model.new_data.photographs import embed_photographs
 from publish_model.new_data.published_model import find_model
 
 THUMBNAIL_PX = 224
-STYLE = "body{font:14px sans-serif;margin:2em}figure{display:inline-block;margin:.5em;vertical-align:top;width:224px}"
-
-
-def embed_photograph(path: Path, model_dir: Path, precision: str, device: str) -> NDArray[np.float32]:
-    """Return the embedding of one photograph, (1, D).
-
-    Raises InputError if it cannot be read as an image.
-    """
-    try:
-        image = decode_rgb(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): correct --query") from None
-    except Rejection as rejection:
-        raise InputError(f"{path}: {rejection}: give a JPEG, PNG or WebP image") from None
-    from pipeline.inference.backbone import Embedder
-
-    embedder = Embedder(model_dir, device=device, dtype=precision, batch_size=1, trust_remote_code=True)
-    return embedder.embed([embedder.prepare(image)])
+TEMPLATES_DIR = Path(__file__).parent / "templates"
 
 
 def read_thumbnails(dataset: EmbeddingsDataset, source: PackagedInput, rows: list[int]) -> dict[int, bytes]:
@@ -71,27 +51,19 @@ def _read_images(part: Part, source: PackagedInput, rows: Sequence[int]) -> list
 
 def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], images: Sequence[bytes | None]) -> None:
     """Write a page with the photograph and what was found, which needs no other file."""
-    figures = [_figure(query.read_bytes(), "the query")]
-    for rank, ((similarity, identifier), image) in enumerate(zip(hits, images, strict=True), start=1):
-        figures.append(_figure(image, f"{rank}. {html.escape(str(identifier))}<br>{similarity:.4f}"))
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Search</title><style>{STYLE}</style>\n'
-        f"<h1>Nearest of the dataset</h1>\n" + "\n".join(figures) + "\n</html>\n"
-    )
+    found = [
+        {"rank": rank, "picture": make_thumbnail(image), "identifier": identifier, "similarity": similarity}
+        for rank, ((similarity, identifier), image) in enumerate(zip(hits, images, strict=True), start=1)
+    ]
+    template = load_templates(TEMPLATES_DIR).get_template("search.html.j2")
+    page = template.render(query=make_thumbnail(query.read_bytes()), found=found)
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def _figure(image: bytes | None, caption: str) -> str:
-    picture = ""
-    if image is not None:
-        thumbnail = decode_rgb(image)
-        thumbnail.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        buffer = io.BytesIO()
-        thumbnail.save(buffer, "JPEG", quality=85)
-        data = base64.b64encode(buffer.getvalue()).decode("ascii")
-        picture = f'<img alt="" src="data:image/jpeg;base64,{data}">'
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+def make_thumbnail(image: bytes | None) -> str | None:
+    """Return an image file as a small data URI."""
+    return None if image is None else to_data_uri(shrink(decode_rgb(image), THUMBNAIL_PX), 85)
 
 
 def search(
@@ -107,10 +79,13 @@ def search(
     model = find_model(model_id or dataset.model_id, download=False)
     dataset.check_model(model)
     source = dataset.open_input(input_path) if input_path is not None else None
-    embedding = embed_photograph(query, model.folder, str(recipe["precision"]), device)
+    embedding = embed_photographs([query], model.prepare(), str(recipe["precision"]), device)
     similarities, rows = find_nearest(embedding, dataset.read_blocks(), top)
     ids = dataset.read_ids_at(rows[0].tolist())
-    hits = [(float(similarity), ids[row]) for similarity, row in zip(similarities[0], rows[0].tolist(), strict=True)]
+    hits = [
+        (float(similarity), describe_id(ids[row]))
+        for similarity, row in zip(similarities[0], rows[0].tolist(), strict=True)
+    ]
     for rank, (similarity, identifier) in enumerate(hits, start=1):
         print(f"{rank}\t{similarity:.6f}\t{identifier}")
     logger.info("searched %d embeddings", dataset.num_rows)

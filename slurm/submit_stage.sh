@@ -7,5 +7,5 @@ root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 # shellcheck source=slurm/control/common.sh
 source "$root/slurm/control/common.sh"
 load_modules
-find_python
+find_python "$@"
 exec "$PYTHON" "$root/slurm/control/submit.py" stage "$@"

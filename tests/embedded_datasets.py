@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from publish_model.dataset.hashes import hash_ids, pack_hashes
 from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord, count_rows
 from publish_model.dataset.parts import write_part
-from publish_model.new_data.packaged_input import plain_values
+from publish_model.new_data.columns import plain_values
 
 WIDTH = 8
 VERSION = "0123456789abcdef"

@@ -65,10 +65,10 @@ def make_config(folder: Path, backbone: Path | str, **embedding_model: Any) -> C
     )
 
 
-def publish(folder: Path, backbone: Path, input_dim: int = 24, pooling_type: str = "pooler_output") -> Path:
+def publish(folder: Path, backbone: Path, input_dim: int = 24, **embedding_model: Any) -> Path:
     """Publish a backbone with a seeded projector below `folder`, and return the published folder."""
     write_checkpoint(folder / "checkpoint" / "checkpoint_best.pt", input_dim)
-    convert_to_hf.run(make_config(folder, backbone, pooling_type=pooling_type), PublishOptions())
+    convert_to_hf.run(make_config(folder, backbone, **embedding_model), PublishOptions())
     return folder / "published"
 
 

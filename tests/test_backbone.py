@@ -24,10 +24,9 @@ from transformers import (
 
 from pipeline.errors import InputError, PipelineError, Rejection
 from pipeline.inference import backbone
-from pipeline.inference.backbone import Embedder, check_embeddings
+from pipeline.inference.backbone import BATCH_SIZES, Embedder, check_embeddings, find_batch_size
 from pipeline.inference.devices import choose_device
 from pipeline.inference.images import decode_rgb
-from pipeline.inference.pixels import has_nvjpeg
 from pipeline.inference.preprocessing import DeviceProcessor
 from pipeline.log import logging_to
 
@@ -98,7 +97,7 @@ def test_every_photograph_gets_the_embedding_of_the_plain_loop(models, kind):
     assert smallest_cosine(ours, plain) >= 0.9999
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), np.linalg.norm(plain, axis=1), rtol=1e-4)
     assert smallest_cosine(ours[:1], ours[1:2]) < 0.9999  # the photographs do differ
-    assert embedder.measure_width() == plain.shape[1]
+    assert embedder.width == plain.shape[1]
 
 
 @pytest.mark.parametrize("size", [(3, 1201), (1600, 5)])
@@ -171,20 +170,15 @@ def test_out_of_memory_halves_the_pass_and_keeps_every_row(models, monkeypatch):
 
 
 def stand_in_for_a_gpu(embedder):
-    """Have the CPU do what is left to a GPU: nvJPEG's part and the resizing of batches."""
+    """Have the CPU do what is left to a GPU: the resizing of batches."""
     embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
-    embedder.nvjpeg = True
     return embedder
 
 
-def test_what_comes_as_bytes_as_pixels_and_prepared_is_one_pass_in_order(models):
+def test_what_comes_as_pixels_and_prepared_is_one_pass_in_order(models):
     embedder = stand_in_for_a_gpu(Embedder(models["dinov3"], device="cpu"))
     ready = [embedder.decode(data) for data in PHOTOGRAPHS.values()]
-    kinds = ["bytes" if isinstance(one, bytes) else str(one.dtype) for one in ready]
-    assert kinds == [
-        "bytes", "bytes", "bytes", "torch.uint8", "bytes", "torch.uint8", "bytes", "torch.uint8", "torch.uint8",
-        "torch.uint8", "bytes",
-    ]  # fmt: skip
+    assert {one.dtype for one in ready} == {torch.uint8}
     large = encode(draw_view(12, size=(1100, 1000)))
     assert embedder.decode(large).dtype == torch.float32  # it would fill the memory
     photographs = [*PHOTOGRAPHS.values(), large]
@@ -218,10 +212,28 @@ def test_on_a_gpu_the_passes_are_found_by_measurement_and_a_number_is_obeyed(mod
     embedder.micro_batch = 1 if batch_size == "auto" else batch_size
     embedder._tune(batch_size)
     assert embedder.micro_batch == (16 if batch_size == "auto" else 5)
-    assert not embedder.nvjpeg  # a slow model leaves the cores time to decode
-    monkeypatch.setattr(embedder, "_measure_rate", lambda *_: 1e6)
-    embedder._tune(batch_size)
-    assert embedder.nvjpeg == has_nvjpeg(embedder.device)
+
+
+def test_the_batch_size_is_the_smallest_that_is_as_fast_as_any():
+    tried = []
+
+    def measure(size):
+        tried.append(size)
+        return 1000.0 * size / (size + 20)
+
+    assert find_batch_size(measure) == (512, pytest.approx(1000 * 512 / 532))
+    assert tried == [size for size in BATCH_SIZES if size <= 1024]
+    assert find_batch_size(lambda _: 50.0) == (BATCH_SIZES[0], 50.0)
+
+
+@pytest.mark.parametrize(("held", "found"), [(64, (64, 64.0)), (0, (BATCH_SIZES[0], 0.0))])
+def test_the_batch_size_stays_within_the_memory(held, found):
+    def measure(size):
+        if size > held:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return float(size)
+
+    assert find_batch_size(measure) == found
 
 
 def test_the_rate_of_the_model_alone_is_measured(models):
@@ -304,26 +316,6 @@ def test_a_processor_that_transformers_has_to_guess_is_said_or_refused(copied, t
     with logging_to(tmp_path / "a.log"), contextlib.suppress(InputError):  # older versions do not guess
         Embedder(copied, device="cpu")
     assert "says nothing of its image processor" in (tmp_path / "a.log").read_text()
-
-
-def test_a_model_without_a_pooled_output_says_what_to_set(models, monkeypatch):
-    embedder = Embedder(models["dinov2"], device="cpu")
-    forward = embedder.model.forward
-
-    def without_pooler(*, pixel_values):
-        outputs = forward(pixel_values=pixel_values)
-        outputs["pooler_output"] = None
-        return outputs
-
-    monkeypatch.setattr(embedder.model, "forward", without_pooler)
-    with pytest.raises(InputError, match=r"has no pooler_output: set \[embedding_model\]\.pooling_type to cls_token"):
-        embedder.measure_width()
-
-
-def test_a_convolutional_backbone_has_no_class_token(models):
-    embedder = Embedder(models["convnext"], device="cpu", pooling_type="cls_token")
-    with pytest.raises(InputError, match=r"has no CLS token: set \[embedding_model\]\.pooling_type to pooler_output"):
-        embedder.measure_width()
 
 
 def test_embeddings_that_are_no_numbers_name_the_first_image():

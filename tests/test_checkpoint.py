@@ -94,68 +94,6 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-# ---------------------------------------------------------------------------------------------- older checkpoints
-
-
-@pytest.mark.parametrize("key", [None, "projector_state_dict", "model_state_dict", "state_dict", "projector"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module.projector.", "projector."])
-def test_bare_weights_of_this_projector_tell_their_widths_and_depth(
-    tmp_path: Path, key: str | None, prefix: str
-) -> None:
-    projector = make_projector(num_hidden_layers=2, activation="relu")
-    weights = {prefix + name: value for name, value in projector.state_dict().items()}
-    torch.save(weights if key is None else {key: weights, "epoch": 3}, tmp_path / "old.pt")
-    section = TrainingModelSection(output_dim=5, activation="relu", dropout=0.25, hidden_dim=999)
-    found = load_checkpoint(tmp_path / "old.pt", section)
-    assert found.architecture == projector.architecture | {"dropout": 0.25}
-    assert found.rest == ({} if key is None else {"epoch": 3})
-    torch.testing.assert_close(build_projector(found)(features()), projector(features()))
-
-
-def test_a_shortcut_alone_has_no_hidden_layers(tmp_path: Path) -> None:
-    projector = make_projector(num_hidden_layers=0)
-    torch.save(projector.state_dict(), tmp_path / "old.pt")
-    found = load_checkpoint(tmp_path / "old.pt")
-    assert found.architecture["num_hidden_layers"] == 0
-    torch.testing.assert_close(build_projector(found)(features()), projector(features()))
-
-
-def test_a_plain_mlp_without_a_shortcut_gets_one_of_zeros(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    mlp = nn.Sequential(
-        nn.Linear(12, 7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 7, bias=False), nn.ReLU(), nn.Linear(7, 5)
-    ).eval()
-    torch.save(
-        {"model_state_dict": {f"mlp.{key}": value for key, value in mlp.state_dict().items()}}, tmp_path / "o.pt"
-    )
-    found = load_checkpoint(tmp_path / "o.pt", TrainingModelSection(output_dim=5, activation="relu"))
-    assert (found.architecture["hidden_dim"], found.architecture["num_hidden_layers"]) == (7, 2)
-    expected = nn.functional.normalize(mlp(features()), dim=1)
-    torch.testing.assert_close(build_projector(found)(features()), expected)
-
-
-def test_a_single_linear_layer_is_the_shortcut(tmp_path: Path) -> None:
-    layer = nn.Linear(12, 5)
-    torch.save(layer.state_dict(), tmp_path / "o.pt")
-    expected = nn.functional.normalize(layer(features()), dim=1)
-    torch.testing.assert_close(build_projector(load_checkpoint(tmp_path / "o.pt"))(features()), expected)
-
-
-@pytest.mark.parametrize(
-    ("mlp", "why"),
-    [
-        (nn.Sequential(nn.Linear(12, 7), nn.BatchNorm1d(7), nn.Linear(7, 5)), "1.weight is not part of a linear layer"),
-        (nn.Sequential(nn.Linear(12, 7), nn.Linear(8, 5)), "its layers do not follow one another"),
-        (nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7), nn.Linear(7, 5)), r"different widths \[7, 9\]"),
-        (nn.Sequential(nn.Conv2d(3, 4, 3)), "0.weight is not part of a linear layer"),
-    ],
-)
-def test_weights_that_cannot_be_mapped_are_refused_saying_why(tmp_path: Path, mlp: nn.Module, why: str) -> None:
-    torch.save(mlp.state_dict(), tmp_path / "o.pt")
-    with pytest.raises(InputError, match=f"o.pt: cannot be mapped onto the projector .*{why}"):
-        load_checkpoint(tmp_path / "o.pt")
-
-
 # ---------------------------------------------------------------------------------------------- refusals
 
 

@@ -201,11 +201,12 @@ def test_large_strings_and_hidden_files_are_no_trouble(make_run: Callable, run_m
 
 
 def test_the_sample_is_drawn_from_the_seed_and_has_its_size() -> None:
-    assert draw_sample(1_000, 0.05, 42).sum() == 50
-    assert draw_sample(3, 0.05, 42).sum() == 1
-    assert draw_sample(1_000, 1.0, 42).all()
-    assert (draw_sample(1_000, 0.05, 42) == draw_sample(1_000, 0.05, 42)).all()
-    assert (draw_sample(1_000, 0.05, 42) != draw_sample(1_000, 0.05, 43)).any()
+    assert draw_sample(400_000, 0.05, 42).sum() == 20_000
+    assert draw_sample(30_000, 0.05, 42).sum() == 10_000
+    assert draw_sample(9_000, 0.05, 42).all()
+    assert draw_sample(30_000, 1.0, 42).all()
+    assert (draw_sample(30_000, 0.05, 42) == draw_sample(30_000, 0.05, 42)).all()
+    assert (draw_sample(30_000, 0.05, 42) != draw_sample(30_000, 0.05, 43)).any()
 
 
 def test_the_script_runs_by_path_from_any_folder(make_run: Callable, run_script: Callable, tmp_path: Path) -> None:

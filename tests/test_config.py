@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import DEFAULT_CONFIG_PATH, Config, DataSection, count_cores, load_config
+from pipeline.config import DEFAULT_CONFIG_PATH, Config, DataSection, TrainingModelSection, count_cores, load_config
 from pipeline.errors import ConfigError
 
 
@@ -138,6 +138,10 @@ def test_an_override_of_another_form_is_refused(tmp_path, override):
         ("data.train_ration=1", "[data].train_ration: unknown key; did you mean train_ratio?"),
         ("global_.seed=1", "[global_]: unknown section; did you mean global?"),
         ("file_path.x=1", "[file_path]: unknown section"),
+        ("data.neighbors=1", "[data].neighbors: unknown key; did you mean [difficulty].neighbors?"),
+        ("training.hidden_dims=1", "[training].hidden_dims: unknown key; did you mean [training_model].hidden_dim?"),
+        ("logging.batch_size=1", "unknown key; did you mean [embedding_model].batch_size or [training].batch_size?"),
+        ("seed.x=1", "[seed]: unknown section; did you mean [global].seed?"),
     ],
 )
 def test_an_override_of_an_unknown_name_is_refused(tmp_path, override, answer):
@@ -156,6 +160,21 @@ def test_an_override_of_an_unknown_name_is_refused(tmp_path, override, answer):
 )
 def test_what_is_no_section_is_refused(tmp_path, text, answer):
     assert any(answer in problem for problem in problems_of(write(tmp_path, text)))
+
+
+@pytest.mark.parametrize("override", ["data.temp_dir=1", "training.optimizer=1", "slurm.account=1"])
+def test_nothing_is_proposed_where_nothing_is_near(tmp_path, override):
+    (found,) = problems_of(write(tmp_path, ""), override)
+    assert found.endswith(("unknown key", "unknown section"))
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    path = write(tmp_path, "[global]\nseed = 7\n")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_config(path).global_.seed == 7
+    fragment = tmp_path / "best.toml"
+    fragment.write_bytes(b"\xef\xbb\xbf[global]\nseed = 8\n")
+    assert load_config(path, [str(fragment)]).global_.seed == 8
 
 
 def test_a_missing_file_and_one_that_is_not_toml_are_named(tmp_path):
@@ -241,3 +260,10 @@ def test_every_key_says_what_it_is():
         if section.alias == "global" or hasattr(section.annotation, "model_fields"):
             for key, field in section.annotation.model_fields.items():
                 assert field.description, key
+
+
+def test_hidden_layers_shrink_by_the_multiplier_and_are_rounded_down():
+    section = TrainingModelSection(hidden_dim=384, num_hidden_layers=3, hidden_dim_multiplier=0.75)
+    assert section.hidden_dims == [384, 288, 216]
+    assert TrainingModelSection(hidden_dim=3, num_hidden_layers=3, hidden_dim_multiplier=0.4).hidden_dims == [3, 1, 1]
+    assert TrainingModelSection(hidden_dim=384, num_hidden_layers=3).hidden_dims is None

@@ -57,7 +57,7 @@ def run_plainly(source, pixels):
     return functional.relu6(norm("_bn1", convolve(x, "_conv_head"))).mean((2, 3))
 
 
-@pytest.mark.parametrize("side", [224, 256])
+@pytest.mark.parametrize("side", [224, 256, 288, 320, 352, 384, 416, 448, 512])
 def test_the_converted_model_computes_what_the_original_does(folder, side):
     from transformers import AutoModel
 

@@ -22,7 +22,8 @@ from publish_model.model_folder import weights
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
-    "configuration_spatial_embeddings.py", "projector.py", "README.md", "modules.json", "sentence_bert_config.json",
+    "configuration_spatial_embeddings.py", "pooling.py", "projector.py", "README.md", "modules.json",
+    "sentence_bert_config.json",
 }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def test_the_published_code_imports_torch_and_transformers_alone(config, tmp_pat
             if isinstance(node, ast.ImportFrom):
                 names = [] if node.level else [node.module]
             for name in names:
-                assert name.split(".")[0] in {"torch", "transformers", "dataclasses", "typing"}
+                assert name.split(".")[0] in {"torch", "transformers", "collections", "dataclasses", "typing"}
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3"])

@@ -11,11 +11,15 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from test_layering import ROOMS  # noqa: E402
+
 from pipeline.config import Config, load_config  # noqa: E402
+from pipeline.errors import Reason  # noqa: E402
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -70,8 +74,45 @@ def test_every_file_that_the_readme_names_is_there():
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
+@pytest.mark.parametrize("path", ["docs/architecture.md", "docs/README.md", "CONTRIBUTING.md"])
+def test_every_file_that_a_guide_names_is_there(path):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    named = {ROOT / name for name in re.findall(r"`([\w.-]+/[\w./-]+)`", text)}
+    linked = {(ROOT / path).parent / name for name in re.findall(r"\]\(([\w./]+)\)", text)}
+    assert linked
+    assert [str(name) for name in sorted(named | linked) if not name.exists()] == []
+
+
+def test_the_table_of_contents_has_every_document():
+    text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"\]\((\w+\.md)\)", text))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_the_readme_can_be_read_in_ten_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 160
+
+
+def test_every_room_stands_in_the_picture():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
+    assert [folder for folder, rooms in ROOMS.items() for room in rooms if f"{room}/" not in text] == []
+
+
+def test_every_reject_reason_is_explained():
+    text = (ROOT / "docs" / "data_architecture.md").read_text(encoding="utf-8")
+    assert [reason for reason in typing.get_args(Reason) if f"`{reason}`" not in text] == []
+
+
+def test_the_hooks_before_a_commit_do_what_make_lint_does():
+    lint = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlint: install\n")[1].split("\n\n")[0]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert [line.strip().replace("$(PY)", ".venv/bin/python") for line in lint.splitlines()] == [
+        hook["entry"] for hook in hooks
+    ]
+
+
 def test_no_placeholder_is_left_in_the_documents():
-    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         assert "@@" not in path.read_text(encoding="utf-8"), path
 
 

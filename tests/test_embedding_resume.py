@@ -94,8 +94,10 @@ def test_parts_that_do_not_say_what_they_were_made_from_are_not_replaced(embed, 
     pq.write_table(pa.table({"OSMID": [1]}), parts_dir / "rg00000_rb00000.parquet")
     outcome = embed(packaged, tmp_path / "out")
     assert outcome.code == 1
-    assert "it does not say what it was made from" in outcome.stderr
+    assert "not written by this project" in outcome.stderr
     assert embed(packaged, tmp_path / "out", "--overwrite").code == 0
+    kept = tmp_path / "out" / "_removed" / "1_not_ours" / "parts" / "rg00000_rb00000.parquet"
+    assert pq.read_table(kept)["OSMID"].to_pylist() == [1]
 
 
 def test_another_input_is_refused_and_named(embed, packaged, tmp_path):
@@ -163,6 +165,48 @@ def test_a_dataset_goes_on_in_the_precision_in_which_it_was_begun(embed, package
     assert embed(packaged, tmp_path / "out", "--limit", 4, "--dtype", "bfloat16").code == 0
     assert embed(packaged, tmp_path / "out").code == 0
     assert read_state(tmp_path / "out")["precision"] == "bfloat16"
+
+
+# ---------------------------------------------------------------------------------------------------- overwriting
+
+
+def test_a_dataset_that_is_overwritten_stays_where_the_new_model_is_none(embed, packaged, toy_backbone, tmp_path):
+    output = tmp_path / "out"
+    assert embed(packaged, output).code == 0
+    before, state = read_bytes(output), read_state(output)
+    (tmp_path / "empty").mkdir()
+    for model in (toy_backbone, tmp_path / "empty", tmp_path / "none"):
+        assert embed(packaged, output, "--overwrite", model=model).code == 1
+        assert read_bytes(output) == before
+        assert read_state(output) == state
+
+
+def test_a_model_that_cannot_be_used_begins_no_dataset(embed, packaged, toy_backbone, tmp_path):
+    assert embed(packaged, tmp_path / "out", model=toy_backbone).code == 1
+    assert not (tmp_path / "out" / "state.json").exists()
+
+
+def test_a_dataset_that_is_overwritten_stays_until_the_new_one_is_complete(embed, packaged, tmp_path, undisturbed):
+    output = tmp_path / "out"
+    assert embed(packaged, output, read_batch_size=5).code == 0
+    old = read_bytes(output)
+    assert embed(packaged, output, "--overwrite", "--limit", 10).code == 0
+    assert read_bytes(output / "_removed" / "1") == old
+    assert embed(packaged, output).code == 0
+    assert read_bytes(output) == undisturbed
+    assert not (output / "_removed").exists()
+
+
+def test_a_dataset_is_not_overwritten_where_the_disk_has_no_room(embed, packaged, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    assert embed(packaged, output).code == 0
+    before = read_bytes(output)
+    plain = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: plain(path)._replace(free=37 * 256 * 4 - 1))
+    outcome = embed(packaged, output, "--overwrite")
+    assert outcome.code == 1
+    assert "are needed beside the dataset that is to be overwritten" in outcome.stderr.splitlines()[-1]
+    assert read_bytes(output) == before
 
 
 # ---------------------------------------------------------------------------------------------------- limit

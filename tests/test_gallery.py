@@ -1,5 +1,7 @@
 """What the gallery finds to show beyond right and wrong answers: suspected label errors, bands, the map."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,6 +11,8 @@ from evaluate_embeddings.evaluate import embed_split, score_split
 from evaluate_embeddings.page import embedding_map, gallery
 from evaluate_embeddings.page.embedding_map import place_points
 from evaluate_embeddings.page.gallery import find_suspects
+from evaluate_embeddings.page.report import render
+from evaluate_embeddings.page.row_names import RowNames
 from evaluate_embeddings.scores.difficulty_bands import find_band_examples
 from pipeline.config import load_config
 from pipeline.errors import InputError
@@ -134,6 +138,9 @@ def test_a_large_split_is_sampled_and_the_page_says_so(evaluation, monkeypatch):
     class NoPhotos:
         problem = "none"
 
-    page = embedding_map.build_map(evaluation, NoPhotos(), 100, seed=0)
+    shown = embedding_map.build_map(evaluation, NoPhotos(), 100, seed=0)
+    assert len(shown.marks) == 20
+    gallery_of_names = SimpleNamespace(names=RowNames(evaluation.features))
+    page = render("sections/map.html.j2", map=shown, gallery=gallery_of_names)
     assert "a random 20 of the test images" in page
     assert page.count("data-mark=") == 20

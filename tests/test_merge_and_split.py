@@ -75,7 +75,7 @@ def test_provenance_says_counts_and_who_is_where(tmp_path, stage, city):
     found = [tables.read_provenance(tmp_path / "merged" / f"{split}.parquet") for split in SPLITS]
     assert [provenance["split"] for provenance in found] == list(SPLITS)
     assert sum(provenance["rows"] for provenance in found) == found[0]["counts"]["out"]
-    assert len({provenance["split_hash"] for provenance in found}) == 1
+    assert {str(one["embedded_with"]) + one["split_hash"] for one in found} == {str(SETTINGS) + found[0]["split_hash"]}
     assert [item["name"] for item in found[0]["inputs"]] == [path.name for path in city["paths"]]
 
 

@@ -145,7 +145,12 @@ def test_the_attention_can_be_chosen(published, pixels, expected, implementation
 def test_saved_and_loaded_again_it_is_the_same(model, pixels, expected, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     names = {path.name for path in (tmp_path / "saved").iterdir()}
-    assert {"modeling_spatial_embeddings.py", "configuration_spatial_embeddings.py", "projector.py"} <= names
+    assert {
+        "modeling_spatial_embeddings.py",
+        "configuration_spatial_embeddings.py",
+        "pooling.py",
+        "projector.py",
+    } <= names
     again = load(tmp_path / "saved")
     assert torch.allclose(embed(again, pixels).embeddings, expected, atol=1e-6)
     assert again.config.backbone_model_name == "backbone"

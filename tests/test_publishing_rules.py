@@ -12,6 +12,7 @@ from stage7_fixtures import read_all_text, read_config
 
 from pipeline.cli import Options
 from pipeline.errors import InputError, PipelineError, StaleOutputError
+from pipeline.inference.model_files import identify_model
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from publish_model import convert_to_hf as stage
 from publish_model.convert_to_hf import PublishOptions
@@ -19,7 +20,8 @@ from publish_model.model_folder.model_card import is_measured, worse_than
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
-    "configuration_spatial_embeddings.py", "projector.py", "README.md", "modules.json", "sentence_bert_config.json",
+    "configuration_spatial_embeddings.py", "pooling.py", "projector.py", "README.md", "modules.json",
+    "sentence_bert_config.json",
 }  # fmt: skip
 
 
@@ -129,6 +131,36 @@ def test_a_rerun_keeps_the_folder_without_loading_torch(config_file, run_main, r
     assert done.returncode == 0, done.stderr
     assert (done.stdout, "nothing redone" in done.stderr) == ("", True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "published_model").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("made_with", "message"),
+    [
+        ({}, None),
+        ({"dtype": "bfloat16"}, None),  # another precision of the same features
+        ({"image_size": 384}, "made with image_size 384, the configuration says None: set"),
+        ({"scales": [224, 384]}, "made with scales [224, 384], the configuration says None: set"),
+        ({"pooling_type": "cls_mean"}, "made with pooling_type 'cls_mean', the configuration says 'pooler_output'"),
+        ({"model": "0123"}, "made with model '0123', the configuration says"),
+    ],
+)
+def test_a_checkpoint_trained_on_embeddings_made_otherwise_is_refused(
+    config, toy_backbone, tmp_path, made_with, message
+):
+    embedded_with = {
+        "model": identify_model(toy_backbone),
+        "pooling_type": "pooler_output",
+        "dtype": "auto",
+    } | made_with
+    provenance = {"stage": "train", "inputs": [], "embedded_with": embedded_with}
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", provenance=provenance)
+    if message is None:
+        assert stage.run(config, Options()).written
+        return
+    with pytest.raises(InputError) as caught:
+        stage.run(config, Options())
+    assert message in str(caught.value)
+    assert not (tmp_path / "published").exists()
 
 
 def test_moved_and_touched_inputs_change_nothing(config, toy_backbone, tmp_path):

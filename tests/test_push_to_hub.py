@@ -81,6 +81,13 @@ def push(hub, toy_backbone, write_config, run_script, tmp_path):
     return run
 
 
+def test_a_repository_is_public_only_where_that_is_asked_for(push, hub):
+    outcome = push("--public")
+    assert outcome.code == 0, outcome.stderr
+    created = next(json.loads(body) for path, _, body in hub.requests if path == "/api/repos/create")
+    assert created.get("private") is False or created.get("visibility") == "public"  # by the library's version
+
+
 def test_every_file_arrives_in_a_private_repository(push, hub, tmp_path):
     outcome = push()
     assert outcome.code == 0, outcome.stderr

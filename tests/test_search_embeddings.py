@@ -83,19 +83,17 @@ def test_a_photograph_of_the_dataset_is_found_first(search, photographs, tmp_pat
 
 def test_the_page_shows_the_images_of_the_input(search, photographs, tmp_path, monkeypatch):
     shown = []
-    plain = search_embeddings._figure
-    monkeypatch.setattr(
-        search_embeddings, "_figure", lambda image, caption: shown.append(image) or plain(image, caption)
-    )
+    plain = search_embeddings.make_thumbnail
+    monkeypatch.setattr(search_embeddings, "make_thumbnail", lambda image: shown.append(image) or plain(image))
     query, page = tmp_path / "query.jpg", tmp_path / "page.html"
     arguments = ["--query", query, "--html", page, "--input", tmp_path / "in.parquet", "--top", 18]
     outcome = search(photographs, *arguments)
     assert outcome.code == 0
     images = pq.read_table(tmp_path / "in.parquet").to_pylist()
     ids = [line.split("\t")[2] for line in outcome.stdout.splitlines()]
-    assert shown[:2] == [query.read_bytes(), images[12]["image_bytes"]]
-    assert sorted(shown[1:]) == sorted(row["image_bytes"] for n, row in enumerate(images) if n not in (3, 11))
-    for identifier, image in zip(ids, shown[1:], strict=True):
+    assert (shown[-1], shown[0]) == (query.read_bytes(), images[12]["image_bytes"])
+    assert sorted(shown[:-1]) == sorted(row["image_bytes"] for n, row in enumerate(images) if n not in (3, 11))
+    for identifier, image in zip(ids, shown[:-1], strict=True):
         assert image in [row["image_bytes"] for row in images if row["OSMID"] == identifier]
     assert page.read_text().count("data:image/jpeg;base64,") == 19
 
@@ -104,13 +102,16 @@ def test_ids_are_escaped_in_the_page(tmp_path):
     query = tmp_path / "q.jpg"
     query.write_bytes(make_photographs(1)[0])
     search_embeddings.write_page(tmp_path / "p.html", query, [(0.5, "<script>alert(1)</script>")], [None])
-    assert "<script>" not in (tmp_path / "p.html").read_text()
+    page = (tmp_path / "p.html").read_text()
+    assert "<script>" not in page
+    assert "1. <code>&lt;script&gt;alert(1)&lt;/script&gt;</code><br>cosine 0.5000" in page
+    assert "http" not in page
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--query", "none.jpg"], "none.jpg: cannot be read"),
+        (["--query", "none.jpg"], "none.jpg: no such file"),
         (["--query", "in.parquet"], "unreadable_image"),
         (["--query", "query.jpg", "--model-id", "nobody/nothing"], "is not on this machine"),
     ],

@@ -1,18 +1,18 @@
 """Which jobs are submitted, with which dependencies and which sbatch lines; no SLURM is needed."""
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from slurm_fixtures import dry_run
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, StaleOutputError
 from preprocess_raw_data import process_tar
-from slurm.control import scheduler, submit, submit_embeddings
+from slurm.control import scheduler, submit
 from slurm.control.completeness import UnitState, shards_done
 from slurm.control.plan import ActiveTask, Cut, count_shards, make_plan
 from slurm.control.stages import STAGES, TUNE, format_shards, parse_shards
@@ -205,31 +205,6 @@ def test_the_queue_is_read_task_by_task(monkeypatch):
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def dry_run(*arguments, script="slurm/submit_pipeline.sh", cwd="/", **environment):
-    """Run a submit script where there is no SLURM, and return its sbatch commands."""
-    clean = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **environment}
-    run = subprocess.run(
-        [REPO / script, "--dry-run", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=clean,
-    )
-    assert run.returncode == 0, run.stderr
-    return [shlex.split(line) for line in run.stdout.splitlines()]
-
-
-@pytest.fixture
-def slurmless(tmp_path):
-    """A PATH without SLURM's commands, wherever they are installed."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("bash", "env", "readlink", "dirname", "cat", "make"):
-        (folder / name).symlink_to(shutil.which(name))
-    return str(folder)
-
-
 def test_a_dry_run_needs_no_slurm_no_tars_and_no_torch(slurmless, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('not to be imported')")
     commands = dry_run("--account", "a", PATH=slurmless, PYTHONPATH=str(tmp_path))
@@ -261,6 +236,39 @@ def test_options_behind_two_dashes_go_to_the_stage(slurmless):
     assert command.index("--time=5") < script < command.index("--force")
 
 
+def test_a_test_is_one_shard_with_the_first_tar(slurmless, config):
+    command, *more = dry_run(
+        "2", "--config", config.file_path, "--test", script="slurm/submit_stage.sh", PATH=slurmless
+    )
+    assert (more, "--array=0-0" in command) == ([], True)
+    assert command[-2:] == ["--tar-file", str(config.path("raw_dir") / "0001.tar")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["3", "--test"], "give it to submit_stage.sh 1, 2 or 4"),
+        (["1", "--test", "--shards", "0"], "one tar is one shard"),
+    ],
+)
+def test_a_test_of_what_has_no_one_tar_is_refused(run_main, arguments, complaint):
+    outcome = run_main(submit.main, "stage", *arguments)
+    assert outcome.code == 2
+    assert complaint in outcome.stderr
+
+
+@pytest.mark.parametrize("as_one_word", [True, False])
+def test_another_environment_runs_the_submission_and_the_jobs(slurmless, tmp_path, as_one_word):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\necho "$PYTHON" >"{tmp_path}/seen"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    option = ["--venv-path=venv"] if as_one_word else ["--venv-path", "venv"]
+    (command,) = dry_run("3", *option, script="slurm/submit_stage.sh", PATH=slurmless, cwd=tmp_path)
+    assert not any("venv-path" in word for word in command)
+    assert (tmp_path / "seen").read_text() == f"{python}\n"  # exported, so that the jobs find it too
+
+
 def test_tuning_is_submitted_by_its_name(slurmless):
     options = ["tune", "--array-size", "4", "--", "--trials", "200"]
     (command,) = dry_run(*options, script="slurm/submit_stage.sh", PATH=slurmless, SBATCH_OPTIONS_tune="--time=9")
@@ -276,19 +284,6 @@ def test_log_folders_with_percent_signs_and_spaces_are_no_patterns(tmp_path, wri
     assert f"--output={tmp_path}/100%% mine/logs/slurm/merge_and_split-%j.log" in command
 
 
-def test_a_dry_run_for_new_data_prints_one_array(slurmless, tmp_path):
-    (command,) = dry_run(
-        "--account", "a", "--input", "in put.parquet", "--output", "out", "--model-id", "x/y", "--batch-size", "64",
-        "--array-size", "4", "--limit", "10", "--nice=5",
-        script="publish_model/slurm/submit_embeddings_from_parquet.sh", cwd=tmp_path, PATH=slurmless,
-    )  # fmt: skip
-    text = shlex.join(command)
-    assert "--array=0-3 " in text
-    assert "--nice=5 " in text
-    assert f"--shards 4 --input '{tmp_path}/in put.parquet' --output {tmp_path}/out --model-id x/y" in text
-    assert text.endswith("--batch-size 64 --read-batch-size 1000 --limit 10")
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -296,6 +291,7 @@ def test_a_dry_run_for_new_data_prints_one_array(slurmless, tmp_path):
         (["--from-stage", "5", "--to-stage", "3"], "--from-stage 5 lies behind --to-stage 3"),
         (["--array-size", "0"], "'0' must be a whole number above 0"),
         (["--", "--force"], "give them to submit_stage.sh"),
+        (["--test"], "give it to submit_stage.sh 1, 2 or 4"),
         (["--dry-run", "--export=ALL,HF_TOKEN=hf_x"], "a token on an sbatch line would be kept by the accounting"),
     ],
 )
@@ -310,15 +306,6 @@ def test_without_slurm_nothing_is_submitted(run_main, config):
     outcome = run_main(submit.main, "pipeline", "--config", config.file_path)
     assert outcome.code == 1
     assert outcome.stderr.splitlines()[-1].startswith("error: squeue does not answer here")
-
-
-def test_a_missing_input_for_new_data_leaves_no_folder(run_main, tmp_path):
-    (tmp_path / "model").mkdir()
-    arguments = ["--input", tmp_path / "no.parquet", "--output", tmp_path / "out", "--model-id", tmp_path / "model"]
-    outcome = run_main(submit_embeddings.main, *arguments)
-    assert outcome.code == 1
-    assert "no.parquet: no such file" in outcome.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_token_never_reaches_a_command_or_a_jobs_environment(monkeypatch):

@@ -86,7 +86,7 @@ def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(monkeypat
     train, val = make_split(1), make_split(2)
     validation = ValidationSet(val.embeddings, val.building_codes)
     section = TrainingSection(whitening_shrinkage=0.5)
-    fitted = fit_baselines(train, validation, 6, section)
+    fitted = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
     expected = sharpen_whitening(collect_scatter(train.embeddings, train.building_codes, 0.8), 6, 0.5)
     assert fitted.note["init"] == "sharpened"
     assert fitted.note["shrinkage"] == 0.5
@@ -104,16 +104,38 @@ def test_the_other_starts_score_as_their_baseline(init: str, row: str) -> None:
     train, val = make_split(1), make_split(2)
     validation = ValidationSet(val.embeddings, val.building_codes)
     section = TrainingSection(init=init)
-    fitted = fit_baselines(train, validation, 6, section)
+    fitted = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
     assert "sharpened_shrinkage" not in fitted.note
     projector = make_projector(12, fitted, TrainingModelSection(output_dim=6, hidden_dim=8), section).eval()
     found = validation.score(projector(torch.from_numpy(val.embeddings)).detach().numpy())
     assert found["map"] == pytest.approx(fitted.scores[row]["map"], abs=1e-6)
 
 
+@pytest.mark.parametrize("init", ["sharpened", "whitening", "pca"])
+def test_with_a_norm_the_start_is_fitted_to_what_its_layer_gets(init: str) -> None:
+    train, val = make_split(1), make_split(2)
+    validation = ValidationSet(val.embeddings, val.building_codes)
+    section = TrainingSection(init=init)
+    model = TrainingModelSection(output_dim=6, hidden_dim=8, input_norm=True)
+    fitted = fit_baselines(train, validation, model, section)
+    plain = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
+    assert fitted.scores == plain.scores  # the baselines are what they are without a projector
+    projector = make_projector(12, fitted, model, section).eval()
+    assert projector.architecture["input_norm"]
+    found = projector(torch.from_numpy(val.embeddings)).detach().numpy()
+    assert fitted.start is not None
+    np.testing.assert_allclose(found, fitted.start.apply(val.embeddings), atol=1e-5)
+    rows = val.embeddings - val.embeddings.mean(axis=1, keepdims=True)
+    normed = rows / np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + 1e-5)
+    alone = LinearMap(fitted.start.weight, fitted.start.bias, fitted.start.input_power)
+    np.testing.assert_allclose(found, alone.apply(normed), atol=1e-5)
+
+
 def test_random_weights_start_from_nothing() -> None:
     train, val = make_split(1), make_split(2)
     section = TrainingSection(init="random")
-    fitted = fit_baselines(train, ValidationSet(val.embeddings, val.building_codes), 6, section)
+    fitted = fit_baselines(
+        train, ValidationSet(val.embeddings, val.building_codes), TrainingModelSection(output_dim=6), section
+    )
     assert fitted.start is None
     assert make_projector(12, fitted, TrainingModelSection(output_dim=6), section).architecture["input_power"] == 1.0

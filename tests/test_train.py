@@ -88,6 +88,7 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
         }  # fmt: skip
         assert content["architecture"]["input_dim"] == WIDTH
         assert content["provenance"]["split_hash"] == "abc"
+        assert content["provenance"]["embedded_with"] == {"flip": True}
         assert list(content["metrics"]["val"]) == [*BASELINES, "projector"]
         assert content["metrics"]["epoch"] == content["epoch"]
         assert len(content["metrics"]["history"]) == content["epoch"] + 1

@@ -1,6 +1,8 @@
 """Checking a dataset: what is sound, what is seen, what a repair removes."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +12,13 @@ import pytest
 from published_models import list_parts, make_photographs, read_bytes, write_packaged
 from stage8_fixtures import read_state
 
-from publish_model import verify_embeddings
+from publish_model import (
+    aggregate_embeddings,
+    delete_ids,
+    export_embeddings,
+    search_embeddings,
+    verify_embeddings,
+)
 from publish_model.dataset import drift
 from publish_model.dataset.hashes import checksum_tables
 from publish_model.dataset.parts import read_part
@@ -159,6 +167,100 @@ def test_a_file_that_is_not_ours_is_named_and_stays(verify, dataset):
     check_seen(verify(dataset), "mine.parquet: not written by this project")
     check_seen(verify(dataset, "--repair"), "mine.parquet: not written by this project (1 such files, which are left)")
     assert foreign.exists()
+
+
+def write_foreign(folder):
+    """Write what the reference implementation leaves: the same layout, without a word of whose it is."""
+    (folder / "parts").mkdir(parents=True)
+    for name in ("rg00000_rb00000.parquet", "rg00000_rb00001.parquet"):
+        embeddings = pa.array([[1.0, 0.0], [0.0, 1.0]], pa.list_(pa.float32()))
+        pq.write_table(pa.table({"OSMID": ["way/1", "way/2"], "embedding": embeddings}), folder / "parts" / name)
+    (folder / "state.json").write_text(json.dumps({"input_path": "in.parquet", "model_id": "m", "rows_embedded": 4}))
+    return folder
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_dataset_of_another_program_is_named_and_left_as_it_is_by_every_tool(
+    run_main, embed, packaged, tmp_path, damaged
+):
+    output = write_foreign(tmp_path / "out")
+    if damaged:
+        list_parts(output)[1].write_bytes(b"PAR1")
+    (tmp_path / "ids.txt").write_text("way/1\n")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    lines = [
+        (verify_embeddings.main, output), (verify_embeddings.main, output, "--repair"),
+        (aggregate_embeddings.main, output), (export_embeddings.main, output, "--export", "int8"),
+        (search_embeddings.main, output, "--query", "q.jpg"),
+        (delete_ids.main, output, "--delete-ids", tmp_path / "ids.txt"),
+    ]  # fmt: skip
+    for outcome in [*(run_main(*line) for line in lines), embed(packaged, output)]:
+        assert outcome.code == 1
+        assert "not written by this project" in outcome.stderr.splitlines()[-1]
+        assert "adopt_embeddings.py" in outcome.stderr.splitlines()[-1]
+        assert "--repair" not in outcome.stderr.splitlines()[-1]
+        left = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.suffix != ".log"}
+        assert left == before
+
+
+def test_a_state_of_another_program_is_not_replaced_either(embed, packaged, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "state.json").write_text('{"rows_embedded": 4}')
+    outcome = embed(packaged, tmp_path / "out")
+    assert outcome.code == 1
+    assert "state.json: not written by this project" in outcome.stderr.splitlines()[-1]
+    assert (tmp_path / "out" / "state.json").read_text() == '{"rows_embedded": 4}'
+
+
+def test_ids_of_which_one_is_missing_are_no_damage(verify, embed, tmp_path):
+    """pandas makes floats of whole numbers of which one is missing, and NaN equals nothing."""
+    ids = pa.array([1.0, float("nan"), None, 4.0, float("nan")])
+    source = write_packaged(tmp_path / "in.parquet", [*make_photographs(4), None], OSMID=ids)
+    assert embed(source, tmp_path / "out").code == 0
+    outcome = verify(tmp_path / "out", "--input", source)
+    assert outcome.code == 0, outcome.stderr
+
+
+def test_what_is_repaired_is_set_aside_until_the_dataset_is_complete_again(verify, embed, dataset, tmp_path):
+    part = list_parts(dataset)[3]
+    part.write_bytes(part.read_bytes()[:-30])
+    damaged = part.read_bytes()
+    assert verify(dataset, "--repair").code == 0
+    assert (dataset / "_removed" / "1" / "parts" / part.name).read_bytes() == damaged
+    assert (dataset / "_removed" / "1" / "_rejects" / part.name).exists()
+    assert verify(dataset).code == 0
+    assert embed(tmp_path / "in.parquet", dataset, "--limit", 4).code == 0
+    assert (dataset / "_removed").exists()
+    assert embed(tmp_path / "in.parquet", dataset).code == 0
+    assert not (dataset / "_removed").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_part_that_cannot_be_opened_now_is_not_called_damaged(verify, embed, dataset, tmp_path, monkeypatch, number):
+    before = read_bytes(dataset)
+    plain = pq.ParquetFile
+    doomed = list_parts(dataset)[2]
+
+    def fail(path, *arguments, **options):
+        if path == doomed:
+            raise OSError(number, os.strerror(number), str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    for outcome in (verify(dataset), verify(dataset, "--repair"), embed(tmp_path / "in.parquet", dataset)):
+        assert outcome.code == 1
+        last = outcome.stderr.splitlines()[-1]
+        assert f"{doomed}: cannot be read ({os.strerror(number)})" in last
+        assert "remove" not in last
+    monkeypatch.setattr(pq, "ParquetFile", plain)
+    assert read_bytes(dataset) == before
+
+
+def test_kept_lists_of_text_have_a_checksum_of_their_text():
+    kind = pa.list_(pa.string(), 1)
+    one, other = ({"k": pa.array([["a" * 40], ["b" * 40]], kind)} for _ in range(2))
+    assert checksum_tables(pa.table(one)) == checksum_tables(pa.table(other))
+    assert checksum_tables(pa.table(one)) != checksum_tables(pa.table({"k": pa.array([["a"], ["b"]], kind)}))
 
 
 def test_a_part_of_another_model_is_seen(verify, dataset):

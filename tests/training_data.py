@@ -60,7 +60,7 @@ def make_difficulty(split: pa.Table) -> pa.Table:
 def fill_workspace(folder: Path) -> None:
     """Write splits and a difficulty table where the configuration of `write_config` looks for them."""
     split = make_split(30, 1)
-    made_by = {"stage": "merge_and_split", "split_hash": "abc"}
+    made_by = {"stage": "merge_and_split", "split_hash": "abc", "embedded_with": {"flip": True}}
     tables.write_parquet(folder / "merged/train.parquet", split, made_by)
     tables.write_parquet(folder / "merged/val.parquet", make_split(12, 2), made_by)
     tables.write_parquet(folder / "difficulty.parquet", make_difficulty(split), {"stage": "compute_visual_neighbors"})

@@ -46,7 +46,8 @@ def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
     for name, section in (("training", config.training), ("training_model", config.training_model)):
         settings |= {f"{name}.{key}": value for key, value in section.model_dump(exclude={"input_dim"}).items()}
     provenance = tables.make_provenance(STAGE, map(tables.identify, inputs.values()), settings)
-    provenance["split_hash"] = (tables.read_provenance(inputs["train"]) or {}).get("split_hash")
+    merged = tables.read_provenance(inputs["train"]) or {}
+    provenance |= {key: merged.get(key) for key in ("split_hash", "embedded_with")}
     return provenance
 
 

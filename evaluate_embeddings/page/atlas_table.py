@@ -1,6 +1,5 @@
 """Write the table that embedding-atlas opens: id, embedding and thumbnail of each image of an embeddings dataset."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from evaluate_embeddings.page.photos import shrink
-from evaluate_embeddings.scores.labelled import find_id_column, list_parts, to_text
+from evaluate_embeddings.scores.labelled import count_rows, find_id_column, list_parts, to_text
 from pipeline.errors import InputError, Rejection
 from pipeline.files.lists import find_embedding
 from pipeline.files.tables import open_parquet, read_provenance, reading
 from pipeline.inference.images import decode_rgb
 from pipeline.log import Progress, logger
+from pipeline.pages import shrink, to_jpeg
 
 # What the browser can still move about; of more a random sample is shown.
 MAX_ROWS = 1_000_000
@@ -64,8 +63,7 @@ def write_atlas_table(folder: Path, images: Path | None, output: Path, seed: int
 def choose_rows(folder: Path, seed: int) -> list[Part]:
     """Return the parts with the rows to show: all of them, or a random MAX_ROWS, which is logged."""
     paths = list_parts(folder)
-    files = [open_parquet(path) for path in paths]
-    counts = [file.metadata.num_rows for file in files]
+    counts = [count_rows(path) for path in paths]
     total = sum(counts)
     if not total:
         raise InputError(f"{folder}: holds no embedding: embed some images with stage 8 first")
@@ -76,8 +74,8 @@ def choose_rows(folder: Path, seed: int) -> list[Part]:
     starts = np.cumsum([0, *counts])
     cuts = np.searchsorted(chosen, starts)
     return [
-        Part(path, find_id_column(path, file.schema_arrow), chosen[cuts[n] : cuts[n + 1]] - starts[n])
-        for n, (path, file) in enumerate(zip(paths, files, strict=True))
+        Part(path, find_id_column(path, open_parquet(path).schema_arrow), chosen[cuts[n] : cuts[n + 1]] - starts[n])
+        for n, path in enumerate(paths)
     ]
 
 
@@ -180,9 +178,6 @@ def _shrink_file(path: Path) -> bytes | None:
 def _shrink_bytes(data: bytes | None) -> bytes | None:
     """Return a small JPEG, None where the picture cannot be read: the map can do without."""
     try:
-        image = shrink(decode_rgb(data or b""), THUMBNAIL_SIDE)
+        return to_jpeg(shrink(decode_rgb(data or b""), THUMBNAIL_SIDE), JPEG_QUALITY)
     except Rejection:
         return None
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

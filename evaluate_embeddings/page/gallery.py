@@ -1,16 +1,23 @@
-"""Choose the queries that are worth looking at, and find what they were answered with."""
+"""Choose the queries that are worth looking at, find what they were answered with, and fetch the pictures."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluate_embeddings.page.photos import PhotoSource
+from evaluate_embeddings.page.row_names import RowNames
+from evaluate_embeddings.scores.difficulty_bands import BandExample, find_band_examples
 from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.pair_similarity import RECOMMENDED_RATE
+from pipeline.errors import InputError, one_line
 from pipeline.retrieval.geography import distances_m
 from pipeline.retrieval.scores import TIE_TOLERANCE, QueryScores, Search, similarity_rows
 
 NUM_NEIGHBORS = 5
+NUM_EXAMPLES, NUM_SUSPECTS, NUM_BAND_EXAMPLES = 12, 24, 4
 # Images whose nearest wrong answer is looked for: each costs a product with the whole split.
 MAX_SUSPECT_QUERIES = 20_000
 
@@ -35,10 +42,16 @@ class Example:
     match: Answer
     raw_rank: int  # of the nearest positive by the raw embeddings
 
+    @property
+    def answers(self) -> list[Answer]:
+        """What is shown: the nearest neighbours, and the match where it is not among them."""
+        is_among = any(answer.row == self.match.row for answer in self.neighbors)
+        return [*self.neighbors, *([] if is_among else [self.match])]
+
 
 @dataclass(frozen=True)
-class Suspect:
-    """Two images of different ids that look almost equal to the projector."""
+class ImagePair:
+    """Two images of different buildings."""
 
     rows: tuple[int, int]
     similarity: float  # cosine of the projector's embeddings
@@ -46,7 +59,67 @@ class Suspect:
     distance_m: float  # between the two targets
 
 
-def find_suspects(evaluation: Evaluation, limit: int, seed: int) -> list[Suspect]:
+@dataclass
+class Gallery:
+    """What is shown, chosen before any picture is read, so that all pictures share one budget."""
+
+    evaluation: Evaluation
+    failures: list[Example]
+    successes: list[Example]
+    suspects: list[ImagePair]
+    bands: list[BandExample]
+    bands_problem: str | None = None
+    thumbnails: Mapping[int, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def names(self) -> RowNames:
+        """The names of the rows."""
+        return RowNames(self.evaluation.features)
+
+    @property
+    def suspects_sampled_from(self) -> int | None:
+        """How many random images the suspects were looked for among; None where it was all of them."""
+        return MAX_SUSPECT_QUERIES if len(self.evaluation.codes) > MAX_SUSPECT_QUERIES else None
+
+    def relate(self, one: int, other: int) -> ImagePair:
+        """Return how similar two images are, and how far apart."""
+        return _relate(self.evaluation, one, other)
+
+    def shown_rows(self) -> list[int]:
+        """Return the row of each picture, as often as it is shown."""
+        examples = self.failures + self.successes
+        rows = [row for one in examples for row in (one.query, *(answer.row for answer in one.answers))]
+        rows += [row for suspect in self.suspects for row in suspect.rows]
+        return rows + [row for band in self.bands for row in (band.anchor, *(row for _, row in band.negatives))]
+
+    def take_pictures(self, photos: PhotoSource, max_characters: int) -> None:
+        """Fetch the pictures, which all fit the limit, and note what is missing."""
+        if photos.problem is None:
+            self.thumbnails = photos.read_thumbnails(self.shown_rows(), max_characters)
+        if photos.problem:
+            self.note = f"The pictures are left out: {photos.problem}."
+        elif photos.num_missing:
+            self.note = f"{photos.num_missing} pictures are left out: their tars are gone or have changed."
+
+
+def choose_gallery(evaluation: Evaluation, difficulty_path: Path | None, seed: int) -> Gallery:
+    """Choose what is worth looking at."""
+    scores, raw = evaluation.scores["projector"], evaluation.scores["raw"]
+    failures = describe_examples(evaluation, pick_failures(scores, evaluation.codes, NUM_EXAMPLES))
+    successes = describe_examples(evaluation, pick_hard_successes(scores, raw, evaluation.codes, NUM_EXAMPLES))
+    gallery = Gallery(evaluation, failures, successes, find_suspects(evaluation, NUM_SUSPECTS, seed), [])
+    if difficulty_path is None or not difficulty_path.is_file():
+        gallery.bands_problem = "there is no difficulty metadata: [paths].difficulty_metadata_path names no file"
+        return gallery
+    try:
+        gallery.bands = find_band_examples(difficulty_path, evaluation, NUM_BAND_EXAMPLES)
+    except InputError as error:  # the page can do without
+        gallery.bands_problem = one_line(error)
+    return gallery
+
+
+def find_suspects(evaluation: Evaluation, limit: int, seed: int) -> list[ImagePair]:
     """Return the most similar pairs of images of two buildings, one for each pair of buildings, ignored pairs left out.
 
     Only pairs that pass the recommended threshold, as 1 in 1,000 of two buildings do, are suspect. Of more than
@@ -67,22 +140,22 @@ def find_suspects(evaluation: Evaluation, limit: int, seed: int) -> list[Suspect
         row[search.positives(query)] = -np.inf
         nearest[place] = np.argmax(row)
         similarity[place] = row[nearest[place]]
-    chosen: dict[tuple[int, int], Suspect] = {}
+    chosen: dict[tuple[int, int], ImagePair] = {}
     for place in np.argsort(-similarity, kind="stable").tolist():
         one, other = int(queries[place]), int(nearest[place])
         pair = (min(int(codes[one]), int(codes[other])), max(int(codes[one]), int(codes[other])))
         if similarity[place] < threshold or len(chosen) == limit:
             break
         if pair not in chosen:
-            chosen[pair] = _describe_suspect(evaluation, one, other, float(similarity[place]))
+            chosen[pair] = _relate(evaluation, one, other)
     return list(chosen.values())
 
 
-def _describe_suspect(evaluation: Evaluation, one: int, other: int, similarity: float) -> Suspect:
+def _relate(evaluation: Evaluation, one: int, other: int) -> ImagePair:
     lat, lon = evaluation.features.target_lat, evaluation.features.target_lon
-    raw = evaluation.embeddings["raw"]
+    raw, own = evaluation.embeddings["raw"], evaluation.embeddings["projector"]
     metres = float(distances_m(lat[one], lon[one], lat[other], lon[other]))
-    return Suspect((one, other), similarity, float(raw[one] @ raw[other]), metres)
+    return ImagePair((one, other), float(own[one] @ own[other]), float(raw[one] @ raw[other]), metres)
 
 
 def pick_failures(scores: QueryScores, codes: NDArray[np.int32], limit: int) -> list[int]:

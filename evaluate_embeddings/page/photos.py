@@ -1,7 +1,5 @@
 """Fetch a few photographs out of the raw tars, by their offsets, as thumbnails that a page can carry."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.errors import Rejection
+from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.tables import PLACE_COLUMNS, open_parquet
+from pipeline.files.units import find_tar_dir
 from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb
+from pipeline.pages import shrink, to_data_uri
 
 # Tried one after the other until the pictures fit: longest side in pixels, JPEG quality.
 THUMBNAIL_LEVELS = ((224, 80), (224, 65), (192, 55), (160, 50), (128, 45), (96, 40))
@@ -35,7 +35,11 @@ class PhotoSource:
         elif any(file.schema_arrow.get_field_index(name) < 0 for name in names):
             self.problem = f"{split_path.name} does not say where the images lie in their tars"
         else:
-            self._places = file.read(columns=names)
+            try:
+                self.raw_dir = find_tar_dir(raw_dir)
+                self._places = file.read(columns=names)
+            except InputError as error:  # the page does without
+                self.problem = one_line(error)
 
     def read_thumbnails(self, rows: Iterable[int], max_characters: int, max_side: int = 224) -> dict[int, str]:
         """Return, for the rows whose picture can be had, a JPEG as a data URI; the others are counted.
@@ -72,17 +76,3 @@ class PhotoSource:
         with open(self.raw_dir / f"{dataset_id:04d}.tar", "rb") as tar:
             tar.seek(offset)
             return decode_rgb(tar.read(size))
-
-
-def shrink(image: Image.Image, side: int) -> Image.Image:
-    """Return a copy whose longest side has at most `side` pixels."""
-    small = image.copy()
-    small.thumbnail((side, side))
-    return small
-
-
-def to_data_uri(image: Image.Image, quality: int) -> str:
-    """Return an RGB image as a JPEG data URI."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,45 +1,43 @@
 """Write stage 9's page: what came out, how sure that is, and pictures of where the embeddings fail and succeed."""
 
 import json
-from collections.abc import Mapping
-from html import escape
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evaluate_embeddings.page.drawings import BREAKDOWNS, draw_figures, read_training_curve
 from evaluate_embeddings.page.embedding_map import build_map
-from evaluate_embeddings.page.figure_sections import build_recall, build_training, build_verification
-from evaluate_embeddings.page.gallery_page import build_galleries, choose_gallery
-from evaluate_embeddings.page.layout import (
-    build_contents,
-    build_key_table,
-    build_page,
-    build_section,
-    build_table,
-)
+from evaluate_embeddings.page.gallery import choose_gallery
 from evaluate_embeddings.page.ledger import find_path, read_ledger
-from evaluate_embeddings.page.page_script import SCRIPT
 from evaluate_embeddings.page.photos import PhotoSource
-from evaluate_embeddings.page.score_sections import (
-    build_breakdowns,
-    build_conditions,
-    build_datasets,
-    build_head,
-    build_scores,
-)
-from evaluate_embeddings.scores.metrics import Evaluation
-from pipeline.cli import StageResult
+from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, describe_verdict, judge
 from pipeline.config import Config
 from pipeline.files.writing import writing_to
 from pipeline.log import logger
+from pipeline.pages import load_templates
 
-ATTRIBUTION = (
-    "If these pictures come from Google Street View: imagery © Google; "
-    "do not publish this page without checking the terms."
-)
+TEMPLATES_DIR = Path(__file__).parent / "templates"
 # The page has to pass through mail: under 15 MB in all. A data URI has a character for each byte of the page.
 MAX_GALLERY_CHARACTERS, MAX_MAP_CHARACTERS = 7_500_000, 4_500_000
+
+
+def format_distance(metres: float) -> str:
+    """Return a distance as people say it."""
+    return f"{metres:.0f} m" if metres < 1000 else f"{metres / 1000:,.1f} km"
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "anchor": lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),  # the id of the section of this title
+    "as_json": lambda value: json.dumps(value, sort_keys=True, default=str),
+    "decimal": "{:.3f}".format,
+    "distance": format_distance,
+    "percent": "{:.1%}".format,
+    "signed": "{:+.3f}".format,
+    "thousands": "{:,}".format,
+}
 
 
 def write_report(
@@ -58,81 +56,29 @@ def write_report(
     seed = config.global_.seed
     photos = PhotoSource(config.path("merged_dir") / "test.parquet", find_path(config, "raw_dir"), wanted=images)
     gallery = choose_gallery(evaluation, find_path(config, "difficulty_metadata_path"), seed)
-    numbers = [
-        build_scores(metrics),
-        build_recall(evaluation, metrics),
-        build_verification(evaluation, metrics),
-        build_breakdowns(metrics),
-        build_conditions(metrics),
-        build_datasets(metrics),
-        build_training(training, config),
-    ]
-    pictures = [*build_galleries(gallery, photos, MAX_GALLERY_CHARACTERS)]
-    pictures.insert(0, build_map(evaluation, photos, MAX_MAP_CHARACTERS, seed))
-    origin = [build_ledger(read_ledger(config), metrics), build_provenance(metrics)]
-    page = build_page(
-        "Building retrieval report",
-        [
-            build_head(metrics),
-            build_contents(numbers + pictures + origin),
-            *numbers,
-            build_filter(evaluation),
-            *pictures,
-            *origin,
-            f'<footer class="soft">{escape(ATTRIBUTION)}</footer>',
-        ],
-        SCRIPT,
-    )
+    shown_map = build_map(evaluation, photos, MAX_MAP_CHARACTERS, seed)
+    gallery.take_pictures(photos, MAX_GALLERY_CHARACTERS)
+    curve = read_training_curve(config.path("checkpoint_dir") / "metrics.jsonl", training)
+    page = render(
+        "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_verdict(metrics),
+        kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS, breakdowns=BREAKDOWNS,
+        pairs=evaluation.pairs, drawings=draw_figures(evaluation, metrics, curve), map=shown_map, gallery=gallery,
+        datasets=[f"{dataset_id:04d}" for dataset_id in np.unique(evaluation.features.dataset_ids).tolist()],
+        ledger=read_ledger(config),
+    )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     logger.info("%s: %.1f MB", path.name, path.stat().st_size / 1e6)
 
 
-def build_filter(evaluation: Evaluation) -> str:
-    """Return the controls that choose among marks and examples; the page's script shows them."""
-    datasets = sorted({f"{dataset_id:04d}" for dataset_id in np.unique(evaluation.features.dataset_ids).tolist()})
-    options = "".join(f"<option>{name}</option>" for name in datasets)
-    return (
-        '<div id="filter" role="search" hidden>'
-        '<input id="filter-words" type="search" placeholder="image or building id" aria-label="image or building id">'
-        f'<select id="filter-dataset" aria-label="dataset"><option value="">all datasets</option>{options}</select>'
-        '<select id="filter-answer" aria-label="answer"><option value="">right and wrong</option>'
-        '<option value="1">found at first try</option><option value="0">not found at first try</option></select>'
-        '<span id="filter-count" class="soft" role="status"></span></div>'
-    )
+def render(name: str, **content: Any) -> str:
+    """Return the HTML of a template of this page."""
+    environment = load_templates(TEMPLATES_DIR)
+    environment.filters |= FILTERS
+    return environment.get_template(name).render(content)
 
 
-def build_ledger(results: list[StageResult], metrics: Mapping[str, Any]) -> str:
-    """Return what became of every row, stage by stage."""
-    own = StageResult("evaluate", metrics["gallery"], metrics["gallery"])
-    rows = [
-        ("", [
-            result.stage, f"{len(result.kept):,}" if result.kept else "",
-            *(f"{count:,}" for count in (result.rows_in, result.rows_out, result.rejected, result.dropped)),
-            escape(", ".join(f"{reason} {count:,}" for reason, count in sorted(result.reasons.items()))),
-        ])
-        for result in (*results, own)
-    ]  # fmt: skip
-    lead = (
-        "No row vanishes: in = out + rejected + dropped, as the files of each stage say of their own making. "
-        "Stages whose files are not here are left out."
-    )
-    return build_section(
-        "Ledger", lead, build_table(["stage", "files", "in", "out", "rejected", "dropped", "why"], rows)
-    )
-
-
-def build_provenance(metrics: Mapping[str, Any]) -> str:
-    """Return what the numbers were made from."""
-    provenance = metrics["provenance"]
-    values: dict[str, object] = {
-        key.replace("_", " "): value if value is not None else "unknown"
-        for key, value in provenance.items()
-        if key not in ("inputs", "settings", "training_settings")
-    }
-    for item in provenance["inputs"]:
-        content = item.get("footer") or item.get("hash") or "-"
-        values[f"input {item['name']}"] = f"{item['size']:,} bytes, content {content}"
-    for section, settings in provenance["training_settings"].items():
-        values[f"training: {section}"] = json.dumps(settings, sort_keys=True, default=str)
-    return build_section("Provenance and settings", "What these numbers were made from.", build_key_table(values))
+def choose_mood(metrics: Mapping[str, Any]) -> str:
+    """Return the style sheet's class for the verdict: good where every baseline is beaten, bad where one is ahead."""
+    verdicts = {judge(metrics["projector_gain"][f"over_{baseline}"]["map_ci95"]) for baseline in BASELINES}
+    return "good" if verdicts == {"beats"} else "bad" if "is worse than" in verdicts else ""

@@ -43,9 +43,7 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
     Raises InputError if there are none, one is damaged or lacks a column, the widths differ, an id is null, or a row
     is not finite or zero.
     """
-    paths = list_parts(folder)
-    files = [(path, open_parquet(path)) for path in paths]
-    columns = [find_embedding(path) for path in paths]
+    columns = [find_embedding(path) for path in list_parts(folder)]
     known = next((column for column in columns if column.width), columns[0])
     for column in columns:
         if column.width not in (None, known.width):
@@ -53,12 +51,12 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
                 f"{column.path}: embeddings of {column.width} numbers, {known.path.name} has {known.width}: "
                 "give one dataset"
             )
-    embeddings = np.empty((sum(file.metadata.num_rows for _, file in files), known.width or 0), np.float32)
+    embeddings = np.empty((sum(count_rows(column.path) for column in columns), known.width or 0), np.float32)
     ids, done = [], 0
-    for (path, file), column in zip(files, columns, strict=True):
-        name = find_id_column(path, file.schema_arrow)
-        first = done
-        with reading(path):
+    for column in columns:  # one at a time is open: a dataset has thousands
+        path, first = column.path, done
+        with reading(path), open_parquet(path) as file:
+            name = find_id_column(path, file.schema_arrow)
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name, column.name]):
                 ids.append(to_text(path, batch.column(name)))
                 embeddings[done : done + batch.num_rows] = column.read(batch.column(column.name), done - first)
@@ -69,6 +67,13 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
         return EmbeddingsTable(folder, pa.concat_arrays(ids), normalise_rows(embeddings))
     except InputError as error:
         raise InputError(f"{folder}: {one_line(error)}") from None
+
+
+def count_rows(path: Path) -> int:
+    """Return the rows of a parquet, by its footer."""
+    with open_parquet(path) as file:
+        num_rows: int = file.metadata.num_rows
+        return num_rows
 
 
 def list_parts(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> I
     if isinstance(error, MemoryError):
         return InputError(f"{path}: not enough memory to read it ({text}): free some, then run this again")
     if isinstance(error, pa.ArrowNotImplementedError):
-        return InputError(f"{path}: holds a type that cannot be read here ({text}): write that column in another type")
+        return InputError(f"{path}: holds a type that cannot be read here ({text}): write it in another type")
     if isinstance(error, UnicodeDecodeError):
-        return DamagedError(f"{path}: holds text that is not UTF-8 ({text}): {_MAKE_AGAIN}")
+        return DamagedError(f"{path}: a column's name or text is not UTF-8 ({text}): write it again in UTF-8")
     return DamagedError(f"{path}: {damage} ({text}): {_MAKE_AGAIN}")

@@ -9,9 +9,13 @@ from pipeline.cli import Options, StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.listing import is_parquet, list_files, warn_of_others
-from pipeline.files.tables import identify, is_complete, read_provenance
+from pipeline.files.tables import identify, is_complete, open_parquet, read_provenance
 from pipeline.ids import parse_dataset_id
 from pipeline.log import logger
+
+# The folder in which the public download keeps its tars.
+UNALIGNED = "dataset_unaligned"
+MAX_NAMED = 10  # of those that an error lists
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,24 @@ def _take_named(tar_files: Iterable[Path]) -> dict[int, Path]:
     return tars
 
 
+def find_tar_dir(raw_dir: Path) -> Path:
+    """Return the folder of the tars: raw_dir, or `dataset_unaligned` in it, where a download may have put them.
+
+    Raises InputError where both hold tars, so that none is left out unsaid.
+    """
+    places = [
+        place
+        for place in (raw_dir, raw_dir / UNALIGNED)
+        if place.is_dir() and any(path.suffix.lower() == ".tar" for path in list_files(place))
+    ]
+    if len(places) > 1:
+        raise InputError(
+            f"{raw_dir}: holds tars, and its folder {UNALIGNED} does too: set [paths].raw_dir to the one, or move them "
+            "together"
+        )
+    return places[0] if places else raw_dir
+
+
 def list_tars(raw_dir: Path) -> list[Path]:
     """Return the raw tars of a folder by dataset id; names that begin with a dot are passed over, others are counted.
 
@@ -64,6 +86,7 @@ def list_tars(raw_dir: Path) -> list[Path]:
     """
     if not raw_dir.is_dir():
         raise InputError(f"{raw_dir}: no such folder: set [paths].raw_dir to the folder of the NNNN.tar files")
+    raw_dir = find_tar_dir(raw_dir)
     files = list_files(raw_dir)
     tars = [path for path in files if path.suffix.lower() == ".tar"]
     warn_of_others(raw_dir, (path.name for path in files if path not in set(tars)), "*.tar")
@@ -83,8 +106,34 @@ def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
     return {int(path.stem): path for path in found if path.stem.isascii() and path.stem.isdigit()}
 
 
+def drop_missing(
+    result: StageResult, config: Config, outputs: Iterable[Path], what: str, *, allowed: bool, setting: str
+) -> None:
+    """Count as dropped the images of intermediates for which there is no file NNNN_`what`.parquet among `outputs`.
+
+    Without a folder of intermediates there is nothing to compare with. Raises InputError naming those without unless
+    they are `allowed`, by `setting`.
+    """
+    if config.paths.intermediates_dir is None:
+        logger.info("[paths].intermediates_dir is not set: no one looks whether %s are missing", what)
+        return
+    intermediates = list_intermediates(config.path("intermediates_dir"))
+    made = {path.stem for path in outputs}
+    missing = [path for path in intermediates.values() if f"{path.stem}_{what}" not in made]
+    if not missing:
+        return
+    names = ", ".join(path.stem for path in missing[:MAX_NAMED]) + (", ..." if len(missing) > MAX_NAMED else "")
+    said = f"{len(missing)} of {len(intermediates)} tars of {missing[0].parent} have no {what} ({names})"
+    if not allowed:
+        raise InputError(f"{said}: run the stage that makes them, or set {setting} = true to go on without")
+    num_images = sum(open_parquet(path).metadata.num_rows for path in missing)
+    logger.warning("%s: %d images are left out", said, num_images)
+    result.add({"in": num_images, "dropped": num_images}, {f"missing_{what}": num_images})
+
+
 def _find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
-    known = {dataset_id: raw_dir / f"{path.stem}.tar" for dataset_id, path in intermediates.items()}
+    tar_dir = find_tar_dir(raw_dir)
+    known = {dataset_id: tar_dir / f"{path.stem}.tar" for dataset_id, path in intermediates.items()}
     if not known or raw_dir.is_dir():
         try:
             known |= {parse_dataset_id(path): path for path in list_tars(raw_dir)}
@@ -100,11 +149,14 @@ def run_units(
     describe: Callable[[TarUnit], dict[str, Any]],
     make: Callable[[TarUnit, dict[str, Any]], None],
     overwrite: bool,
+    take_over: Callable[[TarUnit], dict[str, int]] | None = None,
 ) -> None:
     """Make what is not there yet, tar by tar, and add every tar's counts to `result`.
 
     `describe` gives the provenance that an output must have, `make` writes the output and its rejects and puts
-    `counts` and `reasons` into the provenance. A tar that cannot be read fails alone: the others are done first.
+    `counts` and `reasons` into the provenance. `take_over` gives the counts of an output without provenance that is to
+    be kept, and raises InputError for one that is not. A tar that cannot be read fails alone: the others are done
+    first.
     Raises StaleOutputError before anything is made, InputError in the end where tars failed.
     """
     planned: list[tuple[TarUnit, dict[str, Any]]] = []
@@ -112,7 +164,10 @@ def run_units(
     for unit in units:
         try:
             provenance = describe(unit)
-            if is_complete(unit.output_path, provenance, overwrite):
+            if take_over and not overwrite and _is_foreign(unit.output_path):
+                result.add(take_over(unit))
+                result.kept.append(unit.output_path)
+            elif is_complete(unit.output_path, provenance, overwrite):
                 _add_kept(unit, result)
             else:
                 planned.append((unit, provenance))
@@ -136,6 +191,10 @@ def run_units(
         failed = InputError(f"{len(failures)} of {total} tars failed{others}: {failures[0]}{more}")
         failed.result = result
         raise failed
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.exists() and read_provenance(path) is None
 
 
 def _add_kept(unit: TarUnit, result: StageResult) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,18 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.config import count_cores
 from pipeline.errors import InputError, PipelineError, one_line
-from pipeline.inference.batch_size import find_batch_size
 from pipeline.inference.devices import choose_device, describe_device, keep_freed_memory
 from pipeline.inference.images import decode_rgb
-from pipeline.inference.pixels import decode_on_gpu, decode_pixels, has_nvjpeg, is_for_nvjpeg, travels_whole
+from pipeline.inference.loading import find_vision_config, load_model
+from pipeline.inference.pixels import decode_pixels, travels_whole
+from pipeline.inference.pooling import PoolingError, embed_views
 from pipeline.inference.preprocessing import (
     cut_ribbon,
+    draw_picture,
     find_device_processor,
     find_margins,
     load_processor,
@@ -30,20 +29,24 @@ from pipeline.inference.preprocessing import (
 )
 from pipeline.log import logger
 
-# Images in one forward pass on a CPU. On two cores 8 is four times as fast as 32 for a convolutional backbone (its
-# activations then stay in the cache). Not measured at start: a resumed run has to form the same passes.
+# Images in one forward pass on a CPU, and their pixels. On two cores 8 of 224 pixels are four times as fast as 32 for a
+# convolutional backbone (its activations then stay in the cache), and of 384 pixels 2 are 1.3 times as fast as 8. Not
+# measured at start: a resumed run has to form the same passes.
 CPU_MICRO_BATCH = 8
-# JPEGs of 640 px that one core decodes in a second (torchvision, 16 threads of an H100's host: 4,041). A model that
-# is faster than the cores together leaves decoding to nvJPEG; a slower one keeps the whole GPU for itself.
-DECODES_PER_CORE = 250
+CPU_MICRO_BATCH_PIXELS = 8 * 224 * 224
 # Passes that are timed for each batch size, behind one that is not.
 TIMED_PASSES = 3
+BATCH_SIZES = tuple(2**exponent for exponent in range(3, 11))
+# A pass twice as large has to be faster by this share, or its memory buys nothing.
+LEAST_GAIN = 0.03
+# How far two embeddings of one picture may lie apart, as a share of their length: a cosine of 0.9995.
+REPEAT_TOLERANCE = 0.03
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What `decode` makes of a file: the model's input (3, h, w) float32, or what the GPU shall make it of, pixels
-# (3, H, W) uint8 or the bytes of a JPEG.
-Decoded = torch.Tensor | bytes
+# (3, H, W) uint8.
+Decoded = torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -84,48 +87,58 @@ class Embedder:
         folder: Path,
         *,
         pooling_type: str = "pooler_output",
+        image_size: int | None = None,
+        scales: Sequence[int] = (),
+        flip: bool = False,
         device: str = "auto",
         dtype: str = "auto",
         batch_size: int | str = "auto",
         compile_model: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        """Load model and processor from a local folder.
+        """Load model and processor from a local folder, and embed a drawn picture twice.
 
-        Raises InputError if either cannot be loaded or weights are missing.
+        `image_size` is the side of the model's input, None for the processor's own; for `scales` and `flip` see
+        `embed_views`. Raises InputError if model or processor cannot be loaded, weights are missing, or the model
+        cannot do what is asked for.
         """
         self.device = choose_device(device)
         self.on_gpu = self.device.type == "cuda"
         if not self.on_gpu:
             keep_freed_memory()
-        self.pooling_type = pooling_type
+        self.pooling_type, self.scales, self.flip = pooling_type, tuple(scales), flip
         self.dtype = _DTYPES[dtype] if dtype != "auto" else _default_dtype(self.device)
         transformers_logging.disable_progress_bar()
-        self.processor = load_processor(folder, trust_remote_code)
+        find_vision_config(folder, trust_remote_code)  # what takes no pictures has no image processor to look for
+        self.processor = load_processor(folder, trust_remote_code, image_size)
         self._takes_pixels = works_on_tensors(self.processor)
         self.device_processor = None
         if self.on_gpu:
-            self.device_processor = find_device_processor(folder, self.processor, trust_remote_code, self.device)
+            self.device_processor = find_device_processor(
+                folder, self.processor, trust_remote_code, self.device, image_size
+            )
         self._side = torch.cuda.Stream() if self.on_gpu else None
         self.model = load_model(folder, self.dtype, pooling_type, trust_remote_code).to(self.device).eval()
         # Twice as fast for convolutions on a CPU, the same values.
         self._layout = torch.contiguous_format if self.on_gpu else torch.channels_last
         self.model.to(memory_format=self._layout)
         self.compile_model = False
-        self.nvjpeg = False
         self.micro_batch = 1 if isinstance(batch_size, str) else batch_size
         if self.on_gpu:
+            self.width = self._try(folder, image_size)
             self._tune(batch_size)
         else:
-            self.micro_batch = CPU_MICRO_BATCH if isinstance(batch_size, str) else min(batch_size, CPU_MICRO_BATCH)
+            height, width = self.prepare(draw_picture((640, 640))).shape[1:]
+            most = max(1, min(CPU_MICRO_BATCH, CPU_MICRO_BATCH_PIXELS // (height * width)))
+            self.micro_batch = most if isinstance(batch_size, str) else min(batch_size, most)
+            self.width = self._try(folder, image_size)
         if compile_model:
             self.compile_model = True
             self.model.compile(dynamic=False)
         logger.info(
-            "model %s: %s, %s, %s, attention %s, %d images a pass%s",
+            "model %s: %s, %s, %s, attention %s, %d images a pass",
             folder.name, type(self.model).__name__, describe_device(self.device), self.dtype,
             getattr(self.model.config, "_attn_implementation", None) or "none", self.micro_batch,
-            ", JPEGs decoded by the GPU" if self.nvjpeg else "",
         )  # fmt: skip
 
     def decode(self, data: bytes) -> Decoded:
@@ -133,8 +146,6 @@ class Embedder:
 
         Raises Rejection if it cannot be used.
         """
-        if self.nvjpeg and is_for_nvjpeg(data):
-            return data
         if not self._takes_pixels and self.device_processor is None:
             return self.prepare(decode_rgb(data))
         pixels = decode_pixels(data)
@@ -167,31 +178,25 @@ class Embedder:
                     batches = [batch.to(self.device, self.dtype, non_blocking=True) for batch in batches]
             except torch.cuda.OutOfMemoryError:
                 logger.warning("out of GPU memory: pictures are resized on the CPU from now on")
-                self.device_processor, self.nvjpeg = None, False
+                self.device_processor = None
                 return Staged(_stack_by_size([self._prepare_late(image) for image in images]))
             return Staged(batches, self._side.record_event() if self._side else None)
 
     def _finish(self, images: Sequence[Decoded]) -> list[torch.Tensor]:
-        """Return the model's inputs, (3, h, w) each; those that come as bytes or pixels are made on the device."""
+        """Return the model's inputs, (3, h, w) each; those that come as pixels are made on the device."""
         if self.device_processor is None:  # or taken away since they were decoded
             images = [self._prepare_late(image) for image in images]
         found = dict(enumerate(images))
-        files = {place: image for place, image in found.items() if isinstance(image, bytes)}
-        if files:
-            found |= zip(files, decode_on_gpu(list(files.values()), self.device), strict=True)
-        whole: dict[int, torch.Tensor] = {}
-        for place, image in found.items():
-            assert isinstance(image, torch.Tensor)
-            if image.dtype == torch.uint8:
-                whole[place] = image.to(self.device, non_blocking=True)
+        whole = {
+            place: image.to(self.device, non_blocking=True)
+            for place, image in found.items()
+            if image.dtype == torch.uint8
+        }
         if whole and self.device_processor is not None:
             found |= zip(whole, self.device_processor(list(whole.values())), strict=True)
-        inputs = [image for image in found.values() if isinstance(image, torch.Tensor)]
-        return [image.to(self.device) for image in inputs]
+        return [image.to(self.device) for image in found.values()]
 
     def _prepare_late(self, image: Decoded) -> torch.Tensor:
-        if isinstance(image, bytes):
-            image = decode_pixels(image)
         return self.prepare(image) if image.dtype == torch.uint8 else image
 
     def launch(self, staged: Staged) -> Launched:
@@ -214,9 +219,52 @@ class Embedder:
         """Return the pooled outputs, (N, D) float32, not normalised, of decoded or prepared images in order."""
         return self.launch(self.stage(images)).result()
 
-    def measure_width(self) -> int:
-        """Return the length of an embedding, by embedding a grey picture."""
-        return int(self.embed([self.prepare(Image.new("RGB", (224, 224), "grey"))]).shape[1])
+    def _try(self, folder: Path, image_size: int | None) -> int:
+        """Embed a drawn picture twice and return the embedding's width.
+
+        Raises InputError where the model cannot, or gives another embedding the second time.
+        """
+        name = type(self.model).__name__
+        prepared = self.prepare(draw_picture((640, 640)))
+        if image_size is not None:
+            self._check_sizes(folder, prepared, image_size)
+        try:
+            first, second = self.embed([prepared]), self.embed([prepared])
+        except PoolingError as error:
+            other = "cls_token" if self.pooling_type == "pooler_output" else "pooler_output"
+            raise InputError(f"{name} {error}: set [embedding_model].pooling_type to {other}") from None
+        except (ValueError, TypeError, RuntimeError) as error:
+            remedy = "leave [embedding_model].image_size at auto and scales empty, or give another model"
+            raise InputError(
+                f"{folder}: {name} cannot embed a picture of {' x '.join(map(str, prepared.shape[1:]))} pixels "
+                f"({one_line(error)[:200]}): {remedy if image_size else 'give another model, or fetch it again'}"
+            ) from None
+        if np.linalg.norm(first - second) > REPEAT_TOLERANCE * np.linalg.norm(first):
+            raise InputError(
+                f"{folder}: {name} gives another embedding of the same picture each time, as one does that masks at "
+                "random (ViTMAE): give another model"
+            )
+        return int(first.shape[1])
+
+    def _check_sizes(self, folder: Path, prepared: torch.Tensor, image_size: int) -> None:
+        """Raise InputError where the processor does not make the size asked for, or it is no multiple of a patch."""
+        if tuple(prepared.shape[1:]) != (image_size, image_size):
+            raise InputError(
+                f"{folder}: its image processor makes {' x '.join(map(str, prepared.shape[1:]))} pixels, not "
+                f"{image_size}: leave [embedding_model].image_size at auto and scales empty"
+            )
+        side = getattr(self.model.config, "patch_size", None)
+        for size in self.scales or (image_size,):
+            if isinstance(side, int) and size % side:
+                raise InputError(
+                    f"{folder}: {size} pixels are no multiple of its patches of {side}, and their edge would be cut "
+                    f"off: take {size // side * side} or {(size // side + 1) * side} in [embedding_model].image_size "
+                    "or scales"
+                )
+
+    def _extract(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the features (B, D) float32 of the model's inputs, over all views of them."""
+        return embed_views(self.model, inputs, self.pooling_type, self.scales, self.flip)[0]
 
     def _forward(self, batch: torch.Tensor, launched: Launched) -> None:
         """Start one pass, in halves where the GPU's memory does not hold it."""
@@ -227,8 +275,7 @@ class Embedder:
             with torch.inference_mode():
                 inputs = batch.to(self.device, self.dtype, memory_format=self._layout)
                 started = torch.cuda.current_stream().record_event(_timer()) if self.on_gpu else None
-                pooled = self._pool(self.model(pixel_values=inputs))[:count].float()
-                launched.parts.append(_fetch(pooled))
+                launched.parts.append(_fetch(self._extract(inputs)[:count]))
                 if started is not None:
                     launched.events.append((started, torch.cuda.current_stream().record_event(_timer())))
                 return
@@ -242,7 +289,7 @@ class Embedder:
             self._forward(half, launched)
 
     def _tune(self, batch_size: int | str) -> None:
-        """Choose by measurement how many images a pass takes, if that is left to us, and who decodes."""
+        """Choose by measurement how many images a pass takes, if that is left to us."""
         shape = self.prepare(Image.new("RGB", (640, 640), "grey")).shape
         if isinstance(batch_size, str):
             self.micro_batch, rate = find_batch_size(lambda size: self._measure_rate(size, shape))
@@ -252,8 +299,6 @@ class Embedder:
             except torch.cuda.OutOfMemoryError:
                 rate = 0.0  # the passes will be halved
         torch.cuda.empty_cache()
-        fast = rate > DECODES_PER_CORE * count_cores()
-        self.nvjpeg = fast and self.device_processor is not None and has_nvjpeg(self.device)
         logger.info("the model alone does %.0f img/s in passes of %d", rate, self.micro_batch)
 
     def _measure_rate(self, count: int, shape: torch.Size) -> float:
@@ -264,7 +309,7 @@ class Embedder:
                 if number == 1:
                     self._wait()
                     started = time.monotonic()
-                self.model(pixel_values=batch)
+                self._extract(batch)
             self._wait()
         return count * TIMED_PASSES / (time.monotonic() - started)
 
@@ -272,21 +317,23 @@ class Embedder:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def _pool(self, outputs: object) -> torch.Tensor:
-        """Return (B, D) as `pooling_type` says."""
-        if self.pooling_type == "cls_token":
-            tokens: torch.Tensor = outputs.last_hidden_state  # type: ignore[attr-defined]
-            if tokens.ndim != 3:  # (B, C, H, W) of a convolutional one
-                raise InputError(
-                    f"{type(self.model).__name__} has no CLS token: set [embedding_model].pooling_type to pooler_output"
-                )
-            return tokens[:, 0]
-        pooled = getattr(outputs, "pooler_output", None)
-        if pooled is None:
-            raise InputError(
-                f"{type(self.model).__name__} has no pooler_output: set [embedding_model].pooling_type to cls_token"
-            )
-        return pooled.flatten(1)  # type: ignore[no-any-return]
+
+def find_batch_size(measure: Callable[[int], float], sizes: tuple[int, ...] = BATCH_SIZES) -> tuple[int, float]:
+    """Return the size from which on larger passes are hardly faster, and its images/s.
+
+    `measure` gives the images/s of a size and raises torch.cuda.OutOfMemoryError where the memory does not hold it.
+    If it holds none, the smallest is returned, with rate 0.
+    """
+    best, best_rate = sizes[0], 0.0
+    for size in sizes:
+        try:
+            rate = measure(size)
+        except torch.cuda.OutOfMemoryError:
+            break
+        if rate < (1 + LEAST_GAIN) * best_rate:
+            break
+        best, best_rate = size, rate
+    return best, best_rate
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:
@@ -308,24 +355,6 @@ def _fetch(pooled: torch.Tensor) -> torch.Tensor:
 
 def _timer() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)
-
-
-def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_remote_code: bool) -> torch.nn.Module:
-    """Load the weights and refuse to run on any that the folder lacks, which would be random numbers."""
-    try:
-        model, info = AutoModel.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]}): fetch it again") from None
-    unused = "pooler." if pooling_type == "cls_token" else None
-    missing = [key for key in info["missing_keys"] if not (unused and key.startswith(unused))]
-    if missing:
-        raise InputError(
-            f"{folder}: {len(missing)} weights are missing ({sorted(missing)[0]}, ...): fetch the model again, "
-            "or set [embedding_model].pooling_type to cls_token if only its pooler is missing"
-        )
-    return model  # type: ignore[no-any-return]
 
 
 def check_embeddings(embeddings: NDArray[np.float32], names: Sequence[str], width: int | None = None) -> None:

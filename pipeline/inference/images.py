@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 
+import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from pipeline.errors import Rejection
@@ -89,12 +90,16 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def load_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image whose header is read.
+    """Decode an image whose header is read; of 16 bits a channel the upper 8 are kept, of several pictures the first.
 
-    Raises Rejection `unreadable_image`.
+    Transparency is left out, as the models' processors leave it out. Raises Rejection `unreadable_image`.
     """
     try:
         image.load()
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        elif image.mode == "F":
+            raise Rejection("unreadable_image", "grey floats, whose white nobody knows")
         return image if image.mode == "RGB" else image.convert("RGB")
     except DECODE_ERRORS as error:
         raise Rejection("unreadable_image", _explain(error)) from None

@@ -43,14 +43,17 @@ def works_on_tensors(processor: Any) -> bool:
 
 
 def find_device_processor(
-    folder: Path, processor: Any, trust_remote_code: bool, device: torch.device
+    folder: Path, processor: Any, trust_remote_code: bool, device: torch.device, image_size: int | None = None
 ) -> DeviceProcessor | None:
     """Return the image processor as it runs on `device`, or None, said in the log, where it cannot or gives another
     input than `processor` on the CPU."""
     found = processor
     if not works_on_tensors(found):  # the older kind, which computes with Pillow; most have a twin
         try:
-            found = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, use_fast=True)
+            sizes = size_settings(processor.to_dict(), image_size) if image_size else {}
+            found = AutoImageProcessor.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, use_fast=True, **sizes
+            )
         except (OSError, ValueError, ImportError) as error:
             logger.info("pictures are resized on the CPU: %s", one_line(error)[:200])
             return None
@@ -68,8 +71,7 @@ def find_device_processor(
 
 def measure_difference(processor: Any, on_device: DeviceProcessor, device: torch.device) -> float:
     """Return by how many grey levels two ways to the input of a model differ, on average over a drawn picture."""
-    blocks = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    drawn = Image.fromarray(blocks).resize((512, 384), Image.Resampling.BICUBIC)
+    drawn = draw_picture((512, 384))
     white, black = (prepare(processor, Image.new("RGB", (64, 64), grey)) for grey in ("white", "black"))
     levels_per_unit = 255.0 / float((white - black).mean())
     there = on_device([to_pixels(drawn).to(device)])[0].float().cpu()
@@ -77,6 +79,12 @@ def measure_difference(processor: Any, on_device: DeviceProcessor, device: torch
     if there.shape != here.shape:
         return float("inf")
     return float((there - here).abs().mean()) * levels_per_unit
+
+
+def draw_picture(size: tuple[int, int]) -> Image.Image:
+    """Draw a smooth picture of many colours, (width, height) pixels, the same each time."""
+    blocks = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
 
 
 def prepare(processor: Any, image: Image.Image | torch.Tensor) -> torch.Tensor:
@@ -102,16 +110,42 @@ def find_margins(width: int, height: int) -> tuple[int, int]:
     return max(0, width - longest) // 2, max(0, height - longest) // 2
 
 
-def load_processor(folder: Path, trust_remote_code: bool) -> Any:
-    """Load a model's image processor.
+def load_processor(folder: Path, trust_remote_code: bool, image_size: int | None = None) -> Any:
+    """Load a model's image processor, which makes pictures of `image_size` pixels a side if one is given.
 
-    Raises InputError where it cannot be loaded.
+    Raises InputError where it cannot be loaded, or its size cannot be set so.
     """
     if not any(folder.glob("*processor_config.json")):
         logger.warning("%s says nothing of its image processor: taken is the default of its kind", folder)
     try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if image_size is None:
+            return processor
+        sizes = size_settings(processor.to_dict(), image_size)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **sizes)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{folder}: no image processor can be loaded ({one_line(error)[:300]}): fetch the model again"
         ) from None
+
+
+def size_settings(settings: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """Return the `size` and `crop_size` with which an image processor makes squares of `image_size` pixels.
+
+    One that crops keeps the share of the picture that it cuts off. Raises InputError where its sizes are of a kind that
+    does not lead to squares of a given size.
+    """
+    size = {key: value for key, value in (settings.get("size") or {}).items() if value is not None}
+    if not set(size) <= {"shortest_edge", "height", "width"} or not size or settings.get("do_resize") is False:
+        raise InputError(
+            f"{settings.get('image_processor_type')}: an image size cannot be set for it (it resizes by {size}): "
+            "leave [embedding_model].image_size at auto and scales empty"
+        )
+    if not settings.get("do_center_crop"):
+        return {"size": dict.fromkeys(size, image_size)}
+    crop = settings["crop_size"]
+    factor = image_size / min(crop["height"], crop["width"])
+    return {
+        "size": {key: round(value * factor) for key, value in size.items()},
+        "crop_size": {"height": image_size, "width": image_size},
+    }

@@ -15,20 +15,18 @@ from numpy.typing import NDArray
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files import writing
+from pipeline.retrieval.bare_weights import StateDict, read_bare_weights
 from pipeline.retrieval.projector import Projector
 
 # Rows in one forward pass: large enough for any chip, 64 MiB at 4,096 dimensions.
 BLOCK_ROWS = 4096
-# Under these keys older checkpoints keep the projector's weights; with these prefixes wrappers rename them.
+# Under these keys older checkpoints keep the projector's weights.
 WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.", "model.", "projector.")
 # What torch.load raises on a file that is cut, empty, not its own, or would run code.
 _LOAD_ERRORS = (
     OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, IndexError, TypeError,
     pickle.UnpicklingError, zipfile.BadZipFile,
 )  # fmt: skip
-
-StateDict = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def load_checkpoint(
         architecture, weights = rest.pop("architecture"), rest.pop("projector")
     else:
         key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
-        architecture, weights = _read_bare_weights(path, rest.pop(key) if key else rest, section)
+        architecture, weights = read_bare_weights(path, rest.pop(key) if key else rest, section)
         rest = rest if key else {}
     parts = {
         key: found if isinstance(found := rest.pop(key, None), dict) else {}
@@ -146,71 +144,3 @@ def _check_widths(checkpoint: Checkpoint, section: TrainingModelSection | None, 
                 f"{checkpoint.path}: its {key} is {found}, [training_model].{key} asks for {asked}: "
                 "correct the setting, or train again"
             )
-
-
-# ---------------------------------------------------------------------------------------------- older checkpoints
-
-
-def _read_bare_weights(
-    path: Path, content: dict[str, Any], section: TrainingModelSection
-) -> tuple[dict[str, Any], StateDict]:
-    """Infer widths and depth from weights alone; dropout and activation come from the configuration.
-
-    Understood are this projector's own names and a plain chain of linear layers, whose shortcut is then zero (a
-    single layer is the shortcut itself).
-    """
-    weights = _strip_prefixes(
-        {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor) and value.numel()}
-    )
-    if not weights:
-        raise InputError(f"{path}: holds no projector weights: make it with stage 6")
-    if "shortcut.weight" not in weights:
-        weights = _rename_chain(path, weights)
-    output_dim, input_dim = weights["shortcut.weight"].shape
-    layers = [name for name in weights if name.startswith("hidden.") and name.endswith(".weight")]
-    architecture = {
-        "input_dim": int(input_dim), "output_dim": int(output_dim),
-        "hidden_dim": int(weights["hidden.0.weight"].shape[0]) if layers else section.hidden_dim,
-        "num_hidden_layers": len(layers), "dropout": section.dropout, "activation": section.activation,
-        "input_dropout": 0.0, "input_power": 1.0,
-    }  # fmt: skip
-    return architecture, weights
-
-
-def _strip_prefixes(weights: StateDict) -> StateDict:
-    """Undo what wrappers put before the names; where some weights are `projector.`'s, the others are not ours."""
-    while True:
-        inner = {key: value for key, value in weights.items() if key.startswith("projector.")}
-        weights = inner or weights
-        prefix = next((prefix for prefix in PREFIXES if weights and all(key.startswith(prefix) for key in weights)), "")
-        if not prefix:
-            return weights
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-
-
-def _rename_chain(path: Path, weights: StateDict) -> StateDict:
-    """Map a plain MLP, linear layers in the order in which they are stored, onto the projector's names."""
-    # A layer's name with its dot; a lone layer may have none.
-    names = [key.removesuffix("weight") for key, value in weights.items() if key.endswith("weight") and value.ndim == 2]
-    known = {f"{name}{part}" for name in names for part in ("weight", "bias")}
-    others = [key for key in weights if key not in known]
-    matrices = [weights[f"{name}weight"] for name in names]
-    chained = all(b.shape[1] == a.shape[0] for a, b in zip(matrices[:-1], matrices[1:], strict=True))
-    widths = {matrix.shape[0] for matrix in matrices[:-1]}
-    if not names or others or not chained or len(widths) > 1:
-        why = (
-            f"{others[0]} is not part of a linear layer" if others
-            else "it has no linear layer" if not names
-            else "its layers do not follow one another" if not chained
-            else f"its hidden layers have different widths {sorted(widths)}"
-        )  # fmt: skip
-        raise InputError(f"{path}: cannot be mapped onto the projector ({why}): train again with stage 6")
-    targets = ["shortcut"] if len(names) == 1 else [f"hidden.{i}" for i in range(len(names) - 1)] + ["output"]
-    renamed: StateDict = {}
-    for name, target, matrix in zip(names, targets, matrices, strict=True):
-        renamed[f"{target}.weight"] = matrix
-        renamed[f"{target}.bias"] = weights.get(f"{name}bias", matrix.new_zeros(matrix.shape[0]))
-    if len(names) > 1:
-        renamed["shortcut.weight"] = matrices[0].new_zeros(matrices[-1].shape[0], matrices[0].shape[1])
-        renamed["shortcut.bias"] = matrices[0].new_zeros(matrices[-1].shape[0])
-    return renamed

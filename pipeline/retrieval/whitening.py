@@ -37,6 +37,8 @@ SHRINKAGES = (0.2, 0.3, 0.5, 0.7)
 # the other +0.010 (worst +0.007).
 INPUT_POWER, CHANNEL_POWER, EXPONENT = 0.8, 0.4, 1.3
 SHARPENED_SHRINKAGES = (0.3, 0.5, 0.7)
+# What nn.LayerNorm adds to a row's variance.
+NORM_EPSILON = 1e-5
 # A channel that never varies within a building would get no weight at all: it has this share of the mean variance.
 _LEAST_VARIANCE = 1e-3
 
@@ -48,18 +50,20 @@ Block = tuple[NDArray[np.int64] | slice, NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class LinearMap:
-    """An affine map, of features to a power where that is not 1, whose result is L2-normalised."""
+    """An affine map of prepared features (see `prepare`), whose result is L2-normalised."""
 
     weight: Float32  # (k, D)
     bias: Float32  # (k,)
     input_power: float = 1.0
+    input_norm: bool = False
 
     def apply(self, embeddings: NDArray[Any]) -> Float32:
         """Return the mapped rows (N, k), L2-normalised; a row that maps to zero stays zero."""
         mapped = np.empty((len(embeddings), len(self.weight)), dtype=np.float32)
         step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
         for start in range(0, len(embeddings), step):
-            block = _raise(np.asarray(embeddings[start : start + step], dtype=np.float32), self.input_power)
+            rows = np.asarray(embeddings[start : start + step], dtype=np.float32)
+            block = prepare(rows, self.input_power, self.input_norm)
             block = block @ self.weight.T + self.bias
             norms = np.linalg.norm(block, axis=1, keepdims=True)
             mapped[start : start + step] = block / np.maximum(norms, np.finfo(np.float32).tiny)
@@ -75,7 +79,8 @@ class Scatter:
     between: Float64  # (D, D) of the buildings' means around the mean, each weighted by its rows
     num_rows: int
     num_buildings: int
-    input_power: float = 1.0  # of the rows that were summed up
+    input_power: float = 1.0  # how the rows that were summed up had been prepared
+    input_norm: bool = False
     device: "torch.device | None" = None  # where matrices are decomposed, None is the CPU
 
     @cached_property
@@ -110,9 +115,11 @@ def collect_scatter(
     building_codes: NDArray[np.int32],
     input_power: float = 1.0,
     device: "torch.device | None" = None,
+    *,
+    input_norm: bool = False,
 ) -> Scatter:
     """Sum up rows (N, D) of buildings (N,), as `collect_scatters` does with one power."""
-    return collect_scatters(embeddings, building_codes, (input_power,), device)[0]
+    return collect_scatters(embeddings, building_codes, (input_power,), device, input_norm=input_norm)[0]
 
 
 def collect_scatters(
@@ -120,6 +127,8 @@ def collect_scatters(
     building_codes: NDArray[np.int32],
     input_powers: Sequence[float],
     device: "torch.device | None" = None,
+    *,
+    input_norm: bool = False,
 ) -> list[Scatter]:
     """Sum up rows (N, D) of any float type, raised to each of the powers, in one pass over blocks of whole buildings.
 
@@ -129,7 +138,7 @@ def collect_scatters(
     import torch  # which needs seconds to import: reading a map needs none
 
     device = device or torch.device("cpu")
-    sums = [_Sums(embeddings, power, device) for power in input_powers]
+    sums = [_Sums(embeddings, power, device, input_norm) for power in input_powers]
 
     def read(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
         rows, starts = block
@@ -152,23 +161,23 @@ def collect_scatters(
 class _Sums:
     """What `collect_scatters` adds up for one power, on the device."""
 
-    def __init__(self, embeddings: NDArray[Any], power: float, device: "torch.device") -> None:
+    def __init__(self, embeddings: NDArray[Any], power: float, device: "torch.device", norm: bool) -> None:
         import torch
 
         width = embeddings.shape[1]
-        self._power, self._device = power, device
+        self._power, self._norm, self._device = power, norm, device
         self._within = torch.zeros((width, width), dtype=torch.float64, device=device)
         self._between, self._total = torch.zeros_like(self._within), torch.zeros_like(self._within[0])
         # Sums of squares around any fixed point near the data lose no digits to a large mean.
         first = torch.from_numpy(np.array(embeddings[: min(len(embeddings), 256)])).to(device)
-        self._origin = self._raise(first).double().mean(dim=0)
+        self._origin = self._prepare(first).double().mean(dim=0)
         self._num_rows = self._num_buildings = 0
 
     def add(self, rows: "torch.Tensor", sizes: "torch.Tensor") -> None:
         """Add the rows (B, D) of whole buildings, which follow one another, of so many rows each."""
         import torch
 
-        block = self._raise(rows) - self._origin  # float64, as the origin is
+        block = self._prepare(rows) - self._origin  # float64, as the origin is
         means = torch.segment_reduce(block, "mean", lengths=sizes, axis=0, unsafe=True)
         self._total += sizes.double() @ means
         block -= means.repeat_interleave(sizes, dim=0, output_size=len(block))
@@ -186,12 +195,17 @@ class _Sums:
         between /= self._num_rows
         between -= np.outer(mean, mean)
         within /= self._num_rows
-        return Scatter(mean + origin, within, between, self._num_rows, self._num_buildings, self._power, self._device)
+        return Scatter(
+            mean + origin, within, between, self._num_rows, self._num_buildings, self._power, self._norm, self._device
+        )  # fmt: skip
 
-    def _raise(self, rows: "torch.Tensor") -> "torch.Tensor":
-        """Return sign(x) |x|^power of rows of any float type."""
+    def _prepare(self, rows: "torch.Tensor") -> "torch.Tensor":
+        """Return rows of any float type as `prepare` does."""
         import torch
 
+        if self._norm:
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+            rows = torch.nn.functional.layer_norm(rows, rows.shape[1:], eps=NORM_EPSILON)
         if self._power == 1.0:
             return rows
         rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -207,8 +221,11 @@ def _add_gram(matrix: "torch.Tensor", rows: "torch.Tensor") -> None:
         matrix.numpy()[...] += values.T @ values
 
 
-def _raise(rows: NDArray[Any], power: float) -> NDArray[Any]:
-    """Return sign(x) |x|^power, as the projector does."""
+def prepare(rows: NDArray[Any], power: float, norm: bool = False) -> NDArray[Any]:
+    """Return rows (N, D) as a new projector has them: `norm` makes mean 0 and variance 1, then sign(x) |x|^power."""
+    if norm:
+        rows = rows - rows.mean(axis=1, keepdims=True)
+        rows = rows / np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + NORM_EPSILON)
     return rows if power == 1.0 else np.sign(rows) * np.abs(rows) ** power
 
 
@@ -321,4 +338,5 @@ def _as_map(rows: Float64, scatter: Scatter) -> LinearMap:
     """Fix each row's sign, which eigenvectors leave open, by its largest entry, and centre."""
     largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
     rows = np.where(largest < 0, -rows, rows)
-    return LinearMap(rows.astype(np.float32), (-rows @ scatter.mean).astype(np.float32), scatter.input_power)
+    bias = (-rows @ scatter.mean).astype(np.float32)
+    return LinearMap(rows.astype(np.float32), bias, scatter.input_power, scatter.input_norm)

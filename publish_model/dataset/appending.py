@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -26,6 +27,8 @@ from publish_model.new_data.published_model import PublishedModel
 if TYPE_CHECKING:
     from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 
+# Float32 hardly gets smaller when it is compressed.
+BYTES_A_NUMBER = 4
 # While parts are made, counting reads the footers of what other processes have written.
 STATE_TIME_SHARE, STATE_INTERVAL_SECONDS = 0.02, 30.0
 
@@ -75,16 +78,28 @@ class Appending:
         kept = sum(record.counts["in"] for name, record in self.records.items() if name not in redone)
         return kept, sum(plan.rows_within(self.options.limit) for plan in redone.values())
 
-    def begin(self) -> None:
+    def begin(self, width: int = 0) -> None:
         """Take up the dataset or begin it; with `--overwrite` what is there is set aside first.
 
-        Raises StaleOutputError where another process has just begun one of another recipe.
+        Embeddings have `width` numbers. Raises StaleOutputError where another process has just begun one of another
+        recipe, PipelineError where the disk has no room for what is to replace a dataset.
         """
         if self.options.overwrite:
+            self._check_space(width)
             self._set_aside()
         state = self.dataset.state or self._create_state()
         self.recipe.check(state, self.dataset.folder)
         self._identity |= {key: state[key] for key in ("input_path", "model_id") if key in state}
+
+    def _check_space(self, width: int) -> None:
+        folder = self.dataset.folder
+        needed = self.num_rows[1] * width * BYTES_A_NUMBER
+        free = shutil.disk_usage(folder).free if folder.is_dir() else needed
+        if free < needed:
+            raise PipelineError(
+                f"{folder}: about {needed / 1e9:.1f} GB are needed beside the dataset that is to be overwritten, and "
+                f"{free / 1e9:.1f} GB are free: free some, or remove the dataset yourself"
+            )
 
     def _set_aside(self) -> None:
         """Make room; rows that an interrupted deletion has left go for good, and the order is fulfilled by that."""

@@ -18,8 +18,9 @@ from pipeline.inference.engine import End, embed_stream
 from pipeline.inference.engine_watch import EngineWatch
 from publish_model.dataset.hashes import hash_bytes, hash_ids, pack_hashes
 from publish_model.dataset.part_plans import PartContent, PartPlan
+from publish_model.new_data.columns import plain_values, take_rows
 from publish_model.new_data.embed_options import EmbedOptions
-from publish_model.new_data.packaged_input import ID_COLUMN, IMAGE_COLUMN, PackagedInput, plain_values, take_rows
+from publish_model.new_data.packaged_input import ID_COLUMN, IMAGE_COLUMN, PackagedInput
 
 # The projector normalises in float32; anything further from 1 comes from another kind of model.
 NORM_TOLERANCE = 1e-3

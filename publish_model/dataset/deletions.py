@@ -18,7 +18,8 @@ from pipeline.log import logger
 from publish_model.dataset.hashes import hash_ids, pack_hashes, unpack_hashes
 from publish_model.dataset.part_plans import PartContent
 from publish_model.dataset.parts import Part, as_written
-from publish_model.new_data.packaged_input import ID_COLUMN, plain_values
+from publish_model.new_data.columns import filter_rows, plain_values
+from publish_model.new_data.packaged_input import ID_COLUMN
 
 # What other scripts make of a dataset inside its folder.
 DERIVED = ("_aggregated", "_exports")
@@ -26,10 +27,14 @@ DERIVED = ("_aggregated", "_exports")
 
 @dataclass(frozen=True)
 class DeletionOrder:
-    """The 64-bit hashes of the ids, and whether every part has been rewritten without them."""
+    """The 64-bit hashes of the ids, and whether every part has been rewritten without them.
+
+    `unmatched` are those that no row had when they were ordered.
+    """
 
     id_hashes: frozenset[int]
     done: bool
+    unmatched: frozenset[int] = frozenset()
 
 
 def order_path(folder: Path) -> Path:
@@ -45,17 +50,20 @@ def read_order(folder: Path) -> DeletionOrder | None:
     path = order_path(folder)
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return DeletionOrder(frozenset(int(text, 16) for text in content["id_hashes"]), bool(content["done"]))
+        hashes = [frozenset(int(text, 16) for text in content.get(key, [])) for key in ("id_hashes", "unmatched")]
+        if "id_hashes" not in content:
+            raise KeyError("id_hashes")
+        return DeletionOrder(hashes[0], bool(content["done"]), hashes[1])
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: damaged: remove it and run delete_ids.py again with all ids to leave out") from None
 
 
 def write_order(folder: Path, order: DeletionOrder) -> None:
     """Write a dataset's order."""
-    hashes = [f"{value:016x}" for value in sorted(order.id_hashes)]
-    write_json(order_path(folder), {"id_hashes": hashes, "done": order.done})
+    hashes, unmatched = ([f"{value:016x}" for value in sorted(one)] for one in (order.id_hashes, order.unmatched))
+    write_json(order_path(folder), {"id_hashes": hashes, "done": order.done, "unmatched": unmatched})
 
 
 def without_ids(content: PartContent, id_hashes: frozenset[int]) -> PartContent:
@@ -66,12 +74,12 @@ def without_ids(content: PartContent, id_hashes: frozenset[int]) -> PartContent:
     num_deleted = int(np.sum(~embedded) + np.sum(~rejects))
     if not num_deleted:
         return content
-    kept_rejects = content.rejects.filter(pa.array(rejects))
+    kept_rejects = filter_rows(content.rejects, rejects)
     reasons = kept_rejects.column("reason").value_counts().to_pylist()
     hashes = unpack_hashes(content.hashes)[:, embedded]  # (2, N)
     return replace(
         content,
-        embedded=content.embedded.filter(pa.array(embedded)),
+        embedded=filter_rows(content.embedded, embedded),
         rejects=kept_rejects,
         hashes=pack_hashes(hashes[0].tolist(), hashes[1].tolist()),
         reasons={entry["values"]: entry["counts"] for entry in reasons},
@@ -81,8 +89,12 @@ def without_ids(content: PartContent, id_hashes: frozenset[int]) -> PartContent:
 
 def stay_rows(table: pa.Table, id_hashes: frozenset[int]) -> NDArray[np.bool_]:
     """Return which rows do not have one of the ids, (N,)."""
-    hashes = [value for chunk in table.column(ID_COLUMN).chunks for value in hash_ids(plain_values(chunk))]
-    return np.array([value not in id_hashes for value in hashes], dtype=bool)
+    return np.array([value not in id_hashes for value in hash_rows(table)], dtype=bool)
+
+
+def hash_rows(table: pa.Table) -> list[int]:
+    """Return the hash of each row's id."""
+    return [value for chunk in table.column(ID_COLUMN).chunks for value in hash_ids(plain_values(chunk))]
 
 
 def rewrite_parts(parts: Iterable[Part], id_hashes: frozenset[int]) -> int:
@@ -93,7 +105,7 @@ def rewrite_parts(parts: Iterable[Part], id_hashes: frozenset[int]) -> int:
         if promised.get("checksum") != part.checksum:
             # Killed between the rejects and their part: the rejects are the new ones and say what the part is to hold.
             embedded = as_written(part.read())
-            write_parquet(part.path, embedded.filter(pa.array(stay_rows(embedded, id_hashes))), promised)
+            write_parquet(part.path, filter_rows(embedded, stay_rows(embedded, id_hashes)), promised)
             num_deleted += promised["counts"].get("deleted", 0) - part.record.counts.get("deleted", 0)
             continue
         content = part.read_content()
@@ -110,3 +122,13 @@ def remove_derived(folder: Path) -> None:
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
             logger.warning("%s: removed, as it was made with the ids: make it again", folder / name)
+
+
+def find_unmatched(parts: Iterable[Part], id_hashes: frozenset[int]) -> frozenset[int]:
+    """Return the hashes of which no part has a row, embedded or rejected."""
+    left = set(id_hashes)
+    for part in parts if left else ():
+        content = part.read_content()
+        for table in (content.embedded, content.rejects):
+            left.difference_update(hash_rows(table))
+    return frozenset(left)

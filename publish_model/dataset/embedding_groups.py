@@ -7,7 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from publish_model.dataset.parts import embeddings_of
-from publish_model.new_data.packaged_input import plain_values, take_rows
+from publish_model.new_data.columns import plain_values, take_rows
 
 Key = tuple[object, ...]
 
@@ -15,7 +15,16 @@ Key = tuple[object, ...]
 def keys_of(table: pa.Table, by: Sequence[str]) -> list[Key]:
     """Return the keys of a part's rows as plain values; NaN, which equals nothing, counts as null."""
     columns = [plain_values(table.column(name).combine_chunks()) for name in by]
-    return [tuple(None if value != value else value for value in row) for row in zip(*columns, strict=True)]  # noqa: PLR0124
+    return [tuple(map(_hashable, row)) for row in zip(*columns, strict=True)]
+
+
+def _hashable(value: object) -> object:
+    """Return a value that can be a key: lists, structs and maps as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple((key, _hashable(one)) for key, one in value.items())
+    return None if value != value else value  # noqa: PLR0124
 
 
 class Groups:

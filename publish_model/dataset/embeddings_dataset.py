@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,20 +215,25 @@ class EmbeddingsDataset:
         if (state := self.state) is not None:
             checks.write_counts(self.state_path, state, self.parts)
 
-    def delete(self, id_hashes: frozenset[int]) -> tuple[int, int]:
-        """Take ids out for good; return how many rows that took, and how many ids stay out from now on.
+    def delete(self, id_hashes: frozenset[int]) -> tuple[int, frozenset[int]]:
+        """Take ids out for good; return how many rows that took, and of which hashes there was none, now or before.
 
-        What was made of the dataset inside its folder goes too, as it was made with the ids.
+        What was made of the dataset inside its folder goes too, and what was set aside, if it may hold the ids.
         """
-        before = deletions.read_order(self.folder)
-        wanted = id_hashes | (before.id_hashes if before else frozenset())
-        if before is None or before.id_hashes != wanted:
-            deletions.write_order(self.folder, deletions.DeletionOrder(wanted, done=False))
-        num_rows = deletions.rewrite_parts(self.parts, wanted)
+        before = deletions.read_order(self.folder) or deletions.DeletionOrder(frozenset(), done=True)
+        new = id_hashes - before.id_hashes
+        order = deletions.DeletionOrder(
+            before.id_hashes | new, done=False, unmatched=before.unmatched | deletions.find_unmatched(self.parts, new)
+        )
+        if new:
+            deletions.write_order(self.folder, order)
+        num_rows = deletions.rewrite_parts(self.parts, order.id_hashes)
         self._parts = None
         if (state := self.state) is not None:
             checks.write_counts(self.state_path, state, self.parts)
         if num_rows:
             deletions.remove_derived(self.folder)
-        deletions.write_order(self.folder, deletions.DeletionOrder(wanted, done=True))
-        return num_rows, len(wanted)
+        set_aside.discard_ids(self.folder, order.id_hashes)
+        if order.id_hashes:
+            deletions.write_order(self.folder, replace(order, done=True))
+        return num_rows, order.unmatched & id_hashes

@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.files.tables import open_parquet, reading
-from publish_model.new_data.packaged_input import ID_COLUMN, plain_values
+from publish_model.new_data.columns import plain_values
+from publish_model.new_data.packaged_input import ID_COLUMN
 
 GEO_KEY = b"geo"
 VERSION = "1.1.0"

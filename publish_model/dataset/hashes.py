@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from publish_model.new_data.packaged_input import plain_values
+from publish_model.new_data.columns import plain_values
 
 
 def hash_bytes(data: bytes) -> int:
@@ -44,7 +44,9 @@ def checksum_tables(*tables: pa.Table) -> str:
             kind = "list" if pa.types.is_nested(field.type) else str(field.type)
             digest.update(f"{field.name}\0{kind}\0{len(column)}\0".encode())
             for chunk in column.chunks:
-                if pa.types.is_fixed_size_list(chunk.type) and chunk.null_count == 0:
+                # Lists of text come as objects, whose bytes are addresses.
+                numeric = pa.types.is_fixed_size_list(chunk.type) and pa.types.is_primitive(chunk.type.value_type)
+                if numeric and chunk.null_count == 0:
                     digest.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=False)).tobytes())
                 else:
                     for value in plain_values(chunk):

@@ -13,7 +13,8 @@ from pipeline.errors import DamagedError, InputError, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_provenance, reading, write_parquet
 from publish_model.dataset.hashes import checksum_tables
 from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord
-from publish_model.new_data.packaged_input import ID_COLUMN, plain_values
+from publish_model.new_data.columns import plain_values
+from publish_model.new_data.packaged_input import ID_COLUMN
 
 STAGE = "generate_embeddings_from_parquet"
 HASHES_KEY = PROVENANCE_KEY + b".image_hashes"
@@ -89,6 +90,7 @@ class Part:
 def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     with reading(path), open_parquet(path) as file:
         table: pa.Table = file.read(columns)
+        table.validate(full=True)  # a changed byte may leave text that is none
         return table.replace_schema_metadata()
 
 

@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import DamagedError
-from pipeline.files.tables import read_provenance
+from pipeline.files.tables import open_parquet, read_provenance, reading
 from pipeline.files.writing import write_failure
 from pipeline.log import logger
+from publish_model.dataset.deletions import hash_rows
 from publish_model.dataset.parts import STAGE, ForeignError, read_part, rejects_beside
+from publish_model.new_data.packaged_input import ID_COLUMN
 
 FOLDER, NOT_OURS = "_removed", "_not_ours"
 
@@ -57,6 +59,23 @@ def discard(folder: Path) -> None:
         removed.rmdir()
     except OSError:
         logger.debug("%s: left where it is", removed)
+
+
+def discard_ids(folder: Path, id_hashes: frozenset[int]) -> None:
+    """Remove what was set aside and holds one of some ids, or cannot be searched; what is not ours is only named."""
+    for path in sorted((folder / FOLDER).rglob("*.parquet")):
+        try:
+            with reading(path), open_parquet(path) as file:
+                hashes = hash_rows(file.read([ID_COLUMN])) if ID_COLUMN in file.schema_arrow.names else []
+            if id_hashes.isdisjoint(hashes):
+                continue
+        except DamagedError:
+            hashes = []
+        if NOT_OURS in path.relative_to(folder).parts[1]:
+            logger.warning("%s: may hold deleted ids, and was not written by this project: remove it yourself", path)
+        else:
+            path.unlink()
+            logger.warning("%s: removed, as it may hold the ids", path)
 
 
 def _list_all(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ class CardFacts:
     licence_files: list[str]  # texts that travel in the folder
     architecture: dict[str, Any]
     pooling_type: str
+    views: str  # what is said behind pooling_type of the sizes and the mirror image
     dtype: str
     metrics: dict[str, dict[str, float]]  # by row, then by measure; empty where nothing was measured
     settings: dict[str, Any] = field(default_factory=dict)
@@ -105,10 +106,10 @@ def _summary(facts: CardFacts) -> str:
     width = facts.architecture["output_dim"]
     input_dim = facts.architecture["input_dim"]
     made_of = wrap(
-        f"The model is the vision backbone `{facts.backbone_name}` (frozen; its `{facts.pooling_type}` is taken), "
-        f"followed by a projector from {input_dim} to {width} numbers that was trained for building identity. The "
-        f"backbone's weights are stored as {facts.dtype}, the projector's as float32. Position, heading and map data "
-        "are not used."
+        f"The model is the vision backbone `{facts.backbone_name}` (frozen; its `{facts.pooling_type}` is "
+        f"taken{facts.views}), followed by a projector from {input_dim} to {width} numbers that was trained for "
+        f"building identity. The backbone's weights are stored as {facts.dtype}, the projector's as float32. "
+        "Position, heading and map data are not used."
     )
     return f"""
 # {facts.name}
@@ -141,9 +142,9 @@ with torch.inference_mode():
 print(embeddings @ embeddings.T)
 ```
 
-`trust_remote_code` runs three short files of this folder: `configuration_spatial_embeddings.py`,
-`modeling_spatial_embeddings.py` and `projector.py`. They build the backbone that transformers itself brings along and
-the projector on top of it; they fetch, read and write nothing.
+`trust_remote_code` runs four short files of this folder: `configuration_spatial_embeddings.py`,
+`modeling_spatial_embeddings.py`, `pooling.py` and `projector.py`. They build the backbone that transformers itself
+brings along and the projector on top of it; they fetch, read and write nothing.
 
 The pipeline of transformers works too; mind that it turns images by their EXIF tag, which training did not:
 

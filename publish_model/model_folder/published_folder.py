@@ -10,28 +10,19 @@ from typing import Any
 import torch
 
 from pipeline.cli import installed_version
+from pipeline.config import EmbeddingModelSection
 from pipeline.errors import InputError, PipelineError
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.inference.backbone import check_embeddings
+from pipeline.inference.loading import find_vision_config
 from pipeline.inference.model_files import LICENCE_FILES
 from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint
 from publish_model.dataset import drift
 from publish_model.model_folder.model_card import CardFacts, make_card, read_licence
 from publish_model.model_folder.weights import list_backbone, stored_type, tensors_of, write_weights
+from publish_model.new_data.model_code import CODE_PATHS, describe_model
 
-MODEL_TYPE = "spatial_embeddings"
-CODE_DIR = Path(__file__).resolve().parents[1]
-# One definition of the projector: the very file that training uses travels with the model.
-CODE_PATHS = (
-    CODE_DIR / "configuration_spatial_embeddings.py",
-    CODE_DIR / "modeling_spatial_embeddings.py",
-    CODE_DIR.parent / "pipeline" / "retrieval" / "projector.py",
-)
-AUTO_MAP = {
-    "AutoConfig": "configuration_spatial_embeddings.SpatialEmbeddingsConfig",
-    "AutoModel": "modeling_spatial_embeddings.SpatialEmbeddingsModel",
-}
 # What lets SentenceTransformer (6 or newer) load the same weights as its one module.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
     "modules.json": [
@@ -43,8 +34,6 @@ SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
         "module_output_name": "sentence_embedding",
     },
 }
-# What a backbone's configuration says of where and in which type it was stored: false for the published copy.
-STORAGE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "auto_map")
 # Larger models are not loaded for a trial: who publishes 27 GB may do so on a machine that does not hold them.
 TRIAL_BYTES = 5_000_000_000
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,10 +45,15 @@ class Backbone:
 
     folder: Path
     name: str
-    pooling_type: str
+    section: EmbeddingModelSection
+
+    @property
+    def pooling_type(self) -> str:
+        """Which of its outputs is taken."""
+        return self.section.pooling_type
 
     def read_config(self) -> dict[str, Any]:
-        """Return its config.json.
+        """Return its config.json, or what that says of the vision tower where the model takes text as well.
 
         Raises InputError if it is damaged.
         """
@@ -70,6 +64,8 @@ class Backbone:
             content = None
         if not isinstance(content, dict):
             raise InputError(f"{path}: not the configuration of a model: fetch the model again")
+        if "vision_config" in content:
+            return dict(find_vision_config(self.folder).to_dict())
         return content
 
     def list_licences(self) -> list[Path]:
@@ -100,7 +96,7 @@ def fill_folder(
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for path in (*CODE_PATHS, *backbone.list_licences()):
         shutil.copyfile(path, folder / path.name)
-    copy_processor(backbone.folder, folder)
+    copy_processor(backbone.folder, folder, backbone.section.input_size)
     if training is not None:
         (folder / drift.FILE_NAME).write_text(json.dumps(training) + "\n", encoding="utf-8")
     facts = card_facts(backbone, checkpoint, metrics, stored, training)
@@ -120,6 +116,8 @@ def check_width(checkpoint: Checkpoint, backbone: Backbone, width: int | None = 
     if width is None:
         sizes = config.get("hidden_sizes")
         width = sizes[-1] if sizes else config.get("hidden_size", config.get("hidden_dim"))
+        if isinstance(width, int) and backbone.pooling_type == "cls_mean":
+            width *= 2
     expected = checkpoint.architecture["input_dim"]
     if isinstance(width, int) and width != expected:
         raise InputError(
@@ -144,30 +142,24 @@ def write_all_weights(folder: Path, backbone: Backbone, checkpoint: Checkpoint, 
 
 def make_config(backbone: Backbone, checkpoint: Checkpoint, dtype: str, provenance: dict[str, Any]) -> dict[str, Any]:
     """Return the published config.json; nothing in it says where on this machine anything lay."""
-    return {
-        "architectures": [AUTO_MAP["AutoModel"].partition(".")[2]],
-        "auto_map": AUTO_MAP,
-        "model_type": MODEL_TYPE,
-        "dtype": dtype,
-        "backbone_model_name": backbone.name,
-        "backbone_config": {key: value for key, value in backbone.read_config().items() if key not in STORAGE_KEYS},
-        "pooling_type": backbone.pooling_type,
-        "projector": checkpoint.architecture,
-        "embedding_dim": checkpoint.architecture["output_dim"],
-        PROVENANCE_KEY.decode(): provenance,
-    }
+    described = describe_model(backbone.name, backbone.read_config(), backbone.pooling_type, checkpoint.architecture)
+    views = {"scales": backbone.section.scales, "flip": backbone.section.flip}
+    return described | views | {"dtype": dtype, PROVENANCE_KEY.decode(): provenance}
 
 
-def copy_processor(backbone_dir: Path, folder: Path) -> None:
-    """Copy the backbone's image processor, in the form that every version of transformers reads."""
-    name = "preprocessor_config.json"
-    if (backbone_dir / name).is_file():
-        shutil.copyfile(backbone_dir / name, folder / name)
-        return
-    from pipeline.inference.preprocessing import load_processor
+def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> None:
+    """Copy the backbone's image processor, in the form that every version of transformers reads, for `image_size`."""
+    from pipeline.inference.preprocessing import load_processor, size_settings
 
-    processor = load_processor(backbone_dir, trust_remote_code=False)
-    processor.to_json_file(folder / name)
+    path = folder / "preprocessor_config.json"
+    if (backbone_dir / path.name).is_file():
+        shutil.copyfile(backbone_dir / path.name, path)
+    else:
+        load_processor(backbone_dir, trust_remote_code=False).to_json_file(path)
+    if image_size is not None:
+        sizes = size_settings(load_processor(backbone_dir, trust_remote_code=False).to_dict(), image_size)
+        settings = json.loads(path.read_text(encoding="utf-8")) | sizes
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def card_facts(
@@ -186,6 +178,7 @@ def card_facts(
         licence_files=[path.name for path in backbone.list_licences()],
         architecture=checkpoint.architecture,
         pooling_type=backbone.pooling_type,
+        views=describe_views(backbone.section),
         dtype=dtype,
         metrics=metrics,
         settings=settings,
@@ -194,6 +187,16 @@ def card_facts(
         versions={package: installed_version(package) for package in ("torch", "transformers")},
         num_training_samples=training["reference_shape"][0] if training else 0,
     )
+
+
+def describe_views(section: EmbeddingModelSection) -> str:
+    """Say at which size and over which views of a picture the backbone's output is taken, nothing at the defaults."""
+    text = ""
+    if section.scales:
+        text = f" as the normalised mean over {', '.join(map(str, section.scales))} pixels"
+    elif section.input_size is not None:
+        text = f" at {section.input_size} pixels"
+    return text + (", the mean with the mirror image's" if section.flip else "")
 
 
 def try_model(folder: Path, backbone: Backbone, checkpoint: Checkpoint) -> None:
@@ -220,7 +223,7 @@ def try_model(folder: Path, backbone: Backbone, checkpoint: Checkpoint) -> None:
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     pixels = processor(images=[Image.new("RGB", (256, 256), (128, 128, 128))], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
-        features = model.pool(model.backbone(pixel_values=pixels.to(model.backbone.dtype)))
+        features, _ = model.extract(pixels)
         check_width(checkpoint, backbone, features.shape[1])
         embedding = model.projector(features).numpy()
     check_embeddings(embedding, ["a grey image"], checkpoint.architecture["output_dim"])

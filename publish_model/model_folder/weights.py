@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from pipeline.errors import InputError, one_line
+from pipeline.inference.loading import find_vision_config, load_model
 from pipeline.log import logger
 
 # The hub's own limit for one file.
@@ -106,7 +107,7 @@ def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Te
     formats) is loaded once and saved by transformers into `scratch_dir`. Raises InputError if it cannot be loaded.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # without it, a terminal is asked
+        config = find_vision_config(folder)
         with torch.device("meta"):  # names and shapes, no memory
             model = AutoModel.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -122,10 +123,8 @@ def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Te
 
 
 def _save_plain(folder: Path, pooling_type: str, scratch_dir: Path, stored: Sequence[Tensor]) -> None:
-    from pipeline.inference.backbone import load_model
-
     model = load_model(folder, "auto", pooling_type, trust_remote_code=False)
-    if pooling_type == "cls_token" and stored and not any("pooler." in tensor.name for tensor in stored):
+    if pooling_type != "pooler_output" and stored and not any("pooler." in tensor.name for tensor in stored):
         # The class has a pooler, this backbone has none, and nobody uses it: no random numbers are published.
         for parameter in getattr(model, "pooler", torch.nn.Module()).parameters():
             torch.nn.init.zeros_(parameter)

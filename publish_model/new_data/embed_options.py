@@ -41,6 +41,24 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
     Raises ConfigError where it is wrong.
     """
     parser = cli.make_parser(description, config=False)
+    add_options(parser)
+    options = EmbedOptions(**vars(parser.parse_args(argv)))
+    if options.overwrite and not (options.shard.is_whole and options.processes == 1):
+        raise ConfigError(
+            "--overwrite with --shard or --processes would remove what the other shards write: remove OUTPUT yourself"
+        )
+    check_places(options.input, options.output)
+    return options
+
+
+def check_places(input_path: Path, output: Path) -> None:
+    """Raise ConfigError where the output lies in the input folder."""
+    if output.resolve().is_relative_to(input_path.resolve()) and input_path.is_dir():
+        raise ConfigError(f"--output {output}: lies in the input folder, of which it would become a part")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add every option of the stage; their names are the fields of EmbedOptions."""
     add = parser.add_argument
     add(
         "--input", "-i", type=Path, required=True, metavar="PATH",
@@ -74,14 +92,6 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
     cli.add_shard_option(parser, "row group")
     add_processes_option(parser)
     add("--overwrite", action="store_true", help="remove what is in OUTPUT and begin anew")
-    options = EmbedOptions(**vars(parser.parse_args(argv)))
-    if options.overwrite and not (options.shard.is_whole and options.processes == 1):
-        raise ConfigError(
-            "--overwrite with --shard or --processes would remove what the other shards write: remove OUTPUT yourself"
-        )
-    if options.output.resolve().is_relative_to(options.input.resolve()) and options.input.is_dir():
-        raise ConfigError(f"--output {options.output}: lies in the input folder, of which it would become a part")
-    return options
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,38 +1,116 @@
-"""Read a list of ids to take out: text, CSV or parquet, as plain values of a dataset's type."""
+"""Read a list of ids to take out: text, CSV or parquet, in whatever way the dataset's ids may have been written."""
 
+import contextlib
+import csv
+import unicodedata
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.errors import InputError
-from pipeline.files.tables import open_parquet
-from publish_model.new_data.packaged_input import ID_COLUMN, plain_values
+from pipeline.errors import InputError, one_line
+from pipeline.files.listing import is_parquet
+from pipeline.files.tables import open_parquet, reading
+from pipeline.log import logger
+from publish_model.new_data.columns import plain_values
+from publish_model.new_data.packaged_input import ID_COLUMN
 
 
-def read_id_list(path: Path, kind: pa.DataType) -> list[object]:
-    """Return the ids of a list, as plain values of the dataset's type.
+def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
+    """Return each id of a list, as text, with the plain values of the dataset's type that it may stand for.
 
-    Raises InputError if it cannot be read, is empty, or a line is not of that type.
+    An id that can be none of that type stands for nothing. Raises InputError if the list cannot be read or is empty.
     """
-    if path.suffix == ".parquet":
-        with open_parquet(path) as file:
-            if ID_COLUMN not in file.schema_arrow.names:
-                raise InputError(f"{path}: column {ID_COLUMN} is missing")
-            column = file.read([ID_COLUMN]).column(0).combine_chunks()
-    else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read as text ({error})") from None
-        column = pa.array([line.strip() for line in lines if line.strip()], pa.string())
-    if not len(column):
+    listed: dict[str, list[object]] = {}
+    for text, values in _read_parquet(path, kind) if is_parquet(path) else _read_texts(path, kind):
+        listed.setdefault(text, []).extend(values)
+    if not listed:
         raise InputError(f"{path}: holds no ids")
-    values_type = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    return listed
+
+
+def _read_parquet(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[object]]]:
+    with reading(path), open_parquet(path) as file:
+        if ID_COLUMN not in file.schema_arrow.names:
+            raise InputError(f"{path}: column {ID_COLUMN} is missing")
+        column = file.read([ID_COLUMN]).column(0)
+        column.validate(full=True)
+    if column.null_count:
+        logger.warning("%s: %d rows without an id are passed over", path, column.null_count)
+    for chunk in column.chunks:
+        for scalar, value in zip(chunk, plain_values(chunk), strict=True):
+            if scalar.is_valid and value == value:  # noqa: PLR0124 (NaN is how pandas says that there is none)
+                text = describe_id(scalar)
+                yield text, [value] if chunk.type == kind else _values_of(text, kind)
+
+
+def _read_texts(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[object]]]:
+    """Yield what stands in a CSV's column OSMID, or on the lines of a text; only a line feed ends a line."""
     try:
-        return plain_values(column.cast(values_type))
-    except pa.ArrowException as error:
-        raise InputError(
-            f"{path}: not all of its ids are {values_type}, as those of the dataset are ({error})"
-        ) from None
+        with open(path, encoding="utf-8-sig", newline="") as file:  # programs on Windows begin UTF-8 with a mark
+            if path.suffix.lower() == ".csv":
+                header = file.readline()
+                file.seek(0)
+                rows = csv.DictReader(file, delimiter=max(",;\t", key=header.count))
+                if ID_COLUMN not in (rows.fieldnames or []):
+                    raise InputError(f"{path}: no column {ID_COLUMN} in its first line: name the column of ids so")
+                texts = [row[ID_COLUMN] or "" for row in rows]
+            else:
+                texts = [line.removesuffix("\r") for line in file.read().split("\n")]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}): save it as that") from None
+    return ((text, _values_of(text, kind)) for text in texts if text.strip())
+
+
+def _values_of(text: str, kind: pa.DataType) -> list[object]:
+    """Return the values of a type that a listed text may stand for: as it is, without blanks or quotes around it.
+
+    Text is taken composed and decomposed, as file names come in both; binary ids as UTF-8, 0x... or a UUID.
+    """
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    bare = text.strip()
+    unquoted = bare[1:-1].replace('""', '"') if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
+    forms = list(dict.fromkeys((text, bare, unquoted)))
+    if _is_text(kind):
+        composed = [unicodedata.normalize(how, form) for form in forms for how in ("NFC", "NFD")]
+        return list(dict.fromkeys([*forms, *composed]))
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return [value for form in forms for value in _bytes_of(form)]
+    for form in (bare, unquoted):
+        try:
+            return plain_values(pa.array([form], pa.string()).cast(kind))
+        except (pa.ArrowException, ValueError):
+            continue
+    return []
+
+
+def _bytes_of(text: str) -> list[object]:
+    values: list[object] = [text.encode()]
+    with contextlib.suppress(ValueError):
+        values.append(uuid.UUID(text).bytes)
+    if text.startswith("0x"):
+        with contextlib.suppress(ValueError):
+            values.append(bytes.fromhex(text[2:]))
+    return values
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view")
+
+
+def describe_id(scalar: pa.Scalar) -> str:
+    """Return an id as one line of text: binary ones as UTF-8 or 0x..., what is no printable character as an escape."""
+    if isinstance(scalar, pa.ExtensionScalar):
+        scalar = scalar if isinstance(scalar.as_py(), uuid.UUID) else scalar.value
+    try:
+        value = scalar.as_py()
+    except (ValueError, OverflowError):
+        value = scalar
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            return f"0x{value.hex()}"
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in str(value))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.files.listing import walk_files, warn_of_others
+from pipeline.ids import decode_name
 from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -33,13 +34,8 @@ def list_images(folder: Path) -> list[ImageFile]:
             others.append(name)
     if num_links:
         logger.warning("%s: %d links are passed over: copy the files there", folder, num_links)
-    warn_of_others(folder, map(name_id, others), "photographs")
-    return sorted(found, key=lambda image: name_id(image[0]))
-
-
-def name_id(name: str) -> str:
-    """Return the identifier of a path: its bytes as UTF-8 under any locale, `\\xNN` where they are none."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    warn_of_others(folder, map(decode_name, others), "photographs")
+    return sorted(found, key=lambda image: decode_name(image[0]))
 
 
 def read_images(folder: Path, images: tuple[ImageFile, ...], schema: pa.Schema) -> pa.Table:
@@ -50,5 +46,5 @@ def read_images(folder: Path, images: tuple[ImageFile, ...], schema: pa.Schema) 
             contents.append((folder / name).read_bytes())
         except OSError:
             contents.append(None)
-    ids = pa.array([name_id(name) for name, _ in images], schema.field(0).type)
+    ids = pa.array([decode_name(name) for name, _ in images], schema.field(0).type)
     return pa.Table.from_arrays([ids, pa.array(contents, schema.field(1).type)], schema=schema)

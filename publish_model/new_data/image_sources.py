@@ -14,9 +14,11 @@ import pyarrow as pa
 
 from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import Member, stream_members
+from pipeline.files.listing import list_files
 from pipeline.files.tables import hash_json, identify
+from pipeline.ids import decode_name
 from pipeline.inference.images import MAX_IMAGE_BYTES
-from publish_model.new_data.image_folder import IMAGE_SUFFIXES, list_images, name_id
+from publish_model.new_data.image_folder import IMAGE_SUFFIXES, list_images
 from publish_model.new_data.packaged_input import ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN
 
 PATH_COLUMN = "path"
@@ -53,7 +55,7 @@ def open_source(path: Path) -> ImageSource:
     Raises InputError where it is none of these, or cannot be read.
     """
     if path.is_dir():
-        tars = sorted(tar for tar in path.glob("*.tar") if not tar.name.startswith("."))
+        tars = [file for file in list_files(path) if file.suffix.lower() == ".tar"]
         return _open_tars(tars) if tars else _open_folder(path)
     if path.suffix.lower() == ".tar":
         return _open_tars([path])
@@ -75,10 +77,10 @@ def _open_folder(folder: Path) -> ImageSource:
 
     def stream(start: int) -> Iterator[SourceImage]:
         for name in names[start:]:
-            identifier = name_id(name)
+            identifier = decode_name(name)
             yield SourceImage({ID_COLUMN: identifier}, identifier, partial(read_file, folder / name))
 
-    listed = hash_json([[name_id(name), size] for name, size in images])
+    listed = hash_json([[decode_name(name), size] for name, size in images])
     inputs = [{"name": folder.name, "size": sum(size for _, size in images), "hash": listed}]
     return ImageSource((pa.field(ID_COLUMN, pa.string()),), inputs, len(images), stream)
 
@@ -190,7 +192,7 @@ def _open_tars(tars: Sequence[Path]) -> ImageSource:
     def stream(start: int) -> Iterator[SourceImage]:
         images = ((tar, member) for tar in tars for member in stream_members(tar) if _is_image(member))
         for tar, member in itertools.islice(images, start, None):
-            identifier = f"{name_id(tar.stem)}/{member.name}"
+            identifier = f"{decode_name(tar.stem)}/{member.name}"
             yield SourceImage({ID_COLUMN: identifier}, identifier, _read_member(member))
 
     return ImageSource((pa.field(ID_COLUMN, pa.string()),), [identify(tar) for tar in tars], None, stream)

@@ -8,10 +8,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError, one_line
+from pipeline.errors import DamagedError, InputError, one_line
+from pipeline.files.failures import read_failure
 from pipeline.files.listing import is_parquet, walk_files, warn_of_others
-from pipeline.files.tables import hash_footer, hash_json, open_parquet
-from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, name_id, read_images
+from pipeline.files.tables import UNMAPPED_KEY, hash_footer, hash_json, open_parquet
+from pipeline.ids import decode_name
+from publish_model.new_data.columns import take_rows
+from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, read_images
 
 ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN = "OSMID", "image_bytes", "is_valid"
 # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
@@ -81,6 +84,8 @@ def open_packaged(
         with open_parquet(file_path) as file:
             metadata, schema = file.metadata, file.schema_arrow
         _check_columns(file_path, schema, filter_valid, keep_columns)
+        if UNMAPPED_KEY in (metadata.metadata or {}):
+            _check_mapped(file_path, schema, [ID_COLUMN, *keep_columns])
         schemas.append(schema)
         rows += [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         places += [(file_path, index) for index in range(metadata.num_row_groups)]
@@ -121,7 +126,7 @@ def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInpu
     num_groups = -(-len(images) // IMAGES_PER_GROUP)
     rows = [min(IMAGES_PER_GROUP, len(images) - group * IMAGES_PER_GROUP) for group in range(num_groups)]
     schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
-    listed = [[name_id(name), size] for name, size in images]
+    listed = [[decode_name(name), size] for name, size in images]
     size = sum(size for _, size in images)
     return PackagedInput(folder, size, schema, hash_json(listed), tuple(rows), images=tuple(images))
 
@@ -145,10 +150,15 @@ def _check_columns(path: Path, schema: pa.Schema, filter_valid: bool, keep_colum
         count = len(schema.get_all_field_indices(name))
         if count != 1:
             problems.append(f"column {name} of --keep-columns is there {count} times")
-        elif "[ns" in str(schema.field(name).type) and pa.types.is_nested(schema.field(name).type):
-            problems.append(f"column {name} of --keep-columns nests nanoseconds, which Python cannot hold")
     if problems:
         raise InputError(f"{path}: {', '.join(problems)}: package the images again, or correct the path")
+
+
+def _check_mapped(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
+    """Raise InputError for a used column that may be of the type which this Arrow does not know, such as Int128."""
+    for name in names:
+        if "fixed_size_binary" in str(schema.field(name).type):
+            raise InputError(f"{path}: column {name} is of a type that cannot be read here: write it in another type")
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
@@ -184,16 +194,36 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
             # A batch ends early where Arrow's 2 GiB of bytes a chunk are full, so batches are put together here.
             for batch in file.iter_batches(batch_rows, row_groups=[own_group], columns=columns):
                 table = pa.Table.from_batches([batch])
+                _check_text(path, table)
                 held = table if held is None else pa.concat_tables([held, table])
                 while held.num_rows >= batch_rows:
                     yield held.slice(0, batch_rows)
                     held = held.slice(batch_rows)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: row group {own_group} cannot be read ({one_line(error)[:200]}): fetch the file again"
-        ) from None
+        if "UTF8" in str(error):  # of a dictionary Arrow says so itself
+            raise _not_text(path, f"one of {', '.join(columns)}", error) from None
+        failure = read_failure(path, error)
+        if isinstance(failure, DamagedError):
+            what = f"row group {own_group} cannot be read ({one_line(error)[:200]})"
+            failure = DamagedError(f"{path}: {what}: fetch the file again")
+        raise failure from None
     if held is not None and held.num_rows:
         yield held
+
+
+def _check_text(path: Path, table: pa.Table) -> None:
+    for name in table.column_names:
+        if name != IMAGE_COLUMN:
+            try:
+                table.column(name).validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise _not_text(path, name, error) from None
+
+
+def _not_text(path: Path, name: str, error: pa.ArrowInvalid) -> InputError:
+    return InputError(
+        f"{path}: column {name}: text that is not UTF-8 ({one_line(error)[:200]}): write it in UTF-8, or as binary"
+    )
 
 
 def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) -> Iterator[pa.Table]:
@@ -204,7 +234,7 @@ def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) 
         if with_images:
             yield read_images(source.path, images, source.schema)
         else:
-            yield pa.table({ID_COLUMN: [name_id(name) for name, _ in images]}, schema=source.schema.remove(1))
+            yield pa.table({ID_COLUMN: [decode_name(name) for name, _ in images]}, schema=source.schema.remove(1))
 
 
 def valid_rows(table: pa.Table) -> NDArray[np.bool_]:
@@ -213,31 +243,3 @@ def valid_rows(table: pa.Table) -> NDArray[np.bool_]:
         return np.ones(table.num_rows, dtype=bool)
     column = table.column(VALID_COLUMN).cast(pa.bool_()).fill_null(True)
     return np.asarray(column.to_numpy(), dtype=bool)
-
-
-def take_rows(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
-    """Return the given rows of a column of any type, its type unchanged."""
-    if pa.types.is_dictionary(column.type) and not column.type.ordered:
-        return _compact(column.take(pa.array(rows)))
-    try:
-        return column.take(pa.array(rows))
-    except pa.ArrowNotImplementedError:  # string_view
-        return pa.concat_arrays([column.slice(int(row), 1) for row in rows]) if len(rows) else column.slice(0, 0)
-
-
-def _compact(column: pa.DictionaryArray) -> pa.Array:
-    """Drop the dictionary entries that no row uses: a read batch carries those of its whole row group."""
-    encoded = column.dictionary_decode().dictionary_encode()
-    return pa.DictionaryArray.from_arrays(encoded.indices.cast(column.type.index_type), encoded.dictionary)
-
-
-def plain_values(column: pa.Array) -> list[object]:
-    """Return the values as Python objects that are equal where the ids are, whatever the column's type."""
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_temporal(column.type):  # nanoseconds have no place in Python's datetime
-        column = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64())
-    values: list[object] = column.to_pylist()
-    return values

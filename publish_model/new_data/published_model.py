@@ -1,4 +1,4 @@
-"""A published model's folder, found and told apart without importing torch."""
+"""A published model, found and told apart without importing torch."""
 
 import json
 from dataclasses import dataclass
@@ -7,19 +7,29 @@ from pathlib import Path
 from pipeline.errors import InputError, one_line
 from pipeline.files.tables import hash_json
 from pipeline.inference.model_files import find_missing_files, identify_model, locate_hub_model
+from publish_model.new_data.reference_model import ReferenceModel, open_reference
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """The folder of a model that stage 7 wrote, and the id under which it was asked for."""
+    """The folder of a published model, and the id under which it was asked for; `reference` where it is not ours."""
 
     model_id: str
     folder: Path
     pooling: str
+    reference: ReferenceModel | None = None
 
     def name_version(self, precision: str) -> str:
         """Return the short id of what computes the embeddings: its files, its pooling and the type it computes in."""
-        return name_version(identify_model(self.folder), self.pooling, precision)
+        files = self.reference.identify() if self.reference else identify_model(self.folder)
+        return name_version(files, self.pooling, precision)
+
+    def prepare(self) -> Path:
+        """Return a folder that transformers loads as one of ours: its own, or one that lasts as long as this process.
+
+        Raises InputError where a model of the reference implementation cannot be built.
+        """
+        return self.reference.build_folder() if self.reference else self.folder
 
 
 def name_version(files: str, pooling: str, precision: str) -> str:
@@ -43,7 +53,8 @@ def find_model(model_id: str, *, download: bool) -> PublishedModel:
         if located is None:
             raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
         folder = located
-    return PublishedModel(model_id, folder.resolve(), _read_pooling(folder))
+    folder, pooling = folder.resolve(), _read_pooling(folder)
+    return PublishedModel(model_id, folder, pooling, open_reference(folder, download=download))
 
 
 def _read_pooling(folder: Path) -> str:

@@ -6,6 +6,7 @@
 source "$root/slurm/settings.sh"
 export MAX_REQUEUES COPY_TARS_TO_TMPDIR REQUIRE_GPU PIPELINE_ROOT="$root"
 if [ -n "${HF_HOME:-}" ]; then export HF_HOME; fi
+export PYTHONUTF8=1 # whatever a node's locale is, a path means the same file and prints the same
 
 load_modules() {
     if [ -n "$PIPELINE_MODULES" ] && type module >/dev/null 2>&1; then
@@ -15,8 +16,16 @@ load_modules() {
     fi
 }
 
-# Sets PYTHON: what is given, else the project's environment, else python3.
+# Sets PYTHON: that of --venv-path among the arguments, for the jobs too, else what is given, else the project's
+# environment, else python3.
 find_python() {
+    local previous='' word
+    for word in "$@"; do
+        if [ "$previous" = --venv-path ]; then export PYTHON=$word/bin/python; fi
+        case $word in --venv-path=*) export PYTHON=${word#*=}/bin/python ;; esac
+        previous=$word
+    done
+    case ${PYTHON:-} in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/${PYTHON##*/} ;; esac
     if [ -z "${PYTHON:-}" ]; then
         if [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; else PYTHON=python3; fi
     fi

@@ -12,12 +12,13 @@ from evaluate_embeddings import evaluate
 from generate_embeddings import generate_embeddings
 from pipeline.config import Config
 from pipeline.errors import InputError, StaleOutputError
-from pipeline.files.tables import hash_footer, identify, is_complete, make_provenance, matches, read_provenance
+from pipeline.files.tables import identify, is_complete, make_provenance, matches, read_provenance
 from pipeline.files.units import TarUnit
 from pipeline.inference.model_files import identify_model, locate_backbone
 from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
 from preprocess_raw_data.merging.embedding_inventory import list_embeddings
 from publish_model import convert_to_hf
+from publish_model.new_data.packaged_input import PackagedInput, open_packaged
 from slurm.control.outputs import (
     dataset_dir,
     list_final_outputs,
@@ -64,7 +65,8 @@ def find_states(stage: Stage, config: Config) -> list[UnitState]:
         describe = tar_provenance(stage, config)
         return [find_tar_state(unit, describe) for unit in list_tar_units(stage, config)]
     if stage.unit == ROW_GROUP:
-        check_dataset(*new_data_paths(config))
+        input_path, output = new_data_paths(config)
+        check_dataset(open_packaged(input_path), output)
         return [UnitState(unit.is_there()) for unit in list_stage_units(stage, config)]
     if not all(path.exists() for path in list_final_outputs(stage, config)):
         return [UnitState(False)]
@@ -105,16 +107,16 @@ def read_tar_state(output_path: Path) -> UnitState:
     return UnitState(True, counts.get("in", 0), counts.get("rejected", 0))
 
 
-def check_dataset(input_path: Path, output: Path) -> None:
+def check_dataset(source: PackagedInput, output: Path) -> None:
     """Raise StaleOutputError where stage 8's dataset was begun from another input."""
     state_path = dataset_dir(output) / "state.json"
     try:
         begun = json.loads(state_path.read_text(encoding="utf-8")).get("row_group_fingerprint")
     except (OSError, ValueError):
         return
-    if begun is not None and begun != hash_footer(input_path):
+    if begun is not None and begun != source.fingerprint:
         raise StaleOutputError(
-            f"{state_path.parent}: begun from another input than {input_path}: give another output, or remove it"
+            f"{state_path.parent}: begun from another input than {source.path}: give another output, or remove it"
         )
 
 

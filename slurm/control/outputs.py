@@ -5,18 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.cli import Options
 from pipeline.config import Config
-from pipeline.errors import InputError
 from pipeline.files.units import TarUnit, list_units
 from pipeline.ids import Shard
+from publish_model.new_data.packaged_input import PackagedInput, open_packaged
 from slurm.control.stages import ROW_GROUP, TAR, TUNE, Stage
 
-# Stage 8's default; the part names below follow from it.
-READ_BATCH_SIZE = 1000
 SPLITS = ("train", "val", "test")
 TAR_OUTPUTS = {
     1: ("intermediates_dir", ""),
@@ -47,20 +42,11 @@ def list_tar_units(stage: Stage, config: Config) -> list[TarUnit]:
     return list_units(config, Options(), key, suffix)
 
 
-def list_row_group_units(input_path: Path, output: Path, read_batch_size: int = READ_BATCH_SIZE) -> list[Unit]:
-    """Return stage 8's units, one a row group; their parts are named by row group and read batch.
-
-    Raises InputError if the input is missing or not a parquet.
-    """
-    try:
-        metadata = pq.read_metadata(input_path)
-    except FileNotFoundError:
-        raise InputError(f"{input_path}: no such file: package images first, or correct the path") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{input_path}: not a readable parquet file ({error}): correct the path") from None
+def list_row_group_units(source: PackagedInput, output: Path) -> list[Unit]:
+    """Return stage 8's units, one a row group; their parts are named by row group and read batch."""
     units = []
-    for group in range(metadata.num_row_groups):
-        num_parts = -(-metadata.row_group(group).num_rows // read_batch_size)
+    for group, rows in enumerate(source.row_group_rows):
+        num_parts = -(-rows // source.read_batch_size)
         names = [f"rg{group:05d}_rb{batch:05d}.parquet" for batch in range(num_parts)]
         units.append(Unit(f"rg{group:05d}", tuple(output / "parts" / name for name in names)))
     return units
@@ -92,7 +78,7 @@ def list_stage_units(stage: Stage, config: Config) -> list[Unit]:
         return [Unit(unit.tar_path.name, (unit.output_path,)) for unit in list_tar_units(stage, config)]
     if stage.unit == ROW_GROUP:
         input_path, output = new_data_paths(config)
-        return list_row_group_units(input_path, dataset_dir(output))
+        return list_row_group_units(open_packaged(input_path), dataset_dir(output))
     return [Unit(stage.name, list_final_outputs(stage, config))]
 
 

@@ -43,9 +43,7 @@ def ask(command: Sequence[str]) -> str | None:
     if not is_there(command[0]):
         return None
     try:
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=QUERY_TIMEOUT_SECONDS, env=clean_environment()
-        )
+        run = _run(command, timeout=QUERY_TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout if run.returncode == 0 else None
@@ -58,15 +56,22 @@ def tell(command: Sequence[str]) -> str:
     """
     try:
         # SLURM_SUBMIT_DIR becomes the project's root, by which the job finds the project.
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=PROJECT_ROOT, env=clean_environment()
-        )
+        run = _run(command, cwd=PROJECT_ROOT)
     except OSError as error:
         raise PipelineError(f"{command[0]}: cannot be run ({error.strerror}): run this where SLURM is") from None
     if run.returncode != 0:
         complaint = " ".join(run.stderr.split()) or f"exit code {run.returncode}"
         raise PipelineError(f"{command[0]} refused: {complaint}: correct that, then run this again")
     return run.stdout
+
+
+def _run(
+    command: Sequence[str], *, cwd: Path | None = None, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="backslashreplace", check=False, cwd=cwd,
+        timeout=timeout, env=clean_environment(),
+    )  # fmt: skip
 
 
 def clean_environment() -> dict[str, str]:

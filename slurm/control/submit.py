@@ -21,8 +21,9 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.inference.model_files import locate_backbone
 from slurm.control import records, scheduler
+from slurm.control.outputs import list_tar_units
 from slurm.control.plan import Cut, Plan, make_plan
-from slurm.control.stages import STAGES, TUNE, Stage, find_stage, has_new_data, parse_shards
+from slurm.control.stages import STAGES, TAR, TUNE, Stage, find_stage, has_new_data, parse_shards
 from slurm.control.submission import Request, Target, carry_out, find_active
 
 PATH_KEYS = {
@@ -73,6 +74,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="shards of an array (per-tar stages: one a tar, 64 at most; else 1)",
     )
     add("--max-concurrent", type=count, metavar="N", help="tasks of an array that run at a time (all)")
+    add("--venv-path", metavar="VENV", help="environment that this and the jobs run in (the project's .venv)")
     add("--dry-run", action="store_true", help="print every sbatch command and submit nothing")
 
 
@@ -86,6 +88,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     add_common_options(parser)
     kind = own.pop(0) if own and own[0] in ("pipeline", "stage") else "pipeline"
     parser.set_defaults(kind=kind)
+    # For the pipeline too: sbatch would take it for --test-only, and submit nothing.
+    parser.add_argument("--test", action="store_true", help="a stage's first tar only (stages 1, 2, 4)")
     if kind == "stage":
         parser.add_argument("stage", type=stage_label, metavar="STAGE", help="number of the stage, or tune")
         parser.add_argument("--shards", type=shard_list, metavar="LIST", help="these shards only, as in 0-3,7")
@@ -100,12 +104,22 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
         raise ConfigError(
             "--overwrite: a task that is requeued would begin anew each time: remove the outputs of the stage instead"
         )
+    if arguments.test:
+        _check_test(arguments)
     if kind == "stage":
         arguments.from_stage = arguments.to_stage = arguments.stage.number
         arguments.anchor_shards = arguments.array_size
     elif arguments.from_stage > arguments.to_stage:
         raise ConfigError(f"--from-stage {arguments.from_stage} lies behind --to-stage {arguments.to_stage}")
     return arguments, sbatch_options, stage_options
+
+
+def _check_test(arguments: argparse.Namespace) -> None:
+    if arguments.kind == "pipeline" or arguments.stage.unit != TAR:
+        raise ConfigError("--test: one tar is for what works tar by tar: give it to submit_stage.sh 1, 2 or 4")
+    if arguments.shards or arguments.array_size:
+        raise ConfigError("--test: one tar is one shard: leave out --shards and --array-size")
+    arguments.array_size = 1
 
 
 def _split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
@@ -133,6 +147,8 @@ def run(arguments: argparse.Namespace, sbatch_options: list[str], stage_options:
     if arguments.kind == "stage" and first == 8 and not has_new_data(config):
         raise ConfigError(f"{config.file_path}: [new_data].input and output: both are needed to embed new data")
     target = Target(config.log_dir, config, arguments.overrides)
+    if arguments.test:
+        stage_options = [*stage_options, "--tar-file", str(list_tar_units(arguments.stage, config)[0].tar_path)]
     request = Request(
         arguments.account, arguments.max_concurrent, arguments.dry_run, tuple(sbatch_options), tuple(stage_options)
     )

@@ -4,61 +4,64 @@
         --batch-size 32 [--array-size N] [--dry-run]
 
 Fetches the model first, because compute nodes may have no internet. Submits the row groups that are not done; logs and
-job ids are kept in OUTPUT/_logs. --limit, --read-batch-size, --dtype, --device, --max-reject-fraction and
---no-filter-valid go to the stage, other options that are not known here to sbatch.
+job ids are kept in OUTPUT/_logs. Every option of the stage is taken and goes to it, what is not known here goes to
+sbatch.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.inference.model_files import locate_hub_model
-from publish_model.new_data.embed_options import DEFAULT_MODEL_ID
+from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
+from publish_model.new_data.packaged_input import PackagedInput, open_packaged
 from slurm.control import records, scheduler
 from slurm.control.completeness import UnitState, check_dataset, shards_done
-from slurm.control.outputs import READ_BATCH_SIZE, dataset_dir, list_row_group_units
+from slurm.control.outputs import dataset_dir, list_row_group_units
 from slurm.control.plan import Cut, Plan, PlannedJob, count_shards
 from slurm.control.stages import STAGES
 from slurm.control.submission import Request, Target, carry_out, find_active
-from slurm.control.submit import add_common_options, count
+from slurm.control.submit import add_common_options
 
 STAGE = STAGES[8]
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options, and what goes to sbatch."""
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[str]]:
+    """Return the options of the submission, those of the stage, and what goes to sbatch.
+
+    Raises ConfigError where they are wrong.
+    """
     parser = cli.make_parser(__doc__ or "", config=False)
     add_common_options(parser)
-    add = parser.add_argument
-    add("--input", "-i", type=Path, required=True, metavar="PARQUET", help="packaged images: image_bytes, OSMID")
-    add("--output", "-o", type=Path, required=True, metavar="OUTPUT", help="dataset directory to write or resume")
-    add(
-        "--model-id", default=os.environ.get("MODEL_ID") or DEFAULT_MODEL_ID, metavar="ID",
-        help=f"published model: hub id or folder (default: $MODEL_ID, else {DEFAULT_MODEL_ID})",
-    )  # fmt: skip
-    add("--batch-size", type=count, default=32, metavar="N", help="images in one pass at most (32)")
-    add("--read-batch-size", type=count, default=READ_BATCH_SIZE, metavar="N", help="rows of a part (1000)")
-    for name in ("--limit", "--dtype", "--device", "--max-reject-fraction"):
-        add(name, help="as the stage has it")
-    add("--no-filter-valid", action="store_true", help="as the stage has it")
-    return parser.parse_known_args(list(argv))
+    own = set(vars(parser.parse_args([])))
+    add_options(parser)
+    arguments, sbatch_options = parser.parse_known_args(list(argv))
+    options = EmbedOptions(**{name: value for name, value in vars(arguments).items() if name not in own})
+    if options.overwrite:
+        raise ConfigError("--overwrite: a task that is requeued would begin anew each time: remove OUTPUT instead")
+    if not options.shard.is_whole:
+        raise ConfigError("--shard: the tasks of the array are the shards: give --array-size N")
+    check_places(options.input, options.output)
+    return arguments, options, sbatch_options
 
 
-def list_stage_options(arguments: argparse.Namespace, model: str) -> list[str]:
-    """Return the stage's command line, with absolute paths: a job runs in another folder."""
-    options = ["--input", str(arguments.input.resolve()), "--output", str(arguments.output.resolve())]
-    options += ["--model-id", model, "--batch-size", str(arguments.batch_size)]
-    options += ["--read-batch-size", str(arguments.read_batch_size)]
-    for name in ("limit", "dtype", "device", "max_reject_fraction"):
-        value = getattr(arguments, name)
-        options += [f"--{name.replace('_', '-')}", value] if value is not None else []
-    return options + (["--no-filter-valid"] if arguments.no_filter_valid else [])
+def list_stage_options(options: EmbedOptions, model: str) -> list[str]:
+    """Return the stage's command line, with absolute paths, because a job runs in another folder."""
+    words = ["--input", str(options.input.resolve()), "--output", str(options.output.resolve()), "--model-id", model]
+    for field in fields(EmbedOptions):
+        value = getattr(options, field.name)
+        if field.name in ("input", "output", "model_id") or value == field.default:
+            continue
+        words.append("--no-filter-valid" if field.name == "filter_valid" else f"--{field.name.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words.append(",".join(value) if isinstance(value, tuple) else str(value))
+    return words
 
 
 def locate_model(model_id: str, *, download: bool) -> str:
@@ -76,46 +79,56 @@ def locate_model(model_id: str, *, download: bool) -> str:
     return model_id
 
 
-def make_plan(arguments: argparse.Namespace, target: Target) -> Plan:
+def make_plan(arguments: argparse.Namespace, options: EmbedOptions, target: Target) -> Plan:
     """Plan one array over the row groups that are neither done nor in the queue.
 
     Raises StaleOutputError where the dataset was begun from another input.
     """
     active = find_active(target, [STAGE], records.read_records(target.log_dir)).get(8, [])
     cut = Cut(arguments.array_size, None, scheduler.read_max_array_size())
-    if arguments.dry_run and not arguments.input.exists():
+    if arguments.dry_run and not options.input.exists():
         shard_count = count_shards(STAGE, None, cut, active)
         return Plan([PlannedJob(STAGE, list(range(shard_count)), shard_count)])
-    units = list_row_group_units(arguments.input, target.dataset_output or arguments.output, arguments.read_batch_size)
-    check_dataset(arguments.input, arguments.output)
+    source = open_input(options)
+    units = list_row_group_units(source, target.dataset_output or options.output)
+    check_dataset(source, options.output)
     shard_count = count_shards(STAGE, len(units), cut, active)
     done = shards_done([UnitState(unit.is_there()) for unit in units], shard_count, 1.0)
     taken = {task.shard for task in active}
     # With a limit the part that it cuts may be there and not whole: the stage looks into it.
-    todo = [shard for shard in range(shard_count) if shard not in taken and (arguments.limit or not done[shard])]
+    todo = [shard for shard in range(shard_count) if shard not in taken and (options.limit or not done[shard])]
     plan = Plan([PlannedJob(STAGE, todo, shard_count)] if todo else [])
     plan.notes.append(f"of {shard_count} shards: {sum(done)} done, {len(taken)} in the queue, {len(todo)} to submit")
     return plan
 
 
-def run(arguments: argparse.Namespace, sbatch_options: list[str]) -> None:
+def open_input(options: EmbedOptions) -> PackagedInput:
+    """Open what the options name; see `open_packaged`."""
+    return open_packaged(
+        options.input,
+        filter_valid=options.filter_valid,
+        read_batch_size=options.read_batch_size,
+        keep_columns=options.keep_columns,
+    )
+
+
+def run(arguments: argparse.Namespace, options: EmbedOptions, sbatch_options: list[str]) -> None:
     """Fetch the model and submit.
 
     Raises PipelineError where SLURM is missing or refuses the job.
     """
-    model = locate_model(arguments.model_id, download=not arguments.dry_run)
-    output = dataset_dir(arguments.output.resolve())
-    options = list_stage_options(arguments, model)
-    target = Target(output / "_logs", dataset_options=options, dataset_output=output)
+    model = locate_model(options.model_id, download=not arguments.dry_run)
+    output = dataset_dir(options.output.resolve())
+    target = Target(output / "_logs", dataset_options=list_stage_options(options, model), dataset_output=output)
     request = Request(arguments.account, arguments.max_concurrent, arguments.dry_run, tuple(sbatch_options))
     if arguments.dry_run:
-        carry_out(make_plan(arguments, target), target, request)
+        carry_out(make_plan(arguments, options, target), target, request)
         return
-    list_row_group_units(arguments.input, output)  # a mistyped path leaves no folder behind
+    open_input(options)  # a mistyped path leaves no folder behind
     if scheduler.list_queued() is None:
         raise PipelineError("squeue does not answer here: submit on a login node of the cluster, or give --dry-run")
     with records.holding(target.log_dir):
-        plan = make_plan(arguments, target)
+        plan = make_plan(arguments, options, target)
         for note in plan.notes:
             print(note, file=sys.stderr)
         submitted = carry_out(plan, target, request)

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Become the stage."""
     task = read_task(sys.argv[1:] if argv is None else argv, os.environ)
     command = build_command(task, os.environ)
-    if task.stage.unit == TAR and os.environ.get("COPY_TARS_TO_TMPDIR") == "1":
+    if task.stage.unit == TAR and os.environ.get("COPY_TARS_TO_TMPDIR") == "1" and "--tar-file" not in task.options:
         command += copy_tars(task, Path(os.environ["SLURM_TMPDIR"]))
     cores = os.environ.get("SLURM_CPUS_PER_TASK")
     if cores:

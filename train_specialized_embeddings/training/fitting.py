@@ -90,7 +90,7 @@ def begin(
         scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
         return build_projector(saved), scores, saved.rest["start"]
     model, section, train = config.training_model, config.training, material.train
-    baselines = fit_baselines(train, material.validation, model.output_dim, section, material.device)
+    baselines = fit_baselines(train, material.validation, model, section, material.device)
     return make_projector(train.width, baselines, model, section), baselines.scores, baselines.note
 
 

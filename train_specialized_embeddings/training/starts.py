@@ -52,11 +52,12 @@ class Baselines:
 def fit_baselines(
     train: Features,
     validation: ValidationSet,
-    output_dim: int,
+    model: TrainingModelSection,
     section: TrainingSection,
     device: torch.device | None = None,
 ) -> Baselines:
     """Fit PCA-whitening, within-class whitening (the shrinkage that validates best) and what training starts from."""
+    output_dim = model.output_dim
     powers = (1.0, INPUT_POWER) if section.init == "sharpened" else (1.0,)
     scatter, *powered = collect_scatters(train.embeddings, train.building_codes, powers, device)
     pca = whiten_by_pca(scatter, output_dim)
@@ -70,6 +71,12 @@ def fit_baselines(
     }
     note: dict[str, Any] = {"init": section.init, "shrinkage": shrinkage}
     start: LinearMap | None = None
+    if model.input_norm and section.init != "random":  # the start is fitted to what its layer will get
+        scatter, *powered = collect_scatters(train.embeddings, train.building_codes, powers, device, input_norm=True)
+        pca = whiten_by_pca(scatter, output_dim)
+        tried = _try(whiten_within_class, scatter, validation, output_dim, _list_shrinkages(section, SHRINKAGES))
+        note["shrinkage_after_norm"] = max(tried, key=lambda key: tried[key].mean)
+        whitening = tried[note["shrinkage_after_norm"]]
     if section.init == "sharpened":
         shrinkages = _list_shrinkages(section, SHARPENED_SHRINKAGES)
         tried = _try(sharpen_whitening, powered[0], validation, output_dim, shrinkages)
@@ -126,7 +133,7 @@ def make_projector(
     start = baselines.start
     projector = Projector(
         input_dim, model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout, model.activation,
-        section.input_dropout, 1.0 if start is None else start.input_power,
+        section.input_dropout, 1.0 if start is None else start.input_power, model.input_norm, model.hidden_dims,
     )  # fmt: skip
     if start is None:
         return projector
@@ -144,7 +151,7 @@ def _fill_up(pca: LinearMap, output_dim: int) -> LinearMap:
     rank, width = pca.weight.shape
     weight, bias = np.zeros((output_dim, width), np.float32), np.zeros(output_dim, np.float32)
     weight[:rank], bias[:rank] = pca.weight / np.sqrt(rank), pca.bias / np.sqrt(rank)
-    return LinearMap(weight, bias)
+    return LinearMap(weight, bias, pca.input_power, pca.input_norm)
 
 
 def _start_branch(layer: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:

@@ -64,6 +64,10 @@ class Trainer:
         groups: list[dict[str, Any]] = [
             {"name": "shortcut", "params": list(projector.shortcut.parameters()), "peak_lr": rate, "weight_decay": 0.0}
         ]
+        if projector.input_norm is not None:
+            parameters = list(projector.input_norm.parameters())
+            rate = section.learning_rate
+            groups.append({"name": "input_norm", "params": parameters, "peak_lr": rate, "weight_decay": 0.0})
         for number, layer in enumerate(projector.hidden):
             rate = section.learning_rate * (relative_scale(layer) if number == 0 else 1.0)
             groups.append(

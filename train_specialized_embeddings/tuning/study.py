@@ -131,7 +131,7 @@ class Objective:
         self.material = read_material(config, inputs, watch)
         with watch.measure("start"):
             self.baselines = fit_baselines(
-                self.material.train, self.material.validation, config.training_model.output_dim, config.training,
+                self.material.train, self.material.validation, config.training_model, config.training,
                 self.material.device,
             )  # fmt: skip
         self.store = FeatureStore(self.material.train.embeddings, self.material.device)

@@ -1,9 +1,3 @@
-"""What the page does when it is pointed at: photographs on the map, and a filter over the pictures.
-
-Without it, as where scripts are switched off, the page can be read all the same.
-"""
-
-SCRIPT = """
 "use strict";
 (function () {
   const pictures = JSON.parse(document.getElementById("map-pictures").textContent);
@@ -66,4 +60,3 @@ SCRIPT = """
   document.getElementById("filter").hidden = false;
   apply();
 })();
-"""

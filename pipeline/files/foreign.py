@@ -1,0 +1,106 @@
+"""Take over what other writers left: image paths with other folders, outputs without provenance."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import InputError
+from pipeline.files.archive import stream_members
+from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.lists import ListColumn
+from pipeline.files.tables import check_columns, open_parquet, read_provenance, reading
+from pipeline.files.units import TarUnit
+from pipeline.log import logger
+
+_ID = pa.field("streetview_image_id", pa.string())
+
+
+def resolve_image_paths(unit: TarUnit, table: pa.Table) -> pa.Table:
+    """Return an intermediate's table with the tar's own member names as `image_path`.
+
+    Paths of other writers may begin with NNNN/ more or less often than the members do. Where the intermediate was made
+    here nothing is looked up. Raises InputError if the tar is damaged, or a path could be either of two members.
+    """
+    if read_provenance(unit.intermediate_path) is not None:
+        return table
+    paths = table["image_path"].to_pylist()
+    names = match_members(unit.tar_path, unit.dataset_id, paths)
+    num_changed = sum(name != path for name, path in zip(names, paths, strict=True))
+    if num_changed:
+        logger.info("%s: %d image paths have other folders there: matched", unit.tar_path.name, num_changed)
+    return table.set_column(table.schema.get_field_index("image_path"), "image_path", pa.array(names, pa.string()))
+
+
+def match_members(tar_path: Path, dataset_id: int, image_paths: list[str]) -> list[str]:
+    """Return the member that each image path means: the one of that very name, else the only one but for NNNN/.
+
+    A path that none or another path's member would match stays as it is.
+    """
+    exact = set(image_paths)
+    by_key: dict[str, list[str]] = {}
+    for path in image_paths:
+        by_key.setdefault(_strip(path, dataset_id), []).append(path)
+    found: set[str] = set()
+    others: dict[str, set[str]] = {}
+    for member in stream_members(tar_path):
+        if member.is_file and member.name in exact:
+            found.add(member.name)
+        elif member.is_file and (key := _strip(member.name, dataset_id)) in by_key:
+            others.setdefault(key, set()).add(member.name)
+    names: dict[str, str] = {}
+    for key, members in others.items():
+        meant = [path for path in by_key[key] if path not in found]
+        if meant and len(members) > 1:
+            one, other = sorted(members)[:2]
+            raise InputError(
+                f"{tar_path}: image_path {meant[0]} may be {one} or {other}: make the intermediate again with stage 1"
+            )
+        if len(by_key[key]) == 1 and meant:
+            names[meant[0]] = next(iter(members))
+    return [names.get(path, path) for path in image_paths]
+
+
+def _strip(name: str, dataset_id: int) -> str:
+    """Return a name without leading ./ and NNNN/."""
+    folder = f"{dataset_id:04d}/"
+    while name.startswith((folder, "./")):
+        name = name.partition("/")[2]
+    return name
+
+
+def check_foreign_output(unit: TarUnit, column: ListColumn) -> dict[str, int]:
+    """Return the counts of an output without provenance that holds the images of its intermediate, each once.
+
+    `column` is what the output has for each. Raises InputError if a file is damaged or the images differ.
+    """
+    path, source = unit.output_path, unit.intermediate_path
+    ids, wanted = (_read_ids(place) for place in (path, source))
+    problem = _compare(ids, wanted, path.name) or _compare(wanted, ids, source.name)
+    if not problem and len(ids) != len(wanted):
+        problem = f"{path.name} has {len(ids)} rows, {source.name} {len(wanted)}"
+    if problem:
+        raise InputError(
+            f"{path}: carries no provenance and does not match {source} ({problem}): move it away to have it made "
+            "again, or make the intermediate again with stage 1"
+        )
+    logger.warning(
+        "kept %s: it carries no provenance, but has the %d images of %s, %s numbers each; it is taken to be made with "
+        "the settings as they are",
+        path, len(ids), source.name, column.width,
+    )  # fmt: skip
+    return {"in": len(ids), "out": len(ids)}
+
+
+def _compare(ids: pa.ChunkedArray, others: pa.ChunkedArray, name: str) -> str | None:
+    """Say how many of the images of the file `name` the other one lacks, None where it lacks none."""
+    missing = ids.filter(pc.invert(pc.is_in(ids, value_set=others.combine_chunks())))
+    return f"{len(missing)} images are in {name} only, as {missing[0]}" if len(missing) else None
+
+
+def _read_ids(path: Path) -> pa.ChunkedArray:
+    fields = stored_fields(open_parquet(path).schema_arrow, [_ID])
+    with open_parquet(path) as file, reading(path):
+        check_columns(path, file.schema_arrow, fields)
+        table = fill_composite_ids(file.read(columns=[field.name for field in fields]))
+    return table[_ID.name].cast(pa.string())

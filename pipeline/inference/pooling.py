@@ -1,0 +1,76 @@
+"""Pool a vision backbone's outputs to one vector a picture, over several sizes of it and its mirror image.
+
+Stage 2 and the published model compute with this very file, which travels with the model: it needs torch alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+class PoolingError(ValueError):
+    """The backbone's outputs hold nothing of the kind that is to be taken."""
+
+
+def embed_views(
+    backbone: Any, pixel_values: torch.Tensor, pooling_type: str, scales: Sequence[int], flip: bool, **options: Any
+) -> tuple[torch.Tensor, Any]:
+    """Return a backbone's features (B, D) float32 of pictures (B, 3, H, W), and its outputs for the pictures as given.
+
+    `scales` are sides in pixels: the pictures come at the largest, smaller ones are made of them, and the features are
+    the mean over the sizes, each normalised to length 1 before and after; without any they are as the backbone gives
+    them. `flip` takes, at each size, the mean with the mirror image's. `options` go to the backbone.
+    Raises PoolingError where the backbone has no such output as `pooling_type` names.
+    """
+    features, given = [], None
+    for scale in sorted(scales, reverse=True) or [0]:
+        pixels = resize(pixel_values, scale / max(scales)) if scale else pixel_values
+        outputs = backbone(pixel_values=pixels.to(backbone.dtype), **options)
+        pooled = pool(backbone, outputs, pooling_type, pixels)
+        if flip:
+            mirrored = backbone(pixel_values=pixels.flip(-1).to(backbone.dtype), **options)
+            pooled = (pooled + pool(backbone, mirrored, pooling_type, pixels)) / 2
+        features.append(pooled)
+        given = outputs if given is None else given
+    if len(features) == 1:
+        return features[0], given
+    return functional.normalize(torch.stack([functional.normalize(one) for one in features]).mean(0)), given
+
+
+def resize(pixel_values: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return pictures (B, 3, H, W) at `factor` of their size, float32; at 1 as they are."""
+    if factor == 1:
+        return pixel_values
+    size = [round(side * factor) for side in pixel_values.shape[2:]]
+    return functional.interpolate(pixel_values.float(), size, mode="bicubic", antialias=True)
+
+
+def pool(backbone: Any, outputs: Any, pooling_type: str, pixels: torch.Tensor) -> torch.Tensor:
+    """Return (B, D) float32: `pooler_output`, `cls_token`, or `cls_mean`, the CLS token beside the patches' mean.
+
+    Raises PoolingError where the outputs for `pixels` (B, 3, H, W) hold no such thing.
+    """
+    if pooling_type == "pooler_output":
+        pooled: torch.Tensor | None = getattr(outputs, "pooler_output", None)
+        if pooled is None:
+            raise PoolingError("has no pooler_output")
+        return pooled.flatten(1).float()
+    tokens: torch.Tensor = outputs.last_hidden_state
+    num_prefix = count_prefix_tokens(backbone, tokens, pixels)
+    if num_prefix < 1:
+        raise PoolingError("has no CLS token")
+    if pooling_type == "cls_token":
+        return tokens[:, 0].float()
+    return torch.cat([tokens[:, 0].float(), tokens[:, num_prefix:].float().mean(1)], dim=1)
+
+
+def count_prefix_tokens(backbone: Any, tokens: torch.Tensor, pixels: torch.Tensor) -> int:
+    """Return how many tokens (CLS, registers) stand before those of the patches, 0 or less where none can be told."""
+    side = getattr(backbone.config, "patch_size", None)
+    if tokens.ndim != 3 or side is None:  # (B, C, H, W) of a convolutional one
+        return 0
+    height, width = side if isinstance(side, (tuple, list)) else (side, side)
+    num_patches: int = (pixels.shape[2] // height) * (pixels.shape[3] // width)
+    return tokens.shape[1] - num_patches

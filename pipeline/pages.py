@@ -1,0 +1,48 @@
+"""Pages that people open: written from templates, everything in them escaped, pictures carried along."""
+
+import base64
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from PIL import Image
+
+
+def load_templates(folder: Path) -> "Environment":
+    """Return the templates of a folder: what is put into them is escaped, and a missing name is an error.
+
+    In a template, `source("page.css")` gives a style sheet or a script of the folder as it stands there.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["source"] = lambda name: Markup((folder / name).read_text(encoding="utf-8"))
+    return environment
+
+
+def shrink(image: "Image.Image", side: int) -> "Image.Image":
+    """Return a copy whose longest side has at most `side` pixels."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    return small
+
+
+def to_jpeg(image: "Image.Image", quality: int) -> bytes:
+    """Return an RGB image as a JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def to_data_uri(image: "Image.Image", quality: int) -> str:
+    """Return an RGB image as a JPEG data URI."""
+    return "data:image/jpeg;base64," + base64.b64encode(to_jpeg(image, quality)).decode("ascii")

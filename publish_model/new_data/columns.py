@@ -1,0 +1,89 @@
+"""Columns of any type: their values as plain Python objects, some of their rows, and whether their text is text."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+Change = Callable[[pa.DataType], pa.DataType]
+
+
+def plain_values(column: pa.Array) -> list[object]:
+    """Return the values as Python objects that are equal where the ids are, whatever the column's type.
+
+    Times are numbers, as nanoseconds have no place in Python's datetime; so are those inside lists and structs which
+    Python cannot hold (nanoseconds, years beyond 9999, unknown time zones).
+    """
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_temporal(column.type):
+        column = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64())
+    if pa.types.is_nested(column.type) and "[ns" in str(column.type):
+        column = column.cast(_change_leaves(column.type, _as_number))
+    try:
+        values: list[object] = column.to_pylist()
+    except (OverflowError, ValueError):
+        numbers = column.cast(_change_leaves(column.type, _as_number)).to_pylist()
+        values = [_plain_or(scalar, number) for scalar, number in zip(column, numbers, strict=True)]
+    return values
+
+
+def _plain_or(scalar: pa.Scalar, number: object) -> object:
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError):
+        return number
+
+
+def _as_number(kind: pa.DataType) -> pa.DataType:
+    if not pa.types.is_temporal(kind):
+        return kind
+    return pa.int32() if kind.bit_width == 32 else pa.int64()
+
+
+def _change_leaves(kind: pa.DataType, change: Change) -> pa.DataType:
+    """Return a type whose innermost types are changed."""
+    if pa.types.is_map(kind):
+        return pa.map_(_change_leaves(kind.key_type, change), _change_leaves(kind.item_type, change))
+    if pa.types.is_struct(kind):
+        fields = (kind.field(index) for index in range(kind.num_fields))
+        return pa.struct([field.with_type(_change_leaves(field.type, change)) for field in fields])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_change_leaves(kind.value_type, change)), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(_change_leaves(kind.value_type, change)))
+    return change(kind)
+
+
+def take_rows(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
+    """Return the given rows of a column of any type, its type unchanged."""
+    if pa.types.is_dictionary(column.type) and not column.type.ordered:
+        return _compact(column.take(pa.array(rows)))
+    try:
+        return column.take(pa.array(rows))
+    except pa.ArrowNotImplementedError:  # a string_view, or a list or struct of them
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+        return pa.concat_arrays([column.slice(int(run[0]), len(run)) for run in runs] or [column.slice(0, 0)])
+
+
+def filter_rows(table: pa.Table, wanted: NDArray[np.bool_]) -> pa.Table:
+    """Return the rows of a table that are wanted (N,), whatever the types of its columns."""
+    rows = np.flatnonzero(wanted)
+    columns = [take_rows(_in_one_piece(column), rows) for column in table.columns]
+    return pa.Table.from_arrays(columns, schema=table.schema)
+
+
+def _in_one_piece(column: pa.ChunkedArray) -> pa.Array:
+    whole = column.combine_chunks()
+    # Some versions of pyarrow leave a chunked array of one chunk.
+    return whole.chunk(0) if isinstance(whole, pa.ChunkedArray) and whole.num_chunks else whole
+
+
+def _compact(column: pa.DictionaryArray) -> pa.Array:
+    """Drop the dictionary entries that no row uses: a read batch carries those of its whole row group."""
+    encoded = column.dictionary_decode().dictionary_encode()
+    return pa.DictionaryArray.from_arrays(encoded.indices.cast(column.type.index_type), encoded.dictionary)

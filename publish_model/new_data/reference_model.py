@@ -1,0 +1,203 @@
+"""The model that the reference implementation published, built anew of its settings and weights by our own code.
+
+Its folder has weights under `backbone.` and `projector.`, and a config.json that names the backbone, whose
+configuration and image processor are taken from there. Its code, which fetches the backbone when it is imported into a
+model, is never run.
+"""
+
+import atexit
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import TrainingModelSection
+from pipeline.errors import InputError, one_line
+from pipeline.files.tables import hash_json
+from pipeline.inference.model_files import identify_model, locate_backbone_settings, names_its_backbone
+from publish_model.new_data.model_code import CODE_PATHS, describe_model
+
+if TYPE_CHECKING:
+    from pipeline.retrieval.checkpoint import Checkpoint
+
+# The linked files hold the projector too, under its own names; ours is read from another file.
+IGNORE_LINKED = """
+names = "input_norm|input_layer|hidden_layers|output_layer|residual_proj"
+SpatialEmbeddingsModel._keys_to_ignore_on_load_unexpected = [rf"^projector\\.({names})\\."]
+"""
+PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
+ACTIVATION_KEYS = ("activation", "projector_activation", "activation_function", "act_fn")
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A folder that the reference implementation published, and the one that holds its backbone's settings."""
+
+    folder: Path
+    config: dict[str, Any]
+    backbone_dir: Path
+
+    @property
+    def backbone_name(self) -> str:
+        """What may be said of the backbone in public: its hub id, or a local folder's name, never its path."""
+        name = str(self.config["backbone_model_name"])
+        return Path(name).name if Path(name).expanduser().is_dir() else name
+
+    def read_backbone_config(self) -> dict[str, Any]:
+        """Return the backbone's config.json."""
+        return _read_json(self.backbone_dir / "config.json")
+
+    def find_processor(self) -> Path:
+        """Return the file of its image processor, its own or the backbone's.
+
+        Raises InputError if there is none.
+        """
+        for folder in (self.folder, self.backbone_dir):
+            for name in PROCESSOR_NAMES:
+                if (folder / name).is_file():
+                    return folder / name
+        raise InputError(f"{self.backbone_dir}: {PROCESSOR_NAMES[0]} is missing: fetch the backbone's files again")
+
+    def identify(self) -> str:
+        """Return a short id of all that its embeddings depend on, the same wherever the folders lie."""
+        parts = [identify_model(self.folder), self.read_backbone_config(), _read_json(self.find_processor())]
+        return hash_json(parts)[:16]
+
+    def list_weight_files(self) -> list[Path]:
+        """List its safetensors files.
+
+        Raises InputError if it has none.
+        """
+        index = self.folder / "model.safetensors.index.json"
+        names = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        paths = [self.folder / name for name in sorted(names)]
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise InputError(f"{missing[0]}: missing: fetch the model again (weights have to be safetensors)")
+        return paths
+
+    def read_projector(self) -> "Checkpoint":
+        """Return its projector under the names and with the architecture of ours.
+
+        Raises InputError if its weights cannot be mapped onto it.
+        """
+        from safetensors import safe_open
+
+        from pipeline.retrieval.bare_weights import read_bare_weights
+        from pipeline.retrieval.checkpoint import Checkpoint, build_projector
+
+        weights = {}
+        for name, path in self.list_names().items():
+            if name.startswith("projector."):
+                with safe_open(path, framework="pt") as file:
+                    weights[name] = file.get_tensor(name).float()
+        section = TrainingModelSection(activation=self._find_activation(), dropout=0.0)
+        architecture, renamed = read_bare_weights(self.folder, weights, section)
+        checkpoint = Checkpoint(self.folder, architecture, renamed)
+        build_projector(checkpoint)  # which says what does not fit
+        return checkpoint
+
+    def list_names(self) -> dict[str, Path]:
+        """Return the file of each of its weights.
+
+        Raises InputError if they are missing or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        names: dict[str, Path] = {}
+        try:
+            for path in self.list_weight_files():
+                with safe_open(path, framework="pt") as file:
+                    names |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.folder}: damaged weights ({one_line(error)[:200]}): fetch it again") from None
+        return names
+
+    def _find_activation(self) -> Any:
+        """Return the projector's activation by our name for it.
+
+        Raises InputError where config.json does not say one that the projector has.
+        """
+        inner = [value for key, value in self.config.items() if isinstance(value, dict) and key != "backbone_config"]
+        for settings in (self.config, *inner):
+            for key in ACTIVATION_KEYS:
+                name = str(settings.get(key, "")).lower()
+                if name in ("relu", "gelu", "silu"):
+                    return name
+        raise InputError(
+            f"{self.folder / 'config.json'}: does not say the projector's activation (relu, gelu or silu): add it as "
+            '"activation"'
+        )
+
+    def find_pooling(self) -> str:
+        """Return which output of the backbone its code takes: `pooler_output` if the class has one, else `cls_token`.
+
+        The backbone is built without memory and run on no numbers: that shows which outputs it has.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModel
+
+        try:
+            config = AutoConfig.from_pretrained(self.backbone_dir, trust_remote_code=False)
+            size = getattr(config, "image_size", 224)
+            height, width = (size, size) if isinstance(size, int) else size
+            with torch.device("meta"), torch.inference_mode():
+                model = AutoModel.from_config(config, trust_remote_code=False).eval()
+                outputs = model(pixel_values=torch.empty(1, getattr(config, "num_channels", 3), height, width))
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"{self.backbone_dir}: this backbone cannot be built ({one_line(error)[:200]}): use a version of "
+                "transformers that knows it"
+            ) from None
+        return "cls_token" if getattr(outputs, "pooler_output", None) is None else "pooler_output"
+
+    def build_folder(self) -> Path:
+        """Make a folder of our own form that lasts as long as this process.
+
+        The backbone's weights are linked, not copied. Raises InputError if backbone or projector cannot be used.
+        """
+        from safetensors.torch import save_file
+
+        checkpoint = self.read_projector()
+        folder = Path(tempfile.mkdtemp(prefix="spatial-embeddings-model-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        links = {path: f"linked-{path.name}" for path in self.list_weight_files()}  # a model.safetensors would be all
+        weight_map = {name: links[path] for name, path in self.list_names().items() if name.startswith("backbone.")}
+        for path, link in links.items():
+            (folder / link).symlink_to(path.resolve())
+        projector = {f"projector.{name}": tensor.contiguous() for name, tensor in checkpoint.projector.items()}
+        save_file(projector, folder / "projector.safetensors", {"format": "pt"})
+        weight_map |= dict.fromkeys(projector, "projector.safetensors")
+        config = describe_model(
+            self.backbone_name, self.read_backbone_config(), self.find_pooling(), checkpoint.architecture
+        )
+        contents = {"config.json": config, "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map}}
+        for name, content in contents.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for path in (*CODE_PATHS, self.find_processor()):
+            shutil.copyfile(path, folder / path.name)
+        with open(folder / "modeling_spatial_embeddings.py", "a", encoding="utf-8") as file:
+            file.write(IGNORE_LINKED)
+        return folder
+
+
+def open_reference(folder: Path, *, download: bool) -> ReferenceModel | None:
+    """Return what a folder of the reference implementation's is, None for any other folder.
+
+    Raises InputError where the backbone's settings are neither here nor, with `download`, to be had.
+    """
+    if not names_its_backbone(folder):
+        return None
+    return ReferenceModel(folder, _read_json(folder / "config.json"), locate_backbone_settings(folder, download))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)}): fetch the model again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no settings: fetch the model again")
+    return content

@@ -1,0 +1,193 @@
+"""Weights without an architecture: told apart by name, mapped exactly, or refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from published_models import make_config
+from reference_projector import ReferenceProjector
+from torch import nn
+
+from pipeline.cli import Options
+from pipeline.config import TrainingModelSection
+from pipeline.errors import InputError
+from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
+from pipeline.retrieval.projector import Projector
+from publish_model import convert_to_hf
+from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
+
+
+def make_projector(**arguments: Any) -> Projector:
+    torch.manual_seed(3)
+    projector = Projector(12, **({"output_dim": 5, "hidden_dim": 7} | arguments)).eval()
+    if projector.output is not None:
+        nn.init.normal_(projector.output.weight)
+    return projector
+
+
+def features(width: int = 12, count: int = 4) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("key", [None, "projector_state_dict", "model_state_dict", "state_dict", "projector"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module.projector.", "projector."])
+def test_bare_weights_of_this_projector_tell_their_widths_and_depth(
+    tmp_path: Path, key: str | None, prefix: str
+) -> None:
+    projector = make_projector(num_hidden_layers=2, activation="relu")
+    weights = {prefix + name: value for name, value in projector.state_dict().items()}
+    torch.save(weights if key is None else {key: weights, "epoch": 3}, tmp_path / "old.pt")
+    section = TrainingModelSection(output_dim=5, activation="relu", dropout=0.25, hidden_dim=999)
+    found = load_checkpoint(tmp_path / "old.pt", section)
+    assert found.architecture == projector.architecture | {"dropout": 0.25}
+    assert found.rest == ({} if key is None else {"epoch": 3})
+    torch.testing.assert_close(build_projector(found)(features()), projector(features()))
+
+
+def test_a_shortcut_alone_has_no_hidden_layers(tmp_path: Path) -> None:
+    projector = make_projector(num_hidden_layers=0)
+    torch.save(projector.state_dict(), tmp_path / "old.pt")
+    found = load_checkpoint(tmp_path / "old.pt")
+    assert found.architecture["num_hidden_layers"] == 0
+    torch.testing.assert_close(build_projector(found)(features()), projector(features()))
+
+
+def test_a_plain_mlp_without_a_shortcut_gets_one_of_zeros(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(
+        nn.Linear(12, 7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 7, bias=False), nn.ReLU(), nn.Linear(7, 5)
+    ).eval()
+    torch.save(
+        {"model_state_dict": {f"mlp.{key}": value for key, value in mlp.state_dict().items()}}, tmp_path / "o.pt"
+    )
+    found = load_checkpoint(tmp_path / "o.pt", TrainingModelSection(output_dim=5, activation="relu"))
+    assert (found.architecture["hidden_dim"], found.architecture["num_hidden_layers"]) == (7, 2)
+    expected = nn.functional.normalize(mlp(features()), dim=1)
+    torch.testing.assert_close(build_projector(found)(features()), expected)
+
+
+def test_a_single_linear_layer_is_the_shortcut(tmp_path: Path) -> None:
+    layer = nn.Linear(12, 5)
+    torch.save(layer.state_dict(), tmp_path / "o.pt")
+    expected = nn.functional.normalize(layer(features()), dim=1)
+    torch.testing.assert_close(build_projector(load_checkpoint(tmp_path / "o.pt"))(features()), expected)
+
+
+@pytest.mark.parametrize(
+    ("mlp", "why"),
+    [
+        (nn.Sequential(nn.Linear(12, 7), nn.BatchNorm1d(7), nn.Linear(7, 5)), "1.weight is not part of a linear layer"),
+        (nn.Sequential(nn.Linear(12, 7), nn.Linear(8, 5)), "its layers do not follow one another"),
+        (nn.ModuleDict({"down": nn.Linear(12, 12), "side": nn.Linear(12, 12)}), "not one numbered sequence"),
+        (nn.ModuleDict({"a": nn.Sequential(nn.Linear(8, 8)), "b": nn.Sequential(nn.Linear(8, 8))}), "not one numbered"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), "0.weight is not part of a linear layer"),
+    ],
+)
+def test_weights_that_cannot_be_mapped_are_refused_saying_why(tmp_path: Path, mlp: nn.Module, why: str) -> None:
+    torch.save(mlp.state_dict(), tmp_path / "o.pt")
+    with pytest.raises(InputError, match=f"o.pt: cannot be mapped onto the projector .*{why}"):
+        load_checkpoint(tmp_path / "o.pt")
+
+
+def test_widths_that_differ_and_a_norm_are_inferred_from_this_projectors_own_names(tmp_path: Path) -> None:
+    projector = make_projector(hidden_dims=[9, 6, 4], input_norm=True)
+    torch.save(projector.state_dict(), tmp_path / "o.pt")
+    found = load_checkpoint(tmp_path / "o.pt", TrainingModelSection(output_dim=5))
+    assert (found.architecture["hidden_dims"], found.architecture["input_norm"]) == ([9, 6, 4], True)
+    torch.testing.assert_close(build_projector(found)(features()), projector(features()))
+
+
+def test_a_sequence_is_read_in_the_order_of_its_numbers_whatever_its_widths(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(12, 9), nn.GELU(), nn.Linear(9, 7), nn.GELU(), nn.Linear(7, 5)]
+    mlp = nn.Sequential(*layers).eval()
+    weights = {f"net.{name}": value for name, value in reversed(mlp.state_dict().items())}
+    torch.save(weights, tmp_path / "o.pt")
+    found = load_checkpoint(tmp_path / "o.pt", TrainingModelSection(output_dim=5))
+    assert found.architecture["hidden_dims"] == [9, 7]
+    torch.testing.assert_close(build_projector(found)(features()), nn.functional.normalize(mlp(features()), dim=1))
+
+
+# ---------------------------------------------------------------------------- the reference implementation's
+
+
+def save_reference(path: Path, network: nn.Module, prefix: str = "") -> Path:
+    weights = {prefix + name: value for name, value in network.state_dict().items()}
+    optimizer = torch.optim.AdamW(network.parameters()).state_dict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model_state_dict": weights, "optimizer_state_dict": optimizer, "epoch": 7, "best_loss": 0.1}, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize(
+    ("input_dim", "widths", "norm", "residual"),
+    [
+        (48, [384, 288, 216], True, True),
+        (48, [384, 288, 216], False, True),
+        (48, [384, 288, 216], True, False),
+        (48, [32], True, True),
+        (48, [32, 32], False, False),
+        (256, [256], False, True),  # shapes alone would make a chain of them
+        (256, [256, 256], True, True),
+    ],
+)
+def test_the_reference_projector_is_taken_over_exactly(
+    tmp_path: Path, input_dim: int, widths: list[int], norm: bool, residual: bool, activation: str, prefix: str
+) -> None:
+    torch.manual_seed(1)
+    network = ReferenceProjector(input_dim, widths, 256, activation, norm=norm, residual=residual).eval()
+    path = save_reference(tmp_path / "checkpoint_best.pt", network, prefix)
+    section = TrainingModelSection(activation=activation, dropout=0.3)
+    found = load_checkpoint(path, section, input_dim=input_dim)
+    assert found.architecture["dropout"] == 0.3
+    assert found.rest["epoch"] == 7
+    inputs = 3 * features(input_dim, 64) + 1
+    with torch.no_grad():
+        torch.testing.assert_close(build_projector(found)(inputs), network(inputs), atol=1e-6, rtol=0)
+
+
+def test_a_layer_without_bias_gets_one_of_zeros(tmp_path: Path) -> None:
+    network = ReferenceProjector(48, [32], 256, "gelu").eval()
+    network.residual_proj = nn.Linear(48, 256, bias=False)
+    found = load_checkpoint(save_reference(tmp_path / "o.pt", network))
+    with torch.no_grad():
+        torch.testing.assert_close(build_projector(found)(features(48)), network(features(48)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"gate.weight": torch.ones(3, 3)}, "gate.weight is not known"),
+        ({"hidden_layers.0.norm.weight": torch.ones(3)}, "hidden_layers.0.norm.weight is not known"),
+        ({"hidden_layers.5.weight": torch.ones(3, 3)}, "hidden_layers.5.weight is not known"),
+        ({"output_layer.weight": None}, "output_layer.weight is missing"),
+        ({"input_layer.weight": None}, "input_layer.weight is missing"),
+        ({"input_layer.weight": torch.ones(3)}, "input_layer.weight is missing or no matrix"),
+    ],
+)
+def test_other_names_among_the_references_are_refused(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], why: str
+) -> None:
+    weights = ReferenceProjector(48, [32, 16], 256, "gelu").state_dict() | change
+    torch.save({"model_state_dict": {k: v for k, v in weights.items() if v is not None}}, tmp_path / "o.pt")
+    with pytest.raises(InputError, match=f"o.pt: cannot be mapped onto the projector .*{why}"):
+        load_checkpoint(tmp_path / "o.pt")
+
+
+def test_equal_widths_without_a_residual_are_refused_because_it_may_be_the_identity(tmp_path: Path) -> None:
+    network = ReferenceProjector(256, [32], 256, "gelu", residual=False)
+    with pytest.raises(InputError, match=r"residual_proj is missing, .* put the identity, or zeros, into it"):
+        load_checkpoint(save_reference(tmp_path / "o.pt", network))
+
+
+def test_a_reference_checkpoint_is_published_exactly(tmp_path: Path, toy_backbone: Path) -> None:
+    torch.manual_seed(1)
+    network = ReferenceProjector(24, [384, 288, 216], 256, "gelu").eval()
+    save_reference(tmp_path / "checkpoint" / "checkpoint_best.pt", network)
+    convert_to_hf.run(make_config(tmp_path, toy_backbone), Options())
+    model = SpatialEmbeddingsModel.from_pretrained(tmp_path / "published").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.projector(features(24, 64)), network(features(24, 64)), atol=1e-6, rtol=0)

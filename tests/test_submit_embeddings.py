@@ -1,0 +1,81 @@
+"""Submitting stage 8 alone: every option and every input of the stage."""
+
+import shlex
+from dataclasses import fields
+
+import pytest
+from published_models import write_packaged
+from slurm_fixtures import dry_run
+
+from publish_model.new_data.embed_options import EmbedOptions
+from publish_model.new_data.embed_options import parse as parse_embed_options
+from slurm.control import submit_embeddings
+from slurm.control.submit_embeddings import list_stage_options
+
+
+def test_a_dry_run_for_new_data_prints_one_array(slurmless, tmp_path):
+    (command,) = dry_run(
+        "--account", "a", "--input", "in put.parquet", "--output", "out", "--model-id", "x/y", "--batch-size", "64",
+        "--array-size", "4", "--limit", "10", "--nice=5",
+        script="publish_model/slurm/submit_embeddings_from_parquet.sh", cwd=tmp_path, PATH=slurmless,
+    )  # fmt: skip
+    text = shlex.join(command)
+    assert "--array=0-3 " in text
+    assert "--nice=5 " in text
+    assert f"--shards 4 --input '{tmp_path}/in put.parquet' --output {tmp_path}/out --model-id x/y" in text
+    assert text.endswith("--batch-size 64 --limit 10")
+
+
+def test_every_option_of_stage_8_goes_to_the_stage_and_none_to_sbatch(slurmless, tmp_path):
+    values = {
+        "batch_size": "auto", "device": "cpu", "dtype": "float32", "limit": 7, "filter_valid": False,
+        "read_batch_size": 5, "max_reject_fraction": 0.5, "processes": 2, "keep_columns": ("year", "a b"),
+    }  # fmt: skip
+    wanted = EmbedOptions(tmp_path / "in", tmp_path / "out", "x/y", **values)
+    others = {"shard", "overwrite", "progress_interval_seconds"}  # the array's, refused, no option
+    assert {field.name for field in fields(EmbedOptions)} - others == {"input", "output", "model_id", *values}
+    words = list_stage_options(wanted, "x/y")
+    assert parse_embed_options("", words) == wanted
+    (command,) = dry_run(
+        *words, "--qos=high", script="publish_model/slurm/submit_embeddings_from_parquet.sh", PATH=slurmless
+    )
+    place = next(number for number, word in enumerate(command) if word.endswith(".sbatch"))
+    assert command[place + 1 :] == ["--shards", "1", *words]
+    assert "--qos=high" in command[:place]
+
+
+def test_folders_are_submitted_by_their_row_groups(slurmless, tmp_path):
+    photos, parquets = tmp_path / "photos", tmp_path / "parquets"
+    photos.mkdir()
+    for number in range(1001):  # a thousand make a row group
+        (photos / f"{number}.jpg").touch()
+    for name in ("a.parquet", "b.pq"):
+        write_packaged(parquets / name, [b"x"] * 3, row_group_size=1, OSMID=range(3))
+    for folder, shards in ((photos, "0-1"), (parquets, "0-5")):
+        (command,) = dry_run(
+            "--input", folder, "--output", tmp_path / "out", "--model-id", "x/y", "--array-size", "99",
+            script="publish_model/slurm/submit_embeddings_from_parquet.sh", PATH=slurmless,
+        )  # fmt: skip
+        assert f"--array={shards}" in command
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--overwrite", "error: --overwrite: a task that is requeued would begin anew each time"),
+        ("--shard=0/2", "error: --shard: the tasks of the array are the shards: give --array-size N"),
+    ],
+)
+def test_what_only_one_process_can_do_is_not_submitted(run_main, option, complaint):
+    outcome = run_main(submit_embeddings.main, "--input", "a", "--output", "b", option)
+    assert outcome.code == 2
+    assert outcome.stderr.startswith(complaint)
+
+
+def test_a_missing_input_for_new_data_leaves_no_folder(run_main, tmp_path):
+    (tmp_path / "model").mkdir()
+    arguments = ["--input", tmp_path / "no.parquet", "--output", tmp_path / "out", "--model-id", tmp_path / "model"]
+    outcome = run_main(submit_embeddings.main, *arguments)
+    assert outcome.code == 1
+    assert "no.parquet: no such file" in outcome.stderr
+    assert not (tmp_path / "out").exists()
