@@ -27,19 +27,17 @@ import torch
 from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
-from pipeline.config import Config, LoggingSection, load_config
-from pipeline.log import Progress, Stopwatch
+from pipeline.config import Config, load_config
+from pipeline.log import Progress
 from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.features import Features, load_features
+from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import IgnoredPairs, normalise_rows, score_queries, summarize_scores
 from pipeline.retrieval.whitening import fit_pca_whitening, fit_within_class_whitening
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
-from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.triplets import load_neighbors
-from train_specialized_embeddings.training.metric_sinks import MetricSinks
-from train_specialized_embeddings.training.run_files import RunFiles
-from train_specialized_embeddings.training.starts import fit_baselines, make_projector
-from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.fitting import Material, make_run, store_coordinates
+from train_specialized_embeddings.training.starts import fit_baselines
 from train_specialized_embeddings.training.training_run import TrainingRun
 from train_specialized_embeddings.training.validation import choose_validation_set
 
@@ -59,9 +57,9 @@ class Case:
     ignores: bool
 
 
-def read_all(config: Config) -> Features:
+def read_all(merged_dir: Path) -> Features:
     """Return the images of the three splits as one."""
-    parts = [load_features(config.path("merged_dir") / f"{split}.parquet") for split in ("train", "val", "test")]
+    parts = [load_features(merged_dir / f"{split}.parquet") for split in ("train", "val", "test")]
     offsets = np.cumsum([0, *(len(part.building_ids) for part in parts)])
     codes = [part.building_codes + offset for part, offset in zip(parts, offsets, strict=False)]
     columns = ("dataset_ids", "street_view_ids", "target_lat", "target_lon")
@@ -110,19 +108,7 @@ def run_case(config: Config, features: Features, case: Case, pairs: Any) -> dict
     is_val = np.isin(np.arange(len(case.test)), shuffled[:num_val])
     train, val, test = (take_buildings(features, chosen) for chosen in (~case.test & ~is_val, is_val, case.test))
     run = fit_projector(config, train, val, seed)
-    whitening = fit_within_class_whitening(
-        train.embeddings, train.building_codes, config.training_model.output_dim, run.start["shrinkage"]
-    )
-    pca = fit_pca_whitening(train.embeddings, config.training_model.output_dim)
-    projector = run.trainer.projector
-    embeddings = {
-        "raw": normalise_rows(test.embeddings),
-        "pca_whitened": pca.apply(test.embeddings),
-        "whitening": whitening.apply(test.embeddings),
-    }
-    for kind, weights in (("start", run.start["weights"]), ("projector", run.best["projector"])):
-        projector.load_state_dict(weights)
-        embeddings[kind] = project(projector, test.embeddings, CPU)
+    embeddings = embed_kinds(config, run, train, test.embeddings)
     ignored = resolve_pairs(pairs if case.ignores else None, test.building_ids)
     scores = {kind: score(rows, test, ignored) for kind, rows in embeddings.items()}
     validated = {kind: row["map"] for kind, row in run.best["metrics"]["val"].items()}
@@ -135,28 +121,43 @@ def run_case(config: Config, features: Features, case: Case, pairs: Any) -> dict
 
 def fit_projector(config: Config, train: Features, val: Features, seed: int) -> TrainingRun:
     """Train as stage 6 does, without its files; the run's note of the start also holds its weights."""
-    section, model = config.training, config.training_model
+    section = config.training
     torch.manual_seed(seed)
     validation = choose_validation_set(val, section.validation_images, seed)
-    baselines = fit_baselines(train, validation, model, section)
-    projector = make_projector(train.embeddings.shape[1], baselines, model, section)
-    start = {name: value.clone() for name, value in projector.state_dict().items()}
     neighbors = load_neighbors(config.path("difficulty_metadata_path"), train)
     sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, CPU)
-    trainer = Trainer(projector, FeatureStore(train.embeddings, CPU), sampler, section)
-    nowhere = RunFiles(Path())
-    run = TrainingRun(
-        config, nowhere, trainer, validation, {}, baselines.scores, baselines.note | {"weights": start},
-        Stopwatch(), MetricSinks(LoggingSection(), nowhere.folder, {}),
-    )  # fmt: skip
+    material = Material(train, validation, sampler, len(train) + len(val), CPU)
+    baselines = fit_baselines(train, validation, config.training_model, section)
+    run = make_run(config, material, store_coordinates(material, baselines.start), baselines)
     run.begin()
-    with Progress("train", section.num_epochs * trainer.num_anchors, "anchor", 1e9) as progress:
+    run.start = run.start | {"weights": run.best["projector"]}
+    with Progress("train", section.num_epochs * run.trainer.num_anchors, "anchor", 1e9) as progress:
         while not run.is_over:
             run.advance(progress)
     return run
 
 
-def score(rows: NDArray[np.float32], test: Features, ignored: IgnoredPairs) -> dict[str, float]:
+def embed_kinds(
+    config: Config, run: TrainingRun, train: Features, rows: NDArray[Any]
+) -> dict[str, NDArray[np.float32]]:
+    """Return every kind of embedding of rows (N, D) of other buildings than the run was trained on."""
+    whitening = fit_within_class_whitening(
+        train.embeddings, train.building_codes, config.training_model.output_dim, run.start["shrinkage"]
+    )
+    pca = fit_pca_whitening(train.embeddings, config.training_model.output_dim)
+    projector = Projector(**run.best["architecture"])
+    embeddings = {
+        "raw": normalise_rows(rows),
+        "pca_whitened": pca.apply(rows),
+        "whitening": whitening.apply(rows),
+    }
+    for kind, weights in (("start", run.start["weights"]), ("projector", run.best["projector"])):
+        projector.load_state_dict(weights)
+        embeddings[kind] = project(projector, rows, CPU)
+    return embeddings
+
+
+def score(rows: NDArray[np.float32], test: Features, ignored: IgnoredPairs | None) -> dict[str, float]:
     """Return Recall@1 and mAP."""
     found = summarize_scores(score_queries(rows, test.building_codes, ignored=ignored))
     return {key: found[key] for key in SCORES}
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
-    features = read_all(config)
+    features = read_all(config.path("merged_dir"))
     pairs = read_ignore_pairs(arguments.ignore_pairs) if arguments.ignore_pairs else None
     started = time.monotonic()
     shared = (config, features, pairs)

@@ -43,6 +43,7 @@ from pipeline.config import load_config
 from pipeline.inference import backbone
 from pipeline.inference.engine import use_one_thread
 from pipeline.inference.images import check_image
+from pipeline.inference.passes import Staged
 from pipeline.inference.workers import map_in_order
 from pipeline.log import logger
 from preprocess_raw_data import compute_fingerprints, process_tar
@@ -238,7 +239,7 @@ def time_model(embedder: Any, passes: int = 16) -> tuple[float, float]:
     """
     shape = embedder.prepare(Image.new("RGB", (640, 640), "grey")).shape
     inputs = torch.rand((embedder.micro_batch, *shape))
-    batches = [backbone.Staged([inputs.to(embedder.device, embedder.dtype)]) for _ in range(passes)]
+    batches = [Staged([inputs.to(embedder.device, embedder.dtype)]) for _ in range(passes)]
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model = getattr(embedder.model, "_orig_mod", embedder.model)
         model.forward(pixel_values=batches[0].batches[0][:1])

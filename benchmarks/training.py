@@ -4,9 +4,11 @@
 
 Every case runs in a process of its own, so that its peak memory is its own. `plain` is a PyTorch DataLoader (batch
 256, one `__getitem__` a sample, dictionaries of Python lists, a reward for each sample's band), with the better of no
-workers and one a core; `single` draws one triplet an anchor, `mined` finds the hardest negative in the batch too, as
-stage 6 does by default, `shared` has [training].share_within_building. All have bands and bandit on. `memory` is an
-array in memory (on a GPU: resident there), `mapped` a file mapped from disk. Prints a table to stderr and JSON.
+workers and one a core; it works on all the features. `default` is stage 6's own objective, whose anchors are counted;
+`single` draws one triplet an anchor, `mined` finds a semi-hard negative in the batch too, `shared` has
+[training].share_within_building, these three with bandit. All have bands, and work in coordinates (512 at most).
+`memory` is an array in memory (on a GPU: resident there), `mapped` a file mapped from disk. Prints a table to stderr
+and JSON.
 """
 
 import argparse
@@ -37,10 +39,11 @@ from pipeline.retrieval.scores import normalise_rows, score_queries
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.triplets import NUM_BANDS, Neighbors, load_neighbors
+from train_specialized_embeddings.training.coordinates import NUM_COORDINATES
 from train_specialized_embeddings.training.trainer import Trainer
 
 NEIGHBORS, FULL_IMAGES, FULL_BUILDINGS = 150, 5_800_000, 1_000_000
-CASES = ["plain", "memory single", "mapped single", "memory mined", "memory shared", "mapped shared"]
+CASES = ["plain", "memory default", "mapped default", "memory single", "memory mined", "memory shared"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -88,32 +91,36 @@ def make_neighbors(features: Features) -> Neighbors:
 
 
 def time_trainer(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Return triplets and images projected a second of the project's trainer."""
+    """Return anchors and images projected a second of the project's trainer, which works in coordinates."""
     place, drawing = case.split()
-    features = make_features(arguments.images, arguments.width, folder / "rows.npy" if place == "mapped" else None)
+    width = min(arguments.width, NUM_COORDINATES)
+    features = make_features(arguments.images, width, folder / "rows.npy" if place == "mapped" else None)
+    chosen: dict[str, Any] = {} if drawing == "default" else {"loss": "triplet", "band_sampling": "ucb"}
     section = TrainingSection(
-        batch_size=arguments.batch_size, band_sampling="ucb", share_within_building=drawing == "shared",
-        hard_mining=drawing == "mined",
-        triplets_per_epoch=16 * arguments.batch_size,
+        batch_size=arguments.batch_size, triplets_per_epoch=16 * arguments.batch_size, hard_mining=drawing == "mined",
+        share_within_building=drawing == "shared", **chosen,
     )  # fmt: skip
     store = FeatureStore(features.embeddings, DEVICE, resident=place == "memory")
     sampler = BandSampler(features, make_neighbors(features), 0, section.min_negative_distance_m, DEVICE)
-    trainer = Trainer(make_projector(arguments.width), store, sampler, section)
+    trainer = Trainer(make_projector(width), store, sampler, section, torch.ones(width))
     bar = Progress("train", None, interval_seconds=1e9)
     trainer.run_epoch(bar)
-    triplets, epochs, started = 0, 0, time.perf_counter()
+    anchors, triplets, epochs, started = 0, 0, 0, time.perf_counter()
     while epochs == 0 or time.perf_counter() - started < arguments.seconds:
         triplets += trainer.run_epoch(bar).num_triplets
+        anchors += trainer.num_anchors
         epochs += 1
     seconds = time.perf_counter() - started
-    images = trainer.num_anchors * (2 if drawing == "shared" else 3)
-    return {"triplets": triplets / seconds, "images": epochs * images / seconds}
+    # The default compares an anchor with the whole batch: what is counted of it are anchors, beside one negative of a
+    # building's.
+    images = {"default": anchors + triplets, "shared": 2 * anchors}.get(drawing, 3 * anchors)
+    return {"triplets": (anchors if drawing == "default" else triplets) / seconds, "images": images / seconds}
 
 
 def make_projector(width: int) -> Projector:
-    """Return the projector that both trainers train: width -> 512 -> 256."""
+    """Return the projector that both trainers train: width -> 512 -> 256; the project's own of coordinates."""
     torch.manual_seed(0)
-    return Projector(width, 256, 512, 1, 0.1, "gelu", 0.3).to(DEVICE)
+    return Projector(width, 256, 512, 1, 0.1, "gelu").to(DEVICE)
 
 
 class PlainTriplets(torch.utils.data.Dataset[Any]):
@@ -294,7 +301,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {"training": {}}
     print(
-        f"{'width':>6}{'case':>16}{'triplets/s':>13}{'x plain':>9}{'images/s':>10}{'RSS GB':>8}{'GPU GB':>8}",
+        f"{'width':>6}{'case':>16}{'anchors/s':>13}{'x plain':>9}{'images/s':>10}{'RSS GB':>8}{'GPU GB':>8}",
         file=sys.stderr,
     )
     for width in arguments.widths:

@@ -13,7 +13,6 @@ scores what is named instead, prints a table with the verdict last, and writes n
 import argparse
 import functools
 import hashlib
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -40,7 +39,7 @@ from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.tables import identify, make_provenance, matches, read_provenance
-from pipeline.files.writing import write_json
+from pipeline.files.writing import read_json_object, write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.features import Features, load_features
 from pipeline.retrieval.scores import Embeddings, IgnoredPairs, Search, normalise_rows
@@ -136,15 +135,6 @@ def score_split(
         return evaluation, metrics | summarize_breakdowns(evaluation, camera, seed)
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Return an earlier metrics.json, empty where it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def describe_inputs(config: Config, ignore_pairs: Path | None, images: bool = True) -> dict[str, Any]:
     """Return the provenance that the outputs must have.
 
@@ -166,12 +156,12 @@ def run(
     report_path, metrics_path = (config.path("report_dir") / name for name in ("report.html", "metrics.json"))
     provenance = describe_inputs(config, ignore_pairs, images)
     if metrics_path.exists() and not options.overwrite:
-        found = read_metrics(metrics_path)
+        found = read_json_object(metrics_path)
         if matches(metrics_path, found.get("provenance"), provenance) and report_path.exists():
             logger.info("%s: kept %s and %s, which are complete", STAGE, report_path, metrics_path)
             return cli.StageResult(STAGE, found["gallery"], found["gallery"], kept=[report_path, metrics_path])
     watch = Stopwatch()
-    pairs = None if ignore_pairs is None else read_ignore_pairs(ignore_pairs)
+    pairs = read_ignore_pairs(ignore_pairs)
     with watch.measure("load and embed"):
         features, embeddings, checkpoint = embed_split(config)
     ignored = resolve_pairs(pairs, features.building_ids)

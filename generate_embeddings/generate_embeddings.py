@@ -47,11 +47,10 @@ from pipeline.files.tables import (
 )
 from pipeline.files.units import TarUnit, list_units, run_units
 from pipeline.inference import launcher
-from pipeline.inference.engine_watch import EngineWatch
 from pipeline.inference.images import MAX_IMAGE_BYTES
 from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.inference.workers import Background
-from pipeline.log import Progress, logger
+from pipeline.log import EngineWatch, Progress, logger
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Decoded, Embedder

@@ -220,6 +220,21 @@ def run_stage(
     return run_logged(stage, tell, config.log_dir / log_name(stage, options.shard), config.logging.level)
 
 
+def run_from_command_line(
+    stage: str,
+    story: Callable[[Config, Options], StageResult],
+    description: str,
+    argv: Sequence[str] | None,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> StageResult:
+    """Run one stage with the options that every configured stage takes, and those that `add_options` adds."""
+    parser = make_parser(description)
+    if add_options is not None:
+        add_options(parser)
+    arguments = parser.parse_args(argv)
+    return run_stage(stage, story, config_from(arguments), options_from(arguments))
+
+
 def log_name(stage: str, shard: Shard) -> str:
     """Name the log file of a stage or of one shard of it."""
     return f"{stage}.log" if shard.is_whole else f"{stage}.{shard}.log"

@@ -178,22 +178,30 @@ class TrainingModelSection(Section):
 class TrainingSection(Section):
     """`[training]`"""
 
-    num_epochs: int = Field(40, ge=0, description="epochs at most")
-    batch_size: int = Field(256, ge=1, description="triplets a step")
-    # Rates, margin, distance, dropout and start: chosen on 320 buildings; docs/training.md has the tables.
-    learning_rate: float = Field(1e-5, gt=0.0, description="peak learning rate of the MLP branch (AdamW)")
-    shortcut_learning_rate: float = Field(1e-5, ge=0.0, description="peak learning rate of the linear shortcut")
+    num_epochs: int = Field(60, ge=0, description="epochs at most")
+    batch_size: int = Field(512, ge=1, description="anchors a step")
+    # Loss, rates, temperature and noise: chosen on 300 to 3,000 buildings; docs/training.md has the tables.
+    learning_rate: float = Field(
+        1e-2, gt=0.0, description="peak learning rate of the MLP branch (AdamW); divided by the root of a layer's width"
+    )
+    shortcut_learning_rate: float = Field(
+        1e-2, ge=0.0, description="peak learning rate of the linear shortcut; divided by the root of its width"
+    )
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
-    loss: Literal["triplet", "supcon"] = Field(
-        "triplet", description="triplet loss, or supervised contrastive loss among the images of a batch"
+    loss: Literal["multi_similarity", "supcon", "triplet"] = Field(
+        "multi_similarity",
+        description="Multi-Similarity or supervised contrastive loss among the images of a batch, or triplet loss",
     )
     margin: float = Field(0.1, gt=0.0, description="triplet margin, in Euclidean distance on the unit sphere")
     hard_mining: bool = Field(
         True,
-        description="triplet loss: the nearest negative in the batch takes the place of a banded one farther off; "
-        "no effect with share_within_building",
+        description="triplet loss: the nearest negative of the batch beyond the positive takes the place of a banded "
+        "one farther off; no effect with share_within_building",
     )
-    temperature: float = Field(0.05, gt=0.0, description="of supcon: what cosines are divided by")
+    temperature: float = Field(0.1, gt=0.0, description="of supcon: what cosines are divided by")
+    input_noise: float = Field(
+        1.2, ge=0.0, description="noise on the inputs, in standard deviations of a building's images around their mean"
+    )
     init: Literal["sharpened", "whitening", "pca", "random"] = Field(
         "sharpened",
         description="start of the linear shortcut; sharpened: or plain whitening where that validates better",
@@ -201,7 +209,7 @@ class TrainingSection(Section):
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
         "auto", description="0 ... 1, share of the identity in the whitened covariance; auto: by validation mAP"
     )
-    input_dropout: float = Field(0.3, ge=0.0, lt=1.0, description="dropout of the input features")
+    input_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout of the inputs")
     anchor_penalty: float = Field(
         0.0,
         ge=0.0,
@@ -214,27 +222,37 @@ class TrainingSection(Section):
     grad_clip: float = Field(1.0, gt=0.0, description="largest gradient norm")
     patience: int = Field(10, ge=1, description="epochs without a better validation mAP before stopping")
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
-    triplets_per_epoch: PositiveInt | Literal["auto"] = Field("auto", description="auto: one per training image")
+    triplets_per_epoch: PositiveInt | Literal["auto"] = Field(
+        "auto", description="auto: one per training image, at least 16 batches"
+    )
     band_sampling: Literal["uniform", "ucb"] = Field(
         "uniform", description="bands of negatives: all alike, or those with the most active triplets (UCB bandit)"
     )
     share_within_building: bool = Field(
         False,
-        description="a building's images share their negatives; anchors are counted then, triplets are many more",
+        description="triplet loss: a building's images share their negatives; anchors are counted then, triplets are "
+        "many more",
     )
     validation_images: int = Field(
         20_000, ge=2, description="images at most, of whole buildings, that the retrieval after each epoch searches"
     )
 
     @property
+    def draws_groups(self) -> bool:
+        """Whether a batch is of whole buildings."""
+        return self.loss != "triplet" or self.share_within_building
+
+    @property
     def compares_in_batch(self) -> bool:
         """Whether a batch's images are each other's negatives."""
-        return (self.loss == "supcon" or self.hard_mining) and not self.share_within_building
+        return self.loss != "triplet" or (self.hard_mining and not self.share_within_building)
 
     @model_validator(mode="after")
     def _shared_negatives_make_triplets(self) -> "TrainingSection":
-        if self.share_within_building and self.loss == "supcon":
-            raise ValueError('share_within_building, loss: "supcon" shares all negatives of a batch already')
+        if self.share_within_building and self.loss != "triplet":
+            raise ValueError(
+                'share_within_building, loss: only "triplet" does not share all negatives of a batch already'
+            )
         return self
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -153,3 +154,28 @@ class Stopwatch:
         """Say the parts, as in ` (read 1.0, compute 10.8)`."""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
         return f" ({parts})" if parts else ""
+
+
+class EngineWatch(Stopwatch):
+    """Adds up where an engine's time went, from all its threads, how many images it embedded, and their rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = "CPU"
+        self.images = 0
+        self.busy_seconds = 0.0  # for which the device computed
+        self.wall_seconds = 0.0  # for which the engine ran
+        self._lock = threading.Lock()
+
+    def add(self, part: str, seconds: float) -> None:
+        """Add seconds that were measured elsewhere to `part`."""
+        with self._lock:
+            super().add(part, seconds)
+
+    def describe_parts(self) -> str:
+        """Say the rate, the share of the time in which the device computed, and the parts."""
+        parts = super().describe_parts()
+        if not self.wall_seconds:
+            return parts
+        rate, share = self.images / self.wall_seconds, self.busy_seconds / self.wall_seconds
+        return f"; {rate:.1f} img/s, the {self.device} computed {share:.0%} of {self.wall_seconds:.2f} s{parts}"

@@ -37,7 +37,7 @@ from pipeline.files.tables import (
     rejects_path,
     write_rejects,
 )
-from pipeline.files.units import TarUnit, list_units, run_units
+from pipeline.files.units import TarUnit, do_tars
 from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb_small
 from pipeline.inference.workers import map_in_order
 from pipeline.log import Progress, Stopwatch, logger
@@ -235,26 +235,17 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
     Raises InputError if a tar failed, PipelineError if too many images were rejected.
     """
-    config.require_paths("intermediates_dir", "fingerprints_dir", *([] if options.tar_files else ["raw_dir"]))
     result = cli.StageResult(STAGE)
-    run_units(
-        list_units(config, options, "fingerprints_dir", "_fingerprints"),
-        result,
+    return do_tars(
+        result, config, options, "fingerprints_dir", "_fingerprints",
         describe=lambda unit: describe_output(unit, config),
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
-        overwrite=options.overwrite,
-        take_over=lambda unit: take_over(unit, config),
-    )
-    result.check_reject_fraction(config)
-    return result
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage from a command line."""
-    parser = cli.make_parser(__doc__)
-    cli.add_tar_options(parser)
-    arguments = parser.parse_args(argv)
-    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+    cli.run_from_command_line(STAGE, run, __doc__, argv, cli.add_tar_options)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
 from pipeline.files.archive import Member, stream_members
 from pipeline.files.tables import INTERMEDIATE_SCHEMA, make_provenance, parquet_writer, rejects_path, write_rejects
-from pipeline.files.units import TarUnit, list_units, run_units
+from pipeline.files.units import TarUnit, do_tars
 from pipeline.ids import building_id, streetview_image_id
 from pipeline.inference.images import MAX_IMAGE_BYTES, check_image
 from pipeline.inference.workers import map_in_order
@@ -124,25 +124,17 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
     Raises InputError if a tar failed, PipelineError if too many items were rejected.
     """
-    config.require_paths("intermediates_dir", *([] if options.tar_files else ["raw_dir"]))
     result = cli.StageResult(STAGE)
-    run_units(
-        list_units(config, options, "intermediates_dir"),
-        result,
+    return do_tars(
+        result, config, options, "intermediates_dir",
         describe=describe_output,
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
-        overwrite=options.overwrite,
-    )
-    result.check_reject_fraction(config)
-    return result
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage from a command line."""
-    parser = cli.make_parser(__doc__)
-    cli.add_tar_options(parser)
-    arguments = parser.parse_args(argv)
-    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+    cli.run_from_command_line(STAGE, run, __doc__, argv, cli.add_tar_options)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ columns, and export.json with recall@10 against the exact embeddings. float16 ha
 each row with its `scale` (embedding = scale * int8). A rerun keeps the parts that are done.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_parquet
-from pipeline.files.writing import write_json
+from pipeline.files.writing import read_json_object, write_json
 from pipeline.log import logger
 from publish_model.dataset.embeddings_dataset import BLOCK_ROWS, EmbeddingsDataset
 from publish_model.dataset.parts import EMBEDDING_COLUMN, embeddings_of
@@ -112,24 +110,16 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
         sizes = [sizes[0] + part.path.stat().st_size, sizes[1] + path.stat().st_size]
     summary_path = folder / "export.json"
     wanted = {"export": kind, "source": dataset.identify()}
-    if result.written or _read_summary(summary_path).get("source") != wanted["source"]:
+    if result.written or read_json_object(summary_path).get("source") != wanted["source"]:
         recall, num_queries = measure_recall(dataset, paths)
         write_json(summary_path, wanted | {"recall_at_10": recall, "num_queries": num_queries, "bytes": sizes[1]})
         result.written = [folder]
-    summary = _read_summary(summary_path)
+    summary = read_json_object(summary_path)
     logger.info(
         "%s: recall@10 %.4f against exact (%d queries), %.1f MB of %.1f MB",
         kind, summary["recall_at_10"], summary["num_queries"], sizes[1] / 1e6, sizes[0] / 1e6,
     )  # fmt: skip
     return result
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,9 +27,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError, Terminated
 from pipeline.files.writing import write_failure
 from pipeline.inference import launcher
-from pipeline.inference.engine_watch import EngineWatch
 from pipeline.inference.workers import Background
-from pipeline.log import Progress, logger
+from pipeline.log import EngineWatch, Progress, logger
 from publish_model.dataset.appending import Appending
 from publish_model.dataset.duplicates import find_duplicates
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset

@@ -24,7 +24,7 @@ from transformers import (
 
 from pipeline.errors import InputError, PipelineError, Rejection
 from pipeline.inference import backbone
-from pipeline.inference.backbone import BATCH_SIZES, Embedder, check_embeddings, find_batch_size
+from pipeline.inference.backbone import Embedder, check_embeddings
 from pipeline.inference.devices import choose_device
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.preprocessing import DeviceProcessor
@@ -212,28 +212,6 @@ def test_on_a_gpu_the_passes_are_found_by_measurement_and_a_number_is_obeyed(mod
     embedder.micro_batch = 1 if batch_size == "auto" else batch_size
     embedder._tune(batch_size)
     assert embedder.micro_batch == (16 if batch_size == "auto" else 5)
-
-
-def test_the_batch_size_is_the_smallest_that_is_as_fast_as_any():
-    tried = []
-
-    def measure(size):
-        tried.append(size)
-        return 1000.0 * size / (size + 20)
-
-    assert find_batch_size(measure) == (512, pytest.approx(1000 * 512 / 532))
-    assert tried == [size for size in BATCH_SIZES if size <= 1024]
-    assert find_batch_size(lambda _: 50.0) == (BATCH_SIZES[0], 50.0)
-
-
-@pytest.mark.parametrize(("held", "found"), [(64, (64, 64.0)), (0, (BATCH_SIZES[0], 0.0))])
-def test_the_batch_size_stays_within_the_memory(held, found):
-    def measure(size):
-        if size > held:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return float(size)
-
-    assert find_batch_size(measure) == found
 
 
 def test_the_rate_of_the_model_alone_is_measured(models):

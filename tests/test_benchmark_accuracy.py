@@ -12,7 +12,7 @@ import pytest
 from training_data import SETTINGS, make_difficulty, make_split
 
 from benchmarks.accuracy import KINDS, list_cases, read_all, take_buildings
-from pipeline.config import PROJECT_ROOT, load_config
+from pipeline.config import PROJECT_ROOT
 from pipeline.files import tables
 
 
@@ -30,7 +30,7 @@ def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
 
 
 def test_folds_cut_the_buildings_and_places_the_datasets(workspace: Path) -> None:
-    features = read_all(load_config(workspace / "config.toml"))
+    features = read_all(workspace / "merged")
     assert len(features.building_ids) == 32
     assert features.building_codes.max() == 31
     cases = list(list_cases(features, 2, 4))

@@ -9,11 +9,11 @@ from raw_tars import draw_view, encode
 
 from pipeline.errors import InputError, Rejection
 from pipeline.inference import devices
-from pipeline.inference.backbone import Embedder, Launched, Staged
+from pipeline.inference.backbone import Embedder
 from pipeline.inference.devices import choose_device
 from pipeline.inference.engine import End, embed_stream
-from pipeline.inference.engine_watch import EngineWatch
-from pipeline.log import logging_to
+from pipeline.inference.passes import Launched, Staged
+from pipeline.log import EngineWatch, logging_to
 
 PICTURES = [encode(draw_view(seed)) for seed in range(11)]
 

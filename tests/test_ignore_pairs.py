@@ -15,6 +15,12 @@ def test_unknown_ids_in_ignored_pairs_are_passed_over(tmp_path):
     assert len(resolve_pairs(None, pa.array(["2"])).building_a) == 0
 
 
+def test_a_byte_order_mark_before_the_pairs_is_passed_over(tmp_path):
+    (tmp_path / "pairs.csv").write_text("building_id_a,building_id_b\na,b\n", encoding="utf-8-sig")
+    pairs = resolve_pairs(read_ignore_pairs(tmp_path / "pairs.csv"), pa.array(["a", "b"]))
+    assert (pairs.building_a.tolist(), pairs.building_b.tolist()) == ([0], [1])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -7,8 +7,7 @@ from PIL import Image, ImageFile
 from raw_tars import draw_view, encode
 
 from pipeline.errors import Rejection
-from pipeline.inference.images import check_image, decode_rgb
-from pipeline.inference.jpeg import strip_scans
+from pipeline.inference.images import check_image, decode_rgb, strip_scans
 
 VIEW = draw_view(3, size=(120, 88))
 EXIF = Image.Exif()

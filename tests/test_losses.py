@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from train_specialized_embeddings.training.losses import (
-    hardest_negatives,
+    multi_similarity_losses,
     pair_distances,
     relative_drift,
+    semi_hard_negatives,
     supervised_contrastive_losses,
     triplet_losses,
 )
@@ -100,10 +101,42 @@ def test_a_contrastive_batch_of_equal_images_or_without_negatives_has_finite_gra
         assert torch.isfinite(rows.grad).all()
 
 
-def test_the_hardest_negative_is_the_nearest_that_is_allowed() -> None:
+def test_multi_similarity_losses_equal_a_loop_over_pairs() -> None:
     anchors, candidates = random_unit_rows(1), random_unit_rows(2, 9)
+    is_positive, is_negative = random_masks(3, 7, 9)
+    is_positive[2], is_negative[4] = False, False  # an anchor without a positive, and one without a negative
+    expected = []
+    for i in range(7):
+        cosines = [sum(x * y for x, y in zip(anchors[i].tolist(), row, strict=True)) for row in candidates.tolist()]
+        near = sum(math.exp(-2 * (cosines[j] - 0.5)) for j in range(9) if is_positive[i, j])
+        far = sum(math.exp(40 * (cosines[j] - 0.5)) for j in range(9) if is_negative[i, j])
+        expected.append(math.log(1 + near) / 2 + math.log(1 + far) / 40)
+    losses = multi_similarity_losses(anchors, candidates, is_positive, is_negative)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_multi_similarity_batch_of_equal_images_or_without_pairs_has_finite_gradients(value: bool) -> None:
+    rows = torch.ones(3, 2, requires_grad=True)
+    mask = torch.full((3, 4), value)
+    losses = multi_similarity_losses(rows, torch.ones(4, 2), mask, mask)
+    losses.sum().backward()
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(rows.grad).all()
+    assert bool((losses == 0).all()) != value
+
+
+def test_the_semi_hard_negative_is_the_nearest_allowed_one_beyond_the_positive() -> None:
+    anchors, positives, candidates = random_unit_rows(1), random_unit_rows(5), random_unit_rows(2, 9)
+    positives[0] = -anchors[0]  # nothing is beyond it
     _, is_negative = random_masks(3, 7, 9)
-    found = hardest_negatives(anchors, candidates, is_negative).tolist()
-    for i, chosen in enumerate(found):
+    found, exists = semi_hard_negatives(anchors, positives, candidates, is_negative)
+    for i in range(7):
+        limit = float(anchors[i] @ positives[i])
         cosines = {j: float(anchors[i] @ candidates[j]) for j in range(9) if is_negative[i, j]}
-        assert chosen == max(cosines, key=cosines.__getitem__)
+        beyond = {j: cosine for j, cosine in cosines.items() if cosine < limit}
+        assert bool(exists[i]) == bool(beyond)
+        if beyond:
+            assert int(found[i]) == max(beyond, key=beyond.__getitem__)
+    assert not exists[0]
+    assert exists.any()

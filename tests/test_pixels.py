@@ -8,7 +8,7 @@ from test_jpeg import KINDS, judge
 
 from pipeline.inference import pixels
 from pipeline.inference.images import decode_rgb
-from pipeline.inference.pixels import decode_pixels, travels_whole
+from pipeline.inference.pixels import decode_pixels, measure_decoding, travels_whole
 
 OTHERS = {"png": encode(draw_view(1), "PNG"), "webp": encode(draw_view(1), "WEBP")}
 
@@ -34,6 +34,10 @@ def test_without_torchvisions_decoder_pillow_decodes(monkeypatch):
     expected = decode_pixels(KINDS["baseline"])
     monkeypatch.setattr(pixels, "decode_jpeg", None)
     assert torch.equal(decode_pixels(KINDS["baseline"]), expected)
+
+
+def test_the_rate_of_decoding_is_that_of_a_larger_picture_where_it_is_larger():
+    assert measure_decoding(draw_view(1, size=(64, 64))) > measure_decoding(draw_view(1, size=(1600, 1600))) > 0
 
 
 def test_pictures_of_usual_size_travel_whole():

@@ -61,6 +61,21 @@ def test_a_batch_on_the_device_is_what_the_processor_makes_of_each_picture(famil
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_resized_at_once_is_bounded_by_its_pixels(monkeypatch):
+    monkeypatch.setattr(preprocessing, "DEVICE_CHUNK_PIXELS", 25_000)
+    counts = []
+
+    def process(images, **_):
+        counts.append(len(images))
+        return {"pixel_values": images}
+
+    pictures = [torch.full((3, 100, 100), number, dtype=torch.uint8) for number in range(5)]
+    large = torch.full((3, 300, 100), 9, dtype=torch.uint8)
+    found = DeviceProcessor(process, CPU)([*pictures[:3], large, *pictures[3:]])
+    assert counts == [2, 1, 1, 2]
+    assert [int(one[0, 0, 0]) for one in found] == [0, 1, 2, 9, 3, 4]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_passes_the_probe(family, tmp_path):
     processor = make_processor(family)

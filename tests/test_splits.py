@@ -198,3 +198,8 @@ def test_a_damaged_parquet_or_one_without_the_columns_is_named(tmp_path):
 def test_a_building_named_twice_alike_is_no_contradiction(tmp_path):
     (tmp_path / "s.csv").write_text("building_id,split\na,val\na,val\n")
     assert read_split_file(tmp_path / "s.csv") == {"a": "val"}
+
+
+def test_a_byte_order_mark_before_a_split_file_is_passed_over(tmp_path):
+    (tmp_path / "s.csv").write_text("building_id,split\na,val\n", encoding="utf-8-sig")
+    assert read_split_file(tmp_path / "s.csv") == {"a": "val"}

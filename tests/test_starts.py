@@ -87,11 +87,11 @@ def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(monkeypat
     validation = ValidationSet(val.embeddings, val.building_codes)
     section = TrainingSection(whitening_shrinkage=0.5)
     fitted = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
-    expected = sharpen_whitening(collect_scatter(train.embeddings, train.building_codes, 0.8), 6, 0.5)
+    expected = sharpen_whitening(collect_scatter(train.embeddings, train.building_codes, 0.8), 12, 0.5).take_leading(6)
     assert fitted.note["init"] == "sharpened"
     assert fitted.note["shrinkage"] == 0.5
     model = TrainingModelSection(output_dim=6, hidden_dim=8)
-    projector = make_projector(12, fitted, model, section).eval()
+    projector = fitted.start.fold(make_projector(fitted, model, section))
     assert fitted.note["sharpened_shrinkage"] == 0.5
     np.testing.assert_allclose(
         projector(torch.from_numpy(val.embeddings)).detach().numpy(), expected.apply(val.embeddings), atol=1e-4
@@ -106,7 +106,7 @@ def test_the_other_starts_score_as_their_baseline(init: str, row: str) -> None:
     section = TrainingSection(init=init)
     fitted = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
     assert "sharpened_shrinkage" not in fitted.note
-    projector = make_projector(12, fitted, TrainingModelSection(output_dim=6, hidden_dim=8), section).eval()
+    projector = fitted.start.fold(make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=8), section))
     found = validation.score(projector(torch.from_numpy(val.embeddings)).detach().numpy())
     assert found["map"] == pytest.approx(fitted.scores[row]["map"], abs=1e-6)
 
@@ -120,15 +120,15 @@ def test_with_a_norm_the_start_is_fitted_to_what_its_layer_gets(init: str) -> No
     fitted = fit_baselines(train, validation, model, section)
     plain = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
     assert fitted.scores == plain.scores  # the baselines are what they are without a projector
-    projector = make_projector(12, fitted, model, section).eval()
+    projector = fitted.start.fold(make_projector(fitted, model, section))
     assert projector.architecture["input_norm"]
     found = projector(torch.from_numpy(val.embeddings)).detach().numpy()
-    assert fitted.start is not None
-    np.testing.assert_allclose(found, fitted.start.apply(val.embeddings), atol=1e-5)
+    start = fitted.start.linear_map.take_leading(6)
+    np.testing.assert_allclose(found, start.apply(val.embeddings), atol=1e-4)
     rows = val.embeddings - val.embeddings.mean(axis=1, keepdims=True)
     normed = rows / np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + 1e-5)
-    alone = LinearMap(fitted.start.weight, fitted.start.bias, fitted.start.input_power)
-    np.testing.assert_allclose(found, alone.apply(normed), atol=1e-5)
+    alone = LinearMap(start.weight, start.bias, start.input_power)
+    np.testing.assert_allclose(found, alone.apply(normed), atol=1e-4)
 
 
 def test_random_weights_start_from_nothing() -> None:
@@ -137,5 +137,26 @@ def test_random_weights_start_from_nothing() -> None:
     fitted = fit_baselines(
         train, ValidationSet(val.embeddings, val.building_codes), TrainingModelSection(output_dim=6), section
     )
-    assert fitted.start is None
-    assert make_projector(12, fitted, TrainingModelSection(output_dim=6), section).architecture["input_power"] == 1.0
+    projector = make_projector(fitted, TrainingModelSection(output_dim=6), section)
+    assert float(projector.shortcut.weight.detach().abs().max()) < 1.0
+    assert len(projector.shortcut.weight.unique()) > 6
+    assert fitted.start.fold(projector).architecture["input_power"] == 1.0
+
+
+def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    means = {0.7: 0.4, 0.5: 0.5, 0.3: 0.6, 0.2: 0.6, 0.1: 0.59, 0.05: 0.9}
+    monkeypatch.setattr(ValidationSet, "score_each", lambda _, rows: make_fitted(precisions(rows, 0.0)).scores)
+
+    class Marked(LinearMap):
+        def take_leading(self, _: int) -> Any:
+            return self
+
+        def apply(self, _: Any) -> Any:
+            return means[float(self.bias[0])]
+
+    def fit(scatter: Any, count: int, shrinkage: float) -> LinearMap:
+        return Marked(np.zeros((1, 1), np.float32), np.array([shrinkage]))
+
+    found = starts._try(fit, None, make_validation(), 1, 1, TrainingSection())
+    assert list(found) == [0.7, 0.5, 0.3, 0.2, 0.1]
+    assert list(starts._try(fit, None, make_validation(), 1, 1, TrainingSection(whitening_shrinkage=0.05))) == [0.05]

@@ -32,6 +32,16 @@ def list_files(folder):
 # ------------------------------------------------------------------------------------------------ writing
 
 
+@pytest.mark.parametrize("content", [None, b"{", b"[1]", b"null", b"\xff\xfe", b'"text"'])
+def test_json_that_is_missing_damaged_or_no_object_reads_as_empty(tmp_path, content):
+    path = tmp_path / "state.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert writing.read_json_object(path) == {}
+    writing.write_json(path, {"a": [1]})
+    assert writing.read_json_object(path) == {"a": [1]}
+
+
 def test_a_file_appears_only_when_its_block_has_ended_well(tmp_path):
     path = tmp_path / "new" / "a.bin"
     with writing.writing_to(path) as temporary:

@@ -27,17 +27,21 @@ from pipeline.config import TrainingSection, load_config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
-from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import SCORE_KEYS, score_queries, summarize_scores
-from pipeline.retrieval.whitening import fit_pca_whitening, fit_within_class_whitening
-from train_specialized_embeddings.training import starts
+from pipeline.retrieval.whitening import (
+    collect_scatter,
+    fit_pca_whitening,
+    fit_within_class_whitening,
+    whiten_within_class,
+)
+from train_specialized_embeddings.training.collapse import has_collapsed
+from train_specialized_embeddings.training.coordinates import make_coordinates
 from train_specialized_embeddings.training.starts import Baselines, make_projector
 from train_specialized_embeddings.training.trainer import rate_factor
 from train_specialized_embeddings.training.validation import (
     choose_validation_set,
     format_table,
     log_verdict,
-    warn_of_collapse,
 )
 
 BASELINES = ("raw", "pca_whitened", "whitening")
@@ -67,7 +71,8 @@ def test_a_run_leaves_checkpoints_metrics_and_its_provenance(workspace: Path) ->
         assert record["train_loss"] > 0
         assert 0 < record["active_triplet_share"] <= 1
         assert sum(record["band_shares"]) == pytest.approx(1)
-        assert record["num_triplets"] == make_split(30, 1).num_rows
+        assert record["num_triplets"] == pytest.approx(16 * 16 / (make_split(30, 1).num_rows / 30), rel=0.1)
+        assert not record["collapsed"]
         assert 0 < record["embedding_spread"] <= 1
         assert set(record["learning_rates"]) == {"shortcut", "hidden.0", "output"}
     mark = json.loads((workspace / "checkpoint/provenance.json").read_text())
@@ -83,8 +88,8 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
     assert [content["epoch"] for name, content in found.items() if "best" not in name] == [2, 4, 5]
     for name, content in found.items():
         assert set(content) == {
-            "architecture", "projector", "start_weight", "optimizer", "step", "sampler", "random", "epoch", "start",
-            "metrics", "settings", "provenance",
+            "architecture", "projector", "weights", "coordinates", "start_weight", "optimizer", "step", "sampler",
+            "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale", "first_shape",
         }  # fmt: skip
         assert content["architecture"]["input_dim"] == WIDTH
         assert content["provenance"]["split_hash"] == "abc"
@@ -145,7 +150,7 @@ def test_early_stopping_ends_the_run_after_patience_epochs_without_a_gain(worksp
 
 def test_no_hidden_layer_and_a_penalty_and_a_distance_and_few_triplets_work(workspace: Path) -> None:
     run(workspace, "training_model.num_hidden_layers=0", "training.anchor_penalty=0.5",
-        "training.min_negative_distance_m=2000", "training.triplets_per_epoch=7")  # fmt: skip
+        "training.min_negative_distance_m=2000", "training.triplets_per_epoch=7", "training.loss=triplet")  # fmt: skip
     history = read_metrics(workspace)
     assert [record["num_triplets"] for record in history] == [0, 7, 7, 7, 7, 7]
     assert set(history[1]["learning_rates"]) == {"shortcut"}
@@ -169,19 +174,31 @@ def test_the_log_shows_the_table_and_warns_of_a_projector_that_is_not_worth_publ
     assert "NOT" not in caplog.text
 
 
-def test_collapse_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_collapse_is_told_by_spread_and_norm() -> None:
+    start = {"epoch": 0, "embedding_spread": 0.9, "embedding_norm": 1.0, "collapsed_in_training": False}
+    assert not has_collapsed(start | {"embedding_norm": 3.9}, start)
+    assert has_collapsed(start | {"embedding_spread": 0.1}, start)
+    assert has_collapsed(start | {"embedding_norm": 4.1}, start)
+    assert has_collapsed(start | {"embedding_norm": 0.2}, start)
+    assert has_collapsed(start | {"collapsed_in_training": True}, start)
+
+
+def test_a_run_that_collapses_goes_back_lowers_the_rates_and_says_so_and_ends_after_the_third_time(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("WARNING", "spatial_building_embeddings"):
-        start = {"epoch": 0, "embedding_spread": 0.9, "embedding_norm": 1.0, "active_triplet_share": None}
-        warn_of_collapse(start | {"epoch": 1, "embedding_norm": 3.9}, start)
-        assert not caplog.text
-        warn_of_collapse(start | {"epoch": 2, "embedding_spread": 0.1, "active_triplet_share": 0.0}, start)
-        assert "norm" not in caplog.text
-        warn_of_collapse(start | {"epoch": 3, "embedding_norm": 4.1}, start)
-        warn_of_collapse(start | {"epoch": 4, "embedding_norm": 0.2}, start)
-    assert "epoch 3: the embeddings' norm before normalisation is 4.1, at the start it was 1" in caplog.text
-    assert "epoch 4: the embeddings' norm before normalisation is 0.2" in caplog.text
-    assert "epoch 2: the embeddings are collapsing (spread 0.100, at the start 0.900)" in caplog.text
-    assert "epoch 2: no triplet was active" in caplog.text
+        run(workspace, "training.learning_rate=30.0", "training.shortcut_learning_rate=30.0",
+            "training.warmup_epochs=0", "training.num_epochs=50")  # fmt: skip
+    history = read_metrics(workspace)
+    assert [record["epoch"] for record in history if record["collapsed"]][:2] == [1, 2]
+    assert "epoch 1: the embeddings have collapsed" in caplog.text
+    assert "back to epoch 0, with rates of 0.1 of the configured ones" in caplog.text
+    rates = [record["learning_rates"]["output"] for record in history[1:]]
+    assert rates[0] > 5 * rates[1]
+    assert sum(record["collapsed"] for record in history) <= 3
+    best = read_checkpoints(workspace)["checkpoint_best.pt"]
+    assert best["metrics"]["val"]["projector"]["map"] >= history[0]["val"]["map"]
+    assert read_checkpoints(workspace)["checkpoint_final.pt"]["rate_scale"] <= 0.011
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_half_cosine() -> None:
@@ -226,13 +243,19 @@ def test_the_start_equals_the_whitening_and_its_branch_reads_inputs_of_variance_
     from pipeline.retrieval.features import load_features
 
     data = load_features(workspace / "merged/train.parquet")
-    whitening = fit_within_class_whitening(data.embeddings * 50, data.building_codes, 8)
+    scatter = collect_scatter(data.embeddings * 50, data.building_codes)
+    whitening = whiten_within_class(scatter, WIDTH)
+    start = make_coordinates(whitening, scatter, 8)
     section = load_config(workspace / "config.toml").training_model.model_copy(update={"hidden_dim": 400})
-    projector = make_projector(WIDTH, Baselines(whitening, {}, {}), section, TrainingSection()).eval()
-    rows = torch.from_numpy(data.embeddings * 50)
-    np.testing.assert_allclose(projector(rows).detach().numpy(), whitening.apply(data.embeddings * 50), atol=1e-5)
-    assert float(projector.hidden[0](rows).var().detach()) == pytest.approx(1.0, rel=0.25)
-    assert starts.relative_scale(Projector(300, 200).shortcut) == pytest.approx(1.0, rel=0.01)
+    projector = make_projector(Baselines(start, {}, {}), section, TrainingSection()).eval()
+    rows, coordinates = data.embeddings * 50, start.map_rows(data.embeddings * 50)
+    expected = whitening.take_leading(8).apply(rows)
+    np.testing.assert_allclose(projector(torch.from_numpy(coordinates)).detach().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(start.fold(projector)(torch.from_numpy(rows)).detach().numpy(), expected, atol=1e-4)
+    assert float(projector.hidden[0](torch.from_numpy(coordinates)).var().detach()) == pytest.approx(1.0, rel=0.25)
+    assert np.square(coordinates[:, :8]).mean() == pytest.approx(1.0, rel=1e-3)
+    means = np.stack([coordinates[data.building_codes == code].mean(axis=0) for code in data.building_codes])
+    np.testing.assert_allclose(start.spread, (coordinates - means).std(axis=0), rtol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ refusals

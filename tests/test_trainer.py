@@ -15,6 +15,7 @@ from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.band_sampler import BandSampler, Triplets
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.training.collapse import ShapeSums
 from train_specialized_embeddings.training.losses import triplet_losses
 from train_specialized_embeddings.training.trainer import Trainer
 
@@ -26,7 +27,8 @@ def make_trainer(**settings: Any) -> tuple[Trainer, Features]:
     torch.manual_seed(0)
     projector = Projector(6, 4, 8, 1, 0.0, "gelu", 0.0)
     sampler = BandSampler(data, make_neighbors(data), 3, 15.0)
-    section = TrainingSection(batch_size=20, margin=0.3, hard_mining=False, **settings)
+    chosen = {"loss": "triplet", "triplets_per_epoch": len(data)} | settings
+    section = TrainingSection(batch_size=20, margin=0.3, hard_mining=False, input_noise=0.0, **chosen)
     return Trainer(projector, FeatureStore(rows, torch.device("cpu")), sampler, section), data
 
 
@@ -68,8 +70,10 @@ def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_triplets(
     counts = torch.zeros(2, 8, dtype=torch.float64)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
     [(features, where)] = trainer.store.stream([trainer._list_rows(drawn)])
-    loss_sum = trainer._take_step(drawn, features, where, counts)
-    assert float(loss_sum) == pytest.approx(float(losses.detach().sum()), rel=1e-5)
+    shape = ShapeSums(4, torch.device("cpu"))
+    loss_sum, num_losses = trainer._take_step(drawn, features, where, counts, shape).tolist()
+    assert loss_sum == pytest.approx(float(losses.detach().sum()), rel=1e-5)
+    assert num_losses == len(triplets)
     assert counts[0].tolist() == [int((bands == band).sum()) for band in range(8)]
     assert counts[1].tolist() == [int(((bands == band) & (losses > 0)).sum()) for band in range(8)]
     found = [weight.grad for weight in trainer.projector.parameters() if weight.grad is not None]
@@ -113,6 +117,75 @@ def test_a_state_of_a_gpu_goes_on_on_a_cpu_with_new_random_numbers_and_says_so(
         trainer.run_epoch(bar)
         weights.append(trainer.projector.shortcut.weight.detach().clone())
     assert weights[0].equal(weights[1])
+
+
+@pytest.mark.parametrize("loss", ["supcon", "multi_similarity"])
+def test_a_loss_of_whole_buildings_has_every_image_as_anchor_and_a_banded_triplet_a_building(loss: str) -> None:
+    trainer, data = make_trainer(loss=loss)
+    report = trainer.run_epoch(Progress("train", None))
+    num_buildings = int((np.bincount(data.building_codes) > 1).sum())
+    assert num_buildings <= report.num_triplets <= num_buildings + 3  # a pass over all images, and the rest of a batch
+    assert report.num_triplets < len(data) / 2
+    assert report.loss > 0
+    assert not report.has_collapsed
+
+
+def test_few_images_are_passed_over_until_there_are_enough_steps() -> None:
+    trainer, data = make_trainer(triplets_per_epoch="auto")
+    assert trainer.num_anchors == 16 * 20 > len(data)
+    assert trainer.run_epoch(Progress("train", None)).num_triplets == 320
+    assert trainer.step == 16
+
+
+def test_noise_is_drawn_in_units_of_the_spread_within_buildings(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, data = make_trainer()
+    spread = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0, 0.0])
+    section = trainer.section.model_copy(update={"input_noise": 1.5})
+    noisy = Trainer(trainer.projector, trainer.store, trainer.sampler, section, spread)
+    seen, real = [], noisy.projector.map
+    monkeypatch.setattr(noisy.projector, "map", lambda rows: (seen.append(rows), real(rows))[1])
+    noisy.run_epoch(Progress("train", None))
+    rows = torch.cat(seen)
+    exact = torch.from_numpy(data.embeddings)
+    assert set(rows[:, 1].tolist()) <= set(exact[:, 1].tolist())
+    nearest = torch.cdist(rows[:, [1, 3, 4, 5]], exact[:, [1, 3, 4, 5]]).argmin(dim=1)
+    moved = (rows - exact[nearest]).std(dim=0)
+    assert moved.tolist() == pytest.approx([1.5, 0.0, 3.0, 0.0, 0.0, 0.0], rel=0.15)
+
+
+def test_a_collapse_ends_an_epoch_at_the_draw_that_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train_specialized_embeddings.training.trainer._MIN_ANCHORS_PER_DRAW", 320)
+    trainer, _ = make_trainer(triplets_per_epoch=3200)
+    real = trainer._take_step
+
+    def take_step(*arguments: Any) -> torch.Tensor:
+        sums = real(*arguments)
+        if trainer.step == 40:
+            trainer.projector.shortcut.weight.data.zero_()  # all images coincide from here on
+            trainer.projector.shortcut.bias.data.fill_(1.0)
+            trainer.projector.output = None
+        return sums
+
+    monkeypatch.setattr(trainer, "_take_step", take_step)
+    report = trainer.run_epoch(Progress("train", None))
+    assert report.has_collapsed
+    assert trainer.step in (48, 64)  # of 160: a draw is of 16 steps
+    assert trainer.epoch == 1
+
+
+def test_going_back_takes_the_weights_and_lowers_the_rates_but_not_the_schedule() -> None:
+    trainer, _ = make_trainer()
+    bar = Progress("train", None)
+    trainer.run_epoch(bar)
+    state = trainer.state()
+    trainer.run_epoch(bar)
+    trainer.go_back(state, 0.1)
+    assert trainer.projector.shortcut.weight.equal(state["weights"]["shortcut.weight"])
+    assert (trainer.epoch, trainer.rate_scale) == (2, 0.1)
+    before = trainer.run_epoch(bar).learning_rates["shortcut"]
+    trainer.rate_scale = 1.0
+    trainer.epoch = 2
+    assert trainer.run_epoch(bar).learning_rates["shortcut"] == pytest.approx(10 * before)
 
 
 @pytest.mark.parametrize("settings", [{}, {"band_sampling": "ucb"}, {"share_within_building": True}])

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
     """A folder with splits, a difficulty table and a configuration whose settings lie in the space."""
     fill_workspace(tmp_path)
-    training = SETTINGS["training"] | {"num_epochs": 2, "batch_size": 64}
+    training = SETTINGS["training"] | {"num_epochs": 2, "batch_size": 64, "learning_rate": 1e-3}
     write_config(tmp_path, training=training, training_model={"output_dim": 8, "hidden_dim": 128})
     return tmp_path
 
@@ -84,10 +84,10 @@ def test_the_first_trial_has_the_configured_settings_and_its_value_is_that_of_tr
 def test_training_takes_the_fragment(workspace: Path) -> None:
     search(workspace, 2)
     fragment = workspace / "checkpoint/_tune/best.toml"
-    config = load_config(workspace / "config.toml", [str(fragment), "training.margin=0.3"])
+    config = load_config(workspace / "config.toml", [str(fragment), "training.temperature=0.3"])
     for section, keys in tomllib.loads(fragment.read_text()).items():
         for key, value in keys.items():
-            assert getattr(getattr(config, section), key) == (0.3 if key == "margin" else value)
+            assert getattr(getattr(config, section), key) == (0.3 if key == "temperature" else value)
     assert config.training_model.output_dim == 8
     assert train(workspace, str(fragment)).written
 
@@ -117,17 +117,17 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
 
     monkeypatch.setattr(study, "_FREE_TRIALS", 1)
     monkeypatch.setattr(study, "_FREE_EPOCHS", 0)
-    real, projectors = study.make_projector, []
+    real, runs = study.make_run, []
 
-    def make_projector(*arguments: Any) -> Any:
-        projectors.append(real(*arguments))
-        if len(projectors) == 2:
+    def make_run(*arguments: Any, **named: Any) -> Any:
+        runs.append(real(*arguments, **named))
+        if len(runs) == 2:
             raise PipelineError("training diverged")
-        if len(projectors) > 2:
-            projectors[-1].shortcut.weight.data.fill_(1.0)  # all images coincide
-        return projectors[-1]
+        if len(runs) > 2:
+            runs[-1].trainer.projector.shortcut.weight.data.fill_(1.0)  # all images coincide
+        return runs[-1]
 
-    monkeypatch.setattr(study, "make_projector", make_projector)
+    monkeypatch.setattr(study, "make_run", make_run)
     result = search(workspace, 4)
     assert (result.rows_in, result.rejected, result.dropped) == (4, 1, 2)
     assert [row["state"] for row in read_trials(workspace)] == ["complete", "fail", "pruned", "pruned"]
@@ -135,7 +135,7 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
 
 def test_a_study_of_other_inputs_or_settings_is_refused_but_not_for_what_the_trials_choose(workspace: Path) -> None:
     search(workspace, 1)
-    assert search(workspace, 1, "training.margin=0.4", "training_model.hidden_dim=200").kept
+    assert search(workspace, 1, "training.temperature=0.4", "training_model.hidden_dim=200").kept
     with pytest.raises(StaleOutputError, match=r"journal.log: .*training.num_epochs was 2 and is now 3.*--overwrite"):
         search(workspace, 1, "training.num_epochs=3")
     assert search(workspace, 1, "training.num_epochs=3", overwrite=True).written

@@ -17,7 +17,7 @@ WIDTH = 12
 OUTPUTS = ["checkpoint_best.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_4.pt", "checkpoint_final.pt",
            "metrics.jsonl", "provenance.json"]  # fmt: skip
 SETTINGS = {
-    "training": {"num_epochs": 5, "batch_size": 16, "save_every_n_epochs": 2, "learning_rate": 1e-3, "patience": 99},
+    "training": {"num_epochs": 5, "batch_size": 16, "save_every_n_epochs": 2, "patience": 99},
     "training_model": {"output_dim": 8, "hidden_dim": 6},
 }
 

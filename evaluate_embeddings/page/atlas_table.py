@@ -1,6 +1,5 @@
 """Write the table that embedding-atlas opens: id, embedding and thumbnail of each image of an embeddings dataset."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from evaluate_embeddings.scores.labelled import count_rows, find_id_column, list
 from pipeline.errors import InputError, Rejection
 from pipeline.files.lists import find_embedding
 from pipeline.files.tables import open_parquet, read_provenance, reading
+from pipeline.files.writing import read_json_object
 from pipeline.inference.images import decode_rgb
 from pipeline.log import Progress, logger
 from pipeline.pages import shrink, to_jpeg
@@ -82,11 +82,9 @@ def choose_rows(folder: Path, seed: int) -> list[Part]:
 def read_input_path(folder: Path) -> Path | None:
     """Return what the dataset was made from, as its state.json says; None where that is not here."""
     for place in (folder, folder.with_name(f"{folder.name}.parts")):
-        try:
-            path = Path(json.loads((place / "state.json").read_text(encoding="utf-8"))["input_path"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        return path if path.exists() else None
+        path = read_json_object(place / "state.json").get("input_path")
+        if isinstance(path, str):
+            return Path(path) if Path(path).exists() else None
     return None
 
 

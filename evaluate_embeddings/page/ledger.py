@@ -1,6 +1,5 @@
 """What became of every row, stage by stage, as the files that are there say of their own making."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from pipeline.cli import StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.tables import read_provenance
+from pipeline.files.writing import read_json_object
 
 
 def read_ledger(config: Config) -> list[StageResult]:
@@ -16,6 +16,8 @@ def read_ledger(config: Config) -> list[StageResult]:
 
     `kept` names the files that were counted.
     """
+    folder = find_path(config, "checkpoint_dir")
+    mark = folder and folder / "provenance.json"
     found = [
         _add_up("process_tar", _parquets(config, "intermediates_dir", "*.parquet")),
         _add_up("generate_embeddings", _parquets(config, "embeddings_dir", "*_embeddings.parquet")),
@@ -23,7 +25,7 @@ def read_ledger(config: Config) -> list[StageResult]:
         _add_up("merge_and_split", _parquets(config, "merged_dir", "test.parquet")),
         _add_up("compute_fingerprints", _parquets(config, "fingerprints_dir", "*_fingerprints.parquet")),
         _add_up("compute_visual_neighbors", _parquets(config, "difficulty_metadata_path", "")),
-        _add_up("train", _documents(find_path(config, "checkpoint_dir"), "provenance.json")),
+        _add_up("train", [(mark, read_json_object(mark))] if mark else []),
         _add_up("generate_embeddings_from_parquet", _parquets_of_new_data(config)),
     ]
     return [result for result in found if result.kept]
@@ -69,12 +71,3 @@ def _read_all(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any] | No
                 yield path, read_provenance(path)
             except InputError:  # a damaged file of another stage is that stage's affair
                 yield path, None
-
-
-def _documents(folder: Path | None, name: str) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-    if folder is not None and (folder / name).is_file():
-        try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
-        yield folder / name, content if isinstance(content, dict) else None

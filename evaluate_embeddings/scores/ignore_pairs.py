@@ -14,11 +14,13 @@ from pipeline.retrieval.scores import IgnoredPairs
 COLUMNS = ("building_id_a", "building_id_b")
 
 
-def read_ignore_pairs(path: Path) -> pa.Table:
-    """Read the two id columns of a CSV as strings; further columns are passed over.
+def read_ignore_pairs(path: Path | None) -> pa.Table | None:
+    """Read the two id columns of a CSV as strings, None where none is asked for; further columns are passed over.
 
     Raises InputError if the file is missing, is no CSV, or lacks a column.
     """
+    if path is None:
+        return None
     # As strings, or an id of digits alone would lose its leading zeros.
     options = csv.ConvertOptions(include_columns=list(COLUMNS), column_types=dict.fromkeys(COLUMNS, pa.string()))
     remedy = f"--ignore-pairs takes a CSV with the columns {' and '.join(COLUMNS)}"

@@ -1,6 +1,5 @@
 """Read any embeddings dataset, and the labels that say which of its images show one building."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pipeline.errors import InputError, one_line
 from pipeline.files.listing import is_parquet, list_files
 from pipeline.files.lists import find_embedding
 from pipeline.files.tables import open_parquet, reading
+from pipeline.files.writing import read_json_object
 from pipeline.log import logger
 from pipeline.retrieval.scores import Embeddings, normalise_rows
 
@@ -31,10 +31,6 @@ class EmbeddingsTable:
     place: Path
     ids: pa.StringArray  # (N,)
     embeddings: Embeddings  # (N, D), L2-normalised
-
-    def take(self, rows: Rows) -> "EmbeddingsTable":
-        """Return some of the rows."""
-        return EmbeddingsTable(self.place, self.ids.take(pa.array(rows)), self.embeddings[rows])
 
 
 def read_embeddings(folder: Path) -> EmbeddingsTable:
@@ -91,11 +87,8 @@ def list_parts(folder: Path) -> list[Path]:
 
 
 def _log_if_incomplete(folder: Path) -> None:
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if isinstance(state, dict) and state.get("complete") is False:
+    state = read_json_object(folder / "state.json")
+    if state.get("complete") is False:
         logger.warning(
             "%s is not complete: %s of %s rows are embedded, and only those are scored",
             folder, state.get("rows_embedded"), state.get("rows_total"),

@@ -116,7 +116,7 @@ def load_datasets(
     if len(kept) == len(encoded.dictionary):
         remedy = "give more images" if request.labels else "every image has an OSMID of its own: give --labels"
         raise InputError(f"{folder}: no two images have one label, so that nothing can be found: {remedy}")
-    ignored = resolve_pairs(_read_pairs(request), encoded.dictionary)
+    ignored = resolve_pairs(read_ignore_pairs(request.ignore_pairs), encoded.dictionary)
     images = LabelledImages(encoded.indices.to_numpy().astype(np.int32), ignored, len(ids) - len(kept))
     return [model.take(kept) for model in models], images, []
 
@@ -125,10 +125,6 @@ def _drop(result: cli.StageResult, reason: str, count: int) -> None:
     if count:
         result.dropped += count
         result.reasons[reason] = count
-
-
-def _read_pairs(request: Request) -> pa.Table | None:
-    return None if request.ignore_pairs is None else read_ignore_pairs(request.ignore_pairs)
 
 
 # ------------------------------------------------------------------------------------------------ the test split
@@ -157,7 +153,7 @@ def load_checkpoints(
     else:
         other, more = _project(request.compare, features, config, split_hash)
         notes += more
-    ignored = resolve_pairs(_read_pairs(request), features.building_ids)
+    ignored = resolve_pairs(read_ignore_pairs(request.ignore_pairs), features.building_ids)
     return [own.take(rows), other], LabelledImages(features.building_codes[rows], ignored, 0), notes
 
 

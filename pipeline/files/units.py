@@ -143,6 +143,27 @@ def _find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]
     return known
 
 
+def do_tars(
+    result: StageResult,
+    config: Config,
+    options: Options,
+    output_key: str,
+    suffix: str = "",
+    *,
+    describe: Callable[[TarUnit], dict[str, Any]],
+    make: Callable[[TarUnit, dict[str, Any]], None],
+) -> StageResult:
+    """Do this shard's part of a stage that works tar by tar, and return its counts; see `list_units` and `run_units`.
+
+    Raises InputError if a tar failed, PipelineError if too many items were rejected.
+    """
+    config.require_paths(*dict.fromkeys(["intermediates_dir", output_key, *([] if options.tar_files else ["raw_dir"])]))
+    units = list_units(config, options, output_key, suffix)
+    run_units(units, result, describe=describe, make=make, overwrite=options.overwrite)
+    result.check_reject_fraction(config)
+    return result
+
+
 def run_units(
     units: Iterable[TarUnit],
     result: StageResult,

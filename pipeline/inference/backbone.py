@@ -1,9 +1,7 @@
 """Run a pretrained vision model: encoded images in, pooled embeddings out."""
 
-import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+from pipeline.config import count_cores
 from pipeline.errors import InputError, PipelineError, one_line
-from pipeline.inference.devices import choose_device, describe_device, keep_freed_memory
+from pipeline.inference.compilation import COMPILE_ERRORS, compile_blocks, uncompile
+from pipeline.inference.devices import (
+    choose_device,
+    describe_device,
+    forbid_tf32,
+    is_convolutional,
+    keep_freed_memory,
+    place,
+)
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.loading import find_vision_config, load_model
-from pipeline.inference.pixels import decode_pixels, travels_whole
+from pipeline.inference.passes import Launched, Staged, fetch, find_batch_size, stack_by_size, timer
+from pipeline.inference.pixels import decode_pixels, measure_decoding, travels_whole
 from pipeline.inference.pooling import PoolingError, embed_views
 from pipeline.inference.preprocessing import (
     cut_ribbon,
@@ -36,9 +44,11 @@ CPU_MICRO_BATCH = 8
 CPU_MICRO_BATCH_PIXELS = 8 * 224 * 224
 # Passes that are timed for each batch size, behind one that is not.
 TIMED_PASSES = 3
-BATCH_SIZES = tuple(2**exponent for exponent in range(3, 11))
-# A pass twice as large has to be faster by this share, or its memory buys nothing.
-LEAST_GAIN = 0.03
+# Passes that fit before a size that was too large for the GPU's memory is tried again; twice as many the next time.
+PASSES_BEFORE_RETRY = 256
+# Pinned buffers that pictures travel in. The allocator rounds each up to a power of two, which a buffer a picture
+# would pay for a thousand times.
+PINNED_BYTES = 32 << 20
 # How far two embeddings of one picture may lie apart, as a share of their length: a cosine of 0.9995.
 REPEAT_TOLERANCE = 0.03
 
@@ -47,32 +57,6 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What `decode` makes of a file: the model's input (3, h, w) float32, or what the GPU shall make it of, pixels
 # (3, H, W) uint8.
 Decoded = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Staged:
-    """Inputs of a pass on their way to the device, (n, 3, h, w) for each size, and what says that they are there."""
-
-    batches: list[torch.Tensor]
-    arrived: torch.cuda.Event | None = None
-
-
-@dataclass
-class Launched:
-    """A pass under way: its outputs by part, (n, D) each, and the events around each part on the GPU."""
-
-    parts: list[torch.Tensor]
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]]
-
-    def result(self) -> NDArray[np.float32]:
-        """Wait for the embeddings, (N, D) float32."""
-        if self.events:
-            self.events[-1][1].synchronize()
-        return torch.cat(self.parts).numpy()
-
-    def gpu_seconds(self) -> float:
-        """Seconds for which the GPU computed, behind `result`."""
-        return float(sum(start.elapsed_time(end) for start, end in self.events)) / 1000.0
 
 
 class Embedder:
@@ -117,13 +101,19 @@ class Embedder:
             self.device_processor = find_device_processor(
                 folder, self.processor, trust_remote_code, self.device, image_size
             )
-        self._side = torch.cuda.Stream() if self.on_gpu else None
-        self.model = load_model(folder, self.dtype, pooling_type, trust_remote_code).to(self.device).eval()
-        # Twice as fast for convolutions on a CPU, the same values.
-        self._layout = torch.contiguous_format if self.on_gpu else torch.channels_last
+        # Of a high priority: the little that is done there would else wait behind a whole pass.
+        self._side = torch.cuda.Stream(priority=-1) if self.on_gpu else None
+        if self.dtype == torch.float32:
+            forbid_tf32()
+        self.model = place(load_model(folder, self.dtype, pooling_type, trust_remote_code), self.device).eval()
+        # Twice as fast for convolutions, the same values; on a CPU also what little of them a ViT has.
+        convolves = not self.on_gpu or is_convolutional(self.model)
+        self._layout = torch.channels_last if convolves else torch.contiguous_format
         self.model.to(memory_format=self._layout)
         self.compile_model = False
         self.micro_batch = 1 if isinstance(batch_size, str) else batch_size
+        self._wanted_batch, self._sizes = self.micro_batch, {self.micro_batch}
+        self._patience, self._passes_that_fit = PASSES_BEFORE_RETRY, 0
         if self.on_gpu:
             self.width = self._try(folder, image_size)
             self._tune(batch_size)
@@ -132,9 +122,9 @@ class Embedder:
             most = max(1, min(CPU_MICRO_BATCH, CPU_MICRO_BATCH_PIXELS // (height * width)))
             self.micro_batch = most if isinstance(batch_size, str) else min(batch_size, most)
             self.width = self._try(folder, image_size)
+        self._wanted_batch, self._sizes = self.micro_batch, {self.micro_batch}
         if compile_model:
-            self.compile_model = True
-            self.model.compile(dynamic=False)
+            self._compile()
         logger.info(
             "model %s: %s, %s, %s, attention %s, %d images a pass",
             folder.name, type(self.model).__name__, describe_device(self.device), self.dtype,
@@ -151,7 +141,7 @@ class Embedder:
         pixels = decode_pixels(data)
         if self.device_processor is None or not travels_whole(*pixels.shape[1:]):
             return self.prepare(pixels)
-        return pixels.pin_memory() if self.on_gpu else pixels
+        return pixels
 
     def prepare(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         """Return an RGB image, or its pixels (3, H, W) uint8, as the model's processor makes it, (3, h, w) float32."""
@@ -172,29 +162,41 @@ class Embedder:
         """
         with torch.cuda.stream(self._side):  # None on a CPU, which does nothing
             try:
-                inputs = self._finish(images)
-                batches = _stack_by_size(inputs)
+                batches = stack_by_size(self._finish(images))
                 if self.on_gpu:
+                    batches = [batch if batch.is_cuda else batch.pin_memory() for batch in batches]
                     batches = [batch.to(self.device, self.dtype, non_blocking=True) for batch in batches]
             except torch.cuda.OutOfMemoryError:
                 logger.warning("out of GPU memory: pictures are resized on the CPU from now on")
                 self.device_processor = None
-                return Staged(_stack_by_size([self._prepare_late(image) for image in images]))
+                return Staged(stack_by_size([self._prepare_late(image) for image in images]))
             return Staged(batches, self._side.record_event() if self._side else None)
 
     def _finish(self, images: Sequence[Decoded]) -> list[torch.Tensor]:
         """Return the model's inputs, (3, h, w) each; those that come as pixels are made on the device."""
         if self.device_processor is None:  # or taken away since they were decoded
-            images = [self._prepare_late(image) for image in images]
+            return [self._prepare_late(image) for image in images]
         found = dict(enumerate(images))
-        whole = {
-            place: image.to(self.device, non_blocking=True)
-            for place, image in found.items()
-            if image.dtype == torch.uint8
-        }
-        if whole and self.device_processor is not None:
-            found |= zip(whole, self.device_processor(list(whole.values())), strict=True)
-        return [image.to(self.device) for image in found.values()]
+        whole = {place: image for place, image in found.items() if image.dtype == torch.uint8}
+        if whole:
+            found |= zip(whole, self.device_processor(self._upload(list(whole.values()))), strict=True)
+        return list(found.values())
+
+    def _upload(self, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Bring pictures (3, H, W) uint8 to the device, many in one copy."""
+        there: list[torch.Tensor] = []
+        while len(there) < len(pictures):
+            buffer = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=self.on_gpu)
+            end, shapes = 0, []
+            for picture in pictures[len(there) :]:
+                if end + picture.numel() > PINNED_BYTES:
+                    break
+                buffer[end : end + picture.numel()].view(picture.shape).copy_(picture)
+                end += picture.numel()
+                shapes.append(picture.shape)
+            pieces = buffer[:end].to(self.device, non_blocking=True).split([shape.numel() for shape in shapes])
+            there += [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        return there
 
     def _prepare_late(self, image: Decoded) -> torch.Tensor:
         return self.prepare(image) if image.dtype == torch.uint8 else image
@@ -213,6 +215,8 @@ class Embedder:
                 count = self.micro_batch  # which a pass that is out of memory makes smaller
                 self._forward(waiting[:count], launched)
                 waiting = waiting[count:]
+                if self.micro_batch < self._wanted_batch:
+                    self._grow()
         return launched
 
     def embed(self, images: Sequence[Decoded]) -> NDArray[np.float32]:
@@ -274,19 +278,52 @@ class Embedder:
         try:
             with torch.inference_mode():
                 inputs = batch.to(self.device, self.dtype, memory_format=self._layout)
-                started = torch.cuda.current_stream().record_event(_timer()) if self.on_gpu else None
-                launched.parts.append(_fetch(self._extract(inputs)[:count]))
+                started = torch.cuda.current_stream().record_event(timer()) if self.on_gpu else None
+                launched.parts.append(fetch(self._extract(inputs)[:count]))
                 if started is not None:
-                    launched.events.append((started, torch.cuda.current_stream().record_event(_timer())))
+                    launched.events.append((started, torch.cuda.current_stream().record_event(timer())))
                 return
         except torch.cuda.OutOfMemoryError:
             if count == 1:
                 raise PipelineError("the GPU cannot hold the model and one image: use a larger one") from None
         torch.cuda.empty_cache()
-        self.micro_batch = max(1, count // 2)
-        logger.warning("out of GPU memory: going on with %d images a pass", self.micro_batch)
+        self._shrink(count // 2)
         for half in batch[:count].split(self.micro_batch):
             self._forward(half, launched)
+
+    def _shrink(self, count: int) -> None:
+        """Go on with smaller passes; one shape more is compiled for them, and no third."""
+        self.micro_batch, self._passes_that_fit = count, 0
+        logger.warning("out of GPU memory: going on with %d images a pass", count)
+        if self.compile_model and count not in self._sizes and len(self._sizes) > 1:
+            self._stop_compiling("each size of pass would be compiled anew")
+        self._sizes.add(count)
+
+    def _grow(self) -> None:
+        """Go back to the size of pass that was asked for once smaller ones have fitted for a while."""
+        self._passes_that_fit += 1
+        if self._passes_that_fit >= self._patience:
+            self._patience *= 2
+            self.micro_batch = self._wanted_batch
+            logger.info("trying %d images a pass again", self.micro_batch)
+
+    def _compile(self) -> None:
+        """Compile the model's blocks and run a pass, or go on without, saying why."""
+        prepared = self.prepare(draw_picture((640, 640)))
+        self.compile_model = True
+        num_blocks = compile_blocks(self.model)
+        started = time.monotonic()
+        try:
+            self.embed([prepared] * self.micro_batch)
+        except COMPILE_ERRORS as error:
+            self._stop_compiling(one_line(error)[:200])
+        else:
+            logger.info("compiled %d blocks in %.0f s", num_blocks, time.monotonic() - started)
+
+    def _stop_compiling(self, reason: str) -> None:
+        logger.warning("going on without torch.compile: %s", reason)
+        uncompile(self.model)
+        self.compile_model = False
 
     def _tune(self, batch_size: int | str) -> None:
         """Choose by measurement how many images a pass takes, if that is left to us."""
@@ -299,7 +336,11 @@ class Embedder:
             except torch.cuda.OutOfMemoryError:
                 rate = 0.0  # the passes will be halved
         torch.cuda.empty_cache()
-        logger.info("the model alone does %.0f img/s in passes of %d", rate, self.micro_batch)
+        ceiling = count_cores() * measure_decoding(draw_picture((640, 640)))
+        logger.info(
+            "the model alone does %.0f img/s in passes of %d; %d cores decode at most %.0f img/s of 640 pixels",
+            rate, self.micro_batch, count_cores(), ceiling,
+        )  # fmt: skip
 
     def _measure_rate(self, count: int, shape: torch.Size) -> float:
         """Return the images/s of the model alone, not compiled, in passes of `count` inputs of `shape`."""
@@ -318,43 +359,9 @@ class Embedder:
             torch.cuda.synchronize()
 
 
-def find_batch_size(measure: Callable[[int], float], sizes: tuple[int, ...] = BATCH_SIZES) -> tuple[int, float]:
-    """Return the size from which on larger passes are hardly faster, and its images/s.
-
-    `measure` gives the images/s of a size and raises torch.cuda.OutOfMemoryError where the memory does not hold it.
-    If it holds none, the smallest is returned, with rate 0.
-    """
-    best, best_rate = sizes[0], 0.0
-    for size in sizes:
-        try:
-            rate = measure(size)
-        except torch.cuda.OutOfMemoryError:
-            break
-        if rate < (1 + LEAST_GAIN) * best_rate:
-            break
-        best, best_rate = size, rate
-    return best, best_rate
-
-
 def _default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the chip is made for it; never float16, which breaks DINOv3."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _stack_by_size(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.stack(list(group)) for _, group in itertools.groupby(inputs, key=lambda tensor: tensor.shape)]
-
-
-def _fetch(pooled: torch.Tensor) -> torch.Tensor:
-    """Copy to the host; from a GPU without waiting, into pinned memory."""
-    if pooled.device.type != "cuda":
-        return pooled
-    host = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
-    return host.copy_(pooled, non_blocking=True)
-
-
-def _timer() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
 
 
 def check_embeddings(embeddings: NDArray[np.float32], names: Sequence[str], width: int | None = None) -> None:

@@ -30,6 +30,33 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if available and wanted != "cpu" else "cpu")
 
 
+def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Bring a model to a device.
+
+    Raises PipelineError where the memory does not hold it.
+    """
+    try:
+        return model.to(device)
+    except torch.cuda.OutOfMemoryError:
+        size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
+        raise PipelineError(
+            f"the GPU cannot hold the model of {size:.1f} GB: end what else runs on it (nvidia-smi), take a larger "
+            'one, or set [embedding_model].dtype to "bfloat16"'
+        ) from None
+
+
+def is_convolutional(model: torch.nn.Module) -> bool:
+    """Whether a model convolves beyond its first layer, in which a ViT cuts out its patches."""
+    return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules()) > 1
+
+
+def forbid_tf32() -> None:
+    """Have a GPU compute float32 as float32: TF32 is torch's default for convolutions, and an environment variable
+    (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE) makes it that for products too. It would miss the contract's cosine."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next layer instead of giving each back to the kernel.
 

@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, Rejection
-from pipeline.inference.backbone import Decoded, Embedder, Launched, Staged
-from pipeline.inference.engine_watch import EngineWatch
+from pipeline.inference.backbone import Decoded, Embedder
+from pipeline.inference.passes import Launched, Staged
 from pipeline.inference.workers import map_in_order, prefetch
+from pipeline.log import EngineWatch
 
 Item = TypeVar("Item")
 

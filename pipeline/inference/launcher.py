@@ -96,9 +96,32 @@ def _start(script: Path, arguments: list[str], index: int, count: int, gpus: lis
         return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
+def choose_cores(cores: list[int], nodes: list[set[int]], index: int, count: int) -> list[int]:
+    """Return the cores of process `index` of `count`: every so many-th, of one NUMA node where that comes out even.
+
+    Memory of another node is slower, and GPUs are numbered in the order of the nodes that they hang on.
+    """
+    on_node = [found for node in nodes if (found := [core for core in cores if core in node])]
+    if on_node and count % len(on_node) == 0 and len({len(found) for found in on_node}) == 1:
+        per_node = count // len(on_node)
+        cores, index, count = on_node[index // per_node], index % per_node, per_node
+    return cores[index::count]
+
+
+def list_numa_nodes() -> list[set[int]]:
+    """Return the cores of each NUMA node, none where Linux does not say."""
+    nodes = []
+    for path in sorted(
+        Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"), key=lambda path: int(path.parent.name[4:])
+    ):
+        spans = [span.split("-") for span in path.read_text().strip().split(",") if span]
+        nodes.append({core for span in spans for core in range(int(span[0]), int(span[-1]) + 1)})
+    return nodes
+
+
 @contextmanager
 def _part_of_the_cores(index: int, count: int) -> Iterator[int]:
-    """Bind whatever is started in the block to every `count`-th core, and say how many those are.
+    """Bind whatever is started in the block to its share of the cores, and say how many those are.
 
     Bound, two processes never take turns on a core while another one is idle, and each counts its own cores.
     """
@@ -106,7 +129,7 @@ def _part_of_the_cores(index: int, count: int) -> Iterator[int]:
         yield max(1, count_cores() // count)
         return
     cores = sorted(os.sched_getaffinity(0))
-    own = cores[index::count]
+    own = choose_cores(cores, list_numa_nodes(), index, count)
     os.sched_setaffinity(0, own)
     try:
         yield len(own)

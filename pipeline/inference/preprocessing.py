@@ -15,8 +15,9 @@ from pipeline.log import logger
 
 # No camera makes pictures of this shape. At 256 pixels of the shorter edge it takes 50 MB; a crop keeps 0.3 % of them.
 RIBBON_RATIO = 256
-# Pictures that are resized in one go: as floats, 400 MB of the largest.
-DEVICE_CHUNK = 32
+# Pictures that are resized in one go, and their pixels: 400 MB as floats. Each such group makes the host wait twice.
+DEVICE_CHUNK = 128
+DEVICE_CHUNK_PIXELS = 32 << 20
 # Grey levels by which a GPU's input may differ from the CPU's, on average over a picture: it rounds otherwise.
 TOLERANCE_LEVELS = 0.5
 
@@ -30,8 +31,14 @@ class DeviceProcessor:
     def __call__(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the model's input, (3, h, w) float32 each, of pictures (3, H, W) uint8 on the device."""
         ready: list[torch.Tensor] = []
-        for start in range(0, len(pixels), DEVICE_CHUNK):
-            chunk = list(pixels[start : start + DEVICE_CHUNK])
+        while len(ready) < len(pixels):
+            chunk: list[torch.Tensor] = []
+            area = 0
+            for picture in pixels[len(ready) : len(ready) + DEVICE_CHUNK]:
+                area += picture.shape[1] * picture.shape[2]
+                if chunk and area > DEVICE_CHUNK_PIXELS:
+                    break
+                chunk.append(picture)
             ready += self._processor(images=chunk, device=self._device)["pixel_values"]
         return ready
 

@@ -15,7 +15,7 @@ from pipeline.config import count_cores
 from pipeline.errors import InputError, Rejection
 from pipeline.inference.backbone import Decoded, Embedder, check_embeddings
 from pipeline.inference.engine import End, embed_stream
-from pipeline.inference.engine_watch import EngineWatch
+from pipeline.log import EngineWatch
 from publish_model.dataset.hashes import hash_bytes, hash_ids, pack_hashes
 from publish_model.dataset.part_plans import PartContent, PartPlan
 from publish_model.new_data.columns import plain_values, take_rows

@@ -1,12 +1,11 @@
 """Put the results of stage 9 on the model card, once there are any of the model that it describes."""
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from pipeline.files.tables import PROVENANCE_KEY
-from pipeline.files.writing import writing_to
+from pipeline.files.writing import read_json_object, writing_to
 
 ROWS = {
     "raw": "backbone alone",
@@ -35,7 +34,7 @@ def add_test_results(folder: Path, metrics_path: Path) -> bool:
     Nothing is where there is no such folder, there are no figures, or they are of another checkpoint than the folder's.
     """
     card_path = folder / "README.md"
-    metrics, config = _read_json(metrics_path), _read_json(folder / "config.json")
+    metrics, config = read_json_object(metrics_path), read_json_object(folder / "config.json")
     published_from = _checkpoint_hashes(config.get(PROVENANCE_KEY.decode()))
     if not card_path.is_file() or not published_from & _checkpoint_hashes(metrics.get("provenance")):
         return False
@@ -82,11 +81,3 @@ def _format_value(scores: dict[str, Any], key: str) -> str:
 def _checkpoint_hashes(provenance: Any) -> set[str]:
     inputs = provenance.get("inputs", []) if isinstance(provenance, dict) else []
     return {item["hash"] for item in inputs if str(item.get("name")).endswith(".pt") and "hash" in item}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -49,28 +49,16 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Rail:
+class Rail(Block):
     """A balcony's railing of upright bars (or a glass or solid front) at `depth_m` before the wall."""
 
-    x0: float
-    x1: float
-    z0: float
-    z1: float
-    depth_m: float
-    rgb: Rgb
     step_m: float = 0.13
 
 
 @dataclass(frozen=True)
-class Awning:
+class Awning(Block):
     """A striped cloth that slopes out over a shop."""
 
-    x0: float
-    x1: float
-    z0: float
-    z1: float
-    depth_m: float
-    rgb: Rgb
     other_rgb: Rgb
 
 

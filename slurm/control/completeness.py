@@ -1,6 +1,5 @@
 """Which units of a stage are complete, by the same provenance that the stage itself looks at."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError, StaleOutputError
 from pipeline.files.tables import identify, is_complete, make_provenance, matches, read_provenance
 from pipeline.files.units import TarUnit
+from pipeline.files.writing import read_json_object
 from pipeline.inference.model_files import identify_model, locate_backbone
 from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
 from preprocess_raw_data.merging.embedding_inventory import list_embeddings
@@ -110,10 +110,7 @@ def read_tar_state(output_path: Path) -> UnitState:
 def check_dataset(source: PackagedInput, output: Path) -> None:
     """Raise StaleOutputError where stage 8's dataset was begun from another input."""
     state_path = dataset_dir(output) / "state.json"
-    try:
-        begun = json.loads(state_path.read_text(encoding="utf-8")).get("row_group_fingerprint")
-    except (OSError, ValueError):
-        return
+    begun = read_json_object(state_path).get("row_group_fingerprint")
     if begun is not None and begun != source.fingerprint:
         raise StaleOutputError(
             f"{state_path.parent}: begun from another input than {source.path}: give another output, or remove it"
@@ -150,7 +147,7 @@ def _is_model_published(config: Config) -> bool:
 
 def _is_evaluated(config: Config) -> bool:
     metrics_path = config.path("report_dir") / "metrics.json"
-    found = evaluate.read_metrics(metrics_path).get("provenance")
+    found = read_json_object(metrics_path).get("provenance")
     return matches(metrics_path, found, evaluate.describe_inputs(config, None))
 
 

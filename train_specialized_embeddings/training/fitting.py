@@ -1,29 +1,29 @@
 """Fit a projector to a training split: check the data, start from a closed form or a killed run, and train."""
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.config import Config
+from pipeline.config import Config, LoggingSection
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables
 from pipeline.inference.devices import choose_device, describe_device
 from pipeline.log import Stopwatch, logger
-from pipeline.retrieval.checkpoint import Checkpoint, build_projector, load_checkpoint
+from pipeline.retrieval.checkpoint import Checkpoint, load_checkpoint
 from pipeline.retrieval.features import Features, load_features
-from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.triplets import load_neighbors
+from train_specialized_embeddings.training.coordinates import Coordinates, restore_coordinates
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
 from train_specialized_embeddings.training.run_files import RunFiles
-from train_specialized_embeddings.training.starts import fit_baselines, make_projector
+from train_specialized_embeddings.training.starts import Baselines, fit_baselines, make_projector
 from train_specialized_embeddings.training.trainer import Trainer
 from train_specialized_embeddings.training.training_run import TrainingRun
-from train_specialized_embeddings.training.validation import Scores, ValidationSet, choose_validation_set
+from train_specialized_embeddings.training.validation import ValidationSet, choose_validation_set
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,41 @@ def fit(
         material = read_material(config, inputs, watch)
         torch.manual_seed(config.global_.seed)
         with watch.measure("start"):
-            projector, scores, start = begin(config, material, saved)
-        store = FeatureStore(material.train.embeddings, material.device)  # after the pass over all rows in their order
-        trainer = Trainer(projector.to(material.device), store, material.sampler, config.training)
+            baselines = begin(config, material, saved)
+            store = store_coordinates(material, baselines.start, files.folder)
         counts = {"in": material.num_images, "out": material.num_images}
-        described = provenance | {"counts": counts}
-        run = TrainingRun(config, files, trainer, material.validation, described, scores, start, watch, sinks)
+        run = make_run(config, material, store, baselines, files, watch, sinks)
+        run.provenance = provenance | {"counts": counts}
         if saved is not None:
             run.resume(saved)
         run.complete()
     return counts
+
+
+def store_coordinates(material: Material, coordinates: Coordinates, folder: Path | None = None) -> FeatureStore:
+    """Return the training images in coordinates, where the steps need them."""
+    return FeatureStore(coordinates.map_rows(material.train.embeddings, folder), material.device)
+
+
+def make_run(  # noqa: PLR0917
+    config: Config,
+    material: Material,
+    store: FeatureStore,
+    baselines: Baselines,
+    files: RunFiles | None = None,
+    watch: Stopwatch | None = None,
+    sinks: MetricSinks | None = None,
+) -> TrainingRun:
+    """Return a run at its start; without files it saves nothing."""
+    nowhere = files or RunFiles(Path())
+    projector = make_projector(baselines, config.training_model, config.training).to(material.device)
+    start = baselines.start
+    trainer = Trainer(projector, store, material.sampler, config.training, torch.from_numpy(start.spread))
+    validation = replace(material.validation, embeddings=start.map_rows(material.validation.embeddings))
+    return TrainingRun(
+        config, nowhere, trainer, start, validation, {}, baselines.scores, baselines.note, watch or Stopwatch(),
+        sinks or MetricSinks(LoggingSection(), nowhere.folder, {}),
+    )  # fmt: skip
 
 
 def read_material(config: Config, inputs: dict[str, Path], watch: Stopwatch) -> Material:
@@ -82,16 +107,13 @@ def read_material(config: Config, inputs: dict[str, Path], watch: Stopwatch) -> 
     return Material(train, validation, sampler, len(train) + len(val), device)
 
 
-def begin(
-    config: Config, material: Material, saved: Checkpoint | None
-) -> tuple[Projector, dict[str, Scores], dict[str, Any]]:
-    """Return a projector, the baselines' validation scores and a note of the start: anew, or a killed run's."""
+def begin(config: Config, material: Material, saved: Checkpoint | None) -> Baselines:
+    """Return the coordinates, the baselines' validation scores and a note of the start: fitted, or a killed run's."""
     if saved is not None:
         scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
-        return build_projector(saved), scores, saved.rest["start"]
-    model, section, train = config.training_model, config.training, material.train
-    baselines = fit_baselines(train, material.validation, model, section, material.device)
-    return make_projector(train.width, baselines, model, section), baselines.scores, baselines.note
+        return Baselines(restore_coordinates(saved.rest["coordinates"]), saved.rest["start"], scores)
+    model, section = config.training_model, config.training
+    return fit_baselines(material.train, material.validation, model, section, material.device)
 
 
 def load_latest(files: RunFiles, provenance: dict[str, Any]) -> Checkpoint | None:

@@ -1,14 +1,16 @@
 """Let a batch's images be each other's negatives, beside the banded ones that were drawn for them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
 
 from pipeline.config import TrainingSection
 from train_specialized_embeddings.sampling.band_sampler import BandSampler, Triplets
 from train_specialized_embeddings.training.losses import (
-    hardest_negatives,
+    multi_similarity_losses,
+    semi_hard_negatives,
     supervised_contrastive_losses,
     triplet_losses,
 )
@@ -17,58 +19,47 @@ from train_specialized_embeddings.training.losses import (
 TILE = 1024
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Some of a batch's anchors (T, D), and the positives and negatives of all of them as candidates (2T, D)."""
-
-    anchors: torch.Tensor
-    candidates: torch.Tensor
-    is_positive: torch.Tensor  # (T, 2T)
-    is_negative: torch.Tensor  # (T, 2T) allowed as such
-
-    @property
-    def positives(self) -> torch.Tensor:
-        """Each anchor's own positive, (T, D)."""
-        return self.candidates[: len(self.anchors)]
-
-    @property
-    def negatives(self) -> torch.Tensor:
-        """Each anchor's own banded negative, (T, D)."""
-        return self.candidates[len(self.anchors) :]
-
-
-def in_batch_losses(
+def group_losses(
     sampler: BandSampler, batch: Triplets, embeddings: torch.Tensor, section: TrainingSection
 ) -> torch.Tensor:
-    """Return the loss of each anchor (B,) among its tile's images; `embeddings` (3B, D) are of the batch's triplets.
+    """Return each anchor's loss (B,) among its tile's images, Multi-Similarity or supervised contrastive.
 
-    Supervised contrastive, or the triplet with the nearer of the banded negative and the nearest one in the tile.
+    `embeddings` are of the batch's anchors and of a banded negative for the first of each group.
     """
-    losses = [
-        supervised_contrastive_losses(
-            tile.anchors, tile.candidates, tile.is_positive, tile.is_negative, section.temperature
-        )
-        if section.loss == "supcon"
-        else _mine_hard(tile, section.margin)
-        for tile in _cut_tiles(sampler, batch, embeddings)
-    ]
+    lose: Callable[..., torch.Tensor] = multi_similarity_losses
+    if section.loss == "supcon":
+        lose = partial(supervised_contrastive_losses, temperature=section.temperature)
+    anchors, negatives = embeddings.split([len(batch), len(embeddings) - len(batch)])
+    firsts = batch.anchors.firsts
+    losses = []
+    for start in range(0, len(batch), TILE):
+        part = slice(start, start + TILE)
+        own = slice(*np.searchsorted(firsts, [start, start + TILE]).tolist())  # the negatives of this tile's groups
+        lines = torch.from_numpy(firsts[own]).to(embeddings.device)
+        others = torch.cat([batch.anchors.rows[part], batch.negatives[lines]])
+        candidates = torch.cat([anchors[part], negatives[own]])
+        is_positive, is_negative = sampler.compare(batch.anchors.rows[part], others)
+        losses.append(lose(anchors[part], candidates, is_positive, is_negative))
     return torch.cat(losses)
 
 
-def _mine_hard(tile: Tile, margin: float) -> torch.Tensor:
-    found = hardest_negatives(tile.anchors, tile.candidates, tile.is_negative)
-    mined = triplet_losses(tile.anchors, tile.positives, tile.candidates[found], margin)
-    banded = triplet_losses(tile.anchors, tile.positives, tile.negatives, margin)
-    return torch.where(tile.is_negative.any(dim=1), torch.maximum(mined, banded), banded)
+def mined_triplet_losses(
+    sampler: BandSampler, batch: Triplets, embeddings: torch.Tensor, margin: float
+) -> torch.Tensor:
+    """Return each anchor's triplet loss (B,) with a negative of its tile; `embeddings` (3B, D) are of the triplets.
 
-
-def _cut_tiles(sampler: BandSampler, batch: Triplets, embeddings: torch.Tensor) -> Iterator[Tile]:
+    The negative is the nearest one that is farther than the positive (semi-hard; FaceNet), where that is nearer than
+    the banded one: the nearest of all pull everything together until the embeddings collapse.
+    """
     anchors, positives, negatives = embeddings.chunk(3)
+    losses = []
     for start in range(0, len(batch), TILE):
         part = slice(start, start + TILE)
-        rows = batch.anchors.rows[part, None]
-        others = torch.cat([batch.positives[part], batch.negatives[part]])[None]
-        rows, others = torch.broadcast_tensors(rows, others)
-        is_positive = sampler.share_building(rows, others) & (rows != others)
+        others = torch.cat([batch.positives[part], batch.negatives[part]])
         candidates = torch.cat([positives[part], negatives[part]])
-        yield Tile(anchors[part], candidates, is_positive, sampler.allows(rows, others))
+        _, is_negative = sampler.compare(batch.anchors.rows[part], others)
+        found, exists = semi_hard_negatives(anchors[part], positives[part], candidates, is_negative)
+        mined = triplet_losses(anchors[part], positives[part], candidates[found], margin)
+        banded = triplet_losses(anchors[part], positives[part], negatives[part], margin)
+        losses.append(torch.where(exists, torch.maximum(mined, banded), banded))
+    return torch.cat(losses)

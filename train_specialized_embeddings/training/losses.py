@@ -9,6 +9,9 @@ from torch.nn import functional
 
 # Below this squared distance the square root's slope would explode; it is 1e-6 of the sphere's radius.
 MIN_SQUARED_DISTANCE = 1e-12
+# Of Multi-Similarity: the paper's a = 2 and b = 40, and the cosine between a near and a far pair; docs/training.md has
+# what others gave.
+POSITIVE_SCALE, NEGATIVE_SCALE, BASE = 2.0, 40.0, 0.5
 
 
 def pair_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -44,11 +47,32 @@ def supervised_contrastive_losses(  # noqa: PLR0917
     return losses.sum(dim=1) / is_positive.sum(dim=1).clamp_min(1)
 
 
-def hardest_negatives(anchors: torch.Tensor, candidates: torch.Tensor, is_negative: torch.Tensor) -> torch.Tensor:
-    """Return for each anchor (B, D) which of the candidates (C, D) is its nearest negative, (B,); any without one."""
+def multi_similarity_losses(
+    anchors: torch.Tensor, candidates: torch.Tensor, is_positive: torch.Tensor, is_negative: torch.Tensor
+) -> torch.Tensor:
+    """Return, of each anchor (B, D), log(1 + sum e^(-a(s_p - l))) / a + log(1 + sum e^(b(s_n - l))) / b.
+
+    s are the cosines to the candidates (C, D), p the anchor's positives, n its negatives; the masks are (B, C). A sum
+    over none is 0. Source: Wang et al. 2019 (Multi-Similarity), equation 15, without its mining of pairs.
+    """
+    cosines = (anchors @ candidates.T).float() - BASE  # (B, C)
+    lowest = torch.finfo(cosines.dtype).min  # minus infinity would make the slope of an anchor without pairs a NaN
+    parts = ((is_positive, -POSITIVE_SCALE), (is_negative, NEGATIVE_SCALE))
+    sums = [(scale * cosines).masked_fill(~mask, lowest).logsumexp(dim=1) for mask, scale in parts]
+    return functional.softplus(sums[0]) / POSITIVE_SCALE + functional.softplus(sums[1]) / NEGATIVE_SCALE
+
+
+def semi_hard_negatives(
+    anchors: torch.Tensor, positives: torch.Tensor, candidates: torch.Tensor, is_negative: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each anchor (B, D) its nearest negative beyond its positive (B, D), (B,), and whether there is one.
+
+    The candidates are (C, D), the mask (B, C). Source: Schroff et al. 2015 (FaceNet), section 3.2.
+    """
     with torch.no_grad():
-        cosines = (anchors @ candidates.T).masked_fill(~is_negative, -2.0)
-        return cosines.argmax(dim=1)
+        cosines = anchors @ candidates.T
+        beyond = is_negative & (cosines < (anchors * positives).sum(dim=1, keepdim=True))
+        return cosines.masked_fill(~beyond, -2.0).argmax(dim=1), beyond.any(dim=1)
 
 
 def relative_drift(weight: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

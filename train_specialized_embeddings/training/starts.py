@@ -1,4 +1,7 @@
-"""Where training starts: a projector whose linear shortcut is a closed-form map and whose MLP branch adds nothing."""
+"""Where training starts: a closed-form map, as coordinates to work in and a shortcut that keeps the first of them.
+
+The MLP branch adds nothing at the start.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pipeline.config import TrainingModelSection, TrainingSection
 from pipeline.log import logger
@@ -15,7 +17,6 @@ from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import QueryScores, summarize_scores
 from pipeline.retrieval.whitening import (
     INPUT_POWER,
-    SHARPENED_SHRINKAGES,
     SHRINKAGES,
     LinearMap,
     Scatter,
@@ -24,6 +25,7 @@ from pipeline.retrieval.whitening import (
     whiten_by_pca,
     whiten_within_class,
 )
+from train_specialized_embeddings.training.coordinates import NUM_COORDINATES, Coordinates, make_coordinates
 from train_specialized_embeddings.training.validation import Scores, ValidationSet
 
 
@@ -44,7 +46,7 @@ class Fitted:
 class Baselines:
     """The closed-form maps fitted on the training split, and how they and the raw embeddings fare in validation."""
 
-    start: LinearMap | None  # what [training].init names, None for random weights
+    start: Coordinates  # the first of them are what [training].init names
     note: dict[str, Any]  # how the start and the whitening came about, for the checkpoint
     scores: dict[str, Scores]  # raw, pca_whitened, whitening
 
@@ -60,48 +62,52 @@ def fit_baselines(
     output_dim = model.output_dim
     powers = (1.0, INPUT_POWER) if section.init == "sharpened" else (1.0,)
     scatter, *powered = collect_scatters(train.embeddings, train.building_codes, powers, device)
-    pca = whiten_by_pca(scatter, output_dim)
-    tried = _try(whiten_within_class, scatter, validation, output_dim, _list_shrinkages(section, SHRINKAGES))
+    num_rows = max(output_dim, min(train.width, NUM_COORDINATES))
+    pca = whiten_by_pca(scatter, num_rows)
+    tried = _try(whiten_within_class, scatter, validation, output_dim, num_rows, section)
     shrinkage = max(tried, key=lambda key: tried[key].mean)
     whitening = tried[shrinkage]
     scores = {
         "raw": validation.score_raw(),
-        "pca_whitened": validation.score(pca.apply(validation.embeddings)),
+        "pca_whitened": validation.score(pca.take_leading(output_dim).apply(validation.embeddings)),
         "whitening": summarize_scores(whitening.scores),
     }
     note: dict[str, Any] = {"init": section.init, "shrinkage": shrinkage}
-    start: LinearMap | None = None
-    if model.input_norm and section.init != "random":  # the start is fitted to what its layer will get
+    if model.input_norm:  # the start is fitted to what its layer will get
         scatter, *powered = collect_scatters(train.embeddings, train.building_codes, powers, device, input_norm=True)
-        pca = whiten_by_pca(scatter, output_dim)
-        tried = _try(whiten_within_class, scatter, validation, output_dim, _list_shrinkages(section, SHRINKAGES))
+        pca = whiten_by_pca(scatter, num_rows)
+        tried = _try(whiten_within_class, scatter, validation, output_dim, num_rows, section)
         note["shrinkage_after_norm"] = max(tried, key=lambda key: tried[key].mean)
         whitening = tried[note["shrinkage_after_norm"]]
+    start = _fill_up(pca, num_rows) if section.init == "pca" else whitening.linear_map
     if section.init == "sharpened":
-        shrinkages = _list_shrinkages(section, SHARPENED_SHRINKAGES)
-        tried = _try(sharpen_whitening, powered[0], validation, output_dim, shrinkages)
+        tried = _try(sharpen_whitening, powered[0], validation, output_dim, num_rows, section)
         start, note["sharpened_shrinkage"] = _choose_start(tried, whitening, validation)
-    elif section.init != "random":
-        start = whitening.linear_map if section.init == "whitening" else _fill_up(pca, output_dim)
-    return Baselines(start, note, scores)
+        scatter = scatter if note["sharpened_shrinkage"] is None else powered[0]
+    return Baselines(make_coordinates(start, scatter, output_dim), note, scores)
 
 
-def _list_shrinkages(section: TrainingSection, candidates: tuple[float, ...]) -> tuple[float, ...]:
-    return candidates if section.whitening_shrinkage == "auto" else (section.whitening_shrinkage,)
-
-
-def _try(
+def _try(  # noqa: PLR0917
     fit: Callable[[Scatter, int, float], LinearMap],
     scatter: Scatter,
     validation: ValidationSet,
     output_dim: int,
-    shrinkages: tuple[float, ...],
+    num_rows: int,
+    section: TrainingSection,
 ) -> dict[float, Fitted]:
-    """Return the map of each shrinkage with its validation scores."""
-    tried = {}
-    for shrinkage in shrinkages:
-        fitted = fit(scatter, output_dim, shrinkage)
-        tried[shrinkage] = Fitted(fitted, validation.score_each(fitted.apply(validation.embeddings)))
+    """Return the map of each shrinkage, of `num_rows` rows, with the validation scores of the first `output_dim`.
+
+    From the largest down, until one is worse than the best: the mAP has one peak, and more buildings want less.
+    """
+    auto = section.whitening_shrinkage == "auto"
+    tried: dict[float, Fitted] = {}
+    for shrinkage in SHRINKAGES if auto else (float(section.whitening_shrinkage),):
+        fitted = fit(scatter, num_rows, shrinkage)
+        mapped = fitted.take_leading(output_dim).apply(validation.embeddings)
+        best = max((one.mean for one in tried.values()), default=0.0)
+        tried[shrinkage] = Fitted(fitted, validation.score_each(mapped))
+        if tried[shrinkage].mean < best:
+            break
     logger.info(
         "%s: validation mAP by shrinkage %s", fit.__name__,
         ", ".join(f"{key:g}: {one.mean:.4f}" for key, one in tried.items()),
@@ -126,23 +132,25 @@ def _choose_start(
     return tried[shrinkage].linear_map, shrinkage
 
 
-def make_projector(
-    input_dim: int, baselines: Baselines, model: TrainingModelSection, section: TrainingSection
-) -> Projector:
-    """Return a new projector at the start; random weights come from torch's state."""
+def make_projector(baselines: Baselines, model: TrainingModelSection, section: TrainingSection) -> Projector:
+    """Return a new projector of the coordinates, at the start; random weights come from torch's state.
+
+    The branch's first layer mixes the coordinates at random, so that every hidden unit has inputs of variance 1.
+    """
     start = baselines.start
     projector = Projector(
-        input_dim, model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout, model.activation,
-        section.input_dropout, 1.0 if start is None else start.input_power, model.input_norm, model.hidden_dims,
+        len(start.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,
+        model.activation, section.input_dropout, hidden_dims=model.hidden_dims,
     )  # fmt: skip
-    if start is None:
+    if section.init == "random":
         return projector
-    weight, bias = torch.from_numpy(start.weight), torch.from_numpy(start.bias)
     with torch.no_grad():
-        projector.shortcut.weight.copy_(weight)
-        projector.shortcut.bias.copy_(bias)
+        torch.nn.init.eye_(projector.shortcut.weight)
+        projector.shortcut.bias.zero_()
         if len(projector.hidden):
-            _start_branch(projector.hidden[0], weight, bias)
+            first: Any = projector.hidden[0]
+            first.weight.normal_(std=1 / max(start.length, 1e-6))
+            first.bias.zero_()
     return projector
 
 
@@ -152,24 +160,3 @@ def _fill_up(pca: LinearMap, output_dim: int) -> LinearMap:
     weight, bias = np.zeros((output_dim, width), np.float32), np.zeros(output_dim, np.float32)
     weight[:rank], bias[:rank] = pca.weight / np.sqrt(rank), pca.bias / np.sqrt(rank)
     return LinearMap(weight, bias, pca.input_power, pca.input_norm)
-
-
-def _start_branch(layer: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Let the branch's first layer read random mixtures of the start's outputs.
-
-    Their mean square norm is 1, so standard normal mixing gives every hidden unit inputs of variance 1, whatever
-    the scale and the mean of the backbone's features.
-    """
-    mixing = torch.randn(layer.weight.shape[0], weight.shape[0])
-    layer.weight.copy_(mixing @ weight)
-    layer.bias.copy_(mixing @ bias)
-
-
-def relative_scale(layer: nn.Module) -> float:
-    """Return a layer's root mean square weight over that of torch's default initialisation, sqrt(1 / 3D).
-
-    Adam moves every weight by about the learning rate; layers that read the backbone's features take this factor,
-    so that a learning rate means the same for features of any scale.
-    """
-    weight: Any = layer.weight
-    return float(weight.detach().double().pow(2).mean().sqrt() * (3 * weight.shape[1]) ** 0.5)

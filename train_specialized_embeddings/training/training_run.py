@@ -8,6 +8,8 @@ from pipeline.config import Config
 from pipeline.files import writing
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
+from train_specialized_embeddings.training.collapse import has_collapsed
+from train_specialized_embeddings.training.coordinates import Coordinates
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
 from train_specialized_embeddings.training.run_files import RunFiles
 from train_specialized_embeddings.training.trainer import EpochReport, Trainer
@@ -17,11 +19,12 @@ from train_specialized_embeddings.training.validation import (
     log_verdict,
     measure_norm,
     measure_spread,
-    warn_of_collapse,
 )
 
 # An epoch on little data takes less time than syncing its state to disk; a kill costs this much at most, or an epoch.
 SAVE_INTERVAL_SECONDS = 10.0
+# What the rates are multiplied by after a collapse, and how often before the run is given up.
+RATE_AFTER_COLLAPSE, MAX_COLLAPSES = 0.1, 2
 
 Content = dict[str, Any]
 
@@ -33,7 +36,8 @@ class TrainingRun:
     config: Config
     files: RunFiles
     trainer: Trainer
-    validation: ValidationSet
+    coordinates: Coordinates  # of the features, which the trainer's projector maps
+    validation: ValidationSet  # in these coordinates
     provenance: dict[str, Any]
     baselines: dict[str, Scores]  # validation scores of raw, pca_whitened, whitening
     start: dict[str, Any]  # how the shortcut began
@@ -49,8 +53,10 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has all its epochs, or has not got better for `patience` of them."""
+        """Whether the run has all its epochs, stopped getting better `patience` ago, or collapses again and again."""
         section = self.config.training
+        if sum(record["collapsed"] for record in self.history) > MAX_COLLAPSES:
+            return True
         return self.epoch >= section.num_epochs or self.epoch - self.best["epoch"] >= section.patience
 
     def complete(self) -> None:
@@ -86,10 +92,12 @@ class TrainingRun:
         with self.watch.measure("train"):
             report = self.trainer.run_epoch(progress)
         self._add_epoch(report, started)
+        if self.history[-1]["collapsed"]:
+            self.trainer.go_back(self.best, RATE_AFTER_COLLAPSE)
 
     def resume(self, saved: Checkpoint) -> None:
         """Take up the state of a killed run."""
-        self.trainer.restore(saved.rest | {"projector": saved.projector})
+        self.trainer.restore(saved.rest)
         self.history, self.best = list(saved.rest["history"]), saved.rest["best"]
         for record in self.history:
             self.sinks.write(record)
@@ -106,20 +114,21 @@ class TrainingRun:
             embeddings = project(projector, self.validation.embeddings, device)
             norm = measure_norm(projector, self.validation.embeddings, device)
             scores = self.validation.score(embeddings)
-        self.history.append(
-            {
-                "epoch": len(self.history),
-                "train_loss": report and report.loss,
-                "active_triplet_share": report and report.active_share,
-                "band_shares": report and report.band_shares,
-                "learning_rates": report and report.learning_rates,
-                "num_triplets": report.num_triplets if report else 0,
-                "embedding_spread": measure_spread(embeddings),
-                "embedding_norm": norm,
-                "val": scores,
-                "seconds": round(time.monotonic() - started, 3),
-            }
-        )
+        record: dict[str, Any] = {
+            "epoch": len(self.history),
+            "train_loss": report and report.loss,
+            "active_triplet_share": report and report.active_share,
+            "band_shares": report and report.band_shares,
+            "learning_rates": report and report.learning_rates,
+            "num_triplets": report.num_triplets if report else 0,
+            "collapsed_in_training": bool(report and report.has_collapsed),
+            "embedding_spread": measure_spread(embeddings),
+            "embedding_norm": norm,
+            "val": scores,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        record["collapsed"] = has_collapsed(record, self.history[0] if self.history else record)
+        self.history.append(record)
         self.sinks.write(self.history[-1])
         if not self.best or scores["map"] > self.best["metrics"]["val"]["projector"]["map"]:
             self.best = self._describe()
@@ -135,13 +144,34 @@ class TrainingRun:
             self.epoch, training, record["embedding_spread"], record["val"]["map"], record["val"]["recall_at_1"],
             ", the best so far" if self.best["epoch"] == self.epoch else "",
         )  # fmt: skip
-        warn_of_collapse(record, self.history[0])
+        if record["collapsed"]:
+            self._log_collapse()
+        elif record["active_triplet_share"] == 0.0:
+            logger.warning("epoch %d: no triplet was active: raise [training].margin", record["epoch"])
+
+    def _log_collapse(self) -> None:
+        """Say how the embeddings lie beside the start's, and what is done about it."""
+        (spread, norm), (first_spread, first_norm) = (
+            (record["embedding_spread"], record["embedding_norm"]) for record in (self.history[-1], self.history[0])
+        )
+        number = sum(record["collapsed"] for record in self.history)
+        logger.warning(
+            "epoch %d: the embeddings have collapsed%s (spread %.3f, at first %.3f; norm %.3g, at first %.3g): %s",
+            self.epoch, " in training" if self.history[-1]["collapsed_in_training"] else "",
+            spread, first_spread, norm, first_norm,
+            f"back to epoch {self.best['epoch']}, with rates of {self.trainer.rate_scale:.2g} of the configured ones"
+            if number <= MAX_COLLAPSES
+            else f"for the {number}rd time, training ends; lower [training].learning_rate",
+        )  # fmt: skip
 
     def _describe(self) -> Content:
         """Return the checkpoint of the epoch that is done: all that its reader, and the next epoch, need."""
         config = self.config
+        folded = self.coordinates.fold(self.trainer.projector)
         return self.trainer.state() | {
-            "architecture": dict(self.trainer.projector.architecture),
+            "architecture": dict(folded.architecture),
+            "projector": dict(folded.state_dict()),
+            "coordinates": self.coordinates.state(),
             "epoch": self.epoch,
             "start": self.start,
             "metrics": {

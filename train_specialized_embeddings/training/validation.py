@@ -12,9 +12,6 @@ from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import SCORE_KEYS, QueryScores, normalise_rows, score_queries, summarize_scores
 
-# The share of the start's spread below which the embeddings are taken to have collapsed; the same of their norm before
-# it is made 1, or that many times it: then steps of one size turn them too far, or not at all.
-COLLAPSED_SHARE = 0.25
 # Images whose norm is measured.
 NORM_ROWS = 4096
 CPU = torch.device("cpu")
@@ -109,21 +106,3 @@ def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:
             f"{name} {rows['projector']['map'] - row['map']:+.4f}" for name, row in rows.items() if name != "projector"
         )
         logger.info("the projector of epoch %d in validation mAP, beside: %s", best_epoch, gains)
-
-
-def warn_of_collapse(record: dict[str, Any], start: dict[str, Any]) -> None:
-    """Log where an epoch's embeddings have drawn together, or no triplet teaches anything any more."""
-    if record["embedding_spread"] < COLLAPSED_SHARE * start["embedding_spread"]:
-        logger.warning(
-            "epoch %d: the embeddings are collapsing (spread %.3f, at the start %.3f): lower the learning rates",
-            record["epoch"], record["embedding_spread"], start["embedding_spread"],
-        )  # fmt: skip
-    norm, first = record["embedding_norm"], start["embedding_norm"]
-    if not COLLAPSED_SHARE * first <= norm <= first / COLLAPSED_SHARE:
-        logger.warning(
-            "epoch %d: the embeddings' norm before normalisation is %.3g, at the start it was %.3g: lower the learning "
-            "rates",
-            record["epoch"], norm, first,
-        )  # fmt: skip
-    if record["active_triplet_share"] == 0.0:
-        logger.warning("epoch %d: no triplet was active: raise [training].margin", record["epoch"])

@@ -27,16 +27,17 @@ class Dimension:
 
 # What the projector starts from (init, the whitening) is fitted once and shared by the trials, so that it is not here.
 SPACE = {
-    "training.learning_rate": Dimension(1e-7, 1e-3, log=True),
-    "training.shortcut_learning_rate": Dimension(1e-7, 1e-3, log=True),
+    "training.loss": Dimension(words=("multi_similarity", "supcon")),
+    "training.learning_rate": Dimension(1e-4, 1e-1, log=True),
+    "training.shortcut_learning_rate": Dimension(1e-5, 1e-1, log=True),
     "training.weight_decay": Dimension(1e-6, 1e-1, log=True),
-    "training.margin": Dimension(0.02, 0.5, log=True),
+    "training.temperature": Dimension(0.02, 0.5, log=True),
+    "training.input_noise": Dimension(0.0, 3.0),
     "training.input_dropout": Dimension(0.0, 0.6),
     "training.anchor_penalty": Dimension(0.0, 10.0),
     "training.warmup_epochs": Dimension(0.0, 3.0),
     "training.batch_size": Dimension(64, 16_384, log=True),
     "training.band_sampling": Dimension(words=("uniform", "ucb")),
-    "training.share_within_building": Dimension(words=(False, True)),
     "training_model.hidden_dim": Dimension(128, 2048, log=True),
     "training_model.num_hidden_layers": Dimension(0, 2),
     "training_model.dropout": Dimension(0.0, 0.5),

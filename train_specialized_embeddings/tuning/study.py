@@ -10,17 +10,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from pipeline.cli import StageResult
-from pipeline.config import Config, LoggingSection
+from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.files import tables
+from pipeline.files.writing import discard_replaced, replacing
 from pipeline.log import Progress, Stopwatch, logger, logging_to
-from train_specialized_embeddings.sampling.feature_store import FeatureStore
-from train_specialized_embeddings.training.fitting import read_material
-from train_specialized_embeddings.training.metric_sinks import MetricSinks
-from train_specialized_embeddings.training.run_files import RunFiles
-from train_specialized_embeddings.training.starts import fit_baselines, make_projector
-from train_specialized_embeddings.training.trainer import Trainer
-from train_specialized_embeddings.training.training_run import TrainingRun
+from train_specialized_embeddings.training.fitting import make_run, read_material, store_coordinates
+from train_specialized_embeddings.training.starts import fit_baselines
 from train_specialized_embeddings.tuning import search_space
 from train_specialized_embeddings.tuning.tuning_report import write_report
 
@@ -36,17 +32,28 @@ _LOCK_SECONDS = 60
 def run_study(
     config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
 ) -> StageResult:
-    """Run the trials that are left, this process being one of the workers, and write the report.
+    """Run the trials that are left and write the report; a study that is overwritten stays until a trial is complete.
 
     Raises StaleOutputError where the study in `folder` had other inputs or settings, PipelineError where no trial was
     complete.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    result = StageResult("tune")
     folder.mkdir(parents=True, exist_ok=True)
-    if options.overwrite:
-        for name in FILES.values():
-            (folder / name).unlink(missing_ok=True)
+    earlier = [folder / name for name in FILES.values()] if options.overwrite else []
+    with replacing(folder, earlier):
+        result = run_trials(config, options, inputs, provenance, folder)
+    discard_replaced(folder)
+    return result
+
+
+def run_trials(
+    config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
+) -> StageResult:
+    """Run the trials that are left, this process being one of the workers, and write the report.
+
+    Raises PipelineError where no trial was complete.
+    """
+    result = StageResult("tune")
     study = open_study(config, options, folder, provenance)
     if _count_finished(study) < options.num_trials:
         start = multiprocessing.get_context("spawn").Process  # fork would copy threads that are not there any more
@@ -134,7 +141,7 @@ class Objective:
                 self.material.train, self.material.validation, config.training_model, config.training,
                 self.material.device,
             )  # fmt: skip
-        self.store = FeatureStore(self.material.train.embeddings, self.material.device)
+        self.store = store_coordinates(self.material, self.baselines.start)
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Train with the trial's settings, an epoch at a time, and give up where the others were better.
@@ -145,17 +152,11 @@ class Objective:
         material, seed = self.material, config.global_.seed
         torch.manual_seed(seed)
         material.sampler.seed(seed)
-        projector = make_projector(material.train.width, self.baselines, config.training_model, config.training)
-        trainer = Trainer(projector.to(material.device), self.store, material.sampler, config.training)
-        nowhere = RunFiles(Path())  # nothing is saved
-        sinks = MetricSinks(LoggingSection(), nowhere.folder, {})
-        run = TrainingRun(
-            config, nowhere, trainer, material.validation, {}, self.baselines.scores, {}, self.watch, sinks
-        )
+        run = make_run(config, material, self.store, self.baselines, watch=self.watch)
         run.begin()
         interval = config.logging.progress_interval_seconds
         with Progress(
-            f"trial {trial.number}", config.training.num_epochs * trainer.num_anchors, "anchor", interval
+            f"trial {trial.number}", config.training.num_epochs * run.trainer.num_anchors, "anchor", interval
         ) as bar:
             while not run.is_over:
                 run.advance(bar)

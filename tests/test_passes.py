@@ -1,0 +1,141 @@
+"""The passes of a model: how large they are, what happens when memory or compiler fail, and what travels in them."""
+
+import numpy as np
+import pytest
+import torch
+from plain_loop import embed_plainly, smallest_cosine
+from raw_tars import draw_view, encode
+from test_backbone import PHOTOGRAPHS, embed_ours, make_convnext, make_dinov3
+
+from pipeline.errors import PipelineError
+from pipeline.inference import backbone
+from pipeline.inference.backbone import Embedder
+from pipeline.inference.compilation import compile_blocks
+from pipeline.inference.devices import is_convolutional, place
+from pipeline.inference.passes import BATCH_SIZES, find_batch_size
+from pipeline.inference.pixels import decode_pixels
+from pipeline.log import logging_to
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("passes")
+    return {"dinov3": make_dinov3(folder / "dinov3"), "convnext": make_convnext(folder / "convnext")}
+
+
+def test_the_batch_size_is_the_smallest_that_is_as_fast_as_any():
+    tried = []
+
+    def measure(size):
+        tried.append(size)
+        return 1000.0 * size / (size + 20)
+
+    assert find_batch_size(measure) == (512, pytest.approx(1000 * 512 / 532))
+    assert tried == [size for size in BATCH_SIZES if size <= 1024]
+    assert find_batch_size(lambda _: 50.0) == (BATCH_SIZES[0], 50.0)
+
+
+@pytest.mark.parametrize(("held", "found"), [(64, (64, 64.0)), (0, (BATCH_SIZES[0], 0.0))])
+def test_the_batch_size_stays_within_the_memory(held, found):
+    def measure(size):
+        if size > held:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return float(size)
+
+    assert find_batch_size(measure) == found
+
+
+def test_a_size_that_was_too_large_is_tried_again_after_a_while_and_more_rarely_each_time(models, monkeypatch):
+    monkeypatch.setattr(backbone, "PASSES_BEFORE_RETRY", 3)
+    embedder = Embedder(models["dinov3"], device="cpu", batch_size=8)
+    pixels = [embedder.prepare(draw_view(number)) for number in range(8)]
+    sizes, forward, held = [], embedder.model.forward, 4
+
+    def refuse_large(*, pixel_values):
+        sizes.append(len(pixel_values))
+        if len(pixel_values) > held:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(pixel_values=pixel_values)
+
+    monkeypatch.setattr(embedder.model, "forward", refuse_large)
+    expected = embedder.embed(pixels)
+    for _ in range(8):
+        np.testing.assert_allclose(embedder.embed(pixels), expected, rtol=1e-4, atol=1e-6)
+    assert [number for number, size in enumerate(sizes) if size == 8] == [0, 5, 14]
+    held = 8
+    for _ in range(8):
+        embedder.embed(pixels)
+    assert embedder.micro_batch == 8
+
+
+def test_a_model_that_the_gpu_cannot_hold_is_one_line_with_a_remedy():
+    class TooLarge(torch.nn.Linear):
+        def to(self, *_):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(PipelineError, match=r"cannot hold the model of 4\.0 GB: .*dtype to \"bfloat16\""):
+        place(TooLarge(1000, 1_000_000, bias=False, device="meta"), torch.device("cuda"))
+
+
+def test_a_vit_is_no_convolutional_model(models):
+    from transformers import AutoModel
+
+    assert {kind: is_convolutional(AutoModel.from_pretrained(folder)) for kind, folder in models.items()} == {
+        "dinov3": False, "convnext": True,
+    }  # fmt: skip
+
+
+def refuse_to_compile(*_, **__):
+    raise RuntimeError("no C++ compiler\nwas found")
+
+
+def test_a_compiler_that_fails_is_said_and_done_without(models, monkeypatch, tmp_path):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse_to_compile)
+    with logging_to(tmp_path / "a.log"):
+        embedder = Embedder(models["dinov3"], device="cpu", compile_model=True)
+    assert "going on without torch.compile: no C++ compiler was found" in (tmp_path / "a.log").read_text()
+    assert not embedder.compile_model
+    ours = embed_ours(embedder, PHOTOGRAPHS.values())
+    assert smallest_cosine(ours, embed_plainly(models["dinov3"], PHOTOGRAPHS.values())) >= 0.9999
+
+
+def test_the_blocks_are_what_is_compiled(models, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
+    embedder = Embedder(models["dinov3"], device="cpu")
+    assert compile_blocks(embedder.model) == len(compiled)
+    assert compiled.count("DINOv3ViTLayer") == 2
+    compiled.clear()
+    assert compile_blocks(torch.nn.Linear(2, 2)) == 1
+    assert compiled == ["Linear"]
+
+
+def test_a_halved_pass_is_compiled_anew_once_and_not_a_second_time(models, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    embedder = Embedder(models["dinov3"], device="cpu", batch_size=8, compile_model=True)
+    pixels = [embedder.prepare(draw_view(number)) for number in range(8)]
+    held, forward = 4, embedder.model.forward
+
+    def refuse_large(*, pixel_values):
+        if len(pixel_values) > held:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(pixel_values=pixel_values)
+
+    monkeypatch.setattr(embedder.model, "forward", refuse_large)
+    embedder.embed(pixels)
+    assert embedder.compile_model
+    held = 2
+    with logging_to(tmp_path / "a.log"):
+        embedder.embed(pixels)
+    assert not embedder.compile_model
+    assert "going on without torch.compile: each size of pass" in (tmp_path / "a.log").read_text()
+
+
+def test_pictures_travel_together_and_arrive_as_they_were(models, monkeypatch):
+    monkeypatch.setattr(backbone, "PINNED_BYTES", 60_000)
+    embedder = Embedder(models["dinov3"], device="cpu")
+    pictures = [decode_pixels(encode(draw_view(seed, size=(100 + seed, 90)))) for seed in range(7)]
+    there = embedder._upload(pictures)
+    assert len(there) == 7
+    assert all(torch.equal(one, other) for one, other in zip(there, pictures, strict=True))
