@@ -13,6 +13,7 @@ from pipeline.cli import StageResult
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.files import tables
+from pipeline.files.writing import discard_replaced, replacing
 from pipeline.log import Progress, Stopwatch, logger, logging_to
 from train_specialized_embeddings.training.fitting import make_run, read_material, store_coordinates
 from train_specialized_embeddings.training.starts import fit_baselines
@@ -31,17 +32,28 @@ _LOCK_SECONDS = 60
 def run_study(
     config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
 ) -> StageResult:
-    """Run the trials that are left, this process being one of the workers, and write the report.
+    """Run the trials that are left and write the report; a study that is overwritten stays until a trial is complete.
 
     Raises StaleOutputError where the study in `folder` had other inputs or settings, PipelineError where no trial was
     complete.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    result = StageResult("tune")
     folder.mkdir(parents=True, exist_ok=True)
-    if options.overwrite:
-        for name in FILES.values():
-            (folder / name).unlink(missing_ok=True)
+    earlier = [folder / name for name in FILES.values()] if options.overwrite else []
+    with replacing(folder, earlier):
+        result = run_trials(config, options, inputs, provenance, folder)
+    discard_replaced(folder)
+    return result
+
+
+def run_trials(
+    config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
+) -> StageResult:
+    """Run the trials that are left, this process being one of the workers, and write the report.
+
+    Raises PipelineError where no trial was complete.
+    """
+    result = StageResult("tune")
     study = open_study(config, options, folder, provenance)
     if _count_finished(study) < options.num_trials:
         start = multiprocessing.get_context("spawn").Process  # fork would copy threads that are not there any more

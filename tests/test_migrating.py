@@ -1,0 +1,87 @@
+"""docs/migrating.md, typed: a half-finished dataset of the reference implementation becomes a published model."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from published_models import make_photographs, read_dataset, write_packaged
+from raw_tars import Entry, make_city, write_tar
+from reference_files import age
+from reference_projector import ReferenceProjector
+
+from generate_embeddings import generate_embeddings
+from preprocess_raw_data import compute_fingerprints, process_tar
+from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = (3, 2, 4, 2)
+
+
+def list_commands() -> list[list[str]]:
+    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def type_command(words: list[str], run_main) -> None:
+    assert words[0] == "python"
+    module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+    outcome = run_main(module.main, *words[2:])
+    assert outcome.code == 0, f"{words}: {outcome.stderr}"
+
+
+def leave_old_files(folder: Path, config: Path, run_main) -> ReferenceProjector:
+    """Leave two tars embedded and fingerprinted, a third untouched, a checkpoint and packaged images."""
+    for dataset_id in (1, 2, 3):  # the tars have one folder, their intermediates two
+        entries = [Entry(entry.name.split("/", 1)[1], entry.data) for entry in make_city(dataset_id, SIZES)]
+        write_tar(folder / f"raw/dataset_unaligned/{dataset_id:04d}.tar", entries)
+    for stage in (process_tar, generate_embeddings, compute_fingerprints):
+        assert run_main(stage.main, "--config", config).code == 0
+    for dataset_id in (1, 2):
+        age(folder / f"intermediates/{dataset_id:04d}.parquet", without=("building_id", "streetview_image_id"),
+            prefix=f"{dataset_id:04d}/")  # fmt: skip
+        age(folder / f"embeddings/{dataset_id:04d}_embeddings.parquet", prefix=f"{dataset_id:04d}/")
+        age(folder / f"fingerprints/{dataset_id:04d}_fingerprints.parquet")
+    for path in folder.glob("*/0003*.parquet"):
+        path.unlink()
+    torch.manual_seed(1)
+    network = ReferenceProjector(24, [32, 24, 18], 256, "gelu").eval()
+    (folder / "old").mkdir()
+    torch.save({"model_state_dict": network.state_dict(), "epoch": 3}, folder / "old/checkpoint_best.pt")
+    write_packaged(folder / "packaged_images.parquet", list(make_photographs(5)))
+    return network
+
+
+def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone, write_config, run_main, monkeypatch):
+    config = write_config(
+        tmp_path,
+        embedding_model={"model_name": str(toy_backbone)},
+        difficulty={"neighbors": 5, "k0_for_local_scale": 2},
+    )
+    network = leave_old_files(tmp_path, config, run_main)
+    old = [tmp_path / f"embeddings/000{dataset_id}_embeddings.parquet" for dataset_id in (1, 2)]
+    before = [path.read_bytes() for path in old]
+    monkeypatch.chdir(tmp_path)
+    for words in list_commands():
+        type_command(words, run_main)
+    assert [path.read_bytes() for path in old] == before
+    rows = [len(pq.read_table(path)) for path in sorted((tmp_path / "embeddings").glob("*.parquet"))]
+    assert rows == [11, 11, 11]
+    merged = pa.concat_tables(
+        [pq.read_table(path).select(["dataset_id"]) for path in tmp_path.glob("merged/*.parquet")]
+    )
+    assert set(merged["dataset_id"].to_pylist()) == {1, 2, 3}
+    assert len(merged) == 33
+    assert len(pq.read_table(tmp_path / "difficulty.parquet")) == 33
+    features = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    model = SpatialEmbeddingsModel.from_pretrained(tmp_path / "published").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.projector(features), network(features), atol=1e-6, rtol=0)
+    found = np.stack(read_dataset(tmp_path / "new")["embedding"].to_numpy())
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert found.shape == (5, 256)
