@@ -31,6 +31,7 @@ from pipeline.files.tables import (
     read_provenance,
 )
 from pipeline.files.units import drop_missing
+from pipeline.files.writing import sync_folder
 from pipeline.log import Progress, logger
 from preprocess_raw_data.merging.embedding_inventory import Inventory, list_embeddings, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
@@ -71,19 +72,35 @@ class SplitWriter:
 def write_splits(
     inventory: Inventory, splits: NDArray[np.int8], merged_dir: Path, provenances: list[dict[str, Any]], config: Config
 ) -> None:
-    """Write the three files; `splits` gives each building's, -1 for those that are dropped."""
-    schema = inventory.schema
-    rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
-    targets = [merged_dir / f"{split}.parquet" for split in SPLITS]
+    """Write the three files; `splits` gives each building's, -1 for those that are dropped.
+
+    Earlier ones stay until all three are on the disk: a kill after that leaves a gap, never a mixture.
+    """
     scratch_dir = merged_dir / ".spill"
     shutil.rmtree(scratch_dir, ignore_errors=True)  # of a killed run
     scratch_dir.mkdir(parents=True)
-    interval = config.logging.progress_interval_seconds
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch_dir, ignore_errors=True)
+        made = fill_splits(inventory, splits, scratch_dir, provenances, config)
+        for path in made:
+            (merged_dir / path.name).unlink(missing_ok=True)
+        for path in made:
+            path.rename(merged_dir / path.name)
+        sync_folder(merged_dir)
+
+
+def fill_splits(
+    inventory: Inventory, splits: NDArray[np.int8], scratch_dir: Path, provenances: list[dict[str, Any]], config: Config
+) -> list[Path]:
+    """Write the three files into a folder, beside what is spilled, and return them."""
+    schema = inventory.schema
+    rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
+    paths = [scratch_dir / f"{split}.parquet" for split in SPLITS]
+    interval = config.logging.progress_interval_seconds
+    with contextlib.ExitStack() as stack:
         writers = [
             SplitWriter(stack.enter_context(parquet_writer(path, schema, provenance)), schema)
-            for path, provenance in zip(targets, provenances, strict=True)
+            for path, provenance in zip(paths, provenances, strict=True)
         ]
         progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes)), interval_seconds=interval))
         for group in inventory.find_groups():
@@ -94,8 +111,7 @@ def write_splits(
                 del piece  # before the next one is read
         for writer in writers:
             writer.finish()
-        for path in targets:  # all three are renamed below: a kill in between leaves a gap, never a mixture
-            path.unlink(missing_ok=True)
+    return paths
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:

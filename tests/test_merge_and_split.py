@@ -296,19 +296,19 @@ def test_a_rerun_keeps_and_another_setting_or_input_is_refused_by_name(tmp_path,
 
 def test_a_run_killed_between_the_renames_is_completed(tmp_path, stage, city, monkeypatch):
     stage("paths.merged_dir=undisturbed")
-    replace = tables.Path.replace
+    rename = tables.Path.rename
     renamed = []
 
     def die_at_the_second(self, target):
         renamed.append(target)
         if len(renamed) == 2:
             raise SystemExit(9)
-        return replace(self, target)
+        return rename(self, target)
 
     for first_run in (True, False):  # also over older files
         renamed.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(tables.Path, "replace", die_at_the_second)
+            patch.setattr(tables.Path, "rename", die_at_the_second)
             assert stage(*([] if first_run else ["--overwrite"])).code == 9
         assert len(list((tmp_path / "merged").glob("*.parquet"))) == 1
         outcome = stage()

@@ -12,6 +12,7 @@ from published_models import make_photographs, write_packaged
 from publish_model import export_embeddings, search_embeddings
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.similarity_search import find_nearest
+from publish_model.new_data.id_lists import describe_id
 
 
 @pytest.fixture
@@ -106,6 +107,24 @@ def test_ids_are_escaped_in_the_page(tmp_path):
     assert "<script>" not in page
     assert "1. <code>&lt;script&gt;alert(1)&lt;/script&gt;</code><br>cosine 0.5000" in page
     assert "http" not in page
+
+
+UUID_ID = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16)], pa.binary(16)))[0]
+
+
+@pytest.mark.parametrize(
+    ("one", "text"),
+    [
+        (pa.scalar("a\tb\nc\u2028d"), "a\\tb\\nc\\u2028d"),
+        (pa.scalar("Straße 5"), "Straße 5"),
+        (pa.scalar(b"way/1"), "way/1"),
+        (pa.scalar(b"\xff\x00"), "0xff00"),
+        (pa.scalar(7), "7"),
+        (UUID_ID, "00000000-0000-0000-0000-000000000000"),
+    ],
+)  # fmt: skip
+def test_an_id_is_one_field_of_one_line_whatever_it_holds(one, text):
+    assert describe_id(one) == text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Stage 6: train the projector from backbone embeddings to building embeddings, by triplets with banded negatives.
+"""Stage 6: train the projector from backbone embeddings to building embeddings, with banded negatives.
 
     python train_specialized_embeddings/train.py --config config.toml
 
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.files import tables
+from pipeline.files.writing import discard_replaced, replacing
 from pipeline.log import logger
 from train_specialized_embeddings.training.run_files import RunFiles
 
@@ -70,9 +71,9 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     from train_specialized_embeddings.training.fitting import fit  # torch, which a kept run does without
 
     with files.locked():
-        if options.overwrite:
-            files.remove()
-        result.add(fit(config, inputs, provenance, files, result.watch))
+        with replacing(files.folder, files.list_all() if options.overwrite else []):
+            result.add(fit(config, inputs, provenance, files, result.watch))
+        discard_replaced(files.folder)
     result.written += [*files.list_outputs(), files.provenance]
     return result
 

@@ -1,12 +1,11 @@
 """Tell a file whose content is damaged from one that only could not be read now: the first alone may be replaced."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.errors import DamagedError, InputError, one_line
-
-_MAKE_AGAIN = "remove it and make it again"
 
 
 def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> InputError:
@@ -16,13 +15,17 @@ def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> I
     """
     text = one_line(error)[:200]
     if isinstance(error, FileNotFoundError):
-        return InputError(f"{path}: no such file: run the stage that writes it, or correct the path")
-    if isinstance(error, OSError) and error.errno is not None:
-        return InputError(f"{path}: cannot be read ({error.strerror or text}): put that right, then run this again")
-    if isinstance(error, MemoryError):
-        return InputError(f"{path}: not enough memory to read it ({text}): free some, then run this again")
-    if isinstance(error, pa.ArrowNotImplementedError):
-        return InputError(f"{path}: holds a type that cannot be read here ({text}): write it in another type")
-    if isinstance(error, UnicodeDecodeError):
+        what = "no such file: run the stage that writes it, or correct the path"
+    elif path.is_dir():
+        what = "a folder, not a parquet file: correct the path"
+    elif isinstance(error, OSError) and error.errno is not None:
+        what = f"cannot be read ({os.strerror(error.errno)}): put that right, then run this again"
+    elif isinstance(error, MemoryError):
+        what = f"not enough memory to read it ({text}): free some, then run this again"
+    elif isinstance(error, pa.ArrowNotImplementedError):
+        what = f"holds a type that cannot be read here ({text}): write it in another type"
+    elif isinstance(error, UnicodeDecodeError):
         return DamagedError(f"{path}: a column's name or text is not UTF-8 ({text}): write it again in UTF-8")
-    return DamagedError(f"{path}: {damage} ({text}): {_MAKE_AGAIN}")
+    else:
+        return DamagedError(f"{path}: {damage} ({text}): remove it and make it again")
+    return InputError(f"{path}: {what}")

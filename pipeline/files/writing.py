@@ -143,6 +143,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
     try:
         with _naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _bring_back(path)
             remove_stale_temporaries(path)
             remove_stale_temporaries(_old_path(path))
             temporary.mkdir()
@@ -157,9 +158,62 @@ def writing_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
             sync_folder(path.parent)
     finally:
+        if not path.exists() and old.exists():
+            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _old_path(path: Path) -> Path:
     return path.with_name(path.name + ".old")
+
+
+def _bring_back(path: Path) -> None:
+    """Put the old folder back that a run had moved aside when it was killed."""
+    for left in path.parent.glob(f".{_old_path(path).name}.{_host()}-*.tmp"):
+        if not path.exists():
+            left.rename(path)
+
+
+# ------------------------------------------------------------------------------------------------ replacing
+
+# Where what is being replaced lies until what replaces it is complete.
+REPLACED = "_replaced"
+
+
+@contextmanager
+def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
+    """Move files and folders of a folder to its `_replaced/` while the block makes others in their place.
+
+    Where the block fails before one of the files is there again, they come back; else they stay until
+    `discard_replaced`. What a killed run has moved there is what was complete, and stays instead of what is there now.
+    """
+    aside = folder / REPLACED
+    keeps_earlier = aside.is_dir()
+    for path in paths:
+        if keeps_earlier:
+            _remove(path)
+        elif path.exists():
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / path.name)
+    try:
+        yield
+    except BaseException:
+        if paths and not any(path.is_file() for path in paths):
+            for kept in sorted(aside.iterdir()) if aside.is_dir() else []:
+                _remove(folder / kept.name)
+                kept.rename(folder / kept.name)
+            discard_replaced(folder)
+        raise
+
+
+def discard_replaced(folder: Path) -> None:
+    """Remove what has been replaced, now that what replaces it is complete."""
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

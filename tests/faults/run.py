@@ -1,4 +1,4 @@
-"""Disturb stage 8 and what stands beside it in every way that is known, and check what is left.
+"""Disturb the stages and the tools on a dataset in every way that is known, and check what is left.
 
     python tests/faults/run.py --tries 100 --write
 
@@ -24,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import faiss  # noqa: F401
 import torch  # noqa: F401
 import transformers  # noqa: F401
+from faults import dataset_disturbances, stage_disturbances  # noqa: F401 (they enter their faults)
 from faults.bench import Bench, Failure, Tally
 from faults.disturbances import FAULTS, RECOVERED
 from transformers import AutoImageProcessor, AutoModel, Dinov2Model  # noqa: F401

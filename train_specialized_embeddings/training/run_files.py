@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,12 +97,9 @@ class RunFiles:
             )
         return False
 
-    def remove(self) -> None:
-        """Remove all that runs left here; the mark first, so that a kill in between leaves no half that looks whole."""
-        for path in (self.provenance, self.latest, *self.list_outputs()):
-            path.unlink(missing_ok=True)
-        for name in LOG_FOLDERS:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+    def list_all(self) -> list[Path]:
+        """Return all that runs leave here; the mark first, so that what is half removed does not look whole."""
+        return [self.provenance, self.latest, *self.list_outputs(), *(self.folder / name for name in LOG_FOLDERS)]
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from pipeline.cli import StageResult
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.files import tables
+from pipeline.files.writing import discard_replaced, replacing
 from pipeline.log import Progress, Stopwatch, logger, logging_to
 from train_specialized_embeddings.training.fitting import make_run, read_material, store_coordinates
 from train_specialized_embeddings.training.starts import fit_baselines
@@ -32,16 +33,32 @@ _LOCK_SECONDS = 60
 def run_study(
     config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
 ) -> StageResult:
-    """Run the trials that are left, this process being one of the workers, and write the report.
+    """Run the trials that are left and write the report; a study that is overwritten stays until a trial is complete.
 
     Raises StaleOutputError where the study in `folder` had other inputs or settings, PipelineError where no trial was
     complete.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    result = StageResult("tune")
     folder.mkdir(parents=True, exist_ok=True)
-    if options.overwrite:
-        _remove_study(options, folder)
+    earlier = [folder / name for name in FILES.values()] if options.overwrite else []
+    if options.overwrite and options.storage not in FILES:
+        earlier = []
+        with suppress(KeyError):  # there is none
+            optuna.delete_study(study_name=options.study_name, storage=_open_storage(options.storage, folder))
+    with replacing(folder, earlier):
+        result = run_trials(config, options, inputs, provenance, folder)
+    discard_replaced(folder)
+    return result
+
+
+def run_trials(
+    config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
+) -> StageResult:
+    """Run the trials that are left, this process being one of the workers, and write the report.
+
+    Raises PipelineError where no trial was complete.
+    """
+    result = StageResult("tune")
     study = open_study(config, options, folder, provenance)
     if _count_finished(study) < options.num_trials:
         start = multiprocessing.get_context("spawn").Process  # fork would copy threads that are not there any more
@@ -97,15 +114,6 @@ def _open_storage(storage: str, folder: Path) -> Any:
             f"--storage {storage.partition('://')[0]}://...: the database cannot be opened ({type(error).__name__}): "
             "install its driver, or correct the URL"
         ) from None
-
-
-def _remove_study(options: Any, folder: Path) -> None:
-    if options.storage in FILES:
-        for name in FILES.values():
-            (folder / name).unlink(missing_ok=True)
-        return
-    with suppress(KeyError):  # there is none
-        optuna.delete_study(study_name=options.study_name, storage=_open_storage(options.storage, folder))
 
 
 def _help(*work: Any) -> None:

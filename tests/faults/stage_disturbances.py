@@ -1,0 +1,145 @@
+"""What the campaign does to the stages before: what hides rows, tars without embeddings, overwriting."""
+
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+
+import pyarrow.parquet as pq
+from faults.bench import Bench, Failure, expect, expect_refusal
+from faults.disturbances import RECOVERED, REFUSED, fault
+from faults.harness import Outcome, Run, count_operations, disturb, kill
+from published_models import make_photographs
+from raw_tars import make_city, write_tar
+
+from generate_embeddings import generate_embeddings
+from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
+
+CONFIG = """
+[global]
+log_dir = "logs"
+[paths]
+raw_dir = "raw"
+intermediates_dir = "intermediates"
+embeddings_dir = "embeddings"
+merged_dir = "merged"
+fingerprints_dir = "fingerprints"
+[embedding_model]
+model_name = "../backbone"
+[infrastructure]
+device = "cpu"
+num_workers = 1
+"""
+STAGES: dict[int, tuple[Callable[..., None], str]] = {
+    1: (process_tar.main, "intermediates"),
+    2: (generate_embeddings.main, "embeddings"),
+    3: (merge_and_split.main, "merged"),
+    4: (compute_fingerprints.main, "fingerprints"),
+}
+
+
+class Workspace:
+    """Two small tars and what stages 1 to 4 make of them."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.folder = bench.folder / "workspace"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.tars = [self.folder / "raw" / f"000{number}.tar" for number in (1, 2)]
+        for number, path in enumerate(self.tars, start=1):
+            write_tar(path, make_city(number, [2, 3, 2, 4]))
+        (self.folder / "config.toml").write_text(CONFIG)
+        for stage in STAGES:
+            expect(self.run(stage), 0)
+        self.undisturbed = self.read()
+
+    def line(self, *more: object) -> list[object]:
+        """Return the command line of a stage."""
+        return ["--config", self.folder / "config.toml", *more]
+
+    def run(self, stage: int, *more: object) -> Outcome:
+        """Run a stage."""
+        return Run(STAGES[stage][0], self.line(*more)).wait()
+
+    def read(self) -> dict[str, object]:
+        """Return every table."""
+        return {str(path.relative_to(self.folder)): pq.read_table(path) for path in self.folder.rglob("*.parquet")}
+
+    def check(self) -> None:
+        """Compare every table with the undisturbed one."""
+        found = self.read()
+        if found.keys() != self.undisturbed.keys() or any(found[name] != self.undisturbed[name] for name in found):
+            raise Failure("not as undisturbed")
+
+
+@fault("tars put together, or with zeros in their midst")
+def rows_behind_the_end(bench: Bench, tries: int) -> Iterator[str]:
+    work = Workspace(bench)
+    first, second = (path.read_bytes() for path in work.tars)
+    with tarfile.open(work.tars[0]) as tar:
+        middle = tar.getmembers()[7].offset
+    for data in (first + second, first[:middle] + bytes(1024) + first[middle + 1024 :]):
+        work.tars[0].write_bytes(data)
+        for stage in (1, 4):
+            shutil.rmtree(work.folder / STAGES[stage][1])
+            expect_refusal(work.run(stage), "0001")
+            if list((work.folder / STAGES[stage][1]).glob("0001*")):
+                raise Failure(f"stage {stage}: a tar that was read in part has an output")
+        work.tars[0].write_bytes(first)
+        for stage in STAGES:
+            expect(work.run(stage), 0)
+        work.check()
+        yield REFUSED
+
+
+@fault("photographs behind linked folders and in folders that cannot be read")
+def hidden_photographs(bench: Bench, tries: int) -> Iterator[str]:
+    place, output = bench.folder / "photos", bench.folder / "photos_out"
+    for path in (place, output, bench.folder / "elsewhere"):
+        shutil.rmtree(path, ignore_errors=True)
+    images = make_photographs(6)
+    for number, image in enumerate(images):
+        folder = (place, place / "below", bench.folder / "elsewhere")[number % 3]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(image)
+    (place / "linked").symlink_to(bench.folder / "elsewhere")
+    (place / "loop").symlink_to(place)
+
+    def forbid() -> None:
+        raise PermissionError(13, "Permission denied", str(place / "below"))
+
+    expect_refusal(bench.embed(source=place, output=output, prepare=disturb(place / "below", 1, forbid)), "below")
+    expect(bench.embed(source=place, output=output), 0)
+    ids = pq.read_table(output / "parts")["OSMID"].to_pylist()
+    if ids != ["0.jpg", "3.jpg", "below/1.jpg", "below/4.jpg", "linked/2.jpg", "linked/5.jpg"]:
+        raise Failure(f"photographs are missing or twice there: {ids}")
+    yield REFUSED
+
+
+@fault("a tar without embeddings when the splits are made")
+def missing_embeddings(bench: Bench, tries: int) -> Iterator[str]:
+    work = Workspace(bench)
+    lost = work.folder / "embeddings" / "0002_embeddings.parquet"
+    for overwrite in ((), ("--overwrite",)):
+        lost.unlink()
+        expect_refusal(work.run(3, *overwrite), "0002", "allow_missing_embeddings")
+        if {name for name in work.read() if name.startswith("merged")} != {
+            name for name in work.undisturbed if name.startswith("merged")
+        }:
+            raise Failure("the splits that were there are gone")
+        expect(work.run(2), 0)
+        expect(work.run(3), 0)
+        work.check()
+        yield REFUSED
+
+
+@fault("--overwrite of stages 1 to 4 killed before a file operation")
+def overwriting_stages_killed(bench: Bench, tries: int) -> Iterator[str]:
+    work = Workspace(bench)
+    for stage, (main, folder) in STAGES.items():
+        num_operations = count_operations(work.folder, main, work.line("--overwrite"))
+        for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries // 10)))):
+            expect(Run(main, work.line("--overwrite"), disturb(work.folder, at, kill)).wait(), -9)
+            for path in (work.folder / folder).glob("*.parquet"):  # each is the old one or the new one, and whole
+                pq.read_table(path)
+            expect(work.run(stage), 0)
+            work.check()
+            yield RECOVERED

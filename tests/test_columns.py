@@ -1,0 +1,170 @@
+"""Columns as other programs write them: read, kept, or refused in one line that names file, column and remedy."""
+
+import datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from embedded_datasets import unit_rows, write_dataset
+
+from pipeline.errors import DamagedError, InputError
+from pipeline.files.tables import open_parquet
+from publish_model import aggregate_embeddings
+from publish_model.dataset.hashes import checksum_tables, hash_ids
+from publish_model.new_data.columns import filter_rows, plain_values, take_rows
+from publish_model.new_data.packaged_input import open_packaged, read_batches
+
+IMAGES = [b"x", b"y", b"z"]
+
+
+def write(path, kept=None, ids=None, **options):
+    columns = {"OSMID": ["a", "b", "c"] if ids is None else ids, "image_bytes": IMAGES}
+    table = pa.table(columns if kept is None else columns | {"k": kept})
+    pq.write_table(table, path, **options)
+    return path
+
+
+def read(path, *keep):
+    """Read a packaged parquet as stage 8 does, and return what it keeps of rows 0 and 2."""
+    source = open_packaged(path, keep_columns=keep)
+    (table,) = read_batches(source, 0)
+    rows = np.array([0, 2])
+    embedded = pa.table({"OSMID": take_rows(table["OSMID"].combine_chunks(), rows)})
+    return source.carry_columns(embedded, table, rows)
+
+
+def not_utf8():
+    """Three strings of which the second and third are Latin-1."""
+    offsets = pa.py_buffer(np.array([0, 1, 2, 3], np.int32))
+    return pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xe9\xff")])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_text_that_is_not_utf8_is_one_line_with_file_and_column_where_it_is_used(tmp_path, nested):
+    values = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), not_utf8()) if nested else not_utf8()
+    path = write(tmp_path / "in.parquet", kept=values)
+    with pytest.raises(InputError) as caught:
+        read(path, "k")
+    assert f"{path}: column k: text that is not UTF-8" in str(caught.value)
+    assert "write it in UTF-8, or as binary" in str(caught.value)
+    assert read(path).column_names == ["OSMID"]  # not used: no harm
+
+
+def test_ids_that_are_not_utf8_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="in.parquet: column OSMID: text that is not UTF-8"):
+        read(write(tmp_path / "in.parquet", ids=not_utf8()))
+
+
+def test_a_column_name_that_is_not_utf8_is_one_line(tmp_path):
+    path = write(tmp_path / "in.parquet", kept=[1, 2, 3], store_schema=False)
+    table = pq.read_table(path).rename_columns(["OSMID", "image_bytes", "kolumn"])
+    pq.write_table(table, path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"kolumn", b"k\xe9lumn"))
+    with pytest.raises(
+        InputError, match="in.parquet: a column's name or text is not UTF-8 .*: write it again in UTF-8"
+    ):
+        read(path)
+
+
+def test_a_type_that_arrow_does_not_know_does_no_harm_in_a_column_that_is_not_used(tmp_path):
+    """Polars' Int128; here the bit width in Arrow's schema is changed to 128, which is what Polars writes."""
+    polars = pytest.importorskip("polars")
+    path = tmp_path / "in.parquet"
+    wide = polars.Series([1, 2, 3], dtype=polars.Int128)
+    polars.DataFrame({"OSMID": ["a", "b", "c"], "image_bytes": IMAGES, "k": wide}).write_parquet(path)
+    assert read(path)["OSMID"].to_pylist() == ["a", "c"]
+    with pytest.raises(InputError, match="in.parquet: column k is of a type that cannot be read here: write it in ano"):
+        read(path, "k")
+
+
+FAR = 10_000_000  # days: the year 29349
+KEPT = {
+    "far dates": (pa.array([[FAR], [1], None], pa.list_(pa.date32())), [FAR]),
+    "far times": (pa.array([[10**18], [1], None], pa.list_(pa.timestamp("us"))), [10**18]),
+    "nanoseconds": (pa.array([[10**18 + 1], [1], None], pa.list_(pa.timestamp("ns"))), [10**18 + 1]),
+    "an unknown time zone": (
+        pa.array([{"t": 5}, {"t": 2}, None], pa.struct([("t", pa.int64())])).cast(
+            pa.struct([("t", pa.timestamp("us", "Mars/Olympus"))])
+        ),
+        {"t": 5},
+    ),
+    "nanoseconds in a map": (
+        pa.array([[("a", 10**18 + 1)], [], None], pa.map_(pa.string(), pa.timestamp("ns"))),
+        [("a", 10**18 + 1)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_nested_times_that_python_cannot_hold_are_kept_as_they_are(tmp_path, kind):
+    values, first = KEPT[kind]
+    kept = read(write(tmp_path / "in.parquet", kept=values), "k")
+    assert kept["k"].type == values.type
+    assert plain_values(kept["k"].combine_chunks()) == [first, None]
+    pq.write_table(kept, tmp_path / "part.parquet")
+    assert checksum_tables(pq.read_table(tmp_path / "part.parquet")) == checksum_tables(kept)
+
+
+def test_the_times_of_spark_are_kept_also_inside_lists(tmp_path):
+    """Spark writes INT96, which Arrow reads as nanoseconds, and names a list's element in its own way."""
+    moment = datetime.datetime(2020, 1, 1)
+    path = write(
+        tmp_path / "in.parquet", kept=pa.array([[moment], [], [moment]]), use_deprecated_int96_timestamps=True,
+        store_schema=False, use_compliant_nested_type=False,
+    )  # fmt: skip
+    assert plain_values(read(path, "k")["k"].combine_chunks()) == [[1577836800 * 10**9]] * 2
+
+
+def test_what_python_can_hold_is_hashed_as_ever():
+    """Datasets that are there already carry checksums of these texts."""
+    dates = pa.array([[datetime.date(2020, 1, 1)], None], pa.list_(pa.date32()))
+    assert plain_values(dates) == [[datetime.date(2020, 1, 1)], None]
+    assert hash_ids(plain_values(pa.array(["a"]))) == hash_ids(["a"])
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.list_(pa.string_view()), pa.struct([("x", pa.string_view())])])
+def test_rows_of_views_are_filtered(kind):
+    values = {pa.string_view(): ["a", "b", None, "d"]}.get(kind)
+    if values is None:
+        values = [["a"], [], None, ["d"]] if pa.types.is_list(kind) else [{"x": "a"}, {"x": None}, None, {"x": "d"}]
+    table = pa.table({"k": pa.chunked_array([pa.array(values[:3], kind), pa.array(values[3:], kind)])})
+    left = filter_rows(table, np.array([True, False, True, True]))
+    assert left["k"].to_pylist() == [values[0], values[2], values[3]]
+    assert left.schema == table.schema
+    assert filter_rows(table, np.zeros(4, dtype=bool)).num_rows == 0
+
+
+GROUPS = {
+    "list": pa.array([[1, 2], [1, 2], [2, 1], None]),
+    "struct": pa.array([{"x": [1]}, {"x": [1]}, {"x": []}, None]),
+    "map": pa.array([[("a", 1)], [("a", 1)], [("b", 1)], None], pa.map_(pa.string(), pa.int64())),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_groups_may_be_of_lists_structs_and_maps(run_main, tmp_path, kind):
+    embeddings = unit_rows(0, 4)
+    output = write_dataset(tmp_path / "out", pa.array([7, 7, 7, 7]), embeddings, rows_of_part=3, k=GROUPS[kind])
+    outcome = run_main(aggregate_embeddings.main, output, "--by", "OSMID,k")
+    assert outcome.code == 0, outcome.stderr
+    table = pq.read_table(output / "_aggregated" / "OSMID_k.parquet")
+    assert table["k"].to_pylist() == [GROUPS[kind][row].as_py() for row in (0, 2, 3)]
+    assert table["num_images"].to_pylist() == [2, 1, 1]
+    mean = embeddings[:2].sum(axis=0)
+    assert np.allclose(table["embedding"][0].as_py(), mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_groups_by_the_embedding_are_refused(run_main, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array([1]), unit_rows(0, 1))
+    assert run_main(aggregate_embeddings.main, output, "--by", "OSMID,embedding").code == 2
+
+
+def test_only_content_is_called_damaged(tmp_path):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"no parquet at all")
+    with pytest.raises(DamagedError, match="not a readable parquet file"):
+        open_parquet(path)
+    with pytest.raises(InputError, match="a folder, not a parquet file") as caught:
+        open_parquet(tmp_path)
+    assert not isinstance(caught.value, DamagedError)

@@ -1,0 +1,129 @@
+"""--overwrite, in every stage: what is replaced stays until what replaces it is there."""
+
+import os
+from pathlib import Path
+
+import pytest
+from embedding_files import SIZES, make_rows, write
+from training_data import SETTINGS, fill_workspace, run
+
+from pipeline.errors import PipelineError
+from pipeline.files import writing
+from pipeline.files.writing import REPLACED, discard_replaced, replacing, writing_folder
+from preprocess_raw_data import merge_and_split
+from preprocess_raw_data.merging.splits import SPLITS
+from train_specialized_embeddings.training.training_run import TrainingRun
+
+
+def read(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_checkpoints_stay_where_the_splits_cannot_be_trained_on(tmp_path, write_config):
+    fill_workspace(tmp_path)
+    write_config(tmp_path, **SETTINGS)
+    run(tmp_path)
+    before = read(tmp_path / "checkpoint")
+    val = tmp_path / "merged" / "val.parquet"
+    whole = val.read_bytes()
+    val.write_bytes(whole[: len(whole) // 2] + whole[len(whole) // 2 + 9 :])
+    with pytest.raises(PipelineError):
+        run(tmp_path, overwrite=True)
+    assert read(tmp_path / "checkpoint") == before
+
+
+def test_checkpoints_stay_until_the_new_run_is_complete(tmp_path, write_config, monkeypatch):
+    fill_workspace(tmp_path)
+    write_config(tmp_path, **SETTINGS)
+    run(tmp_path)
+    before = read(tmp_path / "checkpoint")
+    plain = TrainingRun._finish
+
+    def stop(self):
+        self._save()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingRun, "_finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, overwrite=True)
+    assert read(tmp_path / "checkpoint" / REPLACED) == before
+    monkeypatch.setattr(TrainingRun, "_finish", plain)
+    run(tmp_path)
+    assert not (tmp_path / "checkpoint" / REPLACED).exists()
+    assert read(tmp_path / "checkpoint").keys() == before.keys()
+
+
+def test_what_a_killed_run_moved_aside_is_what_comes_back(tmp_path):
+    mark, log = tmp_path / "mark", tmp_path / "log"
+    (tmp_path / REPLACED).mkdir()
+    (tmp_path / REPLACED / "mark").write_text("whole")
+    log.mkdir()
+    mark.write_text("half")
+    with pytest.raises(PipelineError), replacing(tmp_path, [mark, log]):
+        raise PipelineError("no")
+    assert mark.read_text() == "whole"
+    assert not log.exists()
+    assert not (tmp_path / REPLACED).exists()
+
+
+def test_what_was_moved_aside_goes_when_its_successor_is_complete(tmp_path):
+    mark = tmp_path / "mark"
+    mark.write_text("old")
+    with replacing(tmp_path, [mark]):
+        assert not mark.exists()
+        mark.write_text("new")
+    assert (tmp_path / REPLACED / "mark").read_text() == "old"
+    discard_replaced(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mark"]
+
+
+def test_a_folder_comes_back_where_its_successor_cannot_take_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    plain = Path.rename
+
+    def fail(self, target):
+        if target == folder and ".old." not in self.name:
+            raise OSError(5, os.strerror(5), str(self))
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PipelineError, match="cannot write .*model"), writing_folder(folder) as temporary:
+        (temporary / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_a_killed_run_moved_aside_comes_back(tmp_path):
+    folder = tmp_path / "model"
+    moved = writing.temporary_path(writing._old_path(folder))
+    moved.mkdir()
+    (moved / "weights").write_text("old")
+    with pytest.raises(ValueError, match="no"), writing_folder(folder):
+        raise ValueError("no")
+    assert (folder / "weights").read_text() == "old"
+
+
+def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, monkeypatch, run_main):
+    write(tmp_path, 1, make_rows(1, SIZES))
+    config = write_config(tmp_path, data={"allow_missing_embeddings": True})
+    assert run_main(merge_and_split.main, "--config", config).code == 0
+    before = read(tmp_path / "merged")
+    plain, synced = writing.sync_file, []
+
+    def fill_disk(path):
+        synced.append(path)
+        if len(synced) == len(SPLITS):
+            raise OSError(28, os.strerror(28))
+        plain(path)
+
+    monkeypatch.setattr(writing, "sync_file", fill_disk)
+    outcome = run_main(merge_and_split.main, "--config", config, "--overwrite")
+    assert outcome.code == 1
+    assert "No space left" in outcome.stderr.splitlines()[-1]
+    assert read(tmp_path / "merged") == before
