@@ -121,6 +121,7 @@ def format_table(results: list[Result]) -> list[str]:
 
 def plot(results: list[Result], path: Path) -> None:
     """Draw the mAP of each kind over the number of training buildings, every seed as a dot."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4))
@@ -135,7 +136,8 @@ def plot(results: list[Result], path: Path) -> None:
     axis.set(xscale="log", xlabel="training buildings", ylabel="test mAP")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+    with rc_context({"svg.hashsalt": "scaling"}):  # the same curve is the same file
+        figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 _shared: list[Any] = []

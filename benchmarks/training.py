@@ -33,7 +33,6 @@ from pipeline.cli import installed_version
 from pipeline.config import TrainingSection, count_cores
 from pipeline.files import tables
 from pipeline.log import Progress
-from pipeline.retrieval.device_scores import score_queries_on
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import normalise_rows, score_queries
@@ -235,10 +234,7 @@ def time_validation(arguments: argparse.Namespace) -> dict[str, float]:
     count = arguments.images
     rows = normalise_rows(np.random.default_rng(0).standard_normal((count, 256)))
     started = time.perf_counter()
-    if DEVICE.type == "cuda":
-        score_queries_on(DEVICE, rows, np.arange(count) // 4)
-    else:
-        score_queries(rows, np.arange(count) // 4)
+    score_queries(rows, np.arange(count) // 4, device=DEVICE)
     return {"seconds": time.perf_counter() - started}
 
 

@@ -121,12 +121,15 @@ def score_split(
     features: Features, embeddings: dict[str, Embeddings], ignored: IgnoredPairs, config: Config
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score every kind of embedding in every way that metrics.json has."""
+    from pipeline.inference.devices import choose_device
+
+    device = choose_device(config.infrastructure.device)
     total = len(KINDS) * (len(features) + sum(size for size in GALLERY_SIZES if size <= len(features)))
     with Progress("score", total, "queries", config.logging.progress_interval_seconds) as progress:
         codes, seed = features.building_codes, config.global_.seed
-        scores, apart = score_kinds_twice(embeddings, features, ignored, progress.advance)
+        scores, apart = score_kinds_twice(embeddings, features, ignored, progress.advance, device)
         pairs = {kind: sample_similarities(rows, codes, ignored, seed) for kind, rows in embeddings.items()}
-        evaluation = Evaluation(features, embeddings, ignored, scores, apart, pairs)
+        evaluation = Evaluation(features, embeddings, ignored, scores, apart, pairs, device)
         camera = load_camera(config.path("merged_dir") / "test.parquet")
         metrics = build_metrics(evaluation, seed, progress.advance)
         return evaluation, metrics | summarize_breakdowns(evaluation, camera, seed)

@@ -278,6 +278,8 @@ class LoggingSection(Section):
     wandb: Literal["off", "offline", "online"] = Field(
         "off", description="stage 6 also writes a Weights & Biases run, checkpoint_dir/_wandb"
     )
+    wandb_project: str = Field("spatial-building-embeddings", min_length=1, description="project of that run")
+    wandb_run_name: str | None = Field(None, description="name of that run; not set: Weights & Biases gives one")
 
 
 class Config(Section):

@@ -240,6 +240,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         result, config, options, "fingerprints_dir", "_fingerprints",
         describe=lambda unit: describe_output(unit, config),
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
+        take_over=lambda unit: take_over(unit, config),
     )  # fmt: skip
 
 

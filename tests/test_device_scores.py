@@ -1,13 +1,23 @@
-"""Retrieval by torch equals retrieval by NumPy, query by query."""
+"""The tiled search against slow, obvious loops, on every device there is, whatever the size of its tiles."""
 
 import numpy as np
 import pytest
 import torch
+from test_scores import assert_equals_loops, score_by_loops
 
-from pipeline.retrieval.device_scores import score_queries_on
-from pipeline.retrieval.scores import normalise_rows, score_queries
+from pipeline.errors import PipelineError
+from pipeline.retrieval import device_scores
+from pipeline.retrieval.scores import IgnoredPairs, normalise_rows, score_queries, score_queries_twice
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+# Of 8 rows many lie across buildings; 2048 is more than one lane of bytes can add up; the last holds everything.
+BLOCKS = [8, 64, 1024, 2048]
+
+
+@pytest.fixture(params=BLOCKS)
+def block_rows(request, monkeypatch):
+    monkeypatch.setattr(device_scores, "BLOCK_ROWS", dict.fromkeys(("cpu", "cuda"), request.param))
+    return request.param
 
 
 def draw(sizes, width=5, seed=0):
@@ -20,18 +30,56 @@ def draw(sizes, width=5, seed=0):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sizes", [[2, 2], [1, 2, 3, 4, 5, 1], [40, 1, 2, 2], [3] * 60], ids=str)
-@pytest.mark.parametrize("tile_values", [1, 500, 2**20])
-def test_every_query_fares_as_in_numpy(sizes, tile_values, device):
+def test_every_query_fares_as_in_a_loop(sizes, device, block_rows):
     embeddings, codes = draw(sizes)
-    found = score_queries_on(torch.device(device), embeddings, codes, tile_values)
-    expected = score_queries(embeddings, codes)
-    np.testing.assert_array_equal(found.query, expected.query)
-    np.testing.assert_array_equal(found.first_rank, expected.first_rank)
-    np.testing.assert_allclose(found.average_precision, expected.average_precision, rtol=1e-12)
+    found = score_queries(embeddings, codes, device=torch.device(device))
+    assert_equals_loops(found, score_by_loops(embeddings, codes))
 
 
-def test_a_negative_that_ties_with_a_positive_counts_as_nearer():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(3))
+def test_ignored_pairs_and_panoramas_are_left_out_as_in_a_loop(seed, device, block_rows):
+    sizes = np.random.default_rng(seed).integers(1, 7, 30).tolist()
+    embeddings, codes = draw(sizes, seed=seed)
+    panoramas = np.random.default_rng(seed).integers(0, len(codes) // 3, len(codes))
+    pairs = [(1, 4), (4, 1), (7, 10), (7, 13), (16, 16), (19, 9999)]
+    ignored = IgnoredPairs(np.array([a for a, _ in pairs]), np.array([b for _, b in pairs]))
+    found = score_queries_twice(embeddings, codes, panoramas, ignored=ignored, device=torch.device(device))
+    assert_equals_loops(found[0], score_by_loops(embeddings, codes, pairs))
+    assert_equals_loops(found[1], score_by_loops(embeddings, codes, pairs, panoramas))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_negative_that_ties_with_a_positive_counts_as_nearer(device, block_rows):
     embeddings = normalise_rows(np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
-    codes = np.array([0, 0, 1, 1], np.int32)
-    found = score_queries_on(torch.device("cpu"), embeddings, codes)
-    assert found.first_rank.tolist() == score_queries(embeddings, codes).first_rank.tolist() == [2, 2, 3, 3]
+    found = score_queries(embeddings, np.array([0, 0, 1, 1]), device=torch.device(device))
+    assert found.first_rank.tolist() == [2, 2, 3, 3]
+
+
+def test_counts_beyond_what_a_byte_holds_are_right(block_rows):
+    generator = np.random.default_rng(0)
+    for share in (0.0, 0.3, 1.0):
+        mask = torch.from_numpy(generator.random((block_rows, block_rows)) < share)
+        for dim in (0, 1):
+            assert torch.equal(device_scores._count(mask, dim), mask.sum(dim=dim))
+
+
+def test_a_gpu_whose_memory_runs_out_is_given_smaller_tiles_and_in_the_end_an_error(monkeypatch, caplog):
+    embeddings, codes = draw([2] * 1500)
+    expected = score_queries(embeddings, codes)
+    monkeypatch.setattr(device_scores, "BLOCK_ROWS", {"cpu": 4096})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    whole, room = device_scores._Ranking.run, 1024
+
+    def run(ranking, progress):
+        if ranking._block_rows > room:
+            raise torch.cuda.OutOfMemoryError
+        return whole(ranking, progress)
+
+    monkeypatch.setattr(device_scores._Ranking, "run", run)
+    found = score_queries(embeddings, codes)
+    assert found.first_rank.tolist() == expected.first_rank.tolist()
+    assert [record.args[0] for record in caplog.records] == [2048, 1024]
+    room = 0
+    with pytest.raises(PipelineError, match="do not fit the GPU's memory: .* set .infrastructure..device to cpu"):
+        score_queries(embeddings, codes)

@@ -77,7 +77,13 @@ def test_weights_and_biases_gets_settings_and_every_epoch_under_one_id(
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     monkeypatch.setattr(metric_sinks, "find_spec", lambda _: True)
     run(workspace, "logging.wandb=offline")
-    run(workspace, "logging.wandb=online", overwrite=True)
+    run(
+        workspace,
+        "logging.wandb=online",
+        "logging.wandb_project=facades",
+        "logging.wandb_run_name=third",
+        overwrite=True,
+    )
     first, second = runs
     assert (first.options["mode"], second.options["mode"]) == ("offline", "online")
     assert first.options["id"] == second.options["id"]

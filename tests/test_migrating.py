@@ -30,8 +30,8 @@ def list_commands() -> list[list[str]]:
 
 def type_command(words: list[str], run_main) -> None:
     assert words[0] == "python"
-    module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
-    outcome = run_main(module.main, *words[2:])
+    name, *arguments = words[2:] if words[1] == "-m" else [words[1].removesuffix(".py").replace("/", "."), *words[2:]]
+    outcome = run_main(importlib.import_module(name).main, *arguments)
     assert outcome.code == 0, f"{words}: {outcome.stderr}"
 
 
@@ -52,6 +52,7 @@ def leave_old_files(folder: Path, config: Path, run_main) -> ReferenceProjector:
     torch.manual_seed(1)
     network = ReferenceProjector(24, [32, 24, 18], 256, "gelu").eval()
     (folder / "old").mkdir()
+    (folder / "old/config.toml").write_text("[embedding_model]\npooling_type = 'cls_token'\nuse_residual = true\n")
     torch.save({"model_state_dict": network.state_dict(), "epoch": 3}, folder / "old/checkpoint_best.pt")
     write_packaged(folder / "packaged_images.parquet", list(make_photographs(5)))
     return network

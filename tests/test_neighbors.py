@@ -1,16 +1,19 @@
 import math
+import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from difficulty_metadata.neighbor_search import engines, neighbors
-from difficulty_metadata.neighbor_search.engines import TiledEngine, bound_unseen, full_precision
+from difficulty_metadata.neighbor_search.engines import TiledEngine, bound_unseen
 from difficulty_metadata.neighbor_search.exclusion import Exclusion
 from difficulty_metadata.neighbor_search.neighbors import NeighborSearch, group_points, measure_squared
 from pipeline.errors import InputError, PipelineError
+from pipeline.inference.devices import full_precision
 from pipeline.retrieval.geography import distances_m
 
 BACKENDS = ["balltree", "faiss", "torch"]
@@ -171,6 +174,52 @@ def test_a_dense_cluster_is_searched_again_in_float64() -> None:
     search = NeighborSearch(points, codes, 20, "faiss", CPU)
     search.find(np.arange(len(points)))
     assert search.num_redone > 0
+
+
+class Kernel(TiledEngine):
+    """What stands in for a GPU's kernel: it wants its queries in an order of its own."""
+
+    @property
+    def order(self) -> torch.Tensor:
+        return torch.arange(len(self._points)).flip(0)
+
+
+class FailingKernel(Kernel):
+    def search(self, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("ptxas exited with error code 127")
+
+
+class LyingKernel(Kernel):
+    """Passes over every seventh point, and proves too much."""
+
+    def search(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        candidates, bounds = super().search(*arguments)
+        return candidates.masked_fill(candidates % 7 == 0, -1), bounds
+
+
+@pytest.mark.parametrize(
+    ("kernel", "warning"),
+    [
+        (Kernel, None),
+        (FailingKernel, "the GPU's kernel failed in a trial, .*: ptxas exited with error code 127"),
+        (LyingKernel, r"the GPU's kernel found other neighbours than tiles in float64 for \d+ of \d+ images"),
+    ],
+)
+def test_a_kernel_is_tried_before_it_searches_and_tiles_take_its_place_where_it_fails_or_lies(
+    kernel: type[Kernel], warning: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    points, codes = draw_points(3_000)
+    monkeypatch.setattr(NeighborSearch, "_make_engine", lambda self: kernel(self._points, self._point_codes))
+    search = NeighborSearch(points, codes, 20, "torch", CPU)
+    assert type(search._engine) is (Kernel if warning is None else TiledEngine)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (warning is not None)
+    assert warning is None or re.match(warning, messages[0])
+    monkeypatch.undo()
+    rows, distances = search.find(np.arange(len(points)))
+    expected_rows, expected_distances = NeighborSearch(points, codes, 20, "torch", CPU).find(np.arange(len(points)))
+    assert (rows == expected_rows).all()
+    assert (distances == expected_distances).all()
 
 
 def test_grey_tiles_cost_no_second_search() -> None:

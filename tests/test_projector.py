@@ -55,6 +55,18 @@ def test_a_norm_comes_before_shortcut_and_branch_and_widths_may_differ(weights: 
     torch.testing.assert_close(projector(features()), plain(normed), atol=1e-6, rtol=0)
 
 
+def test_autocast_rounds_the_branch_and_not_the_shortcut_that_centres() -> None:
+    projector = Projector(12, 5).eval()
+    rows = features(64) * 0.05 + 40
+    with torch.no_grad():
+        projector.shortcut.bias.copy_(-projector.shortcut.weight @ rows.mean(dim=0))
+        expected = projector(rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = projector(rows)
+    torch.testing.assert_close(found, expected)
+    assert found.dtype == torch.float32
+
+
 def test_a_new_projector_equals_its_shortcut() -> None:
     projector = Projector(12, 5).eval()
     expected = torch.nn.functional.normalize(projector.shortcut(features()), dim=1)

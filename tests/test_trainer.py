@@ -1,5 +1,6 @@
 """A training step against slow loops, and its sums."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +98,25 @@ def test_the_bandit_turns_to_the_bands_whose_triplets_are_still_active(shares: b
     assert report.active_share == 1.0
     means = [reward / pulls for reward, pulls in zip(trainer.bandit.rewards, trainer.bandit.pulls, strict=True)]
     assert means == pytest.approx([1.0] * 7)
+
+
+def test_a_state_of_a_gpu_goes_on_on_a_cpu_with_new_random_numbers_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bar, weights = Progress("train", None), []
+    first, _ = make_trainer()
+    first.run_epoch(bar)
+    state = first.state()
+    state["random"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 4
+    state["sampler"]["random"] = torch.zeros(16, dtype=torch.uint8)
+    for _ in range(2):
+        trainer, _ = make_trainer()
+        trainer.restore(copy.deepcopy(state))  # an optimiser goes on in the tensors it was given
+        assert trainer.epoch == 1
+        assert "run on a GPU, this one is on a CPU: random numbers begin anew" in caplog.records[-1].getMessage()
+        trainer.run_epoch(bar)
+        weights.append(trainer.projector.shortcut.weight.detach().clone())
+    assert weights[0].equal(weights[1])
 
 
 @pytest.mark.parametrize("loss", ["supcon", "multi_similarity"])

@@ -45,6 +45,24 @@ def read_trials(workspace: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_a_study_may_lie_in_a_database_of_ones_own_under_its_own_name(workspace: Path) -> None:
+    url = f"sqlite:///{workspace}/own.db"
+    assert search(workspace, 2, storage=url, study_name="facades").rows_in == 2
+    assert len(optuna.load_study(study_name="facades", storage=url).trials) == 2
+    assert not (workspace / "checkpoint/_tune/journal.log").exists()
+    assert search(workspace, 3, storage=url, study_name="facades").rows_in == 3
+    assert search(workspace, 1, storage=url, study_name="other").rows_in == 1
+    assert search(workspace, 1, storage=url, study_name="facades", overwrite=True).rows_in == 1
+    assert len(optuna.load_study(study_name="other", storage=url).trials) == 1
+
+
+@pytest.mark.parametrize("url", ["nowhere://someone:secret@host/x", "sqlite:////no/such/folder/x.db"])
+def test_a_database_that_cannot_be_opened_is_named_without_its_password(workspace: Path, url: str) -> None:
+    with pytest.raises(PipelineError, match=r"--storage \w+://...: the database cannot be opened") as caught:
+        search(workspace, 1, storage=url)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("storage", ["journal", "sqlite"])
 def test_a_search_leaves_its_best_settings_a_table_and_plots_and_goes_on_when_asked_for_more(
     workspace: Path, storage: str

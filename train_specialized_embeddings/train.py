@@ -1,4 +1,4 @@
-"""Stage 6: train the projector from backbone embeddings to building embeddings, by triplets with banded negatives.
+"""Stage 6: train the projector from backbone embeddings to building embeddings, with banded negatives.
 
     python train_specialized_embeddings/train.py --config config.toml
 

@@ -31,6 +31,7 @@ class TuneOptions:
     num_trials: int = 100
     num_workers: int = 1
     storage: str = "journal"
+    study_name: str = "stage6"
     overwrite: bool = False
 
 
@@ -54,13 +55,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=_count, default=100, metavar="N", help="finished trials in all (default: 100)")
     parser.add_argument("--workers", type=_count, default=1, metavar="N", help="processes at once (default: 1)")
     parser.add_argument(
-        "--storage", choices=["journal", "sqlite"], default="journal",
-        help="how the study is kept; sqlite not on a network file system (default: journal)",
+        "--storage", type=_storage, default="journal", metavar="{journal,sqlite,URL}",
+        help="how the study is kept; sqlite not on a network file system; URL: a database as Optuna takes it, such as\n"
+        "postgresql://host/name (default: journal)",
     )  # fmt: skip
+    parser.add_argument(
+        "--study-name", default="stage6", metavar="NAME", help="which study of the storage (default: stage6)"
+    )
     arguments = parser.parse_args(argv)
-    options = TuneOptions(arguments.trials, arguments.workers, arguments.storage, arguments.overwrite)
+    options = TuneOptions(
+        arguments.trials, arguments.workers, arguments.storage, arguments.study_name, arguments.overwrite
+    )
     config = cli.config_from(arguments)
     cli.run_stage(STAGE, lambda config, _: run(config, options), config, cli.options_from(arguments))
+
+
+def _storage(text: str) -> str:
+    if text not in ("journal", "sqlite") and "://" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be journal, sqlite or a database's URL")
+    return text
 
 
 def _count(text: str) -> int:

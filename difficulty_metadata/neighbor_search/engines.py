@@ -4,14 +4,13 @@ No engine's float arithmetic decides which neighbour is nearer. An engine propos
 them anew in float64 and, where the bound does not prove the k nearest to be among them, asks again for more.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from pipeline.errors import PipelineError
+from pipeline.inference.devices import full_precision
 
 # Up to here a distance matrix of a block of queries to all points is simply sorted (TiledEngine).
 DENSE_POINTS = 8_192
@@ -132,7 +131,8 @@ class TiledEngine:
         rows = min(self._tile[0], max(1, _MAX_HITS // (num_points if is_dense else 4 * num_candidates)))
         found = []
         # One buffer for all tiles: fresh pages for each cost a CPU more than the product.
-        self._buffer = torch.empty(rows * min(self._tile[1], num_points), dtype=self._dtype, device=queries.device)
+        size = 0 if is_dense else min(rows, len(queries)) * min(self._tile[1], num_points)
+        self._buffer = torch.empty(size, dtype=self._dtype, device=queries.device)
         with full_precision():
             for start in range(0, len(queries), rows):
                 block = self._extend(queries[start : start + rows]), query_codes[start : start + rows]
@@ -202,17 +202,6 @@ def bound_unseen(squared: torch.Tensor, queries: torch.Tensor, dtype: torch.dtyp
     margin = (queries.shape[1] + 4) * 1.01 * roundoff * reach.square()  # 1.01: terms of second order
     bounds = (squared - margin).clamp(min=0.0)
     return torch.where(squared.isinf(), squared, bounds)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Keep matrix products of float32 from being computed in TF32 or bfloat16, whatever another stage has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _find_below(scores: torch.Tensor, thresholds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from difficulty_metadata.neighbor_search.engines import BallTreeEngine, Engine, FaissEngine, TiledEngine
+from difficulty_metadata.neighbor_search.engines import (
+    DENSE_POINTS,
+    BallTreeEngine,
+    Engine,
+    FaissEngine,
+    TiledEngine,
+)
 from difficulty_metadata.neighbor_search.exclusion import Exclusion
+from pipeline.errors import one_line
 from pipeline.log import logger
 
 # Asked for beyond the neighbours wanted, for what turns out to be of the own building, or too near on the ground.
@@ -22,6 +29,8 @@ _BLOCK_ANCHORS = {"cpu": 4_096, "cuda": 65_536}
 _MIN_TRITON_POINTS = 65_536
 # Ampere, the oldest that Triton compiles the kernels for.
 _TRITON_CAPABILITY = (8, 0)
+# Anchors of a trial whose answers are compared: in float64 a second's work at 5.8 million points, by count.
+TRIAL_ANCHORS = 256
 # Candidates held at a time: only searches that were repeated with very many are cut by this.
 _MAX_CANDIDATES = 1 << 24
 # Coordinates of candidates held at a time in float64: 8 MB on a CPU, where less stays nearer to the cache.
@@ -131,6 +140,9 @@ class NeighborSearch:
         self._places = np.arange(len(self._points))
         if self._engine.order is not None:
             self._places[self._engine.order.cpu().numpy()] = np.arange(len(self._points))
+            if not self._passes_trial(self._engine):
+                self._engine = TiledEngine(self._points, self._point_codes)
+                self._places = np.arange(len(self._points))
 
     def _make_engine(self) -> Engine:
         if self.backend == "balltree":
@@ -140,6 +152,32 @@ class NeighborSearch:
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= _TRITON_CAPABILITY:
             return make_gpu_engine(self._points, self._point_codes)
         return TiledEngine(self._points, self._point_codes)
+
+    def _passes_trial(self, engine: Engine) -> bool:
+        """Whether the engine finds, for anchors spread over all, what tiles in float64 find; else says why not.
+
+        A kernel is compiled on the spot, by what compiler and for what driver there is. Enough anchors are asked for
+        that the engine can choose its shape on them; a few are compared.
+        """
+        anchors = np.linspace(0, len(self._codes) - 1, min(len(self._codes), DENSE_POINTS)).astype(np.int64)
+        anchors = anchors[np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")]
+        num_candidates = self._num_neighbors + SPARE_CANDIDATES
+        try:
+            found = self._search(engine, anchors, num_candidates)
+        except Exception as error:  # noqa: BLE001 (whatever a compiler, a driver or a kernel raises)
+            logger.warning("the GPU's kernel failed in a trial, so torch's tiles search, which is slower: %s",
+                           one_line(error)[:300])  # fmt: skip
+            return False
+        checked = slice(None, None, max(1, len(anchors) // TRIAL_ANCHORS))
+        tiles = TiledEngine(self._points, self._point_codes, torch.float64)
+        expected = self._search(tiles, anchors[checked], num_candidates)
+        rows, squared, is_proven = (values[checked] for values in found)
+        is_wrong = (rows != expected[0]).any(dim=1) | (squared != expected[1]).any(dim=1)
+        num_wrong = int((is_wrong & is_proven & expected[2]).sum())
+        if num_wrong:
+            logger.warning("the GPU's kernel found other neighbours than tiles in float64 for %d of %d images of a "
+                           "trial, so torch's tiles search, which is slower", num_wrong, len(rows))  # fmt: skip
+        return num_wrong == 0
 
     def find(
         self, anchors: np.ndarray, report: Callable[[int], None] = lambda _: None

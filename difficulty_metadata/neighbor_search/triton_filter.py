@@ -25,8 +25,9 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, SAMPLE_STRIDE, full_precision
+from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, SAMPLE_STRIDE
 from difficulty_metadata.neighbor_search.triton_kernels import measure_groups, note_groups
+from pipeline.inference.devices import full_precision
 from pipeline.log import logger
 
 # Points of a tile, and the groups that are noted of it. A group's points are one thread's own in the layout of the

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from pipeline.retrieval.scores import (
     score_queries_twice,
     summarize_scores,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 # What the projector has to beat: the contract's two, and what a closed form gives without training.
 BASELINES = ("raw", "pca_whitened", "whitening")
@@ -50,6 +53,7 @@ class Evaluation:
     scores: ScoresByKind
     apart: ScoresByKind | None = None  # without the candidates of the query's own panorama; None where none are left
     pairs: dict[str, PairSimilarities] = field(default_factory=dict)  # sampled, of each kind
+    device: "torch.device | None" = None  # where galleries are searched, None is the CPU
 
     @property
     def codes(self) -> NDArray[np.int32]:
@@ -68,9 +72,13 @@ def score_kinds(
     codes: NDArray[Any],
     ignored: IgnoredPairs,
     progress: Callable[[int], None] | None = None,
+    device: "torch.device | None" = None,
 ) -> ScoresByKind:
     """Score each kind of embedding of the same rows."""
-    return {kind: score_queries(rows, codes, ignored=ignored, progress=progress) for kind, rows in embeddings.items()}
+    return {
+        kind: score_queries(rows, codes, ignored=ignored, device=device, progress=progress)
+        for kind, rows in embeddings.items()
+    }
 
 
 def score_kinds_twice(
@@ -78,6 +86,7 @@ def score_kinds_twice(
     features: Features,
     ignored: IgnoredPairs,
     progress: Callable[[int], None] | None = None,
+    device: "torch.device | None" = None,
 ) -> tuple[ScoresByKind, ScoresByKind | None]:
     """Score each kind of embedding of a split, among all candidates and among those of other panoramas.
 
@@ -87,8 +96,9 @@ def score_kinds_twice(
     for kind, rows in embeddings.items():
         try:
             scores[kind], without = score_queries_twice(
-                rows, features.building_codes, panorama_codes(features), ignored=ignored, progress=progress
-            )
+                rows, features.building_codes, panorama_codes(features), ignored=ignored, device=device,
+                progress=progress,
+            )  # fmt: skip
         except InputError as error:
             raise InputError(f"{KIND_LABELS[kind]} {error}") from None
         if without is not None:
@@ -161,7 +171,7 @@ def summarize_galleries(evaluation: Evaluation, seed: int, progress: Callable[[i
             break
         rows = sample_gallery(evaluation.codes, size, seed)
         embeddings = {kind: matrix[rows] for kind, matrix in evaluation.embeddings.items()}
-        scores = score_kinds(embeddings, evaluation.codes[rows], evaluation.ignored, progress=progress)
+        scores = score_kinds(embeddings, evaluation.codes[rows], evaluation.ignored, progress, evaluation.device)
         found[str(size)] = summarize_kinds(scores, evaluation.codes[rows], seed)
     return found
 

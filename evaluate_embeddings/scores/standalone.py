@@ -65,10 +65,14 @@ def run(config: Config, _options: cli.Options, request: Request) -> cli.StageRes
 
 
 def _score(model: Model, images: LabelledImages, config: Config) -> QueryScores:
-    interval = config.logging.progress_interval_seconds
+    from pipeline.inference.devices import choose_device
+
+    interval, device = config.logging.progress_interval_seconds, choose_device(config.infrastructure.device)
     with Progress(f"score {model.place.name}", len(images.codes), "queries", interval) as progress:
         try:
-            return score_queries(model.embeddings, images.codes, ignored=images.ignored, progress=progress.advance)
+            return score_queries(
+                model.embeddings, images.codes, ignored=images.ignored, device=device, progress=progress.advance
+            )
         except InputError as error:
             raise InputError(f"{model.place}: {error}") from None
 

@@ -152,6 +152,7 @@ def do_tars(
     *,
     describe: Callable[[TarUnit], dict[str, Any]],
     make: Callable[[TarUnit, dict[str, Any]], None],
+    take_over: Callable[[TarUnit], dict[str, int]] | None = None,
 ) -> StageResult:
     """Do this shard's part of a stage that works tar by tar, and return its counts; see `list_units` and `run_units`.
 
@@ -159,7 +160,7 @@ def do_tars(
     """
     config.require_paths(*dict.fromkeys(["intermediates_dir", output_key, *([] if options.tar_files else ["raw_dir"])]))
     units = list_units(config, options, output_key, suffix)
-    run_units(units, result, describe=describe, make=make, overwrite=options.overwrite)
+    run_units(units, result, describe=describe, make=make, overwrite=options.overwrite, take_over=take_over)
     result.check_reject_fraction(config)
     return result
 

@@ -2,6 +2,8 @@
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,3 +73,14 @@ def keep_freed_memory() -> None:
 def describe_device(device: torch.device) -> str:
     """Name the device for a log line."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep matrix products of float32 from being computed in TF32 or bfloat16, whatever the environment has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

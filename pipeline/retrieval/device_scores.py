@@ -1,63 +1,321 @@
-"""Score retrieval on a GPU, as `retrieval.score_queries` does without pairs to ignore, by tiles of a matrix product."""
+"""Rank every image's positives among all other images, by tiles of a matrix product, on a CPU or a GPU.
+
+Similarities are symmetric: a tile counts for the queries of its rows and for those of its columns, so that half of the
+products suffice. Images are taken by the size of their building, so that a tile's queries have as many positives; each
+of these costs one comparison of the tile.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-from pipeline.retrieval.scores import TIE_TOLERANCE, Embeddings, QueryScores, RowGroups
+from pipeline.errors import PipelineError
+from pipeline.inference.devices import full_precision
+from pipeline.log import logger
+from pipeline.retrieval.scores import TIE_TOLERANCE, Codes
 
-# Similarities held at a time: 1 GiB of float32.
-TILE_VALUES = 2**28
+# Rows and columns of a tile: on a CPU one of 4 MB stays in the cache, on a GPU it takes 1 GiB and its mask a quarter.
+# A power of two, from 8 on.
+BLOCK_ROWS = {"cpu": 1024, "cuda": 16_384}
+# Bytes that can be added up in one byte each, as 0 or 1.
+_LANE_SUMS = 128
+_NO_RANK = 2**62
+# Above this share of a tile's queries all of them are asked, which takes no copy.
+_MOST_BUSY = 0.25
 
 
-def score_queries_on(
-    device: torch.device, embeddings: Embeddings, building_codes: NDArray[np.int32], tile_values: int = TILE_VALUES
-) -> QueryScores:
-    """Let each of the L2-normalised rows (N, D) whose building has another image query all others, on a device.
+@dataclass(frozen=True)
+class Ranked:
+    """How each of the rows (N,) fared as a query."""
 
-    The products are in float32, as torch computes them unless it is told to use TF32; a negative that ties with a
-    positive counts as nearer. Queries are taken by the size of their building, so that a tile's have as many positives.
+    has_positive: NDArray[np.bool_]
+    first_rank: Codes  # of the nearest positive
+    average_precision: NDArray[np.float64]
+
+
+def rank_positives(
+    embeddings: NDArray[np.float32],
+    building_codes: Codes,
+    ignored: Codes,
+    panorama_codes: Codes | None,
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
+) -> list[Ranked]:
+    """Let each of the L2-normalised rows (N, D) query all others, and rank the rows of its building (N,).
+
+    Rows of buildings that `ignored` (M, 2), in both directions, pairs with the query's are no candidates. Where
+    panoramas (N,) are given, a second result is without the candidates of the query's own, positives too. Products are
+    in float32; a negative that ties with a positive counts as nearer. `progress` hears of queries that are done.
+    Raises PipelineError where the GPU's memory does not suffice.
     """
-    groups = RowGroups(building_codes)
-    sizes = groups.sizes()[groups.codes]  # (N,)
-    queries = np.flatnonzero(sizes > 1)
-    order = np.argsort(sizes[queries], kind="stable")
-    table = torch.from_numpy(embeddings).to(device)
-    members, starts = _list_members(groups, device)
-    codes, counts = torch.from_numpy(groups.codes).to(device), torch.from_numpy(sizes).to(device)
-    found = []
-    for block in torch.from_numpy(queries[order]).split(max(1, tile_values // len(table))):
-        rows = block.to(device)
-        slots = torch.arange(int(counts[rows].max()), device=device)
-        there = slots < counts[rows, None]  # (Q, P)
-        places = (starts[codes[rows], None] + slots).clamp_max(len(members) - 1)
-        own = torch.where(there, members[places], rows[:, None])
-        found.append(_rank(table, rows, own, counts[rows] - 1))
-    first, precision = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
-    back = np.argsort(order)
-    return QueryScores(queries, first[back], precision[back])
+    rows = min(BLOCK_ROWS[device.type], max(1024, 2 ** (len(embeddings) - 1).bit_length()))
+    while True:
+        try:
+            with full_precision():
+                return _Ranking(embeddings, building_codes, ignored, panorama_codes, device, rows).run(progress)
+        except torch.cuda.OutOfMemoryError:
+            if rows <= 1024:
+                raise PipelineError(
+                    f"scores: {embeddings.nbytes / 1e9:.1f} GB of embeddings and a tile of them do not fit the GPU's "
+                    "memory: free it of other processes, or set [infrastructure].device to cpu"
+                ) from None
+        rows //= 2
+        torch.cuda.empty_cache()
+        logger.warning("scores: the GPU's memory ran out: searching again by tiles of %d rows", rows)
 
 
-def _list_members(groups: RowGroups, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all rows by building (N,), and where each building's begin (B,)."""
-    members = np.argsort(groups.codes, kind="stable")
-    starts = np.cumsum(groups.sizes()) - groups.sizes()
-    return torch.from_numpy(members).to(device), torch.from_numpy(starts).to(device)
+class _Ranking:
+    """All blocks of rows, each against itself and those behind it."""
+
+    def __init__(
+        self,
+        embeddings: NDArray[np.float32],
+        building_codes: Codes,
+        ignored: Codes,
+        panorama_codes: Codes | None,
+        device: torch.device,
+        block_rows: int,
+    ) -> None:
+        sizes = np.bincount(building_codes)[building_codes]
+        self._order = np.lexsort((building_codes, sizes))
+        padded = block_rows * -(-len(self._order) // block_rows)
+        table = torch.zeros((padded, embeddings.shape[1]), device=device)
+        step = max(1, 2**26 // max(1, embeddings.shape[1]))
+        for first in range(0, len(self._order), step):
+            part = embeddings[self._order[first : first + step]]
+            table[first : first + len(part)] = torch.from_numpy(part).to(device)
+
+        def move(values: Codes) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(device)
+
+        codes, panoramas = (
+            None if values is None else move(values[self._order]) for values in (building_codes, panorama_codes)
+        )
+        assert codes is not None
+        pairs, ordered = move(ignored), building_codes[self._order]
+        first_of_building = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
+        own_first = np.repeat(first_of_building, np.diff(np.append(first_of_building, len(ordered))))
+        starts, ordered_sizes = move(own_first), move(sizes[self._order])
+        self._blocks = [
+            _Block(table, first, min(block_rows, len(ordered) - first), block_rows, codes, panoramas, starts,
+                   ordered_sizes, pairs)
+            for first in range(0, len(ordered), block_rows)
+        ]  # fmt: skip
+        self._device, self._block_rows = device, block_rows
+        self._own, self._lock = threading.local(), threading.Lock()
+
+    def run(self, progress: Callable[[int], None] | None) -> list[Ranked]:
+        """Look at every tile, and return the results in the rows' own order.
+
+        On a CPU each core takes a tile of its own, and none of its operations shares the others' cores.
+        """
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            num_workers = 1 if self._device.type == "cuda" else num_threads
+            with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_workers) as pool:
+                for place, block in enumerate(self._blocks):
+                    for _ in pool.map(partial(self._compare, block), self._blocks[place:]):
+                        pass
+                    if progress is not None and block.num_queries:
+                        progress(block.num_queries)
+        finally:
+            torch.set_num_threads(num_threads)
+        found = [block.results() for block in self._blocks]
+        back = np.argsort(self._order)
+        return [
+            Ranked(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*results, strict=True)))
+            for results in zip(*found, strict=True)
+        ]
+
+    def _compare(self, block: "_Block", other: "_Block") -> None:
+        """Count, for the queries of both blocks, the candidates in the other one that are nearer than a positive."""
+        scores, mask = self._buffers()
+        _multiply(block.rows, other.rows, scores)
+        scores[:, other.count :] = -torch.inf
+        for left_out in block.list_left_out(other):
+            scores[left_out] = -torch.inf
+        together = block.list_same_panorama(other)
+        block.add(scores, 1, mask, None if together is None else (together[0], scores[together]), self._lock)
+        if other is not block:
+            other.add(scores, 0, mask, None if together is None else (together[1], scores[together]), self._lock)
+
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this thread's own tile of similarities and of truth values: fresh pages would cost more than both."""
+        if not hasattr(self._own, "buffers"):
+            shape = self._block_rows, self._block_rows
+            self._own.buffers = tuple(
+                torch.empty(shape, dtype=dtype, device=self._device) for dtype in (torch.float32, torch.bool)
+            )
+        found: tuple[torch.Tensor, torch.Tensor] = self._own.buffers
+        return found
 
 
-def _rank(
-    table: torch.Tensor, rows: torch.Tensor, own: torch.Tensor, num_positives: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rank of the nearest positive (Q,) and the average precision (Q,) of the queries `rows` (Q,).
+class _Block:
+    """Rows that follow one another in the order of the search, and what is known of them as queries."""
 
-    `own` (Q, P) are the rows of their buildings, the query itself in the place of those that are missing.
+    def __init__(
+        self,
+        table: torch.Tensor,
+        first: int,
+        count: int,
+        block_rows: int,
+        codes: torch.Tensor,
+        panoramas: torch.Tensor | None,
+        starts: torch.Tensor,
+        sizes: torch.Tensor,
+        ignored: torch.Tensor,
+    ) -> None:
+        """`starts` and `sizes` say where each row's building is among the rows of the table, all (N,)."""
+        own = slice(first, first + count)
+        self.count = count
+        self.rows = table[first : first + block_rows]  # (B, D), padded with zeros
+        self._codes = _Labels(codes[own])
+        self._panoramas = None if panoramas is None else _Labels(panoramas[own])
+        self._first_code, self._last_code = int(codes[first]), int(codes[first + count - 1])
+        pairs, self._paired_rows = self._codes.find(ignored[:, 0].contiguous())
+        self._paired_codes = ignored[pairs, 1]
+        self.num_queries = int((sizes[own] > 1).sum())
+        # The buildings of these rows lie side by side, some of their rows in the blocks before and behind.
+        low, high = int(starts[first]), int(starts[first + count - 1] + sizes[first + count - 1])
+        places = starts[own, None] + torch.arange(int(sizes[own].max()), device=table.device)  # (count, S)
+        numbers = torch.arange(first, first + count, device=table.device)[:, None]
+        is_positive = (places < (starts + sizes)[own, None]) & (places != numbers)
+        similarities = self.rows[:count].double() @ table[low:high].double().T
+        similarities = similarities.gather(1, (places - low).clamp(max=high - low - 1))
+        similarities = similarities.masked_fill(~is_positive, -torch.inf)
+        nearest, order = similarities.sort(dim=1, descending=True)
+        self.valid = nearest[:, :-1].isfinite().T  # (P, count), P the most positives that a query has
+        thresholds = (nearest[:, :-1].float() - TIE_TOLERANCE).T.masked_fill(~self.valid, torch.inf)
+        self.thresholds = torch.nn.functional.pad(thresholds, (0, block_rows - count), value=torch.inf).contiguous()
+        self._lowest = torch.nn.functional.pad(self.thresholds, (0, 0, 0, 1), value=torch.inf).amin(dim=0)
+        self._last_level = (self.thresholds.isfinite().sum(dim=0, keepdim=True) - 1).clamp(min=0)
+        self.nearer = torch.zeros(self.thresholds.shape, dtype=torch.int64, device=table.device)
+        self._companions = torch.zeros_like(self.nearer)
+        if panoramas is not None:
+            positives = places.gather(1, order)[:, :-1].clamp(max=len(panoramas) - 1)
+            self._is_apart = self.valid & (panoramas[positives] != panoramas[own, None]).T
+
+    def list_left_out(self, other: "_Block") -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return rows here and columns there that are no candidates for one another: of one building, or ignored."""
+        found = []
+        if self is other or self._last_code == other._first_code:
+            found.append(other._codes.find(self._codes.labels))
+        if len(self._paired_rows):
+            pairs, columns = other._codes.find(self._paired_codes)
+            found.append((self._paired_rows[pairs], columns))
+        return found
+
+    def list_same_panorama(self, other: "_Block") -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return rows here and columns there of one panorama; None where panoramas do not matter."""
+        if self._panoramas is None or other._panoramas is None:
+            return None
+        return other._panoramas.find(self._panoramas.labels)
+
+    def add(
+        self,
+        scores: torch.Tensor,
+        dim: int,
+        mask: torch.Tensor,
+        companions: tuple[torch.Tensor, torch.Tensor] | None,
+        lock: threading.Lock,
+    ) -> None:
+        """Count the candidates that are nearer than each positive, along a dimension of a tile of similarities (B, B).
+
+        `companions` are those of the queries' own panoramas: the queries' places (C,) and the similarities (C,).
+        """
+        if not len(self.thresholds):
+            return
+        nearer = torch.zeros_like(self.nearer)
+        # A query of which nothing passes its lowest threshold need not be asked about the others.
+        _compare(scores, self._lowest[:, None] if dim else self._lowest, mask)
+        counts = _count(mask, dim)
+        busy = counts.nonzero()[:, 0]
+        if len(busy) > _MOST_BUSY * len(mask):
+            for level, thresholds in enumerate(self.thresholds[:-1]):
+                _compare(scores, thresholds[:, None] if dim else thresholds, mask)
+                nearer[level] = _count(mask, dim)
+        elif len(busy):
+            few = (scores if dim else scores.T).index_select(0, busy)
+            for level, thresholds in enumerate(self.thresholds[:-1]):
+                nearer[level, busy] = _count(few >= thresholds[busy, None], 1)
+        nearer.scatter_(0, self._last_level, counts[None])
+        with lock:
+            self.nearer += nearer
+        if companions is not None:
+            self._note_companions(*companions, lock)
+
+    def _note_companions(self, places: torch.Tensor, similarities: torch.Tensor, lock: threading.Lock) -> None:
+        nearer = similarities >= self.thresholds[:, places]  # (P, C)
+        counts = torch.zeros_like(self._companions).index_add_(1, places, nearer.long())
+        with lock:
+            self._companions += counts
+
+    def results(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return what `Ranked` holds of these rows, among all candidates and, if asked, those of other panoramas."""
+        nearer = self.nearer[:, : self.count]
+        found = [_score(nearer, self.valid)]
+        if self._panoramas is not None:
+            found.append(_score(nearer - self._companions[:, : self.count], self._is_apart))
+        return found
+
+
+class _Labels:
+    """Labels (B,), and where each of them is."""
+
+    def __init__(self, labels: torch.Tensor) -> None:
+        self.labels = labels
+        self._sorted, self._order = labels.sort(stable=True)
+
+    def find(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return every place in `wanted` (W,) and place here that hold one label."""
+        low, high = (torch.searchsorted(self._sorted, wanted, right=right) for right in (False, True))
+        counts = high - low
+        places = torch.arange(len(wanted), device=wanted.device).repeat_interleave(counts)
+        within = torch.arange(len(places), device=wanted.device) - (counts.cumsum(0) - counts)[places]
+        return places, self._order[low[places] + within]
+
+
+def _multiply(rows: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
+    """Compute rows @ others.T; on a CPU by NumPy, whose threads can be told to leave the cores to ours."""
+    if out.is_cuda:
+        torch.mm(rows, others.T, out=out)
+    else:
+        np.matmul(rows.numpy(), others.numpy().T, out=out.numpy())
+
+
+def _compare(scores: torch.Tensor, thresholds: torch.Tensor, out: torch.Tensor) -> None:
+    """Compute scores >= thresholds; on a CPU by NumPy, which takes half of torch's time."""
+    if out.is_cuda:
+        torch.ge(scores, thresholds, out=out)
+    else:
+        np.greater_equal(scores.numpy(), thresholds.numpy(), out=out.numpy())
+
+
+def _count(mask: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return how many are true along a dimension of a mask: eight bytes are added up as one number."""
+    size, lanes = len(mask), mask.view(torch.int64)
+    width = lanes.shape[1]
+    if dim:
+        return lanes.view(size, width // min(_LANE_SUMS, width), -1).sum(dim=2).view(torch.uint8).sum(dim=1)
+    return lanes.view(-1, min(_LANE_SUMS, size), width).sum(dim=1).view(torch.uint8).sum(dim=0)
+
+
+def _score(nearer: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return whether each query (B,) has a positive, the nearest one's rank, and the average precision.
+
+    `nearer` (P, B) are the negatives nearer than each positive, in the order of the positives; some do not count.
     """
-    similarities = table[rows] @ table.T  # (Q, N)
-    positives = similarities.gather(1, own).masked_fill(own == rows[:, None], -torch.inf)
-    thresholds = positives.sort(dim=1, descending=True).values - TIE_TOLERANCE
-    similarities.scatter_(1, own, -torch.inf)
-    width = own.shape[1] - 1
-    nearer = torch.stack([(similarities >= thresholds[:, p, None]).sum(dim=1) for p in range(width)], dim=1)
-    place = torch.arange(1, width + 1, device=rows.device)
-    precisions = (place / (nearer + place).double()).masked_fill(place > num_positives[:, None], 0.0)
-    return nearer[:, 0] + 1, precisions.sum(dim=1) / num_positives
+    places = valid.cumsum(0)
+    ranks = nearer + places
+    precisions = (places / ranks.double()).masked_fill(~valid, 0.0).sum(dim=0) / valid.sum(dim=0).clamp(min=1)
+    # Ranks ascend, so the least is the nearest's; a row of its own keeps the minimum of no positive at all defined.
+    first = torch.nn.functional.pad(ranks.masked_fill(~valid, _NO_RANK), (0, 0, 0, 1), value=_NO_RANK).amin(dim=0)
+    return valid.any(dim=0), first, precisions

@@ -89,7 +89,9 @@ class Projector(nn.Module):
             # At 0 the power's slope is infinite, which would make the backbone's gradients NaN.
             inputs = inputs.sign() * inputs.abs().clamp_min(torch.finfo(inputs.dtype).tiny) ** self.input_power
         inputs = self.input_dropout(inputs)  # (B, input_dim)
-        outputs: torch.Tensor = self.shortcut(inputs)  # (B, output_dim)
+        # In float32 under autocast too, for the same reason: the shortcut is what centres.
+        with torch.autocast("cuda" if inputs.is_cuda else "cpu", enabled=False):
+            outputs: torch.Tensor = self.shortcut(inputs)  # (B, output_dim)
         if self.output is not None:
             hidden = inputs
             for layer in self.hidden:

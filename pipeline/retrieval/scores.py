@@ -7,12 +7,15 @@ a query's positives, of the precision at each one's rank, and mAP its mean over 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 RECALL_RANKS = (1, 5, 10)
 SCORE_KEYS = (*(f"recall_at_{k}" for k in RECALL_RANKS), "map", "mrr")
@@ -99,23 +102,22 @@ def score_queries(
     *,
     ignored: IgnoredPairs | None = None,
     panorama_ids: NDArray[Any] | None = None,
+    device: "torch.device | None" = None,
     progress: Callable[[int], None] | None = None,
 ) -> QueryScores:
     """Let each image query all others by cosine; the query itself is left out by its index.
 
     `embeddings` is (N, D), L2-normalised; `building_codes` (N,). Candidates of buildings paired with the query's by
     `ignored`, and those of the query's own panorama where `panorama_ids` (N,) is given, are left out, positives too;
-    an image left without a positive is no query. A negative that ties with a positive counts as nearer.
+    an image left without a positive is no query. A negative that ties with a positive counts as nearer. Products are in
+    float32, on the device (the CPU where none is named).
     `progress` is called with the number of queries done since the last call.
     Raises InputError if a row is not finite or zero, or if no image has a positive.
     """
     if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
         raise ValueError("embeddings must be L2-normalised: see normalise_rows")
-    search = Search(building_codes, ignored, panorama_ids)
-    found = _Collector()
-    for query, row in similarity_rows(embeddings, search.queries(), progress):
-        found.add(query, search.rank_positives(query, row))
-    return _expect(found.scores())
+    together, apart = _rank(embeddings, building_codes, ignored, panorama_ids, device, progress)
+    return _expect(together if panorama_ids is None else apart)
 
 
 def score_queries_twice(
@@ -124,28 +126,46 @@ def score_queries_twice(
     panorama_ids: NDArray[Any],
     *,
     ignored: IgnoredPairs | None = None,
+    device: "torch.device | None" = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[QueryScores, QueryScores | None]:
     """Do what `score_queries` does among all candidates and among those of other panoramas, by one search.
 
     The second is None where no image has a positive of another panorama. Raises as `score_queries` does.
     """
+    together, apart = _rank(embeddings, building_codes, ignored, panorama_ids, device, progress)
+    return _expect(together), apart
+
+
+def _rank(
+    embeddings: Embeddings,
+    building_codes: NDArray[Any],
+    ignored: IgnoredPairs | None,
+    panorama_ids: NDArray[Any] | None,
+    device: "torch.device | None",
+    progress: Callable[[int], None] | None,
+) -> tuple[QueryScores | None, QueryScores | None]:
+    """Return the scores among all candidates and, where panoramas are given, those of others; None without a query."""
+    import torch  # which needs seconds to import
+
+    from pipeline.retrieval.device_scores import rank_positives
+
     if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
         raise ValueError("embeddings must be L2-normalised: see normalise_rows")
-    search, panoramas = Search(building_codes, ignored), RowGroups(panorama_ids)
-    found, apart = _Collector(), _Collector()
-    for query, row in similarity_rows(embeddings, search.queries(), progress):
-        positives = search.positives(query)
-        positives = positives[np.argsort(-row[positives], kind="stable")]
-        thresholds = row[positives] - np.float32(TIE_TOLERANCE)
-        ranks = search.rank_positives(query, row)  # spoils the row: what is no candidate is at -inf from here on
-        found.add(query, ranks)
-        companions = row[panoramas.rows_of(int(panoramas.codes[query]))]
-        other = panoramas.codes[positives] != panoramas.codes[query]
-        nearer = (ranks - np.arange(1, len(ranks) + 1))[other]
-        nearer -= (companions >= thresholds[other, None]).sum(axis=1)
-        apart.add(query, nearer + np.arange(1, len(nearer) + 1))
-    return _expect(found.scores()), apart.scores()
+    buildings = RowGroups(building_codes)
+    partners = _list_partners(ignored, buildings)
+    pairs = [(one, other) for one, others in partners.items() for other in dict.fromkeys(others)]
+    panoramas = None if panorama_ids is None else RowGroups(panorama_ids).codes
+    ranked = rank_positives(
+        np.asarray(embeddings, np.float32), buildings.codes, np.array(pairs, np.int64).reshape(-1, 2), panoramas,
+        device or torch.device("cpu"), progress,
+    )  # fmt: skip
+    scores = []
+    for one in ranked:
+        queries = np.flatnonzero(one.has_positive)
+        found = QueryScores(queries, one.first_rank[queries], one.average_precision[queries])
+        scores.append(found if len(queries) else None)
+    return scores[0], scores[1] if panoramas is not None else None
 
 
 def similarity_rows(
@@ -158,24 +178,6 @@ def similarity_rows(
         yield from zip(block.tolist(), embeddings[block] @ embeddings.T, strict=True)
         if progress is not None:
             progress(len(block))
-
-
-class _Collector:
-    """Gathers the scores of queries from the ranks of their positives, ascending; one without any is no query."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[int, int, float]] = []
-
-    def add(self, query: int, ranks: Codes) -> None:
-        if len(ranks):
-            precision = float(np.mean(np.arange(1, len(ranks) + 1) / ranks))
-            self._kept.append((query, int(ranks[0]), precision))
-
-    def scores(self) -> QueryScores | None:
-        if not self._kept:
-            return None
-        queries, first_ranks, precisions = zip(*self._kept, strict=True)
-        return QueryScores(np.array(queries, np.int64), np.array(first_ranks, np.int64), np.array(precisions))
 
 
 def _expect(scores: QueryScores | None) -> QueryScores:
@@ -217,16 +219,6 @@ class Search:
         if self.panoramas is not None:
             parts.append(self.panoramas.rows_of(int(self.panoramas.codes[query])))
         return np.concatenate(parts)
-
-    def rank_positives(self, query: int, row: Embeddings) -> Codes:
-        """Return the ranks of the query's positives, ascending; `row` (N,) of its similarities is spoilt."""
-        positives = self.positives(query)
-        thresholds = np.sort(row[positives])[::-1] - np.float32(TIE_TOLERANCE)
-        row[positives] = -np.inf
-        row[self.left_out(query)] = -np.inf
-        # Counting needs no sort: a building's few positives each cost one pass over a row that is in the cache.
-        nearer = [np.count_nonzero(row >= threshold) for threshold in thresholds]
-        return np.array(nearer, np.int64) + np.arange(1, len(nearer) + 1)
 
 
 def _list_partners(ignored: IgnoredPairs | None, buildings: RowGroups) -> dict[int, list[int]]:

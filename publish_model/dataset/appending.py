@@ -163,17 +163,20 @@ class Appending:
             if wanted:
                 raise InputError(f"{self.source.path}: row group {row_group} ends too early: fetch the file again")
 
-    def write_part(self, plan: PartPlan, content: PartContent) -> None:
-        """Write a part and its rejects, and the state now and then."""
+    def describe(self, plan: PartPlan) -> dict[str, Any]:
+        """Say what a part is made from."""
         recipe = asdict(self.recipe)
         inputs = [{key: recipe.pop(key) for key in ("input_size", "input_schema", "row_group_fingerprint")}]
-        made_from = {
+        return {
             **make_provenance(STAGE, inputs, recipe),
             "embedding_version": self.recipe.embedding_version,
             "part": asdict(plan),
         }
+
+    def write_part(self, plan: PartPlan, content: PartContent) -> None:
+        """Write a part and its rejects, and the state now and then."""
         id_hashes = self._order.id_hashes if self._order else frozenset()
-        write_part(self.dataset.folder, plan, without_ids(content, id_hashes), made_from)
+        write_part(self.dataset.folder, plan, without_ids(content, id_hashes), self.describe(plan))
         self._write_state_now_and_then()
 
     # ------------------------------------------------------------------------------------------ state

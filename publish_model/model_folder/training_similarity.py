@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.files.lists import find_embedding
 from pipeline.files.tables import identify, open_parquet, reading
-from pipeline.inference.devices import choose_device
 from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint, build_projector, project
 from publish_model.dataset.drift import NUM_QUERIES, NUM_REFERENCE, describe_training
@@ -47,5 +47,5 @@ def measure_training(config: Config, checkpoint: Checkpoint) -> dict[str, Any] |
             logger.info("%s: not what the checkpoint was trained on: no likeness to the training images is kept", path)
             return None
         features = sample_rows(path, num_rows)
-        samples.append(project(build_projector(checkpoint), features, choose_device("cpu")))
+        samples.append(project(build_projector(checkpoint), features, torch.device("cpu")))
     return describe_training(*samples)

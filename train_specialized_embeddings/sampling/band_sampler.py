@@ -116,6 +116,11 @@ class BandSampler:
         return torch.from_numpy(np.require(values, requirements="W")).to(self.device)
 
     @property
+    def first_seed(self) -> int:
+        """The seed with which the random numbers began."""
+        return self._generator.initial_seed()
+
+    @property
     def state(self) -> torch.Tensor:
         """The random state, on the CPU."""
         return self._generator.get_state()

@@ -10,8 +10,6 @@ from pipeline.errors import PipelineError
 from pipeline.files import tables
 from train_specialized_embeddings.training.run_files import TENSORBOARD, WANDB
 
-PROJECT = "spatial-building-embeddings"
-
 
 class Sink(Protocol):
     """What takes the numbers of an epoch, by names like `val/map`."""
@@ -37,7 +35,7 @@ class MetricSinks:
             self._sinks.append(_TensorBoard(folder / TENSORBOARD))
         if section.wandb != "off":
             require_package("wandb", "[logging].wandb", 'set it to "off"')
-            self._sinks.append(_WeightsAndBiases(folder / WANDB, section.wandb, provenance))
+            self._sinks.append(_WeightsAndBiases(folder / WANDB, section, provenance))
 
     def write(self, record: dict[str, Any]) -> None:
         """Give every sink the numbers of an epoch's record."""
@@ -90,15 +88,15 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    def __init__(self, folder: Path, mode: str, provenance: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, section: LoggingSection, provenance: dict[str, Any]) -> None:
         import wandb
 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         # The same inputs and settings are the same run, so that a resumed one goes on under its own name.
         self._run = wandb.init(
-            project=PROJECT, dir=folder, mode=mode, id=tables.hash_json(provenance), resume="allow",
-            config=provenance["settings"],
+            project=section.wandb_project, name=section.wandb_run_name, dir=folder, mode=section.wandb,
+            id=tables.hash_json(provenance), resume="allow", config=provenance["settings"],
         )  # fmt: skip
 
     def write(self, epoch: int, numbers: dict[str, float]) -> None:

@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from pipeline.config import TrainingSection
 from pipeline.errors import PipelineError
-from pipeline.log import Progress
+from pipeline.log import Progress, logger
 from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.band_sampler import MAX_GROUP, RANDOM_BAND, BandSampler, Triplets
 from train_specialized_embeddings.sampling.bandit import BandBandit
@@ -269,7 +270,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""
-        cuda = torch.cuda.get_rng_state_all() if self.store.device.type == "cuda" else []
+        device = self.store.device
+        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         return {
             "weights": _copy(self.projector.state_dict()),
             "start_weight": _copy(self.start_weight),
@@ -289,18 +291,32 @@ class Trainer:
         self.rate_scale *= rate_factor
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Take up a saved state.
+
+        Random numbers of a GPU cannot go on on a CPU, nor the other way: they begin anew then, from (seed, epoch).
+        """
         self.projector.load_state_dict(state["weights"])
         self.start_weight.copy_(state["start_weight"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.rate_scale, self.first_shape = state["rate_scale"], state["first_shape"]
-        self.sampler.state = state["sampler"]["random"]
         if self.bandit:
             self.bandit.state = state["sampler"]["bandit"]
+        cuda, device = state["random"]["cuda"], self.store.device
+        if bool(cuda) != (device.type == "cuda"):
+            seed = int(np.random.SeedSequence((self.sampler.first_seed, self.epoch)).generate_state(1)[0])
+            self.sampler.seed(seed)
+            torch.manual_seed(seed)
+            logger.warning(
+                "the checkpoint is of a run on a %s, this one is on a %s: random numbers begin anew, so that the "
+                "weights will not be those of a run that was never interrupted",
+                *(("GPU", "CPU") if cuda else ("CPU", "GPU")),
+            )  # fmt: skip
+            return
+        self.sampler.state = state["sampler"]["random"]
         torch.set_rng_state(state["random"]["torch"])
-        if self.store.device.type == "cuda" and state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        if cuda:  # of this run's one device; an older checkpoint has every GPU's, of any number
+            torch.cuda.set_rng_state(cuda[0], device)
 
 
 def _copy(value: Any) -> Any:

@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.log import logger
-from pipeline.retrieval.device_scores import score_queries_on
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import SCORE_KEYS, QueryScores, normalise_rows, score_queries, summarize_scores
@@ -35,9 +34,7 @@ class ValidationSet:
 
     def score_each(self, embeddings: Embeddings) -> QueryScores:
         """Return how each image that has a positive fares."""
-        if self.device.type == "cuda":
-            return score_queries_on(self.device, embeddings, self.building_codes)
-        return score_queries(embeddings, self.building_codes)
+        return score_queries(embeddings, self.building_codes, device=self.device)
 
     def is_better(self, one: QueryScores, other: QueryScores) -> bool:
         """Whether the mAP of one is above the other's by more than the standard error of the difference.

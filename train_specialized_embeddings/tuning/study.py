@@ -1,6 +1,7 @@
 """An Optuna study of stage 6's settings: its storage, its trials, its workers."""
 
 import multiprocessing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import optuna
 import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.cli import StageResult
 from pipeline.config import Config
@@ -20,7 +22,6 @@ from train_specialized_embeddings.training.starts import fit_baselines
 from train_specialized_embeddings.tuning import search_space
 from train_specialized_embeddings.tuning.tuning_report import write_report
 
-NAME = "stage6"
 FILES = {"journal": "journal.log", "sqlite": "study.db"}
 # A trial is given up where its validation mAP is below the median of the others at the same epoch; the first trials
 # are not, nor the epochs of a warm-up.
@@ -40,6 +41,10 @@ def run_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     earlier = [folder / name for name in FILES.values()] if options.overwrite else []
+    if options.overwrite and options.storage not in FILES:
+        earlier = []
+        with suppress(KeyError):  # there is none
+            optuna.delete_study(study_name=options.study_name, storage=_open_storage(options.storage, folder))
     with replacing(folder, earlier):
         result = run_trials(config, options, inputs, provenance, folder)
     discard_replaced(folder)
@@ -79,26 +84,36 @@ def open_study(config: Config, options: Any, folder: Path, provenance: dict[str,
 
     Raises StaleOutputError where it was made from other inputs, or settings that the trials do not choose.
     """
-    path = folder / FILES[options.storage]
-    if options.storage == "journal":
-        storage: Any = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-    else:
-        engine = {"connect_args": {"timeout": _LOCK_SECONDS}}
-        storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=engine)
     study = optuna.create_study(
-        storage=storage, study_name=NAME, direction="maximize", load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
+        storage=_open_storage(options.storage, folder), study_name=options.study_name, direction="maximize",
+        load_if_exists=True, pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
     )  # fmt: skip
     # Without a seed: workers that begin together on several machines must not try the same.
     study.sampler = optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True)
     fixed = {key: value for key, value in provenance["settings"].items() if key not in search_space.SPACE}
     made_from = provenance | {"stage": "tune", "settings": fixed}
     if "provenance" in study.user_attrs:
-        tables.matches(path, study.user_attrs["provenance"], made_from)
+        tables.matches(folder / options.study_name, study.user_attrs["provenance"], made_from)
     else:
         study.set_user_attr("provenance", made_from)
         study.enqueue_trial(search_space.configured(config), skip_if_exists=True)
     return study
+
+
+def _open_storage(storage: str, folder: Path) -> Any:
+    """Return a file in the folder as storage, or the database of a URL, which may hold a password and is not shown."""
+    if storage == "journal":
+        return optuna.storages.JournalStorage(JournalFileBackend(str(folder / FILES[storage])))
+    if storage == "sqlite":
+        engine = {"connect_args": {"timeout": _LOCK_SECONDS}}
+        return optuna.storages.RDBStorage(f"sqlite:///{folder / FILES[storage]}", engine_kwargs=engine)
+    try:
+        return optuna.storages.RDBStorage(storage)
+    except (ImportError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise PipelineError(
+            f"--storage {storage.partition('://')[0]}://...: the database cannot be opened ({type(error).__name__}): "
+            "install its driver, or correct the URL"
+        ) from None
 
 
 def _help(*work: Any) -> None:
