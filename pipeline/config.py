@@ -192,7 +192,10 @@ class TrainingSection(Section):
         "multi_similarity",
         description="Multi-Similarity or supervised contrastive loss among the images of a batch, or triplet loss",
     )
-    margin: float = Field(0.1, gt=0.0, description="triplet margin, in Euclidean distance on the unit sphere")
+    margin: float = Field(0.1, gt=0.0, description="triplet margin, in triplet_distance's units on the unit sphere")
+    triplet_distance: Literal["euclidean", "cosine"] = Field(
+        "euclidean", description="of the triplet loss; cosine: 1 - cosine, half the squared Euclidean distance"
+    )
     hard_mining: bool = Field(
         True,
         description="triplet loss: the nearest negative of the batch beyond the positive takes the place of a banded "
