@@ -209,6 +209,7 @@ class TrainingSection(Section):
         "sharpened",
         description="start of the linear shortcut; sharpened: or plain whitening where that validates better",
     )
+    init_checkpoint: str | None = Field(None, description="start from this checkpoint of stage 6, in place of init")
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
         "auto", description="0 ... 1, share of the identity in the whitened covariance; auto: by validation mAP"
     )
