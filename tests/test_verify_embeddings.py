@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embedded_datasets import unit_rows, write_dataset
 from published_models import list_parts, make_photographs, read_bytes, write_packaged
 from stage8_fixtures import read_state
 
@@ -20,6 +21,7 @@ from publish_model import (
     verify_embeddings,
 )
 from publish_model.dataset import drift
+from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.hashes import checksum_tables
 from publish_model.dataset.parts import read_part
 
@@ -254,6 +256,24 @@ def test_a_part_that_cannot_be_opened_now_is_not_called_damaged(verify, embed, d
         assert "remove" not in last
     monkeypatch.setattr(pq, "ParquetFile", plain)
     assert read_bytes(dataset) == before
+
+
+def test_a_changed_byte_is_never_a_traceback(tmp_path):
+    """Every 11th byte of a part and of its rejects, footers included: seen, or of no consequence to who reads it."""
+    ids = pa.array(["a", "b", "c", "d"])
+    output = write_dataset(tmp_path / "out", ids, unit_rows(0, 4), rows_of_part=2, k=["x", "y", "z", None])
+    num_broken = 0
+    for path in (output / "parts" / "rg00000_rb00001.parquet", output / "_rejects" / "rg00000_rb00001.parquet"):
+        data = path.read_bytes()
+        expected = pq.read_table(path)
+        for at in range(4, len(data) - 8, 11):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+            findings = EmbeddingsDataset(output).check()
+            assert not findings.foreign
+            num_broken += bool(findings.broken)
+            assert findings.broken or pq.read_table(path).equals(expected)
+        path.write_bytes(data)
+    assert num_broken > 100
 
 
 def test_kept_lists_of_text_have_a_checksum_of_their_text():
