@@ -189,10 +189,9 @@ def _results(facts: CardFacts) -> str:
         if facts.republished:
             missing = "Not known: the model folder that this one was made from names no results."
             if facts.old_results:
-                lines = "\n".join(f"- {line}" for line in facts.old_results)
-                missing = (
-                    f"As the model folder that this one was made from gives them; nobody measured them anew:\n\n{lines}"
-                )
+                listed = "\n".join(f"- {line}" for line in facts.old_results)
+                missing = "As the model folder that this one was made from gives them; nobody measured them anew:"
+                missing += f"\n\n{listed}"
         return f"## Results\n\n### Validation split\n\n{missing}\n\n### Test split\n\n{PENDING}"
     columns = {key: title for key, title in COLUMNS.items() if key in facts.metrics["raw"]}
     lines = [f"| | {' | '.join(columns.values())} |", f"| --- |{' --- |' * len(columns)}"]
