@@ -59,7 +59,7 @@ def test_a_study_may_lie_in_a_database_of_ones_own_under_its_own_name(workspace:
 def test_a_study_may_train_on_a_sample_of_the_buildings_which_is_another_study(
     workspace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="pipeline"):
+    with caplog.at_level(logging.INFO, logger="spatial_building_embeddings"):
         assert search(workspace, 1, sample_buildings=11).rows_out == 1
     assert "11 of 30 buildings" in caplog.text
     assert re.search(r"training on \d+ images of 11 buildings", caplog.text)
