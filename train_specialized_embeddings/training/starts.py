@@ -120,16 +120,20 @@ def _choose_start(
 ) -> tuple[LinearMap, float | None]:
     """Return the sharpened map of the largest shrinkage that validates as well as the best one, and that shrinkage.
 
-    As well means within a standard error, and the plain whitening is only taken where it is better by more than that:
-    validation buildings are from where the training ones are, other places want more shrinkage (the one-standard-error
-    rule; Breiman et al. 1984, section 3.4.3).
+    As well means within a standard error: validation buildings are from where the training ones are, other places want
+    more shrinkage (the one-standard-error rule; Breiman et al. 1984, section 3.4.3). But no start may validate below
+    the plain whitening, which is a baseline: where every sharpened one does, training starts from whitening.
     """
     best = max(tried.values(), key=lambda one: one.mean)
-    shrinkage = max(key for key, one in tried.items() if not validation.is_better(best.scores, one.scores))
-    if validation.is_better(whitening.scores, tried[shrinkage].scores):
+    allowed = [
+        key
+        for key, one in tried.items()
+        if one.mean >= whitening.mean and not validation.is_better(best.scores, one.scores)
+    ]
+    if not allowed:
         logger.info("sharpened whitening validates worse than the plain one, from which training starts then")
         return whitening.linear_map, None
-    return tried[shrinkage].linear_map, shrinkage
+    return tried[max(allowed)].linear_map, max(allowed)
 
 
 def make_projector(baselines: Baselines, model: TrainingModelSection, section: TrainingSection) -> Projector:
