@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import InputError, PipelineError, Rejection, StaleOutputError
+from pipeline.errors import DamagedError, InputError, PipelineError, Rejection, StaleOutputError
 from pipeline.files import tables, writing
 
 PROVENANCE = {"stage": "somewhere", "version": "1", "inputs": [], "settings": {"a": 1}}
@@ -329,3 +329,10 @@ def test_the_first_difference_of_two_provenances_is_named(old, new, difference):
 def test_a_hash_of_plain_values_does_not_depend_on_their_order():
     assert tables.hash_json({"a": 1, "b": [2]}) == tables.hash_json({"b": [2], "a": 1})
     assert tables.hash_json({"a": 1}) != tables.hash_json({"a": 2})
+
+
+def test_an_encrypted_parquet_is_not_called_damaged(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PARE" + bytes(range(200)) + (100).to_bytes(4, "little") + b"PARE")
+    with pytest.raises(InputError, match=r"a\.parquet: is encrypted .*: write it without encryption") as caught:
+        tables.open_parquet(tmp_path / "a.parquet")
+    assert not isinstance(caught.value, DamagedError)
