@@ -296,7 +296,8 @@ def count_passes(monkeypatch):
     launch, passes = Embedder.launch, []
 
     def note(self, staged):
-        passes.append(sum(len(batch) for batch in staged.batches))
+        if hasattr(self, "width"):  # else it is tried while loading
+            passes.append(sum(len(batch) for batch in staged.batches))
         return launch(self, staged)
 
     monkeypatch.setattr(Embedder, "launch", note)
@@ -335,7 +336,7 @@ def test_an_interrupted_tar_is_gone_on_from_with_its_rejects(tmp_path, city, sta
     left = [3]
 
     def interrupt(self, staged):
-        left[0] -= 1
+        left[0] -= hasattr(self, "width")  # else it is tried while loading
         if not left[0]:
             raise signal
         return launch(self, staged)

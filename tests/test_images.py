@@ -27,6 +27,8 @@ def decode_plainly(data):
     """Decode as one who knows nothing of this project."""
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
         image.load()
+        if image.mode == "I;16":
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
 
 

@@ -106,7 +106,7 @@ def test_code_in_a_backbones_folder_is_not_run(toy_backbone, tmp_path, monkeypat
     (backbone / "toy.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Toy: pass\n")
     write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
     monkeypatch.setattr("sys.stdin", io.StringIO(terminal_answer))
-    with pytest.raises(InputError, match="cannot be loaded .*contains custom code"):
+    with pytest.raises(InputError, match="comes with code of its own, which is not run unasked"):
         convert_to_hf.run(make_config(tmp_path, backbone), convert_to_hf.PublishOptions())
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "published").exists()
