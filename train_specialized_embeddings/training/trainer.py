@@ -24,6 +24,8 @@ from train_specialized_embeddings.training.losses import pair_distances, relativ
 _STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
 
 _MIN_STEPS_PER_EPOCH = 16
+# From this many buildings on the rates are the configured ones; docs/training.md has the measurements.
+_FULL_RATE_BUILDINGS, _LEAST_RATE_SHARE = 2000, 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
         return (step + 1) / num_warmup
     done = (step - num_warmup) / max(1, num_steps - num_warmup)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def rate_share(num_buildings: int) -> float:
+    """Return what the configured rates are multiplied by where few buildings train: the root of their number."""
+    return min(1.0, max(_LEAST_RATE_SHARE, math.sqrt(num_buildings / _FULL_RATE_BUILDINGS)))
 
 
 class Trainer:
@@ -82,6 +89,7 @@ class Trainer:
         by the root of its inputs, so that one rate serves every width.
         """
         section, projector = self.section, self.projector
+        share = rate_share(self.sampler.num_buildings)
         layers: dict[str, Any] = {"shortcut": projector.shortcut}
         layers |= {f"hidden.{number}": layer for number, layer in enumerate(projector.hidden)}
         if projector.output is not None:
@@ -94,7 +102,7 @@ class Trainer:
                 {
                     "name": name,
                     "params": list(layer.parameters()),
-                    "peak_lr": rate / layer.weight.shape[1] ** 0.5,
+                    "peak_lr": share * rate / layer.weight.shape[1] ** 0.5,
                     "weight_decay": 0.0 if is_shortcut else section.weight_decay,
                     "lr": 0.0,
                 }
