@@ -163,7 +163,8 @@ def test_a_collapse_ends_an_epoch_at_the_draw_that_shows_it(monkeypatch: pytest.
         if trainer.step == 40:
             trainer.projector.shortcut.weight.data.zero_()  # all images coincide from here on
             trainer.projector.shortcut.bias.data.fill_(1.0)
-            trainer.projector.output = None
+            for weight in trainer.projector.output.parameters():
+                weight.data.zero_()
         return sums
 
     monkeypatch.setattr(trainer, "_take_step", take_step)
@@ -173,14 +174,30 @@ def test_a_collapse_ends_an_epoch_at_the_draw_that_shows_it(monkeypatch: pytest.
     assert trainer.epoch == 1
 
 
-def test_going_back_takes_the_weights_and_lowers_the_rates_but_not_the_schedule() -> None:
+def test_the_average_follows_the_weights_by_a_fifth_each_epoch() -> None:
+    trainer, _ = make_trainer()
+    bar = Progress("train", None)
+    names = [name for name, _ in trainer.projector.named_parameters()]
+    expected = {name: value.clone() for name, value in trainer.projector.state_dict().items()}
+    for _ in range(2):
+        trainer.run_epoch(bar)
+        now = trainer.projector.state_dict()
+        expected = {name: 0.8 * expected[name] + 0.2 * now[name] for name in names}
+    for name, value in expected.items():
+        torch.testing.assert_close(trainer.average.state_dict()[name], value)
+    assert not trainer.average.state_dict()["shortcut.weight"].equal(now["shortcut.weight"])
+    assert not trainer.average.training
+
+
+def test_going_back_takes_the_averaged_weights_and_lowers_the_rates_but_not_the_schedule() -> None:
     trainer, _ = make_trainer()
     bar = Progress("train", None)
     trainer.run_epoch(bar)
     state = trainer.state()
     trainer.run_epoch(bar)
     trainer.go_back(state, 0.1)
-    assert trainer.projector.shortcut.weight.equal(state["weights"]["shortcut.weight"])
+    for projector in (trainer.projector, trainer.average):
+        assert projector.shortcut.weight.equal(state["average"]["shortcut.weight"])
     assert (trainer.epoch, trainer.rate_scale) == (2, 0.1)
     before = trainer.run_epoch(bar).learning_rates["shortcut"]
     trainer.rate_scale = 1.0
