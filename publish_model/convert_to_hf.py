@@ -1,15 +1,20 @@
 """Stage 7: publish backbone and trained projector as one folder that transformers loads, offline and alone.
 
     python publish_model/convert_to_hf.py --config config.toml
+    python publish_model/convert_to_hf.py --from-model old_model --output published
 
 Reads checkpoint_dir/checkpoint_best.pt and the backbone. Writes published_model_dir/: config, weights, image processor,
 code and model card. A projector that retrieves worse than the backbone's features as they are, PCA-whitened or whitened
 within classes is refused unless --force is given. A rerun keeps a folder that was made from the same checkpoint and
 backbone, and puts the results of stage 9, where there are any of this checkpoint, on its card.
+
+With --from-model, a folder that the reference implementation published is published anew, to need nothing else:
+of its weights and config.json alone, without checkpoint or splits.
 """
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.config import Config
-from pipeline.errors import InputError, PipelineError, one_line
+from pipeline.config import Config, EmbeddingModelSection
+from pipeline.errors import ConfigError, InputError, PipelineError, one_line
 from pipeline.files.tables import PROVENANCE_KEY, identify, make_provenance, matches
 from pipeline.files.writing import writing_folder
-from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
+from pipeline.inference.model_files import describe_views, identify_model, locate_backbone, names_its_backbone
 from pipeline.log import logger
 from publish_model.model_folder.card_results import add_test_results
 from publish_model.model_folder.model_card import is_measured, worse_than
@@ -33,10 +38,7 @@ if TYPE_CHECKING:
 
 STAGE = "convert_to_hf"
 COUNTS = {"in": 1, "out": 1}  # models
-EXPECTED_FILES = (
-    "config.json", "preprocessor_config.json", "README.md",
-    "configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projector.py",
-)  # fmt: skip
+EXPECTED_FILES = ("config.json", "preprocessor_config.json", "README.md", "modeling_spatial_embeddings.py")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class PublishOptions(cli.Options):
     """What the command line asks for beyond the configuration."""
 
     checkpoint: Path | None = None
+    from_model: Path | None = None
     output: Path | None = None
     force: bool = False
     push_to_hub: str | None = None
@@ -81,12 +84,14 @@ def is_published(folder: Path, provenance: dict[str, Any], overwrite: bool) -> b
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
-    if not isinstance(config, dict) or config.get("model_type") != "spatial_embeddings":
+    is_ours = isinstance(config, dict) and config.get("model_type") == "spatial_embeddings"
+    if not is_ours or names_its_backbone(folder):  # the latter is somebody's only copy of it
         raise InputError(f"{folder}: not empty, and not a model that was published here: give another --output")
     if overwrite:
         return False
     matches(folder, config.get(PROVENANCE_KEY.decode()), provenance)
-    missing = [name for name in (*EXPECTED_FILES, *_list_weights(folder)) if not (folder / name).is_file()]
+    expected = (*EXPECTED_FILES, *_list_weights(folder), *_list_code(folder))
+    missing = [name for name in expected if not (folder / name).is_file()]
     if missing:
         logger.warning("%s: %s is missing: the folder is written again", folder, missing[0])
     return not missing
@@ -97,6 +102,13 @@ def _list_weights(folder: Path) -> list[str]:
     if not index_path.is_file():
         return ["model.safetensors"]
     return sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def _list_code(folder: Path) -> list[str]:
+    """List the files that the published code imports; older code needs fewer."""
+    path = folder / "modeling_spatial_embeddings.py"
+    code = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [f"{name}.py" for name in re.findall(r"^from \.(\w+) import", code, re.MULTILINE)]
 
 
 def check_embedded_alike(config: Config, checkpoint: "Checkpoint", model_id: str) -> None:
@@ -166,6 +178,36 @@ def publish(
     result.written.append(output)
 
 
+def publish_anew(options: PublishOptions, source: Path, output: Path, result: cli.StageResult) -> None:
+    """Write the folder, unless it is there already, from one that the reference implementation published.
+
+    Raises InputError if `source` is of another kind, or cannot be read.
+    """
+    from publish_model.new_data.reference_model import open_reference
+
+    reference = open_reference(source, download=True)
+    if reference is None:
+        raise InputError(
+            f"{source}: not a model that the reference implementation published (a config.json that names its backbone "
+            "without settings of it): --from-model takes nothing else, a model of this project is whole as it is"
+        )
+    settings = {"dtype": options.dtype or "as stored"}
+    provenance = make_provenance(STAGE, [{"name": "model", "id": reference.identify()}], settings) | {"counts": COUNTS}
+    result.add(COUNTS)
+    if is_published(output, provenance, options.overwrite):
+        logger.info("%s: kept %s, which is complete", STAGE, output)
+        result.kept.append(output)
+        return
+    from publish_model.model_folder.published_folder import Backbone, fill_folder
+
+    checkpoint = reference.read_projector()
+    section = EmbeddingModelSection(pooling_type=reference.find_pooling())
+    backbone = Backbone(reference.backbone_dir, reference.backbone_name, section, reference)
+    with writing_folder(output) as folder:
+        fill_folder(folder, backbone, checkpoint, {}, options.dtype, provenance)
+    result.written.append(output)
+
+
 def describe_push(folder: Path, repo_id: str, *, public: bool) -> None:
     """Log what `push_to_hub` would upload."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -209,10 +251,13 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     folder was made from others, PipelineError for a projector that is worse than no training.
     """
     own = options if isinstance(options, PublishOptions) else PublishOptions(overwrite=options.overwrite)
-    checkpoint_path = own.checkpoint or config.path("checkpoint_dir") / "checkpoint_best.pt"
     output = own.output or config.path("published_model_dir")
     result = cli.StageResult(STAGE)
-    publish(config, own, checkpoint_path.resolve(), output.resolve(), result)
+    if own.from_model:
+        publish_anew(own, own.from_model.resolve(), output.resolve(), result)
+    else:
+        checkpoint_path = own.checkpoint or config.path("checkpoint_dir") / "checkpoint_best.pt"
+        publish(config, own, checkpoint_path.resolve(), output.resolve(), result)
     if config.paths.report_dir is not None:
         add_test_results(output.resolve(), config.path("report_dir") / "metrics.json")
     if own.push_to_hub:
@@ -225,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__ or "")
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="PATH", help="checkpoint (default: checkpoint_dir/checkpoint_best.pt)")
+    add("--from-model", type=Path, metavar="DIR", help="publish this model of the reference implementation anew")
     add("--output", type=Path, metavar="DIR", help="folder to write (default: published_model_dir)")
     add("--force", action="store_true", help="publish a projector that retrieves worse than no training too")
     add("--push-to-hub", metavar="REPO_ID", help="upload the folder too, to a private repository ($HF_TOKEN)")
@@ -232,9 +278,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dry-run", action="store_true", help="with --push-to-hub: list what would be uploaded, upload nothing")
     add("--dtype", choices=("float32", "bfloat16"), help="type of the published weights (default: the stored one)")
     arguments = parser.parse_args(argv)
+    if arguments.checkpoint and arguments.from_model:
+        raise ConfigError("--checkpoint and --from-model: two models: give one of them")
     options = PublishOptions(
         overwrite=arguments.overwrite,
         checkpoint=arguments.checkpoint,
+        from_model=arguments.from_model,
         output=arguments.output,
         force=arguments.force,
         push_to_hub=arguments.push_to_hub,

@@ -8,6 +8,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 from conftest import REPO
+from published_models import make_photographs
 from raw_tars import make_view, write_tar
 
 
@@ -71,6 +72,25 @@ def test_the_ids_of_photographs_are_their_names_as_utf_8(tmp_path, latin1):
     )
     code, stdout, _ = run(latin1, sys.executable, "-c", code, tmp_path)
     assert (code, stdout) == (0, ascii(["Straße.jpg", "caf\\xe9.jpg", "Ж.jpg"]) + "\n")
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_the_paths_of_a_csv_are_utf_8_under_every_locale(tmp_path, latin1, environment):
+    names = ["Straße.jpg", "Ж/日本.jpg", "a.jpg"]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(make_photographs(3)[number])
+    rows = "".join(f"{number},{name}\n" for number, name in enumerate(names))
+    (tmp_path / "images.csv").write_text(f"OSMID,path\n{rows}", encoding="utf-8")
+    script, *arguments = "publish_model/package_images.py", "--input", tmp_path / "images.csv"
+    code, _, stderr = run(latin1 | environment, sys.executable, script, *arguments, "--output", tmp_path / "out")
+    assert code == 0, stderr
+    table = pq.read_table(tmp_path / "out", columns=["OSMID", "path", "image_bytes", "is_valid"])
+    assert table["path"].to_pylist() == names
+    assert table["is_valid"].to_pylist() == [True] * 3
+    assert table["image_bytes"].to_pylist() == list(make_photographs(3))
 
 
 def test_a_submission_prints_its_paths_under_a_latin_1_locale(tmp_path, write_config, latin1):

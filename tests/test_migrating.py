@@ -12,6 +12,7 @@ import torch
 from published_models import make_photographs, read_dataset, write_packaged
 from raw_tars import Entry, make_city, write_tar
 from reference_files import age
+from reference_models import ReferenceModule, write_reference_model
 from reference_projector import ReferenceProjector
 
 from generate_embeddings import generate_embeddings
@@ -35,8 +36,8 @@ def type_command(words: list[str], run_main) -> None:
     assert outcome.code == 0, f"{words}: {outcome.stderr}"
 
 
-def leave_old_files(folder: Path, config: Path, run_main) -> ReferenceProjector:
-    """Leave two tars embedded and fingerprinted, a third untouched, a checkpoint and packaged images."""
+def leave_old_files(folder: Path, config: Path, backbone: Path, run_main) -> tuple[ReferenceProjector, ReferenceModule]:
+    """Leave two tars embedded and fingerprinted, a third untouched, a checkpoint, a published model and pictures."""
     for dataset_id in (1, 2, 3):  # the tars have one folder, their intermediates two
         entries = [Entry(entry.name.split("/", 1)[1], entry.data) for entry in make_city(dataset_id, SIZES)]
         write_tar(folder / f"raw/dataset_unaligned/{dataset_id:04d}.tar", entries)
@@ -55,7 +56,7 @@ def leave_old_files(folder: Path, config: Path, run_main) -> ReferenceProjector:
     (folder / "old/config.toml").write_text("[embedding_model]\npooling_type = 'cls_token'\nuse_residual = true\n")
     torch.save({"model_state_dict": network.state_dict(), "epoch": 3}, folder / "old/checkpoint_best.pt")
     write_packaged(folder / "packaged_images.parquet", list(make_photographs(5)))
-    return network
+    return network, write_reference_model(folder / "old_model", backbone)
 
 
 def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone, write_config, run_main, monkeypatch):
@@ -64,7 +65,7 @@ def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone,
         embedding_model={"model_name": str(toy_backbone)},
         difficulty={"neighbors": 5, "k0_for_local_scale": 2},
     )
-    network = leave_old_files(tmp_path, config, run_main)
+    network, published = leave_old_files(tmp_path, config, toy_backbone, run_main)
     old = [tmp_path / f"embeddings/000{dataset_id}_embeddings.parquet" for dataset_id in (1, 2)]
     before = [path.read_bytes() for path in old]
     monkeypatch.chdir(tmp_path)
@@ -83,6 +84,10 @@ def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone,
     model = SpatialEmbeddingsModel.from_pretrained(tmp_path / "published").eval()
     with torch.no_grad():
         torch.testing.assert_close(model.projector(features), network(features), atol=1e-6, rtol=0)
+    model = SpatialEmbeddingsModel.from_pretrained(tmp_path / "republished").eval()
+    pixels = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).embeddings, published(pixels), atol=1e-5, rtol=0)
     found = np.stack(read_dataset(tmp_path / "new")["embedding"].to_numpy())
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     assert found.shape == (5, 256)

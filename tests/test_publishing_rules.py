@@ -197,6 +197,23 @@ def test_other_inputs_and_settings_are_refused_and_named(config, tmp_path, chang
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
 
 
+@pytest.mark.parametrize("name", ["pooling.py", "projector.py", "configuration_spatial_embeddings.py"])
+def test_a_folder_that_lacks_code_is_written_again(config, tmp_path, name):
+    stage.run(config, Options())
+    (tmp_path / "published" / name).unlink()
+    assert stage.run(config, Options()).written == [tmp_path / "published"]
+    assert {path.name for path in (tmp_path / "published").iterdir()} == FILES
+
+
+def test_a_folder_of_before_the_pooling_had_a_file_of_its_own_is_whole(config, tmp_path):
+    stage.run(config, Options())
+    folder = tmp_path / "published"
+    (folder / "pooling.py").unlink()
+    code = (folder / "modeling_spatial_embeddings.py").read_text()
+    (folder / "modeling_spatial_embeddings.py").write_text(code.replace("from .pooling import embed_views\n", ""))
+    assert stage.run(config, Options()).kept == [folder]
+
+
 def test_a_folder_of_something_else_is_never_removed(config, tmp_path):
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "thesis.tex").write_text("mine")

@@ -40,7 +40,7 @@ def test_every_measurement_runs_and_the_table_names_it(tmp_path: Path) -> None:
 
 def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
     synthetic.make_config(tmp_path)
-    with pytest.raises(SystemExit, match=r"error: stage 3 at 7: .*holds no \*_embeddings.parquet"):
+    with pytest.raises(SystemExit, match=r"error: stage 3 at 7: .*embeddings: no such folder: run stage 2"):
         scale.measure("stage 3", tmp_path, 7)
 
 

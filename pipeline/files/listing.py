@@ -11,6 +11,7 @@ from pipeline.errors import InputError, one_line
 from pipeline.log import logger
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
+TAR_SUFFIX = ".tar"
 _NUM_EXAMPLES = 3
 
 
@@ -22,10 +23,12 @@ def is_parquet(path: PurePath | str) -> bool:
 def list_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> list[Path]:
     """Return the files that stand in a folder, links to files among them, by name.
 
-    Names that begin with one of `hidden` are passed over. Raises InputError if the folder is missing or cannot be read.
+    Names that begin with one of `hidden` are passed over. A folder that is named as data is listed, so that whoever
+    reads it fails on it and it is not left out. Raises InputError if the folder is missing or cannot be read.
     """
     with _naming(folder), os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith(hidden) and not _is_folder(entry))
+        found = [entry for entry in entries if not entry.name.startswith(hidden)]
+        names = sorted(entry.name for entry in found if _is_named_as_data(entry.name) or not _is_folder(entry))
     return [folder / name for name in names]
 
 
@@ -72,6 +75,10 @@ def walk_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> Iterator[os.Di
         logger.warning(
             "%s: %d links lead to folders that are read already, or hold this one: passed over", folder, num_repeated
         )
+
+
+def _is_named_as_data(name: str) -> bool:
+    return is_parquet(name) or name.lower().endswith(TAR_SUFFIX)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -13,8 +13,8 @@ from pipeline.errors import ConfigError, InputError, one_line
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "notice*"]
 # What a model is made of: its settings, weights, remote code and licence; not the flax and onnx copies beside them.
 MODEL_FILES = ["*.json", "*.safetensors", "*.py", *LICENCE_FILES, "README.md"]
-# What a backbone is apart from its weights, which may take 27 GB.
-SETTINGS_FILES = ["config.json", "*processor_config.json"]
+# What a backbone is apart from its weights, which may take 27 GB; its licence goes where they go.
+SETTINGS_FILES = ["config.json", "*processor_config.json", *LICENCE_FILES, "README.md"]
 # Only what changes the numbers: a model card does not, nor what is said of the training images or to other libraries.
 _IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
 _NO_IDENTITY = {"training_similarity.json", "modules.json", "sentence_bert_config.json"}

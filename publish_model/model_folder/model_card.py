@@ -30,6 +30,8 @@ class CardFacts:
     split_hash: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     num_training_samples: int = 0  # embeddings of training images that the folder holds
+    republished: bool = False  # from a folder that the reference implementation published
+    old_results: list[str] = field(default_factory=list)  # lines of that folder's own card
 
     @property
     def backbone_is_on_hub(self) -> bool:
@@ -59,6 +61,19 @@ def read_licence(backbone_dir: Path) -> dict[str, str]:
     found = metadata_load(path) if path.is_file() else None
     wanted = ("license", "license_name", "license_link")
     return {key: str(found[key]) for key in wanted if found.get(key)} if isinstance(found, dict) else {}
+
+
+def read_results(folder: Path) -> list[str]:
+    """Return the results that a model folder's own card names in its front matter, one line each."""
+    from huggingface_hub.repocard import metadata_load
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    path = folder / "README.md"
+    found = metadata_load(path) if path.is_file() else None
+    if not isinstance(found, dict) or not found.get("model-index"):
+        return []
+    _, results = model_index_to_eval_results(found["model-index"])
+    return [f"{each.metric_name or each.metric_type}: {each.metric_value} ({each.dataset_name})" for each in results]
 
 
 def make_card(facts: CardFacts) -> str:
@@ -171,6 +186,12 @@ float32 of norm 1 in every case."""
 def _results(facts: CardFacts) -> str:
     if not is_measured(facts.metrics):
         missing = "Not measured: the checkpoint that this model was made from carries no validation results."
+        if facts.republished:
+            missing = "Not known: the model folder that this one was made from names no results."
+            if facts.old_results:
+                listed = "\n".join(f"- {line}" for line in facts.old_results)
+                missing = "As the model folder that this one was made from gives them; nobody measured them anew:"
+                missing += f"\n\n{listed}"
         return f"## Results\n\n### Validation split\n\n{missing}\n\n### Test split\n\n{PENDING}"
     columns = {key: title for key, title in COLUMNS.items() if key in facts.metrics["raw"]}
     lines = [f"| | {' | '.join(columns.values())} |", f"| --- |{' --- |' * len(columns)}"]
@@ -216,6 +237,11 @@ or vehicles, nor to decide anything about persons by where they live."""
 
 def _training(facts: CardFacts) -> str:
     inputs = "".join(f"\n- input `{item.get('name')}`, {item.get('size')} bytes" for item in facts.training_inputs)
+    if facts.republished:
+        inputs += (
+            "\n- backbone and projector with the weights of a model folder of the reference implementation, published "
+            "anew; that\n  folder does not say what it was trained on"
+        )
     split = f"\n- hash of the split: `{facts.split_hash}`" if facts.split_hash else ""
     settings = "".join(
         f"\n- {name}: " + ", ".join(f"{key} {value}" for key, value in section.items())
@@ -258,10 +284,11 @@ def _files(facts: CardFacts) -> str:
         "without this file: remove it if that is not to be published."
     )
     sample = f"\n\n{sample}" if facts.num_training_samples else ""
+    made_from = "the model and the settings" if facts.republished else "the checkpoint, the backbone and the settings"
     return f"""
 ## Files
 
-`config.json` also records, under `spatial_building_embeddings`, the checkpoint, the backbone and the settings that this
+`config.json` also records, under `spatial_building_embeddings`, {made_from} that this
 folder was made from. `modules.json` and `sentence_bert_config.json` are for sentence-transformers alone.{sample}"""
 
 

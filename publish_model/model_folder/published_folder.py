@@ -19,9 +19,17 @@ from pipeline.inference.model_files import LICENCE_FILES
 from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint
 from publish_model.dataset import drift
-from publish_model.model_folder.model_card import CardFacts, make_card, read_licence
-from publish_model.model_folder.weights import list_backbone, stored_type, tensors_of, write_weights
+from publish_model.model_folder.model_card import CardFacts, make_card, read_licence, read_results
+from publish_model.model_folder.weights import (
+    Tensor,
+    list_backbone,
+    list_published_backbone,
+    stored_type,
+    tensors_of,
+    write_weights,
+)
 from publish_model.new_data.model_code import CODE_PATHS, describe_model
+from publish_model.new_data.reference_model import ReferenceModel
 
 # What lets SentenceTransformer (6 or newer) load the same weights as its one module.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -41,11 +49,15 @@ _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Backbone:
-    """The pretrained model that is published: where it lies, what it is called in public, what is taken of it."""
+    """The pretrained model that is published: where it lies, what it is called in public, what is taken of it.
+
+    `published_in` is the reference implementation's folder that holds its weights, where `folder` need not.
+    """
 
     folder: Path
     name: str
     section: EmbeddingModelSection
+    published_in: ReferenceModel | None = None
 
     @property
     def pooling_type(self) -> str:
@@ -68,10 +80,25 @@ class Backbone:
             return dict(find_vision_config(self.folder).to_dict())
         return content
 
+    @property
+    def processor_dir(self) -> Path:
+        """Where its image processor lies."""
+        return self.published_in.find_processor().parent if self.published_in else self.folder
+
+    def list_tensors(self, scratch_dir: Path) -> list[Tensor]:
+        """List its weights under the names that AutoModel reads.
+
+        Raises InputError if they cannot be read.
+        """
+        if self.published_in:
+            return list_published_backbone(self.published_in.folder, self.folder)
+        return list_backbone(self.folder, self.pooling_type, scratch_dir)
+
     def list_licences(self) -> list[Path]:
         """List the licence texts that came with it."""
-        paths = {path for pattern in LICENCE_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in paths if path.suffix != ".py")
+        folders = [self.published_in.folder, self.folder] if self.published_in else [self.folder]
+        paths = {path.name: path for folder in folders for pattern in LICENCE_FILES for path in folder.glob(pattern)}
+        return sorted(path for path in paths.values() if path.is_file() and path.suffix != ".py")
 
 
 def fill_folder(
@@ -96,7 +123,7 @@ def fill_folder(
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for path in (*CODE_PATHS, *backbone.list_licences()):
         shutil.copyfile(path, folder / path.name)
-    copy_processor(backbone.folder, folder, backbone.section.input_size)
+    copy_processor(backbone.processor_dir, folder, backbone.section.input_size)
     if training is not None:
         (folder / drift.FILE_NAME).write_text(json.dumps(training) + "\n", encoding="utf-8")
     facts = card_facts(backbone, checkpoint, metrics, stored, training)
@@ -131,7 +158,7 @@ def write_all_weights(folder: Path, backbone: Backbone, checkpoint: Checkpoint, 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
         tensors = [
             tensor.cast(_TYPES[dtype] if dtype else None).renamed("backbone.")
-            for tensor in list_backbone(backbone.folder, backbone.pooling_type, Path(scratch))
+            for tensor in backbone.list_tensors(Path(scratch))
         ]
         stored = str(stored_type(tensors)).removeprefix("torch.")
         weights = {f"projector.{name}": weight.float() for name, weight in checkpoint.projector.items()}
@@ -171,10 +198,11 @@ def card_facts(
 ) -> CardFacts:
     """Gather what the model card says."""
     settings = {name: value for name, value in checkpoint.settings.items() if isinstance(value, dict)}
+    old = backbone.published_in
     return CardFacts(
         name="Spatial building embeddings",
         backbone_name=backbone.name,
-        licence=read_licence(backbone.folder),
+        licence=read_licence(backbone.folder) or (read_licence(old.folder) if old else {}),
         licence_files=[path.name for path in backbone.list_licences()],
         architecture=checkpoint.architecture,
         pooling_type=backbone.pooling_type,
@@ -186,6 +214,8 @@ def card_facts(
         split_hash=checkpoint.provenance.get("split_hash"),
         versions={package: installed_version(package) for package in ("torch", "transformers")},
         num_training_samples=training["reference_shape"][0] if training else 0,
+        republished=old is not None,
+        old_results=read_results(old.folder) if old else [],
     )
 
 

@@ -1,8 +1,9 @@
 """Write a model's weights as safetensors, tensor by tensor: a backbone of 27 GB never lies in memory."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +107,45 @@ def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Te
     Where the stored ones are just these, they are streamed; a folder of another shape (a head on top, other
     formats) is loaded once and saved by transformers into `scratch_dir`. Raises InputError if it cannot be loaded.
     """
-    try:
-        config = find_vision_config(folder)
-        with torch.device("meta"):  # names and shapes, no memory
-            model = AutoModel.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: the backbone cannot be loaded ({one_line(error)[:200]})") from None
+    config, model = _build_empty(folder)
     stored = list_stored(folder)
     same_class = (config.architectures or [None])[0] == type(model).__name__
-    expected = sorted(tuple(tensor.shape) for tensor in model.state_dict().values())
-    if same_class and sorted(tensor.shape for tensor in stored) == expected:
+    if same_class and sorted(tensor.shape for tensor in stored) == sorted(_list_shapes(model)):
         return stored
     logger.info("%s: its weights are stored for another class: loading them as %s", folder, type(model).__name__)
     _save_plain(folder, pooling_type, scratch_dir, stored)
     return list_stored(scratch_dir)
+
+
+def _build_empty(folder: Path) -> tuple[Any, torch.nn.Module]:
+    """Return a backbone's configuration and its model without memory: names and shapes alone."""
+    try:
+        config = find_vision_config(folder)
+        with torch.device("meta"):
+            model: torch.nn.Module = AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: the backbone cannot be loaded ({one_line(error)[:200]})") from None
+    return config, model
+
+
+def _list_shapes(model: torch.nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in model.state_dict().values()]
+
+
+def list_published_backbone(folder: Path, settings_dir: Path) -> list[Tensor]:
+    """List the `backbone.*` tensors of a published model without the prefix.
+
+    Raises InputError if they are not those of the backbone whose config.json lies in `settings_dir`.
+    """
+    prefix = "backbone."
+    found = [tensor for tensor in list_stored(folder) if tensor.name.startswith(prefix)]
+    missing = Counter(_list_shapes(_build_empty(settings_dir)[1])) - Counter(tensor.shape for tensor in found)
+    if missing:
+        raise InputError(
+            f"{folder}: {missing.total()} weights of its backbone are missing, one of shape {next(iter(missing))}: "
+            "correct backbone_model_name in its config.json, or fetch the model again"
+        )
+    return [replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in found]
 
 
 def _save_plain(folder: Path, pooling_type: str, scratch_dir: Path, stored: Sequence[Tensor]) -> None:

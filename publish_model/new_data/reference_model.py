@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
@@ -131,7 +131,7 @@ class ReferenceModel:
             '"activation"'
         )
 
-    def find_pooling(self) -> str:
+    def find_pooling(self) -> Literal["cls_token", "pooler_output"]:
         """Return which output of the backbone its code takes: `pooler_output` if the class has one, else `cls_token`.
 
         The backbone is built without memory and run on no numbers: that shows which outputs it has.
