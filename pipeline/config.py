@@ -195,7 +195,10 @@ class TrainingSection(Section):
         "multi_similarity",
         description="Multi-Similarity or supervised contrastive loss among the images of a batch, or triplet loss",
     )
-    margin: float = Field(0.1, gt=0.0, description="triplet margin, in Euclidean distance on the unit sphere")
+    margin: float = Field(0.1, gt=0.0, description="triplet margin, in triplet_distance's units on the unit sphere")
+    triplet_distance: Literal["euclidean", "cosine"] = Field(
+        "euclidean", description="of the triplet loss; cosine: 1 - cosine, half the squared Euclidean distance"
+    )
     hard_mining: bool = Field(
         True,
         description="triplet loss: the nearest negative of the batch beyond the positive takes the place of a banded "
@@ -209,6 +212,7 @@ class TrainingSection(Section):
         "sharpened",
         description="start of the linear shortcut; sharpened: or plain whitening where that validates better",
     )
+    init_checkpoint: str | None = Field(None, description="start from this checkpoint of stage 6, in place of init")
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
         "auto", description="0 ... 1, share of the identity in the whitened covariance; auto: by validation mAP"
     )

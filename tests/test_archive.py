@@ -1,6 +1,8 @@
 """Streaming a raw tar: what is yielded, and which damage is found."""
 
+import bz2
 import gzip
+import lzma
 import random
 import shutil
 import subprocess
@@ -283,3 +285,21 @@ def test_a_tar_with_data_behind_its_end_fails_alone_in_every_stage_that_reads_ta
     names = dict.fromkeys(pq.read_table(tmp_path / "intermediates" / "0001.parquet")["image_path"].to_pylist(), 0)
     with pytest.raises(InputError, match="data behind the end of the archive"):
         list(generate_embeddings.read_wanted(first, names, 0))
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (gzip.compress(b"x" * 2000), "unpack it with gunzip"),
+        (bz2.compress(b"x" * 2000), "unpack it with bunzip2"),
+        (lzma.compress(b"x" * 2000), "unpack it with unxz"),
+        (b"\x28\xb5\x2f\xfd" + bytes(range(200)) * 9, "unpack it with unzstd"),
+        (b"PK\x03\x04" + bytes(range(200)) * 9, "make a tar of what it holds"),
+        (b"\n<!DOCTYPE html><title>403</title>" * 60, "fetch the tar again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_a_file_that_fetching_again_would_not_mend_is_named_for_what_it_is(tmp_path, content, remedy):
+    (tmp_path / "0001.tar").write_bytes(content)
+    with pytest.raises(InputError, match=rf"0001\.tar: not a plain tar but a?.*{remedy}$"):
+        list(stream_members(tmp_path / "0001.tar"))

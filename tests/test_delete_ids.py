@@ -190,6 +190,18 @@ LISTS = {
     "quoted": ("ids.txt", b'"way/1"\n"way/2"\n'),
     "leading spaces": ("ids.txt", b"  way/1\n\tway/2\n"),
     "a csv with reasons": ("ids.csv", b'OSMID,reason\nway/1,"asked, twice"\nway/2,\n'),
+    "PowerShell's UTF-16": ("ids.txt", "\ufeffway/1\r\nway/2\r\n".encode("utf-16-le")),
+    "UTF-16 of the other order": ("ids.txt", "\ufeffway/1\nway/2\n".encode("utf-16-be")),
+    "UTF-32": ("ids.txt", "way/1\nway/2\n".encode("utf-32")),
+    "excel's unicode text": ("ids.csv", "OSMID\treason\r\nway/1\tx\r\nway/2\ty\r\n".encode("utf-16")),
+    "old macs' line ends": ("ids.txt", b"way/1\rway/2\r"),
+    "a csv of old macs": ("ids.csv", b"OSMID,reason\rway/1,x\rway/2,y\r"),
+    "two lists with marks in one": ("ids.txt", "\ufeffway/1\n\ufeffway/2\n".encode()),
+    "blanks of no width": ("ids.txt", "way/1\u200b\nway/2\n".encode()),
+    "blank lines": ("ids.txt", b"\n\nway/1\n  \n\nway/2\n\n"),
+    "a csv with blanks": ("ids.csv", b"reason , OSMID \nx , way/1 \ny , way/2 \n"),
+    "columns parted by tabs": ("ids.tsv", b"OSMID\treason\nway/1\tx\nway/2\ty\n"),
+    "a csv with outlines": ("ids.csv", b'outline,OSMID\n"' + b"0 1," * 50_000 + b'",way/1\n,way/2\n'),
     "a csv of another country with a mark": ("ids.csv", "\ufeffreason;OSMID\nno;way/1\nno;way/2\n".encode()),
 }
 
@@ -202,6 +214,44 @@ def test_every_id_of_a_list_is_deleted_however_the_list_was_written(run_main, tm
     outcome = run_main(delete_ids.main, output, "--delete-ids", tmp_path / name)
     assert outcome.code == 0, outcome.stderr
     assert read_dataset(output)["OSMID"].to_pylist() == ["way/3"]
+
+
+def test_a_list_with_two_id_columns_deletes_nothing(run_main, tmp_path):
+    output = write_strings(tmp_path / "out", "way/1", "way/2")
+    (tmp_path / "ids.csv").write_text("OSMID,OSMID\nway/1,way/2\n")
+    outcome = run_main(delete_ids.main, output, "--delete-ids", tmp_path / "ids.csv")
+    assert (outcome.code, "more than one column OSMID" in outcome.stderr) == (1, True)
+    table = pa.Table.from_arrays([pa.array(["way/1"]), pa.array(["way/2"])], names=["OSMID", "OSMID"])
+    pq.write_table(table, tmp_path / "ids.parquet")
+    outcome = run_main(delete_ids.main, output, "--delete-ids", tmp_path / "ids.parquet")
+    assert (outcome.code, "column OSMID is there more than once" in outcome.stderr) == (1, True)
+    assert read_dataset(output)["OSMID"].to_pylist() == ["way/1", "way/2"]
+
+
+@pytest.mark.parametrize("name", ["ids.parquet", "ids.csv"])
+def test_a_list_of_pandas_with_one_id_missing_names_whole_numbers(run_main, tmp_path, name):
+    output = write_dataset(tmp_path / "out", pa.array([1, 1234567890123, 3]), unit_rows(0, 3))
+    if name == "ids.csv":
+        (tmp_path / name).write_text("OSMID\n1.0\n\n1234567890123.0\n")
+    else:
+        pq.write_table(pa.table({"OSMID": [1.0, float("nan"), 1234567890123.0]}), tmp_path / name)
+    assert run_main(delete_ids.main, output, "--delete-ids", tmp_path / name).code == 0
+    assert read_dataset(output)["OSMID"].to_pylist() == [3]
+
+
+def test_rows_of_a_csv_that_name_no_id_are_counted(run_main, tmp_path):
+    output = write_strings(tmp_path / "out", "way/1", "way/2")
+    (tmp_path / "ids.csv").write_text("reason,OSMID\nx,way/1\ny\nz,\n")
+    outcome = run_main(delete_ids.main, output, "--delete-ids", tmp_path / "ids.csv")
+    assert (outcome.code, "ids.csv: 2 rows without an id are passed over" in outcome.stderr) == (0, True)
+    assert read_dataset(output)["OSMID"].to_pylist() == ["way/2"]
+
+
+def test_a_list_that_is_a_folder_is_not_called_text_of_another_kind(run_main, tmp_path):
+    output = write_strings(tmp_path / "out", "way/1")
+    outcome = run_main(delete_ids.main, output, "--delete-ids", tmp_path)
+    assert (outcome.code, "UTF-8" in outcome.stderr) == (1, False)
+    assert f"error: {tmp_path}: cannot be read (Is a directory): correct the path" in outcome.stderr
 
 
 @pytest.mark.parametrize(("stored", "listed"), [("NFD", "NFC"), ("NFC", "NFD")])

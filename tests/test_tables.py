@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import InputError, PipelineError, Rejection, StaleOutputError
+from pipeline.errors import DamagedError, InputError, PipelineError, Rejection, StaleOutputError
 from pipeline.files import tables, writing
 
 PROVENANCE = {"stage": "somewhere", "version": "1", "inputs": [], "settings": {"a": 1}}
@@ -309,6 +309,12 @@ FILE = {"name": "0001.parquet", "size": 7, "footer": "f"}
         ({"settings": {"k": 1}}, {"settings": {"k": 2}}, "k was 1 and is now 2"),
         ({"settings": {}}, {"settings": {"k": "x"}}, "k was None and is now 'x'"),
         ({"settings": {"k": 1}}, {}, "k was 1 and is now None"),
+        ({"settings": {}}, {"settings": {"training_model.input_norm": False, "training.grad_clip": 1.0}}, None),
+        ({}, {"settings": {"training.grad_clip": 2.0}}, "training.grad_clip was 1.0 and is now 2.0"),
+        # whose default is not what was done before there was the key
+        ({}, {"settings": {"training.input_noise": 1.2}}, "training.input_noise was 0.0 and is now 1.2"),
+        ({}, {"settings": {"training.input_noise": 0.0, "training.loss": "triplet"}}, None),
+        ({"settings": {"training.gone": 1}}, {}, "training.gone was 1 and is now None"),
         ({"inputs": [FILE]}, {"inputs": []}, "input 0001.parquet is gone"),
         ({"inputs": []}, {"inputs": [FILE]}, "input 0001.parquet was not among its inputs"),
         ({"inputs": [FILE]}, {"inputs": [FILE | {"footer": "g"}]}, "input 0001.parquet has changed"),
@@ -323,3 +329,10 @@ def test_the_first_difference_of_two_provenances_is_named(old, new, difference):
 def test_a_hash_of_plain_values_does_not_depend_on_their_order():
     assert tables.hash_json({"a": 1, "b": [2]}) == tables.hash_json({"b": [2], "a": 1})
     assert tables.hash_json({"a": 1}) != tables.hash_json({"a": 2})
+
+
+def test_an_encrypted_parquet_is_not_called_damaged(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PARE" + bytes(range(200)) + (100).to_bytes(4, "little") + b"PARE")
+    with pytest.raises(InputError, match=r"a\.parquet: is encrypted .*: write it without encryption") as caught:
+        tables.open_parquet(tmp_path / "a.parquet")
+    assert not isinstance(caught.value, DamagedError)

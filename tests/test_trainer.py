@@ -50,18 +50,19 @@ def list_triplets(trainer: Trainer, drawn: Triplets) -> list[tuple[int, int, int
     return triplets
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("shares", [False, True])
 def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_triplets(
-    shares: bool, monkeypatch: pytest.MonkeyPatch
+    shares: bool, distance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, data = make_trainer(share_within_building=shares)
+    trainer, data = make_trainer(share_within_building=shares, triplet_distance=distance)
     sampler = trainer.sampler
     drawn = sampler.draw(sampler.draw_groups(40) if shares else sampler.draw_anchors(40))
     triplets = list_triplets(trainer, drawn)
     assert len(triplets) > 30
     embeddings = trainer.projector(torch.from_numpy(data.embeddings))
     places, anchors, positives, negatives, bands = (torch.tensor(column) for column in zip(*triplets, strict=True))
-    losses = triplet_losses(embeddings[anchors], embeddings[positives], embeddings[negatives], 0.3)
+    losses = triplet_losses(embeddings[anchors], embeddings[positives], embeddings[negatives], 0.3, distance)
     # Each image counts the same, whatever the number of its triplets.
     means = [losses[places == place].mean() for place in places.unique()]
     torch.stack(means).mean().backward()

@@ -14,6 +14,16 @@ METADATA_SUFFIX = ".txt"
 # tar pads to its record, 10 KiB by default; with the largest that tape drives take it stays below this.
 MAX_PADDING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
+# What stands at the beginning of a file that is called a tar, in lower case.
+_OTHER_KINDS = {
+    b"\x1f\x8b": "one compressed with gzip: unpack it with gunzip",
+    b"bzh": "one compressed with bzip2: unpack it with bunzip2",
+    b"\xfd7zxz\0": "one compressed with xz: unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "one compressed with zstd: unpack it with unzstd",
+    b"pk\x03\x04": "a zip: make a tar of what it holds",
+    b"<": "a web page, such as a server sends in place of a file: look at it, then fetch the tar again",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with git lfs pull",
+}
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,21 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
     except IsADirectoryError:
         raise InputError(f"{tar_path}: a folder, not a tar: correct the path") from None
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:  # also of absurd sizes
+        if kind := _name_other_kind(tar_path):
+            raise InputError(f"{tar_path}: not a plain tar but {kind}") from None
         raise InputError(f"{tar_path}: not a readable tar ({one_line(error)}): fetch the tar again") from None
     except OSError as error:
         raise _unreadable(tar_path, error) from None
+
+
+def _name_other_kind(path: Path) -> str:
+    """Say what a file is that fetching it again would not make a tar, and what would; nothing where that is unknown."""
+    with open(path, "rb") as file:
+        beginning = file.read(512)
+    for mark, kind in _OTHER_KINDS.items():
+        if beginning.lstrip().lower().startswith(mark):
+            return kind
+    return ""
 
 
 def _check_end(tar_path: Path, file: IO[bytes], offset: int) -> None:

@@ -24,6 +24,8 @@ def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> I
         what = f"not enough memory to read it ({text}): free some, then run this again"
     elif isinstance(error, pa.ArrowNotImplementedError):
         what = f"holds a type that cannot be read here ({text}): write it in another type"
+    elif "encrypted" in text:  # Arrow has no class of its own for it
+        what = f"is encrypted ({text}): write it without encryption"
     elif isinstance(error, UnicodeDecodeError):
         return DamagedError(f"{path}: a column's name or text is not UTF-8 ({text}): write it again in UTF-8")
     else:

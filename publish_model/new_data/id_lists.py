@@ -1,7 +1,10 @@
 """Read a list of ids to take out: text, CSV or parquet, in whatever way the dataset's ids may have been written."""
 
+import codecs
 import contextlib
 import csv
+import io
+import re
 import unicodedata
 import uuid
 from collections.abc import Iterable
@@ -15,6 +18,18 @@ from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
 from publish_model.new_data.columns import plain_values
 from publish_model.new_data.packaged_input import ID_COLUMN
+
+# The longer marks first: UTF-32's begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+# Byte-order marks come into the midst of a list that was put together from several; the other is a web page's.
+_INVISIBLE = "\ufeff\u200b"
+_WHOLE = re.compile(r"^(-?\d+)\.0+$")
+_TABLES = (".csv", ".tsv")
+# Outlines beside the ids are longer than the 128 KiB that the csv module takes by default.
+_MAX_FIELD = 2**31 - 1
 
 
 def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
@@ -32,12 +47,12 @@ def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
 
 def _read_parquet(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[object]]]:
     with reading(path), open_parquet(path) as file:
-        if ID_COLUMN not in file.schema_arrow.names:
-            raise InputError(f"{path}: column {ID_COLUMN} is missing")
+        if file.schema_arrow.names.count(ID_COLUMN) != 1:
+            missing = ID_COLUMN not in file.schema_arrow.names
+            raise InputError(f"{path}: column {ID_COLUMN} is {'missing' if missing else 'there more than once'}")
         column = file.read([ID_COLUMN]).column(0)
         column.validate(full=True)
-    if column.null_count:
-        logger.warning("%s: %d rows without an id are passed over", path, column.null_count)
+    _warn_of_holes(path, column.null_count)
     for chunk in column.chunks:
         for scalar, value in zip(chunk, plain_values(chunk), strict=True):
             if scalar.is_valid and value == value:  # noqa: PLR0124 (NaN is how pandas says that there is none)
@@ -46,21 +61,54 @@ def _read_parquet(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[obj
 
 
 def _read_texts(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[object]]]:
-    """Yield what stands in a CSV's column OSMID, or on the lines of a text; only a line feed ends a line."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # programs on Windows begin UTF-8 with a mark
-            if path.suffix.lower() == ".csv":
-                header = file.readline()
-                file.seek(0)
-                rows = csv.DictReader(file, delimiter=max(",;\t", key=header.count))
-                if ID_COLUMN not in (rows.fieldnames or []):
-                    raise InputError(f"{path}: no column {ID_COLUMN} in its first line: name the column of ids so")
-                texts = [row[ID_COLUMN] or "" for row in rows]
-            else:
-                texts = [line.removesuffix("\r") for line in file.read().split("\n")]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}): save it as that") from None
+    """Yield what stands in a CSV's column OSMID, or on the lines of a text."""
+    content = _decode_list(path)
+    texts = _read_csv(path, content) if path.suffix.lower() in _TABLES else _split_lines(content)
     return ((text, _values_of(text, kind)) for text in texts if text.strip())
+
+
+def _decode_list(path: Path) -> str:
+    """Return a list's text; programs on Windows begin it with a mark that says how it is written, UTF-8 where none."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        problem = error.strerror or one_line(error)
+        raise InputError(f"{path}: cannot be read ({problem}): correct the path, or put that right") from None
+    try:
+        return data.decode(next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}): save it as that") from None
+
+
+def _split_lines(content: str) -> list[str]:
+    """Return the lines: only a line feed ends one, as ids may hold the others, unless there is none in the list."""
+    if "\n" not in content:
+        return content.split("\r")
+    return [line.removesuffix("\r") for line in content.split("\n")]
+
+
+def _read_csv(path: Path, content: str) -> list[str]:
+    header = content.partition("\n")[0].partition("\r")[0]
+    csv.field_size_limit(_MAX_FIELD)
+    try:
+        rows = list(csv.reader(io.StringIO(content, newline=""), delimiter=max(",;\t", key=header.count)))
+    except csv.Error as error:
+        raise InputError(f"{path}: not a CSV ({one_line(error)}): save it as one again") from None
+    names = [name.strip() for name in rows[0]] if rows else []
+    if names.count(ID_COLUMN) != 1:
+        raise InputError(
+            f"{path}: {'no' if ID_COLUMN not in names else 'more than one'} column {ID_COLUMN} in its first line: name "
+            "the column of ids so, and no other"
+        )
+    place = names.index(ID_COLUMN)
+    texts = [row[place] if place < len(row) else "" for row in rows[1:] if row]
+    _warn_of_holes(path, sum(not text.strip() for text in texts))
+    return texts
+
+
+def _warn_of_holes(path: Path, num_holes: int) -> None:
+    if num_holes:
+        logger.warning("%s: %d rows without an id are passed over", path, num_holes)
 
 
 def _values_of(text: str, kind: pa.DataType) -> list[object]:
@@ -70,7 +118,7 @@ def _values_of(text: str, kind: pa.DataType) -> list[object]:
     """
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    bare = text.strip()
+    bare = text.strip().strip(_INVISIBLE).strip()
     unquoted = bare[1:-1].replace('""', '"') if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
     forms = list(dict.fromkeys((text, bare, unquoted)))
     if _is_text(kind):
@@ -78,6 +126,8 @@ def _values_of(text: str, kind: pa.DataType) -> list[object]:
         return list(dict.fromkeys([*forms, *composed]))
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
         return [value for form in forms for value in _bytes_of(form)]
+    if pa.types.is_integer(kind):  # with one id missing pandas makes floats of them all
+        bare, unquoted = (_WHOLE.sub(r"\1", form) for form in (bare, unquoted))
     for form in (bare, unquoted):
         try:
             return plain_values(pa.array([form], pa.string()).cast(kind))

@@ -18,7 +18,7 @@ from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.collapse import ShapeSums, is_collapsed
 from train_specialized_embeddings.training.in_batch import group_losses, mined_triplet_losses
-from train_specialized_embeddings.training.losses import pair_distances, relative_drift
+from train_specialized_embeddings.training.losses import DISTANCES, relative_drift
 
 # Triplets are drawn for this many steps at once, and at least this many: the host waits for the device once a draw,
 # and the bandit learns from one draw for the next.
@@ -73,6 +73,7 @@ class Trainer:
         # batches, which few validation buildings cannot tell from a gain.
         self.average = copy.deepcopy(projector).eval()
         self.bandit = BandBandit() if section.band_sampling == "ucb" else None
+        self.distance = DISTANCES[section.triplet_distance]
         self.noise = None if spread is None else section.input_noise * spread.to(store.device)
         self.start_weight = projector.shortcut.weight.detach().clone()
         self.epoch = self.step = 0
@@ -237,7 +238,7 @@ class Trainer:
             banded, valid, bands = self._compare(batch, embeddings)
             losses, weights = banded, valid
             if section.compares_in_batch:
-                losses = mined_triplet_losses(self.sampler, batch, embeddings, section.margin)[:, None, None]
+                losses = mined_triplet_losses(self.sampler, batch, embeddings, section)[:, None, None]
             per_anchor = (losses * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp_min(1)
             # Every image counts the same, however many triplets its building gives it.
             loss = per_anchor.sum() / valid.any(dim=2).any(dim=1).sum().clamp_min(1)
@@ -254,7 +255,7 @@ class Trainer:
         firsts = torch.from_numpy(batch.anchors.firsts).to(embeddings.device)
         nexts = (firsts + 1).clamp_max(len(batch) - 1)
         distances = [
-            pair_distances(embeddings[firsts], others)[:, None]
+            self.distance(embeddings[firsts], others)[:, None]
             for others in (embeddings[nexts], embeddings[len(batch) :])
         ]
         valid = batch.found[firsts] & (batch.anchors.sizes[firsts] > 1)
@@ -265,7 +266,7 @@ class Trainer:
         parts = embeddings.chunk(2 if self.section.share_within_building else 3)
         anchors, negatives = parts[0], parts[-1]
         if not self.section.share_within_building:
-            distances = [pair_distances(anchors, other)[:, None] for other in parts[1:]]
+            distances = [self.distance(anchors, other)[:, None] for other in parts[1:]]
             valid = batch.found[:, None, None]
             return self._hinge(*distances), valid, batch.bands[:, None]
         slots = torch.arange(MAX_GROUP, device=anchors.device)
@@ -276,7 +277,7 @@ class Trainer:
         is_negative = there & batch.found[members]
         is_negative &= self.sampler.allows(rows[:, None].expand_as(members), batch.negatives[members])
         distances = [
-            pair_distances(anchors[:, None], others.index_select(0, members.flatten()).view(*members.shape, -1))
+            self.distance(anchors[:, None], others.index_select(0, members.flatten()).view(*members.shape, -1))
             for others in (anchors, negatives)
         ]
         return self._hinge(*distances), is_positive[:, :, None] & is_negative[:, None], batch.bands[members]

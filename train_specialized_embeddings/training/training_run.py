@@ -184,7 +184,7 @@ class TrainingRun:
             },
             "settings": {
                 "seed": config.global_.seed,
-                "training": config.training.model_dump(),
+                "training": config.training.model_dump(exclude={"init_checkpoint"}),
                 "training_model": config.training_model.model_dump(),
             },
             "provenance": self.provenance,
