@@ -182,10 +182,13 @@ class TrainingSection(Section):
     batch_size: int = Field(512, ge=1, description="anchors a step")
     # Loss, rates, temperature and noise: chosen on 300 to 3,000 buildings; docs/training.md has the tables.
     learning_rate: float = Field(
-        1e-2, gt=0.0, description="peak learning rate of the MLP branch (AdamW); divided by the root of a layer's width"
+        1e-2,
+        gt=0.0,
+        description="peak learning rate of the MLP branch (AdamW); divided by the root of a layer's width, and times "
+        "the root of (training buildings / 2,000) where there are fewer",
     )
     shortcut_learning_rate: float = Field(
-        1e-2, ge=0.0, description="peak learning rate of the linear shortcut; divided by the root of its width"
+        1e-2, ge=0.0, description="peak learning rate of the linear shortcut; scaled as learning_rate is"
     )
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
     loss: Literal["multi_similarity", "supcon", "triplet"] = Field(

@@ -88,8 +88,8 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
     assert [content["epoch"] for name, content in found.items() if "best" not in name] == [2, 4, 5]
     for name, content in found.items():
         assert set(content) == {
-            "architecture", "projector", "weights", "coordinates", "start_weight", "optimizer", "step", "sampler",
-            "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale", "first_shape",
+            "architecture", "projector", "weights", "average", "coordinates", "start_weight", "optimizer", "step",
+            "sampler", "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale", "first_shape",
         }  # fmt: skip
         assert content["architecture"]["input_dim"] == WIDTH
         assert content["provenance"]["split_hash"] == "abc"

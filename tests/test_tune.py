@@ -153,7 +153,8 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
         if len(runs) == 2:
             raise PipelineError("training diverged")
         if len(runs) > 2:
-            runs[-1].trainer.projector.shortcut.weight.data.fill_(1.0)  # all images coincide
+            for projector in (runs[-1].trainer.projector, runs[-1].trainer.average):
+                projector.shortcut.weight.data.fill_(1.0)  # all images coincide
         return runs[-1]
 
     monkeypatch.setattr(study, "make_run", make_run)
