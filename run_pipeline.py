@@ -78,6 +78,7 @@ def _check_other_paths(config: Config, numbers: set[int]) -> None:
     others = (
         ({2, 7}, "[embedding_model].model_name", config.embedding_model.model_name),
         ({3}, "[data].split_file", config.data.split_file),
+        ({6}, "[training].init_checkpoint", config.training.init_checkpoint),
         ({8}, "[new_data].input", config.new_data.input),
         ({8}, "[new_data].output", config.new_data.output),
     )

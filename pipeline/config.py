@@ -182,17 +182,23 @@ class TrainingSection(Section):
     batch_size: int = Field(512, ge=1, description="anchors a step")
     # Loss, rates, temperature and noise: chosen on 300 to 3,000 buildings; docs/training.md has the tables.
     learning_rate: float = Field(
-        1e-2, gt=0.0, description="peak learning rate of the MLP branch (AdamW); divided by the root of a layer's width"
+        1e-2,
+        gt=0.0,
+        description="peak learning rate of the MLP branch (AdamW); divided by the root of a layer's width, and times "
+        "the root of (training buildings / 2,000) where there are fewer",
     )
     shortcut_learning_rate: float = Field(
-        1e-2, ge=0.0, description="peak learning rate of the linear shortcut; divided by the root of its width"
+        1e-2, ge=0.0, description="peak learning rate of the linear shortcut; scaled as learning_rate is"
     )
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
     loss: Literal["multi_similarity", "supcon", "triplet"] = Field(
         "multi_similarity",
         description="Multi-Similarity or supervised contrastive loss among the images of a batch, or triplet loss",
     )
-    margin: float = Field(0.1, gt=0.0, description="triplet margin, in Euclidean distance on the unit sphere")
+    margin: float = Field(0.1, gt=0.0, description="triplet margin, in triplet_distance's units on the unit sphere")
+    triplet_distance: Literal["euclidean", "cosine"] = Field(
+        "euclidean", description="of the triplet loss; cosine: 1 - cosine, half the squared Euclidean distance"
+    )
     hard_mining: bool = Field(
         True,
         description="triplet loss: the nearest negative of the batch beyond the positive takes the place of a banded "
@@ -206,6 +212,7 @@ class TrainingSection(Section):
         "sharpened",
         description="start of the linear shortcut; sharpened: or plain whitening where that validates better",
     )
+    init_checkpoint: str | None = Field(None, description="start from this checkpoint of stage 6, in place of init")
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
         "auto", description="0 ... 1, share of the identity in the whitened covariance; auto: by validation mAP"
     )

@@ -27,7 +27,7 @@ class _LogFile(logging.FileHandler):
 
     _has_failed = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 (logging's own)
         """Say what failed in one line where logging would print a traceback for each line."""
         if not self._has_failed:
             self._has_failed = True

@@ -83,6 +83,7 @@ def test_metrics_have_the_contracts_keys_and_the_counts_of_the_split(finished):
     for scores in [group[kind] for group in groups for kind in ("raw", "pca_whitened", "whitening", "projector")]:
         assert set(scores) == SCORE_DICT_KEYS
         assert all(scores[f"{key}_ci95"][0] <= scores[key] <= scores[f"{key}_ci95"][1] for key in SCORE_KEYS)
+    assert metrics["projector"]["recall_at_10"] <= metrics["projector"]["recall_at_100"] <= 1.0
     assert metrics["by_gallery_size"] == {}
     provenance = metrics["provenance"]
     assert (provenance["seed"], provenance["split_hash"]) == (42, "feedbeef")

@@ -69,9 +69,9 @@ def test_group_losses_equal_those_of_all_images_of_the_tile(
     assert group_losses(sampler, drawn, embeddings, section).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("tile", [8, 1024])
+@pytest.mark.parametrize(("tile", "distance"), [(8, "euclidean"), (1024, "euclidean"), (8, "cosine")])
 def test_a_mined_triplets_negative_is_the_nearest_beyond_the_positive_or_the_banded_one(
-    tile: int, monkeypatch: pytest.MonkeyPatch
+    tile: int, distance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(in_batch, "TILE", tile)
     sampler = make_sampler()
@@ -82,10 +82,13 @@ def test_a_mined_triplets_negative_is_the_nearest_beyond_the_positive_or_the_ban
         mates = range(i // tile * tile, min(20, (i // tile + 1) * tile))
         candidates = [20 + j for j in mates] + [40 + j for j in mates]
         distances = {j: float((embeddings[i] - embeddings[j]).norm()) for j in candidates}
+        if distance == "cosine":
+            distances = {j: 1 - float(embeddings[i] @ embeddings[j]) for j in candidates}
         far, banded = distances[20 + i], distances[40 + i]
         beyond = [distances[j] for j in candidates if is_allowed(sampler, rows[i], rows[j]) and distances[j] > far]
         expected.append(max(0.0, far - min([*beyond, banded]) + 0.4))
-    found = mined_triplet_losses(sampler, drawn, embeddings, 0.4)
+    section = TrainingSection(loss="triplet", margin=0.4, triplet_distance=distance)
+    found = mined_triplet_losses(sampler, drawn, embeddings, section)
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 

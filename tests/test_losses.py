@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from train_specialized_embeddings.training.losses import (
+    cosine_distances,
     multi_similarity_losses,
     pair_distances,
     relative_drift,
@@ -18,6 +19,18 @@ from train_specialized_embeddings.training.losses import (
 def random_unit_rows(seed: int, count: int = 7, width: int = 5) -> torch.Tensor:
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(rows, dim=1)
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.2, 1.0])
+def test_triplet_losses_by_cosine_equal_a_loop_over_triplets(margin: float) -> None:
+    anchors, positives, negatives = (random_unit_rows(seed) for seed in (1, 2, 3))
+    expected = []
+    for a, p, n in zip(anchors.tolist(), positives.tolist(), negatives.tolist(), strict=True):
+        to_positive, to_negative = (1 - sum(x * y for x, y in zip(a, other, strict=True)) for other in (p, n))
+        expected.append(max(0.0, to_positive - to_negative + margin))
+    assert triplet_losses(anchors, positives, negatives, margin, "cosine").tolist() == pytest.approx(expected, abs=1e-6)
+    squares = pair_distances(anchors, positives).square() / 2
+    assert cosine_distances(anchors, positives).tolist() == pytest.approx(squares.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("margin", [0.05, 0.2, 1.0])

@@ -1,6 +1,7 @@
 """docs/migrating.md, typed: a half-finished dataset of the reference implementation becomes a published model."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from published_models import make_photographs, read_dataset, write_packaged
+from published_models import list_parts, make_photographs, read_dataset, write_packaged
 from raw_tars import Entry, make_city, write_tar
 from reference_files import age
 from reference_models import ReferenceModule, write_reference_model
@@ -59,6 +60,18 @@ def leave_old_files(folder: Path, config: Path, backbone: Path, run_main) -> tup
     return network, write_reference_model(folder / "old_model", backbone)
 
 
+def leave_old_dataset(folder: Path) -> None:
+    """Leave what the guide's own dataset looks like as the reference implementation writes it."""
+    [path] = list_parts(folder / "new")
+    table = pq.read_table(path)
+    lists = pa.array(table.column("embedding").to_pylist(), pa.list_(pa.float32()))
+    (folder / "old_embeddings/parts").mkdir(parents=True)
+    pq.write_table(
+        pa.table({"OSMID": table.column("OSMID"), "embedding": lists}), folder / "old_embeddings/parts" / path.name
+    )
+    (folder / "old_embeddings/state.json").write_text(json.dumps({"model_id": "someone/model", "rows_processed": 5}))
+
+
 def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone, write_config, run_main, monkeypatch):
     config = write_config(
         tmp_path,
@@ -70,6 +83,8 @@ def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone,
     before = [path.read_bytes() for path in old]
     monkeypatch.chdir(tmp_path)
     for words in list_commands():
+        if "adopt_embeddings" in words[1]:
+            leave_old_dataset(tmp_path)
         type_command(words, run_main)
     assert [path.read_bytes() for path in old] == before
     rows = [len(pq.read_table(path)) for path in sorted((tmp_path / "embeddings").glob("*.parquet"))]
@@ -91,3 +106,4 @@ def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone,
     found = np.stack(read_dataset(tmp_path / "new")["embedding"].to_numpy())
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     assert found.shape == (5, 256)
+    assert read_dataset(tmp_path / "old_embeddings").equals(read_dataset(tmp_path / "new"))

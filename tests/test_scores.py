@@ -131,7 +131,7 @@ def test_constant_features_come_last_and_not_first():
     embeddings = normalise_rows(np.ones((200, 16)))
     scores = score_queries(embeddings, codes)
     assert (scores.first_rank == 197).all()
-    assert summarize_scores(scores)["recall_at_10"] == 0.0
+    assert summarize_scores(scores)["recall_at_10"] == summarize_scores(scores)["recall_at_100"] == 0.0
 
 
 def test_features_that_differ_only_by_rounding_count_as_ties():
@@ -206,3 +206,9 @@ def test_intervals_hold_the_mean_repeat_with_the_seed_and_narrow_with_more_build
 def test_equal_scores_have_an_interval_of_no_width():
     scores = QueryScores(np.arange(4), np.array([1, 1, 1, 1]), np.ones(4))
     assert bootstrap_intervals(scores, np.array([0, 0, 1, 1]), seed=0)["map"] == [1.0, 1.0]
+
+
+def test_recall_at_100_counts_a_first_positive_at_rank_100_and_none_behind_it():
+    ranks = np.array([1, 100, 101, 5000])
+    summary = summarize_scores(QueryScores(np.arange(4), ranks, np.zeros(4)))
+    assert (summary["recall_at_10"], summary["recall_at_100"]) == (0.25, 0.5)

@@ -74,7 +74,7 @@ def test_without_labels_the_osmid_says_which_images_belong_together(run_main, tm
     text = evaluate(run_main, tmp_path, "--embeddings", dataset)
     expected = summarize_scores(score_queries(normalise_rows(make_vectors(0.5)), BUILDINGS))
     row = re.search(r"^one +([\d. ]+)$", text, re.MULTILINE)[1].split()
-    assert row == [f"{value:.3f}" for value in expected.values()]
+    assert row == [f"{value:.3f}" for key, value in expected.items() if key != "recall_at_100"]
     assert "36 queries, gallery of 36 images, 12 buildings" in text
     assert read_verdict(text).startswith(f"one finds the building at first try for {expected['recall_at_1']:.1%}")
     check_width(text)

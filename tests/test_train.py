@@ -88,8 +88,8 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
     assert [content["epoch"] for name, content in found.items() if "best" not in name] == [2, 4, 5]
     for name, content in found.items():
         assert set(content) == {
-            "architecture", "projector", "weights", "coordinates", "start_weight", "optimizer", "step", "sampler",
-            "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale", "first_shape",
+            "architecture", "projector", "weights", "average", "coordinates", "start_weight", "optimizer", "step",
+            "sampler", "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale", "first_shape",
         }  # fmt: skip
         assert content["architecture"]["input_dim"] == WIDTH
         assert content["provenance"]["split_hash"] == "abc"
@@ -161,7 +161,7 @@ def test_the_log_shows_the_table_and_warns_of_a_projector_that_is_not_worth_publ
 ) -> None:
     scores = {name: dict.fromkeys(SCORE_KEYS, value) for name, value in
               {"raw": 0.5, "pca_whitened": 0.4, "whitening": 0.6, "projector": 0.45}.items()}  # fmt: skip
-    assert format_table(scores)[1].split() == ["raw", *["0.5000"] * 5]
+    assert format_table(scores)[1].split() == ["raw", *["0.5000"] * len(SCORE_KEYS)]
     with caplog.at_level("INFO", "spatial_building_embeddings"):
         log_verdict(scores, 3)
     assert (

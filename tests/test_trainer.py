@@ -17,7 +17,7 @@ from train_specialized_embeddings.sampling.band_sampler import BandSampler, Trip
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.collapse import ShapeSums
 from train_specialized_embeddings.training.losses import triplet_losses
-from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.trainer import Trainer, rate_share
 
 
 def make_trainer(**settings: Any) -> tuple[Trainer, Features]:
@@ -50,18 +50,19 @@ def list_triplets(trainer: Trainer, drawn: Triplets) -> list[tuple[int, int, int
     return triplets
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("shares", [False, True])
 def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_triplets(
-    shares: bool, monkeypatch: pytest.MonkeyPatch
+    shares: bool, distance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, data = make_trainer(share_within_building=shares)
+    trainer, data = make_trainer(share_within_building=shares, triplet_distance=distance)
     sampler = trainer.sampler
     drawn = sampler.draw(sampler.draw_groups(40) if shares else sampler.draw_anchors(40))
     triplets = list_triplets(trainer, drawn)
     assert len(triplets) > 30
     embeddings = trainer.projector(torch.from_numpy(data.embeddings))
     places, anchors, positives, negatives, bands = (torch.tensor(column) for column in zip(*triplets, strict=True))
-    losses = triplet_losses(embeddings[anchors], embeddings[positives], embeddings[negatives], 0.3)
+    losses = triplet_losses(embeddings[anchors], embeddings[positives], embeddings[negatives], 0.3, distance)
     # Each image counts the same, whatever the number of its triplets.
     means = [losses[places == place].mean() for place in places.unique()]
     torch.stack(means).mean().backward()
@@ -163,7 +164,8 @@ def test_a_collapse_ends_an_epoch_at_the_draw_that_shows_it(monkeypatch: pytest.
         if trainer.step == 40:
             trainer.projector.shortcut.weight.data.zero_()  # all images coincide from here on
             trainer.projector.shortcut.bias.data.fill_(1.0)
-            trainer.projector.output = None
+            for weight in trainer.projector.output.parameters():
+                weight.data.zero_()
         return sums
 
     monkeypatch.setattr(trainer, "_take_step", take_step)
@@ -173,19 +175,51 @@ def test_a_collapse_ends_an_epoch_at_the_draw_that_shows_it(monkeypatch: pytest.
     assert trainer.epoch == 1
 
 
-def test_going_back_takes_the_weights_and_lowers_the_rates_but_not_the_schedule() -> None:
+def test_the_average_follows_the_weights_by_a_fifth_each_epoch() -> None:
+    trainer, _ = make_trainer()
+    bar = Progress("train", None)
+    names = [name for name, _ in trainer.projector.named_parameters()]
+    expected = {name: value.clone() for name, value in trainer.projector.state_dict().items()}
+    for _ in range(2):
+        trainer.run_epoch(bar)
+        now = trainer.projector.state_dict()
+        expected = {name: 0.8 * expected[name] + 0.2 * now[name] for name in names}
+    for name, value in expected.items():
+        torch.testing.assert_close(trainer.average.state_dict()[name], value)
+    assert not trainer.average.state_dict()["shortcut.weight"].equal(now["shortcut.weight"])
+    assert not trainer.average.training
+
+
+def test_going_back_takes_the_averaged_weights_and_lowers_the_rates_but_not_the_schedule() -> None:
     trainer, _ = make_trainer()
     bar = Progress("train", None)
     trainer.run_epoch(bar)
     state = trainer.state()
     trainer.run_epoch(bar)
     trainer.go_back(state, 0.1)
-    assert trainer.projector.shortcut.weight.equal(state["weights"]["shortcut.weight"])
+    for projector in (trainer.projector, trainer.average):
+        assert projector.shortcut.weight.equal(state["average"]["shortcut.weight"])
     assert (trainer.epoch, trainer.rate_scale) == (2, 0.1)
     before = trainer.run_epoch(bar).learning_rates["shortcut"]
     trainer.rate_scale = 1.0
     trainer.epoch = 2
     assert trainer.run_epoch(bar).learning_rates["shortcut"] == pytest.approx(10 * before)
+
+
+@pytest.mark.parametrize(
+    ("num_buildings", "share"), [(2, 0.1), (20, 0.1), (80, 0.2), (500, 0.5), (2000, 1.0), (1_000_000, 1.0)]
+)
+def test_few_buildings_lower_the_rates_by_the_root_of_their_number(num_buildings: int, share: float) -> None:
+    assert rate_share(num_buildings) == pytest.approx(share)
+
+
+def test_a_layers_rate_is_the_configured_one_times_the_share_over_the_root_of_its_width() -> None:
+    trainer, data = make_trainer(learning_rate=0.5, shortcut_learning_rate=0.3)
+    assert trainer.sampler.num_buildings == len(np.unique(data.building_codes)) == 30
+    rates = {group["name"]: group["peak_lr"] for group in trainer.optimizer.param_groups}
+    share = (30 / 2000) ** 0.5
+    expected = {"shortcut": 0.3 / 6**0.5, "hidden.0": 0.5 / 6**0.5, "output": 0.5 / 8**0.5}
+    assert rates == pytest.approx({name: share * rate for name, rate in expected.items()})
 
 
 @pytest.mark.parametrize("settings", [{}, {"band_sampling": "ucb"}, {"share_within_building": True}])

@@ -56,6 +56,17 @@ def test_a_study_may_lie_in_a_database_of_ones_own_under_its_own_name(workspace:
     assert len(optuna.load_study(study_name="other", storage=url).trials) == 1
 
 
+def test_a_study_may_train_on_a_sample_of_the_buildings_which_is_another_study(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="spatial_building_embeddings"):
+        assert search(workspace, 1, sample_buildings=11).rows_out == 1
+    assert "11 of 30 buildings" in caplog.text
+    assert re.search(r"training on \d+ images of 11 buildings", caplog.text)
+    with pytest.raises(StaleOutputError, match="sample_buildings was 11 and is now 12"):
+        search(workspace, 2, sample_buildings=12)
+
+
 @pytest.mark.parametrize("url", ["nowhere://someone:secret@host/x", "sqlite:////no/such/folder/x.db"])
 def test_a_database_that_cannot_be_opened_is_named_without_its_password(workspace: Path, url: str) -> None:
     with pytest.raises(PipelineError, match=r"--storage \w+://...: the database cannot be opened") as caught:
@@ -142,7 +153,8 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
         if len(runs) == 2:
             raise PipelineError("training diverged")
         if len(runs) > 2:
-            runs[-1].trainer.projector.shortcut.weight.data.fill_(1.0)  # all images coincide
+            for projector in (runs[-1].trainer.projector, runs[-1].trainer.average):
+                projector.shortcut.weight.data.fill_(1.0)  # all images coincide
         return runs[-1]
 
     monkeypatch.setattr(study, "make_run", make_run)

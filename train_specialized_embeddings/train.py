@@ -16,37 +16,53 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from pipeline.files import tables
 from pipeline.files.writing import discard_replaced, replacing
 from pipeline.log import logger
 from train_specialized_embeddings.training.run_files import RunFiles
 
 STAGE = "train"
+WARM_START = "init_checkpoint"
 
 
 def list_inputs(config: Config) -> dict[str, Path]:
     """Return the files that the stage reads.
 
-    Raises ConfigError where a path is not set.
+    Raises ConfigError where a path is not set, or the run would replace the checkpoint that it starts from.
     """
     config.require_paths("merged_dir", "difficulty_metadata_path", "checkpoint_dir")
     merged_dir = config.path("merged_dir")
-    return {
+    inputs = {
         "train": merged_dir / "train.parquet",
         "val": merged_dir / "val.parquet",
         "difficulty": config.path("difficulty_metadata_path"),
     }
+    if config.training.init_checkpoint is not None:
+        where = "[training].init_checkpoint"
+        inputs[WARM_START] = config.expand(config.training.init_checkpoint, where)
+        if inputs[WARM_START].parent == config.path("checkpoint_dir"):
+            raise ConfigError(
+                f"{config.file_path}: {where}: {inputs[WARM_START]} lies in [paths].checkpoint_dir, which this run "
+                "writes: set another checkpoint_dir"
+            )
+    return inputs
 
 
 def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
     """Return the provenance of the run: its inputs, and every setting that shapes the weights.
 
-    input_dim is none of them: it can only be the width of the data. Raises InputError if an input is missing.
+    input_dim is none of them: it can only be the width of the data. The checkpoint to start from is told apart by its
+    content, not by its name. Raises InputError if an input is missing.
     """
     settings: dict[str, Any] = {"seed": config.global_.seed}
+    left_out = {"input_dim", WARM_START}
     for name, section in (("training", config.training), ("training_model", config.training_model)):
-        settings |= {f"{name}.{key}": value for key, value in section.model_dump(exclude={"input_dim"}).items()}
-    provenance = tables.make_provenance(STAGE, map(tables.identify, inputs.values()), settings)
+        settings |= {f"{name}.{key}": value for key, value in section.model_dump(exclude=left_out).items()}
+    identities = [
+        tables.identify(path) | ({"name": name} if name == WARM_START else {}) for name, path in inputs.items()
+    ]
+    provenance = tables.make_provenance(STAGE, identities, settings)
     merged = tables.read_provenance(inputs["train"]) or {}
     provenance |= {key: merged.get(key) for key in ("split_hash", "embedded_with")}
     return provenance

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from train_specialized_embeddings.train import describe_run, list_inputs
 from train_specialized_embeddings.training.metric_sinks import require_package
 
@@ -33,17 +34,25 @@ class TuneOptions:
     storage: str = "journal"
     study_name: str = "stage6"
     overwrite: bool = False
+    sample_buildings: int | None = None  # of the training split; None is all
 
 
 def run(config: Config, options: TuneOptions) -> cli.StageResult:
     """Search until the study has all its trials; the rows are trials: out complete, dropped pruned, rejected failed.
 
-    Raises PipelineError where Optuna is missing or no trial was complete, StaleOutputError where the study was made
-    from other inputs or settings, InputError where an input cannot be trained on.
+    Raises ConfigError where [training].init_checkpoint is set, PipelineError where Optuna is missing or no trial was
+    complete, StaleOutputError where the study was made from other inputs or settings, InputError where an input cannot
+    be trained on.
     """
     require_package("optuna", "tune.py", "train with the settings as they are", extra="tune")
+    if config.training.init_checkpoint is not None:
+        raise ConfigError(
+            f"{config.file_path}: [training].init_checkpoint: the trials choose the architecture: leave it out"
+        )
     inputs = list_inputs(config)
     provenance = describe_run(config, inputs)
+    if options.sample_buildings is not None:
+        provenance["settings"]["sample_buildings"] = options.sample_buildings
     from train_specialized_embeddings.tuning.study import run_study  # torch and Optuna
 
     return run_study(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune")
@@ -62,10 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--study-name", default="stage6", metavar="NAME", help="which study of the storage (default: stage6)"
     )
+    parser.add_argument(
+        "--sample-buildings", type=_count, metavar="N", help="train the trials on N buildings, drawn from [global].seed"
+    )
     arguments = parser.parse_args(argv)
     options = TuneOptions(
-        arguments.trials, arguments.workers, arguments.storage, arguments.study_name, arguments.overwrite
-    )
+        arguments.trials, arguments.workers, arguments.storage, arguments.study_name, arguments.overwrite,
+        arguments.sample_buildings,
+    )  # fmt: skip
     config = cli.config_from(arguments)
     cli.run_stage(STAGE, lambda config, _: run(config, options), config, cli.options_from(arguments))
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.metrics import (
     SCORE_LABELS,
+    TABLE_KEYS,
     Scores,
     format_score_lines,
     judge,
@@ -47,7 +48,7 @@ def compare(one: QueryScores, other: QueryScores, codes: NDArray[Any], seed: int
     p is twice the smaller share of resamples on one side of no difference, with (r + 1) / (R + 1) for a share
     (Davison and Hinkley, Bootstrap Methods, section 4.4.1).
     """
-    differences = other.values() - one.values()  # (Q, 5)
+    differences = other.values() - one.values()  # (Q, 6)
     resampled = resample_means(differences, codes[one.query], seed, NUM_RESAMPLES)
     tails = np.stack([(resampled <= 0).sum(axis=0), (resampled >= 0).sum(axis=0)]).min(axis=0)
     p = np.minimum(1.0, 2 * (tails + 1) / (NUM_RESAMPLES + 1))
@@ -82,10 +83,10 @@ def format_two(names: tuple[str, str], found: Comparison, images: LabelledImages
         *_describe(found.scores[0], images),
         *(f"{label} = {name}" for label, name in zip("AB", names, strict=True)),
     ]
-    lines += [*_table(summaries), f"{'B - A':<14}" + "".join(f"{found.difference[key]:>+13.3f}" for key in SCORE_KEYS)]
+    lines += [*_table(summaries), f"{'B - A':<14}" + "".join(f"{found.difference[key]:>+13.3f}" for key in TABLE_KEYS)]
     for name, end in (("95% from", 0), ("95% to", 1)):
-        lines.append(f"{name:<14}" + "".join(f"{found.interval[key][end]:>+13.3f}" for key in SCORE_KEYS))
-    lines.append(f"{'p':<14}" + "".join(f"{format_p(found.p[key]):>13}" for key in SCORE_KEYS))
+        lines.append(f"{name:<14}" + "".join(f"{found.interval[key][end]:>+13.3f}" for key in TABLE_KEYS))
+    lines.append(f"{'p':<14}" + "".join(f"{format_p(found.p[key]):>13}" for key in TABLE_KEYS))
     for text in [*notes, describe_comparison(names, found)]:
         lines += ["", *textwrap.wrap(text, COLUMNS)]
     return "\n".join(lines)
@@ -103,7 +104,7 @@ def _describe(scores: QueryScores, images: LabelledImages) -> list[str]:
 
 
 def _table(summaries: Mapping[str, Scores]) -> list[str]:
-    lines = [" " * 14 + "".join(f"{SCORE_LABELS[key]:>13}" for key in SCORE_KEYS)]
+    lines = [" " * 14 + "".join(f"{SCORE_LABELS[key]:>13}" for key in TABLE_KEYS)]
     for label, scores in summaries.items():
         lines += format_score_lines(label[:13], scores)
     return lines

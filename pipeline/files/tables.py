@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import VERSION
+from pipeline.config import Config
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
 from pipeline.files.failures import read_failure
 from pipeline.files.listing import is_parquet
@@ -286,15 +287,27 @@ def matches(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, An
     return True
 
 
+# What was done before a key came, where it is not what its default does.
+_BEFORE_THE_KEY = {"training.loss": "triplet", "training.hard_mining": False, "training.input_noise": 0.0}
+
+
+def value_before(name: str) -> Any:
+    """Return what does as was done before there was `section.key`; None where there is no such key."""
+    section, _, key = name.partition(".")
+    default = getattr(getattr(Config(), section, None), key, None) if key else None
+    return _BEFORE_THE_KEY.get(name, default)
+
+
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Name the first thing in which two provenances' stages, settings or inputs differ; None where they agree.
 
-    A tar that is gone is no difference: what was made from it stands.
+    A tar that is gone is no difference: what was made from it stands. A key of the configuration (`section.key`) that
+    one does not have counts as what was done before the key came, which is its default as a rule.
     """
     if old.get("stage") != new.get("stage"):
         return f"it was made by {old.get('stage')}"
     for key in sorted(set(old.get("settings", {})) | set(new.get("settings", {}))):
-        before, after = old.get("settings", {}).get(key), new.get("settings", {}).get(key)
+        before, after = (one.get("settings", {}).get(key, value_before(key)) for one in (old, new))
         if before != after:
             return f"{key} was {before!r} and is now {after!r}"
     old_inputs = {item["name"]: item for item in old.get("inputs", [])}

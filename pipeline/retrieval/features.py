@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.files import tables
 from pipeline.files.lists import find_embedding
 from pipeline.files.sidecar import map_columns
+from pipeline.log import logger
 
 FEATURE_COLUMNS = [
     pa.field("streetview_image_id", pa.string()),
@@ -46,6 +47,26 @@ class Features:
     def width(self) -> int:
         """Numbers an embedding has."""
         return int(self.embeddings.shape[1])
+
+
+def sample_buildings(features: Features, count: int, seed: int) -> Features:
+    """Return the images of `count` buildings drawn from `seed`, in memory; all where there are fewer."""
+    num_buildings = len(features.building_ids)
+    if count >= num_buildings:
+        return features
+    chosen = np.sort(np.random.default_rng(seed).permutation(num_buildings)[:count])
+    rows = np.flatnonzero(np.isin(features.building_codes, chosen))
+    logger.info("%d of %d buildings, %d of %d images", count, num_buildings, len(rows), len(features))
+    return Features(
+        embeddings=features.embeddings[rows],
+        building_codes=np.searchsorted(chosen, features.building_codes[rows]).astype(np.int32),
+        building_ids=features.building_ids.take(pa.array(chosen)),
+        image_ids=features.image_ids.take(pa.array(rows)),
+        dataset_ids=features.dataset_ids[rows],
+        street_view_ids=features.street_view_ids[rows],
+        target_lat=features.target_lat[rows],
+        target_lon=features.target_lon[rows],
+    )
 
 
 def load_features(path: Path) -> Features:

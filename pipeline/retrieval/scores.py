@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-RECALL_RANKS = (1, 5, 10)
+RECALL_RANKS = (1, 5, 10, 100)
 SCORE_KEYS = (*(f"recall_at_{k}" for k in RECALL_RANKS), "map", "mrr")
 # Similarities nearer than this are a tie: equal vectors differ by a few 1e-7 with the order in which a matrix
 # product adds up, so an exact comparison would break ties by chance.
@@ -46,7 +46,7 @@ class QueryScores:
     average_precision: NDArray[np.float64]  # (Q,)
 
     def values(self) -> NDArray[np.float64]:
-        """Return (Q, 5): what each query adds to the means, in the order of SCORE_KEYS."""
+        """Return (Q, 6): what each query adds to the means, in the order of SCORE_KEYS."""
         recalls = [self.first_rank <= k for k in RECALL_RANKS]
         return np.stack([*recalls, self.average_precision, 1.0 / self.first_rank], axis=1).astype(np.float64)
 

@@ -93,6 +93,7 @@ class BandSampler:
         self.device = torch.device(device)
         grouping = group_by_building(features.building_codes)
         self._buildings, self._order = self._load(features.building_codes), self._load(grouping.order)
+        self.num_buildings = len(grouping.sizes)
         self._starts, self._sizes = self._load(grouping.starts[:-1]), self._load(grouping.sizes)
         self._place = self._load(grouping.place)
         self._panoramas = self._load(_number_panoramas(features))

@@ -13,7 +13,7 @@ from pipeline.files import tables
 from pipeline.inference.devices import choose_device, describe_device
 from pipeline.log import Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, load_checkpoint
-from pipeline.retrieval.features import Features, load_features
+from pipeline.retrieval.features import Features, load_features, sample_buildings
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.triplets import load_neighbors
@@ -24,6 +24,7 @@ from train_specialized_embeddings.training.starts import Baselines, fit_baseline
 from train_specialized_embeddings.training.trainer import Trainer
 from train_specialized_embeddings.training.training_run import TrainingRun
 from train_specialized_embeddings.training.validation import ValidationSet, choose_validation_set
+from train_specialized_embeddings.training.warm_start import WarmStart, load_warm_start
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ def fit(
         material = read_material(config, inputs, watch)
         torch.manual_seed(config.global_.seed)
         with watch.measure("start"):
-            baselines = begin(config, material, saved)
+            warm = None
+            if path := inputs.get("init_checkpoint"):
+                warm = load_warm_start(path, config, material.train.width, provenance.get("embedded_with"))
+            baselines = begin(config, material, saved, warm)
             store = store_coordinates(material, baselines.start, files.folder)
         counts = {"in": material.num_images, "out": material.num_images}
         run = make_run(config, material, store, baselines, files, watch, sinks)
@@ -87,8 +91,10 @@ def make_run(  # noqa: PLR0917
     )  # fmt: skip
 
 
-def read_material(config: Config, inputs: dict[str, Path], watch: Stopwatch) -> Material:
-    """Read and check the splits and the difficulty table, each once.
+def read_material(
+    config: Config, inputs: dict[str, Path], watch: Stopwatch, num_buildings: int | None = None
+) -> Material:
+    """Read and check the splits and the difficulty table, each once; of the training split `num_buildings` at most.
 
     Raises InputError where an input cannot be trained on, PipelineError where the widths do not agree.
     """
@@ -96,6 +102,8 @@ def read_material(config: Config, inputs: dict[str, Path], watch: Stopwatch) -> 
     device = choose_device(config.infrastructure.device)
     with watch.measure("read"):
         train, val = load_features(inputs["train"]), load_features(inputs["val"])
+        if num_buildings is not None:
+            train = sample_buildings(train, num_buildings, seed)
         check_splits(config, inputs, train, val)
         neighbors = load_neighbors(inputs["difficulty"], train)
         sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
@@ -107,13 +115,21 @@ def read_material(config: Config, inputs: dict[str, Path], watch: Stopwatch) -> 
     return Material(train, validation, sampler, len(train) + len(val), device)
 
 
-def begin(config: Config, material: Material, saved: Checkpoint | None) -> Baselines:
-    """Return the coordinates, the baselines' validation scores and a note of the start: fitted, or a killed run's."""
+def begin(config: Config, material: Material, saved: Checkpoint | None, warm: WarmStart | None = None) -> Baselines:
+    """Return the coordinates, the baselines' validation scores and a note of the start: fitted, or a killed run's.
+
+    The coordinates of a warm start are the checkpoint's; the baselines are of this run's images all the same.
+    """
     if saved is not None:
         scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
-        return Baselines(restore_coordinates(saved.rest["coordinates"]), saved.rest["start"], scores)
+        return Baselines(restore_coordinates(saved.rest["coordinates"]), saved.rest["start"], scores, warm)
     model, section = config.training_model, config.training
-    return fit_baselines(material.train, material.validation, model, section, material.device)
+    if warm is not None:  # then no other start is fitted
+        section = section.model_copy(update={"init": "whitening"})
+    fitted = fit_baselines(material.train, material.validation, model, section, material.device)
+    if warm is None:
+        return fitted
+    return replace(fitted, start=warm.coordinates, note=fitted.note | {"init": "checkpoint"}, warm=warm)
 
 
 def load_latest(files: RunFiles, provenance: dict[str, Any]) -> Checkpoint | None:

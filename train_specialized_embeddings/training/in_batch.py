@@ -44,13 +44,14 @@ def group_losses(
 
 
 def mined_triplet_losses(
-    sampler: BandSampler, batch: Triplets, embeddings: torch.Tensor, margin: float
+    sampler: BandSampler, batch: Triplets, embeddings: torch.Tensor, section: TrainingSection
 ) -> torch.Tensor:
     """Return each anchor's triplet loss (B,) with a negative of its tile; `embeddings` (3B, D) are of the triplets.
 
     The negative is the nearest one that is farther than the positive (semi-hard; FaceNet), where that is nearer than
     the banded one: the nearest of all pull everything together until the embeddings collapse.
     """
+    lose = partial(triplet_losses, margin=section.margin, distance=section.triplet_distance)
     anchors, positives, negatives = embeddings.chunk(3)
     losses = []
     for start in range(0, len(batch), TILE):
@@ -59,7 +60,7 @@ def mined_triplet_losses(
         candidates = torch.cat([positives[part], negatives[part]])
         _, is_negative = sampler.compare(batch.anchors.rows[part], others)
         found, exists = semi_hard_negatives(anchors[part], positives[part], candidates, is_negative)
-        mined = triplet_losses(anchors[part], positives[part], candidates[found], margin)
-        banded = triplet_losses(anchors[part], positives[part], negatives[part], margin)
+        mined = lose(anchors[part], positives[part], candidates[found])
+        banded = lose(anchors[part], positives[part], negatives[part])
         losses.append(torch.where(exists, torch.maximum(mined, banded), banded))
     return torch.cat(losses)

@@ -4,6 +4,8 @@ A loss takes embeddings and masks that say who is whose positive and negative, a
 it on the device. A classification loss would fit in beside them.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -19,12 +21,28 @@ def pair_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return (first - second).pow(2).sum(dim=-1).clamp_min(MIN_SQUARED_DISTANCE).sqrt()
 
 
-def triplet_losses(anchor: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, margin: float) -> torch.Tensor:
+def cosine_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return 1 - cosine (...) of unit rows (..., D), which is half their squared Euclidean distance."""
+    return 1.0 - (first * second).sum(dim=-1)
+
+
+# By [training].triplet_distance.
+DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "euclidean": pair_distances,
+    "cosine": cosine_distances,
+}
+
+
+def triplet_losses(  # noqa: PLR0917
+    anchor: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, margin: float, distance: str = "euclidean"
+) -> torch.Tensor:
     """Return max(0, d(anchor, positive) - d(anchor, negative) + margin) of each triplet, (B,).
 
-    Source: Schroff et al. 2015 (FaceNet), with the distance instead of its square. A triplet is active where it is > 0.
+    d is one of DISTANCES; "cosine" is FaceNet's squared distance, halved (Schroff et al. 2015), "euclidean" its root. A
+    triplet is active where its loss is > 0.
     """
-    return torch.relu(pair_distances(anchor, positive) - pair_distances(anchor, negative) + margin)
+    measure = DISTANCES[distance]
+    return torch.relu(measure(anchor, positive) - measure(anchor, negative) + margin)
 
 
 def supervised_contrastive_losses(  # noqa: PLR0917

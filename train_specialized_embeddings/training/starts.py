@@ -27,6 +27,7 @@ from pipeline.retrieval.whitening import (
 )
 from train_specialized_embeddings.training.coordinates import NUM_COORDINATES, Coordinates, make_coordinates
 from train_specialized_embeddings.training.validation import Scores, ValidationSet
+from train_specialized_embeddings.training.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Baselines:
     start: Coordinates  # the first of them are what [training].init names
     note: dict[str, Any]  # how the start and the whitening came about, for the checkpoint
     scores: dict[str, Scores]  # raw, pca_whitened, whitening
+    warm: WarmStart | None = None  # what training starts from instead of what is fitted
 
 
 def fit_baselines(
@@ -141,6 +143,8 @@ def make_projector(baselines: Baselines, model: TrainingModelSection, section: T
 
     The branch's first layer mixes the coordinates at random, so that every hidden unit has inputs of variance 1.
     """
+    if baselines.warm is not None:
+        return baselines.warm.make_projector()
     start = baselines.start
     projector = Projector(
         len(start.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,

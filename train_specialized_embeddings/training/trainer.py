@@ -1,5 +1,6 @@
 """Train a projector by triplets, an epoch at a time, from a state that can be saved and taken up again exactly."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,17 @@ from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.collapse import ShapeSums, is_collapsed
 from train_specialized_embeddings.training.in_batch import group_losses, mined_triplet_losses
-from train_specialized_embeddings.training.losses import pair_distances, relative_drift
+from train_specialized_embeddings.training.losses import DISTANCES, relative_drift
 
 # Triplets are drawn for this many steps at once, and at least this many: the host waits for the device once a draw,
 # and the bandit learns from one draw for the next.
 _STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
 
 _MIN_STEPS_PER_EPOCH = 16
+# From this many buildings on the rates are the configured ones; docs/training.md has the measurements.
+_FULL_RATE_BUILDINGS, _LEAST_RATE_SHARE = 2000, 0.1
+# What the averaged weights keep of themselves each epoch: they are the mean of about the last five.
+_AVERAGE_DECAY = 0.8
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
+def rate_share(num_buildings: int) -> float:
+    """Return what the configured rates are multiplied by where few buildings train: the root of their number."""
+    return min(1.0, max(_LEAST_RATE_SHARE, math.sqrt(num_buildings / _FULL_RATE_BUILDINGS)))
+
+
 class Trainer:
     """A projector with its optimiser, schedule, sampler and bandit."""
 
@@ -59,7 +69,11 @@ class Trainer:
     ) -> None:
         """Take a projector of the store's rows, and how far those vary within a building (D,), for the noise."""
         self.projector, self.store, self.sampler, self.section = projector, store, sampler, section
+        # Of its weights over the epochs, which is what is validated and published: one epoch's are the luck of its
+        # batches, which few validation buildings cannot tell from a gain.
+        self.average = copy.deepcopy(projector).eval()
         self.bandit = BandBandit() if section.band_sampling == "ucb" else None
+        self.distance = DISTANCES[section.triplet_distance]
         self.noise = None if spread is None else section.input_noise * spread.to(store.device)
         self.start_weight = projector.shortcut.weight.detach().clone()
         self.epoch = self.step = 0
@@ -82,6 +96,7 @@ class Trainer:
         by the root of its inputs, so that one rate serves every width.
         """
         section, projector = self.section, self.projector
+        share = rate_share(self.sampler.num_buildings)
         layers: dict[str, Any] = {"shortcut": projector.shortcut}
         layers |= {f"hidden.{number}": layer for number, layer in enumerate(projector.hidden)}
         if projector.output is not None:
@@ -94,7 +109,7 @@ class Trainer:
                 {
                     "name": name,
                     "params": list(layer.parameters()),
-                    "peak_lr": rate / layer.weight.shape[1] ** 0.5,
+                    "peak_lr": share * rate / layer.weight.shape[1] ** 0.5,
                     "weight_decay": 0.0 if is_shortcut else section.weight_decay,
                     "lr": 0.0,
                 }
@@ -133,6 +148,9 @@ class Trainer:
             if has_collapsed:
                 break
         self.epoch += 1
+        with torch.no_grad():
+            for mean, weight in zip(self.average.parameters(), self.projector.parameters(), strict=True):
+                mean.lerp_(weight, 1 - _AVERAGE_DECAY)
         return self._report(loss_sum.tolist(), totals.tolist(), has_collapsed)
 
     def _has_collapsed(self, shape: ShapeSums) -> bool:
@@ -220,7 +238,7 @@ class Trainer:
             banded, valid, bands = self._compare(batch, embeddings)
             losses, weights = banded, valid
             if section.compares_in_batch:
-                losses = mined_triplet_losses(self.sampler, batch, embeddings, section.margin)[:, None, None]
+                losses = mined_triplet_losses(self.sampler, batch, embeddings, section)[:, None, None]
             per_anchor = (losses * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp_min(1)
             # Every image counts the same, however many triplets its building gives it.
             loss = per_anchor.sum() / valid.any(dim=2).any(dim=1).sum().clamp_min(1)
@@ -237,7 +255,7 @@ class Trainer:
         firsts = torch.from_numpy(batch.anchors.firsts).to(embeddings.device)
         nexts = (firsts + 1).clamp_max(len(batch) - 1)
         distances = [
-            pair_distances(embeddings[firsts], others)[:, None]
+            self.distance(embeddings[firsts], others)[:, None]
             for others in (embeddings[nexts], embeddings[len(batch) :])
         ]
         valid = batch.found[firsts] & (batch.anchors.sizes[firsts] > 1)
@@ -248,7 +266,7 @@ class Trainer:
         parts = embeddings.chunk(2 if self.section.share_within_building else 3)
         anchors, negatives = parts[0], parts[-1]
         if not self.section.share_within_building:
-            distances = [pair_distances(anchors, other)[:, None] for other in parts[1:]]
+            distances = [self.distance(anchors, other)[:, None] for other in parts[1:]]
             valid = batch.found[:, None, None]
             return self._hinge(*distances), valid, batch.bands[:, None]
         slots = torch.arange(MAX_GROUP, device=anchors.device)
@@ -259,7 +277,7 @@ class Trainer:
         is_negative = there & batch.found[members]
         is_negative &= self.sampler.allows(rows[:, None].expand_as(members), batch.negatives[members])
         distances = [
-            pair_distances(anchors[:, None], others.index_select(0, members.flatten()).view(*members.shape, -1))
+            self.distance(anchors[:, None], others.index_select(0, members.flatten()).view(*members.shape, -1))
             for others in (anchors, negatives)
         ]
         return self._hinge(*distances), is_positive[:, :, None] & is_negative[:, None], batch.bands[members]
@@ -274,6 +292,7 @@ class Trainer:
         cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         return {
             "weights": _copy(self.projector.state_dict()),
+            "average": _copy(self.average.state_dict()),
             "start_weight": _copy(self.start_weight),
             "optimizer": _copy(self.optimizer.state_dict()),
             "epoch": self.epoch,
@@ -285,8 +304,9 @@ class Trainer:
         }
 
     def go_back(self, state: dict[str, Any], rate_factor: float) -> None:
-        """Take the weights of a saved state, and go on with lower rates where the schedule and the draws are."""
-        self.projector.load_state_dict(state["weights"])
+        """Take the averaged weights of a saved state, and go on with lower rates where schedule and draws are."""
+        for projector in (self.projector, self.average):
+            projector.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rate_scale *= rate_factor
 
@@ -296,6 +316,7 @@ class Trainer:
         Random numbers of a GPU cannot go on on a CPU, nor the other way: they begin anew then, from (seed, epoch).
         """
         self.projector.load_state_dict(state["weights"])
+        self.average.load_state_dict(state["average"])
         self.start_weight.copy_(state["start_weight"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], state["step"]

@@ -110,7 +110,7 @@ class TrainingRun:
     def _add_epoch(self, report: EpochReport | None, started: float) -> None:
         """Validate, add the epoch's record, and keep its checkpoint if it is the best; epoch 0 has no report."""
         with self.watch.measure("validate"):
-            projector, device = self.trainer.projector, self.trainer.store.device
+            projector, device = self.trainer.average, self.trainer.store.device
             embeddings = project(projector, self.validation.embeddings, device)
             norm = measure_norm(projector, self.validation.embeddings, device)
             scores = self.validation.score(embeddings)
@@ -167,7 +167,7 @@ class TrainingRun:
     def _describe(self) -> Content:
         """Return the checkpoint of the epoch that is done: all that its reader, and the next epoch, need."""
         config = self.config
-        folded = self.coordinates.fold(self.trainer.projector)
+        folded = self.coordinates.fold(self.trainer.average)
         return self.trainer.state() | {
             "architecture": dict(folded.architecture),
             "projector": dict(folded.state_dict()),
@@ -184,7 +184,7 @@ class TrainingRun:
             },
             "settings": {
                 "seed": config.global_.seed,
-                "training": config.training.model_dump(),
+                "training": config.training.model_dump(exclude={"init_checkpoint"}),
                 "training_model": config.training_model.model_dump(),
             },
             "provenance": self.provenance,

@@ -29,7 +29,7 @@ class ValidationSet:
     device: torch.device = CPU  # where they are searched
 
     def score(self, embeddings: Embeddings) -> Scores:
-        """Return recall_at_1/5/10, map and mrr of L2-normalised embeddings (N, k) of these images."""
+        """Return recall_at_1/5/10/100, map and mrr of L2-normalised embeddings (N, k) of these images."""
         return summarize_scores(self.score_each(embeddings))
 
     def score_each(self, embeddings: Embeddings) -> QueryScores:
@@ -85,9 +85,10 @@ def measure_norm(projector: Projector, embeddings: NDArray[Any], device: torch.d
 
 def format_table(rows: dict[str, Scores]) -> list[str]:
     """Return the lines of a table of scores, one row a method."""
-    head = " ".join(f"{key.replace('recall_at_', 'R@'):>7}" for key in SCORE_KEYS)
+    keys = [key for key in SCORE_KEYS if all(key in row for row in rows.values())]  # an older run's have fewer
+    head = " ".join(f"{key.replace('recall_at_', 'R@'):>7}" for key in keys)
     lines = [f"{'validation':<14}{head}"]
-    return lines + [f"{name:<14}" + " ".join(f"{row[key]:7.4f}" for key in SCORE_KEYS) for name, row in rows.items()]
+    return lines + [f"{name:<14}" + " ".join(f"{row[key]:7.4f}" for key in keys) for name, row in rows.items()]
 
 
 def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:

@@ -66,7 +66,7 @@ def run_trials(
         helpers = [start(target=_help, args=(*work, number), daemon=True) for number in range(1, options.num_workers)]
         for helper in helpers:
             helper.start()
-        _work(study, config, inputs, options.num_trials, result.watch)
+        _work(study, config, inputs, options, result.watch)
         for helper in helpers:
             helper.join()
         result.written += write_report(folder, study)
@@ -122,14 +122,14 @@ def _help(*work: Any) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with logging_to(config.log_dir / f"tune.{number}.log", config.logging.level):
         study = open_study(config, options, folder, provenance)
-        _work(study, config, inputs, options.num_trials, Stopwatch())
+        _work(study, config, inputs, options, Stopwatch())
 
 
-def _work(study: optuna.Study, config: Config, inputs: dict[str, Path], num_trials: int, watch: Stopwatch) -> None:
+def _work(study: optuna.Study, config: Config, inputs: dict[str, Path], options: Any, watch: Stopwatch) -> None:
     """Run trials until the study has enough; with W workers it may get W - 1 more."""
-    objective = Objective(config, inputs, watch)
+    objective = Objective(config, inputs, watch, options.sample_buildings)
     parent = multiprocessing.parent_process()
-    while _count_finished(study) < num_trials and (parent is None or parent.is_alive()):
+    while _count_finished(study) < options.num_trials and (parent is None or parent.is_alive()):
         study.optimize(objective, n_trials=1, catch=(PipelineError,), callbacks=[_log_trial])
 
 
@@ -148,9 +148,11 @@ def _count_finished(study: optuna.Study) -> int:
 class Objective:
     """The best validation mAP that settings reach; what they share is read and fitted once."""
 
-    def __init__(self, config: Config, inputs: dict[str, Path], watch: Stopwatch) -> None:
+    def __init__(
+        self, config: Config, inputs: dict[str, Path], watch: Stopwatch, sample_buildings: int | None = None
+    ) -> None:
         self.config, self.watch = config, watch
-        self.material = read_material(config, inputs, watch)
+        self.material = read_material(config, inputs, watch, sample_buildings)
         with watch.measure("start"):
             self.baselines = fit_baselines(
                 self.material.train, self.material.validation, config.training_model, config.training,

@@ -1,0 +1,105 @@
+"""Stage 6 from another run's checkpoint: epoch 0 is that projector, and what does not fit is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from training_data import SETTINGS, WIDTH, fill_workspace, make_split, read_checkpoints, read_metrics, run
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, InputError, StaleOutputError
+from pipeline.files import tables
+from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
+from train_specialized_embeddings import tune
+from train_specialized_embeddings.train import describe_run, list_inputs
+from train_specialized_embeddings.training.run_files import RunFiles
+from train_specialized_embeddings.tune import TuneOptions
+
+OLD = "training.init_checkpoint=old/checkpoint_best.pt"
+NEW_SPLIT = ({"stage": "merge_and_split", "split_hash": "new", "embedded_with": {"flip": True}},)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """A folder with an earlier run in old/, and other buildings to train on."""
+    fill_workspace(tmp_path)
+    write_config(tmp_path, **SETTINGS)
+    run(tmp_path)
+    (tmp_path / "checkpoint").rename(tmp_path / "old")
+    for name, count, seed in (("train", 25, 1), ("val", 14, 5)):
+        tables.write_parquet(tmp_path / f"merged/{name}.parquet", make_split(count, seed), *NEW_SPLIT)
+    return tmp_path
+
+
+def test_epoch_0_is_the_checkpoints_projector_and_training_goes_on_from_it(workspace: Path) -> None:
+    run(workspace, OLD, "training_model.hidden_dim=7", "training_model.dropout=0.3", "training.num_epochs=2")
+    old = load_checkpoint(workspace / "old/checkpoint_best.pt")
+    run(workspace, OLD, "training.num_epochs=0", "paths.checkpoint_dir=start")
+    start = load_checkpoint(workspace / "start/checkpoint_best.pt")
+    rows = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    torch.testing.assert_close(build_projector(start)(rows), build_projector(old)(rows), atol=1e-6, rtol=0)
+    last = read_checkpoints(workspace)["checkpoint_final.pt"]
+    assert last["start"]["init"] == "checkpoint"
+    assert (last["architecture"]["hidden_dim"], last["architecture"]["dropout"]) == (6, 0.3)
+    history = read_metrics(workspace)
+    assert history[0]["val"] == pytest.approx(start.metrics["val"]["projector"])
+    assert not torch.equal(last["projector"]["hidden.0.weight"], old.projector["hidden.0.weight"])
+
+
+def test_the_checkpoint_counts_by_its_content_and_a_killed_run_goes_on(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train_specialized_embeddings.training.training_run.SAVE_INTERVAL_SECONDS", 0.0)
+    run(workspace, OLD, "paths.checkpoint_dir=whole")
+    calls = iter(range(100))
+    keep = RunFiles.write_metrics
+
+    def die_at_the_third(self: RunFiles, history: list[dict[str, object]]) -> None:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        keep(self, history)
+
+    monkeypatch.setattr(RunFiles, "write_metrics", die_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(workspace, OLD)
+    shutil.copy(workspace / "old/checkpoint_best.pt", workspace / "elsewhere.pt")
+    moved = "training.init_checkpoint=elsewhere.pt"
+    run(workspace, moved)
+    one, other = (load_checkpoint(workspace / folder / "checkpoint_final.pt") for folder in ("whole", "checkpoint"))
+    for name, weight in one.projector.items():
+        assert torch.equal(weight, other.projector[name])
+    assert "elsewhere" not in str(one.settings) + str(other.settings) + str(other.provenance)
+    assert run(workspace, OLD).kept
+    with pytest.raises(StaleOutputError, match="input init_checkpoint is gone"):
+        run(workspace)
+    config = load_config(workspace / "config.toml", ["training.init_checkpoint=old/checkpoint_final.pt"])
+    other_hash = {item["name"]: item for item in describe_run(config, list_inputs(config))["inputs"]}
+    assert other_hash["init_checkpoint"]["hash"] != other.provenance["inputs"][-1]["hash"]
+
+
+def test_what_cannot_be_started_from_is_refused_with_a_remedy(workspace: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere.pt: no such file"):
+        run(workspace, "training.init_checkpoint=nowhere.pt")
+    with pytest.raises(InputError, match=r"its output_dim is 8, \[training_model\].output_dim asks for 9"):
+        run(workspace, OLD, "training_model.output_dim=9")
+    with pytest.raises(ConfigError, match=r"lies in \[paths\].checkpoint_dir"):
+        run(workspace, OLD, "paths.checkpoint_dir=old")
+    with pytest.raises(ConfigError, match="the trials choose the architecture: leave it out"):
+        tune.run(load_config(workspace / "config.toml", [OLD]), TuneOptions())
+    bare = torch.load(workspace / "old/checkpoint_best.pt", weights_only=True)
+    torch.save({key: bare[key] for key in ("architecture", "projector")}, workspace / "bare.pt")
+    with pytest.raises(InputError, match=r"bare.pt: does not hold the coordinates"):
+        run(workspace, "training.init_checkpoint=bare.pt")
+
+
+def test_a_checkpoint_of_other_embeddings_is_refused(workspace: Path) -> None:
+    made_by = NEW_SPLIT[0] | {"embedded_with": {"flip": False}}
+    tables.write_parquet(workspace / "merged/train.parquet", make_split(25, 1), made_by)
+    with pytest.raises(InputError, match="trained on embeddings made with flip True, these were made with False"):
+        run(workspace, OLD)
+    for name in ("train", "val"):
+        tables.write_parquet(workspace / f"merged/{name}.parquet", make_split(25, 1, WIDTH + 1), *NEW_SPLIT)
+    with pytest.raises(InputError, match=f"takes embeddings of {WIDTH} numbers, these have {WIDTH + 1}"):
+        run(workspace, OLD)
