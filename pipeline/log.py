@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +22,18 @@ logger = logging.getLogger("spatial_building_embeddings")
 _LINE_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
+class _LogFile(logging.FileHandler):
+    """A log file whose lines are lost, and said to be so once, where the disk takes no more."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 (logging's own)
+        """Say what failed in one line where logging would print a traceback for each line."""
+        if not self._has_failed:
+            self._has_failed = True
+            print(f"warning: cannot write the log {self.baseFilename} ({sys.exc_info()[1]})", file=sys.stderr)
+
+
 @contextmanager
 def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
     """Send the pipeline's log lines to stderr and, appended, to `log_path` while the block runs.
@@ -33,7 +45,7 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
     if log_path is not None:
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace"))
+            handlers.append(_LogFile(log_path, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             raise PipelineError(
                 f"cannot write the log {log_path} ({error.strerror}): set [global].log_dir to a writable folder"
@@ -50,7 +62,8 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
             if isinstance(handler, logging.FileHandler):
-                handler.close()
+                with suppress(OSError):  # of a full disk, which must not take the place of the run's own error
+                    handler.close()
 
 
 class Progress:

@@ -5,6 +5,7 @@ import pty
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +123,18 @@ def test_a_stopwatch_measures_what_it_takes_to_get_each_item():
     assert list(watch.measure_each("read", slow())) == [0, 1, 2]
     assert list(watch.measure_each("nothing", [])) == []
     assert watch.seconds["read"] >= 0.03
+
+
+def test_a_full_disk_under_the_log_hides_no_error_and_shows_no_traceback(capsys):
+    def fail():
+        with logging_to(Path("/dev/full")):
+            logger.info("first")
+            logger.info("second")
+            raise PipelineError("the run's own")
+
+    with pytest.raises(PipelineError, match="the run's own"):
+        fail()
+    lines = capsys.readouterr().err
+    assert "Traceback" not in lines
+    assert lines.count("warning: cannot write the log /dev/full ([Errno 28] No space left on device)") == 1
+    assert "second" in lines

@@ -38,7 +38,7 @@ def load_warm_start(path: Path, config: Config, width: int, embedded_with: Any) 
             f"{path}: trained on embeddings made with {key} {made_with.get(key)!r}, these were made with "
             f"{embedded_with.get(key)!r}: leave out [training].init_checkpoint, or use the same embeddings"
         )
-    state, weights = found.rest.get("coordinates"), found.rest.get("weights")
+    state, weights = found.rest.get("coordinates"), found.rest.get("average")
     if not (isinstance(state, dict) and isinstance(weights, dict)):
         raise InputError(
             f"{path}: does not hold the coordinates that training would go on in: [training].init_checkpoint takes "
