@@ -384,12 +384,8 @@ def _describe(path: Path, errors: list[Any]) -> str:
         return f"{where}: unknown {'key' if key else 'section'}{suggest(list_keys(), section, key)}"
     if details["type"] == "value_error":
         return f"{where}: {details['ctx']['error']}"
-    allowed = " or ".join(_lower_first(error["msg"]) for error in errors)
+    allowed = " or ".join(error["msg"][:1].lower() + error["msg"][1:] for error in errors)
     return f"{where}: {allowed}, not {details['input']!r}"
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def list_keys() -> dict[str, list[str]]:

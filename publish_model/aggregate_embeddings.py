@@ -32,11 +32,11 @@ from pipeline.files.tables import (
     write_parquet,
 )
 from pipeline.log import Progress, logger
-from publish_model.dataset.embedding_groups import Groups, Key, keys_of
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
-from publish_model.dataset.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile, wkb_type
 from publish_model.dataset.hashes import hash_ids
 from publish_model.dataset.parts import EMBEDDING_COLUMN
+from publish_model.derived.embedding_groups import Groups, Key, keys_of
+from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile, wkb_type
 from publish_model.new_data.packaged_input import ID_COLUMN
 
 STAGE = "aggregate_embeddings"

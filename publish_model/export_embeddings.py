@@ -23,7 +23,7 @@ from pipeline.files.writing import read_json_object, write_json
 from pipeline.log import logger
 from publish_model.dataset.embeddings_dataset import BLOCK_ROWS, EmbeddingsDataset
 from publish_model.dataset.parts import EMBEDDING_COLUMN, embeddings_of
-from publish_model.dataset.similarity_search import find_nearest, import_faiss
+from publish_model.derived.similarity_search import find_nearest, import_faiss
 
 STAGE = "export_embeddings"
 NUM_NEAREST = 10

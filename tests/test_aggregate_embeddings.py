@@ -12,7 +12,7 @@ import pytest
 from embedded_datasets import WIDTH, unit_rows, write_dataset
 
 from publish_model import aggregate_embeddings
-from publish_model.dataset.geometry import wkb_type
+from publish_model.derived.geometry import wkb_type
 
 IDS = [f"{kind}/{number}" for number in range(7) for kind in ("way", "relation")]
 

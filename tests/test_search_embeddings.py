@@ -11,7 +11,7 @@ from published_models import make_photographs, write_packaged
 
 from publish_model import export_embeddings, search_embeddings
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
-from publish_model.dataset.similarity_search import find_nearest
+from publish_model.derived.similarity_search import find_nearest
 from publish_model.new_data.id_lists import describe_id
 
 

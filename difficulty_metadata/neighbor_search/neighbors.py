@@ -17,6 +17,7 @@ from difficulty_metadata.neighbor_search.engines import (
 )
 from difficulty_metadata.neighbor_search.exclusion import Exclusion
 from pipeline.errors import one_line
+from pipeline.inference.compilation import COMPILE_ERRORS
 from pipeline.log import logger
 
 # Asked for beyond the neighbours wanted, for what turns out to be of the own building, or too near on the ground.
@@ -35,6 +36,16 @@ TRIAL_ANCHORS = 256
 _MAX_CANDIDATES = 1 << 24
 # Coordinates of candidates held at a time in float64: 8 MB on a CPU, where less stays nearer to the cache.
 _MAX_COORDINATES = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def _kernel_errors() -> tuple[type[Exception], ...]:
+    """Return what a compiler, a driver or a kernel raises; Triton's own exceptions have a base of their own."""
+    errors: tuple[type[Exception], ...] = (*COMPILE_ERRORS, ValueError, TypeError, AttributeError, LookupError)
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return errors
+    return (*errors, TritonError)
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ class NeighborSearch:
         num_candidates = self._num_neighbors + SPARE_CANDIDATES
         try:
             found = self._search(engine, anchors, num_candidates)
-        except Exception as error:  # noqa: BLE001 (whatever a compiler, a driver or a kernel raises)
+        except _kernel_errors() as error:
             logger.warning("the GPU's kernel failed in a trial, so torch's tiles search, which is slower: %s",
                            one_line(error)[:300])  # fmt: skip
             return False
