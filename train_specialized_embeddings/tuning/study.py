@@ -93,7 +93,9 @@ def open_study(config: Config, options: Any, folder: Path, provenance: dict[str,
     fixed = {key: value for key, value in provenance["settings"].items() if key not in search_space.SPACE}
     made_from = provenance | {"stage": "tune", "settings": fixed}
     if "provenance" in study.user_attrs:
-        tables.matches(folder / FILES.get(options.storage, options.study_name), study.user_attrs["provenance"], made_from)
+        tables.matches(
+            folder / FILES.get(options.storage, options.study_name), study.user_attrs["provenance"], made_from
+        )
     else:
         study.set_user_attr("provenance", made_from)
         study.enqueue_trial(search_space.configured(config), skip_if_exists=True)
