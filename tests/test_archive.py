@@ -298,6 +298,7 @@ def test_a_tar_with_data_behind_its_end_fails_alone_in_every_stage_that_reads_ta
         (b"\n<!DOCTYPE html><title>403</title>" * 60, "fetch the tar again"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ],
+    ids=["gzip", "bzip2", "xz", "zstd", "zip", "web page", "git lfs"],
 )
 def test_a_file_that_fetching_again_would_not_mend_is_named_for_what_it_is(tmp_path, content, remedy):
     (tmp_path / "0001.tar").write_bytes(content)
