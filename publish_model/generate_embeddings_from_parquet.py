@@ -35,21 +35,11 @@ from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.part_plans import PartContent
 from publish_model.dataset.parts import STAGE
 from publish_model.new_data.embed_options import EmbedOptions, parse
-from publish_model.new_data.packaged_input import PackagedInput, open_packaged
+from publish_model.new_data.packaged_input import open_input
 from publish_model.new_data.published_model import PublishedModel, find_model
 
 if TYPE_CHECKING:
     from publish_model.dataset.batch_embedding import BatchEmbedder
-
-
-def open_input(options: EmbedOptions) -> PackagedInput:
-    """Open what the options name; see `open_packaged`."""
-    return open_packaged(
-        options.input,
-        filter_valid=options.filter_valid,
-        read_batch_size=options.read_batch_size,
-        keep_columns=options.keep_columns,
-    )
 
 
 def embed_parts(appending: Appending, embedder: "BatchEmbedder", progress: Progress) -> None:

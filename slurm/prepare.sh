@@ -17,6 +17,6 @@ done
 if [ "$install" = 1 ] && [[ " ${options[*]-} " != *" --help "* ]]; then
     make --no-print-directory -C "$root" install PYTHON="${PYTHON:-python3}"
 fi
-find_python
+find_python "$@"
 export HF_HUB_OFFLINE=0
 exec "$PYTHON" "$root/slurm/control/fetch_models.py" ${options[@]+"${options[@]}"}

@@ -211,8 +211,7 @@ def test_a_sparse_member_is_no_file_whose_bytes_lie_in_one_piece(tmp_path, kind)
 
 def test_what_is_no_tar_is_refused(tmp_path):
     path = tmp_path / "0001.tar"
-    tar = write_tar(tmp_path / "good.tar", ENTRIES).read_bytes()
-    for content in (b"", b"hello", b"\x89PNG\r\n" * 500, gzip.compress(tar), bytes(100)):
+    for content in (b"", b"hello", b"\x89PNG\r\n" * 500, bytes(100)):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"0001\.tar: not a readable tar .*: fetch the tar again"):
             list_names(path)

@@ -53,7 +53,7 @@ run_task() {
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
     if [ -z "${SLURM_TMPDIR:-}" ]; then scratch=$(mktemp -d) && export SLURM_TMPDIR=$scratch; fi
     load_modules
-    find_python || return 1
+    find_python "$@" || return 1
 
     # In the background: bash runs a trap only once the foreground command has ended.
     "$PYTHON" "$root/slurm/control/task.py" "$@" &

@@ -20,7 +20,7 @@ from pipeline import cli
 from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.inference.model_files import locate_hub_model
 from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
-from publish_model.new_data.packaged_input import PackagedInput, open_packaged
+from publish_model.new_data.packaged_input import open_input
 from slurm.control import records, scheduler
 from slurm.control.completeness import UnitState, check_dataset, shards_done
 from slurm.control.outputs import dataset_dir, list_row_group_units
@@ -100,16 +100,6 @@ def make_plan(arguments: argparse.Namespace, options: EmbedOptions, target: Targ
     plan = Plan([PlannedJob(STAGE, todo, shard_count)] if todo else [])
     plan.notes.append(f"of {shard_count} shards: {sum(done)} done, {len(taken)} in the queue, {len(todo)} to submit")
     return plan
-
-
-def open_input(options: EmbedOptions) -> PackagedInput:
-    """Open what the options name; see `open_packaged`."""
-    return open_packaged(
-        options.input,
-        filter_valid=options.filter_valid,
-        read_batch_size=options.read_batch_size,
-        keep_columns=options.keep_columns,
-    )
 
 
 def run(arguments: argparse.Namespace, options: EmbedOptions, sbatch_options: list[str]) -> None:
