@@ -39,6 +39,7 @@ from preprocess_raw_data.merging.leakage import compare_leakage, log_leakage
 from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, read_split_file
 
 STAGE = "merge_and_split"
+SCRATCH_NAME = ".spill"  # below merged_dir, while it is written
 # Rows of one row group of the output: at 4,096 dimensions 64 MB.
 ROW_GROUP_ROWS = 4096
 SINGLE = "single_image"
@@ -76,7 +77,7 @@ def write_splits(
 
     Earlier ones stay until all three are on the disk: a kill after that leaves a gap, never a mixture.
     """
-    scratch_dir = merged_dir / ".spill"
+    scratch_dir = merged_dir / SCRATCH_NAME
     shutil.rmtree(scratch_dir, ignore_errors=True)  # of a killed run
     scratch_dir.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
@@ -131,6 +132,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     # Each file is compared before any is judged, so that a mixture of two runs is refused, not half replaced.
     complete = [is_complete(target, wanted, options.overwrite) for target in targets]
     if all(complete):
+        # Of a run that was killed behind the last rename.
+        shutil.rmtree(config.path("merged_dir") / SCRATCH_NAME, ignore_errors=True)
         found = read_provenance(targets[0]) or {}
         result.add(found.get("counts", {}), found.get("reasons"))
         result.kept = targets
