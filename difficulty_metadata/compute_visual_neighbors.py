@@ -93,12 +93,7 @@ def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
             "PCA: %d components were asked for, but the fingerprints vary in %d dimensions only: used %d",
             num_components, pca.rank, kept,
         )  # fmt: skip
-    points = np.empty((len(images), kept), dtype=np.float32)
-    start = 0
-    for block in images.stream_fingerprints():
-        points[start : start + len(block)] = pca.project(block)
-        start += len(block)
-    return points
+    return pca.project_all(images.stream_fingerprints())
 
 
 def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Config, watch: Stopwatch) -> int:
