@@ -1,4 +1,4 @@
-"""Principal components of fingerprints, streamed by all cores, and the same to the last bit however the rows are cut."""
+"""Principal components of fingerprints, streamed by all cores: the same to the last bit however the rows are cut."""
 
 import threading
 from collections.abc import Iterable, Sequence
