@@ -1,14 +1,15 @@
 """Time stage 5's exact engines on a CPU beside one another, and what the output takes on disk and in memory.
 
-    python benchmarks/neighbors.py [--sizes 20000 40000 100000 200000] [--anchors 2048] [--rounds 3]
-                                   [--threads N] [--output FILE]
+    python benchmarks/neighbors.py [--sizes 20000 40000 100000 200000] [--anchors 2048] [--rounds 3] [--threads N]
+                                   [--host-images 200000] [--output FILE]
 
 Points are correlated, 32-dimensional, of buildings with 2 to 7 images. Each engine searches the same anchors in turn,
 round by round, so that whatever else the machine does meets all of them; the least time of the rounds counts, scaled
 up to all anchors. BallTree, which has one thread, searches fewer of them, once; faiss takes part where it is installed.
 With `--threads 1` processor time is counted, which other processes disturb little, else the clock's. The column
-`product` is the floor: the matrix product alone, by the same tiles. Prints tables to stderr, and writes JSON to
-`--output`. GPUs are measured by gpu_acceptance.py.
+`product` is the floor: the matrix product alone, by the same tiles. What stage 5 does beside the search is timed by
+part on fingerprints made up. Prints tables to stderr, and writes JSON to `--output`. GPUs are measured by
+gpu_acceptance.py.
 """
 
 import argparse
@@ -20,6 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +33,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks import synthetic
 from benchmarks.scale import read_peak
 from difficulty_metadata import compute_visual_neighbors as stage5
 from difficulty_metadata.neighbor_search.engines import CPU_TILE
-from difficulty_metadata.neighbor_search.fingerprints import ImageTable
+from difficulty_metadata.neighbor_search.fingerprints import ImageTable, list_fingerprint_files, read_images
 from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
-from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
+from difficulty_metadata.neighbor_search.neighbors import NeighborSearch, group_points
 from pipeline.cli import installed_version
 from pipeline.config import Config, count_cores
 from pipeline.ids import Shard
+from pipeline.log import Stopwatch
 
 DIMENSIONS, NEIGHBORS = 32, 150
 BACKENDS = ("torch", *(["faiss"] if importlib.util.find_spec("faiss") else []), "balltree")
@@ -116,15 +122,19 @@ def measure_output(num_images: int, num_buildings: int) -> dict[str, float]:
     generator = np.random.default_rng(3)
     codes = np.arange(5 * num_buildings, dtype=np.int32) // 5
     images = make_images(codes, num_buildings, num_images)
-    spread = np.abs(generator.standard_normal((num_images, 1), np.float32))
     with tempfile.TemporaryDirectory() as folder:
         store = PartStore(Path(folder) / "difficulty.parquet", num_images, NEIGHBORS, {})
         for part in range(store.count_parts(WHOLE)):
-            anchors = store.anchors(WHOLE, part)
-            noise = generator.standard_gamma(5.0, (len(anchors), NEIGHBORS), np.float32)
-            distances = np.sort(0.1 * np.sqrt(noise) + spread[anchors], axis=1)
-            store.write(WHOLE, part, generator.integers(0, len(codes), distances.shape), distances)
+            store.write(WHOLE, part, *draw_neighbors(generator, len(store.anchors(WHOLE, part)), len(codes)))
         return merge_output(images, store, Path(folder) / "difficulty.parquet")
+
+
+def draw_neighbors(generator: np.random.Generator, num_anchors: int, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return neighbours (A, k) drawn evenly among the images, and distances (A, k) that ascend."""
+    noise = generator.standard_gamma(5.0, (num_anchors, NEIGHBORS), np.float32)
+    spread = np.abs(generator.standard_normal((num_anchors, 1), np.float32))
+    distances = np.sort(0.1 * np.sqrt(noise) + spread, axis=1)
+    return generator.integers(0, num_images, distances.shape), distances
 
 
 def merge_output(images: ImageTable, store: PartStore, path: Path) -> dict[str, float]:
@@ -154,6 +164,51 @@ def measure_memory(counts: list[int]) -> dict[str, float]:
     return {str(count): peak for count, peak in zip(counts, peaks, strict=True)} | {"bytes_a_row": slope}
 
 
+# ------------------------------------------------------------------------------------------------ all but the search
+
+
+def measure_host(count: int, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Return seconds by the clock and of processors, the least of the rounds, for all of stage 5 but the search.
+
+    Fingerprints of `count` images are read and projected, their points grouped; neighbours drawn evenly among them are
+    written in parts and merged.
+    """
+    synthetic.make_fingerprints(folder, count)
+    generator = np.random.default_rng(5)
+    rounds_seconds = []
+    for _ in range(rounds):
+        watches = {"clock": Stopwatch(), "processors": Stopwatch()}
+        measure = partial(measure_both, watches)
+        with measure("read"):
+            images = read_images(list_fingerprint_files(folder / "fingerprints"))
+        with measure("points"):
+            points = stage5.compute_points(images, DIMENSIONS)
+        with measure("group"):
+            group_points(points, images.building_codes)
+        store = PartStore(folder / "difficulty.parquet", count, NEIGHBORS, {})
+        for part in range(store.count_parts(WHOLE)):
+            rows, distances = draw_neighbors(generator, len(store.anchors(WHOLE, part)), count)
+            with measure("write"):
+                store.write(WHOLE, part, rows, distances)
+        with measure("merge"):
+            stage5.merge(images, store, 1, folder / "difficulty.parquet", {}, Config())
+        store.remove_all()
+        rounds_seconds.append({kind: watch.seconds for kind, watch in watches.items()})
+    return {
+        kind: {part: min(each[kind][part] for each in rounds_seconds) for part in seconds}
+        for kind, seconds in rounds_seconds[0].items()
+    }
+
+
+@contextmanager
+def measure_both(watches: dict[str, Stopwatch], part: str) -> Iterator[None]:
+    """Add the block's time to `part`, by the clock and of processors."""
+    started = time.process_time()
+    with watches["clock"].measure(part):
+        yield
+    watches["processors"].add(part, time.process_time() - started)
+
+
 def say(line: str) -> None:
     """Print a line of a table."""
     print(line, file=sys.stderr, flush=True)
@@ -175,6 +230,11 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{output['bytes_a_neighbor']:.2f} bytes a neighbour, merged in {output['seconds']:.1f} s")  # fmt: skip
     results["memory"] = memory = measure_memory(arguments.memory_sizes)
     say(f"memory of a search on the CPU: {memory}")
+    with tempfile.TemporaryDirectory() as folder:
+        results["host"] = measure_host(arguments.host_images, Path(folder), arguments.rounds)
+    for kind, seconds in results["host"].items():
+        cells = ", ".join(f"{part} {found:.2f}" for part, found in seconds.items())
+        say(f"all but the search of {arguments.host_images} images, s by {kind}: {cells}; {sum(seconds.values()):.2f}")
     return results
 
 
@@ -188,6 +248,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000, help="images of the output that is weighed")
     parser.add_argument("--buildings", type=int, default=1_000_000, help="buildings that its neighbours are of")
     parser.add_argument("--memory-sizes", type=int, nargs=2, default=[400_000, 1_000_000])
+    parser.add_argument("--host-images", type=int, default=200_000, help="images of all but the search")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)  # what a process of its own is asked
     arguments = parser.parse_args()
