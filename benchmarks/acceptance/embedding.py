@@ -4,8 +4,9 @@ import gc
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +32,7 @@ from benchmarks.timing import ROUNDS, measure_product, time_steady
 from generate_embeddings import generate_embeddings
 from pipeline.config import count_cores, load_config
 from pipeline.inference.backbone import Embedder
-from pipeline.inference.devices import forbid_tf32
+from pipeline.inference.devices import full_precision
 from pipeline.inference.engine import embed_stream, use_one_thread
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.pixels import decode_pixels, to_pixels
@@ -84,8 +85,9 @@ class Backbone:
 
         Checks that the random weights tell them apart, or nearly everything would be near enough.
         """
-        forbid_tf32()
-        expected = embed_plainly(*plain_loops.load(self.folder, self.findings.device), pictures)
+        torch.backends.cudnn.allow_tf32 = False  # which is torch's default for convolutions
+        with full_precision():
+            expected = embed_plainly(*plain_loops.load(self.folder, self.findings.device), pictures)
         free_memory()
         unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
         alike = float((unit @ unit.T - 2 * np.eye(len(unit))).max())
@@ -263,11 +265,13 @@ class Measured:
 def measure(backbone: Backbone, expected: NDArray[np.float64]) -> Measured:
     """Load a backbone as stage 2 does and embed its tars; check the file by what is expected of the pictures."""
     findings, name = backbone.findings, backbone.name
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew (proc(5))
     with findings.part(f"{name}, loading"):  # and compiling
         embedder = backbone.load()
     findings.note(**{f"{name}, peak_host_gb": read_peak() / 1e9, f"{name}, dtype": str(embedder.dtype),
                      f"{name}, images a pass": embedder.micro_batch})  # fmt: skip
-    alone = time_model(embedder, 2 if findings.is_toy else 16)
+    alone = time_model(embedder, max(2, backbone.num_images // embedder.micro_batch // 2))
     product = measure_product(findings.device, embedder.dtype, 128 if findings.is_toy else 8_192)
     operations = count_operations(embedder)
     rate, whole, parts = backbone.run_stage_2(embedder)
