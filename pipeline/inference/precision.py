@@ -92,7 +92,7 @@ def is_measured_on(device: str) -> bool:
     """Whether the device is one on which float32 is not computed unasked."""
     from pipeline.inference.devices import choose_device
 
-    return choose_device(device).type == "cuda"
+    return device != "cpu" and choose_device(device).type == "cuda"
 
 
 def choose_precision(load: Callable[[str], "Embedder"], pictures: Iterable[bytes]) -> Precision:
