@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))  # run by path: import from the project, not this 
 
 import torch
 
-from benchmarks.inference import describe_machine, draw_pictures, on_cores, write_tars
+from benchmarks.inference import draw_pictures, on_cores, write_tars
+from benchmarks.timing import describe_machine
 from generate_embeddings.generate_embeddings import decode_image, read_wanted
 from pipeline.files.archive import stream_members
 from pipeline.inference import pixels

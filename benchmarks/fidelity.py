@@ -31,15 +31,21 @@ def draw_photographs() -> dict[str, bytes]:
         "tagged": ((300, 200), "RGB", {"exif": exif}),
         "progressive": ((300, 310), "RGB", {"progressive": True}),
     }
-    photographs = {}
-    for seed, (name, (size, mode, options)) in enumerate(kinds.items()):
-        cells = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-        picture = np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC), np.int16)
-        noise = np.random.default_rng(seed).integers(-8, 9, picture.shape)
-        file = io.BytesIO()
-        Image.fromarray((picture + noise).clip(0, 255).astype(np.uint8)).convert(mode).save(file, "JPEG", **options)
-        photographs[name] = file.getvalue()
-    return photographs
+    return {
+        name: draw_photograph(seed, size, mode, **options)
+        for seed, (name, (size, mode, options)) in enumerate(kinds.items())
+    }
+
+
+def draw_photograph(seed: int, size: tuple[int, int], mode: str = "RGB", **options: Any) -> bytes:
+    """Return a JPEG (width, height) of blurred blocks and noise, stored with Pillow's options."""
+    generator = np.random.default_rng(seed)
+    cells = generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    picture = np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC), np.int16)
+    noisy = (picture + generator.integers(-8, 9, picture.shape)).clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noisy).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
 
 
 def embed_plainly(processor: Any, model: torch.nn.Module, photographs: Sequence[bytes]) -> NDArray[np.float64]:
@@ -53,10 +59,16 @@ def embed_plainly(processor: Any, model: torch.nn.Module, photographs: Sequence[
     return np.stack(rows).astype(np.float64)
 
 
+def cosines(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the cosines (N,) between the rows of two matrices."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    found: NDArray[np.float64] = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return found
+
+
 def smallest_cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Return the smallest of the cosines between the rows of two matrices."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+    return float(cosines(a, b).min())
 
 
 def check_paths(embedder: Embedder, photographs: Sequence[bytes], expected: NDArray[Any]) -> dict[str, float]:
@@ -73,15 +85,3 @@ def check_paths(embedder: Embedder, photographs: Sequence[bytes], expected: NDAr
     many = paths["prepared on the CPU"] * -(-64 // len(photographs))
     found["64 a pass"] = smallest_cosine(embedder.embed(many)[: len(photographs)], expected)
     return found
-
-
-def check_gpu(embedder: Embedder) -> dict[str, float]:
-    """Return the smallest cosine of each path of an embedder on a GPU against its own weights in float32."""
-    photographs = list(draw_photographs().values())
-    dtype, forward = embedder.dtype, embedder.model
-    reference = type(forward)(forward.config).to(embedder.device, torch.float32).eval()
-    reference.load_state_dict(forward.state_dict())
-    expected = embed_plainly(embedder.processor, reference, photographs)
-    del reference
-    torch.cuda.empty_cache()
-    return check_paths(embedder, photographs, expected) | {"contract": LEAST_COSINE[dtype]}

@@ -1,29 +1,24 @@
-"""Time stages 1, 2 and 4 beside the loops that a user would write, on the same pictures, and print their ratios.
+"""Time stages 1, 2 and 4 on a CPU beside the loops that a user would write, and print their ratios.
 
     python benchmarks/inference.py [--images 512] [--cores 2] [--output inference.json]
 
-Draws JPEGs of 640 px, about 109 KB each, into two tars. On a CPU it times EfficientNet-Lite0; where there is a GPU also
-ViT-S, B, L and 7B in their published shapes with random weights, and checks the fidelity of every GPU path. Beside
-each figure stands the share of its limit: the model alone, the entropy decoder alone, or the matrix units. Prints a
-table to stderr, and JSON.
+Draws JPEGs of 640 px, about 109 KB each, into two tars; stage 2 embeds them with EfficientNet-Lite0. Beside each
+figure stands the share of its limit: the model alone, or the entropy decoder alone. Prints a table to stderr, and JSON.
+GPUs are measured by gpu_acceptance.py.
 """
 
 import argparse
 import contextlib
-import datetime
-import functools
-import gc
 import io
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +30,24 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import backbones, fidelity, plain_loops
+from benchmarks import plain_loops
 from benchmarks.synthetic import make_config
+from benchmarks.timing import describe_machine, least, measure_product, time_steady
 from generate_embeddings import generate_embeddings
 from pipeline import cli
 from pipeline.config import load_config
-from pipeline.inference import backbone
+from pipeline.inference.backbone import Embedder
 from pipeline.inference.engine import use_one_thread
 from pipeline.inference.images import check_image
 from pipeline.inference.passes import Staged
 from pipeline.inference.workers import map_in_order
 from pipeline.log import logger
 from preprocess_raw_data import compute_fingerprints, process_tar
+from sample_data import convert_lite0
 
 NUM_DISTINCT = 32
 # Grey levels of noise on the drawn pictures, with which 640 px take 109 KB at quality 85.
 NOISE = 12
-# Images that the plain loop embeds with a large backbone, in float32.
-PLAIN_IMAGES = {"vit-7b": 128, "vit-l": 512}
-
 Row = dict[str, Any]
 
 
@@ -99,22 +93,6 @@ def on_cores(count: int) -> Iterator[None]:
     finally:
         os.sched_setaffinity(0, everything)
         torch.set_num_threads(threads)
-
-
-def time_call(call: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def least(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the least seconds of each call; they take turns, so that what else the machine does meets all of them."""
-    seconds: dict[str, float] = {}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name] = min(seconds.get(name, np.inf), time_call(call))
-    return seconds
 
 
 def run_stage(stage: Any, config_path: Path, *overrides: str) -> cli.StageResult:
@@ -176,52 +154,31 @@ def decode_entropy(data: bytes) -> None:
 # ------------------------------------------------------------------------------------------------ stage 2
 
 
-def time_embedding(name: str, work_dir: Path, config_path: Path, num_images: int, rounds: int, cores: int) -> list[Row]:
+def time_embedding(folder: Path, work_dir: Path, config_path: Path, num_images: int, rounds: int, cores: int) -> Row:
     """Time stage 2 with a backbone beside the plain loop and the model alone."""
-    folder = backbones.make_backbone(name, work_dir / name)
-    device = "cuda" if name in backbones.SHAPES else "cpu"
-    settings = [f'embedding_model.model_name="{folder}"', f'infrastructure.device="{device}"']
-    # The weights are random: how near bfloat16 comes to float32 with them says nothing of real ones.
-    settings += ["embedding_model.compile=true", 'embedding_model.dtype="bfloat16"'] if device == "cuda" else []
-    if device == "cuda":
-        backbone.load_model = lambda _, dtype, *__: backbones.make_model(folder, dtype, device)  # nothing to read
+    settings = [f'embedding_model.model_name="{folder}"', 'infrastructure.device="cpu"']
     tars = sorted((work_dir / "raw").iterdir())
     paths = [path for tar in tars for path in plain_loops.extract(tar, work_dir / "extracted" / tar.stem)]
-    paths = paths[: PLAIN_IMAGES.get(name, num_images)]
-    with on_cores(cores if device == "cpu" else len(os.sched_getaffinity(0))):
-        model = backbones.make_model(folder, torch.float32, device) if device == "cuda" else None
+    with on_cores(cores):
         plain, engine, results = [], [], []
-        for number in range(rounds):
+        for _ in range(rounds):
             started = time.perf_counter()
             with tempfile.TemporaryDirectory(dir=work_dir) as unpacked:
                 for tar in tars:
                     plain_loops.extract(tar, Path(unpacked) / tar.stem)
-            unpacking = (time.perf_counter() - started) * len(paths) / num_images
-            if model is None:
-                plain.append(unpacking + time_plain_loop(folder, paths))
-            else:
-                inputs = (paths, backbones.make_processor(), model)
-                plain.append(unpacking + time_call(functools.partial(plain_loops.embed, *inputs)))
-            if number == rounds - 1:
-                model = inputs = None  # 27 GB of a large one in float32
-                gc.collect()
-                torch.cuda.empty_cache()
+            plain.append(time.perf_counter() - started + time_plain_loop(folder, paths))
             started = time.perf_counter()
             results.append(run_stage(generate_embeddings, config_path, *settings))
             engine.append(time.perf_counter() - started - results[-1].watch.seconds["load"])
         embedder = generate_embeddings.load_embedder(folder, load_config(config_path, settings))
-        alone, operations = time_model(embedder)
-        ceiling = measure_matmul(embedder.device, embedder.dtype)
-    rate, plain_rate = num_images / min(engine), len(paths) / min(plain)
-    target = {"lite0": 1.5}.get(name)
-    where = "GPU" if device == "cuda" else f"{cores} cores"
-    row = make_row(f"stage 2, {name}, {where}", rate, "extract, 4-worker DataLoader, float32, batch 16", plain_rate,
-                   target, "the model alone", alone)  # fmt: skip
+        alone, operations = time_model(embedder, 16), count_operations(embedder)
+        ceiling = measure_product(embedder.device, embedder.dtype, 1536)
+    rate = num_images / min(engine)
+    row = make_row(f"stage 2, {folder.name}, {cores} cores", rate, "extract, 4-worker DataLoader, float32, batch 16",
+                   num_images / min(plain), 1.5, "the model alone", alone)  # fmt: skip
     row["matrix_units_share"] = rate * operations / ceiling
     row["last_line"] = results[int(np.argmin(engine))].watch.describe_parts()
-    if device == "cuda":
-        row["fidelity"] = fidelity.check_gpu(embedder)
-    return [row]
+    return row
 
 
 def time_plain_loop(folder: Path, paths: list[Path]) -> float:
@@ -233,58 +190,45 @@ def time_plain_loop(folder: Path, paths: list[Path]) -> float:
     return float(run.stdout)
 
 
-def time_model(embedder: Any, passes: int = 16) -> tuple[float, float]:
-    """Return the images/s of an embedder's model alone, on inputs that lie on its device, and its operations an image.
-
-    Multiplications and additions count as one operation each.
-    """
-    shape = embedder.prepare(Image.new("RGB", (640, 640), "grey")).shape
-    inputs = torch.rand((embedder.micro_batch, *shape))
+def time_model(embedder: Embedder, passes: int) -> float:
+    """Return the images/s of an embedder's model alone, on inputs that lie on its device."""
+    inputs = torch.rand((embedder.micro_batch, *_input_shape(embedder)))
     batches = [Staged([inputs.to(embedder.device, embedder.dtype)]) for _ in range(passes)]
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model = getattr(embedder.model, "_orig_mod", embedder.model)
-        model.forward(pixel_values=batches[0].batches[0][:1])
-    if embedder.on_gpu:
-        for batch in batches[:3]:
-            embedder.launch(batch).result()
-        started = time.perf_counter()
-        launched = [embedder.launch(batch) for batch in batches]
-        launched[-1].result()
-        seconds = time.perf_counter() - started
-    else:
-        threads = torch.get_num_threads()
-        seconds = time_call(lambda: list(map_in_order(embedder.launch, batches, threads, initializer=use_one_thread)))
-        torch.set_num_threads(threads)
-    return passes * len(inputs) / seconds, counter.get_total_flops()
+    threads = torch.get_num_threads()
+
+    def run_all() -> None:
+        if embedder.on_gpu:
+            [embedder.launch(batch) for batch in batches][-1].result()
+        else:
+            list(map_in_order(embedder.launch, batches, threads, initializer=use_one_thread))
+
+    seconds = time_steady(run_all)
+    torch.set_num_threads(threads)
+    return passes * len(inputs) / seconds
 
 
-def measure_matmul(device: torch.device, dtype: torch.dtype, side: int = 0) -> float:
-    """Return the operations/s of a large square matrix product: what the device does at best in practice."""
-    side = side or (8192 if device.type == "cuda" else 1536)
-    a = torch.rand((side, side), device=device).to(dtype)
-    best = np.inf
-    for _ in range(8):
-        wait(device)
-        started = time.perf_counter()
-        a @ a
-        wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+def count_operations(embedder: Embedder) -> int:
+    """Return the operations that an embedder's model takes for an image, multiplications and additions counted apart.
+
+    Counted on a model without weights: the one that runs may be compiled.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model: Any = type(embedder.model)(embedder.model.config)
+        model.eval()(pixel_values=torch.empty((1, *_input_shape(embedder))))
+    return counter.get_total_flops()
 
 
-def wait(device: torch.device) -> None:
-    """Wait for what the device still computes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _input_shape(embedder: Embedder) -> torch.Size:
+    return embedder.prepare(Image.new("RGB", (640, 640), "grey")).shape
 
 
-def time_shards(work_dir: Path, config_path: Path, num_images: int, name: str, rounds: int) -> list[Row]:
+def time_shards(folder: Path, config_path: Path, num_images: int, rounds: int) -> Row:
     """Time two processes by --shard on two cores beside one single-threaded process on one."""
     rates = []
     for cores in (1, 2):
         command = [
             sys.executable, str(ROOT / "generate_embeddings" / "generate_embeddings.py"), "--config", str(config_path),
-            "--overwrite", "--set", f'embedding_model.model_name="{work_dir / name}"', "--processes", str(cores),
+            "--overwrite", "--set", f'embedding_model.model_name="{folder}"', "--processes", str(cores),
             "--set", "infrastructure.device=cpu",
         ]  # fmt: skip
         seconds = []
@@ -295,10 +239,10 @@ def time_shards(work_dir: Path, config_path: Path, num_images: int, name: str, r
                 assert len(walls) == cores, log
                 seconds.append(max(walls))
         rates.append(num_images / min(seconds))
-    return [
-        make_row("stage 2, 2 processes on 2 cores", rates[1], "1 process, 1 thread, 1 core", rates[0], 1.8,
-                 "twice the one process", 2 * rates[0])
-    ]  # fmt: skip
+    return make_row(
+        "stage 2, 2 processes on 2 cores", rates[1], "1 process, 1 thread, 1 core", rates[0], 1.8,
+        "twice the one process", 2 * rates[0],
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -331,45 +275,30 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def describe_machine() -> dict[str, Any]:
-    """Say what the figures were measured on, and when."""
-    packages = ("torch", "torchvision", "transformers", "pillow", "numpy")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "processor": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_at_start": os.getloadavg()[0],
-        "versions": {name: cli.installed_version(name) for name in packages},
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     """Time everything from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--images", type=int, default=8192 if gpu else 512, help="4 times as many for stages 1 and 4")
+    parser.add_argument("--images", type=int, default=512, help="4 times as many for stages 1 and 4")
     parser.add_argument("--side", type=int, default=640, help="of the pictures, in pixels")
-    parser.add_argument("--cores", type=int, default=2, help="for Lite0")
-    parser.add_argument("--rounds", type=int, default=1 if gpu else 3, help="of which the fastest counts")
-    parser.add_argument("--backbones", nargs="*", default=["lite0", *(backbones.SHAPES if gpu else [])])
+    parser.add_argument("--cores", type=int, default=2, help="for stage 2")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
+    parser.add_argument("--backbone", type=Path, help="model folder (default: EfficientNet-Lite0)")
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     arguments = parser.parse_args(argv)
     logger.setLevel("WARNING")
-    machine, rows = describe_machine(), []
+    machine, rows, pictures = describe_machine(), [], draw_pictures(arguments.side)
     with tempfile.TemporaryDirectory() as name:
         work_dir = Path(name)
-        write_tars(work_dir / "raw", draw_pictures(arguments.side), arguments.images)
+        write_tars(work_dir / "raw", pictures, arguments.images)
         config_path = make_config(work_dir)
         # They are fast: fewer images would time the opening and closing of files.
-        write_tars(work_dir / "many" / "raw", draw_pictures(arguments.side), 4 * arguments.images)
+        write_tars(work_dir / "many" / "raw", pictures, 4 * arguments.images)
         many = make_config(work_dir / "many")
         rows += time_decoding(work_dir / "many", many, 4 * arguments.images, arguments.rounds)
         run_stage(process_tar, config_path)
-        for kind in arguments.backbones:
-            rows += time_embedding(kind, work_dir, config_path, arguments.images, arguments.rounds, arguments.cores)
-            if kind not in backbones.SHAPES:
-                rows += time_shards(work_dir, config_path, arguments.images, kind, arguments.rounds)
+        folder = arguments.backbone.resolve() if arguments.backbone else convert_lite0.run(work_dir / "lite0")
+        rows.append(time_embedding(folder, work_dir, config_path, arguments.images, arguments.rounds, arguments.cores))
+        rows.append(time_shards(folder, config_path, arguments.images, arguments.rounds))
     print(format_table(rows), file=sys.stderr)
     text = json.dumps({"rows": rows, "machine": machine, "images": arguments.images, "side": arguments.side}, indent=2)
     print(text)

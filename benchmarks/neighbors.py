@@ -1,17 +1,19 @@
-"""Time stage 5's exact engines beside one another on the same points, and what the output takes on disk and in memory.
+"""Time stage 5's exact engines on a CPU beside one another, and what the output takes on disk and in memory.
 
-    python benchmarks/neighbors.py [--sizes 20000 40000 100000 200000] [--anchors 2048] [--rounds 3]
-                                   [--threads N] [--gpu-sizes 1000000 5772534] [--output FILE]
+    python benchmarks/neighbors.py [--sizes 20000 40000 100000 200000] [--anchors 2048] [--rounds 3] [--threads N]
+                                   [--host-images 200000] [--output FILE]
 
 Points are correlated, 32-dimensional, of buildings with 2 to 7 images. Each engine searches the same anchors in turn,
 round by round, so that whatever else the machine does meets all of them; the least time of the rounds counts, scaled
-up to all anchors. BallTree, which has one thread, searches fewer of them, once. With `--threads 1` processor time is
-counted, which other processes disturb little, else the clock's. The column `product` is the floor: the matrix product
-alone, by the same tiles. Where there is a GPU, the whole search and its output are then timed in full on it, beside
-naive tiles. Prints tables to stderr, and writes JSON to `--output`.
+up to all anchors. BallTree, which has one thread, searches fewer of them, once; faiss takes part where it is installed.
+With `--threads 1` processor time is counted, which other processes disturb little, else the clock's. The column
+`product` is the floor: the matrix product alone, by the same tiles. What stage 5 does beside the search is timed by
+part on fingerprints made up. Prints tables to stderr, and writes JSON to `--output`. GPUs are measured by
+gpu_acceptance.py.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -19,36 +21,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks import synthetic
 from benchmarks.scale import read_peak
 from difficulty_metadata import compute_visual_neighbors as stage5
-from difficulty_metadata.neighbor_search import neighbors
-from difficulty_metadata.neighbor_search.engines import CPU_TILE, TiledEngine
-from difficulty_metadata.neighbor_search.fingerprints import ImageTable
+from difficulty_metadata.neighbor_search.engines import CPU_TILE
+from difficulty_metadata.neighbor_search.fingerprints import ImageTable, list_fingerprint_files, read_images
 from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
-from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
+from difficulty_metadata.neighbor_search.neighbors import NeighborSearch, group_points
 from pipeline.cli import installed_version
 from pipeline.config import Config, count_cores
 from pipeline.ids import Shard
-from pipeline.inference.workers import prefetch
 from pipeline.log import Stopwatch
 
 DIMENSIONS, NEIGHBORS = 32, 150
-BACKENDS = ("torch", "faiss", "balltree")
+BACKENDS = ("torch", *(["faiss"] if importlib.util.find_spec("faiss") else []), "balltree")
 BALLTREE_ANCHORS = 64
 WHOLE = Shard(0, 1)
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 def make_points(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -121,15 +122,19 @@ def measure_output(num_images: int, num_buildings: int) -> dict[str, float]:
     generator = np.random.default_rng(3)
     codes = np.arange(5 * num_buildings, dtype=np.int32) // 5
     images = make_images(codes, num_buildings, num_images)
-    spread = np.abs(generator.standard_normal((num_images, 1), np.float32))
     with tempfile.TemporaryDirectory() as folder:
         store = PartStore(Path(folder) / "difficulty.parquet", num_images, NEIGHBORS, {})
         for part in range(store.count_parts(WHOLE)):
-            anchors = store.anchors(WHOLE, part)
-            noise = generator.standard_gamma(5.0, (len(anchors), NEIGHBORS), np.float32)
-            distances = np.sort(0.1 * np.sqrt(noise) + spread[anchors], axis=1)
-            store.write(WHOLE, part, generator.integers(0, len(codes), distances.shape), distances)
+            store.write(WHOLE, part, *draw_neighbors(generator, len(store.anchors(WHOLE, part)), len(codes)))
         return merge_output(images, store, Path(folder) / "difficulty.parquet")
+
+
+def draw_neighbors(generator: np.random.Generator, num_anchors: int, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return neighbours (A, k) drawn evenly among the images, and distances (A, k) that ascend."""
+    noise = generator.standard_gamma(5.0, (num_anchors, NEIGHBORS), np.float32)
+    spread = np.abs(generator.standard_normal((num_anchors, 1), np.float32))
+    distances = np.sort(0.1 * np.sqrt(noise) + spread, axis=1)
+    return generator.integers(0, num_images, distances.shape), distances
 
 
 def merge_output(images: ImageTable, store: PartStore, path: Path) -> dict[str, float]:
@@ -159,83 +164,49 @@ def measure_memory(counts: list[int]) -> dict[str, float]:
     return {str(count): peak for count, peak in zip(counts, peaks, strict=True)} | {"bytes_a_row": slope}
 
 
-# ------------------------------------------------------------------------------------------------ on a GPU
+# ------------------------------------------------------------------------------------------------ all but the search
 
 
-def timed(watch: Stopwatch, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, which then adds its time on the GPU to `name`."""
+def measure_host(count: int, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Return seconds by the clock and of processors, the least of the rounds, for all of stage 5 but the search.
 
-    def call(*arguments: Any) -> Any:
-        torch.cuda.synchronize()
-        with watch.measure(name):
-            result = function(*arguments)
-            torch.cuda.synchronize()
-        return result
-
-    return call
-
-
-def search_on_gpu(count: int, folder: Path) -> dict[str, Any]:
-    """Search, write and merge `count` images in full, and return the seconds of each phase and the peaks of memory."""
-    points, codes = make_points(count)
-    images = make_images(codes, int(codes[-1]) + 1, count)
-    torch.cuda.reset_peak_memory_stats()
-    watch, started = Stopwatch(), time.perf_counter()
-    with watch.measure("index"):
-        search = NeighborSearch(points, codes, NEIGHBORS, "torch", CUDA)
-    engine: Any = search._engine
-    if not isinstance(engine, TiledEngine):
-        engine._guess_thresholds = timed(watch, "sample", engine._guess_thresholds)
-        engine._search_block = timed(watch, "sample and filter", engine._search_block)
-    measure_squared, neighbors.measure_squared = (
-        neighbors.measure_squared,
-        timed(watch, "rerank", neighbors.measure_squared),
-    )
-    store = PartStore(folder / "difficulty.parquet", count, NEIGHBORS, {})
-    parts = range(store.count_parts(WHOLE))
-    found = watch.measure_each("search", stage5.find_parts(search, store, WHOLE, parts, lambda _: None))
-    with closing(prefetch(found)) as blocks:
-        for part, rows, distances in blocks:
-            with watch.measure("write, beside the search"):
+    Fingerprints of `count` images are read and projected, their points grouped; neighbours drawn evenly among them are
+    written in parts and merged.
+    """
+    synthetic.make_fingerprints(folder, count)
+    generator = np.random.default_rng(5)
+    rounds_seconds = []
+    for _ in range(rounds):
+        watches = {"clock": Stopwatch(), "processors": Stopwatch()}
+        measure = partial(measure_both, watches)
+        with measure("read"):
+            images = read_images(list_fingerprint_files(folder / "fingerprints"))
+        with measure("points"):
+            points = stage5.compute_points(images, DIMENSIONS)
+        with measure("group"):
+            group_points(points, images.building_codes)
+        store = PartStore(folder / "difficulty.parquet", count, NEIGHBORS, {})
+        for part in range(store.count_parts(WHOLE)):
+            rows, distances = draw_neighbors(generator, len(store.anchors(WHOLE, part)), count)
+            with measure("write"):
                 store.write(WHOLE, part, rows, distances)
-    neighbors.measure_squared = measure_squared
-    merged = merge_output(images, store, folder / "difficulty.parquet")
+        with measure("merge"):
+            stage5.merge(images, store, 1, folder / "difficulty.parquet", {}, Config())
+        store.remove_all()
+        rounds_seconds.append({kind: watch.seconds for kind, watch in watches.items()})
     return {
-        "total": time.perf_counter() - started, **watch.seconds, "merge": merged["seconds"],
-        "bytes_a_neighbor": merged["bytes_a_neighbor"], "redone": search.num_redone, "engine": type(engine).__name__,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated(), "peak_host_bytes": read_peak(),
-        "wrong_of_300": check_by_brute_force(points, codes, store),
-    }  # fmt: skip
+        kind: {part: min(each[kind][part] for each in rounds_seconds) for part in seconds}
+        for kind, seconds in rounds_seconds[0].items()
+    }
 
 
-def check_by_brute_force(points: np.ndarray, codes: np.ndarray, store: PartStore) -> int:
-    """Return how many of 300 queries have other distances than all points measured in float64 give, to 1e-6 of them."""
-    chosen = np.sort(np.random.default_rng(4).choice(len(points), 300, replace=False))
-    all_points, all_codes = torch.from_numpy(points).to(CUDA).double(), torch.from_numpy(codes).to(CUDA)
-    num_wrong, start = 0, 0
-    for (distances,) in store.stream(1, 20_000, ("distances",)):
-        for row in chosen[(chosen >= start) & (chosen < start + len(distances))].tolist():
-            squared = (all_points - all_points[row]).square().sum(dim=1)
-            squared[all_codes == all_codes[row]] = torch.inf
-            true = squared.topk(NEIGHBORS, largest=False).values.sqrt().cpu().numpy()
-            num_wrong += not np.allclose(distances[row - start], true, rtol=1e-6, atol=0)
-        start += len(distances)
-    return num_wrong
-
-
-def time_naive_tiles(count: int, num_anchors: int = 65_536) -> float:
-    """Return the seconds that a tile's product and top-k would take for all anchors, without anything else."""
-    points = torch.from_numpy(make_points(count)[0]).to(CUDA)
-    norms = points.square().sum(dim=1)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for queries in points[:num_anchors].split(4_096):
-        best = torch.empty((len(queries), 0), device=CUDA)
-        for tile, tile_norms in zip(points.split(262_144), norms.split(262_144), strict=True):
-            scores = torch.addmm(tile_norms, queries, tile.T, alpha=-2)
-            best = torch.cat([best, scores.topk(200, largest=False).values], dim=1).topk(200, largest=False).values
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) * count / min(num_anchors, count)
+@contextmanager
+def measure_both(watches: dict[str, Stopwatch], part: str) -> Iterator[None]:
+    """Add the block's time to `part`, by the clock and of processors."""
+    started = time.process_time()
+    with watches["clock"].measure(part):
+        yield
+    watches["processors"].add(part, time.process_time() - started)
 
 
 def say(line: str) -> None:
@@ -245,29 +216,25 @@ def say(line: str) -> None:
 
 def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure what this machine can, print it as it comes, and return it."""
-    results: dict[str, Any] = {"seconds": {}, "gpu": {}}
-    say(
-        f"{'points':>10}"
-        + "".join(f"{name:>12}" for name in (*BACKENDS, "product"))
-        + "   faiss / torch, balltree / torch"
-    )
+    results: dict[str, Any] = {"seconds": {}}
+    others = BACKENDS[1:]
+    columns = "".join(f"{name:>12}" for name in (*BACKENDS, "product"))
+    say(f"{'points':>10}{columns}   " + ", ".join(f"{name} / torch" for name in others))
     for count in arguments.sizes:
         seconds = results["seconds"][count] = time_engines(count, arguments.anchors, arguments.rounds)
         cells = "".join(f"{seconds[name]:>10.1f} s" for name in (*BACKENDS, "product"))
-        ratios = [seconds[name] / seconds["torch"] for name in ("faiss", "balltree")]
-        say(f"{count:>10}{cells}   {ratios[0]:.2f}, {ratios[1]:.1f}")
+        ratios = ", ".join(f"{seconds[name] / seconds['torch']:.2f}" for name in others)
+        say(f"{count:>10}{cells}   {ratios}")
     results["output"] = output = measure_output(arguments.images, arguments.buildings)
     say(f"output of {arguments.images} images, ids of {arguments.buildings} buildings: "
         f"{output['bytes_a_neighbor']:.2f} bytes a neighbour, merged in {output['seconds']:.1f} s")  # fmt: skip
     results["memory"] = memory = measure_memory(arguments.memory_sizes)
     say(f"memory of a search on the CPU: {memory}")
-    for count in arguments.gpu_sizes if torch.cuda.is_available() else []:
-        with tempfile.TemporaryDirectory() as folder:
-            results["gpu"][count] = search_on_gpu(count, Path(folder))
-        say(f"GPU, {count} images: {results['gpu'][count]}")
-        if count <= 1_000_000:
-            results["gpu"][count]["naive"] = time_naive_tiles(count)
-            say(f"GPU, {count} images, naive tiles: {results['gpu'][count]['naive']:.1f} s for the search alone")
+    with tempfile.TemporaryDirectory() as folder:
+        results["host"] = measure_host(arguments.host_images, Path(folder), arguments.rounds)
+    for kind, seconds in results["host"].items():
+        cells = ", ".join(f"{part} {found:.2f}" for part, found in seconds.items())
+        say(f"all but the search of {arguments.host_images} images, s by {kind}: {cells}; {sum(seconds.values()):.2f}")
     return results
 
 
@@ -281,7 +248,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000, help="images of the output that is weighed")
     parser.add_argument("--buildings", type=int, default=1_000_000, help="buildings that its neighbours are of")
     parser.add_argument("--memory-sizes", type=int, nargs=2, default=[400_000, 1_000_000])
-    parser.add_argument("--gpu-sizes", type=int, nargs="*", default=[1_000_000, 5_772_534])
+    parser.add_argument("--host-images", type=int, default=200_000, help="images of all but the search")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)  # what a process of its own is asked
     arguments = parser.parse_args()
@@ -289,7 +256,10 @@ def main() -> None:
         print_search_memory(arguments.memory_of)
         return
     torch.set_num_threads(arguments.threads)
-    faiss.omp_set_num_threads(arguments.threads)
+    if "faiss" in BACKENDS:
+        import faiss
+
+        faiss.omp_set_num_threads(arguments.threads)
     results = measure_all(arguments)
     names = ("torch", "triton", "faiss-cpu", "scikit-learn", "numpy", "pyarrow")
     results["versions"] = {name: installed_version(name) for name in names}

@@ -67,9 +67,10 @@ def embed(paths: list[Path], processor: object, model: torch.nn.Module) -> np.nd
     return np.concatenate(rows)
 
 
-def load(folder: Path) -> tuple[object, torch.nn.Module]:
-    """Load a model and its processor as the documentation of transformers does."""
-    return AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+def load(folder: Path, device: torch.device | str = "cpu") -> tuple[object, torch.nn.Module]:
+    """Load a model's processor and the model, in float32, as the documentation of transformers does."""
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    return AutoImageProcessor.from_pretrained(folder), model
 
 
 def main() -> None:

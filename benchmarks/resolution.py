@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.inference import describe_machine, least
+from benchmarks.timing import describe_machine, least
 from generate_embeddings import generate_embeddings
 from pipeline import cli
 from pipeline.config import Config, EmbeddingModelSection, load_config

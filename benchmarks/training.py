@@ -1,4 +1,4 @@
-"""Measure stage 6: triplets a second beside a plain trainer, peak memory, start-up and validation.
+"""Measure stage 6 on a CPU: triplets a second beside a plain trainer, peak memory, start-up and validation.
 
     taskset -c 0,1 python benchmarks/training.py [--widths 384 1024 1280 4096] [--seconds 4] [--output result.json]
 
@@ -7,8 +7,8 @@ Every case runs in a process of its own, so that its peak memory is its own. `pl
 workers and one a core; it works on all the features. `default` is stage 6's own objective, whose anchors are counted;
 `single` draws one triplet an anchor, `mined` finds a semi-hard negative in the batch too, `shared` has
 [training].share_within_building, these three with bandit. All have bands, and work in coordinates (512 at most).
-`memory` is an array in memory (on a GPU: resident there), `mapped` a file mapped from disk. Prints a table to stderr
-and JSON.
+`memory` is an array in memory, `mapped` a file mapped from disk. Prints a table to stderr and JSON. GPUs are measured
+by gpu_acceptance.py.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from train_specialized_embeddings.training.trainer import Trainer
 
 NEIGHBORS, FULL_IMAGES, FULL_BUILDINGS = 150, 5_800_000, 1_000_000
 CASES = ["plain", "memory default", "mapped default", "memory single", "memory mined", "memory shared"]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------------ synthetic data
@@ -100,8 +100,8 @@ def time_trainer(case: str, arguments: argparse.Namespace, folder: Path) -> dict
         batch_size=arguments.batch_size, triplets_per_epoch=16 * arguments.batch_size, hard_mining=drawing == "mined",
         share_within_building=drawing == "shared", **chosen,
     )  # fmt: skip
-    store = FeatureStore(features.embeddings, DEVICE, resident=place == "memory")
-    sampler = BandSampler(features, make_neighbors(features), 0, section.min_negative_distance_m, DEVICE)
+    store = FeatureStore(features.embeddings, CPU)
+    sampler = BandSampler(features, make_neighbors(features), 0, section.min_negative_distance_m)
     trainer = Trainer(make_projector(width), store, sampler, section, torch.ones(width))
     bar = Progress("train", None, interval_seconds=1e9)
     trainer.run_epoch(bar)
@@ -120,7 +120,7 @@ def time_trainer(case: str, arguments: argparse.Namespace, folder: Path) -> dict
 def make_projector(width: int) -> Projector:
     """Return the projector that both trainers train: width -> 512 -> 256; the project's own of coordinates."""
     torch.manual_seed(0)
-    return Projector(width, 256, 512, 1, 0.1, "gelu").to(DEVICE)
+    return Projector(width, 256, 512, 1, 0.1, "gelu")
 
 
 class PlainTriplets(torch.utils.data.Dataset[Any]):
@@ -168,7 +168,7 @@ def _time_plain(data: PlainTriplets, arguments: argparse.Namespace, num_workers:
     for number, (*batch, bands) in enumerate(loader):
         if number == 2:  # the workers are warm
             triplets, started = 0, time.perf_counter()
-        anchor, positive, negative = (projector(part.to(DEVICE)) for part in batch)
+        anchor, positive, negative = (projector(part) for part in batch)
         distances = torch.linalg.vector_norm(anchor - positive, dim=1) - torch.linalg.vector_norm(
             anchor - negative, dim=1
         )
@@ -234,7 +234,7 @@ def time_validation(arguments: argparse.Namespace) -> dict[str, float]:
     count = arguments.images
     rows = normalise_rows(np.random.default_rng(0).standard_normal((count, 256)))
     started = time.perf_counter()
-    score_queries(rows, np.arange(count) // 4, device=DEVICE)
+    score_queries(rows, np.arange(count) // 4)
     return {"seconds": time.perf_counter() - started}
 
 
@@ -252,8 +252,7 @@ def run_case(arguments: argparse.Namespace) -> dict[str, float]:
             result = time_validation(arguments)
         else:
             result = time_trainer(arguments.case, arguments, Path(name))
-    gpu = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else 0.0
-    return {"rss_gb": _peak_gb(), "gpu_gb": gpu} | result
+    return {"rss_gb": _peak_gb()} | result
 
 
 def _peak_gb() -> float:
@@ -277,13 +276,12 @@ def spawn_case(case: str, arguments: argparse.Namespace, width: int, images: int
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    on_gpu = DEVICE.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="*", default=[384, 1024, 1280, 4096])
-    parser.add_argument("--numbers", type=int, default=2**31 if on_gpu else 2**26, help="of the table: images x width")
-    parser.add_argument("--batch-size", type=int, default=16_384 if on_gpu else 1024)
+    parser.add_argument("--numbers", type=int, default=2**26, help="of the table: images x width")
+    parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=4.0, help="measured for each case, after a warm-up")
-    parser.add_argument("--start-up-images", type=int, default=500_000 if on_gpu else 100_000)
+    parser.add_argument("--start-up-images", type=int, default=100_000)
     parser.add_argument("--validation-images", type=int, default=20_000)
     parser.add_argument("--folder", help="where the mapped tables are written (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="file for the JSON (default: stdout)")
@@ -301,7 +299,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {"training": {}}
     print(
-        f"{'width':>6}{'case':>16}{'anchors/s':>13}{'x plain':>9}{'images/s':>10}{'RSS GB':>8}{'GPU GB':>8}",
+        f"{'width':>6}{'case':>16}{'anchors/s':>13}{'x plain':>9}{'images/s':>10}{'RSS GB':>8}",
         file=sys.stderr,
     )
     for width in arguments.widths:
@@ -310,13 +308,12 @@ def main() -> None:
             row = found[case] = spawn_case(case, arguments, width, min(500_000, arguments.numbers // width))
             ratio = row["triplets"] / found["plain"]["triplets"]
             print(f"{width:>6}{case:>16}{row['triplets']:>13,.0f}{ratio:>9.1f}{row['images']:>10,.0f}"
-                  f"{row['rss_gb']:>8.2f}{row['gpu_gb']:>8.2f}", file=sys.stderr)  # fmt: skip
+                  f"{row['rss_gb']:>8.2f}", file=sys.stderr)  # fmt: skip
     for case, images in (("start-up", arguments.start_up_images), ("validation", arguments.validation_images)):
         results[case] = {"images": images} | spawn_case(case, arguments, 0, images)
         print(case, ", ".join(f"{key} {value:,.2f}" for key, value in results[case].items()), file=sys.stderr)
     versions = {name: installed_version(name) for name in ("torch", "pyarrow", "numpy")}
-    machine = {"cores": count_cores(), "load": os.getloadavg()[0], "processor": platform.machine(),
-               "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None}  # fmt: skip
+    machine = {"cores": count_cores(), "load": os.getloadavg()[0], "processor": platform.machine()}  # fmt: skip
     text = json.dumps(
         results | {"batch_size": arguments.batch_size, "versions": versions, "machine": machine}, indent=2
     )

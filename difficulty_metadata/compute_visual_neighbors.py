@@ -29,19 +29,19 @@ from difficulty_metadata.neighbor_search.fingerprints import ImageTable, list_fi
 from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
 from difficulty_metadata.neighbor_search.pca import fit_pca
 from pipeline import cli
-from pipeline.config import Config
+from pipeline.config import Config, count_cores
 from pipeline.errors import InputError
+from pipeline.files.row_groups import encode_row_group, join_row_groups
 from pipeline.files.tables import (
     describe_difference,
     identify,
     is_complete,
     make_provenance,
-    parquet_writer,
     read_provenance,
 )
 from pipeline.files.units import drop_missing
 from pipeline.ids import Shard
-from pipeline.inference.workers import prefetch
+from pipeline.inference.workers import map_in_order, prefetch
 from pipeline.log import Progress, Stopwatch, logger
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ MIN_SAMPLE = 10_000
 PARTS_AT_ONCE = {"cpu": 1, "cuda": 25}
 # Neighbours written at a time, which cuts the row groups where there are very many an image.
 MAX_NEIGHBORS_PER_GROUP = 1 << 23
+# Rows whose ratios are held at a time in float64: fresh memory for a whole group's cost more than computing them.
+BANDED_ROWS = 1_024
 
 
 def data_settings(config: Config) -> dict[str, Any]:
@@ -93,12 +95,7 @@ def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
             "PCA: %d components were asked for, but the fingerprints vary in %d dimensions only: used %d",
             num_components, pca.rank, kept,
         )  # fmt: skip
-    points = np.empty((len(images), kept), dtype=np.float32)
-    start = 0
-    for block in images.stream_fingerprints():
-        points[start : start + len(block)] = pca.project(block)
-        start += len(block)
-    return points
+    return pca.project_all(images.stream_fingerprints())
 
 
 def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Config, watch: Stopwatch) -> int:
@@ -178,15 +175,31 @@ def rows_per_block(num_neighbors: int) -> int:
 def build_rows(
     images: ImageTable, start: int, rows: np.ndarray, distances: np.ndarray, edges: list[float], k0: int
 ) -> pa.Table:
-    """Return the output's rows for the images from `start` on, whose neighbours are given, padded, as (B, k)."""
+    """Return the output's rows for the images from `start` on, whose neighbours are given, padded, as (B, k).
+
+    The buildings' names come as a dictionary of those that occur.
+    """
     is_found = rows >= 0
     offsets = pa.array(np.concatenate([[0], is_found.sum(axis=1).cumsum()]).astype(np.int32))
-    codes = images.building_codes[rows[is_found]]
-    bands = assign_bands(distance_ratios(distances, k0)[is_found], edges)
-    columns = [images.building_ids.take(pa.array(codes)), pa.array(distances[is_found]), pa.array(bands)]
+    names = name_buildings(images, images.building_codes[rows[is_found]])
+    bands = []
+    for first in range(0, len(rows), BANDED_ROWS):
+        some = slice(first, first + BANDED_ROWS)
+        bands.append(assign_bands(distance_ratios(distances[some], k0)[is_found[some]], edges))
+    columns = [names, pa.array(distances[is_found]), pa.array(np.concatenate(bands))]
     lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
     ids = images.image_ids.slice(start, len(rows)).combine_chunks()
-    return pa.table([ids, *lists], schema=DIFFICULTY_SCHEMA)
+    return pa.table([ids, *lists], names=DIFFICULTY_SCHEMA.names)
+
+
+def name_buildings(images: ImageTable, codes: np.ndarray) -> pa.DictionaryArray:
+    """Return the names of buildings (M,), of which a dictionary holds each once."""
+    occurs = np.zeros(len(images.building_ids), dtype=bool)
+    occurs[codes] = True
+    found = np.flatnonzero(occurs)
+    places = np.empty(len(occurs), dtype=np.int32)
+    places[found] = np.arange(len(found), dtype=np.int32)
+    return pa.DictionaryArray.from_arrays(pa.array(places[codes]), images.building_ids.take(pa.array(found)))
 
 
 def merge(
@@ -199,16 +212,18 @@ def merge(
     edges = calibrate(store, shard_count, config)
     logger.info("band edges: %s", ", ".join(f"{edge:.4f}" for edge in edges))
     provenance |= {"band_edges": edges, "counts": {"in": len(images), "out": len(images)}}
+    rows_at_once = rows_per_block(store.num_neighbors)
+    starts = range(0, len(images), rows_at_once)
+    blocks = zip(starts, store.stream(shard_count, rows_at_once, ("rows", "distances")), strict=True)
 
-    def build_blocks() -> Iterator[pa.Table]:
-        start = 0
-        for rows, distances in store.stream(shard_count, rows_per_block(store.num_neighbors), ("rows", "distances")):
-            yield build_rows(images, start, rows, distances, edges, config.difficulty.k0_for_local_scale)
-            start += len(rows)
+    def encode(block: tuple[int, tuple[np.ndarray, ...]]) -> pa.Buffer:
+        start, (rows, distances) = block
+        table = build_rows(images, start, rows, distances, edges, config.difficulty.k0_for_local_scale)
+        return encode_row_group(table, DIFFICULTY_SCHEMA)
 
-    with closing(prefetch(build_blocks())) as blocks, parquet_writer(path, DIFFICULTY_SCHEMA, provenance) as writer:
-        for block in blocks:
-            writer.write_table(block, row_group_size=ROWS_PER_GROUP)
+    num_workers = count_cores()
+    with closing(map_in_order(encode, blocks, num_workers, num_workers + 1)) as encoded:
+        join_row_groups(path, DIFFICULTY_SCHEMA, provenance, encoded)
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:

@@ -187,8 +187,8 @@ class TrainingSection(Section):
     learning_rate: float = Field(
         1e-2,
         gt=0.0,
-        description="peak learning rate of the MLP branch (AdamW); divided by the root of a layer's width, and times "
-        "the root of (training buildings / 2,000) where there are fewer",
+        description="peak learning rate of the MLP branch (AdamW); divided by the root of a layer's width, and by how "
+        "often an epoch passes over an image",
     )
     shortcut_learning_rate: float = Field(
         1e-2, ge=0.0, description="peak learning rate of the linear shortcut; scaled as learning_rate is"

@@ -5,16 +5,16 @@ import json
 from benchmarks import inference
 
 
-def test_a_tiny_run_fills_the_table(tmp_path, capsys):
+def test_a_tiny_run_fills_the_table(tmp_path, toy_backbone, capsys):
     path = tmp_path / "inference.json"
-    arguments = ["--images", "24", "--side", "128", "--rounds", "1", "--cores", "1", "--backbones", "tiny"]
+    arguments = ["--images", "24", "--side", "128", "--rounds", "1", "--cores", "1", "--backbone", str(toy_backbone)]
     inference.main([*arguments, "--output", str(path)])
     captured = capsys.readouterr()
     content = json.loads(path.read_text())
     assert json.loads(captured.out) == content
     rows = content["rows"]
     assert [row["what"] for row in rows] == [
-        "stage 1, one core", "stage 4, one core", "stage 2, tiny, 1 cores", "stage 2, 2 processes on 2 cores",
+        "stage 1, one core", "stage 4, one core", "stage 2, toy-dinov2, 1 cores", "stage 2, 2 processes on 2 cores",
     ]  # fmt: skip
     for row in rows:
         assert row["images_per_s"] > 0

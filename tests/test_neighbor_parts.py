@@ -4,9 +4,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fingerprint_data import draw_table, write_run
+from fingerprint_data import K, draw_table, write_run
 
 from difficulty_metadata import compute_visual_neighbors
 from difficulty_metadata.compute_visual_neighbors import main
@@ -185,8 +186,17 @@ def wipe_the_beginning(content: bytes) -> bytes:
     return content[:4] + bytes(400) + content[404:]
 
 
+def flip_a_bit_of_a_number(content: bytes) -> bytes:
+    return content[:500] + bytes([content[500] ^ 1]) + content[501:]
+
+
 @pytest.mark.parametrize(
-    ("damage", "problem"), [(cut_the_end, "not a readable parquet file"), (wipe_the_beginning, "damaged")]
+    ("damage", "problem"),
+    [
+        (cut_the_end, "not a readable parquet file"),
+        (wipe_the_beginning, "damaged"),
+        (flip_a_bit_of_a_number, "damaged"),
+    ],
 )
 def test_a_damaged_part_is_named_with_the_remedy(
     damage: Callable[[bytes], bytes], problem: str, make_run: Callable, run_main: Callable
@@ -203,3 +213,15 @@ def test_a_damaged_part_is_named_with_the_remedy(
     for shard in ("0/2", "1/2"):
         assert run_main(main, "--config", config, "--shard", shard).code == 0
     assert output.exists()
+
+
+def test_parts_of_an_earlier_version_are_named_with_the_remedy(make_run: Callable, run_main: Callable) -> None:
+    config, output = make_run(draw_table(40))
+    run_main(main, "--config", config, "--shard", "0/2")
+    (part,) = (output.parent / "_difficulty_parts").iterdir()
+    provenance = pq.read_schema(part).metadata
+    lists = pa.table({"rows": [[1] * K] * 20, "distances": [[1.0] * K] * 20})
+    pq.write_table(lists.replace_schema_metadata(provenance), part)
+    outcome = run_main(main, "--config", config, "--shard", "1/2")
+    assert outcome.code == 1
+    assert f"error: {part}: not as this version writes parts: remove the folder {part.parent}" in outcome.stderr

@@ -21,7 +21,7 @@ def test_points_are_those_of_a_singular_value_decomposition() -> None:
     values = fingerprints / 255.0
     centred = values - values.mean(axis=0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
-    pca = fit_pca(cut(fingerprints, 300), 48, 10)
+    pca = fit_pca([cut(fingerprints, 300)], 48, 10)
     points = pca.project(fingerprints)
     assert points.shape == (700, 10)
     assert points.dtype == np.float32
@@ -34,7 +34,7 @@ def test_points_are_those_of_a_singular_value_decomposition() -> None:
 
 def test_distances_are_those_of_the_unrounded_projection() -> None:
     fingerprints = draw_fingerprints(200, 48)
-    points = fit_pca([fingerprints], 48, 48).project(fingerprints).astype(np.float64)
+    points = fit_pca([[fingerprints]], 48, 48).project(fingerprints).astype(np.float64)
     true = np.linalg.norm((fingerprints[:, None] - fingerprints[None].astype(np.float64)) / 255, axis=2)
     assert np.abs(np.linalg.norm(points[:, None] - points[None], axis=2) - true).max() < 1e-5
 
@@ -42,30 +42,32 @@ def test_distances_are_those_of_the_unrounded_projection() -> None:
 @pytest.mark.parametrize("size", [1, 7, 256, 257, 5_000])
 def test_however_the_rows_are_cut_the_points_are_the_same_bits(size: int) -> None:
     fingerprints = draw_fingerprints(1_000, 30)
-    whole = fit_pca([fingerprints], 30, 8)
-    pieces = fit_pca(cut(fingerprints, size), 30, 8)
+    whole = fit_pca([[fingerprints]], 30, 8)
+    pieces = fit_pca([cut(half, size) for half in (fingerprints[:430], fingerprints[430:])], 30, 8)
     assert (whole.components == pieces.components).all()
     assert (whole.mean == pieces.mean).all()
     in_pieces = np.concatenate([pieces.project(block) for block in cut(fingerprints, size)])
     assert (whole.project(fingerprints) == in_pieces).all()
+    in_sources = pieces.project_all([cut(half, size) for half in (fingerprints[:430], fingerprints[430:])])
+    assert (in_sources == in_pieces).all()
 
 
 def test_identical_fingerprints_are_one_point() -> None:
     fingerprints = draw_fingerprints(500, 30)
     fingerprints[100:400] = fingerprints[7]
-    points = fit_pca([fingerprints], 30, 8).project(fingerprints)
+    points = fit_pca([[fingerprints]], 30, 8).project(fingerprints)
     assert (points[100:400] == points[7]).all()
 
 
 def test_the_largest_entry_of_a_component_is_positive() -> None:
-    components = fit_pca([draw_fingerprints(500, 30)], 30, 12).components
+    components = fit_pca([[draw_fingerprints(500, 30)]], 30, 12).components
     largest = components[np.arange(12), np.abs(components).argmax(axis=1)]
     assert (largest > 0).all()
 
 
 def test_no_more_components_than_the_fingerprints_vary_in() -> None:
     five_rows = draw_fingerprints(5, 30)
-    pca = fit_pca([five_rows], 30, 32)
+    pca = fit_pca([[five_rows]], 30, 32)
     assert pca.rank == 4
     assert pca.components.shape == (4, 30)
     assert pca.explained_variance_ratio.sum() == pytest.approx(1.0)
@@ -74,7 +76,7 @@ def test_no_more_components_than_the_fingerprints_vary_in() -> None:
 @pytest.mark.parametrize("num_rows", [1, 2, 300])
 def test_fingerprints_without_any_variance_are_one_point_at_the_origin(num_rows: int) -> None:
     same = np.full((num_rows, 12), 201, dtype=np.uint8)
-    pca = fit_pca([same], 12, 5)
+    pca = fit_pca([[same]], 12, 5)
     assert pca.rank == 0
     assert (pca.project(same) == np.zeros((num_rows, 1), dtype=np.float32)).all()
 

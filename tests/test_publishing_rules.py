@@ -100,6 +100,8 @@ def test_equal_or_as_good_as_rounding_tells_is_not_worse():
     assert worse_than(metrics) == []
     assert worse_than(metrics | {"whitening": {"map": 0.50005}}) == []
     assert worse_than(metrics | {"whitening": {"map": 0.5002}}) == ["whitening"]
+    assert worse_than(metrics | {"whitening": {"map": 0.51, "map_error": 0.011}}) == []
+    assert worse_than(metrics | {"whitening": {"map": 0.51, "map_error": 0.009}}) == ["whitening"]
     assert is_measured(metrics)
     assert not is_measured({"raw": {"map": 0.5}, "projector": {"map": 0.5}})
 

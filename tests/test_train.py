@@ -172,6 +172,13 @@ def test_the_log_shows_the_table_and_warns_of_a_projector_that_is_not_worth_publ
         log_verdict(scores | {"projector": dict.fromkeys(SCORE_KEYS, 0.62)}, 3)
     assert "raw +0.1200, pca_whitened +0.2200, whitening +0.0200" in caplog.text
     assert "NOT" not in caplog.text
+    for error, warns in ((0.14, True), (0.16, False)):  # whitening is 0.15 ahead
+        rows = {"projector": scores["projector"], "whitening": scores["whitening"] | {"map_error": error}}
+        caplog.clear()
+        with caplog.at_level("INFO", "spatial_building_embeddings"):
+            log_verdict(rows, 3)
+        assert ("does NOT beat whitening" in caplog.text) == warns
+        assert ("beside: whitening -0.1500" in caplog.text) != warns
 
 
 def test_collapse_is_told_by_spread_and_norm() -> None:

@@ -17,7 +17,7 @@ from train_specialized_embeddings.sampling.band_sampler import BandSampler, Trip
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.collapse import ShapeSums
 from train_specialized_embeddings.training.losses import triplet_losses
-from train_specialized_embeddings.training.trainer import Trainer, rate_share
+from train_specialized_embeddings.training.trainer import Trainer
 
 
 def make_trainer(**settings: Any) -> tuple[Trainer, Features]:
@@ -206,18 +206,13 @@ def test_going_back_takes_the_averaged_weights_and_lowers_the_rates_but_not_the_
     assert trainer.run_epoch(bar).learning_rates["shortcut"] == pytest.approx(10 * before)
 
 
-@pytest.mark.parametrize(
-    ("num_buildings", "share"), [(2, 0.1), (20, 0.1), (80, 0.2), (500, 0.5), (2000, 1.0), (1_000_000, 1.0)]
-)
-def test_few_buildings_lower_the_rates_by_the_root_of_their_number(num_buildings: int, share: float) -> None:
-    assert rate_share(num_buildings) == pytest.approx(share)
-
-
-def test_a_layers_rate_is_the_configured_one_times_the_share_over_the_root_of_its_width() -> None:
-    trainer, data = make_trainer(learning_rate=0.5, shortcut_learning_rate=0.3)
-    assert trainer.sampler.num_buildings == len(np.unique(data.building_codes)) == 30
+@pytest.mark.parametrize(("triplets", "share"), [(60, 1.0), (304, 0.25), ("auto", 76 / (16 * 20))])
+def test_a_layers_rate_is_the_configured_one_over_the_root_of_its_width_and_the_passes_of_an_epoch(
+    triplets: int | str, share: float
+) -> None:
+    trainer, data = make_trainer(learning_rate=0.5, shortcut_learning_rate=0.3, triplets_per_epoch=triplets)
+    assert len(trainer.sampler.candidates) == 76 < len(data.building_codes)  # those that have a positive
     rates = {group["name"]: group["peak_lr"] for group in trainer.optimizer.param_groups}
-    share = (30 / 2000) ** 0.5
     expected = {"shortcut": 0.3 / 6**0.5, "hidden.0": 0.5 / 6**0.5, "output": 0.5 / 8**0.5}
     assert rates == pytest.approx({name: share * rate for name, rate in expected.items()})
 

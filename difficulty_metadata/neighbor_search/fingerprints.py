@@ -1,12 +1,14 @@
 """The fingerprint files of a folder, read as one table of images."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config import count_cores
 from pipeline.errors import InputError
 from pipeline.files.composite_ids import fill_composite_ids, stored_fields
 from pipeline.files.listing import list_outputs
@@ -19,10 +21,11 @@ from pipeline.files.tables import (
     read_batches,
     reading,
 )
+from pipeline.inference.workers import map_in_order
 
 _AGAIN = "make the file again with stage 4"
-# Fingerprints held at a time while they stream by, as bytes; the PCA takes them to float64, eight times that.
-_BLOCK_BYTES = 16 << 20
+# Fingerprints decoded at a time: half again as fast as 20 times as many, which leave the cache.
+_BLOCK_ROWS = 1_024
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,16 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self.building_codes)
 
-    def stream_fingerprints(self) -> Iterator[np.ndarray]:
-        """Yield the fingerprints in blocks (rows, width) uint8."""
-        rows = max(1, _BLOCK_BYTES // self.width)
-        for column in self.fingerprints:
-            start = 0
-            for batch in read_batches(column.path, [column.name], rows):
-                yield column.read(batch.column(0), start)
-                start += len(batch)
+    def stream_fingerprints(self) -> list[Iterator[np.ndarray]]:
+        """Return, for each file, what yields its fingerprints in blocks (rows, width) uint8."""
+        return [_stream_blocks(column) for column in self.fingerprints]
+
+
+def _stream_blocks(column: ListColumn) -> Iterator[np.ndarray]:
+    start = 0
+    for batch in read_batches(column.path, [column.name], _BLOCK_ROWS):
+        yield column.read(batch.column(0), start)
+        start += len(batch)
 
 
 def list_fingerprint_files(folder: Path) -> list[Path]:
@@ -69,7 +74,8 @@ def read_images(paths: list[Path]) -> ImageTable:
                 f"{column.path}: fingerprints of {column.width} values, but {known.path} has {known.width}: "
                 "make both with one [fingerprints].image_size"
             )
-    table = pa.concat_tables(_read_ids(path) for path in paths)
+    with closing(map_in_order(_read_ids, paths, count_cores())) as parts:
+        table = pa.concat_tables(parts)
     if not len(table):
         raise InputError(f"{paths[0].parent}: the fingerprint files hold no image: look into stage 4's rejects")
     _check_unique(paths, table["streetview_image_id"])

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.files.tables import (
-    check_columns,
     describe_difference,
     matches,
     open_parquet,
@@ -24,7 +23,8 @@ from pipeline.files.tables import (
 )
 from pipeline.ids import Shard
 
-# What a kill costs at most. A part of 150 neighbours takes 24 MB.
+# What a kill costs at most. A part of 150 neighbours takes 24 MB: as the numbers are in memory, because encoding them
+# took six times as long, and would have to keep up with a GPU's search.
 PART_ANCHORS = 20_000
 _TYPES = {"rows": np.int32, "distances": np.float32}
 # A reader holds one such group of each shard.
@@ -87,11 +87,11 @@ class PartStore:
     def write(self, shard: Shard, part: int, rows: np.ndarray, distances: np.ndarray) -> None:
         """Write the neighbours (A, k) of a part's anchors, -1 and inf where there are fewer."""
         schema = self._schema()
-        columns = [
-            pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), field.type.value_type), self.num_neighbors)
-            for field, values in zip(schema, (rows, distances), strict=True)
-        ]
-        with parquet_writer(self.path(shard, part), schema, self._provenance) as writer:
+        columns = []
+        for field, values in zip(schema, (rows, distances), strict=True):
+            stored = pa.py_buffer(np.ascontiguousarray(values, _TYPES[field.name]))
+            columns.append(pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, stored]))
+        with parquet_writer(self.path(shard, part), schema, self._provenance, raw=True) as writer:
             writer.write_table(pa.table(columns, schema=schema), row_group_size=_ROWS_PER_GROUP)
 
     def stream(self, count: int, rows_per_block: int, columns: tuple[str, ...]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -101,12 +101,10 @@ class PartStore:
         """
         readers = [_ShardReader(self, Shard(index, count), columns) for index in range(count)]
         for start in range(0, self.num_anchors, rows_per_block):
-            block = np.arange(start, min(start + rows_per_block, self.num_anchors))
-            merged = [np.empty((len(block), self.num_neighbors), dtype=_TYPES[name]) for name in columns]
+            num_rows = min(rows_per_block, self.num_anchors - start)
+            merged = [np.empty((num_rows, self.num_neighbors), dtype=_TYPES[name]) for name in columns]
             for index, reader in enumerate(readers):
-                places = np.flatnonzero(block % count == index)
-                for target, values in zip(merged, reader.take(len(places)), strict=bool(len(places))):
-                    target[places] = values
+                reader.fill([target[(index - start) % count :: count] for target in merged])
             yield tuple(merged)
 
     def stream_shard(self, shard: Shard, columns: tuple[str, ...]) -> Iterator[list[np.ndarray]]:
@@ -114,15 +112,24 @@ class PartStore:
         for part in range(self.count_parts(shard)):
             path = self.path(shard, part)
             with open_parquet(path) as file, reading(path):
-                check_columns(path, file.schema_arrow, self._schema())
+                if not file.schema_arrow.equals(self._schema()):
+                    raise InputError(
+                        f"{path}: not as this version writes parts: remove the folder {self.folder} and run this again"
+                    )
                 if file.metadata.num_rows != len(self.anchors(shard, part)):
                     raise InputError(f"{path}: {file.metadata.num_rows} rows, not its anchors': remove it")
                 for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP, columns=list(columns)):
-                    yield [batch.column(name).flatten().to_numpy().reshape(-1, self.num_neighbors) for name in columns]
+                    yield [self._view(batch, name) for name in columns]
+
+    def _view(self, batch: pa.RecordBatch, name: str) -> np.ndarray:
+        column = batch.column(name)
+        values = np.frombuffer(column.buffers()[1], _TYPES[name]).reshape(-1, self.num_neighbors)
+        return values[column.offset : column.offset + len(column)]
 
     def _schema(self) -> pa.Schema:
+        """Return the columns of a part; each row is an anchor's numbers, one after the other."""
         return pa.schema(
-            [(name, pa.list_(pa.from_numpy_dtype(kind), self.num_neighbors)) for name, kind in _TYPES.items()]
+            [(name, pa.binary(np.dtype(kind).itemsize * self.num_neighbors)) for name, kind in _TYPES.items()]
         )
 
 
@@ -133,13 +140,14 @@ class _ShardReader:
         self._groups = store.stream_shard(shard, columns)
         self._group: list[np.ndarray] = []
 
-    def take(self, count: int) -> list[np.ndarray]:
-        """Return the next `count` rows of each column."""
-        taken: list[list[np.ndarray]] = []
-        while count:
+    def fill(self, targets: list[np.ndarray]) -> None:
+        """Put the next rows of each column into its target (rows, k)."""
+        done = 0
+        while done < len(targets[0]):
             if not (self._group and len(self._group[0])):
                 self._group = next(self._groups)
-            taken.append([values[:count] for values in self._group])
-            self._group = [values[count:] for values in self._group]
-            count -= len(taken[-1][0])
-        return [np.concatenate(values) for values in zip(*taken, strict=True)]
+            num_rows = min(len(targets[0]) - done, len(self._group[0]))
+            for target, values in zip(targets, self._group, strict=True):
+                target[done : done + num_rows] = values[:num_rows]
+            self._group = [values[num_rows:] for values in self._group]
+            done += num_rows

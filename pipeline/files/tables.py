@@ -67,13 +67,35 @@ BUFFER_BYTES = 2**20
 
 @contextmanager
 def parquet_writer(
-    path: Path, schema: pa.Schema, provenance: dict[str, Any], metadata: Mapping[bytes, bytes] | None = None
+    path: Path,
+    schema: pa.Schema,
+    provenance: dict[str, Any],
+    metadata: Mapping[bytes, bytes] | None = None,
+    *,
+    raw: bool = False,
 ) -> Iterator[pq.ParquetWriter]:
     """Yield a writer of a parquet that appears under `path` only when complete; `metadata` goes into its footer too.
 
-    zstd throughout; lists of floats are split by byte, which halves what bfloat16-born values take.
+    zstd throughout; lists of floats are split by byte, which halves what bfloat16-born values take. `raw` is for what
+    is read once and removed: not encoded at all, but with checksums.
     What is to be in `provenance` has to be there when the block begins.
     """
+    # In the schema too, so that read_schema() shows it as well as read_metadata().
+    described = schema.with_metadata({**(metadata or {}), PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)})
+    options = _RAW_OPTIONS if raw else choose_encodings(schema)
+    with writing_to(path) as temporary:
+        writer = pq.ParquetWriter(temporary, described, **options)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+_RAW_OPTIONS = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+
+
+def choose_encodings(schema: pa.Schema) -> dict[str, Any]:
+    """Return a ParquetWriter's options for the project's outputs."""
     # A list's values are the leaf `NAME.list.element`; under plain `NAME` the encoding is silently dropped.
     split, plain = [], []
     for field in schema:
@@ -84,19 +106,7 @@ def parquet_writer(
             split.append(f"{field.name}.list.element")
         elif not is_fixed:
             plain.append(f"{field.name}.list.element")  # names and small numbers, which repeat
-    with writing_to(path) as temporary:
-        # In the schema too, so that read_schema() shows it as well as read_metadata().
-        writer = pq.ParquetWriter(
-            temporary,
-            schema.with_metadata({**(metadata or {}), PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}),
-            compression="zstd",
-            use_dictionary=plain,
-            use_byte_stream_split=split or False,
-        )
-        try:
-            yield writer
-        finally:
-            writer.close()
+    return {"compression": "zstd", "use_dictionary": plain, "use_byte_stream_split": split or False}
 
 
 def write_parquet(
@@ -131,7 +141,7 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
 
     Raises InputError naming the file if it is missing or cannot be opened, DamagedError if it is no parquet.
     """
-    options = {"buffer_size": buffer_size, "pre_buffer": not buffer_size}
+    options = {"buffer_size": buffer_size, "pre_buffer": not buffer_size, "page_checksum_verification": True}
     try:
         # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
         try:

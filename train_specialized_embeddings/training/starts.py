@@ -84,8 +84,11 @@ def fit_baselines(
     start = _fill_up(pca, num_rows) if section.init == "pca" else whitening.linear_map
     if section.init == "sharpened":
         tried = _try(sharpen_whitening, powered[0], validation, output_dim, num_rows, section)
-        start, note["sharpened_shrinkage"] = _choose_start(tried, whitening, validation)
-        scatter = scatter if note["sharpened_shrinkage"] is None else powered[0]
+        start, chosen = _choose_start(tried, whitening, validation)
+        note["sharpened_shrinkage"] = chosen
+        if chosen is not None:
+            scatter = powered[0]
+            scores["whitening"]["map_error"] = validation.measure_error(tried[chosen].scores, whitening.scores)
     return Baselines(make_coordinates(start, scatter, output_dim), note, scores)
 
 
@@ -123,14 +126,14 @@ def _choose_start(
     """Return the sharpened map of the largest shrinkage that validates as well as the best one, and that shrinkage.
 
     As well means within a standard error: validation buildings are from where the training ones are, other places want
-    more shrinkage (the one-standard-error rule; Breiman et al. 1984, section 3.4.3). But no start may validate below
-    the plain whitening, which is a baseline: where every sharpened one does, training starts from whitening.
+    more shrinkage (the one-standard-error rule; Breiman et al. 1984, section 3.4.3). Where the plain whitening is
+    better than every one of these, training starts from it.
     """
     best = max(tried.values(), key=lambda one: one.mean)
     allowed = [
         key
         for key, one in tried.items()
-        if one.mean >= whitening.mean and not validation.is_better(best.scores, one.scores)
+        if not any(validation.is_better(other.scores, one.scores) for other in (best, whitening))
     ]
     if not allowed:
         logger.info("sharpened whitening validates worse than the plain one, from which training starts then")

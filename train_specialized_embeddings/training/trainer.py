@@ -25,8 +25,6 @@ from train_specialized_embeddings.training.losses import DISTANCES, relative_dri
 _STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
 
 _MIN_STEPS_PER_EPOCH = 16
-# From this many buildings on the rates are the configured ones; docs/training.md has the measurements.
-_FULL_RATE_BUILDINGS, _LEAST_RATE_SHARE = 2000, 0.1
 # What the averaged weights keep of themselves each epoch: they are the mean of about the last five.
 _AVERAGE_DECAY = 0.8
 
@@ -49,11 +47,6 @@ def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
         return (step + 1) / num_warmup
     done = (step - num_warmup) / max(1, num_steps - num_warmup)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-
-def rate_share(num_buildings: int) -> float:
-    """Return what the configured rates are multiplied by where few buildings train: the root of their number."""
-    return min(1.0, max(_LEAST_RATE_SHARE, math.sqrt(num_buildings / _FULL_RATE_BUILDINGS)))
 
 
 class Trainer:
@@ -96,7 +89,8 @@ class Trainer:
         by the root of its inputs, so that one rate serves every width.
         """
         section, projector = self.section, self.projector
-        share = rate_share(self.sampler.num_buildings)
+        # An image that an epoch passes over k times moves the weights as far as one that it passes over once.
+        share = min(1.0, len(self.sampler.candidates) / self.num_anchors)
         layers: dict[str, Any] = {"shortcut": projector.shortcut}
         layers |= {f"hidden.{number}": layer for number, layer in enumerate(projector.hidden)}
         if projector.output is not None:

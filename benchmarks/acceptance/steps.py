@@ -1,0 +1,125 @@
+"""Phase 3: stage 6's steps on a table beyond 2^31 numbers: draws, triplets a second, and going on from a checkpoint."""
+
+import numpy as np
+import torch
+
+from benchmarks.acceptance.findings import Findings
+from benchmarks.timing import time_call, time_steady
+from benchmarks.training import make_features, make_neighbors, make_projector
+from pipeline.config import TrainingSection
+from pipeline.log import Progress
+from pipeline.retrieval.checkpoint import load_checkpoint, save_checkpoint
+from train_specialized_embeddings.sampling.band_sampler import BandSampler
+from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.training.coordinates import NUM_COORDINATES
+from train_specialized_embeddings.training.trainer import Trainer
+
+# The row's number stands in so many columns, by digits that bfloat16 holds exactly.
+DIGITS, BASE = 3, 128
+STEPS, TOY_STEPS = 64, 8  # of an epoch
+
+
+class Bench:
+    """A table on the device, a sampler of its rows, and trainers on them."""
+
+    def __init__(self, findings: Findings) -> None:
+        self.is_toy, self.device = findings.is_toy, findings.device
+        self.steps = TOY_STEPS if self.is_toy else STEPS
+        self.count, width = (600, 48) if self.is_toy else (2**20, 4_096)
+        self.features = make_features(self.count, width)
+        for digit in range(DIGITS):
+            self.features.embeddings[:, digit] = np.arange(self.count) // BASE**digit % BASE
+        numbers = {"table_gb": 2 * self.count * width / 1e9}
+        started = time_call(self._fill)
+        findings.note(**numbers, upload_gb_per_s=4 * self.count * width / 1e9 / started)
+        self.sampler = BandSampler(self.features, make_neighbors(self.features), 0, 25.0, self.device)
+
+    def _fill(self) -> None:
+        self.wide = FeatureStore(self.features.embeddings, self.device, resident=True)
+
+    def make_trainer(self, store: FeatureStore, width: int, section: TrainingSection) -> Trainer:
+        """Return a trainer at its start, the same each time."""
+        torch.manual_seed(0)
+        self.sampler.seed(0)
+        projector = make_projector(width).to(self.device)
+        return Trainer(projector, store, self.sampler, section, torch.ones(width))
+
+
+def train_steps(findings: Findings) -> None:
+    """Draw the last rows, time steps at two sizes of batch, and save and take up a run."""
+    with findings.part("the table"):
+        bench = Bench(findings)
+        findings.check("the table is resident", float(bench.wide.is_resident or bench.is_toy), at_least=1)
+    with findings.part("draws"):
+        _check_last_rows(findings, bench)
+    batches = (32, 64) if bench.is_toy else (4_096, 16_384)
+    for batch_size in batches:
+        with findings.part(f"triplets at {batch_size}"):
+            rate = _time_triplets(bench, batch_size)
+            findings.note(**{f"triplets_per_s_at_{batch_size}": rate})
+            if batch_size == batches[-1]:
+                findings.aim(f"triplets/s at batch {batch_size:,}, resident", rate, at_least=1.5e6)
+    with findings.part("the default objective"):
+        _time_default(findings, bench, batches[0])
+    with findings.part("save and resume"):
+        _check_resume(findings, bench, batches[0])
+
+
+def _check_last_rows(findings: Findings, bench: Bench) -> None:
+    """Check that the rows drawn are those asked for, up to the table's end."""
+    rows = torch.arange(bench.count - 256, bench.count, device=bench.device)
+    rows = torch.cat([rows, rows[:1] // 2, rows[:1] * 0]).flip(0)
+    [(found, places)] = bench.wide.stream([rows])
+    digits = found[places][:, :DIGITS].double().cpu()
+    numbers = (digits * torch.tensor([float(BASE**digit) for digit in range(DIGITS)])).sum(dim=1)
+    findings.check("last rows drawn that are others", int((numbers != rows.cpu()).sum()), at_most=0)
+
+
+def _make_section(bench: Bench, batch_size: int) -> TrainingSection:
+    return TrainingSection(
+        batch_size=batch_size, triplets_per_epoch=bench.steps * batch_size, loss="triplet", band_sampling="ucb",
+        hard_mining=False,
+    )  # fmt: skip
+
+
+def _time_triplets(bench: Bench, batch_size: int) -> float:
+    """Return the triplets a second of an epoch with bands and bandit, on all the features."""
+    trainer = bench.make_trainer(bench.wide, bench.features.width, _make_section(bench, batch_size))
+    seconds = time_steady(lambda: trainer.run_epoch(Progress("train", None)))
+    return trainer.num_anchors / seconds
+
+
+def _time_default(findings: Findings, bench: Bench, batch_size: int) -> None:
+    """Note the anchors a second of stage 6's own objective, in coordinates."""
+    width = min(NUM_COORDINATES, bench.features.width)
+    store = FeatureStore(np.ascontiguousarray(bench.features.embeddings[:, :width]), bench.device)
+    section = TrainingSection(batch_size=batch_size, triplets_per_epoch=bench.steps * batch_size)
+    trainer = bench.make_trainer(store, width, section)
+    seconds = time_steady(lambda: trainer.run_epoch(Progress("train", None)))
+    findings.note(**{f"default_anchors_per_s_at_{batch_size}": trainer.num_anchors / seconds})
+
+
+def _check_resume(findings: Findings, bench: Bench, batch_size: int) -> None:
+    """Check that a run taken up from its checkpoint draws what the first one draws, and arrives where it arrives.
+
+    To the bit on a CPU; on a GPU the gradient of a gather is summed up in any order.
+    """
+    width, section = bench.features.width, _make_section(bench, batch_size)
+    first = bench.make_trainer(bench.wide, width, section)
+    first.run_epoch(Progress("train", None))
+    path = findings.work_dir / "checkpoint.pt"
+    saved = first.state()
+    content = {"architecture": first.projector.architecture, "projector": saved["weights"], "trainer": saved}
+    save_checkpoint(path, content)
+    first.run_epoch(Progress("train", None))
+    expected = first.state()
+    second = bench.make_trainer(bench.wide, width, section)
+    second.restore(load_checkpoint(path).rest["trainer"])
+    second.run_epoch(Progress("train", None))
+    found = second.state()
+    same = torch.equal(expected["sampler"]["random"], found["sampler"]["random"])
+    findings.check("a run taken up has drawn the same", float(same), at_least=1)
+    one, other, before = (torch.cat([weight.flatten() for weight in state["weights"].values()])
+                          for state in (expected, found, saved))  # fmt: skip
+    difference = float((one - other).norm() / (one - before).norm())
+    findings.check("its weights: difference, of an epoch's way", difference, at_most=0.0 if bench.is_toy else 0.05)

@@ -1,0 +1,206 @@
+"""Say in one call of under 9 minutes whether the project's GPU code is right, and as fast as it should be.
+
+    python benchmarks/gpu_acceptance.py [--output acceptance.json] [--phases 0 1 6] [--folder DIR] [--cpu]
+
+Runs the phases below, cheap and decisive ones first, each in a process of its own with a deadline: one that fails, dies
+or hangs is reported and stops no other. The JSON is written anew after each: the checks of what is right, the targets
+of speed, the figures. Speeds are of the steady state: behind a warm-up, the better of two rounds. Weights are random
+and made on the device; nothing is fetched. Needs 16 GB in the folder (the temporary one) and 30 GB of memory.
+`--cpu` runs every phase at toy size on the CPU: no speed is measured, but all of the script runs.
+Exits with 0 if all that ran passed, 1 if not.
+"""
+
+import argparse
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run by path: import from the project, not this folder
+
+from benchmarks.acceptance.findings import FAILED, PASSED, Entry, Findings, is_sound
+from pipeline import cli
+from pipeline.files.writing import read_json_object, write_json
+from pipeline.log import logging_to
+
+# Of all phases together; one that has not begun by then is skipped.
+LIMIT_SECONDS = 530.0
+# Lines of a phase's log that are kept where it did not pass.
+LOG_LINES = 40
+POLL_SECONDS = 0.05
+FINDINGS = "findings.json"
+NOT_OVER = "not over"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the acceptance, `module:function`, and after how many seconds on a GPU it is given up."""
+
+    name: str
+    title: str
+    function: str
+    deadline: float
+
+
+PHASES = (
+    Phase("0", "environment, copies, products", "benchmarks.acceptance.device:measure_device", 60),
+    Phase("1", "the GPU's results beside the CPU's", "benchmarks.acceptance.device:compare_with_cpu", 100),
+    Phase("2", "stage 5: 1M images, every engine", "benchmarks.acceptance.search:compare_engines", 90),
+    Phase("3", "stage 6: 1M x 4,096, draws, resume", "benchmarks.acceptance.steps:train_steps", 90),
+    Phase("4", "ViT-S: every path of the engine", "benchmarks.acceptance.embedding:check_engine", 90),
+    Phase("5", "ViT-L from tar to parquet", "benchmarks.acceptance.embedding:measure_large", 90),
+    Phase("6", "ViT-7B from shards, from tar to parquet", "benchmarks.acceptance.embedding:measure_largest", 160),
+    Phase("7", "Lite0 and ViT-B beside the plain loop", "benchmarks.acceptance.embedding:measure_small", 100),
+    # Of phase 2 what takes longest, and so comes last.
+    Phase("2-full", "stage 5: 5.77M fingerprints to file", "benchmarks.acceptance.search:search_all", 280),
+)  # fmt: skip
+
+
+class Running:
+    """A phase under way, in a session of its own, so that it can be killed with all that it started."""
+
+    def __init__(self, phase: Phase, folder: Path, *, on_cpu: bool) -> None:
+        self._phase, self._folder = phase, folder / phase.name
+        self._folder.mkdir()
+        self._findings, self._log = self._folder / FINDINGS, self._folder / "log.txt"
+        self._started = time.monotonic()
+        command = [sys.executable, __file__, "--child", phase.function, "--folder", str(self._folder)]
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen(
+                command + (["--cpu"] if on_cpu else []), stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.PIPE, start_new_session=True,
+                env=os.environ | ({"OMP_NUM_THREADS": "1"} if on_cpu else {}),
+            )  # fmt: skip
+
+    def has_ended(self) -> bool:
+        """Whether the phase has ended; it is not reaped, so that its number stands for its session as yet."""
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def is_over(self, last: float) -> bool:
+        """Whether the phase has ended, or is at its deadline, or at the last moment of all."""
+        return self.has_ended() or time.monotonic() > min(self._started + self._phase.deadline, last)
+
+    def end(self) -> Entry:
+        """Kill what still runs, remove what was written, and return what was found and how it ended."""
+        has_ended, seconds = self.has_ended(), time.monotonic() - self._started
+        os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self._process.stdin.close()  # type: ignore[union-attr]
+        found = read_json_object(self._findings)
+        if not has_ended:
+            result = f"hung, and was killed after {seconds:.0f} s"
+        elif code < 0:
+            result = f"died of {signal.Signals(-code).name}"
+        else:
+            result = PASSED if code == 0 and is_sound(found) else FAILED
+        log = [] if result == PASSED else self._log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:]
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return describe(self._phase, result) | {"seconds": round(seconds, 1), **found, "log": log}
+
+
+def describe(phase: Phase, result: str) -> Entry:
+    """Return the entry of a phase that ended so."""
+    return {"phase": phase.name, "title": phase.title, "result": result}
+
+
+def run_phases(phases: Sequence[Phase], output: Path, folder: Path, *, on_cpu: bool) -> list[Entry]:
+    """Run the phases in their order, and write the output anew after each; return the entries.
+
+    One at a time, as each is to have the GPU for itself; on a CPU, where no speed is measured, two.
+    """
+    waiting, running, done = deque(phases), dict[str, Running](), dict[str, Entry]()
+    last = time.monotonic() + LIMIT_SECONDS
+
+    def finish(name: str, entry: Entry) -> None:
+        done[name] = entry
+        print("\n".join(list_lines(entry)), file=sys.stderr, flush=True)
+        entries = [done[phase.name] for phase in phases if phase.name in done]
+        result = NOT_OVER if len(entries) < len(phases) else PASSED if all_passed(entries) else FAILED
+        write_json(output, {"result": result, "toy": on_cpu, "phases": entries})
+
+    try:
+        while waiting or running:
+            if waiting and len(running) < (2 if on_cpu else 1):
+                phase = waiting.popleft()
+                if time.monotonic() > last:
+                    finish(phase.name, describe(phase, "skipped: no time was left"))
+                else:
+                    running[phase.name] = Running(phase, folder, on_cpu=on_cpu)
+            for name in [name for name, one in running.items() if one.is_over(last)]:
+                finish(name, running.pop(name).end())
+            time.sleep(POLL_SECONDS)
+    finally:
+        for one in running.values():
+            one.end()
+    return [done[phase.name] for phase in phases]
+
+
+def all_passed(entries: Sequence[Entry]) -> bool:
+    """Whether every phase ran to its end and nothing in it went wrong."""
+    return all(entry["result"] == PASSED for entry in entries)
+
+
+def list_lines(entry: Entry) -> list[str]:
+    """Return what is printed of a phase: a line, one for each target, and one for each thing that went wrong."""
+    lines = [f"{entry['phase']} {entry['title']}: {entry['result']}, {entry.get('seconds', 0):.0f} s"]
+    for target in entry.get("targets", []):
+        value = "" if target["value"] is None else f" {target['value']:,.6g}"
+        lines.append(f"    target: {target['what']}{value}, {target['needed']}: {target['result']}")
+    wrong = [check for check in entry.get("checks", []) if check["result"] == FAILED]
+    lines += [f"    WRONG: {check['what']}: {check['value']}, has to be {check['needed']}" for check in wrong]
+    lines += [f"    ERROR: {error['part']}: {error['error']}" for error in entry.get("errors", [])]
+    return lines + [f"    | {line}" for line in entry.get("log", [])]
+
+
+def run_child(function: str, folder: Path, *, on_cpu: bool) -> None:
+    """Run one phase in this process, which stdin's end ends with all that it started: its parent has gone."""
+
+    def end_with_parent() -> None:
+        os.read(0, 1)  # not by sys.stdin, whose lock Python cannot take at its end
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if not on_cpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("error: torch finds no usable GPU: see nvidia-smi, or give --cpu")
+    module, name = function.split(":")
+    with logging_to(None):
+        findings = Findings(folder / FINDINGS, folder, "cpu" if on_cpu else "cuda")
+        getattr(importlib.import_module(module), name)(findings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the phases that a command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    names = [phase.name for phase in PHASES]
+    parser.add_argument("--output", type=Path, default=Path("acceptance.json"), help="JSON (acceptance.json)")
+    parser.add_argument("--phases", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--folder", type=Path, help="where the phases write (default: the temporary folder)")
+    parser.add_argument("--cpu", action="store_true", help="toy sizes, on the CPU")
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # what a process of its own is asked
+    arguments = parser.parse_args(argv)
+    if arguments.child:
+        run_child(arguments.child, arguments.folder, on_cpu=arguments.cpu)
+        return
+    chosen = [phase for phase in PHASES if phase.name in arguments.phases]
+    if arguments.cpu:  # which other programs may use, too: how long a phase takes says nothing
+        chosen = [replace(phase, deadline=LIMIT_SECONDS) for phase in chosen]
+    with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as folder:
+        entries = run_phases(chosen, arguments.output, Path(folder), on_cpu=arguments.cpu)
+    sys.exit(0 if all_passed(entries) else 1)
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)
