@@ -104,29 +104,30 @@ def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Con
     if not todo:
         return 0
     from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
-    from pipeline.inference.devices import choose_device, describe_device
+    from pipeline.inference.devices import choose_device, describe_device, needing_memory
 
     with watch.measure("pca"):
         points = compute_points(images, config.difficulty.pca_components)
     device = choose_device(config.infrastructure.device)
     within_m = config.difficulty.exclude_within_m
     exclusion = Exclusion(images.latitudes, images.longitudes, within_m) if within_m > 0 else None
-    search = NeighborSearch(
-        points, images.building_codes, store.num_neighbors, config.difficulty.backend, device, exclusion
-    )
-    logger.info("searching %d images of %d buildings: %s on %s",
-                len(images), len(images.building_ids), search.backend, describe_device(device))  # fmt: skip
-    num_anchors = len(range(shard.index, len(images), shard.count))
-    with Progress("neighbours", num_anchors, interval_seconds=config.logging.progress_interval_seconds) as progress:
-        progress.resume_at(num_anchors - sum(len(store.anchors(shard, part)) for part in todo))
-        found = watch.measure_each("search", find_parts(search, store, shard, todo, progress.advance))
-        # Where parts come in batches, one is written while the next is searched. Not on a CPU: it has no time to
-        # spare, and an interrupt would have to wait for a part.
-        is_batched = PARTS_AT_ONCE[device.type] > 1
-        with closing(prefetch(found)) if is_batched else nullcontext(found) as parts:
-            for part, rows, distances in parts:
-                with watch.measure("write"):
-                    store.write(shard, part, rows, distances)
+    with needing_memory(f"the search among {len(images)} images", "or set [infrastructure].device to cpu"):
+        search = NeighborSearch(
+            points, images.building_codes, store.num_neighbors, config.difficulty.backend, device, exclusion
+        )
+        logger.info("searching %d images of %d buildings: %s on %s",
+                    len(images), len(images.building_ids), search.backend, describe_device(device))  # fmt: skip
+        num_anchors = len(range(shard.index, len(images), shard.count))
+        with Progress("neighbours", num_anchors, interval_seconds=config.logging.progress_interval_seconds) as progress:
+            progress.resume_at(num_anchors - sum(len(store.anchors(shard, part)) for part in todo))
+            found = watch.measure_each("search", find_parts(search, store, shard, todo, progress.advance))
+            # Where parts come in batches, one is written while the next is searched. Not on a CPU: it has no time to
+            # spare, and an interrupt would have to wait for a part.
+            is_batched = PARTS_AT_ONCE[device.type] > 1
+            with closing(prefetch(found)) if is_batched else nullcontext(found) as parts:
+                for part, rows, distances in parts:
+                    with watch.measure("write"):
+                        store.write(shard, part, rows, distances)
     logger.info("shard %s: %d parts made, %d searches repeated with more candidates",
                 shard, len(todo), search.num_redone)  # fmt: skip
     return len(todo)

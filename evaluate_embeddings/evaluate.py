@@ -97,7 +97,7 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
 
     Raises InputError if an input is missing, damaged, or does not fit the others.
     """
-    from pipeline.inference.devices import choose_device
+    from pipeline.inference.devices import choose_device, needing_memory
     from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 
     train, features = load_splits(config.path("merged_dir"))
@@ -105,14 +105,15 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
         config.path("checkpoint_dir") / CHECKPOINT_NAME, config.training_model, input_dim=features.width
     )
     device = choose_device(config.infrastructure.device)
-    scatter = collect_scatter(train.embeddings, train.building_codes, device=device)
+    with needing_memory("the scatter of the training images", "or set [infrastructure].device to cpu"):
+        scatter = collect_scatter(train.embeddings, train.building_codes, device=device)
     shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # an older run's says nothing
     whitening = whiten_within_class(scatter, checkpoint.architecture["output_dim"], shrinkage)
     embeddings = {
         "raw": normalise_rows(features.embeddings),
         "pca_whitened": whiten_by_pca(scatter, PCA_DIM).apply(features.embeddings),
         "whitening": whitening.apply(features.embeddings),
-        "projector": project(build_projector(checkpoint).to(device), features.embeddings, device),
+        "projector": project(build_projector(checkpoint), features.embeddings, device),
     }
     return features, embeddings, checkpoint
 

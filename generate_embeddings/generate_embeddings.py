@@ -49,6 +49,7 @@ from pipeline.files.units import TarUnit, list_units, run_units
 from pipeline.inference import launcher
 from pipeline.inference.images import MAX_IMAGE_BYTES
 from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
+from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.inference.workers import Background
 from pipeline.log import EngineWatch, Progress, logger
 
@@ -78,17 +79,42 @@ class Stage:
     While one tar's parquet is written, the next tar is embedded.
     """
 
-    def __init__(self, config: Config, folder: Path | None, watch: EngineWatch) -> None:
+    def __init__(
+        self, config: Config, units: list[TarUnit], folder: Path | None, model_id: str | None, watch: EngineWatch
+    ) -> None:
         self.config, self.watch = config, watch
         self.rows, self.outputs = Background(), Background()
-        self._folder = folder
+        self._units, self._folder, self._model_id = units, folder, model_id
+
+    @functools.cached_property
+    def precision(self) -> Precision:
+        """What the backbone computes in: in one folder the same for all tars, whichever process embeds them."""
+        assert self._folder is not None  # without it nothing is left to embed
+        section = self.config.embedding_model
+        name = hash_json({"model": self._model_id, **describe_views(section)})[:16]
+        trial = section.model_copy(update={"batch_size": NUM_PICTURES, "compile": False})
+        load = functools.partial(load_embedder, self._folder, self.config.model_copy(update={"embedding_model": trial}))
+        with self.watch.measure("load"):
+            return settle_precision(
+                section.dtype, self.config.infrastructure.device, load, self._list_pictures,
+                self.config.path("embeddings_dir") / "_precision" / f"{name}.json",
+            )  # fmt: skip
 
     @functools.cached_property
     def embedder(self) -> "Embedder":
         """The backbone, as the configuration says."""
-        assert self._folder is not None  # without it nothing is left to embed
+        assert self._folder is not None
+        mode = self.precision.mode
         with self.watch.measure("load"):
-            return load_embedder(self._folder, self.config)
+            return load_embedder(self._folder, self.config, mode)
+
+    def _list_pictures(self) -> Iterator[bytes]:
+        """Yield the run's pictures from its first tar on; a tar that cannot be read fails when its turn comes."""
+        for unit in self._units:
+            with contextlib.suppress(InputError):
+                table = resolve_image_paths(unit, read_intermediate(unit.intermediate_path))
+                left = {name: row for row, name in enumerate(table["image_path"].to_pylist())}
+                yield from (image.data for image in read_wanted(unit.tar_path, left, 0) if image.data)
 
     def close(self) -> None:
         """End the threads behind what they still write.
@@ -108,7 +134,8 @@ def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
     if not unit.tar_path.is_file():  # before a backbone of 27 GB is loaded for it
         raise InputError(f"{unit.tar_path}: no such tar: correct the path")
     table = resolve_image_paths(unit, read_intermediate(unit.intermediate_path))
-    scratch = RowScratch(unit.output_path, len(table), hash_json(provenance))
+    # What another device has begun in another precision is begun anew.
+    scratch = RowScratch(unit.output_path, len(table), hash_json({**provenance, "precision": stage.precision.mode}))
     embedded = False
     try:
         missing = fill_scratch(unit.tar_path, table, scratch, stage)
@@ -121,6 +148,7 @@ def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
     rejects = scratch.rejects | dict.fromkeys(missing, absent)
     provenance["counts"] = {"in": len(table), "out": len(table) - len(rejects), "rejected": len(rejects)}
     provenance["reasons"] = dict(Counter(rejection.reason for rejection in rejects.values()))
+    provenance |= {"precision": stage.precision.mode} | stage.precision.fidelity
 
     def write() -> None:
         written = False
@@ -288,7 +316,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     all_there = all(unit.output_path.exists() for unit in units) and not options.overwrite
     folder = locate_backbone(config, download=not all_there)
     model_id = identify_model(folder) if folder else None
-    with contextlib.closing(Stage(config, folder, watch)) as stage:
+    with contextlib.closing(Stage(config, units, folder, model_id, watch)) as stage:
         run_units(
             units,
             result,
@@ -303,8 +331,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     return result
 
 
-def load_embedder(folder: Path, config: Config) -> "Embedder":
-    """Load the backbone as the configuration says."""
+def load_embedder(folder: Path, config: Config, mode: str | None = None) -> "Embedder":
+    """Load the backbone as the configuration says, to compute in a mode (see `precision`) if one is given."""
     from pipeline.inference.backbone import Embedder
 
     section = config.embedding_model
@@ -317,7 +345,7 @@ def load_embedder(folder: Path, config: Config) -> "Embedder":
         scales=section.scales,
         flip=section.flip,
         device=config.infrastructure.device,
-        dtype=section.dtype,
+        dtype=mode or section.dtype,
         batch_size=section.batch_size,
         compile_model=section.compile,
         trust_remote_code=section.trust_remote_code,

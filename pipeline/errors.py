@@ -35,6 +35,10 @@ class StaleOutputError(PipelineError):
     """An output that exists but was made from other inputs or settings."""
 
 
+class DeviceMemoryError(PipelineError):
+    """A GPU whose memory does not hold what has to be in it."""
+
+
 # Every word that a `_rejects` table may hold; docs/data_architecture.md says what each means.
 Reason = Literal[
     "not_a_file", "unsafe_path", "missing_image", "missing_metadata", "bad_metadata", "image_too_large",

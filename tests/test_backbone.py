@@ -321,5 +321,5 @@ def test_asking_for_a_gpu_where_there_is_none_is_one_line(monkeypatch):
 
 
 def test_the_default_type_is_bfloat16_on_a_gpu_and_float32_else():
-    assert backbone._default_dtype(torch.device("cuda")) == torch.bfloat16
-    assert backbone._default_dtype(torch.device("cpu")) == torch.float32
+    assert backbone.default_mode(torch.device("cuda")) == "bfloat16"
+    assert backbone.default_mode(torch.device("cpu")) == "float32"

@@ -209,6 +209,29 @@ def test_the_sample_is_drawn_from_the_seed_and_has_its_size() -> None:
     assert (draw_sample(30_000, 0.05, 42) != draw_sample(30_000, 0.05, 43)).any()
 
 
+@pytest.mark.parametrize("where", ["_make_engine", "find"])
+def test_a_gpu_too_small_for_the_search_is_one_line_with_its_remedy(
+    where: str, make_run: Callable, run_main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
+
+    def refuse(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    config, output = make_run(draw_table(40))
+    with monkeypatch.context() as patch:
+        patch.setattr(NeighborSearch, where, refuse)
+        outcome = run_main(main, "--config", config)
+    assert (outcome.code, output.exists()) == (1, False)
+    assert outcome.stderr.splitlines()[-1] == (
+        "error: the GPU cannot hold the search among 40 images: end what else runs on it (nvidia-smi), or set "
+        "[infrastructure].device to cpu"
+    )
+    assert run_main(main, "--config", config).code == 0
+
+
 def test_the_script_runs_by_path_from_any_folder(make_run: Callable, run_script: Callable, tmp_path: Path) -> None:
     config, output = make_run(draw_table(40))
     elsewhere = tmp_path / "elsewhere"

@@ -79,7 +79,9 @@ def test_a_gpu_whose_memory_runs_out_is_given_smaller_tiles_and_in_the_end_an_er
     monkeypatch.setattr(device_scores._Ranking, "run", run)
     found = score_queries(embeddings, codes)
     assert found.first_rank.tolist() == expected.first_rank.tolist()
-    assert [record.args[0] for record in caplog.records] == [2048, 1024]
+    assert [record.args for record in caplog.records] == [("scores", 2048), ("scores", 1024)]
     room = 0
-    with pytest.raises(PipelineError, match="do not fit the GPU's memory: .* set .infrastructure..device to cpu"):
+    with pytest.raises(
+        PipelineError, match="the GPU cannot hold 0.0 GB of embeddings and .* set .infrastructure..device to cpu"
+    ):
         score_queries(embeddings, codes)

@@ -40,6 +40,24 @@ def test_whoever_stops_early_leaves_no_thread_behind(monkeypatch: pytest.MonkeyP
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize(("free", "is_tried"), [(9 * 2**30, True), (8 * 2**30, False)])
+def test_features_that_the_gpu_cannot_hold_are_gathered_from_disk(
+    free: int, is_tried: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+
+    def upload(store: FeatureStore) -> torch.Tensor:
+        tried.append(store)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")  # another process was faster
+
+    monkeypatch.setattr(feature_store, "measure_free_memory", lambda: free)
+    monkeypatch.setattr(FeatureStore, "_upload", upload)
+    store = FeatureStore(np.ones((10, 2), np.float32), torch.device("cuda"))
+    assert not store.is_resident
+    assert bool(tried) == is_tried
+    assert "the features do not fit on the GPU" in caplog.text
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("resident", [False, True])
 def test_on_a_gpu_rows_come_to_the_device(resident: bool) -> None:

@@ -241,6 +241,33 @@ def test_progress_hears_of_every_anchor() -> None:
     assert sum(heard) == 293
 
 
+def test_a_gpu_whose_memory_runs_out_is_asked_of_fewer_anchors_at_a_time_and_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    points, codes = draw_points(9_000)
+    expected = NeighborSearch(points, codes, 20, "torch", CPU).find(np.arange(len(points)))
+    asked, search_whole, heard = [], TiledEngine.search, []
+    fits = 1_100
+
+    def search_within(engine: TiledEngine, queries: torch.Tensor, *arguments: Any) -> Any:
+        asked.append(len(queries))
+        if len(queries) > fits:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return search_whole(engine, queries, *arguments)
+
+    monkeypatch.setattr(TiledEngine, "search", search_within)
+    search = NeighborSearch(points, codes, 20, "torch", CPU)
+    found = search.find(np.arange(len(points)), heard.append)
+    assert asked[:4] == [4_096, 2_048, 1_024, 1_024]
+    assert sum(heard) == len(points)
+    assert "the search: the GPU's memory ran out: going on with 1024 rows at a time" in caplog.text
+    for one, other in zip(found, expected, strict=True):
+        assert (one == other).all()
+    fits = 1_000
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        search.find(np.arange(len(points)))
+
+
 # ------------------------------------------------------------------------------------------------ on the ground
 
 

@@ -1,14 +1,16 @@
 """Decoding to torch: the same pixels and the same refusals as Pillow's, whoever decodes."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from raw_tars import draw_view, encode
-from test_jpeg import KINDS, judge
+from test_jpeg import KINDS, damage, judge
 
-from pipeline.inference import pixels
-from pipeline.inference.images import decode_rgb
-from pipeline.inference.pixels import decode_pixels, measure_decoding, travels_whole
+from pipeline.inference import images, pixels
+from pipeline.inference.images import decode_rgb, open_image, read_plain_header
+from pipeline.inference.pixels import decode_pixels, measure_decoding, to_pixels, travels_whole
 
 OTHERS = {"png": encode(draw_view(1), "PNG"), "webp": encode(draw_view(1), "WEBP")}
 
@@ -30,6 +32,35 @@ def test_truncated_files_are_refused_as_pillow_refuses_them(kind):
     assert None not in refusals
 
 
+def test_any_damage_is_judged_as_by_pillow_and_what_it_accepts_has_its_pixels():
+    generator = random.Random(2)
+    plain = accepted = 0
+    for _ in range(1500):
+        data = damage(generator, generator.choice(list(KINDS.values())))
+        verdict = judge(decode_rgb, data)
+        assert verdict == judge(decode_pixels, data)
+        plain += read_plain_header(data) is not None
+        if verdict is None:
+            accepted += 1
+            assert torch.equal(decode_pixels(data), to_pixels(decode_rgb(data)))
+    assert 200 < accepted < 1300
+    assert plain > 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_header_that_is_read_without_pillow_says_what_pillows_says(kind):
+    is_plain = kind not in {"cmyk", "progressive cmyk", "rgb", "tagged", "several pictures"}
+    found = read_plain_header(KINDS[kind])
+    assert found == (open_image(KINDS[kind]).size if is_plain else None)
+    assert all(read_plain_header(KINDS[kind][:cut]) in (None, found) for cut in range(700))
+
+
+def test_too_many_pixels_are_refused_by_the_header(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 100)
+    assert judge(decode_pixels, KINDS["baseline"])[0] == "image_too_large"
+
+
 def test_without_torchvisions_decoder_pillow_decodes(monkeypatch):
     expected = decode_pixels(KINDS["baseline"])
     monkeypatch.setattr(pixels, "decode_jpeg", None)
@@ -38,6 +69,18 @@ def test_without_torchvisions_decoder_pillow_decodes(monkeypatch):
 
 def test_the_rate_of_decoding_is_that_of_a_larger_picture_where_it_is_larger():
     assert measure_decoding(draw_view(1, size=(64, 64))) > measure_decoding(draw_view(1, size=(1600, 1600))) > 0
+
+
+def test_the_ceiling_of_decoding_is_said_with_what_helps_where_it_binds(monkeypatch):
+    monkeypatch.setattr(pixels, "LOCK_SHARE", 0.125)
+    most = "cores decode at most"
+    assert pixels.describe_ceiling(4, 300.0, 205.0) == f"4 {most} 1200 img/s of 640 pixels"
+    assert pixels.describe_ceiling(20, 300.0, 2400.0) == f"20 {most} 6000 img/s of 640 pixels"
+    binds = ", which binds: more cores a GPU do more"
+    assert pixels.describe_ceiling(4, 300.0, 3000.0) == f"4 {most} 1200 img/s of 640 pixels{binds}"
+    sure = "; one process is sure of 2400, 3 a GPU (--processes) of all that the cores do"
+    assert pixels.describe_ceiling(20, 300.0, 3000.0) == f"20 {most} 6000 img/s of 640 pixels{sure}"
+    assert pixels.describe_ceiling(20, 300.0, 9000.0) == f"20 {most} 6000 img/s of 640 pixels{binds}{sure}"
 
 
 def test_pictures_of_usual_size_travel_whole():

@@ -37,7 +37,7 @@ from pipeline.retrieval.whitening import (
 from train_specialized_embeddings.training.collapse import has_collapsed
 from train_specialized_embeddings.training.coordinates import make_coordinates
 from train_specialized_embeddings.training.starts import Baselines, make_projector
-from train_specialized_embeddings.training.trainer import rate_factor
+from train_specialized_embeddings.training.trainer import Trainer, rate_factor
 from train_specialized_embeddings.training.validation import (
     choose_validation_set,
     format_table,
@@ -300,6 +300,23 @@ def test_a_run_without_any_triplet_says_what_to_lower(workspace: Path) -> None:
 def test_a_loss_that_is_no_number_ends_the_run(workspace: Path) -> None:
     with pytest.raises(PipelineError, match=r"training diverged .*: lower \[training\].learning_rate"):
         run(workspace, "training.learning_rate=1e30", "training.shortcut_learning_rate=1e30")
+
+
+def test_a_gpu_too_small_for_a_step_is_one_line_and_the_run_goes_on_elsewhere(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(trainer: Trainer, *_: Any) -> None:
+        if trainer.epoch == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return take_step(trainer, *_)
+
+    take_step = Trainer._take_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_take_step", refuse)
+        with pytest.raises(PipelineError, match=r"the GPU cannot hold training with .*batch_size = \d+: .*set to cpu"):
+            run(workspace)
+    run(workspace, "infrastructure.device=cpu")
+    assert [line["epoch"] for line in read_metrics(workspace)][:2] == [0, 1]
 
 
 def test_two_training_images_of_two_buildings_are_enough(workspace: Path) -> None:

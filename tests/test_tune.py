@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_data import SETTINGS, fill_workspace
 from training_data import run as train
 
@@ -141,6 +142,18 @@ def test_two_workers_share_one_study(workspace: Path) -> None:
     assert len({tuple(row[name] for name in SPACE) for row in rows}) == len(rows)
 
 
+def test_workers_share_the_gpus_unless_they_are_to_compute_on_the_cpu(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train_specialized_embeddings.tuning import study
+
+    shared: list[tuple[int, int]] = []
+    monkeypatch.setattr(study, "share_gpus", lambda number, count: shared.append((number, count)))
+    search(workspace, 1)
+    search(workspace, 2, "infrastructure.device=cpu")
+    assert shared == [(0, 1)]
+
+
 def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from train_specialized_embeddings.tuning import study
 
@@ -151,7 +164,7 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
     def make_run(*arguments: Any, **named: Any) -> Any:
         runs.append(real(*arguments, **named))
         if len(runs) == 2:
-            raise PipelineError("training diverged")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         if len(runs) > 2:
             for projector in (runs[-1].trainer.projector, runs[-1].trainer.average):
                 projector.shortcut.weight.data.fill_(1.0)  # all images coincide

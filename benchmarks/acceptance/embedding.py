@@ -36,6 +36,7 @@ from pipeline.inference.devices import full_precision
 from pipeline.inference.engine import embed_stream, use_one_thread
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.pixels import decode_pixels, to_pixels
+from pipeline.inference.precision import MODES
 from pipeline.inference.preprocessing import DeviceProcessor
 from pipeline.inference.workers import map_in_order
 from pipeline.log import EngineWatch
@@ -72,10 +73,10 @@ class Backbone:
             run_stage(process_tar, self.config_path)
         free_memory()
 
-    def load(self, **settings: Any) -> Embedder:
-        """Load the model as stage 2 does, with other settings of `[embedding_model]`."""
+    def load(self, mode: str | None = None, **settings: Any) -> Embedder:
+        """Load the model as stage 2 does, in a mode of `precision`, with other settings of `[embedding_model]`."""
         overrides = [f"embedding_model.{key}={json.dumps(value)}" for key, value in settings.items()]
-        embedder = generate_embeddings.load_embedder(self.folder, load_config(self.config_path, overrides))
+        embedder = generate_embeddings.load_embedder(self.folder, load_config(self.config_path, overrides), mode)
         if self.findings.is_toy:  # the CPU does what is left to a GPU
             embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
         return embedder
@@ -230,12 +231,12 @@ def measure_largest(findings: Findings) -> None:
         measured = measure(backbone, expected)
         findings.aim("ViT-7B from tar to parquet, img/s", measured.rate, at_least=205)
         findings.aim("ViT-7B, share of the model alone", measured.rate / measured.alone, at_least=SHARE_OF_LIMIT)
-    for dtype in ("bfloat16", "float32"):
+    for mode in MODES:
         free_memory()
-        with findings.part(f"fidelity of {dtype}"):
-            embedder = backbone.load(dtype=dtype, compile=False, batch_size=8)
+        with findings.part(f"fidelity of {mode}"):
+            embedder = backbone.load(mode, compile=False, batch_size=8)
             found = cosines(embedder.embed([embedder.decode(data) for data in backbone.pictures]), expected)
-            findings.note(**{f"cosine_in_{dtype}": {"least": found.min(), "median": np.median(found)}})
+            findings.note(**{f"cosine_in_{mode}": {"least": found.min(), "median": np.median(found)}})
             del embedder
 
 

@@ -132,14 +132,14 @@ class TiledEngine:
         found = []
         # One buffer for all tiles: fresh pages for each cost a CPU more than the product.
         size = 0 if is_dense else min(rows, len(queries)) * min(self._tile[1], num_points)
-        self._buffer = torch.empty(size, dtype=self._dtype, device=queries.device)
+        buffer = torch.empty(size, dtype=self._dtype, device=queries.device)
         with full_precision():
             for start in range(0, len(queries), rows):
                 block = self._extend(queries[start : start + rows]), query_codes[start : start + rows]
                 if is_dense:
                     found.append(self._search_dense(*block, num_candidates))
                 else:
-                    found.append(self._search_tiles(*block, num_candidates, sample_rank))
+                    found.append(self._search_tiles(*block, num_candidates, sample_rank, buffer))
         candidates, limits = (torch.cat(parts) for parts in zip(*found, strict=True))
         squared = limits.double() + queries.double().square().sum(dim=1)
         return candidates, bound_unseen(squared, queries, self._dtype)
@@ -161,14 +161,19 @@ class TiledEngine:
         return _pad(places, num_candidates), limits
 
     def _search_tiles(
-        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int, sample_rank: int
+        self,
+        queries: torch.Tensor,
+        query_codes: torch.Tensor,
+        num_candidates: int,
+        sample_rank: int,
+        buffer: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return candidates (Q, m) and the score that all others reach, from what lies below a guessed threshold."""
         thresholds = self._guess_thresholds(queries, query_codes, sample_rank)  # (Q, 1)
         hits = []
         for start in range(0, len(self._points), self._tile[1]):
             tile = slice(start, min(start + self._tile[1], len(self._points)))
-            scores = self._buffer[: len(queries) * (tile.stop - start)].view(len(queries), -1)
+            scores = buffer[: len(queries) * (tile.stop - start)].view(len(queries), -1)
             torch.mm(queries, self._points[tile].T, out=scores)
             rows, columns, values = _find_below(scores, thresholds)
             hits.append((rows, columns + start, values))

@@ -18,6 +18,7 @@ from difficulty_metadata.neighbor_search.engines import (
 from difficulty_metadata.neighbor_search.exclusion import Exclusion
 from pipeline.errors import one_line
 from pipeline.inference.compilation import COMPILE_ERRORS
+from pipeline.inference.devices import halve_until_it_fits
 from pipeline.log import logger
 
 # Asked for beyond the neighbours wanted, for what turns out to be of the own building, or too near on the ground.
@@ -26,6 +27,8 @@ SPARE_CANDIDATES = 32
 _GROWTH = 4
 # Anchors searched at a time: on a GPU enough to keep every multiprocessor busy.
 _BLOCK_ANCHORS = {"cpu": 4_096, "cuda": 65_536}
+# To which that is halved where a GPU's memory runs out: a tile of float64 then takes 0.5 GB.
+LEAST_BLOCK_ANCHORS = 1_024
 # Points from which on a GPU's fused kernel is used; below, its preparation costs as much as the tiles.
 _MIN_TRITON_POINTS = 65_536
 # Ampere, the oldest that Triton compiles the kernels for.
@@ -139,6 +142,7 @@ class NeighborSearch:
         self._exclusion = exclusion
         self._groups = group_points(points, building_codes)
         self.device = device if self.backend == "torch" else torch.device("cpu")
+        self._block_anchors = _BLOCK_ANCHORS[self.device.type]
         self._points = torch.from_numpy(self._groups.points).to(self.device)
         self._point_codes = torch.from_numpy(self._groups.codes).to(self.device)
         sizes = np.diff(self._groups.starts)
@@ -201,12 +205,19 @@ class NeighborSearch:
         rows = np.empty((len(anchors), self._num_neighbors), dtype=np.int64)
         distances = np.empty(rows.shape, dtype=np.float32)
         order = np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")
-        step = _BLOCK_ANCHORS[self.device.type]
-        for start in range(0, len(anchors), step):
-            block = order[start : start + step]
-            found, squared = self._find_block(anchors[block])
+        done = 0
+        while done < len(anchors):
+
+            def search(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+                return self._find_block(anchors[order[done : done + count]])  # noqa: B023 (called at once)
+
+            self._block_anchors, (found, squared) = halve_until_it_fits(
+                search, self._block_anchors, LEAST_BLOCK_ANCHORS, "the search"
+            )
+            block = order[done : done + self._block_anchors]
             rows[block], distances[block] = found.cpu().numpy(), squared.sqrt().float().cpu().numpy()
             report(len(block))
+            done += len(block)
         return rows, distances
 
     def _find_block(self, anchors: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -168,7 +168,7 @@ def _project(path: Path, features: Features, config: Config, split_hash: str | N
     if trained_on != split_hash:
         why = "on another split" if trained_on else "on a split that it does not name"
         notes.append(f"Mind: {path.name} was trained {why}: it may have seen images of this test split.")
-    return Model(path, project(build_projector(checkpoint).to(device), features.embeddings, device)), notes
+    return Model(path, project(build_projector(checkpoint), features.embeddings, device)), notes
 
 
 def _match_split(features: Features, ids: pa.StringArray, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

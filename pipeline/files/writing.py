@@ -121,6 +121,33 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def write_json_once(path: Path, content: Any) -> None:
+    """Write JSON in one piece where nothing has the name; of several processes the first writes it, and it stays.
+
+    Raises PipelineError where the disk is full or the folder cannot be written.
+    """
+    temporary = temporary_path(path)
+    try:
+        with _naming(path), contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            sync_file(temporary)
+            put_if_absent(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def put_if_absent(temporary: Path, path: Path) -> None:
+    """Give a file a name unless it is taken, which raises FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        temporary.replace(path)
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return what a JSON file says, empty where it is missing, damaged or no object: for what one can do without."""
     try:

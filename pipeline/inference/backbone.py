@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from pipeline.config import count_cores
-from pipeline.errors import InputError, PipelineError, one_line
+from pipeline.errors import DeviceMemoryError, InputError, PipelineError, one_line
 from pipeline.inference.compilation import COMPILE_ERRORS, compile_blocks, uncompile
 from pipeline.inference.devices import (
     choose_device,
     describe_device,
-    forbid_tf32,
+    full_precision,
     is_convolutional,
     keep_freed_memory,
     place,
@@ -24,8 +25,9 @@ from pipeline.inference.devices import (
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.loading import find_vision_config, load_model
 from pipeline.inference.passes import Launched, Staged, fetch, find_batch_size, stack_by_size, timer
-from pipeline.inference.pixels import decode_pixels, measure_decoding, travels_whole
+from pipeline.inference.pixels import decode_pixels, describe_ceiling, measure_decoding, travels_whole
 from pipeline.inference.pooling import PoolingError, embed_views
+from pipeline.inference.precision import MODES
 from pipeline.inference.preprocessing import (
     cut_ribbon,
     draw_picture,
@@ -51,8 +53,6 @@ PASSES_BEFORE_RETRY = 256
 PINNED_BYTES = 32 << 20
 # How far two embeddings of one picture may lie apart, as a share of their length: a cosine of 0.9995.
 REPEAT_TOLERANCE = 0.03
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What `decode` makes of a file: the model's input (3, h, w) float32, or what the GPU shall make it of, pixels
 # (3, H, W) uint8.
@@ -83,15 +83,18 @@ class Embedder:
         """Load model and processor from a local folder, and embed a drawn picture twice.
 
         `image_size` is the side of the model's input, None for the processor's own; for `scales` and `flip` see
-        `embed_views`. Raises InputError if model or processor cannot be loaded, weights are missing, or the model
-        cannot do what is asked for.
+        `embed_views`. `dtype` is one of MODES; auto is bfloat16 on a GPU, not measured, and float32 on a CPU.
+        Raises InputError if model or processor cannot be loaded, weights are missing, or the model cannot do what is
+        asked for.
         """
         self.device = choose_device(device)
         self.on_gpu = self.device.type == "cuda"
         if not self.on_gpu:
             keep_freed_memory()
         self.pooling_type, self.scales, self.flip = pooling_type, tuple(scales), flip
-        self.dtype = _DTYPES[dtype] if dtype != "auto" else _default_dtype(self.device)
+        mode = dtype if dtype != "auto" else default_mode(self.device)
+        self.mode = MODES[mode]
+        self.dtype: torch.dtype = getattr(torch, self.mode.weights)
         transformers_logging.disable_progress_bar()
         find_vision_config(folder, trust_remote_code)  # what takes no pictures has no image processor to look for
         self.processor = load_processor(folder, trust_remote_code, image_size)
@@ -103,8 +106,6 @@ class Embedder:
             )
         # Of a high priority: the little that is done there would else wait behind a whole pass.
         self._side = torch.cuda.Stream(priority=-1) if self.on_gpu else None
-        if self.dtype == torch.float32:
-            forbid_tf32()
         self.model = place(load_model(folder, self.dtype, pooling_type, trust_remote_code), self.device).eval()
         # Twice as fast for convolutions, the same values; on a CPU also what little of them a ViT has.
         convolves = not self.on_gpu or is_convolutional(self.model)
@@ -127,7 +128,7 @@ class Embedder:
             self._compile()
         logger.info(
             "model %s: %s, %s, %s, attention %s, %d images a pass",
-            folder.name, type(self.model).__name__, describe_device(self.device), self.dtype,
+            folder.name, type(self.model).__name__, describe_device(self.device), mode,
             getattr(self.model.config, "_attn_implementation", None) or "none", self.micro_batch,
         )  # fmt: skip
 
@@ -268,7 +269,10 @@ class Embedder:
 
     def _extract(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the features (B, D) float32 of the model's inputs, over all views of them."""
-        return embed_views(self.model, inputs, self.pooling_type, self.scales, self.flip)[0]
+        # Without its cache, which would hold a second copy of the weights.
+        autocast = torch.autocast(self.device.type, torch.bfloat16, self.mode.autocast, cache_enabled=False)
+        with autocast, full_precision(tf32=self.mode.tf32) if self.on_gpu else nullcontext():
+            return embed_views(self.model, inputs, self.pooling_type, self.scales, self.flip)[0]
 
     def _forward(self, batch: torch.Tensor, launched: Launched) -> None:
         """Start one pass, in halves where the GPU's memory does not hold it."""
@@ -285,7 +289,7 @@ class Embedder:
                 return
         except torch.cuda.OutOfMemoryError:
             if count == 1:
-                raise PipelineError("the GPU cannot hold the model and one image: use a larger one") from None
+                raise DeviceMemoryError("the GPU cannot hold the model and one image: use a larger one") from None
         torch.cuda.empty_cache()
         self._shrink(count // 2)
         for half in batch[:count].split(self.micro_batch):
@@ -336,11 +340,8 @@ class Embedder:
             except torch.cuda.OutOfMemoryError:
                 rate = 0.0  # the passes will be halved
         torch.cuda.empty_cache()
-        ceiling = count_cores() * measure_decoding(draw_picture((640, 640)))
-        logger.info(
-            "the model alone does %.0f img/s in passes of %d; %d cores decode at most %.0f img/s of 640 pixels",
-            rate, self.micro_batch, count_cores(), ceiling,
-        )  # fmt: skip
+        ceiling = describe_ceiling(count_cores(), measure_decoding(draw_picture((640, 640))), rate)
+        logger.info("the model alone does %.0f img/s in passes of %d; %s", rate, self.micro_batch, ceiling)
 
     def _measure_rate(self, count: int, shape: torch.Size) -> float:
         """Return the images/s of the model alone, not compiled, in passes of `count` inputs of `shape`."""
@@ -359,9 +360,9 @@ class Embedder:
             torch.cuda.synchronize()
 
 
-def _default_dtype(device: torch.device) -> torch.dtype:
+def default_mode(device: torch.device) -> str:
     """bfloat16 where the chip is made for it; never float16, which breaks DINOv3."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def check_embeddings(embeddings: NDArray[np.float32], names: Sequence[str], width: int | None = None) -> None:

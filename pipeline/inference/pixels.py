@@ -1,13 +1,14 @@
 """Encoded images in, uint8 pixels as torch takes them out."""
 
 import io
+import math
 import time
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.inference.images import decode_rgb, load_rgb, open_image
+from pipeline.inference.images import MAX_PIXELS, decode_rgb, load_rgb, open_image, read_plain_header
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -23,6 +24,9 @@ MAX_DEVICE_PIXELS = 1 << 20
 MAX_DEVICE_RATIO = 8
 # Of which the fastest counts.
 TIMED_DECODES = 5
+# The share of what a picture's reading and decoding costs that holds Python's lock, at most: measured on the processor
+# seconds of stage 2's engine without a model, by benchmarks/decoding.py.
+LOCK_SHARE = 0.15
 
 
 def decode_pixels(data: bytes) -> torch.Tensor:
@@ -32,14 +36,16 @@ def decode_pixels(data: bytes) -> torch.Tensor:
     the time and less of the interpreter lock. What it does not take, Pillow judges.
     Raises Rejection as `decode_rgb` does.
     """
-    image = open_image(data)
-    if decode_jpeg is not None and image.format == "JPEG" and image.mode in _MODES:
-        try:
-            pixels: torch.Tensor = decode_jpeg(_to_bytes(data), mode=ImageReadMode.RGB)
-            return pixels
-        except RuntimeError:
-            return to_pixels(decode_rgb(data))
-    return to_pixels(load_rgb(image))
+    size = read_plain_header(data) if decode_jpeg is not None else None
+    if size is None or not 0 < size[0] * size[1] <= MAX_PIXELS:
+        image = open_image(data)
+        if decode_jpeg is None or image.format != "JPEG" or image.mode not in _MODES:
+            return to_pixels(load_rgb(image))
+    try:
+        pixels: torch.Tensor = decode_jpeg(_to_bytes(data), mode=ImageReadMode.RGB)
+        return pixels
+    except RuntimeError:
+        return to_pixels(decode_rgb(data))
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -57,6 +63,21 @@ def measure_decoding(picture: Image.Image) -> float:
         decode_pixels(file.getvalue())
         seconds.append(time.perf_counter() - started)
     return 1 / min(seconds)
+
+
+def describe_ceiling(num_cores: int, decode_rate: float, model_rate: float) -> str:
+    """Say how many images/s threads on so many cores decode at most, and what to do where the model alone does more.
+
+    `decode_rate` is one thread's. Python's lock, which one thread holds at a time, bounds how many are sure to help.
+    """
+    most, sure = num_cores * decode_rate, min(num_cores, 1 / LOCK_SHARE) * decode_rate
+    text = f"{num_cores} cores decode at most {most:.0f} img/s of 640 pixels"
+    if most < model_rate:
+        text += ", which binds: more cores a GPU do more"
+    if sure < min(most, model_rate):
+        count = math.ceil(num_cores * LOCK_SHARE)
+        text += f"; one process is sure of {sure:.0f}, {count} a GPU (--processes) of all that the cores do"
+    return text
 
 
 def travels_whole(height: int, width: int) -> bool:

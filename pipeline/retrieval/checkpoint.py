@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files import writing
+from pipeline.inference.devices import needing_memory
 from pipeline.retrieval.bare_weights import StateDict, read_bare_weights
 from pipeline.retrieval.projector import Projector
 
@@ -100,15 +101,20 @@ def build_projector(checkpoint: Checkpoint) -> Projector:
 
 
 def project(projector: Projector, embeddings: NDArray[np.float32], device: torch.device) -> NDArray[np.float32]:
-    """Return the projector's output (N, output_dim) for backbone embeddings (N, D), in evaluation mode, in blocks."""
+    """Return the projector's output (N, output_dim) for backbone embeddings (N, D), in evaluation mode, in blocks.
+
+    The projector goes to the device. Raises DeviceMemoryError where that cannot hold it and a block.
+    """
     was_training = projector.training
     projector.eval()
-    with torch.inference_mode():
-        blocks = [
-            # A copy: torch warns of rows that are mapped from disk and cannot be written to.
-            projector(torch.from_numpy(np.array(embeddings[start : start + BLOCK_ROWS])).to(device)).cpu()
-            for start in range(0, len(embeddings), BLOCK_ROWS)
-        ]
+    with needing_memory("the projector and a block of images", "or set [infrastructure].device to cpu"):
+        projector.to(device)
+        with torch.inference_mode():
+            blocks = [
+                # A copy: torch warns of rows that are mapped from disk and cannot be written to.
+                projector(torch.from_numpy(np.array(embeddings[start : start + BLOCK_ROWS])).to(device)).cpu()
+                for start in range(0, len(embeddings), BLOCK_ROWS)
+            ]
     projector.train(was_training)
     return torch.cat(blocks).numpy()
 

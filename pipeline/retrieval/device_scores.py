@@ -16,9 +16,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from pipeline.errors import PipelineError
-from pipeline.inference.devices import full_precision
-from pipeline.log import logger
+from pipeline.inference.devices import full_precision, halve_until_it_fits, needing_memory
 from pipeline.retrieval.scores import TIE_TOLERANCE, Codes
 
 # Rows and columns of a tile: on a CPU one of 4 MB stays in the cache, on a GPU it takes 1 GiB and its mask a quarter.
@@ -53,22 +51,20 @@ def rank_positives(
     Rows of buildings that `ignored` (M, 2), in both directions, pairs with the query's are no candidates. Where
     panoramas (N,) are given, a second result is without the candidates of the query's own, positives too. Products are
     in float32; a negative that ties with a positive counts as nearer. `progress` hears of queries that are done.
-    Raises PipelineError where the GPU's memory does not suffice.
+    Raises DeviceMemoryError where the GPU's memory does not suffice.
     """
     rows = min(BLOCK_ROWS[device.type], max(1024, 2 ** (len(embeddings) - 1).bit_length()))
-    while True:
-        try:
-            with full_precision():
-                return _Ranking(embeddings, building_codes, ignored, panorama_codes, device, rows).run(progress)
-        except torch.cuda.OutOfMemoryError:
-            if rows <= 1024:
-                raise PipelineError(
-                    f"scores: {embeddings.nbytes / 1e9:.1f} GB of embeddings and a tile of them do not fit the GPU's "
-                    "memory: free it of other processes, or set [infrastructure].device to cpu"
-                ) from None
-        rows //= 2
-        torch.cuda.empty_cache()
-        logger.warning("scores: the GPU's memory ran out: searching again by tiles of %d rows", rows)
+
+    def rank(block_rows: int) -> list[Ranked]:
+        with full_precision():
+            ranking = _Ranking(embeddings, building_codes, ignored, panorama_codes, device, block_rows)
+            return ranking.run(progress)
+
+    with needing_memory(
+        f"{embeddings.nbytes / 1e9:.1f} GB of embeddings and a tile of their scores",
+        "or set [infrastructure].device to cpu",
+    ):
+        return halve_until_it_fits(rank, rows, 1024, "scores")[1]
 
 
 class _Ranking:

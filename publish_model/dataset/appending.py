@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -14,17 +13,19 @@ import pyarrow as pa
 
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files.tables import make_provenance
-from pipeline.files.writing import sync_file, temporary_path, write_failure, write_json
+from pipeline.files.writing import put_if_absent, sync_file, temporary_path, write_failure, write_json
+from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import logger
 from publish_model.dataset import set_aside
 from publish_model.dataset.deletions import DeletionOrder, read_order, without_ids, write_order
 from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord, count_rows, make_recipe, plan_parts
 from publish_model.dataset.parts import STAGE, list_part_files, read_part, write_part
 from publish_model.new_data.embed_options import EmbedOptions
-from publish_model.new_data.packaged_input import PackagedInput, read_batches
+from publish_model.new_data.packaged_input import PackagedInput, list_pictures, read_batches
 from publish_model.new_data.published_model import PublishedModel
 
 if TYPE_CHECKING:
+    from pipeline.inference.backbone import Embedder
     from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 
 # Float32 hardly gets smaller when it is compressed.
@@ -53,14 +54,18 @@ class Appending:
         self._next_state = time.monotonic() + STATE_INTERVAL_SECONDS
         self._known: dict[str, tuple[tuple[int, ...], PartRecord | None]] = {}
         begun = None if options.overwrite else dataset.find_begun()
-        precision = choose_precision(options, begun)
-        self.recipe = make_recipe(source, precision, model.name_version(precision))
+        self._precision = find_precision(options, begun, source, model)
+        mode = self._precision.mode
+        self.recipe = make_recipe(source, mode, model.name_version(mode))
         if begun is not None:
             self.recipe.check(begun, dataset.folder)
         self._order = read_order(dataset.folder)
         if self._order is not None and not self._order.done and not options.overwrite:
             raise PipelineError(f"{dataset.folder}: a deletion of ids was interrupted: run delete_ids.py again first")
-        self._identity = {"input_path": str(source.path), "model_id": model.model_id, **asdict(self.recipe)}
+        self._identity = {
+            "input_path": str(source.path), "model_id": model.model_id,
+            **asdict(self.recipe), **self._precision.fidelity,
+        }  # fmt: skip
         row_groups = set(options.shard.take(list(range(len(source.row_group_rows)))))
         self._own = {plan.name: plan for plan in plans if plan.row_group in row_groups}
         self.records = {} if options.overwrite else self.find_parts(self._own)
@@ -169,6 +174,7 @@ class Appending:
         inputs = [{key: recipe.pop(key) for key in ("input_size", "input_schema", "row_group_fingerprint")}]
         return {
             **make_provenance(STAGE, inputs, recipe),
+            **self._precision.fidelity,
             "embedding_version": self.recipe.embedding_version,
             "part": asdict(plan),
         }
@@ -233,7 +239,7 @@ class Appending:
             if path.exists() and self.dataset.state is None:
                 temporary.replace(path)
             else:
-                _put_if_absent(temporary, path)
+                put_if_absent(temporary, path)
         except FileExistsError:
             return self.dataset.state or state
         except OSError as error:
@@ -244,14 +250,24 @@ class Appending:
         return state
 
 
-def choose_precision(options: EmbedOptions, begun: dict[str, Any] | None) -> str:
-    """Return the type to compute in: as asked for, else as the dataset was begun, else what suits the device."""
-    precision = options.dtype if options.dtype != "auto" else (begun or {}).get("precision")
-    if precision is None:
-        from pipeline.inference.devices import choose_device  # only this needs torch
+def find_precision(
+    options: EmbedOptions, begun: dict[str, Any] | None, source: PackagedInput, model: PublishedModel
+) -> Precision:
+    """Return what to compute in: as asked for, else as the dataset was begun, else what suits device and model.
 
-        precision = "bfloat16" if choose_device(options.device).type == "cuda" else "float32"
-    return precision
+    It is measured on the first pictures of the input, whichever of them are this process's to embed.
+    """
+    if options.dtype == "auto" and begun is not None and "precision" in begun:
+        return Precision(begun["precision"], **begun.get("fidelity", {}))
+
+    def load(mode: str) -> "Embedder":
+        from pipeline.inference.backbone import Embedder
+
+        return Embedder(
+            model.prepare(), device=options.device, dtype=mode, batch_size=NUM_PICTURES, trust_remote_code=True
+        )
+
+    return settle_precision(options.dtype, options.device, load, lambda: list_pictures(source))
 
 
 def find_work(
@@ -265,13 +281,3 @@ def find_work(
         if rows and (record is None or record.counts["in"] < rows):
             work.setdefault(plan.row_group, []).append(plan)
     return work
-
-
-def _put_if_absent(temporary: Path, path: Path) -> None:
-    """Give a file a name unless it is taken, which raises FileExistsError."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        temporary.replace(path)

@@ -75,11 +75,11 @@ class EmbeddingsDataset:
             return state
         for name in list_part_files(self.folder):
             try:
-                recipe = read_part(self.path_of(name)).recipe
+                part = read_part(self.path_of(name))
             except DamagedError:
                 continue
             logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
-            return recipe
+            return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
         if set_aside.is_foreign_state(self.state_path):
             raise foreign(self.state_path)
         return None

@@ -76,7 +76,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs (auto)")
     add(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="what the model computes in (auto: as the dataset was begun, else bfloat16 on CUDA, float32 on CPU)",
+        help="what the model computes in (auto: as the dataset was begun; else float32 on CPU, on CUDA\n"
+        "bfloat16 if that comes near float32 on the first pictures)",
     )  # fmt: skip
     add("--limit", type=whole_number, metavar="N", help="embed the first N rows of the input only")
     add("--no-filter-valid", action="store_false", dest="filter_valid", help="embed rows with is_valid false too")

@@ -222,6 +222,14 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
         yield held
 
 
+def list_pictures(source: PackagedInput) -> Iterator[bytes]:
+    """Yield the encoded pictures that are to be embedded, from the first one on."""
+    for row_group in range(len(source.row_group_rows)):
+        for table in read_batches(source, row_group):
+            images = table.column(IMAGE_COLUMN)
+            yield from (data for row in source.wanted_rows(table) if (data := images[int(row)].as_py()))
+
+
 def _check_text(path: Path, table: pa.Table) -> None:
     for name in table.column_names:
         if name != IMAGE_COLUMN:

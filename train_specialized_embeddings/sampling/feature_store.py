@@ -4,13 +4,14 @@ import mmap
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.inference.devices import measure_free_memory
 from pipeline.inference.workers import prefetch
 from pipeline.log import logger
 
@@ -39,11 +40,11 @@ class FeatureStore:
         self.device, self._rows = device, embeddings
         self._table: torch.Tensor | None = None
         if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            fits = 2 * embeddings.size + _RESERVED_BYTES <= free
+            fits = 2 * embeddings.size + _RESERVED_BYTES <= measure_free_memory()
             if fits if resident is None else resident:
-                self._table = self._upload()
-            else:
+                with suppress(torch.cuda.OutOfMemoryError):  # other processes take their part meanwhile
+                    self._table = self._upload()
+            if self._table is None:
                 logger.info("the features do not fit on the GPU: they are gathered batch by batch")
         if self._table is None and isinstance(embeddings.base, mmap.mmap):
             # Rows are scattered: reading ahead around each would only fill the memory with others.

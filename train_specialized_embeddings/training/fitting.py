@@ -1,6 +1,6 @@
 """Fit a projector to a training split: check the data, start from a closed form or a killed run, and train."""
 
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from pipeline.config import Config, LoggingSection
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables
-from pipeline.inference.devices import choose_device, describe_device
+from pipeline.inference.devices import choose_device, describe_device, needing_memory
 from pipeline.log import Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, load_checkpoint
 from pipeline.retrieval.features import Features, load_features, sample_buildings
@@ -47,7 +47,7 @@ def fit(
     settings, PipelineError where training diverges.
     """
     saved = load_latest(files, provenance)
-    with closing(MetricSinks(config.logging, files.folder, provenance)) as sinks:
+    with closing(MetricSinks(config.logging, files.folder, provenance)) as sinks, training_within_memory(config):
         material = read_material(config, inputs, watch)
         torch.manual_seed(config.global_.seed)
         with watch.measure("start"):
@@ -63,6 +63,17 @@ def fit(
             run.resume(saved)
         run.complete()
     return counts
+
+
+def training_within_memory(config: Config) -> AbstractContextManager[None]:
+    """Say what to do where the GPU's memory does not hold the images' tables or a step's batch; see `needing_memory`.
+
+    A smaller batch is not tried: it would train otherwise.
+    """
+    return needing_memory(
+        f"training with [training].batch_size = {config.training.batch_size}",
+        "lower that and begin anew (--overwrite), or go on with [infrastructure].device set to cpu",
+    )
 
 
 def store_coordinates(material: Material, coordinates: Coordinates, folder: Path | None = None) -> FeatureStore:

@@ -16,8 +16,14 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.files import tables
 from pipeline.files.writing import discard_replaced, replacing
+from pipeline.inference.devices import share_gpus
 from pipeline.log import Progress, Stopwatch, logger, logging_to
-from train_specialized_embeddings.training.fitting import make_run, read_material, store_coordinates
+from train_specialized_embeddings.training.fitting import (
+    make_run,
+    read_material,
+    store_coordinates,
+    training_within_memory,
+)
 from train_specialized_embeddings.training.starts import fit_baselines
 from train_specialized_embeddings.tuning import search_space
 from train_specialized_embeddings.tuning.tuning_report import write_report
@@ -66,7 +72,7 @@ def run_trials(
         helpers = [start(target=_help, args=(*work, number), daemon=True) for number in range(1, options.num_workers)]
         for helper in helpers:
             helper.start()
-        _work(study, config, inputs, options, result.watch)
+        _work(study, config, inputs, options, result.watch, 0)
         for helper in helpers:
             helper.join()
         result.written += write_report(folder, study)
@@ -124,11 +130,18 @@ def _help(*work: Any) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with logging_to(config.log_dir / f"tune.{number}.log", config.logging.level):
         study = open_study(config, options, folder, provenance)
-        _work(study, config, inputs, options, Stopwatch())
+        _work(study, config, inputs, options, Stopwatch(), number)
 
 
-def _work(study: optuna.Study, config: Config, inputs: dict[str, Path], options: Any, watch: Stopwatch) -> None:
-    """Run trials until the study has enough; with W workers it may get W - 1 more."""
+def _work(  # noqa: PLR0917
+    study: optuna.Study, config: Config, inputs: dict[str, Path], options: Any, watch: Stopwatch, number: int
+) -> None:
+    """Run trials until the study has enough; with W workers it may get W - 1 more.
+
+    Workers share the GPUs, each with its part of the memory, so that a large trial fails and not its neighbour.
+    """
+    if config.infrastructure.device != "cpu":
+        share_gpus(number, options.num_workers)
     objective = Objective(config, inputs, watch, options.sample_buildings)
     parent = multiprocessing.parent_process()
     while _count_finished(study) < options.num_trials and (parent is None or parent.is_alive()):
@@ -165,9 +178,13 @@ class Objective:
     def __call__(self, trial: optuna.Trial) -> float:
         """Train with the trial's settings, an epoch at a time, and give up where the others were better.
 
-        Raises PipelineError where training diverges, TrialPruned where it is given up.
+        Raises PipelineError where training diverges or the GPU cannot hold it, TrialPruned where it is given up.
         """
         config = search_space.apply(self.config, search_space.suggest(trial))
+        with training_within_memory(config):
+            return self._train(config, trial)
+
+    def _train(self, config: Config, trial: optuna.Trial) -> float:
         material, seed = self.material, config.global_.seed
         torch.manual_seed(seed)
         material.sampler.seed(seed)

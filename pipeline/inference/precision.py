@@ -1,0 +1,202 @@
+"""Choose what a backbone computes in on a GPU, by how near its embeddings then come to those of float32.
+
+Without importing torch: what a run computes in is also read where nothing is computed any more.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DeviceMemoryError, InputError, Rejection
+from pipeline.files.writing import read_json_object, write_json_once
+from pipeline.inference.images import check_image
+from pipeline.log import logger
+
+if TYPE_CHECKING:
+    from pipeline.inference.backbone import Embedder
+
+# The contract's for bfloat16.
+LEAST_COSINE = 0.999
+NUM_PICTURES = 16
+
+
+@dataclass(frozen=True)
+class Mode:
+    """In which type the weights lie, and whether products are rounded further than that."""
+
+    weights: str
+    autocast: bool = False  # products in bfloat16; between the blocks everything stays float32
+    tf32: bool = False  # products with 10 bits of mantissa instead of 23
+
+
+# The fastest first.
+MODES = {
+    "bfloat16": Mode("bfloat16"),
+    "bfloat16_autocast": Mode("float32", autocast=True),
+    "tf32": Mode("float32", tf32=True),
+    "float32": Mode("float32"),
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The mode that a run computes in, and the `least` and `median` cosine to float32 of each that was tried.
+
+    `pictures` were tried; without any cosines the GPU could not hold the model in float32.
+    """
+
+    mode: str
+    cosines: dict[str, dict[str, float]] = field(default_factory=dict)
+    pictures: int = 0
+
+    @property
+    def fidelity(self) -> dict[str, Any]:
+        """What a provenance says of it under that name, nothing where nothing was measured.
+
+        It describes the numbers, and is no setting that they depend on.
+        """
+        return {"fidelity": {"pictures": self.pictures, "cosines": self.cosines}} if self.pictures else {}
+
+
+def settle_precision(
+    dtype: str,
+    device: str,
+    load: Callable[[str], "Embedder"],
+    pictures: Callable[[], Iterable[bytes]],
+    note: Path | None = None,
+) -> Precision:
+    """Return what to compute in: as asked for, float32 on a CPU, and on a GPU what `choose_precision` finds.
+
+    `load` loads the model in a mode, `pictures` begins the run's encoded pictures; neither is called without need.
+    What is found is kept in the file `note`, for all processes of the run and for every later one.
+    Raises InputError where that file is damaged.
+    """
+    if dtype == "bfloat16":
+        logger.warning("computing in bfloat16, as asked for: how near that comes to float32 is only measured for auto")
+    if dtype != "auto":
+        return Precision(dtype)
+    if not is_measured_on(device):
+        return Precision("float32")
+    if note is None:
+        return choose_precision(load, pictures())
+    return agree_on(note, lambda: choose_precision(load, pictures()))
+
+
+def is_measured_on(device: str) -> bool:
+    """Whether the device is one on which float32 is not computed unasked."""
+    from pipeline.inference.devices import choose_device
+
+    return device != "cpu" and choose_device(device).type == "cuda"
+
+
+def choose_precision(load: Callable[[str], "Embedder"], pictures: Iterable[bytes]) -> Precision:
+    """Return the fastest mode in which the first pictures' embeddings have a cosine of LEAST_COSINE to float32's.
+
+    The model is loaded anew for each mode, once the last one is gone: its weights are never there twice.
+    """
+    chosen = take_readable(pictures)
+    if not chosen:
+        logger.warning("computing in bfloat16, not measured: there is no picture that can be read")
+        return Precision("bfloat16")
+    rates: dict[str, float] = {}
+    cosines: dict[str, dict[str, float]] = {}
+    problem = None
+    try:
+        expected, rates["float32"] = embed_in("float32", load, chosen)
+    except DeviceMemoryError as error:
+        problem = str(error)
+    if problem is not None:  # out here: the exception holds what was loaded
+        release()
+        logger.warning("computing in bfloat16, not measured: in float32, %s", problem)
+        return Precision("bfloat16", pictures=len(chosen))
+    for mode in MODES:  # noqa: B007 (the one that is stopped at is taken)
+        if mode == "float32":
+            break
+        found, rates[mode] = embed_in(mode, load, chosen)
+        cosines[mode] = summarize(measure_cosines(found, expected))
+        least, median = cosines[mode].values()
+        is_near = least >= LEAST_COSINE
+        (logger.info if is_near else logger.warning)(
+            "%s: cosine to float32 %.6f at the least, %.6f in the median of %d pictures%s",
+            mode, least, median, len(chosen), "" if is_near else f": below {LEAST_COSINE}, so not in this",
+        )  # fmt: skip
+        if is_near:
+            break
+    if mode != "bfloat16":
+        logger.warning("computing in %s: %.1f img/s in passes of %d, where bfloat16 does %.1f",
+                       mode, rates[mode], len(chosen), rates["bfloat16"])  # fmt: skip
+    return Precision(mode, cosines, len(chosen))
+
+
+def take_readable(pictures: Iterable[bytes]) -> list[bytes]:
+    """Return the first NUM_PICTURES that can be read."""
+    readable: list[bytes] = []
+    for data in pictures:
+        try:
+            check_image(data)
+        except Rejection:
+            continue
+        readable.append(data)
+        if len(readable) == NUM_PICTURES:
+            break
+    return readable
+
+
+def embed_in(
+    mode: str, load: Callable[[str], "Embedder"], pictures: Sequence[bytes]
+) -> tuple[NDArray[np.float32], float]:
+    """Return the embeddings (N, D) of pictures in a mode, and how many a second; the model is gone afterwards."""
+    embedder = load(mode)
+    decoded = [embedder.decode(data) for data in pictures]
+    embedder.embed(decoded)  # the first time is slower
+    started = time.monotonic()
+    found = embedder.embed(decoded)
+    rate = len(pictures) / (time.monotonic() - started)
+    del embedder, decoded
+    release()
+    return found, rate
+
+
+def release() -> None:
+    """Give the memory of what is not used any more back to the GPU."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure_cosines(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the cosines (N,) between the rows of two matrices, -1 where one is not finite or zero."""
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return np.where(np.isfinite(cosines), cosines, -1.0)
+
+
+def summarize(cosines: NDArray[np.float64]) -> dict[str, float]:
+    """Return the least and the median cosine; the least is rounded down."""
+    return {
+        "least": float(np.floor(cosines.min() * 1e6) / 1e6), "median": round(float(np.median(cosines)), 6),
+    }  # fmt: skip
+
+
+def agree_on(note: Path, choose: Callable[[], Precision]) -> Precision:
+    """Return the precision that a file notes, else what `choose` returns, which is noted there if it was measured.
+
+    Of several processes that choose at once the first decides for all. Raises InputError where the file is damaged.
+    """
+    if not note.exists():
+        chosen = choose()
+        if not chosen.pictures:
+            return chosen
+        write_json_once(note, asdict(chosen))
+    noted = read_json_object(note)
+    if noted.get("mode") not in MODES or noted.keys() != {"mode", "cosines", "pictures"}:
+        raise InputError(f"{note}: does not say what to compute in: remove it, and it is measured again")
+    return Precision(**noted)

@@ -1,0 +1,108 @@
+"""A GPU's memory: what is said where it runs out, what is tried first, and how processes share it.
+
+torch's own answers are put in its place: no GPU is needed.
+"""
+
+import pytest
+import torch
+
+from pipeline.errors import DeviceMemoryError
+from pipeline.inference import devices
+from pipeline.inference.devices import halve_until_it_fits, measure_free_memory, needing_memory, share_gpus
+from pipeline.log import logging_to
+
+GB = 2**30
+
+
+class FakeGpus:
+    """Two GPUs of 80 GB, of the first of which 50 are free once torch has given back what it keeps for later."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.kept = [], 20 * GB
+        monkeypatch.setattr(devices, "_own_share", 1.0)
+        for name in (
+            "is_available", "device_count", "set_device", "set_per_process_memory_fraction", "empty_cache",
+            "mem_get_info", "memory_reserved",
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def is_available(self):
+        return True
+
+    def device_count(self):
+        return 2
+
+    def set_device(self, number):
+        self.calls.append(("device", number))
+
+    def set_per_process_memory_fraction(self, fraction):
+        self.calls.append(("fraction", fraction))
+
+    def empty_cache(self):
+        self.kept = 0
+
+    def memory_reserved(self):
+        return 10 * GB + self.kept
+
+    def mem_get_info(self, device=None):
+        if isinstance(device, torch.device) and device.index is None:
+            raise ValueError("Expected a torch.device with a specified index")  # as torch 2.4 does
+        return 50 * GB - self.kept, 80 * GB
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    return FakeGpus(monkeypatch)
+
+
+def test_the_free_memory_is_that_behind_what_torch_keeps_of_the_device_in_use(gpus):
+    assert measure_free_memory() == 50 * GB
+
+
+def test_a_process_that_shares_its_gpu_may_take_its_part_and_no_more(gpus):
+    share_gpus(2, 6)
+    assert gpus.calls == [("device", 0), ("fraction", pytest.approx(0.3))]
+    assert measure_free_memory() == pytest.approx(0.3 * 80 * GB - 10 * GB, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "gpu", "share"), [(0, 2, 0, 0.9), (1, 2, 1, 0.9), (0, 3, 0, 0.45), (1, 3, 1, 0.9)]
+)
+def test_processes_take_the_gpus_in_turn_and_the_share_is_said(gpus, tmp_path, index, count, gpu, share):
+    with logging_to(tmp_path / "a.log"):
+        share_gpus(index, count)
+    assert gpus.calls == [("device", gpu), ("fraction", pytest.approx(share))]
+    assert f"process {index} of {count}: GPU {gpu}, {share:.2f} of its memory" in (tmp_path / "a.log").read_text()
+
+
+def test_one_process_has_all_of_it(gpus):
+    share_gpus(0, 1)
+    assert gpus.calls == []
+
+
+def test_memory_that_runs_out_is_one_line_with_its_remedy():
+    with pytest.raises(DeviceMemoryError) as caught, needing_memory("a table", "or take a smaller one"):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    assert str(caught.value) == (
+        "the GPU cannot hold a table: end what else runs on it (nvidia-smi), or take a smaller one"
+    )
+    with pytest.raises(ZeroDivisionError), needing_memory("", ""):
+        print(1 / 0)
+
+
+def test_the_size_is_halved_until_it_fits_but_no_further_than_the_least():
+    tried = []
+
+    def compute(size):
+        tried.append(size)
+        if size > fits:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return f"by {size}"
+
+    fits = 30
+    assert halve_until_it_fits(compute, 100, 10, "it") == (25, "by 25")
+    assert tried == [100, 50, 25]
+    fits, tried = 3, []
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        halve_until_it_fits(compute, 100, 10, "it")
+    assert tried == [100, 50, 25, 12, 6]
