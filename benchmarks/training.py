@@ -1,4 +1,4 @@
-"""Measure stage 6 on a CPU: triplets a second beside a plain trainer, peak memory, start-up and validation.
+"""Measure stage 6 on a CPU: triplets a second beside a plain trainer, peak memory, start, start-up, validation.
 
     taskset -c 0,1 python benchmarks/training.py [--widths 384 1024 1280 4096] [--seconds 4] [--output result.json]
 
@@ -36,6 +36,7 @@ from pipeline.log import Progress
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import normalise_rows, score_queries
+from pipeline.retrieval.whitening import INPUT_POWER, collect_scatter, collect_scatters
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.triplets import NUM_BANDS, Neighbors, load_neighbors
@@ -238,6 +239,37 @@ def time_validation(arguments: argparse.Namespace) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started}
 
 
+# ------------------------------------------------------------------------------------------------ the start
+
+
+def time_start(arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of the pass over the table that the start takes, and how far its sums are from float64's.
+
+    Of features with and without negative values: the largest error of a covariance, in the deviations of its two
+    channels, and of an eigenvalue, in the largest one.
+    """
+    drawn = make_features(arguments.images, arguments.width)
+    generator = np.random.default_rng(3)
+    own = generator.standard_normal((len(drawn.building_ids), arguments.width), np.float32)[drawn.building_codes]
+    signed = (drawn.embeddings + own) * np.geomspace(1, 0.01, arguments.width, dtype=np.float32)
+    started, processor_started = time.perf_counter(), time.process_time()
+    collect_scatters(signed, drawn.building_codes, (1.0, INPUT_POWER))
+    found = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor_started}
+    for kind, rows in (("signed", signed), ("positive", np.maximum(signed, 0))):
+        quick, exact = (
+            each.within + each.between
+            for each in (
+                collect_scatter(rows, drawn.building_codes),
+                collect_scatter(rows.astype(np.float64), drawn.building_codes),
+            )
+        )
+        deviations = np.sqrt(np.diag(exact))
+        values = np.linalg.eigvalsh(exact)
+        found[f"{kind}_entry_error"] = float(np.abs((quick - exact) / np.outer(deviations, deviations)).max())
+        found[f"{kind}_eigenvalue_error"] = float(np.abs(np.linalg.eigvalsh(quick) - values).max() / values[-1])
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ cases, table
 
 
@@ -248,6 +280,8 @@ def run_case(arguments: argparse.Namespace) -> dict[str, float]:
             result = time_plain(arguments)
         elif arguments.case == "start-up":
             result = time_start_up(arguments, Path(name))
+        elif arguments.case == "start":
+            result = time_start(arguments)
         elif arguments.case == "validation":
             result = time_validation(arguments)
         else:
@@ -309,6 +343,11 @@ def main() -> None:
             ratio = row["triplets"] / found["plain"]["triplets"]
             print(f"{width:>6}{case:>16}{row['triplets']:>13,.0f}{ratio:>9.1f}{row['images']:>10,.0f}"
                   f"{row['rss_gb']:>8.2f}", file=sys.stderr)  # fmt: skip
+    results["start"] = {}
+    for width in arguments.widths:
+        found = results["start"][width] = spawn_case("start", arguments, width, 4 * width)
+        print(f"start, {4 * width} x {width}:", ", ".join(f"{key} {value:.3g}" for key, value in found.items()),
+              file=sys.stderr)  # fmt: skip
     for case, images in (("start-up", arguments.start_up_images), ("validation", arguments.validation_images)):
         results[case] = {"images": images} | spawn_case(case, arguments, 0, images)
         print(case, ", ".join(f"{key} {value:,.2f}" for key, value in results[case].items()), file=sys.stderr)

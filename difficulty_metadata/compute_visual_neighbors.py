@@ -213,7 +213,7 @@ def merge(
     logger.info("band edges: %s", ", ".join(f"{edge:.4f}" for edge in edges))
     provenance |= {"band_edges": edges, "counts": {"in": len(images), "out": len(images)}}
     rows_at_once = rows_per_block(store.num_neighbors)
-    starts = range(0, len(images), rows_at_once)
+    starts = range(0, store.num_anchors, rows_at_once)
     blocks = zip(starts, store.stream(shard_count, rows_at_once, ("rows", "distances")), strict=True)
 
     def encode(block: tuple[int, tuple[np.ndarray, ...]]) -> pa.Buffer:

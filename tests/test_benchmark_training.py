@@ -61,6 +61,9 @@ def test_every_case_is_measured_beside_the_plain_trainer(
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[:2] for line in lines[1:7]] == [["8", case.split()[0]] for case in training.CASES]
     assert lines[1].split()[3] == "1.0"  # the plain trainer beside itself
+    start = result["start"]["8"]
+    assert start["processor_seconds"] > 0
+    assert start["signed_entry_error"] < 1e-12  # so narrow a table is summed up in float64
 
 
 def test_the_start_up_is_scaled_up_to_the_full_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from difficulty_metadata.neighbor_search import pca
 from difficulty_metadata.neighbor_search.pca import MAX_WIDTH, fit_pca
 from pipeline.errors import InputError
 
@@ -21,15 +22,15 @@ def test_points_are_those_of_a_singular_value_decomposition() -> None:
     values = fingerprints / 255.0
     centred = values - values.mean(axis=0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
-    pca = fit_pca([cut(fingerprints, 300)], 48, 10)
-    points = pca.project(fingerprints)
+    fitted = fit_pca([cut(fingerprints, 300)], 48, 10)
+    points = fitted.project(fingerprints)
     assert points.shape == (700, 10)
     assert points.dtype == np.float32
     expected = centred @ directions[:10].T
     expected *= np.sign((expected * points).sum(axis=0))  # the sign of a component is a convention
     # The mean is kept to 1/256 of a grey level, which shifts all points alike.
     assert np.abs((points - points.mean(axis=0)) - (expected - expected.mean(axis=0))).max() < 2e-6
-    assert pca.explained_variance_ratio == pytest.approx(singular[:10] ** 2 / (singular**2).sum(), rel=1e-9)
+    assert fitted.explained_variance_ratio == pytest.approx(singular[:10] ** 2 / (singular**2).sum(), rel=1e-9)
 
 
 def test_distances_are_those_of_the_unrounded_projection() -> None:
@@ -52,6 +53,17 @@ def test_however_the_rows_are_cut_the_points_are_the_same_bits(size: int) -> Non
     assert (in_sources == in_pieces).all()
 
 
+def test_the_scatter_of_the_largest_bytes_is_that_of_whole_numbers() -> None:
+    fingerprints = np.random.default_rng(3).choice(np.array([0, 1, 254, 255], np.uint8), size=(6_000, 7))
+    fingerprints[:, 0] = 255
+    count, mean, scatter = pca._sum_scatter([cut(fingerprints[:5_000], 4_000), cut(fingerprints[5_000:], 999)], 7)
+    shifted = fingerprints.astype(np.int64) - fingerprints[0]
+    sums = shifted.sum(axis=0).astype(np.float64)
+    assert count == 6_000
+    assert (mean == fingerprints[0] + sums / 6_000).all()
+    assert (scatter == shifted.T @ shifted - np.outer(sums, sums / 6_000)).all()
+
+
 def test_identical_fingerprints_are_one_point() -> None:
     fingerprints = draw_fingerprints(500, 30)
     fingerprints[100:400] = fingerprints[7]
@@ -67,18 +79,18 @@ def test_the_largest_entry_of_a_component_is_positive() -> None:
 
 def test_no_more_components_than_the_fingerprints_vary_in() -> None:
     five_rows = draw_fingerprints(5, 30)
-    pca = fit_pca([[five_rows]], 30, 32)
-    assert pca.rank == 4
-    assert pca.components.shape == (4, 30)
-    assert pca.explained_variance_ratio.sum() == pytest.approx(1.0)
+    fitted = fit_pca([[five_rows]], 30, 32)
+    assert fitted.rank == 4
+    assert fitted.components.shape == (4, 30)
+    assert fitted.explained_variance_ratio.sum() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 300])
 def test_fingerprints_without_any_variance_are_one_point_at_the_origin(num_rows: int) -> None:
     same = np.full((num_rows, 12), 201, dtype=np.uint8)
-    pca = fit_pca([[same]], 12, 5)
-    assert pca.rank == 0
-    assert (pca.project(same) == np.zeros((num_rows, 1), dtype=np.float32)).all()
+    fitted = fit_pca([[same]], 12, 5)
+    assert fitted.rank == 0
+    assert (fitted.project(same) == np.zeros((num_rows, 1), dtype=np.float32)).all()
 
 
 def test_too_wide_fingerprints_are_refused_with_the_remedy() -> None:

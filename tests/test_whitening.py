@@ -96,6 +96,29 @@ def test_the_gpus_product_and_numpys_give_the_same_sums() -> None:
     np.testing.assert_allclose(scatter.within + scatter.between, total.cpu().numpy(), atol=1e-10)
 
 
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_products_in_float32_give_the_maps_of_products_in_float64(
+    is_signed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, codes = make_rows(1_500, 64)
+    rows = rows if is_signed else np.maximum(rows, 0) * np.geomspace(1e-3, 100, 64, dtype=np.float32)
+    exact = collect_scatters(rows, codes, (1.0, 0.8))
+    monkeypatch.setattr(whitening, "_SINGLE_WIDTH", 64)
+    monkeypatch.setattr(whitening, "_SINGLE_ROWS", 100)
+    for quick, slow in zip(collect_scatters(rows, codes, (1.0, 0.8)), exact, strict=True):
+        deviations = np.sqrt(np.diag(slow.within + slow.between))
+        for own, true in ((quick.within, slow.within), (quick.between, slow.between)):
+            error = np.abs(own - true) / np.outer(deviations, deviations)
+            assert 0 < error.max() < 3e-6
+        for fit in (whiten_within_class, whiten_by_pca):
+            mapped = fit(quick, 32).apply(rows), fit(slow, 32).apply(rows)
+            assert np.abs(mapped[0] - mapped[1]).max() < 5e-5
+    few = rows[: 4 * 64 - 1], codes[: 4 * 64 - 1]
+    (quick,) = collect_scatters(*few, (1.0,))
+    monkeypatch.setattr(whitening, "_SINGLE_WIDTH", 65)
+    assert (quick.within == collect_scatters(*few, (1.0,))[0].within).all()
+
+
 @pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0])
 def test_within_class_whitening_solves_the_generalised_eigenproblem(shrinkage: float) -> None:
     rows, codes = make_rows(60, 8)

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 # Numbers of one block in float64: 128 MiB.
 _BLOCK_NUMBERS = 2**24
+# On a CPU rows this wide and this many a dimension are centred and multiplied in float32, twice as fast, and float64
+# takes over after so many. Each entry of a scatter is then off by 3e-6 of its two channels' deviations at most, each
+# eigenvalue by 1e-6 of the largest, and mapped rows by no more than they are rounded to (docs/performance.md). Of fewer
+# rows float64 has to tell a direction that none has from one that few have.
+_SINGLE_WIDTH, _SINGLE_ROWS_A_DIMENSION, _SINGLE_ROWS = 256, 4, 2_048
 # Threads that read blocks ahead, and blocks they hold: several, as each waits for the disk.
 _READERS = 4
 # On real photographs (320 buildings, 5 folds over buildings, 2 seeds, Lite0) the mAP of unseen buildings was 0.743,
@@ -142,7 +147,8 @@ def collect_scatters(
     """Sum up rows (N, D) of any float type, raised to each of the powers, in one pass over blocks of whole buildings.
 
     Rows need not be grouped; where they are not, they are gathered by building. All is computed on the device, the
-    powers in float32 as the projector does (float64 where the rows are), the sums in float64.
+    powers in float32 as the projector does (float64 where the rows are), the sums in float64, to which a CPU adds
+    products of many float32 rows two thousand at a time.
     """
     import torch  # which needs seconds to import: reading a map needs none
 
@@ -175,23 +181,26 @@ class _Sums:
 
         width = embeddings.shape[1]
         self._power, self._norm, self._device = power, norm, device
+        is_single = embeddings.dtype != np.float64 and width >= _SINGLE_WIDTH
+        is_single = is_single and len(embeddings) >= _SINGLE_ROWS_A_DIMENSION * width
+        self._dtype = torch.float32 if is_single and device.type == "cpu" else torch.float64
         self._within = torch.zeros((width, width), dtype=torch.float64, device=device)
         self._between, self._total = torch.zeros_like(self._within), torch.zeros_like(self._within[0])
         # Sums of squares around any fixed point near the data lose no digits to a large mean.
         first = torch.from_numpy(np.array(embeddings[: min(len(embeddings), 256)])).to(device)
-        self._origin = self._prepare(first).double().mean(dim=0)
+        self._origin = self._prepare(first).double().mean(dim=0).to(self._dtype)
         self._num_rows = self._num_buildings = 0
 
     def add(self, rows: "torch.Tensor", sizes: "torch.Tensor") -> None:
         """Add the rows (B, D) of whole buildings, which follow one another, of so many rows each."""
         import torch
 
-        block = self._prepare(rows) - self._origin  # float64, as the origin is
+        block = self._prepare(rows) - self._origin
         means = torch.segment_reduce(block, "mean", lengths=sizes, axis=0, unsafe=True)
-        self._total += sizes.double() @ means
+        self._total += sizes.double() @ means.double()
         block -= means.repeat_interleave(sizes, dim=0, output_size=len(block))
         _add_gram(self._within, block)
-        _add_gram(self._between, means.mul_(sizes.double().sqrt()[:, None]))
+        _add_gram(self._between, means.mul_(sizes.to(self._dtype).sqrt()[:, None]))
         self._num_rows += len(block)
         self._num_buildings += len(sizes)
 
@@ -222,12 +231,15 @@ class _Sums:
 
 
 def _add_gram(matrix: "torch.Tensor", rows: "torch.Tensor") -> None:
-    """Add rows.T @ rows to a matrix (D, D)."""
+    """Add rows.T @ rows to a matrix (D, D) of float64, in which products of float32 are summed up part by part."""
     if matrix.is_cuda:
         matrix.addmm_(rows.T, rows)
-    else:  # NumPy sees that the factors are one array, and computes only half of what is symmetric
-        values = rows.numpy()
-        matrix.numpy()[...] += values.T @ values
+        return
+    values, total = rows.numpy(), matrix.numpy()
+    step = len(values) if values.dtype == np.float64 else _SINGLE_ROWS
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
+        total += part.T @ part  # NumPy sees that it is one array, and computes half of what is symmetric
 
 
 def prepare(rows: NDArray[Any], power: float, norm: bool = False) -> NDArray[Any]:
