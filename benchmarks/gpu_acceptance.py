@@ -59,7 +59,7 @@ PHASES = (
     Phase("3", "stage 6: 1M x 4,096, draws, resume", "benchmarks.acceptance.steps:train_steps", 90),
     Phase("4", "ViT-S: every path of the engine", "benchmarks.acceptance.embedding:check_engine", 90),
     Phase("5", "ViT-L from tar to parquet", "benchmarks.acceptance.embedding:measure_large", 90),
-    Phase("6", "ViT-7B from shards, from tar to parquet", "benchmarks.acceptance.embedding:measure_largest", 160),
+    Phase("6", "ViT-7B from shards, from tar to parquet", "benchmarks.acceptance.embedding:measure_largest", 190),
     Phase("7", "Lite0 and ViT-B beside the plain loop", "benchmarks.acceptance.embedding:measure_small", 100),
     # Of phase 2 what takes longest, and so comes last.
     Phase("2-full", "stage 5: 5.77M fingerprints to file", "benchmarks.acceptance.search:search_all", 280),

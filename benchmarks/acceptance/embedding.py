@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +22,6 @@ from benchmarks.acceptance.findings import Findings
 from benchmarks.fidelity import (
     LEAST_COSINE,
     check_paths,
-    cosines,
     draw_photograph,
     embed_plainly,
     smallest_cosine,
@@ -36,7 +36,14 @@ from pipeline.inference.devices import full_precision
 from pipeline.inference.engine import embed_stream, use_one_thread
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.pixels import decode_pixels, to_pixels
-from pipeline.inference.precision import MODES
+from pipeline.inference.precision import (
+    MODES,
+    NUM_PICTURES,
+    Precision,
+    choose_precision,
+    measure_cosines,
+    summarize,
+)
 from pipeline.inference.preprocessing import DeviceProcessor
 from pipeline.inference.workers import map_in_order
 from pipeline.log import EngineWatch
@@ -47,6 +54,8 @@ SIZES = ((448, 448), (640, 640), (131, 97), (97, 131), (1001, 301), (33, 47), (1
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 # What a random model makes of two pictures has to be at least so far apart, or a cosine could not tell them.
 MOST_ALIKE = 0.998
+# Of those measured before this code was written, 128 and 256 were fastest; to find that out takes 2,000 images.
+LARGEST_BATCH = 128
 # What is as fast as its limit: the model alone, or the cores that decode.
 SHARE_OF_LIMIT = 0.95
 # Memory left to a pass of 1,024 that takes more.
@@ -56,7 +65,8 @@ ROOM_BYTES = 256 << 20
 class Backbone:
     """A model folder with random weights, tars of pictures, and the configuration of stages 1 and 2."""
 
-    def __init__(self, name: str, findings: Findings, num_images: int = 0) -> None:
+    def __init__(self, name: str, findings: Findings, num_images: int = 0, **settings: Any) -> None:
+        """Write it all, for so many images; the settings are of `[embedding_model]`."""
         self.findings, self.name, self.num_images = findings, name, num_images
         work_dir = findings.work_dir / name
         with findings.part(f"{name}, random weights"):
@@ -65,7 +75,7 @@ class Backbone:
         self.raw_dir = work_dir / "raw"
         self.config_path = synthetic.make_config(
             work_dir,
-            embedding_model={"model_name": str(self.folder), "compile": not findings.is_toy},
+            embedding_model={"model_name": str(self.folder), "compile": not findings.is_toy} | settings,
             infrastructure={"device": findings.device.type},
         )
         if num_images:
@@ -73,8 +83,8 @@ class Backbone:
             run_stage(process_tar, self.config_path)
         free_memory()
 
-    def load(self, mode: str | None = None, **settings: Any) -> Embedder:
-        """Load the model as stage 2 does, in a mode of `precision`, with other settings of `[embedding_model]`."""
+    def load(self, mode: str, **settings: Any) -> Embedder:
+        """Load the model as stage 2 does, to compute in a mode, with other settings of `[embedding_model]`."""
         overrides = [f"embedding_model.{key}={json.dumps(value)}" for key, value in settings.items()]
         embedder = generate_embeddings.load_embedder(self.folder, load_config(self.config_path, overrides), mode)
         if self.findings.is_toy:  # the CPU does what is left to a GPU
@@ -95,14 +105,17 @@ class Backbone:
         self.findings.check(f"{self.name}: cosine of the two pictures most alike", alike, at_most=MOST_ALIKE)
         return expected
 
-    def run_stage_2(self, embedder: Embedder) -> tuple[float, float, str]:
-        """Run stage 2 from tars to parquet, the model being loaded.
+    def run_stage_2(self, embedder: Embedder, precision: Precision) -> tuple[float, float, str]:
+        """Run stage 2 from tars to parquet, the model being chosen and loaded.
 
         Returns the images/s while the engine runs, the better of two rounds behind a warm-up; those of the whole
         stage, which on so few images are fewer; and where the time of the last round went.
         """
         rates, whole = [], []
-        with patch.object(generate_embeddings, "load_embedder", lambda *_: embedder):
+        with (
+            patch.object(generate_embeddings, "settle_precision", lambda *_: precision),
+            patch.object(generate_embeddings, "load_embedder", lambda *_: embedder),
+        ):
             for _ in range(1 + ROUNDS):
                 started = time.perf_counter()
                 watch: Any = run_stage(generate_embeddings, self.config_path).watch
@@ -142,7 +155,7 @@ def check_engine(findings: Findings) -> None:
         expected = backbone.embed_plainly(pictures)
     for dtype in ("float32", "bfloat16"):
         with findings.part(f"paths in {dtype}"):
-            embedder = backbone.load(dtype=dtype, batch_size=32, compile=dtype == "bfloat16" and not findings.is_toy)
+            embedder = backbone.load(dtype, batch_size=32, compile=dtype == "bfloat16" and not findings.is_toy)
             for place, (subsampling, group) in enumerate(drawn.items()):
                 rows = expected[place * len(SIZES) : (place + 1) * len(SIZES)]
                 for path, cosine in check_paths(embedder, group, rows).items():
@@ -151,7 +164,7 @@ def check_engine(findings: Findings) -> None:
     with findings.part("stream under stress"):
         _stress_stream(findings, embedder, pictures, expected)
     with findings.part("out of memory"):
-        embedder = backbone.load(dtype="bfloat16", batch_size=8 if findings.is_toy else 1_024, compile=False)
+        embedder = backbone.load("bfloat16", batch_size=8 if findings.is_toy else 1_024, compile=False)
         _exhaust_memory(findings, embedder, pictures, expected)
 
 
@@ -225,19 +238,29 @@ def measure_large(findings: Findings) -> None:
 
 def measure_largest(findings: Findings) -> None:
     """Measure ViT-7B, and how near each way to compute it comes to float32."""
-    backbone = Backbone("vit-7b", findings, 40 if findings.is_toy else 1_024)
+    backbone = Backbone("vit-7b", findings, 40 if findings.is_toy else 1_024, batch_size=LARGEST_BATCH)
     expected = backbone.embed_plainly(backbone.pictures)
     with findings.part("from tar to parquet"):
         measured = measure(backbone, expected)
         findings.aim("ViT-7B from tar to parquet, img/s", measured.rate, at_least=205)
         findings.aim("ViT-7B, share of the model alone", measured.rate / measured.alone, at_least=SHARE_OF_LIMIT)
-    for mode in MODES:
+    free_memory()
+    with findings.part("fidelity of each mode"):
+        _measure_modes(backbone, expected)
+
+
+def _measure_modes(backbone: Backbone, expected: NDArray[np.float64]) -> None:
+    """Note how near each mode comes to the float32 loop; those with weights in float32 take turns with one model."""
+    for weights in ("bfloat16", "float32"):
+        embedder = backbone.load(weights, compile=False, batch_size=8)
+        decoded = [embedder.decode(data) for data in backbone.pictures]
+        for name, mode in MODES.items():
+            if mode.weights == weights:
+                embedder.mode = mode
+                found = summarize(measure_cosines(embedder.embed(decoded), expected))
+                backbone.findings.note(**{f"cosine to the float32 loop, {name}": found})
+        del embedder
         free_memory()
-        with findings.part(f"fidelity of {mode}"):
-            embedder = backbone.load(mode, compile=False, batch_size=8)
-            found = cosines(embedder.embed([embedder.decode(data) for data in backbone.pictures]), expected)
-            findings.note(**{f"cosine_in_{mode}": {"least": found.min(), "median": np.median(found)}})
-            del embedder
 
 
 def measure_small(findings: Findings) -> None:
@@ -264,18 +287,23 @@ class Measured:
 
 
 def measure(backbone: Backbone, expected: NDArray[np.float64]) -> Measured:
-    """Load a backbone as stage 2 does and embed its tars; check the file by what is expected of the pictures."""
+    """Choose a mode, load a backbone and embed its tars as stage 2 does; check the file by what is `expected`."""
     findings, name = backbone.findings, backbone.name
+    with findings.part(f"{name}, choosing a mode"):
+        chosen = choose_precision(partial(backbone.load, compile=False, batch_size=NUM_PICTURES), backbone.pictures)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew (proc(5))
     with findings.part(f"{name}, loading"):  # and compiling
-        embedder = backbone.load()
-    findings.note(**{f"{name}, peak_host_gb": read_peak() / 1e9, f"{name}, dtype": str(embedder.dtype),
+        embedder = backbone.load(chosen.mode)
+    findings.note(**{f"{name}, peak_host_gb": read_peak() / 1e9, f"{name}, mode": chosen.mode,
+                     f"{name}, cosines of the modes tried": chosen.cosines,
                      f"{name}, images a pass": embedder.micro_batch})  # fmt: skip
     alone = time_model(embedder, max(2, backbone.num_images // embedder.micro_batch // 2))
-    product = measure_product(findings.device, embedder.dtype, 128 if findings.is_toy else 8_192)
+    in_bfloat16 = chosen.mode.startswith("bfloat16")  # by autocast or altogether
+    kind = torch.bfloat16 if in_bfloat16 else torch.float32
+    product = measure_product(findings.device, kind, 128 if findings.is_toy else 8_192)
     operations = count_operations(embedder)
-    rate, whole, parts = backbone.run_stage_2(embedder)
+    rate, whole, parts = backbone.run_stage_2(embedder, chosen)
     findings.note(**{
         f"{name}, model alone, img/s": alone, f"{name}, tflop an image": operations / 1e12,
         f"{name}, model alone, share of the product": alone * operations / product,
