@@ -55,6 +55,14 @@ def test_a_header_that_is_read_without_pillow_says_what_pillows_says(kind):
     assert all(read_plain_header(KINDS[kind][:cut]) in (None, found) for cut in range(700))
 
 
+@pytest.mark.parametrize("content", [b"JFIF\0", b"JFIF\0\x01", b"JFIF\0\x01\x01\0\0\x01\0\x01\0\0", b"JFXX\0", b""])
+def test_a_jfif_segment_is_judged_as_by_pillow(content):
+    whole = KINDS["baseline"]
+    length = int.from_bytes(whole[4:6], "big")
+    data = whole[:4] + (2 + len(content)).to_bytes(2, "big") + content + whole[4 + length :]
+    assert judge(decode_pixels, data) == judge(decode_rgb, data)
+
+
 def test_too_many_pixels_are_refused_by_the_header(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     monkeypatch.setattr(pixels, "MAX_PIXELS", 100)
