@@ -5,7 +5,7 @@
 Runs the phases below, cheap and decisive ones first, each in a process of its own with a deadline: one that fails, dies
 or hangs is reported and stops no other. The JSON is written anew after each: the checks of what is right, the targets
 of speed, the figures. Speeds are of the steady state: behind a warm-up, the better of two rounds. Weights are random
-and made on the device; nothing is fetched. Needs 16 GB in the folder (the temporary one) and 30 GB of memory.
+and made on the device; nothing is fetched. Needs, by count, 20 GB in the folder and 40 GB of memory.
 `--cpu` runs every phase at toy size on the CPU: no speed is measured, but all of the script runs.
 Exits with 0 if all that ran passed, 1 if not.
 """
@@ -21,7 +21,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ LIMIT_SECONDS = 530.0
 # Lines of a phase's log that are kept where it did not pass.
 LOG_LINES = 40
 POLL_SECONDS = 0.05
+INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
 FINDINGS = "findings.json"
 NOT_OVER = "not over"
 
@@ -97,7 +99,9 @@ class Running:
         code = self._process.wait()
         self._process.stdin.close()  # type: ignore[union-attr]
         found = read_json_object(self._findings)
-        if not has_ended:
+        if not has_ended and seconds < self._phase.deadline:
+            result = f"cut off after {seconds:.0f} s: no time was left"
+        elif not has_ended:
             result = f"hung, and was killed after {seconds:.0f} s"
         elif code < 0:
             result = f"died of {signal.Signals(-code).name}"
@@ -111,6 +115,16 @@ class Running:
 def describe(phase: Phase, result: str) -> Entry:
     """Return the entry of a phase that ended so."""
     return {"phase": phase.name, "title": phase.title, "result": result}
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let an interrupt wait for the end of the block: a phase that begins just then would be nobody's to end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
 
 
 def run_phases(phases: Sequence[Phase], output: Path, folder: Path, *, on_cpu: bool) -> list[Entry]:
@@ -135,7 +149,8 @@ def run_phases(phases: Sequence[Phase], output: Path, folder: Path, *, on_cpu: b
                 if time.monotonic() > last:
                     finish(phase.name, describe(phase, "skipped: no time was left"))
                 else:
-                    running[phase.name] = Running(phase, folder, on_cpu=on_cpu)
+                    with signals_held():
+                        running[phase.name] = Running(phase, folder, on_cpu=on_cpu)
             for name in [name for name, one in running.items() if one.is_over(last)]:
                 finish(name, running.pop(name).end())
             time.sleep(POLL_SECONDS)
@@ -164,6 +179,8 @@ def list_lines(entry: Entry) -> list[str]:
 
 def run_child(function: str, folder: Path, *, on_cpu: bool) -> None:
     """Run one phase in this process, which stdin's end ends with all that it started: its parent has gone."""
+
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)  # a process inherits what was held when it began
 
     def end_with_parent() -> None:
         os.read(0, 1)  # not by sys.stdin, whose lock Python cannot take at its end

@@ -93,6 +93,12 @@ def test_phases_that_no_time_is_left_for_are_skipped_and_nothing_has_passed(monk
     assert entries["late"]["result"] == "skipped: no time was left"
 
 
+def test_a_phase_that_the_limit_of_all_cuts_off_is_not_said_to_hang(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_acceptance, "LIMIT_SECONDS", 2.0)
+    entries = gpu_acceptance.run_phases([make_phase("slow", "hang")], tmp_path / "a.json", tmp_path, on_cpu=True)
+    assert [entry["result"] for entry in entries] == ["cut off after 2 s: no time was left"]
+
+
 def test_without_a_gpu_no_phase_passes(monkeypatch, run_main, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, entries, stderr = run_phases(monkeypatch, run_main, tmp_path, make_phase("0", "be_right"), arguments=())

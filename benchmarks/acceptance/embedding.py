@@ -327,10 +327,12 @@ def _time_plain_loop(backbone: Backbone, count: int) -> float:
 
 def _measure_decoding(pictures: list[bytes]) -> float:
     """Return the images/s that all cores decode."""
-    many = 64 * pictures
+    many, threads = 64 * pictures, torch.get_num_threads()
 
     def decode_all() -> None:
         for _ in map_in_order(decode_pixels, many, count_cores(), initializer=use_one_thread):
             pass
 
-    return len(many) / time_steady(decode_all)
+    seconds = time_steady(decode_all)
+    torch.set_num_threads(threads)  # for threads yet to come, behind `use_one_thread`
+    return len(many) / seconds
