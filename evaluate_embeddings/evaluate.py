@@ -105,13 +105,14 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
         config.path("checkpoint_dir") / CHECKPOINT_NAME, config.training_model, input_dim=features.width
     )
     device = choose_device(config.infrastructure.device)
+    shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # an older run's says nothing
     with needing_memory("the scatter of the training images", "or set [infrastructure].device to cpu"):
         scatter = collect_scatter(train.embeddings, train.building_codes, device=device)
-    shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # an older run's says nothing
-    whitening = whiten_within_class(scatter, checkpoint.architecture["output_dim"], shrinkage)
+        whitening = whiten_within_class(scatter, checkpoint.architecture["output_dim"], shrinkage)
+        pca = whiten_by_pca(scatter, PCA_DIM)
     embeddings = {
         "raw": normalise_rows(features.embeddings),
-        "pca_whitened": whiten_by_pca(scatter, PCA_DIM).apply(features.embeddings),
+        "pca_whitened": pca.apply(features.embeddings),
         "whitening": whitening.apply(features.embeddings),
         "projector": project(build_projector(checkpoint), features.embeddings, device),
     }

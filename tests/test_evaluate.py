@@ -330,6 +330,16 @@ def test_a_report_folder_that_cannot_be_written_is_named(workplace):
 # ------------------------------------------------------------------------------------------------ for people
 
 
+@pytest.mark.parametrize("name", ["collect_scatter", "whiten_within_class", "whiten_by_pca"])
+def test_a_gpu_too_small_for_the_closed_forms_is_one_line(workplace, monkeypatch, name):
+    def refuse(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"evaluate_embeddings.evaluate.{name}", refuse)
+    with pytest.raises(PipelineError, match=r"the GPU cannot hold the scatter .*set \[infrastructure\]\.device to cpu"):
+        evaluate(workplace)
+
+
 def test_the_table_fits_80_columns_and_ends_with_the_verdict(finished):
     metrics, _ = read_outputs(finished)
     lines = format_metrics_table(metrics).splitlines()

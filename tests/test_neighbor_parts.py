@@ -224,4 +224,5 @@ def test_parts_of_an_earlier_version_are_named_with_the_remedy(make_run: Callabl
     pq.write_table(lists.replace_schema_metadata(provenance), part)
     outcome = run_main(main, "--config", config, "--shard", "1/2")
     assert outcome.code == 1
+    assert list(part.parent.iterdir()) == [part]  # nothing was searched only to be thrown away with it
     assert f"error: {part}: not as this version writes parts: remove the folder {part.parent}" in outcome.stderr

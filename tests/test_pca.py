@@ -1,3 +1,7 @@
+import threading
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -96,3 +100,25 @@ def test_fingerprints_without_any_variance_are_one_point_at_the_origin(num_rows:
 def test_too_wide_fingerprints_are_refused_with_the_remedy() -> None:
     with pytest.raises(InputError, match=r"set \[fingerprints\].image_size to 64 or less"):
         fit_pca([], MAX_WIDTH + 1, 4)
+
+
+def test_an_error_in_one_source_ends_the_others_at_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt ends them alike: a file may hold millions of fingerprints."""
+    monkeypatch.setattr(pca, "count_cores", lambda: 2)
+    has_begun, taken = threading.Event(), []
+
+    def fail() -> Iterator[np.ndarray]:
+        assert has_begun.wait(10)
+        raise InputError("a damaged file")
+        yield
+
+    def go_on() -> Iterator[np.ndarray]:
+        for number in range(1_000):
+            taken.append(number)
+            has_begun.set()
+            time.sleep(0.001)
+            yield np.zeros((2, 3), np.uint8)
+
+    with pytest.raises(InputError, match="a damaged file"):
+        fit_pca([fail(), go_on()], 3, 1)
+    assert len(taken) < 1_000

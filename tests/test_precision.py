@@ -18,7 +18,7 @@ from stage8_fixtures import read_state
 from test_generate_embeddings import as_matrix, read
 
 from generate_embeddings import generate_embeddings
-from pipeline.errors import DeviceMemoryError, InputError
+from pipeline.errors import DeviceMemoryError, InputError, PipelineError
 from pipeline.files import tables
 from pipeline.inference import precision
 from pipeline.inference.backbone import Embedder
@@ -205,6 +205,12 @@ def test_a_damaged_note_is_named_with_its_remedy(tmp_path, content):
     (tmp_path / "note.json").write_text(content)
     with pytest.raises(InputError, match=r"note\.json: does not say what to compute in: remove it"):
         agree_on(tmp_path / "note.json", lambda: pytest.fail("measured"))
+
+
+def test_a_note_that_cannot_be_written_is_named_and_never_taken_for_one_that_is_there(tmp_path):
+    (tmp_path / "_precision").write_text("a file where the folder belongs")
+    with pytest.raises(PipelineError, match=r"cannot write .*note\.json .*: free space or allow writing there"):
+        agree_on(tmp_path / "_precision" / "note.json", lambda: Precision("tf32", pictures=1))
 
 
 def test_tf32_is_allowed_within_and_as_before_behind():

@@ -319,6 +319,16 @@ def test_a_gpu_too_small_for_a_step_is_one_line_and_the_run_goes_on_elsewhere(
     assert [line["epoch"] for line in read_metrics(workspace)][:2] == [0, 1]
 
 
+@pytest.mark.parametrize("loss", ["triplet", "multi_similarity"])
+def test_a_margin_that_no_triplet_reaches_is_said_of_the_loss_that_learns_from_it(
+    loss: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Trainer, "_hinge", lambda _, positive, negative: 0 * (positive[:, :, None] - negative[:, None]))
+    with caplog.at_level("WARNING", "spatial_building_embeddings"):
+        run(workspace, f"training.loss={loss}", "training.hard_mining=false")
+    assert ("no triplet was active: raise [training].margin" in caplog.text) == (loss == "triplet")
+
+
 def test_two_training_images_of_two_buildings_are_enough(workspace: Path) -> None:
     tiny = make_split(2, 1)
     tables.write_parquet(workspace / "merged/train.parquet", tiny, {})

@@ -176,6 +176,19 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
     assert [row["state"] for row in read_trials(workspace)] == ["complete", "fail", "pruned", "pruned"]
 
 
+def test_a_gpu_too_small_for_what_the_trials_share_is_one_line(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train_specialized_embeddings.tuning import study
+
+    def refuse(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(study, "fit_baselines", refuse)
+    with pytest.raises(PipelineError, match=r"the GPU cannot hold training with .*: end what else runs on it"):
+        search(workspace, 1)
+
+
 def test_a_study_of_other_inputs_or_settings_is_refused_but_not_for_what_the_trials_choose(workspace: Path) -> None:
     search(workspace, 1)
     assert search(workspace, 1, "training.temperature=0.4", "training_model.hidden_dim=200").kept

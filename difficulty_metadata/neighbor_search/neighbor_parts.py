@@ -62,10 +62,16 @@ class PartStore:
         return path.exists() and matches(path, read_provenance(path), self._provenance)
 
     def check(self, count: int) -> None:
-        """Raise StaleOutputError if any of the parts of `count` shards was made from other inputs or settings."""
+        """Raise StaleOutputError if any of the parts of `count` shards was made from other inputs or settings.
+
+        Raises InputError if one is of an earlier version: all that is searched beside it could not be merged with it.
+        """
         for shard in (Shard(index, count) for index in range(count)):
             for part in range(self.count_parts(shard)):
-                self.is_done(shard, part)
+                if self.is_done(shard, part):
+                    path = self.path(shard, part)
+                    with open_parquet(path) as file:
+                        self._check_form(path, file.schema_arrow)
 
     def is_all_done(self, count: int) -> bool:
         """Whether the parts of all `count` shards are there, made from these inputs with these settings."""
@@ -112,14 +118,17 @@ class PartStore:
         for part in range(self.count_parts(shard)):
             path = self.path(shard, part)
             with open_parquet(path) as file, reading(path):
-                if not file.schema_arrow.equals(self._schema()):
-                    raise InputError(
-                        f"{path}: not as this version writes parts: remove the folder {self.folder} and run this again"
-                    )
+                self._check_form(path, file.schema_arrow)
                 if file.metadata.num_rows != len(self.anchors(shard, part)):
                     raise InputError(f"{path}: {file.metadata.num_rows} rows, not its anchors': remove it")
                 for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP, columns=list(columns)):
                     yield [self._view(batch, name) for name in columns]
+
+    def _check_form(self, path: Path, found: pa.Schema) -> None:
+        if not found.equals(self._schema()):
+            raise InputError(
+                f"{path}: not as this version writes parts: remove the folder {self.folder} and run this again"
+            )
 
     def _view(self, batch: pa.RecordBatch, name: str) -> np.ndarray:
         column = batch.column(name)

@@ -1,17 +1,19 @@
 """Principal components of fingerprints, streamed by all cores: the same to the last bit however the rows are cut."""
 
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import count_cores
 from pipeline.errors import InputError
-from pipeline.inference.workers import map_in_order
 from pipeline.retrieval.whitening import decompose
+
+Result = TypeVar("Result")
 
 # The covariance of this width takes 1.2 GB and minutes; image_size 64 is four times the default.
 MAX_WIDTH = 64 * 64 * 3
@@ -52,12 +54,9 @@ class Pca:
         def project_source(blocks: Iterable[np.ndarray]) -> list[np.ndarray]:
             return [self.project(block) for block in blocks]
 
-        num_workers = count_cores()
-        with (
-            threadpool_limits(1, user_api="blas"),
-            closing(map_in_order(project_source, sources, num_workers, num_workers + 1)) as projected,
-        ):
-            return np.concatenate([points for source in projected for points in source])
+        with threadpool_limits(1, user_api="blas"):
+            projected = _map_sources(project_source, sources, count_cores())
+        return np.concatenate([points for source in projected for points in source])
 
 
 def fit_pca(sources: Sequence[Iterable[np.ndarray]], width: int, num_components: int) -> Pca:
@@ -91,12 +90,28 @@ def _sum_scatter(sources: Sequence[Iterable[np.ndarray]], width: int) -> tuple[i
     total = _Sums(width)
     num_workers = min(count_cores(), max(1, _MATRIX_BYTES // (12 * width * width)), max(1, len(sources)))
     # The cores that a few sources, or wide ones, leave idle help in the products.
-    with (
-        threadpool_limits(max(1, count_cores() // num_workers), user_api="blas"),
-        closing(map_in_order(total.add, sources, num_workers)) as added,
-    ):
-        firsts = [first for first in added if first is not None]
+    with threadpool_limits(max(1, count_cores() // num_workers), user_api="blas"):
+        firsts = [first for first in _map_sources(total.add, sources, num_workers) if first is not None]
     return total.finish(firsts[0] if firsts else np.zeros(width))
+
+
+def _map_sources(
+    function: Callable[[Iterable[np.ndarray]], Result], sources: Sequence[Iterable[np.ndarray]], num_workers: int
+) -> list[Result]:
+    """Return `function(source)` for each source, by threads; an interrupt or an error ends all sources at a block."""
+    ended = threading.Event()
+
+    def stream(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for block in blocks:
+            if ended.is_set():
+                return
+            yield block
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        try:
+            return list(pool.map(function, map(stream, sources)))
+        finally:
+            ended.set()
 
 
 class _Sums:

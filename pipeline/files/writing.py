@@ -128,11 +128,12 @@ def write_json_once(path: Path, content: Any) -> None:
     """
     temporary = temporary_path(path)
     try:
-        with _naming(path), contextlib.suppress(FileExistsError):
+        with _naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             sync_file(temporary)
-            put_if_absent(temporary, path)
+            with contextlib.suppress(FileExistsError):
+                put_if_absent(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

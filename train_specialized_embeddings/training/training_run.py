@@ -146,7 +146,7 @@ class TrainingRun:
         )  # fmt: skip
         if record["collapsed"]:
             self._log_collapse()
-        elif record["active_triplet_share"] == 0.0:
+        elif record["active_triplet_share"] == 0.0 and self.config.training.loss == "triplet":  # others need no margin
             logger.warning("epoch %d: no triplet was active: raise [training].margin", record["epoch"])
 
     def _log_collapse(self) -> None:

@@ -142,7 +142,8 @@ def _work(  # noqa: PLR0917
     """
     if config.infrastructure.device != "cpu":
         share_gpus(number, options.num_workers)
-    objective = Objective(config, inputs, watch, options.sample_buildings)
+    with training_within_memory(config):
+        objective = Objective(config, inputs, watch, options.sample_buildings)
     parent = multiprocessing.parent_process()
     while _count_finished(study) < options.num_trials and (parent is None or parent.is_alive()):
         study.optimize(objective, n_trials=1, catch=(PipelineError,), callbacks=[_log_trial])
