@@ -121,10 +121,11 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_json_once(path: Path, content: Any) -> None:
-    """Write JSON in one piece where nothing has the name; of several processes the first writes it, and it stays.
+def write_json_once(path: Path, content: Any) -> bool:
+    """Write JSON in one piece where nothing has the name, and return whether this process did.
 
-    Raises PipelineError where the disk is full or the folder cannot be written.
+    Of several processes the first writes it, and it stays. Raises PipelineError where the disk is full or the folder
+    cannot be written.
     """
     temporary = temporary_path(path)
     try:
@@ -132,14 +133,17 @@ def write_json_once(path: Path, content: Any) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             sync_file(temporary)
-            with contextlib.suppress(FileExistsError):
-                put_if_absent(temporary, path)
+            try:
+                _put_if_absent(temporary, path)
+            except FileExistsError:
+                return False
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+    return True
 
 
-def put_if_absent(temporary: Path, path: Path) -> None:
+def _put_if_absent(temporary: Path, path: Path) -> None:
     """Give a file a name unless it is taken, which raises FileExistsError."""
     try:
         os.link(temporary, path)

@@ -1,7 +1,5 @@
 """What one run adds to an embeddings dataset: which parts are missing, writing them, and the state."""
 
-import contextlib
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -13,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files.tables import make_provenance
-from pipeline.files.writing import put_if_absent, sync_file, temporary_path, write_failure, write_json
+from pipeline.files.writing import write_json, write_json_once
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import logger
 from publish_model.dataset import set_aside
@@ -231,22 +229,10 @@ class Appending:
     def _create_state(self) -> dict[str, Any]:
         """Write the first state unless another process has just done so, and return whichever is there."""
         state, path = self._count({}), self.dataset.state_path
-        temporary = temporary_path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            sync_file(temporary)
-            if path.exists() and self.dataset.state is None:
-                temporary.replace(path)
-            else:
-                put_if_absent(temporary, path)
-        except FileExistsError:
+        if path.exists() and self.dataset.state is None:  # damaged
+            write_json(path, state)
+        elif not write_json_once(path, state):
             return self.dataset.state or state
-        except OSError as error:
-            raise write_failure(path, error) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
         return state
 
 
