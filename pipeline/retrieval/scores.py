@@ -5,7 +5,7 @@ a query's positives, of the precision at each one's rank, and mAP its mean over 
 1 / rank of the nearest positive (Manning et al., Introduction to Information Retrieval, chapter 8).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +242,15 @@ def _list_partners(ignored: IgnoredPairs | None, buildings: RowGroups) -> dict[i
 def summarize_scores(scores: QueryScores) -> dict[str, float]:
     """Return the mean over queries of each of SCORE_KEYS."""
     return dict(zip(SCORE_KEYS, scores.values().mean(axis=0).tolist(), strict=True))
+
+
+def list_unreached(rows: Mapping[str, Mapping[str, float]], own: float, tolerance: float = 0.0) -> list[str]:
+    """Return the rows of scores whose mAP a projector's `own` does not reach; one that is not a number reaches none.
+
+    Plain whitening may be ahead by the standard error (`map_error`) by which a start is chosen: validation buildings
+    cannot tell them apart.
+    """
+    return [name for name, row in rows.items() if not own >= row["map"] - max(tolerance, row.get("map_error", 0.0))]
 
 
 def bootstrap_intervals(

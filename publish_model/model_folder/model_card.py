@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.retrieval.scores import list_unreached
 from publish_model.model_folder.card_results import COLUMNS, PENDING, ROWS, wrap
 
 # What needs no training; a checkpoint of before the whitening was measured lacks the last one.
@@ -40,14 +41,9 @@ class CardFacts:
 
 
 def worse_than(metrics: dict[str, dict[str, float]]) -> list[str]:
-    """Return the baselines whose validation mAP the projector does not reach; a value that is not a number is one.
-
-    Plain whitening may be ahead by the standard error (`map_error`) by which a start is chosen: validation buildings
-    cannot tell them apart.
-    """
+    """Return the baselines whose validation mAP the projector does not reach; see `list_unreached`."""
     own = metrics["projector"]["map"]
-    rows = {row: metrics[row] for row in BASELINES if row in metrics}
-    return [row for row, one in rows.items() if not own >= one["map"] - max(TOLERANCE, one.get("map_error", 0.0))]
+    return list_unreached({row: metrics[row] for row in BASELINES if row in metrics}, own, TOLERANCE)
 
 
 def is_measured(metrics: dict[str, Any]) -> bool:

@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 from pipeline.log import logger
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
-from pipeline.retrieval.scores import SCORE_KEYS, QueryScores, normalise_rows, score_queries, summarize_scores
+from pipeline.retrieval.scores import (
+    SCORE_KEYS,
+    QueryScores,
+    list_unreached,
+    normalise_rows,
+    score_queries,
+    summarize_scores,
+)
 
 # Images whose norm is measured.
 NORM_ROWS = 4096
@@ -100,9 +107,7 @@ def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:
     """Log the table, and say plainly whether the projector beats the baselines."""
     for line in format_table(rows):
         logger.info("%s", line)
-    # Whitening is told apart only beyond the standard error by which the start was chosen.
-    reached = {name: row["map"] - row.get("map_error", 0.0) for name, row in rows.items()}
-    ahead = [name for name, least in reached.items() if not rows["projector"]["map"] >= least]
+    ahead = list_unreached(rows, rows["projector"]["map"])
     if ahead:
         logger.warning(
             "the projector of epoch %d does NOT beat %s by validation mAP: do not publish it; more training images, "
