@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.inference.backbone import Decoded, Embedder
 from pipeline.inference.pixels import decode_pixels
+from pipeline.inference.precision import measure_cosines
 
 # The contract's, for float32 and bfloat16.
 LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.999}
@@ -59,16 +60,9 @@ def embed_plainly(processor: Any, model: torch.nn.Module, photographs: Sequence[
     return np.stack(rows).astype(np.float64)
 
 
-def cosines(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the cosines (N,) between the rows of two matrices."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    found: NDArray[np.float64] = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    return found
-
-
 def smallest_cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Return the smallest of the cosines between the rows of two matrices."""
-    return float(cosines(a, b).min())
+    return float(measure_cosines(a, b).min())
 
 
 def check_paths(embedder: Embedder, photographs: Sequence[bytes], expected: NDArray[Any]) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Phases 4 to 7: stage 2's engine on every path, and backbones of every size from tar to parquet."""
 
-import gc
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -42,6 +41,7 @@ from pipeline.inference.precision import (
     Precision,
     choose_precision,
     measure_cosines,
+    release,
     summarize,
 )
 from pipeline.inference.preprocessing import DeviceProcessor
@@ -81,7 +81,7 @@ class Backbone:
         if num_images:
             write_tars(self.raw_dir, self.pictures, num_images)
             run_stage(process_tar, self.config_path)
-        free_memory()
+        release()
 
     def load(self, mode: str, **settings: Any) -> Embedder:
         """Load the model as stage 2 does, to compute in a mode, with other settings of `[embedding_model]`."""
@@ -99,7 +99,7 @@ class Backbone:
         torch.backends.cudnn.allow_tf32 = False  # which is torch's default for convolutions
         with full_precision():
             expected = embed_plainly(*plain_loops.load(self.folder, self.findings.device), pictures)
-        free_memory()
+        release()
         unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
         alike = float((unit @ unit.T - 2 * np.eye(len(unit))).max())
         self.findings.check(f"{self.name}: cosine of the two pictures most alike", alike, at_most=MOST_ALIKE)
@@ -128,13 +128,6 @@ class Backbone:
         table = pq.read_table(load_config(self.config_path).path("embeddings_dir"), columns=["patch_id", "embedding"])
         rows = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
         return rows, table["patch_id"].to_numpy() % len(self.pictures)
-
-
-def free_memory() -> None:
-    """Give back what no model that is still in use holds."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------------------------ every path
@@ -207,7 +200,7 @@ def scarce_memory(embedder: Embedder) -> Iterator[None]:
         with patch.object(embedder.model, "forward", refuse_large):
             yield
         return
-    free_memory()
+    release()
     total = torch.cuda.get_device_properties(embedder.device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + ROOM_BYTES) / total)
     try:
@@ -244,7 +237,7 @@ def measure_largest(findings: Findings) -> None:
         measured = measure(backbone, expected)
         findings.aim("ViT-7B from tar to parquet, img/s", measured.rate, at_least=205)
         findings.aim("ViT-7B, share of the model alone", measured.rate / measured.alone, at_least=SHARE_OF_LIMIT)
-    free_memory()
+    release()
     with findings.part("fidelity of each mode"):
         _measure_modes(backbone, expected)
 
@@ -260,7 +253,7 @@ def _measure_modes(backbone: Backbone, expected: NDArray[np.float64]) -> None:
                 found = summarize(measure_cosines(embedder.embed(decoded), expected))
                 backbone.findings.note(**{f"cosine to the float32 loop, {name}": found})
         del embedder
-        free_memory()
+        release()
 
 
 def measure_small(findings: Findings) -> None:
