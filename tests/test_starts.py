@@ -1,5 +1,6 @@
 """What training starts from, and how its shrinkage is chosen."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import QueryScores
 from pipeline.retrieval.whitening import LinearMap, collect_scatter, sharpen_whitening
 from train_specialized_embeddings.training import starts
-from train_specialized_embeddings.training.starts import Fitted, fit_baselines, make_projector
+from train_specialized_embeddings.training.starts import Fitted, fit_baselines, is_rectified, make_projector
 from train_specialized_embeddings.training.validation import ValidationSet
 
 CODES = np.repeat(np.arange(20), 3).astype(np.int32)
@@ -73,6 +74,7 @@ def test_the_largest_shrinkage_that_validates_as_well_as_the_best_one_is_taken(
 
 
 def make_split(seed: int, num_buildings: int = 40, width: int = 12) -> Features:
+    """Return signed features."""
     generator = np.random.default_rng(seed)
     codes = np.repeat(np.arange(num_buildings), 3).astype(np.int32)
     noise = generator.standard_normal((len(codes), width)) * np.linspace(3, 0.3, width)
@@ -83,13 +85,20 @@ def make_split(seed: int, num_buildings: int = 40, width: int = 12) -> Features:
     return Features(embeddings=rows, building_codes=codes, **columns)
 
 
-def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("power", [0.8, 1.0])
+def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(
+    monkeypatch: pytest.MonkeyPatch, power: float
+) -> None:
+    """A power is for features without a negative number."""
     monkeypatch.setattr(ValidationSet, "is_better", lambda *_: False)  # so that the sharpened one is taken
     train, val = make_split(1), make_split(2)
+    if power != 1.0:
+        train, val = (replace(split, embeddings=np.abs(split.embeddings)) for split in (train, val))
     validation = ValidationSet(val.embeddings, val.building_codes)
     section = TrainingSection(whitening_shrinkage=0.5)
     fitted = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
-    expected = sharpen_whitening(collect_scatter(train.embeddings, train.building_codes, 0.8), 12, 0.5).take_leading(6)
+    scatter = collect_scatter(train.embeddings, train.building_codes, power)
+    expected = sharpen_whitening(scatter, 12, 0.5).take_leading(6)
     assert fitted.note["init"] == "sharpened"
     assert fitted.note["shrinkage"] == 0.5
     model = TrainingModelSection(output_dim=6, hidden_dim=8)
@@ -99,7 +108,15 @@ def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(monkeypat
     np.testing.assert_allclose(
         projector(torch.from_numpy(val.embeddings)).detach().numpy(), expected.apply(val.embeddings), atol=1e-4
     )
-    assert projector.architecture["input_power"] == 0.8
+    assert projector.architecture["input_power"] == power
+
+
+def test_features_are_rectified_where_none_is_negative_and_no_norm_makes_them_so() -> None:
+    train = replace(make_split(1), embeddings=np.abs(make_split(1).embeddings))
+    assert is_rectified(train, TrainingModelSection())
+    assert not is_rectified(train, TrainingModelSection(input_norm=True))
+    train.embeddings[-1, -1] = -1e-3
+    assert not is_rectified(train, TrainingModelSection())
 
 
 @pytest.mark.parametrize(("init", "row"), [("whitening", "whitening"), ("pca", "pca_whitened")])

@@ -290,12 +290,10 @@ def whiten_within_class(
 
 
 def sharpen_whitening(scatter: Scatter, output_dim: int = 256, shrinkage: float = DEFAULT_SHRINKAGE) -> LinearMap:
-    """Return sharpened whitening of rows to INPUT_POWER: channels weighted, then whitened with EXPONENT.
+    """Return sharpened whitening: channels weighted by what varies within buildings, then whitened with EXPONENT.
 
-    Raises ValueError where the scatter is of other rows.
+    The scatter is of rows to INPUT_POWER where they are rectified, and as they are where they are signed.
     """
-    if scatter.input_power != INPUT_POWER:
-        raise ValueError(f"the scatter is of rows to the power {scatter.input_power:g}, not {INPUT_POWER:g}")
     fitted = whiten_within_class(scatter.weighted, output_dim, shrinkage, EXPONENT)
     return replace(fitted, weight=(fitted.weight * scatter.channel_weights).astype(np.float32))
 

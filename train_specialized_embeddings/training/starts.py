@@ -20,6 +20,7 @@ from pipeline.retrieval.whitening import (
     SHRINKAGES,
     LinearMap,
     Scatter,
+    collect_scatter,
     collect_scatters,
     sharpen_whitening,
     whiten_by_pca,
@@ -28,6 +29,9 @@ from pipeline.retrieval.whitening import (
 from train_specialized_embeddings.training.coordinates import NUM_COORDINATES, Coordinates, make_coordinates
 from train_specialized_embeddings.training.validation import Scores, ValidationSet
 from train_specialized_embeddings.training.warm_start import WarmStart
+
+# Rows that show whether a backbone's features are rectified: one with a negative number is enough that they are not.
+_SIGN_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def fit_baselines(
 ) -> Baselines:
     """Fit PCA-whitening, within-class whitening (the shrinkage that validates best) and what training starts from."""
     output_dim = model.output_dim
-    powers = (1.0, INPUT_POWER) if section.init == "sharpened" else (1.0,)
-    scatter, *powered = collect_scatters(train.embeddings, train.building_codes, powers, device)
+    powers = (1.0, INPUT_POWER) if section.init == "sharpened" and is_rectified(train, model) else (1.0,)
+    scatters = collect_scatters(train.embeddings, train.building_codes, powers, device)
+    scatter, powered = scatters[0], scatters[-1]
     num_rows = max(output_dim, min(train.width, NUM_COORDINATES))
     pca = whiten_by_pca(scatter, num_rows)
     tried = _try(whiten_within_class, scatter, validation, output_dim, num_rows, section)
@@ -76,20 +81,28 @@ def fit_baselines(
     }
     note: dict[str, Any] = {"init": section.init, "shrinkage": shrinkage}
     if model.input_norm:  # the start is fitted to what its layer will get
-        scatter, *powered = collect_scatters(train.embeddings, train.building_codes, powers, device, input_norm=True)
+        scatter = powered = collect_scatter(train.embeddings, train.building_codes, device=device, input_norm=True)
         pca = whiten_by_pca(scatter, num_rows)
         tried = _try(whiten_within_class, scatter, validation, output_dim, num_rows, section)
         note["shrinkage_after_norm"] = max(tried, key=lambda key: tried[key].mean)
         whitening = tried[note["shrinkage_after_norm"]]
     start = _fill_up(pca, num_rows) if section.init == "pca" else whitening.linear_map
     if section.init == "sharpened":
-        tried = _try(sharpen_whitening, powered[0], validation, output_dim, num_rows, section)
+        tried = _try(sharpen_whitening, powered, validation, output_dim, num_rows, section)
         start, chosen = _choose_start(tried, whitening, validation)
         note["sharpened_shrinkage"] = chosen
         if chosen is not None:
-            scatter = powered[0]
+            scatter = powered
             scores["whitening"]["map_error"] = validation.measure_error(tried[chosen].scores, whitening.scores)
     return Baselines(make_coordinates(start, scatter, output_dim), note, scores)
+
+
+def is_rectified(train: Features, model: TrainingModelSection) -> bool:
+    """Whether the projector's inputs have no negative number, as those after a ReLU; after a norm they have.
+
+    The few large ones among them are what a power tames. Signed features lose by it: docs/training.md has both.
+    """
+    return not model.input_norm and bool((np.asarray(train.embeddings[:_SIGN_ROWS]) >= 0).all())
 
 
 def _try(  # noqa: PLR0917
