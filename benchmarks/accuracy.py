@@ -134,6 +134,7 @@ def fit_projector(config: Config, train: Features, val: Features, seed: int) -> 
     with Progress("train", section.num_epochs * run.trainer.num_anchors, "anchor", 1e9) as progress:
         while not run.is_over:
             run.advance(progress)
+    run.settle()
     return run
 
 

@@ -27,7 +27,7 @@ from pipeline.config import TrainingSection, load_config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
-from pipeline.retrieval.scores import SCORE_KEYS, score_queries, summarize_scores
+from pipeline.retrieval.scores import SCORE_KEYS, QueryScores, score_queries, summarize_scores
 from pipeline.retrieval.whitening import (
     collect_scatter,
     fit_pca_whitening,
@@ -38,7 +38,9 @@ from train_specialized_embeddings.training.collapse import has_collapsed
 from train_specialized_embeddings.training.coordinates import make_coordinates
 from train_specialized_embeddings.training.starts import Baselines, make_projector
 from train_specialized_embeddings.training.trainer import Trainer, rate_factor
+from train_specialized_embeddings.training.training_run import SHARES, TrainingRun
 from train_specialized_embeddings.training.validation import (
+    ValidationSet,
     choose_validation_set,
     format_table,
     log_verdict,
@@ -88,7 +90,7 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
     assert [content["epoch"] for name, content in found.items() if "best" not in name] == [2, 4, 5]
     for name, content in found.items():
         assert set(content) == {
-            "architecture", "projector", "weights", "average", "coordinates", "start_weight", "optimizer", "step",
+            "architecture", "projector", "weights", "average", "coordinates", "origin", "optimizer", "step",
             "sampler", "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale", "first_shape",
         }  # fmt: skip
         assert content["architecture"]["input_dim"] == WIDTH
@@ -113,6 +115,65 @@ def test_the_best_checkpoint_is_the_best_epoch_by_validation_and_never_below_the
     assert maps[0] == pytest.approx(best["metrics"]["val"]["whitening"]["map"], abs=1e-6)
 
 
+def test_what_is_published_lies_between_the_start_and_the_epoch_whose_weights_it_has(workspace: Path) -> None:
+    run(workspace)
+    found = read_checkpoints(workspace)
+    best, final = found["checkpoint_best.pt"], found["checkpoint_final.pt"]
+    assert best["epoch"] == final["epoch"] == 5
+    assert best["start"]["share"] in SHARES
+    for name, weight in best["average"].items():
+        expected = final["origin"][name].lerp(final["average"][name], best["start"]["share"])
+        torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+    val = make_split(12, 2)
+    rows = torch.from_numpy(np.stack(val["embedding"].to_numpy()).astype(np.float32))
+    codes = np.unique(val["building_id"].to_pylist(), return_inverse=True)[1]
+    with torch.inference_mode():
+        embeddings = build_projector(load_checkpoint(workspace / "checkpoint/checkpoint_best.pt"))(rows).numpy()
+    assert best["metrics"]["val"]["projector"] == pytest.approx(summarize_scores(score_queries(embeddings, codes)))
+    mark = json.loads((workspace / "checkpoint/provenance.json").read_text())
+    assert mark["val"] == best["metrics"]["val"]
+
+
+@pytest.mark.parametrize(
+    ("maps", "whitening", "share"),
+    [
+        ((0.60, 0.70, 0.80, 0.90), 0.5, 1.0),  # all of it is worth it
+        ((0.60, 0.70, 0.80, 0.80), 0.5, 0.75),
+        ((0.60, 0.61, 0.61, 0.61), 0.5, 0.5),  # nobody can tell
+        ((0.60, 0.60, 0.55, 0.50), 0.5, 0.5),
+        ((0.60, 0.55, 0.50, 0.45), 0.5, 0.0),  # the start is better than any
+        ((0.60, 0.65, 0.70, 0.70), 0.66, 0.75),  # half of it does not reach whitening, but neither does the start
+        ((0.60, 0.598, 0.60, 0.60), 0.599, 0.75),  # half of it does not reach whitening, which the start does
+        ((0.60, 0.598, 0.598, 0.598), 0.599, 0.0),
+    ],
+)
+def test_the_least_of_the_training_that_validates_as_well_is_published(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, maps: tuple[float, ...], whitening: float, share: float
+) -> None:
+    """The standard error is 0.01 or less: queries of a building share their noise, which has that deviation."""
+    codes = np.repeat(np.arange(12), 3)
+    calls: list[QueryScores] = []
+
+    def settle(self: TrainingRun) -> None:
+        self.baselines = {"whitening": {"map": whitening}}
+        noise = np.random.default_rng(0).standard_normal((4, 12))[:, codes]
+        noise -= noise.mean(axis=1, keepdims=True)
+        for mean, own in zip(maps, noise, strict=True):
+            precision = mean + 0.005 * own
+            calls.append(QueryScores(np.arange(36), np.ones(36, np.int64), precision))
+        self.validation = ValidationSet(self.validation.embeddings, codes.astype(np.int32))
+        monkeypatch.setattr(TrainingRun, "_score", lambda *_: (np.zeros((1, 1), np.float32), calls.pop(0)))
+        real_settle(self)
+
+    real_settle = TrainingRun.settle
+    monkeypatch.setattr(TrainingRun, "settle", settle)
+    run(workspace)
+    best = read_checkpoints(workspace)["checkpoint_best.pt"]
+    assert best["start"]["share"] == share
+    assert best["epoch"] == (5 if share else 0)
+    assert best["metrics"]["val"]["projector"]["map"] == pytest.approx(maps[(0.0, *SHARES).index(share)])
+
+
 def test_validation_scores_equal_those_computed_by_hand(workspace: Path) -> None:
     run(workspace, "training.whitening_shrinkage=0.3", "training.num_epochs=0", "training.init=whitening")
     training, val = make_split(30, 1), make_split(12, 2)
@@ -127,7 +188,7 @@ def test_validation_scores_equal_those_computed_by_hand(workspace: Path) -> None
     best = read_checkpoints(workspace)["checkpoint_best.pt"]
     for name, embeddings in expected.items():
         assert best["metrics"]["val"][name] == pytest.approx(summarize_scores(score_queries(embeddings, codes[1])))
-    assert best["start"] == {"init": "whitening", "shrinkage": 0.3}
+    assert best["start"] == {"init": "whitening", "shrinkage": 0.3, "share": 0.0}
 
 
 @pytest.mark.parametrize("init", ["pca", "random"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_data import (
     OUTPUTS,
     SETTINGS,
@@ -39,6 +40,27 @@ def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
     return tmp_path
 
 
+def test_a_killed_run_of_an_earlier_version_is_refused_and_left_as_it_is(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_run.TrainingRun, "settle", kill)
+    with pytest.raises(KilledError):
+        run(workspace)
+    latest = workspace / "checkpoint/.checkpoint_latest.pt"
+    content = torch.load(latest, weights_only=True)
+    del content["peak"]
+    torch.save(content, latest)
+    before = latest.read_bytes()
+    monkeypatch.undo()
+    with pytest.raises(StaleOutputError, match=r"begun by an earlier version of this stage.*--overwrite"):
+        run(workspace)
+    assert latest.read_bytes() == before
+
+
+def kill(*_: Any) -> None:
+    raise KilledError
+
+
 class KilledError(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
@@ -48,7 +70,9 @@ def write_json_and_die(path: Path, content: Any) -> None:
     raise KilledError
 
 
-@pytest.mark.parametrize("point", ["latest", "metrics", "best", "epoch_2", "epoch_4", "final", "mark", "after"])
+@pytest.mark.parametrize(
+    "point", ["latest", "metrics", "best", "epoch_2", "epoch_4", "final", "settle", "mark", "after"]
+)
 def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
     workspace: Path, tmp_path: Path, write_config: Callable[..., Path], point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +95,8 @@ def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
     with monkeypatch.context() as patch:
         if point == "after":
             patch.setattr(training_run.writing, "write_json", write_json_and_die)
+        elif point == "settle":
+            patch.setattr(training_run.TrainingRun, "settle", kill)
         else:
             patch.setattr(writing, "writing_to", writing_to)
         with pytest.raises(KilledError):

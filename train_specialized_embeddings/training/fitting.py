@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Config, LoggingSection
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.files import tables
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
 from pipeline.log import Stopwatch, logger
@@ -146,12 +146,18 @@ def begin(config: Config, material: Material, saved: Checkpoint | None, warm: Wa
 def load_latest(files: RunFiles, provenance: dict[str, Any]) -> Checkpoint | None:
     """Return the state of a killed run of this very provenance, None where there is none.
 
-    Raises StaleOutputError where it had other inputs or settings, InputError where it is damaged.
+    Raises StaleOutputError where it had other inputs, settings or code that saved otherwise, InputError where it is
+    damaged.
     """
     if not files.latest.exists():
         return None
     saved = load_checkpoint(files.latest)
     tables.matches(files.latest, saved.provenance or None, provenance)
+    if "peak" not in saved.rest:
+        raise StaleOutputError(
+            f"{files.latest}: the run was begun by an earlier version of this stage and cannot go on: "
+            "give --overwrite to begin anew"
+        )
     return saved
 
 

@@ -68,7 +68,7 @@ class Trainer:
         self.bandit = BandBandit() if section.band_sampling == "ucb" else None
         self.distance = DISTANCES[section.triplet_distance]
         self.noise = None if spread is None else section.input_noise * spread.to(store.device)
-        self.start_weight = projector.shortcut.weight.detach().clone()
+        self.origin = copy.deepcopy(projector).eval()  # where it starts, of which the published weights keep some
         self.epoch = self.step = 0
         self.rate_scale = 1.0  # lowered by a collapse
         self.first_shape: list[float] | None = None  # spread and norm of the first images that were trained on
@@ -207,7 +207,7 @@ class Trainer:
         embeddings = functional.normalize(outputs, dim=1)
         loss, sums = self._lose(batch, embeddings, counts)
         if self.section.anchor_penalty > 0:
-            drift = relative_drift(self.projector.shortcut.weight, self.start_weight)
+            drift = relative_drift(self.projector.shortcut.weight, self.origin.shortcut.weight.detach())
             loss = loss + self.section.anchor_penalty * drift
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -287,7 +287,7 @@ class Trainer:
         return {
             "weights": _copy(self.projector.state_dict()),
             "average": _copy(self.average.state_dict()),
-            "start_weight": _copy(self.start_weight),
+            "origin": _copy(self.origin.state_dict()),
             "optimizer": _copy(self.optimizer.state_dict()),
             "epoch": self.epoch,
             "step": self.step,
@@ -311,7 +311,7 @@ class Trainer:
         """
         self.projector.load_state_dict(state["weights"])
         self.average.load_state_dict(state["average"])
-        self.start_weight.copy_(state["start_weight"])
+        self.origin.load_state_dict(state["origin"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.rate_scale, self.first_shape = state["rate_scale"], state["first_shape"]

@@ -1,13 +1,20 @@
 """One training run: its epochs, its best, and what it saves so that a killed run can go on exactly."""
 
+import copy
 import time
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.files import writing
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
+from pipeline.retrieval.projector import Projector
+from pipeline.retrieval.scores import QueryScores, list_unreached, summarize_scores
 from train_specialized_embeddings.training.collapse import has_collapsed
 from train_specialized_embeddings.training.coordinates import Coordinates
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
@@ -25,6 +32,10 @@ from train_specialized_embeddings.training.validation import (
 SAVE_INTERVAL_SECONDS = 10.0
 # What the rates are multiplied by after a collapse, and how often before the run is given up.
 RATE_AFTER_COLLAPSE, MAX_COLLAPSES = 0.1, 2
+# An epoch validates as well as the best one up to so many standard errors: the best of many is ahead by chance.
+EPOCH_ERRORS = 2.0
+# How much of the way from the start to the trained weights may be published; docs/training.md has what each gives.
+SHARES = (0.5, 0.75, 1.0)
 
 Content = dict[str, Any]
 
@@ -44,7 +55,8 @@ class TrainingRun:
     watch: Stopwatch
     sinks: MetricSinks
     history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
-    best: Content = field(default_factory=dict)  # the best epoch's checkpoint
+    best: Content = field(default_factory=dict)  # the checkpoint of the last epoch as good as the peak
+    peak: QueryScores | None = None  # validation of the epoch with the best mAP
 
     @property
     def epoch(self) -> int:
@@ -53,7 +65,7 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has all its epochs, stopped getting better `patience` ago, or collapses again and again."""
+        """Whether the run has all its epochs, was as good as ever `patience` ago, or collapses again and again."""
         section = self.config.training
         if sum(record["collapsed"] for record in self.history) > MAX_COLLAPSES:
             return True
@@ -95,10 +107,52 @@ class TrainingRun:
         if self.history[-1]["collapsed"]:
             self.trainer.go_back(self.best, RATE_AFTER_COLLAPSE)
 
+    def settle(self) -> None:
+        """Publish, of the best epoch's way from the start, the least that validates as well as the most of it.
+
+        Half of it to all of it, weight by weight, give or take a standard error: few buildings validate, and what few
+        teach holds less elsewhere (Wortsman et al. 2022, Robust fine-tuning of zero-shot models). It has to reach
+        every baseline that the start does; where none does, or the start is better by more, the start is published.
+        """
+        start, trained = self.best["origin"], self.best["average"]
+        mixed, scores = {}, {}
+        for share in (0.0, *SHARES):
+            mixed[share] = copy.deepcopy(self.trainer.average)
+            mixed[share].load_state_dict({name: start[name].lerp(trained[name], share) for name in trained})
+            scores[share] = self._score(mixed[share])[1]
+        tried = {share: summarize_scores(each) for share, each in scores.items()}
+        unreached = {share: set(list_unreached(self.baselines, row["map"])) for share, row in tried.items()}
+        peak = scores[max(tried, key=lambda key: tried[key]["map"])]
+        allowed = [
+            share for share in (SHARES if self.best["epoch"] else ())
+            if unreached[share] <= unreached[0.0] and not self.validation.is_better(peak, scores[share])
+        ]  # fmt: skip
+        chosen = min(allowed, default=0.0)
+        epoch = self.best["epoch"] if allowed else 0
+        logger.info(
+            "%g of the way from the start to epoch %d is published; validation mAP by that share: %s",
+            chosen, self.best["epoch"], ", ".join(f"{share:g}: {row['map']:.4f}" for share, row in tried.items()),
+        )  # fmt: skip
+        metrics = self.best["metrics"]
+        self.best = self.best | {
+            "average": mixed[chosen].state_dict(),
+            "projector": dict(self.coordinates.fold(mixed[chosen]).state_dict()),
+            "epoch": epoch,
+            "start": self.start | {"share": chosen},
+            "metrics": metrics | {"epoch": epoch, "val": metrics["val"] | {"projector": tried[chosen]}},
+        }
+
+    def _score(self, projector: Projector) -> tuple[NDArray[np.float32], QueryScores]:
+        """Return the embeddings of the validation images (N, k), and how each fares as a query."""
+        with self.watch.measure("validate"):
+            embeddings = project(projector, self.validation.embeddings, self.trainer.store.device)
+            return embeddings, self.validation.score_each(embeddings)
+
     def resume(self, saved: Checkpoint) -> None:
         """Take up the state of a killed run."""
         self.trainer.restore(saved.rest)
         self.history, self.best = list(saved.rest["history"]), saved.rest["best"]
+        self.peak = QueryScores(**{name: values.numpy() for name, values in saved.rest["peak"].items()})
         for record in self.history:
             self.sinks.write(record)
         logger.info("going on after epoch %d", self.epoch)
@@ -109,11 +163,10 @@ class TrainingRun:
 
     def _add_epoch(self, report: EpochReport | None, started: float) -> None:
         """Validate, add the epoch's record, and keep its checkpoint if it is the best; epoch 0 has no report."""
-        with self.watch.measure("validate"):
-            projector, device = self.trainer.average, self.trainer.store.device
-            embeddings = project(projector, self.validation.embeddings, device)
-            norm = measure_norm(projector, self.validation.embeddings, device)
-            scores = self.validation.score(embeddings)
+        projector = self.trainer.average
+        embeddings, each = self._score(projector)
+        norm = measure_norm(projector, self.validation.embeddings, self.trainer.store.device)
+        scores = summarize_scores(each)
         record: dict[str, Any] = {
             "epoch": len(self.history),
             "train_loss": report and report.loss,
@@ -130,7 +183,11 @@ class TrainingRun:
         record["collapsed"] = has_collapsed(record, self.history[0] if self.history else record)
         self.history.append(record)
         self.sinks.write(self.history[-1])
-        if not self.best or scores["map"] > self.best["metrics"]["val"]["projector"]["map"]:
+        if record["collapsed"]:
+            return
+        if self.peak is None or summarize_scores(self.peak)["map"] < scores["map"]:
+            self.peak = each
+        if not self.validation.is_better(self.peak, each, EPOCH_ERRORS):
             self.best = self._describe()
 
     def _log_epoch(self) -> None:
@@ -142,7 +199,7 @@ class TrainingRun:
         logger.info(
             "epoch %d: %sspread %.3f, validation mAP %.4f, R@1 %.4f%s",
             self.epoch, training, record["embedding_spread"], record["val"]["map"], record["val"]["recall_at_1"],
-            ", the best so far" if self.best["epoch"] == self.epoch else "",
+            ", as good as any so far" if self.best["epoch"] == self.epoch else "",
         )  # fmt: skip
         if record["collapsed"]:
             self._log_collapse()
@@ -193,7 +250,10 @@ class TrainingRun:
     def _save(self) -> None:
         """Write what the run goes on from, then the files that follow from it."""
         with self.watch.measure("write"):
-            save_checkpoint(self.files.latest, self._describe() | {"best": self.best, "history": self.history})
+            assert self.peak is not None  # the start is validated first
+            peak = {name: torch.from_numpy(values) for name, values in vars(self.peak).items()}
+            content = self._describe() | {"best": self.best, "history": self.history, "peak": peak}
+            save_checkpoint(self.files.latest, content)
             self._write_outputs()
 
     def _write_outputs(self) -> None:
@@ -206,6 +266,8 @@ class TrainingRun:
         """Write everything, the mark of a complete run last, and say how it went."""
         self._save()
         save_checkpoint(self.files.final, self._describe())
+        self.settle()
+        save_checkpoint(self.files.best, self.best)
         val = self.best["metrics"]["val"]
         writing.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
         self.files.latest.unlink(missing_ok=True)

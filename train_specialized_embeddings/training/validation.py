@@ -43,10 +43,10 @@ class ValidationSet:
         """Return how each image that has a positive fares."""
         return score_queries(embeddings, self.building_codes, device=self.device)
 
-    def is_better(self, one: QueryScores, other: QueryScores) -> bool:
-        """Whether the mAP of one is above the other's by more than the standard error of the difference."""
+    def is_better(self, one: QueryScores, other: QueryScores, num_errors: float = 1.0) -> bool:
+        """Whether the mAP of one is above the other's by more than `num_errors` standard errors of the difference."""
         gains = one.average_precision - other.average_precision
-        return bool(gains.mean() > self.measure_error(one, other))
+        return bool(gains.mean() > num_errors * self.measure_error(one, other))
 
     def measure_error(self, one: QueryScores, other: QueryScores) -> float:
         """Return the standard error of the difference of two mAPs.

@@ -200,4 +200,5 @@ class Objective:
                 trial.report(run.history[-1]["val"]["map"], run.epoch)
                 if trial.should_prune():
                     raise optuna.TrialPruned
+        run.settle()
         return float(run.best["metrics"]["val"]["projector"]["map"])
