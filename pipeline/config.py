@@ -230,7 +230,7 @@ class TrainingSection(Section):
     )
     warmup_epochs: float = Field(1.0, ge=0.0, description="epochs of linear warm-up")
     grad_clip: float = Field(1.0, gt=0.0, description="largest gradient norm")
-    patience: int = Field(10, ge=1, description="epochs without a better validation mAP before stopping")
+    patience: int = Field(10, ge=1, description="epochs in a row that validate worse than the best before stopping")
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
     triplets_per_epoch: PositiveInt | Literal["auto"] = Field(
         "auto", description="auto: one per training image, at least 16 batches"

@@ -305,11 +305,11 @@ def test_distances_are_metres_on_the_sphere():
 
 
 def test_a_drawing_takes_the_pages_colour_and_repeats_to_the_byte():
-    curve = Curve([0, 1, 2], [0.4, 0.5, 0.45], {"raw": 0.3})
+    curve = Curve([0, 1, 2], [0.4, 0.5, 0.45], {"raw": 0.3}, (2, 0.475))
     drawing = plot_training(curve)
     assert drawing == plot_training(curve)
     assert "currentColor" in drawing
-    assert "best 0.500 at epoch 1" in drawing
+    assert "best 0.500 at epoch 1, published 0.475 of epoch 2" in drawing
     assert "raw: 0.300" in drawing
     assert "http" not in drawing
 

@@ -134,6 +134,43 @@ def test_what_is_published_lies_between_the_start_and_the_epoch_whose_weights_it
     assert mark["val"] == best["metrics"]["val"]
 
 
+def score_as(maps: tuple[float, ...]) -> Callable[..., Any]:
+    """Return a stand-in for TrainingRun._score, which calls give these mAPs in turn.
+
+    Queries of a building share their noise. The standard error of a difference is about 0.002.
+    """
+    codes = np.repeat(np.arange(12), 3)
+    noise = np.random.default_rng(0).standard_normal((len(maps), 12))
+    noise = 0.005 * (noise - noise.mean(axis=1, keepdims=True))[:, codes]
+    left = [QueryScores(np.arange(36), np.full(36, 1), mean + own) for mean, own in zip(maps, noise, strict=True)]
+
+    def score(self: TrainingRun, _: Any) -> tuple[np.ndarray, QueryScores]:
+        self.validation = ValidationSet(self.validation.embeddings, codes.astype(np.int32))
+        return np.eye(36, 40, dtype=np.float32), left.pop(0)
+
+    return score
+
+
+@pytest.mark.parametrize(
+    ("maps", "best", "epochs"),
+    [
+        ((0.60, 0.61, 0.62, 0.63, 0.64, 0.65), 5, 5),
+        ((0.60, 0.70, 0.698, 0.697, 0.699, 0.698), 5, 5),  # as good as the best, give or take
+        ((0.60, 0.70, 0.698, 0.66, 0.66, 0.66), 2, 4),  # patience is counted from the last that was
+        ((0.60, 0.58, 0.57, 0.56, 0.55, 0.54), 0, 2),
+        ((0.60, 0.58, 0.62, 0.60, 0.619, 0.60), 4, 5),
+    ],
+)
+def test_the_last_epoch_that_validates_as_well_as_the_best_is_kept(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, maps: tuple[float, ...], best: int, epochs: int
+) -> None:
+    monkeypatch.setattr(TrainingRun, "_score", score_as(maps))
+    monkeypatch.setattr(TrainingRun, "settle", lambda _: None)
+    run(workspace, "training.patience=2")
+    assert read_checkpoints(workspace)["checkpoint_best.pt"]["epoch"] == best
+    assert read_metrics(workspace)[-1]["epoch"] == epochs
+
+
 @pytest.mark.parametrize(
     ("maps", "whitening", "share"),
     [
@@ -150,19 +187,9 @@ def test_what_is_published_lies_between_the_start_and_the_epoch_whose_weights_it
 def test_the_least_of_the_training_that_validates_as_well_is_published(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, maps: tuple[float, ...], whitening: float, share: float
 ) -> None:
-    """The standard error is 0.01 or less: queries of a building share their noise, which has that deviation."""
-    codes = np.repeat(np.arange(12), 3)
-    calls: list[QueryScores] = []
-
     def settle(self: TrainingRun) -> None:
         self.baselines = {"whitening": {"map": whitening}}
-        noise = np.random.default_rng(0).standard_normal((4, 12))[:, codes]
-        noise -= noise.mean(axis=1, keepdims=True)
-        for mean, own in zip(maps, noise, strict=True):
-            precision = mean + 0.005 * own
-            calls.append(QueryScores(np.arange(36), np.ones(36, np.int64), precision))
-        self.validation = ValidationSet(self.validation.embeddings, codes.astype(np.int32))
-        monkeypatch.setattr(TrainingRun, "_score", lambda *_: (np.zeros((1, 1), np.float32), calls.pop(0)))
+        monkeypatch.setattr(TrainingRun, "_score", score_as(maps))
         real_settle(self)
 
     real_settle = TrainingRun.settle

@@ -51,7 +51,9 @@ def read_training_curve(path: Path, training: Mapping[str, Any]) -> Curve | None
         records = [json.loads(line) for line in lines] or training["history"]
         epochs, values = [int(record["epoch"]) for record in records], [float(r["val"]["map"]) for r in records]
         baselines = {kind: float(training["val"][kind]["map"]) for kind in BASELINES if kind in training.get("val", {})}
+        own = training.get("val", {}).get("projector")
+        published = (int(training["epoch"]), float(own["map"])) if own and "epoch" in training else None
         shares = {int(record["epoch"]): record["band_shares"] for record in records if record.get("band_shares")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # an older run's: the page can do without
         return None
-    return Curve(epochs, values, baselines, shares) if epochs else None
+    return Curve(epochs, values, baselines, published, shares) if epochs else None

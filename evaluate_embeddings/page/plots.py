@@ -43,6 +43,7 @@ class Curve:
     epochs: list[int]
     values: list[float]
     baselines: dict[str, float]  # the mAP of the other kinds on the same images, as far as it is recorded
+    published: tuple[int, float] | None = None  # the epoch whose weights are, and their mAP, mixed with the start's
     band_shares: dict[int, list[float]] = field(default_factory=dict)  # by epoch; the last share is of no band
 
 
@@ -172,13 +173,15 @@ def plot_band_shares(curve: Curve) -> str:
 
 
 def plot_training(curve: Curve) -> str:
-    """Draw validation mAP by epoch, with epoch 0 (before training), the best epoch and the baselines marked."""
+    """Draw validation mAP by epoch, with epoch 0 (before training), what is published and the baselines marked."""
     with _figure("training") as (figure, axes):
         best = int(np.argmax(curve.values))
+        epoch, own = curve.published or (curve.epochs[best], curve.values[best])
         style = {key: value for key, value in KIND_STYLES["projector"].items() if key != "marker"}
         axes.plot(curve.epochs, curve.values, label="projector", **style)
-        _mark(axes, curve, 0, "D", f"epoch {curve.epochs[0]}, before training: {curve.values[0]:.3f}")
-        _mark(axes, curve, best, "*", f"best, epoch {curve.epochs[best]}: {curve.values[best]:.3f}")
+        first = curve.epochs[0], curve.values[0]
+        _mark(axes, *first, "D", f"epoch {first[0]}, before training: {first[1]:.3f}")
+        _mark(axes, epoch, own, "*", f"published, of epoch {epoch}: {own:.3f}")
         for kind, value in curve.baselines.items():
             style = {key: value for key, value in KIND_STYLES[kind].items() if key != "marker"}
             axes.axhline(value, label=f"{KIND_LABELS[kind]}: {value:.3f}", **style)
@@ -188,10 +191,9 @@ def plot_training(curve: Curve) -> str:
         return _to_svg(
             figure,
             f"Validation mAP over {len(curve.epochs)} epochs: {curve.values[0]:.3f} before training, "
-            f"best {curve.values[best]:.3f} at epoch {curve.epochs[best]}.",
+            f"best {curve.values[best]:.3f} at epoch {curve.epochs[best]}, published {own:.3f} of epoch {epoch}.",
         )
 
 
-def _mark(axes: Axes, curve: Curve, place: int, marker: str, label: str) -> None:
-    color = KIND_STYLES["projector"]["color"]
-    axes.plot(curve.epochs[place], curve.values[place], marker, color=color, markersize=9, label=label)
+def _mark(axes: Axes, epoch: int, value: float, marker: str, label: str) -> None:
+    axes.plot(epoch, value, marker, color=KIND_STYLES["projector"]["color"], markersize=9, label=label)

@@ -217,7 +217,7 @@ def _results(facts: CardFacts) -> str:
 ### Validation split
 
 {warning}Every image of the validation split searches all others; right is another image of the same building. No
-building of the split was trained on, but the best epoch was chosen by these figures: expect less of a test split.
+building of the split was trained on, but what is published was chosen by these figures: expect less of a test split.
 
 {table}
 
