@@ -115,11 +115,11 @@ class TrainingRun:
         every baseline that the start does; where none does, or the start is better by more, the start is published.
         """
         start, trained = self.best["origin"], self.best["average"]
-        mixed, scores = {}, {}
+        mixed, scores, projector = {}, {}, copy.deepcopy(self.trainer.average)
         for share in (0.0, *SHARES):
-            mixed[share] = copy.deepcopy(self.trainer.average)
-            mixed[share].load_state_dict({name: start[name].lerp(trained[name], share) for name in trained})
-            scores[share] = self._score(mixed[share])[1]
+            mixed[share] = {name: start[name].lerp(trained[name], share) for name in trained}
+            projector.load_state_dict(mixed[share])
+            scores[share] = self._score(projector)[1]
         tried = {share: summarize_scores(each) for share, each in scores.items()}
         unreached = {share: set(list_unreached(self.baselines, row["map"])) for share, row in tried.items()}
         peak = scores[max(tried, key=lambda key: tried[key]["map"])]
@@ -133,10 +133,11 @@ class TrainingRun:
             "%g of the way from the start to epoch %d is published; validation mAP by that share: %s",
             chosen, self.best["epoch"], ", ".join(f"{share:g}: {row['map']:.4f}" for share, row in tried.items()),
         )  # fmt: skip
+        projector.load_state_dict(mixed[chosen])
         metrics = self.best["metrics"]
         self.best = self.best | {
-            "average": mixed[chosen].state_dict(),
-            "projector": dict(self.coordinates.fold(mixed[chosen]).state_dict()),
+            "average": mixed[chosen],
+            "projector": dict(self.coordinates.fold(projector).state_dict()),
             "epoch": epoch,
             "start": self.start | {"share": chosen},
             "metrics": metrics | {"epoch": epoch, "val": metrics["val"] | {"projector": tried[chosen]}},
