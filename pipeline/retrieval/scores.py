@@ -24,8 +24,8 @@ SCORE_KEYS = (*(f"recall_at_{k}" for k in RECALL_RANKS), "map", "mrr")
 TIE_TOLERANCE = 1e-6
 # Similarities held at a time: 2^25 float32 are 128 MiB; a block has at least 16 queries, or the product is slow.
 BLOCK_VALUES, MIN_BLOCK_QUERIES = 2**25, 16
-# Resamples whose means one product gives, so that the sums of the buildings are read once for all of them.
-RESAMPLES_AT_A_TIME = 32
+# Resamples whose means one product gives: the sums of the buildings are read once for all, and it stays on one core.
+RESAMPLES_AT_A_TIME = 16
 
 Embeddings = NDArray[np.float32]
 Codes = NDArray[np.int64]
