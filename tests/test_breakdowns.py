@@ -1,5 +1,6 @@
 """Scores by number of views, viewpoint change and distance."""
 
+import itertools
 import json
 
 import numpy as np
@@ -21,6 +22,19 @@ def test_the_smallest_change_of_heading_goes_round_the_circle_and_leaves_out_the
     np.testing.assert_allclose(changes[:3], [15, 15, 80])
     assert np.isnan(changes[3:6]).all()
     np.testing.assert_allclose(changes[6:], [180, 180])
+
+
+@pytest.mark.parametrize("share_unknown", [0.0, 0.3, 1.0])
+def test_the_smallest_change_of_heading_is_that_of_a_loop_over_all_pairs(share_unknown):
+    generator = np.random.default_rng(0)
+    codes, headings = generator.integers(0, 40, 200), generator.uniform(-720, 720, 200).round(1)
+    headings[generator.random(200) < share_unknown] = np.nan
+    expected = np.full(200, np.nan)
+    for row, other in itertools.permutations(range(200), 2):
+        if codes[row] == codes[other]:
+            angle = abs((headings[row] - headings[other] + 180) % 360 - 180)
+            expected[row] = np.fmin(expected[row], angle)
+    np.testing.assert_array_equal(heading_changes(codes, headings), expected)
 
 
 def test_groups_are_named_by_what_they_hold():

@@ -50,6 +50,21 @@ def test_ignored_pairs_and_panoramas_are_left_out_as_in_a_loop(seed, device, blo
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("share_hard", [0.0, 0.05, 0.3])
+def test_few_hard_queries_among_easy_ones_fare_as_in_a_loop(share_hard, device, block_rows):
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(1, 6, 150).tolist()
+    _, codes = draw(sizes)
+    centres = generator.standard_normal((3 * len(sizes) + 1, 16))
+    spread = np.where(generator.random((len(codes), 1)) < share_hard, 2.0, 0.05)
+    embeddings = normalise_rows(centres[codes] + spread * generator.standard_normal((len(codes), 16)))
+    panoramas = generator.integers(0, len(codes) // 3, len(codes))
+    found = score_queries_twice(embeddings, codes, panoramas, device=torch.device(device))
+    assert_equals_loops(found[0], score_by_loops(embeddings, codes))
+    assert_equals_loops(found[1], score_by_loops(embeddings, codes, [], panoramas))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_negative_that_ties_with_a_positive_counts_as_nearer(device, block_rows):
     embeddings = normalise_rows(np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
     found = score_queries(embeddings, np.array([0, 0, 1, 1]), device=torch.device(device))
@@ -59,9 +74,10 @@ def test_a_negative_that_ties_with_a_positive_counts_as_nearer(device, block_row
 def test_counts_beyond_what_a_byte_holds_are_right(block_rows):
     generator = np.random.default_rng(0)
     for share in (0.0, 0.3, 1.0):
-        mask = torch.from_numpy(generator.random((block_rows, block_rows)) < share)
-        for dim in (0, 1):
-            assert torch.equal(device_scores._count(mask, dim), mask.sum(dim=dim))
+        for width in (block_rows, 3, 1):
+            for dim, shape in enumerate([(block_rows, width), (width, block_rows)]):
+                mask = torch.from_numpy(generator.random(shape) < share)
+                assert torch.equal(device_scores._count(mask, dim), mask.sum(dim=dim))
 
 
 def test_a_gpu_whose_memory_runs_out_is_given_smaller_tiles_and_in_the_end_an_error(monkeypatch, caplog):

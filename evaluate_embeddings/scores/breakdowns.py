@@ -46,13 +46,15 @@ def heading_changes(codes: NDArray[Any], headings: NDArray[np.float64]) -> NDArr
 
     NaN where the building has no other image with a heading.
     """
-    groups = RowGroups(codes)
+    known = np.flatnonzero(np.isfinite(headings))
+    # Around the circle of a building's headings, the nearest one is a neighbour.
+    order = known[np.lexsort((headings[known] % 360, codes[known]))]
+    ordered, places = codes[order], np.arange(len(order))
+    first, end = (np.searchsorted(ordered, ordered, side) for side in ("left", "right"))
     smallest = np.full(len(headings), np.nan)
-    for code in range(len(groups.labels)):
-        rows = groups.rows_of(code)
-        angles = np.abs((headings[rows, None] - headings[None, rows] + 180) % 360 - 180)
-        np.fill_diagonal(angles, np.nan)
-        smallest[rows] = np.fmin.reduce(angles, axis=1)
+    for neighbor in (np.where(places + 1 < end, places + 1, first), np.where(places > first, places - 1, end - 1)):
+        angles = np.abs((headings[order] - headings[order[neighbor]] + 180) % 360 - 180)
+        smallest[order] = np.fmin(smallest[order], np.where(neighbor == places, np.nan, angles))
     return smallest
 
 

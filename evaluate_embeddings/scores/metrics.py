@@ -96,12 +96,12 @@ def score_kinds_twice(
     Raises InputError, naming the kind, if a row is not finite or zero.
     """
     scores, apart = {}, {}
+    panoramas = panorama_codes(features)
     for kind, rows in embeddings.items():
         try:
             scores[kind], without = score_queries_twice(
-                rows, features.building_codes, panorama_codes(features), ignored=ignored, device=device,
-                progress=progress,
-            )  # fmt: skip
+                rows, features.building_codes, panoramas, ignored=ignored, device=device, progress=progress
+            )
         except InputError as error:
             raise InputError(f"{KIND_LABELS[kind]} {error}") from None
         if without is not None:
@@ -126,12 +126,28 @@ def summarize_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dic
     """Return the number of queries and of their buildings, and for each kind the scores with intervals."""
     queries = next(iter(scores.values())).query
     counts = {"queries": len(queries), "buildings": len(np.unique(codes[queries]))}
-    return counts | {kind: summarize_scores_with_intervals(one, codes, seed) for kind, one in scores.items()}
+    resampled = _resample_kinds(scores, codes, seed)
+    return counts | {
+        kind: _with_intervals(summarize_scores(one), _list_intervals(resampled[kind])) for kind, one in scores.items()
+    }
 
 
 def summarize_scores_with_intervals(scores: QueryScores, codes: NDArray[Any], seed: int) -> Scores:
     """Return the scores of one kind of embedding, each with its interval over buildings."""
     return _with_intervals(summarize_scores(scores), bootstrap_intervals(scores, codes, seed))
+
+
+def _resample_kinds(
+    scores: ScoresByKind, codes: NDArray[Any], seed: int | Sequence[int]
+) -> dict[str, NDArray[np.float64]]:
+    """Return, for each kind of the same queries, the means (R, 6) in the same draws of buildings, drawn once."""
+    values = np.concatenate([one.values() for one in scores.values()], axis=1)
+    means = resample_means(values, codes[next(iter(scores.values())).query], seed)
+    return dict(zip(scores, np.split(means, len(scores), axis=1), strict=True))
+
+
+def _list_intervals(resampled: NDArray[np.float64]) -> dict[str, list[float]]:
+    return dict(zip(SCORE_KEYS, percentile_intervals(resampled), strict=True))
 
 
 def _with_intervals(means: Mapping[str, float], intervals: Mapping[str, list[float]]) -> Scores:
@@ -147,18 +163,16 @@ def summarize_datasets(
     """
     first = next(iter(scores.values()))
     found: dict[str, Any] = {}
-    resampled: dict[str, list[NDArray[np.float64]]] = {kind: [] for kind in scores}
+    resampled = []
     for dataset_id in np.unique(dataset_ids[first.query]).tolist():
         chosen = dataset_ids[first.query] == dataset_id
-        found[str(dataset_id)] = summarize_kinds({k: one.take(chosen) for k, one in scores.items()}, codes, seed)
-        for kind, one in scores.items():
-            values, buildings = one.values()[chosen], codes[first.query[chosen]]
-            resampled[kind].append(resample_means(values, buildings, [seed, dataset_id]))
+        own = {kind: one.take(chosen) for kind, one in scores.items()}
+        found[str(dataset_id)] = summarize_kinds(own, codes, seed)
+        resampled.append(_resample_kinds(own, codes, [seed, dataset_id]))
     mean: dict[str, Any] = {}
     for kind in scores:
         means = {key: float(np.mean([dataset[kind][key] for dataset in found.values()])) for key in SCORE_KEYS}
-        intervals = percentile_intervals(np.mean(resampled[kind], axis=0))
-        mean[kind] = _with_intervals(means, dict(zip(SCORE_KEYS, intervals, strict=True)))
+        mean[kind] = _with_intervals(means, _list_intervals(np.mean([one[kind] for one in resampled], axis=0)))
     return found | {"mean": mean}
 
 
@@ -184,12 +198,12 @@ def compare_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dict[
 
     Paired: each resample of buildings is scored for both, and the differences give the interval.
     """
-    gains = {}
+    gains, resampled = {}, _resample_kinds(scores, codes, seed)
     for baseline in BASELINES:
         differences = scores["projector"].values() - scores[baseline].values()
-        intervals = percentile_intervals(resample_means(differences, codes[scores["projector"].query], seed))
         means = dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True))
-        gains[f"over_{baseline}"] = _with_intervals(means, dict(zip(SCORE_KEYS, intervals, strict=True)))
+        intervals = _list_intervals(resampled["projector"] - resampled[baseline])
+        gains[f"over_{baseline}"] = _with_intervals(means, intervals)
     return gains
 
 

@@ -24,6 +24,8 @@ SCORE_KEYS = (*(f"recall_at_{k}" for k in RECALL_RANKS), "map", "mrr")
 TIE_TOLERANCE = 1e-6
 # Similarities held at a time: 2^25 float32 are 128 MiB; a block has at least 16 queries, or the product is slow.
 BLOCK_VALUES, MIN_BLOCK_QUERIES = 2**25, 16
+# Resamples whose means one product gives: the sums of the buildings are read once for all, and it stays on one core.
+RESAMPLES_AT_A_TIME = 16
 
 Embeddings = NDArray[np.float32]
 Codes = NDArray[np.int64]
@@ -274,14 +276,17 @@ def resample_means(
     """
     buildings = RowGroups(codes)
     num_buildings = len(buildings.labels)
-    counts = buildings.sizes().astype(np.float64)
-    sums = np.stack([np.bincount(buildings.codes, column, num_buildings) for column in values.T], axis=1)  # (B, K)
+    columns = [np.bincount(buildings.codes, column, num_buildings) for column in values.T]
+    sums = np.stack([buildings.sizes().astype(np.float64), *columns], axis=1)  # (B, 1 + K)
     generator = np.random.default_rng(seed)
-    means = np.empty((num_resamples, values.shape[1]))
-    for resample in means:
-        times = np.bincount(generator.integers(num_buildings, size=num_buildings), minlength=num_buildings)
-        resample[:] = times @ sums / (times @ counts)
-    return means
+    totals = np.empty((num_resamples, sums.shape[1]))
+    times = np.empty((min(num_resamples, RESAMPLES_AT_A_TIME), num_buildings))
+    for first in range(0, num_resamples, RESAMPLES_AT_A_TIME):
+        block = totals[first : first + RESAMPLES_AT_A_TIME]
+        for row in times[: len(block)]:
+            row[:] = np.bincount(generator.integers(num_buildings, size=num_buildings), minlength=num_buildings)
+        np.matmul(times[: len(block)], sums, out=block)
+    return totals[:, 1:] / totals[:, :1]
 
 
 def percentile_intervals(means: NDArray[np.float64]) -> list[list[float]]:
