@@ -7,7 +7,7 @@ are taken by the size of their building, so that a tile's queries have as many p
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from pipeline.inference.devices import full_precision, halve_until_it_fits, needing_memory
+from pipeline.inference.workers import map_in_order
 from pipeline.retrieval.scores import TIE_TOLERANCE, Codes
 
 # Rows and columns of a tile: on a CPU one of 4 MB stays in the cache, on a GPU it takes 1 GiB and its mask a quarter.
@@ -119,12 +120,14 @@ class _Ranking:
         torch.set_num_threads(1)
         try:
             num_workers = 1 if self._device.type == "cuda" else num_threads
-            with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_workers) as pool:
-                blocks = list(pool.map(self._make_block, range(0, len(self._order), self._block_rows)))
-                tiles = [(block, other) for place, block in enumerate(blocks) for other in blocks[place:]]
-                for (block, other), _ in zip(tiles, pool.map(self._compare, *zip(*tiles, strict=True)), strict=True):
-                    if progress is not None and other is blocks[-1] and block.num_queries:
-                        progress(block.num_queries)
+            with threadpool_limits(1, user_api="blas"):
+                firsts = range(0, len(self._order), self._block_rows)
+                blocks = list(map_in_order(self._make_block, firsts, num_workers))
+                tiles = ((block, other) for place, block in enumerate(blocks) for other in blocks[place:])
+                with closing(map_in_order(self._compare, tiles, num_workers)) as compared:
+                    for block, other in compared:
+                        if progress is not None and other is blocks[-1] and block.num_queries:
+                            progress(block.num_queries)
         finally:
             torch.set_num_threads(num_threads)
         found = [block.results() for block in blocks]
@@ -134,8 +137,9 @@ class _Ranking:
             for results in zip(*found, strict=True)
         ]
 
-    def _compare(self, block: "_Block", other: "_Block") -> None:
+    def _compare(self, tile: "Tile") -> "Tile":
         """Count, for the queries of both blocks, the candidates in the other one that are nearer than a positive."""
+        block, other = tile
         scores, mask = self._buffers()
         _multiply(block.rows, other.rows, scores)
         scores[:, other.count :] = -torch.inf
@@ -147,6 +151,7 @@ class _Ranking:
             block.note_companions(rows, similarities, self._lock)
             if other is not block:
                 other.note_companions(columns, similarities, self._lock)
+        return tile
 
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this thread's own tile of similarities and of truth values: fresh pages would cost more than both."""
@@ -255,6 +260,9 @@ class _Block:
         if self._panoramas is not None:
             found.append(_score(nearer - self._companions[:, : self.count], self._is_apart))
         return found
+
+
+Tile = tuple[_Block, _Block]
 
 
 class _Labels:
