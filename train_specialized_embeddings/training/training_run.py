@@ -134,12 +134,12 @@ class TrainingRun:
             chosen, self.best["epoch"], ", ".join(f"{share:g}: {row['map']:.4f}" for share, row in tried.items()),
         )  # fmt: skip
         projector.load_state_dict(mixed[chosen])
-        metrics = self.best["metrics"]
+        metrics, self.start = self.best["metrics"], self.start | {"share": chosen}
         self.best = self.best | {
             "average": mixed[chosen],
             "projector": dict(self.coordinates.fold(projector).state_dict()),
             "epoch": epoch,
-            "start": self.start | {"share": chosen},
+            "start": self.start,
             "metrics": metrics | {"epoch": epoch, "val": metrics["val"] | {"projector": tried[chosen]}},
         }
 
