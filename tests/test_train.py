@@ -27,7 +27,7 @@ from pipeline.config import TrainingSection, load_config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
-from pipeline.retrieval.scores import SCORE_KEYS, QueryScores, score_queries, summarize_scores
+from pipeline.retrieval.scores import SCORE_KEYS, score_queries, summarize_scores
 from pipeline.retrieval.whitening import (
     collect_scatter,
     fit_pca_whitening,
@@ -38,9 +38,7 @@ from train_specialized_embeddings.training.collapse import has_collapsed
 from train_specialized_embeddings.training.coordinates import make_coordinates
 from train_specialized_embeddings.training.starts import Baselines, make_projector
 from train_specialized_embeddings.training.trainer import Trainer, rate_factor
-from train_specialized_embeddings.training.training_run import SHARES, TrainingRun
 from train_specialized_embeddings.training.validation import (
-    ValidationSet,
     choose_validation_set,
     format_table,
     log_verdict,
@@ -113,92 +111,6 @@ def test_the_best_checkpoint_is_the_best_epoch_by_validation_and_never_below_the
     assert best["epoch"] == maps.index(max(maps))
     assert best["metrics"]["val"]["projector"]["map"] == max(maps) >= maps[0]
     assert maps[0] == pytest.approx(best["metrics"]["val"]["whitening"]["map"], abs=1e-6)
-
-
-def test_what_is_published_lies_between_the_start_and_the_epoch_whose_weights_it_has(workspace: Path) -> None:
-    run(workspace)
-    found = read_checkpoints(workspace)
-    best, final = found["checkpoint_best.pt"], found["checkpoint_final.pt"]
-    assert best["epoch"] == final["epoch"] == 5
-    assert best["start"]["share"] in SHARES
-    for name, weight in best["average"].items():
-        expected = final["origin"][name].lerp(final["average"][name], best["start"]["share"])
-        torch.testing.assert_close(weight, expected, rtol=0, atol=0)
-    val = make_split(12, 2)
-    rows = torch.from_numpy(np.stack(val["embedding"].to_numpy()).astype(np.float32))
-    codes = np.unique(val["building_id"].to_pylist(), return_inverse=True)[1]
-    with torch.inference_mode():
-        embeddings = build_projector(load_checkpoint(workspace / "checkpoint/checkpoint_best.pt"))(rows).numpy()
-    assert best["metrics"]["val"]["projector"] == pytest.approx(summarize_scores(score_queries(embeddings, codes)))
-    mark = json.loads((workspace / "checkpoint/provenance.json").read_text())
-    assert mark["val"] == best["metrics"]["val"]
-
-
-def score_as(maps: tuple[float, ...]) -> Callable[..., Any]:
-    """Return a stand-in for TrainingRun._score, which calls give these mAPs in turn.
-
-    Queries of a building share their noise. The standard error of a difference is about 0.002.
-    """
-    codes = np.repeat(np.arange(12), 3)
-    noise = np.random.default_rng(0).standard_normal((len(maps), 12))
-    noise = 0.005 * (noise - noise.mean(axis=1, keepdims=True))[:, codes]
-    left = [QueryScores(np.arange(36), np.full(36, 1), mean + own) for mean, own in zip(maps, noise, strict=True)]
-
-    def score(self: TrainingRun, _: Any) -> tuple[np.ndarray, QueryScores]:
-        self.validation = ValidationSet(self.validation.embeddings, codes.astype(np.int32))
-        return np.eye(36, 40, dtype=np.float32), left.pop(0)
-
-    return score
-
-
-@pytest.mark.parametrize(
-    ("maps", "best", "epochs"),
-    [
-        ((0.60, 0.61, 0.62, 0.63, 0.64, 0.65), 5, 5),
-        ((0.60, 0.70, 0.698, 0.697, 0.699, 0.698), 5, 5),  # as good as the best, give or take
-        ((0.60, 0.70, 0.698, 0.66, 0.66, 0.66), 2, 4),  # patience is counted from the last that was
-        ((0.60, 0.58, 0.57, 0.56, 0.55, 0.54), 0, 2),
-        ((0.60, 0.58, 0.62, 0.60, 0.619, 0.60), 4, 5),
-    ],
-)
-def test_the_last_epoch_that_validates_as_well_as_the_best_is_kept(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, maps: tuple[float, ...], best: int, epochs: int
-) -> None:
-    monkeypatch.setattr(TrainingRun, "_score", score_as(maps))
-    monkeypatch.setattr(TrainingRun, "settle", lambda _: None)
-    run(workspace, "training.patience=2")
-    assert read_checkpoints(workspace)["checkpoint_best.pt"]["epoch"] == best
-    assert read_metrics(workspace)[-1]["epoch"] == epochs
-
-
-@pytest.mark.parametrize(
-    ("maps", "whitening", "share"),
-    [
-        ((0.60, 0.70, 0.80, 0.90), 0.5, 1.0),  # all of it is worth it
-        ((0.60, 0.70, 0.80, 0.80), 0.5, 0.75),
-        ((0.60, 0.61, 0.61, 0.61), 0.5, 0.5),  # nobody can tell
-        ((0.60, 0.60, 0.55, 0.50), 0.5, 0.5),
-        ((0.60, 0.55, 0.50, 0.45), 0.5, 0.0),  # the start is better than any
-        ((0.60, 0.65, 0.70, 0.70), 0.66, 0.75),  # half of it does not reach whitening, but neither does the start
-        ((0.60, 0.598, 0.60, 0.60), 0.599, 0.75),  # half of it does not reach whitening, which the start does
-        ((0.60, 0.598, 0.598, 0.598), 0.599, 0.0),
-    ],
-)
-def test_the_least_of_the_training_that_validates_as_well_is_published(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, maps: tuple[float, ...], whitening: float, share: float
-) -> None:
-    def settle(self: TrainingRun) -> None:
-        self.baselines = {"whitening": {"map": whitening}}
-        monkeypatch.setattr(TrainingRun, "_score", score_as(maps))
-        real_settle(self)
-
-    real_settle = TrainingRun.settle
-    monkeypatch.setattr(TrainingRun, "settle", settle)
-    run(workspace)
-    best = read_checkpoints(workspace)["checkpoint_best.pt"]
-    assert best["start"]["share"] == share
-    assert best["epoch"] == (5 if share else 0)
-    assert best["metrics"]["val"]["projector"]["map"] == pytest.approx(maps[(0.0, *SHARES).index(share)])
 
 
 def test_validation_scores_equal_those_computed_by_hand(workspace: Path) -> None:
