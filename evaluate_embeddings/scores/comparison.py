@@ -55,7 +55,7 @@ def compare(one: QueryScores, other: QueryScores, codes: NDArray[Any], seed: int
     return Comparison(
         (one, other),
         dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True)),
-        dict(zip(SCORE_KEYS, percentile_intervals(resampled), strict=True)),
+        percentile_intervals(resampled),
         dict(zip(SCORE_KEYS, p.tolist(), strict=True)),
     )
 

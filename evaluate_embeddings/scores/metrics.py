@@ -128,7 +128,8 @@ def summarize_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dic
     counts = {"queries": len(queries), "buildings": len(np.unique(codes[queries]))}
     resampled = _resample_kinds(scores, codes, seed)
     return counts | {
-        kind: _with_intervals(summarize_scores(one), _list_intervals(resampled[kind])) for kind, one in scores.items()
+        kind: _with_intervals(summarize_scores(one), percentile_intervals(resampled[kind]))
+        for kind, one in scores.items()
     }
 
 
@@ -144,10 +145,6 @@ def _resample_kinds(
     values = np.concatenate([one.values() for one in scores.values()], axis=1)
     means = resample_means(values, codes[next(iter(scores.values())).query], seed)
     return dict(zip(scores, np.split(means, len(scores), axis=1), strict=True))
-
-
-def _list_intervals(resampled: NDArray[np.float64]) -> dict[str, list[float]]:
-    return dict(zip(SCORE_KEYS, percentile_intervals(resampled), strict=True))
 
 
 def _with_intervals(means: Mapping[str, float], intervals: Mapping[str, list[float]]) -> Scores:
@@ -172,7 +169,7 @@ def summarize_datasets(
     mean: dict[str, Any] = {}
     for kind in scores:
         means = {key: float(np.mean([dataset[kind][key] for dataset in found.values()])) for key in SCORE_KEYS}
-        mean[kind] = _with_intervals(means, _list_intervals(np.mean([one[kind] for one in resampled], axis=0)))
+        mean[kind] = _with_intervals(means, percentile_intervals(np.mean([one[kind] for one in resampled], axis=0)))
     return found | {"mean": mean}
 
 
@@ -202,7 +199,7 @@ def compare_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dict[
     for baseline in BASELINES:
         differences = scores["projector"].values() - scores[baseline].values()
         means = dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True))
-        intervals = _list_intervals(resampled["projector"] - resampled[baseline])
+        intervals = percentile_intervals(resampled["projector"] - resampled[baseline])
         gains[f"over_{baseline}"] = _with_intervals(means, intervals)
     return gains
 

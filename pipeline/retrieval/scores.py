@@ -264,7 +264,7 @@ def bootstrap_intervals(
     Davison and Hinkley, Bootstrap Methods, section 3.8).
     """
     means = resample_means(scores.values(), building_codes[scores.query], seed, num_resamples)
-    return dict(zip(SCORE_KEYS, percentile_intervals(means), strict=True))
+    return percentile_intervals(means)
 
 
 def resample_means(
@@ -289,7 +289,6 @@ def resample_means(
     return totals[:, 1:] / totals[:, :1]
 
 
-def percentile_intervals(means: NDArray[np.float64]) -> list[list[float]]:
-    """Return the 2.5th and 97.5th percentile of each column of (R, K)."""
-    intervals: list[list[float]] = np.percentile(means, [2.5, 97.5], axis=0).T.tolist()
-    return intervals
+def percentile_intervals(means: NDArray[np.float64]) -> dict[str, list[float]]:
+    """Return the 2.5th and 97.5th percentile of each of SCORE_KEYS, whose columns (R, 6) are in that order."""
+    return dict(zip(SCORE_KEYS, np.percentile(means, [2.5, 97.5], axis=0).T.tolist(), strict=True))
