@@ -14,7 +14,7 @@ from raw_tars import make_city, write_tar
 
 from pipeline import cli
 
-pytest_plugins = ["stage7_fixtures", "stage8_fixtures", "slurm_fixtures"]
+pytest_plugins = ["stage6_fixtures", "stage7_fixtures", "stage8_fixtures", "slurm_fixtures"]
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -4,24 +4,15 @@ import json
 import sys
 import types
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_data import OUTPUTS, SETTINGS, fill_workspace, read_metrics, run
+from training_data import OUTPUTS, read_metrics, run
 
 from pipeline.errors import PipelineError
 from train_specialized_embeddings.training import metric_sinks, training_run
 from train_specialized_embeddings.training.metric_sinks import flatten
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
-    """A folder with splits, a difficulty table and a configuration."""
-    fill_workspace(tmp_path)
-    write_config(tmp_path, **SETTINGS)
-    return tmp_path
 
 
 def test_nested_numbers_are_named_by_their_paths() -> None:

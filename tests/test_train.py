@@ -15,7 +15,6 @@ from training_data import (
     OUTPUTS,
     SETTINGS,
     WIDTH,
-    fill_workspace,
     make_difficulty,
     make_split,
     read_checkpoints,
@@ -45,14 +44,6 @@ from train_specialized_embeddings.training.validation import (
 )
 
 BASELINES = ("raw", "pca_whitened", "whitening")
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
-    """A folder with splits, a difficulty table and a configuration."""
-    fill_workspace(tmp_path)
-    write_config(tmp_path, **SETTINGS)
-    return tmp_path
 
 
 # ------------------------------------------------------------------------------------------------ what it leaves

@@ -8,20 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_data import SETTINGS, fill_workspace, make_split, read_checkpoints, read_metrics, run
+from training_data import make_split, read_checkpoints, read_metrics, run
 
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from pipeline.retrieval.scores import QueryScores, score_queries, summarize_scores
 from train_specialized_embeddings.training.training_run import SHARES, TrainingRun
 from train_specialized_embeddings.training.validation import ValidationSet
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
-    """A folder with splits, a difficulty table and a configuration."""
-    fill_workspace(tmp_path)
-    write_config(tmp_path, **SETTINGS)
-    return tmp_path
 
 
 def test_what_is_published_lies_between_the_start_and_the_epoch_whose_weights_it_has(workspace: Path) -> None:

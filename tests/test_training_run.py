@@ -32,14 +32,6 @@ from train_specialized_embeddings import train
 from train_specialized_embeddings.training import training_run
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
-    """A folder with splits, a difficulty table and a configuration."""
-    fill_workspace(tmp_path)
-    write_config(tmp_path, **SETTINGS)
-    return tmp_path
-
-
 def test_a_killed_run_of_an_earlier_version_is_refused_and_left_as_it_is(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
