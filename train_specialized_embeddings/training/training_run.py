@@ -116,7 +116,8 @@ class TrainingRun:
         """
         start, trained = self.best["origin"], self.best["average"]
         mixed, scores, projector = {}, {}, copy.deepcopy(self.trainer.average)
-        for share in (0.0, *SHARES):
+        shares = SHARES if self.best["epoch"] else ()  # the start itself has no way to go
+        for share in (0.0, *shares):
             mixed[share] = {name: start[name].lerp(trained[name], share) for name in trained}
             projector.load_state_dict(mixed[share])
             scores[share] = self._score(projector)[1]
@@ -124,7 +125,7 @@ class TrainingRun:
         unreached = {share: set(list_unreached(self.baselines, row["map"])) for share, row in tried.items()}
         peak = scores[max(tried, key=lambda key: tried[key]["map"])]
         allowed = [
-            share for share in (SHARES if self.best["epoch"] else ())
+            share for share in shares
             if unreached[share] <= unreached[0.0] and not self.validation.is_better(peak, scores[share])
         ]  # fmt: skip
         chosen = min(allowed, default=0.0)
@@ -163,7 +164,7 @@ class TrainingRun:
         return self.epoch > 0 and self.epoch % self.config.training.save_every_n_epochs == 0
 
     def _add_epoch(self, report: EpochReport | None, started: float) -> None:
-        """Validate, add the epoch's record, and keep its checkpoint if it is the best; epoch 0 has no report."""
+        """Validate, add the epoch's record, and keep its checkpoint if it is as good as any; epoch 0 has no report."""
         projector = self.trainer.average
         embeddings, each = self._score(projector)
         norm = measure_norm(projector, self.validation.embeddings, self.trainer.store.device)
