@@ -60,23 +60,23 @@ class EmbeddingModelSection(Section):
     model_name: str | None = Field(None, description="hub id or local folder of the backbone")
     pooling_type: Literal["pooler_output", "cls_token", "cls_mean"] = Field(
         "pooler_output",
-        description="which output is kept; cls_mean: the CLS token beside the mean of the patches, twice the width",
+        description="output to keep; cls_mean: CLS token and mean of the patches, twice the width",
     )
     image_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="side in pixels of what the backbone sees; auto: its image processor's own"
+        "auto", description="side of the backbone's input in pixels; auto: its image processor's own"
     )
     scales: list[PositiveInt] = Field(
-        [], description="sides in pixels instead of one: the normalised mean of the embeddings at these sizes"
+        [], description="several sides in pixels; the embedding is the normalised mean over them"
     )
-    flip: bool = Field(False, description="the mean of the embeddings of an image and of its mirror image")
-    batch_size: PositiveInt | Literal["auto"] = Field("auto", description="images in flight at most; auto chooses")
+    flip: bool = Field(False, description="average the embeddings of an image and its mirror image")
+    batch_size: PositiveInt | Literal["auto"] = Field("auto", description="images a pass, at most")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: float32 on CPU; on CUDA bfloat16 where it comes near float32 on the run's first pictures",
+        description="auto: float32 on CPU; on CUDA bfloat16 if the first images agree with float32",
     )
     embedding_dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored embedding")
-    compile: bool = Field(False, description="run the backbone through torch.compile")
-    trust_remote_code: bool = Field(False, description="run the code that comes with the backbone; read it first")
+    compile: bool = Field(False, description="compile the backbone with torch.compile")
+    trust_remote_code: bool = Field(False, description="run Python code from the backbone's folder; read it first")
 
     @model_validator(mode="after")
     def _one_way_to_say_the_size(self) -> "EmbeddingModelSection":
@@ -106,15 +106,17 @@ class DataSection(Section):
     val_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
     test_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
     split_unit: Literal["building", "dataset"] = Field(
-        "building", description="what goes to one split; dataset holds out whole tars, that is unseen cities"
+        "building", description="unit of the split; dataset: whole tars, to test on unseen cities"
     )
-    split_cell_m: float = Field(0.0, ge=0.0, description="metres; > 0 splits by geographic cell of this size")
-    split_file: str | None = Field(None, description="parquet or CSV of building_id, split that wins over the hash")
-    max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="share of rejects above which a run fails")
+    split_cell_m: float = Field(0.0, ge=0.0, description="metres; above 0: split by geographic cells of this size")
+    split_file: str | None = Field(None, description="parquet or CSV of building_id, split; overrides the hash")
+    max_reject_fraction: float = Field(
+        0.2, ge=0.0, le=1.0, description="largest share of rejects; a run with more fails"
+    )
     allow_missing_embeddings: bool = Field(
-        False, description="stage 3 goes on where tars have intermediates and no embeddings; they count as dropped"
+        False, description="stage 3 drops tars without embeddings instead of failing"
     )
-    memory_mb: int = Field(1024, ge=16, description="MiB of embeddings that stage 3 holds at a time")
+    memory_mb: int = Field(1024, ge=16, description="MiB of embeddings in memory in stage 3")
 
     @model_validator(mode="after")
     def _ratios_sum_to_one(self) -> "DataSection":
@@ -140,30 +142,30 @@ class NewDataSection(Section):
 class DifficultySection(Section):
     """`[difficulty]`: visual neighbours and their bands."""
 
-    neighbors: int = Field(150, ge=1, description="images of other buildings kept per image")
-    k0_for_local_scale: int = Field(50, ge=1, description="number of the neighbour that sets the local scale")
+    neighbors: int = Field(150, ge=1, description="images of other buildings to keep per image")
+    k0_for_local_scale: int = Field(50, ge=1, description="rank of the neighbour that sets the local scale")
     sample_fraction_for_bands: float = Field(
-        0.05, gt=0.0, le=1.0, description="share of images that set the edges; 10,000, or all, at the least"
+        0.05, gt=0.0, le=1.0, description="share of images that set the band edges; at least 10,000 images, or all"
     )
     pca_components: int = Field(32, ge=1, description="dimensions of the search space")
     backend: Literal["auto", "balltree", "faiss", "torch"] = Field("auto", description="exact search engine")
-    exclude_within_m: float = Field(0.0, ge=0.0, description="metres; nearer targets are no neighbours; 0 is off")
+    exclude_within_m: float = Field(0.0, ge=0.0, description="metres; ignore nearer targets; 0: off")
     allow_missing_fingerprints: bool = Field(
-        False, description="stage 5 goes on where tars have intermediates and no fingerprints; they count as dropped"
+        False, description="stage 5 drops tars without fingerprints instead of failing"
     )
 
 
 class TrainingModelSection(Section):
     """`[training_model]`: the projector."""
 
-    input_dim: PositiveInt | Literal["auto"] = Field("auto", description="width of the embeddings; auto reads it")
+    input_dim: PositiveInt | Literal["auto"] = Field("auto", description="width of the embeddings")
     output_dim: int = Field(256, ge=1, description="width of the final embedding")
     hidden_dim: int = Field(512, ge=1, description="width of the hidden layers")
-    num_hidden_layers: int = Field(1, ge=0, description="hidden layers of the MLP branch; 0 leaves the shortcut alone")
+    num_hidden_layers: int = Field(1, ge=0, description="hidden layers of the MLP branch; 0: linear shortcut only")
     hidden_dim_multiplier: float = Field(
-        1.0, gt=0.0, le=1.0, description="width of each further hidden layer, relative to the one before"
+        1.0, gt=0.0, le=1.0, description="width of each hidden layer relative to the previous one"
     )
-    input_norm: bool = Field(False, description="layer-normalise the backbone's features first")
+    input_norm: bool = Field(False, description="layer-normalise the input")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the hidden layers")
     activation: Literal["relu", "gelu", "silu"] = Field("gelu", description="activation of the hidden layers")
 
@@ -187,37 +189,32 @@ class TrainingSection(Section):
     learning_rate: float = Field(
         1e-2,
         gt=0.0,
-        description="peak learning rate of the MLP branch (AdamW); divided by the root of a layer's width, and by how "
-        "often an epoch passes over an image",
+        description="peak learning rate (AdamW) of the MLP branch, before scaling by layer width and passes an epoch",
     )
-    shortcut_learning_rate: float = Field(
-        1e-2, ge=0.0, description="peak learning rate of the linear shortcut; scaled as learning_rate is"
-    )
+    shortcut_learning_rate: float = Field(1e-2, ge=0.0, description="the same for the linear shortcut")
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
     loss: Literal["multi_similarity", "supcon", "triplet"] = Field(
         "multi_similarity",
-        description="Multi-Similarity or supervised contrastive loss among the images of a batch, or triplet loss",
+        description="Multi-Similarity, supervised contrastive or triplet loss",
     )
-    margin: float = Field(0.1, gt=0.0, description="triplet margin, in triplet_distance's units on the unit sphere")
+    margin: float = Field(0.1, gt=0.0, description="triplet margin, in units of triplet_distance")
     triplet_distance: Literal["euclidean", "cosine"] = Field(
-        "euclidean", description="of the triplet loss; cosine: 1 - cosine, half the squared Euclidean distance"
+        "euclidean", description="distance of the triplet loss; cosine: 1 - cosine"
     )
     hard_mining: bool = Field(
         True,
         description="triplet loss: the nearest negative of the batch beyond the positive takes the place of a banded "
         "one farther off; no effect with share_within_building",
     )
-    temperature: float = Field(0.1, gt=0.0, description="of supcon: what cosines are divided by")
-    input_noise: float = Field(
-        1.2, ge=0.0, description="noise on the inputs, in standard deviations of a building's images around their mean"
-    )
+    temperature: float = Field(0.1, gt=0.0, description="temperature of supcon")
+    input_noise: float = Field(1.2, ge=0.0, description="noise on the inputs, in within-building standard deviations")
     init: Literal["sharpened", "whitening", "pca", "random"] = Field(
         "sharpened",
-        description="start of the linear shortcut; sharpened: or plain whitening where that validates better",
+        description="start of the linear shortcut; sharpened: sharpened or plain whitening, by validation",
     )
-    init_checkpoint: str | None = Field(None, description="start from this checkpoint of stage 6, in place of init")
+    init_checkpoint: str | None = Field(None, description="start from this checkpoint of stage 6 instead of init")
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
-        "auto", description="0 ... 1, share of the identity in the whitened covariance; auto: by validation mAP"
+        "auto", description="0 to 1, weight of the identity in the covariance; auto: best validation mAP"
     )
     input_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout of the inputs")
     anchor_penalty: float = Field(
@@ -226,26 +223,26 @@ class TrainingSection(Section):
         description="weight of the shortcut's squared distance to its start, relative to the start's length",
     )
     min_negative_distance_m: float = Field(
-        25.0, ge=0.0, description="metres; nearer targets are no negatives; 0 leaves out only the same panorama"
+        25.0, ge=0.0, description="metres; nearer targets are no negatives; 0: exclude the same panorama only"
     )
     warmup_epochs: float = Field(1.0, ge=0.0, description="epochs of linear warm-up")
     grad_clip: float = Field(1.0, gt=0.0, description="largest gradient norm")
-    patience: int = Field(10, ge=1, description="epochs in a row that validate worse than the best before stopping")
+    patience: int = Field(
+        10, ge=1, description="consecutive epochs two standard errors below the best before training stops"
+    )
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
     triplets_per_epoch: PositiveInt | Literal["auto"] = Field(
         "auto", description="auto: one per training image, at least 16 batches"
     )
     band_sampling: Literal["uniform", "ucb"] = Field(
-        "uniform", description="bands of negatives: all alike, or those with the most active triplets (UCB bandit)"
+        "uniform", description="choose the negative's band uniformly or by a UCB bandit"
     )
     share_within_building: bool = Field(
         False,
         description="triplet loss: a building's images share their negatives; anchors are counted then, triplets are "
         "many more",
     )
-    validation_images: int = Field(
-        20_000, ge=2, description="images at most, of whole buildings, that the retrieval after each epoch searches"
-    )
+    validation_images: int = Field(20_000, ge=2, description="largest number of images in each validation")
 
     @property
     def draws_groups(self) -> bool:
@@ -270,9 +267,7 @@ class InfrastructureSection(Section):
     """`[infrastructure]`"""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run")
-    num_workers: PositiveInt | Literal["auto"] = Field(
-        "auto", description="decoding threads; auto: one per usable core"
-    )
+    num_workers: PositiveInt | Literal["auto"] = Field("auto", description="decoding threads; auto: one a core")
 
     def count_workers(self) -> int:
         """Return the number of decoding threads to use."""
@@ -282,14 +277,16 @@ class InfrastructureSection(Section):
 class LoggingSection(Section):
     """`[logging]`"""
 
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe line that is logged")
-    progress_interval_seconds: float = Field(30.0, gt=0.0, description="seconds between progress lines off a terminal")
-    tensorboard: bool = Field(False, description="stage 6 also writes checkpoint_dir/_tensorboard")
-    wandb: Literal["off", "offline", "online"] = Field(
-        "off", description="stage 6 also writes a Weights & Biases run, checkpoint_dir/_wandb"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level to log")
+    progress_interval_seconds: float = Field(
+        30.0, gt=0.0, description="seconds between progress lines outside a terminal"
     )
-    wandb_project: str = Field("spatial-building-embeddings", min_length=1, description="project of that run")
-    wandb_run_name: str | None = Field(None, description="name of that run; not set: Weights & Biases gives one")
+    tensorboard: bool = Field(False, description="also write checkpoint_dir/_tensorboard")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="also write a Weights & Biases run to checkpoint_dir/_wandb"
+    )
+    wandb_project: str = Field("spatial-building-embeddings", min_length=1, description="its project")
+    wandb_run_name: str | None = Field(None, description="its name; not set: chosen by Weights & Biases")
 
 
 class Config(Section):

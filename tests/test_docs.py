@@ -24,9 +24,9 @@ from pipeline.errors import Reason  # noqa: E402
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-Every key of `config.toml`, with its default and unit. Relative paths start from the configuration file's folder; `~`
-and `$VARIABLES` expand. `--set SECTION.KEY=VALUE` overrides one key for one run. An unknown section or key, a wrong
-type, or values that cannot go together stop the run with exit code 2, all problems at once.
+Every key of `config.toml`. Relative paths start from the configuration file's folder; `~` and `$VARIABLES` expand.
+`--set SECTION.KEY=VALUE` overrides one key for one run. A run with unknown keys, wrong types or contradicting values
+stops with exit code 2 and names all of them.
 """
 
 
@@ -49,9 +49,11 @@ def name_type(annotation: object) -> str:
         return ", ".join(f'`"{value}"`' for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is typing.Annotated:
         return name_type(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) is list:
+        return f"list of {name_type(typing.get_args(annotation)[0])}s"
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " or ".join(name_type(part) for part in typing.get_args(annotation) if part is not type(None))
-    return {str: "string", int: "integer", float: "number", bool: "true or false"}.get(annotation, str(annotation))
+    return {str: "string", int: "integer", float: "number", bool: "boolean"}.get(annotation, str(annotation))
 
 
 def test_every_key_stands_in_the_configuration_reference_with_its_default_and_meaning():
