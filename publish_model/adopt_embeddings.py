@@ -23,9 +23,9 @@ from pipeline.log import Progress, logger
 from publish_model.dataset.adoption import LEAST_COSINE, Adoption
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.part_plans import plan_parts
+from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import DEFAULT_MODEL_ID, EmbedOptions, whole_number
 from publish_model.new_data.packaged_input import open_packaged
-from publish_model.new_data.published_model import PublishedModel, find_model
 
 STAGE = "adopt_embeddings"
 

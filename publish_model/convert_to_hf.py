@@ -183,7 +183,7 @@ def publish_anew(options: PublishOptions, source: Path, output: Path, result: cl
 
     Raises InputError if `source` is of another kind, or cannot be read.
     """
-    from publish_model.new_data.reference_model import open_reference
+    from publish_model.model_folder.reference_model import open_reference
 
     reference = open_reference(source, download=True)
     if reference is None:

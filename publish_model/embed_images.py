@@ -27,9 +27,9 @@ from pipeline import cli
 from pipeline.files.writing import writing_to
 from pipeline.ids import decode_name
 from pipeline.log import logging_to
+from publish_model.model_folder.published_model import find_model
 from publish_model.new_data.embed_options import DEFAULT_MODEL_ID
 from publish_model.new_data.photographs import embed_photographs
-from publish_model.new_data.published_model import find_model
 
 
 def embed_images(

@@ -34,9 +34,9 @@ from publish_model.dataset.duplicates import find_duplicates
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.part_plans import PartContent
 from publish_model.dataset.parts import STAGE
+from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import EmbedOptions, parse
 from publish_model.new_data.packaged_input import open_input
-from publish_model.new_data.published_model import PublishedModel, find_model
 
 if TYPE_CHECKING:
     from publish_model.dataset.batch_embedding import BatchEmbedder

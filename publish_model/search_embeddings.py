@@ -22,11 +22,11 @@ from pipeline.pages import load_templates, shrink, to_data_uri
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.parts import Part
 from publish_model.derived.similarity_search import find_nearest, import_faiss
+from publish_model.model_folder.published_model import find_model
 from publish_model.new_data.embed_options import whole_number
 from publish_model.new_data.id_lists import describe_id
 from publish_model.new_data.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
 from publish_model.new_data.photographs import embed_photographs
-from publish_model.new_data.published_model import find_model
 
 THUMBNAIL_PX = 224
 TEMPLATES_DIR = Path(__file__).parent / "templates"

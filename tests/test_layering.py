@@ -152,7 +152,7 @@ ROOMS = {
     "preprocess_raw_data": ("tars", "merging"),
     "difficulty_metadata": ("neighbor_search",),
     "train_specialized_embeddings": ("sampling", "training", "tuning"),
-    "publish_model": ("new_data", "dataset", "derived", "model_folder"),
+    "publish_model": ("model_folder", "new_data", "dataset", "derived"),
     "evaluate_embeddings": ("scores", "page"),
     "slurm": ("control",),
     "sample_data": ("renderer",),

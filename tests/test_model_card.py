@@ -13,8 +13,8 @@ from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
 from pipeline.inference.model_files import identify_model
 from publish_model import convert_to_hf as stage
-from publish_model.dataset.drift import FILE_NAME
 from publish_model.model_folder.card_results import add_test_results
+from publish_model.model_folder.training_similarity import FILE_NAME
 
 
 def snippets(folder):

@@ -11,9 +11,9 @@ from pipeline.errors import InputError, PipelineError, StaleOutputError
 from publish_model.dataset import appending as appending_module
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset, resolve_dataset_dir
 from publish_model.dataset.part_plans import PartContent, PartPlan, plan_parts
+from publish_model.model_folder.published_model import name_version
 from publish_model.new_data.embed_options import EmbedOptions
 from publish_model.new_data.packaged_input import PackagedInput
-from publish_model.new_data.published_model import name_version
 
 ID = pa.field("OSMID", pa.int64())
 EMBEDDED = pa.schema([ID, pa.field("embedding", pa.list_(pa.float32(), 2))])

@@ -10,7 +10,7 @@ from published_models import make_photographs, read_dataset, write_backbone, wri
 from reference_models import write_reference_model
 
 from publish_model import embed_images, generate_embeddings_from_parquet, search_embeddings, verify_embeddings
-from publish_model.new_data.published_model import find_model
+from publish_model.model_folder.published_model import find_model
 
 PHOTOGRAPHS = make_photographs(12)
 

@@ -20,10 +20,10 @@ from publish_model import (
     search_embeddings,
     verify_embeddings,
 )
-from publish_model.dataset import drift
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.dataset.hashes import checksum_tables
 from publish_model.dataset.parts import read_part
+from publish_model.model_folder import training_similarity
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def test_the_nearest_similarity_is_that_of_a_loop():
     generator = np.random.default_rng(0)
     queries, reference = unit(generator.normal(size=(9, 5))), unit(generator.normal(size=(7, 5)))
     expected = [max(float(query @ other) for other in reference) for query in queries]
-    assert np.allclose(drift.nearest_similarity(queries, reference), expected, atol=1e-6)
+    assert np.allclose(training_similarity.nearest_similarity(queries, reference), expected, atol=1e-6)
 
 
 def test_the_share_beyond_the_99th_percentile_is_that_of_a_loop(verify, dataset, model_dir, tmp_path):
@@ -338,8 +338,10 @@ def test_the_share_beyond_the_99th_percentile_is_that_of_a_loop(verify, dataset,
     embeddings = np.array(pq.read_table(dataset / "parts")["embedding"].to_pylist(), dtype=np.float32)
     reference = embeddings[::2]
     queries = unit(reference + np.random.default_rng(1).normal(size=reference.shape) * 1e-3)
-    (model / drift.FILE_NAME).write_text(json.dumps(drift.describe_training(reference, queries)))
-    quantiles, stored = drift.read_training(model)
+    (model / training_similarity.FILE_NAME).write_text(
+        json.dumps(training_similarity.describe_training(reference, queries))
+    )
+    quantiles, stored = training_similarity.read_training(model)
     beyond = sum(max(float(one @ other) for other in stored) < quantiles["0.01"] for one in embeddings)
     assert 0 < beyond < len(embeddings)
     expected = f"{beyond / len(embeddings):.1%} of {len(embeddings)} images are beyond the 99th percentile of distance"
@@ -354,7 +356,7 @@ def test_a_published_folder_carries_the_quantiles_of_its_training(
     config_with_splits, verify, embed, packaged, tmp_path
 ):
     model = config_with_splits
-    content = json.loads((model / drift.FILE_NAME).read_text())
+    content = json.loads((model / training_similarity.FILE_NAME).read_text())
     assert list(content["quantiles"]) == ["0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99"]
     assert sorted(content["quantiles"].values()) == list(content["quantiles"].values())
     assert content["reference_shape"] == [40, 256]

@@ -18,9 +18,9 @@ from publish_model.dataset import set_aside
 from publish_model.dataset.deletions import DeletionOrder, read_order, without_ids, write_order
 from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord, count_rows, make_recipe, plan_parts
 from publish_model.dataset.parts import STAGE, list_part_files, read_part, write_part
+from publish_model.model_folder.published_model import PublishedModel
 from publish_model.new_data.embed_options import EmbedOptions
 from publish_model.new_data.packaged_input import PackagedInput, list_pictures, read_batches
-from publish_model.new_data.published_model import PublishedModel
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder

@@ -23,9 +23,9 @@ from publish_model.dataset.parts import (
     list_part_files,
     read_part,
 )
+from publish_model.model_folder.published_model import PublishedModel
 from publish_model.new_data.embed_options import EmbedOptions
 from publish_model.new_data.packaged_input import ID_COLUMN, PackagedInput, open_packaged
-from publish_model.new_data.published_model import PublishedModel
 
 # Rows that are compared with queries at a time: 64 MiB of 256 float32.
 BLOCK_ROWS = 65_536

@@ -18,8 +18,10 @@ from pipeline.inference.loading import find_vision_config
 from pipeline.inference.model_files import LICENCE_FILES
 from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint
-from publish_model.dataset import drift
+from publish_model.model_folder import training_similarity
 from publish_model.model_folder.model_card import CardFacts, make_card, read_licence, read_results
+from publish_model.model_folder.model_code import CODE_PATHS, describe_model
+from publish_model.model_folder.reference_model import ReferenceModel
 from publish_model.model_folder.weights import (
     Tensor,
     list_backbone,
@@ -28,8 +30,6 @@ from publish_model.model_folder.weights import (
     tensors_of,
     write_weights,
 )
-from publish_model.new_data.model_code import CODE_PATHS, describe_model
-from publish_model.new_data.reference_model import ReferenceModel
 
 # What lets SentenceTransformer (6 or newer) load the same weights as its one module.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -113,8 +113,7 @@ def fill_folder(
     """Write everything that loading the model needs into an empty folder, and try it.
 
     `dtype` is that of the published backbone weights, None keeps the stored one; `training` is what the folder says of
-    the training images (see drift.py). Raises InputError if backbone and projector do not fit, or the backbone cannot
-    be read.
+    the training images. Raises InputError if backbone and projector do not fit, or the backbone cannot be read.
     """
     check_width(checkpoint, backbone)
     stored, num_bytes = write_all_weights(folder, backbone, checkpoint, dtype)
@@ -125,7 +124,7 @@ def fill_folder(
         shutil.copyfile(path, folder / path.name)
     copy_processor(backbone.processor_dir, folder, backbone.section.input_size)
     if training is not None:
-        (folder / drift.FILE_NAME).write_text(json.dumps(training) + "\n", encoding="utf-8")
+        (folder / training_similarity.FILE_NAME).write_text(json.dumps(training) + "\n", encoding="utf-8")
     facts = card_facts(backbone, checkpoint, metrics, stored, training)
     (folder / "README.md").write_text(make_card(facts), encoding="utf-8")
     if num_bytes <= TRIAL_BYTES:

@@ -1,21 +1,70 @@
-"""Measure, when a model is published, how like the training images those of other buildings are (see drift.py)."""
+"""Tell how like the training images new ones are: by the similarity of each to its nearest training image.
 
+The published folder carries a sample of the training embeddings, without ids, and the quantiles of the similarity
+between images of buildings that were not trained on (the validation split) and the nearest of that sample. New images
+that are like these fall below the first percentile of similarity, that is beyond the 99th of distance, in 1 % of cases.
+"""
+
+import base64
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.config import Config
+from pipeline.errors import InputError
 from pipeline.files.lists import find_embedding
 from pipeline.files.tables import identify, open_parquet, reading
 from pipeline.log import logger
-from pipeline.retrieval.checkpoint import Checkpoint, build_projector, project
-from publish_model.dataset.drift import NUM_QUERIES, NUM_REFERENCE, describe_training
 
+if TYPE_CHECKING:
+    from pipeline.retrieval.checkpoint import Checkpoint
+
+FILE_NAME = "training_similarity.json"
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+# 2,000 vectors of 256 float16 are 1 MB, and 2,000 queries give the first percentile from 20 of them.
+NUM_REFERENCE = NUM_QUERIES = 2000
 # Row groups that a sample is taken from: a split of 5.8 million images takes 95 GB.
 NUM_ROW_GROUPS = 16
+
+Embeddings = NDArray[np.float32]
+
+
+def nearest_similarity(queries: Embeddings, reference: Embeddings) -> NDArray[np.float32]:
+    """Return the cosine of each of (N, D) unit vectors to the nearest of (R, D), (N,)."""
+    blocks = [queries[start : start + 4096] @ reference.T for start in range(0, len(queries), 4096)]
+    return np.concatenate([block.max(axis=1) for block in blocks]) if blocks else np.empty(0, dtype=np.float32)
+
+
+def describe_training(reference: Embeddings, queries: Embeddings) -> dict[str, Any]:
+    """Return what the published folder carries: the sample (R, D) and the quantiles of similarity to it."""
+    stored = reference.astype("<f2")
+    similarity = nearest_similarity(queries, stored.astype(np.float32))
+    return {
+        "what": "cosine similarity of held-out images to the nearest of a sample of the training embeddings",
+        "quantiles": {str(q): round(float(np.quantile(similarity, q)), 6) for q in QUANTILES},
+        "num_queries": len(queries),
+        "reference_shape": list(stored.shape),
+        "reference_float16": base64.b64encode(stored.tobytes()).decode("ascii"),
+    }
+
+
+def read_training(folder: Path) -> tuple[dict[str, float], Embeddings]:
+    """Return the quantiles and the sample (R, D) that a published folder carries.
+
+    Raises InputError if it carries none.
+    """
+    try:
+        content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        values = np.frombuffer(base64.b64decode(content["reference_float16"]), dtype="<f2")
+        reference = values.reshape(content["reference_shape"]).astype(np.float32)
+        return {str(key): float(value) for key, value in content["quantiles"].items()}, reference
+    except FileNotFoundError:
+        raise InputError(f"{folder}: carries no {FILE_NAME}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{folder / FILE_NAME}: damaged: publish the model again") from None
 
 
 def sample_rows(path: Path, num_rows: int) -> NDArray[np.float32]:
@@ -32,11 +81,15 @@ def sample_rows(path: Path, num_rows: int) -> NDArray[np.float32]:
         return np.concatenate(taken)
 
 
-def measure_training(config: Config, checkpoint: Checkpoint) -> dict[str, Any] | None:
+def measure_training(config: Config, checkpoint: "Checkpoint") -> dict[str, Any] | None:
     """Return what the published folder says of the training images, None where the splits are not those of training.
 
     The features are those that stage 3 merged, so nothing is embedded again.
     """
+    import torch
+
+    from pipeline.retrieval.checkpoint import build_projector, project
+
     trained_on = {item.get("name"): item for item in checkpoint.provenance.get("inputs", [])}
     if config.paths.merged_dir is None:
         return None

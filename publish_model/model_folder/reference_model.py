@@ -17,7 +17,7 @@ from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files.tables import hash_json
 from pipeline.inference.model_files import identify_model, locate_backbone_settings, names_its_backbone
-from publish_model.new_data.model_code import CODE_PATHS, describe_model
+from publish_model.model_folder.model_code import CODE_PATHS, describe_model
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.errors import InputError, one_line
 from pipeline.files.tables import hash_json
 from pipeline.inference.model_files import find_missing_files, identify_model, locate_hub_model
-from publish_model.new_data.reference_model import ReferenceModel, open_reference
+from publish_model.model_folder.reference_model import ReferenceModel, open_reference
 
 
 @dataclass(frozen=True)
