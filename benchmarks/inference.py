@@ -40,8 +40,8 @@ from pipeline.inference.backbone import Embedder
 from pipeline.inference.engine import use_one_thread
 from pipeline.inference.images import check_image
 from pipeline.inference.passes import Staged
-from pipeline.inference.workers import map_in_order
 from pipeline.log import logger
+from pipeline.threads import map_in_order
 from preprocess_raw_data import compute_fingerprints, process_tar
 from sample_data import convert_lite0
 

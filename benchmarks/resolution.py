@@ -32,10 +32,10 @@ from pipeline.files.archive import stream_members
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.engine import embed_stream, use_one_thread
 from pipeline.inference.pooling import resize
-from pipeline.inference.workers import map_in_order
 from pipeline.log import EngineWatch, logger
 from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_scores
 from pipeline.retrieval.whitening import fit_within_class_whitening
+from pipeline.threads import map_in_order
 from preprocess_raw_data import process_tar
 from sample_data import convert_lite0
 

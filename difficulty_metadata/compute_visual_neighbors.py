@@ -41,8 +41,8 @@ from pipeline.files.tables import (
 )
 from pipeline.files.units import drop_missing
 from pipeline.ids import Shard
-from pipeline.inference.workers import map_in_order, prefetch
 from pipeline.log import Progress, Stopwatch, logger
+from pipeline.threads import map_in_order, prefetch
 
 if TYPE_CHECKING:
     from difficulty_metadata.neighbor_search.neighbors import NeighborSearch

@@ -50,8 +50,8 @@ from pipeline.inference import launcher
 from pipeline.inference.images import MAX_IMAGE_BYTES
 from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
-from pipeline.inference.workers import Background
 from pipeline.log import EngineWatch, Progress, logger
+from pipeline.threads import Background
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Decoded, Embedder

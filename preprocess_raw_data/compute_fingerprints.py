@@ -39,8 +39,8 @@ from pipeline.files.tables import (
 )
 from pipeline.files.units import TarUnit, do_tars
 from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb_small
-from pipeline.inference.workers import map_in_order
 from pipeline.log import Progress, Stopwatch, logger
+from pipeline.threads import map_in_order
 
 STAGE = "compute_fingerprints"
 PATH_FIELD = pa.field("image_path", pa.string())

@@ -25,8 +25,8 @@ from pipeline.files.tables import INTERMEDIATE_SCHEMA, make_provenance, parquet_
 from pipeline.files.units import TarUnit, do_tars
 from pipeline.ids import building_id, streetview_image_id
 from pipeline.inference.images import MAX_IMAGE_BYTES, check_image
-from pipeline.inference.workers import map_in_order
 from pipeline.log import Progress, Stopwatch, logger
+from pipeline.threads import map_in_order
 from preprocess_raw_data.tars.tar_items import TarInventory
 from preprocess_raw_data.tars.views import View
 

@@ -27,8 +27,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError, Terminated
 from pipeline.files.writing import write_failure
 from pipeline.inference import launcher
-from pipeline.inference.workers import Background
 from pipeline.log import EngineWatch, Progress, logger
+from pipeline.threads import Background
 from publish_model.dataset.appending import Appending
 from publish_model.dataset.duplicates import find_duplicates
 from publish_model.dataset.embeddings_dataset import EmbeddingsDataset

@@ -39,8 +39,8 @@ from pipeline.files.tables import (
 )
 from pipeline.files.writing import sync_folder, temporary_path, write_failure
 from pipeline.inference.images import check_image
-from pipeline.inference.workers import map_in_order
 from pipeline.log import Progress, logger
+from pipeline.threads import map_in_order
 from publish_model.new_data.embed_options import fraction
 from publish_model.new_data.image_sources import ImageSource, SourceImage, open_source
 from publish_model.new_data.packaged_input import IMAGE_COLUMN, VALID_COLUMN

@@ -45,8 +45,8 @@ from pipeline.inference.precision import (
     summarize,
 )
 from pipeline.inference.preprocessing import DeviceProcessor
-from pipeline.inference.workers import map_in_order
 from pipeline.log import EngineWatch
+from pipeline.threads import map_in_order
 from preprocess_raw_data import process_tar
 
 # Sides of pictures, one of them beyond what travels to the GPU whole, and JPEG's ways to store chroma.

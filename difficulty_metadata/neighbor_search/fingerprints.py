@@ -21,7 +21,7 @@ from pipeline.files.tables import (
     read_batches,
     reading,
 )
-from pipeline.inference.workers import map_in_order
+from pipeline.threads import map_in_order
 
 _AGAIN = "make the file again with stage 4"
 # Fingerprints decoded at a time: half again as fast as 20 times as many, which leave the cache.

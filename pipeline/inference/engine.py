@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from pipeline.errors import PipelineError, Rejection
 from pipeline.inference.backbone import Decoded, Embedder
 from pipeline.inference.passes import Launched, Staged
-from pipeline.inference.workers import map_in_order, prefetch
 from pipeline.log import EngineWatch
+from pipeline.threads import map_in_order, prefetch
 
 Item = TypeVar("Item")
 

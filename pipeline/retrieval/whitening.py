@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from pipeline.inference.workers import map_in_order
+from pipeline.threads import map_in_order
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.inference.devices import measure_free_memory
-from pipeline.inference.workers import prefetch
 from pipeline.log import logger
+from pipeline.threads import prefetch
 
 # The features go to the GPU where they leave it this much: 16,384 triplets of 4,096 numbers take about 4 GiB a step.
 _RESERVED_BYTES = 8 * 2**30

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from pipeline.config import count_cores
 from pipeline.errors import InputError
 from pipeline.files import tables
-from pipeline.inference.workers import map_in_order
 from pipeline.log import logger
 from pipeline.retrieval.features import Features
+from pipeline.threads import map_in_order
 
 NUM_BANDS = 7  # 0 is the hardest, 6 the easiest
 # Rows of the difficulty table that a thread works on at a time: with 150 neighbours about 300 MB. Fewer would spend

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.inference.workers import Background, map_in_order, prefetch
+from pipeline.threads import Background, map_in_order, prefetch
 
 
 def test_results_come_in_the_order_of_the_items_whatever_the_threads_do():

@@ -1,4 +1,4 @@
-"""Bounded parallel work that keeps its order."""
+"""Bounded work in threads that keeps its order."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
