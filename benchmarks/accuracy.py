@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
 from pipeline.config import Config, load_config
 from pipeline.log import Progress
+from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.features import Features, load_features
 from pipeline.retrieval.projector import Projector
-from pipeline.retrieval.scores import IgnoredPairs, normalise_rows, score_queries, summarize_scores
+from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_scores
 from pipeline.retrieval.whitening import fit_pca_whitening, fit_within_class_whitening
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.triplets import load_neighbors

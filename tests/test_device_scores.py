@@ -7,7 +7,8 @@ from test_scores import assert_equals_loops, score_by_loops
 
 from pipeline.errors import PipelineError
 from pipeline.retrieval import device_scores
-from pipeline.retrieval.scores import IgnoredPairs, normalise_rows, score_queries, score_queries_twice
+from pipeline.retrieval.candidates import IgnoredPairs
+from pipeline.retrieval.scores import normalise_rows, score_queries, score_queries_twice
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 # Of 8 rows many lie across buildings; 2048 is more than one lane of bytes can add up; the last holds everything.

@@ -17,7 +17,7 @@ from evaluate_embeddings.scores.difficulty_bands import find_band_examples
 from pipeline.config import load_config
 from pipeline.errors import InputError
 from pipeline.files.tables import write_parquet
-from pipeline.retrieval.scores import IgnoredPairs
+from pipeline.retrieval.candidates import IgnoredPairs
 
 NO_PAIRS = IgnoredPairs(np.array([], np.int64), np.array([], np.int64))
 

@@ -11,7 +11,8 @@ from evaluate_embeddings.scores.pair_similarity import (
     share_of_same_pairs,
     summarize_pairs,
 )
-from pipeline.retrieval.scores import IgnoredPairs, normalise_rows
+from pipeline.retrieval.candidates import IgnoredPairs
+from pipeline.retrieval.scores import normalise_rows
 
 NO_PAIRS = IgnoredPairs(np.array([], int), np.array([], int))
 

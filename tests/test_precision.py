@@ -23,9 +23,9 @@ from pipeline.files import tables
 from pipeline.inference import precision
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.devices import full_precision
+from pipeline.inference.modes import MODES
 from pipeline.inference.precision import (
     LEAST_COSINE,
-    MODES,
     NUM_PICTURES,
     Precision,
     agree_on,

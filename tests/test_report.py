@@ -30,8 +30,9 @@ from evaluate_embeddings.scores.metrics import Evaluation, score_kinds
 from pipeline.cli import Options
 from pipeline.config import load_config
 from pipeline.errors import StaleOutputError
+from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.geography import distances_m
-from pipeline.retrieval.scores import IgnoredPairs, QueryScores, normalise_rows
+from pipeline.retrieval.scores import QueryScores, normalise_rows
 
 VOID_TAGS = {"meta", "br", "img", "link", "input", "hr"}
 HOSTILE = "<script>alert(1)</script>\"'&<b>"

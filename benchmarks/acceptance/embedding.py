@@ -34,9 +34,9 @@ from pipeline.inference.backbone import Embedder
 from pipeline.inference.devices import full_precision
 from pipeline.inference.engine import embed_stream, use_one_thread
 from pipeline.inference.images import decode_rgb
+from pipeline.inference.modes import MODES
 from pipeline.inference.pixels import decode_pixels, to_pixels
 from pipeline.inference.precision import (
-    MODES,
     NUM_PICTURES,
     Precision,
     choose_precision,

@@ -13,8 +13,9 @@ from evaluate_embeddings.scores.difficulty_bands import BandExample, find_band_e
 from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.pair_similarity import RECOMMENDED_RATE
 from pipeline.errors import InputError, one_line
+from pipeline.retrieval.candidates import TIE_TOLERANCE, Candidates
 from pipeline.retrieval.geography import distances_m
-from pipeline.retrieval.scores import TIE_TOLERANCE, QueryScores, Search, similarity_rows
+from pipeline.retrieval.scores import QueryScores, similarity_rows
 
 NUM_NEIGHBORS = 5
 NUM_EXAMPLES, NUM_SUSPECTS, NUM_BAND_EXAMPLES = 12, 24, 4
@@ -130,14 +131,14 @@ def find_suspects(evaluation: Evaluation, limit: int, seed: int) -> list[ImagePa
     if not len(pairs.different):
         return []
     threshold = pairs.threshold_at(RECOMMENDED_RATE)
-    search = Search(codes, evaluation.ignored)
+    candidates = Candidates(codes, evaluation.ignored)
     queries = np.arange(len(codes))
     if len(queries) > MAX_SUSPECT_QUERIES:
         queries = np.sort(np.random.default_rng(seed).choice(queries, MAX_SUSPECT_QUERIES, replace=False))
     nearest, similarity = np.empty(len(queries), np.int64), np.empty(len(queries), np.float32)
     for place, (query, row) in enumerate(similarity_rows(embeddings, queries)):
-        row[search.left_out(query)] = -np.inf
-        row[search.positives(query)] = -np.inf
+        row[candidates.left_out(query)] = -np.inf
+        row[candidates.positives(query)] = -np.inf
         nearest[place] = np.argmax(row)
         similarity[place] = row[nearest[place]]
     chosen: dict[tuple[int, int], ImagePair] = {}
@@ -184,20 +185,20 @@ def _first_of_each_building(
 
 def describe_examples(evaluation: Evaluation, places: list[int]) -> list[Example]:
     """Look up the projector's answers to the queries at these places."""
-    search = Search(evaluation.codes, evaluation.ignored)
-    return [_describe_example(evaluation, search, place) for place in places]
+    candidates = Candidates(evaluation.codes, evaluation.ignored)
+    return [_describe_example(evaluation, candidates, place) for place in places]
 
 
-def _describe_example(evaluation: Evaluation, search: Search, place: int) -> Example:
+def _describe_example(evaluation: Evaluation, candidates: Candidates, place: int) -> Example:
     lat, lon = evaluation.features.target_lat, evaluation.features.target_lon
     scores, embeddings = evaluation.scores["projector"], evaluation.embeddings["projector"]
     query = int(scores.query[place])
     similarities = embeddings @ embeddings[query]  # (N,)
-    positives = search.positives(query)
+    positives = candidates.positives(query)
     match = int(positives[np.argmax(similarities[positives])])
     ordering = similarities.copy()
     ordering[positives] -= np.float32(TIE_TOLERANCE)  # as the scores: in a tie the wrong answer comes first
-    ordering[search.left_out(query)] = -np.inf
+    ordering[candidates.left_out(query)] = -np.inf
     nearest = np.argsort(-ordering, kind="stable")[:NUM_NEIGHBORS]
 
     def answer(row: int, rank: int) -> Answer:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.metrics import Evaluation, summarize_kinds
 from pipeline.files.tables import open_parquet, reading
-from pipeline.retrieval.scores import RowGroups
+from pipeline.retrieval.candidates import RowGroups
 
 # Lower ends of the groups. Each group's last number belongs to the next; the last group is open.
 VIEW_EDGES = (2, 3, 4, 6)

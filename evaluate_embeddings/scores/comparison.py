@@ -16,7 +16,8 @@ from evaluate_embeddings.scores.metrics import (
     judge,
     summarize_scores_with_intervals,
 )
-from pipeline.retrieval.scores import SCORE_KEYS, IgnoredPairs, QueryScores, percentile_intervals, resample_means
+from pipeline.retrieval.candidates import IgnoredPairs
+from pipeline.retrieval.scores import SCORE_KEYS, QueryScores, percentile_intervals, resample_means
 
 # So that a p of 0.0002 can be told from 0.
 NUM_RESAMPLES = 10_000

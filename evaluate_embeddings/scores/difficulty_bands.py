@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from evaluate_embeddings.scores.metrics import Evaluation
 from pipeline.errors import InputError
 from pipeline.files.tables import check_columns, open_parquet, reading
-from pipeline.retrieval.scores import RowGroups
+from pipeline.retrieval.candidates import RowGroups
 
 COLUMNS = [pa.field("target_coord_hash", pa.string()), pa.field("neighbor_building_ids", pa.list_(pa.string())),
            pa.field("neighbor_bands", pa.list_(pa.int32()))]  # fmt: skip

@@ -9,7 +9,7 @@ from pyarrow import csv
 
 from pipeline.errors import InputError, one_line
 from pipeline.log import logger
-from pipeline.retrieval.scores import IgnoredPairs
+from pipeline.retrieval.candidates import IgnoredPairs
 
 COLUMNS = ("building_id_a", "building_id_b")
 

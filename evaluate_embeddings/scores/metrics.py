@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.pair_similarity import PairSimilarities, share_of_same_pairs, summarize_pairs
 from pipeline.errors import InputError
+from pipeline.retrieval.candidates import IgnoredPairs, RowGroups
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import (
     SCORE_KEYS,
     Embeddings,
-    IgnoredPairs,
     QueryScores,
-    RowGroups,
     bootstrap_intervals,
     percentile_intervals,
     resample_means,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.retrieval.scores import IgnoredPairs
+from pipeline.retrieval.candidates import IgnoredPairs
 
 NUM_SAME_PAIRS, NUM_DIFFERENT_PAIRS = 50_000, 200_000
 # 200 of the sampled pairs of two buildings lie above the threshold of the lowest one.

@@ -24,10 +24,10 @@ from pipeline.inference.devices import (
 )
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.loading import find_vision_config, load_model
+from pipeline.inference.modes import MODES
 from pipeline.inference.passes import Launched, Staged, fetch, find_batch_size, stack_by_size, timer
 from pipeline.inference.pixels import decode_pixels, describe_ceiling, measure_decoding, travels_whole
 from pipeline.inference.pooling import PoolingError, embed_views
-from pipeline.inference.precision import MODES
 from pipeline.inference.preprocessing import (
     cut_ribbon,
     draw_picture,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import DeviceMemoryError, InputError, Rejection
 from pipeline.files.writing import read_json_object, write_json_once
 from pipeline.inference.images import check_image
+from pipeline.inference.modes import MODES
 from pipeline.log import logger
 
 if TYPE_CHECKING:
@@ -24,24 +25,6 @@ if TYPE_CHECKING:
 # The contract's for bfloat16.
 LEAST_COSINE = 0.999
 NUM_PICTURES = 16
-
-
-@dataclass(frozen=True)
-class Mode:
-    """In which type the weights lie, and whether products are rounded further than that."""
-
-    weights: str
-    autocast: bool = False  # products in bfloat16; between the blocks everything stays float32
-    tf32: bool = False  # products with 10 bits of mantissa instead of 23
-
-
-# The fastest first.
-MODES = {
-    "bfloat16": Mode("bfloat16"),
-    "bfloat16_autocast": Mode("float32", autocast=True),
-    "tf32": Mode("float32", tf32=True),
-    "float32": Mode("float32"),
-}
 
 
 @dataclass(frozen=True)

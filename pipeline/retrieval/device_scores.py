@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from pipeline.inference.devices import full_precision, halve_until_it_fits, needing_memory
-from pipeline.retrieval.scores import TIE_TOLERANCE, Codes
+from pipeline.retrieval.candidates import TIE_TOLERANCE, Codes
 from pipeline.threads import map_in_order
 
 # Rows and columns of a tile: on a CPU one of 4 MB stays in the cache, on a GPU it takes 1 GiB and its mask a quarter.

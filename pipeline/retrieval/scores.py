@@ -13,30 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.retrieval.candidates import Codes, IgnoredPairs, RowGroups, list_partners
 
 if TYPE_CHECKING:
     import torch
 
 RECALL_RANKS = (1, 5, 10, 100)
 SCORE_KEYS = (*(f"recall_at_{k}" for k in RECALL_RANKS), "map", "mrr")
-# Similarities nearer than this are a tie: equal vectors differ by a few 1e-7 with the order in which a matrix
-# product adds up, so an exact comparison would break ties by chance.
-TIE_TOLERANCE = 1e-6
 # Similarities held at a time: 2^25 float32 are 128 MiB; a block has at least 16 queries, or the product is slow.
 BLOCK_VALUES, MIN_BLOCK_QUERIES = 2**25, 16
 # Resamples whose means one product gives: the sums of the buildings are read once for all, and it stays on one core.
 RESAMPLES_AT_A_TIME = 16
 
 Embeddings = NDArray[np.float32]
-Codes = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class IgnoredPairs:
-    """Pairs of buildings, as codes, whose images are neither right nor wrong answers to each other's queries."""
-
-    building_a: Codes  # (M,)
-    building_b: Codes  # (M,)
 
 
 @dataclass(frozen=True)
@@ -55,25 +44,6 @@ class QueryScores:
     def take(self, chosen: NDArray[Any]) -> "QueryScores":
         """Return the scores of some of the queries, by mask or position."""
         return QueryScores(self.query[chosen], self.first_rank[chosen], self.average_precision[chosen])
-
-
-class RowGroups:
-    """The rows of each group, by the group's dense code."""
-
-    def __init__(self, labels: NDArray[Any]) -> None:
-        self.labels, codes = np.unique(labels, return_inverse=True)
-        self.codes: Codes = codes.reshape(-1).astype(np.int64)  # (N,)
-        self._order = np.argsort(self.codes, kind="stable")
-        self._starts = np.concatenate([[0], np.cumsum(np.bincount(self.codes, minlength=len(self.labels)))])
-
-    def rows_of(self, code: int) -> Codes:
-        """Return the rows of one group, ascending."""
-        rows: Codes = self._order[self._starts[code] : self._starts[code + 1]]
-        return rows
-
-    def sizes(self) -> Codes:
-        """Return the number of rows of each group."""
-        return np.diff(self._starts)
 
 
 def normalise_rows(embeddings: NDArray[Any]) -> Embeddings:
@@ -103,23 +73,16 @@ def score_queries(
     building_codes: NDArray[Any],
     *,
     ignored: IgnoredPairs | None = None,
-    panorama_ids: NDArray[Any] | None = None,
     device: "torch.device | None" = None,
     progress: Callable[[int], None] | None = None,
 ) -> QueryScores:
-    """Let each image query all others by cosine; the query itself is left out by its index.
+    """Let each L2-normalised row (N, D) query all others by cosine, in float32, on the device (None: the CPU).
 
-    `embeddings` is (N, D), L2-normalised; `building_codes` (N,). Candidates of buildings paired with the query's by
-    `ignored`, and those of the query's own panorama where `panorama_ids` (N,) is given, are left out, positives too;
-    an image left without a positive is no query. A negative that ties with a positive counts as nearer. Products are in
-    float32, on the device (the CPU where none is named).
-    `progress` is called with the number of queries done since the last call.
-    Raises InputError if a row is not finite or zero, or if no image has a positive.
+    Buildings that `ignored` pairs with the query's are no candidates; a row without a positive is no query. A negative
+    that ties with a positive counts as nearer. `progress` hears how many queries were done since the last call.
+    Raises InputError if a row is not finite or zero, or no row has a positive.
     """
-    if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
-        raise ValueError("embeddings must be L2-normalised: see normalise_rows")
-    together, apart = _rank(embeddings, building_codes, ignored, panorama_ids, device, progress)
-    return _expect(together if panorama_ids is None else apart)
+    return _rank(embeddings, building_codes, None, ignored, device, progress)[0]
 
 
 def score_queries_twice(
@@ -131,23 +94,21 @@ def score_queries_twice(
     device: "torch.device | None" = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[QueryScores, QueryScores | None]:
-    """Do what `score_queries` does among all candidates and among those of other panoramas, by one search.
+    """Score as `score_queries` does, and again without the candidates of the query's own panorama, by one search.
 
-    The second is None where no image has a positive of another panorama. Raises as `score_queries` does.
+    The second is None where no image has a positive of another panorama.
     """
-    together, apart = _rank(embeddings, building_codes, ignored, panorama_ids, device, progress)
-    return _expect(together), apart
+    return _rank(embeddings, building_codes, panorama_ids, ignored, device, progress)
 
 
 def _rank(
     embeddings: Embeddings,
     building_codes: NDArray[Any],
-    ignored: IgnoredPairs | None,
     panorama_ids: NDArray[Any] | None,
+    ignored: IgnoredPairs | None,
     device: "torch.device | None",
     progress: Callable[[int], None] | None,
-) -> tuple[QueryScores | None, QueryScores | None]:
-    """Return the scores among all candidates and, where panoramas are given, those of others; None without a query."""
+) -> tuple[QueryScores, QueryScores | None]:
     import torch  # which needs seconds to import
 
     from pipeline.retrieval.device_scores import rank_positives
@@ -155,7 +116,7 @@ def _rank(
     if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
         raise ValueError("embeddings must be L2-normalised: see normalise_rows")
     buildings = RowGroups(building_codes)
-    partners = _list_partners(ignored, buildings)
+    partners = list_partners(ignored, buildings)
     pairs = [(one, other) for one, others in partners.items() for other in dict.fromkeys(others)]
     panoramas = None if panorama_ids is None else RowGroups(panorama_ids).codes
     ranked = rank_positives(
@@ -165,77 +126,18 @@ def _rank(
     scores = []
     for one in ranked:
         queries = np.flatnonzero(one.has_positive)
-        found = QueryScores(queries, one.first_rank[queries], one.average_precision[queries])
-        scores.append(found if len(queries) else None)
-    return scores[0], scores[1] if panoramas is not None else None
+        scores.append(QueryScores(queries, one.first_rank[queries], one.average_precision[queries]))
+    if not len(scores[0].query):
+        raise InputError("no image has another image of its building to find: give more images or another split")
+    return scores[0], scores[1] if len(scores) > 1 and len(scores[1].query) else None
 
 
-def similarity_rows(
-    embeddings: Embeddings, queries: Codes, progress: Callable[[int], None] | None = None
-) -> Iterator[tuple[int, Embeddings]]:
-    """Yield each query with its cosines to all rows, (N,), which may be spoilt; a block of queries is multiplied."""
+def similarity_rows(embeddings: Embeddings, queries: Codes) -> Iterator[tuple[int, Embeddings]]:
+    """Yield each query with its cosines to all rows, (N,), which the caller may overwrite."""
     num_block = max(MIN_BLOCK_QUERIES, BLOCK_VALUES // max(1, len(embeddings)))
     for start in range(0, len(queries), num_block):
         block = queries[start : start + num_block]
         yield from zip(block.tolist(), embeddings[block] @ embeddings.T, strict=True)
-        if progress is not None:
-            progress(len(block))
-
-
-def _expect(scores: QueryScores | None) -> QueryScores:
-    if scores is None:
-        raise InputError("no image has another image of its building to find: give more images or another split")
-    return scores
-
-
-class Search:
-    """Knows for each query which candidates are right, wrong, or left out."""
-
-    def __init__(
-        self,
-        building_codes: NDArray[Any],
-        ignored: IgnoredPairs | None = None,
-        panorama_ids: NDArray[Any] | None = None,
-    ) -> None:
-        self.buildings = RowGroups(building_codes)
-        self.panoramas = None if panorama_ids is None else RowGroups(panorama_ids)
-        self._partners = _list_partners(ignored, self.buildings)
-
-    def queries(self) -> Codes:
-        """Return the rows whose building has another image, ascending."""
-        return np.flatnonzero(self.buildings.sizes()[self.buildings.codes] > 1)
-
-    def positives(self, query: int) -> Codes:
-        """Return the rows that are right answers, none where all of them share the query's panorama."""
-        own = self.buildings.rows_of(int(self.buildings.codes[query]))
-        right = own != query
-        if self.panoramas is not None:
-            right &= self.panoramas.codes[own] != self.panoramas.codes[query]
-        positives: Codes = own[right]
-        return positives
-
-    def left_out(self, query: int) -> Codes:
-        """Return the rows that are no candidates: the query itself, ignored buildings, its panorama."""
-        partners = self._partners.get(int(self.buildings.codes[query]), ())
-        parts = [np.array([query]), *(self.buildings.rows_of(partner) for partner in partners)]
-        if self.panoramas is not None:
-            parts.append(self.panoramas.rows_of(int(self.panoramas.codes[query])))
-        return np.concatenate(parts)
-
-
-def _list_partners(ignored: IgnoredPairs | None, buildings: RowGroups) -> dict[int, list[int]]:
-    """Return, for each building of a pair, the dense codes of its partners; absent buildings are passed over."""
-    partners: dict[int, list[int]] = {}
-    if ignored is None or not len(ignored.building_a):
-        return partners
-    known = np.isin(ignored.building_a, buildings.labels) & np.isin(ignored.building_b, buildings.labels)
-    first = np.searchsorted(buildings.labels, ignored.building_a[known]).tolist()
-    second = np.searchsorted(buildings.labels, ignored.building_b[known]).tolist()
-    for one, other in zip(first, second, strict=True):
-        if one != other:
-            partners.setdefault(one, []).append(other)
-            partners.setdefault(other, []).append(one)
-    return partners
 
 
 # ------------------------------------------------------------------------------------------------ means, intervals
