@@ -10,7 +10,7 @@ from slurm.control.outputs import list_stage_units
 from slurm.control.stages import ANCHOR, ROW_GROUP, STAGES, TAR, TUNE, WORKER, Stage, has_new_data
 
 # A task more is a model loaded once more: 64 GPUs are a large share of a cluster, and leave each of them minutes of
-# work at a million images (docs/scale.md).
+# work at a million images (docs/slurm.md).
 DEFAULT_MAX_SHARDS = 64
 
 

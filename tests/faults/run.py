@@ -1,9 +1,9 @@
 """Disturb the stages and the tools on a dataset in every way that is known, and check what is left.
 
-    python tests/faults/run.py --tries 100 --write
+    python tests/faults/run.py --tries 100
 
 Prints a table of faults, tries and outcomes; exit code 1 if anything is lost, twice there, or dies with a traceback.
---write puts the table into docs/reliability.md; --only WORD picks faults by name.
+--only WORD picks faults by name. docs/reliability.md has the sums.
 """
 
 import argparse
@@ -28,9 +28,6 @@ from faults import dataset_disturbances, stage_disturbances  # noqa: F401 (they 
 from faults.bench import Bench, Failure, Tally
 from faults.disturbances import FAULTS, RECOVERED
 from transformers import AutoImageProcessor, AutoModel, Dinov2Model  # noqa: F401
-
-DOCUMENT = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- table: tests/faults/run.py --write -->", "<!-- end of the table -->"
 
 
 def run_fault(name: str, bench: Bench, tries: int) -> Tally:
@@ -70,7 +67,6 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=100, help="kills; the other faults take a share of them (100)")
     parser.add_argument("--seed", type=int, default=0, help="which moments and files (0)")
     parser.add_argument("--only", action="append", metavar="WORD", help="faults whose name holds this; may be repeated")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-bench-"))
     tallies = []
@@ -89,12 +85,7 @@ def main() -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
-    table = make_table(tallies)
-    print(table)
-    if options.write:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        head, tail = text[: text.index(BEGIN)], text[text.index(END) :]
-        DOCUMENT.write_text(f"{head}{BEGIN}\n\n{table}\n{tail}", encoding="utf-8")
+    print(make_table(tallies))
     return int(any(tally.failures for tally in tallies))
 
 
