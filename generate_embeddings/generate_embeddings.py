@@ -143,7 +143,7 @@ def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
         embedded = True
     finally:
         if not embedded:
-            scratch.close(remove=scratch.seen == 0)
+            scratch.close(is_done=scratch.seen == 0)
     absent = Rejection("missing_image", f"not in {unit.tar_path.name}")
     rejects = scratch.rejects | dict.fromkeys(missing, absent)
     provenance["counts"] = {"in": len(table), "out": len(table) - len(rejects), "rejected": len(rejects)}
@@ -157,7 +157,7 @@ def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
                 write_outputs(unit, table, scratch, rejects, provenance, embedding_type)
             written = True
         finally:
-            scratch.close(remove=written or scratch.seen == 0)
+            scratch.close(is_done=written or scratch.seen == 0)
 
     stage.outputs.submit(write)
     count = len(table) - len(rejects)

@@ -7,7 +7,6 @@ rerun keeps them if embeddings and settings are the same. Memory is bounded by [
 """
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from pipeline.files.tables import (
     read_provenance,
 )
 from pipeline.files.units import drop_missing
-from pipeline.files.writing import sync_folder
+from pipeline.files.workspace import UNFINISHED, remove, writing_together
 from pipeline.log import Progress, logger
 from preprocess_raw_data.merging.embedding_inventory import Inventory, list_embeddings, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
@@ -39,7 +38,6 @@ from preprocess_raw_data.merging.leakage import compare_leakage, log_leakage
 from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, read_split_file
 
 STAGE = "merge_and_split"
-SCRATCH_NAME = ".spill"  # below merged_dir, while it is written
 # Rows of one row group of the output: at 4,096 dimensions 64 MB.
 ROW_GROUP_ROWS = 4096
 SINGLE = "single_image"
@@ -71,29 +69,21 @@ class SplitWriter:
 
 
 def write_splits(
-    inventory: Inventory, splits: NDArray[np.int8], merged_dir: Path, provenances: list[dict[str, Any]], config: Config
+    inventory: Inventory,
+    splits: NDArray[np.int8],
+    merged_dir: Path,
+    provenances: list[dict[str, Any]],
+    config: Config,
 ) -> None:
-    """Write the three files; `splits` gives each building's, -1 for those that are dropped.
-
-    Earlier ones stay until all three are on the disk: a kill after that leaves a gap, never a mixture.
-    """
-    scratch_dir = merged_dir / SCRATCH_NAME
-    shutil.rmtree(scratch_dir, ignore_errors=True)  # of a killed run
-    scratch_dir.mkdir(parents=True)
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, scratch_dir, ignore_errors=True)
-        made = fill_splits(inventory, splits, scratch_dir, provenances, config)
-        for path in made:
-            (merged_dir / path.name).unlink(missing_ok=True)
-        for path in made:
-            path.rename(merged_dir / path.name)
-        sync_folder(merged_dir)
+    """Write the three files; `splits` gives each building's, -1 for those that are dropped."""
+    with writing_together(merged_dir, [f"{split}.parquet" for split in SPLITS]) as scratch_dir:
+        fill_splits(inventory, splits, scratch_dir, provenances, config)
 
 
 def fill_splits(
     inventory: Inventory, splits: NDArray[np.int8], scratch_dir: Path, provenances: list[dict[str, Any]], config: Config
-) -> list[Path]:
-    """Write the three files into a folder, beside what is spilled, and return them."""
+) -> None:
+    """Write the three files into a folder, beside what is spilled."""
     schema = inventory.schema
     rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
     paths = [scratch_dir / f"{split}.parquet" for split in SPLITS]
@@ -112,7 +102,6 @@ def fill_splits(
                 del piece  # before the next one is read
         for writer in writers:
             writer.finish()
-    return paths
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
@@ -132,8 +121,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     # Each file is compared before any is judged, so that a mixture of two runs is refused, not half replaced.
     complete = [is_complete(target, wanted, options.overwrite) for target in targets]
     if all(complete):
-        # Of a run that was killed behind the last rename.
-        shutil.rmtree(config.path("merged_dir") / SCRATCH_NAME, ignore_errors=True)
+        remove(config.path("merged_dir") / UNFINISHED)  # of a run that was killed behind the last rename
         found = read_provenance(targets[0]) or {}
         result.add(found.get("counts", {}), found.get("reasons"))
         result.kept = targets

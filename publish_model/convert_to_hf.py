@@ -27,7 +27,7 @@ from pipeline import cli
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, PipelineError, one_line
 from pipeline.files.tables import PROVENANCE_KEY, identify, make_provenance, matches
-from pipeline.files.writing import writing_folder
+from pipeline.files.workspace import writing_folder
 from pipeline.inference.model_files import describe_views, identify_model, locate_backbone, names_its_backbone
 from pipeline.log import logger
 from publish_model.model_folder.card_results import add_test_results

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import VERSION, cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError, Terminated
-from pipeline.files.writing import write_failure
+from pipeline.files.failures import write_failure
 from pipeline.inference import launcher
 from pipeline.log import EngineWatch, Progress, logger
 from pipeline.threads import Background

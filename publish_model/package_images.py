@@ -28,6 +28,7 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import count_cores
 from pipeline.errors import ConfigError, InputError, PipelineError, Rejection
+from pipeline.files.failures import write_failure
 from pipeline.files.tables import (
     describe_difference,
     make_provenance,
@@ -37,7 +38,7 @@ from pipeline.files.tables import (
     rejects_path,
     write_rejects,
 )
-from pipeline.files.writing import sync_folder, temporary_path, write_failure
+from pipeline.files.workspace import sync_folder, temporary_path
 from pipeline.inference.images import check_image
 from pipeline.log import Progress, logger
 from pipeline.threads import map_in_order

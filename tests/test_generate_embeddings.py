@@ -1,5 +1,6 @@
 """Stage 2: the embeddings of whole tars, and everything that can interrupt or spoil them."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -310,7 +311,7 @@ def test_a_kill_inside_a_tar_is_gone_on_from_and_gives_the_undisturbed_bytes(
     arguments = ["--config", str(config), "--set", "embedding_model.batch_size=4"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False)
     assert killed.returncode == -9
-    left = [".0001_embeddings.parquet.progress.json", ".0001_embeddings.parquet.rows"]
+    left = [f".0001_embeddings.parquet.{kind}" for kind in ("lock", "progress.json", "rows")]
     assert list_files(tmp_path / "embeddings") == left
     passes = count_passes(monkeypatch)
     outcome = stage("embedding_model.batch_size=4")
@@ -356,12 +357,11 @@ def test_an_interrupted_tar_is_gone_on_from_with_its_rejects(tmp_path, city, sta
 def test_two_processes_on_one_tar_are_one_too_many(tmp_path, city, stage):
     other = RowScratch(tmp_path / "embeddings" / "0001_embeddings.parquet", 20, "other")
     outcome = stage()
-    other.close(remove=True)
+    other.close(is_done=True)
     assert outcome.code == 1
-    assert outcome.stderr.splitlines()[-1] == (
-        f"error: {tmp_path}/embeddings/0001_embeddings.parquet: another process is making it: "
-        "wait for that one, or stop it and run this again"
-    )
+    error = outcome.stderr.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path}/embeddings/0001_embeddings.parquet: process {os.getpid()} on ")
+    assert error.endswith(" is making it: wait for that one, or stop it and run this again")
     assert stage().code == 0
 
 

@@ -222,3 +222,39 @@ def test_the_core_of_the_shared_package_imports_no_room():
     core = [path for path in files_below("pipeline") if path.parent.name == "pipeline"]
     wrong = [f"{path.name}: {name}" for path in core for name in find_modules(PARSED[path]) if name.startswith(rooms)]
     assert wrong == []
+
+
+# The only module that locks, renames and removes files; others use what it offers.
+WORKSPACE = REPO / "pipeline" / "files" / "workspace.py"
+FILE_CALLS = {
+    "flock", "unlink", "rmtree", "rename", "renames", "remove", "removedirs", "rmdir", "replace", "link",
+}  # fmt: skip
+# Those that have not moved there yet, by name.
+OWN_FILE_CALLS = {
+    "records.py", "task.py", "package_images.py", "reference_model.py", "aggregate_embeddings.py", "sidecar.py",
+    "generate_embeddings_from_parquet.py", "deletions.py", "set_aside.py", "run_files.py", "training_run.py",
+    "metric_sinks.py", "neighbor_parts.py",
+}  # fmt: skip
+
+
+def calls_on_files(tree):
+    """Yield the calls that lock, rename or remove files: of `shutil`, `fcntl` or `os`, or of a path."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in FILE_CALLS:
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            # `str.replace`, `list.remove` and `dataclasses.replace` have the names of methods of a path.
+            of_modules = {"remove", "link", "replace"}
+            is_path = owner.endswith(("path", "folder", "dir", "temporary", "file"))
+            if (
+                owner in {"os", "shutil", "fcntl"}
+                or node.attr not in of_modules
+                or (is_path and node.attr == "replace")
+            ):
+                yield f"{node.attr} in line {node.lineno}"
+
+
+def test_one_module_locks_renames_and_removes_files():
+    product = [path for path in FILES if path.relative_to(REPO).parts[0] not in {"tests", "benchmarks", "sample_data"}]
+    others = [path for path in product if path != WORKSPACE and path.name not in OWN_FILE_CALLS]
+    found = {path.name: sorted(calls_on_files(PARSED[path])) for path in others}
+    assert {name: calls for name, calls in found.items() if calls} == {}

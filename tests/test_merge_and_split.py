@@ -11,6 +11,7 @@ from embedding_files import SETTINGS, SIZES, make_rows, place_of, read_splits, w
 
 from pipeline.config import DataSection
 from pipeline.files import tables
+from pipeline.files.workspace import UNFINISHED
 from preprocess_raw_data import merge_and_split
 from preprocess_raw_data.merging.splits import SPLITS, choose_split, name_cells
 
@@ -320,8 +321,7 @@ def test_a_run_killed_between_the_renames_is_completed(tmp_path, stage, city, mo
 
 
 def test_what_a_killed_run_has_spilled_is_cleared_away(tmp_path, stage, city):
-    (tmp_path / "merged" / ".spill").mkdir(parents=True)
-    (tmp_path / "merged" / ".spill" / "000000.arrow").write_bytes(b"half")
+    shutil.copytree(tmp_path / "embeddings", tmp_path / "merged" / UNFINISHED)
     assert stage().code == 0
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == sorted(f"{s}.parquet" for s in SPLITS)
 

@@ -8,8 +8,8 @@ from embedding_files import SIZES, make_rows, write
 from training_data import SETTINGS, fill_workspace, run
 
 from pipeline.errors import PipelineError
-from pipeline.files import writing
-from pipeline.files.writing import REPLACED, discard_replaced, replacing, writing_folder
+from pipeline.files import workspace
+from pipeline.files.workspace import REPLACED, replacing, writing_folder
 from preprocess_raw_data import merge_and_split
 from preprocess_raw_data.merging.splits import SPLITS
 from train_specialized_embeddings.training.training_run import TrainingRun
@@ -76,8 +76,7 @@ def test_what_was_moved_aside_goes_when_its_successor_is_complete(tmp_path):
     with replacing(tmp_path, [mark]):
         assert not mark.exists()
         mark.write_text("new")
-    assert (tmp_path / REPLACED / "mark").read_text() == "old"
-    discard_replaced(tmp_path)
+        assert (tmp_path / REPLACED / "mark").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["mark"]
 
 
@@ -88,7 +87,7 @@ def test_a_folder_comes_back_where_its_successor_cannot_take_its_name(tmp_path, 
     plain = Path.rename
 
     def fail(self, target):
-        if target == folder and ".old." not in self.name:
+        if target == folder and not self.name.endswith(".old"):
             raise OSError(5, os.strerror(5), str(self))
         return plain(self, target)
 
@@ -101,7 +100,7 @@ def test_a_folder_comes_back_where_its_successor_cannot_take_its_name(tmp_path, 
 
 def test_a_folder_that_a_killed_run_moved_aside_comes_back(tmp_path):
     folder = tmp_path / "model"
-    moved = writing.temporary_path(writing._old_path(folder))
+    moved = tmp_path / ".model.old"
     moved.mkdir()
     (moved / "weights").write_text("old")
     with pytest.raises(ValueError, match="no"), writing_folder(folder):
@@ -114,7 +113,7 @@ def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, mon
     config = write_config(tmp_path, data={"allow_missing_embeddings": True})
     assert run_main(merge_and_split.main, "--config", config).code == 0
     before = read(tmp_path / "merged")
-    plain, synced = writing.sync_file, []
+    plain, synced = workspace.sync_file, []
 
     def fill_disk(path):
         synced.append(path)
@@ -122,7 +121,7 @@ def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, mon
             raise OSError(28, os.strerror(28))
         plain(path)
 
-    monkeypatch.setattr(writing, "sync_file", fill_disk)
+    monkeypatch.setattr(workspace, "sync_file", fill_disk)
     outcome = run_main(merge_and_split.main, "--config", config, "--overwrite")
     assert outcome.code == 1
     assert "No space left" in outcome.stderr.splitlines()[-1]

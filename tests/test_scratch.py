@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.errors import PipelineError, Rejection
 from pipeline.files import scratch as scratch_module
+from pipeline.files import workspace
 from pipeline.files.scratch import RowScratch, remove_leftover
 
 ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -26,14 +27,14 @@ def test_rows_are_read_at_their_places_in_any_order_of_writing(tmp_path):
     scratch.write([1], ROWS[[1]])
     np.testing.assert_array_equal(scratch.read(0, 3), ROWS[:3])
     np.testing.assert_array_equal(scratch.read(3, 6), [np.zeros(4), ROWS[4], np.zeros(4)])
-    scratch.close(remove=True)
+    scratch.close(is_done=True)
     assert list_files(tmp_path) == []
 
 
 def test_nothing_that_was_never_written_is_read_as_more_than_zero(tmp_path):
     scratch = open_scratch(tmp_path)
     assert scratch.read(0, 6).shape == (6, 0)
-    scratch.close(remove=True)
+    scratch.close(is_done=True)
 
 
 def test_what_was_saved_is_taken_up_by_a_run_of_the_same_identity(tmp_path):
@@ -42,14 +43,14 @@ def test_what_was_saved_is_taken_up_by_a_run_of_the_same_identity(tmp_path):
     first.seen, first.rejects[2] = 3, Rejection("unreadable_image", "0 bytes")
     first.save()
     first.write([3], ROWS[[3]])  # behind the note: done again
-    first.close(remove=False)
+    first.close(is_done=False)
     second = open_scratch(tmp_path)
     assert (second.seen, second.seen_at_start, second.width) == (3, 3, 4)
     assert {row: (why.reason, why.detail) for row, why in second.rejects.items()} == {
         2: ("unreadable_image", "0 bytes")
     }
     np.testing.assert_array_equal(second.read(0, 2), ROWS[:2])
-    second.close(remove=True)
+    second.close(is_done=True)
     assert list_files(tmp_path) == []
 
 
@@ -59,12 +60,12 @@ def test_what_another_run_left_is_thrown_away(tmp_path, identity, num_rows):
     first.write([0], ROWS[:1])
     first.seen = 1
     first.save()
-    first.close(remove=False)
+    first.close(is_done=False)
     second = open_scratch(tmp_path, identity, num_rows)
     assert (second.seen, second.width, second.rejects) == (0, None, {})
     second.write([5], ROWS[[5]])
     np.testing.assert_array_equal(second.read(0, 1), np.zeros((1, 4)))
-    second.close(remove=True)
+    second.close(is_done=True)
 
 
 @pytest.mark.parametrize("damage", ["note gone", "note cut", "note of something else", "rows gone", "rows cut"])
@@ -73,7 +74,7 @@ def test_what_is_not_whole_is_begun_anew(tmp_path, damage):
     first.write([0, 1], ROWS[:2])
     first.seen = 2
     first.save()
-    first.close(remove=False)
+    first.close(is_done=False)
     rows, note = tmp_path / "out" / ".0001.parquet.rows", tmp_path / "out" / ".0001.parquet.progress.json"
     if damage == "note gone":
         note.unlink()
@@ -87,23 +88,23 @@ def test_what_is_not_whole_is_begun_anew(tmp_path, damage):
         os.truncate(rows, 20)
     second = open_scratch(tmp_path)
     assert second.seen == 0
-    second.close(remove=True)
+    second.close(is_done=True)
 
 
 def test_one_process_at_a_time_holds_it(tmp_path):
     first = open_scratch(tmp_path)
-    with pytest.raises(PipelineError, match=r"0001\.parquet: another process is making it: wait for that one"):
+    with pytest.raises(PipelineError, match=r"0001\.parquet: process \d+ on \S+ is making it: wait for that one"):
         open_scratch(tmp_path)
-    first.close(remove=False)
-    open_scratch(tmp_path).close(remove=True)
+    first.close(is_done=False)
+    open_scratch(tmp_path).close(is_done=True)
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(scratch_module.fcntl, "flock", refuse)
-    open_scratch(tmp_path).close(remove=True)
+    monkeypatch.setattr(workspace.fcntl, "flock", refuse)
+    open_scratch(tmp_path).close(is_done=True)
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -115,7 +116,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch_module.os, "pwrite", refuse)
     with pytest.raises(PipelineError, match=r"cannot write .*\.rows \(No space left on device\): free space"):
         scratch.write([0], ROWS[:1])
-    scratch.close(remove=True)
+    scratch.close(is_done=True)
 
 
 def test_a_write_that_takes_only_a_part_goes_on_with_the_rest(tmp_path, monkeypatch):
@@ -123,7 +124,7 @@ def test_a_write_that_takes_only_a_part_goes_on_with_the_rest(tmp_path, monkeypa
     monkeypatch.setattr(scratch_module.os, "pwrite", lambda file, data, place: write(file, data[:5], place))
     scratch.write(list(range(6)), ROWS)
     np.testing.assert_array_equal(scratch.read(0, 6), ROWS)
-    scratch.close(remove=True)
+    scratch.close(is_done=True)
 
 
 def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
@@ -138,8 +139,8 @@ def test_what_a_killed_run_left_beside_a_complete_output_is_removed_unless_someb
     scratch.save()
     output = tmp_path / "out" / "0001.parquet"
     remove_leftover(output)
-    assert len(list_files(tmp_path)) == 2
-    scratch.close(remove=False)
+    assert len(list_files(tmp_path)) == 3  # rows, note and lock
+    scratch.close(is_done=False)
     remove_leftover(output)
     assert list_files(tmp_path) == []
     remove_leftover(output)  # there is none

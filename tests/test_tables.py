@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DamagedError, InputError, PipelineError, Rejection, StaleOutputError
-from pipeline.files import tables, writing
+from pipeline.files import tables, workspace, writing
 
 PROVENANCE = {"stage": "somewhere", "version": "1", "inputs": [], "settings": {"a": 1}}
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("embedding", pa.list_(pa.float32(), 8))])
@@ -86,18 +86,18 @@ def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_write_clears_up
 
 def test_temporaries_of_running_processes_other_hosts_and_other_files_are_left_alone(tmp_path):
     path = tmp_path / "a.bin"
-    own = writing.temporary_path(path).name
+    own = workspace.temporary_path(path).name
     host = own.removeprefix(".a.bin.").removesuffix(f"-{os.getpid()}.tmp")
     strangers = {f".a.bin.{host}-1.tmp", ".a.bin.elsewhere-999999.tmp", f".b.bin.{host}-999999.tmp", ".a.bin.rows"}
     for name in {own, f".a.bin.{host}-999999.tmp"} | strangers:
         (tmp_path / name).touch()
     (tmp_path / f".a.bin.{host}-999998.tmp").mkdir()
-    writing.remove_stale_temporaries(path)
+    workspace.remove_stale_temporaries(path)
     assert set(list_files(tmp_path)) == strangers
 
 
 def test_the_first_write_into_a_folder_clears_it_of_dead_processes_and_no_later_one_looks_again(tmp_path):
-    host = writing.temporary_path(tmp_path / "x").name.removeprefix(".x.").removesuffix(f"-{os.getpid()}.tmp")
+    host = workspace.temporary_path(tmp_path / "x").name.removeprefix(".x.").removesuffix(f"-{os.getpid()}.tmp")
     ours, dead = f".b.bin.{host}-{os.getpid()}.tmp", f".b.bin.{host}-999999.tmp"
     for name in (ours, dead):
         (tmp_path / name).touch()
@@ -112,7 +112,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing.os, "fsync", refuse)
+    monkeypatch.setattr(workspace.os, "fsync", refuse)
     with pytest.raises(PipelineError) as caught:
         writing.write_json(tmp_path / "a.json", {"a": 1})
     assert str(caught.value) == (

@@ -18,7 +18,7 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.files import tables
-from pipeline.files.writing import discard_replaced, replacing
+from pipeline.files.workspace import replacing
 from pipeline.log import logger
 from train_specialized_embeddings.training.run_files import RunFiles
 
@@ -86,10 +86,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         return result
     from train_specialized_embeddings.training.fitting import fit  # torch, which a kept run does without
 
-    with files.locked():
-        with replacing(files.folder, files.list_all() if options.overwrite else []):
-            result.add(fit(config, inputs, provenance, files, result.watch))
-        discard_replaced(files.folder)
+    with files.locked(), replacing(files.folder, files.list_all() if options.overwrite else []):
+        result.add(fit(config, inputs, provenance, files, result.watch))
     result.written += [*files.list_outputs(), files.provenance]
     return result
 

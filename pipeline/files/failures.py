@@ -1,11 +1,11 @@
-"""Tell a file whose content is damaged from one that only could not be read now: the first alone may be replaced."""
+"""Say why a file could not be read or written; only one whose content is damaged may be replaced."""
 
 import os
 from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.errors import DamagedError, InputError, one_line
+from pipeline.errors import DamagedError, InputError, PipelineError, one_line
 
 
 def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> InputError:
@@ -31,3 +31,9 @@ def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> I
     else:
         return DamagedError(f"{path}: {damage} ({text}): remove it and make it again")
     return InputError(f"{path}: {what}")
+
+
+def write_failure(path: Path, error: OSError) -> PipelineError:
+    """Say in one line why `path` could not be written and what to do."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return PipelineError(f"cannot write {path} ({reason}): free space or allow writing there, then run this again")

@@ -1,6 +1,6 @@
 """Rows of floats kept on disk while they are being computed, so that an interrupted run goes on where it stood."""
 
-import fcntl
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -9,28 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, Rejection
-from pipeline.files.writing import write_failure, write_json
+from pipeline.files.failures import write_failure
+from pipeline.files.workspace import lock_path, locked, remove
+from pipeline.files.writing import write_json
 from pipeline.log import logger
 
 
 def remove_leftover(output_path: Path) -> None:
-    """Remove the scratch of an output that is complete, left by a run that was killed before it could tidy up.
+    """Remove the scratch of a complete output that a killed run has left; one that another process holds stays."""
+    left = _name_files(output_path)
+    if any(path.exists() for path in (*left, lock_path(output_path))):
+        with contextlib.suppress(PipelineError, OSError), _locked(output_path):
+            for path in left:
+                remove(path)
 
-    One that another process holds stays.
-    """
-    rows_path, progress_path = _name_files(output_path)
-    try:
-        descriptor = os.open(rows_path, os.O_RDWR)
-    except OSError:
-        return  # there is none, which is the rule
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        progress_path.unlink(missing_ok=True)
-        rows_path.unlink(missing_ok=True)
-    except OSError:
-        logger.debug("%s: left where it is", rows_path)
-    finally:
-        os.close(descriptor)
+
+def _locked(output_path: Path) -> contextlib.AbstractContextManager[None]:
+    return locked(output_path, "is making it: wait for that one, or stop it and run this again")
 
 
 def _name_files(output_path: Path) -> tuple[Path, Path]:
@@ -54,27 +49,19 @@ class RowScratch:
         self.num_rows, self.identity = num_rows, identity
         self._output_path = output_path
         self._rows_path, self._progress_path = _name_files(output_path)
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(_locked(output_path))
         try:
-            output_path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._rows_path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor = os.open(self._rows_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
+            self._held.close()
             raise write_failure(self._rows_path, error) from error
-        self._lock()
+        self._held.callback(os.close, self._descriptor)
         self.seen = 0
         self.width: int | None = None
         self.rejects: dict[int, Rejection] = {}
         self._load()
         self.seen_at_start = self.seen
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PipelineError(
-                f"{self._output_path}: another process is making it: wait for that one, or stop it and run this again"
-            ) from None
-        except OSError:
-            logger.debug("%s: this file system has no locks", self._rows_path)
 
     def _load(self) -> None:
         """Take up what is there if it belongs to the same run, else begin anew."""
@@ -126,9 +113,9 @@ class RowScratch:
         }
         write_json(self._progress_path, progress)
 
-    def close(self, *, remove: bool) -> None:
-        """Let go of the file; `remove` once the output is complete."""
-        if remove:
-            self._progress_path.unlink(missing_ok=True)
-            self._rows_path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+    def close(self, *, is_done: bool) -> None:
+        """Let go of the file, and remove it once the output is complete."""
+        if is_done:
+            remove(self._progress_path)
+            remove(self._rows_path)
+        self._held.close()

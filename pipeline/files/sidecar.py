@@ -22,7 +22,7 @@ from pipeline.errors import InputError
 from pipeline.files import tables
 from pipeline.files.lists import ListColumn, find_embedding
 from pipeline.files.tables import read_batches
-from pipeline.files.writing import writing_folder
+from pipeline.files.workspace import writing_folder
 from pipeline.log import logger
 
 FOLDER = "_sidecar"

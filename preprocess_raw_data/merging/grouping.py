@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.files.composite_ids import fill_composite_ids, stored_fields
 from pipeline.files.tables import open_parquet, read_batches
+from pipeline.files.workspace import remove
 from preprocess_raw_data.merging.embedding_inventory import Inventory
 
 BATCH_ROWS = 1024
@@ -121,7 +122,7 @@ def gather_spilled(path: Path, num_rows: int, inventory: Inventory) -> Piece:
     """Put the rows of a spilled file together, and remove it."""
     with pa.OSFile(str(path)) as file:
         piece = gather(pa.ipc.open_stream(file), num_rows, inventory)
-    path.unlink()
+    remove(path)
     return piece
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import DamagedError
+from pipeline.files.failures import write_failure
 from pipeline.files.tables import open_parquet, read_provenance, reading
-from pipeline.files.writing import write_failure
 from pipeline.log import logger
 from publish_model.dataset.deletions import hash_rows
 from publish_model.dataset.parts import STAGE, ForeignError, read_part, rejects_beside

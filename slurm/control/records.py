@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.files.writing import write_failure, write_json
+from pipeline.files.failures import write_failure
+from pipeline.files.writing import write_json
 from slurm.control.stages import Stage, format_shards, parse_shards
 
 

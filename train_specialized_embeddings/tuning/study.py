@@ -15,7 +15,7 @@ from pipeline.cli import StageResult
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.files import tables
-from pipeline.files.writing import discard_replaced, replacing
+from pipeline.files.workspace import replacing
 from pipeline.inference.devices import share_gpus
 from pipeline.log import Progress, Stopwatch, logger, logging_to
 from train_specialized_embeddings.training.fitting import (
@@ -52,9 +52,7 @@ def run_study(
         with suppress(KeyError):  # there is none
             optuna.delete_study(study_name=options.study_name, storage=_open_storage(options.storage, folder))
     with replacing(folder, earlier):
-        result = run_trials(config, options, inputs, provenance, folder)
-    discard_replaced(folder)
-    return result
+        return run_trials(config, options, inputs, provenance, folder)
 
 
 def run_trials(

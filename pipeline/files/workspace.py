@@ -1,0 +1,288 @@
+"""Work in a folder: keep others out, set old output aside until the new is whole, clear up behind killed runs.
+
+Only this module locks, renames and removes files (tests/test_layering.py holds that). A rename within a folder is what
+makes an output appear in one piece, so whatever is being made lies beside its place under a hidden name.
+"""
+
+import contextlib
+import fcntl
+import functools
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from pipeline.files.failures import write_failure
+from pipeline.log import logger
+
+# Where files lie in their folder until all that belong together are complete.
+UNFINISHED = ".unfinished"
+# Where what is being replaced lies in its folder until what replaces it is complete.
+REPLACED = "_replaced"
+
+
+# ------------------------------------------------------------------------------------------------ moving and removing
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that it holds, or a link but not what it leads to; it may be missing.
+
+    Raises OSError if something is left.
+    """
+    while path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(FileNotFoundError):  # another process is removing it too
+            shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove what nobody needs any more; where that fails it stays."""
+    with contextlib.suppress(OSError):
+        remove(path)
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a file or folder another name, whose folder is made if need be; a file that has the name is replaced.
+
+    Raises PipelineError if it cannot be written there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    except OSError as error:
+        raise write_failure(target, error) from error
+
+
+def move_unless_taken(path: Path, target: Path) -> bool:
+    """Give a file another name unless something has it, and return whether it was free."""
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        path.rename(target)
+    else:
+        path.unlink()
+    return True
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's names to the disk; some network file systems refuse this, and lose nothing by it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------ temporary names
+
+
+def temporary_path(path: Path) -> Path:
+    """Name the hidden file or folder beside `path` that this process fills before it gets its name."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+
+
+def remove_stale_temporaries(path: Path) -> None:
+    """Remove what killed processes of this host left of earlier tries at `path`; other hosts may still be running."""
+    # A process that has our own number died before us: in a container every run may get the same one.
+    _remove_stale(path.parent, re.escape(path.name), own_is_stale=True)
+
+
+@functools.cache
+def clear_once(folder: Path) -> None:
+    """Remove what killed processes left of any file of a folder; once a process, as a dataset has many files."""
+    _remove_stale(folder, ".+", own_is_stale=False)  # another thread of ours may be writing there
+
+
+def _remove_stale(folder: Path, name_pattern: str, *, own_is_stale: bool) -> None:
+    pattern = re.compile(rf"\.{name_pattern}\.{re.escape(_host())}-(\d+)\.tmp")
+    for candidate in folder.iterdir():
+        match = pattern.fullmatch(candidate.name)
+        pid = int(match.group(1)) if match else None
+        if pid is not None and (own_is_stale if pid == os.getpid() else not _is_running(pid)):
+            discard(candidate)
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", socket.gethostname())
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ locking
+
+
+def lock_path(path: Path) -> Path:
+    """Return the hidden file beside `path` that is locked while `path` is being made."""
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
+def locked(path: Path, doing: str, lock: Path | None = None) -> Iterator[None]:
+    """Keep other processes from making `path` while the block runs.
+
+    The kernel drops the lock with the process, so a killed one blocks nobody; a file system without locks gives a
+    warning. `lock` is the file to lock, `lock_path` by default. Raises PipelineError "`path`: process N on HOST
+    `doing`" where another process holds the lock.
+    """
+    lock = lock or lock_path(path)
+    descriptor = _acquire(path, doing, lock)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(path: Path, doing: str, lock: Path) -> int:
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise write_failure(lock, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 256).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise PipelineError(f"{path}: {holder} {doing}") from None
+        except OSError as error:
+            _warn_of_no_locks(lock.parent, error.strerror)
+            return descriptor
+        if os.fstat(descriptor).st_nlink:  # else its last holder has removed it since it was opened
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return descriptor
+        os.close(descriptor)
+
+
+@functools.cache
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    logger.warning("%s: cannot be locked (%s): do not make the same output twice at a time", folder, reason)
+
+
+# ------------------------------------------------------------------------------------------------ replacing
+
+
+@contextmanager
+def writing_folder(path: Path, *, resumable: bool = False) -> Iterator[Path]:
+    """Yield a hidden folder beside `path` to fill; when the block ends well it is synced to disk and gets the name.
+
+    A folder that has the name stays until then. A `resumable` one is held by one process, and what a block that failed
+    has put into it is there the next time. Raises PipelineError naming `path` where it cannot be written.
+    """
+    if path.is_file():
+        raise PipelineError(f"{path}: a file, where a folder is to be written: remove it or give another path")
+    with contextlib.ExitStack() as stack, naming_failures(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if resumable:
+            folder = path.with_name(f".{path.name}.unfinished")
+            stack.enter_context(locked(folder, "is at it: wait for that one, or stop it"))
+        else:
+            folder = temporary_path(path)
+            stack.callback(discard, folder)
+            remove_stale_temporaries(path)
+        old = path.with_name(f".{path.name}.old")
+        _bring_back(old, path)  # where a run was killed between the two renames
+        folder.mkdir(exist_ok=resumable)
+        yield folder
+        for file_path in folder.rglob("*"):
+            if file_path.is_file():
+                sync_file(file_path)
+        sync_folder(folder)
+        try:
+            # For an instant there is neither the old nor the new one: a full folder cannot be renamed over.
+            if path.exists():
+                path.rename(old)
+            folder.rename(path)
+            sync_folder(path.parent)
+        finally:
+            _bring_back(old, path)
+
+
+def _bring_back(old: Path, path: Path) -> None:
+    """Give the folder that was moved aside its name again unless another one has it; then it goes."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    discard(old)
+
+
+@contextmanager
+def writing_together(folder: Path, names: list[str]) -> Iterator[Path]:
+    """Yield a hidden folder to write files of these names in; when the block ends well they move to `folder`.
+
+    Earlier ones stay until then: a kill behind that leaves a gap, never a mixture of old and new. Whatever else is in
+    the hidden folder is removed with it.
+    """
+    unfinished = folder / UNFINISHED
+    remove(unfinished)  # of a killed run
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for name in names:
+            remove(folder / name)
+        for name in names:
+            (unfinished / name).rename(folder / name)
+        sync_folder(folder)
+    finally:
+        discard(unfinished)
+
+
+@contextmanager
+def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
+    """Move files and folders of a folder to its `_replaced/` while the block makes others in their place.
+
+    They are removed when the block ends well, and come back where it fails before one of the files is there again; else
+    they wait for the run that goes on. What a killed run has moved there was complete, so it stays in place of what is
+    there now.
+    """
+    aside = folder / REPLACED
+    keeps_earlier = aside.is_dir()
+    for path in paths:
+        if keeps_earlier:
+            remove(path)
+        elif path.exists():
+            move(path, aside / path.name)
+    try:
+        yield
+    except BaseException:
+        if paths and not any(path.is_file() for path in paths):
+            for kept in sorted(aside.iterdir()) if aside.is_dir() else []:
+                remove(folder / kept.name)
+                move(kept, folder / kept.name)
+            discard(aside)
+        raise
+    discard(aside)
+
+
+@contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Turn a failure to write beside `path` into a PipelineError that names `path`; others are the block's own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and not Path(str(error.filename)).is_relative_to(path.parent):
+            raise  # something else that the block touched
+        raise write_failure(path, error) from error
