@@ -17,15 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 import numpy as np
 
 from pipeline import cli
+from pipeline.embeddings_dataset.appending import Appending
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.packaged_input import open_packaged
+from pipeline.embeddings_dataset.part_plans import plan_parts
 from pipeline.errors import InputError, Rejection
 from pipeline.files.writing import writing_to
 from pipeline.log import Progress, logger
-from publish_model.dataset.adoption import LEAST_COSINE, Adoption
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
-from publish_model.dataset.part_plans import plan_parts
 from publish_model.model_folder.published_model import PublishedModel, find_model
+from publish_model.new_data.adoption import LEAST_COSINE, Adoption
 from publish_model.new_data.embed_options import DEFAULT_MODEL_ID, EmbedOptions, whole_number
-from publish_model.new_data.packaged_input import open_packaged
+from publish_model.new_data.model_record import record_model
 
 STAGE = "adopt_embeddings"
 
@@ -79,7 +81,8 @@ def adopt(options: EmbedOptions) -> cli.StageResult:
     model = find_model(options.model_id, download=True)
     dataset = EmbeddingsDataset(options.output)
     plans = plan_parts(source)
-    appending = dataset.append(options, source, model)
+    # What is there is compared part by part, not taken for begun by stage 8.
+    appending = Appending(dataset, source, record_model(options, None, source, model), overwrite=True)
     adoption = Adoption(appending, plans)
     result = cli.StageResult(STAGE)
     if adoption.foreign:
@@ -115,8 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--read-batch-size", type=whole_number, default=1000, metavar="N", help="rows of a part (1000)")
     add("--no-filter-valid", action="store_false", dest="filter_valid", help="rows with is_valid false are in it too")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the sample is embedded (auto)")
-    # What is there is compared part by part, not taken for begun by stage 8.
-    options = EmbedOptions(**vars(parser.parse_args(argv)), dtype="float32", overwrite=True)
+    options = EmbedOptions(**vars(parser.parse_args(argv)), dtype="float32")
     cli.run_logged(STAGE, lambda: adopt(options), None)
 
 

@@ -20,6 +20,10 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.hashes import hash_ids
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.tables import (
     hash_json,
@@ -32,12 +36,8 @@ from pipeline.files.tables import (
     write_parquet,
 )
 from pipeline.log import Progress, logger
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
-from publish_model.dataset.hashes import hash_ids
-from publish_model.dataset.parts import EMBEDDING_COLUMN
 from publish_model.derived.embedding_groups import Groups, Key, keys_of
 from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile, wkb_type
-from publish_model.new_data.packaged_input import ID_COLUMN
 
 STAGE = "aggregate_embeddings"
 # Groups of one pass over the dataset: their sums take 2 KB each at 256 numbers, so half a gigabyte.

@@ -16,12 +16,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.deletions import delete_ids
+from pipeline.embeddings_dataset.hashes import hash_ids
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
 from pipeline.log import logger
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
-from publish_model.dataset.hashes import hash_ids
 from publish_model.new_data.id_lists import read_id_list
-from publish_model.new_data.packaged_input import ID_COLUMN
 
 STAGE = "delete_ids"
 NUM_EXAMPLES = 5
@@ -35,7 +36,7 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
     """
     listed = read_id_list(list_path, dataset.schema.field(ID_COLUMN).type)
     hashes = {text: frozenset(hash_ids(values)) for text, values in listed.items()}
-    num_rows, unmatched = dataset.delete(frozenset().union(*hashes.values()))
+    num_rows, unmatched = delete_ids(dataset, frozenset().union(*hashes.values()))
     result = cli.StageResult(STAGE)
     for part in dataset.parts:
         result.add(part.record.counts, part.record.reasons)

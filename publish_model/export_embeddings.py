@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.dataset import BLOCK_ROWS, EmbeddingsDataset
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, embeddings_of
 from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_parquet
 from pipeline.files.writing import read_json_object, write_json
 from pipeline.log import logger
-from publish_model.dataset.embeddings_dataset import BLOCK_ROWS, EmbeddingsDataset
-from publish_model.dataset.parts import EMBEDDING_COLUMN, embeddings_of
 from publish_model.derived.similarity_search import find_nearest, import_faiss
 
 STAGE = "export_embeddings"

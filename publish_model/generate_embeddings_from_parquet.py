@@ -24,22 +24,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import VERSION, cli
 from pipeline.config import Config
+from pipeline.embeddings_dataset.appending import Appending
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.duplicates import find_duplicates
+from pipeline.embeddings_dataset.packaged_input import PackagedInput
+from pipeline.embeddings_dataset.part_plans import PartContent
+from pipeline.embeddings_dataset.parts import STAGE
 from pipeline.errors import ConfigError, PipelineError, Terminated
 from pipeline.files.failures import write_failure
 from pipeline.inference import launcher
 from pipeline.log import EngineWatch, Progress, logger
 from pipeline.threads import Background
-from publish_model.dataset.appending import Appending
-from publish_model.dataset.duplicates import find_duplicates
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
-from publish_model.dataset.part_plans import PartContent
-from publish_model.dataset.parts import STAGE
 from publish_model.model_folder.published_model import PublishedModel, find_model
-from publish_model.new_data.embed_options import EmbedOptions, parse
-from publish_model.new_data.packaged_input import open_input
+from publish_model.new_data.embed_options import EmbedOptions, open_input, parse
+from publish_model.new_data.model_record import record_model
 
 if TYPE_CHECKING:
-    from publish_model.dataset.batch_embedding import BatchEmbedder
+    from publish_model.new_data.batch_embedding import BatchEmbedder
 
 
 def embed_parts(appending: Appending, embedder: "BatchEmbedder", progress: Progress) -> None:
@@ -47,7 +48,7 @@ def embed_parts(appending: Appending, embedder: "BatchEmbedder", progress: Progr
 
     Raises InputError if the input cannot be read to where its footer says it goes.
     """
-    from publish_model.dataset.batch_embedding import ReadBatch
+    from publish_model.new_data.batch_embedding import ReadBatch
 
     batches = (ReadBatch(plan, table) for plan, table in appending.read_missing())
 
@@ -61,11 +62,11 @@ def embed_parts(appending: Appending, embedder: "BatchEmbedder", progress: Progr
             writer.submit(partial(write, batch, content))
 
 
-def make_missing_parts(appending: Appending, model: PublishedModel) -> EngineWatch:
+def make_missing_parts(appending: Appending, model: PublishedModel, options: EmbedOptions) -> EngineWatch:
     """Load the model, make the parts and return where the time went; an interrupted run leaves its state right."""
-    watch, options = EngineWatch(), appending.options
+    watch = EngineWatch()
     with watch.measure("load"):
-        from publish_model.dataset.batch_embedding import BatchEmbedder
+        from publish_model.new_data.batch_embedding import BatchEmbedder
 
         embedder = BatchEmbedder(model.prepare(), appending.source, appending.recipe.precision, options, watch)
     appending.begin(embedder.width)  # what cannot be used is known by now, and has left nothing behind
@@ -80,6 +81,15 @@ def make_missing_parts(appending: Appending, model: PublishedModel) -> EngineWat
     return watch
 
 
+def begin_appending(
+    dataset: EmbeddingsDataset, options: EmbedOptions, source: PackagedInput, model: PublishedModel
+) -> Appending:
+    """Say what is to be added to a dataset from an input with a model; nothing is written before it begins."""
+    begun = None if options.overwrite else dataset.find_begun()
+    record = record_model(options, begun, source, model)
+    return Appending(dataset, source, record, shard=options.shard, limit=options.limit, overwrite=options.overwrite)
+
+
 def embed_dataset(options: EmbedOptions) -> cli.StageResult:
     """Embed what is not embedded yet and return the counts of this process's share of the dataset.
 
@@ -91,11 +101,11 @@ def embed_dataset(options: EmbedOptions) -> cli.StageResult:
     dataset = EmbeddingsDataset(options.output)
     if dataset.folder != options.output:
         logger.info("%s is a file or was written so before: %s is used instead", options.output, dataset.folder)
-    appending = dataset.append(options, source, model)
+    appending = begin_appending(dataset, options, source, model)
     result = cli.StageResult(STAGE)
     has_work = bool(appending.work)
     if has_work:
-        result.watch = make_missing_parts(appending, model)
+        result.watch = make_missing_parts(appending, model, options)
     else:
         appending.begin()
     state = appending.finish()

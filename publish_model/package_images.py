@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from pipeline import cli
 from pipeline.config import count_cores
+from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN
 from pipeline.errors import ConfigError, InputError, PipelineError, Rejection
 from pipeline.files.failures import write_failure
 from pipeline.files.tables import (
@@ -44,7 +45,6 @@ from pipeline.log import Progress, logger
 from pipeline.threads import map_in_order
 from publish_model.new_data.embed_options import fraction
 from publish_model.new_data.image_sources import ImageSource, SourceImage, open_source
-from publish_model.new_data.packaged_input import IMAGE_COLUMN, VALID_COLUMN
 
 STAGE = "package_images"
 # A row group is what stage 8's --shard deals out and a reader may hold: 1,000 pictures of Street View take 110 MB.

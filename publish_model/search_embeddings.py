@@ -15,17 +15,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
+from pipeline.embeddings_dataset.parts import Part
 from pipeline.files.writing import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
 from pipeline.pages import load_templates, shrink, to_data_uri
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
-from publish_model.dataset.parts import Part
 from publish_model.derived.similarity_search import find_nearest, import_faiss
-from publish_model.model_folder.published_model import find_model
+from publish_model.model_folder.published_model import check_model, find_model
 from publish_model.new_data.embed_options import whole_number
 from publish_model.new_data.id_lists import describe_id
-from publish_model.new_data.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
 from publish_model.new_data.photographs import embed_photographs
 
 THUMBNAIL_PX = 224
@@ -77,7 +77,7 @@ def search(
     dataset = EmbeddingsDataset(output)
     recipe = dataset.recipe
     model = find_model(model_id or dataset.model_id, download=False)
-    dataset.check_model(model)
+    check_model(dataset, model)
     source = dataset.open_input(input_path) if input_path is not None else None
     embedding = embed_photographs([query], model.prepare(), str(recipe["precision"]), device)
     similarities, rows = find_nearest(embedding, dataset.read_blocks(), top)

@@ -16,11 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.checks import Findings, check_dataset, repair
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, count_parts
 from pipeline.errors import InputError, PipelineError, one_line
 from pipeline.log import logger, logging_to
-from publish_model.dataset.checks import Findings, count_parts
-from publish_model.dataset.drift import measure_drift
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
+from publish_model.derived.drift import measure_drift
 
 SHOWN = 10
 
@@ -53,7 +53,7 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
     Raises PipelineError where something is wrong and is not repaired.
     """
     dataset = EmbeddingsDataset(output)
-    findings = dataset.check(input_path)
+    findings = check_dataset(dataset, input_path)
     report(dataset, findings)
     if dataset.parts:
         try:
@@ -65,7 +65,7 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
         logger.info("%s: %s", dataset.folder, done)
         return
     if repairing:
-        dataset.repair(findings)
+        repair(dataset, findings)
         logger.info("%s: %d broken files set aside: run stage 8 again", dataset.folder, len(findings.broken))
     if findings.foreign:
         raise PipelineError(

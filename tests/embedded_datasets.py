@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from publish_model.dataset.hashes import hash_ids, pack_hashes
-from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord, count_rows
-from publish_model.dataset.parts import write_part
-from publish_model.new_data.columns import plain_values
+from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.hashes import hash_ids, pack_hashes
+from pipeline.embeddings_dataset.part_plans import PartContent, PartPlan, PartRecord, count_rows
+from pipeline.embeddings_dataset.parts import write_part
 
 WIDTH = 8
 VERSION = "0123456789abcdef"

@@ -19,7 +19,7 @@ from publish_model import (
     search_embeddings,
     verify_embeddings,
 )
-from publish_model.dataset import adoption
+from publish_model.new_data import adoption
 
 IMAGES = make_photographs(26)
 IMAGES[3], IMAGES[14] = None, IMAGES[14][:200]

@@ -11,8 +11,8 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import list_parts, make_photographs, read_bytes, read_dataset, write_packaged
 from stage8_fixtures import read_state
 
+from pipeline.embeddings_dataset import parts
 from publish_model import delete_ids, verify_embeddings
-from publish_model.dataset import parts
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import random
 import pyarrow as pa
 import pytest
 
+from pipeline.embeddings_dataset.duplicates import find_duplicates
+from pipeline.embeddings_dataset.hashes import hash_bytes, hash_ids, pack_hashes, unpack_hashes
+from pipeline.embeddings_dataset.parts import HASHES_KEY
 from pipeline.files.tables import write_parquet
-from publish_model.dataset.duplicates import find_duplicates
-from publish_model.dataset.hashes import hash_bytes, hash_ids, pack_hashes, unpack_hashes
-from publish_model.dataset.parts import HASHES_KEY
 
 
 def write_part(folder, name, rows):

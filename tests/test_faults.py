@@ -33,7 +33,7 @@ def test_a_loss_is_noticed(tmp_path):
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'faults')!r})\n"
         "import run\n"
-        "from publish_model.dataset import appending as stage\n"
+        "from pipeline.embeddings_dataset import appending as stage\n"
         "plain = stage.find_work\n"
         "stage.find_work = lambda plans, records, limit: {} if records else plain(plans, records, limit)\n"
         "sys.argv = ['run.py', '--tries', '1', '--only', 'input that changes']\n"

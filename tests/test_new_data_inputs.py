@@ -13,10 +13,10 @@ import pytest
 from published_models import list_parts, make_photographs, read_bytes, read_dataset, read_rejects, write_packaged
 from stage8_fixtures import read_state
 
+from pipeline.embeddings_dataset.image_folder import list_images
+from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.files import listing
 from publish_model import verify_embeddings
-from publish_model.new_data.image_folder import list_images
-from publish_model.new_data.packaged_input import open_packaged
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -227,7 +227,7 @@ MEASURE = """
 import resource, sys
 sys.path.insert(0, {repo!r})
 from pathlib import Path
-from publish_model.new_data.packaged_input import open_packaged, read_batches
+from pipeline.embeddings_dataset.packaged_input import open_packaged, read_batches
 source = open_packaged(Path(sys.argv[1]), read_batch_size=50)
 for table in read_batches(source, 0):
     del table

@@ -10,10 +10,10 @@ from embedded_datasets import unit_rows, write_dataset
 
 from evaluate_embeddings.page.atlas_table import choose_rows
 from evaluate_embeddings.scores.labelled import read_embeddings
+from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.tables import open_parquet
 from publish_model import aggregate_embeddings, delete_ids, export_embeddings, verify_embeddings
-from publish_model.new_data.packaged_input import open_packaged
 
 NUM_PARTS, SPARE = 60, 25
 

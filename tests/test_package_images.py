@@ -12,8 +12,8 @@ import pytest
 from published_models import encode, make_photographs, make_picture, publish, read_dataset, write_backbone
 from raw_tars import make_city, write_tar
 
+from pipeline.embeddings_dataset.packaged_input import open_packaged
 from publish_model import generate_embeddings_from_parquet, package_images
-from publish_model.new_data.packaged_input import open_packaged
 
 PHOTOGRAPHS = make_photographs(7)
 

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from publish_model.new_data.columns import plain_values, take_rows
-from publish_model.new_data.packaged_input import open_packaged, read_batches, valid_rows
+from pipeline.embeddings_dataset.columns import plain_values, take_rows
+from pipeline.embeddings_dataset.packaged_input import open_packaged, read_batches, valid_rows
 
 
 def write(path, num_rows, row_group_size, batch_rows):

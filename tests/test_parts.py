@@ -7,13 +7,14 @@ import multiprocessing
 import pyarrow as pa
 import pytest
 
+from pipeline.embeddings_dataset import appending as appending_module
+from pipeline.embeddings_dataset.appending import Appending
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, resolve_dataset_dir
+from pipeline.embeddings_dataset.packaged_input import PackagedInput
+from pipeline.embeddings_dataset.part_plans import ModelRecord, PartContent, PartPlan, plan_parts
 from pipeline.errors import InputError, PipelineError, StaleOutputError
-from publish_model.dataset import appending as appending_module
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset, resolve_dataset_dir
-from publish_model.dataset.part_plans import PartContent, PartPlan, plan_parts
+from pipeline.inference.precision import Precision
 from publish_model.model_folder.published_model import name_version
-from publish_model.new_data.embed_options import EmbedOptions
-from publish_model.new_data.packaged_input import PackagedInput
 
 ID = pa.field("OSMID", pa.int64())
 EMBEDDED = pa.schema([ID, pa.field("embedding", pa.list_(pa.float32(), 2))])
@@ -26,19 +27,11 @@ def source(tmp_path):
     return PackagedInput(tmp_path / "in.parquet", 1234, schema, "abcd", (5, 0, 3), read_batch_size=2)
 
 
-class Model:
-    """Stands for a published model, told apart by the id of its files."""
-
-    def __init__(self, files="model", model_id="the/model"):
-        self.files, self.model_id = files, model_id
-
-    def name_version(self, precision):
-        return name_version(self.files, "pooler_output", precision)
-
-
 def make_appending(folder, source, *, model="model", model_id="the/model", begin=True, **options):
-    options = EmbedOptions(input=source.path, output=folder, dtype=options.pop("dtype", "float32"), **options)
-    appending = EmbeddingsDataset(folder).append(options, source, Model(model, model_id))
+    mode = options.pop("dtype", "float32")
+    version = name_version(model, "pooler_output", mode)
+    record = ModelRecord(model_id, version, Precision(mode))
+    appending = Appending(EmbeddingsDataset(folder), source, record, **options)
     if begin:
         appending.begin()
     return appending, plan_parts(source)

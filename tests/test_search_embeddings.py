@@ -9,8 +9,8 @@ import pytest
 from embedded_datasets import unit_rows, write_dataset
 from published_models import make_photographs, write_packaged
 
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from publish_model import export_embeddings, search_embeddings
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 from publish_model.derived.similarity_search import find_nearest
 from publish_model.new_data.id_lists import describe_id
 

@@ -13,6 +13,10 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import list_parts, make_photographs, read_bytes, write_packaged
 from stage8_fixtures import read_state
 
+from pipeline.embeddings_dataset.checks import check_dataset
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.hashes import checksum_tables
+from pipeline.embeddings_dataset.parts import read_part
 from publish_model import (
     aggregate_embeddings,
     delete_ids,
@@ -20,9 +24,6 @@ from publish_model import (
     search_embeddings,
     verify_embeddings,
 )
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
-from publish_model.dataset.hashes import checksum_tables
-from publish_model.dataset.parts import read_part
 from publish_model.model_folder import training_similarity
 
 
@@ -268,7 +269,7 @@ def test_a_changed_byte_is_never_a_traceback(tmp_path):
         expected = pq.read_table(path)
         for at in range(4, len(data) - 8, 11):
             path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
-            findings = EmbeddingsDataset(output).check()
+            findings = check_dataset(EmbeddingsDataset(output))
             assert not findings.foreign
             num_broken += bool(findings.broken)
             assert findings.broken or pq.read_table(path).equals(expected)

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from publish_model.dataset.parts import embeddings_of
-from publish_model.new_data.columns import plain_values, take_rows
+from pipeline.embeddings_dataset.columns import plain_values, take_rows
+from pipeline.embeddings_dataset.parts import embeddings_of
 
 Key = tuple[object, ...]
 

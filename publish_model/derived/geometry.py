@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
 from pipeline.files.tables import open_parquet, reading
-from publish_model.new_data.columns import plain_values
-from publish_model.new_data.packaged_input import ID_COLUMN
 
 GEO_KEY = b"geo"
 VERSION = "1.1.0"

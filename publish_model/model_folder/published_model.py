@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError, one_line
 from pipeline.files.tables import hash_json
 from pipeline.inference.model_files import find_missing_files, identify_model, locate_hub_model
@@ -35,6 +36,12 @@ class PublishedModel:
 def name_version(files: str, pooling: str, precision: str) -> str:
     """Return the short id of a model's files, pooling and precision together."""
     return hash_json({"model": files, "pooling": pooling, "precision": precision})[:16]
+
+
+def check_model(dataset: EmbeddingsDataset, model: PublishedModel) -> None:
+    """Raise InputError if a published model is not the one that made a dataset's embeddings."""
+    if model.name_version(str(dataset.recipe.get("precision"))) != dataset.embedding_version:
+        raise InputError(f"{model.folder}: not the model that the embeddings of {dataset.folder} were made with")
 
 
 def find_model(model_id: str, *, download: bool) -> PublishedModel:

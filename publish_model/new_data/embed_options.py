@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import cli
+from pipeline.embeddings_dataset.packaged_input import PackagedInput, open_packaged
 from pipeline.errors import ConfigError
 from pipeline.ids import Shard
 from pipeline.inference.launcher import add_processes_option, parse_count
@@ -33,6 +34,16 @@ class EmbedOptions:
     keep_columns: tuple[str, ...] = ()
     overwrite: bool = False
     progress_interval_seconds: float = 30.0
+
+
+def open_input(options: EmbedOptions) -> PackagedInput:
+    """Open what the options name; see `open_packaged`."""
+    return open_packaged(
+        options.input,
+        filter_valid=options.filter_valid,
+        read_batch_size=options.read_batch_size,
+        keep_columns=options.keep_columns,
+    )
 
 
 def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:

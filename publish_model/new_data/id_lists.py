@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError, one_line
 from pipeline.files.listing import is_parquet
 from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
-from publish_model.new_data.columns import plain_values
-from publish_model.new_data.packaged_input import ID_COLUMN
 
 # The longer marks first: UTF-32's begins with UTF-16's.
 _MARKS = (

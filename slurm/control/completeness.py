@@ -10,6 +10,7 @@ from difficulty_metadata.neighbor_search.fingerprints import list_fingerprint_fi
 from evaluate_embeddings import evaluate
 from generate_embeddings import generate_embeddings
 from pipeline.config import Config
+from pipeline.embeddings_dataset.packaged_input import PackagedInput, open_packaged
 from pipeline.errors import InputError, StaleOutputError
 from pipeline.files.tables import identify, is_complete, make_provenance, matches, read_provenance
 from pipeline.files.units import TarUnit
@@ -18,7 +19,6 @@ from pipeline.inference.model_files import identify_model, locate_backbone
 from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
 from preprocess_raw_data.merging.embedding_inventory import list_embeddings
 from publish_model import convert_to_hf
-from publish_model.new_data.packaged_input import PackagedInput, open_packaged
 from slurm.control.outputs import (
     dataset_dir,
     list_final_outputs,

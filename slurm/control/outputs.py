@@ -7,9 +7,9 @@ from typing import Any
 
 from pipeline.cli import Options
 from pipeline.config import Config
+from pipeline.embeddings_dataset.packaged_input import PackagedInput, open_packaged
 from pipeline.files.units import TarUnit, list_units
 from pipeline.ids import Shard
-from publish_model.new_data.packaged_input import PackagedInput, open_packaged
 from slurm.control.stages import ROW_GROUP, TAR, TUNE, Stage
 
 SPLITS = ("train", "val", "test")

@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.inference.model_files import locate_hub_model
-from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
-from publish_model.new_data.packaged_input import open_input
+from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places, open_input
 from slurm.control import records, scheduler
 from slurm.control.completeness import UnitState, check_dataset, shards_done
 from slurm.control.outputs import dataset_dir, list_row_group_units

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import count_cores
+from pipeline.embeddings_dataset.columns import plain_values, take_rows
+from pipeline.embeddings_dataset.hashes import hash_bytes, hash_ids, pack_hashes
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, PackagedInput
+from pipeline.embeddings_dataset.part_plans import PartContent, PartPlan
 from pipeline.errors import InputError, Rejection
 from pipeline.inference.backbone import Decoded, Embedder, check_embeddings
 from pipeline.inference.engine import End, embed_stream
 from pipeline.log import EngineWatch
-from publish_model.dataset.hashes import hash_bytes, hash_ids, pack_hashes
-from publish_model.dataset.part_plans import PartContent, PartPlan
-from publish_model.new_data.columns import plain_values, take_rows
 from publish_model.new_data.embed_options import EmbedOptions
-from publish_model.new_data.packaged_input import ID_COLUMN, IMAGE_COLUMN, PackagedInput
 
 # The projector normalises in float32; anything further from 1 comes from another kind of model.
 NORM_TOLERANCE = 1e-3

@@ -5,26 +5,29 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
+from pipeline.embeddings_dataset import set_aside
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.deletions import DeletionOrder, read_order, without_ids, write_order
+from pipeline.embeddings_dataset.packaged_input import PackagedInput, read_batches
+from pipeline.embeddings_dataset.part_plans import (
+    ModelRecord,
+    PartContent,
+    PartPlan,
+    PartRecord,
+    count_rows,
+    make_recipe,
+    plan_parts,
+)
+from pipeline.embeddings_dataset.parts import STAGE, list_part_files, read_part, write_part
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files.tables import make_provenance
 from pipeline.files.writing import write_json, write_json_once
-from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
+from pipeline.ids import Shard
 from pipeline.log import logger
-from publish_model.dataset import set_aside
-from publish_model.dataset.deletions import DeletionOrder, read_order, without_ids, write_order
-from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord, count_rows, make_recipe, plan_parts
-from publish_model.dataset.parts import STAGE, list_part_files, read_part, write_part
-from publish_model.model_folder.published_model import PublishedModel
-from publish_model.new_data.embed_options import EmbedOptions
-from publish_model.new_data.packaged_input import PackagedInput, list_pictures, read_batches
-
-if TYPE_CHECKING:
-    from pipeline.inference.backbone import Embedder
-    from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 
 # Float32 hardly gets smaller when it is compressed.
 BYTES_A_NUMBER = 4
@@ -39,35 +42,41 @@ class Appending:
     """
 
     def __init__(
-        self, dataset: "EmbeddingsDataset", options: EmbedOptions, source: PackagedInput, model: PublishedModel
+        self,
+        dataset: EmbeddingsDataset,
+        source: PackagedInput,
+        model: ModelRecord,
+        *,
+        shard: Shard | None = None,
+        limit: int | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Compare what is there with what is wanted; nothing is written before `begin`.
 
         Raises StaleOutputError, naming the difference, where the dataset is of another recipe or not ours,
-        PipelineError where a deletion of ids was interrupted. With `--overwrite` neither matters.
+        PipelineError where a deletion of ids was interrupted. With `overwrite` neither matters.
         """
-        self.dataset, self.options, self.source = dataset, options, source
+        self.dataset, self.source, self.limit, self.overwrite = dataset, source, limit, overwrite
         plans = plan_parts(source)
         self._plans = {plan.name: plan for plan in plans}
         self._next_state = time.monotonic() + STATE_INTERVAL_SECONDS
         self._known: dict[str, tuple[tuple[int, ...], PartRecord | None]] = {}
-        begun = None if options.overwrite else dataset.find_begun()
-        self._precision = find_precision(options, begun, source, model)
-        mode = self._precision.mode
-        self.recipe = make_recipe(source, mode, model.name_version(mode))
+        self._fidelity = model.precision.fidelity
+        self.recipe = make_recipe(source, model.precision.mode, model.version)
+        begun = None if overwrite else dataset.find_begun()
         if begun is not None:
             self.recipe.check(begun, dataset.folder)
         self._order = read_order(dataset.folder)
-        if self._order is not None and not self._order.done and not options.overwrite:
+        if self._order is not None and not self._order.done and not overwrite:
             raise PipelineError(f"{dataset.folder}: a deletion of ids was interrupted: run delete_ids.py again first")
         self._identity = {
             "input_path": str(source.path), "model_id": model.model_id,
-            **asdict(self.recipe), **self._precision.fidelity,
+            **asdict(self.recipe), **self._fidelity,
         }  # fmt: skip
-        row_groups = set(options.shard.take(list(range(len(source.row_group_rows)))))
+        row_groups = set((shard or Shard()).take(list(range(len(source.row_group_rows)))))
         self._own = {plan.name: plan for plan in plans if plan.row_group in row_groups}
-        self.records = {} if options.overwrite else self.find_parts(self._own)
-        self.work = find_work(self._own.values(), self.records, options.limit)
+        self.records = {} if overwrite else self.find_parts(self._own)
+        self.work = find_work(self._own.values(), self.records, limit)
 
     @property
     def part_paths(self) -> list[Path]:
@@ -79,7 +88,7 @@ class Appending:
         """Rows of the input that this run leaves as they are, and rows that it works on."""
         redone = {plan.name: plan for plans in self.work.values() for plan in plans}
         kept = sum(record.counts["in"] for name, record in self.records.items() if name not in redone)
-        return kept, sum(plan.rows_within(self.options.limit) for plan in redone.values())
+        return kept, sum(plan.rows_within(self.limit) for plan in redone.values())
 
     def begin(self, width: int = 0) -> None:
         """Take up the dataset or begin it; with `--overwrite` what is there is set aside first.
@@ -87,7 +96,7 @@ class Appending:
         Embeddings have `width` numbers. Raises StaleOutputError where another process has just begun one of another
         recipe, PipelineError where the disk has no room for what is to replace a dataset.
         """
-        if self.options.overwrite:
+        if self.overwrite:
             self._check_space(width)
             self._set_aside()
         state = self.dataset.state or self._create_state()
@@ -160,7 +169,7 @@ class Appending:
             for read_batch, table in enumerate(read_batches(self.source, row_group)):
                 plan = wanted.pop(read_batch, None)
                 if plan is not None:
-                    yield plan, table.slice(0, plan.rows_within(self.options.limit))
+                    yield plan, table.slice(0, plan.rows_within(self.limit))
                 if not wanted:
                     break
             if wanted:
@@ -172,7 +181,7 @@ class Appending:
         inputs = [{key: recipe.pop(key) for key in ("input_size", "input_schema", "row_group_fingerprint")}]
         return {
             **make_provenance(STAGE, inputs, recipe),
-            **self._precision.fidelity,
+            **self._fidelity,
             "embedding_version": self.recipe.embedding_version,
             "part": asdict(plan),
         }
@@ -234,26 +243,6 @@ class Appending:
         elif not write_json_once(path, state):
             return self.dataset.state or state
         return state
-
-
-def find_precision(
-    options: EmbedOptions, begun: dict[str, Any] | None, source: PackagedInput, model: PublishedModel
-) -> Precision:
-    """Return what to compute in: as asked for, else as the dataset was begun, else what suits device and model.
-
-    It is measured on the first pictures of the input, whichever of them are this process's to embed.
-    """
-    if options.dtype == "auto" and begun is not None and "precision" in begun:
-        return Precision(begun["precision"], **begun.get("fidelity", {}))
-
-    def load(mode: str) -> "Embedder":
-        from pipeline.inference.backbone import Embedder
-
-        return Embedder(
-            model.prepare(), device=options.device, dtype=mode, batch_size=NUM_PICTURES, trust_remote_code=True
-        )
-
-    return settle_precision(options.dtype, options.device, load, lambda: list_pictures(source))
 
 
 def find_work(

@@ -8,14 +8,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.embeddings_dataset.columns import take_rows
+from pipeline.embeddings_dataset.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, read_images
 from pipeline.errors import DamagedError, InputError, one_line
 from pipeline.files.failures import read_failure
 from pipeline.files.listing import is_parquet, walk_files, warn_of_others
 from pipeline.files.tables import UNMAPPED_KEY, hash_footer, hash_json, open_parquet
 from pipeline.ids import decode_name
-from publish_model.new_data.columns import take_rows
-from publish_model.new_data.embed_options import EmbedOptions
-from publish_model.new_data.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, read_images
 
 ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN = "OSMID", "image_bytes", "is_valid"
 # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
@@ -107,16 +106,6 @@ def open_packaged(
         footers[0] if path.is_file() else hash_json(footers), tuple(rows), tuple(places),
         filter_valid=filter_valid, read_batch_size=read_batch_size, keep_columns=tuple(keep_columns),
     )  # fmt: skip
-
-
-def open_input(options: EmbedOptions) -> PackagedInput:
-    """Open what the options name; see `open_packaged`."""
-    return open_packaged(
-        options.input,
-        filter_valid=options.filter_valid,
-        read_batch_size=options.read_batch_size,
-        keep_columns=options.keep_columns,
-    )
 
 
 def _list_parquets(folder: Path) -> list[Path]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.embeddings_dataset.packaged_input import PackagedInput
 from pipeline.errors import StaleOutputError
-from publish_model.new_data.packaged_input import PackagedInput
+from pipeline.inference.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ class Recipe:
                     f"{where}: made from another input, model or setting: {key} was {_shorten(found.get(key))} and is "
                     f"now {_shorten(wanted)}{hint}: give another --output, or --overwrite to begin anew"
                 )
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What a dataset records of the model that makes its embeddings; `version` is the short id of what computes."""
+
+    model_id: str
+    version: str
+    precision: Precision
 
 
 def make_recipe(source: PackagedInput, precision: str, embedding_version: str) -> Recipe:

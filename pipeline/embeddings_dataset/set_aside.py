@@ -3,18 +3,23 @@
 `_removed/N/` holds what one run set aside; `_removed/N_not_ours/` what this project did not write, which stays there.
 """
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
+from pipeline.embeddings_dataset.parts import (
+    STAGE,
+    ForeignError,
+    hash_rows,
+    is_foreign_state,
+    read_part,
+    rejects_beside,
+)
 from pipeline.errors import DamagedError
 from pipeline.files.failures import write_failure
 from pipeline.files.tables import open_parquet, read_provenance, reading
 from pipeline.log import logger
-from publish_model.dataset.deletions import hash_rows
-from publish_model.dataset.parts import STAGE, ForeignError, read_part, rejects_beside
-from publish_model.new_data.packaged_input import ID_COLUMN
 
 FOLDER, NOT_OURS = "_removed", "_not_ours"
 
@@ -101,15 +106,6 @@ def _is_ours(path: Path) -> bool | None:
         return False
     except DamagedError:
         return None
-
-
-def is_foreign_state(path: Path) -> bool:
-    """Whether a `state.json` is sound and another program's; one that is damaged or empty may be replaced."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    return isinstance(state, dict) and bool(state) and not state.get("embedding_version")
 
 
 def _name_target(folder: Path) -> Path:

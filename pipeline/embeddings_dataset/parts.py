@@ -1,5 +1,6 @@
 """The parts of an embeddings dataset as files: read, written, and told from what this project did not write."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.hashes import checksum_tables, hash_ids
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
+from pipeline.embeddings_dataset.part_plans import PartContent, PartPlan, PartRecord
 from pipeline.errors import DamagedError, InputError, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_provenance, reading, write_parquet
-from publish_model.dataset.hashes import checksum_tables
-from publish_model.dataset.part_plans import PartContent, PartPlan, PartRecord
-from publish_model.new_data.columns import plain_values
-from publish_model.new_data.packaged_input import ID_COLUMN
 
 STAGE = "generate_embeddings_from_parquet"
 HASHES_KEY = PROVENANCE_KEY + b".image_hashes"
@@ -138,6 +139,15 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
+def is_foreign_state(path: Path) -> bool:
+    """Whether a `state.json` is sound and another program's; one that is damaged or empty may be replaced."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return isinstance(state, dict) and bool(state) and not state.get("embedding_version")
+
+
 def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: dict[str, Any]) -> None:
     """Write a part and its rejects; the part comes last, so that where it is, both are.
 
@@ -164,6 +174,11 @@ def read_hashes(part_path: Path) -> bytes:
 def read_ids(path: Path) -> list[object]:
     """Return the ids of a part as plain Python values."""
     return [value for chunk in _read_table(path, [ID_COLUMN]).column(0).chunks for value in plain_values(chunk)]
+
+
+def hash_rows(table: pa.Table) -> list[int]:
+    """Return the hash of each row's id."""
+    return [value for chunk in table.column(ID_COLUMN).chunks for value in hash_ids(plain_values(chunk))]
 
 
 def as_written(table: pa.Table) -> pa.Table:

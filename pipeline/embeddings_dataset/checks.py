@@ -3,20 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.embeddings_dataset import set_aside
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, count_parts
+from pipeline.embeddings_dataset.deletions import read_order
+from pipeline.embeddings_dataset.packaged_input import read_batches
+from pipeline.embeddings_dataset.part_checks import check_against_input, check_part, open_part
+from pipeline.embeddings_dataset.part_plans import plan_parts
+from pipeline.embeddings_dataset.parts import ForeignError, Part, is_foreign_state, list_part_files, read_part
 from pipeline.errors import DamagedError, InputError
-from pipeline.files.writing import write_json
 from pipeline.log import logger
-from publish_model.dataset import set_aside
-from publish_model.dataset.deletions import read_order
-from publish_model.dataset.part_checks import check_against_input, check_part, open_part
-from publish_model.dataset.part_plans import count_rows, plan_parts
-from publish_model.dataset.parts import ForeignError, Part, list_part_files, read_part
-from publish_model.new_data.packaged_input import read_batches
-
-if TYPE_CHECKING:
-    from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
 
 CHECKS = ("state", "parts", "rows", "rejects", "input")
 
@@ -45,8 +42,8 @@ class Findings:
         return sum(map(len, self.problems.values()))
 
 
-def check_dataset(dataset: "EmbeddingsDataset", input_path: Path | None) -> Findings:
-    """Check a dataset and return what was found, what of it is sound included.
+def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) -> Findings:
+    """Read all of a dataset and return what is wrong; its parts are from then on those that are sound.
 
     Raises InputError where there is none, where a file or the input cannot be read now.
     """
@@ -54,7 +51,7 @@ def check_dataset(dataset: "EmbeddingsDataset", input_path: Path | None) -> Find
     paths = [dataset.path_of(name) for name in list_part_files(dataset.folder)]
     if not paths and not dataset.state_path.exists():
         raise InputError(f"{dataset.folder}: no embeddings dataset (neither state.json nor parts): correct the path")
-    if state is None and set_aside.is_foreign_state(dataset.state_path):
+    if state is None and is_foreign_state(dataset.state_path):
         findings.foreign.append(dataset.state_path)
         findings.add("state", dataset.state_path, "not written by this project", broken=False)
     elif state is None:
@@ -69,7 +66,14 @@ def check_dataset(dataset: "EmbeddingsDataset", input_path: Path | None) -> Find
     findings.sound = tuple(part for part in parts if part.path not in findings.broken)
     if state is not None:
         check_state(dataset, state, findings)
+    dataset.use_parts(findings.sound)
     return findings
+
+
+def repair(dataset: EmbeddingsDataset, findings: Findings) -> None:
+    """Set aside what is provably damaged, each part with its rejects, and let the state say what is left."""
+    set_aside.move(dataset.folder, findings.broken)
+    dataset.update_state()
 
 
 def find_recipe(paths: Sequence[Path]) -> dict[str, Any]:
@@ -122,7 +126,7 @@ def check_rejects(folder: Path, paths: Sequence[Path], findings: Findings) -> No
 
 
 def check_input(
-    dataset: "EmbeddingsDataset", input_path: Path, parts: Sequence[Part], recipe: dict[str, Any], findings: Findings
+    dataset: EmbeddingsDataset, input_path: Path, parts: Sequence[Part], recipe: dict[str, Any], findings: Findings
 ) -> None:
     """Compare parts with the rows of the input that they stand for.
 
@@ -144,7 +148,7 @@ def check_input(
                     findings.add("input", own[read_batch].path, problem)
 
 
-def check_state(dataset: "EmbeddingsDataset", state: dict[str, Any], findings: Findings) -> None:
+def check_state(dataset: EmbeddingsDataset, state: dict[str, Any], findings: Findings) -> None:
     """Note where the state says more than the parts hold; one that is behind is put right by the next run."""
     path, parts = dataset.state_path, findings.sound
     counted = count_parts(parts)
@@ -161,15 +165,3 @@ def check_state(dataset: "EmbeddingsDataset", state: dict[str, Any], findings: F
     order = read_order(dataset.folder)
     if order is not None and not order.done:
         findings.add("state", path, "a deletion of ids was interrupted: run delete_ids.py again", broken=False)
-
-
-def count_parts(parts: Sequence[Part]) -> dict[str, Any]:
-    """Add up what the parts say of themselves."""
-    return count_rows((part.record, part.plan.num_rows) for part in parts)
-
-
-def write_counts(path: Path, state: dict[str, Any], parts: Sequence[Part]) -> None:
-    """Write the state with what the parts say of themselves."""
-    counted = count_parts(parts)
-    state = {key: value for key, value in state.items() if key != "rows_deleted"} | counted
-    write_json(path, state | {"complete": counted["parts_done"] == state["parts_total"]})

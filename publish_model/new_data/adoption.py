@@ -14,15 +14,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.embeddings_dataset.appending import Appending
+from pipeline.embeddings_dataset.columns import plain_values, take_rows
+from pipeline.embeddings_dataset.hashes import hash_bytes, hash_ids, pack_hashes
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, read_batches
+from pipeline.embeddings_dataset.part_plans import PartContent, PartPlan
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, ForeignError, list_part_files, read_part, write_part
 from pipeline.errors import InputError, Rejection
 from pipeline.files.tables import open_parquet, reading
 from pipeline.inference.images import check_image
-from publish_model.dataset.appending import Appending
-from publish_model.dataset.hashes import hash_bytes, hash_ids, pack_hashes
-from publish_model.dataset.part_plans import PartContent, PartPlan
-from publish_model.dataset.parts import EMBEDDING_COLUMN, ForeignError, list_part_files, read_part, write_part
-from publish_model.new_data.columns import plain_values, take_rows
-from publish_model.new_data.packaged_input import ID_COLUMN, IMAGE_COLUMN, read_batches
 
 # Parts that are looked at, and pictures of each that are embedded again.
 SAMPLED_PARTS, SAMPLED_ROWS = 8, 4

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError
-from publish_model.dataset.embeddings_dataset import EmbeddingsDataset
-from publish_model.model_folder.published_model import find_model
+from publish_model.model_folder.published_model import check_model, find_model
 from publish_model.model_folder.training_similarity import nearest_similarity, read_training
 
 # New images that are looked at, spread over the dataset.
@@ -18,7 +18,7 @@ def measure_drift(dataset: EmbeddingsDataset, model_id: str) -> str:
     """
     model = find_model(model_id, download=False)
     quantiles, reference = read_training(model.folder)
-    dataset.check_model(model)
+    check_model(dataset, model)
     step = max(1, dataset.num_rows // NUM_SAMPLED)
     blocks = (block[-first % step :: step] for first, block in dataset.read_blocks())
     similarity = np.concatenate([np.empty(0, np.float32), *(nearest_similarity(block, reference) for block in blocks)])

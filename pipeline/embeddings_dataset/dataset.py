@@ -1,8 +1,7 @@
 """An embeddings dataset: the one door to `parts/`, `_rejects/`, `_deleted/` and `state.json` of a directory."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import DamagedError, InputError
-from pipeline.files.tables import hash_json, open_parquet
-from pipeline.log import logger
-from publish_model.dataset import checks, deletions, set_aside
-from publish_model.dataset.appending import Appending
-from publish_model.dataset.parts import (
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, open_packaged
+from pipeline.embeddings_dataset.part_plans import count_rows
+from pipeline.embeddings_dataset.parts import (
     EMBEDDING_COLUMN,
     Part,
     embeddings_of,
     foreign,
+    is_foreign_state,
     list_part_files,
     read_part,
 )
-from publish_model.model_folder.published_model import PublishedModel
-from publish_model.new_data.embed_options import EmbedOptions
-from publish_model.new_data.packaged_input import ID_COLUMN, PackagedInput, open_packaged
+from pipeline.errors import DamagedError, InputError
+from pipeline.files.tables import hash_json, open_parquet
+from pipeline.files.writing import write_json
+from pipeline.log import logger
 
 # Rows that are compared with queries at a time: 64 MiB of 256 float32.
 BLOCK_ROWS = 65_536
@@ -37,6 +35,11 @@ def resolve_dataset_dir(output: Path) -> Path:
     if output.is_file() or (not output.exists() and (sidecar / "state.json").exists()):
         return sidecar
     return output
+
+
+def count_parts(parts: Sequence[Part]) -> dict[str, Any]:
+    """Add up what parts say of themselves, as `state.json` counts it."""
+    return count_rows((part.record, part.plan.num_rows) for part in parts)
 
 
 class EmbeddingsDataset:
@@ -80,7 +83,7 @@ class EmbeddingsDataset:
                 continue
             logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
             return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
-        if set_aside.is_foreign_state(self.state_path):
+        if is_foreign_state(self.state_path):
             raise foreign(self.state_path)
         return None
 
@@ -116,6 +119,19 @@ class EmbeddingsDataset:
             logger.warning("%s: not complete: what is there is used", self.folder)
         return tuple(sorted(parts, key=lambda part: part.plan.first_row))
 
+    def use_parts(self, parts: tuple[Part, ...] | None) -> None:
+        """Take these for its parts, None to look again: they have been checked, or changed."""
+        self._parts = parts
+
+    def update_state(self) -> None:
+        """Write the state, where there is one, with what the parts say of themselves."""
+        state = self.state
+        if state is None:
+            return
+        counted = count_parts(self.parts)
+        state = {key: value for key, value in state.items() if key != "rows_deleted"} | counted
+        write_json(self.state_path, state | {"complete": counted["parts_done"] == state["parts_total"]})
+
     # ------------------------------------------------------------------------------------------ reading
 
     @property
@@ -140,10 +156,10 @@ class EmbeddingsDataset:
         """The published model that it names."""
         return str((self.state or {}).get("model_id", ""))
 
-    def check_model(self, model: PublishedModel) -> None:
-        """Raise InputError if a published model is not the one that made the embeddings."""
-        if model.name_version(str(self.recipe.get("precision"))) != self.parts[0].embedding_version:
-            raise InputError(f"{model.folder}: not the model that the embeddings of {self.folder} were made with")
+    @property
+    def embedding_version(self) -> str | None:
+        """The short id of the model and precision that made its embeddings."""
+        return self.parts[0].embedding_version
 
     def open_input(self, path: Path, recipe: dict[str, Any] | None = None) -> PackagedInput:
         """Open the input that it was made from.
@@ -164,8 +180,12 @@ class EmbeddingsDataset:
     def identify(self) -> dict[str, Any]:
         """Tell it apart by content, as an input of what is made from it."""
         parts = [[part.path.name, part.checksum or part.path.stat().st_size] for part in self.parts]
-        version = self.parts[0].embedding_version
-        return {"name": "parts", "hash": hash_json(parts), "rows": self.num_rows, "embedding_version": version}
+        return {
+            "name": "parts",
+            "hash": hash_json(parts),
+            "rows": self.num_rows,
+            "embedding_version": self.embedding_version,
+        }
 
     def read_blocks(self, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield the embeddings in blocks of about `block_rows` (N, D), each with the number of its first row."""
@@ -196,44 +216,3 @@ class EmbeddingsDataset:
             column = part.read([ID_COLUMN]).column(0)
             found |= {row: column[place] for row, place in inside.items()}
         return found
-
-    # ------------------------------------------------------------------------------------------ changing
-
-    def append(self, options: EmbedOptions, source: PackagedInput, model: PublishedModel) -> Appending:
-        """Say what is to be added from an input with a model; nothing is written before it begins."""
-        return Appending(self, options, source, model)
-
-    def check(self, input_path: Path | None = None) -> checks.Findings:
-        """Read all of it and say what is wrong; what is sound of it are its parts from then on."""
-        findings = checks.check_dataset(self, input_path)
-        self._parts = findings.sound
-        return findings
-
-    def repair(self, findings: checks.Findings) -> None:
-        """Set aside what is provably damaged, each part with its rejects, and let the state say what is left."""
-        set_aside.move(self.folder, findings.broken)
-        if (state := self.state) is not None:
-            checks.write_counts(self.state_path, state, self.parts)
-
-    def delete(self, id_hashes: frozenset[int]) -> tuple[int, frozenset[int]]:
-        """Take ids out for good; return how many rows that took, and of which hashes there was none, now or before.
-
-        What was made of the dataset inside its folder goes too, and what was set aside, if it may hold the ids.
-        """
-        before = deletions.read_order(self.folder) or deletions.DeletionOrder(frozenset(), done=True)
-        new = id_hashes - before.id_hashes
-        order = deletions.DeletionOrder(
-            before.id_hashes | new, done=False, unmatched=before.unmatched | deletions.find_unmatched(self.parts, new)
-        )
-        if new:
-            deletions.write_order(self.folder, order)
-        num_rows = deletions.rewrite_parts(self.parts, order.id_hashes)
-        self._parts = None
-        if (state := self.state) is not None:
-            checks.write_counts(self.state_path, state, self.parts)
-        if num_rows:
-            deletions.remove_derived(self.folder)
-        set_aside.discard_ids(self.folder, order.id_hashes)
-        if order.id_hashes:
-            deletions.write_order(self.folder, replace(order, done=True))
-        return num_rows, order.unmatched & id_hashes

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from publish_model.new_data.columns import plain_values
+from pipeline.embeddings_dataset.columns import plain_values
 
 
 def hash_bytes(data: bytes) -> int:

@@ -11,15 +11,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.embeddings_dataset import set_aside
+from pipeline.embeddings_dataset.columns import filter_rows
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.hashes import pack_hashes, unpack_hashes
+from pipeline.embeddings_dataset.part_plans import PartContent
+from pipeline.embeddings_dataset.parts import Part, as_written, hash_rows
 from pipeline.errors import InputError
 from pipeline.files.tables import read_provenance, write_parquet
 from pipeline.files.writing import write_json
 from pipeline.log import logger
-from publish_model.dataset.hashes import hash_ids, pack_hashes, unpack_hashes
-from publish_model.dataset.part_plans import PartContent
-from publish_model.dataset.parts import Part, as_written
-from publish_model.new_data.columns import filter_rows, plain_values
-from publish_model.new_data.packaged_input import ID_COLUMN
 
 # What other scripts make of a dataset inside its folder.
 DERIVED = ("_aggregated", "_exports")
@@ -92,9 +93,27 @@ def stay_rows(table: pa.Table, id_hashes: frozenset[int]) -> NDArray[np.bool_]:
     return np.array([value not in id_hashes for value in hash_rows(table)], dtype=bool)
 
 
-def hash_rows(table: pa.Table) -> list[int]:
-    """Return the hash of each row's id."""
-    return [value for chunk in table.column(ID_COLUMN).chunks for value in hash_ids(plain_values(chunk))]
+def delete_ids(dataset: EmbeddingsDataset, id_hashes: frozenset[int]) -> tuple[int, frozenset[int]]:
+    """Take ids out for good; return how many rows that took, and of which hashes there was none, now or before.
+
+    What was made of the dataset inside its folder goes too, and what was set aside, if it may hold the ids.
+    """
+    folder = dataset.folder
+    before = read_order(folder) or DeletionOrder(frozenset(), done=True)
+    new = id_hashes - before.id_hashes
+    unmatched = before.unmatched | find_unmatched(dataset.parts, new)
+    order = DeletionOrder(before.id_hashes | new, done=False, unmatched=unmatched)
+    if new:
+        write_order(folder, order)
+    num_rows = rewrite_parts(dataset.parts, order.id_hashes)
+    dataset.use_parts(None)
+    dataset.update_state()
+    if num_rows:
+        remove_derived(folder)
+    set_aside.discard_ids(folder, order.id_hashes)
+    if order.id_hashes:
+        write_order(folder, replace(order, done=True))
+    return num_rows, order.unmatched & id_hashes
 
 
 def rewrite_parts(parts: Iterable[Part], id_hashes: frozenset[int]) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from publish_model.dataset.hashes import unpack_hashes
-from publish_model.dataset.parts import read_hashes, read_ids
+from pipeline.embeddings_dataset.hashes import unpack_hashes
+from pipeline.embeddings_dataset.parts import read_hashes, read_ids
 
 # Images whose hashes are held at a time (16 bytes each, and as much again to sort them); more take several passes.
 IMAGES_PER_PASS = 16_000_000

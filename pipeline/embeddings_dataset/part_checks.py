@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.hashes import checksum_tables, unpack_hashes
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
+from pipeline.embeddings_dataset.part_plans import PartContent
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, Part, embeddings_of, read_part
 from pipeline.errors import DamagedError, one_line
 from pipeline.files.tables import read_provenance
-from publish_model.dataset.hashes import checksum_tables, unpack_hashes
-from publish_model.dataset.part_plans import PartContent
-from publish_model.dataset.parts import EMBEDDING_COLUMN, Part, embeddings_of, read_part
-from publish_model.new_data.columns import plain_values
-from publish_model.new_data.packaged_input import ID_COLUMN, PackagedInput
 
 # The model normalises in float32.
 NORM_TOLERANCE = 1e-3
