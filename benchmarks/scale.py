@@ -34,7 +34,7 @@ from pipeline.cli import installed_version
 from pipeline.config import count_cores
 
 FULL, RAW = 5_800_000, 25_000_000
-COPY, SIDECAR, VIEW = "plain Arrow copy", "sidecar, made", "sidecar, opened"
+COPY, READ = "plain Arrow copy", "training split, read"
 TINY = "stage 1, tiny members"
 STAGES = {
     "stage 1": "preprocess_raw_data.process_tar",
@@ -67,8 +67,8 @@ def copy_plainly(folder: Path) -> None:
                 writer.write_batch(batch.select(names).replace_schema_metadata(None))
 
 
-def map_splits(folder: Path) -> None:
-    """Open the training split as training does."""
+def read_split(folder: Path) -> None:
+    """Read the training split as training does."""
     from pipeline.retrieval.features import load_features
 
     load_features(folder / "merged" / "train.parquet")
@@ -82,7 +82,7 @@ def run_child(name: str, folder: Path) -> None:
     elif name == COPY:
         copy_plainly(folder)
     else:
-        map_splits(folder)
+        read_split(folder)
     seconds = time.perf_counter() - started
     after = read_io()
     print(json.dumps({"seconds": seconds, "read": after[0] - before[0], "written": after[1] - before[1],
@@ -134,7 +134,7 @@ def measure_merge(folder: Path, count: int, width: int) -> list[Row]:
     (folder / "copy.parquet").unlink()
     rows.append(measure("stage 3", folder, count))
     shutil.rmtree(folder / "embeddings")
-    return rows + [measure(name, folder, count) for name in (SIDECAR, VIEW)]
+    return [*rows, measure(READ, folder, count)]
 
 
 def measure_tars(folder: Path, count: int, side: int, names: tuple[str, ...]) -> list[Row]:

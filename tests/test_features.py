@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.files import sidecar
+from pipeline.files.tables import read_batches
+from pipeline.retrieval import features
 from pipeline.retrieval.features import load_features
 
 BUILDINGS = ["0001_9", "0001_9", "0001_2", "0002_9", "0002_9", "0001_2"]
@@ -42,7 +43,7 @@ def write(tmp_path: Path, table: pa.Table, **options: Any) -> Path:
 def test_columns_come_as_arrays_whatever_the_batches(
     tmp_path: Path, batch_numbers: int, row_group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sidecar, "_BATCH_NUMBERS", batch_numbers)
+    monkeypatch.setattr(features, "_BATCH_NUMBERS", batch_numbers)
     table = make_table()
     found = load_features(write(tmp_path, table, row_group_size=row_group_size))
     np.testing.assert_array_equal(found.embeddings, np.arange(1, 25, dtype=np.float32).reshape(6, 4) / 8)
@@ -88,6 +89,16 @@ def test_a_bad_embedding_is_refused_naming_the_image(tmp_path: Path, bad: float)
     table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 4))
     with pytest.raises(InputError, match=r"train.parquet: the embedding of image 0001_3 is not finite or all zero"):
         load_features(write(tmp_path, table))
+
+
+def test_a_bad_row_far_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_BATCH_NUMBERS", 4 * 2)
+    values = np.ones((6, 4), np.float32)
+    values[5] = 0
+    table = make_table().drop_columns(["embedding"])
+    table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 4))
+    with pytest.raises(InputError, match="the embedding of image 0001_5 is not finite or all zero .row 5"):
+        load_features(write(tmp_path, table, row_group_size=3))
 
 
 def test_an_empty_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
@@ -150,3 +161,29 @@ def test_a_missing_file_and_one_damaged_behind_its_footer_are_named(tmp_path: Pa
     path.write_bytes(data)
     with pytest.raises(InputError, match="train.parquet: damaged"):
         load_features(path)
+
+
+def make_long_table(count: int, width: int) -> pa.Table:
+    values = np.random.default_rng(0).normal(size=count * width).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values), width)
+    return pa.table({"embedding": column, "target_lat": np.linspace(52, 53, count), "target_lon": np.zeros(count)})
+
+
+@pytest.mark.parametrize("row_group_size", [1, 9, 100])
+def test_batches_come_in_order_whatever_the_row_groups(tmp_path: Path, row_group_size: int) -> None:
+    table = make_long_table(40, 8)
+    batches = list(read_batches(write(tmp_path, table, row_group_size=row_group_size), ["embedding", "target_lat"], 4))
+    assert max(len(batch) for batch in batches) <= 4
+    assert {tuple(batch.schema.names) for batch in batches} == {("embedding", "target_lat")}
+    found = np.concatenate([batch.column(0).flatten().to_numpy() for batch in batches])
+    np.testing.assert_array_equal(found, table["embedding"].combine_chunks().flatten().to_numpy())
+
+
+def test_reading_batches_keeps_no_row_group_behind(tmp_path: Path) -> None:
+    path = write(tmp_path, make_long_table(6000, 256), row_group_size=100)
+    held = []
+    before = pa.total_allocated_bytes()
+    for batch in read_batches(path, ["embedding"], 100):
+        assert len(batch)
+        held.append(pa.total_allocated_bytes() - before)
+    assert max(held) < 10 * 100 * 256 * 4

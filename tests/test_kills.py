@@ -136,7 +136,7 @@ def read_data(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or name.startswith(("_logs", "_sidecar")):  # the latter is made by those who read a split
+        if path.is_dir() or name.startswith("_logs"):
             continue
         if path.suffix == ".parquet":
             found[name] = pq.read_table(path)

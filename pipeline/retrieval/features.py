@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files import tables
-from pipeline.files.lists import find_embedding
-from pipeline.files.sidecar import map_columns
+from pipeline.files.lists import ListColumn, find_embedding
 from pipeline.log import logger
 
+# Numbers decoded at a time: 16 MiB of float32, which is 1,024 rows of a 7B backbone.
+_BATCH_NUMBERS = 2**22
 FEATURE_COLUMNS = [
     pa.field("streetview_image_id", pa.string()),
     pa.field("building_id", pa.string()),
@@ -26,7 +27,7 @@ FEATURE_COLUMNS = [
 
 @dataclass(frozen=True)
 class Features:
-    """The images of one split as columns, mapped from disk and read-only.
+    """The images of one split as columns.
 
     `building_codes` count the buildings from 0 in order of first appearance and index `building_ids`.
     """
@@ -70,26 +71,53 @@ def sample_buildings(features: Features, count: int, seed: int) -> Features:
 
 
 def load_features(path: Path) -> Features:
-    """Map a merged split's columns from its sidecar, which is made first where it is not there (see `map_columns`).
+    """Read a merged split into memory.
 
     Raises InputError if the file is missing, damaged or empty, a column is missing, of another type or has nulls,
     or an embedding is not finite or all zero (naming the image).
     """
-    file = tables.open_parquet(path)
-    tables.check_columns(path, file.schema_arrow, FEATURE_COLUMNS)
-    find_embedding(path)
-    tables.log_missing_provenance(path)
-    if file.metadata.num_rows == 0:
-        raise InputError(f"{path}: holds no rows: run stage 3 on more images, or change [data].*_ratio")
-    embeddings, ids = map_columns(path, FEATURE_COLUMNS)
-    buildings = ids.column("building_id")
+    with tables.open_parquet(path) as file:
+        tables.check_columns(path, file.schema_arrow, FEATURE_COLUMNS)
+        column = find_embedding(path)
+        tables.log_missing_provenance(path)
+        if file.metadata.num_rows == 0:
+            raise InputError(f"{path}: holds no rows: run stage 3 on more images, or change [data].*_ratio")
+        with tables.reading(path):
+            table = file.read(columns=[field.name for field in FEATURE_COLUMNS])
+    for name in table.column_names:
+        if table[name].null_count:
+            raise InputError(f"{path}: column {name} has nulls: make the file again with stage 3")
+    image_ids, building_ids = (
+        pa.concat_arrays(table[name].cast(pa.string()).chunks) for name in ("streetview_image_id", "building_id")
+    )
+    buildings = building_ids.dictionary_encode()
     return Features(
-        embeddings=embeddings,
+        embeddings=_read_embeddings(column, image_ids),
         building_codes=buildings.indices.to_numpy(),
         building_ids=buildings.dictionary,
-        image_ids=ids.column("streetview_image_id"),
-        dataset_ids=ids.column("dataset_id").to_numpy(),
-        street_view_ids=ids.column("street_view_id").to_numpy(),
-        target_lat=ids.column("target_lat").to_numpy(),
-        target_lon=ids.column("target_lon").to_numpy(),
+        image_ids=image_ids,
+        dataset_ids=table["dataset_id"].to_numpy(),
+        street_view_ids=table["street_view_id"].to_numpy(),
+        target_lat=table["target_lat"].to_numpy(),
+        target_lon=table["target_lon"].to_numpy(),
     )
+
+
+def _read_embeddings(column: ListColumn, image_ids: pa.StringArray) -> NDArray[Any]:
+    """Return the embeddings (N, D) in their stored type."""
+    width = column.width or 0
+    embeddings = np.empty((len(image_ids), width), column.dtype)
+    start = 0
+    for batch in tables.read_batches(column.path, [column.name], max(1, _BATCH_NUMBERS // max(1, width))):
+        block = column.read(batch.column(0), start, check_finite=False)
+        is_bad = ~np.isfinite(block).all(axis=1) | ~block.any(axis=1)
+        if is_bad.any():
+            row = start + int(np.argmax(is_bad))
+            raise InputError(
+                f"{column.path}: the embedding of image {image_ids[row]} is not finite or all zero (row {row}, "
+                f"{int(is_bad.sum())} such rows near it): "
+                "run stage 2 again, with another [embedding_model].dtype if it comes back"
+            )
+        embeddings[start : start + len(block)] = block
+        start += len(block)
+    return embeddings
