@@ -29,20 +29,20 @@ from difficulty_metadata.neighbor_search.fingerprints import ImageTable, list_fi
 from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
 from difficulty_metadata.neighbor_search.pca import fit_pca
 from pipeline import cli
-from pipeline.config import Config, count_cores
+from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.files.row_groups import encode_row_group, join_row_groups
 from pipeline.files.tables import (
     describe_difference,
     identify,
     is_complete,
     make_provenance,
+    parquet_writer,
     read_provenance,
 )
 from pipeline.files.units import drop_missing
 from pipeline.ids import Shard
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.threads import map_in_order, prefetch
+from pipeline.threads import prefetch
 
 if TYPE_CHECKING:
     from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
@@ -175,13 +175,10 @@ def rows_per_block(num_neighbors: int) -> int:
 def build_rows(
     images: ImageTable, start: int, rows: np.ndarray, distances: np.ndarray, edges: list[float], k0: int
 ) -> pa.Table:
-    """Return the output's rows for the images from `start` on, whose neighbours are given, padded, as (B, k).
-
-    The buildings' names come as a dictionary of those that occur.
-    """
+    """Return the output's rows for the images from `start` on, whose neighbours are given, padded, as (B, k)."""
     is_found = rows >= 0
     offsets = pa.array(np.concatenate([[0], is_found.sum(axis=1).cumsum()]).astype(np.int32))
-    names = name_buildings(images, images.building_codes[rows[is_found]])
+    names = images.building_ids.take(pa.array(images.building_codes[rows[is_found]]))
     bands = []
     for first in range(0, len(rows), BANDED_ROWS):
         some = slice(first, first + BANDED_ROWS)
@@ -189,17 +186,7 @@ def build_rows(
     columns = [names, pa.array(distances[is_found]), pa.array(np.concatenate(bands))]
     lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
     ids = images.image_ids.slice(start, len(rows)).combine_chunks()
-    return pa.table([ids, *lists], names=DIFFICULTY_SCHEMA.names)
-
-
-def name_buildings(images: ImageTable, codes: np.ndarray) -> pa.DictionaryArray:
-    """Return the names of buildings (M,), of which a dictionary holds each once."""
-    occurs = np.zeros(len(images.building_ids), dtype=bool)
-    occurs[codes] = True
-    found = np.flatnonzero(occurs)
-    places = np.empty(len(occurs), dtype=np.int32)
-    places[found] = np.arange(len(found), dtype=np.int32)
-    return pa.DictionaryArray.from_arrays(pa.array(places[codes]), images.building_ids.take(pa.array(found)))
+    return pa.table([ids, *lists], schema=DIFFICULTY_SCHEMA)
 
 
 def merge(
@@ -216,14 +203,16 @@ def merge(
     starts = range(0, store.num_anchors, rows_at_once)
     blocks = zip(starts, store.stream(shard_count, rows_at_once, ("rows", "distances")), strict=True)
 
-    def encode(block: tuple[int, tuple[np.ndarray, ...]]) -> pa.Buffer:
+    def build(block: tuple[int, tuple[np.ndarray, ...]]) -> pa.Table:
         start, (rows, distances) = block
-        table = build_rows(images, start, rows, distances, edges, config.difficulty.k0_for_local_scale)
-        return encode_row_group(table, DIFFICULTY_SCHEMA)
+        return build_rows(images, start, rows, distances, edges, config.difficulty.k0_for_local_scale)
 
-    num_workers = count_cores()
-    with closing(map_in_order(encode, blocks, num_workers, num_workers + 1)) as encoded:
-        join_row_groups(path, DIFFICULTY_SCHEMA, provenance, encoded)
+    with (
+        closing(prefetch(map(build, blocks))) as tables,
+        parquet_writer(path, DIFFICULTY_SCHEMA, provenance) as writer,
+    ):
+        for table in tables:
+            writer.write_table(table)
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
