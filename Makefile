@@ -29,7 +29,7 @@ demo: install
 test: install
 	$(PY) -m pytest -m "not slow" --numprocesses auto --dist worksteal
 
-# What takes minutes: every kill, fresh environments.
+# What takes long: the demo, a real SLURM, every kill, fresh environments, the benchmarks' scripts.
 test-slow: install
 	$(PY) -m pytest -m slow --numprocesses auto --dist worksteal
 

@@ -14,6 +14,10 @@ from raw_tars import make_city, write_tar
 
 from pipeline import cli
 
+# `pytest --numprocesses` gives each core a process; threads of torch beside them would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 pytest_plugins = ["stage6_fixtures", "stage7_fixtures", "stage8_fixtures", "slurm_fixtures"]
 
 REPO = Path(__file__).resolve().parents[1]

@@ -49,6 +49,7 @@ def test_folds_cut_the_buildings_and_places_the_datasets(workspace: Path) -> Non
         assert [image.split("_")[0] for image in chosen.image_ids.to_pylist()] == [name.split("_")[0] for name in names]
 
 
+@pytest.mark.slow
 def test_the_script_prints_a_table_and_writes_every_score(workspace: Path) -> None:
     (workspace / "pairs.csv").write_text("building_id_a,building_id_b\n0001_1,0001_2\n")
     command = [sys.executable, PROJECT_ROOT / "benchmarks/accuracy.py", "--config", workspace / "config.toml", "--set",

@@ -72,6 +72,7 @@ def test_the_table_has_the_means_and_the_smallest_gain() -> None:
     assert lines[2].endswith("| 0.5900 / 0.7000 | +0.0900 (+0.0800) | 0 |")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--expand", "30")])
 def test_the_script_prints_a_table_and_writes_scores_and_a_plot(workspace: Path, options: tuple[str, ...]) -> None:
     command = [sys.executable, PROJECT_ROOT / "benchmarks/scaling.py", "--config", workspace / "config.toml",

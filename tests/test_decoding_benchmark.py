@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import decoding
 
 
+@pytest.mark.slow
 def test_a_tiny_run_says_the_rates_and_what_holds_the_lock(tmp_path, capsys):
     path = tmp_path / "decoding.json"
     decoding.main(["--images", "24", "--side", "128", "--rounds", "1", "--output", str(path)])

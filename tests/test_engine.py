@@ -18,6 +18,15 @@ from pipeline.log import EngineWatch, logging_to
 PICTURES = [encode(draw_view(seed)) for seed in range(11)]
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Let torch have two threads, so that two passes are under way on a CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 class Fake:
     """An embedder that squares numbers, in passes of four; it stands in for a GPU where `on_gpu` is set."""
 

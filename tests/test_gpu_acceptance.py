@@ -24,6 +24,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow
 def test_every_phase_runs_at_toy_size_and_is_right(start_script, tmp_path):
     output, folder = tmp_path / "acceptance.json", tmp_path / "work"
     folder.mkdir()

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import inference
 
 
+@pytest.mark.slow
 def test_a_tiny_run_fills_the_table(tmp_path, toy_backbone, capsys):
     path = tmp_path / "inference.json"
     arguments = ["--images", "24", "--side", "128", "--rounds", "1", "--cores", "1", "--backbone", str(toy_backbone)]

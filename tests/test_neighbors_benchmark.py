@@ -2,10 +2,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 SIZES = ["--sizes", "500", "--anchors", "70", "--rounds", "1", "--images", "300", "--buildings", "400",
          "--memory-sizes", "300", "900", "--host-images", "700"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_benchmark_times_every_engine_and_weighs_the_output(tmp_path: Path, run_script: Callable) -> None:
     outcome = run_script("benchmarks/neighbors.py", *SIZES, "--output", tmp_path / "figures.json")
     assert outcome.code == 0, outcome.stderr

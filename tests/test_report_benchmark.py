@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_benchmark_times_numbers_and_page(tmp_path, run_script):
     outcome = run_script(
         "benchmarks/report.py", "--images", 600, "--width", 16, "--photos", 40, "--output", tmp_path / "figures.json"

@@ -14,6 +14,7 @@ sys.path.insert(0, str(REPO))
 from benchmarks import scale, synthetic  # noqa: E402
 
 
+@pytest.mark.slow
 def test_every_measurement_runs_and_the_table_names_it(tmp_path: Path) -> None:
     output = tmp_path / "o.json"
     arguments = ["--merge", "600", "--width", "16", "--search", "300", "--tars", "12", "--members", "20"]
@@ -38,6 +39,7 @@ def test_every_measurement_runs_and_the_table_names_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
     synthetic.make_config(tmp_path)
     with pytest.raises(SystemExit, match=r"error: stage 3 at 7: .*embeddings: no such folder: run stage 2"):

@@ -66,9 +66,12 @@ def find_missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
-pytestmark = pytest.mark.skipif(
-    bool(find_missing_programs()), reason="no SLURM here (tests/local-slurm.sh install, as root, installs Debian's)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(find_missing_programs()), reason="no SLURM here (tests/local-slurm.sh install, as root, installs Debian's)"
+    ),
+]
 
 
 class Cluster:

@@ -27,12 +27,29 @@ optuna = pytest.importorskip("optuna", reason="the extra `tune` is not installed
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Trials as small as the data. Read by the process of a test and by the workers that it starts.
+SMALL_SPACE = """
+from train_specialized_embeddings.tuning.search_space import SPACE, Dimension
+
+SPACE["training.batch_size"] = Dimension(32, 128, log=True)
+SPACE["training_model.hidden_dim"] = Dimension(4, 16, log=True)
+"""
+
+
 @pytest.fixture
-def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trials in this process be small."""
+    for name in SPACE:
+        monkeypatch.setitem(SPACE, name, SPACE[name])  # puts them back
+    exec(SMALL_SPACE, {})
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, small_space: None, write_config: Callable[..., Path]) -> Path:
     """A folder with splits, a difficulty table and a configuration whose settings lie in the space."""
     fill_workspace(tmp_path)
     training = SETTINGS["training"] | {"num_epochs": 2, "batch_size": 64, "learning_rate": 1e-3}
-    write_config(tmp_path, training=training, training_model={"output_dim": 8, "hidden_dim": 128})
+    write_config(tmp_path, training=training, training_model={"output_dim": 8, "hidden_dim": 8})
     return tmp_path
 
 
@@ -130,15 +147,20 @@ def test_a_fragment_that_cannot_be_read_is_a_bad_command_line(workspace: Path) -
 
 
 def test_two_workers_share_one_study(workspace: Path) -> None:
+    script = workspace / "tune_small.py"
+    script.write_text(
+        SMALL_SPACE + "from train_specialized_embeddings import tune\n"
+        "if __name__ == '__main__':\n    tune.cli.run_guarded(tune.main)\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "train_specialized_embeddings/tune.py"),
-         "--config", str(workspace / "config.toml"), "--trials", "6", "--workers", "2"],
+        [sys.executable, "-W", "error", str(script),
+         "--config", str(workspace / "config.toml"), "--trials", "4", "--workers", "2"],
         capture_output=True, text=True, cwd=workspace, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [Path(line).name for line in done.stdout.splitlines()] == ["best.toml", "trials.csv", "trials.png"]
     rows = read_trials(workspace)
-    assert 6 <= len(rows) <= 7
+    assert 4 <= len(rows) <= 5
     assert len({tuple(row[name] for name in SPACE) for row in rows}) == len(rows)
 
 
@@ -191,7 +213,7 @@ def test_a_gpu_too_small_for_what_the_trials_share_is_one_line(
 
 def test_a_study_of_other_inputs_or_settings_is_refused_but_not_for_what_the_trials_choose(workspace: Path) -> None:
     search(workspace, 1)
-    assert search(workspace, 1, "training.temperature=0.4", "training_model.hidden_dim=200").kept
+    assert search(workspace, 1, "training.temperature=0.4", "training_model.hidden_dim=12").kept
     with pytest.raises(StaleOutputError, match=r"journal.log: .*training.num_epochs was 2 and is now 3.*--overwrite"):
         search(workspace, 1, "training.num_epochs=3")
     assert search(workspace, 1, "training.num_epochs=3", overwrite=True).written
