@@ -9,42 +9,16 @@ output are set.
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.stages import NO_NEW_DATA, STAGES, Stage, choose_stages
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage: its number, the module whose `run(config, options)` does it, and the paths it needs."""
-
-    number: int
-    module: str
-    paths: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The script's name."""
-        return self.module.rpartition(".")[2]
-
-    def run(self, config: Config, options: cli.Options) -> cli.StageResult:
-        """Import the stage and run it with its own log file."""
-        return cli.run_stage(self.name, importlib.import_module(self.module).run, config, options)
-
-
-STAGES = (
-    Stage(1, "preprocess_raw_data.process_tar", ("raw_dir", "intermediates_dir")),
-    Stage(2, "generate_embeddings.generate_embeddings", ("raw_dir", "intermediates_dir", "embeddings_dir")),
-    Stage(3, "preprocess_raw_data.merge_and_split", ("embeddings_dir", "merged_dir")),
-    Stage(4, "preprocess_raw_data.compute_fingerprints", ("raw_dir", "intermediates_dir", "fingerprints_dir")),
-    Stage(5, "difficulty_metadata.compute_visual_neighbors", ("fingerprints_dir", "difficulty_metadata_path")),
-    Stage(6, "train_specialized_embeddings.train", ("merged_dir", "difficulty_metadata_path", "checkpoint_dir")),
-    Stage(7, "publish_model.convert_to_hf", ("checkpoint_dir", "published_model_dir")),
-    Stage(8, "publish_model.generate_embeddings_from_parquet", ()),
-    Stage(9, "evaluate_embeddings.evaluate", ("merged_dir", "checkpoint_dir", "report_dir")),
-)
+def run_stage(stage: Stage, config: Config, options: cli.Options) -> cli.StageResult:
+    """Import a stage and run it with its own log file."""
+    return cli.run_stage(stage.name, importlib.import_module(stage.module).run, config, options)
 
 
 def run_stages(
@@ -54,15 +28,12 @@ def run_stages(
 
     Raises ConfigError before anything runs if a path of a later stage is not set, and what the failing stage raises.
     """
-    chosen = [stage for stage in STAGES if first <= stage.number <= last]
-    config.require_paths(*dict.fromkeys(key for stage in chosen for key in stage.paths))
-    _check_other_paths(config, {stage.number for stage in chosen})
+    chosen = choose_stages(config, first, last)
+    if first <= 8 <= last and STAGES[8] not in chosen:
+        print(NO_NEW_DATA, file=sys.stderr)
     for stage in chosen:
-        if stage.number == 8 and not (config.new_data.input and config.new_data.output):
-            print("stage 8: [new_data].input and output are not set: passed over", file=sys.stderr)
-            continue
         try:
-            results.append(stage.run(config, options))
+            results.append(run_stage(stage, config, options))
         except PipelineError as error:
             results += [error.result] if error.result else []
             raise
@@ -71,20 +42,6 @@ def run_stages(
 
         # The card was written two stages before there were results.
         add_test_results(config.path("published_model_dir"), config.path("report_dir") / "metrics.json")
-
-
-def _check_other_paths(config: Config, numbers: set[int]) -> None:
-    """Raise ConfigError where a path outside `[paths]`, which a chosen stage uses hours later, cannot be expanded."""
-    others = (
-        ({2, 7}, "[embedding_model].model_name", config.embedding_model.model_name),
-        ({3}, "[data].split_file", config.data.split_file),
-        ({6}, "[training].init_checkpoint", config.training.init_checkpoint),
-        ({8}, "[new_data].input", config.new_data.input),
-        ({8}, "[new_data].output", config.new_data.output),
-    )
-    for users, where, value in others:
-        if value and users & numbers:
-            config.expand(value, where)
 
 
 def format_ledger(results: list[cli.StageResult]) -> str:

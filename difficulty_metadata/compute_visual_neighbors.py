@@ -26,22 +26,16 @@ from difficulty_metadata.neighbor_search.bands import (
 )
 from difficulty_metadata.neighbor_search.exclusion import Exclusion
 from difficulty_metadata.neighbor_search.fingerprints import ImageTable, list_fingerprint_files, read_images
-from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
+from difficulty_metadata.neighbor_search.neighbor_parts import PartStore, parts_dir
 from difficulty_metadata.neighbor_search.pca import fit_pca
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.files.tables import (
-    describe_difference,
-    identify,
-    is_complete,
-    make_provenance,
-    parquet_writer,
-    read_provenance,
-)
-from pipeline.files.units import drop_missing
+from pipeline.files.tables import identify, make_provenance, parquet_writer
+from pipeline.files.units import Unit, drop_missing, keep_complete
 from pipeline.ids import Shard
 from pipeline.log import Progress, Stopwatch, logger
+from pipeline.stages import STAGES
 from pipeline.threads import prefetch
 
 if TYPE_CHECKING:
@@ -215,6 +209,18 @@ def merge(
             writer.write_table(table)
 
 
+def list_units(config: Config) -> list[Unit]:
+    """Return the one unit, which the shards make together."""
+    (path,) = STAGES[5].list_outputs(config)
+    return [Unit(STAGE, (path,), lambda _: describe_output(config), leftover=parts_dir(path))]
+
+
+def describe_output(config: Config) -> dict[str, Any]:
+    """Return the provenance that the output must have, but for the band edges and counts."""
+    paths = list_fingerprint_files(config.path("fingerprints_dir"))
+    return make_provenance(STAGE, [identify(source) for source in paths], data_settings(config))
+
+
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Find the neighbours of this shard's images and, when all shards are done, write the output.
 
@@ -224,15 +230,16 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     config.require_paths("fingerprints_dir", "difficulty_metadata_path")
     path = config.path("difficulty_metadata_path")
     paths = list_fingerprint_files(config.path("fingerprints_dir"))
-    provenance = make_provenance(STAGE, [identify(source) for source in paths], data_settings(config))
+    (unit,) = list_units(config)
     result = cli.StageResult(STAGE)
     if options.shard.index == 0:  # one shard counts for all
         drop_missing(
             result, config, paths, "fingerprints",
             allowed=config.difficulty.allow_missing_fingerprints, setting="[difficulty].allow_missing_fingerprints",
         )  # fmt: skip
-    if is_complete(path, provenance, options.overwrite):
-        return keep(path, result)
+    if keep_complete(unit, result, options.overwrite):
+        return result
+    provenance = describe_output(config)
     with result.watch.measure("read"):
         images = read_images(paths)
     shard = options.shard
@@ -251,29 +258,16 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
             result.written.append(path)
             return result
     except InputError:  # a part is not there
-        if not is_merged(path, provenance):
+        if not keep_complete(unit, result, overwrite=False):
             raise
-        return keep(path, result)
-    if is_merged(path, provenance) and not options.overwrite:
-        return keep(path, result)  # another shard's process has put the parts together and removed them
+        return result
+    if keep_complete(unit, result, options.overwrite):
+        return result  # another shard's process has put the parts together and removed them
     logger.info("shard %s is done; the last of the %d shards will write %s", shard, shard.count, path)
     num_anchors = len(range(shard.index, len(images), shard.count))
     result.add({"in": num_anchors, "out": num_anchors})
     done = [store.path(shard, part) for part in range(store.count_parts(shard))]
     (result.written if num_made else result.kept).extend(done)
-    return result
-
-
-def is_merged(path: Path, provenance: dict[str, Any]) -> bool:
-    """Whether the output is there, made from these inputs with these settings."""
-    return path.exists() and describe_difference(read_provenance(path) or {}, provenance) is None
-
-
-def keep(path: Path, result: cli.StageResult) -> cli.StageResult:
-    """Say that the output is complete, and return its counts."""
-    logger.info("%s: kept %s, which is complete", STAGE, path)
-    result.add((read_provenance(path) or {}).get("counts", {}))
-    result.kept.append(path)
     return result
 
 

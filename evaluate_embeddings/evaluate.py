@@ -38,13 +38,15 @@ from evaluate_embeddings.scores.standalone import run as run_standalone
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.tables import identify, make_provenance, matches, read_provenance
+from pipeline.files.tables import identify, make_provenance, read_provenance
+from pipeline.files.units import Unit, keep_complete
 from pipeline.files.writing import read_json_object, write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.features import Features, load_features
 from pipeline.retrieval.scores import Embeddings, normalise_rows
 from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatter, whiten_by_pca, whiten_within_class
+from pipeline.stages import STAGES
 
 if TYPE_CHECKING:
     from pipeline.retrieval.bare_weights import StateDict
@@ -151,18 +153,25 @@ def describe_inputs(config: Config, ignore_pairs: Path | None, images: bool = Tr
     return make_provenance(STAGE, inputs, {"seed": config.global_.seed} | ({} if images else {"images": False}))
 
 
+def list_units(config: Config, ignore_pairs: Path | None = None, images: bool = True) -> list[Unit]:
+    """Return the one unit: the metrics and the page."""
+    outputs = STAGES[9].list_outputs(config)
+    return [Unit(STAGE, outputs, lambda _: describe_inputs(config, ignore_pairs, images), marks=outputs[:1])]
+
+
 def run(
     config: Config, options: cli.Options, ignore_pairs: Path | None = None, *, images: bool = True
 ) -> cli.StageResult:
     """Score the test split, write the page and the metrics, and return the counts."""
     config.require_paths("merged_dir", "checkpoint_dir", "report_dir")
-    report_path, metrics_path = (config.path("report_dir") / name for name in ("report.html", "metrics.json"))
+    (unit,) = list_units(config, ignore_pairs, images)
+    metrics_path, report_path = unit.outputs
+    result = cli.StageResult(STAGE)
+    if keep_complete(unit, result, options.overwrite):
+        gallery = read_json_object(metrics_path)["gallery"]
+        result.add({"in": gallery, "out": gallery})
+        return result
     provenance = describe_inputs(config, ignore_pairs, images)
-    if metrics_path.exists() and not options.overwrite:
-        found = read_json_object(metrics_path)
-        if matches(metrics_path, found.get("provenance"), provenance) and report_path.exists():
-            logger.info("%s: kept %s and %s, which are complete", STAGE, report_path, metrics_path)
-            return cli.StageResult(STAGE, found["gallery"], found["gallery"], kept=[report_path, metrics_path])
     watch = Stopwatch()
     pairs = read_ignore_pairs(ignore_pairs)
     with watch.measure("load and embed"):

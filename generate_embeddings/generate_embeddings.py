@@ -29,7 +29,7 @@ from pipeline.files.archive import stream_members
 from pipeline.files.composite_ids import fill_composite_ids, stored_fields
 from pipeline.files.foreign import check_foreign_output, resolve_image_paths
 from pipeline.files.lists import find_embedding
-from pipeline.files.scratch import RowScratch, remove_leftover
+from pipeline.files.scratch import RowScratch, name_files, remove_leftover
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
@@ -45,12 +45,13 @@ from pipeline.files.tables import (
     rejects_path,
     write_rejects,
 )
-from pipeline.files.units import TarUnit, list_units, run_units
+from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.inference import launcher
 from pipeline.inference.images import MAX_IMAGE_BYTES
 from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
+from pipeline.stages import STAGES
 from pipeline.threads import Background
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class TarImage(NamedTuple):
     data: bytes | None
 
 
-class Stage:
+class Embedding:
     """What the tars of one run share: the backbone, loaded when it is needed, and two threads that write behind it.
 
     While one tar's parquet is written, the next tar is embedded.
@@ -125,8 +126,8 @@ class Stage:
         self.outputs.close()
 
 
-def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
-    """Embed one tar's images, put the counts into the provenance, and have them and the rejects written.
+def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Provenance:
+    """Embed one tar's images, have them and the rejects written, and return the provenance with the counts.
 
     Raises InputError if the tar or its intermediate is missing or damaged.
     """
@@ -146,9 +147,12 @@ def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
             scratch.close(is_done=scratch.seen == 0)
     absent = Rejection("missing_image", f"not in {unit.tar_path.name}")
     rejects = scratch.rejects | dict.fromkeys(missing, absent)
-    provenance["counts"] = {"in": len(table), "out": len(table) - len(rejects), "rejected": len(rejects)}
-    provenance["reasons"] = dict(Counter(rejection.reason for rejection in rejects.values()))
-    provenance |= {"precision": stage.precision.mode} | stage.precision.fidelity
+    provenance = provenance | {
+        "counts": {"in": len(table), "out": len(table) - len(rejects), "rejected": len(rejects)},
+        "reasons": dict(Counter(rejection.reason for rejection in rejects.values())),
+        "precision": stage.precision.mode,
+        **stage.precision.fidelity,
+    }
 
     def write() -> None:
         written = False
@@ -163,6 +167,7 @@ def embed_tar(unit: TarUnit, provenance: dict[str, Any], stage: Stage) -> None:
     count = len(table) - len(rejects)
     rate = count / (time.monotonic() - started)
     logger.info("%s: %d embedded, %d rejected, %.1f img/s", unit.tar_path.name, count, len(rejects), rate)
+    return provenance
 
 
 def read_intermediate(path: Path) -> pa.Table:
@@ -185,7 +190,7 @@ def read_intermediate(path: Path) -> pa.Table:
     return table.cast(pa.schema([required.field(f.name) if f.name in required.names else f for f in table.schema]))
 
 
-def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Stage) -> list[int]:
+def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Embedding) -> list[int]:
     """Embed the table's images in the order of the tar, from where the scratch stands, and return the rows not found.
 
     Whole passes only are counted as done, so that a resumed run forms the same passes and gets the same values.
@@ -304,27 +309,34 @@ def stored_type(config: Config) -> pa.DataType:
     return pa.float16() if config.embedding_model.embedding_dtype == "float16" else pa.float32()
 
 
+def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
+    """Return this shard's tars and what is made of each."""
+
+    @functools.cache
+    def find_model() -> str | None:
+        folder = locate_backbone(config, download=False)
+        return identify_model(folder) if folder else None
+
+    return list_tar_units(
+        STAGES[2], config, options, lambda unit: describe_output(unit, config, find_model()),
+        take_over=lambda unit: check_foreign_output(unit, find_embedding(unit.output_path)),
+        find_leftover=lambda output: name_files(output)[1],
+    )  # fmt: skip
+
+
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Embed every tar and return the counts.
 
     Raises InputError if a tar failed, PipelineError if too many images were rejected.
     """
-    config.require_paths("intermediates_dir", "embeddings_dir", *([] if options.tar_files else ["raw_dir"]))
     watch = EngineWatch()
     result = cli.StageResult(STAGE, watch=watch)
-    units = list_units(config, options, "embeddings_dir", "_embeddings")
+    units = list_units(config, options)
     all_there = all(unit.output_path.exists() for unit in units) and not options.overwrite
     folder = locate_backbone(config, download=not all_there)
     model_id = identify_model(folder) if folder else None
-    with contextlib.closing(Stage(config, units, folder, model_id, watch)) as stage:
-        run_units(
-            units,
-            result,
-            describe=lambda unit: describe_output(unit, config, model_id),
-            make=lambda unit, provenance: embed_tar(unit, provenance, stage),
-            overwrite=options.overwrite,
-            take_over=lambda unit: check_foreign_output(unit, find_embedding(unit.output_path)),
-        )
+    with contextlib.closing(Embedding(config, units, folder, model_id, watch)) as stage:
+        do_tars(units, result, options.overwrite, lambda unit, provenance: embed_tar(unit, provenance, stage))
     for kept in result.kept:
         remove_leftover(kept)
     result.check_reject_fraction(config)
@@ -352,7 +364,7 @@ def load_embedder(folder: Path, config: Config, mode: str | None = None) -> "Emb
     )
 
 
-def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> dict[str, Any]:
+def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> Provenance:
     """Return the provenance that a tar's embeddings must have; batch size and device do not shape them.
 
     Where the backbone is not on this machine, what is there already is taken to be made with it.

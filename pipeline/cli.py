@@ -33,6 +33,9 @@ class Options:
     tar_files: tuple[Path, ...] = ()
 
 
+NO_OPTIONS = Options()
+
+
 @dataclass
 class StageResult:
     """What a stage did: its line of the ledger, and the paths that it wrote or kept.

@@ -37,9 +37,10 @@ from pipeline.files.tables import (
     rejects_path,
     write_rejects,
 )
-from pipeline.files.units import TarUnit, do_tars
+from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb_small
 from pipeline.log import Progress, Stopwatch, logger
+from pipeline.stages import STAGES
 from pipeline.threads import map_in_order
 
 STAGE = "compute_fingerprints"
@@ -174,8 +175,8 @@ def compute_tar(
     return fingerprints, is_there, sorted(rejects, key=lambda reject: reject[0])
 
 
-def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config, watch: Stopwatch) -> None:
-    """Make one tar's fingerprints and its rejects, and put the counts into the provenance.
+def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stopwatch) -> Provenance:
+    """Make one tar's fingerprints and its rejects, and return the provenance with the counts.
 
     Raises InputError if the tar or its intermediate is missing or damaged.
     """
@@ -186,12 +187,15 @@ def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config, watch: 
         fingerprints, is_there, rejects = compute_tar(
             unit.tar_path, rows, config.fingerprints.image_size, config.infrastructure.count_workers(), progress, watch
         )
-    provenance["counts"] = {"in": len(views), "out": int(is_there.sum()), "rejected": len(rejects)}
-    provenance["reasons"] = dict(Counter(rejection.reason for _, rejection in rejects))
+    provenance = provenance | {
+        "counts": {"in": len(views), "out": int(is_there.sum()), "rejected": len(rejects)},
+        "reasons": dict(Counter(rejection.reason for _, rejection in rejects)),
+    }
     write_rejects(rejects_path(unit.output_path), rejects, provenance)
     with watch.measure("write"):
         write_fingerprints(unit.output_path, views, fingerprints, is_there, provenance)
     logger.info("%s: %d images, %d rejected", unit.tar_path.name, len(views), len(rejects))
+    return provenance
 
 
 def write_fingerprints(
@@ -210,13 +214,13 @@ def write_fingerprints(
             writer.write_table(ids.append_column(schema.field("fingerprint"), column).cast(schema))
 
 
-def describe_output(unit: TarUnit, config: Config) -> dict[str, Any]:
+def describe_output(unit: TarUnit, config: Config) -> Provenance:
     """Return the provenance that a tar's fingerprints must have."""
     settings = {"image_size": config.fingerprints.image_size}
     return make_provenance(STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings)
 
 
-def take_over(unit: TarUnit, config: Config) -> dict[str, int]:
+def take_over(unit: TarUnit, config: Config) -> tuple[dict[str, int], str]:
     """Return the counts of fingerprints without provenance that are of the intermediate's images and this size.
 
     Raises InputError where they are not.
@@ -230,18 +234,29 @@ def take_over(unit: TarUnit, config: Config) -> dict[str, int]:
     return check_foreign_output(unit, column)
 
 
+def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
+    """Return this shard's tars and what is made of each."""
+    return list_tar_units(
+        STAGES[4],
+        config,
+        options,
+        describe=lambda unit: describe_output(unit, config),
+        take_over=lambda unit: take_over(unit, config),
+    )
+
+
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Compute every tar's fingerprints and return the counts.
 
     Raises InputError if a tar failed, PipelineError if too many images were rejected.
     """
     result = cli.StageResult(STAGE)
-    return do_tars(
-        result, config, options, "fingerprints_dir", "_fingerprints",
-        describe=lambda unit: describe_output(unit, config),
+    do_tars(
+        list_units(config, options), result, options.overwrite,
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
-        take_over=lambda unit: take_over(unit, config),
     )  # fmt: skip
+    result.check_reject_fraction(config)
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:

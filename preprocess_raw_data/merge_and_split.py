@@ -24,14 +24,14 @@ from pipeline.config import Config
 from pipeline.files.tables import (
     hash_json,
     identify,
-    is_complete,
     make_provenance,
     parquet_writer,
     read_provenance,
 )
-from pipeline.files.units import drop_missing
+from pipeline.files.units import Unit, drop_missing, keep_complete
 from pipeline.files.workspace import UNFINISHED, remove, writing_together
 from pipeline.log import Progress, logger
+from pipeline.stages import STAGES
 from preprocess_raw_data.merging.embedding_inventory import Inventory, list_embeddings, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
 from preprocess_raw_data.merging.leakage import compare_leakage, log_leakage
@@ -104,6 +104,17 @@ def fill_splits(
             writer.finish()
 
 
+def list_units(config: Config) -> list[Unit]:
+    """Return the one unit: all three splits."""
+    return [Unit(STAGE, STAGES[3].list_outputs(config), lambda _: describe_output(config))]
+
+
+def describe_output(config: Config) -> dict[str, Any]:
+    """Return the provenance that the splits must have, but for what is counted in them."""
+    embeddings = list_embeddings(config.path("embeddings_dir"))
+    return make_provenance(STAGE, map(identify, embeddings), describe_settings(config))
+
+
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Merge, split and write, and return the counts.
 
@@ -116,22 +127,17 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         result, config, paths, "embeddings",
         allowed=config.data.allow_missing_embeddings, setting="[data].allow_missing_embeddings",
     )  # fmt: skip
-    targets = [config.path("merged_dir") / f"{split}.parquet" for split in SPLITS]
-    wanted = make_provenance(STAGE, map(identify, paths), describe_settings(config))
-    # Each file is compared before any is judged, so that a mixture of two runs is refused, not half replaced.
-    complete = [is_complete(target, wanted, options.overwrite) for target in targets]
-    if all(complete):
+    (unit,) = list_units(config)
+    if keep_complete(unit, result, options.overwrite):
         remove(config.path("merged_dir") / UNFINISHED)  # of a run that was killed behind the last rename
-        found = read_provenance(targets[0]) or {}
-        result.add(found.get("counts", {}), found.get("reasons"))
-        result.kept = targets
         return result
     inventory = take_inventory(paths)
     embedded_with = next(filter(None, ((read_provenance(path) or {}).get("settings") for path in paths)), None)
-    splits, provenances = plan_splits(inventory, wanted | {"embedded_with": embedded_with}, config)
+    wanted = describe_output(config) | {"embedded_with": embedded_with}
+    splits, provenances = plan_splits(inventory, wanted, config)
     write_splits(inventory, splits, config.path("merged_dir"), provenances, config)
     result.add(provenances[0]["counts"], provenances[0]["reasons"])
-    result.written = targets
+    result.written = list(unit.outputs)
     return result
 
 

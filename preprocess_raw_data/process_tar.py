@@ -22,10 +22,11 @@ from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
 from pipeline.files.archive import Member, stream_members
 from pipeline.files.tables import INTERMEDIATE_SCHEMA, make_provenance, parquet_writer, rejects_path, write_rejects
-from pipeline.files.units import TarUnit, do_tars
+from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.ids import building_id, streetview_image_id
 from pipeline.inference.images import MAX_IMAGE_BYTES, check_image
 from pipeline.log import Progress, Stopwatch, logger
+from pipeline.stages import STAGES
 from pipeline.threads import map_in_order
 from preprocess_raw_data.tars.tar_items import TarInventory
 from preprocess_raw_data.tars.views import View
@@ -90,8 +91,8 @@ def build_table(dataset_id: int, tar_name: str, views: list[View]) -> pa.Table:
     return pa.table({name: columns.get(name, []) for name in INTERMEDIATE_SCHEMA.names}, schema=INTERMEDIATE_SCHEMA)
 
 
-def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config, watch: Stopwatch) -> None:
-    """Make one tar's parquet and its rejects, and put the counts into the provenance.
+def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stopwatch) -> Provenance:
+    """Make one tar's parquet and its rejects, and return the provenance with the counts.
 
     Raises InputError if the tar is damaged or holds nothing that looks like a view.
     """
@@ -104,19 +105,27 @@ def write_tar(unit: TarUnit, provenance: dict[str, Any], config: Config, watch: 
     renamed = sum(view.record.dataset_id != unit.dataset_id for view in views)
     ignored = ", ".join(f"{count} {what}" for what, count in sorted(inventory.ignored.items())) or "nothing"
     logger.info("%s: ignored %s; %d views name another dataset id", unit.tar_path.name, ignored, renamed)
-    provenance["counts"] = {"in": len(views) + len(rejects), "out": len(views), "rejected": len(rejects)}
-    provenance["reasons"] = dict(Counter(rejection.reason for _, rejection in rejects))
+    provenance = provenance | {
+        "counts": {"in": len(views) + len(rejects), "out": len(views), "rejected": len(rejects)},
+        "reasons": dict(Counter(rejection.reason for _, rejection in rejects)),
+    }
     write_rejects(rejects_path(unit.output_path), rejects, provenance)
     with parquet_writer(unit.output_path, INTERMEDIATE_SCHEMA, provenance) as writer:
         in_order = iter(views)
         while some := list(islice(in_order, ROW_GROUP_ROWS)):
             writer.write_table(build_table(unit.dataset_id, unit.tar_path.name, some))
     logger.info("%s: %d views, %d rejected", unit.tar_path.name, len(views), len(rejects))
+    return provenance
 
 
-def describe_output(unit: TarUnit) -> dict[str, Any]:
+def describe_output(unit: TarUnit) -> Provenance:
     """Return the provenance that a tar's table must have; no setting shapes it."""
     return make_provenance(STAGE, unit.identify_tar(), {})
+
+
+def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
+    """Return this shard's tars and what is made of each."""
+    return list_tar_units(STAGES[1], config, options, describe_output)
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
@@ -125,11 +134,12 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     Raises InputError if a tar failed, PipelineError if too many items were rejected.
     """
     result = cli.StageResult(STAGE)
-    return do_tars(
-        result, config, options, "intermediates_dir",
-        describe=describe_output,
+    do_tars(
+        list_units(config, options), result, options.overwrite,
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
     )  # fmt: skip
+    result.check_reject_fraction(config)
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:

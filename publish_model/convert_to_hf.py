@@ -12,24 +12,26 @@ With --from-model, a folder that the reference implementation published is publi
 of its weights and config.json alone, without checkpoint or splits.
 """
 
-import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, PipelineError, one_line
-from pipeline.files.tables import PROVENANCE_KEY, identify, make_provenance, matches
+from pipeline.files.tables import identify, make_provenance
+from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import writing_folder
+from pipeline.files.writing import read_json_object
 from pipeline.inference.model_files import describe_views, identify_model, locate_backbone, names_its_backbone
 from pipeline.log import logger
+from pipeline.stages import STAGES
 from publish_model.model_folder.card_results import add_test_results
 from publish_model.model_folder.model_card import is_measured, worse_than
 
@@ -62,46 +64,73 @@ def name_backbone(config: Config) -> str:
     return folder.name if folder.is_dir() else name
 
 
-def describe(config: Config, options: PublishOptions, checkpoint_path: Path, backbone_dir: Path) -> dict[str, Any]:
+def list_units(config: Config) -> list[Unit]:
+    """Return the one unit: the published folder."""
+    checkpoint_path = config.path("checkpoint_dir") / "checkpoint_best.pt"
+    output = STAGES[7].find_place(config)
+
+    def describe_output(_: Unit) -> Provenance:
+        folder = locate_backbone(config, download=False)
+        model_id = identify_model(folder) if folder else find_model_id(output)
+        return describe(config, PublishOptions(), checkpoint_path, model_id)
+
+    return [make_unit(output, describe_output)]
+
+
+def make_unit(output: Path, describe_output: Callable[[Unit], Provenance]) -> Unit:
+    """Return a published folder as a unit; its own files say which weights and code it needs."""
+    names = (*EXPECTED_FILES, *_list_weights(output), *_list_code(output))
+    outputs = tuple(output / name for name in names)
+    return Unit(STAGE, outputs, describe_output, check=lambda: check_place(output), marks=outputs[:1])
+
+
+def describe(config: Config, options: PublishOptions, checkpoint_path: Path, model_id: str | None) -> Provenance:
     """Return the folder's provenance: checkpoint and backbone by content, and the settings that shape it.
 
-    Raises InputError if one of them is missing.
+    Raises InputError if the checkpoint is missing.
     """
-    inputs = [identify(checkpoint_path), {"name": "backbone", "id": identify_model(backbone_dir)}]
+    inputs = [identify(checkpoint_path), {"name": "backbone", "id": model_id}]
     settings = {**describe_views(config.embedding_model), "dtype": options.dtype or "as stored"}
     return make_provenance(STAGE, inputs, settings) | {"counts": COUNTS}
 
 
-def is_published(folder: Path, provenance: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder was published from these inputs and settings and is whole.
+def find_model_id(output: Path) -> str | None:
+    """Return the id of the backbone that a published folder holds, for where the backbone is not on this machine."""
+    inputs = (read_recorded(output / EXPECTED_FILES[0]) or {}).get("inputs", [])
+    return next((found["id"] for found in inputs if found["name"] == "backbone"), None)
 
-    Raises StaleOutputError where it was made from others and `overwrite` is off, InputError where something else
-    lies there, which is not removed for any option.
-    """
+
+def check_place(folder: Path) -> None:
+    """Raise InputError where something else lies in the place of a published folder; no option removes that."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    is_ours = isinstance(config, dict) and config.get("model_type") == "spatial_embeddings"
+        return
+    is_ours = read_json_object(folder / "config.json").get("model_type") == "spatial_embeddings"
     if not is_ours or names_its_backbone(folder):  # the latter is somebody's only copy of it
         raise InputError(f"{folder}: not empty, and not a model that was published here: give another --output")
-    if overwrite:
-        return False
-    matches(folder, config.get(PROVENANCE_KEY.decode()), provenance)
-    expected = (*EXPECTED_FILES, *_list_weights(folder), *_list_code(folder))
-    missing = [name for name in expected if not (folder / name).is_file()]
-    if missing:
-        logger.warning("%s: %s is missing: the folder is written again", folder, missing[0])
-    return not missing
+
+
+def keep_published(output: Path, provenance: Provenance, overwrite: bool, result: cli.StageResult) -> bool:
+    """Return whether the folder was published from these inputs and settings, is whole, and stays.
+
+    Raises StaleOutputError where it was made from others and `overwrite` is off, InputError where something else
+    lies there.
+    """
+    check_place(output)
+    result.add(COUNTS)
+    unit = make_unit(output, lambda _: provenance)
+    if find_complete(unit, overwrite):
+        logger.info("%s: kept %s, which is complete", STAGE, output)
+        result.kept.append(output)
+        return True
+    missing = [path.name for path in unit.outputs if not path.is_file()]
+    if missing and unit.marks[0].is_file() and not overwrite:
+        logger.warning("%s: %s is missing: the folder is written again", output, missing[0])
+    return False
 
 
 def _list_weights(folder: Path) -> list[str]:
-    index_path = folder / "model.safetensors.index.json"
-    if not index_path.is_file():
-        return ["model.safetensors"]
-    return sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+    index = read_json_object(folder / "model.safetensors.index.json")
+    return sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
 
 
 def _list_code(folder: Path) -> list[str]:
@@ -157,18 +186,16 @@ def publish(
         raise InputError(f"{checkpoint_path}: no such checkpoint: run stage 6 (train), or correct the path")
     backbone_dir = locate_backbone(config, download=True)
     assert backbone_dir is not None  # it was to be fetched
-    provenance = describe(config, options, checkpoint_path, backbone_dir)
-    result.add(COUNTS)
-    if is_published(output, provenance, options.overwrite):
-        logger.info("%s: kept %s, which is complete", STAGE, output)
-        result.kept.append(output)
+    model_id = identify_model(backbone_dir)
+    provenance = describe(config, options, checkpoint_path, model_id)
+    if keep_published(output, provenance, options.overwrite, result):
         return
     from pipeline.retrieval.checkpoint import load_checkpoint
     from publish_model.model_folder.published_folder import Backbone, fill_folder
     from publish_model.model_folder.training_similarity import measure_training
 
     checkpoint = load_checkpoint(checkpoint_path, config.training_model)
-    check_embedded_alike(config, checkpoint, identify_model(backbone_dir))
+    check_embedded_alike(config, checkpoint, model_id)
     metrics = check_worth(checkpoint, options.force)
     backbone = Backbone(backbone_dir, name_backbone(config), config.embedding_model)
     with writing_folder(output) as folder:
@@ -193,10 +220,7 @@ def publish_anew(options: PublishOptions, source: Path, output: Path, result: cl
         )
     settings = {"dtype": options.dtype or "as stored"}
     provenance = make_provenance(STAGE, [{"name": "model", "id": reference.identify()}], settings) | {"counts": COUNTS}
-    result.add(COUNTS)
-    if is_published(output, provenance, options.overwrite):
-        logger.info("%s: kept %s, which is complete", STAGE, output)
-        result.kept.append(output)
+    if keep_published(output, provenance, options.overwrite, result):
         return
     from publish_model.model_folder.published_folder import Backbone, fill_folder
 

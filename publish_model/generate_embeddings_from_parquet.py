@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,11 @@ from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.duplicates import find_duplicates
 from pipeline.embeddings_dataset.packaged_input import PackagedInput
-from pipeline.embeddings_dataset.part_plans import PartContent
+from pipeline.embeddings_dataset.part_plans import PartContent, plan_parts
 from pipeline.embeddings_dataset.parts import STAGE
-from pipeline.errors import ConfigError, PipelineError, Terminated
+from pipeline.errors import ConfigError, PipelineError, StaleOutputError, Terminated
 from pipeline.files.failures import write_failure
+from pipeline.files.units import Unit
 from pipeline.inference import launcher
 from pipeline.log import EngineWatch, Progress, logger
 from pipeline.threads import Background
@@ -144,22 +145,54 @@ def report(result: cli.StageResult, state: dict[str, Any], max_reject_fraction: 
         )
 
 
-def run(config: Config, options: cli.Options) -> cli.StageResult:
-    """Embed `[new_data].input` into `[new_data].output` with the model that stage 7 has published."""
+def list_units(config: Config) -> list[Unit]:
+    """Return the row groups of `[new_data].input`."""
+    return list_row_groups(read_options(config))
+
+
+def list_row_groups(options: EmbedOptions) -> list[Unit]:
+    """Return the row groups of an input, each with its parts.
+
+    Raises InputError where the input is missing or cannot be used.
+    """
+    source, dataset = open_input(options), EmbeddingsDataset(options.output)
+
+    @cache
+    def check() -> None:
+        begun = (dataset.state or {}).get("row_group_fingerprint")
+        if begun is not None and begun != source.fingerprint:
+            raise StaleOutputError(
+                f"{dataset.state_path}: begun from another input than {source.path}: give another output, or remove it"
+            )
+
+    outputs: dict[int, list[Path]] = {group: [] for group in range(len(source.row_group_rows))}
+    for plan in plan_parts(source):
+        outputs[plan.row_group].append(dataset.path_of(plan.name))
+    return [Unit(f"rg{group:05d}", tuple(paths), check=check) for group, paths in outputs.items()]
+
+
+def read_options(config: Config, overwrite: bool = False) -> EmbedOptions:
+    """Return the options that `[new_data]` and the published model give.
+
+    Raises ConfigError where they are not set.
+    """
     new_data = config.new_data
     if new_data.input is None or new_data.output is None:
         raise ConfigError(f"{config.file_path}: [new_data].input and output: both are needed to embed new data")
-    return embed_dataset(
-        EmbedOptions(
-            input=config.expand(new_data.input, "[new_data].input"),
-            output=config.expand(new_data.output, "[new_data].output"),
-            model_id=str(config.path("published_model_dir")),
-            device=config.infrastructure.device,
-            dtype=config.embedding_model.dtype,
-            overwrite=options.overwrite,
-            progress_interval_seconds=config.logging.progress_interval_seconds,
-        )
+    return EmbedOptions(
+        input=config.expand(new_data.input, "[new_data].input"),
+        output=config.expand(new_data.output, "[new_data].output"),
+        model_id=str(config.path("published_model_dir")),
+        device=config.infrastructure.device,
+        dtype=config.embedding_model.dtype,
+        overwrite=overwrite,
+        progress_interval_seconds=config.logging.progress_interval_seconds,
     )
+
+
+def run(config: Config, options: cli.Options) -> cli.StageResult:
+    """Embed `[new_data].input` into `[new_data].output` with the model that stage 7 has published."""
+    return embed_dataset(read_options(config, options.overwrite))
 
 
 def use_private_module_cache() -> None:

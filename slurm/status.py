@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import DEFAULT_CONFIG_PATH, PROJECT_ROOT, Config
-from slurm.control.stages import format_shards
+from slurm.control.shards import format_shards
 from slurm.control.survey import DONE, NOT_STARTED, RUNNING, WAITING, ShardState, StageState, survey
 
 
@@ -66,7 +66,7 @@ def _describe_failure(shard: ShardState) -> dict[str, Any]:
         "shard": shard.shard,
         "job": shard.job,
         "exit_code": shard.log.exit_code if shard.log else None,
-        "error": shard.log.last_error if shard.log else "",
+        "error": shard.explain(),
         "log": str(shard.log.path) if shard.log else None,
     }
 
@@ -88,7 +88,7 @@ def format_status(states: list[StageState], config: Config, overrides: list[str]
             lines.append(
                 f"\nstage {state.stage.number} {state.stage.name}, shard {shard.shard}, job {shard.job}: failed"
             )
-            lines.append(f"  {log.last_error if log else 'no log: sacct says it failed before it began'}")
+            lines.append(f"  {shard.explain() or 'no log: sacct says it failed before it began'}")
             lines += [f"  {log.path}"] if log else []
         lines.append(f"  retry: {retry_command(state, config, overrides)}")
     if failing:

@@ -128,11 +128,11 @@ def fake_stages(monkeypatch):
     """Replace every stage by one that notes its number."""
     ran = []
 
-    def run(self, _config, _options):
-        ran.append(self.number)
-        return StageResult(self.name, 1, 1, written=["x"])
+    def run(stage, _config, _options):
+        ran.append(stage.number)
+        return StageResult(stage.name, 1, 1, written=["x"])
 
-    monkeypatch.setattr(run_pipeline.Stage, "run", run)
+    monkeypatch.setattr(run_pipeline, "run_stage", run)
     return ran
 
 
@@ -164,16 +164,16 @@ def test_the_ledger_fits_a_terminal_whatever_the_numbers(capsys):
 def test_what_stages_did_before_a_failure_is_in_the_ledger(tmp_path, write_config, monkeypatch):
     config = load_config(write_config(tmp_path))
 
-    def run(self, _config, _options):
-        if self.number == 3:
+    def run(stage, _config, _options):
+        if stage.number == 3:
             raise InputError("no result")
-        if self.number == 2:
+        if stage.number == 2:
             error = InputError("a tar failed")
             error.result = StageResult("second", 4, 4)
             raise error
         return StageResult("first", 4, 4)
 
-    monkeypatch.setattr(run_pipeline.Stage, "run", run)
+    monkeypatch.setattr(run_pipeline, "run_stage", run)
     results = []
     with pytest.raises(InputError, match="a tar failed"):
         run_pipeline.run_stages(config, Options(), results)

@@ -6,24 +6,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from slurm_fixtures import dry_run
 
+from generate_embeddings import generate_embeddings
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, StaleOutputError
+from pipeline.files.units import ABSENT, COMPLETE, UnitState
+from pipeline.stages import STAGES, TUNE
 from preprocess_raw_data import process_tar
 from slurm.control import scheduler, submit
-from slurm.control.completeness import UnitState, shards_done
 from slurm.control.plan import ActiveTask, Cut, count_shards, make_plan
-from slurm.control.stages import STAGES, TUNE, format_shards, parse_shards
-from slurm.control.submission import check_secrets, format_dependency
+from slurm.control.shards import format_shards, parse_shards
+from slurm.control.submission import check_secrets, format_dependency, name_job_file
+from slurm.control.survey import survey
+from slurm.control.work import is_done
 
 REPO = Path(__file__).resolve().parents[1]
 SHELL_FILES = sorted(
     [path for folder in ("slurm", "publish_model/slurm", "tests", ".ci") for path in (REPO / folder).glob("*.s[hb]*")]
     + [REPO / ".ci/run"]
 )
-SBATCH_FILES = [REPO / stage.sbatch_path for stage in (*STAGES.values(), TUNE)]
+SBATCH_FILES = [REPO / name_job_file(stage) for stage in (*STAGES.values(), TUNE)]
 
 
 @pytest.fixture(autouse=True)
@@ -121,11 +127,27 @@ def test_an_output_of_another_input_is_refused_with_the_difference_named(config,
         plan(config, 1, 1)
 
 
+def test_an_output_of_the_reference_program_is_done_for_the_stage_submit_and_status_alike(config, run_main):
+    options = ["--config", str(config.file_path)]
+    process_tar.main(options)
+    for number in (1, 2):
+        table = pq.read_table(config.path("intermediates_dir") / f"{number:04d}.parquet").replace_schema_metadata(None)
+        column = pa.array([[0.5, 1.0]] * len(table), pa.list_(pa.float64()))
+        path = config.path("embeddings_dir") / f"{number:04d}_embeddings.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table.append_column("embedding", column), path)
+        raw = config.path("raw_dir") / f"{number:04d}.tar"
+        assert "1 kept" in run_main(generate_embeddings.main, *options, "--tar-file", str(raw)).stderr
+    assert summarize(plan(config, 2, 2)) == [(2, "2", "")]
+    (stage,) = [state for state in survey(config) if state.stage.number == 2]
+    assert [shard.state for shard in stage.shards] == ["done", "done", "not started"]
+
+
 def test_a_shard_with_too_many_rejects_is_not_done_although_its_outputs_are_there():
-    states = [UnitState(True, 10, 1), UnitState(True, 10, 5), UnitState(True, 10, 0), UnitState(False)]
-    assert shards_done(states, 4, 0.2) == [True, False, True, False]
-    assert shards_done(states, 2, 0.2) == [True, False]
-    assert shards_done(states[:3], 1, 0.2) == [True]  # 6 of 30
+    states = [UnitState(COMPLETE, {"in": 10, "rejected": rejected}) for rejected in (1, 5, 0)] + [UnitState(ABSENT)]
+    assert [is_done([state], 0.2) for state in states] == [True, False, True, False]
+    assert [is_done(states[shard::2], 0.2) for shard in (0, 1)] == [True, False]
+    assert is_done(states[:3], 0.2)  # 6 of 30
 
 
 # ------------------------------------------------------------------------------------------------ the queue
@@ -326,7 +348,7 @@ def test_a_job_file_asks_for_what_it_must_and_holds_no_logic(path):
         for line in text.splitlines()
         if "#SBATCH --" in line and "=" in line
     )
-    stage = next(stage for stage in (*STAGES.values(), TUNE) if stage.sbatch_path.endswith(path.name))
+    stage = next(stage for stage in (*STAGES.values(), TUNE) if name_job_file(stage).endswith(path.name))
     assert {"mem", "time", "signal", "open-mode", "cpus-per-task"} <= options.keys()
     assert (options["signal"], options["open-mode"]) == ("B:USR1@120", "append")
     assert "#SBATCH --requeue\n" in text

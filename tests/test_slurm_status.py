@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.files.writing import write_json
+from pipeline.stages import STAGES
 from preprocess_raw_data import process_tar
 from slurm import status
 from slurm.control import records, scheduler
 from slurm.control.records import Record, format_table, holding, read_records
-from slurm.control.stages import STAGES
 from slurm.control.submission import Target
 from slurm.control.survey import read_log, survey
 

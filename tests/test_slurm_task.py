@@ -9,14 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from published_models import write_packaged
 
-from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.ids import Shard
 from preprocess_raw_data import process_tar
 from slurm.control import requeue, scheduler, task
-from slurm.control.outputs import take_mark
-from slurm.control.stages import STAGES, TUNE
+from slurm.control.requeue import take_mark
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -105,11 +103,15 @@ def test_a_task_goes_back_as_long_as_it_gets_further(config_path):
 
 
 def test_every_kind_of_progress_changes_the_mark(config_path, tmp_path):
-    config = load_config(config_path)
     folder = config_path.parent
+    (folder / "fingerprints").mkdir()
 
-    def mark(stage, options=(), shard=None):
-        return take_mark(STAGES[stage], config, shard or Shard(), list(options))
+    def mark(stage, shard=0, shards=1):
+        options = ["--config", str(config_path)]
+        if stage == 8:
+            options = ["--input", str(packaged), "--output", str(tmp_path / "new")]
+        words = [str(stage), "--shards", str(shards), *options]
+        return take_mark(task.read_task(words, {"SLURM_ARRAY_TASK_ID": str(shard)}))
 
     def changes(stage, path, text="x", **more):
         before = mark(stage, **more)
@@ -117,6 +119,8 @@ def test_every_kind_of_progress_changes_the_mark(config_path, tmp_path):
         path.write_text(text)
         return mark(stage, **more) != before
 
+    packaged = tmp_path / "packaged.parquet"
+    write_packaged(packaged, [b"x"] * 4, row_group_size=1, OSMID=range(4))
     assert changes(2, folder / "embeddings/.0002_embeddings.parquet.progress.json", json.dumps({"seen": 64}))
     assert not changes(2, folder / "embeddings/.0002_embeddings.parquet.progress.json", json.dumps({"seen": 64}))
     assert changes(2, folder / "embeddings/.0002_embeddings.parquet.progress.json", json.dumps({"seen": 128}))
@@ -125,25 +129,13 @@ def test_every_kind_of_progress_changes_the_mark(config_path, tmp_path):
     assert changes(5, folder / "_difficulty_parts/0of1/part00001.parquet")
     assert changes(6, folder / "checkpoint/metrics.jsonl", "{}\n")
     assert changes(6, folder / "checkpoint/metrics.jsonl", "{}\n{}\n")
-    study = folder / "checkpoint/_tune/journal.log"
-    before = take_mark(TUNE, config, Shard(), [])
-    study.parent.mkdir()
-    study.write_text("a trial's epoch")
-    assert take_mark(TUNE, config, Shard(), []) != before
-    options = {"options": ["--output", str(tmp_path / "new")]}
-    assert changes(8, tmp_path / "new/parts/rg00001_rb00000.parquet", **options)
-    assert not changes(8, tmp_path / "new/parts/rg00003_rb00000.parquet", **options, shard=Shard(0, 2))
+    assert changes("tune", folder / "checkpoint/_tune/journal.log", "a trial's epoch")
+    assert changes(8, tmp_path / "new/parts/rg00001_rb00000.parquet")
+    assert not changes(8, tmp_path / "new/parts/rg00003_rb00000.parquet", shards=2)
     # Another shard's work is none of this one's.
+    before = mark(1, shard=1, shards=2)
     process_tar.main(["--config", str(config_path), "--tar-file", str(folder / "raw/0001.tar")])
-    assert [unit[1] for unit in mark(1, shard=Shard(1, 2))] == [False]
-
-
-def test_where_stage_5_keeps_its_parts_is_where_the_mark_looks(tmp_path):
-    from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
-    from pipeline.files.tables import make_provenance
-
-    store = PartStore(tmp_path / "difficulty.parquet", 4, 2, make_provenance("compute_visual_neighbors", [], {}))
-    assert store.folder == tmp_path / "_difficulty_parts"
+    assert mark(1, shard=1, shards=2) == before
 
 
 def test_scontrol_is_told_and_its_refusal_is_an_error(config_path, monkeypatch, run_main):

@@ -1,5 +1,6 @@
 """The per-tar stages' work: which tars, what is kept, what fails, what is counted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,13 +11,18 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError
 from pipeline.files import listing
 from pipeline.files.tables import identify, make_provenance, write_parquet
-from pipeline.files.units import list_tars, list_units, run_units
+from pipeline.files.units import do_tars, list_tar_units, list_tars
 from pipeline.ids import Shard
+from pipeline.stages import STAGES
 
 
 @pytest.fixture
 def config(tmp_path, write_config):
     return load_config(write_config(tmp_path))
+
+
+def list_units(config, options, number=1, describe=None):
+    return list_tar_units(STAGES[number], config, options, describe)
 
 
 def touch(folder, *names):
@@ -27,7 +33,7 @@ def touch(folder, *names):
 
 def test_a_unit_is_a_tar_its_intermediate_and_its_output(tmp_path, config):
     touch(tmp_path / "raw", "0002.tar", "0001.tar", ".0003.tar")
-    first, second = list_units(config, Options(), "embeddings_dir", "_embeddings")
+    first, second = list_units(config, Options(), 2)
     assert (first.dataset_id, second.dataset_id) == (1, 2)
     assert first.tar_path == tmp_path / "raw" / "0001.tar"
     assert first.intermediate_path == tmp_path / "intermediates" / "0001.parquet"
@@ -37,31 +43,31 @@ def test_a_unit_is_a_tar_its_intermediate_and_its_output(tmp_path, config):
 def test_an_intermediate_whose_tar_is_gone_is_a_unit_of_the_later_stages_only(tmp_path, config):
     touch(tmp_path / "raw", "0002.tar")
     touch(tmp_path / "intermediates", "0001.parquet", ".0004.parquet", "notes.parquet")
-    assert [unit.dataset_id for unit in list_units(config, Options(), "embeddings_dir", "_embeddings")] == [1, 2]
-    assert [unit.dataset_id for unit in list_units(config, Options(), "intermediates_dir")] == [2]
+    assert [unit.dataset_id for unit in list_units(config, Options(), 2)] == [1, 2]
+    assert [unit.dataset_id for unit in list_units(config, Options())] == [2]
     (tmp_path / "raw" / "0002.tar").unlink()
     (tmp_path / "raw").rmdir()
-    assert [unit.dataset_id for unit in list_units(config, Options(), "embeddings_dir", "_embeddings")] == [1]
+    assert [unit.dataset_id for unit in list_units(config, Options(), 2)] == [1]
     with pytest.raises(InputError, match="no such folder"):
-        list_units(config, Options(), "intermediates_dir")
+        list_units(config, Options())
 
 
 def test_nothing_at_all_is_an_error(tmp_path, config):
     with pytest.raises(InputError, match=r"raw: no such folder"):
-        list_units(config, Options(), "embeddings_dir", "_embeddings")
+        list_units(config, Options(), 2)
 
 
 def test_named_tars_win_over_the_folder_and_shards_cut_either(tmp_path, config):
     touch(tmp_path / "raw", "0001.tar", "0002.tar", "0003.tar")
     named = Options(tar_files=(Path("x/0009.tar"), Path("0008.tar")))
-    assert [unit.tar_path for unit in list_units(config, named, "intermediates_dir")] == [
+    assert [unit.tar_path for unit in list_units(config, named)] == [
         Path("0008.tar"),
         Path("x/0009.tar"),
     ]
     shard = Options(shard=Shard(0, 2))
-    assert [unit.dataset_id for unit in list_units(config, shard, "intermediates_dir")] == [1, 3]
+    assert [unit.dataset_id for unit in list_units(config, shard)] == [1, 3]
     with pytest.raises(ConfigError, match=r"--tar-file y/0009\.tar: another one has this name"):
-        list_units(config, Options(tar_files=(Path("x/0009.tar"), Path("y/0009.tar"))), "intermediates_dir")
+        list_units(config, Options(tar_files=(Path("x/0009.tar"), Path("y/0009.tar"))))
 
 
 @pytest.fixture
@@ -79,13 +85,14 @@ def run(tmp_path, config):
             if unit.tar_path.name in broken:
                 raise InputError(f"{unit.tar_path}: damaged")
             made.append(unit.dataset_id)
-            provenance["counts"] = {"in": 3, "out": 2, "rejected": 1}
-            provenance["reasons"] = {"unreadable_image": 1}
+            counts = {"in": 3, "out": 2, "rejected": 1}
+            provenance = provenance | {"counts": counts, "reasons": {"unreadable_image": 1}}
             write_parquet(unit.output_path, pa.table({"a": [1]}), provenance)
+            return provenance
 
-        units = units or list_units(config, Options(), "intermediates_dir")
+        units = [replace(unit, describe=describe) for unit in units or list_units(config, Options())]
         try:
-            run_units(units, result, describe, make, overwrite)
+            do_tars(units, result, overwrite, make)
         except PipelineError as error:
             return made, result, error
         return made, result, None
@@ -124,7 +131,7 @@ def test_a_tar_that_fails_leaves_the_others_done_and_is_told_in_the_end(run, tmp
 
 
 def test_a_tar_whose_inputs_are_missing_fails_before_and_counts_once(run, tmp_path, config):
-    units = list_units(config, Options(), "intermediates_dir")
+    units = list_units(config, Options())
     (tmp_path / "raw" / "0001.tar").unlink()
     made, _, error = run(units=units)
     assert made == [2, 3]

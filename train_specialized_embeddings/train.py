@@ -18,8 +18,10 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.files import tables
+from pipeline.files.units import Unit, find_complete
 from pipeline.files.workspace import replacing
 from pipeline.log import logger
+from pipeline.stages import STAGES
 from train_specialized_embeddings.training.run_files import RunFiles
 
 STAGE = "train"
@@ -68,6 +70,21 @@ def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
     return provenance
 
 
+def list_units(config: Config) -> list[Unit]:
+    """Return the one unit: the run."""
+    files = RunFiles(config.path("checkpoint_dir"))
+    return [
+        Unit(
+            STAGE,
+            STAGES[6].list_outputs(config),
+            lambda _: describe_run(config, list_inputs(config)),
+            check=files.check,
+            leftover=files.latest,
+            marks=(files.provenance,),
+        )
+    ]
+
+
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Train, go on, or keep what is there; the rows are the images of train and val.
 
@@ -78,7 +95,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     provenance = describe_run(config, inputs)
     files = RunFiles(config.path("checkpoint_dir"))
     result = cli.StageResult(STAGE)
-    if not options.overwrite and files.is_complete(provenance):
+    (unit,) = list_units(config)
+    if find_complete(unit, options.overwrite):
         found = files.read_provenance() or {}
         logger.info("%s: kept %s, which is complete (best epoch %s)", STAGE, files.folder, found.get("best_epoch"))
         result.add(found.get("counts", {}))

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.files.units import Unit
+from pipeline.stages import TUNE
 from train_specialized_embeddings.train import describe_run, list_inputs
 from train_specialized_embeddings.training.metric_sinks import require_package
 
@@ -35,6 +37,11 @@ class TuneOptions:
     study_name: str = "stage6"
     overwrite: bool = False
     sample_buildings: int | None = None  # of the training split; None is all
+
+
+def list_units(config: Config) -> list[Unit]:
+    """Return the one unit: the study."""
+    return [Unit(STAGE, TUNE.list_outputs(config), leftover=config.path("checkpoint_dir") / "_tune")]
 
 
 def run(config: Config, options: TuneOptions) -> cli.StageResult:

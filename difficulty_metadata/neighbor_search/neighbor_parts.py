@@ -31,12 +31,17 @@ _TYPES = {"rows": np.int32, "distances": np.float32}
 _ROWS_PER_GROUP = 1_024
 
 
+def parts_dir(output_path: Path) -> Path:
+    """Return the folder of an output's parts."""
+    return output_path.parent / f"_{output_path.stem}_parts"
+
+
 class PartStore:
     """The folder of the parts of one output, for one way of sharing the anchors out."""
 
     def __init__(self, output_path: Path, num_anchors: int, num_neighbors: int, provenance: dict[str, Any]) -> None:
         """`provenance` is what the output will carry: parts of other inputs or settings are refused."""
-        self.folder = output_path.parent / f"_{output_path.stem}_parts"
+        self.folder = parts_dir(output_path)
         self.num_anchors = num_anchors
         self.num_neighbors = num_neighbors
         self._provenance = provenance

@@ -69,8 +69,8 @@ def _strip(name: str, dataset_id: int) -> str:
     return name
 
 
-def check_foreign_output(unit: TarUnit, column: ListColumn) -> dict[str, int]:
-    """Return the counts of an output without provenance that holds the images of its intermediate, each once.
+def check_foreign_output(unit: TarUnit, column: ListColumn) -> tuple[dict[str, int], str]:
+    """Return the counts of an output without provenance that holds each image of its intermediate once, and a note.
 
     `column` is what the output has for each. Raises InputError if a file is damaged or the images differ.
     """
@@ -84,12 +84,11 @@ def check_foreign_output(unit: TarUnit, column: ListColumn) -> dict[str, int]:
             f"{path}: carries no provenance and does not match {source} ({problem}): move it away to have it made "
             "again, or make the intermediate again with stage 1"
         )
-    logger.warning(
-        "kept %s: it carries no provenance, but has the %d images of %s, %s numbers each; it is taken to be made with "
-        "the settings as they are",
-        path, len(ids), source.name, column.width,
-    )  # fmt: skip
-    return {"in": len(ids), "out": len(ids)}
+    note = (
+        f"it carries no provenance, but has the {len(ids)} images of {source.name}, {column.width} numbers each; it is "
+        "taken to be made with the settings as they are"
+    )
+    return {"in": len(ids), "out": len(ids)}, note
 
 
 def _compare(ids: pa.ChunkedArray, others: pa.ChunkedArray, name: str) -> str | None:

@@ -17,7 +17,7 @@ from pipeline.log import logger
 
 def remove_leftover(output_path: Path) -> None:
     """Remove the scratch of a complete output that a killed run has left; one that another process holds stays."""
-    left = _name_files(output_path)
+    left = name_files(output_path)
     if any(path.exists() for path in (*left, lock_path(output_path))):
         with contextlib.suppress(PipelineError, OSError), _locked(output_path):
             for path in left:
@@ -28,7 +28,7 @@ def _locked(output_path: Path) -> contextlib.AbstractContextManager[None]:
     return locked(output_path, "is making it: wait for that one, or stop it and run this again")
 
 
-def _name_files(output_path: Path) -> tuple[Path, Path]:
+def name_files(output_path: Path) -> tuple[Path, Path]:
     """Return where an output's rows lie while they are computed, and the note of how far they are."""
     hidden = f".{output_path.name}"
     return output_path.with_name(f"{hidden}.rows"), output_path.with_name(f"{hidden}.progress.json")
@@ -48,7 +48,7 @@ class RowScratch:
         """
         self.num_rows, self.identity = num_rows, identity
         self._output_path = output_path
-        self._rows_path, self._progress_path = _name_files(output_path)
+        self._rows_path, self._progress_path = name_files(output_path)
         self._held = contextlib.ExitStack()
         self._held.enter_context(_locked(output_path))
         try:

@@ -1,55 +1,208 @@
-"""The per-tar stages' work: which tars, which outputs, what is kept, what failed."""
+"""Units of a stage's work, whether each is complete, and the work of the stages that go tar by tar."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.cli import Options, StageResult
 from pipeline.config import Config
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files.listing import is_parquet, list_files, warn_of_others
-from pipeline.files.tables import identify, is_complete, open_parquet, read_provenance
+from pipeline.files.tables import PROVENANCE_KEY, identify, matches, open_parquet, read_provenance
+from pipeline.files.writing import read_json_object
 from pipeline.ids import parse_dataset_id
 from pipeline.log import logger
+from pipeline.stages import Stage
+
+Provenance = dict[str, Any]
 
 # The folder in which the public download keeps its tars.
 UNALIGNED = "dataset_unaligned"
 MAX_NAMED = 10  # of those that an error lists
 
+COMPLETE, STALE, UNFINISHED, ABSENT = "complete", "stale", "unfinished", "absent"
+
+
+# ------------------------------------------------------------------------------------------------ units
+
 
 @dataclass(frozen=True)
-class TarUnit:
+class UnitState:
+    """How far a unit is.
+
+    A complete one has its `counts` and `reasons`, and a `note` where it was taken over from another program. A stale
+    one was made from other inputs or settings: `problem` says which, and what to do.
+    """
+
+    status: str
+    counts: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    note: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit of a stage's work: a tar, a row group, or all of it. It is complete when all `outputs` are there.
+
+    `describe(unit)` gives the provenance that the outputs must carry; without it nothing is compared. `take_over(unit)`
+    gives the counts of an output that carries none and is kept all the same, with a note for the log, and raises
+    InputError for one that is not kept. `check()` looks at what provenance cannot tell, and raises StaleOutputError or
+    InputError. `leftover` is the file or folder that an unfinished run goes on from, `marks` are the outputs that carry
+    the provenance, if they are not parquet files.
+    """
+
+    name: str
+    outputs: tuple[Path, ...]
+    describe: Callable[[Any], Provenance] | None = None
+    take_over: Callable[[Any], tuple[dict[str, int], str]] | None = None
+    check: Callable[[], None] | None = None
+    leftover: Path | None = None
+    marks: tuple[Path, ...] = ()
+
+
+def find_state(unit: Unit) -> UnitState:
+    """Return whether a unit is complete, stale, unfinished or absent.
+
+    Raises InputError where an input is missing, or an output is damaged or is not a stage's.
+    """
+    there = [path for path in unit.outputs if path.exists()]
+    marks = unit.marks or [path for path in there if is_parquet(path)]
+    try:
+        if unit.check is not None:
+            unit.check()
+        recorded = {path: read_recorded(path) for path in marks if unit.describe and path.exists()}
+        if unit.take_over and None in recorded.values():
+            counts, note = unit.take_over(unit)
+            return UnitState(COMPLETE, counts, note=note)
+        if unit.describe and recorded:
+            wanted = unit.describe(unit)
+            for path, found in recorded.items():
+                matches(path, found, wanted)
+    except StaleOutputError as error:
+        return UnitState(STALE, problem=str(error))
+    if len(there) == len(unit.outputs):
+        first = next(iter(recorded.values()), None) or {}
+        return UnitState(COMPLETE, first.get("counts", {}), first.get("reasons", {}))
+    is_begun = there or (unit.leftover is not None and unit.leftover.exists())
+    return UnitState(UNFINISHED if is_begun else ABSENT)
+
+
+def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
+    """Return the state of a unit that is complete and stays, None for one that is to be made.
+
+    Raises StaleOutputError, naming the difference, where it was made from others and `overwrite` is off.
+    """
+    if overwrite:
+        return None
+    state = find_state(unit)
+    if state.status == STALE:
+        raise StaleOutputError(state.problem)
+    return state if state.status == COMPLETE else None
+
+
+def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:
+    """Return whether a unit is complete and stays; it is then among what `result` counts and has kept.
+
+    Raises StaleOutputError as `find_complete` does.
+    """
+    state = find_complete(unit, overwrite)
+    if state is None:
+        return False
+    if state.note:
+        logger.warning("kept %s: %s", unit.outputs[0], state.note)
+    else:
+        logger.info("%s: kept %s, which is complete", result.stage, ", ".join(map(str, unit.outputs)))
+    result.add(state.counts, state.reasons)
+    result.kept += unit.outputs
+    return True
+
+
+def read_recorded(path: Path) -> Provenance | None:
+    """Return the provenance that a parquet's footer or a JSON file carries, None where it carries none.
+
+    Raises InputError if a parquet is damaged.
+    """
+    if is_parquet(path):
+        return read_provenance(path)
+    content = read_json_object(path)
+    if "stage" in content:
+        return content
+    found = content.get(PROVENANCE_KEY.decode(), content.get("provenance"))
+    return found if isinstance(found, dict) else None
+
+
+def measure_progress(unit: Unit) -> list[Any]:
+    """Return plain values that change whenever a unit gets further in a way that the next try builds on."""
+    places = [*unit.outputs, *([unit.leftover] if unit.leftover else [])]
+    return [[path.name, _measure(path)] for path in places]
+
+
+def _measure(path: Path) -> Any:
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        return sorted([str(file.relative_to(path)), file.stat().st_size] for file in files)
+    if not path.exists():
+        return None
+    return path.read_text(encoding="utf-8") if path.suffix == ".json" else path.stat().st_size
+
+
+# ------------------------------------------------------------------------------------------------ tars
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarUnit(Unit):
     """One tar and what a stage makes of it; `intermediate_path` is stage 1's output for the tar."""
 
     dataset_id: int
     tar_path: Path
     intermediate_path: Path
-    output_path: Path
+
+    @property
+    def output_path(self) -> Path:
+        """The one output."""
+        return self.outputs[0]
 
     def identify_tar(self) -> list[dict[str, Any]]:
-        """Tell the tar apart by name and size; a tar that is gone is no input any more."""
+        """Identify the tar by name and size; a tar that is gone is not an input any more."""
         return [identify(self.tar_path)] if self.tar_path.is_file() else []
 
 
-def list_units(config: Config, options: Options, output_key: str, suffix: str = "") -> list[TarUnit]:
+def list_tar_units(
+    stage: Stage,
+    config: Config,
+    options: Options,
+    describe: Callable[[TarUnit], Provenance],
+    take_over: Callable[[TarUnit], tuple[dict[str, int], str]] | None = None,
+    find_leftover: Callable[[Path], Path] | None = None,
+) -> list[TarUnit]:
     """Return this shard's units for the tars named on the command line, or else all that there are.
 
-    All are the tars of raw_dir and, for the stages that read intermediates (`suffix` given), also the intermediates
-    whose tar is gone: what was made of them still counts. Raises InputError where there is nothing.
+    All are the tars of raw_dir and, for the stages behind the first, also the intermediates whose tar is gone: what
+    was made of them still counts. `find_leftover` names what an unfinished run leaves beside an output.
+    Raises InputError where there is nothing, ConfigError where a path is not set.
     """
-    intermediates_dir, output_dir = config.path("intermediates_dir"), config.path(output_key)
-    intermediates = list_intermediates(intermediates_dir) if suffix else {}
+    needed = [name for name in (*stage.reads, stage.writes) if name != "raw_dir" or not options.tar_files]
+    config.require_paths(*needed)
+    intermediates_dir, place = config.path("intermediates_dir"), stage.find_place(config)
+    intermediates = list_intermediates(intermediates_dir) if place != intermediates_dir else {}
     tars = _take_named(options.tar_files) if options.tar_files else _find_tars(config.path("raw_dir"), intermediates)
-    units = [
-        TarUnit(
-            dataset_id,
-            tar_path,
-            intermediates.get(dataset_id, intermediates_dir / f"{dataset_id:04d}.parquet"),
-            output_dir / f"{dataset_id:04d}{suffix}.parquet",
+    units = []
+    for dataset_id, tar_path in sorted(tars.items()):
+        output = place / stage.outputs[0].format(dataset_id)
+        units.append(
+            TarUnit(
+                tar_path.name,
+                (output,),
+                describe,
+                take_over,
+                leftover=find_leftover(output) if find_leftover else None,
+                dataset_id=dataset_id,
+                tar_path=tar_path,
+                intermediate_path=intermediates.get(dataset_id, intermediates_dir / f"{dataset_id:04d}.parquet"),
+            )
         )
-        for dataset_id, tar_path in sorted(tars.items())
-    ]
     return options.shard.take(units)
 
 
@@ -144,55 +297,24 @@ def _find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]
 
 
 def do_tars(
-    result: StageResult,
-    config: Config,
-    options: Options,
-    output_key: str,
-    suffix: str = "",
-    *,
-    describe: Callable[[TarUnit], dict[str, Any]],
-    make: Callable[[TarUnit, dict[str, Any]], None],
-    take_over: Callable[[TarUnit], dict[str, int]] | None = None,
-) -> StageResult:
-    """Do this shard's part of a stage that works tar by tar, and return its counts; see `list_units` and `run_units`.
-
-    Raises InputError if a tar failed, PipelineError if too many items were rejected.
-    """
-    config.require_paths(*dict.fromkeys(["intermediates_dir", output_key, *([] if options.tar_files else ["raw_dir"])]))
-    units = list_units(config, options, output_key, suffix)
-    run_units(units, result, describe=describe, make=make, overwrite=options.overwrite, take_over=take_over)
-    result.check_reject_fraction(config)
-    return result
-
-
-def run_units(
     units: Iterable[TarUnit],
     result: StageResult,
-    describe: Callable[[TarUnit], dict[str, Any]],
-    make: Callable[[TarUnit, dict[str, Any]], None],
     overwrite: bool,
-    take_over: Callable[[TarUnit], dict[str, int]] | None = None,
+    make: Callable[[TarUnit, Provenance], Provenance],
 ) -> None:
-    """Make what is not there yet, tar by tar, and add every tar's counts to `result`.
+    """Make the outputs that are not there yet, tar by tar, and add every tar's counts to `result`.
 
-    `describe` gives the provenance that an output must have, `make` writes the output and its rejects and puts
-    `counts` and `reasons` into the provenance. `take_over` gives the counts of an output without provenance that is to
-    be kept, and raises InputError for one that is not. A tar that cannot be read fails alone: the others are done
-    first.
+    `make` writes an output and its rejects, and returns the provenance that they carry: the one given, with `counts`
+    and `reasons`. A tar that cannot be read fails alone: the others are done first.
     Raises StaleOutputError before anything is made, InputError in the end where tars failed.
     """
-    planned: list[tuple[TarUnit, dict[str, Any]]] = []
+    planned: list[tuple[TarUnit, Provenance]] = []
     failures: list[str] = []
     for unit in units:
         try:
-            provenance = describe(unit)
-            if take_over and not overwrite and _is_foreign(unit.output_path):
-                result.add(take_over(unit))
-                result.kept.append(unit.output_path)
-            elif is_complete(unit.output_path, provenance, overwrite):
-                _add_kept(unit, result)
-            else:
-                planned.append((unit, provenance))
+            if not keep_complete(unit, result, overwrite):
+                assert unit.describe is not None
+                planned.append((unit, unit.describe(unit)))
         except InputError as error:
             failures.append(str(error))
             logger.error("%s", error)
@@ -200,12 +322,12 @@ def run_units(
     for number, (unit, provenance) in enumerate(planned, start=1):
         logger.info("%s: %s (%d of %d)", result.stage, unit.tar_path.name, number, len(planned))
         try:
-            make(unit, provenance)
+            made = make(unit, provenance)
         except InputError as error:
             failures.append(str(error))
             logger.error("%s", error)
             continue
-        result.add(provenance["counts"], provenance["reasons"])
+        result.add(made["counts"], made["reasons"])
         result.written.append(unit.output_path)
     if failures:
         more = f" (and {len(failures) - 1} more, see the log)" if len(failures) > 1 else ""
@@ -213,14 +335,3 @@ def run_units(
         failed = InputError(f"{len(failures)} of {total} tars failed{others}: {failures[0]}{more}")
         failed.result = result
         raise failed
-
-
-def _is_foreign(path: Path) -> bool:
-    return path.exists() and read_provenance(path) is None
-
-
-def _add_kept(unit: TarUnit, result: StageResult) -> None:
-    found = read_provenance(unit.output_path) or {}
-    logger.info("%s: kept %s, which is complete", result.stage, unit.output_path)
-    result.add(found.get("counts", {}), found.get("reasons"))
-    result.kept.append(unit.output_path)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
-from slurm.control.completeness import find_states, shards_done
-from slurm.control.outputs import list_stage_units
-from slurm.control.stages import ANCHOR, ROW_GROUP, STAGES, TAR, TUNE, WORKER, Stage, has_new_data
+from pipeline.files.units import Unit
+from pipeline.stages import ANCHOR, NO_NEW_DATA, ROW_GROUP, STAGES, TAR, TUNE, WORKER, Stage, has_new_data
+from slurm.control.work import find_done, list_units
 
 # A task more is a model loaded once more: 64 GPUs are a large share of a cluster, and leave each of them minutes of
 # work at a million images (docs/slurm.md).
@@ -102,10 +102,11 @@ class Planner:
         Raises StaleOutputError where outputs were made from other inputs or settings.
         """
         active = self.active.get(stage.number, [])
-        num_units = self._count_units(stage)
+        units = self._list_units(stage)
+        num_units = None if units is None else len(units)
         shard_count = count_shards(stage, num_units, self.cut, self._like(stage))
         waits = {shard: self._sources(stage, shard) for shard in range(shard_count)}
-        done = self._find_done(stage, shard_count, waits, num_units)
+        done = self._find_done(stage, shard_count, waits, units)
         replaced = [task for task in active if task.is_waiting and self._waits_for_new(waits[task.shard])]
         for task in replaced:  # what it waits for is going to fail, or has: it would be cancelled with it
             self.plan.replaced.setdefault(task.job_id, []).append(task.shard)
@@ -126,28 +127,23 @@ class Planner:
         alike = [other for other in STAGES.values() if other.unit == TAR] if stage.unit == TAR else [stage]
         return [task for other in alike for task in self.active.get(other.number, [])]
 
-    def _count_units(self, stage: Stage) -> int | None:
-        """Return how many units there are, None where that cannot be told yet."""
-        if not stage.is_array or stage.unit in (ANCHOR, WORKER):
-            return 1
+    def _list_units(self, stage: Stage) -> list[Unit] | None:
+        """Return the stage's units, None where they cannot be told yet."""
         try:
-            return len(list_stage_units(stage, self.config))
+            return list_units(stage, self.config)
         except InputError as error:
             if stage.unit != ROW_GROUP:
                 self.plan.notes.append(f"stage {stage.number}: {error}")
             return None
 
     def _find_done(
-        self, stage: Stage, shard_count: int, waits: dict[int, list[Source]], num_units: int | None
+        self, stage: Stage, shard_count: int, waits: dict[int, list[Source]], units: list[Unit] | None
     ) -> list[bool]:
         """Return which shards are done; one whose input is still to be made is not, whatever lies there."""
         # A study is done when it has its trials, which the workers count.
-        if num_units is None or stage.unit == WORKER or all(waits.values()):
+        if units is None or stage.unit == WORKER or all(waits.values()):
             return [False] * shard_count
-        states = find_states(stage, self.config)
-        if stage.unit == ANCHOR:  # one output for all shards
-            states *= shard_count
-        whole = shards_done(states, shard_count, self.config.data.max_reject_fraction)
+        whole = find_done(stage, units, shard_count, self.config.data.max_reject_fraction)
         return [whole[shard] and not waits[shard] for shard in range(shard_count)]
 
     def _sources(self, stage: Stage, shard: int) -> list[Source]:
@@ -203,7 +199,7 @@ def make_plan(
     planner = Planner(config, cut, active)
     for stage in STAGES.values():
         if stage.number == 8 and first <= 8 <= last and not has_new_data(config):
-            planner.plan.notes.append("stage 8: [new_data].input and output are not set: passed over")
+            planner.plan.notes.append(NO_NEW_DATA)
         elif first <= stage.number <= last:
             planner.add(stage, only)
         else:

@@ -12,7 +12,8 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 from pipeline.files.failures import write_failure
 from pipeline.files.writing import write_json
-from slurm.control.stages import Stage, format_shards, parse_shards
+from pipeline.stages import Stage
+from slurm.control.shards import format_shards, parse_shards
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,22 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import PipelineError
+from pipeline.files.units import measure_progress
 from pipeline.files.writing import write_json
+from pipeline.stages import ROW_GROUP, TAR
+from publish_model.generate_embeddings_from_parquet import list_row_groups
+from publish_model.new_data.embed_options import EmbedOptions
+from publish_model.new_data.embed_options import parse as parse_embed_options
 from slurm.control import records, scheduler
-from slurm.control.outputs import dataset_dir, take_mark
 from slurm.control.task import Task, read_task
+from slurm.control.work import list_units
 
 DEFAULT_MAX_REQUEUES = 20
 
@@ -35,7 +42,18 @@ def find_log_dir(task: Task) -> Path:
     """Return the folder that keeps the marks."""
     if task.config is not None:
         return task.config.log_dir
-    return dataset_dir(Path(task.options[task.options.index("--output") + 1])) / "_logs"
+    return EmbeddingsDataset(_read_embed_options(task).output).folder / "_logs"
+
+
+def take_mark(task: Task) -> list[Any]:
+    """Return plain values that change whenever the task's shard gets further."""
+    units = list_row_groups(_read_embed_options(task)) if task.config is None else list_units(task.stage, task.config)
+    own = task.shard.take(units) if task.stage.unit in (TAR, ROW_GROUP) else units
+    return [measure_progress(unit) for unit in own]
+
+
+def _read_embed_options(task: Task) -> EmbedOptions:
+    return parse_embed_options("", task.options)
 
 
 def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> str:
@@ -52,7 +70,7 @@ def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> 
         )
     path = records.submissions_dir(find_log_dir(task)) / "marks" / f"{task_id}.json"
     # Through JSON, as what was noted before has gone.
-    mark = json.loads(json.dumps(take_mark(task.stage, task.config, task.shard, task.options)))
+    mark = json.loads(json.dumps(take_mark(task)))
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

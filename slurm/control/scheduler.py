@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import PROJECT_ROOT
 from pipeline.errors import PipelineError
-from slurm.control.stages import parse_shards
+from slurm.control.shards import parse_shards
 
 # Slurm's own default (slurm.conf(5)), for where there is no Slurm to ask.
 DEFAULT_MAX_ARRAY_SIZE = 1001

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError
+from pipeline.stages import ROW_GROUP, Stage
+from publish_model.generate_embeddings_from_parquet import read_options
 from slurm.control import records, scheduler
-from slurm.control.outputs import TAR_OUTPUTS, list_final_outputs, new_data_paths
 from slurm.control.plan import ActiveTask, Plan, PlannedJob, Source
 from slurm.control.records import Record
-from slurm.control.stages import ROW_GROUP, TAR, Stage, format_shards
+from slurm.control.shards import format_shards
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,17 @@ class Target:
         if self.config is None:
             return list(self.dataset_options)
         if stage.unit == ROW_GROUP:
-            input_path, output = new_data_paths(self.config)
-            model = self.config.path("published_model_dir")
-            dtype, device = self.config.embedding_model.dtype, self.config.infrastructure.device
+            options = read_options(self.config)
             return [
-                "--input", str(input_path), "--output", str(output), "--model-id", str(model),
-                "--dtype", dtype, "--device", device,
+                "--input", str(options.input), "--output", str(options.output), "--model-id", options.model_id,
+                "--dtype", options.dtype, "--device", options.device,
             ]  # fmt: skip
         overrides = [part for override in self.overrides for part in ("--set", override)]
         return ["--config", str(self.config.file_path), *overrides]
 
     def output(self, stage: Stage) -> str:
         """Return what tells this pipeline's jobs from another's."""
-        if self.config is None:
-            return str(self.dataset_output)
-        if stage.unit == TAR:
-            return str(self.config.path(TAR_OUTPUTS[stage.number][0]))
-        if stage.unit == ROW_GROUP:
-            return str(new_data_paths(self.config)[1])
-        return str(list_final_outputs(stage, self.config)[0])
+        return str(self.dataset_output if self.config is None else stage.list_outputs(self.config)[0])
 
 
 def find_active(target: Target, stages: Sequence[Stage], kept: list[Record]) -> dict[int, list[ActiveTask]]:
@@ -80,6 +73,12 @@ def find_active(target: Target, stages: Sequence[Stage], kept: list[Record]) -> 
     return active
 
 
+def name_job_file(stage: Stage) -> str:
+    """Return a stage's job file, from the project's root."""
+    folder = "publish_model/slurm" if stage.unit == ROW_GROUP else "slurm"
+    return f"{folder}/{stage.name}.sbatch"
+
+
 def build_command(job: PlannedJob, target: Target, request: Request, ids: dict[PlannedJob, str]) -> list[str]:
     """Return the sbatch command of a job; `ids` names the jobs that it waits for."""
     stage = job.stage
@@ -95,7 +94,7 @@ def build_command(job: PlannedJob, target: Target, request: Request, ids: dict[P
     dependency = format_dependency(job, ids)
     if dependency:
         command += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
-    command += [*environment_options(stage), *request.sbatch_options, str(PROJECT_ROOT / stage.sbatch_path)]
+    command += [*environment_options(stage), *request.sbatch_options, str(PROJECT_ROOT / name_job_file(stage))]
     if stage.is_array:
         command += ["--shards", str(job.shard_count)]
     return [*command, *target.arguments(stage), *request.stage_options]

@@ -19,25 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, PipelineError
+from pipeline.files.units import TarUnit
 from pipeline.inference.model_files import locate_backbone
+from pipeline.stages import STAGES, TAR, TUNE, Stage, check_paths, choose_stages, find_stage, has_new_data
 from slurm.control import records, scheduler
-from slurm.control.outputs import list_tar_units
 from slurm.control.plan import Cut, Plan, make_plan
-from slurm.control.stages import STAGES, TAR, TUNE, Stage, find_stage, has_new_data, parse_shards
+from slurm.control.shards import parse_shards
 from slurm.control.submission import Request, Target, carry_out, find_active
-
-PATH_KEYS = {
-    1: ("raw_dir", "intermediates_dir"),
-    2: ("raw_dir", "intermediates_dir", "embeddings_dir"),
-    3: ("embeddings_dir", "merged_dir"),
-    4: ("raw_dir", "intermediates_dir", "fingerprints_dir"),
-    5: ("fingerprints_dir", "difficulty_metadata_path"),
-    6: ("merged_dir", "difficulty_metadata_path", "checkpoint_dir"),
-    7: ("checkpoint_dir", "published_model_dir"),
-    8: ("published_model_dir",),
-    9: ("merged_dir", "checkpoint_dir", "report_dir"),
-    TUNE.number: ("merged_dir", "difficulty_metadata_path", "checkpoint_dir"),
-}
+from slurm.control.work import list_units
 
 
 def count(text: str) -> int:
@@ -143,12 +132,13 @@ def run(arguments: argparse.Namespace, sbatch_options: list[str], stage_options:
     """
     config = cli.config_from(arguments)
     first, last = arguments.from_stage, arguments.to_stage
-    config.require_paths(*dict.fromkeys(key for n in range(first, last + 1) for key in PATH_KEYS[n]))
+    check_paths(config, choose_stages(config, first, last) or [TUNE])
     if arguments.kind == "stage" and first == 8 and not has_new_data(config):
         raise ConfigError(f"{config.file_path}: [new_data].input and output: both are needed to embed new data")
     target = Target(config.log_dir, config, arguments.overrides)
     if arguments.test:
-        stage_options = [*stage_options, "--tar-file", str(list_tar_units(arguments.stage, config)[0].tar_path)]
+        tars = [unit.tar_path for unit in list_units(arguments.stage, config) if isinstance(unit, TarUnit)]
+        stage_options = [*stage_options, "--tar-file", str(tars[0])]
     request = Request(
         arguments.account, arguments.max_concurrent, arguments.dry_run, tuple(sbatch_options), tuple(stage_options)
     )

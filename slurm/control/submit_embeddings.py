@@ -17,16 +17,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.dataset import resolve_dataset_dir
 from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.inference.model_files import locate_hub_model
+from pipeline.stages import STAGES
+from publish_model.generate_embeddings_from_parquet import list_row_groups
 from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places, open_input
 from slurm.control import records, scheduler
-from slurm.control.completeness import UnitState, check_dataset, shards_done
-from slurm.control.outputs import dataset_dir, list_row_group_units
 from slurm.control.plan import Cut, Plan, PlannedJob, count_shards
-from slurm.control.stages import STAGES
 from slurm.control.submission import Request, Target, carry_out, find_active
 from slurm.control.submit import add_common_options
+from slurm.control.work import find_done
 
 STAGE = STAGES[8]
 
@@ -88,11 +89,9 @@ def make_plan(arguments: argparse.Namespace, options: EmbedOptions, target: Targ
     if arguments.dry_run and not options.input.exists():
         shard_count = count_shards(STAGE, None, cut, active)
         return Plan([PlannedJob(STAGE, list(range(shard_count)), shard_count)])
-    source = open_input(options)
-    units = list_row_group_units(source, target.dataset_output or options.output)
-    check_dataset(source, options.output)
+    units = list_row_groups(options)
     shard_count = count_shards(STAGE, len(units), cut, active)
-    done = shards_done([UnitState(unit.is_there()) for unit in units], shard_count, 1.0)
+    done = find_done(STAGE, units, shard_count, 1.0)
     taken = {task.shard for task in active}
     # With a limit the part that it cuts may be there and not whole: the stage looks into it.
     todo = [shard for shard in range(shard_count) if shard not in taken and (options.limit or not done[shard])]
@@ -107,7 +106,7 @@ def run(arguments: argparse.Namespace, options: EmbedOptions, sbatch_options: li
     Raises PipelineError where SLURM is missing or refuses the job.
     """
     model = locate_model(options.model_id, download=not arguments.dry_run)
-    output = dataset_dir(options.output.resolve())
+    output = resolve_dataset_dir(options.output.resolve())
     target = Target(output / "_logs", dataset_options=list_stage_options(options, model), dataset_output=output)
     request = Request(arguments.account, arguments.max_concurrent, arguments.dry_run, tuple(sbatch_options))
     if arguments.dry_run:

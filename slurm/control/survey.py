@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
+from pipeline.files.units import COMPLETE, STALE, Unit, UnitState
+from pipeline.stages import ANCHOR, STAGES, TAR, Stage, has_new_data
 from slurm.control import records, scheduler
-from slurm.control.completeness import read_tar_state, shards_done
-from slurm.control.outputs import Unit, list_stage_units
 from slurm.control.records import Record
-from slurm.control.stages import ANCHOR, STAGES, TAR, Stage, has_new_data
 from slurm.control.submission import Target
+from slurm.control.work import is_done, list_units, look_at, take_shard
 
 DONE, RUNNING, FAILED, WAITING, NOT_STARTED = "done", "running", "failed", "waiting", "not started"
 FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
@@ -45,6 +45,11 @@ class ShardState:
     state: str
     job: str = ""
     log: JobLog | None = None
+    problem: str = ""  # what is wrong with its outputs
+
+    def explain(self) -> str:
+        """Return why it failed, empty where nothing says it."""
+        return self.problem or (self.log.last_error if self.log else "")
 
 
 @dataclass
@@ -95,10 +100,11 @@ def survey_stage(
 ) -> StageState:  # fmt: skip
     """Return a stage's state; `own` are its jobs, the oldest first."""
     units = _list_units(stage, config)
+    states = [look_at(unit) for unit in units or []]
     state = StageState(stage)
     state.shard_count = own[-1].shard_count if own else (len(units) if units and stage.unit == TAR else 1)
     if units is not None:
-        state.units_total, state.units_done = len(units), sum(unit.is_there() for unit in units)
+        state.units_total, state.units_done = len(units), sum(found.status == COMPLETE for found in states)
     elif not own and stage.unit == TAR:
         state.shard_count = None
     by_shard: dict[int, Record] = {}
@@ -106,9 +112,10 @@ def survey_stage(
         if record.shard_count == state.shard_count:
             by_shard.update(dict.fromkeys(record.list_shards(), record))
     for shard in range(state.shard_count or 0):
-        its_units = _units_of(stage, units, shard, state.shard_count or 1)
-        state.shards.append(judge_shard(stage, config, shard, its_units, by_shard.get(shard), queued, ended))
-    _measure(state, units or [], list(by_shard.values()))
+        own_states = take_shard(stage, states, shard, state.shard_count or 1)
+        state.shards.append(judge_shard(stage, config, shard, own_states, by_shard.get(shard), queued, ended))
+    done = [unit for unit, found in zip(units or [], states, strict=True) if found.status == COMPLETE]
+    _measure(state, done, list(by_shard.values()))
     command = own[-1].command if own else []
     state.account = next((part.partition("=")[2] for part in command if part.startswith("--account=")), "")
     return state
@@ -116,33 +123,30 @@ def survey_stage(
 
 def _list_units(stage: Stage, config: Config) -> list[Unit] | None:
     try:
-        return list_stage_units(stage, config)
+        return list_units(stage, config)
     except (InputError, ConfigError):
         return None
 
 
-def _units_of(stage: Stage, units: list[Unit] | None, shard: int, shard_count: int) -> list[Unit]:
-    if units is None:
-        return []
-    return units if stage.unit == ANCHOR else units[shard::shard_count]
-
-
 def judge_shard(
-    stage: Stage, config: Config, shard: int, units: list[Unit], record: Record | None,
+    stage: Stage, config: Config, shard: int, states: list[UnitState], record: Record | None,
     queued: list[scheduler.QueuedTask] | None, ended: dict[tuple[str, int | None], str],
 ) -> ShardState:  # fmt: skip
     """Return how a shard is: what the queue says goes first, then its outputs, then how its last job ended."""
-    is_there = bool(units) and all(unit.is_there() for unit in units)
+    is_there = bool(states) and all(found.status == COMPLETE for found in states)
+    problem = next((found.problem for found in states if found.status == STALE), "")
     if record is None:
-        return ShardState(shard, DONE if is_there else NOT_STARTED)
+        return ShardState(shard, DONE if is_there else FAILED if problem else NOT_STARTED, problem=problem)
     task = shard if record.shards else None
     job = f"{record.job_id}_{shard}" if record.shards else record.job_id
     log = read_log(record.log_path(shard))
     in_queue = [found for found in queued or [] if (found.job_id, found.shard) == (record.job_id, task)]
     if in_queue:
         state = WAITING if in_queue[0].is_waiting else RUNNING
-    elif is_there and (log is None or log.exit_code == 0 or not _has_too_many_rejects(stage, config, units)):
+    elif is_there and (log is None or log.exit_code == 0 or is_done(states, config.data.max_reject_fraction)):
         state = DONE
+    elif problem:
+        state = FAILED
     elif log is None:
         state = FAILED if ended.get((record.job_id, task)) in FAILED_STATES else NOT_STARTED
     elif log.exit_code == 0:  # its shard is done, though perhaps not what all shards write together
@@ -151,17 +155,7 @@ def judge_shard(
         state = RUNNING
     else:
         state = FAILED
-    return ShardState(shard, state, job, log)
-
-
-def _has_too_many_rejects(stage: Stage, config: Config, units: list[Unit]) -> bool:
-    if stage.unit != TAR:
-        return False
-    try:
-        states = [read_tar_state(unit.outputs[0]) for unit in units]
-    except InputError:
-        return True
-    return not shards_done(states, 1, config.data.max_reject_fraction)[0]
+    return ShardState(shard, state, job, log, problem)
 
 
 def read_log(path: Path) -> JobLog | None:
@@ -198,27 +192,25 @@ def _requeue_exit(lines: list[str]) -> int | None:
     return None
 
 
-def _measure(state: StageState, units: list[Unit], own: list[Record]) -> None:
+def _measure(state: StageState, done: list[Unit], own: list[Record]) -> None:
     """Put rates and the time left into the state: by finished units, or by what the running jobs report."""
     running = [shard.log for shard in state.shards if shard.state == RUNNING and shard.log]
     rates = [log.items_per_second for log in running if log.items_per_second is not None]
     if rates:
         state.items_per_second, state.items = sum(rates), running[0].unit
         state.eta_seconds = max((log.eta_seconds for log in running if log.eta_seconds is not None), default=None)
-    if not own or len(units) < 2:
+    if not own or (state.units_total or 0) < 2:
         return
     starts = [begin for shard in state.shards if shard.log and (begin := _first_stamp(shard.log.path))]
     begun = min(starts, default=0.0)
-    ends = sorted(
-        path.stat().st_mtime for unit in units for path in unit.outputs[:1] if path.exists() and unit.is_there()
-    )
+    ends = sorted(path.stat().st_mtime for unit in done for path in unit.outputs[:1])
     new = [end for end in ends if end >= begun]
     if not starts or not new:
         return
     until = time.time() if running else new[-1]
     state.units_per_hour = 3600 * len(new) / max(until - begun, 1.0)
     if running:
-        state.eta_seconds = 3600 * (len(units) - len(ends)) / state.units_per_hour
+        state.eta_seconds = 3600 * ((state.units_total or 0) - len(ends)) / state.units_per_hour
 
 
 def _first_stamp(path: Path) -> float | None:

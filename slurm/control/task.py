@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config, count_cores, load_config
 from pipeline.errors import ConfigError
+from pipeline.files.units import TarUnit
 from pipeline.ids import Shard
-from slurm.control.outputs import list_tar_units
-from slurm.control.stages import ROW_GROUP, TAR, WORKER, Stage, find_stage
+from pipeline.stages import ROW_GROUP, TAR, WORKER, Stage, find_stage
+from slurm.control.work import list_units
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ def copy_tars(task: Task, scratch_dir: Path) -> list[str]:
     assert task.config is not None
     raw_dir = scratch_dir / "raw"
     raw_dir.mkdir(parents=True, exist_ok=True)
-    units = [unit for unit in list_tar_units(task.stage, task.config) if unit.tar_path.is_file()]
-    own = {unit.tar_path for unit in task.shard.take(list_tar_units(task.stage, task.config))}
+    units = [unit for unit in list_units(task.stage, task.config) if isinstance(unit, TarUnit)]
+    own = {unit.tar_path for unit in task.shard.take(units)}
     for unit in units:
+        if not unit.tar_path.is_file():
+            continue
         place = raw_dir / unit.tar_path.name
         place.unlink(missing_ok=True)
         if unit.tar_path in own and not unit.output_path.exists():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, PipelineError, StaleOutputError
-from pipeline.files import tables, writing
+from pipeline.files import writing
 from pipeline.log import logger
 
 # What TensorBoard and Weights & Biases are given.
@@ -81,21 +81,16 @@ class RunFiles:
             raise InputError(f"{self.provenance}: damaged: give --overwrite to train again, or remove the folder")
         return content
 
-    def is_complete(self, wanted: dict[str, Any]) -> bool:
-        """Whether a run with this provenance has finished and all it must leave is there.
+    def check(self) -> None:
+        """Raise StaleOutputError where checkpoints are there and nothing says what they were made from.
 
-        Raises StaleOutputError where what is there was made from other inputs or settings, or says nothing of it.
+        Raises InputError if the mark of a complete run is damaged.
         """
-        found = self.read_provenance()
-        if found is not None:
-            tables.matches(self.folder, found, wanted)
-            return all(path.is_file() for path in (self.best, self.final, self.metrics))
-        if self.list_outputs() and not self.latest.exists():
+        if self.read_provenance() is None and self.list_outputs() and not self.latest.exists():
             raise StaleOutputError(
                 f"{self.list_outputs()[0]}: nothing beside it says what it was made from: give --overwrite to train "
                 "over it, or set another [paths].checkpoint_dir"
             )
-        return False
 
     def list_all(self) -> list[Path]:
         """Return all that runs leave here; the mark first, so that what is half removed does not look whole."""
