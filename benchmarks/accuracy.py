@@ -36,7 +36,7 @@ from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_scores
 from pipeline.retrieval.whitening import fit_pca_whitening, fit_within_class_whitening
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
-from train_specialized_embeddings.sampling.triplets import load_neighbors
+from train_specialized_embeddings.sampling.neighbor_table import load_neighbors
 from train_specialized_embeddings.training.fitting import Material, make_run, store_coordinates
 from train_specialized_embeddings.training.starts import fit_baselines
 from train_specialized_embeddings.training.training_run import TrainingRun

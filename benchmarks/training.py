@@ -1,13 +1,11 @@
-"""Measure stage 6 on a CPU: triplets a second beside a plain trainer, peak memory, start, start-up, validation.
+"""Measure stage 6 on a CPU: anchors a second beside a plain trainer, peak memory, start, start-up, validation.
 
     taskset -c 0,1 python benchmarks/training.py [--widths 384 1024 1280 4096] [--seconds 4] [--output result.json]
 
 Every case runs in a process of its own, so that its peak memory is its own. `plain` is a PyTorch DataLoader (batch
 256, one `__getitem__` a sample, dictionaries of Python lists, a reward for each sample's band), with the better of no
-workers and one a core; it works on all the features. `default` is stage 6's own objective, whose anchors are counted;
-`single` draws one triplet an anchor, `mined` finds a semi-hard negative in the batch too, `shared` has
-[training].share_within_building, these three with bandit. All have bands, and work in coordinates (512 at most).
-`memory` is an array in memory, `mapped` a file mapped from disk. Prints a table to stderr and JSON. GPUs are measured
+workers and one a core; it works on all the features, and its triplets are counted. The others are stage 6's losses,
+whose anchors are counted; they work in coordinates (512 at most). Prints a table to stderr and JSON. GPUs are measured
 by gpu_acceptance.py.
 """
 
@@ -39,30 +37,25 @@ from pipeline.retrieval.scores import normalise_rows, score_queries
 from pipeline.retrieval.whitening import INPUT_POWER, collect_scatter, collect_scatters
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
-from train_specialized_embeddings.sampling.triplets import NUM_BANDS, Neighbors, load_neighbors
+from train_specialized_embeddings.sampling.neighbor_table import NUM_BANDS, Neighbors, load_neighbors
 from train_specialized_embeddings.training.coordinates import NUM_COORDINATES
+from train_specialized_embeddings.training.losses import LOSSES
 from train_specialized_embeddings.training.trainer import Trainer
 
 NEIGHBORS, FULL_IMAGES, FULL_BUILDINGS = 150, 5_800_000, 1_000_000
-CASES = ["plain", "memory default", "mapped default", "memory single", "memory mined", "memory shared"]
+CASES = ["plain", *LOSSES]
 CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------------ synthetic data
 
 
-def make_features(num_images: int, width: int, path: Path | None = None) -> Features:
-    """Return images of buildings with 2 to 5 each, in a row 50 m apart; mapped from a file if there is a path."""
+def make_features(num_images: int, width: int) -> Features:
+    """Return images of buildings with 2 to 5 each, in a row 50 m apart."""
     generator = np.random.default_rng(0)
     codes = np.repeat(np.arange(num_images), generator.integers(2, 6, num_images))[:num_images].astype(np.int32)
     block = generator.standard_normal((min(num_images, 4096), width), dtype=np.float32)
-    shape = (num_images, width)
-    rows = np.empty(shape, np.float32) if path is None else np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    for first in range(0, num_images, len(block)):
-        rows[first : first + len(block)] = block[: num_images - first]
-    if path is not None:
-        rows.flush()
-        rows = np.load(path, mmap_mode="r")
+    rows = np.resize(block, (num_images, width))
     lat = codes * 50 / 111_195.0
     return Features(
         rows, codes, name_buildings(int(codes[-1]) + 1), name_images(num_images),
@@ -91,31 +84,24 @@ def make_neighbors(features: Features) -> Neighbors:
 # ------------------------------------------------------------------------------------------------ trainers
 
 
-def time_trainer(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+def time_trainer(loss: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Return anchors and images projected a second of the project's trainer, which works in coordinates."""
-    place, drawing = case.split()
     width = min(arguments.width, NUM_COORDINATES)
-    features = make_features(arguments.images, width, folder / "rows.npy" if place == "mapped" else None)
-    chosen: dict[str, Any] = {} if drawing == "default" else {"loss": "triplet", "band_sampling": "ucb"}
-    section = TrainingSection(
-        batch_size=arguments.batch_size, triplets_per_epoch=16 * arguments.batch_size, hard_mining=drawing == "mined",
-        share_within_building=drawing == "shared", **chosen,
-    )  # fmt: skip
+    features = make_features(arguments.images, width)
+    section = TrainingSection().model_copy(
+        update={"loss": loss, "batch_size": arguments.batch_size, "anchors_per_epoch": 16 * arguments.batch_size}
+    )
     store = FeatureStore(features.embeddings, CPU)
     sampler = BandSampler(features, make_neighbors(features), 0, section.min_negative_distance_m)
     trainer = Trainer(make_projector(width), store, sampler, section, torch.ones(width))
     bar = Progress("train", None, interval_seconds=1e9)
     trainer.run_epoch(bar)
-    anchors, triplets, epochs, started = 0, 0, 0, time.perf_counter()
-    while epochs == 0 or time.perf_counter() - started < arguments.seconds:
-        triplets += trainer.run_epoch(bar).num_triplets
+    anchors, negatives, started = 0, 0, time.perf_counter()
+    while anchors == 0 or time.perf_counter() - started < arguments.seconds:
+        negatives += trainer.run_epoch(bar).num_negatives
         anchors += trainer.num_anchors
-        epochs += 1
     seconds = time.perf_counter() - started
-    # The default compares an anchor with the whole batch: what is counted of it are anchors, beside one negative of a
-    # building's.
-    images = {"default": anchors + triplets, "shared": 2 * anchors}.get(drawing, 3 * anchors)
-    return {"triplets": (anchors if drawing == "default" else triplets) / seconds, "images": images / seconds}
+    return {"anchors": anchors / seconds, "images": (anchors + negatives) / seconds}
 
 
 def make_projector(width: int) -> Projector:
@@ -158,7 +144,7 @@ def time_plain(arguments: argparse.Namespace) -> dict[str, float]:
     """Return triplets and images projected a second of the plain trainer, the better of two numbers of workers."""
     data = PlainTriplets(make_features(arguments.images, arguments.width))
     rate = max(_time_plain(data, arguments, num_workers) for num_workers in (0, count_cores()))
-    return {"triplets": rate, "images": 3 * rate}
+    return {"anchors": rate, "images": 3 * rate}
 
 
 def _time_plain(data: PlainTriplets, arguments: argparse.Namespace, num_workers: int) -> float:
@@ -285,7 +271,7 @@ def run_case(arguments: argparse.Namespace) -> dict[str, float]:
         elif arguments.case == "validation":
             result = time_validation(arguments)
         else:
-            result = time_trainer(arguments.case, arguments, Path(name))
+            result = time_trainer(arguments.case, arguments)
     return {"rss_gb": _peak_gb()} | result
 
 
@@ -317,7 +303,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=4.0, help="measured for each case, after a warm-up")
     parser.add_argument("--start-up-images", type=int, default=100_000)
     parser.add_argument("--validation-images", type=int, default=20_000)
-    parser.add_argument("--folder", help="where the mapped tables are written (default: the temporary folder)")
+    parser.add_argument("--folder", help="where the difficulty table is written (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="file for the JSON (default: stdout)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--width", type=int, help=argparse.SUPPRESS)
@@ -333,15 +319,15 @@ def main() -> None:
         return
     results: dict[str, Any] = {"training": {}}
     print(
-        f"{'width':>6}{'case':>16}{'anchors/s':>13}{'x plain':>9}{'images/s':>10}{'RSS GB':>8}",
+        f"{'width':>6}{'case':>18}{'anchors/s':>13}{'x plain':>9}{'images/s':>10}{'RSS GB':>8}",
         file=sys.stderr,
     )
     for width in arguments.widths:
         found = results["training"][width] = {}
         for case in CASES:
             row = found[case] = spawn_case(case, arguments, width, min(500_000, arguments.numbers // width))
-            ratio = row["triplets"] / found["plain"]["triplets"]
-            print(f"{width:>6}{case:>16}{row['triplets']:>13,.0f}{ratio:>9.1f}{row['images']:>10,.0f}"
+            ratio = row["anchors"] / found["plain"]["anchors"]
+            print(f"{width:>6}{case:>18}{row['anchors']:>13,.0f}{ratio:>9.1f}{row['images']:>10,.0f}"
                   f"{row['rss_gb']:>8.2f}", file=sys.stderr)  # fmt: skip
     results["start"] = {}
     for width in arguments.widths:

@@ -201,11 +201,6 @@ class TrainingSection(Section):
     triplet_distance: Literal["euclidean", "cosine"] = Field(
         "euclidean", description="distance of the triplet loss; cosine: 1 - cosine"
     )
-    hard_mining: bool = Field(
-        True,
-        description="triplet loss: the nearest negative of the batch beyond the positive takes the place of a banded "
-        "one farther off; no effect with share_within_building",
-    )
     temperature: float = Field(0.1, gt=0.0, description="temperature of supcon")
     input_noise: float = Field(1.2, ge=0.0, description="noise on the inputs, in within-building standard deviations")
     init: Literal["sharpened", "whitening", "pca", "random"] = Field(
@@ -216,12 +211,6 @@ class TrainingSection(Section):
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
         "auto", description="0 to 1, weight of the identity in the covariance; auto: best validation mAP"
     )
-    input_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout of the inputs")
-    anchor_penalty: float = Field(
-        0.0,
-        ge=0.0,
-        description="weight of the shortcut's squared distance to its start, relative to the start's length",
-    )
     min_negative_distance_m: float = Field(
         25.0, ge=0.0, description="metres; nearer targets are no negatives; 0: exclude the same panorama only"
     )
@@ -231,36 +220,13 @@ class TrainingSection(Section):
         10, ge=1, description="consecutive epochs two standard errors below the best before training stops"
     )
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
-    triplets_per_epoch: PositiveInt | Literal["auto"] = Field(
+    anchors_per_epoch: PositiveInt | Literal["auto"] = Field(
         "auto", description="auto: one per training image, at least 16 batches"
     )
     band_sampling: Literal["uniform", "ucb"] = Field(
         "uniform", description="choose the negative's band uniformly or by a UCB bandit"
     )
-    share_within_building: bool = Field(
-        False,
-        description="triplet loss: a building's images share their negatives; anchors are counted then, triplets are "
-        "many more",
-    )
     validation_images: int = Field(20_000, ge=2, description="largest number of images in each validation")
-
-    @property
-    def draws_groups(self) -> bool:
-        """Whether a batch is of whole buildings."""
-        return self.loss != "triplet" or self.share_within_building
-
-    @property
-    def compares_in_batch(self) -> bool:
-        """Whether a batch's images are each other's negatives."""
-        return self.loss != "triplet" or (self.hard_mining and not self.share_within_building)
-
-    @model_validator(mode="after")
-    def _shared_negatives_make_triplets(self) -> "TrainingSection":
-        if self.share_within_building and self.loss != "triplet":
-            raise ValueError(
-                'share_within_building, loss: only "triplet" does not share all negatives of a batch already'
-            )
-        return self
 
 
 class InfrastructureSection(Section):

@@ -36,6 +36,8 @@ RENAMED = {
     "epochs": ("training", "num_epochs"),
     "lr": ("training", "learning_rate"),
     "triplet_margin": ("training", "margin"),
+    "triplets_per_epoch": ("training", "anchors_per_epoch"),
+    "samples_per_epoch": ("training", "anchors_per_epoch"),
     "gradient_clip": ("training", "grad_clip"),
     "max_grad_norm": ("training", "grad_clip"),
     "early_stopping_patience": ("training", "patience"),

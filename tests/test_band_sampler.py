@@ -1,4 +1,4 @@
-"""Triplets by brute force: what may never be drawn is never drawn, and what is drawn is uniform where it should be."""
+"""Negatives by brute force: what may never be drawn is never drawn, and what is drawn is uniform where it should be."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,8 +10,8 @@ import torch
 
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.geography import distances_m
-from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, Anchors, BandSampler, Triplets
-from train_specialized_embeddings.sampling.triplets import NUM_BANDS, Neighbors
+from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch, Groups
+from train_specialized_embeddings.sampling.neighbor_table import NUM_BANDS, Neighbors
 
 
 def make_features(num_buildings: int = 12, seed: int = 0) -> Features:
@@ -51,32 +51,26 @@ def neighbours_of(neighbors: Neighbors, row: int, band: int) -> set[int]:
     return set(neighbors.codes[first + bounds[band] : first + bounds[band + 1]].tolist())
 
 
-def draw_many(sampler: BandSampler, count: int = 20_000) -> Triplets:
-    return sampler.draw(sampler.draw_anchors(count))
+def draw_for(sampler: BandSampler, rows: np.ndarray, preference: list[list[int]] | None = None) -> Batch:
+    """Draw a negative for each of some images, each a group of its own."""
+    groups = Groups(torch.from_numpy(rows), np.arange(1, len(rows) + 1))
+    [batch] = sampler.add_negatives([groups], None if preference is None else torch.tensor(preference))
+    return batch
 
 
-def draw_for(sampler: BandSampler, rows: np.ndarray, preference: list[list[int]] | None = None) -> Triplets:
-    """Draw a triplet for each of some images, each on its own."""
-    places = torch.arange(len(rows))
-    anchors = Anchors(torch.from_numpy(rows), places, torch.ones_like(places), np.arange(1, len(rows) + 1))
-    return sampler.draw(anchors, None if preference is None else torch.tensor(preference))
+def draw_many(sampler: BandSampler, count: int = 20_000) -> Batch:
+    return draw_for(sampler, np.resize(sampler.anchors.numpy(), count))
 
 
 @pytest.mark.parametrize("min_distance_m", [0.0, 25.0])
-def test_no_forbidden_triplet_is_ever_drawn(min_distance_m: float) -> None:
+def test_no_forbidden_negative_is_ever_drawn(min_distance_m: float) -> None:
     data = make_features()
     neighbors = make_neighbors(data)
     drawn = draw_many(BandSampler(data, neighbors, 1, min_distance_m))
-    assert len(drawn) == 20_000
+    assert len(drawn.negatives) == 20_000
     assert drawn.found.all()
-    for anchor, positive, negative, band in set(
-        zip(
-            *(column.tolist() for column in (drawn.anchors.rows, drawn.positives, drawn.negatives, drawn.bands)),
-            strict=True,
-        )
-    ):
-        assert anchor != positive
-        assert data.building_codes[anchor] == data.building_codes[positive]
+    columns = (column.tolist() for column in (drawn.anchors.rows, drawn.negatives, drawn.bands))
+    for anchor, negative, band in set(zip(*columns, strict=True)):
         assert data.building_codes[anchor] != data.building_codes[negative]
         same_panorama = (
             data.dataset_ids[anchor] == data.dataset_ids[negative]
@@ -97,7 +91,7 @@ def test_bands_are_uniform_over_the_anchors_bands_that_are_not_empty() -> None:
     data = without_panoramas(make_features())
     neighbors = make_neighbors(data)
     sampler = BandSampler(data, neighbors, 2)
-    for anchor in sampler.candidates.tolist():
+    for anchor in sampler.anchors.tolist():
         filled = [band for band in range(NUM_BANDS) if neighbours_of(neighbors, anchor, band)]
         drawn = draw_for(sampler, np.full(7000, anchor))
         shares = Counter(drawn.bands.tolist())
@@ -124,26 +118,6 @@ def test_negatives_are_uniform_over_a_bands_neighbours_and_then_over_their_image
     assert set(data.building_codes[drawn.negatives].tolist()) == set(listed)
 
 
-def test_positives_are_uniform_over_the_other_images() -> None:
-    data = make_features()
-    sampler = BandSampler(data, make_neighbors(data), 4)
-    for anchor in sampler.candidates[:8].tolist():
-        others = [row for row in np.flatnonzero(data.building_codes == data.building_codes[anchor]) if row != anchor]
-        times = Counter(draw_for(sampler, np.full(6000, anchor)).positives.tolist())
-        assert sorted(times) == others
-        assert all(abs(count - 6000 / len(others)) < 5 * np.sqrt(6000 / len(others)) for count in times.values())
-
-
-def test_every_image_with_a_positive_is_anchor_equally_often() -> None:
-    data = make_features()
-    sampler = BandSampler(data, make_neighbors(data), 5)
-    pairs = Counter(data.building_codes.tolist())
-    expected = [row for row, code in enumerate(data.building_codes.tolist()) if pairs[code] > 1]
-    assert sorted(sampler.draw_anchors(len(expected)).rows.tolist()) == expected
-    assert set(Counter(sampler.draw_anchors(3 * len(expected) - 1).rows.tolist()).values()) <= {2, 3}
-    assert len(sampler.draw_anchors(0)) == 0
-
-
 def test_an_anchor_whose_neighbours_are_all_forbidden_gets_a_random_negative() -> None:
     data = make_features()
     data = replace(data, dataset_ids=np.where(data.building_codes < 6, 1, 2), street_view_ids=np.zeros(len(data)))
@@ -152,18 +126,18 @@ def test_an_anchor_whose_neighbours_are_all_forbidden_gets_a_random_negative() -
     ends = np.ones((rows, NUM_BANDS), np.int32)
     listed = np.array([1 if code != 1 else 2 for code in data.building_codes], np.int32)
     sampler = BandSampler(data, Neighbors(listed, np.arange(rows), ends), 6)
-    candidates = sampler.candidates.numpy()
+    candidates = sampler.anchors.numpy()
     drawn = draw_for(sampler, candidates[data.building_codes[candidates] < 6])
     assert drawn.found.all()
     assert set(drawn.bands.tolist()) == {RANDOM_BAND}
     assert (data.building_codes[drawn.negatives] >= 6).all()
 
 
-def test_a_triplet_without_any_allowed_negative_is_marked() -> None:
+def test_an_anchor_without_any_allowed_negative_is_marked() -> None:
     data = make_features()
     ones = np.ones(len(data), np.int64)
     drawn = draw_many(BandSampler(replace(data, dataset_ids=ones, street_view_ids=ones), make_neighbors(data), 7), 100)
-    assert len(drawn) == 100
+    assert len(drawn.negatives) == 100
     assert not drawn.found.any()
     assert drawn.negatives.equal(drawn.anchors.rows)
 
@@ -173,7 +147,7 @@ def test_a_preferred_band_is_taken_where_the_anchor_has_it_and_the_next_one_wher
     neighbors = make_neighbors(data)
     sampler = BandSampler(data, neighbors, 2)
     orders = [[6, 5, 4, 3, 2, 1, 0], [2, 0, 1, 3, 4, 5, 6]]
-    for anchor in sampler.candidates.tolist():
+    for anchor in sampler.anchors.tolist():
         filled = [band for band in range(NUM_BANDS) if neighbours_of(neighbors, anchor, band)]
         drawn = draw_for(sampler, np.full(100, anchor), orders)
         for part, order in enumerate(orders):
@@ -188,52 +162,78 @@ def test_groups_are_whole_buildings_or_even_parts_of_them_each_image_once() -> N
     data = replace(data, embeddings=np.ones((len(codes), 2), np.float32), building_codes=codes, **columns)
     neighbors = Neighbors(np.zeros(0, np.int32), np.zeros(len(codes), np.int64), np.zeros((len(codes), 7), np.int32))
     sampler = BandSampler(data, neighbors, 5)
-    anchors = sampler.draw_groups(len(sampler.candidates))
-    assert sorted(anchors.rows.tolist()) == sorted(sampler.candidates.tolist())
+    anchors = sampler.draw_groups(len(sampler.anchors))
+    assert sorted(anchors.rows.tolist()) == sorted(sampler.anchors.tolist())
     sizes: dict[int, list[int]] = {}
     for first, last in zip([0, *anchors.ends[:-1]], anchors.ends, strict=True):
         group = anchors.rows[first:last].numpy()
         assert len(set(codes[group].tolist())) == 1
         sizes.setdefault(int(codes[group[0]]), []).append(len(group))
-        assert set(anchors.starts[first:last].tolist()) == {first}
-        assert set(anchors.sizes[first:last].tolist()) == {len(group)}
     for code, found in sizes.items():
         count = int((codes == code).sum())
         assert sorted(found) == ([6, 6, 7] if code == 12 else [count])
-    many = sampler.draw_groups(3 * len(sampler.candidates))
+    many = sampler.draw_groups(3 * len(sampler.anchors))
     assert set(Counter(many.rows.tolist()).values()) == {3}
-    assert 7 <= len(sampler.draw_groups(7)) <= 7 + 7
+    assert 7 <= len(sampler.draw_groups(7).rows) <= 7 + 7
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 10, 100])
 def test_batches_are_whole_groups_and_no_larger_than_asked_for(batch_size: int) -> None:
     data = make_features()
-    anchors = BandSampler(data, make_neighbors(data), 5).draw_groups(200)
-    edges = anchors.plan_batches(batch_size)
-    assert edges[0] == 0
-    assert edges[-1] == len(anchors)
-    assert set(edges[1:]) <= set(anchors.ends.tolist())
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
-        part = anchors.cut(first, last)
-        assert part.ends[-1] == len(part) == last - first
-        assert len(part) <= batch_size or len(part.ends) == 1
-        assert part.starts[0] == 0
-        assert part.rows.equal(anchors.rows[first:last])
+    groups = BandSampler(data, make_neighbors(data), 5).draw_groups(200)
+    start, firsts = 0, set(groups.firsts.tolist())
+    for part in groups.split(batch_size):
+        assert part.ends[-1] == len(part.rows)
+        assert len(part.rows) <= batch_size or len(part.ends) == 1
+        assert part.rows.equal(groups.rows[start : start + len(part.rows)])
+        assert {start + first for first in part.firsts.tolist()} <= firsts
+        start += len(part.rows)
+    assert start == len(groups.rows)
+
+
+def test_each_group_gets_the_negative_of_its_first_image_whatever_the_batches() -> None:
+    data = make_features()
+    parts = BandSampler(data, make_neighbors(data), 5).draw_groups(60).split(10)
+    batches, [whole] = (
+        BandSampler(data, make_neighbors(data), 6).add_negatives(drawn)
+        for drawn in (
+            parts,
+            [
+                Groups(
+                    torch.cat([part.rows[part.firsts] for part in parts]),
+                    np.arange(1, 1 + sum(len(part.ends) for part in parts)),
+                )
+            ],
+        )
+    )
+    assert [batch.anchors for batch in batches] == parts
+    assert torch.cat([batch.negatives for batch in batches]).equal(whole.negatives)
+    assert batches[0].rows.tolist() == [*parts[0].rows.tolist(), *batches[0].negatives.tolist()]
+
+
+def test_all_pairs_at_once_are_what_each_pair_is() -> None:
+    data = make_features(30)
+    sampler = BandSampler(data, make_neighbors(data), 3, 15.0)
+    rows, others = torch.arange(0, 40, 3), torch.arange(60)
+    is_positive, is_negative = sampler.compare(rows, others)
+    for i, row in enumerate(rows.tolist()):
+        for j, other in enumerate(others.tolist()):
+            assert bool(is_negative[i, j]) == bool(sampler.allows(torch.tensor([row]), torch.tensor([other])))
+            is_same = data.building_codes[row] == data.building_codes[other]
+            assert bool(is_positive[i, j]) == (row != other and is_same)
 
 
 def test_the_state_repeats_the_draws() -> None:
     data = make_features()
     neighbors = make_neighbors(data)
     sampler = BandSampler(data, neighbors, 8)
-    draw_many(sampler, 100)
+    sampler.draw_groups(100)
     state = sampler.state
-    first = draw_many(sampler, 500)
     other = BandSampler(data, neighbors, 99)
     other.state = state
-    second = draw_many(other, 500)
-    assert first.anchors.rows.equal(second.anchors.rows)
-    for column in ("positives", "negatives", "bands"):
-        assert getattr(first, column).equal(getattr(second, column))
+    [first], [second] = (each.add_negatives([each.draw_groups(500)]) for each in (sampler, other))
+    assert first.rows.equal(second.rows)
+    assert first.bands.equal(second.bands)
 
 
 def test_the_distance_in_metres_is_that_of_a_great_circle() -> None:

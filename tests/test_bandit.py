@@ -5,7 +5,7 @@ import math
 import pytest
 
 from train_specialized_embeddings.sampling.bandit import DISCOUNT, EXPLORATION, PULLS_PER_DRAW, BandBandit
-from train_specialized_embeddings.sampling.triplets import NUM_BANDS
+from train_specialized_embeddings.sampling.neighbor_table import NUM_BANDS
 
 
 def play(bandit: BandBandit, shares: list[float], num_draws: int) -> list[float]:

@@ -1,14 +1,11 @@
 """The coordinates that training works in, and the projector of features that it is folded into."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.whitening import LinearMap
-from train_specialized_embeddings.training import coordinates
 from train_specialized_embeddings.training.coordinates import Coordinates, restore_coordinates
 
 
@@ -38,7 +35,7 @@ def test_the_folded_projector_of_features_equals_the_one_of_coordinates(
     state = torch.get_rng_state()
     folded = start.fold(projector)
     assert torch.get_rng_state().equal(state)  # or a resumed run would draw other noise
-    expected = projector(torch.from_numpy(start.map_rows(ROWS))).detach().numpy()
+    expected = projector(torch.from_numpy(start.linear_map.map_rows(ROWS))).detach().numpy()
     np.testing.assert_allclose(folded(torch.from_numpy(ROWS)).detach().numpy(), expected, atol=1e-5)
     assert folded.architecture["input_dim"] == 10
     assert (folded.architecture["input_power"], folded.architecture["input_norm"]) == (power, norm)
@@ -46,19 +43,9 @@ def test_the_folded_projector_of_features_equals_the_one_of_coordinates(
     rebuilt.load_state_dict(folded.state_dict())
 
 
-def test_many_rows_lie_in_a_file_that_a_kill_cannot_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = make_coordinates()
-    in_memory = start.map_rows(ROWS, tmp_path)
-    monkeypatch.setattr(coordinates, "_IN_MEMORY_BYTES", 100)
-    mapped = start.map_rows(ROWS, tmp_path)
-    assert isinstance(mapped, np.memmap)
-    np.testing.assert_array_equal(mapped, in_memory)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_saved_state_gives_the_same_coordinates() -> None:
     start = make_coordinates(0.8, norm=True)
     again = restore_coordinates(start.state())
-    np.testing.assert_array_equal(again.map_rows(ROWS), start.map_rows(ROWS))
+    np.testing.assert_array_equal(again.linear_map.map_rows(ROWS), start.linear_map.map_rows(ROWS))
     assert (again.linear_map.input_power, again.linear_map.input_norm, again.length) == (0.8, True, 2.0)
     np.testing.assert_array_equal(again.spread, start.spread)

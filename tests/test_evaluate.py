@@ -26,7 +26,6 @@ from evaluate_embeddings.scores.metrics import (
     describe_headline,
     describe_verdict,
     format_metrics_table,
-    panorama_codes,
     sample_gallery,
     summarize_datasets,
 )
@@ -119,7 +118,7 @@ def test_recall_at_one_of_the_raw_embeddings_counted_by_hand(finished):
 
 def test_a_panorama_id_counts_only_within_its_dataset(finished):
     features = load_features(finished.parent / "merged" / "test.parquet")
-    codes = panorama_codes(features)
+    codes = features.panorama_codes
     pairs = list(zip(features.dataset_ids.tolist(), features.street_view_ids.tolist(), strict=True))
     for row, pair in enumerate(pairs):
         assert (codes == codes[row]).tolist() == [other == pair for other in pairs]

@@ -1,6 +1,7 @@
 """A training step against slow loops, and its sums."""
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,11 @@ from pipeline.config import TrainingSection
 from pipeline.log import Progress
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
-from train_specialized_embeddings.sampling.band_sampler import BandSampler, Triplets
+from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.training import trainer as trainer_module
 from train_specialized_embeddings.training.collapse import ShapeSums
-from train_specialized_embeddings.training.losses import triplet_losses
+from train_specialized_embeddings.training.losses import LOSSES, Pairs
 from train_specialized_embeddings.training.trainer import Trainer
 
 
@@ -27,78 +29,107 @@ def make_trainer(**settings: Any) -> tuple[Trainer, Features]:
     torch.manual_seed(0)
     projector = Projector(6, 4, 8, 1, 0.0, "gelu", 0.0)
     sampler = BandSampler(data, make_neighbors(data), 3, 15.0)
-    chosen = {"loss": "triplet", "triplets_per_epoch": len(data)} | settings
-    section = TrainingSection(batch_size=20, margin=0.3, hard_mining=False, input_noise=0.0, **chosen)
-    return Trainer(projector, FeatureStore(rows, torch.device("cpu")), sampler, section), data
+    chosen = {"loss": "triplet", "anchors_per_epoch": len(data)} | settings
+    section = TrainingSection(batch_size=20, margin=0.3, input_noise=0.0).model_copy(update=chosen)
+    return Trainer(projector, FeatureStore(rows, torch.device("cpu")), sampler, section, torch.ones(6)), data
 
 
-def list_triplets(trainer: Trainer, drawn: Triplets) -> list[tuple[int, int, int, int, int]]:
-    """Return anchor's place, anchor, positive, negative, band of every triplet, by loops."""
-    rows, found = drawn.anchors.rows.tolist(), drawn.found.tolist()
-    if not trainer.section.share_within_building:
-        columns = (rows, drawn.positives.tolist(), drawn.negatives.tolist(), drawn.bands.tolist())
-        return [(i, *row) for i, row in enumerate(zip(*columns, strict=True)) if found[i]]
-    triplets = []
-    for place, anchor in enumerate(rows):
-        first, size = int(drawn.anchors.starts[place]), int(drawn.anchors.sizes[place])
-        for positive in range(first, first + size):
-            for other in range(first, first + size):
-                negative = int(drawn.negatives[other])
-                is_allowed = bool(trainer.sampler.allows(torch.tensor([anchor]), torch.tensor([negative])))
-                if positive != place and found[other] and is_allowed:
-                    triplets.append((place, anchor, rows[positive], negative, int(drawn.bands[other])))
-    return triplets
+def count_steps(trainer: Trainer) -> int:
+    return int(trainer.optimizer.state[trainer.projector.shortcut.weight]["step"])
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-@pytest.mark.parametrize("shares", [False, True])
-def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_triplets(
-    shares: bool, distance: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("tile", [8, 1024])
+def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_anchors(
+    loss: str, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, data = make_trainer(share_within_building=shares, triplet_distance=distance)
-    sampler = trainer.sampler
-    drawn = sampler.draw(sampler.draw_groups(40) if shares else sampler.draw_anchors(40))
-    triplets = list_triplets(trainer, drawn)
-    assert len(triplets) > 30
+    monkeypatch.setattr(trainer_module, "TILE", tile)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    trainer, data = make_trainer(loss=loss, temperature=0.3)
+    [batch] = trainer.sampler.add_negatives([trainer.sampler.draw_groups(40)])
     embeddings = trainer.projector(torch.from_numpy(data.embeddings))
-    places, anchors, positives, negatives, bands = (torch.tensor(column) for column in zip(*triplets, strict=True))
-    losses = triplet_losses(embeddings[anchors], embeddings[positives], embeddings[negatives], 0.3, distance)
-    # Each image counts the same, whatever the number of its triplets.
-    means = [losses[places == place].mean() for place in places.unique()]
-    torch.stack(means).mean().backward()
+    rows, negatives = batch.anchors.rows.tolist(), batch.negatives.tolist()
+    groups = list(itertools.pairwise([0, *batch.anchors.ends.tolist()]))
+    tiles: list[list[int]] = [[]]  # numbers of groups
+    for number, (_, last) in enumerate(groups):
+        if tiles[-1] and last - groups[tiles[-1][0]][0] > tile:
+            tiles.append([])
+        tiles[-1].append(number)
+    losses = []
+    for numbers in tiles:
+        own = [rows[place] for number in numbers for place in range(*groups[number])]
+        others = torch.tensor(own + [negatives[number] for number in numbers])
+        for row in own:
+            is_positive = (others != row) & torch.from_numpy(data.building_codes[others] == data.building_codes[row])
+            is_negative = trainer.sampler.allows(torch.full_like(others, row), others)
+            pairs = Pairs(embeddings[[row]], embeddings[others], is_positive[None], is_negative[None], others[:1])
+            losses.append(LOSSES[loss](pairs, trainer.section))
+    torch.cat(losses).mean().backward()
     expected = [weight.grad.clone() for weight in trainer.projector.parameters() if weight.grad is not None]
 
-    counts = torch.zeros(2, 8, dtype=torch.float64)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
-    [(features, where)] = trainer.store.stream([trainer._list_rows(drawn)])
-    shape = ShapeSums(4, torch.device("cpu"))
-    loss_sum, num_losses = trainer._take_step(drawn, features, where, counts, shape).tolist()
-    assert loss_sum == pytest.approx(float(losses.detach().sum()), rel=1e-5)
-    assert num_losses == len(triplets)
-    assert counts[0].tolist() == [int((bands == band).sum()) for band in range(8)]
-    assert counts[1].tolist() == [int(((bands == band) & (losses > 0)).sum()) for band in range(8)]
+    counts, shape = torch.zeros(2, 8, dtype=torch.float64), ShapeSums(4, torch.device("cpu"))
+    assert trainer._take_step(batch, counts, shape).item() == pytest.approx(
+        float(torch.cat(losses).detach().sum()), rel=1e-5
+    )
+    active = [0] * 8
+    for (first, _), negative, band in zip(groups, negatives, batch.bands.tolist(), strict=True):
+        anchor, positive, other = (embeddings[row] for row in (rows[first], rows[first + 1], negative))
+        active[band] += bool((anchor - positive).norm() - (anchor - other).norm() + 0.3 > 0)
+    assert counts[0].tolist() == np.bincount(batch.bands, minlength=8).tolist()
+    assert counts[1].tolist() == active
+    assert 0 < sum(active) < len(groups)
     found = [weight.grad for weight in trainer.projector.parameters() if weight.grad is not None]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+class ToyProxies(torch.nn.Module):
+    """A learned vector for each building, to which its images are drawn: a loss with parameters."""
+
+    def __init__(self, num_buildings: int, width: int, _: TrainingSection) -> None:
+        super().__init__()
+        self.proxies = torch.nn.Parameter(torch.zeros(num_buildings, width))
+
+    def forward(self, pairs: Pairs) -> torch.Tensor:
+        return (pairs.anchors - self.proxies[pairs.buildings]).square().sum(dim=1)
+
+
+def test_a_losss_own_parameters_are_trained_saved_and_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "toy", ToyProxies)
+    (one, data), (other, _) = (make_trainer(loss="toy", learning_rate=0.5) for _ in range(2))
+    bar = Progress("train", None)
+    before = one.run_epoch(bar).loss
+    state = one.state()
+    assert state["loss"]["proxies"].abs().sum() > 0
+    assert len(state["loss"]["proxies"]) == len(data.building_ids)
+    for _ in range(5):
+        report = one.run_epoch(bar)
+    assert report.loss < before
+    other.restore(state)
+    for _ in range(5):
+        other.run_epoch(bar)
+    assert one.loss.proxies.equal(other.loss.proxies)
+    one.go_back(state, 0.1)
+    assert one.loss.proxies.equal(state["loss"]["proxies"])
+
+
 def test_an_epochs_report_is_that_of_all_its_steps() -> None:
-    trainer, _ = make_trainer(triplets_per_epoch=70)
+    trainer, _ = make_trainer(anchors_per_epoch=70)
     report = trainer.run_epoch(Progress("train", None))
-    assert report.num_triplets == 70
-    assert (trainer.step, trainer.epoch) == (4, 1)
+    assert 70 / 4 <= report.num_negatives <= 74 / 2  # groups of 2 to 4 images
+    assert (count_steps(trainer), trainer.epoch) == (4, 1)
     assert sum(report.band_shares) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("shares", [False, True])
-def test_the_bandit_turns_to_the_bands_whose_triplets_are_still_active(shares: bool) -> None:
-    trainer, _ = make_trainer(band_sampling="ucb", share_within_building=shares, triplets_per_epoch=3000)
+@pytest.mark.parametrize("loss", ["triplet", "multi_similarity"])
+def test_the_bandit_turns_to_the_bands_whose_negatives_are_still_active(loss: str) -> None:
+    trainer, _ = make_trainer(band_sampling="ucb", loss=loss, anchors_per_epoch=3000)
     assert trainer.bandit is not None
-    trainer.projector.shortcut.weight.data.zero_()  # all images coincide: every triplet is active
+    trainer.projector.shortcut.weight.data.zero_()  # all images coincide: every negative is active
     report = trainer.run_epoch(Progress("train", None))
-    assert report.active_share == 1.0
+    assert report.active_share == pytest.approx(1.0, abs=0.01)
     means = [reward / pulls for reward, pulls in zip(trainer.bandit.rewards, trainer.bandit.pulls, strict=True)]
-    assert means == pytest.approx([1.0] * 7)
+    assert means == pytest.approx([1.0] * 7, abs=0.01)
 
 
 def test_a_state_of_a_gpu_goes_on_on_a_cpu_with_new_random_numbers_and_says_so(
@@ -120,22 +151,22 @@ def test_a_state_of_a_gpu_goes_on_on_a_cpu_with_new_random_numbers_and_says_so(
     assert weights[0].equal(weights[1])
 
 
-@pytest.mark.parametrize("loss", ["supcon", "multi_similarity"])
-def test_a_loss_of_whole_buildings_has_every_image_as_anchor_and_a_banded_triplet_a_building(loss: str) -> None:
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_image_is_an_anchor_and_every_building_has_a_banded_negative(loss: str) -> None:
     trainer, data = make_trainer(loss=loss)
     report = trainer.run_epoch(Progress("train", None))
     num_buildings = int((np.bincount(data.building_codes) > 1).sum())
-    assert num_buildings <= report.num_triplets <= num_buildings + 3  # a pass over all images, and the rest of a batch
-    assert report.num_triplets < len(data) / 2
+    assert num_buildings <= report.num_negatives <= num_buildings + 3  # a pass over all images, and the rest of a batch
+    assert report.num_negatives < len(data) / 2
     assert report.loss > 0
     assert not report.has_collapsed
 
 
 def test_few_images_are_passed_over_until_there_are_enough_steps() -> None:
-    trainer, data = make_trainer(triplets_per_epoch="auto")
+    trainer, data = make_trainer(anchors_per_epoch="auto")
     assert trainer.num_anchors == 16 * 20 > len(data)
-    assert trainer.run_epoch(Progress("train", None)).num_triplets == 320
-    assert trainer.step == 16
+    trainer.run_epoch(Progress("train", None))
+    assert 16 <= count_steps(trainer) <= 19  # batches are of whole groups
 
 
 def test_noise_is_drawn_in_units_of_the_spread_within_buildings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,12 +187,12 @@ def test_noise_is_drawn_in_units_of_the_spread_within_buildings(monkeypatch: pyt
 
 def test_a_collapse_ends_an_epoch_at_the_draw_that_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train_specialized_embeddings.training.trainer._MIN_ANCHORS_PER_DRAW", 320)
-    trainer, _ = make_trainer(triplets_per_epoch=3200)
+    trainer, _ = make_trainer(anchors_per_epoch=3200)
     real = trainer._take_step
 
     def take_step(*arguments: Any) -> torch.Tensor:
         sums = real(*arguments)
-        if trainer.step == 40:
+        if count_steps(trainer) == 40:
             trainer.projector.shortcut.weight.data.zero_()  # all images coincide from here on
             trainer.projector.shortcut.bias.data.fill_(1.0)
             for weight in trainer.projector.output.parameters():
@@ -171,7 +202,7 @@ def test_a_collapse_ends_an_epoch_at_the_draw_that_shows_it(monkeypatch: pytest.
     monkeypatch.setattr(trainer, "_take_step", take_step)
     report = trainer.run_epoch(Progress("train", None))
     assert report.has_collapsed
-    assert trainer.step in (48, 64)  # of 160: a draw is of 16 steps
+    assert count_steps(trainer) in (48, 64)  # of 160: a draw is of 16 steps
     assert trainer.epoch == 1
 
 
@@ -206,18 +237,18 @@ def test_going_back_takes_the_averaged_weights_and_lowers_the_rates_but_not_the_
     assert trainer.run_epoch(bar).learning_rates["shortcut"] == pytest.approx(10 * before)
 
 
-@pytest.mark.parametrize(("triplets", "share"), [(60, 1.0), (304, 0.25), ("auto", 76 / (16 * 20))])
+@pytest.mark.parametrize(("num_anchors", "share"), [(60, 1.0), (304, 0.25), ("auto", 76 / (16 * 20))])
 def test_a_layers_rate_is_the_configured_one_over_the_root_of_its_width_and_the_passes_of_an_epoch(
-    triplets: int | str, share: float
+    num_anchors: int | str, share: float
 ) -> None:
-    trainer, data = make_trainer(learning_rate=0.5, shortcut_learning_rate=0.3, triplets_per_epoch=triplets)
-    assert len(trainer.sampler.candidates) == 76 < len(data.building_codes)  # those that have a positive
+    trainer, data = make_trainer(learning_rate=0.5, shortcut_learning_rate=0.3, anchors_per_epoch=num_anchors)
+    assert len(trainer.sampler.anchors) == 76 < len(data.building_codes)  # those that have a positive
     rates = {group["name"]: group["peak_lr"] for group in trainer.optimizer.param_groups}
     expected = {"shortcut": 0.3 / 6**0.5, "hidden.0": 0.5 / 6**0.5, "output": 0.5 / 8**0.5}
     assert rates == pytest.approx({name: share * rate for name, rate in expected.items()})
 
 
-@pytest.mark.parametrize("settings", [{}, {"band_sampling": "ucb"}, {"share_within_building": True}])
+@pytest.mark.parametrize("settings", [{}, {"band_sampling": "ucb"}, {"loss": "multi_similarity"}])
 def test_a_state_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
     (one, _), (other, _) = make_trainer(**settings), make_trainer(**settings)
     bar = Progress("train", None)

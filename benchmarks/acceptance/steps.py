@@ -69,16 +69,14 @@ def _check_last_rows(findings: Findings, bench: Bench) -> None:
     """Check that the rows drawn are those asked for, up to the table's end."""
     rows = torch.arange(bench.count - 256, bench.count, device=bench.device)
     rows = torch.cat([rows, rows[:1] // 2, rows[:1] * 0]).flip(0)
-    [(found, places)] = bench.wide.stream([rows])
-    digits = found[places][:, :DIGITS].double().cpu()
+    digits = bench.wide.gather(rows)[:, :DIGITS].double().cpu()
     numbers = (digits * torch.tensor([float(BASE**digit) for digit in range(DIGITS)])).sum(dim=1)
     findings.check("last rows drawn that are others", int((numbers != rows.cpu()).sum()), at_most=0)
 
 
 def _make_section(bench: Bench, batch_size: int) -> TrainingSection:
     return TrainingSection(
-        batch_size=batch_size, triplets_per_epoch=bench.steps * batch_size, loss="triplet", band_sampling="ucb",
-        hard_mining=False,
+        batch_size=batch_size, anchors_per_epoch=bench.steps * batch_size, loss="triplet", band_sampling="ucb",
     )  # fmt: skip
 
 
@@ -93,7 +91,7 @@ def _time_default(findings: Findings, bench: Bench, batch_size: int) -> None:
     """Note the anchors a second of stage 6's own objective, in coordinates."""
     width = min(NUM_COORDINATES, bench.features.width)
     store = FeatureStore(np.ascontiguousarray(bench.features.embeddings[:, :width]), bench.device)
-    section = TrainingSection(batch_size=batch_size, triplets_per_epoch=bench.steps * batch_size)
+    section = TrainingSection(batch_size=batch_size, anchors_per_epoch=bench.steps * batch_size)
     trainer = bench.make_trainer(store, width, section)
     seconds = time_steady(lambda: trainer.run_epoch(Progress("train", None)))
     findings.note(**{f"default_anchors_per_s_at_{batch_size}": trainer.num_anchors / seconds})

@@ -63,12 +63,6 @@ class Evaluation:
         return self.features.building_codes
 
 
-def panorama_codes(features: Features) -> NDArray[np.int64]:
-    """Return one code per panorama, (N,): a street_view_id is unique only within its dataset."""
-    pairs = np.stack([features.dataset_ids, features.street_view_ids], axis=1)
-    return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
-
-
 def score_kinds(
     embeddings: Mapping[str, Embeddings],
     codes: NDArray[Any],
@@ -95,7 +89,7 @@ def score_kinds_twice(
     Raises InputError, naming the kind, if a row is not finite or zero.
     """
     scores, apart = {}, {}
-    panoramas = panorama_codes(features)
+    panoramas = features.panorama_codes
     for kind, rows in embeddings.items():
         try:
             scores[kind], without = score_queries_twice(

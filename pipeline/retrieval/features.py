@@ -49,6 +49,15 @@ class Features:
         """Numbers an embedding has."""
         return int(self.embeddings.shape[1])
 
+    @property
+    def panorama_codes(self) -> NDArray[np.int64]:
+        """One code per panorama, (N,): a street_view_id is unique only within its dataset."""
+        order = np.lexsort((self.street_view_ids, self.dataset_ids))
+        pairs = np.stack([self.dataset_ids[order], self.street_view_ids[order]], axis=1)
+        codes = np.empty(len(pairs), np.int64)
+        codes[order] = np.cumsum((np.diff(pairs, axis=0, prepend=pairs[:1]) != 0).any(axis=1))
+        return codes
+
 
 def sample_buildings(features: Features, count: int, seed: int) -> Features:
     """Return the images of `count` buildings drawn from `seed`, in memory; all where there are fewer."""

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from train_specialized_embeddings.sampling.triplets import NUM_BANDS
+from train_specialized_embeddings.sampling.neighbor_table import NUM_BANDS
 
 # A draw is cut into this many pulls, each of which prefers one order of the bands.
 PULLS_PER_DRAW = 64

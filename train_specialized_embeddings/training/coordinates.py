@@ -5,9 +5,7 @@ signed, and there are few: a step on 4,096 numbers costs what one on 512 does. W
 layer away from the features, so that `fold` turns it into a projector of the features themselves.
 """
 
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,6 @@ from pipeline.retrieval.whitening import LinearMap, Scatter
 
 # On 2,114 rendered buildings (Lite0, 1,280 numbers) 1,024 gave 0.6108 test mAP where 512 gave 0.612.
 NUM_COORDINATES = 512
-# Rows that take more are kept in a file instead of memory.
-_IN_MEMORY_BYTES = 2**30
 
 Float32 = NDArray[np.float32]
 
@@ -32,14 +28,6 @@ class Coordinates:
     linear_map: LinearMap
     spread: Float32  # (K,) standard deviation within buildings
     length: float  # root mean square norm of what it maps
-
-    def map_rows(self, embeddings: NDArray[Any], folder: Path | None = None) -> Float32:
-        """Return the coordinates (N, K) of rows (N, D), many of them in a file without a name in `folder`."""
-        shape = len(embeddings), len(self.spread)
-        if 4 * shape[0] * shape[1] <= _IN_MEMORY_BYTES:
-            return self.linear_map.map_rows(embeddings)
-        with tempfile.TemporaryFile(dir=folder) as file:  # a killed run leaves nothing
-            return self.linear_map.map_rows(embeddings, np.memmap(file, np.float32, "w+", shape=shape))
 
     def fold(self, projector: Projector) -> Projector:
         """Return the projector of features that equals this one of coordinates, up to rounding; on the CPU."""

@@ -16,7 +16,7 @@ from pipeline.retrieval.checkpoint import Checkpoint, load_checkpoint
 from pipeline.retrieval.features import Features, load_features, sample_buildings
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
-from train_specialized_embeddings.sampling.triplets import load_neighbors
+from train_specialized_embeddings.sampling.neighbor_table import load_neighbors
 from train_specialized_embeddings.training.coordinates import Coordinates, restore_coordinates
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
 from train_specialized_embeddings.training.run_files import RunFiles
@@ -55,7 +55,7 @@ def fit(
             if path := inputs.get("init_checkpoint"):
                 warm = load_warm_start(path, config, material.train.width, provenance.get("embedded_with"))
             baselines = begin(config, material, saved, warm)
-            store = store_coordinates(material, baselines.start, files.folder)
+            store = store_coordinates(material, baselines.start)
         counts = {"in": material.num_images, "out": material.num_images}
         run = make_run(config, material, store, baselines, files, watch, sinks)
         run.provenance = provenance | {"counts": counts}
@@ -76,9 +76,9 @@ def training_within_memory(config: Config) -> AbstractContextManager[None]:
     )
 
 
-def store_coordinates(material: Material, coordinates: Coordinates, folder: Path | None = None) -> FeatureStore:
+def store_coordinates(material: Material, coordinates: Coordinates) -> FeatureStore:
     """Return the training images in coordinates, where the steps need them."""
-    return FeatureStore(coordinates.map_rows(material.train.embeddings, folder), material.device)
+    return FeatureStore(coordinates.linear_map.map_rows(material.train.embeddings), material.device)
 
 
 def make_run(  # noqa: PLR0917
@@ -95,7 +95,7 @@ def make_run(  # noqa: PLR0917
     projector = make_projector(baselines, config.training_model, config.training).to(material.device)
     start = baselines.start
     trainer = Trainer(projector, store, material.sampler, config.training, torch.from_numpy(start.spread))
-    validation = replace(material.validation, embeddings=start.map_rows(material.validation.embeddings))
+    validation = replace(material.validation, embeddings=start.linear_map.map_rows(material.validation.embeddings))
     return TrainingRun(
         config, nowhere, trainer, start, validation, {}, baselines.scores, baselines.note, watch or Stopwatch(),
         sinks or MetricSinks(LoggingSection(), nowhere.folder, {}),

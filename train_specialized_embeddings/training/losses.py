@@ -1,19 +1,35 @@
-"""The losses of embeddings on the unit sphere, and the pull toward a start.
+"""The losses of embeddings on the unit sphere.
 
-A loss takes embeddings and masks that say who is whose positive and negative, and returns one value an anchor; all of
-it on the device. A classification loss would fit in beside them.
+A loss is a function of the pairs of a batch that returns one value for each anchor, and a word of `[training].loss`.
+A loss with parameters of its own (a proxy for each building, say) is a class of torch.nn.Module, made with the number
+of buildings, the embeddings' width and the settings; its parameters are trained and saved with the projector's.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional
+
+from pipeline.config import TrainingSection
 
 # Below this squared distance the square root's slope would explode; it is 1e-6 of the sphere's radius.
 MIN_SQUARED_DISTANCE = 1e-12
 # Of Multi-Similarity: the paper's a = 2 and b = 40, and the cosine between a near and a far pair; docs/training.md has
 # what others gave.
 POSITIVE_SCALE, NEGATIVE_SCALE, BASE = 2.0, 40.0, 0.5
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The images that a step compares."""
+
+    anchors: torch.Tensor  # (B, D) of unit length
+    candidates: torch.Tensor  # (C, D) of unit length: the anchors themselves, and the banded negatives
+    is_positive: torch.Tensor  # (B, C) another image of the anchor's building
+    is_negative: torch.Tensor  # (B, C) an image that may be the anchor's negative
+    buildings: torch.Tensor  # (B,) the number of each anchor's building
 
 
 def pair_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -26,73 +42,80 @@ def cosine_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return 1.0 - (first * second).sum(dim=-1)
 
 
-# By [training].triplet_distance.
-DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "euclidean": pair_distances,
-    "cosine": cosine_distances,
-}
+# By the words of [training].triplet_distance.
+DISTANCES = {"euclidean": pair_distances, "cosine": cosine_distances}
 
 
-def triplet_losses(  # noqa: PLR0917
-    anchor: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, margin: float, distance: str = "euclidean"
-) -> torch.Tensor:
-    """Return max(0, d(anchor, positive) - d(anchor, negative) + margin) of each triplet, (B,).
+def multi_similarity(pairs: Pairs, _: TrainingSection) -> torch.Tensor:
+    """Return, for each anchor, log(1 + sum e^(-a(s_p - l))) / a + log(1 + sum e^(b(s_n - l))) / b, (B,).
 
-    d is one of DISTANCES; "cosine" is FaceNet's squared distance, halved (Schroff et al. 2015), "euclidean" its root. A
-    triplet is active where its loss is > 0.
+    s are the cosines to the candidates, p the anchor's positives, n its negatives. A sum over none is 0. Source: Wang
+    et al. 2019 (Multi-Similarity), equation 15, without its mining of pairs.
     """
-    measure = DISTANCES[distance]
-    return torch.relu(measure(anchor, positive) - measure(anchor, negative) + margin)
-
-
-def supervised_contrastive_losses(  # noqa: PLR0917
-    anchors: torch.Tensor,
-    candidates: torch.Tensor,
-    is_positive: torch.Tensor,
-    is_negative: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    """Return, of each anchor (B, D), the mean over its positives p of -log(e^(s_p/t) / (e^(s_p/t) + sum e^(s_n/t))).
-
-    s are the cosines to the candidates (C, D), n the anchor's negatives; the masks are (B, C). Without a positive, or
-    without a negative, it is 0. Source: Khosla et al. 2020, equation 2, the other positives left out of the
-    denominator as in NT-Xent (Chen et al. 2020).
-    """
-    logits = (anchors @ candidates.T).float() / temperature  # (B, C)
-    lowest = torch.finfo(logits.dtype).min  # minus infinity would make the slope of an anchor without negatives a NaN
-    of_negatives = logits.masked_fill(~is_negative, lowest).logsumexp(dim=1, keepdim=True)
-    losses = functional.softplus(of_negatives - logits) * is_positive
-    return losses.sum(dim=1) / is_positive.sum(dim=1).clamp_min(1)
-
-
-def multi_similarity_losses(
-    anchors: torch.Tensor, candidates: torch.Tensor, is_positive: torch.Tensor, is_negative: torch.Tensor
-) -> torch.Tensor:
-    """Return, of each anchor (B, D), log(1 + sum e^(-a(s_p - l))) / a + log(1 + sum e^(b(s_n - l))) / b.
-
-    s are the cosines to the candidates (C, D), p the anchor's positives, n its negatives; the masks are (B, C). A sum
-    over none is 0. Source: Wang et al. 2019 (Multi-Similarity), equation 15, without its mining of pairs.
-    """
-    cosines = (anchors @ candidates.T).float() - BASE  # (B, C)
+    cosines = (pairs.anchors @ pairs.candidates.T).float() - BASE  # (B, C)
     lowest = torch.finfo(cosines.dtype).min  # minus infinity would make the slope of an anchor without pairs a NaN
-    parts = ((is_positive, -POSITIVE_SCALE), (is_negative, NEGATIVE_SCALE))
+    parts = ((pairs.is_positive, -POSITIVE_SCALE), (pairs.is_negative, NEGATIVE_SCALE))
     sums = [(scale * cosines).masked_fill(~mask, lowest).logsumexp(dim=1) for mask, scale in parts]
     return functional.softplus(sums[0]) / POSITIVE_SCALE + functional.softplus(sums[1]) / NEGATIVE_SCALE
 
 
-def semi_hard_negatives(
-    anchors: torch.Tensor, positives: torch.Tensor, candidates: torch.Tensor, is_negative: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each anchor (B, D) its nearest negative beyond its positive (B, D), (B,), and whether there is one.
+def supervised_contrastive(pairs: Pairs, section: TrainingSection) -> torch.Tensor:
+    """Return, for each anchor, the mean over its positives p of -log(e^(s_p/t) / (e^(s_p/t) + sum e^(s_n/t))), (B,).
 
-    The candidates are (C, D), the mask (B, C). Source: Schroff et al. 2015 (FaceNet), section 3.2.
+    s are the cosines to the candidates, n the anchor's negatives. Without a positive, or without a negative, it is 0.
+    Source: Khosla et al. 2020, equation 2, without the other positives in the denominator, as in NT-Xent (Chen et al.
+    2020).
     """
-    with torch.no_grad():
-        cosines = anchors @ candidates.T
-        beyond = is_negative & (cosines < (anchors * positives).sum(dim=1, keepdim=True))
-        return cosines.masked_fill(~beyond, -2.0).argmax(dim=1), beyond.any(dim=1)
+    logits = (pairs.anchors @ pairs.candidates.T).float() / section.temperature  # (B, C)
+    lowest = torch.finfo(logits.dtype).min  # minus infinity would make the slope of an anchor without negatives a NaN
+    of_negatives = logits.masked_fill(~pairs.is_negative, lowest).logsumexp(dim=1, keepdim=True)
+    losses = functional.softplus(of_negatives - logits) * pairs.is_positive
+    return losses.sum(dim=1) / pairs.is_positive.sum(dim=1).clamp_min(1)
 
 
-def relative_drift(weight: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Return |weight - start|^2 / |start|^2, which is 1 where the weight has left its start by its own length."""
-    return (weight - start).pow(2).sum() / start.pow(2).sum().clamp_min(torch.finfo(start.dtype).tiny)
+def triplet(pairs: Pairs, section: TrainingSection) -> torch.Tensor:
+    """Return, for each anchor a, the mean over its positives p of max(0, d(a, p) - d(a, n) + margin), (B,).
+
+    d is one of DISTANCES. n is the semi-hard negative: the nearest one that is farther than p (Schroff et al. 2015,
+    FaceNet, section 3.2), or the farthest one where none is. The nearest of all would pull everything together until
+    the embeddings collapse.
+    """
+    cosines = (pairs.anchors @ pairs.candidates.T).detach()
+    rows, positives = pairs.is_positive.nonzero(as_tuple=True)  # a triplet for each, (T,)
+    of_negatives = cosines[rows].masked_fill(~pairs.is_negative[rows], -torch.inf)  # (T, C)
+    beyond = of_negatives.masked_fill(of_negatives >= cosines[rows, positives, None], -torch.inf)
+    farthest = of_negatives.masked_fill(of_negatives.isinf(), torch.inf).argmin(dim=1)
+    negatives = torch.where(beyond.isfinite().any(dim=1), beyond.argmax(dim=1), farthest)
+    anchors = pairs.anchors[rows]
+    measure = DISTANCES[section.triplet_distance]
+    to_positive, to_negative = (measure(anchors, pairs.candidates[other]) for other in (positives, negatives))
+    losses = torch.relu(to_positive - to_negative + section.margin) * pairs.is_negative[rows].any(dim=1)
+    sums = losses.new_zeros(len(pairs.anchors)).index_add(0, rows, losses)
+    return sums / pairs.is_positive.sum(dim=1).clamp_min(1)
+
+
+class _Function(nn.Module):
+    """A loss without parameters."""
+
+    def __init__(self, function: Callable[[Pairs, TrainingSection], torch.Tensor], section: TrainingSection) -> None:
+        super().__init__()
+        self.function, self.section = function, section
+
+    def forward(self, pairs: Pairs) -> torch.Tensor:
+        return self.function(pairs, self.section)
+
+
+# By the words of [training].loss.
+LOSSES: dict[str, Callable[[Pairs, TrainingSection], torch.Tensor] | type[nn.Module]] = {
+    "multi_similarity": multi_similarity,
+    "supcon": supervised_contrastive,
+    "triplet": triplet,
+}
+
+
+def make_loss(section: TrainingSection, num_buildings: int, width: int) -> nn.Module:
+    """Return the loss that `[training].loss` names, as a module that maps pairs to one value an anchor."""
+    chosen = LOSSES[section.loss]
+    if isinstance(chosen, type):
+        return chosen(num_buildings, width, section)
+    return _Function(chosen, section)

@@ -164,7 +164,7 @@ def make_projector(baselines: Baselines, model: TrainingModelSection, section: T
     start = baselines.start
     projector = Projector(
         len(start.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,
-        model.activation, section.input_dropout, hidden_dims=model.hidden_dims,
+        model.activation, hidden_dims=model.hidden_dims,
     )  # fmt: skip
     if section.init == "random":
         return projector

@@ -1,4 +1,4 @@
-"""Train a projector by triplets, an epoch at a time, from a state that can be saved and taken up again exactly."""
+"""Train a projector, an epoch at a time, from a state that can be saved and resumed exactly."""
 
 import copy
 import math
@@ -13,36 +13,36 @@ from pipeline.config import TrainingSection
 from pipeline.errors import PipelineError
 from pipeline.log import Progress, logger
 from pipeline.retrieval.projector import Projector
-from train_specialized_embeddings.sampling.band_sampler import MAX_GROUP, RANDOM_BAND, BandSampler, Triplets
+from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch
 from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.collapse import ShapeSums, is_collapsed
-from train_specialized_embeddings.training.in_batch import group_losses, mined_triplet_losses
-from train_specialized_embeddings.training.losses import DISTANCES, relative_drift
+from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_loss
 
-# Triplets are drawn for this many steps at once, and at least this many: the host waits for the device once a draw,
-# and the bandit learns from one draw for the next.
+# Negatives are drawn for this many steps at once, and at least for this many anchors: the host waits for the device
+# once a draw, and the bandit learns from one draw for the next.
 _STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
-
 _MIN_STEPS_PER_EPOCH = 16
-# What the averaged weights keep of themselves each epoch: they are the mean of about the last five.
+# Anchors that are compared with each other at a time: a batch of 16,384 would need billions of cosines.
+TILE = 1024
+# The averaged weights keep this share of themselves each epoch: they are the mean of about the last five.
 _AVERAGE_DECAY = 0.8
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What an epoch's training was like."""
+    """The figures of an epoch's training."""
 
-    loss: float  # mean over triplets
-    active_share: float  # triplets whose loss is not zero
+    loss: float  # mean over anchors
+    active_share: float  # of the banded negatives, those within the margin of a positive
     band_shares: list[float]
     learning_rates: dict[str, float]  # at the epoch's last step
-    num_triplets: int
-    has_collapsed: bool  # and so was given up before its end
+    num_negatives: int  # banded ones
+    has_collapsed: bool  # the epoch was then given up before its end
 
 
 def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
-    """Return what step `step`, counted from 0, multiplies the learning rates by: linear warm-up, then a half cosine."""
+    """Return the factor of the learning rates at a step, counted from 0: linear warm-up, then a half cosine."""
     if step < num_warmup:
         return (step + 1) / num_warmup
     done = (step - num_warmup) / max(1, num_steps - num_warmup)
@@ -50,7 +50,7 @@ def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
 
 
 class Trainer:
-    """A projector with its optimiser, schedule, sampler and bandit."""
+    """A projector with its loss, optimiser, schedule, sampler and bandit."""
 
     def __init__(  # noqa: PLR0917
         self,
@@ -58,39 +58,37 @@ class Trainer:
         store: FeatureStore,
         sampler: BandSampler,
         section: TrainingSection,
-        spread: torch.Tensor | None = None,
+        spread: torch.Tensor,
     ) -> None:
         """Take a projector of the store's rows, and how far those vary within a building (D,), for the noise."""
         self.projector, self.store, self.sampler, self.section = projector, store, sampler, section
-        # Of its weights over the epochs, which is what is validated and published: one epoch's are the luck of its
-        # batches, which few validation buildings cannot tell from a gain.
+        # The averaged weights are validated and published: one epoch's are the luck of its batches, which few
+        # validation buildings cannot tell from a gain.
         self.average = copy.deepcopy(projector).eval()
+        self.origin = copy.deepcopy(projector).eval()  # the start, of which the published weights keep a part
+        self.loss = make_loss(section, sampler.num_buildings, projector.architecture["output_dim"]).to(store.device)
         self.bandit = BandBandit() if section.band_sampling == "ucb" else None
-        self.distance = DISTANCES[section.triplet_distance]
-        self.noise = None if spread is None else section.input_noise * spread.to(store.device)
-        self.origin = copy.deepcopy(projector).eval()  # where it starts, of which the published weights keep some
-        self.epoch = self.step = 0
+        self.noise = section.input_noise * spread.to(store.device)
+        self.epoch = 0
         self.rate_scale = 1.0  # lowered by a collapse
         self.first_shape: list[float] | None = None  # spread and norm of the first images that were trained on
-        auto = section.triplets_per_epoch == "auto"
         # Few images are passed over several times an epoch: what training needs is steps.
-        self.num_anchors = (
-            max(len(sampler.candidates), _MIN_STEPS_PER_EPOCH * section.batch_size)
-            if auto
-            else int(section.triplets_per_epoch)
-        )
+        self.num_anchors = max(len(sampler.anchors), _MIN_STEPS_PER_EPOCH * section.batch_size)
+        if section.anchors_per_epoch != "auto":
+            self.num_anchors = section.anchors_per_epoch
         self.steps_per_epoch = math.ceil(self.num_anchors / section.batch_size)
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), fused=True)
+        self.optimizer = torch.optim.AdamW(self._group_parameters(), fused=True)
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Group the weights by learning rate; decay would only shrink a shortcut whose output is normalised.
+    def _group_parameters(self) -> list[dict[str, Any]]:
+        """Group the weights by learning rate.
 
-        Adam moves every weight by about its rate, and an output by what all its weights do: a layer's rate is divided
-        by the root of its inputs, so that one rate serves every width.
+        Adam moves every weight by about its rate, and an output by the sum over a layer's weights: a layer's rate is
+        divided by the root of its inputs, so that one rate serves every width. The shortcut and the loss have no weight
+        decay: it would only shrink vectors that are normalised.
         """
         section, projector = self.section, self.projector
         # An image that an epoch passes over k times moves the weights as far as one that it passes over once.
-        share = min(1.0, len(self.sampler.candidates) / self.num_anchors)
+        share = min(1.0, len(self.sampler.anchors) / self.num_anchors)
         layers: dict[str, Any] = {"shortcut": projector.shortcut}
         layers |= {f"hidden.{number}": layer for number, layer in enumerate(projector.hidden)}
         if projector.output is not None:
@@ -99,45 +97,37 @@ class Trainer:
         for name, layer in layers.items():
             is_shortcut = name == "shortcut"
             rate = section.shortcut_learning_rate if is_shortcut else section.learning_rate
-            groups.append(
-                {
-                    "name": name,
-                    "params": list(layer.parameters()),
-                    "peak_lr": share * rate / layer.weight.shape[1] ** 0.5,
-                    "weight_decay": 0.0 if is_shortcut else section.weight_decay,
-                    "lr": 0.0,
-                }
-            )
+            decay = 0.0 if is_shortcut else section.weight_decay
+            groups.append(_group(name, layer, share * rate / layer.weight.shape[1] ** 0.5, decay))
+        if list(self.loss.parameters()):
+            groups.append(_group("loss", self.loss, share * section.learning_rate, 0.0))
         return groups
 
     def run_epoch(self, progress: Progress) -> EpochReport:
-        """Train on one epoch's triplets, or on as many as it takes to find that the embeddings have collapsed.
+        """Train on one epoch's anchors, or until the embeddings have collapsed.
 
-        Raises PipelineError where no triplet can be drawn, or the loss is no number any more.
+        Raises PipelineError where no negative can be drawn, or the loss is not a number.
         """
         self.projector.train()
         section, device = self.section, self.store.device
-        draw = self.sampler.draw_groups if section.draws_groups else self.sampler.draw_anchors
-        anchors = draw(self.num_anchors)
-        edges = anchors.plan_batches(section.batch_size)
-        loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, and how many
-        totals = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=device)  # triplets and active ones by band
+        batches = self.sampler.draw_groups(self.num_anchors).split(section.batch_size)
         steps_per_draw = max(_STEPS_PER_DRAW, -(-_MIN_ANCHORS_PER_DRAW // section.batch_size))
-        has_collapsed = False
-        for first in range(0, len(edges) - 1, steps_per_draw):
-            part = edges[first : first + steps_per_draw + 1]
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        totals = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=device)  # negatives, active ones, by band
+        num_anchors, has_collapsed = 0, False
+        for first in range(0, len(batches), steps_per_draw):
+            drawn = batches[first : first + steps_per_draw]
             preference = torch.tensor(self.bandit.rank_bands(), device=device) if self.bandit else None
-            drawn = self.sampler.draw(anchors.cut(part[0], part[-1]), preference)
-            batches = [drawn.cut(a - part[0], b - part[0]) for a, b in zip(part[:-1], part[1:], strict=True)]
             counts, shape = torch.zeros_like(totals), ShapeSums(self.projector.architecture["output_dim"], device)
-            rows = [self._list_rows(batch) for batch in batches]
-            for number, (features, places) in enumerate(self.store.stream(rows), first):
-                self._set_rates(number / (len(edges) - 1))
-                loss_sum += self._take_step(batches[number - first], features, places, counts, shape)
+            for number, batch in enumerate(self.sampler.add_negatives(drawn, preference), first):
+                self._set_rates(number / len(batches))
+                loss_sum += self._take_step(batch, counts, shape)
             if self.bandit:
                 self.bandit.learn(*counts[:, :RANDOM_BAND].tolist())
             totals += counts
-            progress.advance(part[-1] - part[0])
+            num_drawn = sum(len(part.rows) for part in drawn)
+            num_anchors += num_drawn
+            progress.advance(num_drawn)
             has_collapsed = self._has_collapsed(shape)
             if has_collapsed:
                 break
@@ -145,31 +135,30 @@ class Trainer:
         with torch.no_grad():
             for mean, weight in zip(self.average.parameters(), self.projector.parameters(), strict=True):
                 mean.lerp_(weight, 1 - _AVERAGE_DECAY)
-        return self._report(loss_sum.tolist(), totals.tolist(), has_collapsed)
+        return self._report(float(loss_sum) / num_anchors, totals.tolist(), has_collapsed)
 
     def _has_collapsed(self, shape: ShapeSums) -> bool:
-        """Whether a draw's images lie otherwise than those of the first draw; few images say nothing."""
+        """Tell whether a draw's images lie otherwise than those of the first draw; few images say nothing."""
         spread, norm, count = shape.measure()
-        if count < min(_MIN_ANCHORS_PER_DRAW, self.num_anchors):
+        if count < min(_MIN_ANCHORS_PER_DRAW, self.num_anchors) / 2:  # batches of whole groups are seldom full
             return False
         if self.first_shape is None:
             self.first_shape = [spread, norm]
         return is_collapsed(spread, norm, *self.first_shape)
 
-    def _report(self, losses: list[float], triplets: list[list[float]], has_collapsed: bool) -> EpochReport:  # noqa: FBT001
-        loss_sum, num_losses = losses
-        num_triplets, num_active = triplets
-        total = sum(num_triplets)
+    def _report(self, loss: float, totals: list[list[float]], has_collapsed: bool) -> EpochReport:  # noqa: FBT001
+        by_band, active_by_band = totals
+        total = sum(by_band)
         if not total:
             raise PipelineError(
-                "no triplet can be drawn: every image is of the anchor's building, its panorama, or nearer than "
+                "no negative can be drawn: every image is of the anchor's building, its panorama, or nearer than "
                 f"[training].min_negative_distance_m = {self.section.min_negative_distance_m:g}: lower it"
             )
-        if not math.isfinite(loss_sum):
+        if not math.isfinite(loss):
             raise PipelineError("training diverged (the loss is not a number): lower [training].learning_rate")
         rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        shares = [count / total for count in num_triplets]
-        return EpochReport(loss_sum / num_losses, sum(num_active) / total, shares, rates, int(total), has_collapsed)
+        shares = [count / total for count in by_band]
+        return EpochReport(loss, sum(active_by_band) / total, shares, rates, int(total), has_collapsed)
 
     def _set_rates(self, done: float) -> None:
         """Set the learning rates for a step of this epoch; `done` is the share of its steps before it."""
@@ -179,106 +168,49 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor * self.rate_scale
 
-    def _list_rows(self, batch: Triplets) -> torch.Tensor:
-        """Return the images that a batch needs; where it is of whole buildings, its other anchors are the positives."""
-        if self.section.loss != "triplet":
-            firsts = torch.from_numpy(batch.anchors.firsts).to(batch.negatives.device)
-            return torch.cat([batch.anchors.rows, batch.negatives[firsts]])
-        shares = self.section.share_within_building
-        return torch.cat([batch.anchors.rows, *([] if shares else [batch.positives]), batch.negatives])
+    def _take_step(self, batch: Batch, counts: torch.Tensor, shape: ShapeSums) -> torch.Tensor:
+        """Move the weights by one batch; return the sum of its losses.
 
-    def _take_step(  # noqa: PLR0917
-        self,
-        batch: Triplets,
-        features: torch.Tensor,
-        places: torch.Tensor,
-        counts: torch.Tensor,
-        shape: ShapeSums,
-    ) -> torch.Tensor:
-        """Move the weights by one batch; return the sum and number of its losses.
-
-        Adds its triplets by band to `counts`, and where its anchors lie to `shape`.
+        Adds the batch's negatives by band to `counts`, and where its anchors lie to `shape`.
         """
-        if self.noise is not None:
-            features = features + self.noise * torch.randn(features.shape, device=features.device)
+        features = self.store.gather(batch.rows)
+        features = features + self.noise * torch.randn(features.shape, device=features.device)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
             outputs = self.projector.map(features)
-        outputs = outputs.index_select(0, places)
         embeddings = functional.normalize(outputs, dim=1)
-        loss, sums = self._lose(batch, embeddings, counts)
-        if self.section.anchor_penalty > 0:
-            drift = relative_drift(self.projector.shortcut.weight, self.origin.shortcut.weight.detach())
-            loss = loss + self.section.anchor_penalty * drift
+        losses = self._compare(batch, embeddings)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.section.grad_clip)
         self.optimizer.step()
-        self.step += 1
         with torch.no_grad():
-            shape.add(outputs[: len(batch)], embeddings[: len(batch)])
-        return sums
+            num_anchors = len(batch.anchors.rows)
+            shape.add(outputs[:num_anchors], embeddings[:num_anchors])
+            is_active = self._find_active(batch, embeddings)
+            for line, mask in zip(counts, (batch.found, is_active), strict=True):
+                line.index_add_(0, batch.bands, mask.double())
+        return losses.detach().sum().double()
 
-    def _lose(
-        self, batch: Triplets, embeddings: torch.Tensor, counts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a batch's loss, and the sum and number of its losses; add its triplets by band to `counts`."""
-        section = self.section
-        if section.loss != "triplet":
-            with torch.no_grad():
-                banded, valid, bands = self._compare_firsts(batch, embeddings)
-            losses = group_losses(self.sampler, batch, embeddings, section)
-            loss, weights = losses.mean(), torch.ones_like(losses)
-        else:
-            banded, valid, bands = self._compare(batch, embeddings)
-            losses, weights = banded, valid
-            if section.compares_in_batch:
-                losses = mined_triplet_losses(self.sampler, batch, embeddings, section)[:, None, None]
-            per_anchor = (losses * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp_min(1)
-            # Every image counts the same, however many triplets its building gives it.
-            loss = per_anchor.sum() / valid.any(dim=2).any(dim=1).sum().clamp_min(1)
-        with torch.no_grad():
-            active = valid & (banded > 0)  # of the banded triplets, whatever is learned from
-            for line, mask in zip(counts, (valid, active), strict=True):
-                line.scatter_add_(0, bands.flatten(), mask.sum(dim=1).flatten().double())
-            return loss, torch.stack([(losses * weights).sum().double(), weights.sum().double()])
+    def _compare(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each anchor (T,), compared with its tile's anchors and banded negatives."""
+        rows, losses = batch.rows, []
+        anchor, negative = 0, len(batch.anchors.rows)
+        for tile in batch.anchors.split(TILE):
+            own = slice(anchor, anchor + len(tile.rows))
+            banded = slice(negative, negative + len(tile.ends))
+            candidates = torch.cat([rows[own], rows[banded]])
+            masks = self.sampler.compare(rows[own], candidates)
+            both = torch.cat([embeddings[own], embeddings[banded]])
+            losses.append(self.loss(Pairs(embeddings[own], both, *masks, self.sampler.buildings[rows[own]])))
+            anchor, negative = own.stop, banded.stop
+        return torch.cat(losses)
 
-    def _compare_firsts(
-        self, batch: Triplets, embeddings: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what `_compare` does of one triplet a group: its first image, the next one, the banded negative."""
-        firsts = torch.from_numpy(batch.anchors.firsts).to(embeddings.device)
-        nexts = (firsts + 1).clamp_max(len(batch) - 1)
-        distances = [
-            self.distance(embeddings[firsts], others)[:, None]
-            for others in (embeddings[nexts], embeddings[len(batch) :])
-        ]
-        valid = batch.found[firsts] & (batch.anchors.sizes[firsts] > 1)
-        return self._hinge(*distances), valid[:, None, None], batch.bands[firsts][:, None]
-
-    def _compare(self, batch: Triplets, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the losses of each anchor's triplets (B, P, Q), which of them are valid, and the bands (B, Q)."""
-        parts = embeddings.chunk(2 if self.section.share_within_building else 3)
-        anchors, negatives = parts[0], parts[-1]
-        if not self.section.share_within_building:
-            distances = [self.distance(anchors, other)[:, None] for other in parts[1:]]
-            valid = batch.found[:, None, None]
-            return self._hinge(*distances), valid, batch.bands[:, None]
-        slots = torch.arange(MAX_GROUP, device=anchors.device)
-        members = (batch.anchors.starts[:, None] + slots).clamp_max(len(anchors) - 1)  # (B, P) the group's anchors
-        there = slots < batch.anchors.sizes[:, None]
-        rows = batch.anchors.rows
-        is_positive = there & (rows[members] != rows[:, None])
-        is_negative = there & batch.found[members]
-        is_negative &= self.sampler.allows(rows[:, None].expand_as(members), batch.negatives[members])
-        distances = [
-            self.distance(anchors[:, None], others.index_select(0, members.flatten()).view(*members.shape, -1))
-            for others in (anchors, negatives)
-        ]
-        return self._hinge(*distances), is_positive[:, :, None] & is_negative[:, None], batch.bands[members]
-
-    def _hinge(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-        """Return the triplet losses (B, P, Q) of distances (B, P) and (B, Q), as `triplet_losses` defines them."""
-        return torch.relu(positive[:, :, None] - negative[:, None] + self.section.margin)
+    def _find_active(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
+        """Tell which banded negatives (G,) are nearer to their anchor than a positive and the margin."""
+        firsts, measure = batch.anchors.firsts, DISTANCES[self.section.triplet_distance]
+        anchors, positives = embeddings[firsts], embeddings[firsts + 1]
+        negatives = embeddings[len(batch.anchors.rows) :]
+        return batch.found & (measure(anchors, positives) - measure(anchors, negatives) + self.section.margin > 0)
 
     def state(self) -> dict[str, Any]:
         """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""
@@ -288,9 +220,9 @@ class Trainer:
             "weights": _copy(self.projector.state_dict()),
             "average": _copy(self.average.state_dict()),
             "origin": _copy(self.origin.state_dict()),
+            "loss": _copy(self.loss.state_dict()),
             "optimizer": _copy(self.optimizer.state_dict()),
             "epoch": self.epoch,
-            "step": self.step,
             "rate_scale": self.rate_scale,
             "first_shape": self.first_shape,
             "sampler": {"random": self.sampler.state, "bandit": self.bandit and self.bandit.state},
@@ -298,23 +230,24 @@ class Trainer:
         }
 
     def go_back(self, state: dict[str, Any], rate_factor: float) -> None:
-        """Take the averaged weights of a saved state, and go on with lower rates where schedule and draws are."""
+        """Take the averaged weights of a saved state, and continue the schedule and the draws at lower rates."""
         for projector in (self.projector, self.average):
             projector.load_state_dict(state["average"])
+        self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rate_scale *= rate_factor
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a saved state.
+        """Resume from a saved state.
 
-        Random numbers of a GPU cannot go on on a CPU, nor the other way: they begin anew then, from (seed, epoch).
+        A GPU's random numbers cannot be continued on a CPU, nor the other way: they restart then, from (seed, epoch).
         """
         self.projector.load_state_dict(state["weights"])
         self.average.load_state_dict(state["average"])
         self.origin.load_state_dict(state["origin"])
+        self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.rate_scale, self.first_shape = state["rate_scale"], state["first_shape"]
+        self.epoch, self.rate_scale, self.first_shape = state["epoch"], state["rate_scale"], state["first_shape"]
         if self.bandit:
             self.bandit.state = state["sampler"]["bandit"]
         cuda, device = state["random"]["cuda"], self.store.device
@@ -330,8 +263,13 @@ class Trainer:
             return
         self.sampler.state = state["sampler"]["random"]
         torch.set_rng_state(state["random"]["torch"])
-        if cuda:  # of this run's one device; an older checkpoint has every GPU's, of any number
+        if cuda:
             torch.cuda.set_rng_state(cuda[0], device)
+
+
+def _group(name: str, module: torch.nn.Module, rate: float, weight_decay: float) -> dict[str, Any]:
+    parameters = list(module.parameters())
+    return {"name": name, "params": parameters, "peak_lr": rate, "weight_decay": weight_decay, "lr": 0.0}
 
 
 def _copy(value: Any) -> Any:

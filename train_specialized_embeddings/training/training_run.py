@@ -172,10 +172,10 @@ class TrainingRun:
         record: dict[str, Any] = {
             "epoch": len(self.history),
             "train_loss": report and report.loss,
-            "active_triplet_share": report and report.active_share,
+            "active_share": report and report.active_share,
             "band_shares": report and report.band_shares,
             "learning_rates": report and report.learning_rates,
-            "num_triplets": report.num_triplets if report else 0,
+            "num_negatives": report.num_negatives if report else 0,
             "collapsed_in_training": bool(report and report.has_collapsed),
             "embedding_spread": measure_spread(embeddings),
             "embedding_norm": norm,
@@ -197,7 +197,7 @@ class TrainingRun:
         record = self.history[-1]
         training = "the start, "
         if record["train_loss"] is not None:
-            training = f"loss {record['train_loss']:.4f}, {record['active_triplet_share']:.1%} active, "
+            training = f"loss {record['train_loss']:.4f}, {record['active_share']:.1%} of banded negatives active, "
         logger.info(
             "epoch %d: %sspread %.3f, validation mAP %.4f, R@1 %.4f%s",
             self.epoch, training, record["embedding_spread"], record["val"]["map"], record["val"]["recall_at_1"],
@@ -205,7 +205,7 @@ class TrainingRun:
         )  # fmt: skip
         if record["collapsed"]:
             self._log_collapse()
-        elif record["active_triplet_share"] == 0.0 and self.config.training.loss == "triplet":  # others need no margin
+        elif record["train_loss"] == 0.0:  # only a loss with a margin comes to that
             logger.warning("epoch %d: no triplet was active: raise [training].margin", record["epoch"])
 
     def _log_collapse(self) -> None:

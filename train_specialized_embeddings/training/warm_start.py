@@ -47,7 +47,7 @@ def load_warm_start(path: Path, config: Config, width: int, embedded_with: Any) 
     coordinates = restore_coordinates(state)
     architecture = found.architecture | {
         "input_dim": len(coordinates.spread), "input_power": 1.0, "input_norm": False,
-        "dropout": config.training_model.dropout, "input_dropout": config.training.input_dropout,
+        "dropout": config.training_model.dropout,
     }  # fmt: skip
     logger.info("training starts from %s of epoch %s, whose architecture it keeps", path, found.rest.get("epoch"))
     return WarmStart(coordinates, Checkpoint(path, architecture, weights))

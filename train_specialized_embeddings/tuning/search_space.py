@@ -33,8 +33,6 @@ SPACE = {
     "training.weight_decay": Dimension(1e-6, 1e-1, log=True),
     "training.temperature": Dimension(0.02, 0.5, log=True),
     "training.input_noise": Dimension(0.0, 3.0),
-    "training.input_dropout": Dimension(0.0, 0.6),
-    "training.anchor_penalty": Dimension(0.0, 10.0),
     "training.warmup_epochs": Dimension(0.0, 3.0),
     "training.batch_size": Dimension(64, 16_384, log=True),
     "training.band_sampling": Dimension(words=("uniform", "ucb")),

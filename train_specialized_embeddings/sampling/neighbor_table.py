@@ -1,4 +1,4 @@
-"""What triplets are drawn from: the images of each building, and each image's visual neighbours by band."""
+"""Read stage 5's table: the visual neighbours of each training image by band."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,21 +28,6 @@ Gathered = tuple[Rows, NDArray[np.int32], NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
-class Grouping:
-    """The images of each building, as rows in one array cut by `starts`."""
-
-    codes: NDArray[np.int32]  # (N,) building of each image
-    order: Rows  # (N,) images by building
-    starts: Rows  # (B + 1,)
-    place: Rows  # (N,) where an image stands among its building's
-
-    @property
-    def sizes(self) -> Rows:
-        """Images of each building, (B,)."""
-        return np.diff(self.starts)
-
-
-@dataclass(frozen=True)
 class Neighbors:
     """Training buildings that look like each training image, by band.
 
@@ -52,15 +37,6 @@ class Neighbors:
     codes: NDArray[np.int32]  # (M,) buildings
     starts: Rows  # (N,)
     ends: NDArray[np.int32]  # (N, NUM_BANDS)
-
-
-def group_by_building(building_codes: NDArray[np.int32]) -> Grouping:
-    """List the images of each building; codes count from 0 without a gap."""
-    order = np.argsort(building_codes, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(building_codes))]).astype(np.int64)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order)) - starts[building_codes[order]]
-    return Grouping(building_codes, order, starts, place)
 
 
 def load_neighbors(path: Path, features: Features) -> Neighbors:

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.retrieval.features import Features
-from train_specialized_embeddings.sampling import triplets
-from train_specialized_embeddings.sampling.triplets import NUM_BANDS, Neighbors, group_by_building, load_neighbors
+from train_specialized_embeddings.sampling import neighbor_table
+from train_specialized_embeddings.sampling.neighbor_table import NUM_BANDS, Neighbors, load_neighbors
 
 
 def make_features(building_names: list[str]) -> Features:
@@ -71,7 +71,7 @@ def bands_by_loop(row: int) -> list[list[str]]:
 def test_neighbours_equal_a_loop_whatever_the_batches(
     tmp_path: Path, batch_rows: int, row_group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triplets, "_BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(neighbor_table, "_BATCH_ROWS", batch_rows)
     neighbors = load_neighbors(write(tmp_path, TABLE, row_group_size=row_group_size), FEATURES)
     for row in range(len(FEATURES)):
         assert list_bands(neighbors, row) == bands_by_loop(row)
@@ -128,13 +128,3 @@ def test_missing_columns_and_a_missing_file_are_named(tmp_path: Path) -> None:
         load_neighbors(path, FEATURES)
     with pytest.raises(InputError, match="gone.parquet: no such file"):
         load_neighbors(tmp_path / "gone.parquet", FEATURES)
-
-
-def test_grouping_lists_each_buildings_images_whatever_their_order() -> None:
-    codes = np.array([2, 0, 1, 2, 0, 2, 1], np.int32)
-    grouping = group_by_building(codes)
-    for building in range(3):
-        images = grouping.order[grouping.starts[building] : grouping.starts[building + 1]]
-        assert images.tolist() == [row for row, code in enumerate(codes) if code == building]
-        assert grouping.place[images].tolist() == list(range(len(images)))
-    assert grouping.sizes.tolist() == [2, 2, 3]
