@@ -45,14 +45,14 @@ RENAMED = {
 }
 # Why a key has no counterpart, by what is in its name; the first that fits.
 REASONS = (
-    (r"te?mp|scratch|extract", "tars are streamed and nothing is extracted to disk; $TMPDIR says where small files go"),
+    (r"te?mp|scratch|extract", "tars are streamed and nothing is extracted to disk"),
     (r"row_group|compress|chunk", "files are written in row groups of bounded size, compressed with zstd"),
     (r"account|partition|slurm|sbatch|gpus|nodes|wall", "it goes to the submit scripts: docs/slurm.md"),
     (r"trial|study|storage|prun", "it is an option of train_specialized_embeddings/tune.py: docs/tuning.md"),
     (r"band|ucb|reward|bandit|explor", "bands are drawn by [training].band_sampling: docs/training.md"),
     (r"hub|repo|push|token", "it is the option --push-to-hub of publish_model/convert_to_hf.py"),
     (r"leaf|tree|metric", "the search is exact, and [difficulty].backend names its engine"),
-    (r"pin_|prefetch|persistent|loader", "features are mapped from disk, so nothing is loaded by workers"),
+    (r"pin_|prefetch|persistent|loader", "features are read into memory, so nothing is loaded by workers"),
     (r"amp|precision|bf16|fp16", "[embedding_model].dtype says in what the backbone computes"),
 )
 UNKNOWN = "nothing here goes by this name: docs/configuration.md lists every key"

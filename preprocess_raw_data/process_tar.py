@@ -9,7 +9,6 @@ rejected, with reasons, in intermediates_dir/_rejects/NNNN.parquet. A rerun keep
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,10 @@ from pipeline.inference.images import MAX_IMAGE_BYTES, check_image
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.stages import STAGES
 from pipeline.threads import map_in_order
-from preprocess_raw_data.tars.tar_items import TarInventory
-from preprocess_raw_data.tars.views import View
+from preprocess_raw_data.tars.metadata import MAX_BYTES
+from preprocess_raw_data.tars.tar_items import TarInventory, View
 
 STAGE = "process_tar"
-# A real metadata text has under 200 bytes; no more than this of a longer one is read.
-MAX_METADATA_BYTES = 1 << 20
-# Views that are Python objects at a time, some 20 MB of them.
 ROW_GROUP_ROWS = 16_384
 
 
@@ -53,7 +49,7 @@ def take_inventory(tar_path: Path, num_workers: int, progress: Progress, watch: 
                 with watch.measure("read"):
                     yield member, member.read() if member.size <= MAX_IMAGE_BYTES else None
             else:
-                inventory.add_metadata(member, member.read(MAX_METADATA_BYTES))
+                inventory.add_metadata(member, member.read(MAX_BYTES))
 
     def check(found: tuple[Member, bytes | None]) -> tuple[Member, Rejection | None]:
         member, data = found
@@ -111,8 +107,8 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     }
     write_rejects(rejects_path(unit.output_path), rejects, provenance)
     with parquet_writer(unit.output_path, INTERMEDIATE_SCHEMA, provenance) as writer:
-        in_order = iter(views)
-        while some := list(islice(in_order, ROW_GROUP_ROWS)):
+        for start in range(0, len(views), ROW_GROUP_ROWS):
+            some = views[start : start + ROW_GROUP_ROWS]
             writer.write_table(build_table(unit.dataset_id, unit.tar_path.name, some))
     logger.info("%s: %d views, %d rejected", unit.tar_path.name, len(views), len(rejects))
     return provenance

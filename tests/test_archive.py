@@ -18,6 +18,7 @@ from pipeline.errors import InputError
 from pipeline.files import archive
 from pipeline.files.archive import stream_members
 from preprocess_raw_data import compute_fingerprints, process_tar
+from preprocess_raw_data.tars.metadata import is_metadata_name
 
 BLOCK = tarfile.BLOCKSIZE
 ENTRIES = [Entry("a.jpg", b"x" * 700), Entry("b.txt", b"y" * 512), Entry("c.jpg", b""), Entry("d.txt", b"z" * 5)]
@@ -88,7 +89,7 @@ def test_a_name_that_is_not_utf8_is_shown_by_its_bytes_under_any_locale(tmp_path
 def test_a_name_says_what_a_member_is(name, is_image, is_metadata, stem, is_unsafe):
     member = archive.Member(name, True, False, 0, 0, None)
     assert member.is_image_name == is_image
-    assert member.is_metadata_name == is_metadata
+    assert is_metadata_name(member.name) == is_metadata
     assert member.stem == stem
     assert member.has_unsafe_path == is_unsafe
 

@@ -56,7 +56,7 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
     }
     listed = dict(line[2:].split(": ", 1) for line in outcome.stdout.splitlines() if line.startswith("# ["))
     assert listed == {
-        "[paths].temp_dir": "tars are streamed and nothing is extracted to disk; $TMPDIR says where small files go",
+        "[paths].temp_dir": "tars are streamed and nothing is extracted to disk",
         "[training].lr": "[training].learning_rate is set by [training].learning_rate",
         "[training].optimizer": migrate.UNKNOWN,
         "[training].num_epochs": "its value 'many' does not fit: input should be a valid integer",

@@ -9,7 +9,8 @@ from raw_tars import Entry, make_view, write_d_line
 
 from pipeline.errors import Rejection
 from pipeline.files.archive import Member
-from preprocess_raw_data.tars.tar_items import TarInventory, parse_metadata
+from preprocess_raw_data.tars.metadata import parse_metadata
+from preprocess_raw_data.tars.tar_items import TarInventory
 
 LINE = write_d_line(7, 11, dataset_id=99, street_view_id=13, lat=-33.5, lon=151.25)
 UNREADABLE = Rejection("unreadable_image", "broken")

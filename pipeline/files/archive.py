@@ -10,7 +10,6 @@ from pipeline.errors import InputError, one_line
 from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
-METADATA_SUFFIX = ".txt"
 # tar pads to its record, 10 KiB by default; with the largest that tape drives take it stays below this.
 MAX_PADDING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
@@ -56,11 +55,6 @@ class Member:
     def is_image_name(self) -> bool:
         """Whether the name is that of an image."""
         return self.name.lower().endswith(IMAGE_SUFFIXES)
-
-    @property
-    def is_metadata_name(self) -> bool:
-        """Whether the name is that of a metadata text."""
-        return self.name.lower().endswith(METADATA_SUFFIX)
 
     @property
     def stem(self) -> str:
