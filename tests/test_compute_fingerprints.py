@@ -359,19 +359,21 @@ def test_the_provenance_tells_inputs_settings_and_counts(city: Path, run_main: C
     assert provenance["counts"] == {"in": 6, "out": 6, "rejected": 0}
 
 
-def test_the_script_runs_by_path_from_any_folder(city: Path, run_script: Callable, tmp_path: Path) -> None:
+def test_the_command_line_ends_with_its_codes_and_prints_what_was_written(
+    city: Path, run_main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    script = "preprocess_raw_data/compute_fingerprints.py"
-    outcome = run_script(script, "--config", city, cwd=elsewhere)
+    monkeypatch.chdir(elsewhere)
+    outcome = run_main(main, "--config", city)
     assert outcome.code == 0
     assert outcome.stdout.splitlines() == [str(output_path(city, dataset_id)) for dataset_id in TARS]
-    assert not list(elsewhere.iterdir())
-    refused = run_script(script, "--config", city, "--set", "fingerprints.image_size=8")
+    refused = run_main(main, "--config", city, "--set", "fingerprints.image_size=8")
     assert refused.code == 1
     assert "Traceback" not in refused.stderr
-    assert run_script(script, "--config", city, "--set", "fingerprints.size=8").code == 2
-    assert run_script(script, "--help").stdout.startswith("Stage 4: ")
+    assert run_main(main, "--config", city, "--set", "fingerprints.size=8").code == 2
+    assert run_main(main, "--help").stdout.startswith("Stage 4: ")
+    assert not list(elsewhere.iterdir())
 
 
 def test_photographs_stay_within_two_grey_levels(shared_dir: Path) -> None:

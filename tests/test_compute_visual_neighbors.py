@@ -232,21 +232,23 @@ def test_a_gpu_too_small_for_the_search_is_one_line_with_its_remedy(
     assert run_main(main, "--config", config).code == 0
 
 
-def test_the_script_runs_by_path_from_any_folder(make_run: Callable, run_script: Callable, tmp_path: Path) -> None:
+def test_the_command_line_ends_with_its_codes_and_prints_what_was_written(
+    make_run: Callable, run_main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, output = make_run(draw_table(40))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    script = "difficulty_metadata/compute_visual_neighbors.py"
-    outcome = run_script(script, "--config", config, cwd=elsewhere)
+    monkeypatch.chdir(elsewhere)
+    outcome = run_main(main, "--config", config)
     assert (outcome.code, outcome.stdout) == (0, f"{output}\n")
-    assert not list(elsewhere.iterdir())
-    kept = run_script(script, "--config", config, cwd=elsewhere)
+    kept = run_main(main, "--config", config)
     assert (kept.code, kept.stdout) == (0, "")
-    refused = run_script(script, "--config", config, "--set", "difficulty.neighbors=2", cwd=elsewhere)
+    refused = run_main(main, "--config", config, "--set", "difficulty.neighbors=2")
     assert refused.code == 1
     assert "Traceback" not in refused.stderr
-    assert run_script(script, "--config", config, "--set", "difficulty.neighbours=2").code == 2
-    assert run_script(script, "--help").stdout.startswith("Stage 5: ")
+    assert run_main(main, "--config", config, "--set", "difficulty.neighbours=2").code == 2
+    assert run_main(main, "--help").stdout.startswith("Stage 5: ")
+    assert not list(elsewhere.iterdir())
 
 
 def test_a_kept_output_costs_no_heavy_import(make_run: Callable, run_main: Callable, run_script: Callable) -> None:

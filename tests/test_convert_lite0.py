@@ -57,7 +57,8 @@ def run_plainly(source, pixels):
     return functional.relu6(norm("_bn1", convolve(x, "_conv_head"))).mean((2, 3))
 
 
-@pytest.mark.parametrize("side", [224, 256, 288, 320, 352, 384, 416, 448, 512])
+# The sides are padded in different ways by the strides: an odd and an even multiple of 32, and the largest.
+@pytest.mark.parametrize("side", [224, 256, 288, 512])
 def test_the_converted_model_computes_what_the_original_does(folder, side):
     from transformers import AutoModel
 

@@ -30,14 +30,13 @@ from evaluate_embeddings.scores.metrics import (
     summarize_datasets,
 )
 from pipeline.cli import Options
-from pipeline.config import PROJECT_ROOT, load_config
+from pipeline.config import load_config
 from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.retrieval.checkpoint import save_checkpoint
 from pipeline.retrieval.features import load_features
 from pipeline.retrieval.scores import SCORE_KEYS, normalise_rows, score_queries, score_queries_twice, summarize_scores
 from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, fit_within_class_whitening
 
-SCRIPT = PROJECT_ROOT / "evaluate_embeddings" / "evaluate.py"
 NUM_IMAGES = NUM_BUILDINGS * IMAGES_PER_BUILDING
 SCORE_DICT_KEYS = {name for key in SCORE_KEYS for name in (key, f"{key}_ci95")}
 
@@ -293,29 +292,23 @@ def test_a_missing_input_is_named(workplace, missing):
         evaluate(workplace)
 
 
-def call(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, cwd=cwd, check=False
-    )
-
-
-def test_by_path_it_says_what_it_is_and_answers_with_the_contracts_exit_codes(tmp_path):
-    assert call("--help", cwd=tmp_path).stdout.splitlines()[0].startswith("Stage 9: ")
+def test_the_command_line_says_what_it_is_and_answers_with_the_contracts_exit_codes(tmp_path, run_main):
+    assert run_main(main, "--help").stdout.splitlines()[0].startswith("Stage 9: ")
     config_path = make_workplace(tmp_path, photos=False)
-    wrong_key = call("--config", str(config_path), "--set", "paths.report=x", cwd=tmp_path)
-    assert wrong_key.returncode == 2
+    wrong_key = run_main(main, "--config", config_path, "--set", "paths.report=x")
+    assert wrong_key.code == 2
     assert "report_dir" in wrong_key.stderr
     (tmp_path / "merged" / "test.parquet").unlink()
-    missing = call("--config", str(config_path), cwd=tmp_path)
-    assert missing.returncode == 1
+    missing = run_main(main, "--config", config_path)
+    assert missing.code == 1
     assert missing.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in missing.stderr
 
 
-def test_by_path_it_writes_both_files_and_prints_their_paths_and_the_table(tmp_path):
+def test_it_writes_both_files_and_prints_their_paths_and_the_table(tmp_path, run_main):
     config_path = make_workplace(tmp_path, photos=False)
-    done = call("--config", str(config_path), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run_main(main, "--config", config_path)
+    assert done.code == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "report" / name) for name in ("report.html", "metrics.json")]
     assert "PCA-whitened" in done.stderr
     assert (tmp_path / "logs" / f"{STAGE}.log").is_file()

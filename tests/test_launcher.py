@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from generate_embeddings import generate_embeddings
 from pipeline.errors import ConfigError, Terminated
 from pipeline.inference import launcher
 from pipeline.inference.launcher import launch, list_gpus
@@ -147,8 +148,8 @@ def test_two_processes_of_stage_2_give_the_bytes_of_one(
 
 
 @pytest.mark.parametrize("words", [("--processes", "0"), ("--processes", "two"), ("--processes=2", "--shard=0/2")])
-def test_a_wrong_command_line_is_code_2(tmp_path, write_config, run_script, words):
-    outcome = run_script(STAGE_2, "--config", write_config(tmp_path), *words)
+def test_a_wrong_command_line_is_code_2(tmp_path, write_config, run_main, words):
+    outcome = run_main(generate_embeddings.main, "--config", write_config(tmp_path), *words)
     assert outcome.code == 2
     assert outcome.stderr.splitlines()[-1].startswith("error: ")
 

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
+from generate_embeddings import generate_embeddings
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError
 from pipeline.inference.model_files import identify_model, locate_backbone, locate_hub_model
+from preprocess_raw_data import process_tar
 
 
 def make_model(folder, weights=b"w" * 10, **files):
@@ -131,12 +133,13 @@ def test_a_snapshot_whose_fetch_was_interrupted_is_fetched_again(cache, monkeypa
     assert asked == [True, True, False, True]
 
 
-def test_a_model_that_cannot_be_had_is_one_line_naming_it(tmp_path, write_config, make_tar, run_script):
+def test_a_model_that_cannot_be_had_is_one_line_naming_it(tmp_path, write_config, make_tar, run_main, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = write_config(tmp_path, embedding_model={"model_name": "someone/no-such-model"})
     make_tar(tmp_path / "raw")
-    assert run_script("preprocess_raw_data/process_tar.py", "--config", config).code == 0
-    script = "generate_embeddings/generate_embeddings.py"
-    outcome = run_script(script, "--config", config, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    assert run_main(process_tar.main, "--config", config).code == 0
+    outcome = run_main(generate_embeddings.main, "--config", config)
     assert outcome.code == 1
     (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: someone/no-such-model: the model is neither a local folder nor in the hub cache")

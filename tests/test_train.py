@@ -33,6 +33,7 @@ from pipeline.retrieval.whitening import (
     fit_within_class_whitening,
     whiten_within_class,
 )
+from train_specialized_embeddings import train
 from train_specialized_embeddings.training.collapse import has_collapsed
 from train_specialized_embeddings.training.coordinates import make_coordinates
 from train_specialized_embeddings.training.losses import LOSSES
@@ -321,11 +322,10 @@ def test_two_training_images_of_two_buildings_are_enough(workspace: Path) -> Non
 
 
 def test_the_command_line_ends_with_the_contracts_codes_and_one_line(
-    workspace: Path, run_script: Callable[..., Any], tmp_path: Path
+    workspace: Path, run_main: Callable[..., Any]
 ) -> None:
-    script = "train_specialized_embeddings/train.py"
     config = ("--config", workspace / "config.toml")
-    done = run_script(script, *config, cwd=tmp_path)
+    done = run_main(train.main, *config)
     assert done.code == 0, done.stderr
     assert sorted(Path(line).name for line in done.stdout.splitlines()) == OUTPUTS
     assert re.search(r"train: \d+ in = \d+ out \+ 0 rejected \+ 0 dropped", done.stderr.splitlines()[-1])
@@ -334,12 +334,12 @@ def test_the_command_line_ends_with_the_contracts_codes_and_one_line(
         (1, "no such file", ("--set", "paths.difficulty_metadata_path=gone.parquet")),
         (1, "training.num_epochs was 5 and is now 6", ("--set", "training.num_epochs=6")),
     ):
-        failed = run_script(script, *config, *arguments, cwd=tmp_path)
+        failed = run_main(train.main, *config, *arguments)
         assert failed.code == number
         assert text in failed.stderr.splitlines()[-1]
         assert failed.stderr.splitlines()[-1].startswith("error: ")
         assert "Traceback" not in failed.stderr
-    assert run_script(script, "--help").stdout.startswith("Stage 6: ")
+    assert run_main(train.main, "--help").stdout.startswith("Stage 6: ")
 
 
 @pytest.mark.parametrize("text", ["training.anchors_per_epoch=0", "training.whitening_shrinkage=1.5"])

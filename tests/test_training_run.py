@@ -146,7 +146,7 @@ def test_sigkill_of_the_script_and_a_rerun_equal_an_undisturbed_run(
 ) -> None:
     undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
     fill_workspace(undisturbed)
-    overrides = ["training.num_epochs=80", "training.save_every_n_epochs=20"]
+    overrides = ["training.num_epochs=40", "training.save_every_n_epochs=10"]
     arguments = [item for override in overrides for item in ("--set", override)]
     script = Path(train.__file__)
     latest = workspace / "checkpoint/.checkpoint_latest.pt"
