@@ -48,7 +48,7 @@ from pipeline.files.tables import (
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.inference import launcher
 from pipeline.inference.images import MAX_IMAGE_BYTES
-from pipeline.inference.model_files import describe_views, identify_model, locate_backbone
+from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
 from pipeline.stages import STAGES
@@ -92,7 +92,7 @@ class Embedding:
         """What the backbone computes in: in one folder the same for all tars, whichever process embeds them."""
         assert self._folder is not None  # without it nothing is left to embed
         section = self.config.embedding_model
-        name = hash_json({"model": self._model_id, **describe_views(section)})[:16]
+        name = hash_json({"model": self._model_id, **embedding_settings(section)})[:16]
         trial = section.model_copy(update={"batch_size": NUM_PICTURES, "compile": False})
         load = functools.partial(load_embedder, self._folder, self.config.model_copy(update={"embedding_model": trial}))
         with self.watch.measure("load"):
@@ -375,7 +375,7 @@ def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> Prov
     section = config.embedding_model
     settings = {
         "model": model_id,
-        **describe_views(section),
+        **embedding_settings(section),
         "dtype": section.dtype,
         "embedding_dtype": section.embedding_dtype,
     }

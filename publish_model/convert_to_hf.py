@@ -29,7 +29,7 @@ from pipeline.files.tables import identify, make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import writing_folder
 from pipeline.files.writing import read_json_object
-from pipeline.inference.model_files import describe_views, identify_model, locate_backbone, names_its_backbone
+from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone, names_its_backbone
 from pipeline.log import logger
 from pipeline.stages import STAGES
 from publish_model.model_folder.card_results import add_test_results
@@ -90,7 +90,7 @@ def describe(config: Config, options: PublishOptions, checkpoint_path: Path, mod
     Raises InputError if the checkpoint is missing.
     """
     inputs = [identify(checkpoint_path), {"name": "backbone", "id": model_id}]
-    settings = {**describe_views(config.embedding_model), "dtype": options.dtype or "as stored"}
+    settings = {**embedding_settings(config.embedding_model), "dtype": options.dtype or "as stored"}
     return make_provenance(STAGE, inputs, settings) | {"counts": COUNTS}
 
 
@@ -143,7 +143,7 @@ def _list_code(folder: Path) -> list[str]:
 def check_embedded_alike(config: Config, checkpoint: "Checkpoint", model_id: str) -> None:
     """Raise InputError naming the difference where the checkpoint was trained on embeddings of another backbone, or
     made with other settings of it, than would be published; older checkpoints do not say."""
-    wanted = {"model": model_id, **describe_views(config.embedding_model)}
+    wanted = {"model": model_id, **embedding_settings(config.embedding_model)}
     found = checkpoint.provenance.get("embedded_with")
     if not isinstance(found, dict):
         return

@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from pipeline.errors import InputError, PipelineError, Rejection
-from pipeline.inference import backbone
 from pipeline.inference.backbone import Embedder, check_embeddings
 from pipeline.inference.devices import choose_device
 from pipeline.inference.images import decode_rgb
@@ -203,15 +202,12 @@ def test_pictures_that_the_gpu_cannot_hold_are_resized_on_the_cpu_and_none_is_lo
     assert all(embedder.decode(data).dtype == torch.float32 for data in PHOTOGRAPHS.values())
 
 
-@pytest.mark.parametrize("batch_size", ["auto", 5])
-def test_on_a_gpu_the_passes_are_found_by_measurement_and_a_number_is_obeyed(models, monkeypatch, batch_size):
+def test_on_a_gpu_the_passes_are_found_by_measurement(models, monkeypatch):
     embedder = Embedder(models["dinov3"], device="cpu")
-    embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
-    rates = {5: 10.0, 8: 100.0, 16: 180.0, 32: 181.0}
+    rates = {8: 100.0, 16: 180.0, 32: 181.0}
     monkeypatch.setattr(embedder, "_measure_rate", lambda count, _: rates[count])
-    embedder.micro_batch = 1 if batch_size == "auto" else batch_size
-    embedder._tune(batch_size)
-    assert embedder.micro_batch == (16 if batch_size == "auto" else 5)
+    embedder._tune()
+    assert embedder.micro_batch == 16
 
 
 def test_the_rate_of_the_model_alone_is_measured(models):
@@ -318,8 +314,3 @@ def test_asking_for_a_gpu_where_there_is_none_is_one_line(monkeypatch):
     with pytest.raises(PipelineError, match=r"no usable GPU: set \[infrastructure\]\.device to auto or cpu"):
         choose_device("cuda")
     assert choose_device("auto").type == choose_device("cpu").type == "cpu"
-
-
-def test_the_default_type_is_bfloat16_on_a_gpu_and_float32_else():
-    assert backbone.default_mode(torch.device("cuda")) == "bfloat16"
-    assert backbone.default_mode(torch.device("cpu")) == "float32"

@@ -152,18 +152,3 @@ def test_a_wrong_command_line_is_code_2(tmp_path, write_config, run_main, words)
     outcome = run_main(generate_embeddings.main, "--config", write_config(tmp_path), *words)
     assert outcome.code == 2
     assert outcome.stderr.splitlines()[-1].startswith("error: ")
-
-
-def test_processes_share_the_cores_of_their_numa_node():
-    nodes = [{0, 1, 2, 3, 8, 9, 10, 11}, {4, 5, 6, 7, 12, 13, 14, 15}]
-    everything = list(range(16))
-    shares = [launcher.choose_cores(everything, nodes, index, 4) for index in range(4)]
-    assert shares == [[0, 2, 8, 10], [1, 3, 9, 11], [4, 6, 12, 14], [5, 7, 13, 15]]
-    assert [launcher.choose_cores(everything, nodes, index, 2) for index in range(2)] == [
-        sorted(node) for node in nodes
-    ]
-    odd = [launcher.choose_cores(everything, nodes, index, 3) for index in range(3)]
-    assert sorted(core for share in odd for core in share) == everything
-    few = [0, 1, 2, 4]  # of which one node has three
-    assert [launcher.choose_cores(few, nodes, index, 2) for index in range(2)] == [[0, 2], [1, 4]]
-    assert [launcher.choose_cores(few, [], index, 2) for index in range(2)] == [[0, 2], [1, 4]]

@@ -45,27 +45,24 @@ def test_the_batch_size_stays_within_the_memory(held, found):
     assert find_batch_size(measure) == found
 
 
-def test_a_size_that_was_too_large_is_tried_again_after_a_while_and_more_rarely_each_time(models, monkeypatch):
-    monkeypatch.setattr(backbone, "PASSES_BEFORE_RETRY", 3)
-    embedder = Embedder(models["dinov3"], device="cpu", batch_size=8)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_passes_that_the_memory_does_not_hold_are_halved_for_good(models, monkeypatch, compiled):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    embedder = Embedder(models["dinov3"], device="cpu", batch_size=8, compile_model=compiled)
     pixels = [embedder.prepare(draw_view(number)) for number in range(8)]
-    sizes, forward, held = [], embedder.model.forward, 4
+    expected = embedder.embed(pixels)
+    sizes, forward = [], embedder.model.forward
 
     def refuse_large(*, pixel_values):
         sizes.append(len(pixel_values))
-        if len(pixel_values) > held:
+        if len(pixel_values) > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return forward(pixel_values=pixel_values)
 
     monkeypatch.setattr(embedder.model, "forward", refuse_large)
-    expected = embedder.embed(pixels)
-    for _ in range(8):
+    for _ in range(2):
         np.testing.assert_allclose(embedder.embed(pixels), expected, rtol=1e-4, atol=1e-6)
-    assert [number for number, size in enumerate(sizes) if size == 8] == [0, 5, 14]
-    held = 8
-    for _ in range(8):
-        embedder.embed(pixels)
-    assert embedder.micro_batch == 8
+    assert sizes == [8, 4, 2, 2, 4, *[2] * 6]
 
 
 def test_a_model_that_the_gpu_cannot_hold_is_one_line_with_a_remedy():
@@ -109,27 +106,6 @@ def test_the_blocks_are_what_is_compiled(models, monkeypatch):
     compiled.clear()
     assert compile_blocks(torch.nn.Linear(2, 2)) == 1
     assert compiled == ["Linear"]
-
-
-def test_a_halved_pass_is_compiled_anew_once_and_not_a_second_time(models, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
-    embedder = Embedder(models["dinov3"], device="cpu", batch_size=8, compile_model=True)
-    pixels = [embedder.prepare(draw_view(number)) for number in range(8)]
-    held, forward = 4, embedder.model.forward
-
-    def refuse_large(*, pixel_values):
-        if len(pixel_values) > held:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return forward(pixel_values=pixel_values)
-
-    monkeypatch.setattr(embedder.model, "forward", refuse_large)
-    embedder.embed(pixels)
-    assert embedder.compile_model
-    held = 2
-    with logging_to(tmp_path / "a.log"):
-        embedder.embed(pixels)
-    assert not embedder.compile_model
-    assert "going on without torch.compile: each size of pass" in (tmp_path / "a.log").read_text()
 
 
 def test_pictures_travel_together_and_arrive_as_they_were(models, monkeypatch):

@@ -10,7 +10,7 @@ from test_jpeg import KINDS, damage, judge
 
 from pipeline.inference import images, pixels
 from pipeline.inference.images import decode_rgb, open_image, read_plain_header
-from pipeline.inference.pixels import decode_pixels, measure_decoding, to_pixels, travels_whole
+from pipeline.inference.pixels import decode_pixels, to_pixels, travels_whole
 
 OTHERS = {"png": encode(draw_view(1), "PNG"), "webp": encode(draw_view(1), "WEBP")}
 
@@ -73,22 +73,6 @@ def test_without_torchvisions_decoder_pillow_decodes(monkeypatch):
     expected = decode_pixels(KINDS["baseline"])
     monkeypatch.setattr(pixels, "decode_jpeg", None)
     assert torch.equal(decode_pixels(KINDS["baseline"]), expected)
-
-
-def test_the_rate_of_decoding_is_that_of_a_larger_picture_where_it_is_larger():
-    assert measure_decoding(draw_view(1, size=(64, 64))) > measure_decoding(draw_view(1, size=(1600, 1600))) > 0
-
-
-def test_the_ceiling_of_decoding_is_said_with_what_helps_where_it_binds(monkeypatch):
-    monkeypatch.setattr(pixels, "LOCK_SHARE", 0.125)
-    most = "cores decode at most"
-    assert pixels.describe_ceiling(4, 300.0, 205.0) == f"4 {most} 1200 img/s of 640 pixels"
-    assert pixels.describe_ceiling(20, 300.0, 2400.0) == f"20 {most} 6000 img/s of 640 pixels"
-    binds = ", which binds: more cores a GPU do more"
-    assert pixels.describe_ceiling(4, 300.0, 3000.0) == f"4 {most} 1200 img/s of 640 pixels{binds}"
-    sure = "; one process is sure of 2400, 3 a GPU (--processes) of all that the cores do"
-    assert pixels.describe_ceiling(20, 300.0, 3000.0) == f"20 {most} 6000 img/s of 640 pixels{sure}"
-    assert pixels.describe_ceiling(20, 300.0, 9000.0) == f"20 {most} 6000 img/s of 640 pixels{binds}{sure}"
 
 
 def test_pictures_of_usual_size_travel_whole():

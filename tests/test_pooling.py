@@ -312,14 +312,12 @@ def test_settings_that_cannot_go_together_are_refused_by_name(tmp_path, settings
 @pytest.mark.parametrize(
     ("setting", "difference"),
     [
-        ("image_size=70", "image_size was None and is now 70"),
-        ("scales=[70,56]", "scales was None and is now [56, 70]"),
-        ("flip=true", "flip was None and is now True"),
+        ("image_size=70", "image_size was 'auto' and is now 70"),
+        ("scales=[70,56]", "scales was [] and is now [56, 70]"),
+        ("flip=true", "flip was False and is now True"),
     ],
 )
-def test_embeddings_of_other_views_are_refused_by_name_and_those_of_before_kept(
-    tmp_path, make_tar, toy_backbone, setting, difference
-):
+def test_embeddings_of_other_views_are_refused_by_name(tmp_path, make_tar, toy_backbone, setting, difference):
     make_tar(tmp_path / "raw", 1, [2, 3])
     paths = ["raw_dir", "intermediates_dir", "embeddings_dir"]
     lines = ["[paths]", *(f'{key} = "{key.removesuffix("_dir")}"' for key in paths)]
@@ -332,7 +330,8 @@ def test_embeddings_of_other_views_are_refused_by_name_and_those_of_before_kept(
     run(process_tar)
     written = run(generate_embeddings).written[0]
     settings = tables.read_provenance(written)["settings"]
-    assert set(settings) == {"model", "pooling_type", "dtype", "embedding_dtype"}
+    views = {"pooling_type", "image_size", "scales", "flip", "trust_remote_code"}
+    assert set(settings) == views | {"model", "dtype", "embedding_dtype"}
     with pytest.raises(PipelineError, match=re.escape(difference)):
         run(generate_embeddings, f"embedding_model.{setting}")
     other = run(generate_embeddings, f"embedding_model.{setting}", "paths.embeddings_dir=other").written[0]

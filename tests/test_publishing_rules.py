@@ -11,8 +11,9 @@ from published_models import GOOD, make_config, write_backbone, write_checkpoint
 from stage7_fixtures import read_all_text, read_config
 
 from pipeline.cli import Options
+from pipeline.config import EmbeddingModelSection
 from pipeline.errors import InputError, PipelineError, StaleOutputError
-from pipeline.inference.model_files import identify_model
+from pipeline.inference.model_files import embedding_settings, identify_model
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from publish_model import convert_to_hf as stage
 from publish_model.convert_to_hf import PublishOptions
@@ -140,8 +141,8 @@ def test_a_rerun_keeps_the_folder_without_loading_torch(config_file, run_main, r
     [
         ({}, None),
         ({"dtype": "bfloat16"}, None),  # another precision of the same features
-        ({"image_size": 384}, "made with image_size 384, the configuration says None: set"),
-        ({"scales": [224, 384]}, "made with scales [224, 384], the configuration says None: set"),
+        ({"image_size": 384}, "made with image_size 384, the configuration says 'auto': set"),
+        ({"scales": [224, 384]}, "made with scales [224, 384], the configuration says []: set"),
         ({"pooling_type": "cls_mean"}, "made with pooling_type 'cls_mean', the configuration says 'pooler_output'"),
         ({"model": "0123"}, "made with model '0123', the configuration says"),
     ],
@@ -149,11 +150,8 @@ def test_a_rerun_keeps_the_folder_without_loading_torch(config_file, run_main, r
 def test_a_checkpoint_trained_on_embeddings_made_otherwise_is_refused(
     config, toy_backbone, tmp_path, made_with, message
 ):
-    embedded_with = {
-        "model": identify_model(toy_backbone),
-        "pooling_type": "pooler_output",
-        "dtype": "auto",
-    } | made_with
+    settings = embedding_settings(EmbeddingModelSection())
+    embedded_with = {"model": identify_model(toy_backbone), **settings, "dtype": "auto"} | made_with
     provenance = {"stage": "train", "inputs": [], "embedded_with": embedded_with}
     write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", provenance=provenance)
     if message is None:

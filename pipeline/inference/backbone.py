@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from pipeline.config import count_cores
 from pipeline.errors import DeviceMemoryError, InputError, PipelineError, one_line
 from pipeline.inference.compilation import COMPILE_ERRORS, compile_blocks, uncompile
 from pipeline.inference.devices import (
@@ -26,36 +25,29 @@ from pipeline.inference.images import decode_rgb
 from pipeline.inference.loading import find_vision_config, load_model
 from pipeline.inference.modes import MODES
 from pipeline.inference.passes import Launched, Staged, fetch, find_batch_size, stack_by_size, timer
-from pipeline.inference.pixels import decode_pixels, describe_ceiling, measure_decoding, travels_whole
+from pipeline.inference.pixels import decode_pixels, travels_whole
 from pipeline.inference.pooling import PoolingError, embed_views
 from pipeline.inference.preprocessing import (
-    cut_ribbon,
     draw_picture,
     find_device_processor,
-    find_margins,
     load_processor,
     prepare,
     works_on_tensors,
 )
 from pipeline.log import logger
 
-# Images in one forward pass on a CPU, and their pixels. On two cores 8 of 224 pixels are four times as fast as 32 for a
-# convolutional backbone (its activations then stay in the cache), and of 384 pixels 2 are 1.3 times as fast as 8. Not
-# measured at start: a resumed run has to form the same passes.
+# Images in one forward pass on a CPU, and their pixels: a convolutional backbone's activations then stay in the cache
+# (8 of 224 pixels are four times as fast as 32). Not measured at start: a resumed run has to form the same passes.
 CPU_MICRO_BATCH = 8
 CPU_MICRO_BATCH_PIXELS = 8 * 224 * 224
-# Passes that are timed for each batch size, behind one that is not.
+# Passes that are timed for each batch size, after one that is not.
 TIMED_PASSES = 3
-# Passes that fit before a size that was too large for the GPU's memory is tried again; twice as many the next time.
-PASSES_BEFORE_RETRY = 256
-# Pinned buffers that pictures travel in. The allocator rounds each up to a power of two, which a buffer a picture
-# would pay for a thousand times.
+# Pinned memory that pictures travel in, many at once: the allocator rounds each buffer up to a power of two.
 PINNED_BYTES = 32 << 20
 # How far two embeddings of one picture may lie apart, as a share of their length: a cosine of 0.9995.
 REPEAT_TOLERANCE = 0.03
 
-# What `decode` makes of a file: the model's input (3, h, w) float32, or what the GPU shall make it of, pixels
-# (3, H, W) uint8.
+# A decoded image: the model's input (3, h, w) float32, or pixels (3, H, W) uint8 that the GPU prepares.
 Decoded = torch.Tensor
 
 
@@ -80,23 +72,23 @@ class Embedder:
         compile_model: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        """Load model and processor from a local folder, and embed a drawn picture twice.
+        """Load model and processor from a local folder, and try them on a drawn picture.
 
         `image_size` is the side of the model's input, None for the processor's own; for `scales` and `flip` see
-        `embed_views`. `dtype` is one of MODES; auto is bfloat16 on a GPU, not measured, and float32 on a CPU.
-        Raises InputError if model or processor cannot be loaded, weights are missing, or the model cannot do what is
-        asked for.
+        `embed_views`. `dtype` is one of MODES; auto is bfloat16 on a GPU, unchecked, and float32 on a CPU.
+        Raises InputError if model or processor cannot be loaded, weights are missing, or the model cannot embed.
         """
         self.device = choose_device(device)
         self.on_gpu = self.device.type == "cuda"
         if not self.on_gpu:
             keep_freed_memory()
         self.pooling_type, self.scales, self.flip = pooling_type, tuple(scales), flip
-        mode = dtype if dtype != "auto" else default_mode(self.device)
+        # Never float16, which breaks DINOv3.
+        mode = dtype if dtype != "auto" else "bfloat16" if self.on_gpu else "float32"
         self.mode = MODES[mode]
         self.dtype: torch.dtype = getattr(torch, self.mode.weights)
         transformers_logging.disable_progress_bar()
-        find_vision_config(folder, trust_remote_code)  # what takes no pictures has no image processor to look for
+        find_vision_config(folder, trust_remote_code)  # refuses a text model before its image processor is missed
         self.processor = load_processor(folder, trust_remote_code, image_size)
         self._takes_pixels = works_on_tensors(self.processor)
         self.device_processor = None
@@ -104,26 +96,24 @@ class Embedder:
             self.device_processor = find_device_processor(
                 folder, self.processor, trust_remote_code, self.device, image_size
             )
-        # Of a high priority: the little that is done there would else wait behind a whole pass.
+        # High priority: what runs there is short, and would otherwise wait for a whole pass.
         self._side = torch.cuda.Stream(priority=-1) if self.on_gpu else None
         self.model = place(load_model(folder, self.dtype, pooling_type, trust_remote_code), self.device).eval()
-        # Twice as fast for convolutions, the same values; on a CPU also what little of them a ViT has.
+        # Twice as fast for convolutions, with the same values; on a CPU also for a ViT's patches.
         convolves = not self.on_gpu or is_convolutional(self.model)
         self._layout = torch.channels_last if convolves else torch.contiguous_format
         self.model.to(memory_format=self._layout)
         self.compile_model = False
         self.micro_batch = 1 if isinstance(batch_size, str) else batch_size
-        self._wanted_batch, self._sizes = self.micro_batch, {self.micro_batch}
-        self._patience, self._passes_that_fit = PASSES_BEFORE_RETRY, 0
         if self.on_gpu:
             self.width = self._try(folder, image_size)
-            self._tune(batch_size)
+            if isinstance(batch_size, str):
+                self._tune()
         else:
             height, width = self.prepare(draw_picture((640, 640))).shape[1:]
             most = max(1, min(CPU_MICRO_BATCH, CPU_MICRO_BATCH_PIXELS // (height * width)))
             self.micro_batch = most if isinstance(batch_size, str) else min(batch_size, most)
             self.width = self._try(folder, image_size)
-        self._wanted_batch, self._sizes = self.micro_batch, {self.micro_batch}
         if compile_model:
             self._compile()
         logger.info(
@@ -133,10 +123,7 @@ class Embedder:
         )  # fmt: skip
 
     def decode(self, data: bytes) -> Decoded:
-        """Decode an image, and prepare it unless that is left to the device.
-
-        Raises Rejection if it cannot be used.
-        """
+        """Decode an image, and prepare it unless the GPU does that. Raises Rejection if it cannot be used."""
         if not self._takes_pixels and self.device_processor is None:
             return self.prepare(decode_rgb(data))
         pixels = decode_pixels(data)
@@ -145,23 +132,12 @@ class Embedder:
         return pixels
 
     def prepare(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Return an RGB image, or its pixels (3, H, W) uint8, as the model's processor makes it, (3, h, w) float32."""
-        if getattr(self.processor, "do_center_crop", False):
-            if isinstance(image, torch.Tensor):
-                x, y = find_margins(image.shape[2], image.shape[1])
-                image = image[:, y : image.shape[1] - y, x : image.shape[2] - x]
-            else:
-                image = cut_ribbon(image)
-        if isinstance(image, torch.Tensor) and not self._takes_pixels:
-            image = Image.fromarray(image.permute(1, 2, 0).numpy())
+        """Turn an RGB image, or its pixels (3, H, W) uint8, into the model's input (3, h, w) float32."""
         return prepare(self.processor, image)
 
     def stage(self, images: Sequence[Decoded]) -> Staged:
-        """Bring decoded images to the device, behind what it computes; neighbours of one size make a batch.
-
-        Processors without a crop give several sizes.
-        """
-        with torch.cuda.stream(self._side):  # None on a CPU, which does nothing
+        """Bring decoded images to the device while it computes; neighbours of one size make a batch."""
+        with torch.cuda.stream(self._side):  # None on a CPU: does nothing
             try:
                 batches = stack_by_size(self._finish(images))
                 if self.on_gpu:
@@ -174,8 +150,8 @@ class Embedder:
             return Staged(batches, self._side.record_event() if self._side else None)
 
     def _finish(self, images: Sequence[Decoded]) -> list[torch.Tensor]:
-        """Return the model's inputs, (3, h, w) each; those that come as pixels are made on the device."""
-        if self.device_processor is None:  # or taken away since they were decoded
+        """Return the model's inputs, (3, h, w) each, preparing pixels on the device."""
+        if self.device_processor is None:  # perhaps dropped since the images were decoded
             return [self._prepare_late(image) for image in images]
         found = dict(enumerate(images))
         whole = {place: image for place, image in found.items() if image.dtype == torch.uint8}
@@ -213,21 +189,19 @@ class Embedder:
         for batch in staged.batches:
             waiting = batch
             while len(waiting):
-                count = self.micro_batch  # which a pass that is out of memory makes smaller
+                count = self.micro_batch  # a pass that runs out of memory makes it smaller
                 self._forward(waiting[:count], launched)
                 waiting = waiting[count:]
-                if self.micro_batch < self._wanted_batch:
-                    self._grow()
         return launched
 
     def embed(self, images: Sequence[Decoded]) -> NDArray[np.float32]:
-        """Return the pooled outputs, (N, D) float32, not normalised, of decoded or prepared images in order."""
+        """Return the embeddings (N, D) float32, not normalised, of decoded or prepared images in order."""
         return self.launch(self.stage(images)).result()
 
     def _try(self, folder: Path, image_size: int | None) -> int:
         """Embed a drawn picture twice and return the embedding's width.
 
-        Raises InputError where the model cannot, or gives another embedding the second time.
+        Raises InputError where that fails or the two embeddings differ.
         """
         name = type(self.model).__name__
         prepared = self.prepare(draw_picture((640, 640)))
@@ -252,7 +226,7 @@ class Embedder:
         return int(first.shape[1])
 
     def _check_sizes(self, folder: Path, prepared: torch.Tensor, image_size: int) -> None:
-        """Raise InputError where the processor does not make the size asked for, or it is no multiple of a patch."""
+        """Raise InputError where the processor ignores the size asked for, or that is no multiple of a patch."""
         if tuple(prepared.shape[1:]) != (image_size, image_size):
             raise InputError(
                 f"{folder}: its image processor makes {' x '.join(map(str, prepared.shape[1:]))} pixels, not "
@@ -269,13 +243,13 @@ class Embedder:
 
     def _extract(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the features (B, D) float32 of the model's inputs, over all views of them."""
-        # Without its cache, which would hold a second copy of the weights.
+        # Without autocast's cache, which would hold a second copy of the weights.
         autocast = torch.autocast(self.device.type, torch.bfloat16, self.mode.autocast, cache_enabled=False)
         with autocast, full_precision(tf32=self.mode.tf32) if self.on_gpu else nullcontext():
             return embed_views(self.model, inputs, self.pooling_type, self.scales, self.flip)[0]
 
     def _forward(self, batch: torch.Tensor, launched: Launched) -> None:
-        """Start one pass, in halves where the GPU's memory does not hold it."""
+        """Start one pass; where the GPU's memory does not hold it, go on with passes of half the size."""
         count = len(batch)
         if self.compile_model and count < self.micro_batch:  # a new shape would compile anew
             batch = torch.cat([batch, batch[-1:].expand(self.micro_batch - count, -1, -1, -1)])
@@ -291,28 +265,13 @@ class Embedder:
             if count == 1:
                 raise DeviceMemoryError("the GPU cannot hold the model and one image: use a larger one") from None
         torch.cuda.empty_cache()
-        self._shrink(count // 2)
+        self.micro_batch = count // 2
+        logger.warning("out of GPU memory: going on with %d images a pass", self.micro_batch)
         for half in batch[:count].split(self.micro_batch):
             self._forward(half, launched)
 
-    def _shrink(self, count: int) -> None:
-        """Go on with smaller passes; one shape more is compiled for them, and no third."""
-        self.micro_batch, self._passes_that_fit = count, 0
-        logger.warning("out of GPU memory: going on with %d images a pass", count)
-        if self.compile_model and count not in self._sizes and len(self._sizes) > 1:
-            self._stop_compiling("each size of pass would be compiled anew")
-        self._sizes.add(count)
-
-    def _grow(self) -> None:
-        """Go back to the size of pass that was asked for once smaller ones have fitted for a while."""
-        self._passes_that_fit += 1
-        if self._passes_that_fit >= self._patience:
-            self._patience *= 2
-            self.micro_batch = self._wanted_batch
-            logger.info("trying %d images a pass again", self.micro_batch)
-
     def _compile(self) -> None:
-        """Compile the model's blocks and run a pass, or go on without, saying why."""
+        """Compile the model's blocks and run a pass; log why and go on without where that fails."""
         prepared = self.prepare(draw_picture((640, 640)))
         self.compile_model = True
         num_blocks = compile_blocks(self.model)
@@ -320,28 +279,18 @@ class Embedder:
         try:
             self.embed([prepared] * self.micro_batch)
         except COMPILE_ERRORS as error:
-            self._stop_compiling(one_line(error)[:200])
+            logger.warning("going on without torch.compile: %s", one_line(error)[:200])
+            uncompile(self.model)
+            self.compile_model = False
         else:
             logger.info("compiled %d blocks in %.0f s", num_blocks, time.monotonic() - started)
 
-    def _stop_compiling(self, reason: str) -> None:
-        logger.warning("going on without torch.compile: %s", reason)
-        uncompile(self.model)
-        self.compile_model = False
-
-    def _tune(self, batch_size: int | str) -> None:
-        """Choose by measurement how many images a pass takes, if that is left to us."""
+    def _tune(self) -> None:
+        """Choose by measurement how many images a pass takes."""
         shape = self.prepare(Image.new("RGB", (640, 640), "grey")).shape
-        if isinstance(batch_size, str):
-            self.micro_batch, rate = find_batch_size(lambda size: self._measure_rate(size, shape))
-        else:
-            try:
-                rate = self._measure_rate(batch_size, shape)
-            except torch.cuda.OutOfMemoryError:
-                rate = 0.0  # the passes will be halved
+        self.micro_batch, rate = find_batch_size(lambda size: self._measure_rate(size, shape))
         torch.cuda.empty_cache()
-        ceiling = describe_ceiling(count_cores(), measure_decoding(draw_picture((640, 640))), rate)
-        logger.info("the model alone does %.0f img/s in passes of %d; %s", rate, self.micro_batch, ceiling)
+        logger.info("the model alone does %.0f img/s in passes of %d", rate, self.micro_batch)
 
     def _measure_rate(self, count: int, shape: torch.Size) -> float:
         """Return the images/s of the model alone, not compiled, in passes of `count` inputs of `shape`."""
@@ -358,11 +307,6 @@ class Embedder:
     def _wait(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
-
-
-def default_mode(device: torch.device) -> str:
-    """bfloat16 where the chip is made for it; never float16, which breaks DINOv3."""
-    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def check_embeddings(embeddings: NDArray[np.float32], names: Sequence[str], width: int | None = None) -> None:

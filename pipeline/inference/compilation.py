@@ -1,18 +1,17 @@
-"""Compile a model's blocks one by one, and take that back where it fails."""
+"""Compile a model's blocks, and undo it."""
 
 import subprocess
 
 import torch
 
-# What a compiler or the lack of one raises; torch's own exceptions are RuntimeErrors.
+# Raised by a failing or missing compiler; torch's own exceptions are RuntimeErrors.
 COMPILE_ERRORS = (RuntimeError, ImportError, OSError, AssertionError, subprocess.SubprocessError)
 
 
 def compile_blocks(model: torch.nn.Module) -> int:
-    """Have a model's blocks compiled when they are first called, and return their number.
+    """Mark a model's blocks to be compiled at their first call, and return their number.
 
-    Blocks of one class share the compiled code, so a ViT of 40 is ready as soon as one block is; where transformers
-    does not name a model's blocks, the whole of it is compiled.
+    Blocks of one class share the compiled code. A model whose blocks transformers does not name is compiled as a whole.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names] or [model]
@@ -22,6 +21,6 @@ def compile_blocks(model: torch.nn.Module) -> int:
 
 
 def uncompile(model: torch.nn.Module) -> None:
-    """Have a model and all its parts run uncompiled again."""
+    """Run a model and all its parts uncompiled again."""
     for module in model.modules():
         module._compiled_call_impl = None

@@ -1,4 +1,4 @@
-"""Choose where models run."""
+"""Choose the device that models run on, share its memory, and set how it computes."""
 
 import ctypes
 import platform
@@ -14,12 +14,12 @@ from pipeline.log import logger
 
 Result = TypeVar("Result")
 
-# What the driver makes for the first GPU, on Linux.
+# The driver makes this file for the first GPU, on Linux.
 NVIDIA_DEVICE = Path("/dev/nvidia0")
-# What the processes on one GPU divide among them; CUDA takes about half a gigabyte a process besides.
+# The share of a GPU's memory that its processes divide; CUDA itself takes half a gigabyte for each.
 SHARED_MEMORY = 0.9
 
-_own_share = 1.0  # of the GPU's memory, as `share_gpus` has set it
+_own_share = 1.0  # this process's share of the GPU's memory
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -38,10 +38,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Bring a model to a device.
-
-    Raises DeviceMemoryError where the memory does not hold it.
-    """
+    """Move a model to a device. Raises DeviceMemoryError where the memory does not hold it."""
     size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
     with needing_memory(
         f"the model of {size:.1f} GB", 'take a larger one, or set [embedding_model].dtype to "bfloat16"'
@@ -54,7 +51,7 @@ def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 @contextmanager
 def needing_memory(what: str, remedy: str) -> Iterator[None]:
-    """Raise DeviceMemoryError, which says what to do, where the GPU's memory does not hold what the block makes."""
+    """Turn an out-of-memory error of the GPU into a DeviceMemoryError that says what to do."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -64,25 +61,22 @@ def needing_memory(what: str, remedy: str) -> Iterator[None]:
 
 
 def halve_until_it_fits(compute: Callable[[int], Result], size: int, least: int, what: str) -> tuple[int, Result]:
-    """Return `compute(size)` and the size, which is halved each time the GPU's memory runs out.
-
-    Raises torch.cuda.OutOfMemoryError where it runs out at `least`.
-    """
+    """Return the size and `compute(size)`, halving the size each time the GPU's memory runs out, down to `least`."""
     while True:
         try:
             return size, compute(size)
         except torch.cuda.OutOfMemoryError:
             if size <= least:
                 raise
-        size //= 2  # out here: the exception has held what was computed
+        size //= 2  # outside the handler, where the exception no longer holds the tensors
         torch.cuda.empty_cache()
         logger.warning("%s: the GPU's memory ran out: going on with %d rows at a time", what, size)
 
 
 def share_gpus(index: int, num_processes: int) -> None:
-    """Give process `index` of several on this machine its GPU, in turn, and its share of that one's memory.
+    """Give process `index` of several on this machine its GPU, in turn, and a share of its memory.
 
-    Beyond it the process runs out of memory, and the others do not. Without a GPU nothing is done.
+    A process that needs more than its share runs out of memory without harming the others.
     """
     global _own_share  # noqa: PLW0603 (torch's own limit is the process's too)
     if num_processes == 1 or not torch.cuda.is_available():
@@ -106,21 +100,21 @@ def measure_free_memory() -> int:
 
 
 def is_convolutional(model: torch.nn.Module) -> bool:
-    """Whether a model convolves beyond its first layer, in which a ViT cuts out its patches."""
+    """Whether a model convolves beyond its first layer, where even a ViT does."""
     return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules()) > 1
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks for the next layer instead of giving each back to the kernel.
+    """Make glibc keep large freed blocks for the next layer; with other C libraries do nothing.
 
-    A forward pass on CPU frees and takes megabytes at every layer; fetching them anew, page by page, was seen to take
-    five sixths of the time (23 against 142 img/s, EfficientNet-Lite0 on two cores). Elsewhere than on glibc: nothing.
+    A forward pass on a CPU frees and takes megabytes at every layer. Getting them anew from the kernel took five sixths
+    of the time (23 instead of 142 img/s, EfficientNet-Lite0 on two cores).
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, malloc.h
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: those of other threads than the main one give memory back all the same
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: other threads' arenas would still give memory back
 
 
 def describe_device(device: torch.device) -> str:
@@ -130,9 +124,9 @@ def describe_device(device: torch.device) -> str:
 
 @contextmanager
 def full_precision(*, tf32: bool = False) -> Iterator[None]:
-    """Have products and convolutions of float32 computed as such, or in TF32, whatever the environment has set.
+    """Compute products and convolutions of float32 in float32, or in TF32, whatever the environment says.
 
-    TF32 is torch's default for convolutions, and TORCH_ALLOW_TF32_CUBLAS_OVERRIDE makes it that for products too.
+    TF32 is torch's default for convolutions, and by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for products too.
     """
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if tf32 else "highest")

@@ -1,9 +1,8 @@
-"""Embed a stream of encoded images: read, decode, prepare, compute and write, each while the others go on.
+"""Embed a stream of encoded images: reading, decoding and computing overlap.
 
-A thread reads and gathers passes, several decode, the caller's feeds the GPU, and writes behind itself (`Background`);
-each is ahead of the next by a bounded number of images, so what is held depends on the settings and not on the input.
-On a CPU each core computes a pass of its own: threads that share one wait for one another at every layer, and with
-other programs on the cores that took five times as long (EfficientNet-Lite0 on two cores).
+One thread reads and gathers passes, several decode, and the caller's feeds the GPU. Each is ahead of the next by a
+bounded number of images. On a CPU each core computes a pass of its own: threads that share a pass wait for one another
+at every layer, which took five times as long on busy cores.
 """
 
 import time
@@ -25,20 +24,20 @@ from pipeline.threads import map_in_order, prefetch
 
 Item = TypeVar("Item")
 
-# Passes under way on a GPU while the one before them is fetched, and passes made ready ahead of them.
+# Passes under way on a GPU while the previous one is fetched, and passes made ready ahead of them.
 PASSES_UNDER_WAY = 1
 PASSES_READY = 2
 
 
 class End:
-    """Stands between images of a stream: no pass spans it, and `Embedded.end` says that it was reached."""
+    """Marks a place in a stream that no pass spans; it comes back as `Embedded.end`."""
 
 
 @dataclass
 class Embedded(Generic[Item]):
-    """What became of the next images of the stream: those embedded, those rejected, `taken` in all.
+    """The outcome of one pass: the images embedded and those rejected, `taken` in all.
 
-    `is_full` says that the pass has as many images as a pass takes; `end` is the End that closed it, if any.
+    `is_full` says that it has as many images as a pass takes; `end` is the End that closed it, if any.
     """
 
     items: list[Item] = field(default_factory=list)
@@ -56,10 +55,10 @@ def embed_stream(
     num_workers: int,
     watch: EngineWatch,
 ) -> Generator[Embedded[Item], None, None]:
-    """Yield what becomes of the items, in their order, pass by pass.
+    """Yield the outcome of the items, in their order, pass by pass.
 
-    `decode` runs in threads and calls `embedder.decode` with an item's bytes; the Rejection that it raises costs that
-    item alone. `items` is read in a thread of its own. Whoever may stop early closes what is returned.
+    `decode` runs in threads and calls `embedder.decode` with an item's bytes; a Rejection that it raises rejects that
+    item. `items` is read in a thread of its own. A caller that may stop early closes the generator.
     """
     started = time.monotonic()
     watch.device = "GPU" if embedder.on_gpu else "CPU"
@@ -74,7 +73,7 @@ def embed_stream(
             else:
                 yield from _compute_on_cpu(embedder, staged, num_passes, watch)
     finally:
-        torch.set_num_threads(num_threads)  # for threads yet to come, behind `use_one_thread`
+        torch.set_num_threads(num_threads)  # undoes `use_one_thread` for new threads
         watch.wall_seconds += time.monotonic() - started
 
 
@@ -134,15 +133,15 @@ def _stage(embedder: Embedder, ready: list[Any], watch: EngineWatch) -> Staged:
 
 
 def use_one_thread() -> None:
-    """Keep torch from starting threads of its own in each of ours; asked first, or it would set them anew later."""
-    torch.get_num_threads()
+    """Keep torch from starting threads of its own in each of ours."""
+    torch.get_num_threads()  # initialises the number, which would otherwise be set anew later
     torch.set_num_threads(1)
 
 
 def _compute_on_gpu(
     embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], watch: EngineWatch
 ) -> Iterator[Embedded[Item]]:
-    """Run the passes; the next one is started before the last one's embeddings are fetched."""
+    """Run the passes, starting each before the previous one's embeddings are fetched."""
     under_way: deque[tuple[Embedded[Item], Launched]] = deque()
     failure = None
     try:
@@ -177,7 +176,7 @@ def _compute_on_cpu(
 
 
 def count_passes(embedder: Embedder) -> int:
-    """Return how many passes are computed at once: on a GPU one. Asked in the caller's thread."""
+    """Return how many passes are computed at once; call it in the caller's thread."""
     return 1 if embedder.on_gpu else torch.get_num_threads()
 
 

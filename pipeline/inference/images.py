@@ -1,4 +1,4 @@
-"""Image bytes in, RGB pixels out, or a rejection that says why not."""
+"""Decode image bytes to RGB pixels, or reject them with a reason."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from PIL import Image, JpegImagePlugin
 
 from pipeline.errors import Rejection
 
-# The contract's limit, by the header: a decompression bomb is never decoded.
+# The limit by the header: a decompression bomb is never decoded.
 MAX_PIXELS = 100_000_000
 # No 100-megapixel JPEG, PNG or WebP of a camera comes near this; larger members are not even read.
 MAX_IMAGE_BYTES = 512 * 1024**2
@@ -27,18 +27,17 @@ DECODE_ERRORS = (
 _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = 0xD9
 _START_OF_SCAN = 0xDA
-# Baseline, extended and progressive frames, all Huffman-coded (ITU-T T.81, table B.1); what libjpeg does with the
-# others (lossless, arithmetic) is left to it.
+# Baseline, extended and progressive frames, all Huffman-coded (ITU-T T.81, table B.1); libjpeg judges the others.
 _FRAMES = (0xC0, 0xC1, 0xC2)
-# Segments with a length: Huffman tables, quantisation tables, restart interval, applications' own, comment.
+# Segments with a length: Huffman and quantisation tables, restart interval, application data, comment.
 _SEGMENTS = (*_FRAMES, 0xC4, _START_OF_SCAN, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
-# What may stand before the scan of a JPEG whose header is not left to Pillow: JFIF, tables, restart interval.
+# Segments before the scan of a plain JPEG: JFIF, tables, restart interval.
 _JFIF = 0xE0
 _TABLES = (0xC4, 0xDB, 0xDD)
 # In entropy-coded bytes FF is followed by 00, by a restart marker or by more FF; anything else ends them.
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
-# Ours is the stricter limit, checked before anything is decoded.
+# MAX_PIXELS is stricter.
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\..*")
 
@@ -48,15 +47,14 @@ def decode_rgb(data: bytes) -> Image.Image:
 
     Raises Rejection `image_too_large` or `unreadable_image` (empty, truncated, not JPEG, PNG or WebP).
     """
-    image = open_image(data)
-    return load_rgb(image)
+    return load_rgb(open_image(data))
 
 
 def check_image(data: bytes) -> None:
     """Raise the Rejection that `decode_rgb` would raise, at a tenth of its cost for a sound JPEG.
 
-    Pillow's `load()` is the judge, of a JPEG's structure alone: see `strip_scans`. Whatever it refuses so, and every
-    other format, is decoded in full.
+    Pillow's `load()` judges a JPEG by its structure alone (see `strip_scans`). Every other format, and a JPEG that
+    fails so, is decoded in full.
     """
     image = open_image(data)
     structure = strip_scans(data) if image.format in ("JPEG", "MPO") else None
@@ -74,10 +72,10 @@ def check_image(data: bytes) -> None:
 def strip_scans(data: bytes) -> bytes | None:
     """Return a JPEG's markers and segments to its end, without the entropy-coded bytes between them.
 
-    libjpeg refuses the result exactly where it refuses the whole. Entropy-coded bytes cannot fail: bad codes are
-    warnings, and its decoder never reads past a marker (jdhuff.c, jdphuff.c); a marker of C0 or higher stands there
-    until the scan is full (jdmarker.c, jpeg_resync_to_restart). What is fatal stands in the segments, which are kept,
-    or is the missing end. None for a file whose end is missing, or with anything unusual between its segments.
+    libjpeg refuses the result exactly where it refuses the whole file. Entropy-coded bytes cannot fail: bad codes are
+    warnings, and the decoder never reads past a marker (jdhuff.c, jdphuff.c), of which those from C0 on stay until the
+    scan is full (jdmarker.c, jpeg_resync_to_restart). Only segments, which are kept, and a missing end are fatal.
+    Returns None for a file without an end, or with anything unusual between its segments.
     """
     if data[:2] != _START_OF_IMAGE:
         return None
@@ -100,9 +98,9 @@ def strip_scans(data: bytes) -> bytes | None:
 
 
 def read_plain_header(data: bytes) -> tuple[int, int] | None:
-    """Return the width and height of a JPEG in RGB or grey with nothing but the usual before its scan, else None.
+    """Return the width and height of a plain RGB or grey JPEG, else None.
 
-    Pillow's opener needs 0.1 ms of Python for that, during which no other thread can decode.
+    Pillow's opener needs 0.1 ms of Python for this, during which no other thread can decode.
     """
     size, position = None, 2
     if data[:2] != _START_OF_IMAGE:
@@ -126,11 +124,11 @@ def read_plain_header(data: bytes) -> tuple[int, int] | None:
 
 
 def decode_rgb_small(data: bytes, choose_scale: Callable[[int, int], int]) -> tuple[Image.Image, tuple[float, float]]:
-    """Decode an image to RGB at 1/`choose_scale(width, height)` of its size (1, 2, 4 or 8), if its format can do so.
+    """Decode a JPEG to RGB at 1/`choose_scale(width, height)` of its size (1, 2, 4 or 8), other formats in full.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 by its DCT coefficients, which costs a fraction of the full decode.
-    Returns the image and the width and height, in its pixels, that the original covers: 137 pixels at 1/8 cover
-    17.125 of the 18 pixels. Raises Rejection as `decode_rgb` does.
+    Scaling a JPEG by its DCT coefficients costs a fraction of the full decode. Returns the image and the width and
+    height, in its pixels, that the original covers: 137 pixels at 1/8 cover 17.125 of 18 pixels.
+    Raises Rejection as `decode_rgb` does.
     """
     image = open_image(data)
     width, height = image.size
@@ -141,10 +139,7 @@ def decode_rgb_small(data: bytes, choose_scale: Callable[[int, int], int]) -> tu
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Read an image's header.
-
-    Raises Rejection `image_too_large` or `unreadable_image`.
-    """
+    """Read an image's header. Raises Rejection `image_too_large` or `unreadable_image`."""
     if not data:
         raise Rejection("unreadable_image", "0 bytes")
     try:
@@ -158,9 +153,9 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def load_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image whose header is read; of 16 bits a channel the upper 8 are kept, of several pictures the first.
+    """Decode an opened image: the first picture, the upper 8 of 16 bits, without transparency.
 
-    Transparency is left out, as the models' processors leave it out. Raises Rejection `unreadable_image`.
+    Raises Rejection `unreadable_image`.
     """
     try:
         image.load()
@@ -174,7 +169,7 @@ def load_rgb(image: Image.Image) -> Image.Image:
 
 
 def _explain(error: BaseException) -> str:
-    """Name the failure without the address that Pillow puts into its message, which differs from run to run."""
+    """Name the failure without the memory address in Pillow's message."""
     text = " ".join(str(error).split())
     if "cannot identify image file" in text:
         return "not a JPEG, PNG or WebP image"

@@ -1,4 +1,4 @@
-"""Run a stage as several processes on one machine, one shard each: one per GPU, or the cores divided among them."""
+"""Run a stage as several processes on one machine, one shard each; they divide the GPUs and the cores among them."""
 
 import argparse
 import os
@@ -22,10 +22,7 @@ def add_processes_option(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_count(text: str) -> int | str:
-    """Read a number above 0, or `auto`.
-
-    Raises ArgumentTypeError if it is neither.
-    """
+    """Read a number above 0, or `auto`; raise ArgumentTypeError for anything else."""
     if text == "auto":
         return text
     if not (text.isascii() and text.isdigit() and int(text) > 0):
@@ -34,10 +31,10 @@ def parse_count(text: str) -> int | str:
 
 
 def launch(script: str, argv: Sequence[str] | None, processes: int | str, *, is_sharded: bool) -> bool:
-    """Run the script's command line once a shard and return True, or False where one process is asked for: this one.
+    """Run the script once for each shard and return True; do nothing and return False for a single process.
 
-    SIGINT and SIGTERM are passed on, and raised here when all have ended. Otherwise exits with the worst exit code of
-    the processes, if one failed. Raises ConfigError where the command line names a shard already.
+    SIGINT and SIGTERM are passed on, and raised here when all processes have ended. Exits with the worst exit code if
+    one failed. Raises ConfigError where the command line names a shard already.
     """
     if processes == 1:
         return False
@@ -66,7 +63,7 @@ def list_gpus() -> list[str]:
 
 
 def _run_all(script: Path, arguments: list[str], count: int, gpus: list[str]) -> list[int]:
-    """Start all and return their exit codes, 128 + N for a signal N; a signal that comes meanwhile is passed on."""
+    """Start all and return their exit codes, 128 + N for a signal N; pass a signal on that comes meanwhile."""
     processes: list[subprocess.Popen[bytes]] = []
     interruption: BaseException | None = None
     while True:
@@ -85,51 +82,25 @@ def _run_all(script: Path, arguments: list[str], count: int, gpus: list[str]) ->
 
 
 def _start(script: Path, arguments: list[str], index: int, count: int, gpus: list[str]) -> "subprocess.Popen[bytes]":
-    """Start one shard; in a session of its own, so that Ctrl-C reaches it once, by way of this process."""
+    """Start one shard in a session of its own, so that Ctrl-C reaches it once, through this process."""
     environment = dict(os.environ)
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
-    # Behind the given arguments, whose place they take.
+    # After the given arguments, so that these win.
     command = [sys.executable, str(script), *arguments, "--processes", "1", "--shard", f"{index}/{count}"]
-    with _part_of_the_cores(index, count) as num_cores:
+    with _share_of_the_cores(index, count) as num_cores:
         environment.setdefault("OMP_NUM_THREADS", str(num_cores))
         return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
-def choose_cores(cores: list[int], nodes: list[set[int]], index: int, count: int) -> list[int]:
-    """Return the cores of process `index` of `count`: every so many-th, of one NUMA node where that comes out even.
-
-    Memory of another node is slower, and GPUs are numbered in the order of the nodes that they hang on.
-    """
-    on_node = [found for node in nodes if (found := [core for core in cores if core in node])]
-    if on_node and count % len(on_node) == 0 and len({len(found) for found in on_node}) == 1:
-        per_node = count // len(on_node)
-        cores, index, count = on_node[index // per_node], index % per_node, per_node
-    return cores[index::count]
-
-
-def list_numa_nodes() -> list[set[int]]:
-    """Return the cores of each NUMA node, none where Linux does not say."""
-    nodes = []
-    for path in sorted(
-        Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"), key=lambda path: int(path.parent.name[4:])
-    ):
-        spans = [span.split("-") for span in path.read_text().strip().split(",") if span]
-        nodes.append({core for span in spans for core in range(int(span[0]), int(span[-1]) + 1)})
-    return nodes
-
-
 @contextmanager
-def _part_of_the_cores(index: int, count: int) -> Iterator[int]:
-    """Bind whatever is started in the block to its share of the cores, and say how many those are.
-
-    Bound, two processes never take turns on a core while another one is idle, and each counts its own cores.
-    """
+def _share_of_the_cores(index: int, count: int) -> Iterator[int]:
+    """Bind a process that is started in the block to its share of the cores, and yield their number."""
     if not hasattr(os, "sched_setaffinity") or count_cores() < count:
         yield max(1, count_cores() // count)
         return
     cores = sorted(os.sched_getaffinity(0))
-    own = choose_cores(cores, list_numa_nodes(), index, count)
+    own = cores[len(cores) * index // count : len(cores) * (index + 1) // count]
     os.sched_setaffinity(0, own)
     try:
         yield len(own)

@@ -1,4 +1,4 @@
-"""Load a vision model's weights, and refuse what is no vision model or lacks some of them."""
+"""Load a vision model; refuse other models and missing weights."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,7 @@ from pipeline.errors import InputError, one_line
 
 
 def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_remote_code: bool) -> torch.nn.Module:
-    """Load the weights and refuse to run on any that the folder lacks, which would be random numbers.
-
-    Raises InputError also where the folder holds no vision model.
-    """
+    """Load a vision model. Raises InputError where weights are missing, which would be random numbers."""
     config = find_vision_config(folder, trust_remote_code)
     try:
         model, info = AutoModel.from_pretrained(
@@ -33,7 +30,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_
 
 
 def find_vision_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Return a model's configuration, or that of its vision tower where it takes text as well (CLIP, SigLIP).
+    """Return a model's configuration, or its vision tower's where it takes text as well (CLIP, SigLIP).
 
     Raises InputError for a model that takes no pictures, or a configuration that cannot be loaded.
     """
@@ -41,7 +38,7 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _cannot_load(folder, error) from None
-    if type(config) not in MODEL_MAPPING or _takes_pictures(config):  # the former brings code of its own
+    if type(config) not in MODEL_MAPPING or _takes_pictures(config):  # unmapped: it brings its own code
         return config
     tower = getattr(config, "vision_config", None)
     if type(tower) in MODEL_MAPPING and _takes_pictures(tower):
@@ -53,7 +50,7 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _cannot_load(folder: Path, error: Exception) -> InputError:
-    if "trust_remote_code" in str(error):  # transformers' own word for what is missing
+    if "trust_remote_code" in str(error):  # as in transformers' message
         return InputError(
             f"{folder}: the model comes with code of its own, which is not run unasked: read it, then set "
             "[embedding_model].trust_remote_code = true"
@@ -62,7 +59,7 @@ def _cannot_load(folder: Path, error: Exception) -> InputError:
 
 
 def _takes_pictures(config: Any) -> bool:
-    """Whether pictures are all that the model of a configuration takes."""
+    """Whether a configuration's model takes pictures alone."""
     kinds: Any = MODEL_MAPPING[type(config)]
     kind = kinds[0] if isinstance(kinds, (list, tuple)) else kinds
     return kind.main_input_name == "pixel_values" and getattr(config, "text_config", None) is None

@@ -2,43 +2,39 @@
 
 import hashlib
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, one_line
 
-# A licence's own text, as model folders call it.
+# Names of licence files in model folders.
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "notice*"]
-# What a model is made of: its settings, weights, remote code and licence; not the flax and onnx copies beside them.
+# The files of a model: settings, weights, remote code and licence, without flax and onnx copies.
 MODEL_FILES = ["*.json", "*.safetensors", "*.py", *LICENCE_FILES, "README.md"]
-# What a backbone is apart from its weights, which may take 27 GB; its licence goes where they go.
+# The files of a backbone without its weights, which may take 27 GB.
 SETTINGS_FILES = ["config.json", "*processor_config.json", *LICENCE_FILES, "README.md"]
-# Only what changes the numbers: a model card does not, nor what is said of the training images or to other libraries.
+# Only files that change the embeddings count: no model card, notes on training images or settings of other libraries.
 _IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
 _NO_IDENTITY = {"training_similarity.json", "modules.json", "sentence_bert_config.json"}
-# 256 pieces of 4 KiB of each weight file: retraining changes nearly every tensor, and 27 GB are told apart in a second.
+# 256 pieces of 4 KiB of each weight file are hashed, in a second for 27 GB: retraining changes nearly every tensor.
 _NUM_PIECES, _PIECE_BYTES = 256, 4096
 
 
-def describe_views(section: EmbeddingModelSection) -> dict[str, Any]:
-    """Return which outputs of the backbone are taken over which views of a picture, by whose code, for the provenance.
-
-    What there was no choice of once is left out at its default, so that embeddings made then are still taken for what
-    they are.
-    """
-    chosen = {"image_size": section.image_size, "scales": sorted(section.scales), "flip": section.flip}
-    chosen["trust_remote_code"] = section.trust_remote_code
-    defaults = {"image_size": "auto", "scales": [], "flip": False, "trust_remote_code": False}
-    return {"pooling_type": section.pooling_type} | {key: chosen[key] for key in chosen if chosen[key] != defaults[key]}
+def embedding_settings(section: EmbeddingModelSection) -> dict[str, Any]:
+    """Return the settings that shape an embedding, for the provenance."""
+    return {
+        "pooling_type": section.pooling_type, "image_size": section.image_size, "scales": sorted(section.scales),
+        "flip": section.flip, "trust_remote_code": section.trust_remote_code,
+    }  # fmt: skip
 
 
 def locate_backbone(config: Config, *, download: bool) -> Path | None:
     """Return the local folder of `[embedding_model].model_name`: itself, or the hub's snapshot of it.
 
-    Without `download` only this machine is searched, and None says that the model is not here.
-    Raises ConfigError where the key is not set, InputError where the model cannot be had.
+    Without `download` only this machine is searched, and None returned if the model is not here.
+    Raises ConfigError where the key is not set, InputError where the model cannot be found.
     """
     name = config.embedding_model.model_name
     if name is None:
@@ -58,31 +54,41 @@ def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
 
     Raises InputError where it is to be fetched and cannot be.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES, local_files_only=True))
-    except (OSError, ValueError):
-        folder = None
-    if folder is None or find_missing_files(folder):
+    folder, problem = _take_snapshot(repo_id, MODEL_FILES, lambda found: not find_missing_files(found), download)
+    if folder is None:
         if not download:
             return None
-        try:
-            folder = Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise InputError(
-                f"{repo_id}: the model is neither a local folder nor in the hub cache, and cannot be fetched "
-                f"({one_line(error)[:200]}): correct the name, or fetch it where there is internet "
-                f"(slurm/prepare.sh --model-id {repo_id})"
-            ) from None
+        raise InputError(
+            f"{repo_id}: the model is neither a local folder nor in the hub cache, and cannot be fetched "
+            f"({problem}): correct the name, or fetch it where there is internet "
+            f"(slurm/prepare.sh --model-id {repo_id})"
+        )
     if download and names_its_backbone(folder):  # a later job without internet needs that too
         locate_backbone_settings(folder, download=True)
     return folder
 
 
+def _take_snapshot(
+    repo_id: str, patterns: list[str], is_whole: Callable[[Path], bool], download: bool
+) -> tuple[Path | None, str]:
+    """Return a hub repository's whole local snapshot, else a fetched one where allowed, else None and the reason."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    problem = "its files here are incomplete"
+    for is_local in (True, False) if download else (True,):
+        try:
+            folder = Path(snapshot_download(repo_id, allow_patterns=patterns, local_files_only=is_local))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            problem = one_line(error)[:200]
+            continue
+        if not is_local or is_whole(folder):
+            return folder, ""
+    return None, problem
+
+
 def find_missing_files(folder: Path) -> list[str]:
-    """Return what a model folder lacks, none where it is whole; an interrupted fetch or copy leaves one too."""
+    """Return the files that a model folder lacks, for instance after an interrupted fetch."""
     index = folder / "model.safetensors.index.json"
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -96,7 +102,7 @@ def find_missing_files(folder: Path) -> list[str]:
 
 
 def names_its_backbone(folder: Path) -> bool:
-    """Whether a folder is one that the reference implementation published: its backbone's settings lie elsewhere."""
+    """Whether the reference implementation published a folder: its backbone's settings lie elsewhere."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -106,31 +112,26 @@ def names_its_backbone(folder: Path) -> bool:
 
 
 def locate_backbone_settings(folder: Path, download: bool) -> Path:
-    """Return where the configuration and the image processor of the backbone lie that a model folder names.
+    """Return the folder with the configuration and image processor of the backbone that a published folder names.
 
     Raises InputError where they are neither here nor, with `download`, to be had.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["backbone_model_name"]
     local = Path(name).expanduser()
     if local.is_dir():
         return local
-    found = None
-    for local_files_only in (True, False) if download else (True,):
-        try:
-            found = Path(snapshot_download(name, allow_patterns=SETTINGS_FILES, local_files_only=local_files_only))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = one_line(error)[:200]
-            continue
-        if (found / "config.json").is_file() and any(found.glob("*processor_config.json")):
-            return found
-        reason = "config.json or preprocessor_config.json is missing there"
+    found, problem = _take_snapshot(name, SETTINGS_FILES, _has_settings, download)
+    if found is not None and _has_settings(found):
+        return found
     raise InputError(
-        f"{folder}: its backbone {name!r} is no folder here, and its settings are not to be had ({reason}): correct "
+        f"{folder}: its backbone {name!r} is no folder here, and its settings are not to be had "
+        f"({problem or 'config.json or preprocessor_config.json is missing there'}): correct "
         "backbone_model_name in its config.json, or fetch the model where there is internet"
     )
+
+
+def _has_settings(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*processor_config.json"))
 
 
 def identify_model(folder: Path) -> str:
@@ -155,5 +156,5 @@ def _hash_pieces(path: Path, digest: "hashlib._Hash") -> None:
             digest.update(file.read())
             return
         for piece in range(_NUM_PIECES):
-            file.seek((size - _PIECE_BYTES) * piece // (_NUM_PIECES - 1), os.SEEK_SET)
+            file.seek((size - _PIECE_BYTES) * piece // (_NUM_PIECES - 1))
             digest.update(file.read(_PIECE_BYTES))

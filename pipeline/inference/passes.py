@@ -1,4 +1,4 @@
-"""The passes of a model: what goes in and comes out, and how many images one should take."""
+"""The passes of a model: their inputs and outputs, and how many images a pass takes."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 BATCH_SIZES = tuple(2**exponent for exponent in range(3, 11))
-# A pass twice as large has to be faster by this share, or its memory buys nothing.
+# A pass twice as large has to be faster by this share to be worth its memory.
 LEAST_GAIN = 0.03
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Inputs of a pass on their way to the device, (n, 3, h, w) for each size, and what says that they are there."""
+    """Inputs of a pass on their way to the device, (n, 3, h, w) for each size, and the event of their arrival."""
 
     batches: list[torch.Tensor]
     arrived: torch.cuda.Event | None = None
@@ -35,15 +35,15 @@ class Launched:
         return torch.cat(self.parts).numpy()
 
     def gpu_seconds(self) -> float:
-        """Seconds for which the GPU computed, behind `result`."""
+        """Return the seconds for which the GPU computed; call `result` first."""
         return float(sum(start.elapsed_time(end) for start, end in self.events)) / 1000.0
 
 
 def find_batch_size(measure: Callable[[int], float], sizes: tuple[int, ...] = BATCH_SIZES) -> tuple[int, float]:
-    """Return the size from which on larger passes are hardly faster, and its images/s.
+    """Return the size beyond which larger passes are hardly faster, and its images/s.
 
-    `measure` gives the images/s of a size and raises torch.cuda.OutOfMemoryError where the memory does not hold it.
-    If it holds none, the smallest is returned, with rate 0.
+    `measure` returns the images/s of a size or raises torch.cuda.OutOfMemoryError. If no size fits, the smallest is
+    returned, with rate 0.
     """
     best, best_rate = sizes[0], 0.0
     for size in sizes:
@@ -58,13 +58,13 @@ def find_batch_size(measure: Callable[[int], float], sizes: tuple[int, ...] = BA
 
 
 def stack_by_size(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Stack neighbours of one size, on one device."""
+    """Stack neighbours of one size and device."""
     groups = itertools.groupby(inputs, key=lambda tensor: (tensor.shape, tensor.device))
     return [torch.stack(list(group)) for _, group in groups]
 
 
 def fetch(pooled: torch.Tensor) -> torch.Tensor:
-    """Copy to the host; from a GPU without waiting, into pinned memory."""
+    """Copy to the host; from a GPU into pinned memory, without waiting."""
     if pooled.device.type != "cuda":
         return pooled
     host = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
@@ -72,5 +72,5 @@ def fetch(pooled: torch.Tensor) -> torch.Tensor:
 
 
 def timer() -> torch.cuda.Event:
-    """Return an event that notes when it happens."""
+    """Return an event that records its time."""
     return torch.cuda.Event(enable_timing=True)

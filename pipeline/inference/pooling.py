@@ -1,6 +1,6 @@
-"""Pool a vision backbone's outputs to one vector a picture, over several sizes of it and its mirror image.
+"""Pool a vision backbone's outputs to one vector per picture, over several sizes of it and its mirror image.
 
-Stage 2 and the published model compute with this very file, which travels with the model: it needs torch alone.
+Stage 2 uses this file, and it is published with the model: it imports torch alone.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 
 class PoolingError(ValueError):
-    """The backbone's outputs hold nothing of the kind that is to be taken."""
+    """The backbone has no output of the kind asked for."""
 
 
 def embed_views(
@@ -19,10 +19,10 @@ def embed_views(
 ) -> tuple[torch.Tensor, Any]:
     """Return a backbone's features (B, D) float32 of pictures (B, 3, H, W), and its outputs for the pictures as given.
 
-    `scales` are sides in pixels: the pictures come at the largest, smaller ones are made of them, and the features are
-    the mean over the sizes, each normalised to length 1 before and after; without any they are as the backbone gives
-    them. `flip` takes, at each size, the mean with the mirror image's. `options` go to the backbone.
-    Raises PoolingError where the backbone has no such output as `pooling_type` names.
+    `scales` are sides in pixels: the pictures come at the largest and are resized to the others; the features are the
+    mean over the sizes, normalised to length 1 before and after. Without scales they are the backbone's own.
+    `flip` averages, at each size, with the mirror image. `options` go to the backbone.
+    Raises PoolingError where the backbone has no output of this `pooling_type`.
     """
     features, given = [], None
     for scale in sorted(scales, reverse=True) or [0]:
@@ -40,7 +40,7 @@ def embed_views(
 
 
 def resize(pixel_values: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return pictures (B, 3, H, W) at `factor` of their size, float32; at 1 as they are."""
+    """Return pictures (B, 3, H, W) at `factor` of their size, float32; with factor 1 unchanged."""
     if factor == 1:
         return pixel_values
     size = [round(side * factor) for side in pixel_values.shape[2:]]
@@ -48,9 +48,9 @@ def resize(pixel_values: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def pool(backbone: Any, outputs: Any, pooling_type: str, pixels: torch.Tensor) -> torch.Tensor:
-    """Return (B, D) float32: `pooler_output`, `cls_token`, or `cls_mean`, the CLS token beside the patches' mean.
+    """Return (B, D) float32: `pooler_output`, `cls_token`, or `cls_mean` (the CLS token and the patches' mean).
 
-    Raises PoolingError where the outputs for `pixels` (B, 3, H, W) hold no such thing.
+    Raises PoolingError where the outputs for `pixels` (B, 3, H, W) lack it.
     """
     if pooling_type == "pooler_output":
         pooled: torch.Tensor | None = getattr(outputs, "pooler_output", None)
@@ -67,7 +67,7 @@ def pool(backbone: Any, outputs: Any, pooling_type: str, pixels: torch.Tensor) -
 
 
 def count_prefix_tokens(backbone: Any, tokens: torch.Tensor, pixels: torch.Tensor) -> int:
-    """Return how many tokens (CLS, registers) stand before those of the patches, 0 or less where none can be told."""
+    """Return how many tokens (CLS, registers) precede the patches' tokens, 0 or less where there are none."""
     side = getattr(backbone.config, "patch_size", None)
     if tokens.ndim != 3 or side is None:  # (B, C, H, W) of a convolutional one
         return 0

@@ -1,6 +1,6 @@
-"""Choose what a backbone computes in on a GPU, by how near its embeddings then come to those of float32.
+"""Choose the precision that a backbone computes in on a GPU, by comparing its embeddings with those of float32.
 
-Without importing torch: what a run computes in is also read where nothing is computed any more.
+Imports torch only to measure: a finished run's precision is read without it.
 """
 
 import gc
@@ -22,7 +22,7 @@ from pipeline.log import logger
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
 
-# The contract's for bfloat16.
+# The least cosine to float32 that an embedding may have.
 LEAST_COSINE = 0.999
 NUM_PICTURES = 16
 
@@ -40,10 +40,7 @@ class Precision:
 
     @property
     def fidelity(self) -> dict[str, Any]:
-        """What a provenance says of it under that name, nothing where nothing was measured.
-
-        It describes the numbers, and is no setting that they depend on.
-        """
+        """The measurement for the provenance, as a dictionary to merge; empty where nothing was measured."""
         return {"fidelity": {"pictures": self.pictures, "cosines": self.cosines}} if self.pictures else {}
 
 
@@ -54,10 +51,10 @@ def settle_precision(
     pictures: Callable[[], Iterable[bytes]],
     note: Path | None = None,
 ) -> Precision:
-    """Return what to compute in: as asked for, float32 on a CPU, and on a GPU what `choose_precision` finds.
+    """Return the precision to compute in: the one asked for, else float32 on a CPU and a measured one on a GPU.
 
-    `load` loads the model in a mode, `pictures` begins the run's encoded pictures; neither is called without need.
-    What is found is kept in the file `note`, for all processes of the run and for every later one.
+    `load` loads the model in a mode, `pictures` yields the run's encoded pictures; both are called only to measure.
+    The file `note` keeps the result for all processes of the run and later ones.
     Raises InputError where that file is damaged.
     """
     if dtype == "bfloat16":
@@ -66,13 +63,15 @@ def settle_precision(
         return Precision(dtype)
     if not is_measured_on(device):
         return Precision("float32")
-    if note is None:
+
+    def choose() -> Precision:
         return choose_precision(load, pictures())
-    return agree_on(note, lambda: choose_precision(load, pictures()))
+
+    return choose() if note is None else agree_on(note, choose)
 
 
 def is_measured_on(device: str) -> bool:
-    """Whether the device is one on which float32 is not computed unasked."""
+    """Whether the device is a GPU, where a precision is measured."""
     from pipeline.inference.devices import choose_device
 
     return device != "cpu" and choose_device(device).type == "cuda"
@@ -81,7 +80,7 @@ def is_measured_on(device: str) -> bool:
 def choose_precision(load: Callable[[str], "Embedder"], pictures: Iterable[bytes]) -> Precision:
     """Return the fastest mode in which the first pictures' embeddings have a cosine of LEAST_COSINE to float32's.
 
-    The model is loaded anew for each mode, once the last one is gone: its weights are never there twice.
+    The model is loaded for each mode after the previous one is released: its weights are never in memory twice.
     """
     chosen = take_readable(pictures)
     if not chosen:
@@ -94,11 +93,11 @@ def choose_precision(load: Callable[[str], "Embedder"], pictures: Iterable[bytes
         expected, rates["float32"] = embed_in("float32", load, chosen)
     except DeviceMemoryError as error:
         problem = str(error)
-    if problem is not None:  # out here: the exception holds what was loaded
+    if problem is not None:  # outside the handler, where the exception no longer holds the weights
         release()
         logger.warning("computing in bfloat16, not measured: in float32, %s", problem)
         return Precision("bfloat16", pictures=len(chosen))
-    for mode in MODES:  # noqa: B007 (the one that is stopped at is taken)
+    for mode in MODES:  # noqa: B007 (the last one is taken)
         if mode == "float32":
             break
         found, rates[mode] = embed_in(mode, load, chosen)
@@ -134,7 +133,7 @@ def take_readable(pictures: Iterable[bytes]) -> list[bytes]:
 def embed_in(
     mode: str, load: Callable[[str], "Embedder"], pictures: Sequence[bytes]
 ) -> tuple[NDArray[np.float32], float]:
-    """Return the embeddings (N, D) of pictures in a mode, and how many a second; the model is gone afterwards."""
+    """Return the embeddings (N, D) of pictures in a mode, and pictures per second; then release the model."""
     embedder = load(mode)
     decoded = [embedder.decode(data) for data in pictures]
     embedder.embed(decoded)  # the first time is slower
@@ -147,7 +146,7 @@ def embed_in(
 
 
 def release() -> None:
-    """Give the memory of what is not used any more back to the GPU."""
+    """Free the GPU's memory of unused tensors."""
     import torch
 
     gc.collect()
@@ -163,16 +162,16 @@ def measure_cosines(found: NDArray[np.float32], expected: NDArray[np.float32]) -
 
 
 def summarize(cosines: NDArray[np.float64]) -> dict[str, float]:
-    """Return the least and the median cosine; the least is rounded down."""
+    """Return the least cosine, rounded down, and the median."""
     return {
         "least": float(np.floor(cosines.min() * 1e6) / 1e6), "median": round(float(np.median(cosines)), 6),
     }  # fmt: skip
 
 
 def agree_on(note: Path, choose: Callable[[], Precision]) -> Precision:
-    """Return the precision that a file notes, else what `choose` returns, which is noted there if it was measured.
+    """Return the precision noted in a file, else the one that `choose` returns, and note it if it was measured.
 
-    Of several processes that choose at once the first decides for all. Raises InputError where the file is damaged.
+    The first of several processes decides for all. Raises InputError where the file is damaged.
     """
     if not note.exists():
         chosen = choose()

@@ -1,4 +1,4 @@
-"""Make a model's input of pixels with the model's own image processor, on the CPU or in batches on a GPU."""
+"""Turn pixels into a model's input with the model's own image processor, on the CPU or in batches on a GPU."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +13,17 @@ from pipeline.errors import InputError, one_line
 from pipeline.inference.pixels import to_pixels
 from pipeline.log import logger
 
-# No camera makes pictures of this shape. At 256 pixels of the shorter edge it takes 50 MB; a crop keeps 0.3 % of them.
+# No camera makes longer pictures. With a shorter edge of 256 pixels one takes 50 MB, and a crop keeps 0.3 % of it.
 RIBBON_RATIO = 256
-# Pictures that are resized in one go, and their pixels: 400 MB as floats. Each such group makes the host wait twice.
+# Pictures resized at once, and their pixels: 400 MB as floats. Each such group makes the host wait twice.
 DEVICE_CHUNK = 128
 DEVICE_CHUNK_PIXELS = 32 << 20
-# Grey levels by which a GPU's input may differ from the CPU's, on average over a picture: it rounds otherwise.
+# Grey levels by which a GPU's input may differ from the CPU's, on average over a picture, by rounding.
 TOLERANCE_LEVELS = 0.5
 
 
 class DeviceProcessor:
-    """Resizes, crops and normalises batches on a device, by the model's own image processor run there."""
+    """Runs the model's own image processor on a device, in batches."""
 
     def __init__(self, processor: Any, device: torch.device) -> None:
         self._processor, self._device = processor, device
@@ -52,10 +52,9 @@ def works_on_tensors(processor: Any) -> bool:
 def find_device_processor(
     folder: Path, processor: Any, trust_remote_code: bool, device: torch.device, image_size: int | None = None
 ) -> DeviceProcessor | None:
-    """Return the image processor as it runs on `device`, or None, said in the log, where it cannot or gives another
-    input than `processor` on the CPU."""
+    """Return the image processor for `device`, or log why there is none that gives the same input as on the CPU."""
     found = processor
-    if not works_on_tensors(found):  # the older kind, which computes with Pillow; most have a twin
+    if not works_on_tensors(found):  # the older kind, which uses Pillow; most have a twin on tensors
         try:
             sizes = size_settings(processor.to_dict(), image_size) if image_size else {}
             found = AutoImageProcessor.from_pretrained(
@@ -77,7 +76,7 @@ def find_device_processor(
 
 
 def measure_difference(processor: Any, on_device: DeviceProcessor, device: torch.device) -> float:
-    """Return by how many grey levels two ways to the input of a model differ, on average over a drawn picture."""
+    """Return the mean difference in grey levels between a drawn picture's inputs from the CPU and the device."""
     drawn = draw_picture((512, 384))
     white, black = (prepare(processor, Image.new("RGB", (64, 64), grey)) for grey in ("white", "black"))
     levels_per_unit = 255.0 / float((white - black).mean())
@@ -95,32 +94,33 @@ def draw_picture(size: tuple[int, int]) -> Image.Image:
 
 
 def prepare(processor: Any, image: Image.Image | torch.Tensor) -> torch.Tensor:
-    """Return an RGB image, or its pixels (3, H, W) uint8, as the processor makes it on the CPU, (3, h, w) float32."""
+    """Return the model's input (3, h, w) float32 of an RGB image, or of its pixels (3, H, W) uint8, on the CPU."""
+    if getattr(processor, "do_center_crop", False):
+        image = cut_ribbon(image)
+    if isinstance(image, torch.Tensor) and not works_on_tensors(processor):
+        image = Image.fromarray(image.permute(1, 2, 0).numpy())
     pixels: torch.Tensor = processor(images=[image], return_tensors="pt")["pixel_values"][0]
     return pixels
 
 
-def cut_ribbon(image: Image.Image) -> Image.Image:
-    """Return the middle of an image that is more than RIBBON_RATIO times as long as wide; others as they are.
+def cut_ribbon(image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
+    """Return the middle of an image that is more than RIBBON_RATIO times as long as wide; others unchanged.
 
-    A processor that brings the shorter edge to 256 pixels makes 4 GB of an image of 1 x 20,000, to keep a square from
-    its middle. What it keeps stays the same but for a shift of half a pixel: the cut is centred as its crop is.
+    A processor that resizes the shorter edge to 256 pixels makes 4 GB of an image of 1 x 20,000, to crop a square from
+    its middle. That square stays the same but for a shift of half a pixel.
     """
-    width, height = image.size
-    x, y = find_margins(width, height)
-    return image.crop((x, y, width - x, height - y)) if x or y else image
-
-
-def find_margins(width: int, height: int) -> tuple[int, int]:
-    """Return what `cut_ribbon` takes from each side, left and right, above and below."""
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])
     longest = RIBBON_RATIO * min(width, height)
-    return max(0, width - longest) // 2, max(0, height - longest) // 2
+    x, y = max(0, width - longest) // 2, max(0, height - longest) // 2
+    if isinstance(image, Image.Image):
+        return image.crop((x, y, width - x, height - y)) if x or y else image
+    return image[:, y : height - y, x : width - x]
 
 
 def load_processor(folder: Path, trust_remote_code: bool, image_size: int | None = None) -> Any:
-    """Load a model's image processor, which makes pictures of `image_size` pixels a side if one is given.
+    """Load a model's image processor, set to squares of `image_size` pixels if given.
 
-    Raises InputError where it cannot be loaded, or its size cannot be set so.
+    Raises InputError where it cannot be loaded, or cannot be set to that size.
     """
     if not any(folder.glob("*processor_config.json")):
         logger.warning("%s says nothing of its image processor: taken is the default of its kind", folder)
@@ -139,8 +139,7 @@ def load_processor(folder: Path, trust_remote_code: bool, image_size: int | None
 def size_settings(settings: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Return the `size` and `crop_size` with which an image processor makes squares of `image_size` pixels.
 
-    One that crops keeps the share of the picture that it cuts off. Raises InputError where its sizes are of a kind that
-    does not lead to squares of a given size.
+    The share of the picture that it crops stays the same. Raises InputError where it cannot make squares.
     """
     size = {key: value for key, value in (settings.get("size") or {}).items() if value is not None}
     if not set(size) <= {"shortest_edge", "height", "width"} or not size or settings.get("do_resize") is False:
