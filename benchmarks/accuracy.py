@@ -1,16 +1,14 @@
-"""Cross-validate stage 6 on whatever splits there are: what training is worth on buildings it has not seen.
+"""Measure what stage 6 gains on unseen buildings: by cross-validation, or over the number of training buildings.
 
     python benchmarks/accuracy.py --config my.toml [--set training.loss=supcon] [--ignore-pairs overlaps.csv]
+    python benchmarks/accuracy.py --config my.toml --test-merged-dir other/merged [--sizes 100 300 1000 3000]
 
-Reads merged_dir and difficulty_metadata_path (stages 1 to 5) and puts the three splits together again. For each seed
-the buildings are cut into folds; each fold is tested once, by the projector that stage 6's code trains on the others
-(of which [data].val_ratio validate, as in the pipeline). Then `elsewhere`: each dataset is tested by what was trained
-on the other ones, and no pair is ignored. Prints a table to stderr, and with --output writes every score as JSON.
+Reads merged_dir and difficulty_metadata_path (stages 1 to 5) and joins the three splits. The first command cuts the
+buildings into folds and tests each once; then (`elsewhere`) it tests each dataset with a projector trained on the
+others, with no pair ignored. The second draws so many training buildings and tests on the other splits' buildings.
 """
 
-import argparse
 import itertools
-import json
 import multiprocessing
 import sys
 import time
@@ -26,6 +24,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.harness import make_parser, write_results
 from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
 from pipeline.config import Config, load_config
 from pipeline.log import Progress
@@ -49,13 +48,14 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """One training and its test: the rows are cut by building."""
+    """One training and its test."""
 
-    name: str  # buildings or elsewhere
+    name: str  # buildings, elsewhere, or the number of training buildings
     seed: int
-    fold: int
-    test: NDArray[np.bool_]  # (B,) buildings that are tested
-    ignores: bool
+    fold: int  # or the dataset that is tested
+    train: NDArray[np.bool_]  # (B,)
+    val: NDArray[np.bool_]  # (B,)
+    test: NDArray[np.bool_] | None  # (B,), or None for buildings of other splits
 
 
 def read_all(merged_dir: Path) -> Features:
@@ -87,36 +87,55 @@ def take_buildings(features: Features, chosen: NDArray[np.bool_]) -> Features:
     )
 
 
-def list_cases(features: Features, num_seeds: int, num_folds: int) -> Iterator[Case]:
+def list_cases(features: Features, config: Config, num_seeds: int, num_folds: int) -> Iterator[Case]:
     """Yield each fold of each seed, then each dataset as the test of each seed."""
     num_buildings = len(features.building_ids)
     for seed in range(num_seeds):
         fold_of = np.random.default_rng(seed).permutation(num_buildings) % num_folds
         for fold in range(num_folds):
-            yield Case("buildings", seed, fold, fold_of == fold, ignores=True)
+            yield make_case("buildings", seed, fold, fold_of == fold, config)
     first_rows = np.unique(features.building_codes, return_index=True)[1]
     datasets = np.unique(features.dataset_ids)
     for seed, dataset in itertools.product(range(num_seeds), datasets.tolist() if len(datasets) > 1 else []):
-        yield Case("elsewhere", seed, dataset, features.dataset_ids[first_rows] == dataset, ignores=False)
+        yield make_case("elsewhere", seed, dataset, features.dataset_ids[first_rows] == dataset, config)
 
 
-def run_case(config: Config, features: Features, case: Case, pairs: Any) -> dict[str, Any]:
-    """Train on what is not tested, and score every kind of embedding of the test buildings."""
-    ratios, seed = config.data, case.seed
-    rest = np.flatnonzero(~case.test)
-    shuffled = np.random.default_rng([seed, case.fold]).permutation(rest)
+def make_case(name: str, seed: int, fold: int, test: NDArray[np.bool_], config: Config) -> Case:
+    """Return the case that tests some buildings and divides the rest into training and validation."""
+    ratios, rest = config.data, np.flatnonzero(~test)
+    shuffled = np.random.default_rng([seed, fold]).permutation(rest)
     num_val = round(len(rest) * ratios.val_ratio / (ratios.val_ratio + ratios.train_ratio))
-    is_val = np.isin(np.arange(len(case.test)), shuffled[:num_val])
-    train, val, test = (take_buildings(features, chosen) for chosen in (~case.test & ~is_val, is_val, case.test))
-    run = fit_projector(config, train, val, seed)
-    embeddings = embed_kinds(config, run, train, test.embeddings)
-    ignored = resolve_pairs(pairs if case.ignores else None, test.building_ids)
-    scores = {kind: score(rows, test, ignored) for kind, rows in embeddings.items()}
-    validated = {kind: row["map"] for kind, row in run.best["metrics"]["val"].items()}
+    val = np.isin(np.arange(len(test)), shuffled[:num_val])
+    return Case(name, seed, fold, ~test & ~val, val, test)
+
+
+def list_sizes(features: Features, config: Config, num_seeds: int, sizes: list[int]) -> Iterator[Case]:
+    """Yield a case for each size and seed, with as many validation buildings beside as the pipeline's ratio says."""
+    num_buildings = len(features.building_ids)
+    for size, seed in itertools.product(sizes, range(num_seeds)):
+        num_val = max(2, round(size * config.data.val_ratio / config.data.train_ratio))
+        if size + num_val > num_buildings:
+            raise SystemExit(f"error: {size} training buildings need {num_val} more to validate: {num_buildings} exist")
+        rank = np.random.default_rng(seed).permutation(num_buildings)
+        yield Case(f"{size:,}", seed, 0, rank < size, (rank >= size) & (rank < size + num_val), None)
+
+
+def run_case(config: Config, features: Features, other: Features | None, pairs: Any, case: Case) -> dict[str, Any]:
+    """Train on what is not tested, and score every kind of embedding of the test buildings."""
+    started = time.process_time()
+    train, val = take_buildings(features, case.train), take_buildings(features, case.val)
+    test = other if case.test is None else take_buildings(features, case.test)
+    assert test is not None
+    run = fit_projector(config, train, val, case.seed)
+    seconds = time.process_time() - started
+    ignored = resolve_pairs(pairs if case.name == "buildings" else None, test.building_ids)
+    scores = {
+        kind: score(rows, test, ignored) for kind, rows in embed_kinds(config, run, train, test.embeddings).items()
+    }
     return {
-        "case": case.name, "seed": seed, "fold": case.fold, "best_epoch": run.best["epoch"],
-        "start": {key: value for key, value in run.start.items() if key != "weights"},
-        "validation_map": validated, "scores": scores,
+        "case": case.name, "seed": case.seed, "fold": case.fold, "images": len(train), "cpu_seconds": round(seconds, 1),
+        "best_epoch": run.best["epoch"], "collapses": sum(record["collapsed"] for record in run.history),
+        "start": {key: value for key, value in run.start.items() if key != "weights"}, "scores": scores,
     }  # fmt: skip
 
 
@@ -165,19 +184,17 @@ def score(rows: NDArray[np.float32], test: Features, ignored: IgnoredPairs | Non
     return {key: found[key] for key in SCORES}
 
 
-def format_table(results: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of a table: mean scores of each kind, and its mAP beside the whitening's."""
-    lines = [f"{'':<26}{'R@1':>8}{'mAP':>8}{'mAP - whitening':>17}{'worst':>9}"]
+def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the table: mean scores of each kind, and its mAP beside the whitening's."""
+    rows = []
     for name in dict.fromkeys(result["case"] for result in results):
         own = [result["scores"] for result in results if result["case"] == name]
         for kind in KINDS:
-            recall, precision = (np.mean([scores[kind][key] for scores in own]) for key in SCORES)
+            means = {key: f"{np.mean([scores[kind][key] for scores in own]):.4f}" for key in SCORES}
             gains = [scores[kind]["map"] - scores["whitening"]["map"] for scores in own]
-            lines.append(
-                f"{f'{name} ({len(own)}) {kind}':<26}{recall:8.4f}{precision:8.4f}"
-                f"{np.mean(gains):+17.4f}{min(gains):+9.4f}"
-            )
-    return lines
+            gain = {"mAP - whitening": f"{np.mean(gains):+.4f}", "worst": f"{min(gains):+.4f}"}
+            rows.append({"case": f"{name} ({len(own)})", "embeddings": kind, **means, **gain})
+    return rows
 
 
 _shared: list[Any] = []
@@ -189,35 +206,38 @@ def _share(*values: Any) -> None:
 
 
 def _run_shared(case: Case) -> dict[str, Any]:
-    config, features, pairs = _shared
-    return run_case(config, features, case, pairs)
+    return run_case(*_shared, case)
 
 
 def main() -> None:
-    """Cross-validate from a command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Measure from a command line."""
+    parser = make_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--ignore-pairs", type=Path, help="for the folds over buildings")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--test-merged-dir", type=Path, help="merged splits of other streets")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 300, 1000, 3000], help="training buildings")
+    parser.add_argument("--test-buildings", type=int, default=1000, help="at most, drawn once")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
-    features = read_all(config.path("merged_dir"))
+    features, other = read_all(config.path("merged_dir")), None
+    cases = list_cases(features, config, arguments.seeds, arguments.folds)
+    if arguments.test_merged_dir:
+        other = read_all(arguments.test_merged_dir)
+        drawn = np.random.default_rng(0).permutation(len(other.building_ids)) < arguments.test_buildings
+        other = take_buildings(other, drawn)
+        cases = list_sizes(features, config, arguments.seeds, arguments.sizes)
     pairs = read_ignore_pairs(arguments.ignore_pairs) if arguments.ignore_pairs else None
-    started = time.monotonic()
-    shared = (config, features, pairs)
-    with multiprocessing.get_context("spawn").Pool(arguments.workers, _share, shared) as pool:
-        results = []
-        for result in pool.imap(_run_shared, list_cases(features, arguments.seeds, arguments.folds)):
+    results = []
+    with multiprocessing.get_context("spawn").Pool(arguments.workers, _share, (config, features, other, pairs)) as pool:
+        for result in pool.imap(_run_shared, cases):
             results.append(result)
-            print(f"{len(results)}: {time.monotonic() - started:.0f} s", end="\r", file=sys.stderr)
-    print("\n".join(["", *format_table(results)]), file=sys.stderr)
-    if arguments.output:
-        settings = {"training": config.training.model_dump(), "training_model": config.training_model.model_dump()}
-        arguments.output.write_text(json.dumps({"settings": settings, "results": results}, indent=1))
+            print(f"{len(results)}: {result['case']}, seed {result['seed']}", file=sys.stderr)
+    settings = {key: getattr(config, key).model_dump() for key in ("training", "training_model")}
+    write_results(summarize(results), arguments.output, settings=settings, results=results)
 
 
 if __name__ == "__main__":

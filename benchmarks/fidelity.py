@@ -1,4 +1,4 @@
-"""Hold every path through the engine to the float32 loop over the model's own processor, by the smallest cosine."""
+"""Compare every path through the engine with a float32 loop over the model's own processor, by the smallest cosine."""
 
 import io
 from collections.abc import Sequence
@@ -13,29 +13,8 @@ from pipeline.inference.backbone import Decoded, Embedder
 from pipeline.inference.pixels import decode_pixels
 from pipeline.inference.precision import measure_cosines
 
-# The contract's, for float32 and bfloat16.
+# What every path has to reach.
 LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.999}
-
-
-def draw_photographs() -> dict[str, bytes]:
-    """Return JPEGs as street-view patches may come: of odd sizes, of each mode, turned by a tag, progressive."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    kinds: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
-        "square": ((448, 448), "RGB", {"quality": 85}),
-        "large": ((640, 640), "RGB", {}),
-        "odd": ((131, 97), "RGB", {}),
-        "wide": ((1001, 301), "RGB", {"subsampling": 0}),
-        "small": ((33, 47), "RGB", {}),
-        "grayscale": ((200, 210), "L", {}),
-        "cmyk": ((150, 160), "CMYK", {}),
-        "tagged": ((300, 200), "RGB", {"exif": exif}),
-        "progressive": ((300, 310), "RGB", {"progressive": True}),
-    }
-    return {
-        name: draw_photograph(seed, size, mode, **options)
-        for seed, (name, (size, mode, options)) in enumerate(kinds.items())
-    }
 
 
 def draw_photograph(seed: int, size: tuple[int, int], mode: str = "RGB", **options: Any) -> bytes:
@@ -50,7 +29,7 @@ def draw_photograph(seed: int, size: tuple[int, int], mode: str = "RGB", **optio
 
 
 def embed_plainly(processor: Any, model: torch.nn.Module, photographs: Sequence[bytes]) -> NDArray[np.float64]:
-    """Return the embeddings (N, D) of the loop that fidelity is measured by: one image at a time, in float32."""
+    """Return the reference embeddings (N, D): one image at a time, in float32."""
     device = next(model.parameters()).device
     rows = []
     with torch.no_grad():

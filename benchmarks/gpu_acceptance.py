@@ -1,13 +1,11 @@
-"""Say in one call of under 9 minutes whether the project's GPU code is right, and as fast as it should be.
+"""Check in one call of under 9 minutes whether the project's GPU code is right and fast enough.
 
     python benchmarks/gpu_acceptance.py [--output acceptance.json] [--phases 0 1 6] [--folder DIR] [--cpu]
 
-Runs the phases below, cheap and decisive ones first, each in a process of its own with a deadline: one that fails, dies
-or hangs is reported and stops no other. The JSON is written anew after each: the checks of what is right, the targets
-of speed, the figures. Speeds are of the steady state: behind a warm-up, the better of two rounds. Weights are random
-and made on the device; nothing is fetched. Needs, by count, 20 GB in the folder and 40 GB of memory.
-`--cpu` runs every phase at toy size on the CPU: no speed is measured, but all of the script runs.
-Exits with 0 if all that ran passed, 1 if not.
+Runs the phases below, cheap and decisive ones first. Each has a process of its own and a deadline; a phase that fails,
+dies or hangs stops no other. The JSON (checks, speed targets, figures) is rewritten after each. Speeds are the better
+of two rounds after a warm-up. Weights are random; nothing is fetched. Needs 20 GB in the folder and 40 GB of memory.
+`--cpu` runs every phase at toy size on the CPU and judges no speed. Exits with 0 if everything passed, else 1.
 """
 
 import argparse
@@ -34,9 +32,9 @@ from pipeline import cli
 from pipeline.files.writing import read_json_object, write_json
 from pipeline.log import logging_to
 
-# Of all phases together; one that has not begun by then is skipped.
+# For all phases together; a phase that has not begun by then is skipped.
 LIMIT_SECONDS = 530.0
-# Lines of a phase's log that are kept where it did not pass.
+# Last lines to keep of the log of a phase that did not pass.
 LOG_LINES = 40
 POLL_SECONDS = 0.05
 INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
@@ -46,12 +44,16 @@ NOT_OVER = "not over"
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the acceptance, `module:function`, and after how many seconds on a GPU it is given up."""
+    """A part of the acceptance: its function as `module:function`, and its deadline on a GPU in seconds."""
 
     name: str
     title: str
     function: str
     deadline: float
+
+    def describe(self, result: str) -> Entry:
+        """Return the entry of the phase with its result."""
+        return {"phase": self.name, "title": self.title, "result": result}
 
 
 PHASES = (
@@ -63,13 +65,13 @@ PHASES = (
     Phase("5", "ViT-L from tar to parquet", "benchmarks.acceptance.embedding:measure_large", 90),
     Phase("6", "ViT-7B from shards, from tar to parquet", "benchmarks.acceptance.embedding:measure_largest", 190),
     Phase("7", "Lite0 and ViT-B beside the plain loop", "benchmarks.acceptance.embedding:measure_small", 100),
-    # Of phase 2 what takes longest, and so comes last.
+    # The longest, so the last.
     Phase("2-full", "stage 5: 5.77M fingerprints to file", "benchmarks.acceptance.search:search_all", 280),
 )  # fmt: skip
 
 
 class Running:
-    """A phase under way, in a session of its own, so that it can be killed with all that it started."""
+    """A running phase, in a session of its own, so that it can be killed with its children."""
 
     def __init__(self, phase: Phase, folder: Path, *, on_cpu: bool) -> None:
         self._phase, self._folder = phase, folder / phase.name
@@ -85,15 +87,15 @@ class Running:
             )  # fmt: skip
 
     def has_ended(self) -> bool:
-        """Whether the phase has ended; it is not reaped, so that its number stands for its session as yet."""
+        """Return whether the phase has ended; it is not reaped, so its id still names its session."""
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def is_over(self, last: float) -> bool:
-        """Whether the phase has ended, or is at its deadline, or at the last moment of all."""
+        """Return whether the phase has ended, reached its deadline, or the limit of all phases."""
         return self.has_ended() or time.monotonic() > min(self._started + self._phase.deadline, last)
 
     def end(self) -> Entry:
-        """Kill what still runs, remove what was written, and return what was found and how it ended."""
+        """Kill the phase if it still runs, remove its files, and return its findings and its result."""
         has_ended, seconds = self.has_ended(), time.monotonic() - self._started
         os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
@@ -109,17 +111,12 @@ class Running:
             result = PASSED if code == 0 and is_sound(found) else FAILED
         log = [] if result == PASSED else self._log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:]
         shutil.rmtree(self._folder, ignore_errors=True)
-        return describe(self._phase, result) | {"seconds": round(seconds, 1), **found, "log": log}
-
-
-def describe(phase: Phase, result: str) -> Entry:
-    """Return the entry of a phase that ended so."""
-    return {"phase": phase.name, "title": phase.title, "result": result}
+        return self._phase.describe(result) | {"seconds": round(seconds, 1), **found, "log": log}
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let an interrupt wait for the end of the block: a phase that begins just then would be nobody's to end."""
+    """Delay interrupts until the end of the block, or nobody would end a phase that begins just then."""
     signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
         yield
@@ -128,9 +125,9 @@ def signals_held() -> Iterator[None]:
 
 
 def run_phases(phases: Sequence[Phase], output: Path, folder: Path, *, on_cpu: bool) -> list[Entry]:
-    """Run the phases in their order, and write the output anew after each; return the entries.
+    """Run the phases in order, rewrite the output after each, and return the entries.
 
-    One at a time, as each is to have the GPU for itself; on a CPU, where no speed is measured, two.
+    One at a time on a GPU; two at a time on a CPU, where no speed is measured.
     """
     waiting, running, done = deque(phases), dict[str, Running](), dict[str, Entry]()
     last = time.monotonic() + LIMIT_SECONDS
@@ -147,7 +144,7 @@ def run_phases(phases: Sequence[Phase], output: Path, folder: Path, *, on_cpu: b
             if waiting and len(running) < (2 if on_cpu else 1):
                 phase = waiting.popleft()
                 if time.monotonic() > last:
-                    finish(phase.name, describe(phase, "skipped: no time was left"))
+                    finish(phase.name, phase.describe("skipped: no time was left"))
                 else:
                     with signals_held():
                         running[phase.name] = Running(phase, folder, on_cpu=on_cpu)
@@ -161,12 +158,12 @@ def run_phases(phases: Sequence[Phase], output: Path, folder: Path, *, on_cpu: b
 
 
 def all_passed(entries: Sequence[Entry]) -> bool:
-    """Whether every phase ran to its end and nothing in it went wrong."""
+    """Return whether every phase passed."""
     return all(entry["result"] == PASSED for entry in entries)
 
 
 def list_lines(entry: Entry) -> list[str]:
-    """Return what is printed of a phase: a line, one for each target, and one for each thing that went wrong."""
+    """Return the lines to print for a phase: its result, each target, each failure."""
     lines = [f"{entry['phase']} {entry['title']}: {entry['result']}, {entry.get('seconds', 0):.0f} s"]
     for target in entry.get("targets", []):
         value = "" if target["value"] is None else f" {target['value']:,.6g}"
@@ -178,9 +175,8 @@ def list_lines(entry: Entry) -> list[str]:
 
 
 def run_child(function: str, folder: Path, *, on_cpu: bool) -> None:
-    """Run one phase in this process, which stdin's end ends with all that it started: its parent has gone."""
-
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)  # a process inherits what was held when it began
+    """Run one phase in this process; when stdin closes, the parent is gone: end with all children."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)  # a child inherits the parent's mask
 
     def end_with_parent() -> None:
         os.read(0, 1)  # not by sys.stdin, whose lock Python cannot take at its end
@@ -199,7 +195,7 @@ def run_child(function: str, folder: Path, *, on_cpu: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the phases that a command line asks for."""
+    """Run the phases from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     names = [phase.name for phase in PHASES]
     parser.add_argument("--output", type=Path, default=Path("acceptance.json"), help="JSON (acceptance.json)")
@@ -212,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_child(arguments.child, arguments.folder, on_cpu=arguments.cpu)
         return
     chosen = [phase for phase in PHASES if phase.name in arguments.phases]
-    if arguments.cpu:  # which other programs may use, too: how long a phase takes says nothing
+    if arguments.cpu:  # shared with other programs: durations say nothing
         chosen = [replace(phase, deadline=LIMIT_SECONDS) for phase in chosen]
     with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as folder:
         entries = run_phases(chosen, arguments.output, Path(folder), on_cpu=arguments.cpu)

@@ -1,4 +1,4 @@
-"""Tables, tars and a backbone that look like the real ones in shape, and are made from a seed."""
+"""Make tables, tars and a backbone of the real ones' shapes, from a seed."""
 
 import io
 import json
@@ -8,24 +8,35 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from pipeline.config import count_cores
 from pipeline.files import tables
+from pipeline.files.archive import stream_members
+from pipeline.retrieval.checkpoint import save_checkpoint
+from pipeline.retrieval.features import Features
+from pipeline.retrieval.projector import Projector
+from train_specialized_embeddings.sampling.triplets import Neighbors
 
-# Buildings by their number of images, as counted in the 320 of the development set.
+# Number of buildings by their number of images, counted in 320 real ones.
 BUILDINGS_BY_IMAGES = {2: 126, 3: 71, 4: 39, 5: 38, 6: 17, 7: 29}
 IMAGES_PER_TAR = 5_800
 # Independent directions behind the embeddings, and behind the fingerprints.
 RANK = 64
 CITY = (52.2, 0.12)  # degrees
 METRES_PER_DEGREE = 111_195.0
+NUM_DISTINCT = 32  # pictures, which a tar repeats
+# Noise in grey levels: with it a picture of 640 px takes 109 KB at quality 85.
+NOISE = 12
+DIMENSIONS, NEIGHBORS = 32, 150  # of stage 5's search
 
 
 def make_config(folder: Path, **sections: dict[str, object]) -> Path:
     """Write a configuration with every path below `folder`."""
     names = ("raw", "intermediates", "embeddings", "merged", "fingerprints")
     paths = {f"{name}_dir": name for name in names} | {"difficulty_metadata_path": "difficulty.parquet"}
+    paths |= sections.pop("paths", {})
     content = {"global": {"log_dir": "logs"}, "paths": paths, **sections}
     lines = []
     for section, keys in content.items():
@@ -113,29 +124,121 @@ def _make_fingerprint_file(folder: Path, start: int, count: int, image_size: int
     tables.write_parquet(path, table.append_column("fingerprint", column), provenance)
 
 
-def make_tar(folder: Path, num_images: int, side: int) -> None:
-    """Write one tar of `num_images` JPEGs of `side` pixels and as many metadata texts, as few distinct pictures."""
+def draw_pictures(side: int) -> list[bytes]:
+    """Return JPEGs of blurred blocks and noise."""
     generator = np.random.default_rng(0)
     pictures = []
-    for _ in range(64):
-        cells = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for _ in range(NUM_DISTINCT):
+        cells = generator.integers(0, 256, (max(1, side // 16), max(1, side // 16), 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BICUBIC), np.int16)
+        noisy = (smooth + generator.integers(-NOISE, NOISE + 1, smooth.shape)).clip(0, 255).astype(np.uint8)
         buffer = io.BytesIO()
-        Image.fromarray(cells).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+        Image.fromarray(noisy).save(buffer, "JPEG", quality=85)
         pictures.append(buffer.getvalue())
-    buildings = draw_buildings(generator, num_images)
-    (folder / "raw").mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / "raw" / "0001.tar", "w") as tar:
-        for patch, building in enumerate(buildings.tolist()):
-            line = f"d 1 {building} {patch} {patch // 3} 52.2 {0.1 + 1e-4 * building:.6f} 7 0 0 0 52.2 0.1 1 9 9 1 0\n"
-            for suffix, data in (("jpg", pictures[patch % len(pictures)]), ("txt", line.encode())):
-                info = tarfile.TarInfo(f"0001/{patch:07d}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    return pictures
+
+
+def make_tars(folder: Path, pictures: list[bytes], num_images: int, num_tars: int = 1) -> None:
+    """Write tars of `num_images` together, each image with its metadata; the pictures take turns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buildings = draw_buildings(np.random.default_rng(0), num_images).tolist()
+    for dataset_id in range(1, num_tars + 1):
+        with tarfile.open(folder / f"{dataset_id:04d}.tar", "w") as tar:
+            for patch in range(dataset_id - 1, num_images, num_tars):
+                lon = 0.1 + 1e-4 * buildings[patch]
+                ids = f"d {dataset_id} {buildings[patch]} {patch} {patch // 3}"
+                line = f"{ids} 52.2 {lon:.6f} 7 0 0 0 52.2 0.1 1 9 9 1 0\n"
+                for suffix, data in (("jpg", pictures[patch % len(pictures)]), ("txt", line.encode())):
+                    info = tarfile.TarInfo(f"{dataset_id:04d}/{patch:07d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def make_points(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return points (N, 32) float32 whose variance falls by component, as of fingerprints, and their buildings (N,)."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(2, 8, count)
+    codes = np.repeat(np.arange(count), images)[:count].astype(np.int32)
+    scale = (1.0 / np.sqrt(np.arange(1, DIMENSIONS + 1))).astype(np.float32)
+    points = generator.standard_normal((int(codes[-1]) + 1, DIMENSIONS), np.float32)[codes]
+    points += 0.5 * generator.standard_normal((count, DIMENSIONS), np.float32)
+    return points * scale, codes
+
+
+def make_features(num_images: int, width: int) -> Features:
+    """Return images of buildings with 2 to 5 each, in a row 50 m apart."""
+    generator = np.random.default_rng(0)
+    codes = np.repeat(np.arange(num_images), generator.integers(2, 6, num_images))[:num_images].astype(np.int32)
+    block = generator.standard_normal((min(num_images, 4096), width), dtype=np.float32)
+    rows = np.empty((num_images, width), np.float32)
+    for first in range(0, num_images, len(block)):
+        rows[first : first + len(block)] = block[: num_images - first]
+    names = pa.array([f"{number // 1000:04d}_{number * 7919 % 10**7}" for number in range(int(codes[-1]) + 1)])
+    images = pa.array([f"{number // IMAGES_PER_TAR:04d}_{number}" for number in range(num_images)])
+    lat = codes * 50 / METRES_PER_DEGREE
+    ones = np.ones(num_images, np.int64)
+    return Features(rows, codes, names, images, ones, np.arange(num_images), lat, np.zeros(num_images))
+
+
+def make_neighbors(features: Features) -> Neighbors:
+    """Give each image random neighbours in all bands."""
+    count = len(features)
+    ends = np.array([8, 15, 30, 60, 90, 130, NEIGHBORS], np.int32)
+    codes = np.random.default_rng(1).integers(0, len(features.building_ids), count * NEIGHBORS, dtype=np.int32)
+    return Neighbors(codes, np.arange(count) * NEIGHBORS, np.tile(ends, (count, 1)))
+
+
+def make_split(folder: Path, name: str, count: int, width: int, places: list[tuple[int, int]]) -> None:
+    """Write a merged split whose rows point at the photographs by turns."""
+    generator = np.random.default_rng(len(name))
+    buildings = draw_buildings(generator, count)
+    table = pa.table(draw_ids(generator, 1, buildings), schema=tables.INTERMEDIATE_SCHEMA)
+    for column, values in zip(("image_offset", "image_size"), zip(*places, strict=True), strict=True):
+        index = table.schema.get_field_index(column)
+        table = table.set_column(index, column, pa.array(np.resize(np.array(values, np.int64), count)))
+    values = pa.array(draw_values(generator, buildings, width).reshape(-1))
+    table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(values, width))
+    tables.write_parquet(folder / "merged" / f"{name}.parquet", table.drop_columns(["image_path", "tar_file"]), {})
+
+
+def make_difficulty(folder: Path, count: int) -> None:
+    """Write metadata with random neighbours in bands of their order."""
+    generator = np.random.default_rng(0)
+    buildings = draw_buildings(np.random.default_rng(len("test")), count)
+    names = pa.array([f"0001_{building}" for building in range(int(buildings[-1]) + 1)])
+    offsets = pa.array(np.arange(0, NEIGHBORS * count + 1, NEIGHBORS), pa.int32())
+    neighbors = names.take(pa.array(generator.integers(0, len(names), NEIGHBORS * count)))
+    bands = np.tile(np.arange(NEIGHBORS) * 7 // NEIGHBORS, count)
+    columns = {
+        "target_coord_hash": pa.array([f"0001_{patch}" for patch in range(count)]),
+        "neighbor_building_ids": pa.ListArray.from_arrays(offsets, neighbors),
+        "neighbor_bands": pa.ListArray.from_arrays(offsets, pa.array(bands, pa.int32())),
+    }
+    tables.write_parquet(folder / "difficulty.parquet", pa.table(columns), {})
+
+
+def make_evaluation(folder: Path, count: int, width: int, num_photos: int) -> Path:
+    """Write all that stage 9 reads, with a projector that was not trained, and return its configuration."""
+    make_tars(folder / "raw", draw_pictures(448), num_photos)
+    members = stream_members(folder / "raw" / "0001.tar")
+    places = [(member.offset, member.size) for member in members if member.is_image_name]
+    make_split(folder, "train", min(count, 20_000), width, places)
+    make_split(folder, "test", count, width, places)
+    make_difficulty(folder, count)
+    torch.manual_seed(0)
+    output_dim = min(256, width)
+    projector = Projector(width, output_dim=output_dim, hidden_dim=64)
+    content = {"architecture": projector.architecture, "projector": projector.state_dict(), "metrics": {}}
+    save_checkpoint(folder / "checkpoint" / "checkpoint_best.pt", content)
+    return make_config(
+        folder,
+        paths={"checkpoint_dir": "checkpoint", "report_dir": "report"},
+        training_model={"output_dim": output_dim},
+    )
 
 
 def make_backbone(folder: Path) -> Path:
     """Write a DINOv2 of toy size with random weights."""
-    import torch
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)

@@ -1,18 +1,43 @@
-"""Every path through the engine against the float32 loop over the model's own processor, to the contract's cosines.
+"""Every path through the engine against the float32 loop over the model's own processor, to fixed cosines.
 
 The paths of a GPU run where there is one; torch on the CPU stands in for it wherever the code is the same.
 """
 
+from typing import Any
+
 import pytest
 import torch
+from PIL import Image
 from test_backbone import make_convnext, make_dinov3
 
-from benchmarks.fidelity import LEAST_COSINE, check_paths, draw_photographs, embed_plainly
+from benchmarks.fidelity import LEAST_COSINE, check_paths, draw_photograph, embed_plainly
 from benchmarks.plain_loops import load
 from pipeline.errors import Rejection
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.preprocessing import DeviceProcessor
 from sample_data import convert_lite0
+
+
+def draw_photographs() -> dict[str, bytes]:
+    """Return JPEGs as street-view patches may come: of odd sizes, of each mode, turned by a tag, progressive."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
+        "square": ((448, 448), "RGB", {"quality": 85}),
+        "large": ((640, 640), "RGB", {}),
+        "odd": ((131, 97), "RGB", {}),
+        "wide": ((1001, 301), "RGB", {"subsampling": 0}),
+        "small": ((33, 47), "RGB", {}),
+        "grayscale": ((200, 210), "L", {}),
+        "cmyk": ((150, 160), "CMYK", {}),
+        "tagged": ((300, 200), "RGB", {"exif": exif}),
+        "progressive": ((300, 310), "RGB", {"progressive": True}),
+    }
+    return {
+        name: draw_photograph(seed, size, mode, **options)
+        for seed, (name, (size, mode, options)) in enumerate(kinds.items())
+    }
+
 
 PHOTOGRAPHS = draw_photographs()
 needs_gpu = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Backbones in their published shapes, with random weights that are made on the device."""
+"""Make backbones of the published shapes with random weights, on the device."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ SHARD_SIZE, TOY_SHARD_SIZE = "5GB", "200KB"
 
 
 def write_backbone(name: str, folder: Path, device: torch.device, *, is_toy: bool) -> Path:
-    """Write the folder of a model as it is published: settings, processor, and weights in bfloat16 and shards."""
+    """Write a model's folder as published: settings, processor, weights in bfloat16 and shards."""
     transformers_logging.disable_progress_bar()
     pixels = TOY_PIXELS if is_toy else PIXELS
     model = _make_lite0(pixels) if name == "lite0" else _make_vit(name, device, is_toy=is_toy)
@@ -55,9 +55,9 @@ def _make_vit(name: str, device: torch.device, *, is_toy: bool) -> Any:
 
 
 def _make_lite0(pixels: int) -> Any:
-    """Return EfficientNet-Lite0, made so that a picture's signal neither dies out nor drowns in rounding.
+    """Return EfficientNet-Lite0 with weights that keep a picture's signal: He's initialisation, batch norms fitted.
 
-    He's initialisation; statistics of the batch norms from a few smooth pictures, and biases of 1, the middle of ReLU6.
+    The batch norms' statistics come from a few smooth pictures; their biases are 1, the middle of ReLU6.
     """
     torch.manual_seed(0)
     model = EfficientNetModel(EfficientNetConfig(**ARCHITECTURE))
@@ -69,13 +69,13 @@ def _make_lite0(pixels: int) -> Any:
             elif isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.fill_(1.0)
                 module.bias.fill_(1.0)  # type: ignore[union-attr]
-        for _ in range(2):  # a pass leaves the statistics 1 % of what they were
+        for _ in range(2):  # each pass keeps 1 % of the old statistics
             model.train()(pixel_values=pictures)
     return model.eval()
 
 
 def _make_processor(pixels: int) -> Any:
-    """Return DINOv3's image processor, under whichever name this transformers has it."""
+    """Return DINOv3's image processor, whose name depends on the version of transformers."""
     import transformers
 
     kind = getattr(transformers, "DINOv3ViTImageProcessor", None) or transformers.DINOv3ViTImageProcessorFast

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from benchmarks import synthetic
 from benchmarks.acceptance.findings import Findings
-from benchmarks.timing import describe_machine, measure_product, time_call, time_steady
+from benchmarks.harness import describe_machine, measure_product, time_call, time_steady
 from pipeline.inference.devices import full_precision
 from pipeline.retrieval.scores import normalise_rows, score_queries
 from pipeline.retrieval.whitening import INPUT_POWER, Scatter, collect_scatters, decompose, whiten_within_class
@@ -64,9 +64,6 @@ def _measure_products(findings: Findings) -> None:
     for name, product, most in (("bfloat16", a.bfloat16() @ b.bfloat16(), 2e-2), ("float32", exact, 1e-5)):
         error = float((product.double() - true).norm() / true.norm())
         findings.check(f"a product in {name}, relative error", error, at_most=most)
-
-
-# ------------------------------------------------------------------------------------------------ beside the CPU
 
 
 def compare_with_cpu(findings: Findings) -> None:

@@ -18,16 +18,11 @@ from numpy.typing import NDArray
 from benchmarks import plain_loops, synthetic
 from benchmarks.acceptance.backbones import write_backbone
 from benchmarks.acceptance.findings import Findings
-from benchmarks.fidelity import (
-    LEAST_COSINE,
-    check_paths,
-    draw_photograph,
-    embed_plainly,
-    smallest_cosine,
-)
-from benchmarks.inference import count_operations, draw_pictures, run_stage, time_model, write_tars
-from benchmarks.scale import read_peak
-from benchmarks.timing import ROUNDS, measure_product, time_steady
+from benchmarks.fidelity import LEAST_COSINE, check_paths, draw_photograph, embed_plainly, smallest_cosine
+from benchmarks.harness import ROUNDS, measure_product, time_steady
+from benchmarks.inference import count_operations, run_stage, time_model
+from benchmarks.memory import read_peak
+from benchmarks.synthetic import draw_pictures
 from generate_embeddings import generate_embeddings
 from pipeline.config import count_cores, load_config
 from pipeline.inference.backbone import Embedder
@@ -36,29 +31,22 @@ from pipeline.inference.engine import embed_stream, use_one_thread
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.modes import MODES
 from pipeline.inference.pixels import decode_pixels, to_pixels
-from pipeline.inference.precision import (
-    NUM_PICTURES,
-    Precision,
-    choose_precision,
-    measure_cosines,
-    release,
-    summarize,
-)
+from pipeline.inference.precision import NUM_PICTURES, Precision, choose_precision, measure_cosines, release, summarize
 from pipeline.inference.preprocessing import DeviceProcessor
 from pipeline.log import EngineWatch
 from pipeline.threads import map_in_order
 from preprocess_raw_data import process_tar
 
-# Sides of pictures, one of them beyond what travels to the GPU whole, and JPEG's ways to store chroma.
+# Sizes of pictures, one of them too large to be resized on the GPU, and JPEG's chroma subsamplings.
 SIZES = ((448, 448), (640, 640), (131, 97), (97, 131), (1001, 301), (33, 47), (1300, 900))
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
-# What a random model makes of two pictures has to be at least so far apart, or a cosine could not tell them.
+# A random model's embeddings of two pictures may be this similar at most, or a cosine could not tell them apart.
 MOST_ALIKE = 0.998
-# Of those measured before this code was written, 128 and 256 were fastest; to find that out takes 2,000 images.
+# 128 and 256 were fastest in earlier measurements; finding that out takes 2,000 images.
 LARGEST_BATCH = 128
-# What is as fast as its limit: the model alone, or the cores that decode.
+# As fast as the limit: the model alone, or the cores that decode.
 SHARE_OF_LIMIT = 0.95
-# Memory left to a pass of 1,024 that takes more.
+# Memory left to a pass of 1,024 that needs more.
 ROOM_BYTES = 256 << 20
 
 
@@ -79,7 +67,7 @@ class Backbone:
             infrastructure={"device": findings.device.type},
         )
         if num_images:
-            write_tars(self.raw_dir, self.pictures, num_images)
+            synthetic.make_tars(self.raw_dir, self.pictures, num_images, 2)
             run_stage(process_tar, self.config_path)
         release()
 
@@ -128,9 +116,6 @@ class Backbone:
         table = pq.read_table(load_config(self.config_path).path("embeddings_dir"), columns=["patch_id", "embedding"])
         rows = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
         return rows, table["patch_id"].to_numpy() % len(self.pictures)
-
-
-# ------------------------------------------------------------------------------------------------ every path
 
 
 def check_engine(findings: Findings) -> None:
@@ -217,9 +202,6 @@ def _check_rows(
     unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
     wrong = (rows.astype(np.float64) @ unit.T).argmax(axis=1) != chosen
     findings.check(f"{what}: rows nearer to another picture, of {len(rows)}", int(wrong.sum()), at_most=0)
-
-
-# ------------------------------------------------------------------------------------------------ from tar to parquet
 
 
 def measure_large(findings: Findings) -> None:

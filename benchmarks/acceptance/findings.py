@@ -1,4 +1,4 @@
-"""What a phase of the acceptance finds: figures, checks of what is right, and targets of speed."""
+"""Collect a phase's findings: figures, checks of correctness, targets of speed."""
 
 import math
 import time
@@ -20,10 +20,10 @@ Entry = dict[str, Any]
 
 
 class Findings:
-    """A phase's findings, written to a file after each: what a phase had found when it hung or died is kept."""
+    """A phase's findings, written to a file after each one, so that a phase that dies keeps them."""
 
     def __init__(self, path: Path, work_dir: Path, device: str) -> None:
-        """`work_dir` takes what the phase writes; a CPU stands for the GPU at toy size, and no speed counts there."""
+        """`work_dir` is for the phase's files; a CPU stands for the GPU at toy size, where no speed counts."""
         self._path, self.work_dir = path, work_dir
         self._device, self.is_toy = device, device == "cpu"
         self.figures: dict[str, Any] = {}
@@ -40,12 +40,12 @@ class Findings:
         return torch.device(self._device)
 
     def note(self, **figures: Any) -> None:
-        """Note figures; seconds and rates of a CPU say nothing, but that the code ran."""
+        """Note figures; seconds and rates of a CPU only show that the code ran."""
         self.figures |= {name: _round(value) for name, value in figures.items()}
         self._save()
 
     def check(self, what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
-        """Check that a value, which is right or wrong on any machine, is within its bounds."""
+        """Check that a value is within its bounds, on any machine."""
         self.checks.append(_judge(what, value, at_least, at_most))
         self._save()
 
@@ -59,7 +59,7 @@ class Findings:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time a part of the phase; what goes wrong in it is noted, and does not keep the next part from running."""
+        """Time a part of the phase; note its exception and let the next part run."""
         started = time.monotonic()
         try:
             yield
@@ -74,14 +74,14 @@ class Findings:
 
 
 def is_sound(content: dict[str, Any]) -> bool:
-    """Whether nothing in a phase's findings, as they were written, went wrong."""
+    """Return whether a phase's written findings hold no error and no failure."""
     return not content.get("errors", True) and all(
         entry["result"] != FAILED for entry in content["checks"] + content["targets"]
     )
 
 
 def _judge(what: str, value: float, at_least: float | None, at_most: float | None) -> Entry:
-    # A value that is no number fails every comparison, and so the check.
+    # NaN fails every comparison, and so the check.
     passed = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     needed = " and ".join(
         f"{sign} {bound:g}" for sign, bound in ((">=", at_least), ("<=", at_most)) if bound is not None
@@ -90,7 +90,7 @@ def _judge(what: str, value: float, at_least: float | None, at_most: float | Non
 
 
 def _round(value: Any) -> Any:
-    """Round to eight digits; what is no number, which JSON lacks, becomes a word."""
+    """Round to eight digits; turn NaN and infinity, which JSON lacks, into words."""
     if isinstance(value, dict):
         return {key: _round(item) for key, item in value.items()}
     if hasattr(value, "item"):

@@ -1,4 +1,4 @@
-"""Phase 2: stage 5's exact engines on hard points, and the whole stage from fingerprints to file."""
+"""Phase 2: stage 5's exact engines on hard points, and the whole stage from fingerprints to the output file."""
 
 import time
 from pathlib import Path
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from benchmarks import synthetic
 from benchmarks.acceptance.findings import Findings
-from benchmarks.neighbors import NEIGHBORS, make_points
-from benchmarks.scale import read_peak
-from benchmarks.timing import ROUNDS, run_steady
+from benchmarks.harness import ROUNDS, run_steady
+from benchmarks.memory import read_peak
+from benchmarks.synthetic import NEIGHBORS, make_points
 from difficulty_metadata import compute_visual_neighbors as stage5
 from difficulty_metadata.neighbor_search import neighbors
 from difficulty_metadata.neighbor_search.engines import TiledEngine
@@ -24,9 +24,9 @@ from pipeline.config import load_config
 
 FULL = 5_772_534  # images of the first city
 BRUTE_QUERIES = 300
-# Anchors that torch's tiles search, of all; they are slow.
+# Anchors that torch's slow tiles search.
 TILED_ANCHORS = 262_144
-# Of the points so many lie nearer together than float32 can tell, and so large a share coincide with another's.
+# Shares of the points: closer together than float32 resolves, and equal to another point.
 CLUSTER_SHARE, DUPLICATE_SHARE = 0.01, 0.05
 
 Points = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -42,7 +42,7 @@ def compare_engines(findings: Findings) -> None:
         kind = type(search._engine).__name__
         seconds, (rows, distances) = run_steady(lambda: search.find(anchors))
         findings.note(engine=kind, search_s=seconds)
-        # Else the points are too easy to tell a wrong bound by.
+        # With fewer, the points would be too easy to reveal a wrong bound.
         redone = search.num_redone / count / (1 + ROUNDS)
         findings.check("searches repeated, of all", redone, at_least=CLUSTER_SHARE / 2)
         findings.check("the engine is Triton's", float(kind == "TritonEngine" or findings.is_toy), at_least=1)
@@ -79,9 +79,9 @@ def make_tiled_search(points: Points, num_neighbors: int, device: torch.device) 
 
 
 def count_wrong(points: Points, rows: NDArray[np.int64], distances: NDArray[np.float32], device: torch.device) -> int:
-    """Return for how many of some of the rows (A,) all points measured in float64 give other distances (A, k).
+    """Return how many of BRUTE_QUERIES rows drawn from (A,) have distances (A, k) that brute force contradicts.
 
-    To 1e-6 of them, as the distances are float32.
+    The tolerance is 1e-6, because the distances are float32.
     """
     all_points, all_codes = torch.from_numpy(points[0]).to(device).double(), torch.from_numpy(points[1]).to(device)
     places = np.random.default_rng(4).choice(len(rows), min(BRUTE_QUERIES, len(rows)), replace=False)
@@ -93,9 +93,6 @@ def count_wrong(points: Points, rows: NDArray[np.int64], distances: NDArray[np.f
         true = squared.topk(distances.shape[1], largest=False).values.sqrt().cpu().numpy()
         num_wrong += not np.allclose(distances[place], true, rtol=1e-6, atol=0)
     return num_wrong
-
-
-# ------------------------------------------------------------------------------------------------ the whole stage
 
 
 def search_all(findings: Findings) -> None:
@@ -123,15 +120,11 @@ def search_all(findings: Findings) -> None:
             findings.note(peak_gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
         findings.aim(f"stage 5 of {count:,} images, s", seconds, at_most=180)
     with findings.part("brute force"):
-        rows, distances = read_some(config.path("difficulty_metadata_path"))
-        findings.check("rows of the output", read_count(config.path("difficulty_metadata_path")), at_least=count)
+        path = config.path("difficulty_metadata_path")
+        rows, distances = read_some(path)
+        findings.check("rows of the output", pq.read_metadata(path).num_rows, at_least=count)
         wrong = count_wrong((seen["points"], seen["codes"]), rows, distances, findings.device)
         findings.check(f"wrong of {BRUTE_QUERIES} by brute force", wrong, at_most=0)
-
-
-def read_count(path: Path) -> int:
-    """Return how many images the output has."""
-    return int(pq.read_metadata(path).num_rows)
 
 
 def read_some(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -1,20 +1,21 @@
-"""Phase 3: stage 6's steps on a table beyond 2^31 numbers: draws, triplets a second, and going on from a checkpoint."""
+"""Phase 3: stage 6's steps on a table beyond 2^31 numbers: draws, triplets a second, resuming from a checkpoint."""
 
 import numpy as np
 import torch
 
 from benchmarks.acceptance.findings import Findings
-from benchmarks.timing import time_call, time_steady
-from benchmarks.training import make_features, make_neighbors, make_projector
+from benchmarks.harness import time_call, time_steady
+from benchmarks.synthetic import make_features, make_neighbors
 from pipeline.config import TrainingSection
 from pipeline.log import Progress
 from pipeline.retrieval.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.coordinates import NUM_COORDINATES
 from train_specialized_embeddings.training.trainer import Trainer
 
-# The row's number stands in so many columns, by digits that bfloat16 holds exactly.
+# The first columns hold the row's number, in digits that bfloat16 represents exactly.
 DIGITS, BASE = 3, 128
 STEPS, TOY_STEPS = 64, 8  # of an epoch
 
@@ -41,7 +42,7 @@ class Bench:
         """Return a trainer at its start, the same each time."""
         torch.manual_seed(0)
         self.sampler.seed(0)
-        projector = make_projector(width).to(self.device)
+        projector = Projector(width, 256, 512, 1, 0.1, "gelu").to(self.device)
         return Trainer(projector, store, self.sampler, section, torch.ones(width))
 
 
@@ -66,7 +67,7 @@ def train_steps(findings: Findings) -> None:
 
 
 def _check_last_rows(findings: Findings, bench: Bench) -> None:
-    """Check that the rows drawn are those asked for, up to the table's end."""
+    """Check that the sampler returns the requested rows, up to the table's end."""
     rows = torch.arange(bench.count - 256, bench.count, device=bench.device)
     rows = torch.cat([rows, rows[:1] // 2, rows[:1] * 0]).flip(0)
     digits = bench.wide.gather(rows)[:, :DIGITS].double().cpu()
@@ -98,10 +99,7 @@ def _time_default(findings: Findings, bench: Bench, batch_size: int) -> None:
 
 
 def _check_resume(findings: Findings, bench: Bench, batch_size: int) -> None:
-    """Check that a run taken up from its checkpoint draws what the first one draws, and arrives where it arrives.
-
-    To the bit on a CPU; on a GPU the gradient of a gather is summed up in any order.
-    """
+    """Check that a resumed run draws the same and ends with the same weights; on a GPU sums differ in their order."""
     width, section = bench.features.width, _make_section(bench, batch_size)
     first = bench.make_trainer(bench.wide, width, section)
     first.run_epoch(Progress("train", None))

@@ -133,7 +133,7 @@ class NeighborSearch:
         """Index `points` (N, d) float32 with their buildings (N,) int32; `backend` is as in `[difficulty]`.
 
         `auto` is torch on every device and size: on 2 cores it was 1.1 to 2.6 times as fast as faiss from 20,000 to
-        400,000 images (benchmarks/neighbors.py, docs/performance.md).
+        400,000 images (benchmarks/neighbors.py, docs/measurements.md).
         """
         self.backend = "torch" if backend == "auto" else backend
         self.num_redone = 0

@@ -1,0 +1,106 @@
+"""Every benchmark runs at a tiny size and writes the rows that it promises; speed does not matter here."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import harness, inference, scale, synthetic
+
+
+def read_rows(path: Path) -> list[dict[str, object]]:
+    content = json.loads(path.read_text())
+    assert set(content["machine"]) == {"date", "gpu", "processor", "cores", "load", "versions"}
+    return content["rows"]
+
+
+def test_calls_take_turns_and_the_least_time_counts() -> None:
+    order: list[str] = []
+    seconds = harness.take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b"] * 3
+    assert set(seconds) == {"a", "b"}
+    assert max(seconds.values()) < 0.1
+
+
+def test_a_table_has_a_line_for_each_row() -> None:
+    table = harness.format_table([{"what": "x", "n": 12_345, "s": 0.12345}, {"what": "y", "n": 1, "s": 12345.6}])
+    assert table.splitlines() == [
+        "| what | n | s |",
+        "| --- | --- | --- |",
+        "| x | 12,345 | 0.123 |",
+        "| y | 1 | 12,346 |",
+    ]
+
+
+@pytest.mark.slow
+def test_inference_fills_the_table(tmp_path, toy_backbone, capsys):
+    path = tmp_path / "inference.json"
+    arguments = ["--images", "24", "--side", "128", "--rounds", "1", "--cores", "1", "--backbone", str(toy_backbone)]
+    inference.main([*arguments, "--output", str(path)])
+    assert json.loads(capsys.readouterr().out) == json.loads(path.read_text())
+    rows = read_rows(path)
+    assert [row["what"] for row in rows] == [
+        "stage 1, one core", "stage 4, one core", "stage 2, toy-dinov2, 1 cores",
+    ]  # fmt: skip
+    for row in rows:
+        assert row["img/s"] > 0
+        assert row["ratio"] == row["img/s"] / row["its img/s"]
+        assert row["share of the limit"] == row["img/s"] / row["limit img/s"]
+
+
+def test_pictures_are_as_large_as_real_ones():
+    assert all(95_000 < len(data) < 120_000 for data in synthetic.draw_pictures(640)[:4])
+
+
+@pytest.mark.slow
+def test_neighbors_times_every_engine(tmp_path: Path, run_script: Callable) -> None:
+    sizes = ["--sizes", "500", "--anchors", "70", "--rounds", "1"]
+    outcome = run_script("benchmarks/neighbors.py", *sizes, "--output", tmp_path / "figures.json")
+    assert outcome.code == 0, outcome.stderr
+    [row] = read_rows(tmp_path / "figures.json")
+    assert list(row) == ["points", "torch", "faiss", "balltree"]
+
+
+@pytest.mark.slow
+def test_scale_measures_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_here(_script: str, _child: str, name: str, _folder: str, folder: Path) -> dict[str, float]:
+        scale.run_stage(name, folder)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    monkeypatch.setattr(harness, "run_child", run_here)
+    sizes = ["--merge", "600", "--width", "16", "--search", "300", "--tars", "12", "--evaluate", "300"]
+    monkeypatch.setattr(
+        sys, "argv", ["scale.py", *sizes, "--folder", str(tmp_path), "--output", str(tmp_path / "o.json")]
+    )
+    scale.main()
+    rows = read_rows(tmp_path / "o.json")
+    assert [row["what"] for row in rows] == [
+        scale.COPY,
+        "stage 3",
+        "stage 5",
+        "stage 1",
+        "stage 2",
+        "stage 4",
+        "stage 9",
+    ]
+    assert all(row["seconds"] > 0 and row["peak_mib"] > 1 for row in rows)
+    assert list(tmp_path.iterdir()) == [tmp_path / "o.json"]
+
+
+def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
+    synthetic.make_config(tmp_path)
+    with pytest.raises(SystemExit, match=r"error: .*stage 3.*embeddings: no such folder: run stage 2"):
+        scale.measure("stage 3", tmp_path, 7)
+
+
+def test_drawn_buildings_have_real_numbers_of_images() -> None:
+    buildings = synthetic.draw_buildings(np.random.default_rng(0), 100_000)
+    assert len(buildings) == 100_000
+    sizes = np.bincount(buildings)[:-1]
+    assert (sizes.min(), sizes.max()) == (2, 7)
+    assert sizes.mean() == pytest.approx(1116 / 320, rel=0.02)
