@@ -17,7 +17,7 @@ from pipeline.files.archive import stream_members
 from pipeline.retrieval.checkpoint import save_checkpoint
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
-from train_specialized_embeddings.sampling.triplets import Neighbors
+from train_specialized_embeddings.sampling.neighbor_table import Neighbors
 
 # Number of buildings by their number of images, counted in 320 real ones.
 BUILDINGS_BY_IMAGES = {2: 126, 3: 71, 4: 39, 5: 38, 6: 17, 7: 29}
