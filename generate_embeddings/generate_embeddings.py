@@ -14,40 +14,33 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection, Terminated
-from pipeline.files.archive import stream_members
-from pipeline.files.composite_ids import fill_composite_ids, stored_fields
-from pipeline.files.foreign import check_foreign_output, resolve_image_paths
-from pipeline.files.lists import find_embedding
+from pipeline.files.archive import TarImage, read_images, require_bytes
+from pipeline.files.foreign import check_foreign_output, read_intermediate
+from pipeline.files.list_columns import find_embedding
 from pipeline.files.scratch import RowScratch, name_files, remove_leftover
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
-    check_columns,
     hash_json,
     identify,
-    log_missing_provenance,
     make_provenance,
-    open_parquet,
     parquet_writer,
     read_provenance,
-    reading,
     rejects_path,
     write_rejects,
 )
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.inference import launcher
-from pipeline.inference.images import MAX_IMAGE_BYTES
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
@@ -55,7 +48,7 @@ from pipeline.stages import STAGES
 from pipeline.threads import Background
 
 if TYPE_CHECKING:
-    from pipeline.inference.backbone import Decoded, Embedder
+    from pipeline.inference.backbone import Embedder
     from pipeline.inference.engine import Embedded
 
 STAGE = "generate_embeddings"
@@ -63,15 +56,6 @@ STAGE = "generate_embeddings"
 ROW_GROUP_ROWS = 1024
 # How much work a killed node may lose, against a sync of the scratch file each time.
 SECONDS_BETWEEN_SAVES = 30.0
-
-
-class TarImage(NamedTuple):
-    """A wanted image of a tar: its row in the intermediate, its name, and its bytes unless they are too many."""
-
-    row: int
-    name: str
-    size: int
-    data: bytes | None
 
 
 class Embedding:
@@ -113,9 +97,8 @@ class Embedding:
         """Yield the run's pictures from its first tar on; a tar that cannot be read fails when its turn comes."""
         for unit in self._units:
             with contextlib.suppress(InputError):
-                table = resolve_image_paths(unit, read_intermediate(unit.intermediate_path))
-                left = {name: row for row, name in enumerate(table["image_path"].to_pylist())}
-                yield from (image.data for image in read_wanted(unit.tar_path, left, 0) if image.data)
+                images = read_images(unit.tar_path, index_images(read_table(unit)))
+                yield from (image.data for image in images if image.data)
 
     def close(self) -> None:
         """End the threads behind what they still write.
@@ -134,7 +117,7 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Proven
     started = time.monotonic()
     if not unit.tar_path.is_file():  # before a backbone of 27 GB is loaded for it
         raise InputError(f"{unit.tar_path}: no such tar: correct the path")
-    table = resolve_image_paths(unit, read_intermediate(unit.intermediate_path))
+    table = read_table(unit)
     # What another device has begun in another precision is begun anew.
     scratch = RowScratch(unit.output_path, len(table), hash_json({**provenance, "precision": stage.precision.mode}))
     embedded = False
@@ -170,24 +153,14 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Proven
     return provenance
 
 
-def read_intermediate(path: Path) -> pa.Table:
-    """Return stage 1's table.
+def read_table(unit: TarUnit) -> pa.Table:
+    """Return stage 1's table of a tar, its ids first."""
+    return read_intermediate(unit, pa.schema(ID_COLUMNS + FILE_COLUMNS), with_others=True)
 
-    Raises InputError if it is damaged, lacks a column or a value, or names an image twice.
-    """
-    required = pa.schema(ID_COLUMNS + FILE_COLUMNS)
-    file = open_parquet(path)
-    check_columns(path, file.schema_arrow, stored_fields(file.schema_arrow, required))
-    log_missing_provenance(path)
-    with reading(path):
-        table = fill_composite_ids(file.read().replace_schema_metadata(None))
-    table = table.select([*required.names, *(name for name in table.column_names if name not in required.names)])
-    for name in required.names:
-        if table[name].null_count:
-            raise InputError(f"{path}: column {name} has empty values: make the file again with stage 1")
-    if pc.count_distinct(table["image_path"]).as_py() < len(table):
-        raise InputError(f"{path}: an image_path is there twice: make the file again with stage 1")
-    return table.cast(pa.schema([required.field(f.name) if f.name in required.names else f for f in table.schema]))
+
+def index_images(table: pa.Table) -> dict[str, int]:
+    """Return the row of each image path."""
+    return {name: row for row, name in enumerate(table["image_path"].to_pylist())}
 
 
 def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Embedding) -> list[int]:
@@ -197,12 +170,12 @@ def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Em
     """
     from pipeline.inference.engine import embed_stream
 
-    left = {name: row for row, name in enumerate(table["image_path"].to_pylist())}
+    left = index_images(table)
     embedder, config = stage.embedder, stage.config
     stream = embed_stream(
         embedder,
-        read_wanted(tar_path, left, scratch.seen),
-        lambda image: decode_image(image, embedder),
+        read_images(tar_path, left, scratch.seen),
+        lambda image: embedder.decode(require_bytes(image.data, image.size)),
         config.infrastructure.count_workers(),
         stage.watch,
     )
@@ -224,28 +197,6 @@ def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Em
         finally:
             stage.rows.finish()  # before anyone closes the scratch
     return sorted(left.values())
-
-
-def read_wanted(tar_path: Path, left: dict[str, int], num_seen: int) -> Iterator[TarImage]:
-    """Yield the images whose row is in `left`, but for the first `num_seen`; those found leave it."""
-    found = 0
-    for member in stream_members(tar_path):
-        row = left.pop(member.name, None) if member.is_file else None
-        if row is None:
-            continue
-        found += 1
-        if found > num_seen:
-            yield TarImage(row, member.name, member.size, member.read() if member.size <= MAX_IMAGE_BYTES else None)
-
-
-def decode_image(image: TarImage, embedder: "Embedder") -> "Decoded":
-    """Decode an image.
-
-    Raises Rejection if it cannot be used.
-    """
-    if image.data is None:
-        raise Rejection("unreadable_image", f"{image.size} bytes, over {MAX_IMAGE_BYTES}")
-    return embedder.decode(image.data)
 
 
 class RowStore:

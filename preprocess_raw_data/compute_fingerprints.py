@@ -8,7 +8,7 @@ and what was rejected, with reasons, in fingerprints_dir/_rejects/. A rerun keep
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,19 @@ from PIL import Image
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
-from pipeline.files.archive import Member, stream_members
-from pipeline.files.composite_ids import fill_composite_ids, stored_fields
-from pipeline.files.foreign import check_foreign_output, resolve_image_paths
-from pipeline.files.lists import find_fingerprint
+from pipeline.files.archive import TarImage, read_images, require_bytes
+from pipeline.files.foreign import check_foreign_output, read_intermediate
+from pipeline.files.list_columns import find_fingerprint
 from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
-    check_columns,
     identify,
-    log_missing_provenance,
     make_provenance,
-    open_parquet,
     parquet_writer,
-    reading,
     rejects_path,
     write_rejects,
 )
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
-from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb_small
+from pipeline.inference.images import decode_rgb_small
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.stages import STAGES
 from pipeline.threads import map_in_order
@@ -106,36 +101,6 @@ def compute_fingerprint(data: bytes, image_size: int) -> np.ndarray:
     return average_cells(image, extent, image_size)
 
 
-def read_views(path: Path) -> pa.Table:
-    """Return the ids, positions and image paths of an intermediate.
-
-    Raises InputError if a column is missing, of another type, or has empty values, or two rows name one image.
-    """
-    log_missing_provenance(path)
-    fields = [*FINGERPRINT_ID_SCHEMA, PATH_FIELD]
-    with open_parquet(path) as file, reading(path):
-        stored = stored_fields(file.schema_arrow, fields)
-        check_columns(path, file.schema_arrow, stored)
-        table = fill_composite_ids(file.read(columns=[field.name for field in stored]))
-    table = table.select([field.name for field in fields]).cast(pa.schema(fields))
-    for name in table.column_names:
-        if table[name].null_count:
-            raise InputError(f"{path}: column {name} has empty values: make the file again with stage 1")
-    return table
-
-
-def index_paths(path: Path, image_paths: pa.ChunkedArray) -> dict[str, int]:
-    """Return the row of each image path.
-
-    Raises InputError naming a path that two rows have.
-    """
-    rows: dict[str, int] = {}
-    for row, name in enumerate(image_paths.to_pylist()):
-        if rows.setdefault(name, row) != row:
-            raise InputError(f"{path}: image_path {name} is there twice: make the file again with stage 1")
-    return rows
-
-
 def compute_tar(
     tar_path: Path, rows: dict[str, int], image_size: int, num_workers: int, progress: Progress, watch: Stopwatch
 ) -> tuple[np.ndarray, np.ndarray, list[Reject]]:
@@ -147,29 +112,19 @@ def compute_tar(
     is_there = np.zeros(len(rows), dtype=bool)
     rejects: list[Reject] = []
 
-    def read_wanted() -> Iterator[tuple[int, Member, bytes | None]]:
-        for member in stream_members(tar_path):
-            # The first regular file of a name is the image that stage 1 looked at.
-            if member.is_file and (row := rows.pop(member.name, None)) is not None:
-                with watch.measure("read"):
-                    data = member.read() if member.size <= MAX_IMAGE_BYTES else None
-                yield row, member, data
-
-    def compute(found: tuple[int, Member, bytes | None]) -> tuple[int, Member, np.ndarray | Rejection]:
-        row, member, data = found
-        if data is None:
-            return row, member, Rejection("unreadable_image", f"{member.size} bytes, over {MAX_IMAGE_BYTES}")
+    def compute(image: TarImage) -> tuple[TarImage, np.ndarray | Rejection]:
         try:
-            return row, member, compute_fingerprint(data, image_size)
+            return image, compute_fingerprint(require_bytes(image.data, image.size), image_size)
         except Rejection as rejection:
-            return row, member, rejection
+            return image, rejection
 
-    for row, member, outcome in map_in_order(compute, read_wanted(), num_workers):
+    images = watch.measure_each("read", read_images(tar_path, rows))
+    for image, outcome in map_in_order(compute, images, num_workers):
         if isinstance(outcome, Rejection):
-            rejects.append((member.name, outcome))
+            rejects.append((image.name, outcome))
         else:
-            fingerprints[row] = outcome.reshape(-1)
-            is_there[row] = True
+            fingerprints[image.row] = outcome.reshape(-1)
+            is_there[image.row] = True
         progress.advance()
     rejects += [(name, Rejection("missing_image", f"not in {tar_path.name}")) for name in rows]
     return fingerprints, is_there, sorted(rejects, key=lambda reject: reject[0])
@@ -180,8 +135,8 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
 
     Raises InputError if the tar or its intermediate is missing or damaged.
     """
-    views = resolve_image_paths(unit, read_views(unit.intermediate_path))
-    rows = index_paths(unit.intermediate_path, views[PATH_FIELD.name])
+    views = read_intermediate(unit, [*FINGERPRINT_ID_SCHEMA, PATH_FIELD])
+    rows = {name: row for row, name in enumerate(views[PATH_FIELD.name].to_pylist())}
     interval = config.logging.progress_interval_seconds
     with Progress(unit.tar_path.name, total=len(rows), interval_seconds=interval) as progress:
         fingerprints, is_there, rejects = compute_tar(

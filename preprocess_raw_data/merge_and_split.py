@@ -150,8 +150,7 @@ def describe_settings(config: Config) -> dict[str, Any]:
         "train_ratio": data.train_ratio,
         "val_ratio": data.val_ratio,
         "test_ratio": data.test_ratio,
-        # Left out at its default, so that splits made before there was a choice are still taken for what they are.
-        **({"split_unit": data.split_unit} if data.split_unit != "building" else {}),
+        "split_unit": data.split_unit,
         "split_cell_m": data.split_cell_m,
         "split_file": hash_json(named) if named is not None else None,
     }

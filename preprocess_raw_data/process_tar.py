@@ -19,11 +19,11 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
-from pipeline.files.archive import Member, stream_members
+from pipeline.files.archive import Member, require_bytes, stream_members
 from pipeline.files.tables import INTERMEDIATE_SCHEMA, make_provenance, parquet_writer, rejects_path, write_rejects
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.ids import building_id, streetview_image_id
-from pipeline.inference.images import MAX_IMAGE_BYTES, check_image
+from pipeline.inference.images import check_image
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.stages import STAGES
 from pipeline.threads import map_in_order
@@ -47,16 +47,14 @@ def take_inventory(tar_path: Path, num_workers: int, progress: Progress, watch: 
                 continue
             if member.is_image_name:
                 with watch.measure("read"):
-                    yield member, member.read() if member.size <= MAX_IMAGE_BYTES else None
+                    yield member, member.read_image()
             else:
                 inventory.add_metadata(member, member.read(MAX_BYTES))
 
     def check(found: tuple[Member, bytes | None]) -> tuple[Member, Rejection | None]:
         member, data = found
-        if data is None:
-            return member, Rejection("unreadable_image", f"{member.size} bytes, over {MAX_IMAGE_BYTES}")
         try:
-            check_image(data)
+            check_image(require_bytes(data, member.size))
         except Rejection as rejection:
             return member, rejection
         return member, None

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from raw_tars import Entry, find_member, make_city, write_tar
 
-from generate_embeddings import generate_embeddings
 from pipeline.errors import InputError
 from pipeline.files import archive
 from pipeline.files.archive import stream_members
@@ -284,7 +283,7 @@ def test_a_tar_with_data_behind_its_end_fails_alone_in_every_stage_that_reads_ta
     assert sorted(path.name for path in (tmp_path / "fingerprints").glob("*.parquet")) == ["0002_fingerprints.parquet"]
     names = dict.fromkeys(pq.read_table(tmp_path / "intermediates" / "0001.parquet")["image_path"].to_pylist(), 0)
     with pytest.raises(InputError, match="data behind the end of the archive"):
-        list(generate_embeddings.read_wanted(first, names, 0))
+        list(archive.read_images(first, names))
 
 
 @pytest.mark.parametrize(

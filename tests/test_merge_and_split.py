@@ -171,7 +171,7 @@ def test_whole_tars_are_held_out_and_the_leakage_is_told(tmp_path, stage):
     assert leakage["written"]["panoramas_in_several_splits"] == 0
     assert "leakage, written: of" in outcome.stderr
     assert "leakage, split_cell_m = 200: of" in outcome.stderr
-    assert "(split_unit was 'dataset' and is now None)" in stage().stderr
+    assert "(split_unit was 'dataset' and is now 'building')" in stage().stderr
 
 
 def test_whole_tars_and_cells_cannot_go_together(tmp_path, stage, city):

@@ -309,12 +309,6 @@ FILE = {"name": "0001.parquet", "size": 7, "footer": "f"}
         ({"settings": {"k": 1}}, {"settings": {"k": 2}}, "k was 1 and is now 2"),
         ({"settings": {}}, {"settings": {"k": "x"}}, "k was None and is now 'x'"),
         ({"settings": {"k": 1}}, {}, "k was 1 and is now None"),
-        ({"settings": {}}, {"settings": {"training_model.input_norm": False, "training.grad_clip": 1.0}}, None),
-        ({}, {"settings": {"training.grad_clip": 2.0}}, "training.grad_clip was 1.0 and is now 2.0"),
-        # whose default is not what was done before there was the key
-        ({}, {"settings": {"training.input_noise": 1.2}}, "training.input_noise was 0.0 and is now 1.2"),
-        ({}, {"settings": {"training.input_noise": 0.0, "training.loss": "triplet"}}, None),
-        ({"settings": {"training.gone": 1}}, {}, "training.gone was 1 and is now None"),
         ({"inputs": [FILE]}, {"inputs": []}, "input 0001.parquet is gone"),
         ({"inputs": []}, {"inputs": [FILE]}, "input 0001.parquet was not among its inputs"),
         ({"inputs": [FILE]}, {"inputs": [FILE | {"footer": "g"}]}, "input 0001.parquet has changed"),

@@ -10,16 +10,16 @@ import pyarrow as pa
 
 from pipeline.config import count_cores
 from pipeline.errors import InputError
-from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.list_columns import ListColumn, find_fingerprint
 from pipeline.files.listing import list_outputs
-from pipeline.files.lists import ListColumn, find_fingerprint
 from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
     check_columns,
     log_missing_provenance,
     open_parquet,
     read_batches,
-    reading,
+    read_columns,
+    stored_fields,
 )
 from pipeline.threads import map_in_order
 
@@ -96,14 +96,7 @@ def _check_file(path: Path) -> ListColumn:
 
 
 def _read_ids(path: Path) -> pa.Table:
-    with open_parquet(path) as file, reading(path):
-        stored = stored_fields(file.schema_arrow, FINGERPRINT_ID_SCHEMA)
-        table = fill_composite_ids(file.read(columns=[field.name for field in stored]))
-    table = table.select(FINGERPRINT_ID_SCHEMA.names).cast(FINGERPRINT_ID_SCHEMA)
-    for name in table.column_names:
-        if table[name].null_count:
-            raise InputError(f"{path}: column {name} has empty values: {_AGAIN}")
-    return table
+    return read_columns(path, FINGERPRINT_ID_SCHEMA, _AGAIN)
 
 
 def _check_unique(paths: list[Path], image_ids: pa.ChunkedArray) -> None:

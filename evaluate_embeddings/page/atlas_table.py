@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.labelled import count_rows, find_id_column, list_parts, to_text
 from pipeline.errors import InputError, Rejection
-from pipeline.files.lists import find_embedding
+from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import open_parquet, read_provenance, reading
 from pipeline.files.writing import read_json_object
 from pipeline.inference.images import decode_rgb

@@ -8,9 +8,10 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.errors import InputError, Rejection, one_line
+from pipeline.files.archive import MAX_IMAGE_BYTES
 from pipeline.files.tables import PLACE_COLUMNS, open_parquet
 from pipeline.files.units import find_tar_dir
-from pipeline.inference.images import MAX_IMAGE_BYTES, decode_rgb
+from pipeline.inference.images import decode_rgb
 from pipeline.pages import shrink, to_data_uri
 
 # Tried one after the other until the pictures fit: longest side in pixels, JPEG quality.

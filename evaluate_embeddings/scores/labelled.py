@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.list_columns import find_embedding
 from pipeline.files.listing import is_parquet, list_files
-from pipeline.files.lists import find_embedding
 from pipeline.files.tables import open_parquet, reading
 from pipeline.files.writing import read_json_object
 from pipeline.log import logger

@@ -4,12 +4,14 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, NamedTuple
 
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError, Rejection, one_line
 from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
+# No 100-megapixel JPEG, PNG or WebP of a camera comes near this; larger members are not even read.
+MAX_IMAGE_BYTES = 512 * 1024**2
 # tar pads to its record, 10 KiB by default; with the largest that tape drives take it stays below this.
 MAX_PADDING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
@@ -50,6 +52,10 @@ class Member:
         if len(data) < wanted:
             raise InputError(f"{self._file.name}: truncated inside {self.name}: fetch the tar again")
         return data
+
+    def read_image(self) -> bytes | None:
+        """Return the member's bytes, None where they are more than MAX_IMAGE_BYTES."""
+        return self.read() if self.size <= MAX_IMAGE_BYTES else None
 
     @property
     def is_image_name(self) -> bool:
@@ -98,6 +104,39 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
         raise InputError(f"{tar_path}: not a readable tar ({one_line(error)}): fetch the tar again") from None
     except OSError as error:
         raise _unreadable(tar_path, error) from None
+
+
+class TarImage(NamedTuple):
+    """A wanted image of a tar: its row, its name, and its bytes unless they are too many."""
+
+    row: int
+    name: str
+    size: int
+    data: bytes | None
+
+
+def read_images(tar_path: Path, rows: dict[str, int], num_seen: int = 0) -> Iterator[TarImage]:
+    """Yield the images whose row is in `rows`, but for the first `num_seen`; those found leave it.
+
+    The first regular file of a name is the image that stage 1 looked at. Raises InputError if the tar is damaged.
+    """
+    found = 0
+    for member in stream_members(tar_path):
+        row = rows.pop(member.name, None) if member.is_file else None
+        if row is not None:
+            found += 1
+            if found > num_seen:
+                yield TarImage(row, member.name, member.size, member.read_image())
+
+
+def require_bytes(data: bytes | None, size: int) -> bytes:
+    """Return an image's bytes.
+
+    Raises Rejection `unreadable_image` where they were too many to read.
+    """
+    if data is None:
+        raise Rejection("unreadable_image", f"{size} bytes, over {MAX_IMAGE_BYTES}")
+    return data
 
 
 def _name_other_kind(path: Path) -> str:

@@ -1,5 +1,7 @@
 """Take over what other writers left: image paths with other folders, outputs without provenance."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,24 +9,30 @@ import pyarrow.compute as pc
 
 from pipeline.errors import InputError
 from pipeline.files.archive import stream_members
-from pipeline.files.composite_ids import fill_composite_ids, stored_fields
-from pipeline.files.lists import ListColumn
-from pipeline.files.tables import check_columns, open_parquet, read_provenance, reading
+from pipeline.files.list_columns import ListColumn
+from pipeline.files.tables import log_missing_provenance, read_columns, read_provenance
 from pipeline.files.units import TarUnit
 from pipeline.log import logger
 
 _ID = pa.field("streetview_image_id", pa.string())
 
 
-def resolve_image_paths(unit: TarUnit, table: pa.Table) -> pa.Table:
-    """Return an intermediate's table with the tar's own member names as `image_path`.
+def read_intermediate(unit: TarUnit, fields: Iterable[pa.Field], *, with_others: bool = False) -> pa.Table:
+    """Return columns of a tar's intermediate, `image_path` among them; `with_others` all of them.
 
-    Paths of other writers may begin with NNNN/ more or less often than the members do. Where the intermediate was made
-    here nothing is looked up. Raises InputError if the tar is damaged, or a path could be either of two members.
+    Image paths of other writers may begin with NNNN/ more or less often than the tar's members do: they become the
+    members' names. Raises InputError if the tar or the intermediate is damaged, lacks a column or a value, names an
+    image twice, or has a path that could be either of two members.
     """
-    if read_provenance(unit.intermediate_path) is not None:
-        return table
+    source = unit.intermediate_path
+    log_missing_provenance(source)
+    table = read_columns(source, fields, "make the file again with stage 1", with_others=with_others)
     paths = table["image_path"].to_pylist()
+    if len(set(paths)) < len(paths):
+        (twice, _), *_ = Counter(paths).most_common(1)
+        raise InputError(f"{source}: image_path {twice} is there twice: make the file again with stage 1")
+    if read_provenance(source) is not None:
+        return table
     names = match_members(unit.tar_path, unit.dataset_id, paths)
     num_changed = sum(name != path for name, path in zip(names, paths, strict=True))
     if num_changed:
@@ -98,8 +106,4 @@ def _compare(ids: pa.ChunkedArray, others: pa.ChunkedArray, name: str) -> str | 
 
 
 def _read_ids(path: Path) -> pa.ChunkedArray:
-    fields = stored_fields(open_parquet(path).schema_arrow, [_ID])
-    with open_parquet(path) as file, reading(path):
-        check_columns(path, file.schema_arrow, fields)
-        table = fill_composite_ids(file.read(columns=[field.name for field in fields]))
-    return table[_ID.name].cast(pa.string())
+    return read_columns(path, [_ID], "make the file again")[_ID.name]

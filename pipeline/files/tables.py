@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import VERSION
-from pipeline.config import Config
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
 from pipeline.files.failures import read_failure
 from pipeline.files.listing import is_parquet
@@ -190,7 +190,7 @@ def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa
 def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | pa.Schema) -> None:
     """Raise one InputError that names every required column which is missing or of another type.
 
-    A large_string does where a string is required. Lists of one length are `lists.py`'s.
+    A large_string does where a string is required. Lists of one length are `list_columns.py`'s.
     """
     problems = []
     for field in required:
@@ -205,6 +205,53 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
 
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
     return bool(found.equals(expected) or (pa.types.is_string(expected) and pa.types.is_large_string(found)))
+
+
+# Ids made of two numbers (see pipeline/ids.py) that the reference implementation's files may lack.
+_COMPOSITE_IDS = {"building_id": "target_id", "streetview_image_id": "patch_id"}
+
+
+def stored_fields(schema: pa.Schema, fields: Iterable[pa.Field]) -> list[pa.Field]:
+    """Return the fields to ask a file for: in place of a composite id that it lacks, the numbers that make it."""
+    found: dict[str, pa.Field] = {}
+    for field in fields:
+        numbers = ("dataset_id", _COMPOSITE_IDS.get(field.name, ""))
+        if field.name not in schema.names and set(numbers) <= set(schema.names):
+            found |= {name: pa.field(name, pa.int64()) for name in numbers}
+        else:
+            found.setdefault(field.name, field)
+    return list(found.values())
+
+
+def fill_composite_ids(table: pa.Table) -> pa.Table:
+    """Return the table with those composite ids that it lacks and has the numbers for; a null number gives a null."""
+    for name, number in _COMPOSITE_IDS.items():
+        if name not in table.column_names and {"dataset_id", number} <= set(table.column_names):
+            dataset = pc.utf8_lpad(table["dataset_id"].cast(pa.string()), 4, "0")
+            ids = pc.binary_join_element_wise(dataset, table[number].cast(pa.string()), "_")
+            table = table.append_column(name, ids)
+    return table
+
+
+def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_others: bool = False) -> pa.Table:
+    """Return some columns of a parquet with the given types; `with_others` the other columns stand behind them.
+
+    Composite ids that the file lacks are made. Raises InputError if the file is missing or damaged, or a column is
+    missing, of another type or has empty values.
+    """
+    wanted = pa.schema(fields)
+    with open_parquet(path) as file:
+        stored = stored_fields(file.schema_arrow, wanted)
+        check_columns(path, file.schema_arrow, stored)
+        with reading(path):
+            table = file.read(columns=None if with_others else [field.name for field in stored])
+    table = fill_composite_ids(table.replace_schema_metadata(None))
+    for name in wanted.names:
+        if table[name].null_count:
+            raise InputError(f"{path}: column {name} has empty values: {remedy}")
+    others = [field for field in table.schema if with_others and field.name not in wanted.names]
+    schema = pa.schema([*wanted, *others])
+    return table.select(schema.names).cast(schema)
 
 
 # ------------------------------------------------------------------------------------------------ provenance
@@ -297,27 +344,15 @@ def matches(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, An
     return True
 
 
-# What was done before a key came, where it is not what its default does.
-_BEFORE_THE_KEY = {"training.loss": "triplet", "training.hard_mining": False, "training.input_noise": 0.0}
-
-
-def value_before(name: str) -> Any:
-    """Return what does as was done before there was `section.key`; None where there is no such key."""
-    section, _, key = name.partition(".")
-    default = getattr(getattr(Config(), section, None), key, None) if key else None
-    return _BEFORE_THE_KEY.get(name, default)
-
-
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Name the first thing in which two provenances' stages, settings or inputs differ; None where they agree.
 
-    A tar that is gone is no difference: what was made from it stands. A key of the configuration (`section.key`) that
-    one does not have counts as what was done before the key came, which is its default as a rule.
+    A tar that is gone is no difference: what was made from it stands.
     """
     if old.get("stage") != new.get("stage"):
         return f"it was made by {old.get('stage')}"
     for key in sorted(set(old.get("settings", {})) | set(new.get("settings", {}))):
-        before, after = (one.get("settings", {}).get(key, value_before(key)) for one in (old, new))
+        before, after = (one.get("settings", {}).get(key) for one in (old, new))
         if before != after:
             return f"{key} was {before!r} and is now {after!r}"
     old_inputs = {item["name"]: item for item in old.get("inputs", [])}

@@ -14,8 +14,6 @@ from pipeline.errors import Rejection
 
 # The limit by the header: a decompression bomb is never decoded.
 MAX_PIXELS = 100_000_000
-# No 100-megapixel JPEG, PNG or WebP of a camera comes near this; larger members are not even read.
-MAX_IMAGE_BYTES = 512 * 1024**2
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 # What Pillow's openers and decoders raise on damaged data.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files import tables
-from pipeline.files.lists import ListColumn, find_embedding
+from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.log import logger
 
 # Numbers decoded at a time: 16 MiB of float32, which is 1,024 rows of a 7B backbone.

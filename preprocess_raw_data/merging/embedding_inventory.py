@@ -9,24 +9,24 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.files.composite_ids import fill_composite_ids, stored_fields
+from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.files.listing import list_outputs
-from pipeline.files.lists import ListColumn, find_embedding
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
     check_columns,
     log_missing_provenance,
     open_parquet,
+    read_columns,
     read_provenance,
-    reading,
+    stored_fields,
 )
 from pipeline.log import logger
 from preprocess_raw_data.merging.splits import Buildings
 
-INVENTORY_COLUMNS = [
+INVENTORY_COLUMNS = {
     "building_id", "dataset_id", "street_view_id", "streetview_image_id", "target_lat", "target_lon",
-]  # fmt: skip
+}  # fmt: skip
 # What a row takes beside its embedding, roughly: ids, names, positions.
 BYTES_BESIDE_EMBEDDING = 300
 
@@ -112,19 +112,9 @@ def code_panoramas(dataset_ids: NDArray[np.int64], street_view_ids: NDArray[np.i
 
 
 def read_ids(path: Path) -> pa.Table:
-    """Return the columns by which images, buildings and panoramas are told apart and placed.
-
-    Raises InputError if the file is damaged or a value is missing.
-    """
-    file = open_parquet(path)
-    stored = stored_fields(file.schema_arrow, [pa.schema(ID_COLUMNS).field(name) for name in INVENTORY_COLUMNS])
-    with reading(path):
-        table = fill_composite_ids(file.read(columns=[field.name for field in stored]).replace_schema_metadata(None))
-    table = table.select(INVENTORY_COLUMNS)
-    for name in INVENTORY_COLUMNS:
-        if table[name].null_count:
-            raise InputError(f"{path}: column {name} has empty values: make the file again with stage 2")
-    return table
+    """Return the ids and positions of images, buildings and panoramas."""
+    fields = [field for field in pa.schema(ID_COLUMNS) if field.name in INVENTORY_COLUMNS]
+    return read_columns(path, fields, "make the file again with stage 2")
 
 
 def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.files.composite_ids import fill_composite_ids, stored_fields
-from pipeline.files.tables import open_parquet, read_batches
+from pipeline.files.tables import fill_composite_ids, open_parquet, read_batches, stored_fields
 from pipeline.files.workspace import remove
 from preprocess_raw_data.merging.embedding_inventory import Inventory
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.files.lists import find_embedding
+from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import identify, open_parquet, reading
 from pipeline.log import logger
 

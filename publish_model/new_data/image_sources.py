@@ -15,11 +15,10 @@ import pyarrow as pa
 from pipeline.embeddings_dataset.image_folder import IMAGE_SUFFIXES, list_images
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN
 from pipeline.errors import InputError, Rejection, one_line
-from pipeline.files.archive import Member, stream_members
+from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
 from pipeline.files.listing import list_files
 from pipeline.files.tables import hash_json, identify
 from pipeline.ids import decode_name
-from pipeline.inference.images import MAX_IMAGE_BYTES
 
 PATH_COLUMN = "path"
 # What is no number without doubt stays text: 007, 1_000, nan, a number of 20 digits.

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.files.lists import find_embedding, find_fingerprint
+from pipeline.files.list_columns import find_embedding, find_fingerprint
 from pipeline.files.tables import read_batches
 
 
