@@ -120,18 +120,7 @@ TUNE = Stage(
     ("_tune/best.toml",), WORKER, after=(3, 5), uses_gpu=True,
 )  # fmt: skip
 
-
-def find_stage(label: str) -> Stage:
-    """Return the stage of a label.
-
-    Raises ValueError where there is none.
-    """
-    for stage in (*STAGES.values(), TUNE):
-        if stage.label == label:
-            return stage
-    raise ValueError(f"{label!r} must be 1 to 9 or {TUNE.label}")
-
-
+BY_LABEL = {stage.label: stage for stage in (*STAGES.values(), TUNE)}
 NO_NEW_DATA = "stage 8: [new_data].input and output are not set: passed over"
 
 

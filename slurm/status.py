@@ -18,29 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import DEFAULT_CONFIG_PATH, PROJECT_ROOT, Config
-from slurm.control.shards import format_shards
-from slurm.control.survey import DONE, NOT_STARTED, RUNNING, WAITING, ShardState, StageState, survey
+from slurm.control.scheduler import format_shards
+from slurm.control.survey import DONE, FAILED, NOT_STARTED, RUNNING, WAITING, ShardState, StageState, survey
+from slurm.control.target import spell_overrides
+
+HEAD = ("stage", "name", "done", "running", "failed", "not started", "of", "rate", "ETA")
 
 
-def retry_command(state: StageState, config: Config, overrides: list[str]) -> str:
-    """Return the command that submits a stage's failed shards again."""
-    command = [str(PROJECT_ROOT / "slurm" / "submit_stage.sh"), str(state.stage.number)]
-    command += _common_options(state, config, overrides)
-    if state.stage.is_array:
-        command += ["--array-size", str(state.shard_count)]
-        command += ["--shards", format_shards(shard.shard for shard in state.failed())]
-    return shlex.join(command)
-
-
-def _common_options(state: StageState, config: Config, overrides: list[str]) -> list[str]:
-    account = ["--account", state.account] if state.account else []
-    paths = ["--config", str(config.file_path)] if config.file_path != DEFAULT_CONFIG_PATH else []
-    return [*account, *paths, *(part for override in overrides for part in ("--set", override))]
-
-
-def describe(state: StageState, config: Config, overrides: list[str]) -> dict[str, Any]:
+def describe(state: StageState, config: Config, overrides: Sequence[str]) -> dict[str, Any]:
     """Return a stage's state as plain values."""
-    failed = state.failed()
+    failed = [shard for shard in state.shards if shard.state == FAILED]
     return {
         "stage": state.stage.number,
         "name": state.stage.name,
@@ -55,65 +42,73 @@ def describe(state: StageState, config: Config, overrides: list[str]) -> dict[st
         "units_total": state.units_total,
         "units_per_hour": state.units_per_hour,
         "items_per_second": state.items_per_second,
+        "items": state.items,
         "eta_seconds": state.eta_seconds,
         "failures": [_describe_failure(shard) for shard in failed],
         "retry": retry_command(state, config, overrides) if failed else None,
+        "retry_rest": shlex.join(_command("submit_pipeline.sh", state, config, overrides)) if failed else None,
     }
 
 
 def _describe_failure(shard: ShardState) -> dict[str, Any]:
+    log = shard.log
     return {
         "shard": shard.shard,
         "job": shard.job,
-        "exit_code": shard.log.exit_code if shard.log else None,
-        "error": shard.explain(),
-        "log": str(shard.log.path) if shard.log else None,
+        "exit_code": log.exit_code if log else None,
+        "error": shard.problem or (log.last_error if log else "no log: sacct says it failed before it began"),
+        "log": str(log.path) if log else None,
     }
 
 
-def format_status(states: list[StageState], config: Config, overrides: list[str]) -> str:
+def retry_command(state: StageState, config: Config, overrides: Sequence[str]) -> str:
+    """Return the command that submits a stage's failed shards again."""
+    command = _command("submit_stage.sh", state, config, overrides)
+    command.insert(1, str(state.stage.number))
+    if state.stage.is_array:
+        failed = (shard.shard for shard in state.shards if shard.state == FAILED)
+        command += ["--array-size", str(state.shard_count), "--shards", format_shards(failed)]
+    return shlex.join(command)
+
+
+def _command(script: str, state: StageState, config: Config, overrides: Sequence[str]) -> list[str]:
+    account = ["--account", state.account] if state.account else []
+    paths = ["--config", str(config.file_path)] if config.file_path != DEFAULT_CONFIG_PATH else []
+    return [str(PROJECT_ROOT / "slurm" / script), *account, *paths, *spell_overrides(overrides)]
+
+
+def format_status(stages: list[dict[str, Any]]) -> str:
     """Return the table, the failures and the commands."""
-    head = ("stage", "name", "done", "running", "failed", "not started", "of", "rate", "ETA")
-    rows = [head, *(_format_row(state) for state in states)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    rows = [HEAD, *map(_format_row, stages)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [cell.ljust(width) if column == 1 else cell.rjust(width)
                  for column, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
         lines.append("  ".join(cells).rstrip())
-    failing = [state for state in states if state.failed()]
-    for state in failing:
-        for shard in state.failed():
-            log = shard.log
-            lines.append(
-                f"\nstage {state.stage.number} {state.stage.name}, shard {shard.shard}, job {shard.job}: failed"
-            )
-            lines.append(f"  {shard.explain() or 'no log: sacct says it failed before it began'}")
-            lines += [f"  {log.path}"] if log else []
-        lines.append(f"  retry: {retry_command(state, config, overrides)}")
+    failing = [stage for stage in stages if stage["failures"]]
+    for stage in failing:
+        for failure in stage["failures"]:
+            job = f", job {failure['job']}" if failure["job"] else ""
+            lines.append(f"\nstage {stage['stage']} {stage['name']}, shard {failure['shard']}{job}: failed")
+            lines.append(f"  {failure['error']}")
+            lines += [f"  {failure['log']}"] if failure["log"] else []
+        lines.append(f"  retry: {stage['retry']}")
     if failing:
-        options = shlex.join(_common_options(failing[0], config, overrides))
-        lines.append(f"\nwhat waited for them: {PROJECT_ROOT / 'slurm' / 'submit_pipeline.sh'} {options}".rstrip())
+        lines.append(f"\nwhat waited for them: {failing[0]['retry_rest']}")
     return "\n".join(lines)
 
 
-def _format_row(state: StageState) -> tuple[str, ...]:
-    rate = ""
-    if state.units_per_hour is not None:
-        rate = f"{state.units_per_hour:.0f} {state.stage.unit}s/h"
-    if state.items_per_second is not None:
-        rate = f"{rate} {state.items_per_second:.0f} {state.items}/s".strip()
-    return (
-        str(state.stage.number),
-        state.stage.name,
-        str(state.count(DONE)),
-        str(state.count(RUNNING)),
-        str(len(state.failed())),
-        str(state.count(NOT_STARTED) + state.count(WAITING)),
-        "?" if state.shard_count is None else str(state.shard_count),
-        rate,
-        "" if state.eta_seconds is None else format_seconds(state.eta_seconds),
-    )
+def _format_row(stage: dict[str, Any]) -> tuple[str, ...]:
+    rates = []
+    if stage["units_per_hour"] is not None:
+        rates.append(f"{stage['units_per_hour']:.0f} {stage['unit']}s/h")
+    if stage["items_per_second"] is not None:
+        rates.append(f"{stage['items_per_second']:.0f} {stage['items']}/s")
+    counts = [str(stage[key]) for key in ("done", "running", "failed", "not_started")]
+    total = "?" if stage["total"] is None else str(stage["total"])
+    eta = "" if stage["eta_seconds"] is None else format_seconds(stage["eta_seconds"])
+    return (str(stage["stage"]), stage["name"], *counts, total, " ".join(rates), eta)
 
 
 def format_seconds(seconds: float) -> str:
@@ -126,28 +121,22 @@ def show(arguments: argparse.Namespace) -> bool:
     """Print the state once; return whether everything is done."""
     config = cli.config_from(arguments)
     states = survey(config)
+    stages = [describe(state, config, arguments.overrides) for state in states]
     if arguments.json:
-        stages = [describe(state, config, arguments.overrides) for state in states]
         print(json.dumps({"config": str(config.file_path), "stages": stages}, indent=2), flush=True)
     else:
         if arguments.watch and sys.stdout.isatty():
             print("\x1b[2J\x1b[H", end="")
-        print(format_status(states, config, arguments.overrides), flush=True)
-    return all(state.shards and state.count(DONE) == len(state.shards) for state in states)
+        print(format_status(stages), flush=True)
+    return all(stage["total"] and stage["done"] == stage["total"] for stage in stages)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Show the state from a command line."""
     parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--watch",
-        type=float,
-        nargs="?",
-        const=30.0,
-        metavar="SECONDS",
-        help="again every SECONDS (30), until all is done",
-    )
+    parser.add_argument("--watch", type=float, nargs="?", const=30.0, metavar="SECONDS",
+                        help="again every SECONDS (30), until all is done")  # fmt: skip
     arguments = parser.parse_args(argv)
     while not show(arguments) and arguments.watch:
         time.sleep(arguments.watch)

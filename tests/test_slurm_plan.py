@@ -15,14 +15,14 @@ from generate_embeddings import generate_embeddings
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files.units import ABSENT, COMPLETE, UnitState
-from pipeline.stages import STAGES, TUNE
+from pipeline.stages import STAGES, TUNE, choose_stages
 from preprocess_raw_data import process_tar
 from slurm.control import scheduler, submit
 from slurm.control.plan import ActiveTask, Cut, count_shards, make_plan
-from slurm.control.shards import format_shards, parse_shards
+from slurm.control.scheduler import format_shards, parse_shards
 from slurm.control.submission import check_secrets, format_dependency, name_job_file
 from slurm.control.survey import survey
-from slurm.control.work import is_done
+from slurm.control.target import Target
 
 REPO = Path(__file__).resolve().parents[1]
 SHELL_FILES = sorted(
@@ -50,7 +50,8 @@ def config(tmp_path, write_config, make_tar):
 
 
 def plan(config, first=1, last=9, active=None, only=None, **cut):
-    return make_plan(config, first, last, Cut(**cut), active or {}, only)
+    stages = choose_stages(config, first, last) or [TUNE]
+    return make_plan(Target(config.log_dir, config), stages, Cut(**cut), active or {}, only)
 
 
 def summarize(found):
@@ -143,11 +144,12 @@ def test_an_output_of_the_reference_program_is_done_for_the_stage_submit_and_sta
     assert [shard.state for shard in stage.shards] == ["done", "done", "not started"]
 
 
-def test_a_shard_with_too_many_rejects_is_not_done_although_its_outputs_are_there():
+def test_a_shard_with_too_many_rejects_is_not_done_although_its_outputs_are_there(config):
+    is_done = Target(config.log_dir, config).is_shard_done
     states = [UnitState(COMPLETE, {"in": 10, "rejected": rejected}) for rejected in (1, 5, 0)] + [UnitState(ABSENT)]
-    assert [is_done([state], 0.2) for state in states] == [True, False, True, False]
-    assert [is_done(states[shard::2], 0.2) for shard in (0, 1)] == [True, False]
-    assert is_done(states[:3], 0.2)  # 6 of 30
+    assert [is_done([state]) for state in states] == [True, False, True, False]
+    assert [is_done(states[shard::2]) for shard in (0, 1)] == [True, False]
+    assert is_done(states[:3])  # 6 of 30
 
 
 # ------------------------------------------------------------------------------------------------ the queue
@@ -169,7 +171,7 @@ def test_what_waits_for_a_shard_that_is_retried_is_submitted_anew(config):
     process_tar.main(["--config", str(config.file_path)])
     found = plan(config, 2, 3, active)
     assert summarize(found) == [(2, "1-2", ""), (3, "0", "afterok:71_0:j0")]
-    assert found.replaced == {"72": [0]}
+    assert found.replaced == ["72"]
 
 
 def test_the_queue_settles_into_how_many_shards_the_per_tar_stages_are_cut(config):

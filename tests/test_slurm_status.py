@@ -17,8 +17,8 @@ from preprocess_raw_data import process_tar
 from slurm import status
 from slurm.control import records, scheduler
 from slurm.control.records import Record, format_table, holding, read_records
-from slurm.control.submission import Target
-from slurm.control.survey import read_log, survey
+from slurm.control.survey import FAILED, read_log, survey
+from slurm.control.target import Target
 
 REPO = Path(__file__).resolve().parents[1]
 STAMP = "2026-01-01 00:00:00 INFO"
@@ -46,7 +46,7 @@ def record_job(config, number, job_id, shards, shard_count=4, age_seconds=60.0):
     stage, target = STAGES[number], Target(config.log_dir, config)
     record = Record(
         stage=number, name=stage.name, job_id=job_id, shards=shards, shard_count=shard_count, dependency="",
-        output=target.output(stage), log_pattern=records.log_pattern(stage, config.log_dir, stage.is_array),
+        output=target.find_place(stage), log_pattern=records.log_pattern(stage, config.log_dir),
         submitted=time.time() - age_seconds, command=["sbatch", "--account=group"],
     )  # fmt: skip
     folder = records.submissions_dir(config.log_dir)
@@ -78,14 +78,22 @@ def test_queue_logs_and_outputs_are_put_together(config, answers):
     path = write_log(record, 3, f"{STAMP} begin", "error: 0004.tar: truncated", "task: stage 1 shard 3 job 70 exit 1")
     assert states(config, 1) == ["done", "running", "waiting", "failed"]
     stage = survey(config)[0]
-    (failed,) = stage.failed()
+    (failed,) = [shard for shard in stage.shards if shard.state == FAILED]
     assert failed.log.last_error == "error: 0004.tar: truncated"
     assert (failed.log.path, failed.log.exit_code, failed.job) == (path, 1, "70_3")
     assert (stage.items_per_second, stage.items) == (2.5, "img")
     assert stage.eta_seconds is not None
-    text = status.format_status(survey(config), config, [])
+    text = status.format_status([status.describe(found, config, []) for found in survey(config)])
     assert "error: 0004.tar: truncated" in text
     assert f"submit_stage.sh 1 --account group --config '{config.file_path}' --array-size 4 --shards 3" in text
+
+
+def test_an_output_of_other_inputs_has_failed_and_the_difference_is_named(config, answers, make_tar):
+    make_tar(config.path("raw_dir"), 1, (5, 5))
+    assert states(config, 1) == ["failed", "not started", "not started", "not started"]
+    described = status.describe(survey(config)[0], config, [])
+    assert "input 0001.tar has changed" in described["failures"][0]["error"]
+    assert "input 0001.tar has changed" in status.format_status([described])
 
 
 def test_the_last_job_of_a_shard_counts(config, answers):
@@ -200,7 +208,7 @@ def test_records_are_kept_job_by_job_and_another_output_is_another_pipeline(conf
 def test_two_submissions_at_a_time_are_refused(tmp_path):
     from pipeline.errors import PipelineError
 
-    with holding(tmp_path), pytest.raises(PipelineError, match="another process is submitting"), holding(tmp_path):
+    with holding(tmp_path), pytest.raises(PipelineError, match="is submitting: wait for it"), holding(tmp_path):
         pass
     with holding(tmp_path):
         pass

@@ -10,7 +10,7 @@ from slurm_fixtures import dry_run
 from publish_model.new_data.embed_options import EmbedOptions
 from publish_model.new_data.embed_options import parse as parse_embed_options
 from slurm.control import submit_embeddings
-from slurm.control.submit_embeddings import list_stage_options
+from slurm.control.target import spell_options
 
 
 def test_a_dry_run_for_new_data_prints_one_array(slurmless, tmp_path):
@@ -34,7 +34,7 @@ def test_every_option_of_stage_8_goes_to_the_stage_and_none_to_sbatch(slurmless,
     wanted = EmbedOptions(tmp_path / "in", tmp_path / "out", "x/y", **values)
     others = {"shard", "overwrite", "progress_interval_seconds"}  # the array's, refused, no option
     assert {field.name for field in fields(EmbedOptions)} - others == {"input", "output", "model_id", *values}
-    words = list_stage_options(wanted, "x/y")
+    words = spell_options(wanted)
     assert parse_embed_options("", words) == wanted
     (command,) = dry_run(
         *words, "--qos=high", script="publish_model/slurm/submit_embeddings_from_parquet.sh", PATH=slurmless

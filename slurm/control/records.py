@@ -1,19 +1,17 @@
-"""What was submitted, kept below log_dir/submissions, so that a later command knows which jobs are this pipeline's."""
+"""Keep what was submitted below log_dir/submissions, so that a later command knows which jobs are this pipeline's."""
 
 import contextlib
-import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.errors import PipelineError
 from pipeline.files.failures import write_failure
+from pipeline.files.workspace import locked
 from pipeline.files.writing import write_json
 from pipeline.stages import Stage
-from slurm.control.shards import format_shards, parse_shards
+from slurm.control.scheduler import format_shards, parse_shards
 
 
 @dataclass(frozen=True)
@@ -45,57 +43,37 @@ def submissions_dir(log_dir: Path) -> Path:
     return log_dir / "submissions"
 
 
-def job_logs_dir(log_dir: Path) -> Path:
-    """Return the folder of what jobs print."""
-    return log_dir / "slurm"
-
-
-def log_pattern(stage: Stage, log_dir: Path, is_array: bool) -> str:
-    """Return the log's path with {job} and {shard} to fill in."""
-    name = f"{stage.name}-{{job}}_{{shard}}.log" if is_array else f"{stage.name}-{{job}}.log"
-    return str(job_logs_dir(log_dir) / name)
+def log_pattern(stage: Stage, log_dir: Path) -> str:
+    """Return the path of a job's log, with {job} and {shard} to fill in."""
+    name = f"{stage.name}-{{job}}_{{shard}}.log" if stage.is_array else f"{stage.name}-{{job}}.log"
+    return str(log_dir / "slurm" / name)
 
 
 @contextlib.contextmanager
 def holding(log_dir: Path) -> Iterator[None]:
     """Let one process submit at a time, so that two of them never submit the same shards.
 
-    Raises PipelineError where another one is at it, or the folders cannot be written.
+    Raises PipelineError where another one is submitting, or the folders cannot be written.
     """
     folder = submissions_dir(log_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        job_logs_dir(log_dir).mkdir(parents=True, exist_ok=True)  # without it a job dies without a log
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise write_failure(folder, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise PipelineError(f"{folder}: another process is submitting: wait for it, then run this again") from None
-    except OSError:
-        pass  # this file system has no locks
-    try:
+    with locked(folder, "is submitting: wait for it, then run this again", folder / ".lock"):
+        try:
+            (log_dir / "slurm").mkdir(exist_ok=True)  # without it a job dies without a log
+        except OSError as error:
+            raise write_failure(log_dir / "slurm", error) from error
         yield
-    finally:
-        os.close(descriptor)
 
 
-class Submission:
-    """The file of one call: rewritten after every job, so that a kill in between forgets none."""
+def name_record(log_dir: Path) -> Path:
+    """Return a new file for the records of one call; later calls sort behind it."""
+    now = time.time_ns()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now // 10**9))
+    return submissions_dir(log_dir) / f"{stamp}-{now % 10**9:09d}.json"
 
-    def __init__(self, log_dir: Path) -> None:
-        self.records: list[Record] = []
-        stamp, number = time.strftime("%Y%m%d-%H%M%S"), 0
-        while (path := submissions_dir(log_dir) / f"{stamp}-{number:02d}.json").exists():
-            number += 1
-        self.path = path
 
-    def add(self, record: Record) -> None:
-        """Keep one more job."""
-        self.records.append(record)
-        write_json(self.path, [asdict(kept) for kept in self.records])
+def write_records(path: Path, records: list[Record]) -> None:
+    """Write the records of one call."""
+    write_json(path, [asdict(record) for record in records])
 
 
 def read_records(log_dir: Path) -> list[Record]:
@@ -113,6 +91,6 @@ def format_table(records: list[Record]) -> str:
     for record in records:
         shards = f"{format_shards(record.list_shards())} of {record.shard_count}" if record.shards else "-"
         rows.append((str(record.stage or "-"), record.name, record.job_id, shards, record.dependency or "-"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                      for row in rows)  # fmt: skip

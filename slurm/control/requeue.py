@@ -16,17 +16,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import PipelineError
 from pipeline.files.units import measure_progress
 from pipeline.files.writing import write_json
 from pipeline.stages import ROW_GROUP, TAR
-from publish_model.generate_embeddings_from_parquet import list_row_groups
-from publish_model.new_data.embed_options import EmbedOptions
-from publish_model.new_data.embed_options import parse as parse_embed_options
 from slurm.control import records, scheduler
 from slurm.control.task import Task, read_task
-from slurm.control.work import list_units
 
 DEFAULT_MAX_REQUEUES = 20
 
@@ -38,22 +33,11 @@ def name_task(environment: Mapping[str, str]) -> str:
     return environment["SLURM_JOB_ID"]
 
 
-def find_log_dir(task: Task) -> Path:
-    """Return the folder that keeps the marks."""
-    if task.config is not None:
-        return task.config.log_dir
-    return EmbeddingsDataset(_read_embed_options(task).output).folder / "_logs"
-
-
 def take_mark(task: Task) -> list[Any]:
     """Return plain values that change whenever the task's shard gets further."""
-    units = list_row_groups(_read_embed_options(task)) if task.config is None else list_units(task.stage, task.config)
+    units = task.target.list_units(task.stage)
     own = task.shard.take(units) if task.stage.unit in (TAR, ROW_GROUP) else units
     return [measure_progress(unit) for unit in own]
-
-
-def _read_embed_options(task: Task) -> EmbedOptions:
-    return parse_embed_options("", task.options)
 
 
 def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> str:
@@ -68,9 +52,8 @@ def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> 
             f"stage {task.stage.label}, task {task_id}: begun {tries + 1} times already (MAX_REQUEUES is {most}): "
             "give it more --time, or smaller shards"
         )
-    path = records.submissions_dir(find_log_dir(task)) / "marks" / f"{task_id}.json"
-    # Through JSON, as what was noted before has gone.
-    mark = json.loads(json.dumps(take_mark(task)))
+    path = records.submissions_dir(task.target.log_dir) / "marks" / f"{task_id}.json"
+    mark = take_mark(task)
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,22 +1,22 @@
-"""What is asked of SLURM's own commands, and what is told to them."""
+"""Ask SLURM's commands and give them orders."""
 
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import PROJECT_ROOT
 from pipeline.errors import PipelineError
-from slurm.control.shards import parse_shards
 
-# Slurm's own default (slurm.conf(5)), for where there is no Slurm to ask.
+# SLURM's own default (slurm.conf(5)), for where no SLURM answers.
 DEFAULT_MAX_ARRAY_SIZE = 1001
-# A token belongs to the login node: jobs work offline, and a job's environment may be kept by the accounting.
+# A token belongs to the login node: jobs work offline, and the accounting may keep a job's environment.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
 QUERY_TIMEOUT_SECONDS = 60
+WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,12 @@ class QueuedTask:
 
     job_id: str
     shard: int | None
-    state: str
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it has not begun."""
-        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
-
-
-def is_there(command: str) -> bool:
-    """Whether a SLURM command is on the path."""
-    return shutil.which(command) is not None
+    is_waiting: bool
 
 
 def ask(command: Sequence[str]) -> str | None:
     """Return what a SLURM command prints, None where it is missing or does not answer."""
-    if not is_there(command[0]):
+    if shutil.which(command[0]) is None:
         return None
     try:
         run = _run(command, timeout=QUERY_TIMEOUT_SECONDS)
@@ -75,9 +65,9 @@ def _run(
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment without tokens, and without formats that would change what SLURM prints."""
-    hidden = {*SECRETS, "SQUEUE_FORMAT", "SQUEUE_FORMAT2", "SQUEUE_STATES", "SQUEUE_SORT", "SACCT_FORMAT"}
-    return {name: value for name, value in os.environ.items() if name not in hidden}
+    """Return the environment without tokens, and without what changes which jobs SLURM lists and how."""
+    hidden = ("SQUEUE_", "SACCT_", *SECRETS)
+    return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
 
 
 def read_max_array_size() -> int:
@@ -96,7 +86,7 @@ def list_queued() -> list[QueuedTask] | None:
     for line in text.splitlines():
         job_id, task, state = (part.strip() for part in line.split("|"))
         shards: Sequence[int | None] = [None] if task in ("N/A", "") else parse_shards(task)
-        tasks += [QueuedTask(job_id, shard, state) for shard in shards]
+        tasks += [QueuedTask(job_id, shard, state in WAITING_STATES) for shard in shards]
     return tasks
 
 
@@ -120,11 +110,26 @@ def submit(command: Sequence[str]) -> str:
     return job_id
 
 
-def cancel(job_id: str, shards: Sequence[int] | None) -> None:
-    """Cancel a job, or some tasks of an array."""
-    tell(["scancel", *([f"{job_id}_{shard}" for shard in shards] if shards else [job_id])])
+def format_shards(shards: Iterable[int]) -> str:
+    """Write shard numbers as sbatch's --array does: `0-3,7`."""
+    ranges: list[list[int]] = []
+    for shard in sorted(set(shards)):
+        if ranges and shard == ranges[-1][1] + 1:
+            ranges[-1][1] = shard
+        else:
+            ranges.append([shard, shard])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)
 
 
-def escape_pattern(path: Path) -> str:
-    """Write a path so that sbatch does not take its percent signs for patterns."""
-    return str(path).replace("%", "%%")
+def parse_shards(text: str) -> list[int]:
+    """Read what `format_shards` writes, and what squeue shows of an array: `[0-3,7%4]`.
+
+    Raises ValueError where it is something else.
+    """
+    shards: list[int] = []
+    for part in re.sub(r"%\d+$", "", text.strip("[]")).split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise ValueError(f"{text!r} must read like 0-3,7")
+        shards += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return sorted(set(shards))

@@ -2,75 +2,106 @@
 
 import os
 import shlex
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from pipeline.config import PROJECT_ROOT, Config
-from pipeline.errors import ConfigError
-from pipeline.stages import ROW_GROUP, Stage
-from publish_model.generate_embeddings_from_parquet import read_options
+from pipeline.config import PROJECT_ROOT
+from pipeline.errors import ConfigError, InputError, PipelineError
+from pipeline.inference.model_files import locate_backbone
+from pipeline.stages import ROW_GROUP, STAGES, TUNE, Stage
 from slurm.control import records, scheduler
-from slurm.control.plan import ActiveTask, Plan, PlannedJob, Source
+from slurm.control.plan import ActiveTask, Cut, Plan, PlannedJob, Source, make_plan
 from slurm.control.records import Record
-from slurm.control.shards import format_shards
+from slurm.control.target import Target
 
 
 @dataclass(frozen=True)
 class Request:
-    """What all jobs of one call have in common."""
+    """What to submit of a target, and what all its jobs have in common."""
 
+    target: Target
+    stages: Sequence[Stage]
+    cut: Cut
+    only: Sequence[int] | None = None  # these shards
     account: str | None = None
     max_concurrent: int | None = None
-    dry_run: bool = False
     sbatch_options: tuple[str, ...] = ()
     stage_options: tuple[str, ...] = ()
 
 
-@dataclass
-class Target:
-    """Where a pipeline, or a dataset of stage 8 alone, keeps its logs, and what its stages are told."""
+def submit(request: Request, dry_run: bool) -> None:
+    """Submit what is neither done nor in the queue, or print the commands.
 
-    log_dir: Path
-    config: Config | None = None
-    overrides: list[str] = field(default_factory=list)
-    dataset_options: list[str] = field(default_factory=list)
-    dataset_output: Path | None = None
-
-    def arguments(self, stage: Stage) -> list[str]:
-        """Return the stage's command line, without its shard."""
-        if self.config is None:
-            return list(self.dataset_options)
-        if stage.unit == ROW_GROUP:
-            options = read_options(self.config)
-            return [
-                "--input", str(options.input), "--output", str(options.output), "--model-id", options.model_id,
-                "--dtype", options.dtype, "--device", options.device,
-            ]  # fmt: skip
-        overrides = [part for override in self.overrides for part in ("--set", override)]
-        return ["--config", str(self.config.file_path), *overrides]
-
-    def output(self, stage: Stage) -> str:
-        """Return what tells this pipeline's jobs from another's."""
-        return str(self.dataset_output if self.config is None else stage.list_outputs(self.config)[0])
+    Raises PipelineError where SLURM is missing or refuses a job; the jobs before it stay submitted and are recorded.
+    """
+    if dry_run:
+        print_commands(plan_now(request), request)
+        return
+    if scheduler.list_queued() is None:
+        raise PipelineError("squeue does not answer here: submit on a login node of the cluster, or give --dry-run")
+    with records.holding(request.target.log_dir):
+        plan = plan_now(request)
+        check_weights(plan, request.target)
+        submitted = carry_out(plan, request)
+    print(records.format_table(submitted) if submitted else "nothing to submit")
 
 
-def find_active(target: Target, stages: Sequence[Stage], kept: list[Record]) -> dict[int, list[ActiveTask]]:
+def plan_now(request: Request) -> Plan:
+    """Plan with what is in the queue now, and say on stderr what is left alone, and why."""
+    active = find_active(request.target)
+    plan = make_plan(request.target, request.stages, request.cut, active, request.only)
+    for note in plan.notes:
+        print(note, file=sys.stderr)
+    for name in plan.replaced:
+        print(f"job {name}: cancelled and submitted anew behind what is retried", file=sys.stderr)
+    environment = [option for job in plan.jobs for option in environment_options(job.stage)]
+    check_secrets([*environment, *request.sbatch_options, *request.stage_options])
+    return plan
+
+
+def find_active(target: Target) -> dict[int, list[ActiveTask]]:
     """Return, by stage, the shards that earlier submissions have in the queue; none where there is no SLURM."""
-    queued = scheduler.list_queued()
-    by_job: dict[str, list[scheduler.QueuedTask]] = {}
-    for task in queued or []:
-        by_job.setdefault(task.job_id, []).append(task)
+    queued = scheduler.list_queued() or []
     active: dict[int, list[ActiveTask]] = {}
-    for stage in stages:
-        own = [record for record in kept if record.stage == stage.number and record.output == target.output(stage)]
-        for record in own:
-            for task in by_job.get(record.job_id, []):
-                is_array = task.shard is not None
-                found = ActiveTask(record.job_id, task.shard or 0, record.shard_count, task.is_waiting, is_array)
-                active.setdefault(stage.number, []).append(found)
+    for record in records.read_records(target.log_dir) if queued else []:
+        if not is_of_target(record, target):
+            continue
+        active.setdefault(record.stage, []).extend(
+            ActiveTask(task.job_id, task.shard or 0, record.shard_count, task.is_waiting, task.shard is not None)
+            for task in queued
+            if task.job_id == record.job_id
+        )
     return active
+
+
+def is_of_target(record: Record, target: Target) -> bool:
+    """Whether a job is the target's, and not another's that shares its log folder."""
+    try:
+        return record.output == target.find_place(STAGES.get(record.stage, TUNE))
+    except ConfigError:  # the configuration does not say any more where that stage writes
+        return False
+
+
+def check_weights(plan: Plan, target: Target) -> None:
+    """Raise InputError where a job needs the backbone and it is neither a folder nor in the hub's cache."""
+    config = target.config
+    if config is None or not any(job.stage.number in (2, 7) for job in plan.jobs):
+        return
+    if locate_backbone(config, download=False) is None:
+        raise InputError(
+            f"{config.embedding_model.model_name}: the backbone is not on this machine, and jobs run offline: run "
+            f"slurm/prepare.sh --config {config.file_path}"
+        )
+
+
+def check_secrets(options: Sequence[str]) -> None:
+    """Raise ConfigError where a token would get into an sbatch line, whose text the accounting keeps."""
+    tokens = [os.environ[name] for name in scheduler.SECRETS if os.environ.get(name)]
+    for option in options:
+        if any(f"{name}=" in option for name in scheduler.SECRETS) or any(token in option for token in tokens):
+            raise ConfigError("a token on an sbatch line would be kept by the accounting: use it with prepare.sh alone")
 
 
 def name_job_file(stage: Stage) -> str:
@@ -79,17 +110,17 @@ def name_job_file(stage: Stage) -> str:
     return f"{folder}/{stage.name}.sbatch"
 
 
-def build_command(job: PlannedJob, target: Target, request: Request, ids: dict[PlannedJob, str]) -> list[str]:
+def build_command(job: PlannedJob, request: Request, ids: dict[PlannedJob, str]) -> list[str]:
     """Return the sbatch command of a job; `ids` names the jobs that it waits for."""
-    stage = job.stage
+    stage, target = job.stage, request.target
     command = ["sbatch", "--parsable"]
     if request.account:
         command.append(f"--account={request.account}")
     if stage.is_array:
         most = f"%{request.max_concurrent}" if request.max_concurrent else ""
-        shards = "0-0" if job.shards == [0] else format_shards(job.shards)
+        shards = "0-0" if job.shards == [0] else scheduler.format_shards(job.shards)
         command.append(f"--array={shards}{most}")
-    log = scheduler.escape_pattern(Path(records.log_pattern(stage, target.log_dir, stage.is_array)))
+    log = records.log_pattern(stage, target.log_dir).replace("%", "%%")  # percent signs of a path are no patterns
     command.append("--output=" + log.replace("{job}", "%A" if stage.is_array else "%j").replace("{shard}", "%a"))
     dependency = format_dependency(job, ids)
     if dependency:
@@ -97,7 +128,7 @@ def build_command(job: PlannedJob, target: Target, request: Request, ids: dict[P
     command += [*environment_options(stage), *request.sbatch_options, str(PROJECT_ROOT / name_job_file(stage))]
     if stage.is_array:
         command += ["--shards", str(job.shard_count)]
-    return [*command, *target.arguments(stage), *request.stage_options]
+    return [*command, *target.list_arguments(stage), *request.stage_options]
 
 
 def format_dependency(job: PlannedJob, ids: dict[PlannedJob, str]) -> str:
@@ -117,45 +148,33 @@ def format_dependency(job: PlannedJob, ids: dict[PlannedJob, str]) -> str:
 
 def environment_options(stage: Stage) -> list[str]:
     """Return the sbatch options of $SBATCH_OPTIONS and, for one stage, of $SBATCH_OPTIONS_N."""
-    return [
-        option
-        for name in ("SBATCH_OPTIONS", f"SBATCH_OPTIONS_{stage.label}")
-        for option in shlex.split(os.environ.get(name, ""))
-    ]
+    names = ("SBATCH_OPTIONS", f"SBATCH_OPTIONS_{stage.label}")
+    return [option for name in names for option in shlex.split(os.environ.get(name, ""))]
 
 
-def check_secrets(options: Sequence[str]) -> None:
-    """Raise ConfigError where a token would get into an sbatch line, whose text the accounting keeps."""
-    tokens = [os.environ[name] for name in scheduler.SECRETS if os.environ.get(name)]
-    for option in options:
-        if any(f"{name}=" in option for name in scheduler.SECRETS) or any(token in option for token in tokens):
-            raise ConfigError("a token on an sbatch line would be kept by the accounting: use it with prepare.sh alone")
-
-
-def carry_out(plan: Plan, target: Target, request: Request) -> list[Record]:
-    """Submit a plan's jobs, or print their commands, and return the records.
-
-    Raises PipelineError where SLURM refuses a job; those before it stay submitted and are recorded.
-    """
-    environment = [option for job in plan.jobs for option in environment_options(job.stage)]
-    check_secrets([*environment, *request.sbatch_options, *request.stage_options])
+def print_commands(plan: Plan, request: Request) -> None:
+    """Print what would be run; jobs are called JOB and their stage."""
     ids: dict[PlannedJob, str] = {}
-    if request.dry_run:
-        for job_id, shards in plan.replaced.items():
-            print(shlex.join(["scancel", *(f"{job_id}_{shard}" for shard in shards)]))
-        for job in plan.jobs:
-            print(shlex.join(build_command(job, target, request, ids)), flush=True)
-            same = sum(other.stage == job.stage for other in ids)
-            ids[job] = f"JOB{job.stage.label}" + (f"-{same + 1}" if same else "")
-        return []
-    for job_id, shards in plan.replaced.items():
-        scheduler.cancel(job_id, shards)
-    submission = records.Submission(target.log_dir)
+    if plan.replaced:
+        print(shlex.join(["scancel", *plan.replaced]))
     for job in plan.jobs:
-        command = build_command(job, target, request, ids)
+        print(shlex.join(build_command(job, request, ids)), flush=True)
+        same = sum(other.stage == job.stage for other in ids)
+        ids[job] = f"JOB{job.stage.label}" + (f"-{same + 1}" if same else "")
+
+
+def carry_out(plan: Plan, request: Request) -> list[Record]:
+    """Submit a plan's jobs and return their records, which are written job by job: a kill in between forgets none."""
+    if plan.replaced:
+        scheduler.tell(["scancel", *plan.replaced])
+    path, submitted = records.name_record(request.target.log_dir), list[Record]()
+    ids: dict[PlannedJob, str] = {}
+    for job in plan.jobs:
+        command = build_command(job, request, ids)
         ids[job] = scheduler.submit(command)
-        submission.add(make_record(job, target, ids, command))
-    return submission.records
+        submitted.append(make_record(job, request.target, ids, command))
+        records.write_records(path, submitted)
+    return submitted
 
 
 def make_record(job: PlannedJob, target: Target, ids: dict[PlannedJob, str], command: list[str]) -> Record:
@@ -165,11 +184,11 @@ def make_record(job: PlannedJob, target: Target, ids: dict[PlannedJob, str], com
         stage=stage.number,
         name=stage.name,
         job_id=ids[job],
-        shards=format_shards(job.shards) if stage.is_array else "",
+        shards=scheduler.format_shards(job.shards) if stage.is_array else "",
         shard_count=job.shard_count,
         dependency=format_dependency(job, ids),
-        output=target.output(stage),
-        log_pattern=records.log_pattern(stage, target.log_dir, stage.is_array),
+        output=target.find_place(stage),
+        log_pattern=records.log_pattern(stage, target.log_dir),
         submitted=time.time(),
         command=command,
     )

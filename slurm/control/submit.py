@@ -18,36 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import ConfigError, InputError, PipelineError
+from pipeline.errors import ConfigError
 from pipeline.files.units import TarUnit
-from pipeline.inference.model_files import locate_backbone
-from pipeline.stages import STAGES, TAR, TUNE, Stage, check_paths, choose_stages, find_stage, has_new_data
-from slurm.control import records, scheduler
-from slurm.control.plan import Cut, Plan, make_plan
-from slurm.control.shards import parse_shards
-from slurm.control.submission import Request, Target, carry_out, find_active
-from slurm.control.work import list_units
+from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, TAR, TUNE, Stage, check_paths, choose_stages
+from publish_model.new_data.embed_options import whole_number
+from slurm.control import scheduler
+from slurm.control.plan import Cut
+from slurm.control.submission import Request, submit
+from slurm.control.target import Target
 
 
-def count(text: str) -> int:
-    """Read a whole number above 0."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    return int(text)
-
-
-def shard_list(text: str) -> list[int]:
+def read_shards(text: str) -> list[int]:
     """Read shard numbers as in 0-3,7."""
     try:
-        return parse_shards(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def stage_label(text: str) -> Stage:
-    """Read the number of a stage, or tune."""
-    try:
-        return find_stage(text)
+        return scheduler.parse_shards(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -56,73 +40,74 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every submission."""
     add = parser.add_argument
     add("--account", metavar="A", help="account that pays (default: $SBATCH_ACCOUNT, else the cluster's own default)")
-    add(
-        "--array-size",
-        type=count,
-        metavar="N",
-        help="shards of an array (per-tar stages: one a tar, 64 at most; else 1)",
-    )
-    add("--max-concurrent", type=count, metavar="N", help="tasks of an array that run at a time (all)")
+    add("--array-size", type=whole_number, metavar="N",
+        help="shards of an array (per-tar stages: one a tar, 64 at most; else 1)")  # fmt: skip
+    add("--max-concurrent", type=whole_number, metavar="N", help="tasks of an array that run at a time (all)")
     add("--venv-path", metavar="VENV", help="environment that this and the jobs run in (the project's .venv)")
     add("--dry-run", action="store_true", help="print every sbatch command and submit nothing")
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """Return the options, what goes to sbatch, and what goes to the stage.
+    """Return the options, the words that go to sbatch, and those that go to the stage.
 
     Raises ConfigError where they are wrong.
     """
-    own, _, stage_options = _split(list(argv))
+    words = list(argv)
+    place = words.index("--") if "--" in words else len(words)
+    own, stage_options = words[:place], words[place + 1 :]
     parser = cli.make_parser(__doc__ or "")
     add_common_options(parser)
     kind = own.pop(0) if own and own[0] in ("pipeline", "stage") else "pipeline"
-    parser.set_defaults(kind=kind)
     # For the pipeline too: sbatch would take it for --test-only, and submit nothing.
     parser.add_argument("--test", action="store_true", help="a stage's first tar only (stages 1, 2, 4)")
     if kind == "stage":
-        parser.add_argument("stage", type=stage_label, metavar="STAGE", help="number of the stage, or tune")
-        parser.add_argument("--shards", type=shard_list, metavar="LIST", help="these shards only, as in 0-3,7")
+        parser.set_defaults(anchor_shards=None)
+        parser.add_argument("stage", choices=tuple(BY_LABEL), metavar="STAGE", help="number of the stage, or tune")
+        parser.add_argument("--shards", type=read_shards, metavar="LIST", help="these shards only, as in 0-3,7")
     else:
+        parser.set_defaults(stage=None, shards=None)
         parser.add_argument("--from-stage", type=int, default=1, choices=range(1, 10), metavar="N", help="first (1)")
         parser.add_argument("--to-stage", type=int, default=9, choices=range(1, 10), metavar="N", help="last (9)")
-        parser.add_argument("--anchor-shards", type=count, metavar="N", help="shards of stage 5's array (1)")
-        if stage_options:
-            raise ConfigError("-- OPTIONS: they go to one stage: give them to submit_stage.sh")
+        parser.add_argument("--anchor-shards", type=whole_number, metavar="N", help="shards of stage 5's array (1)")
     arguments, sbatch_options = parser.parse_known_args(own)
+    arguments.stage = BY_LABEL.get(arguments.stage)
+    if kind == "pipeline" and stage_options:
+        raise ConfigError("-- OPTIONS: they go to one stage: give them to submit_stage.sh")
     if arguments.overwrite:
         raise ConfigError(
             "--overwrite: a task that is requeued would begin anew each time: remove the outputs of the stage instead"
         )
     if arguments.test:
         _check_test(arguments)
-    if kind == "stage":
-        arguments.from_stage = arguments.to_stage = arguments.stage.number
-        arguments.anchor_shards = arguments.array_size
-    elif arguments.from_stage > arguments.to_stage:
+    if kind == "pipeline" and arguments.from_stage > arguments.to_stage:
         raise ConfigError(f"--from-stage {arguments.from_stage} lies behind --to-stage {arguments.to_stage}")
     return arguments, sbatch_options, stage_options
 
 
 def _check_test(arguments: argparse.Namespace) -> None:
-    if arguments.kind == "pipeline" or arguments.stage.unit != TAR:
+    if arguments.stage is None or arguments.stage.unit != TAR:
         raise ConfigError("--test: one tar is for what works tar by tar: give it to submit_stage.sh 1, 2 or 4")
     if arguments.shards or arguments.array_size:
         raise ConfigError("--test: one tar is one shard: leave out --shards and --array-size")
     arguments.array_size = 1
 
 
-def _split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
-    place = argv.index("--") if "--" in argv else len(argv)
-    return argv[:place], "--" in argv, argv[place + 1 :]
+def list_stages(config: Config, arguments: argparse.Namespace) -> list[Stage]:
+    """Return the stages that were asked for.
 
-
-def check_weights(plan: Plan, config: Config) -> None:
-    """Raise InputError where a job needs the backbone and it is neither a folder nor in the hub's cache."""
-    if any(job.stage.number in (2, 7) for job in plan.jobs) and locate_backbone(config, download=False) is None:
-        raise InputError(
-            f"{config.embedding_model.model_name}: the backbone is not on this machine, and jobs run offline: run "
-            f"slurm/prepare.sh --config {config.file_path}"
-        )
+    Raises ConfigError where the configuration lacks a path of theirs.
+    """
+    stage: Stage | None = arguments.stage
+    if stage == TUNE:
+        check_paths(config, [TUNE])
+        return [TUNE]
+    first, last = (stage.number,) * 2 if stage else (arguments.from_stage, arguments.to_stage)
+    stages = choose_stages(config, first, last)
+    if first <= 8 <= last and not any(chosen.unit == ROW_GROUP for chosen in stages):
+        if stage:
+            raise ConfigError(f"{config.file_path}: [new_data].input and output: both are needed to embed new data")
+        print(NO_NEW_DATA, file=sys.stderr)
+    return stages
 
 
 def run(arguments: argparse.Namespace, sbatch_options: list[str], stage_options: list[str]) -> None:
@@ -131,56 +116,18 @@ def run(arguments: argparse.Namespace, sbatch_options: list[str], stage_options:
     Raises PipelineError where SLURM is missing or refuses a job.
     """
     config = cli.config_from(arguments)
-    first, last = arguments.from_stage, arguments.to_stage
-    check_paths(config, choose_stages(config, first, last) or [TUNE])
-    if arguments.kind == "stage" and first == 8 and not has_new_data(config):
-        raise ConfigError(f"{config.file_path}: [new_data].input and output: both are needed to embed new data")
-    target = Target(config.log_dir, config, arguments.overrides)
+    target = Target(config.log_dir, config, tuple(arguments.overrides))
+    stages = list_stages(config, arguments)
     if arguments.test:
-        tars = [unit.tar_path for unit in list_units(arguments.stage, config) if isinstance(unit, TarUnit)]
+        tars = [unit.tar_path for unit in target.list_units(arguments.stage) if isinstance(unit, TarUnit)]
         stage_options = [*stage_options, "--tar-file", str(tars[0])]
+    anchor_shards = arguments.array_size if arguments.stage else arguments.anchor_shards
+    cut = Cut(arguments.array_size, anchor_shards, scheduler.read_max_array_size())
     request = Request(
-        arguments.account, arguments.max_concurrent, arguments.dry_run, tuple(sbatch_options), tuple(stage_options)
-    )
-    cut = Cut(arguments.array_size, arguments.anchor_shards, scheduler.read_max_array_size())
-    only = getattr(arguments, "shards", None)
-    if arguments.dry_run:
-        plan = plan_now(target, config, first, last, cut, only)
-        tell_notes(plan)
-        carry_out(plan, target, request)
-        return
-    if scheduler.list_queued() is None:
-        raise PipelineError("squeue does not answer here: submit on a login node of the cluster, or give --dry-run")
-    with records.holding(target.log_dir):
-        plan = plan_now(target, config, first, last, cut, only)
-        check_weights(plan, config)
-        tell_notes(plan)
-        submitted = carry_out(plan, target, request)
-    print(records.format_table(submitted) if submitted else "nothing to submit")
-
-
-def plan_now(target: Target, config: Config, first: int, last: int, cut: Cut, only: list[int] | None) -> Plan:
-    """Plan with what is in the queue now."""
-    known = [stage for stage in (*STAGES.values(), TUNE) if _has_output(target, stage)]
-    active = find_active(target, known, records.read_records(target.log_dir))
-    return make_plan(config, first, last, cut, active, only)
-
-
-def _has_output(target: Target, stage: Stage) -> bool:
-    """Whether the configuration says where the stage writes; those outside the range need not be set."""
-    try:
-        target.output(stage)
-    except ConfigError:
-        return False
-    return stage.number != 8 or has_new_data(target.config) if target.config else True
-
-
-def tell_notes(plan: Plan) -> None:
-    """Say on stderr what is left alone, and why."""
-    for note in plan.notes:
-        print(note, file=sys.stderr)
-    for job_id, shards in plan.replaced.items():
-        print(f"job {job_id}, shards {shards}: cancelled and submitted anew behind what is retried", file=sys.stderr)
+        target, stages, cut, arguments.shards, arguments.account, arguments.max_concurrent, tuple(sbatch_options),
+        tuple(stage_options),
+    )  # fmt: skip
+    submit(request, arguments.dry_run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

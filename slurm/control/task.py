@@ -15,22 +15,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.config import PROJECT_ROOT, Config, count_cores, load_config
+from pipeline.config import PROJECT_ROOT, count_cores
 from pipeline.errors import ConfigError
 from pipeline.files.units import TarUnit
+from pipeline.files.workspace import remove
 from pipeline.ids import Shard
-from pipeline.stages import ROW_GROUP, TAR, WORKER, Stage, find_stage
-from slurm.control.work import list_units
+from pipeline.stages import BY_LABEL, ROW_GROUP, TAR, WORKER, Stage
+from publish_model.new_data.embed_options import parse as parse_embed_options
+from slurm.control.target import Target, make_dataset_target
 
 
 @dataclass(frozen=True)
 class Task:
-    """A stage, the shard of it, the options it was given, and its configuration where it has one."""
+    """A stage, the shard of it, the options it was given, and what they name."""
 
     stage: Stage
     shard: Shard
     options: list[str]
-    config: Config | None
+    target: Target
 
 
 def read_task(argv: Sequence[str], environment: Mapping[str, str]) -> Task:
@@ -39,32 +41,35 @@ def read_task(argv: Sequence[str], environment: Mapping[str, str]) -> Task:
     Raises ConfigError where they are wrong.
     """
     parser = cli.make_parser(__doc__ or "", config=False)
-    parser.add_argument("stage", type=find_stage)
+    parser.add_argument("stage", choices=tuple(BY_LABEL))
     parser.add_argument("--shards", type=int, default=None)
     arguments, options = parser.parse_known_args(list(argv))
-    stage = arguments.stage
-    config = None if stage.unit == ROW_GROUP else _load(options)
+    stage = BY_LABEL[arguments.stage]
+    if stage.unit == ROW_GROUP:
+        target = make_dataset_target(parse_embed_options("", options))
+    else:
+        config = cli.config_from(cli.make_parser("").parse_known_args(options)[0])
+        target = Target(config.log_dir, config)
     index = int(environment.get("SLURM_ARRAY_TASK_ID") or 0)
     total = arguments.shards or int(environment.get("SLURM_ARRAY_TASK_MAX") or 0) + 1
     if index >= total:
         raise ConfigError(f"task {index} of an array that is cut into {total} shards: submit it with submit_stage.sh")
-    return Task(stage, Shard(index, total) if stage.is_array else Shard(), options, config)
-
-
-def _load(options: list[str]) -> Config:
-    parser = cli.make_parser("")
-    return cli.config_from(parser.parse_known_args(options)[0]) if options else load_config()
+    return Task(stage, Shard(index, total) if stage.is_array else Shard(), options, target)
 
 
 def build_command(task: Task, environment: Mapping[str, str]) -> list[str]:
     """Return the stage's command, with what follows from where it runs."""
+    config, embedding = task.target.config, task.target.embedding
     command = [sys.executable, str(PROJECT_ROOT / task.stage.script), *task.options]
     if task.stage.is_array and task.stage.unit != WORKER:
         command += ["--shard", f"{task.shard.index}/{task.shard.count}"]
     if task.stage.uses_gpu and must_have_gpu(environment):
-        command += _require_gpu(task)
+        if embedding is not None and embedding.device == "auto":
+            command += ["--device", "cuda"]
+        if config is not None and config.infrastructure.device == "auto":
+            command += ["--set", "infrastructure.device=cuda"]
     cores = int(environment.get("SLURM_CPUS_PER_TASK") or 0)
-    if task.config is not None and task.config.infrastructure.num_workers == "auto" and 0 < cores < count_cores():
+    if config is not None and config.infrastructure.num_workers == "auto" and 0 < cores < count_cores():
         command += ["--set", f"infrastructure.num_workers={cores}"]  # a cluster that does not confine jobs to theirs
     return command
 
@@ -75,28 +80,20 @@ def must_have_gpu(environment: Mapping[str, str]) -> bool:
     return wanted == "1" or (wanted == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def _require_gpu(task: Task) -> list[str]:
-    if task.config is None:
-        given = task.options[task.options.index("--device") + 1] if "--device" in task.options else "auto"
-        return ["--device", "cuda"] if given == "auto" else []
-    return ["--set", "infrastructure.device=cuda"] if task.config.infrastructure.device == "auto" else []
-
-
 def copy_tars(task: Task, scratch_dir: Path) -> list[str]:
     """Copy the shard's tars to a folder of the node and return the option that makes the stage read them there.
 
     The other tars are linked, so that the shard's number means the same tars there.
     """
-    assert task.config is not None
     raw_dir = scratch_dir / "raw"
     raw_dir.mkdir(parents=True, exist_ok=True)
-    units = [unit for unit in list_units(task.stage, task.config) if isinstance(unit, TarUnit)]
+    units = [unit for unit in task.target.list_units(task.stage) if isinstance(unit, TarUnit)]
     own = {unit.tar_path for unit in task.shard.take(units)}
     for unit in units:
         if not unit.tar_path.is_file():
             continue
         place = raw_dir / unit.tar_path.name
-        place.unlink(missing_ok=True)
+        remove(place)
         if unit.tar_path in own and not unit.output_path.exists():
             shutil.copyfile(unit.tar_path, place)
         else:

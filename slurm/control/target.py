@@ -1,0 +1,120 @@
+"""A target of submissions: a pipeline by its configuration, or one dataset of stage 8 without any."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config
+from pipeline.errors import InputError, StaleOutputError
+from pipeline.files.units import COMPLETE, STALE, UNFINISHED, Unit, UnitState, find_state
+from pipeline.stages import ANCHOR, ROW_GROUP, STAGES, WORKER, Stage
+
+if TYPE_CHECKING:
+    from publish_model.new_data.embed_options import EmbedOptions
+
+
+@dataclass(frozen=True)
+class Target:
+    """A pipeline (`config`) or a dataset (`embedding`), and the folder of its logs."""
+
+    log_dir: Path
+    config: Config | None = None
+    overrides: tuple[str, ...] = ()
+    embedding: "EmbedOptions | None" = None
+
+    def list_arguments(self, stage: Stage) -> list[str]:
+        """Return the stage's command line, without its shard."""
+        if self.embedding is not None:
+            return spell_options(self.embedding)
+        assert self.config is not None
+        if stage.unit == ROW_GROUP:
+            return spell_options(_import_stage(stage).read_options(self.config))
+        return ["--config", str(self.config.file_path), *spell_overrides(self.overrides)]
+
+    def find_place(self, stage: Stage) -> str:
+        """Return where the stage writes, which tells this target's jobs from another's.
+
+        Raises ConfigError where the configuration does not name it.
+        """
+        if self.embedding is not None:
+            return str(self.log_dir.parent)
+        assert self.config is not None
+        return str(stage.find_place(self.config))
+
+    def list_units(self, stage: Stage) -> list[Unit]:
+        """Return a stage's units in the order in which shards take them.
+
+        Raises InputError where the input that tells their number is missing.
+        """
+        module = _import_stage(stage)
+        units: list[Unit] = (
+            module.list_row_groups(self.embedding) if self.embedding is not None else module.list_units(self.config)
+        )
+        return units
+
+    def is_shard_done(self, states: list[UnitState]) -> bool:
+        """Whether a shard is done: all its units are complete, and not too many of their rows were rejected.
+
+        With too many the stage exits with 1 although its outputs are there, and nothing may be made from them.
+        """
+        rows, rejected = (sum(state.counts.get(key, 0) for state in states) for key in ("in", "rejected"))
+        allowed = 1.0 if self.config is None else self.config.data.max_reject_fraction
+        return all(state.status == COMPLETE for state in states) and rejected <= allowed * rows
+
+    def find_done(self, stage: Stage, units: list[Unit], shard_count: int) -> list[bool]:
+        """Return for each shard whether it is done.
+
+        A study is done when it has its trials, and a part that --limit cuts when it has its rows: the jobs see to that.
+        Raises StaleOutputError where an output was made from other inputs or settings: the job would refuse it too, but
+        at night.
+        """
+        states = [look_at(unit) for unit in units]
+        for state in states:
+            if state.status == STALE:
+                raise StaleOutputError(state.problem)
+        if stage.unit == WORKER or (self.embedding is not None and self.embedding.limit):
+            return [False] * shard_count
+        return [self.is_shard_done(take_shard(stage, states, shard, shard_count)) for shard in range(shard_count)]
+
+
+def look_at(unit: Unit) -> UnitState:
+    """Return a unit's state; one whose inputs or outputs cannot be read is for its job to report."""
+    try:
+        return find_state(unit)
+    except InputError as error:
+        return UnitState(UNFINISHED, problem=str(error))
+
+
+def take_shard(stage: Stage, states: list[UnitState], shard: int, shard_count: int) -> list[UnitState]:
+    """Return the states of a shard's units; all shards of stage 5 make one output."""
+    return states if stage.unit == ANCHOR else states[shard::shard_count]
+
+
+def make_dataset_target(options: "EmbedOptions") -> Target:
+    """Return the target of a dataset, whose logs lie in it."""
+    folder: Path = _import_stage(STAGES[8]).EmbeddingsDataset(options.output).folder
+    return Target(folder.resolve() / "_logs", embedding=options)
+
+
+def spell_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return overrides of the configuration as they stand on a command line."""
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def spell_options(options: "EmbedOptions") -> list[str]:
+    """Return stage 8's command line, without the shard."""
+    words = ["--input", str(options.input), "--output", str(options.output), "--model-id", options.model_id]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in ("input", "output", "model_id", "progress_interval_seconds") or value == field.default:
+            continue
+        words.append("--no-filter-valid" if field.name == "filter_valid" else f"--{field.name.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words.append(",".join(value) if isinstance(value, tuple) else str(value))
+    return words
+
+
+def _import_stage(stage: Stage) -> Any:
+    return importlib.import_module(stage.module)
