@@ -11,9 +11,6 @@ if [ -n "${SCRATCH:-}" ]; then : "${HF_HOME:=$SCRATCH/huggingface}"; fi
 # How often a task may requeue itself after a time limit or a preemption.
 : "${MAX_REQUEUES:=20}"
 
-# 1: copy a shard's tars to $SLURM_TMPDIR first, for a file system that is slow at many small reads.
-: "${COPY_TARS_TO_TMPDIR:=0}"
-
 # 1: a GPU stage fails where torch sees no GPU. auto: only where the node has one. 0: it goes on with the CPU.
 : "${REQUIRE_GPU:=auto}"
 

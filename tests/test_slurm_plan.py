@@ -78,11 +78,11 @@ def test_every_stage_waits_for_what_it_reads_and_for_nothing_else(config):
 
 def test_tuning_is_an_array_of_workers_behind_what_training_reads(config):
     assert summarize(plan(config, 0, 0, array_size=4)) == [(0, "0-3", "")]
-    under_way = {3: [ActiveTask("7", 0, 1, False, is_array=False)], 5: [ActiveTask("8", 0, 1, True)]}
+    under_way = {3: [ActiveTask("7", 0, 1, False)], 5: [ActiveTask("8_0", 0, 1, True)]}
     assert summarize(plan(config, 0, 0, under_way)) == [(0, "0", "afterok:7:8_0")]
-    workers = {0: [ActiveTask("9", 1, 3, False)]}
+    workers = {0: [ActiveTask("9_1", 1, 3, False)]}
     assert summarize(plan(config, 0, 0, workers, array_size=3)) == [(0, "0,2", "")]
-    anchors = {5: [ActiveTask("9", 1, 3, False)]}
+    anchors = {5: [ActiveTask("9_1", 1, 3, False)]}
     assert summarize(plan(config, 5, 5, anchors, anchor_shards=3)) == [(5, "0,2", "")]
 
 
@@ -92,7 +92,7 @@ def test_stage_8_is_there_where_new_data_are_set(tmp_path, write_config):
 
 
 def test_part_of_the_chain_waits_for_what_of_the_rest_is_in_the_queue(config):
-    active = {2: [ActiveTask("70", 1, 3, False)], 5: [ActiveTask("71", 0, 1, True)]}
+    active = {2: [ActiveTask("70_1", 1, 3, False)], 5: [ActiveTask("71_0", 0, 1, True)]}
     assert summarize(plan(config, 6, 7, active)) == [(6, "0", "afterok:71_0"), (7, "0", "afterok:j0")]
 
 
@@ -156,7 +156,7 @@ def test_a_shard_with_too_many_rejects_is_not_done_although_its_outputs_are_ther
 
 
 def test_what_is_in_the_queue_is_not_submitted_again_and_the_rest_waits_for_it(config):
-    active = {1: [ActiveTask("70", shard, 3, False) for shard in (0, 1)], 2: [ActiveTask("71", 0, 3, True)]}
+    active = {1: [ActiveTask(f"70_{shard}", shard, 3, False) for shard in (0, 1)], 2: [ActiveTask("71_0", 0, 3, True)]}
     assert summarize(plan(config, 1, 3, active)) == [
         (1, "2", ""),
         (2, "1", "aftercorr:70"),
@@ -167,7 +167,7 @@ def test_what_is_in_the_queue_is_not_submitted_again_and_the_rest_waits_for_it(c
 
 def test_what_waits_for_a_shard_that_is_retried_is_submitted_anew(config):
     """It would be taken out of the queue with the failed shard it waits for."""
-    active = {2: [ActiveTask("71", 0, 3, False)], 3: [ActiveTask("72", 0, 1, True, is_array=False)]}
+    active = {2: [ActiveTask("71_0", 0, 3, False)], 3: [ActiveTask("72", 0, 1, True)]}
     process_tar.main(["--config", str(config.file_path)])
     found = plan(config, 2, 3, active)
     assert summarize(found) == [(2, "1-2", ""), (3, "0", "afterok:71_0:j0")]
@@ -175,7 +175,7 @@ def test_what_waits_for_a_shard_that_is_retried_is_submitted_anew(config):
 
 
 def test_the_queue_settles_into_how_many_shards_the_per_tar_stages_are_cut(config):
-    active = {2: [ActiveTask("71", 0, 2, False)]}
+    active = {2: [ActiveTask("71_0", 0, 2, False)]}
     assert [job.shard_count for job in plan(config, 1, 4, active).jobs] == [2, 2, 1, 2]
     with pytest.raises(ConfigError, match="cut it into 2 shards, not 3"):
         plan(config, 1, 4, active, array_size=3)

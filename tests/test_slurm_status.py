@@ -45,7 +45,7 @@ def config(tmp_path, write_config, make_tar):
 def record_job(config, number, job_id, shards, shard_count=4, age_seconds=60.0):
     stage, target = STAGES[number], Target(config.log_dir, config)
     record = Record(
-        stage=number, name=stage.name, job_id=job_id, shards=shards, shard_count=shard_count, dependency="",
+        stage=number, job_id=job_id, shards=shards, shard_count=shard_count, dependency="",
         output=target.find_place(stage), log_pattern=records.log_pattern(stage, config.log_dir),
         submitted=time.time() - age_seconds, command=["sbatch", "--account=group"],
     )  # fmt: skip

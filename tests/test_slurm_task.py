@@ -1,4 +1,4 @@
-"""What a job does on its node: its shard, its device, its tars, and when it goes back into the queue."""
+"""What a job does on its node: its shard, its device, and when it goes back into the queue."""
 
 import json
 import os
@@ -65,18 +65,6 @@ def test_a_cluster_that_does_not_confine_jobs_is_not_taken_whole(config_path, mo
     monkeypatch.setattr(task, "count_cores", lambda: 64)
     assert command(1, config_path, SLURM_CPUS_PER_TASK="16")[-1] == "infrastructure.num_workers=16"
     assert "num_workers" not in command(1, config_path, SLURM_CPUS_PER_TASK="64")[-1]
-
-
-def test_a_shards_tars_are_copied_and_the_others_linked(config_path, tmp_path):
-    found = task.read_task(["1", "--shards", "3", "--config", str(config_path)], {"SLURM_ARRAY_TASK_ID": "1"})
-    (_, option) = task.copy_tars(found, tmp_path / "node")
-    raw_dir = tmp_path / "node/raw"
-    assert option == f"paths.raw_dir={raw_dir}"
-    assert [path.is_symlink() for path in sorted(raw_dir.iterdir())] == [True, False, True]
-    # The copies make the same outputs: neither place nor link is part of what a tar is told apart by.
-    process_tar.main(["--config", str(config_path), "--shard", "1/3", "--set", option])
-    process_tar.main(["--config", str(config_path)])
-    assert len(list((config_path.parent / "intermediates").glob("*.parquet"))) == 3
 
 
 # ------------------------------------------------------------------------------------------------ going back
@@ -160,7 +148,7 @@ case "$*" in
     -c*) exit 0 ;;
     */requeue.py*) echo requeue "${@:2}"; exit "${REQUEUE_CODE:-0}" ;;
 esac
-echo "stage $HF_HUB_OFFLINE ${HF_TOKEN:-no token} ${SLURM_TMPDIR:+scratch}"
+echo "stage $HF_HUB_OFFLINE ${HF_TOKEN:-no token}"
 if [ "$STUBBORN" = 1 ]; then trap '' TERM; else trap 'echo kept; exit 143' TERM; fi
 echo ready >"$READY"
 for _ in $(seq "$TENTHS"); do sleep 0.1; done
@@ -176,7 +164,7 @@ def run_job(tmp_path, number=None, stubborn=0, code=0, tenths=100, requeue_code=
     environment = {
         "PATH": "/usr/bin:/bin", "PYTHON": str(stand_in), "READY": str(ready), "STUBBORN": str(stubborn),
         "CODE": str(code), "TENTHS": str(tenths), "GRACE_SECONDS": "1", "HF_TOKEN": "secret", "SLURM_JOB_ID": "7",
-        "REQUEUE_CODE": str(requeue_code), "PIPELINE_MODULES": "a b", "TMPDIR": str(tmp_path),
+        "REQUEUE_CODE": str(requeue_code), "PIPELINE_MODULES": "a b",
     }  # fmt: skip
     job = subprocess.Popen(
         ["bash", "-c", f'root={REPO}; source "$root/slurm/control/common.sh" || exit 1; run_task 2 --config "a b"'],
@@ -194,8 +182,7 @@ def run_job(tmp_path, number=None, stubborn=0, code=0, tenths=100, requeue_code=
 def test_a_stages_exit_code_is_the_jobs(tmp_path):
     code, output = run_job(tmp_path, code=3, tenths=1)
     assert code == 3
-    assert output.splitlines() == ["stage 1 no token scratch", "task: stage 2 shard 0 job 7 exit 3"]
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp.")] == []
+    assert output.splitlines() == ["stage 1 no token", "task: stage 2 shard 0 job 7 exit 3"]
 
 
 def test_a_warned_job_lets_the_stage_keep_what_it_has_and_requeues(tmp_path):

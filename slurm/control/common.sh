@@ -4,7 +4,7 @@
 : "${root:?is to be the project}"
 # shellcheck source=slurm/settings.sh
 source "$root/slurm/settings.sh"
-export MAX_REQUEUES COPY_TARS_TO_TMPDIR REQUIRE_GPU PIPELINE_ROOT="$root"
+export MAX_REQUEUES REQUIRE_GPU PIPELINE_ROOT="$root"
 if [ -n "${HF_HOME:-}" ]; then export HF_HOME; fi
 export PYTHONUTF8=1 # whatever a node's locale is, a path means the same file and prints the same
 
@@ -46,12 +46,11 @@ stop_child() {
 # Runs a stage as a job: run_task STAGE [OPTIONS]. On SLURM's warning the stage keeps what is finished, and the task
 # goes back into the queue.
 run_task() {
-    local child='' watchdog='' warned='' scratch='' code
+    local child='' watchdog='' warned='' code
     trap 'warned=1; stop_child' USR1
     trap 'stop_child' TERM
     unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACEHUB_API_TOKEN
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-    if [ -z "${SLURM_TMPDIR:-}" ]; then scratch=$(mktemp -d) && export SLURM_TMPDIR=$scratch; fi
     load_modules
     find_python "$@" || return 1
 
@@ -63,7 +62,6 @@ run_task() {
     wait "$child"
     code=$?
     if [ -n "$watchdog" ]; then kill "$watchdog" 2>/dev/null; fi
-    if [ -n "$scratch" ]; then rm -rf "$scratch"; fi
     echo "task: stage $1 shard ${SLURM_ARRAY_TASK_ID:-0} job ${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}} exit $code"
     # 143: it kept what was finished. 137: it did not answer in time, and what it wrote is whole all the same.
     if [ -n "$warned" ] && { [ "$code" = 143 ] || [ "$code" = 137 ]; }; then

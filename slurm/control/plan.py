@@ -15,13 +15,12 @@ DEFAULT_MAX_SHARDS = 64
 
 @dataclass(frozen=True)
 class ActiveTask:
-    """One shard of a stage that an earlier submission has in the queue."""
+    """One shard of a stage that an earlier submission has in the queue; `name` is JOB, or JOB_TASK of an array."""
 
-    job_id: str
+    name: str
     shard: int
     shard_count: int
     is_waiting: bool
-    is_array: bool = True
 
 
 @dataclass(eq=False)
@@ -93,7 +92,7 @@ class Planner:
 
     def look_at(self, stage: Stage) -> None:
         """Note which tasks of a stage that is not asked for are in the queue: the others wait for them all the same."""
-        self._pending[stage.number] = _name_tasks(self.active.get(stage.number, []))
+        self._pending[stage.number] = {task.shard: task.name for task in self.active.get(stage.number, [])}
 
     def add(self, stage: Stage, only: Iterable[int] | None = None) -> None:
         """Plan the jobs of a stage, `only` for some shards where they are given.
@@ -107,9 +106,10 @@ class Planner:
         done = self._find_done(stage, units, waits)
         # What these wait for is going to fail, or has: they would be cancelled with it.
         replaced = [task for task in active if task.is_waiting and any(map(_is_new, waits[task.shard]))]
-        self.plan.replaced += map(str, _name_tasks(replaced).values())
-        kept = [task for task in active if task not in replaced]
-        pending = _name_tasks(kept)
+        self.plan.replaced += [task.name for task in replaced]
+        # Tasks are waited for one by one: others of their array may have failed, and be submitted anew.
+        pending: dict[int, Source] = {task.shard: task.name for task in active if task not in replaced}
+        num_kept = len(pending)
         wanted = range(shard_count) if only is None else sorted(set(only))
         if any(shard >= shard_count for shard in wanted):
             raise ConfigError(f"stage {stage.label} has shards 0 to {shard_count - 1}: correct --shards")
@@ -118,8 +118,8 @@ class Planner:
             self.plan.jobs.append(job)
             pending.update(dict.fromkeys(job.shards, job))
         self._pending[stage.number] = pending
-        if kept or done or not todo:
-            counts = f"{len(done)} done, {len(kept)} in the queue, {len(todo)} to submit"
+        if num_kept or done or not todo:
+            counts = f"{len(done)} done, {num_kept} in the queue, {len(todo)} to submit"
             self.plan.notes.append(f"stage {stage.label} {stage.name}: of {shard_count}: {counts}")
 
     def _list_alike(self, stage: Stage) -> list[ActiveTask]:
@@ -153,11 +153,6 @@ class Planner:
 
 def _is_new(source: Source) -> bool:
     return isinstance(source, PlannedJob)
-
-
-def _name_tasks(tasks: list[ActiveTask]) -> dict[int, Source]:
-    """Name the tasks one by one: others of their array may have failed, and be submitted anew."""
-    return {task.shard: f"{task.job_id}_{task.shard}" if task.is_array else task.job_id for task in tasks}
 
 
 def _group(stage: Stage, shard_count: int, todo: list[int], waits: dict[int, list[Source]]) -> list[PlannedJob]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.files.failures import write_failure
 from pipeline.files.workspace import locked
 from pipeline.files.writing import write_json
-from pipeline.stages import Stage
+from pipeline.stages import STAGES, TUNE, Stage
 from slurm.control.scheduler import format_shards, parse_shards
 
 
@@ -19,7 +19,6 @@ class Record:
     """One job that was submitted; `output` says which pipeline's it is, should two share a log folder."""
 
     stage: int
-    name: str
     job_id: str
     shards: str  # as in --array; empty for a job that is no array
     shard_count: int
@@ -87,10 +86,11 @@ def read_records(log_dir: Path) -> list[Record]:
 
 def format_table(records: list[Record]) -> str:
     """Return the jobs as a table."""
+    names = {stage.number: stage.name for stage in (*STAGES.values(), TUNE)}
     rows = [("stage", "name", "job", "shards", "waits for")]
     for record in records:
         shards = f"{format_shards(record.list_shards())} of {record.shard_count}" if record.shards else "-"
-        rows.append((str(record.stage or "-"), record.name, record.job_id, shards, record.dependency or "-"))
+        rows.append((str(record.stage or "-"), names[record.stage], record.job_id, shards, record.dependency or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                      for row in rows)  # fmt: skip

@@ -102,9 +102,9 @@ def list_ended(job_ids: Sequence[str]) -> dict[tuple[str, int | None], str]:
     return ended
 
 
-def submit(command: Sequence[str]) -> str:
-    """Run an `sbatch --parsable` command and return the job id."""
-    job_id = tell(command).strip().splitlines()[-1].partition(";")[0]
+def read_job_id(answer: str) -> str:
+    """Return the job id that `sbatch --parsable` answers."""
+    job_id = answer.strip().splitlines()[-1].partition(";")[0]
     if not job_id.isdigit():
         raise PipelineError(f"sbatch answered {job_id!r} in place of a job id: is sbatch wrapped by something?")
     return job_id

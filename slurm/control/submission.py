@@ -37,14 +37,14 @@ def submit(request: Request, dry_run: bool) -> None:
     Raises PipelineError where SLURM is missing or refuses a job; the jobs before it stay submitted and are recorded.
     """
     if dry_run:
-        print_commands(plan_now(request), request)
+        carry_out(plan_now(request), request, dry_run)
         return
     if scheduler.list_queued() is None:
         raise PipelineError("squeue does not answer here: submit on a login node of the cluster, or give --dry-run")
     with records.holding(request.target.log_dir):
         plan = plan_now(request)
         check_weights(plan, request.target)
-        submitted = carry_out(plan, request)
+        submitted = carry_out(plan, request, dry_run)
     print(records.format_table(submitted) if submitted else "nothing to submit")
 
 
@@ -68,11 +68,11 @@ def find_active(target: Target) -> dict[int, list[ActiveTask]]:
     for record in records.read_records(target.log_dir) if queued else []:
         if not is_of_target(record, target):
             continue
-        active.setdefault(record.stage, []).extend(
-            ActiveTask(task.job_id, task.shard or 0, record.shard_count, task.is_waiting, task.shard is not None)
-            for task in queued
-            if task.job_id == record.job_id
-        )
+        for task in queued:
+            if task.job_id == record.job_id:
+                name = task.job_id if task.shard is None else f"{task.job_id}_{task.shard}"
+                found = ActiveTask(name, task.shard or 0, record.shard_count, task.is_waiting)
+                active.setdefault(record.stage, []).append(found)
     return active
 
 
@@ -152,29 +152,32 @@ def environment_options(stage: Stage) -> list[str]:
     return [option for name in names for option in shlex.split(os.environ.get(name, ""))]
 
 
-def print_commands(plan: Plan, request: Request) -> None:
-    """Print what would be run; jobs are called JOB and their stage."""
-    ids: dict[PlannedJob, str] = {}
-    if plan.replaced:
-        print(shlex.join(["scancel", *plan.replaced]))
-    for job in plan.jobs:
-        print(shlex.join(build_command(job, request, ids)), flush=True)
-        same = sum(other.stage == job.stage for other in ids)
-        ids[job] = f"JOB{job.stage.label}" + (f"-{same + 1}" if same else "")
+def carry_out(plan: Plan, request: Request, dry_run: bool) -> list[Record]:
+    """Submit a plan's jobs and return their records, or print the commands; jobs are then called JOB and their stage.
 
-
-def carry_out(plan: Plan, request: Request) -> list[Record]:
-    """Submit a plan's jobs and return their records, which are written job by job: a kill in between forgets none."""
-    if plan.replaced:
-        scheduler.tell(["scancel", *plan.replaced])
+    The records are written job by job: a kill in between forgets none.
+    """
+    run = _print_command if dry_run else scheduler.tell
     path, submitted = records.name_record(request.target.log_dir), list[Record]()
     ids: dict[PlannedJob, str] = {}
+    if plan.replaced:
+        run(["scancel", *plan.replaced])
     for job in plan.jobs:
         command = build_command(job, request, ids)
-        ids[job] = scheduler.submit(command)
+        answer = run(command)
+        if dry_run:
+            same = sum(other.stage == job.stage for other in ids)
+            ids[job] = f"JOB{job.stage.label}" + (f"-{same + 1}" if same else "")
+            continue
+        ids[job] = scheduler.read_job_id(answer)
         submitted.append(make_record(job, request.target, ids, command))
         records.write_records(path, submitted)
     return submitted
+
+
+def _print_command(command: Sequence[str]) -> str:
+    print(shlex.join(command), flush=True)
+    return ""
 
 
 def make_record(job: PlannedJob, target: Target, ids: dict[PlannedJob, str], command: list[str]) -> Record:
@@ -182,7 +185,6 @@ def make_record(job: PlannedJob, target: Target, ids: dict[PlannedJob, str], com
     stage = job.stage
     return Record(
         stage=stage.number,
-        name=stage.name,
         job_id=ids[job],
         shards=scheduler.format_shards(job.shards) if stage.is_array else "",
         shard_count=job.shard_count,

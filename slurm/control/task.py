@@ -1,4 +1,4 @@
-"""Become the stage that a job is for: find its shard, its device and its tars, then run its script in this process.
+"""Become the stage that a job is for: find its shard and its device, then run its script in this process.
 
     python slurm/control/task.py STAGE [--shards N] [the stage's own options]
 
@@ -6,7 +6,6 @@ The shard is $SLURM_ARRAY_TASK_ID of N (by default as many as the array goes up 
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, count_cores
 from pipeline.errors import ConfigError
-from pipeline.files.units import TarUnit
-from pipeline.files.workspace import remove
 from pipeline.ids import Shard
-from pipeline.stages import BY_LABEL, ROW_GROUP, TAR, WORKER, Stage
+from pipeline.stages import BY_LABEL, ROW_GROUP, WORKER, Stage
 from publish_model.new_data.embed_options import parse as parse_embed_options
 from slurm.control.target import Target, make_dataset_target
 
@@ -80,33 +77,10 @@ def must_have_gpu(environment: Mapping[str, str]) -> bool:
     return wanted == "1" or (wanted == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def copy_tars(task: Task, scratch_dir: Path) -> list[str]:
-    """Copy the shard's tars to a folder of the node and return the option that makes the stage read them there.
-
-    The other tars are linked, so that the shard's number means the same tars there.
-    """
-    raw_dir = scratch_dir / "raw"
-    raw_dir.mkdir(parents=True, exist_ok=True)
-    units = [unit for unit in task.target.list_units(task.stage) if isinstance(unit, TarUnit)]
-    own = {unit.tar_path for unit in task.shard.take(units)}
-    for unit in units:
-        if not unit.tar_path.is_file():
-            continue
-        place = raw_dir / unit.tar_path.name
-        remove(place)
-        if unit.tar_path in own and not unit.output_path.exists():
-            shutil.copyfile(unit.tar_path, place)
-        else:
-            place.symlink_to(unit.tar_path)
-    return ["--set", f"paths.raw_dir={raw_dir}"]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Become the stage."""
     task = read_task(sys.argv[1:] if argv is None else argv, os.environ)
     command = build_command(task, os.environ)
-    if task.stage.unit == TAR and os.environ.get("COPY_TARS_TO_TMPDIR") == "1" and "--tar-file" not in task.options:
-        command += copy_tars(task, Path(os.environ["SLURM_TMPDIR"]))
     cores = os.environ.get("SLURM_CPUS_PER_TASK")
     if cores:
         os.environ.setdefault("OMP_NUM_THREADS", str(min(int(cores), count_cores())))
