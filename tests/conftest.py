@@ -1,5 +1,6 @@
 """What the tests share: tars, configurations, a toy backbone, and scripts run as a user runs them."""
 
+import fcntl
 import json
 import os
 import signal
@@ -38,6 +39,25 @@ def shared_dir() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("no development data (../shared) beside the project")
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """Have a folder filled once a run: the first test process that asks for the name fills it, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    base = base if worker_id == "master" else base.parent
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, made = base / name, base / f"{name}.made"
+        with open(base / f"{name}.lock", "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                folder.mkdir(exist_ok=True)
+                fill(folder)
+                made.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture

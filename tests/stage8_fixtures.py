@@ -10,7 +10,7 @@ from publish_model import generate_embeddings_from_parquet as stage
 PHOTOGRAPHS = make_photographs(37)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_dir(toy_backbone, tmp_path_factory):
     return publish(tmp_path_factory.mktemp("published"), toy_backbone)
 

@@ -1,5 +1,7 @@
 """The tiled search against slow, obvious loops, on every device there is, whatever the size of its tiles."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -50,9 +52,9 @@ def test_ignored_pairs_and_panoramas_are_left_out_as_in_a_loop(seed, device, blo
     assert_equals_loops(found[1], score_by_loops(embeddings, codes, pairs, panoramas))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("share_hard", [0.0, 0.05, 0.3])
-def test_few_hard_queries_among_easy_ones_fare_as_in_a_loop(share_hard, device, block_rows):
+@cache
+def draw_few_hard_queries(share_hard):
+    """Return embeddings, codes and panoramas, and how every query fares without and with the panoramas."""
     generator = np.random.default_rng(0)
     sizes = generator.integers(1, 6, 150).tolist()
     _, codes = draw(sizes)
@@ -60,9 +62,17 @@ def test_few_hard_queries_among_easy_ones_fare_as_in_a_loop(share_hard, device, 
     spread = np.where(generator.random((len(codes), 1)) < share_hard, 2.0, 0.05)
     embeddings = normalise_rows(centres[codes] + spread * generator.standard_normal((len(codes), 16)))
     panoramas = generator.integers(0, len(codes) // 3, len(codes))
+    expected = score_by_loops(embeddings, codes), score_by_loops(embeddings, codes, [], panoramas)
+    return embeddings, codes, panoramas, expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("share_hard", [0.0, 0.05, 0.3])
+def test_few_hard_queries_among_easy_ones_fare_as_in_a_loop(share_hard, device, block_rows):
+    embeddings, codes, panoramas, expected = draw_few_hard_queries(share_hard)
     found = score_queries_twice(embeddings, codes, panoramas, device=torch.device(device))
-    assert_equals_loops(found[0], score_by_loops(embeddings, codes))
-    assert_equals_loops(found[1], score_by_loops(embeddings, codes, [], panoramas))
+    assert_equals_loops(found[0], expected[0])
+    assert_equals_loops(found[1], expected[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)

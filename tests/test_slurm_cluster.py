@@ -1,6 +1,5 @@
 """The pipeline on a real SLURM of one node, which tests/local-slurm.sh starts on this machine."""
 
-import fcntl
 import json
 import os
 import shlex
@@ -131,20 +130,12 @@ def cluster(worker_id: str) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def local_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder in which the whole pipeline ran without SLURM; the test processes share it."""
-    base = tmp_path_factory.getbasetemp()
-    base = base if worker_id == "master" else base.parent
-    folder = base / "slurm local run"
-    with open(base / "slurm-local-run.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "report" / "metrics.json").exists():
-            make_local_run(folder)
-    return folder
+def local_run(make_once: Callable[..., Path]) -> Path:
+    """A folder in which the whole pipeline ran without SLURM."""
+    return make_once("slurm local run", make_local_run)
 
 
 def make_local_run(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(CONFIG, encoding="utf-8")
     config = ["--config", str(folder / "config.toml")]
     for command in (

@@ -24,12 +24,16 @@ OTHERS = ["lists too short", "room too small", "two levels", "wide points", "hug
 
 
 @pytest.fixture(scope="module")
-def results() -> Any:
+def results(make_once: Any) -> Any:
+    return json.loads((make_once("interpreted search", search) / "found.json").read_text())
+
+
+def search(folder: Path) -> None:
     script = Path(__file__).with_name("interpreted_search.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
     outcome = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
-    return json.loads(outcome.stdout)
+    (folder / "found.json").write_text(outcome.stdout)
 
 
 @pytest.mark.parametrize("case", [*CASES, *OTHERS])
