@@ -2,9 +2,9 @@
 
     python difficulty_metadata/compute_visual_neighbors.py --config config.toml
 
-Reads fingerprints_dir/*_fingerprints.parquet. Writes difficulty_metadata_path, one row an image. What is found on the
-way is kept in the folder _NAME_parts beside it: a rerun after a kill goes on there, and with --shard I/N the process
-that finds the parts of all N complete puts them together. A rerun keeps a complete output.
+Reads fingerprints_dir/*_fingerprints.parquet. Writes difficulty_metadata_path, one row an image. The folder _NAME_parts
+beside it holds the neighbours found so far: a rerun after a kill goes on there, and with --shard I/N the process that
+finds the parts of all N complete merges them. A rerun keeps a complete output.
 """
 
 import sys
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
 
 STAGE = "compute_visual_neighbors"
-# The names are historical: the key is the image's id, the distances are Euclidean ones between fingerprints.
+# The names are historical: the key is the image's id, the distances are Euclidean, between fingerprints.
 DIFFICULTY_SCHEMA = pa.schema(
     [
         ("target_coord_hash", pa.string()),
@@ -52,14 +52,14 @@ DIFFICULTY_SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_GROUP = 20_000
-# Images that set the band edges at the least, as in the reference implementation: 5 % of a small city are too few.
+# At least so many images set the band edges: 5 % of a small city are too few.
 MIN_SAMPLE = 10_000
-# Parts searched together. On a GPU the more queries there are, the nearer together those of a tile, and the more points
-# are passed over: 500,000 queries, whose neighbours take 1 GB.
+# Parts searched together. On a GPU more queries lie nearer together in a tile, so that it skips more points: 500,000
+# queries, whose neighbours take 1 GB.
 PARTS_AT_ONCE = {"cpu": 1, "cuda": 25}
-# Neighbours written at a time, which cuts the row groups where there are very many an image.
+# Neighbours written at a time, which shortens the row groups where an image has very many.
 MAX_NEIGHBORS_PER_GROUP = 1 << 23
-# Rows whose ratios are held at a time in float64: fresh memory for a whole group's cost more than computing them.
+# Rows whose ratios are computed at a time: allocating float64 for a whole group cost more than computing.
 BANDED_ROWS = 1_024
 
 
@@ -77,7 +77,7 @@ def data_settings(config: Config) -> dict[str, Any]:
 
 
 def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
-    """Return the images' points in the space of the leading principal components, as (N, d) float32."""
+    """Return the images' points (N, d) float32 in the space of the leading principal components."""
     pca = fit_pca(images.stream_fingerprints(), images.width, num_components)
     kept = len(pca.components)
     logger.info(
@@ -93,7 +93,7 @@ def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
 
 
 def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Config, watch: Stopwatch) -> int:
-    """Find the neighbours of a shard's anchors, part by part, and return how many parts had to be made."""
+    """Find the neighbours of a shard's anchors, part by part, and return the number of parts made."""
     todo = [part for part in range(store.count_parts(shard)) if not store.is_done(shard, part)]
     if not todo:
         return 0
@@ -115,8 +115,8 @@ def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Con
         with Progress("neighbours", num_anchors, interval_seconds=config.logging.progress_interval_seconds) as progress:
             progress.resume_at(num_anchors - sum(len(store.anchors(shard, part)) for part in todo))
             found = watch.measure_each("search", find_parts(search, store, shard, todo, progress.advance))
-            # Where parts come in batches, one is written while the next is searched. Not on a CPU: it has no time to
-            # spare, and an interrupt would have to wait for a part.
+            # On a GPU, where parts come in batches, one is written while the next is searched. On a CPU that would cost
+            # the search its time, and an interrupt would have to wait for a part.
             is_batched = PARTS_AT_ONCE[device.type] > 1
             with closing(prefetch(found)) if is_batched else nullcontext(found) as parts:
                 for part, rows, distances in parts:
@@ -141,7 +141,7 @@ def find_parts(
 
 
 def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:
-    """Return which images (N,) bool set the band edges: the fraction of them, at least MIN_SAMPLE or all."""
+    """Return which images (N,) bool set the band edges: a fraction of them, but at least MIN_SAMPLE or all."""
     size = min(num_images, max(MIN_SAMPLE, round(num_images * fraction)))
     is_drawn = np.zeros(num_images, dtype=bool)
     is_drawn[np.random.default_rng(seed).choice(num_images, size, replace=False)] = True
@@ -149,7 +149,7 @@ def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:
 
 
 def calibrate(store: PartStore, shard_count: int, config: Config) -> list[float]:
-    """Return the band edges that the sample's ratios give."""
+    """Return the band edges of the sample's ratios."""
     is_drawn = draw_sample(store.num_anchors, config.difficulty.sample_fraction_for_bands, config.global_.seed)
     ratios = []
     start = 0
@@ -162,14 +162,14 @@ def calibrate(store: PartStore, shard_count: int, config: Config) -> list[float]
 
 
 def rows_per_block(num_neighbors: int) -> int:
-    """Return how many images' neighbours are held and written at a time."""
+    """Return the number of images whose neighbours are held and written at a time."""
     return min(ROWS_PER_GROUP, max(1, MAX_NEIGHBORS_PER_GROUP // num_neighbors))
 
 
 def build_rows(
     images: ImageTable, start: int, rows: np.ndarray, distances: np.ndarray, edges: list[float], k0: int
 ) -> pa.Table:
-    """Return the output's rows for the images from `start` on, whose neighbours are given, padded, as (B, k)."""
+    """Return the output's rows for the images from `start` on, from their padded neighbours (B, k)."""
     is_found = rows >= 0
     offsets = pa.array(np.concatenate([[0], is_found.sum(axis=1).cumsum()]).astype(np.int32))
     names = images.building_ids.take(pa.array(images.building_codes[rows[is_found]]))
@@ -186,7 +186,7 @@ def build_rows(
 def merge(
     images: ImageTable, store: PartStore, shard_count: int, path: Path, provenance: dict[str, Any], config: Config
 ) -> None:
-    """Write the output from the parts of all shards; the edges and counts go into the provenance.
+    """Write the output from the parts of all shards, adding the edges and counts to the provenance.
 
     Raises InputError if a part is missing or damaged.
     """
@@ -224,8 +224,8 @@ def describe_output(config: Config) -> dict[str, Any]:
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Find the neighbours of this shard's images and, when all shards are done, write the output.
 
-    Raises InputError if the fingerprints are missing or not what is expected, StaleOutputError if the output or a part
-    of it was made from others.
+    Raises InputError if the fingerprints are missing or malformed, StaleOutputError if the output or a part was made
+    from other inputs or settings.
     """
     config.require_paths("fingerprints_dir", "difficulty_metadata_path")
     path = config.path("difficulty_metadata_path")
@@ -262,12 +262,11 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
             raise
         return result
     if keep_complete(unit, result, options.overwrite):
-        return result  # another shard's process has put the parts together and removed them
+        return result  # another shard's process has merged the parts and removed them
     logger.info("shard %s is done; the last of the %d shards will write %s", shard, shard.count, path)
     num_anchors = len(range(shard.index, len(images), shard.count))
     result.add({"in": num_anchors, "out": num_anchors})
-    done = [store.path(shard, part) for part in range(store.count_parts(shard))]
-    (result.written if num_made else result.kept).extend(done)
+    (result.written if num_made else result.kept).extend(store.paths(shard))
     return result
 
 

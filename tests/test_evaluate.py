@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closed_forms import fit_within_class_whitening
 from evaluation_data import (
     IMAGES_PER_BUILDING,
     NUM_BUILDINGS,
@@ -35,7 +36,7 @@ from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.retrieval.checkpoint import save_checkpoint
 from pipeline.retrieval.features import load_features
 from pipeline.retrieval.scores import SCORE_KEYS, normalise_rows, score_queries, score_queries_twice, summarize_scores
-from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, fit_within_class_whitening
+from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE
 
 NUM_IMAGES = NUM_BUILDINGS * IMAGES_PER_BUILDING
 SCORE_DICT_KEYS = {name for key in SCORE_KEYS for name in (key, f"{key}_ci95")}

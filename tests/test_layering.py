@@ -230,9 +230,9 @@ FILE_CALLS = {
 }  # fmt: skip
 # Those that have not moved there yet, by name.
 OWN_FILE_CALLS = {
-    "package_images.py", "reference_model.py", "aggregate_embeddings.py", "sidecar.py",
+    "package_images.py", "reference_model.py", "aggregate_embeddings.py",
     "generate_embeddings_from_parquet.py", "deletions.py", "set_aside.py", "run_files.py", "training_run.py",
-    "metric_sinks.py", "neighbor_parts.py",
+    "metric_sinks.py",
 }  # fmt: skip
 
 

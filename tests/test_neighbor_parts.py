@@ -4,10 +4,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fingerprint_data import K, draw_table, write_run
+from fingerprint_data import draw_table, write_run
 
 from difficulty_metadata import compute_visual_neighbors
 from difficulty_metadata.compute_visual_neighbors import main
@@ -213,16 +212,3 @@ def test_a_damaged_part_is_named_with_the_remedy(
     for shard in ("0/2", "1/2"):
         assert run_main(main, "--config", config, "--shard", shard).code == 0
     assert output.exists()
-
-
-def test_parts_of_an_earlier_version_are_named_with_the_remedy(make_run: Callable, run_main: Callable) -> None:
-    config, output = make_run(draw_table(40))
-    run_main(main, "--config", config, "--shard", "0/2")
-    (part,) = (output.parent / "_difficulty_parts").iterdir()
-    provenance = pq.read_schema(part).metadata
-    lists = pa.table({"rows": [[1] * K] * 20, "distances": [[1.0] * K] * 20})
-    pq.write_table(lists.replace_schema_metadata(provenance), part)
-    outcome = run_main(main, "--config", config, "--shard", "1/2")
-    assert outcome.code == 1
-    assert list(part.parent.iterdir()) == [part]  # nothing was searched only to be thrown away with it
-    assert f"error: {part}: not as this version writes parts: remove the folder {part.parent}" in outcome.stderr

@@ -100,14 +100,14 @@ def test_the_result_does_not_depend_on_the_batch() -> None:
 
 
 def test_dropout_acts_in_training_alone() -> None:
-    projector = randomised(output_dim=5, dropout=0.5, input_dropout=0.5)
+    projector = randomised(output_dim=5, dropout=0.5)
     torch.testing.assert_close(projector(features()), projector(features()))
     projector.train()
     assert not torch.equal(projector(features()), projector(features()))
 
 
 def test_the_architecture_makes_the_same_projector_again() -> None:
-    projector = randomised(output_dim=5, hidden_dim=7, num_hidden_layers=2, activation="silu", input_dropout=0.2)
+    projector = randomised(output_dim=5, hidden_dim=7, num_hidden_layers=2, activation="silu")
     again = Projector(**projector.architecture).eval()
     again.load_state_dict(projector.state_dict())
     torch.testing.assert_close(again(features()), projector(features()))

@@ -5,14 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closed_forms import fit_pca_whitening, fit_within_class_whitening
 
 from pipeline.retrieval import whitening
 from pipeline.retrieval.whitening import (
     LinearMap,
     collect_scatter,
     collect_scatters,
-    fit_pca_whitening,
-    fit_within_class_whitening,
     sharpen_whitening,
     whiten_by_pca,
     whiten_within_class,

@@ -1,4 +1,4 @@
-"""Difficulty bands: a neighbour's distance against the local scale of its anchor, cut at percentiles."""
+"""Difficulty bands: a neighbour's distance divided by its anchor's local scale, cut at percentiles."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ EDGE_PERCENTILES = (5, 10, 20, 40, 60, 85)
 def local_scales(distances: np.ndarray, k0: int) -> np.ndarray:
     """Return each anchor's distance to neighbour number `k0`, or to its last one, as (A,) float64.
 
-    `distances` (A, k) is ascending, with inf where there is no neighbour. No neighbour at all gives inf.
+    `distances` (A, k) is ascending and padded with inf. Without any neighbour the scale is inf.
     """
     num_found = np.isfinite(distances).sum(axis=1)
     places = np.clip(np.minimum(num_found, k0) - 1, 0, None)
@@ -18,7 +18,7 @@ def local_scales(distances: np.ndarray, k0: int) -> np.ndarray:
 
 
 def distance_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
-    """Return distance / local scale as (A, k) float64; inf also where there is no neighbour.
+    """Return distance / local scale as (A, k) float64, padded with inf.
 
     Where the scale is 0, a distance of 0 has the ratio 0, any other inf.
     """
@@ -30,7 +30,7 @@ def distance_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
 
 
 def calibration_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
-    """Return, flat, the ratios that count for the percentiles: those of anchors whose local scale is not 0."""
+    """Return, flat, the ratios that count for the percentiles: those of anchors with a local scale above 0."""
     ratios = distance_ratios(distances, k0)[local_scales(distances, k0) > 0]
     finite: np.ndarray = ratios[np.isfinite(ratios)]
     return finite

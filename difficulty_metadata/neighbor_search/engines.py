@@ -1,7 +1,7 @@
-"""Exact search engines: each returns candidates, and a proven lower bound on the distance of all that it left out.
+"""Exact search engines: each returns candidates and a proven lower bound on the distance of all other points.
 
-No engine's float arithmetic decides which neighbour is nearer. An engine proposes candidates; `neighbors` measures
-them anew in float64 and, where the bound does not prove the k nearest to be among them, asks again for more.
+An engine's rounding does not decide which neighbour is nearer: `neighbors` measures the candidates in float64 and asks
+for more where the bound does not prove that the k nearest are among them.
 """
 
 from typing import Protocol
@@ -12,31 +12,31 @@ import torch
 from pipeline.errors import PipelineError
 from pipeline.inference.devices import full_precision
 
-# Up to here a distance matrix of a block of queries to all points is simply sorted (TiledEngine).
+# With at most so many points the whole row of distances is sorted (TiledEngine).
 DENSE_POINTS = 8_192
-# One point in so many is looked at first, to guess below which distance a query's candidates lie (16: 1.2 x slower).
+# One point in so many is a sample, from which a query's threshold is guessed (16: 1.2 x slower).
 SAMPLE_STRIDE = 32
 # (queries, points) of a tile. On a CPU 256 x 4,096 float32 (4 MB) stays in the cache: 1.7 x faster than 16,384 wide.
 CPU_TILE = (256, 4_096)
 CUDA_TILE = (8_192, 65_536)
-# Candidates held at a time, for a search so wide that a block of queries has to be cut.
+# Candidates held at a time; a very wide search cuts its block of queries.
 _MAX_HITS = 1 << 25
 
 
 class Engine(Protocol):
-    """What finds candidates among points that were given to it."""
+    """A search among points given at construction."""
 
     @property
     def order(self) -> torch.Tensor | None:
-        """The points in an order in which queries at them are best asked; None where any will do."""
+        """The best order of queries at the points; None if it does not matter."""
 
     def search(
         self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return candidates (Q, m) int64, -1 where there is none, and bounds (Q,) float64.
+        """Return candidates (Q, m) int64, padded with -1, and bounds (Q,) float64.
 
-        Every point that is neither among a query's candidates nor of its building has a squared distance of at least
-        the bound. The engine may or may not leave out the query's own building.
+        All points of other buildings that are no candidates have squared distances of at least the bound. Candidates
+        may be of the query's own building.
         """
 
 
@@ -104,8 +104,8 @@ class FaissEngine:
 class TiledEngine:
     """Tiles of the distance matrix by matrix product, on CPU or CUDA, in float32 or float64.
 
-    A threshold per query, guessed from a sample of the points, tells what of a tile is worth keeping; a guess that is
-    too low gives fewer candidates and a lower bound, never a wrong one.
+    Of each tile it keeps the points below a query's threshold, which is guessed from a sample. A guess that is too low
+    gives fewer candidates and a lower bound, but never a wrong one.
     """
 
     order = None
@@ -124,13 +124,13 @@ class TiledEngine:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See Engine."""
         num_points = len(self._points)
-        # What the sample holds of the wanted ones, and four standard deviations, lest the guess be too low.
+        # The number of wanted points in the sample, plus four standard deviations.
         expected = num_candidates / SAMPLE_STRIDE
         sample_rank = int(expected + 4 * expected**0.5) + 1
         is_dense = num_points <= DENSE_POINTS or sample_rank > len(self._sample[0])
         rows = min(self._tile[0], max(1, _MAX_HITS // (num_points if is_dense else 4 * num_candidates)))
         found = []
-        # One buffer for all tiles: fresh pages for each cost a CPU more than the product.
+        # One buffer for all tiles: fresh pages cost a CPU more than the product.
         size = 0 if is_dense else min(rows, len(queries)) * min(self._tile[1], num_points)
         buffer = torch.empty(size, dtype=self._dtype, device=queries.device)
         with full_precision():
@@ -168,7 +168,7 @@ class TiledEngine:
         sample_rank: int,
         buffer: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return candidates (Q, m) and the score that all others reach, from what lies below a guessed threshold."""
+        """Return candidates (Q, m) below a guessed threshold, and the score that all others reach."""
         thresholds = self._guess_thresholds(queries, query_codes, sample_rank)  # (Q, 1)
         hits = []
         for start in range(0, len(self._points), self._tile[1]):
@@ -184,7 +184,7 @@ class TiledEngine:
         best, order = scores.topk(count, dim=1, largest=False)
         limits = thresholds[:, 0]
         if count == num_candidates:
-            limits = torch.minimum(limits, best[:, -1])  # what was cut off is no nearer than the last one kept
+            limits = torch.minimum(limits, best[:, -1])  # points cut off are no nearer than the last one kept
         return _pad(places.gather(1, order).masked_fill(best.isinf(), -1), num_candidates), limits
 
     def _guess_thresholds(self, queries: torch.Tensor, query_codes: torch.Tensor, rank: int) -> torch.Tensor:
@@ -196,11 +196,11 @@ class TiledEngine:
 
 
 def bound_unseen(squared: torch.Tensor, queries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn a computed squared distance, which all unseen points reach, into a proven bound on the true one.
+    """Turn a computed squared distance that all unseen points reach into a proven bound on the true one.
 
-    |x|² - 2xy + |y|² computed in `dtype` is off by at most (d + 4) u (|x| + |y|)², u being the unit roundoff, in
-    whatever order it is summed (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). An unseen point
-    truly nearer than r has |y| < |x| + r; so its true squared distance is at least r² - (d + 4) u (2 |x| + r)².
+    |x|² - 2xy + |y|² computed in `dtype` is off by at most (d + 4) u (|x| + |y|)² in any order of summation, u being
+    the unit roundoff (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). An unseen point truly
+    nearer than r has |y| < |x| + r, so its true squared distance is at least r² - (d + 4) u (2 |x| + r)².
     """
     roundoff = torch.finfo(dtype).eps / 2
     reach = 2 * queries.double().square().sum(dim=1).sqrt() + squared.clamp(min=0.0).sqrt()

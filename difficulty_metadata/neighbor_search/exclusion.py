@@ -1,4 +1,4 @@
-"""Which images are too near on the ground to count as neighbours."""
+"""Exclude images that are too near on the ground to count as neighbours."""
 
 import numpy as np
 
@@ -7,13 +7,10 @@ from pipeline.retrieval.geography import distances_m
 
 
 class Exclusion:
-    """Tells whose targets stand nearer than `within_m` to an anchor's."""
+    """Tells which images' targets stand nearer than `within_m` to an anchor's."""
 
     def __init__(self, latitudes: np.ndarray, longitudes: np.ndarray, within_m: float) -> None:
-        """Take the target positions of all rows, in degrees (N,).
-
-        Raises InputError where one is not finite.
-        """
+        """Take the target positions of all rows, in degrees (N,). Raises InputError where one is not finite."""
         if not (np.isfinite(latitudes).all() and np.isfinite(longitudes).all()):
             raise InputError(
                 "target_lat, target_lon: not finite for some images, which [difficulty].exclude_within_m needs: "

@@ -1,10 +1,9 @@
-"""The search's unfinished business: neighbours found so far, in files that survive a kill and can be shared out.
+"""Neighbours found so far, in files that survive a kill and that shards fill together.
 
-Shard I of N has the rows I, I + N, I + 2 N, ... of the table, and writes them in parts of PART_ANCHORS. Whoever finds
-the parts of all shards complete merges them, row by row, which is why any number of shards gives the same bytes.
+Shard I of N has the rows I, I + N, I + 2 N, ... of the table, and writes them in parts of PART_ANCHORS. The process
+that finds the parts of all shards complete merges them row by row, so any number of shards gives the same bytes.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputError
+from pipeline.files import workspace
 from pipeline.files.tables import (
     describe_difference,
     matches,
@@ -23,8 +23,8 @@ from pipeline.files.tables import (
 )
 from pipeline.ids import Shard
 
-# What a kill costs at most. A part of 150 neighbours takes 24 MB: as the numbers are in memory, because encoding them
-# took six times as long, and would have to keep up with a GPU's search.
+# A kill costs at most one part: 24 MB with 150 neighbours. Numbers are stored as they are in memory: encoding them took
+# six times as long, and a GPU's search would wait for it.
 PART_ANCHORS = 20_000
 _TYPES = {"rows": np.int32, "distances": np.float32}
 # A reader holds one such group of each shard.
@@ -37,10 +37,10 @@ def parts_dir(output_path: Path) -> Path:
 
 
 class PartStore:
-    """The folder of the parts of one output, for one way of sharing the anchors out."""
+    """The folder of the parts of one output."""
 
     def __init__(self, output_path: Path, num_anchors: int, num_neighbors: int, provenance: dict[str, Any]) -> None:
-        """`provenance` is what the output will carry: parts of other inputs or settings are refused."""
+        """Take the output's provenance, too: parts of other inputs or settings are refused."""
         self.folder = parts_dir(output_path)
         self.num_anchors = num_anchors
         self.num_neighbors = num_neighbors
@@ -55,45 +55,40 @@ class PartStore:
         return -(-len(range(shard.index, self.num_anchors, shard.count)) // PART_ANCHORS)
 
     def path(self, shard: Shard, part: int) -> Path:
-        """Return where a part is kept."""
+        """Return a part's file."""
         return self.folder / f"{shard.index:05d}-of-{shard.count:05d}-{part:05d}.parquet"
 
-    def is_done(self, shard: Shard, part: int) -> bool:
-        """Whether a part is there.
+    def paths(self, shard: Shard) -> list[Path]:
+        """Return the files of a shard's parts."""
+        return [self.path(shard, part) for part in range(self.count_parts(shard))]
 
-        Raises StaleOutputError if it was made from other inputs or settings.
-        """
+    def is_done(self, shard: Shard, part: int) -> bool:
+        """Whether a part is there. Raises StaleOutputError if it was made from other inputs or settings."""
         path = self.path(shard, part)
         return path.exists() and matches(path, read_provenance(path), self._provenance)
 
     def check(self, count: int) -> None:
-        """Raise StaleOutputError if any of the parts of `count` shards was made from other inputs or settings.
-
-        Raises InputError if one is of an earlier version: all that is searched beside it could not be merged with it.
-        """
-        for shard in (Shard(index, count) for index in range(count)):
-            for part in range(self.count_parts(shard)):
-                if self.is_done(shard, part):
-                    path = self.path(shard, part)
-                    with open_parquet(path) as file:
-                        self._check_form(path, file.schema_arrow)
+        """Raise StaleOutputError if a part of any of `count` shards was made from other inputs or settings."""
+        for index in range(count):
+            for part in range(self.count_parts(Shard(index, count))):
+                self.is_done(Shard(index, count), part)
 
     def is_all_done(self, count: int) -> bool:
         """Whether the parts of all `count` shards are there, made from these inputs with these settings."""
         shards = [Shard(index, count) for index in range(count)]
-        paths = [self.path(shard, part) for shard in shards for part in range(self.count_parts(shard))]
+        paths = [path for shard in shards for path in self.paths(shard)]
         if not all(path.exists() for path in paths):
             return False
         return all(describe_difference(read_provenance(path) or {}, self._provenance) is None for path in paths)
 
     def remove(self, shard: Shard) -> None:
         """Remove a shard's parts, to make them again."""
-        for part in range(self.count_parts(shard)):
-            self.path(shard, part).unlink(missing_ok=True)
+        for path in self.paths(shard):
+            workspace.remove(path)
 
     def remove_all(self) -> None:
-        """Remove everybody's parts, once the output is there; another process may be doing the same."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the parts of all shards; another process may be doing the same."""
+        workspace.discard(self.folder)
 
     def write(self, shard: Shard, part: int, rows: np.ndarray, distances: np.ndarray) -> None:
         """Write the neighbours (A, k) of a part's anchors, -1 and inf where there are fewer."""
@@ -123,17 +118,10 @@ class PartStore:
         for part in range(self.count_parts(shard)):
             path = self.path(shard, part)
             with open_parquet(path) as file, reading(path):
-                self._check_form(path, file.schema_arrow)
                 if file.metadata.num_rows != len(self.anchors(shard, part)):
-                    raise InputError(f"{path}: {file.metadata.num_rows} rows, not its anchors': remove it")
+                    raise InputError(f"{path}: {file.metadata.num_rows} rows instead of its anchors': remove it")
                 for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP, columns=list(columns)):
                     yield [self._view(batch, name) for name in columns]
-
-    def _check_form(self, path: Path, found: pa.Schema) -> None:
-        if not found.equals(self._schema()):
-            raise InputError(
-                f"{path}: not as this version writes parts: remove the folder {self.folder} and run this again"
-            )
 
     def _view(self, batch: pa.RecordBatch, name: str) -> np.ndarray:
         column = batch.column(name)
@@ -141,14 +129,14 @@ class PartStore:
         return values[column.offset : column.offset + len(column)]
 
     def _schema(self) -> pa.Schema:
-        """Return the columns of a part; each row is an anchor's numbers, one after the other."""
+        """Return the columns of a part; a row holds an anchor's numbers in one piece."""
         return pa.schema(
             [(name, pa.binary(np.dtype(kind).itemsize * self.num_neighbors)) for name, kind in _TYPES.items()]
         )
 
 
 class _ShardReader:
-    """Reads a shard from its first row on, as many rows at a time as are asked for."""
+    """Reads a shard's rows in order, any number at a time."""
 
     def __init__(self, store: PartStore, shard: Shard, columns: tuple[str, ...]) -> None:
         self._groups = store.stream_shard(shard, columns)

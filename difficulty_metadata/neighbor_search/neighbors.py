@@ -1,7 +1,5 @@
-"""Exact nearest images of other buildings, the same from every engine, ties broken by row."""
+"""Find the exact nearest images of other buildings, the same by every engine, with ties broken by row."""
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,28 +19,28 @@ from pipeline.inference.compilation import COMPILE_ERRORS
 from pipeline.inference.devices import halve_until_it_fits
 from pipeline.log import logger
 
-# Asked for beyond the neighbours wanted, for what turns out to be of the own building, or too near on the ground.
+# Candidates beyond the neighbours wanted, in place of those of the own building or too near on the ground.
 SPARE_CANDIDATES = 32
-# How many times more are asked for where the first answer was not proven complete.
+# How many times more candidates a repeated search asks for.
 _GROWTH = 4
 # Anchors searched at a time: on a GPU enough to keep every multiprocessor busy.
 _BLOCK_ANCHORS = {"cpu": 4_096, "cuda": 65_536}
-# To which that is halved where a GPU's memory runs out: a tile of float64 then takes 0.5 GB.
+# The block is halved down to this where a GPU's memory runs out: a tile of float64 then takes 0.5 GB.
 LEAST_BLOCK_ANCHORS = 1_024
-# Points from which on a GPU's fused kernel is used; below, its preparation costs as much as the tiles.
+# The GPU's fused kernel needs so many points; with fewer its preparation costs as much as the tiles.
 _MIN_TRITON_POINTS = 65_536
-# Ampere, the oldest that Triton compiles the kernels for.
+# Ampere, the oldest architecture that Triton compiles the kernels for.
 _TRITON_CAPABILITY = (8, 0)
-# Anchors of a trial whose answers are compared: in float64 a second's work at 5.8 million points, by count.
+# Anchors compared in the kernel's trial: a second's work in float64 at 5.8 million points.
 TRIAL_ANCHORS = 256
-# Candidates held at a time: only searches that were repeated with very many are cut by this.
+# Candidates held at a time: cuts repeated searches with very many.
 _MAX_CANDIDATES = 1 << 24
-# Coordinates of candidates held at a time in float64: 8 MB on a CPU, where less stays nearer to the cache.
+# Coordinates of candidates held at a time in float64: 8 MB on a CPU, to stay near the cache.
 _MAX_COORDINATES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:
-    """Return what a compiler, a driver or a kernel raises; Triton's own exceptions have a base of their own."""
+    """Return the exceptions of a compiler, a driver or a kernel, Triton's own included."""
     errors: tuple[type[Exception], ...] = (*COMPILE_ERRORS, ValueError, TypeError, AttributeError, LookupError)
     try:
         from triton.errors import TritonError
@@ -53,9 +51,9 @@ def _kernel_errors() -> tuple[type[Exception], ...]:
 
 @dataclass(frozen=True)
 class PointGroups:
-    """Distinct points, in the order of their first rows, and which rows lie at each.
+    """Distinct points, in the order of their first rows, and the rows at each.
 
-    Thousands of grey "no imagery" pictures are one point: searched once, they cannot crowd out its neighbours.
+    Thousands of grey "no imagery" pictures are one point: as one candidate they cannot crowd out others.
     """
 
     points: np.ndarray  # (U, d) float32
@@ -65,12 +63,12 @@ class PointGroups:
     starts: np.ndarray  # (U + 1,) int64, where a point's rows begin
 
     def rows_at(self, point: int) -> np.ndarray:
-        """Return the rows that lie at a point, ascending."""
+        """Return the rows at a point, ascending."""
         return self.rows[self.starts[point] : self.starts[point + 1]]
 
 
 def group_points(points: np.ndarray, codes: np.ndarray) -> PointGroups:
-    """Find which rows of `points` (N, d) float32 are identical; `codes` (N,) int32 are their buildings."""
+    """Group the identical rows of `points` (N, d) float32; `codes` (N,) int32 are their buildings."""
     hashes = _hash_rows(points)
     order = np.argsort(hashes, kind="stable")
     is_new = np.ones(len(points), dtype=bool)
@@ -78,7 +76,7 @@ def group_points(points: np.ndarray, codes: np.ndarray) -> PointGroups:
     is_new[same + 1] = (points[order[same + 1]] != points[order[same]]).any(axis=1)
     starts = np.flatnonzero(is_new)
     sizes = np.diff(starts, append=len(points))
-    # Within a group `order` ascends, so its first row is its least; the groups are put in order of that.
+    # Within a group `order` ascends, so its first row is its least; the groups are sorted by it.
     by_first = np.argsort(order[starts])
     lowest, highest = (function.reduceat(codes[order], starts) for function in (np.minimum, np.maximum))
     group_codes = np.where(lowest == highest, lowest, -1)[by_first].astype(np.int32)
@@ -93,7 +91,7 @@ def group_points(points: np.ndarray, codes: np.ndarray) -> PointGroups:
 
 
 def _hash_rows(points: np.ndarray) -> np.ndarray:
-    """Return a 64-bit hash of each row's values, so that sorting need not compare whole rows."""
+    """Return a 64-bit hash of each row, by which rows are sorted."""
     hashes = np.zeros(len(points), dtype=np.uint64)
     for column in range(points.shape[1]):
         bits = (points[:, column] + np.float32(0.0)).view(np.uint32)  # -0 becomes 0
@@ -104,16 +102,14 @@ def _hash_rows(points: np.ndarray) -> np.ndarray:
 
 
 def make_gpu_engine(points: torch.Tensor, codes: torch.Tensor) -> Engine:
-    """Return the fastest engine that can search points (N, d) on a GPU here."""
+    """Return the fastest engine for points (N, d) on this GPU; whether its kernel works, a trial has to show."""
     if len(points) >= _MIN_TRITON_POINTS:
         try:
             from difficulty_metadata.neighbor_search.triton_filter import MAX_DIMS, TritonEngine
         except ImportError:
             logger.info("triton is not installed: the GPU searches by torch's tiles, which is slower")
             return TiledEngine(points, codes)
-        if "CC" not in os.environ and not any(shutil.which(name) for name in ("clang", "gcc", "cc")):
-            logger.info("no C compiler, which triton needs: the GPU searches by torch's tiles, which is slower")
-        elif points.shape[1] <= MAX_DIMS:
+        if points.shape[1] <= MAX_DIMS:
             return TritonEngine(points, codes)
     return TiledEngine(points, codes)
 
@@ -132,8 +128,7 @@ class NeighborSearch:
     ) -> None:
         """Index `points` (N, d) float32 with their buildings (N,) int32; `backend` is as in `[difficulty]`.
 
-        `auto` is torch on every device and size: on 2 cores it was 1.1 to 2.6 times as fast as faiss from 20,000 to
-        400,000 images (benchmarks/neighbors.py, docs/measurements.md).
+        `auto` is torch: on 2 cores 1.1 to 2.6 times as fast as faiss from 20,000 to 400,000 images.
         """
         self.backend = "torch" if backend == "auto" else backend
         self.num_redone = 0
@@ -151,7 +146,7 @@ class NeighborSearch:
         self._building_sizes = np.bincount(building_codes)
         self._engine = self._make_engine()
         self._float64_engine: Engine | None = None
-        # Where each point comes in the order in which the engine likes to be asked.
+        # Each point's place in the order in which the engine prefers its queries.
         self._places = np.arange(len(self._points))
         if self._engine.order is not None:
             self._places[self._engine.order.cpu().numpy()] = np.arange(len(self._points))
@@ -169,10 +164,10 @@ class NeighborSearch:
         return TiledEngine(self._points, self._point_codes)
 
     def _passes_trial(self, engine: Engine) -> bool:
-        """Whether the engine finds, for anchors spread over all, what tiles in float64 find; else says why not.
+        """Whether the engine finds the neighbours that tiles in float64 find; log why not.
 
-        A kernel is compiled on the spot, by what compiler and for what driver there is. Enough anchors are asked for
-        that the engine can choose its shape on them; a few are compared.
+        Its kernel is compiled here, by this machine's compiler and for its driver. The anchors are spread over all
+        points, enough for the engine to choose its shape; a few are compared.
         """
         anchors = np.linspace(0, len(self._codes) - 1, min(len(self._codes), DENSE_POINTS)).astype(np.int64)
         anchors = anchors[np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")]
@@ -199,8 +194,8 @@ class NeighborSearch:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the neighbours of the rows `anchors` (A,), nearest first, and their Euclidean distances.
 
-        Rows (A, k) int64, -1 where there are fewer than k; distances (A, k) float32, inf there. `report` hears of
-        every block that is done.
+        Rows (A, k) int64 are padded with -1, distances (A, k) float32 with inf. `report` is called with the number of
+        anchors of each finished block.
         """
         rows = np.empty((len(anchors), self._num_neighbors), dtype=np.int64)
         distances = np.empty(rows.shape, dtype=np.float32)
@@ -221,14 +216,14 @@ class NeighborSearch:
         return rows, distances
 
     def _find_block(self, anchors: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Search, and search again with more candidates and in float64 for the anchors whose answer is not proven."""
+        """Search, and search again in float64 with more candidates until each anchor's answer is proven."""
         num_candidates = self._num_neighbors + SPARE_CANDIDATES
         rows, squared, is_proven = self._search(self._engine, anchors, num_candidates)
         while not is_proven.all():
             again = (~is_proven).nonzero()[:, 0]
             self.num_redone += len(again)
             num_candidates *= _GROWTH
-            # Float64 leaves margins that only exact ties fall into; a float32 engine can be lost in a dense cluster.
+            # A float32 engine may never prove a dense cluster; float64's margins leave exact ties only.
             self._float64_engine = self._float64_engine or TiledEngine(self._points, self._point_codes, torch.float64)
             rows[again], squared[again], is_proven[again] = self._search(
                 self._float64_engine, anchors[again.cpu().numpy()], num_candidates
@@ -254,19 +249,19 @@ class NeighborSearch:
         own_codes = torch.from_numpy(self._codes[anchors]).to(self.device)
         queries = self._points[own_points]
         candidates, bounds = engine.search(queries, own_codes, num_candidates)
-        candidates, _ = candidates.sort(dim=1)  # points are in the order of their first rows: ties go to the lower
+        candidates, _ = candidates.sort(dim=1)  # by first row, so that ties go to the lower one
         squared = measure_squared(self._points, queries, candidates)
         squared.masked_fill_((candidates < 0) | (self._point_codes[candidates] == own_codes[:, None]), torch.inf)
         is_shared = self._is_shared[candidates] & squared.isfinite()
         if self._exclusion is not None:
             too_near = self._exclusion.is_near(anchors, self._first_rows[candidates].cpu().numpy())
-            # Of a point that several rows share, each row is asked on its own below.
+            # The rows of a shared point are checked one by one below.
             squared.masked_fill_(torch.from_numpy(too_near).to(self.device) & ~is_shared, torch.inf)
         squared, order = squared.sort(dim=1, stable=True)
         candidates, is_shared = candidates.gather(1, order), is_shared.gather(1, order)
         rows, nearest = self._take_first(candidates, squared)
         self._expand_shared(anchors, candidates, squared, is_shared, rows, nearest)
-        # Strictly nearer than all that is unseen: not even a tie can be missing.
+        # Strictly nearer than all unseen points: not even a tie can be missing.
         return rows, nearest, (nearest[:, -1] < bounds) | bounds.isinf()
 
     def _take_first(self, candidates: torch.Tensor, squared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,7 +283,7 @@ class NeighborSearch:
         rows: torch.Tensor,
         nearest: torch.Tensor,
     ) -> None:
-        """Replace `rows` and `nearest` of the anchors among whose first points are some that several rows share."""
+        """Replace `rows` and `nearest` of anchors that have shared points among their nearest."""
         places = is_shared[:, : self._num_neighbors].any(dim=1).nonzero()[:, 0]
         points, distances = candidates[places].cpu().numpy(), squared[places].cpu().numpy()
         expanded = [
@@ -300,9 +295,9 @@ class NeighborSearch:
             nearest[places] = torch.from_numpy(np.stack([measured for _, measured in expanded])).to(self.device)
 
     def _expand(self, anchor: int, candidates: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return one anchor's neighbours (k,) and squared distances (k,) where points stand for several rows."""
+        """Return one anchor's neighbours (k,) and squared distances (k,), with all rows of shared points."""
         k = self._num_neighbors
-        # At most so many rows of a point can be needed: k, and those of the own building that lie among them.
+        # A point's first k rows suffice, and as many more as the own building has.
         most = k + int(self._building_sizes[self._codes[anchor]]) if self._exclusion is None else None
         rows: list[np.ndarray] = []
         repeats: list[np.ndarray] = []
@@ -326,8 +321,8 @@ class NeighborSearch:
 def measure_squared(points: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """Return the squared distances (Q, m) float64 of queries (Q, d) to candidates (Q, m) among points (N, d).
 
-    From differences, so that nothing cancels; and added in one fixed order, so that every engine, device and cut of
-    the work gives the same bits.
+    Sums squared differences, so that nothing cancels, in one fixed order, so that every engine, device and cut of the
+    work gives the same bits.
     """
     step = max(1, _MAX_COORDINATES[points.device.type] // (candidates.shape[1] * points.shape[1]))
     squared = torch.empty(candidates.shape, dtype=torch.float64, device=points.device)

@@ -1,10 +1,8 @@
 """Principal components of fingerprints, streamed by all cores: the same to the last bit however the rows are cut."""
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -12,8 +10,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.config import count_cores
 from pipeline.errors import InputError
 from pipeline.retrieval.whitening import decompose
-
-Result = TypeVar("Result")
+from pipeline.threads import map_in_order
 
 # The covariance of this width takes 1.2 GB and minutes; image_size 64 is four times the default.
 MAX_WIDTH = 64 * 64 * 3
@@ -37,7 +34,7 @@ class Pca:
     mean: np.ndarray  # (D,) float64, of bytes, to 1/256 of a grey level
     components: np.ndarray  # (d, D) float64, orthonormal rows, the largest variance first
     explained_variance_ratio: np.ndarray  # (d,) float64
-    rank: int  # how many components have any variance
+    rank: int  # the number of components with any variance
 
     def project(self, fingerprints: np.ndarray) -> np.ndarray:
         """Return the points (N, d) float32 of the fingerprints (N, D) uint8."""
@@ -54,16 +51,18 @@ class Pca:
         def project_source(blocks: Iterable[np.ndarray]) -> list[np.ndarray]:
             return [self.project(block) for block in blocks]
 
-        with threadpool_limits(1, user_api="blas"):
-            projected = _map_sources(project_source, sources, count_cores())
-        return np.concatenate([points for source in projected for points in source])
+        with (
+            threadpool_limits(1, user_api="blas"),
+            closing(map_in_order(project_source, sources, count_cores())) as projected,
+        ):
+            return np.concatenate([points for source in projected for points in source])
 
 
 def fit_pca(sources: Sequence[Iterable[np.ndarray]], width: int, num_components: int) -> Pca:
     """Fit the leading components of fingerprints in one pass over sources of blocks (B, width) uint8, such as files.
 
-    Where there are fewer components with any variance than asked for, those there are come back, at least one.
-    A component's sign is such that its largest entry is positive. Raises InputError if the fingerprints are too wide.
+    Returns fewer components than asked for where fewer have any variance, but at least one. The largest entry of a
+    component is positive. Raises InputError if the fingerprints are too wide.
     """
     if width > MAX_WIDTH:
         raise InputError(
@@ -83,72 +82,27 @@ def fit_pca(sources: Sequence[Iterable[np.ndarray]], width: int, num_components:
 
 
 def _sum_scatter(sources: Sequence[Iterable[np.ndarray]], width: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return the count, the mean (D,) and the centred scatter matrix (D, D), each source summed up by one core.
+    """Return the count, the mean (D,) and the centred scatter matrix (D, D), summing up each source on a core."""
 
-    Sums are of differences from the first row, exact integers, so that identical rows have a scatter of exactly 0.
-    """
-    total = _Sums(width)
-    num_workers = min(count_cores(), max(1, _MATRIX_BYTES // (12 * width * width)), max(1, len(sources)))
-    # The cores that a few sources, or wide ones, leave idle help in the products.
-    with threadpool_limits(max(1, count_cores() // num_workers), user_api="blas"):
-        firsts = [first for first in _map_sources(total.add, sources, num_workers) if first is not None]
-    return total.finish(firsts[0] if firsts else np.zeros(width))
-
-
-def _map_sources(
-    function: Callable[[Iterable[np.ndarray]], Result], sources: Sequence[Iterable[np.ndarray]], num_workers: int
-) -> list[Result]:
-    """Return `function(source)` for each source, by threads; an interrupt or an error ends all sources at a block."""
-    ended = threading.Event()
-
-    def stream(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        for block in blocks:
-            if ended.is_set():
-                return
-            yield block
-
-    with ThreadPoolExecutor(num_workers) as pool:
-        try:
-            return list(pool.map(function, map(stream, sources)))
-        finally:
-            ended.set()
-
-
-class _Sums:
-    """Sums of rows less _CENTRE, to which threads add."""
-
-    def __init__(self, width: int) -> None:
-        self._count = 0
-        self._sums = np.zeros(width)
-        self._products = np.zeros((width, width))
-        self._lock = threading.Lock()
-
-    def add(self, blocks: Iterable[np.ndarray]) -> np.ndarray | None:
-        """Add the rows of blocks (B, D) uint8, and return the first of them."""
-        first: np.ndarray | None = None
-        count, sums, products = 0, np.zeros_like(self._sums), np.zeros_like(self._products)
-        product = np.empty(products.shape, dtype=np.float32)
+    def sum_up(blocks: Iterable[np.ndarray]) -> tuple[int, np.ndarray, np.ndarray]:
+        count, sums, products = 0, np.zeros(width), np.zeros((width, width))
         for block in blocks:
             for start in range(0, len(block), _EXACT_ROWS):
-                rows = block[start : start + _EXACT_ROWS].astype(np.float32)
-                first = rows[0].astype(np.float64) if first is None else first
-                rows -= _CENTRE
-                np.matmul(rows.T, rows, out=product)  # one array twice: NumPy computes half of what is symmetric
-                products += product
+                rows = block[start : start + _EXACT_ROWS].astype(np.float32) - _CENTRE
+                products += rows.T @ rows  # one array twice: NumPy computes half of what is symmetric
                 sums += rows.sum(axis=0)
                 count += len(rows)
-        with self._lock:
-            self._count += count
-            self._sums += sums
-            self._products += products
-        return first
+        return count, sums, products
 
-    def finish(self, origin: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-        """Return the count, the mean (D,) and the centred scatter (D, D), by way of sums around a row of bytes."""
-        if not self._count:
-            return 0, np.zeros_like(origin), self._products
-        count, shift = self._count, origin - _CENTRE
-        products = self._products - np.outer(shift, self._sums) - np.outer(self._sums, shift)
-        products += count * np.outer(shift, shift)
-        sums = self._sums - count * shift
-        return count, origin + sums / count, products - np.outer(sums, sums / count)
+    count, sums, products = sum_up([])
+    num_workers = min(count_cores(), max(1, _MATRIX_BYTES // (12 * width * width)), max(1, len(sources)))
+    # The cores that a few sources, or wide ones, leave idle help in the products.
+    with (
+        threadpool_limits(max(1, count_cores() // num_workers), user_api="blas"),
+        closing(map_in_order(sum_up, sources, num_workers, num_workers)) as parts,
+    ):
+        for part_count, part_sums, part_products in parts:
+            count, sums = count + part_count, sums + part_sums
+            products += part_products
+    shift = sums / max(count, 1)
+    return count, shift + _CENTRE, products - np.outer(sums, shift)

@@ -1,8 +1,8 @@
-"""The GPU's search: half-precision tiles on the tensor cores tell which points can be near at all, exactly.
+"""The GPU's search: half-precision tiles on the tensor cores find all points that can be near, exactly.
 
-Half precision is twice as fast as TF32 with as many bits, and eight times as precise as bfloat16. Nothing of the
-distance matrix is written: only groups of points of which one can be near are noted (triton_kernels.py), and a second
-kernel measures their points in float32.
+Half precision is twice as fast as TF32 with as many bits, and eight times as precise as bfloat16. The distance matrix
+is never written: the first kernel notes groups of points of which one can be near (triton_kernels.py), a second one
+measures their points in float32.
 
 Nothing near is missed. Let x be a query, t its squared threshold, X = |x|, and Y = X + sqrt(t), which no point y with
 |x - y|² <= t exceeds in norm. Such a point has x.y - |y|²/2 >= (X² - t)/2. Rounding to half precision changes a
@@ -14,10 +14,9 @@ Stability of Numerical Algorithms, section 3.1) gives for rounding to nearest, a
 bound). |y|²/2 and the last subtraction are in float32: 2^-22 (X + Y)² is more than they can lose. All this is taken
 off the limit that scores are compared with (`_score_limits`).
 
-A tile of points is passed over where its bounding box is farther from the box of the queries' tile than every query's
-threshold. Points are ordered by halving boxes at the median of their widest side, so that boxes are small. The gap is a
-sum of squares, which float32 gets right to (d + 3) 2^-24 of it; so does the second kernel its distances, which are
-sums of squared differences.
+A tile of points is skipped where its bounding box is farther from the queries' box than every query's threshold. Points
+are ordered by halving boxes at the median of their widest side, so that boxes are small. The gap is a sum of squares,
+which float32 computes to (d + 3) 2^-24 of it; so are the second kernel's distances.
 """
 
 from dataclasses import dataclass
@@ -30,25 +29,25 @@ from difficulty_metadata.neighbor_search.triton_kernels import measure_groups, n
 from pipeline.inference.devices import full_precision
 from pipeline.log import logger
 
-# Points of a tile, and the groups that are noted of it. A group's points are one thread's own in the layout of the
-# tensor cores' sums, so that its maximum costs no exchange between threads.
+# Points of a tile, and its groups. In the layout of the tensor cores' sums one thread holds a group's points, so that
+# their maximum costs no exchange between threads.
 TILE_POINTS = 128
 TILE_GROUPS = 8
-# (queries of a tile, warps, stages of the pipeline, registers a thread), timed on the first search on a GPU. All fit
-# without a spill and leave two or more blocks of threads to a multiprocessor.
+# (queries of a tile, warps, stages of the pipeline, registers a thread), timed on the first search on a GPU. None
+# spills, and two or more blocks of threads fit on a multiprocessor.
 TILE_SHAPES = [(64, 4, 4, 128), (128, 4, 3, 255), (128, 8, 3, 128)]
 # Groups of one query measured at a time.
 GROUPS_AT_ONCE = 8
 # Wider points would not fit the shared memory of smaller GPUs (99 KiB), four tiles of them at a time.
 MAX_DIMS = 64
-# Lists are so many times longer than they are expected to get; a longer one has its query searched again.
+# Lists have so many times their expected length; a query whose list overflows is searched again.
 _LIST_ROOM, _NEAR_ROOM = 2.5, 2.0
 _HALF_ROUNDOFF, _HALF_SUBNORMAL = 2.0**-11, 2.0**-25
-# The largest coordinate's exponent in half precision: so large that few are subnormal, far from float32's end.
+# The largest coordinate's exponent in half precision, so that few coordinates are subnormal.
 _LARGEST_EXPONENT = 8
 # Relative room for a float32 sum of up to 64 squared differences: (64 + 3) 2^-24 < 2^-17, and half of it to spare.
 _SUM_ROOM = 2.0**-16
-# Points of a cell looked at to tell in which direction it is to be halved.
+# Points of a cell that choose the direction in which it is halved.
 _CELL_SAMPLE = 64
 # Bytes of lists held at a time.
 _MAX_LIST_BYTES = 1 << 31
@@ -56,7 +55,7 @@ _MAX_LIST_BYTES = 1 << 31
 
 @dataclass(frozen=True)
 class _Level:
-    """All points or a sample of them, in an order that keeps near ones together, padded to whole tiles."""
+    """All points or a sample, ordered so that near ones are together, padded to whole tiles."""
 
     points: torch.Tensor  # (M, D) float32, padding at infinity
     codes: torch.Tensor  # (M,) int32, -2 where padding
@@ -67,7 +66,7 @@ class _Level:
 
 
 class TritonEngine:
-    """Tiles filtered by a fused kernel in half precision, and what may be near measured in float32 (see above)."""
+    """Filters tiles by a fused kernel in half precision, and measures what may be near in float32 (see above)."""
 
     def __init__(self, points: torch.Tensor, codes: torch.Tensor) -> None:
         """Take points (N, d) float32 and their buildings (N,) int32, on a GPU or, interpreted, on a CPU."""
@@ -103,7 +102,7 @@ class TritonEngine:
     def search(
         self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Engine. Queries that follow one another in `order` have fewer tiles to look at."""
+        """See Engine. Queries in the order of `order` have fewer tiles to look at."""
         ranks = [num_candidates]
         for _ in self._levels[1:]:
             expected = ranks[-1] / SAMPLE_STRIDE
@@ -135,9 +134,9 @@ class TritonEngine:
         return torch.nn.functional.pad(candidates, missing, value=-1), bounds.masked_fill(~is_whole, 0.0)
 
     def _guess_thresholds(self, queries: torch.Tensor, query_codes: torch.Tensor, ranks: list[int]) -> torch.Tensor:
-        """Return squared distances (Q,) float32 that about SAMPLE_STRIDE x ranks[1] points are within.
+        """Return squared distances (Q,) float32 within which about SAMPLE_STRIDE x ranks[1] points lie.
 
-        The smallest sample is looked through as a whole, and bounds the search in the next one.
+        The smallest sample is searched as a whole, and bounds the search in the next one.
         """
         coarsest = self._levels[-1]
         thresholds = torch.cat([
@@ -153,8 +152,8 @@ class TritonEngine:
     def _collect(
         self, index: int, queries: torch.Tensor, query_codes: torch.Tensor, thresholds: torch.Tensor, rank: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the places (Q, m) in a level of all points within the thresholds, their squared distances, inf where
-        there is none, and whether they are all there (Q,); `rank` is the place in the next level's that was aimed at.
+        """Return the places (Q, m) in a level of all points within the thresholds, their squared distances, padded
+        with inf, and whether the lists held them all (Q,); `rank` is the rank in the next level that was aimed at.
         """
         level, num_queries, device = self._levels[index], len(queries), queries.device
         tile_rows, num_warps, num_stages, max_registers = self._shape
@@ -220,9 +219,9 @@ class TritonEngine:
 
 
 def order_in_space(points: torch.Tensor) -> torch.Tensor:
-    """Return an order (N,) of points (N, d) in which near ones are near: cells are halved until a tile holds them.
+    """Return an order (N,) that keeps near points (N, d) together, by halving cells until each fits a tile.
 
-    A cell is halved at the median of the direction in which a sample of it varies most.
+    A cell is halved at the median along the direction in which a sample of it varies most.
     """
     num_points, device = len(points), points.device
     order = torch.arange(num_points, device=device)
@@ -241,7 +240,7 @@ def order_in_space(points: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest_squared(queries: torch.Tensor, query_codes: torch.Tensor, level: _Level, rank: int) -> torch.Tensor:
-    """Return about the squared distance (Q,) of each query's `rank`-th point of a level of another building."""
+    """Return the approximate squared distance (Q,) of each query's `rank`-th point of another building in a level."""
     points = level.points[: int((level.codes != -2).sum()), : queries.shape[1]]
     with full_precision():
         scores = torch.addmm(points.square().sum(dim=1), queries, points.T, alpha=-2)  # (Q, M)

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
-# Kernels are another language in Python's clothes: their arguments are pointers and compile-time constants.
-"""The two Triton kernels of `triton_filter`: what is quadratic, and what follows from it.
+# Triton kernels take pointers and compile-time constants.
+"""The two Triton kernels of `triton_filter`.
 
 Per pair of a query and a point `note_groups` costs 2 x 32 operations of half precision on the tensor cores, a
 subtraction and a maximum; the rest of a tile's work is spread over its 128 x 128 or 64 x 128 pairs. Compiled for sm_90
@@ -21,8 +21,8 @@ def note_groups(
 ):  # fmt: skip
     """Note, for each query of a tile, the groups of points of which one scores at least the query's limit.
 
-    Group g of every tile goes to the query's g-th list, of `capacity`; `counts` (Q, num_groups) says how many there
-    were. The columns of a tile are dealt out to the groups in turn, its points, in memory, group by group.
+    Group g of every tile goes to the query's g-th list, of length `capacity`; `counts` (Q, num_groups) are the numbers
+    found. The columns of a tile belong to the groups in turn; in memory its points lie group by group.
     """
     query_tile = tl.program_id(0)
     rows = query_tile * tile_rows + tl.arange(0, tile_rows)

@@ -1,4 +1,4 @@
-"""Weights without an architecture, as older checkpoints hold them: told apart by their names, widths by shape."""
+"""Read checkpoints that hold weights without an architecture: infer it from the weights' names and shapes."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError
 
-# What wrappers put before the names.
+# Prefixes that wrappers add to the names.
 PREFIXES = ("module.", "_orig_mod.", "model.", "projector.")
 # Names that only the reference implementation's projector has.
 REFERENCE_LAYERS = {"input_layer", "hidden_layers", "output_layer", "residual_proj"}
@@ -20,10 +20,10 @@ StateDict = dict[str, torch.Tensor]
 def read_bare_weights(
     path: Path, content: dict[str, Any], section: TrainingModelSection
 ) -> tuple[dict[str, Any], StateDict]:
-    """Infer widths and depth from weights alone; dropout and activation come from the configuration.
+    """Return the architecture and weights: widths and depth from the weights, dropout and activation from the section.
 
-    Understood, by their names, are this projector's own layers, the reference implementation's, and a sequence of
-    linear layers, whose shortcut is then zero (a single layer is the shortcut itself).
+    Understands the names of this projector's own layers, of the reference implementation's, and of a sequence of
+    linear layers, which gets a shortcut of zeros (a single layer is the shortcut itself).
     """
     weights = _strip_prefixes(
         {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor) and value.numel()}
@@ -39,7 +39,7 @@ def read_bare_weights(
 
 
 def _infer_architecture(path: Path, weights: StateDict, section: TrainingModelSection) -> dict[str, Any]:
-    """Return the arguments of the projector whose own names and shapes these are."""
+    """Infer the projector's constructor arguments from its weights."""
     depth = sum(bool(re.fullmatch(r"hidden\.\d+\.weight", name)) for name in weights)
     hidden = [f"hidden.{number}.weight" for number in range(depth)]
     for name in ("shortcut.weight", *hidden):
@@ -51,13 +51,13 @@ def _infer_architecture(path: Path, weights: StateDict, section: TrainingModelSe
         "input_dim": int(input_dim), "output_dim": int(output_dim),
         "hidden_dim": widths[0] if widths else section.hidden_dim,
         "num_hidden_layers": len(widths), "dropout": section.dropout, "activation": section.activation,
-        "input_dropout": 0.0, "input_power": 1.0, "input_norm": "input_norm.weight" in weights,
+        "input_power": 1.0, "input_norm": "input_norm.weight" in weights,
         "hidden_dims": widths if len(set(widths)) > 1 else None,
     }  # fmt: skip
 
 
 def _strip_prefixes(weights: StateDict) -> StateDict:
-    """Undo what wrappers put before the names; where some weights are `projector.`'s, the others are not ours."""
+    """Strip the wrappers' prefixes; where some names start with `projector.`, drop the other weights."""
     while True:
         inner = {key: value for key, value in weights.items() if key.startswith("projector.")}
         weights = inner or weights
@@ -70,10 +70,10 @@ def _strip_prefixes(weights: StateDict) -> StateDict:
 def _rename_reference(path: Path, weights: StateDict) -> StateDict:
     """Map the reference implementation's projector onto this one's names.
 
-    Taken to be y = output_layer(h) + residual_proj(x), L2-normalised, with x the features after `input_norm` where
-    there is one, and h what input_layer and then each of hidden_layers make of x, an activation and dropout behind
-    each. Without `residual_proj` nothing is added, unless input and output are equally wide: then the names do not say
-    whether x itself is, and the checkpoint is refused.
+    It computes y = output_layer(h) + residual_proj(x), L2-normalised: x are the features, after `input_norm` if there
+    is one, and h the result of input_layer and each of hidden_layers on x, each followed by an activation and dropout.
+    Without `residual_proj` nothing is added. But if input and output are equally wide, x itself may be added; the names
+    do not tell, and the checkpoint is refused.
     """
     depth = sum(bool(re.fullmatch(r"hidden_layers\.\d+\.weight", name)) for name in weights)
     targets = {"input_layer": "hidden.0", "output_layer": "output", "residual_proj": "shortcut"}
@@ -103,8 +103,8 @@ def _rename_reference(path: Path, weights: StateDict) -> StateDict:
 
 
 def _rename_sequence(path: Path, weights: StateDict) -> StateDict:
-    """Map a plain MLP, linear layers that are numbered as in nn.Sequential, onto the projector's names."""
-    # A layer's name with its dot; a lone layer may have none.
+    """Map a plain MLP, with linear layers numbered as in nn.Sequential, onto the projector's names."""
+    # A layer's name with its dot; a single layer may have none.
     names = [key.removesuffix("weight") for key, value in weights.items() if key.endswith("weight") and value.ndim == 2]
     known = {f"{name}{part}" for name in names for part in ("weight", "bias")}
     others = [key for key in weights if key not in known]
@@ -113,7 +113,7 @@ def _rename_sequence(path: Path, weights: StateDict) -> StateDict:
     if len(names) > 1:
         places = [(place[1], int(place[2]), name) for name in names if (place := re.fullmatch(r"(.*?)(\d+)\.", name))]
         if len(places) < len(names) or len({prefix for prefix, _, _ in places}) > 1:
-            # They may lie side by side: shapes do not tell.
+            # They may be parallel: shapes do not tell.
             raise _not_mapped(path, f"{', '.join(names)}: not one numbered sequence of layers")
         names = [name for _, _, name in sorted(places)]
     matrices = [weights[f"{name}weight"] for name in names]
@@ -130,7 +130,7 @@ def _rename_sequence(path: Path, weights: StateDict) -> StateDict:
 
 
 def _rename_layer(weights: StateDict, name: str, target: str) -> StateDict:
-    """Return a linear layer's weight and bias, zeros where it has none, under another name."""
+    """Return a linear layer's weight and bias, or zeros as the bias, under another name."""
     matrix = weights[f"{name}weight"]
     return {f"{target}.weight": matrix, f"{target}.bias": weights.get(f"{name}bias", matrix.new_zeros(len(matrix)))}
 

@@ -21,9 +21,9 @@ from pipeline.retrieval.projector import Projector
 
 # Rows in one forward pass: large enough for any chip, 64 MiB at 4,096 dimensions.
 BLOCK_ROWS = 4096
-# Under these keys older checkpoints keep the projector's weights.
+# Keys of the projector's weights in checkpoints without an architecture.
 WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
-# What torch.load raises on a file that is cut, empty, not its own, or would run code.
+# Raised by torch.load for a file that is cut, empty, of another kind, or would run code.
 _LOAD_ERRORS = (
     OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, IndexError, TypeError,
     pickle.UnpicklingError, zipfile.BadZipFile,
@@ -32,7 +32,7 @@ _LOAD_ERRORS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as loaded: what the projector is, its weights, and how it came about."""
+    """A loaded checkpoint: the projector's architecture and weights, and how they were made."""
 
     path: Path
     architecture: dict[str, Any]  # the arguments of Projector
@@ -44,8 +44,8 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint in one piece; the same content gives the same bytes."""
-    archive = io.BytesIO()  # given a path, torch would write its name into it; on a full disk it hides the OSError
+    """Write a checkpoint whole or not at all; the same content gives the same bytes."""
+    archive = io.BytesIO()  # torch would write a path's name into the file, and hide the OSError of a full disk
     torch.save(content, archive)
     with writing.writing_to(path) as temporary:
         temporary.write_bytes(archive.getbuffer())
@@ -54,12 +54,12 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def load_checkpoint(
     path: Path, model_section: TrainingModelSection | None = None, *, input_dim: int | None = None
 ) -> Checkpoint:
-    """Load a checkpoint, also an older one without its architecture, on the CPU.
+    """Load a checkpoint on the CPU, inferring the architecture where it has none (the reference implementation's).
 
-    `model_section` gives the widths that are asked for, and what an older file's weights do not tell (dropout,
-    activation); `input_dim` is the width of the features to be mapped, where it is known.
-    Raises InputError if the file is missing, damaged, not a checkpoint, cannot be mapped onto the projector, or has
-    other widths.
+    `model_section` gives the widths asked for, and dropout and activation where weights alone are stored; `input_dim`
+    is the width of the features, if known.
+    Raises InputError if the file is missing, damaged, not a checkpoint, does not fit the projector, or has other
+    widths.
     """
     section = model_section or TrainingModelSection()
     content = _load(path)
@@ -77,7 +77,7 @@ def load_checkpoint(
         for key in ("metrics", "settings", "provenance")
     }
     checkpoint = Checkpoint(path, architecture, weights, rest=rest, **parts)
-    build_projector(checkpoint)  # weights that do not fit are found here, not in the midst of the work
+    build_projector(checkpoint)  # refuses weights that do not fit before any work is done
     _check_widths(checkpoint, model_section, input_dim)
     return checkpoint
 
@@ -103,7 +103,7 @@ def build_projector(checkpoint: Checkpoint) -> Projector:
 def project(projector: Projector, embeddings: NDArray[np.float32], device: torch.device) -> NDArray[np.float32]:
     """Return the projector's output (N, output_dim) for backbone embeddings (N, D), in evaluation mode, in blocks.
 
-    The projector goes to the device. Raises DeviceMemoryError where that cannot hold it and a block.
+    Moves the projector to the device. Raises DeviceMemoryError where that cannot hold it and a block.
     """
     was_training = projector.training
     projector.eval()
@@ -111,7 +111,7 @@ def project(projector: Projector, embeddings: NDArray[np.float32], device: torch
         projector.to(device)
         with torch.inference_mode():
             blocks = [
-                # A copy: torch warns of rows that are mapped from disk and cannot be written to.
+                # A copy, because torch warns of rows that cannot be written to.
                 projector(torch.from_numpy(np.array(embeddings[start : start + BLOCK_ROWS])).to(device)).cpu()
                 for start in range(0, len(embeddings), BLOCK_ROWS)
             ]
@@ -124,7 +124,7 @@ def _load(path: Path) -> Any:
         raise InputError(f"{path}: no such checkpoint: run stage 6 (train), or correct the path")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle, which is refused or checked below
+            warnings.simplefilter("ignore")  # about a foreign pickle, which is refused or checked below
             return torch.load(path, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
         raise InputError(

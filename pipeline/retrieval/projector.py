@@ -1,6 +1,6 @@
 """The projector: backbone features in, L2-normalised embeddings out.
 
-It needs torch alone, because this very file is published with the model.
+This file is published with the model: it imports torch alone.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "si
 class Linear(nn.Module):
     """A linear layer that computes in float32 (or as autocast says) whatever type its weights have.
 
-    It is no `nn.Linear`, because that is what every library looks for that swaps layers for quantised ones: the
-    projector is a thousandth of any backbone's work, and eight bits would cost it more than they save.
+    It is no `nn.Linear`, which libraries replace by quantised layers: the projector is a thousandth of a backbone's
+    work, and eight bits would cost it more than they save.
     """
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
@@ -33,9 +33,9 @@ class Projector(nn.Module):
     """A linear shortcut plus an MLP branch, whose sum is L2-normalised.
 
     The branch's last layer starts at zero, so a new projector equals its shortcut. With `num_hidden_layers` 0 there
-    is no branch. Shortcut and branch read the same inputs: the features, layer-normalised where `input_norm` says so,
-    then raised to `input_power`, keeping their signs. `hidden_dims` are the widths of hidden layers that differ; it
-    takes the place of `hidden_dim` and `num_hidden_layers`.
+    is no branch. Shortcut and branch read the features, layer-normalised with `input_norm`, then raised to
+    `input_power` with their signs kept. `hidden_dims`, for hidden layers of different widths, replaces `hidden_dim` and
+    `num_hidden_layers`.
     """
 
     def __init__(  # noqa: PLR0917 (the published configuration's names, in its order)
@@ -46,7 +46,6 @@ class Projector(nn.Module):
         num_hidden_layers: int = 1,
         dropout: float = 0.1,
         activation: str = "gelu",
-        input_dropout: float = 0.0,
         input_power: float = 1.0,
         input_norm: bool = False,
         hidden_dims: list[int] | None = None,
@@ -57,13 +56,12 @@ class Projector(nn.Module):
         self.architecture: dict[str, Any] = {
             "input_dim": input_dim, "output_dim": output_dim, "hidden_dim": hidden_dim,
             "num_hidden_layers": num_hidden_layers, "dropout": dropout, "activation": activation,
-            "input_dropout": input_dropout, "input_power": input_power, "input_norm": input_norm,
+            "input_power": input_power, "input_norm": input_norm,
             "hidden_dims": None if hidden_dims is None else list(hidden_dims),
         }  # fmt: skip
         widths = [input_dim, *([hidden_dim] * num_hidden_layers if hidden_dims is None else hidden_dims)]
         self.input_norm = nn.LayerNorm(input_dim) if input_norm else None
         self.input_power = input_power
-        self.input_dropout = nn.Dropout(input_dropout)
         self.shortcut = Linear(input_dim, output_dim)
         self.hidden = nn.ModuleList(Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.activation = ACTIVATIONS[activation]()
@@ -79,8 +77,8 @@ class Projector(nn.Module):
 
     def map(self, features: torch.Tensor) -> torch.Tensor:
         """Return the float32 embeddings before they are normalised."""
-        # Weights in half precision are widened here: centring subtracts numbers of one size, and a half-precision
-        # sum would keep little of the difference.
+        # Half-precision weights are widened: centring subtracts numbers of one size, and a half-precision sum would
+        # keep little of the difference.
         inputs = features.float()
         if self.input_norm is not None:
             norm = self.input_norm
@@ -88,8 +86,7 @@ class Projector(nn.Module):
         if self.input_power != 1.0:
             # At 0 the power's slope is infinite, which would make the backbone's gradients NaN.
             inputs = inputs.sign() * inputs.abs().clamp_min(torch.finfo(inputs.dtype).tiny) ** self.input_power
-        inputs = self.input_dropout(inputs)  # (B, input_dim)
-        # In float32 under autocast too, for the same reason: the shortcut is what centres.
+        # In float32 under autocast too, because the shortcut centres.
         with torch.autocast("cuda" if inputs.is_cuda else "cpu", enabled=False):
             outputs: torch.Tensor = self.shortcut(inputs)  # (B, output_dim)
         if self.output is not None:

@@ -1,10 +1,10 @@
-"""Closed-form linear maps of embeddings: PCA-whitening, and whitening by what varies within a building.
+"""Closed-form linear maps of embeddings: PCA-whitening, and whitening of the covariance within buildings.
 
 All need one pass over the rows and memory for a few D x D numbers; sums are in float64.
 Within-class whitening followed by the leading directions between classes is linear discriminant analysis with a
 shrunk within-class covariance (Fukunaga, Introduction to Statistical Pattern Recognition, ch. 10; shrinkage toward a
-multiple of the identity as in Ledoit and Wolf 2004). Sharpened whitening changes three exponents of it that are 1 or 0
-by theory, because the covariance of few buildings is not the true one; docs/training.md has the measurements.
+multiple of the identity as in Ledoit and Wolf 2004). Sharpened whitening changes three of its exponents from the
+theory's 1 or 0, because the covariance of few buildings is not the true one; docs/training.md has the measurements.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,32 +24,29 @@ if TYPE_CHECKING:
 
 # Numbers of one block in float64: 128 MiB.
 _BLOCK_NUMBERS = 2**24
-# On a CPU rows this wide and this many a dimension are centred and multiplied in float32, twice as fast, and float64
-# takes over after so many. Each entry of a scatter is then off by 3e-6 of its two channels' deviations at most, each
-# eigenvalue by 1e-6 of the largest, and mapped rows by no more than they are rounded to (docs/performance.md). Of fewer
-# rows float64 has to tell a direction that none has from one that few have.
+# A CPU multiplies rows this wide in float32, twice as fast, where there are so many per dimension, and adds up products
+# of so many rows in float64. An entry of a scatter is then off by at most 3e-6 of its two channels' deviations, an
+# eigenvalue by 1e-6 of the largest. With fewer rows float64 has to tell an empty direction from a rare one.
 _SINGLE_WIDTH, _SINGLE_ROWS_A_DIMENSION, _SINGLE_ROWS = 256, 4, 2_048
-# Threads that read blocks ahead, and blocks they hold: several, as each waits for the disk.
+# Threads that read blocks ahead, and blocks they hold.
 _READERS = 4
-# On real photographs (320 buildings, 5 folds over buildings, 2 seeds, Lite0) the mAP of unseen buildings was 0.743,
-# 0.758, 0.774, 0.779, 0.780, 0.773, 0.742 at 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9. L2-normalising the features before
-# gave the same or 0.002 less, and filling up to 256 directions with those of the whole covariance 0.001 to 0.006 less.
+# On real photographs (320 buildings, 5 folds, 2 seeds, Lite0) the mAP of unseen buildings was 0.743, 0.758, 0.774,
+# 0.779, 0.780, 0.773, 0.742 at 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9.
 DEFAULT_SHRINKAGE = 0.5
-# Tried in this order: few buildings want a large one, 2,114 rendered ones have their best mAP at 0.1.
+# Tried in this order: few buildings want a large one; 2,114 rendered ones have their best mAP at 0.1.
 SHRINKAGES = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
-# Sharpened whitening: features to a power (0.8 tames the few large ones), each channel then weighted by a power of its
-# variance within buildings, the shrunk covariance raised to more than its inverse. On the same photographs, 5 seeds x
-# 5 folds, shrinkage 0.7: mAP +0.009 over whitening (worst fold -0.001), trained on one half of the city and tested on
-# the other +0.010 (worst +0.007).
+# Sharpened whitening: features to a power (0.8 tames the few large ones), each channel weighted by a power of its
+# variance within buildings, and an exponent beyond the inverse. On the same photographs, 5 seeds x 5 folds, shrinkage
+# 0.7: mAP +0.009 over whitening (worst fold -0.001); between halves of the city +0.010 (worst +0.007).
 INPUT_POWER, CHANNEL_POWER, EXPONENT = 0.8, 0.4, 1.3
 # What nn.LayerNorm adds to a row's variance.
 NORM_EPSILON = 1e-5
-# A channel that never varies within a building would get no weight at all: it has this share of the mean variance.
+# Added share of the mean variance, so that a channel that never varies within a building keeps some weight.
 _LEAST_VARIANCE = 1e-3
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-# Rows of whole buildings, and each building's first place among them.
+# Rows of whole buildings, and the place of each building's first row among them.
 Block = tuple[NDArray[np.int64] | slice, NDArray[np.int64]]
 
 
@@ -86,16 +83,16 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class Scatter:
-    """What one pass over the rows leaves: their mean and their covariance, cut in two parts that add up to it."""
+    """The mean of rows, and their covariance in two parts: within buildings and between them."""
 
     mean: Float64  # (D,)
     within: Float64  # (D, D) of the rows around their building's mean
     between: Float64  # (D, D) of the buildings' means around the mean, each weighted by its rows
     num_rows: int
     num_buildings: int
-    input_power: float = 1.0  # how the rows that were summed up had been prepared
+    input_power: float = 1.0  # how the rows were prepared
     input_norm: bool = False
-    device: "torch.device | None" = None  # where matrices are decomposed, None is the CPU
+    device: "torch.device | None" = None  # decomposes matrices; None is the CPU
 
     @cached_property
     def within_axes(self) -> tuple[Float64, Float64]:
@@ -111,7 +108,7 @@ class Scatter:
 
     @cached_property
     def channel_weights(self) -> Float64:
-        """What sharpened whitening multiplies each channel by, (D,): its variance within buildings to a power."""
+        """The channels' weights (D,) in sharpened whitening: their variances within buildings to a power."""
         variances = np.diag(self.within)
         mean = variances.mean()
         return (variances / mean + _LEAST_VARIANCE) ** (CHANNEL_POWER / 2) if mean > 0 else np.ones_like(variances)
@@ -146,11 +143,10 @@ def collect_scatters(
 ) -> list[Scatter]:
     """Sum up rows (N, D) of any float type, raised to each of the powers, in one pass over blocks of whole buildings.
 
-    Rows need not be grouped; where they are not, they are gathered by building. All is computed on the device, the
-    powers in float32 as the projector does (float64 where the rows are), the sums in float64, to which a CPU adds
-    products of many float32 rows two thousand at a time.
+    Rows need not be grouped by building. The device computes the powers in float32 as the projector does (in float64
+    for float64 rows), and the sums in float64, to which a CPU may add float32 products of _SINGLE_ROWS rows.
     """
-    import torch  # which needs seconds to import: reading a map needs none
+    import torch  # takes seconds, and reading a map does not need it
 
     device = device or torch.device("cpu")
     sums = [_Sums(embeddings, power, device, input_norm) for power in input_powers]
@@ -158,7 +154,7 @@ def collect_scatters(
     def read(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
         rows, starts = block
         values = embeddings[rows]
-        # A copy, made ahead by a thread: what is mapped from disk waits for it here, not on the device's time.
+        # A thread copies ahead, so that the device does not wait for rows mapped from disk.
         copied = torch.from_numpy(np.empty(values.shape, values.dtype))
         copied = copied.pin_memory() if device.type == "cuda" else copied
         np.copyto(copied.numpy(), values)
@@ -174,7 +170,7 @@ def collect_scatters(
 
 
 class _Sums:
-    """What `collect_scatters` adds up for one power, on the device."""
+    """The sums of `collect_scatters` for one power, on the device."""
 
     def __init__(self, embeddings: NDArray[Any], power: float, device: "torch.device", norm: bool) -> None:
         import torch
@@ -186,13 +182,13 @@ class _Sums:
         self._dtype = torch.float32 if is_single and device.type == "cpu" else torch.float64
         self._within = torch.zeros((width, width), dtype=torch.float64, device=device)
         self._between, self._total = torch.zeros_like(self._within), torch.zeros_like(self._within[0])
-        # Sums of squares around any fixed point near the data lose no digits to a large mean.
+        # Sums of squares around a fixed point near the data lose no digits to a large mean.
         first = torch.from_numpy(np.array(embeddings[: min(len(embeddings), 256)])).to(device)
         self._origin = self._prepare(first).double().mean(dim=0).to(self._dtype)
         self._num_rows = self._num_buildings = 0
 
     def add(self, rows: "torch.Tensor", sizes: "torch.Tensor") -> None:
-        """Add the rows (B, D) of whole buildings, which follow one another, of so many rows each."""
+        """Add rows (B, D) of whole buildings, one after the other, of these sizes."""
         import torch
 
         block = self._prepare(rows) - self._origin
@@ -205,7 +201,7 @@ class _Sums:
         self._num_buildings += len(sizes)
 
     def finish(self) -> Scatter:
-        """Return what was added up."""
+        """Return the scatter of all rows added."""
         mean, within, between, origin = (
             values.cpu().numpy() for values in (self._total, self._within, self._between, self._origin)
         )
@@ -231,7 +227,7 @@ class _Sums:
 
 
 def _add_gram(matrix: "torch.Tensor", rows: "torch.Tensor") -> None:
-    """Add rows.T @ rows to a matrix (D, D) of float64, in which products of float32 are summed up part by part."""
+    """Add rows.T @ rows to a matrix (D, D) of float64, float32 rows part by part."""
     if matrix.is_cuda:
         matrix.addmm_(rows.T, rows)
         return
@@ -239,11 +235,11 @@ def _add_gram(matrix: "torch.Tensor", rows: "torch.Tensor") -> None:
     step = len(values) if values.dtype == np.float64 else _SINGLE_ROWS
     for start in range(0, len(values), step):
         part = values[start : start + step]
-        total += part.T @ part  # NumPy sees that it is one array, and computes half of what is symmetric
+        total += part.T @ part  # one array twice: NumPy computes half of what is symmetric
 
 
 def prepare(rows: NDArray[Any], power: float, norm: bool = False) -> NDArray[Any]:
-    """Return rows (N, D) as a new projector has them: `norm` makes mean 0 and variance 1, then sign(x) |x|^power."""
+    """Return rows (N, D) as the projector prepares them: with `norm` mean 0 and variance 1, then sign(x) |x|^power."""
     if norm:
         rows = rows - rows.mean(axis=1, keepdims=True)
         rows = rows / np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + NORM_EPSILON)
@@ -251,7 +247,7 @@ def prepare(rows: NDArray[Any], power: float, norm: bool = False) -> NDArray[Any
 
 
 def _building_blocks(codes: NDArray[np.int32], block_rows: int) -> Iterator[Block]:
-    """Yield rows of whole buildings, about `block_rows` at a time, with each building's first place among them."""
+    """Yield the rows of whole buildings, about `block_rows` at a time, with the place of each building's first row."""
     grouped = bool((np.diff(codes) >= 0).all())
     order = None if grouped else np.argsort(codes, kind="stable")
     ordered = codes if order is None else codes[order]
@@ -269,10 +265,9 @@ def whiten_within_class(
 ) -> LinearMap:
     """Return the map that makes the shrunk within-building covariance the identity, then keeps the leading directions.
 
-    (1 - shrinkage) * within + shrinkage * trace(within) / D * identity is what is whitened, by its -exponent / 2th
-    power; the directions are those in which whitened buildings differ most. Fewer than `output_dim` of them leave rows
-    of zeros at the end, so that the width stays. Rows and bias share one factor, which makes the mapped rows' mean
-    square norm 1.
+    The shrunk covariance is (1 - shrinkage) * within + shrinkage * trace(within) / D * identity; the map applies its
+    -exponent / 2th power, then keeps the directions in which buildings differ most, padded with rows of zeros to
+    `output_dim`. The outputs have mean squared norm 1.
     """
     variances, axes = scatter.within_axes
     level = variances.mean()
@@ -280,7 +275,7 @@ def whiten_within_class(
         level = max(float(np.trace(scatter.between)) / len(variances), np.finfo(np.float64).tiny)
     # Shrinking toward the identity moves the variances and leaves the axes.
     shrunk = (1 - shrinkage) * variances + shrinkage * level
-    # Without shrinkage fewer rows than dimensions leave directions without any spread, which nothing can whiten.
+    # Without shrinkage, fewer rows than dimensions leave directions of no variance, which cannot be whitened.
     root = np.where(shrunk > shrunk.max() * len(shrunk) * np.finfo(np.float64).eps, shrunk, np.inf)
     root = root ** (-exponent / 2)  # (D,)
     spread, directions = decompose(root[:, None] * scatter.between_on_axes * root, scatter.device)
@@ -290,34 +285,19 @@ def whiten_within_class(
 
 
 def sharpen_whitening(scatter: Scatter, output_dim: int = 256, shrinkage: float = DEFAULT_SHRINKAGE) -> LinearMap:
-    """Return sharpened whitening: channels weighted by what varies within buildings, then whitened with EXPONENT.
+    """Return sharpened whitening: channels weighted by their variance within buildings, then whitened with EXPONENT.
 
-    The scatter is of rows to INPUT_POWER where they are rectified, and as they are where they are signed.
+    The scatter is of rows raised to INPUT_POWER if they are rectified, and of unchanged rows if they are signed.
     """
     fitted = whiten_within_class(scatter.weighted, output_dim, shrinkage, EXPONENT)
     return replace(fitted, weight=(fitted.weight * scatter.channel_weights).astype(np.float32))
-
-
-def fit_within_class_whitening(
-    embeddings: Float32,
-    building_codes: NDArray[np.int32],
-    output_dim: int = 256,
-    shrinkage: float = DEFAULT_SHRINKAGE,
-) -> LinearMap:
-    """Fit `whiten_within_class` to rows (N, D) of buildings (N,)."""
-    return whiten_within_class(collect_scatter(embeddings, building_codes), output_dim, shrinkage)
-
-
-def fit_pca_whitening(embeddings: NDArray[Any], output_dim: int = 256) -> LinearMap:
-    """Fit `whiten_by_pca` to rows (N, D)."""
-    return whiten_by_pca(collect_scatter(embeddings, np.arange(len(embeddings), dtype=np.int32)), output_dim)
 
 
 def whiten_by_pca(scatter: Scatter, output_dim: int = 256) -> LinearMap:
     """Return the leading min(output_dim, rank) components of all rows, each with variance 1."""
     values, vectors = decompose(scatter.within + scatter.between, scatter.device)
     rank = min(_count_positive(values), scatter.num_rows - 1, output_dim)
-    if rank < 1:  # one row, or equal ones: any map will do, as long as it is one
+    if rank < 1:  # one row, or equal ones: any map will do
         return LinearMap(np.zeros((1, len(values)), np.float32), np.zeros(1, np.float32))
     kept = (vectors[:, ::-1][:, :rank] * values[::-1][:rank] ** -0.5).T
     return _as_map(kept, scatter)
@@ -326,9 +306,8 @@ def whiten_by_pca(scatter: Scatter, output_dim: int = 256) -> LinearMap:
 def decompose(symmetric: Float64, device: "torch.device | None" = None) -> tuple[Float64, Float64]:
     """Return the eigenvalues (D,) of a symmetric matrix, ascending, and its eigenvectors as columns (D, D).
 
-    On the CPU by one thread: the result is then the same on any number of cores, and where other processes use the
-    cores too, several threads that wait for one another were ten times as slow (1,280 dimensions: 4 s, by one thread
-    0.4 s).
+    On the CPU by one thread: the result is then the same on any number of cores. Several threads that wait for one
+    another were ten times as slow on busy cores (1,280 dimensions: 4 s instead of 0.4 s).
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -341,12 +320,12 @@ def decompose(symmetric: Float64, device: "torch.device | None" = None) -> tuple
 
 
 def _count_positive(ascending: Float64) -> int:
-    """Count the eigenvalues that are more than rounding."""
+    """Count the eigenvalues above rounding."""
     return int((ascending > max(ascending[-1], 0.0) * len(ascending) * np.finfo(np.float64).eps).sum())
 
 
 def _finish(kept: Float64, scatter: Scatter, output_dim: int) -> LinearMap:
-    """Scale the rows to mean square norm 1 of what they map, and fill up with rows of zeros."""
+    """Scale the rows so that the outputs have mean squared norm 1, and pad with rows of zeros."""
     mean_square = float(np.einsum("ij,jk,ik->", kept, scatter.within + scatter.between, kept, optimize=True))
     padded = np.zeros((output_dim, kept.shape[1]))
     padded[: len(kept)] = kept / np.sqrt(mean_square) if mean_square > 0 else kept
@@ -354,7 +333,7 @@ def _finish(kept: Float64, scatter: Scatter, output_dim: int) -> LinearMap:
 
 
 def _as_map(rows: Float64, scatter: Scatter) -> LinearMap:
-    """Fix each row's sign, which eigenvectors leave open, by its largest entry, and centre."""
+    """Make each row's largest entry positive, as eigenvectors leave the sign open, and centre."""
     largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
     rows = np.where(largest < 0, -rows, rows)
     bias = (-rows @ scatter.mean).astype(np.float32)
