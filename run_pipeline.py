@@ -38,7 +38,7 @@ def run_stages(
             results += [error.result] if error.result else []
             raise
     if last == 9 and config.paths.published_model_dir is not None:
-        from publish_model.model_folder.card_results import add_test_results
+        from publish_model.model_folder.model_card import add_test_results
 
         # The card was written two stages before there were results.
         add_test_results(config.path("published_model_dir"), config.path("report_dir") / "metrics.json")

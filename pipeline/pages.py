@@ -1,4 +1,4 @@
-"""Pages that people open: written from templates, everything in them escaped, pictures carried along."""
+"""Pages that people open: written from templates, everything in HTML escaped, pictures carried along."""
 
 import base64
 import io
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 def load_templates(folder: Path) -> "Environment":
-    """Return the templates of a folder: what is put into them is escaped, and a missing name is an error.
+    """Return the templates of a folder; values are escaped in HTML (`*.html.j2`), and a missing name is an error.
 
     In a template, `source("page.css")` gives a style sheet or a script of the folder as it stands there.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
     from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(folder),
-        autoescape=True,
+        autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

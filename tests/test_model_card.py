@@ -13,7 +13,7 @@ from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
 from pipeline.inference.model_files import identify_model
 from publish_model import convert_to_hf as stage
-from publish_model.model_folder.card_results import add_test_results
+from publish_model.model_folder.model_card import add_test_results
 from publish_model.model_folder.training_similarity import FILE_NAME
 
 
@@ -26,7 +26,7 @@ def write_metrics(path, hash_, value=0.5):
     """What stage 9 writes, as far as the card reads it."""
     keys = ("recall_at_1", "recall_at_5", "recall_at_10", "map", "mrr")
     scores = dict.fromkeys(keys, value) | {f"{key}_ci95": [value - 0.125, value + 0.125] for key in keys}
-    rows = dict.fromkeys(("raw", "pca_whitened", "projector"), scores)
+    rows = dict.fromkeys(("raw", "pca_whitened", "whitening", "projector"), scores)
     counts = {"queries": 40, "gallery": 41, "buildings": 10, "ignored_pairs": 3}
     inputs = [{"name": "test.parquet", "size": 1}, {"name": "checkpoint_best.pt", "size": 1, "hash": hash_}]
     path.parent.mkdir(exist_ok=True)
