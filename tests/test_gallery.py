@@ -10,10 +10,8 @@ from evaluation_data import make_workplace
 from evaluate_embeddings.evaluate import embed_split, score_split
 from evaluate_embeddings.page import embedding_map, gallery
 from evaluate_embeddings.page.embedding_map import place_points
-from evaluate_embeddings.page.gallery import find_suspects
+from evaluate_embeddings.page.gallery import RowNames, find_band_examples, find_suspects
 from evaluate_embeddings.page.report import render
-from evaluate_embeddings.page.row_names import RowNames
-from evaluate_embeddings.scores.difficulty_bands import find_band_examples
 from pipeline.config import load_config
 from pipeline.errors import InputError
 from pipeline.files.tables import write_parquet

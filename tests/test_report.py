@@ -21,10 +21,9 @@ from evaluation_data import (
 from PIL import Image
 
 from evaluate_embeddings.evaluate import run
-from evaluate_embeddings.page.drawings import read_training_curve
 from evaluate_embeddings.page.gallery import describe_examples, pick_failures, pick_hard_successes
 from evaluate_embeddings.page.photos import PhotoSource
-from evaluate_embeddings.page.plots import Curve, plot_training
+from evaluate_embeddings.page.plots import Curve, plot_training, read_training_curve
 from evaluate_embeddings.page.report import format_distance
 from evaluate_embeddings.scores.metrics import Evaluation, score_kinds
 from pipeline.cli import Options

@@ -1,31 +1,64 @@
-"""Choose the queries that are worth looking at, find what they were answered with, and fetch the pictures."""
+"""Choose the queries that are worth looking at, look up their answers, and fetch the pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from evaluate_embeddings.page.photos import PhotoSource
-from evaluate_embeddings.page.row_names import RowNames
-from evaluate_embeddings.scores.difficulty_bands import BandExample, find_band_examples
 from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.pair_similarity import RECOMMENDED_RATE
 from pipeline.errors import InputError, one_line
-from pipeline.retrieval.candidates import TIE_TOLERANCE, Candidates
+from pipeline.files.tables import check_columns, open_parquet, reading
+from pipeline.retrieval.candidates import TIE_TOLERANCE, Candidates, RowGroups
+from pipeline.retrieval.features import Features
 from pipeline.retrieval.geography import distances_m
 from pipeline.retrieval.scores import QueryScores, similarity_rows
 
 NUM_NEIGHBORS = 5
 NUM_EXAMPLES, NUM_SUSPECTS, NUM_BAND_EXAMPLES = 12, 24, 4
-# Images whose nearest wrong answer is looked for: each costs a product with the whole split.
+# Suspects are looked for among so many images: each costs a product with the whole split.
 MAX_SUSPECT_QUERIES = 20_000
+# Band examples are looked for among so many images, so that a file of millions of lists is not read to its end.
+NUM_BAND_CANDIDATES = 200
+DIFFICULTY_COLUMNS = [
+    pa.field("target_coord_hash", pa.string()),
+    pa.field("neighbor_building_ids", pa.list_(pa.string())),
+    pa.field("neighbor_bands", pa.list_(pa.int32())),
+]
+_BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """The names under which the page shows the rows of a split."""
+
+    features: Features
+
+    def image(self, row: int) -> str:
+        """Return an image's id."""
+        return str(self.features.image_ids[row].as_py())
+
+    def building(self, row: int) -> str:
+        """Return the id of an image's building."""
+        return str(self.features.building_ids[int(self.features.building_codes[row])].as_py())
+
+    def describe(self, *rows: int) -> str:
+        """Name images and their buildings."""
+        return ", ".join(f"{self.image(row)} of building {self.building(row)}" for row in rows)
+
+    def list_datasets(self, *rows: int) -> str:
+        """Return the datasets of images, each once."""
+        return " ".join(sorted({f"{int(self.features.dataset_ids[row]):04d}" for row in rows}))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One picture that a query was answered with."""
+    """An image among the answers to a query."""
 
     row: int
     rank: int
@@ -36,7 +69,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """A query with its nearest neighbours; `match` is its nearest positive, also where that is not among them."""
+    """A query with its nearest neighbours; `match` is its nearest positive, which may lie further down the list."""
 
     query: int
     neighbors: tuple[Answer, ...]
@@ -45,7 +78,7 @@ class Example:
 
     @property
     def answers(self) -> list[Answer]:
-        """What is shown: the nearest neighbours, and the match where it is not among them."""
+        """The pictures to show: the nearest neighbours, and the match if it is not among them."""
         is_among = any(answer.row == self.match.row for answer in self.neighbors)
         return [*self.neighbors, *([] if is_among else [self.match])]
 
@@ -60,9 +93,17 @@ class ImagePair:
     distance_m: float  # between the two targets
 
 
+@dataclass(frozen=True)
+class BandExample:
+    """An image and, for each band, a row of a building that is its neighbour in that band."""
+
+    anchor: int
+    negatives: tuple[tuple[int, int], ...]  # (band, row), the hardest band first
+
+
 @dataclass
 class Gallery:
-    """What is shown, chosen before any picture is read, so that all pictures share one budget."""
+    """The examples of the page, chosen before any picture is read, so that all pictures share one budget."""
 
     evaluation: Evaluation
     failures: list[Example]
@@ -80,7 +121,7 @@ class Gallery:
 
     @property
     def suspects_sampled_from(self) -> int | None:
-        """How many random images the suspects were looked for among; None where it was all of them."""
+        """The size of the random sample in which suspects were looked for; None if that was the whole split."""
         return MAX_SUSPECT_QUERIES if len(self.evaluation.codes) > MAX_SUSPECT_QUERIES else None
 
     def relate(self, one: int, other: int) -> ImagePair:
@@ -95,7 +136,7 @@ class Gallery:
         return rows + [row for band in self.bands for row in (band.anchor, *(row for _, row in band.negatives))]
 
     def take_pictures(self, photos: PhotoSource, max_characters: int) -> None:
-        """Fetch the pictures, which all fit the limit, and note what is missing."""
+        """Fetch the pictures, small enough to fit the limit together, and note what is missing."""
         if photos.problem is None:
             self.thumbnails = photos.read_thumbnails(self.shown_rows(), max_characters)
         if photos.problem:
@@ -105,7 +146,7 @@ class Gallery:
 
 
 def choose_gallery(evaluation: Evaluation, difficulty_path: Path | None, seed: int) -> Gallery:
-    """Choose what is worth looking at."""
+    """Choose the examples; without usable difficulty metadata the page does without bands."""
     scores, raw = evaluation.scores["projector"], evaluation.scores["raw"]
     failures = describe_examples(evaluation, pick_failures(scores, evaluation.codes, NUM_EXAMPLES))
     successes = describe_examples(evaluation, pick_hard_successes(scores, raw, evaluation.codes, NUM_EXAMPLES))
@@ -115,16 +156,16 @@ def choose_gallery(evaluation: Evaluation, difficulty_path: Path | None, seed: i
         return gallery
     try:
         gallery.bands = find_band_examples(difficulty_path, evaluation, NUM_BAND_EXAMPLES)
-    except InputError as error:  # the page can do without
+    except InputError as error:
         gallery.bands_problem = one_line(error)
     return gallery
 
 
 def find_suspects(evaluation: Evaluation, limit: int, seed: int) -> list[ImagePair]:
-    """Return the most similar pairs of images of two buildings, one for each pair of buildings, ignored pairs left out.
+    """Return the most similar pairs of images of two buildings, one for each pair of buildings that is not ignored.
 
-    Only pairs that pass the recommended threshold, as 1 in 1,000 of two buildings do, are suspect. Of more than
-    MAX_SUSPECT_QUERIES images a random sample is compared with all the others.
+    Only pairs above the recommended threshold are suspect: 1 in 1,000 pairs of two buildings passes it. If there are
+    more than MAX_SUSPECT_QUERIES images, a random sample of them is compared with all the others.
     """
     embeddings, codes = evaluation.embeddings["projector"], evaluation.codes
     pairs = evaluation.pairs["projector"]
@@ -160,7 +201,7 @@ def _relate(evaluation: Evaluation, one: int, other: int) -> ImagePair:
 
 
 def pick_failures(scores: QueryScores, codes: NDArray[np.int32], limit: int) -> list[int]:
-    """Return the places, among the queries, of the worst failures, one a building, the worst first."""
+    """Return the positions among the queries of the worst failures, one a building, the worst first."""
     return _first_of_each_building(
         np.argsort(-scores.first_rank, kind="stable"), scores.first_rank > 1, scores, codes, limit
     )
@@ -169,7 +210,7 @@ def pick_failures(scores: QueryScores, codes: NDArray[np.int32], limit: int) -> 
 def pick_hard_successes(
     scores: QueryScores, raw_scores: QueryScores, codes: NDArray[np.int32], limit: int
 ) -> list[int]:
-    """Return the places, among the queries, of those answered right that the raw embeddings fail worst on."""
+    """Return the positions among the queries of right answers, one a building, where the raw embeddings fail worst."""
     wanted = (scores.first_rank == 1) & (raw_scores.first_rank > 1)
     return _first_of_each_building(np.argsort(-raw_scores.first_rank, kind="stable"), wanted, scores, codes, limit)
 
@@ -184,7 +225,7 @@ def _first_of_each_building(
 
 
 def describe_examples(evaluation: Evaluation, places: list[int]) -> list[Example]:
-    """Look up the projector's answers to the queries at these places."""
+    """Look up the projector's answers to the queries at these positions."""
     candidates = Candidates(evaluation.codes, evaluation.ignored)
     return [_describe_example(evaluation, candidates, place) for place in places]
 
@@ -208,3 +249,49 @@ def _describe_example(evaluation: Evaluation, candidates: Candidates, place: int
     neighbors = [answer(row, rank) for rank, row in enumerate(nearest.tolist(), 1) if np.isfinite(ordering[row])]
     raw_rank = int(evaluation.scores["raw"].first_rank[place])
     return Example(query, tuple(neighbors), answer(match, int(scores.first_rank[place])), raw_rank)
+
+
+def find_band_examples(path: Path, evaluation: Evaluation, limit: int) -> list[BandExample]:
+    """Return up to `limit` images of different buildings, those with most bands first.
+
+    Only buildings of the split are negatives here, since only their pictures can be found. The metadata name buildings,
+    not images: the image that the projector finds most similar stands for its building.
+    Raises InputError if the file is missing, damaged or lacks a column.
+    """
+    rows_of_images = {name: row for row, name in enumerate(evaluation.features.image_ids.to_pylist())}
+    buildings = {name: code for code, name in enumerate(evaluation.features.building_ids.to_pylist())}
+    groups = RowGroups(evaluation.codes)
+    found: dict[int, BandExample] = {}  # by the anchor's building
+    for image_id, neighbor_ids, bands in _read_neighbors(path, evaluation.features.image_ids):
+        anchor = rows_of_images[image_id]
+        nearest: dict[int, int] = {}
+        for building_id, band in zip(neighbor_ids, bands, strict=True):
+            # A building has neighbours in several bands: each is shown once.
+            if building_id in buildings and band not in nearest and buildings[building_id] not in nearest.values():
+                nearest[band] = buildings[building_id]
+        negatives = tuple((band, _most_similar(evaluation, groups, anchor, nearest[band])) for band in sorted(nearest))
+        own = int(evaluation.codes[anchor])
+        if negatives and len(negatives) > len(found[own].negatives if own in found else ()):
+            found[own] = BandExample(anchor, negatives)
+    return sorted(found.values(), key=lambda example: (-len(example.negatives), example.anchor))[:limit]
+
+
+def _most_similar(evaluation: Evaluation, groups: RowGroups, anchor: int, building: int) -> int:
+    embeddings, rows = evaluation.embeddings["projector"], groups.rows_of(building)
+    return int(rows[np.argmax(embeddings[rows] @ embeddings[anchor])])
+
+
+def _read_neighbors(path: Path, image_ids: pa.StringArray) -> Iterator[tuple[str, list[str], list[int]]]:
+    """Yield id, neighbours and bands of the file's first NUM_BAND_CANDIDATES images of the split."""
+    file = open_parquet(path)
+    check_columns(path, file.schema_arrow, DIFFICULTY_COLUMNS[:1])
+    if any(file.schema_arrow.get_field_index(field.name) < 0 for field in DIFFICULTY_COLUMNS):
+        raise InputError(f"{path}: not difficulty metadata: make it with stage 5")
+    left = NUM_BAND_CANDIDATES
+    with reading(path):
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[field.name for field in DIFFICULTY_COLUMNS]):
+            chosen = batch.filter(pc.is_in(batch.column(0), value_set=image_ids)).slice(0, left)
+            left -= chosen.num_rows
+            yield from zip(*(chosen.column(name).to_pylist() for name in chosen.schema.names), strict=True)
+            if left <= 0:
+                return

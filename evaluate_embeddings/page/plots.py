@@ -1,22 +1,30 @@
-"""Draw the report's figures as SVG that takes the page's text colour."""
+"""Draw the figures of stage 9's page as SVG that takes the page's text colour."""
 
 import io
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evaluate_embeddings.scores.metrics import KIND_LABELS, KINDS, ScoresByKind
+from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, KINDS, Evaluation, ScoresByKind
 from evaluate_embeddings.scores.pair_similarity import PairSimilarities
 
+BREAKDOWNS = {
+    "by_views": "images of the building",
+    "by_viewpoint_change": "change of heading, degrees",
+    "by_distance": "distance of the camera, metres",
+}
 # Okabe and Ito's colours, which the colour-blind can tell apart; lines differ by dashes and markers too.
 KIND_STYLES: dict[str, dict[str, Any]] = {
     "raw": {"color": "#8C8C8C", "linestyle": ":", "marker": "s"},
@@ -43,13 +51,47 @@ class Curve:
     epochs: list[int]
     values: list[float]
     baselines: dict[str, float]  # the mAP of the other kinds on the same images, as far as it is recorded
-    published: tuple[int, float] | None = None  # the epoch whose weights are, and their mAP, mixed with the start's
+    published: tuple[int, float] | None = None  # the best epoch, and the mAP of the published interpolation
     band_shares: dict[int, list[float]] = field(default_factory=dict)  # by epoch; the last share is of no band
+
+
+def draw_figures(evaluation: Evaluation, metrics: Mapping[str, Any], curve: Curve | None) -> dict[str, Any]:
+    """Return the page's drawings by name; None if there is nothing to draw."""
+    found, pairs = metrics["verification"], evaluation.pairs
+    galleries = {f"{int(size):,}": group for size, group in metrics["by_gallery_size"].items()}
+    return {
+        "recall": Markup(plot_recall_curves(evaluation.scores)),
+        "galleries": Markup(plot_groups(galleries, "gallery size")) if len(galleries) > 1 else None,
+        "similarities": {
+            kind: Markup(plot_similarities(one, found[kind], KIND_LABELS[kind])) for kind, one in pairs.items()
+        },
+        "roc": Markup(plot_roc(pairs, found)) if all(found[kind] for kind in pairs) else None,
+        "breakdowns": {
+            key: Markup(plot_groups(metrics[key], label)) for key, label in BREAKDOWNS.items() if metrics[key]
+        },
+        "training": Markup(plot_training(curve)) if curve else None,
+        "band_shares": Markup(plot_band_shares(curve)) if curve and curve.band_shares else None,
+    }
+
+
+def read_training_curve(path: Path, training: Mapping[str, Any]) -> Curve | None:
+    """Return the validation mAP by epoch, from metrics.jsonl or else from the checkpoint; None if neither has one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        records = [json.loads(line) for line in lines] or training["history"]
+        epochs, values = [int(record["epoch"]) for record in records], [float(r["val"]["map"]) for r in records]
+        baselines = {kind: float(training["val"][kind]["map"]) for kind in BASELINES if kind in training.get("val", {})}
+        own = training.get("val", {}).get("projector")
+        published = (int(training["epoch"]), float(own["map"])) if own and "epoch" in training else None
+        shares = {int(record["epoch"]): record["band_shares"] for record in records if record.get("band_shares")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not written by our stage 6
+        return None
+    return Curve(epochs, values, baselines, published, shares) if epochs else None
 
 
 @contextmanager
 def _figure(name: str) -> Iterator[tuple[Figure, Axes]]:
-    """Yield a figure with the report's style; `name` makes the ids in its SVG its own, and the same every time."""
+    """Yield a figure in the report's style; `name` makes the ids in its SVG unique and repeatable."""
     style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11,
         "text.color": TEXT_COLOR, "axes.edgecolor": TEXT_COLOR, "axes.labelcolor": TEXT_COLOR,
@@ -93,7 +135,7 @@ def plot_recall_curves(scores: ScoresByKind) -> str:
 
 
 def plot_similarities(pairs: PairSimilarities, summary: Mapping[str, Any] | None, label: str) -> str:
-    """Draw how the cosines of pairs of one building and of two are distributed; those of two may be missing."""
+    """Draw the distributions of the cosines of pairs of one building and of two; the latter may be missing."""
     with _figure(f"similarity {label}") as (figure, axes):
         both = np.concatenate([pairs.same, pairs.different])
         bins = np.linspace(min(float(both.min()), 0.99), max(float(both.max()), 1.0), NUM_BINS + 1).tolist()
@@ -180,8 +222,9 @@ def plot_training(curve: Curve) -> str:
         style = {key: value for key, value in KIND_STYLES["projector"].items() if key != "marker"}
         axes.plot(curve.epochs, curve.values, label="projector", **style)
         first = curve.epochs[0], curve.values[0]
-        _mark(axes, *first, "D", f"epoch {first[0]}, before training: {first[1]:.3f}")
-        _mark(axes, epoch, own, "*", f"published, of epoch {epoch}: {own:.3f}")
+        color = style["color"]
+        axes.plot(*first, "D", color=color, markersize=9, label=f"epoch {first[0]}, before training: {first[1]:.3f}")
+        axes.plot(epoch, own, "*", color=color, markersize=9, label=f"published, of epoch {epoch}: {own:.3f}")
         for kind, value in curve.baselines.items():
             style = {key: value for key, value in KIND_STYLES[kind].items() if key != "marker"}
             axes.axhline(value, label=f"{KIND_LABELS[kind]}: {value:.3f}", **style)
@@ -193,7 +236,3 @@ def plot_training(curve: Curve) -> str:
             f"Validation mAP over {len(curve.epochs)} epochs: {curve.values[0]:.3f} before training, "
             f"best {curve.values[best]:.3f} at epoch {curve.epochs[best]}, published {own:.3f} of epoch {epoch}.",
         )
-
-
-def _mark(axes: Axes, epoch: int, value: float, marker: str, label: str) -> None:
-    axes.plot(epoch, value, marker, color=KIND_STYLES["projector"]["color"], markersize=9, label=label)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluate_embeddings.page.drawings import BREAKDOWNS, draw_figures, read_training_curve
 from evaluate_embeddings.page.embedding_map import build_map
 from evaluate_embeddings.page.gallery import choose_gallery
 from evaluate_embeddings.page.ledger import find_path, read_ledger
 from evaluate_embeddings.page.photos import PhotoSource
+from evaluate_embeddings.page.plots import BREAKDOWNS, draw_figures, read_training_curve
 from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, describe_verdict, judge
 from pipeline.config import Config
 from pipeline.files.writing import writing_to
