@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import make_parser, write_results
-from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
+from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from pipeline.config import Config, load_config
 from pipeline.log import Progress
 from pipeline.retrieval.candidates import IgnoredPairs

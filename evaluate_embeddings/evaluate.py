@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 
 from evaluate_embeddings.scores.breakdowns import load_camera, summarize_breakdowns
-from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
+from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from evaluate_embeddings.scores.metrics import (
     GALLERY_SIZES,
     KINDS,

@@ -9,7 +9,7 @@ import pytest
 from embedded_datasets import unit_rows, write_dataset
 
 from evaluate_embeddings.page.atlas_table import choose_rows
-from evaluate_embeddings.scores.labelled import read_embeddings
+from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.tables import open_parquet

@@ -10,7 +10,8 @@ from evaluation_data import make_table, make_workplace, write_checkpoint, write_
 
 from evaluate_embeddings.evaluate import main
 from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, compare, format_p
-from evaluate_embeddings.scores.labelled import label_rows, match_rows, read_embeddings
+from evaluate_embeddings.scores.embeddings_table import read_embeddings
+from evaluate_embeddings.scores.labels import label_rows, match_rows
 from evaluate_embeddings.scores.standalone import name_models
 from pipeline.errors import InputError
 from pipeline.files import tables, writing

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from evaluate_embeddings.scores.labelled import count_rows, find_id_column, list_parts, to_text
+from evaluate_embeddings.scores.embeddings_table import count_rows, find_id_column, list_parts, to_text
 from pipeline.errors import InputError, Rejection
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import open_parquet, read_provenance, reading

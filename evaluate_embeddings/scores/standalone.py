@@ -1,4 +1,4 @@
-"""Stage 9 on anything: one embeddings dataset with labels, or two models side by side on the same images."""
+"""Score embeddings without a report: one dataset with labels, or two models side by side on the same images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.comparison import LabelledImages, compare, format_one, format_two
-from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
-from evaluate_embeddings.scores.labelled import label_rows, match_rows, read_embeddings
+from evaluate_embeddings.scores.embeddings_table import read_embeddings
+from evaluate_embeddings.scores.labels import label_rows, match_rows, read_ignore_pairs, resolve_pairs
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
@@ -23,18 +23,19 @@ CHECKPOINT_NAME = "checkpoint_best.pt"
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the command line asks to score, beside or in place of the configured checkpoint."""
+class EvaluateOptions(cli.Options):
+    """The command line's options beyond the configuration."""
 
+    ignore_pairs: Path | None = None
+    no_images: bool = False
     embeddings: Path | None = None
     labels: Path | None = None
     compare: Path | None = None
-    ignore_pairs: Path | None = None
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is scored: the place it came from, a row an image."""
+    """The embeddings that a model gives the images, and the path that it was read from."""
 
     place: Path
     embeddings: Embeddings  # (N, D), L2-normalised
@@ -44,13 +45,14 @@ class Model:
         return Model(self.place, self.embeddings[rows])
 
 
-def run(config: Config, _options: cli.Options, request: Request) -> cli.StageResult:
-    """Score what is asked for, log the table with the verdict last, and return the counts; nothing is written."""
+def run_standalone(config: Config, options: EvaluateOptions) -> cli.StageResult:
+    """Score the models, log the table with the verdict last, and return the counts; write nothing."""
     result = cli.StageResult(STAGE)
-    if request.embeddings is None:
-        models, images, notes = load_checkpoints(config, request, result)
+    if options.embeddings is None:
+        models, images, notes = load_checkpoints(config, options, result)
     else:
-        models, images, notes = load_datasets(request.embeddings, request, result)
+        models, images = load_datasets(options.embeddings, options, result)
+        notes = []
     scores = [_score(model, images, config) for model in models]
     seed = config.global_.seed
     names = name_models([model.place for model in models])
@@ -78,7 +80,7 @@ def _score(model: Model, images: LabelledImages, config: Config) -> QueryScores:
 
 
 def name_models(places: list[Path]) -> list[str]:
-    """Name each model by the end of its path that tells it from the other."""
+    """Name each model by the shortest end of its path that the other one's differs from."""
     for parts in range(1, max(len(place.parts) for place in places) + 1):
         names = ["/".join(place.parts[-parts:]) for place in places]
         if len(set(names)) == len(places):
@@ -86,39 +88,36 @@ def name_models(places: list[Path]) -> list[str]:
     return [str(place) for place in places]  # a model beside itself
 
 
-# ------------------------------------------------------------------------------------------------ datasets
-
-
 def load_datasets(
-    folder: Path, request: Request, result: cli.StageResult
-) -> tuple[list[Model], LabelledImages, list[str]]:
-    """Read one or two embeddings datasets and the labels of their images; counts go to the result.
+    folder: Path, options: EvaluateOptions, result: cli.StageResult
+) -> tuple[list[Model], LabelledImages]:
+    """Read one or two embeddings datasets and the labels of their images, and count the images.
 
     Raises InputError if one cannot be read, they have no image in common, or no two images have one label.
     """
     first = read_embeddings(folder)
     ids, models = first.ids, [Model(first.place, first.embeddings)]
     result.rows_in = len(ids)
-    if request.compare is not None:
-        if request.compare.is_file():
-            raise InputError(f"{request.compare}: a file: with --embeddings, --compare takes an embeddings dataset")
-        other = read_embeddings(request.compare)
-        rows, other_rows = match_rows(ids, other.ids, str(request.compare))
+    if options.compare is not None:
+        if options.compare.is_file():
+            raise InputError(f"{options.compare}: a file: with --embeddings, --compare takes an embeddings dataset")
+        other = read_embeddings(options.compare)
+        rows, other_rows = match_rows(ids, other.ids, str(options.compare))
         _drop(result, "not_in_both", len(ids) - len(rows))
         ids = ids.take(pa.array(rows))
         models = [models[0].take(rows), Model(other.place, other.embeddings[other_rows])]
-    buildings = label_rows(ids, request.labels)
+    buildings = label_rows(ids, options.labels)
     kept = np.flatnonzero(buildings.is_valid().to_numpy(zero_copy_only=False))
     if not len(kept):
-        raise InputError(f"{request.labels}: names none of the images of {folder}: give their labels")
+        raise InputError(f"{options.labels}: names none of the images of {folder}: give their labels")
     _drop(result, "no_label", len(ids) - len(kept))
     encoded = buildings.take(pa.array(kept)).dictionary_encode()
     if len(kept) == len(encoded.dictionary):
-        remedy = "give more images" if request.labels else "every image has an OSMID of its own: give --labels"
+        remedy = "give more images" if options.labels else "every image has an OSMID of its own: give --labels"
         raise InputError(f"{folder}: no two images have one label, so that nothing can be found: {remedy}")
-    ignored = resolve_pairs(read_ignore_pairs(request.ignore_pairs), encoded.dictionary)
+    ignored = resolve_pairs(read_ignore_pairs(options.ignore_pairs), encoded.dictionary)
     images = LabelledImages(encoded.indices.to_numpy().astype(np.int32), ignored, len(ids) - len(kept))
-    return [model.take(kept) for model in models], images, []
+    return [model.take(kept) for model in models], images
 
 
 def _drop(result: cli.StageResult, reason: str, count: int) -> None:
@@ -127,33 +126,30 @@ def _drop(result: cli.StageResult, reason: str, count: int) -> None:
         result.reasons[reason] = count
 
 
-# ------------------------------------------------------------------------------------------------ the test split
-
-
 def load_checkpoints(
-    config: Config, request: Request, result: cli.StageResult
+    config: Config, options: EvaluateOptions, result: cli.StageResult
 ) -> tuple[list[Model], LabelledImages, list[str]]:
     """Embed the test split with the configured checkpoint and with another one, or match a dataset of its images.
 
-    The notes say what makes the comparison unfair. Raises InputError if an input is missing or does not fit.
+    The notes name reasons why the comparison may be unfair. Raises InputError if an input is missing or does not fit.
     """
     config.require_paths("merged_dir", "checkpoint_dir")
     test_path = config.path("merged_dir") / "test.parquet"
     features = load_features(test_path)
     result.rows_in = len(features)
     split_hash = (read_provenance(test_path) or {}).get("split_hash")
-    assert request.compare is not None  # main asks for one of the two
+    assert options.compare is not None  # else the report is written
     own, notes = _project(config.path("checkpoint_dir") / CHECKPOINT_NAME, features, config, split_hash)
     rows = np.arange(len(features))
-    if request.compare.is_dir():
-        table = read_embeddings(request.compare)
-        rows, other_rows = _match_split(features, table.ids, str(request.compare))
+    if options.compare.is_dir():
+        table = read_embeddings(options.compare)
+        rows, other_rows = _match_split(features, table.ids, str(options.compare))
         _drop(result, "not_in_both", len(features) - len(rows))
         other = Model(table.place, table.embeddings[other_rows])
     else:
-        other, more = _project(request.compare, features, config, split_hash)
+        other, more = _project(options.compare, features, config, split_hash)
         notes += more
-    ignored = resolve_pairs(read_ignore_pairs(request.ignore_pairs), features.building_ids)
+    ignored = resolve_pairs(read_ignore_pairs(options.ignore_pairs), features.building_ids)
     return [own.take(rows), other], LabelledImages(features.building_codes[rows], ignored, 0), notes
 
 
@@ -172,7 +168,7 @@ def _project(path: Path, features: Features, config: Config, split_hash: str | N
 
 
 def _match_split(features: Features, ids: pa.StringArray, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Match a dataset whose rows are named as the split's images are, or by their buildings, row by row."""
+    """Match a dataset whose ids are the split's image ids, or row by row its building ids."""
     buildings = features.building_ids.take(pa.array(features.building_codes)).cast(pa.string())
     if ids.equals(buildings):
         return np.arange(len(ids)), np.arange(len(ids))

@@ -1,9 +1,9 @@
-"""The list of pairs of buildings that an evaluation leaves out."""
+"""The pairs of buildings that an evaluation leaves out."""
 
 import pyarrow as pa
 import pytest
 
-from evaluate_embeddings.scores.ignore_pairs import read_ignore_pairs, resolve_pairs
+from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from pipeline.errors import InputError
 
 

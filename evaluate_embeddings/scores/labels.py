@@ -1,0 +1,103 @@
+"""Read which building each image shows, and which pairs of buildings count as neither right nor wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pyarrow import csv
+
+from evaluate_embeddings.scores.embeddings_table import find_id_column, to_text
+from pipeline.errors import InputError, one_line
+from pipeline.files.tables import open_parquet, reading
+from pipeline.log import logger
+from pipeline.retrieval.candidates import IgnoredPairs
+
+LABEL_COLUMN = "building_id"
+PAIR_COLUMNS = ("building_id_a", "building_id_b")
+
+Rows = NDArray[np.int64]
+
+
+def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
+    """Return the building of each id, (N,), null if the labels do not have it; without labels the id itself.
+
+    Raises InputError if the labels are damaged, lack a column, or give an id two buildings.
+    """
+    if labels_path is None:
+        return ids
+    file = open_parquet(labels_path)
+    name = find_id_column(labels_path, file.schema_arrow)
+    if file.schema_arrow.get_field_index(LABEL_COLUMN) < 0:
+        raise InputError(f"{labels_path}: no column {LABEL_COLUMN}: it must say which building each {name} shows")
+    with reading(labels_path):
+        table = file.read(columns=[name, LABEL_COLUMN])
+    known = to_text(labels_path, table[name].combine_chunks())
+    buildings = table[LABEL_COLUMN].combine_chunks().cast(pa.string())
+    pairs = pa.table({"id": known, "building": buildings}).group_by(["id", "building"]).aggregate([])
+    if pairs.num_rows != len(known.unique()):
+        counts = pairs["id"].value_counts()
+        twice = next(entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1)
+        raise InputError(f"{labels_path}: {name} {twice} has two buildings: give each image one")
+    return buildings.take(pc.index_in(ids, value_set=known))
+
+
+def match_rows(ids: pa.StringArray, other_ids: pa.StringArray, other_name: str) -> tuple[Rows, Rows]:
+    """Return the rows of two datasets that show the same images, in the order of the first dataset.
+
+    Unique ids are joined. If ids repeat (several images of one building), both datasets must have the same ids in the
+    same order. Raises InputError if they cannot be matched, or have no image in common.
+    """
+    if ids.equals(other_ids):
+        return np.arange(len(ids)), np.arange(len(ids))
+    if any(len(names.unique()) != len(names) for names in (ids, other_ids)):
+        raise InputError(
+            f"{other_name}: ids repeat and are not the same in the same order, so that images cannot be matched: "
+            "embed the same input with both models"
+        )
+    places = pc.index_in(ids, value_set=other_ids)
+    kept = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
+    if not len(kept):
+        raise InputError(f"{other_name}: has no image in common with the first: embed the same input with both models")
+    logger.info("%s: %d of %d images are in both", other_name, len(kept), len(ids))
+    return kept, places.take(pa.array(kept)).to_numpy().astype(np.int64)
+
+
+def read_ignore_pairs(path: Path | None) -> pa.Table | None:
+    """Read the two id columns of a CSV as strings and ignore its other columns; None if there is no path.
+
+    Raises InputError if the file is missing, is no CSV, or lacks a column.
+    """
+    if path is None:
+        return None
+    # As strings, or an id of digits alone would lose its leading zeros.
+    options = csv.ConvertOptions(include_columns=list(PAIR_COLUMNS), column_types=dict.fromkeys(PAIR_COLUMNS, pa.string()))
+    remedy = f"--ignore-pairs takes a CSV with the columns {' and '.join(PAIR_COLUMNS)}"
+    try:
+        return csv.read_csv(path, convert_options=options)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: {remedy}") from None
+    except KeyError as error:
+        raise InputError(f"{path}: a column is missing ({one_line(error)}): {remedy}") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable CSV ({one_line(error)[:200]}): {remedy}") from None
+
+
+def resolve_pairs(pairs: pa.Table | None, building_ids: pa.StringArray) -> IgnoredPairs:
+    """Return the pairs of two different buildings of the split, each once, as codes into `building_ids` (B,)."""
+    if pairs is None:
+        return IgnoredPairs(np.empty(0, np.int64), np.empty(0, np.int64))
+    columns = [pairs.column(name).combine_chunks() for name in PAIR_COLUMNS]
+    a, b = (
+        pc.fill_null(pc.index_in(ids, value_set=building_ids), -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        for ids in columns
+    )
+    strangers = pa.concat_arrays([ids.filter(pa.array(codes < 0)) for ids, codes in zip(columns, (a, b), strict=True)])
+    inside = (a >= 0) & (b >= 0) & (a != b)
+    keys = np.unique(np.minimum(a, b)[inside] * len(building_ids) + np.maximum(a, b)[inside])
+    logger.info(
+        "ignore pairs: %d read, %d of them between buildings of the split; %d ids do not occur in it",
+        pairs.num_rows, len(keys), len(strangers.unique()),
+    )  # fmt: skip
+    return IgnoredPairs(keys // len(building_ids), keys % len(building_ids))
