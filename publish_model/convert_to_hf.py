@@ -147,7 +147,7 @@ def write_or_keep(
         result.kept.append(output)
         return
     missing = [path.name for path in unit.outputs if not path.is_file()]
-    if missing and output.is_dir() and not options.overwrite:
+    if missing and unit.outputs[0].is_file() and not options.overwrite:
         logger.warning("%s: %s is missing: the folder is written again", output, missing[0])
     from publish_model.model_folder.published_folder import fill_folder
 

@@ -1,11 +1,11 @@
-"""What every published folder has in common: its code, and what its config.json says."""
+"""The code and the config.json that every published folder has."""
 
 from pathlib import Path
 from typing import Any
 
 MODEL_TYPE = "spatial_embeddings"
 CODE_DIR = Path(__file__).resolve().parents[1]
-# One definition of pooling and projector: the very files that stage 2 and training use travel with the model.
+# Stage 2 and training use the same two files for pooling and projector.
 CODE_PATHS = (
     CODE_DIR / "configuration_spatial_embeddings.py",
     CODE_DIR / "modeling_spatial_embeddings.py",
@@ -16,14 +16,14 @@ AUTO_MAP = {
     "AutoConfig": "configuration_spatial_embeddings.SpatialEmbeddingsConfig",
     "AutoModel": "modeling_spatial_embeddings.SpatialEmbeddingsModel",
 }
-# What a backbone's configuration says of where and in which type it was stored: false for the published copy.
+# Keys of a backbone's configuration about its storage, which do not hold for the published copy.
 STORAGE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "auto_map")
 
 
 def describe_model(
     backbone_name: str, backbone_config: dict[str, Any], pooling_type: str, architecture: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the published config.json, to which the weights' type is to be added; it names no place."""
+    """Return the published config.json without the weights' type; it contains no path of this machine."""
     return {
         "architectures": [AUTO_MAP["AutoModel"].partition(".")[2]],
         "auto_map": AUTO_MAP,

@@ -1,4 +1,4 @@
-"""Fill the published folder: weights, configuration, image processor, code, licence, model card."""
+"""Fill a published folder: weights, configuration, image processor, code, licence, model card."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from publish_model.model_folder.model_code import CODE_PATHS, describe_model
 from publish_model.model_folder.model_parts import ModelParts
 from publish_model.model_folder.weights import stored_type, tensors_of, write_weights
 
-# What lets SentenceTransformer (6 or newer) load the same weights as its one module.
+# With these SentenceTransformer (6 or newer) loads the same weights.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
     "modules.json": [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
@@ -29,7 +29,7 @@ SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
         "module_output_name": "sentence_embedding",
     },
 }
-# Larger models are not loaded for a trial: who publishes 27 GB may do so on a machine that does not hold them.
+# Larger models are not loaded for a trial: a machine that publishes 27 GB may not have the memory for them.
 TRIAL_BYTES = 5_000_000_000
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -96,7 +96,7 @@ def write_all_weights(folder: Path, model: ModelParts, dtype: str | None) -> tup
 
 
 def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> None:
-    """Copy the backbone's image processor, in the form that every version of transformers reads, for `image_size`."""
+    """Copy the backbone's image processor for `image_size`, in the format that every version of transformers reads."""
     from pipeline.inference.preprocessing import load_processor, size_settings
 
     path = folder / "preprocessor_config.json"
@@ -111,7 +111,7 @@ def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> 
 
 
 def try_model(folder: Path, model: ModelParts) -> None:
-    """Load the folder as a user does and embed a grey image.
+    """Load the folder as users do, and embed a grey image.
 
     Raises PipelineError if a weight is missing or left over, InputError if backbone and projector do not fit.
     """

@@ -1,4 +1,4 @@
-"""A published model, found and told apart without importing torch."""
+"""Find and identify a published model without importing torch."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from publish_model.model_folder.reference_model import ReferenceModel, open_refe
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """The folder of a published model, and the id under which it was asked for; `reference` where it is not ours."""
+    """A published model's folder and the id that it was asked for; `reference` if another program published it."""
 
     model_id: str
     folder: Path
@@ -21,14 +21,14 @@ class PublishedModel:
     reference: ReferenceModel | None = None
 
     def name_version(self, precision: str) -> str:
-        """Return the short id of what computes the embeddings: its files, its pooling and the type it computes in."""
+        """Return a short id of everything that determines the embeddings: files, pooling and precision."""
         files = self.reference.identify() if self.reference else identify_model(self.folder)
         return name_version(files, self.pooling, precision)
 
     def prepare(self) -> Path:
-        """Return a folder that transformers loads as one of ours: its own, or one that lasts as long as this process.
+        """Return a folder that transformers loads with our code: its own, or one rebuilt for this process.
 
-        Raises InputError where a model of the reference implementation cannot be built.
+        Raises InputError if a model of the reference implementation cannot be rebuilt.
         """
         return self.reference.build_folder() if self.reference else self.folder
 
@@ -45,7 +45,7 @@ def check_model(dataset: EmbeddingsDataset, model: PublishedModel) -> None:
 
 
 def find_model(model_id: str, *, download: bool) -> PublishedModel:
-    """Return a published model by its folder or hub id, fetched where `download` allows it and need be.
+    """Return a published model by its folder or hub id; fetch it if `download` is set and it is not here.
 
     Raises InputError if there is none, or a file of it is missing.
     """
@@ -72,6 +72,6 @@ def _read_pooling(folder: Path) -> str:
     if not isinstance(config, dict):
         raise InputError(f"{folder}: not a model folder (config.json holds no settings): correct --model-id")
     missing = find_missing_files(folder)
-    if missing:  # found before a dataset is begun that bears the broken model's id
+    if missing:  # before a dataset is begun with the broken model
         raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
     return str(config.get("pooling_type", "pooler_output"))

@@ -1,8 +1,7 @@
-"""The model that the reference implementation published, built anew of its settings and weights by our own code.
+"""Read a model that the reference implementation published, and rebuild it with our own code.
 
-Its folder has weights under `backbone.` and `projector.`, and a config.json that names the backbone, whose
-configuration and image processor are taken from there. Its code, which fetches the backbone when it is imported into a
-model, is never run.
+Its folder has weights under `backbone.` and `projector.`, and a config.json that names the backbone; the backbone's own
+folder has the configuration and the image processor. The model's code, which would fetch the backbone, is never run.
 """
 
 import atexit
@@ -22,7 +21,7 @@ from publish_model.model_folder.model_code import CODE_PATHS, describe_model
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint
 
-# The linked files hold the projector too, under its own names; ours is read from another file.
+# The linked files also hold the projector under the reference's names; ours is read from another file.
 IGNORE_LINKED = """
 names = "input_norm|input_layer|hidden_layers|output_layer|residual_proj"
 SpatialEmbeddingsModel._keys_to_ignore_on_load_unexpected = [rf"^projector\\.({names})\\."]
@@ -33,7 +32,7 @@ ACTIVATION_KEYS = ("activation", "projector_activation", "activation_function", 
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A folder that the reference implementation published, and the one that holds its backbone's settings."""
+    """A folder that the reference implementation published, and the folder of its backbone's settings."""
 
     folder: Path
     config: dict[str, Any]
@@ -41,7 +40,7 @@ class ReferenceModel:
 
     @property
     def backbone_name(self) -> str:
-        """What may be said of the backbone in public: its hub id, or a local folder's name, never its path."""
+        """The backbone's public name: its hub id, or a local folder's name, never its path."""
         name = str(self.config["backbone_model_name"])
         return Path(name).name if Path(name).expanduser().is_dir() else name
 
@@ -50,7 +49,7 @@ class ReferenceModel:
         return _read_json(self.backbone_dir / "config.json")
 
     def find_processor(self) -> Path:
-        """Return the file of its image processor, its own or the backbone's.
+        """Return the file of the image processor, the model's own or the backbone's.
 
         Raises InputError if there is none.
         """
@@ -61,7 +60,7 @@ class ReferenceModel:
         raise InputError(f"{self.backbone_dir}: {PROCESSOR_NAMES[0]} is missing: fetch the backbone's files again")
 
     def identify(self) -> str:
-        """Return a short id of all that its embeddings depend on, the same wherever the folders lie."""
+        """Return a short id of everything that determines the embeddings, wherever the folders lie."""
         parts = [identify_model(self.folder), self.read_backbone_config(), _read_json(self.find_processor())]
         return hash_json(parts)[:16]
 
@@ -79,9 +78,9 @@ class ReferenceModel:
         return paths
 
     def read_projector(self) -> "Checkpoint":
-        """Return its projector under the names and with the architecture of ours.
+        """Return the projector with the names and the architecture of our own.
 
-        Raises InputError if its weights cannot be mapped onto it.
+        Raises InputError if its weights cannot be mapped to them.
         """
         from safetensors import safe_open
 
@@ -96,11 +95,11 @@ class ReferenceModel:
         section = TrainingModelSection(activation=self._find_activation(), dropout=0.0)
         architecture, renamed = read_bare_weights(self.folder, weights, section)
         checkpoint = Checkpoint(self.folder, architecture, renamed)
-        build_projector(checkpoint)  # which says what does not fit
+        build_projector(checkpoint)  # raises if a weight does not fit
         return checkpoint
 
     def list_names(self) -> dict[str, Path]:
-        """Return the file of each of its weights.
+        """Return the file of each weight.
 
         Raises InputError if they are missing or damaged.
         """
@@ -116,9 +115,9 @@ class ReferenceModel:
         return names
 
     def _find_activation(self) -> Any:
-        """Return the projector's activation by our name for it.
+        """Return the projector's activation.
 
-        Raises InputError where config.json does not say one that the projector has.
+        Raises InputError if config.json does not name one of ours.
         """
         inner = [value for key, value in self.config.items() if isinstance(value, dict) and key != "backbone_config"]
         for settings in (self.config, *inner):
@@ -132,9 +131,9 @@ class ReferenceModel:
         )
 
     def find_pooling(self) -> Literal["cls_token", "pooler_output"]:
-        """Return which output of the backbone its code takes: `pooler_output` if the class has one, else `cls_token`.
+        """Return the backbone output that the model's code takes: `pooler_output` if there is one, else `cls_token`.
 
-        The backbone is built without memory and run on no numbers: that shows which outputs it has.
+        The backbone is built on the meta device and run without numbers, to see its outputs.
         """
         import torch
         from transformers import AutoConfig, AutoModel
@@ -154,16 +153,18 @@ class ReferenceModel:
         return "cls_token" if getattr(outputs, "pooler_output", None) is None else "pooler_output"
 
     def build_folder(self) -> Path:
-        """Make a folder of our own form that lasts as long as this process.
+        """Make a folder in our own format for as long as this process runs; link the backbone's weights.
 
-        The backbone's weights are linked, not copied. Raises InputError if backbone or projector cannot be used.
+        Raises InputError if backbone or projector cannot be used.
         """
         from safetensors.torch import save_file
 
         checkpoint = self.read_projector()
         folder = Path(tempfile.mkdtemp(prefix="spatial-embeddings-model-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        links = {path: f"linked-{path.name}" for path in self.list_weight_files()}  # a model.safetensors would be all
+        links = {
+            path: f"linked-{path.name}" for path in self.list_weight_files()
+        }  # model.safetensors would be read alone
         weight_map = {name: links[path] for name, path in self.list_names().items() if name.startswith("backbone.")}
         for path, link in links.items():
             (folder / link).symlink_to(path.resolve())
@@ -184,9 +185,9 @@ class ReferenceModel:
 
 
 def open_reference(folder: Path, *, download: bool) -> ReferenceModel | None:
-    """Return what a folder of the reference implementation's is, None for any other folder.
+    """Return the model in a folder of the reference implementation, None for any other folder.
 
-    Raises InputError where the backbone's settings are neither here nor, with `download`, to be had.
+    Raises InputError if the backbone's settings are not on this machine and cannot be downloaded.
     """
     if not names_its_backbone(folder):
         return None

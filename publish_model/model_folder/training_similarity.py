@@ -1,8 +1,8 @@
-"""Tell how like the training images new ones are: by the similarity of each to its nearest training image.
+"""Measure how similar new images are to the training images: the cosine to the nearest training embedding.
 
-The published folder carries a sample of the training embeddings, without ids, and the quantiles of the similarity
-between images of buildings that were not trained on (the validation split) and the nearest of that sample. New images
-that are like these fall below the first percentile of similarity, that is beyond the 99th of distance, in 1 % of cases.
+The published folder carries a sample of the training embeddings, without ids, and quantiles of the similarity between
+validation images, whose buildings were not trained on, and their nearest neighbours in the sample. Of new images of the
+same kind, 1 % fall below the first percentile of similarity, which is the 99th of distance.
 """
 
 import base64
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 FILE_NAME = "training_similarity.json"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-# 2,000 vectors of 256 float16 are 1 MB, and 2,000 queries give the first percentile from 20 of them.
+# 2,000 vectors of 256 float16 are 1 MB; of 2,000 queries 20 lie below the first percentile.
 NUM_REFERENCE = NUM_QUERIES = 2000
-# Row groups that a sample is taken from: a split of 5.8 million images takes 95 GB.
+# A sample is read from so many row groups: a split of 5.8 million images has 95 GB.
 NUM_ROW_GROUPS = 16
 
 Embeddings = NDArray[np.float32]
@@ -39,7 +39,7 @@ def nearest_similarity(queries: Embeddings, reference: Embeddings) -> NDArray[np
 
 
 def describe_training(reference: Embeddings, queries: Embeddings) -> dict[str, Any]:
-    """Return what the published folder carries: the sample (R, D) and the quantiles of similarity to it."""
+    """Return the content of the file: the sample (R, D) and the quantiles of similarity to it."""
     stored = reference.astype("<f2")
     similarity = nearest_similarity(queries, stored.astype(np.float32))
     return {
@@ -82,9 +82,9 @@ def sample_rows(path: Path, num_rows: int) -> NDArray[np.float32]:
 
 
 def measure_training(config: Config, checkpoint: "Checkpoint") -> dict[str, Any] | None:
-    """Return what the published folder says of the training images, None where the splits are not those of training.
+    """Return the content of the file, or None if the merged splits are not those that the checkpoint was trained on.
 
-    The features are those that stage 3 merged, so nothing is embedded again.
+    The splits hold the backbone features, so no image is embedded again.
     """
     import torch
 

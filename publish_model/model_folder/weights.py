@@ -1,4 +1,4 @@
-"""Write a model's weights as safetensors, tensor by tensor: a backbone of 27 GB never lies in memory."""
+"""Write a model's weights as safetensors, one tensor at a time: a backbone may be larger than the memory."""
 
 import json
 from collections import Counter
@@ -15,9 +15,9 @@ from pipeline.errors import InputError, one_line
 from pipeline.inference.loading import find_vision_config, load_model
 from pipeline.log import logger
 
-# The hub's own limit for one file.
+# The hub's limit for one file.
 MAX_SHARD_BYTES = 5_000_000_000
-# The format's names of the types that weights have.
+# The types of weights and their names in the format.
 TYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -27,7 +27,7 @@ _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to write, which is read only when its turn comes."""
+    """A tensor to write; it is read only when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,20 +36,20 @@ class Tensor:
 
     @property
     def num_elements(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes it takes."""
+        """The size in bytes."""
         return self.num_elements * self.dtype.itemsize
 
     def renamed(self, prefix: str) -> "Tensor":
-        """Return it under a name that begins with `prefix`."""
+        """Return the tensor with `prefix` before its name."""
         return Tensor(prefix + self.name, self.shape, self.dtype, self.read)
 
     def cast(self, dtype: torch.dtype | None) -> "Tensor":
-        """Return it as floats of another type; whole numbers stay as they are."""
+        """Return the tensor as floats of another type; integers stay as they are."""
         if dtype is None or not self.dtype.is_floating_point:
             return self
         return Tensor(self.name, self.shape, dtype, lambda: self.read().to(dtype))
@@ -64,7 +64,7 @@ def tensors_of(state_dict: dict[str, torch.Tensor]) -> list[Tensor]:
 
 
 def list_stored(folder: Path) -> list[Tensor]:
-    """List the tensors of a model folder's safetensors files, none where it has no such files.
+    """List the tensors of a model folder's safetensors files, if it has any.
 
     Raises InputError if a file is missing or damaged.
     """
@@ -104,8 +104,8 @@ def _list_file(path: Path) -> list[Tensor]:
 def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Tensor]:
     """List a backbone's tensors under the names that AutoModel reads for its class.
 
-    Where the stored ones are just these, they are streamed; a folder of another shape (a head on top, other
-    formats) is loaded once and saved by transformers into `scratch_dir`. Raises InputError if it cannot be loaded.
+    Stored tensors of these shapes are streamed. Other folders (a head on top, another format) are loaded once, and
+    transformers saves them into `scratch_dir`. Raises InputError if the backbone cannot be loaded.
     """
     config, model = _build_empty(folder)
     stored = list_stored(folder)
@@ -118,7 +118,7 @@ def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Te
 
 
 def _build_empty(folder: Path) -> tuple[Any, torch.nn.Module]:
-    """Return a backbone's configuration and its model without memory: names and shapes alone."""
+    """Return a backbone's configuration, and its model on the meta device for the names and shapes."""
     try:
         config = find_vision_config(folder)
         with torch.device("meta"):
@@ -151,14 +151,14 @@ def list_published_backbone(folder: Path, settings_dir: Path) -> list[Tensor]:
 def _save_plain(folder: Path, pooling_type: str, scratch_dir: Path, stored: Sequence[Tensor]) -> None:
     model = load_model(folder, "auto", pooling_type, trust_remote_code=False)
     if pooling_type != "pooler_output" and stored and not any("pooler." in tensor.name for tensor in stored):
-        # The class has a pooler, this backbone has none, and nobody uses it: no random numbers are published.
+        # The class has a pooler that this backbone lacks and nobody uses: do not publish random numbers.
         for parameter in getattr(model, "pooler", torch.nn.Module()).parameters():
             torch.nn.init.zeros_(parameter)
     model.save_pretrained(scratch_dir, max_shard_size=f"{MAX_SHARD_BYTES // 10**9}GB")  # type: ignore[operator]
 
 
 def stored_type(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Return the float type that most of the numbers have."""
+    """Return the float type of most elements."""
     counts: dict[torch.dtype, int] = {}
     for tensor in tensors:
         if tensor.dtype.is_floating_point:
@@ -167,7 +167,7 @@ def stored_type(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 def write_weights(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or numbered shards and their index where it would be larger than one shard."""
+    """Write `model.safetensors`, or numbered shards and their index if it would exceed one shard."""
     shards = _cut(tensors, max_shard_bytes)
     if len(shards) == 1:
         _write_file(folder / "model.safetensors", shards[0])
