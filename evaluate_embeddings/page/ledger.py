@@ -1,73 +1,52 @@
-"""What became of every row, stage by stage, as the files that are there say of their own making."""
+"""Read the counts of every stage's rows from the provenance that its outputs carry."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline.cli import StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.tables import read_provenance
-from pipeline.files.writing import read_json_object
+from pipeline.files.units import read_recorded
+from pipeline.stages import STAGES, Stage
+
+# The outputs that carry the counts where that is not every output: each split has the counts of all three.
+COUNTED = {3: "test.parquet", 6: "provenance.json", 8: "parts/*.parquet"}
 
 
 def read_ledger(config: Config) -> list[StageResult]:
-    """Return the counts of stages 1 to 8, as far as their files are there; no pixel and no row is read.
+    """Return the counts of the stages that handle rows, from the files that are there; read no row and no pixel.
 
     `kept` names the files that were counted.
     """
-    folder = find_path(config, "checkpoint_dir")
-    mark = folder and folder / "provenance.json"
-    found = [
-        _add_up("process_tar", _parquets(config, "intermediates_dir", "*.parquet")),
-        _add_up("generate_embeddings", _parquets(config, "embeddings_dir", "*_embeddings.parquet")),
-        # Each split says the counts of all three.
-        _add_up("merge_and_split", _parquets(config, "merged_dir", "test.parquet")),
-        _add_up("compute_fingerprints", _parquets(config, "fingerprints_dir", "*_fingerprints.parquet")),
-        _add_up("compute_visual_neighbors", _parquets(config, "difficulty_metadata_path", "")),
-        _add_up("train", [(mark, read_json_object(mark))] if mark else []),
-        _add_up("generate_embeddings_from_parquet", _parquets_of_new_data(config)),
-    ]
+    found = [_add_up(stage, config) for number, stage in STAGES.items() if number not in (7, 9)]
     return [result for result in found if result.kept]
 
 
-def _add_up(stage: str, provenances: Iterable[tuple[Path, dict[str, Any] | None]]) -> StageResult:
-    result = StageResult(stage)
-    for path, provenance in provenances:
-        counts = (provenance or {}).get("counts")
-        if isinstance(counts, dict):
-            result.add(counts, (provenance or {}).get("reasons") or {})
+def _add_up(stage: Stage, config: Config) -> StageResult:
+    result = StageResult(stage.name)
+    for path in _list_outputs(stage, config):
+        try:
+            recorded = read_recorded(path) or {}
+        except InputError:  # a damaged file is for its own stage to report
+            continue
+        if isinstance(recorded.get("counts"), dict):
+            result.add(recorded["counts"], recorded.get("reasons"))
             result.kept.append(path)
     return result
 
 
+def _list_outputs(stage: Stage, config: Config) -> list[Path]:
+    try:
+        place = stage.find_place(config)
+    except ConfigError:  # its path is not set
+        return []
+    pattern = COUNTED.get(stage.number) or next(iter(stage.outputs), "").replace("{:04d}", "*")
+    paths = sorted(place.glob(pattern)) if pattern else [place]
+    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
+
+
 def find_path(config: Config, key: str) -> Path | None:
-    """Return a path of the configuration where it is set: the page can do without."""
+    """Return a path of the configuration, None if it is not set: the page does without it."""
     try:
         return config.path(key)
     except ConfigError:
         return None
-
-
-def _parquets(config: Config, key: str, pattern: str) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-    place = find_path(config, key)
-    if place is not None:
-        yield from _read_all([place] if not pattern else sorted(place.glob(pattern)))
-
-
-def _parquets_of_new_data(config: Config) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-    try:
-        output = config.new_data.output and config.expand(config.new_data.output, "[new_data].output")
-    except ConfigError:
-        return
-    if output:
-        yield from _read_all(sorted((output / "parts").glob("*.parquet")))
-
-
-def _read_all(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-    for path in paths:
-        if path.is_file() and not path.name.startswith("."):
-            try:
-                yield path, read_provenance(path)
-            except InputError:  # a damaged file of another stage is that stage's affair
-                yield path, None
