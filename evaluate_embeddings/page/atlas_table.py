@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.embeddings_table import count_rows, find_id_column, list_parts, to_text
+from pipeline.embeddings_dataset.dataset import resolve_dataset_dir
+from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, valid_rows
+from pipeline.embeddings_dataset.parts import rejects_beside
 from pipeline.errors import InputError, Rejection
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import open_parquet, read_provenance, reading
@@ -18,18 +21,17 @@ from pipeline.inference.images import decode_rgb
 from pipeline.log import Progress, logger
 from pipeline.pages import shrink, to_jpeg
 
-# What the browser can still move about; of more a random sample is shown.
+# More than a browser can move about smoothly is sampled.
 MAX_ROWS = 1_000_000
 THUMBNAIL_SIDE, JPEG_QUALITY = 96, 70
-IMAGE_COLUMN, VALID_COLUMN = "image_bytes", "is_valid"
 _BATCH_ROWS = 256
 
 Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One parquet of a dataset and the rows of it that are shown."""
+class Selection:
+    """One parquet of a dataset, and its rows to show."""
 
     path: Path
     id_column: str
@@ -37,9 +39,9 @@ class Part:
 
 
 def write_atlas_table(folder: Path, images: Path | None, output: Path, seed: int) -> tuple[int, bool]:
-    """Write OSMID, embedding and, where they can be had, thumbnails; return the rows, and whether there are any.
+    """Write id, embedding and, if possible, a thumbnail of each image; return the rows, and whether thumbnails exist.
 
-    `images` is what stage 8 embedded, a packaged parquet or a folder of photographs (default: as state.json says).
+    `images` is the input of stage 8, a packaged parquet or a folder of photographs (default: from state.json).
     Raises InputError if the dataset cannot be read or holds no row.
     """
     parts = choose_rows(folder, seed)
@@ -60,8 +62,8 @@ def write_atlas_table(folder: Path, images: Path | None, output: Path, seed: int
     return total, photos is not None
 
 
-def choose_rows(folder: Path, seed: int) -> list[Part]:
-    """Return the parts with the rows to show: all of them, or a random MAX_ROWS, which is logged."""
+def choose_rows(folder: Path, seed: int) -> list[Selection]:
+    """Return the parts with the rows to show: all rows, or with a warning a random MAX_ROWS."""
     paths = list_parts(folder)
     counts = [count_rows(path) for path in paths]
     total = sum(counts)
@@ -74,21 +76,20 @@ def choose_rows(folder: Path, seed: int) -> list[Part]:
     starts = np.cumsum([0, *counts])
     cuts = np.searchsorted(chosen, starts)
     return [
-        Part(path, find_id_column(path, open_parquet(path).schema_arrow), chosen[cuts[n] : cuts[n + 1]] - starts[n])
+        Selection(
+            path, find_id_column(path, open_parquet(path).schema_arrow), chosen[cuts[n] : cuts[n + 1]] - starts[n]
+        )
         for n, path in enumerate(paths)
     ]
 
 
 def read_input_path(folder: Path) -> Path | None:
-    """Return what the dataset was made from, as its state.json says; None where that is not here."""
-    for place in (folder, folder.with_name(f"{folder.name}.parts")):
-        path = read_json_object(place / "state.json").get("input_path")
-        if isinstance(path, str):
-            return Path(path) if Path(path).exists() else None
-    return None
+    """Return the path of the dataset's input from its state.json, None if that is not on this machine."""
+    path = read_json_object(resolve_dataset_dir(folder) / "state.json").get("input_path")
+    return Path(path) if isinstance(path, str) and Path(path).exists() else None
 
 
-def _read_rows(parts: list[Part]) -> Iterator[tuple[pa.Array, pa.Array]]:
+def _read_rows(parts: list[Selection]) -> Iterator[tuple[pa.Array, pa.Array]]:
     for part in parts:
         column, done = find_embedding(part.path), 0
         with reading(part.path):
@@ -113,8 +114,8 @@ def _cut(file: pq.ParquetFile, columns: list[str], chosen: Rows) -> Iterator[tup
 # ------------------------------------------------------------------------------------------------ photographs
 
 
-def _open_photos(parts: list[Part], images: Path | None) -> Iterator[bytes | None] | None:
-    """Return the thumbnails of the shown rows, in order; None where there are none to be had, which is logged."""
+def _open_photos(parts: list[Selection], images: Path | None) -> Iterator[bytes | None] | None:
+    """Return the thumbnails of the shown rows, in order; None, with a warning, if there are no images."""
     if all(open_parquet(part.path).schema_arrow.get_field_index(IMAGE_COLUMN) >= 0 for part in parts):
         return (_shrink_bytes(data) for part in parts for data in _read_column(part.path, part.chosen))
     if images is None:
@@ -125,30 +126,28 @@ def _open_photos(parts: list[Part], images: Path | None) -> Iterator[bytes | Non
     return (_shrink_file(images / name) for part in parts for name in _read_names(part))
 
 
-def locate_rows(parts: list[Part], images: Path) -> Rows:
+def locate_rows(parts: list[Selection], images: Path) -> Rows:
     """Return the rows of the packaged parquet that the shown rows were made from, ascending.
 
-    A part holds the rows of its read batch that were neither skipped as invalid nor rejected, in their order.
-    Raises InputError if a part does not say where it begins, or the parquet is not the one it was made from.
+    A part holds, in their order, the rows of its read batch that were neither skipped as invalid nor rejected.
+    Raises InputError if a part does not record where it begins, or was made from another parquet.
     """
     file = open_parquet(images)
-    has_valid = file.schema_arrow.get_field_index(VALID_COLUMN) >= 0
     with reading(images):
-        # A null counts as valid.
-        valid = file.read([VALID_COLUMN])[VALID_COLUMN].fill_null(True).to_numpy() if has_valid else None
+        valid = valid_rows(file.read([name for name in (VALID_COLUMN,) if name in file.schema_arrow.names]))
     found = []
     for part in parts:
         provenance = read_provenance(part.path) or {}
-        place, settings = provenance.get("part"), provenance.get("settings", {})
+        place = provenance.get("part")
         if not isinstance(place, dict):
             raise InputError(f"{part.path}: does not say which rows of the input it holds: give no --images")
-        rows = np.arange(place["first_row"], place["first_row"] + place["num_rows"])
-        if valid is not None and settings.get("filter_valid", True):
-            rows = rows[valid[rows[rows < len(valid)]]] if rows[-1] < len(valid) else rows
-        rejects = part.path.parents[1] / "_rejects" / part.path.name
+        first, end = place["first_row"], place["first_row"] + place["num_rows"]
+        is_filtered = provenance.get("settings", {}).get("filter_valid", True)
+        rows = first + np.flatnonzero(valid[first:end]) if is_filtered else np.arange(first, end)
+        rejects = rejects_beside(part.path)
         if rejects.is_file():
             rows = np.setdiff1d(rows, open_parquet(rejects).read(["row"])["row"].to_numpy())
-        if len(rows) < open_parquet(part.path).metadata.num_rows or rows[-1:].max(initial=0) >= file.metadata.num_rows:
+        if len(rows) < count_rows(part.path) or end > len(valid):
             raise InputError(f"{images}: is not what {part.path.name} was made from: correct --images")
         found.append(rows[part.chosen])
     return np.concatenate(found)
@@ -161,7 +160,7 @@ def _read_column(path: Path, rows: Rows) -> Iterator[bytes | None]:
             yield from (column[place].as_py() for place in places.tolist())
 
 
-def _read_names(part: Part) -> Iterator[str]:
+def _read_names(part: Selection) -> Iterator[str]:
     for batch, rows in _cut(open_parquet(part.path), [part.id_column], part.chosen):
         yield from to_text(part.path, batch.column(0).take(pa.array(rows))).to_pylist()
 
@@ -174,7 +173,7 @@ def _shrink_file(path: Path) -> bytes | None:
 
 
 def _shrink_bytes(data: bytes | None) -> bytes | None:
-    """Return a small JPEG, None where the picture cannot be read: the map can do without."""
+    """Return a small JPEG, None if the picture cannot be read."""
     try:
         return to_jpeg(shrink(decode_rgb(data or b""), THUMBNAIL_SIDE), JPEG_QUALITY)
     except Rejection:
