@@ -5,17 +5,15 @@
     python evaluate_embeddings/evaluate.py --embeddings OUTPUT --labels labels.parquet --compare OTHER_OUTPUT
 
 Reads merged_dir/{train,test}.parquet and checkpoint_dir/checkpoint_best.pt; for the page also metrics.jsonl beside the
-checkpoint and photographs from the tars of raw_dir, where they are there. Writes report_dir/report.html and
+checkpoint and photographs from the tars of raw_dir, if they are there. Writes report_dir/report.html and
 report_dir/metrics.json. A rerun keeps both if they were made from the same inputs. With --compare or --embeddings it
-scores what is named instead, prints a table with the verdict last, and writes nothing.
+scores these models instead, prints a table with the verdict last, and writes nothing.
 """
 
-import argparse
-import functools
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +31,7 @@ from evaluate_embeddings.scores.metrics import (
     score_kinds_twice,
 )
 from evaluate_embeddings.scores.pair_similarity import sample_similarities
-from evaluate_embeddings.scores.standalone import CHECKPOINT_NAME, STAGE, Request
-from evaluate_embeddings.scores.standalone import run as run_standalone
+from evaluate_embeddings.scores.standalone import CHECKPOINT_NAME, STAGE, EvaluateOptions, run_standalone
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
@@ -57,7 +54,7 @@ PCA_DIM = 256
 
 
 def read_commit(root: Path = PROJECT_ROOT) -> str | None:
-    """Return the git commit that is checked out in the project's folder, None where it is no checkout."""
+    """Return the git commit that is checked out in the project's folder, None if it is no git checkout."""
     command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -108,7 +105,7 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
         config.path("checkpoint_dir") / CHECKPOINT_NAME, config.training_model, input_dim=features.width
     )
     device = choose_device(config.infrastructure.device)
-    shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # an older run's says nothing
+    shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # the reference's names none
     with needing_memory("the scatter of the training images", "or set [infrastructure].device to cpu"):
         scatter = collect_scatter(train.embeddings, train.building_codes, device=device)
         whitening = whiten_within_class(scatter, checkpoint.architecture["output_dim"], shrinkage)
@@ -159,21 +156,22 @@ def list_units(config: Config, ignore_pairs: Path | None = None, images: bool = 
     return [Unit(STAGE, outputs, lambda _: describe_inputs(config, ignore_pairs, images), marks=outputs[:1])]
 
 
-def run(
-    config: Config, options: cli.Options, ignore_pairs: Path | None = None, *, images: bool = True
-) -> cli.StageResult:
-    """Score the test split, write the page and the metrics, and return the counts."""
+def run(config: Config, options: cli.Options) -> cli.StageResult:
+    """Score the test split, write the page and the metrics, and return the counts; or score what the options name."""
+    own = options if isinstance(options, EvaluateOptions) else EvaluateOptions(overwrite=options.overwrite)
+    if own.embeddings is not None or own.compare is not None:
+        return run_standalone(config, own)
     config.require_paths("merged_dir", "checkpoint_dir", "report_dir")
-    (unit,) = list_units(config, ignore_pairs, images)
+    (unit,) = list_units(config, own.ignore_pairs, not own.no_images)
     metrics_path, report_path = unit.outputs
     result = cli.StageResult(STAGE)
-    if keep_complete(unit, result, options.overwrite):
+    if keep_complete(unit, result, own.overwrite):
         gallery = read_json_object(metrics_path)["gallery"]
         result.add({"in": gallery, "out": gallery})
         return result
-    provenance = describe_inputs(config, ignore_pairs, images)
+    provenance = describe_inputs(config, own.ignore_pairs, not own.no_images)
     watch = Stopwatch()
-    pairs = read_ignore_pairs(ignore_pairs)
+    pairs = read_ignore_pairs(own.ignore_pairs)
     with watch.measure("load and embed"):
         features, embeddings, checkpoint = embed_split(config)
     ignored = resolve_pairs(pairs, features.building_ids)
@@ -189,25 +187,12 @@ def run(
     with watch.measure("report"):
         from evaluate_embeddings.page.report import write_report
 
-        write_report(report_path, evaluation, metrics, checkpoint.metrics, config, images=images)
+        write_report(report_path, evaluation, metrics, checkpoint.metrics, config, images=not own.no_images)
     write_json(metrics_path, metrics)
     logger.info("%s: %s\n\n%s\n", STAGE, watch.describe(), format_metrics_table(metrics))
-    return cli.StageResult(STAGE, metrics["gallery"], metrics["gallery"], written=[report_path, metrics_path])
-
-
-def choose_story(arguments: argparse.Namespace) -> Callable[[Config, cli.Options], cli.StageResult]:
-    """Return what the command line asks for: the report, or a table of something else.
-
-    Raises ConfigError where options do not go together.
-    """
-    if arguments.labels is not None and arguments.embeddings is None:
-        raise ConfigError("evaluate.py: --labels belongs to --embeddings: give both, or neither")
-    if arguments.embeddings is None and arguments.compare is None:
-        return functools.partial(run, ignore_pairs=arguments.ignore_pairs, images=not arguments.no_images)
-    if arguments.no_images:
-        raise ConfigError("evaluate.py: --no-images is about the page, which --embeddings and --compare do not write")
-    request = Request(arguments.embeddings, arguments.labels, arguments.compare, arguments.ignore_pairs)
-    return functools.partial(run_standalone, request=request)
+    result.add({"in": metrics["gallery"], "out": metrics["gallery"]})
+    result.written += [report_path, metrics_path]
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -231,8 +216,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="another checkpoint or embeddings dataset: which is better on the same images, and how sure is that",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
-    story = choose_story(arguments)
-    cli.run_stage(STAGE, story, cli.config_from(arguments), cli.options_from(arguments))
+    own = {name: value for name, value in vars(arguments).items() if name not in ("config", "overrides")}
+    options = EvaluateOptions(**own)
+    if options.labels is not None and options.embeddings is None:
+        raise ConfigError("evaluate.py: --labels belongs to --embeddings: give both, or neither")
+    if options.no_images and (options.embeddings is not None or options.compare is not None):
+        raise ConfigError("evaluate.py: --no-images is about the page, which --embeddings and --compare do not write")
+    cli.run_stage(STAGE, run, cli.config_from(arguments), options)
 
 
 if __name__ == "__main__":

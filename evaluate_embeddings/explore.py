@@ -2,9 +2,9 @@
 
     python evaluate_embeddings/explore.py OUTPUT
 
-Reads the dataset that stage 8 wrote (of more than a million images a random sample, and says so) and the images that it
-was made from, for thumbnails. Serves a page on this machine alone until Ctrl-C; writes nothing that stays but
-embedding-atlas' own cache of the map. Needs the extra `explore`: pip install '.[explore]'.
+Reads the dataset that stage 8 wrote (a random sample if it has more than a million images) and, for thumbnails, the
+images that it was made from. Serves a page to this machine alone until Ctrl-C; only embedding-atlas' own cache of the
+map stays on disk. Needs the extra `explore`: pip install '.[explore]'.
 """
 
 import importlib.util

@@ -30,7 +30,7 @@ from evaluate_embeddings.scores.metrics import (
     sample_gallery,
     summarize_datasets,
 )
-from pipeline.cli import Options
+from evaluate_embeddings.scores.standalone import EvaluateOptions
 from pipeline.config import load_config
 from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.retrieval.checkpoint import save_checkpoint
@@ -43,7 +43,8 @@ SCORE_DICT_KEYS = {name for key in SCORE_KEYS for name in (key, f"{key}_ci95")}
 
 
 def evaluate(config_path, *overrides, overwrite=False, ignore_pairs=None):
-    return run(load_config(config_path, list(overrides)), Options(overwrite=overwrite), ignore_pairs)
+    options = EvaluateOptions(overwrite=overwrite, ignore_pairs=ignore_pairs)
+    return run(load_config(config_path, list(overrides)), options)
 
 
 def read_outputs(config_path):

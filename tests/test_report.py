@@ -26,6 +26,7 @@ from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.plots import Curve, plot_training, read_training_curve
 from evaluate_embeddings.page.report import format_distance
 from evaluate_embeddings.scores.metrics import Evaluation, score_kinds
+from evaluate_embeddings.scores.standalone import EvaluateOptions
 from pipeline.cli import Options
 from pipeline.config import load_config
 from pipeline.errors import StaleOutputError
@@ -67,7 +68,8 @@ class PageReader(HTMLParser):
 
 
 def make_report(config_path, *overrides, ignore_pairs=None, images=True):
-    run(load_config(config_path, list(overrides)), Options(overwrite=True), ignore_pairs, images=images)
+    options = EvaluateOptions(overwrite=True, ignore_pairs=ignore_pairs, no_images=not images)
+    run(load_config(config_path, list(overrides)), options)
     return (config_path.parent / "report" / "report.html").read_text(encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from evaluate_embeddings.scores.metrics import Evaluation
 from pipeline.retrieval.whitening import collect_scatter, decompose
 
 MAX_POINTS = 1_500
-# The components are fitted on so many images at most.
+# The principal components are fitted on a sample of this size.
 MAX_FIT_ROWS = 50_000
 THUMBNAIL_SIDE = 96
 WIDTH, HEIGHT, MARGIN = 1000, 640, 14
@@ -23,7 +23,7 @@ class MapPoints:
     row: NDArray[np.int64]  # (P,) ascending
     place: NDArray[np.float64]  # (P, 2) along the two components
     is_right: NDArray[np.bool_]  # (P,) the nearest image is of the same building
-    variance: tuple[float, float]  # share that each component has of the whole
+    variance: tuple[float, float]  # share of the total variance along each component
 
 
 def place_points(evaluation: Evaluation, seed: int) -> MapPoints:
@@ -60,7 +60,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Map:
-    """What the page draws; a picture is found by its mark's number, as text."""
+    """The marks that the page draws, and their pictures by the mark's number, as text."""
 
     marks: list[Mark]
     is_sampled: bool
@@ -71,7 +71,7 @@ class Map:
 
 
 def build_map(evaluation: Evaluation, photos: PhotoSource, max_characters: int, seed: int) -> Map:
-    """Return the map with its photographs, which fit the limit."""
+    """Return the map with its photographs, small enough to fit the limit together."""
     points = place_points(evaluation, seed)
     rows = points.row.tolist()
     thumbnails = photos.read_thumbnails(rows, max_characters, THUMBNAIL_SIDE) if photos.problem is None else {}
@@ -85,7 +85,7 @@ def build_map(evaluation: Evaluation, photos: PhotoSource, max_characters: int, 
 
 
 def _to_pixels(place: NDArray[np.float64]) -> list[tuple[float, float]]:
-    """Fit the places into the drawing, each axis by itself; equal ones lie in the middle."""
+    """Scale the places to the drawing, each axis by itself; an axis without spread lies in the middle."""
     low, span = place.min(axis=0), np.ptp(place, axis=0)
     unit = np.where(span > 0, (place - low) / np.where(span > 0, span, 1), 0.5)
     x, y = MARGIN + unit[:, 0] * (WIDTH - 2 * MARGIN), MARGIN + (1 - unit[:, 1]) * (HEIGHT - 2 * MARGIN)

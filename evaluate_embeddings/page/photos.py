@@ -1,4 +1,4 @@
-"""Fetch a few photographs out of the raw tars, by their offsets, as thumbnails that a page can carry."""
+"""Read a few photographs from the raw tars, by their offsets, as thumbnails for the page."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ from pipeline.files.units import find_tar_dir
 from pipeline.inference.images import decode_rgb
 from pipeline.pages import shrink, to_data_uri
 
-# Tried one after the other until the pictures fit: longest side in pixels, JPEG quality.
+# Longest side in pixels and JPEG quality, lowered step by step until the pictures fit.
 THUMBNAIL_LEVELS = ((224, 80), (224, 65), (192, 55), (160, 50), (128, 45), (96, 40))
 
 
 class PhotoSource:
-    """The photographs of a split; `problem` says why there are none."""
+    """The photographs of a split; `problem` gives the reason if there are none."""
 
     def __init__(self, split_path: Path, raw_dir: Path | None, *, wanted: bool = True) -> None:
-        """Read where each row's image lies, if the split says so; not `wanted` is a page without photographs."""
+        """Read the place of each row's image from the split; without `wanted` the page has no photographs."""
         names = ["dataset_id", *(name for name, _ in PLACE_COLUMNS)]
         file = open_parquet(split_path)
         self.raw_dir = raw_dir
@@ -39,14 +39,14 @@ class PhotoSource:
             try:
                 self.raw_dir = find_tar_dir(raw_dir)
                 self._places = file.read(columns=names)
-            except InputError as error:  # the page does without
+            except InputError as error:
                 self.problem = one_line(error)
 
     def read_thumbnails(self, rows: Iterable[int], max_characters: int, max_side: int = 224) -> dict[int, str]:
-        """Return, for the rows whose picture can be had, a JPEG as a data URI; the others are counted.
+        """Return a JPEG as a data URI for each row whose picture can be read, and count the other rows.
 
-        A row that is asked for twice will stand in the page twice. Side and quality are lowered until all of it has
-        at most `max_characters`; where the lowest level is still too much, the last rows go without a picture.
+        A row that is asked for twice is on the page twice. Side and quality are lowered until all pictures together
+        have at most `max_characters`; if the lowest level is still too much, the last rows go without a picture.
         """
         asked = list(rows)
         images: dict[int, Image.Image] = {}

@@ -1,4 +1,4 @@
-"""Write stage 9's page: what came out, how sure that is, and pictures of where the embeddings fail and succeed."""
+"""Write stage 9's page: the scores with their intervals, and pictures of failures and successes."""
 
 import json
 import re
@@ -20,12 +20,12 @@ from pipeline.log import logger
 from pipeline.pages import load_templates
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-# The page has to pass through mail: under 15 MB in all. A data URI has a character for each byte of the page.
+# The page must stay under 15 MB, to be sent by mail. A character of a data URI is a byte of the page.
 MAX_GALLERY_CHARACTERS, MAX_MAP_CHARACTERS = 7_500_000, 4_500_000
 
 
 def format_distance(metres: float) -> str:
-    """Return a distance as people say it."""
+    """Return a distance in metres or kilometres."""
     return f"{metres:.0f} m" if metres < 1000 else f"{metres / 1000:,.1f} km"
 
 
@@ -49,9 +49,9 @@ def write_report(
     *,
     images: bool = True,
 ) -> None:
-    """Write the page in one piece; what cannot be shown (pictures, training curve) is left out and said so.
+    """Write the page in one piece; it names what it lacks (pictures, training curve).
 
-    `training` is what the checkpoint says of its metrics; without `images` the page has no photograph.
+    `training` holds the checkpoint's metrics; without `images` the page has no photograph.
     """
     seed = config.global_.seed
     photos = PhotoSource(config.path("merged_dir") / "test.parquet", find_path(config, "raw_dir"), wanted=images)
@@ -79,6 +79,6 @@ def render(name: str, **content: Any) -> str:
 
 
 def choose_mood(metrics: Mapping[str, Any]) -> str:
-    """Return the style sheet's class for the verdict: good where every baseline is beaten, bad where one is ahead."""
+    """Return the verdict's class in the style sheet: good if every baseline is beaten, bad if one is better."""
     verdicts = {judge(metrics["projector_gain"][f"over_{baseline}"]["map_ci95"]) for baseline in BASELINES}
     return "good" if verdicts == {"beats"} else "bad" if "is worse than" in verdicts else ""

@@ -1,4 +1,4 @@
-"""Scores by what makes a query hard: how few views its building has, how the viewpoint changes, how far it stands."""
+"""Scores by what makes a query hard: few views of its building, a change of viewpoint, a distant camera."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Camera:
 
 
 def load_camera(split_path: Path) -> Camera | None:
-    """Read a split's camera columns; None where it does not carry them, as a foreign one may not."""
+    """Read a split's camera columns; None if it has none, as a split of another program may."""
     file = open_parquet(split_path)
     names = ["heading", "distance_m"]
     if any(file.schema_arrow.get_field_index(name) < 0 for name in names):
@@ -59,7 +59,7 @@ def heading_changes(codes: NDArray[Any], headings: NDArray[np.float64]) -> NDArr
 
 
 def summarize_breakdowns(evaluation: Evaluation, camera: Camera | None, seed: int) -> dict[str, Any]:
-    """Return the scores by number of views, viewpoint change and distance; None for what the camera would tell."""
+    """Return the scores by number of views, viewpoint change and distance; the last two None without a camera."""
     queries = next(iter(evaluation.scores.values())).query
     views = RowGroups(evaluation.codes)
     found: dict[str, Any] = {
@@ -82,7 +82,7 @@ def _summarize_groups(
     name: Callable[[int, float], str],
     seed: int,
 ) -> dict[str, Any]:
-    """Return the scores of the queries between each two edges, under the group's name; empty groups are left out."""
+    """Return the scores of the queries between each two edges, by the group's name; leave out empty groups."""
     found = {}
     for low, high in zip(edges, (*edges[1:], np.inf), strict=True):
         chosen = (values >= low) & (values < high)  # NaN is in no group

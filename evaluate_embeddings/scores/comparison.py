@@ -1,4 +1,4 @@
-"""Tell which of two models is better on the same images, and say it in a table for people, the verdict last."""
+"""Compare two models on the same images by a paired bootstrap, and format the scores as a table."""
 
 import textwrap
 from collections.abc import Mapping
@@ -19,23 +19,23 @@ from evaluate_embeddings.scores.metrics import (
 from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.scores import SCORE_KEYS, QueryScores, percentile_intervals, resample_means
 
-# So that a p of 0.0002 can be told from 0.
+# The smallest p is then 0.0002.
 NUM_RESAMPLES = 10_000
 COLUMNS = 80
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """The images that two models, or one, are judged by."""
+    """The images on which one model is scored, or two."""
 
     codes: NDArray[np.int32]  # (N,) of the building
     ignored: IgnoredPairs
-    without_label: int  # images that were left out
+    without_label: int  # number of images left out
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better the second model is: mean over queries, 95% interval, p of no difference."""
+    """The gain of the second model: mean over queries, 95% interval, p of no difference."""
 
     scores: tuple[QueryScores, QueryScores]
     difference: dict[str, float]
@@ -59,9 +59,6 @@ def compare(one: QueryScores, other: QueryScores, codes: NDArray[Any], seed: int
         percentile_intervals(resampled),
         dict(zip(SCORE_KEYS, p.tolist(), strict=True)),
     )
-
-
-# ------------------------------------------------------------------------------------------------ for people
 
 
 def format_one(name: str, scores: QueryScores, images: LabelledImages, seed: int) -> str:
@@ -112,7 +109,7 @@ def _table(summaries: Mapping[str, Scores]) -> list[str]:
 
 
 def describe_comparison(names: tuple[str, str], found: Comparison) -> str:
-    """Say whether B is better than A, by how much, and how sure that is: the interval of the difference decides."""
+    """Compare B with A: verdict by the interval of the difference, gain and p."""
     low, high = found.interval["map"]
     return (
         f"B ({names[1]}) {judge((low, high))} A ({names[0]}): mAP {found.difference['map']:+.3f}, "
@@ -122,6 +119,6 @@ def describe_comparison(names: tuple[str, str], found: Comparison) -> str:
 
 
 def format_p(p: float) -> str:
-    """Return a p as far as the number of resamples tells it."""
+    """Return p with four digits, or as smaller than the least p that the resamples can show."""
     least = 2 / (NUM_RESAMPLES + 1)
     return f"<{least:.4f}" if p <= least else f"{p:.4f}"

@@ -72,7 +72,9 @@ def read_ignore_pairs(path: Path | None) -> pa.Table | None:
     if path is None:
         return None
     # As strings, or an id of digits alone would lose its leading zeros.
-    options = csv.ConvertOptions(include_columns=list(PAIR_COLUMNS), column_types=dict.fromkeys(PAIR_COLUMNS, pa.string()))
+    options = csv.ConvertOptions(
+        include_columns=list(PAIR_COLUMNS), column_types=dict.fromkeys(PAIR_COLUMNS, pa.string())
+    )
     remedy = f"--ignore-pairs takes a CSV with the columns {' and '.join(PAIR_COLUMNS)}"
     try:
         return csv.read_csv(path, convert_options=options)

@@ -1,4 +1,4 @@
-"""From embeddings of one split to the numbers of metrics.json, and from those to a table for people."""
+"""Compute the numbers of metrics.json from the embeddings of one split, and print them as a table."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from pipeline.retrieval.scores import (
 if TYPE_CHECKING:
     import torch
 
-# What the projector has to beat: the contract's two, and what a closed form gives without training.
+# The embeddings that the projector has to beat; whitening is a closed form, without training.
 BASELINES = ("raw", "pca_whitened", "whitening")
 KINDS = (*BASELINES, "projector")
 KIND_LABELS = {"raw": "raw", "pca_whitened": "PCA-whitened", "whitening": "whitening", "projector": "projector"}
@@ -35,9 +35,9 @@ SCORE_LABELS = {
     "recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_10": "Recall@10", "recall_at_100": "Recall@100",
     "map": "mAP", "mrr": "MRR",
 }  # fmt: skip
-# What a table of 80 columns has room for.
+# The scores that fit into a table of 80 columns.
 TABLE_KEYS = tuple(key for key in SCORE_KEYS if key != "recall_at_100")
-# The contract's galleries: at one size, splits of different sizes can be compared.
+# Galleries of one size make splits of different sizes comparable.
 GALLERY_SIZES = (1_000, 10_000, 100_000)
 
 Verdict = Literal["beats", "cannot be told from", "is worse than"]
@@ -47,15 +47,15 @@ Scores = dict[str, Any]  # each of SCORE_KEYS and, under KEY_ci95, its interval
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split, its embeddings of each kind, and how every query fared among the whole split."""
+    """A split, its embeddings of each kind, and the scores of every query."""
 
     features: Features
     embeddings: dict[str, Embeddings]  # (N, D of the kind), L2-normalised
     ignored: IgnoredPairs
     scores: ScoresByKind
-    apart: ScoresByKind | None = None  # without the candidates of the query's own panorama; None where none are left
+    apart: ScoresByKind | None = None  # among other panoramas; None if no query has a positive there
     pairs: dict[str, PairSimilarities] = field(default_factory=dict)  # sampled, of each kind
-    device: "torch.device | None" = None  # where galleries are searched, None is the CPU
+    device: "torch.device | None" = None  # for searching galleries, None is the CPU
 
     @property
     def codes(self) -> NDArray[np.int32]:
@@ -84,7 +84,7 @@ def score_kinds_twice(
     progress: Callable[[int], None] | None = None,
     device: "torch.device | None" = None,
 ) -> tuple[ScoresByKind, ScoresByKind | None]:
-    """Score each kind of embedding of a split, among all candidates and among those of other panoramas.
+    """Score each kind of embedding of a split twice: among all candidates, and among those of other panoramas.
 
     Raises InputError, naming the kind, if a row is not finite or zero.
     """
@@ -103,9 +103,9 @@ def score_kinds_twice(
 
 
 def sample_gallery(codes: NDArray[Any], size: int, seed: int) -> NDArray[np.int64]:
-    """Return `size` rows, ascending, of buildings in an order drawn from the seed: whole ones, the last one cut.
+    """Return `size` rows, ascending, of buildings in random order; only the last building may be cut.
 
-    A building comes with all its images, so that each query keeps its positives; smaller galleries lie in larger ones.
+    A building comes with all its images, so that queries keep their positives. Larger galleries contain smaller ones.
     """
     buildings = RowGroups(codes)
     place = np.random.default_rng(seed).permutation(len(buildings.labels))  # of each building in the order
@@ -134,7 +134,7 @@ def summarize_scores_with_intervals(scores: QueryScores, codes: NDArray[Any], se
 def _resample_kinds(
     scores: ScoresByKind, codes: NDArray[Any], seed: int | Sequence[int]
 ) -> dict[str, NDArray[np.float64]]:
-    """Return, for each kind of the same queries, the means (R, 6) in the same draws of buildings, drawn once."""
+    """Return, for each kind, the means (R, 6) over the queries of R resamples of buildings, the same for all kinds."""
     values = np.concatenate([one.values() for one in scores.values()], axis=1)
     means = resample_means(values, codes[next(iter(scores.values())).query], seed)
     return dict(zip(scores, np.split(means, len(scores), axis=1), strict=True))
@@ -167,7 +167,7 @@ def summarize_datasets(
 
 
 def summarize_galleries(evaluation: Evaluation, seed: int, progress: Callable[[int], None]) -> dict[str, Any]:
-    """Return the scores within galleries of the sizes that the split is large enough for."""
+    """Return the scores within galleries of GALLERY_SIZES, as far as the split is large enough."""
     found = {}
     for size in GALLERY_SIZES:
         if size > len(evaluation.codes):
@@ -184,7 +184,7 @@ def summarize_galleries(evaluation: Evaluation, seed: int, progress: Callable[[i
 
 
 def compare_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dict[str, Scores]:
-    """Return by how much the projector is better than each baseline, with intervals.
+    """Return the gain of the projector over each baseline, with intervals.
 
     Paired: each resample of buildings is scored for both, and the differences give the interval.
     """
@@ -219,7 +219,7 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
 
 
 def summarize_verification(evaluation: Evaluation) -> dict[str, Any]:
-    """Return how well one threshold tells pairs apart, for each kind whose pairs were sampled."""
+    """Return how well one threshold tells same from different buildings, for each kind of embedding."""
     share = share_of_same_pairs(evaluation.codes)
     found = {kind: summarize_pairs(pairs, share) for kind, pairs in evaluation.pairs.items()}
     return {"share_of_same_pairs": share, **found}
@@ -253,13 +253,13 @@ def format_score_lines(label: str, scores: Scores) -> list[str]:
 
 
 def judge(interval: Sequence[float]) -> Verdict:
-    """Say how one model relates to another: the 95% interval of the paired difference decides."""
+    """Return the verdict on one model beside another, by the 95% interval of the paired difference."""
     low, high = interval
     return "beats" if low > 0 else "is worse than" if high < 0 else "cannot be told from"
 
 
 def describe_headline(gains: Mapping[str, Scores]) -> str:
-    """Say in one line how the projector's mAP stands to every baseline; "beats" only where it beats them all."""
+    """Compare the projector's mAP with every baseline in one line; "beats" only if it beats them all."""
     groups: dict[Verdict, list[str]] = {"is worse than": [], "cannot be told from": [], "beats": []}
     for baseline in BASELINES:
         groups[judge(gains[f"over_{baseline}"]["map_ci95"])].append(KIND_LABELS[baseline])
@@ -275,7 +275,7 @@ def _enumerate(names: Sequence[str]) -> str:
 
 
 def describe_verdict(metrics: Mapping[str, Any]) -> str:
-    """Say how the projector compares with each baseline, by how much, and how sure that is."""
+    """Compare the projector with each baseline: verdict, gain in mAP and its interval."""
     own = metrics["projector"]
     parts = [_compare(metrics, baseline) for baseline in BASELINES]
     return (

@@ -1,4 +1,4 @@
-"""How well one threshold on the cosine tells whether two images show the same building.
+"""Verify pairs of images by one threshold on the cosine: do both show the same building?
 
 The equal-error rate is where as many pairs of two buildings pass as pairs of one building fail; the area under the
 receiver operating characteristic is the chance that a pair of one building is more similar than a pair of two
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pipeline.retrieval.candidates import IgnoredPairs
 
 NUM_SAME_PAIRS, NUM_DIFFERENT_PAIRS = 50_000, 200_000
-# 200 of the sampled pairs of two buildings lie above the threshold of the lowest one.
+# Above the threshold of the lowest rate lie 200 of the sampled pairs of two buildings.
 FALSE_POSITIVE_RATES = (0.1, 0.01, 0.001)
-# Of a thousand comparisons with other buildings one passes the recommended threshold.
+# One in a thousand comparisons with other buildings passes the recommended threshold.
 RECOMMENDED_RATE = 0.001
 _BLOCK_PAIRS = 4096
 
@@ -41,7 +41,7 @@ class PairSimilarities:
         return float(np.nextafter(self.different[len(self.different) - 1 - passing], np.float32(np.inf)))
 
     def find_equal_error(self) -> tuple[float, float]:
-        """Return the threshold where both kinds of error are equally likely, and how likely they are there."""
+        """Return the threshold where both error rates are equal, and that error rate."""
         thresholds = np.concatenate([self.same, self.different])
         thresholds.sort()
         false_positive, true_positive = self.pass_rates(thresholds)
@@ -87,17 +87,17 @@ def _cosines(
 
 
 def share_of_same_pairs(codes: NDArray[np.int32]) -> float:
-    """Return which share of all pairs of images shows one building."""
+    """Return the share of pairs that show one building, among all pairs of images."""
     sizes = np.bincount(codes).astype(np.float64)
     total = len(codes) * (len(codes) - 1)
     return float((sizes * (sizes - 1)).sum() / total)
 
 
 def summarize_pairs(pairs: PairSimilarities, share_same: float) -> dict[str, Any] | None:
-    """Return equal-error point, area, recommended threshold and what fixed false-positive rates give.
+    """Return the equal-error point, the area, the recommended threshold and the scores at fixed false-positive rates.
 
-    A precision is given for as many pairs of one building as of two, and for `share_same` of one building, which is
-    what comparing everything with everything meets. None where there are not two buildings.
+    Precision is given twice: for equally many pairs of one building and of two, and for a share of `share_same`, as
+    when everything is compared with everything. Return None if there are no two buildings.
     """
     if not len(pairs.different) or not len(pairs.same):
         return None
