@@ -2,15 +2,14 @@
 
     python sample_data/render_streets.py --output DIR [--seed 0] [--buildings 150] [--size 448] [--workers N]
 
-Reads nothing. Writes DIR/0001.tar to DIR/0004.tar and DIR/.render.json, which records the parameters, the renderer's
-own code and each finished tar. A rerun with the same ones keeps finished tars and renders the rest; with others it
-renders all anew. The same seed gives the same bytes on one machine, whatever the number of workers.
+Writes DIR/0001.tar to DIR/0004.tar and DIR/.render.json, which records the parameters, the renderer's own code and the
+finished tars. A rerun with the same parameters and code keeps finished tars and renders the rest; otherwise it renders
+everything again. The same seed gives the same bytes on one machine, whatever the number of workers.
 """
 
 import argparse
 import hashlib
 import io
-import json
 import os
 import sys
 import tarfile
@@ -31,6 +30,9 @@ from numpy.random import PCG64, Generator, SeedSequence
 if __package__ in (None, ""):  # run by path: Python put this folder, not the one above it, on sys.path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline import cli
+from pipeline.errors import PipelineError
+from pipeline.files.writing import read_json_object, write_json, writing_to
 from sample_data.renderer.city import MAX_BUILDINGS, NUM_DATASETS, SINGLETONS, Street, plan_city
 from sample_data.renderer.street_scene import photograph_street
 
@@ -43,14 +45,14 @@ Photograph = tuple[str, bytes, bytes]  # stem, JPEG, metadata
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of the tars."""
+    """The parameters that determine the bytes of the tars."""
 
     seed: int
     buildings: int
     size: int
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the parameters with what else the bytes depend on: the code and the versions of its libraries."""
+        """Return everything that determines the bytes: the parameters, the code and the versions of its libraries."""
         code = hashlib.sha256()
         for path in (Path(__file__), *sorted(RENDERER_DIR.glob("*.py"))):
             code.update(path.read_bytes())
@@ -62,24 +64,23 @@ def render_streets(output_dir: Path, settings: Settings, workers: int) -> list[P
     """Render the tars that are not finished yet; return the paths of all of them, kept and written."""
     started = time.monotonic()
     log(f"render_streets numpy={np.__version__} pillow={PIL.__version__} workers={workers} {settings}")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output_dir)
-    fingerprint = settings.fingerprint()
-    finished = read_marker(output_dir, fingerprint)
+    fingerprint, marker_path = settings.fingerprint(), output_dir / MARKER_NAME
+    marker = read_json_object(marker_path)
+    finished: dict[str, Any] = marker["tars"] if marker.get("parameters") == fingerprint else {}
     paths = [output_dir / f"{i + 1:04d}.tar" for i in range(NUM_DATASETS)]
     kept = {path for path in paths if is_finished(path, finished)}
     for path in sorted(kept):
         log(f"kept {path}: complete, same parameters")
     if len(kept) < len(paths):
         finished = {path.name: finished[path.name] for path in kept}
-        write_marker(output_dir, fingerprint, finished)
+        write_json(marker_path, {"parameters": fingerprint, "tars": finished})
         streets = plan_city(settings.seed, settings.buildings, settings.size)
         streets = [street for street in streets if paths[street.dataset_id - 1] not in kept]
         for dataset_id, photographs in photograph_datasets(streets, workers):
             path = paths[dataset_id - 1]
             num_bytes = write_tar(path, dataset_id, photographs, settings.seed)
             finished[path.name] = {"bytes": num_bytes, "images": len(photographs)}
-            write_marker(output_dir, fingerprint, finished)
+            write_json(marker_path, {"parameters": fingerprint, "tars": finished})
             log(f"wrote {path}: {len(photographs)} images, {num_bytes} bytes")
     images = sum(entry["images"] for entry in finished.values())
     seconds = time.monotonic() - started
@@ -99,11 +100,11 @@ def photograph_datasets(streets: list[Street], workers: int) -> Iterator[tuple[i
 
 
 def photograph_streets(streets: list[Street], workers: int) -> Iterator[tuple[Street, list[Photograph]]]:
-    """Photograph streets in any order, in this process when one worker is all there is."""
+    """Photograph streets in any order; a single worker is this process."""
     if workers == 1:
         yield from ((street, photograph_street(street)) for street in streets)
         return
-    # The longest first: the last street to start decides when the last core falls idle.
+    # Longest first, so that no core is idle while the last street is rendered.
     longest_first = sorted(streets, key=lambda street: -len(street.photos))
     # Spawned, so that no state of this process (threads, in tests) leaks into the children.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -116,50 +117,23 @@ def photograph_streets(streets: list[Street], workers: int) -> Iterator[tuple[St
 
 
 def write_tar(path: Path, dataset_id: int, photographs: list[Photograph], seed: int) -> int:
-    """Write one dataset under a temporary name, its members shuffled, then give it its own; return its size."""
+    """Write one dataset with its members shuffled, and return its size in bytes."""
     folder = f"{dataset_id:04d}/{dataset_id:04d}"
     members: list[tuple[str, bytes]] = []
     for stem, jpeg, metadata in photographs:
         members += [(f"{folder}/{stem}.jpg", jpeg), (f"{folder}/{stem}.txt", metadata)]
     order = Generator(PCG64(SeedSequence(seed, spawn_key=(dataset_id - 1,)))).permutation(len(members))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in order.tolist():
-                add_member(tar, *members[i])
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing_to(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in order.tolist():
+            add_member(tar, *members[i])
     return path.stat().st_size
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a file without a trace of who made it and when (TarInfo's defaults: time 0, owner 0, no names)."""
+    """Add a file without time and owner (TarInfo's defaults)."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove the temporary files of a rendering that was killed."""
-    for leftover in [*output_dir.glob(".0???.tar.*.part"), *output_dir.glob(f"{MARKER_NAME}.*.part")]:
-        leftover.unlink(missing_ok=True)
-
-
-def read_marker(output_dir: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Return what is recorded of finished tars, or nothing when other parameters made them."""
-    try:
-        marker = json.loads((output_dir / MARKER_NAME).read_text())
-        return dict(marker["tars"]) if marker["parameters"] == fingerprint else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def write_marker(output_dir: Path, fingerprint: dict[str, Any], finished: dict[str, Any]) -> None:
-    """Record the parameters and the finished tars."""
-    temporary = output_dir / f"{MARKER_NAME}.{os.getpid()}.part"
-    temporary.write_text(json.dumps({"parameters": fingerprint, "tars": finished}, indent=1, sort_keys=True) + "\n")
-    temporary.replace(output_dir / MARKER_NAME)
 
 
 def is_finished(path: Path, finished: dict[str, Any]) -> bool:
@@ -168,7 +142,7 @@ def is_finished(path: Path, finished: dict[str, Any]) -> bool:
 
 
 def log(line: str) -> None:
-    """Say something to whoever watches; stdout is for paths."""
+    """Print a line to stderr; stdout is for paths."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -184,9 +158,9 @@ def bounded(low: int, high: int) -> Any:
     return whole_number
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Render synthetic raw tars: buildings along streets.")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Render from a command line; print one path a line."""
+    parser = cli.make_parser(__doc__, config=False)
     parser.add_argument("--output", type=Path, required=True, help="folder for the tars")
     parser.add_argument("--seed", type=bounded(0, 2**31 - 1), default=0)
     parser.add_argument(
@@ -197,26 +171,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--size", type=bounded(MIN_SIZE_PX, MAX_SIZE_PX), default=448, help="side of the images in pixels"
     )
     parser.add_argument("--workers", type=bounded(1, 256), default=len(os.sched_getaffinity(0)), help="processes")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; print one path a line."""
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     settings = Settings(arguments.seed, arguments.buildings, arguments.size)
     try:
         paths = render_streets(arguments.output, settings, arguments.workers)
-    except OSError as error:
-        where = error.filename or arguments.output
-        log(f"error: {error.strerror or error}, {where}, choose an --output folder that can be written to and has room")
-        return 1
     except BrokenProcessPool:
-        log(f"error: a rendering process was killed, {arguments.output}, run again with fewer --workers or more memory")
-        return 1
+        raise PipelineError(
+            f"{arguments.output}: a rendering process was killed: run again with fewer --workers or more memory"
+        ) from None
     for path in paths:
         print(path)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run_guarded(main)
