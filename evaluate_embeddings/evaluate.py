@@ -27,11 +27,11 @@ from evaluate_embeddings.scores.metrics import (
     KINDS,
     Evaluation,
     build_metrics,
-    format_metrics_table,
     score_kinds_twice,
 )
 from evaluate_embeddings.scores.pair_similarity import sample_similarities
 from evaluate_embeddings.scores.standalone import CHECKPOINT_NAME, STAGE, EvaluateOptions, run_standalone
+from evaluate_embeddings.scores.tables import format_metrics_table
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError

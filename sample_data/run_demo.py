@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 import run_pipeline
-from evaluate_embeddings.scores.metrics import format_metrics_table
+from evaluate_embeddings.scores.tables import format_metrics_table
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config, load_config
 from sample_data import convert_lite0, render_streets

@@ -25,12 +25,11 @@ from evaluate_embeddings.evaluate import STAGE, main, read_commit, run
 from evaluate_embeddings.scores import metrics as metrics_module
 from evaluate_embeddings.scores.metrics import (
     describe_headline,
-    describe_verdict,
-    format_metrics_table,
     sample_gallery,
     summarize_datasets,
 )
 from evaluate_embeddings.scores.standalone import EvaluateOptions
+from evaluate_embeddings.scores.tables import describe_verdict, format_metrics_table
 from pipeline.config import load_config
 from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.retrieval.checkpoint import save_checkpoint

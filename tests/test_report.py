@@ -25,14 +25,14 @@ from evaluate_embeddings.page.gallery import describe_examples, pick_failures, p
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.plots import Curve, plot_training, read_training_curve
 from evaluate_embeddings.page.report import format_distance
-from evaluate_embeddings.scores.metrics import Evaluation, score_kinds
+from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.standalone import EvaluateOptions
 from pipeline.cli import Options
 from pipeline.config import load_config
 from pipeline.errors import StaleOutputError
 from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.geography import distances_m
-from pipeline.retrieval.scores import QueryScores, normalise_rows
+from pipeline.retrieval.scores import QueryScores, normalise_rows, score_queries
 
 VOID_TAGS = {"meta", "br", "img", "link", "input", "hr"}
 HOSTILE = "<script>alert(1)</script>\"'&<b>"
@@ -254,12 +254,13 @@ def make_evaluation(seed=0, ignored=((), ())):
         "projector": normalise_rows(np.eye(20)[codes] + 0.45 * generator.normal(size=(60, 20))),
     }
     pairs = IgnoredPairs(np.array(ignored[0], np.int64), np.array(ignored[1], np.int64))
+    scores = {kind: score_queries(rows, codes, ignored=pairs) for kind, rows in embeddings.items()}
 
     class Columns:
         building_codes = codes
         target_lat, target_lon = 52 + codes * 1e-3, codes * 0.0
 
-    return Evaluation(Columns(), embeddings, pairs, score_kinds(embeddings, codes, pairs))
+    return Evaluation(Columns(), embeddings, pairs, scores)
 
 
 def test_failures_come_worst_first_and_one_a_building():

@@ -9,10 +9,11 @@ import pytest
 from evaluation_data import make_table, make_workplace, write_checkpoint, write_split
 
 from evaluate_embeddings.evaluate import main
-from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, compare, format_p
+from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, compare
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from evaluate_embeddings.scores.labels import label_rows, match_rows
 from evaluate_embeddings.scores.standalone import name_models
+from evaluate_embeddings.scores.tables import format_p
 from pipeline.errors import InputError
 from pipeline.files import tables, writing
 from pipeline.retrieval.scores import QueryScores, normalise_rows, score_queries, summarize_scores

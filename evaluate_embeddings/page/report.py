@@ -13,7 +13,8 @@ from evaluate_embeddings.page.gallery import choose_gallery
 from evaluate_embeddings.page.ledger import find_path, read_ledger
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.plots import BREAKDOWNS, draw_figures, read_training_curve
-from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, describe_verdict, judge
+from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, judge
+from evaluate_embeddings.scores.tables import describe_verdict
 from pipeline.config import Config
 from pipeline.files.writing import writing_to
 from pipeline.log import logger

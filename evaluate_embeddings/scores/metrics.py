@@ -1,6 +1,5 @@
-"""Compute the numbers of metrics.json from the embeddings of one split, and print them as a table."""
+"""Compute the numbers of metrics.json from the embeddings of one split."""
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,8 +34,6 @@ SCORE_LABELS = {
     "recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_10": "Recall@10", "recall_at_100": "Recall@100",
     "map": "mAP", "mrr": "MRR",
 }  # fmt: skip
-# The scores that fit into a table of 80 columns.
-TABLE_KEYS = tuple(key for key in SCORE_KEYS if key != "recall_at_100")
 # Galleries of one size make splits of different sizes comparable.
 GALLERY_SIZES = (1_000, 10_000, 100_000)
 
@@ -61,20 +58,6 @@ class Evaluation:
     def codes(self) -> NDArray[np.int32]:
         """The building of each row, (N,)."""
         return self.features.building_codes
-
-
-def score_kinds(
-    embeddings: Mapping[str, Embeddings],
-    codes: NDArray[Any],
-    ignored: IgnoredPairs,
-    progress: Callable[[int], None] | None = None,
-    device: "torch.device | None" = None,
-) -> ScoresByKind:
-    """Score each kind of embedding of the same rows."""
-    return {
-        kind: score_queries(rows, codes, ignored=ignored, device=device, progress=progress)
-        for kind, rows in embeddings.items()
-    }
 
 
 def score_kinds_twice(
@@ -177,9 +160,14 @@ def summarize_galleries(evaluation: Evaluation, seed: int, progress: Callable[[i
             progress(size * len(evaluation.scores))
             break
         rows = sample_gallery(evaluation.codes, size, seed)
-        embeddings = {kind: matrix[rows] for kind, matrix in evaluation.embeddings.items()}
-        scores = score_kinds(embeddings, evaluation.codes[rows], evaluation.ignored, progress, evaluation.device)
-        found[str(size)] = summarize_kinds(scores, evaluation.codes[rows], seed)
+        codes = evaluation.codes[rows]
+        scores = {
+            kind: score_queries(
+                matrix[rows], codes, ignored=evaluation.ignored, device=evaluation.device, progress=progress
+            )
+            for kind, matrix in evaluation.embeddings.items()
+        }
+        found[str(size)] = summarize_kinds(scores, codes, seed)
     return found
 
 
@@ -201,7 +189,7 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
     """Return metrics.json without its provenance."""
     features, codes = evaluation.features, evaluation.codes
     whole = summarize_kinds(evaluation.scores, codes, seed)
-    gains = compare_kinds(evaluation.scores, codes, seed)
+    gains, share_same = compare_kinds(evaluation.scores, codes, seed), share_of_same_pairs(codes)
     return {
         "split": "test",
         "queries": whole["queries"],
@@ -214,42 +202,11 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
         "by_dataset": summarize_datasets(evaluation.scores, codes, features.dataset_ids, seed),
         "without_same_panorama": evaluation.apart and summarize_kinds(evaluation.apart, codes, seed),
         "by_gallery_size": summarize_galleries(evaluation, seed, progress),
-        "verification": summarize_verification(evaluation),
+        "verification": {
+            "share_of_same_pairs": share_same,
+            **{kind: summarize_pairs(pairs, share_same) for kind, pairs in evaluation.pairs.items()},
+        },
     }
-
-
-def summarize_verification(evaluation: Evaluation) -> dict[str, Any]:
-    """Return how well one threshold tells same from different buildings, for each kind of embedding."""
-    share = share_of_same_pairs(evaluation.codes)
-    found = {kind: summarize_pairs(pairs, share) for kind, pairs in evaluation.pairs.items()}
-    return {"share_of_same_pairs": share, **found}
-
-
-# ------------------------------------------------------------------------------------------------ for people
-
-
-def format_metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Return metrics.json as a table of at most 80 columns, intervals below the values, the verdict last."""
-    lines = [
-        f"{metrics['split']} split: {metrics['queries']:,} queries, gallery of {metrics['gallery']:,} images, "
-        f"{metrics['buildings']:,} buildings,",
-        f"{metrics['ignored_pairs']:,} pairs of buildings ignored; below each value its 95% interval",
-        "",
-        " " * 14 + "".join(f"{SCORE_LABELS[key]:>13}" for key in TABLE_KEYS),
-    ]
-    for kind in KINDS:
-        lines += format_score_lines(KIND_LABELS[kind], metrics[kind])
-    verdict = f"{describe_headline(metrics['projector_gain'])}. {describe_verdict(metrics)}"
-    return "\n".join([*lines, "", *textwrap.wrap(verdict, 80)])
-
-
-def format_score_lines(label: str, scores: Scores) -> list[str]:
-    """Return two lines of a table: the scores, and below them their intervals."""
-    intervals = ("{:.3f}-{:.3f}".format(*scores[f"{key}_ci95"]) for key in TABLE_KEYS)
-    return [
-        f"{label:<14}" + "".join(f"{scores[key]:>13.3f}" for key in TABLE_KEYS),
-        " " * 14 + "".join(f"{interval:>13}" for interval in intervals),
-    ]
 
 
 def judge(interval: Sequence[float]) -> Verdict:
@@ -272,22 +229,3 @@ def describe_headline(gains: Mapping[str, Scores]) -> str:
 
 def _enumerate(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def describe_verdict(metrics: Mapping[str, Any]) -> str:
-    """Compare the projector with each baseline: verdict, gain in mAP and its interval."""
-    own = metrics["projector"]
-    parts = [_compare(metrics, baseline) for baseline in BASELINES]
-    return (
-        f"The projector finds the building at first try for {own['recall_at_1']:.1%} of the queries "
-        f"(mAP {own['map']:.3f}): it {', '.join(parts[:-1])}, and {parts[-1]}."
-    )
-
-
-def _compare(metrics: Mapping[str, Any], baseline: str) -> str:
-    gain = metrics["projector_gain"][f"over_{baseline}"]
-    low, high = gain["map_ci95"]
-    return (
-        f"{judge((low, high))} {KIND_LABELS[baseline]} ({metrics[baseline]['recall_at_1']:.1%}, "
-        f"mAP {metrics[baseline]['map']:.3f}): mAP {gain['map']:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
-    )

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from evaluate_embeddings.scores.comparison import LabelledImages, compare, format_one, format_two
+from evaluate_embeddings.scores.comparison import LabelledImages, compare
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from evaluate_embeddings.scores.labels import label_rows, match_rows, read_ignore_pairs, resolve_pairs
+from evaluate_embeddings.scores.tables import format_one, format_two
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError

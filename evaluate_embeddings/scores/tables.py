@@ -1,0 +1,125 @@
+"""Format scores as tables of at most 80 columns, the verdict last."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, Comparison, LabelledImages
+from evaluate_embeddings.scores.metrics import (
+    BASELINES,
+    KIND_LABELS,
+    KINDS,
+    SCORE_LABELS,
+    Scores,
+    describe_headline,
+    judge,
+    summarize_scores_with_intervals,
+)
+from pipeline.retrieval.scores import SCORE_KEYS, QueryScores
+
+COLUMNS = 80
+# The scores that fit into so many columns.
+TABLE_KEYS = tuple(key for key in SCORE_KEYS if key != "recall_at_100")
+
+
+def format_metrics_table(metrics: Mapping[str, Any]) -> str:
+    """Return metrics.json as a table, with the intervals below the values."""
+    counts = (metrics["queries"], metrics["gallery"], metrics["buildings"], metrics["ignored_pairs"])
+    lines = _format_counts(*counts, split=f"{metrics['split']} split: ")
+    lines += _format_scores({KIND_LABELS[kind]: metrics[kind] for kind in KINDS})
+    return _finish(lines, f"{describe_headline(metrics['projector_gain'])}. {describe_verdict(metrics)}")
+
+
+def format_one(name: str, scores: QueryScores, images: LabelledImages, seed: int) -> str:
+    """Return the scores of one model as a table."""
+    summary = summarize_scores_with_intervals(scores, images.codes, seed)
+    low, high = summary["map_ci95"]
+    verdict = (
+        f"{name} finds the building at first try for {summary['recall_at_1']:.1%} of the queries "
+        f"(mAP {summary['map']:.3f}, 95% interval {low:.3f} to {high:.3f})."
+    )
+    return _finish([*_describe(scores, images), *_format_scores({name: summary})], verdict)
+
+
+def format_two(names: tuple[str, str], found: Comparison, images: LabelledImages, seed: int, notes: list[str]) -> str:
+    """Return the scores of two models and their difference as a table."""
+    one, other = (summarize_scores_with_intervals(scores, images.codes, seed) for scores in found.scores)
+    lines = [*_describe(found.scores[0], images), f"A = {names[0]}", f"B = {names[1]}"]
+    lines += _format_scores({"A": one, "B": other})
+    lines.append(_format_line("B - A", [f"{found.difference[key]:+.3f}" for key in TABLE_KEYS]))
+    for name, end in (("95% from", 0), ("95% to", 1)):
+        lines.append(_format_line(name, [f"{found.interval[key][end]:+.3f}" for key in TABLE_KEYS]))
+    lines.append(_format_line("p", [format_p(found.p[key]) for key in TABLE_KEYS]))
+    return _finish(lines, *notes, describe_comparison(names, found))
+
+
+def _describe(scores: QueryScores, images: LabelledImages) -> list[str]:
+    ignored = len(images.ignored.building_a)
+    lines = _format_counts(len(scores.query), len(images.codes), len(np.unique(images.codes)), ignored)
+    if images.without_label:
+        lines.insert(-1, f"{images.without_label:,} images have no label: left out of queries and gallery")
+    return lines
+
+
+def _format_counts(queries: int, gallery: int, buildings: int, ignored_pairs: int, split: str = "") -> list[str]:
+    return [
+        f"{split}{queries:,} queries, gallery of {gallery:,} images, {buildings:,} buildings,",
+        f"{ignored_pairs:,} pairs of buildings ignored; below each value its 95% interval",
+        "",
+    ]
+
+
+def _format_scores(rows: Mapping[str, Scores]) -> list[str]:
+    """Return a line of titles, and for each row a line of its scores and one of their intervals."""
+    lines = [_format_line("", [SCORE_LABELS[key] for key in TABLE_KEYS])]
+    for label, scores in rows.items():
+        lines.append(_format_line(label[:13], [f"{scores[key]:.3f}" for key in TABLE_KEYS]))
+        lines.append(_format_line("", ["{:.3f}-{:.3f}".format(*scores[f"{key}_ci95"]) for key in TABLE_KEYS]))
+    return lines
+
+
+def _format_line(label: str, cells: list[str]) -> str:
+    return f"{label:<14}" + "".join(f"{cell:>13}" for cell in cells)
+
+
+def _finish(lines: list[str], *paragraphs: str) -> str:
+    for text in paragraphs:
+        lines += ["", *textwrap.wrap(text, COLUMNS)]
+    return "\n".join(lines)
+
+
+def describe_comparison(names: tuple[str, str], found: Comparison) -> str:
+    """Compare B with A: verdict by the interval of the difference, gain and p."""
+    low, high = found.interval["map"]
+    return (
+        f"B ({names[1]}) {judge((low, high))} A ({names[0]}): mAP {found.difference['map']:+.3f}, "
+        f"95% interval {low:+.3f} to {high:+.3f}, p = {format_p(found.p['map'])}; "
+        f"Recall@1 {found.difference['recall_at_1']:+.3f}."
+    )
+
+
+def format_p(p: float) -> str:
+    """Return p with four digits, or as smaller than the least p that the resamples can show."""
+    least = 2 / (NUM_RESAMPLES + 1)
+    return f"<{least:.4f}" if p <= least else f"{p:.4f}"
+
+
+def describe_verdict(metrics: Mapping[str, Any]) -> str:
+    """Compare the projector with each baseline: verdict, gain in mAP and its interval."""
+    own = metrics["projector"]
+    parts = [_compare(metrics, baseline) for baseline in BASELINES]
+    return (
+        f"The projector finds the building at first try for {own['recall_at_1']:.1%} of the queries "
+        f"(mAP {own['map']:.3f}): it {', '.join(parts[:-1])}, and {parts[-1]}."
+    )
+
+
+def _compare(metrics: Mapping[str, Any], baseline: str) -> str:
+    gain = metrics["projector_gain"][f"over_{baseline}"]
+    low, high = gain["map_ci95"]
+    return (
+        f"{judge((low, high))} {KIND_LABELS[baseline]} ({metrics[baseline]['recall_at_1']:.1%}, "
+        f"mAP {metrics[baseline]['map']:.3f}): mAP {gain['map']:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
+    )
