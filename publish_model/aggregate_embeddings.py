@@ -8,7 +8,7 @@ told to keep. --geometry FILE joins a parquet of OSMID and geometry (WKB), and t
 bounded by reading the dataset several times where it has many ids; a rerun goes on at the interrupted pass.
 """
 
-import shutil
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,11 +20,12 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.hashes import hash_ids
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import ConfigError, InputError
+from pipeline.files import workspace
 from pipeline.files.tables import (
     hash_json,
     identify,
@@ -36,8 +37,9 @@ from pipeline.files.tables import (
     write_parquet,
 )
 from pipeline.log import Progress, logger
-from publish_model.derived.embedding_groups import Groups, Key, keys_of
-from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile, wkb_type
+from publish_model.derived.dataset_tool import make_tool_parser, run_tool
+from publish_model.derived.embedding_groups import Groups, keys_of
+from publish_model.derived.geometry import GEO_KEY, GeometryFile
 
 STAGE = "aggregate_embeddings"
 # Groups of one pass over the dataset: their sums take 2 KB each at 256 numbers, so half a gigabyte.
@@ -47,7 +49,7 @@ COUNT_SAMPLE = 64
 
 
 def choose_num_passes(dataset: EmbeddingsDataset, by: Sequence[str]) -> int:
-    """Return how often the dataset has to be read so that no pass holds more groups than memory is meant for."""
+    """Return how often the dataset has to be read so that no pass holds more than GROUPS_PER_PASS groups."""
     if dataset.num_rows <= GROUPS_PER_PASS:
         return 1
     sampled: set[int] = set()
@@ -56,76 +58,28 @@ def choose_num_passes(dataset: EmbeddingsDataset, by: Sequence[str]) -> int:
     return max(1, -(-len(sampled) * COUNT_SAMPLE // GROUPS_PER_PASS))
 
 
-def output_schema(dataset: EmbeddingsDataset, by: Sequence[str]) -> pa.Schema:
-    """Return the columns of the output, without geometry."""
-    kept = [dataset.schema.field(name) for name in by]
-    measured = [pa.field("num_images", pa.int64()), pa.field("mean_pairwise_similarity", pa.float64())]
-    return pa.schema([*kept, *measured, dataset.schema.field(EMBEDDING_COLUMN)])
-
-
 def group_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_passes: int) -> Groups:
-    """Sum the embeddings of the groups that belong to one pass; images without an id belong to none."""
-    groups = Groups(by, dataset.schema.field(EMBEDDING_COLUMN).type.list_size)
+    """Sum the embeddings of the groups that belong to one pass by the hash of their key; rows without id have none."""
+    groups, place = Groups(dataset.schema, by), list(by).index(ID_COLUMN)
     with Progress(f"{STAGE} {number + 1}/{num_passes}", dataset.num_rows) as progress:
         for part in dataset.parts:
             table = part.read([*by, EMBEDDING_COLUMN])
             keys = keys_of(table, by)
-            groups.add(table, keys, rows_of_pass(keys, by, number, num_passes))
+            own = np.array([key[place] is not None for key in keys], dtype=bool)
+            if num_passes > 1:
+                own &= np.array([value // COUNT_SAMPLE % num_passes == number for value in hash_ids(keys)], dtype=bool)
+            groups.add(table, keys, np.flatnonzero(own))
             progress.advance(table.num_rows)
     return groups
 
 
-def rows_of_pass(keys: Sequence[Key], by: Sequence[str], number: int, num_passes: int) -> Any:
-    """Return which rows belong to a pass, by the hash of their key."""
-    place = list(by).index(ID_COLUMN)
-    own = np.array([key[place] is not None for key in keys], dtype=bool)
-    if num_passes > 1:
-        own &= np.array([value // COUNT_SAMPLE % num_passes == number for value in hash_ids(keys)], dtype=bool)
-    return np.flatnonzero(own)
-
-
-def join_geometry(table: pa.Table, geometry: GeometryFile) -> pa.Table:
-    """Add the geometry of each id, null where the file has none.
-
-    Raises InputError where the file has two geometries for one id.
-    """
-    ids = [key[0] for key in keys_of(table, [ID_COLUMN])]
-    wanted = set(ids)
-    shapes: dict[object, bytes] = {}
-    for identifier, shape in geometry.read():
-        if identifier in wanted and shapes.setdefault(identifier, shape) != shape:
-            raise InputError(f"{geometry.path}: two geometries for {identifier}: leave one")
-    return table.append_column(GEOMETRY_COLUMN, pa.array([shapes.get(one) for one in ids], pa.binary()))
-
-
-def make_pass(
-    path: Path, dataset: EmbeddingsDataset, by: Sequence[str], place: tuple[int, int], geometry: GeometryFile | None
-) -> pa.Table:
-    """Return the rows of pass `place` (number, of how many), kept at `path` until the output is written."""
-    provenance = make_provenance(STAGE, [dataset.identify()], {"pass": list(place)})
+def make_pass(path: Path, dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_passes: int) -> pa.Table:
+    """Return the rows of a pass, kept at `path` until the output is written."""
+    provenance = make_provenance(STAGE, [dataset.identify()], {"pass": [number, num_passes]})
     if not (path.is_file() and read_provenance(path) == provenance):
-        table = group_pass(dataset, by, *place).to_table(output_schema(dataset, by))
-        write_parquet(path, table, provenance)
+        write_parquet(path, group_pass(dataset, by, number, num_passes).to_table(), provenance)
     with open_parquet(path) as file:
-        table = file.read().replace_schema_metadata()
-    return table if geometry is None else join_geometry(table, geometry)
-
-
-def describe_geometry(tables: Iterator[pa.Table], geometry: GeometryFile) -> tuple[bytes, int]:
-    """Return the `geo` metadata of the output, and how many rows have no geometry.
-
-    Raises InputError if a geometry is not well-known binary.
-    """
-    types: set[str] = set()
-    missing = 0
-    for table in tables:
-        missing += table.column(GEOMETRY_COLUMN).null_count
-        for shape in table.column(GEOMETRY_COLUMN).to_pylist():
-            try:
-                types |= {wkb_type(shape)} if shape is not None else set()
-            except ValueError as error:
-                raise InputError(f"{geometry.path}: a geometry is {error}: write the file again") from None
-    return geometry.describe(types), missing
+        return file.read().replace_schema_metadata()
 
 
 def aggregate(
@@ -146,47 +100,35 @@ def aggregate(
     result = cli.StageResult(STAGE)
     if is_complete(path, provenance, overwrite):
         result.kept.append(path)
-        with open_parquet(path) as file:
-            counted = sum(batch.column(0).to_numpy().sum() for batch in file.iter_batches(columns=["num_images"]))
-        result.add(_counts(dataset, int(counted)))
-        return result
+    else:
+        write_groups(path, dataset, by, geometry, provenance)
+        result.written.append(path)
+    with open_parquet(path) as file:
+        num_images = sum(int(batch.column(0).to_numpy().sum()) for batch in file.iter_batches(columns=["num_images"]))
+        logger.info("%d groups of %d images", file.metadata.num_rows, num_images)
+    result.add({"in": dataset.num_rows, "out": num_images, "dropped": dataset.num_rows - num_images})
+    return result
+
+
+def write_groups(
+    path: Path, dataset: EmbeddingsDataset, by: Sequence[str], geometry: GeometryFile | None, provenance: dict[str, Any]
+) -> None:
+    """Write the groups pass by pass; an interrupted run's passes are kept beside the output."""
     work_dir = path.parent / f".{path.stem}.{hash_json(provenance)[:12]}"
     num_passes = choose_num_passes(dataset, by)
 
     def read_passes() -> Iterator[pa.Table]:
         for number in range(num_passes):
-            yield make_pass(work_dir / f"{number:05d}.parquet", dataset, by, (number, num_passes), geometry)
+            table = make_pass(work_dir / f"{number:05d}.parquet", dataset, by, number, num_passes)
+            yield geometry.join(table) if geometry else table
 
-    metadata = {}
-    if geometry:
-        metadata[GEO_KEY], num_missing = describe_geometry(read_passes(), geometry)
-        logger.info("%d ids have no geometry in %s", num_missing, geometry.path)
-    num_images, num_groups = write_passes(path, read_passes(), provenance, metadata)
-    shutil.rmtree(work_dir, ignore_errors=True)
-    logger.info("%d groups of %d images", num_groups, num_images)
-    result.written.append(path)
-    result.add(_counts(dataset, num_images))
-    return result
-
-
-def write_passes(
-    path: Path, tables: Iterator[pa.Table], provenance: dict[str, Any], metadata: dict[bytes, bytes]
-) -> tuple[int, int]:
-    """Write the passes as one parquet; return how many images and groups they hold."""
+    metadata = {GEO_KEY: geometry.describe(read_passes())} if geometry else {}
+    tables = read_passes()
     first = next(tables)
-    num_images = num_groups = 0
     with parquet_writer(path, first.schema, provenance, metadata) as writer:
-        table: pa.Table | None = first
-        while table is not None:
+        for table in itertools.chain([first], tables):
             writer.write_table(table)
-            num_images += int(table.column("num_images").to_numpy().sum())
-            num_groups += table.num_rows
-            table = next(tables, None)
-    return num_images, num_groups
-
-
-def _counts(dataset: EmbeddingsDataset, num_images: int) -> dict[str, int]:
-    return {"in": dataset.num_rows, "out": num_images, "dropped": dataset.num_rows - num_images}
+    workspace.discard(work_dir)
 
 
 def parse_columns(text: str) -> list[str]:
@@ -201,23 +143,18 @@ def parse_columns(text: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Aggregate from a command line."""
-    parser = cli.make_parser(__doc__ or "", config=False)
+    parser = make_tool_parser(__doc__ or "")
     add = parser.add_argument
-    add("output", type=Path, metavar="OUTPUT", help="dataset directory that stage 8 wrote")
     add("--by", default=ID_COLUMN, metavar="OSMID[,COLUMN]", help="columns that make a group (OSMID)")
     add("--geometry", type=Path, metavar="FILE", help="parquet of OSMID and geometry (WKB) to join")
     add("--output", "-o", type=Path, dest="target", metavar="FILE", help="parquet to write (in OUTPUT/_aggregated)")
     add("--overwrite", action="store_true", help="make again what is there already")
     arguments = parser.parse_args(argv)
     by = parse_columns(arguments.by)
-    dataset = EmbeddingsDataset(arguments.output)
-    if not dataset.folder.is_dir():
-        raise InputError(f"{dataset.folder}: no embeddings dataset: run stage 8 first, or correct the path")
-    cli.run_logged(
+    run_tool(
         STAGE,
-        lambda: aggregate(dataset, by, arguments.target, arguments.geometry, arguments.overwrite),
-        dataset.folder / "_logs" / f"{STAGE}.log",
+        arguments.output,
+        lambda dataset: aggregate(dataset, by, arguments.target, arguments.geometry, arguments.overwrite),
     )
 
 

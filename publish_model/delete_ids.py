@@ -4,7 +4,7 @@
 
 Reads the ids, one a line or the column OSMID of a CSV or parquet, and rewrites the parts and rejects that hold one of
 them, each in one piece; state.json counts what is gone. Hashes of the ids are kept in OUTPUT/_deleted/, so that stage 8
-leaves them out too when it makes a part again. What was made of the dataset inside OUTPUT (aggregates, exports) is
+leaves them out too when it makes a part again. What was derived from the dataset inside OUTPUT (aggregates, exports) is
 removed. Where ids match nothing the exit code is 1 (0 with --allow-missing); the others are gone all the same. A rerun
 goes on where a run was interrupted. Run it while nothing else writes to the dataset.
 """
@@ -22,6 +22,7 @@ from pipeline.embeddings_dataset.hashes import hash_ids
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
 from pipeline.log import logger
+from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.new_data.id_lists import read_id_list
 
 STAGE = "delete_ids"
@@ -39,7 +40,7 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
     num_rows, unmatched = delete_ids(dataset, frozenset().union(*hashes.values()))
     result = cli.StageResult(STAGE)
     for part in dataset.parts:
-        result.add(part.record.counts, part.record.reasons)
+        result.add(part.counts, part.reasons)
     (result.written if num_rows else result.kept).append(dataset.folder)
     missing = [text for text, own in hashes.items() if own <= unmatched]
     logger.info("%d rows deleted; the %d ids of the list are left out from now on", num_rows, len(hashes))
@@ -57,19 +58,13 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Delete from a command line."""
-    parser = cli.make_parser(__doc__ or "", config=False)
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="dataset directory that stage 8 wrote")
+    parser = make_tool_parser(__doc__ or "")
     parser.add_argument(
         "--delete-ids", type=Path, required=True, metavar="FILE", help="ids, one a line, or a CSV or parquet with OSMID"
     )
     parser.add_argument("--allow-missing", action="store_true", help="exit 0 where ids match nothing, too")
     arguments = parser.parse_args(argv)
-    dataset = EmbeddingsDataset(arguments.output)
-    if not dataset.folder.is_dir():
-        raise InputError(f"{dataset.folder}: no embeddings dataset: correct the path")
-    log_path = dataset.folder / "_logs" / f"{STAGE}.log"
-    cli.run_logged(STAGE, lambda: delete(dataset, arguments.delete_ids, arguments.allow_missing), log_path)
+    run_tool(STAGE, arguments.output, lambda dataset: delete(dataset, arguments.delete_ids, arguments.allow_missing))
 
 
 if __name__ == "__main__":

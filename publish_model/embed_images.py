@@ -13,7 +13,6 @@ For more than some thousand pictures take stage 8, which can be resumed.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,12 +23,16 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.errors import InputError, Rejection
 from pipeline.files.writing import writing_to
 from pipeline.ids import decode_name
 from pipeline.log import logging_to
-from publish_model.model_folder.published_model import find_model
-from publish_model.new_data.embed_options import DEFAULT_MODEL_ID
-from publish_model.new_data.photographs import embed_photographs
+from publish_model.model_folder.published_model import PublishedModel, find_model
+from publish_model.new_data.embed_options import DEFAULT_MODEL_ID, add_device_option, add_model_option
+from publish_model.new_data.image_sources import read_file
+
+# Decoded at a time; larger inputs are stage 8's.
+BLOCK_IMAGES = 32
 
 
 def embed_images(
@@ -40,24 +43,49 @@ def embed_images(
     `model_id` is a published model's folder or hub id, fetched if need be. Raises InputError where the model cannot be
     had or a file cannot be read as an image.
     """
-    model = find_model(model_id, download=True)
-    return embed_photographs([Path(path) for path in paths], model.prepare(), dtype, device)
+    model = find_model(model_id, download=True, device=device, batch_size=BLOCK_IMAGES)
+    return embed_photographs([Path(path) for path in paths], model, dtype)
+
+
+def embed_photographs(paths: Sequence[Path], model: PublishedModel, dtype: str) -> NDArray[np.float32]:
+    """Return the embeddings of image files, (N, D) float32, in their order.
+
+    Raises InputError, which counts them, where any of them cannot be read as an image.
+    """
+    for path in paths:  # found before a large model is loaded
+        if not path.is_file():
+            raise InputError(f"{path}: no such file: correct the path")
+    from pipeline.inference.backbone import check_embeddings
+
+    embedder = model.load(dtype)
+    blocks, problems = [], []
+    for start in range(0, len(paths), BLOCK_IMAGES):
+        decoded = []
+        for path in paths[start : start + BLOCK_IMAGES]:
+            try:
+                decoded.append(embedder.decode(read_file(path)))
+            except Rejection as rejection:
+                problems.append(f"{path}: {rejection}")
+        if decoded and not problems:
+            blocks.append(embedder.embed(decoded))
+    if problems:
+        more = f" (and {len(problems) - 1} more of {len(paths)})" if len(problems) > 1 else ""
+        raise InputError(f"{problems[0]}{more}: give JPEG, PNG or WebP images")
+    embeddings = np.concatenate(blocks)
+    check_embeddings(embeddings, [str(path) for path in paths])
+    return embeddings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Embed from a command line."""
     parser = cli.make_parser(__doc__ or "", config=False)
     add = parser.add_argument
     add("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files")
-    add(
-        "--model-id", default=os.environ.get("MODEL_ID") or DEFAULT_MODEL_ID, metavar="ID",
-        help=f"published model: hub id or folder (default: $MODEL_ID, else {DEFAULT_MODEL_ID})",
-    )  # fmt: skip
+    add_model_option(parser)
     add("--npy", type=Path, metavar="PATH", help="write the vectors there, and print nothing but the path")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs (auto)")
+    add_device_option(parser)
     add(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="what the model computes in (auto: bfloat16 on CUDA, float32 on CPU)",
+        help="type to compute in (auto: bfloat16 on CUDA, float32 on CPU)",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     with logging_to(None):

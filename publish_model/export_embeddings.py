@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.embeddings_dataset.dataset import BLOCK_ROWS, EmbeddingsDataset
-from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, embeddings_of
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, gather_blocks
+from pipeline.embeddings_dataset.parts import embeddings_of
 from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_parquet
 from pipeline.files.writing import read_json_object, write_json
 from pipeline.log import logger
+from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.similarity_search import find_nearest, import_faiss
 
 STAGE = "export_embeddings"
@@ -56,17 +58,13 @@ def expand(table: pa.Table) -> NDArray[np.float32]:
 
 def read_compact_blocks(paths: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield the embeddings of compact parts in blocks, each with the number of its first row."""
-    first, held = 0, [np.empty((0, 0), np.float32)][:0]
-    for path in paths:
+
+    def read(path: Path) -> NDArray[np.float32]:
         with open_parquet(path) as file:
             columns = [name for name in (EMBEDDING_COLUMN, "scale") if name in file.schema_arrow.names]
-            held.append(expand(file.read(columns)))
-        if sum(map(len, held)) >= BLOCK_ROWS:
-            block = np.concatenate(held)
-            yield first, block
-            first, held = first + len(block), []
-    if held:
-        yield first, np.concatenate(held)
+            return expand(file.read(columns))
+
+    return gather_blocks(map(read, paths))
 
 
 def measure_recall(dataset: EmbeddingsDataset, paths: Sequence[Path]) -> tuple[float, int]:
@@ -98,7 +96,7 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
     paths, sizes = [], [0, 0]
     for part in dataset.parts:
         path = folder / "parts" / part.path.name
-        source = {"name": part.path.name, "checksum": part.checksum or part.path.stat().st_size}
+        source = {"name": part.path.name, "checksum": part.checksum}
         provenance = make_provenance(STAGE, [source], {"export": kind})
         if not is_complete(path, provenance, overwrite):
             write_parquet(path, compress(part.read(), kind), provenance)
@@ -106,7 +104,7 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
         else:
             result.kept.append(path)
         paths.append(path)
-        result.add({"in": part.record.counts["out"], "out": part.record.counts["out"]})
+        result.add({"in": part.counts["out"], "out": part.counts["out"]})
         sizes = [sizes[0] + part.path.stat().st_size, sizes[1] + path.stat().st_size]
     summary_path = folder / "export.json"
     wanted = {"export": kind, "source": dataset.identify()}
@@ -123,19 +121,16 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Export from a command line."""
-    parser = cli.make_parser(__doc__ or "", config=False)
+    parser = make_tool_parser(__doc__ or "")
     add = parser.add_argument
-    add("output", type=Path, metavar="OUTPUT", help="dataset directory that stage 8 wrote")
     add("--export", choices=("float16", "int8"), required=True, help="type of the copy's numbers")
     add("--output", "-o", type=Path, dest="target", metavar="DIR", help="folder to write (OUTPUT/_exports/TYPE)")
     add("--overwrite", action="store_true", help="write again what is there already")
     arguments = parser.parse_args(argv)
-    dataset = EmbeddingsDataset(arguments.output)
-    cli.run_logged(
+    run_tool(
         STAGE,
-        lambda: export(dataset, arguments.export, arguments.target, arguments.overwrite),
-        dataset.folder / "_logs" / f"{STAGE}.log",
+        arguments.output,
+        lambda dataset: export(dataset, arguments.export, arguments.target, arguments.overwrite),
     )
 
 

@@ -12,10 +12,10 @@ import atexit
 import contextlib
 import os
 import platform
-import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,30 +24,98 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import VERSION, cli
 from pipeline.config import Config
-from pipeline.embeddings_dataset.appending import Appending
+from pipeline.embeddings_dataset.appending import Appending, PartStore
+from pipeline.embeddings_dataset.content import PartContent
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.duplicates import find_duplicates
-from pipeline.embeddings_dataset.packaged_input import PackagedInput
-from pipeline.embeddings_dataset.part_plans import PartContent, plan_parts
-from pipeline.embeddings_dataset.parts import STAGE
+from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input
+from pipeline.embeddings_dataset.parts import STAGE, ModelRecord, plan_parts
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError, Terminated
 from pipeline.files.failures import write_failure
 from pipeline.files.units import Unit
 from pipeline.inference import launcher
+from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
 from pipeline.threads import Background
 from publish_model.model_folder.published_model import PublishedModel, find_model
-from publish_model.new_data.embed_options import EmbedOptions, open_input, parse
-from publish_model.new_data.model_record import record_model
+from publish_model.new_data.embed_options import EmbedOptions, parse
 
 if TYPE_CHECKING:
+    from pipeline.inference.backbone import Embedder
     from publish_model.new_data.batch_embedding import BatchEmbedder
+
+
+def embed_dataset(options: EmbedOptions) -> cli.StageResult:
+    """Embed the rows that have no embedding yet and return the counts of this process's share of the dataset.
+
+    Raises InputError for an input or a model that cannot be used, StaleOutputError where the output was made from
+    others, PipelineError where more images are bad than allowed.
+    """
+    source = open_input(options)
+    model = find_model(options.model_id, download=True, device=options.device, batch_size=options.batch_size)
+    dataset = EmbeddingsDataset(options.output)
+    if dataset.folder != options.output:
+        logger.info("%s is a file or was written so before: %s is used instead", options.output, dataset.folder)
+    begun = None if options.overwrite else dataset.find_begun()
+    record = record_model(model, options.dtype, source, begun)
+    store = PartStore(dataset, source, record)
+    appending = Appending(store, begun, options.shard, options.limit, overwrite=options.overwrite)
+    result = cli.StageResult(STAGE)
+    has_work = bool(appending.work)
+    if has_work:
+        result.watch = make_missing_parts(appending, model.load, options.progress_interval_seconds)
+    else:
+        appending.begin()
+    state = appending.finish()
+    (result.written if has_work else result.kept).append(dataset.folder)
+    for part in appending.parts.values():
+        result.add(part.counts, part.reasons)
+    if has_work and state["complete"]:
+        duplicates = find_duplicates(store.part_paths)
+        if duplicates.num_images:
+            logger.warning("%s", duplicates.describe())
+    report(result, state, options.max_reject_fraction)
+    return result
+
+
+def record_model(model: PublishedModel, dtype: str, source: PackagedInput, begun: dict[str, Any] | None) -> ModelRecord:
+    """Return the model with the precision that was asked for, else the dataset's, else one that suits the device.
+
+    That one is measured on the first pictures of the input, whichever of them this process embeds.
+    """
+    if dtype == "auto" and begun is not None and "precision" in begun:
+        precision = Precision(begun["precision"], **begun.get("fidelity", {}))
+    else:
+        load = replace(model, batch_size=NUM_PICTURES).load
+        precision = settle_precision(dtype, model.device, load, partial(list_pictures, source))
+    return ModelRecord(model.model_id, model.name_version(precision.mode), precision)
+
+
+def make_missing_parts(
+    appending: Appending, load: Callable[[str], "Embedder"], progress_interval_seconds: float
+) -> EngineWatch:
+    """Load the model, make the parts and return where the time went; an interrupted run leaves its state right."""
+    watch, store = EngineWatch(), appending.store
+    with watch.measure("load"):
+        from publish_model.new_data.batch_embedding import BatchEmbedder
+
+        embedder = BatchEmbedder(load(store.recipe.precision), store.source, watch)
+    appending.begin(embedder.width)  # a model that cannot be used has failed by now, and has left nothing behind
+    rows_kept, rows = appending.num_rows
+    try:
+        with Progress(STAGE, rows_kept + rows, interval_seconds=progress_interval_seconds) as progress:
+            progress.resume_at(rows_kept)
+            embed_parts(appending, embedder, progress)
+    except (KeyboardInterrupt, Terminated):
+        store.write_state()
+        raise
+    return watch
 
 
 def embed_parts(appending: Appending, embedder: "BatchEmbedder", progress: Progress) -> None:
     """Embed and write the missing parts; two or three read batches are held at a time.
 
-    Raises InputError if the input cannot be read to where its footer says it goes.
+    Raises InputError if the input ends before the place that its footer names.
     """
     from publish_model.new_data.batch_embedding import ReadBatch
 
@@ -61,69 +129,6 @@ def embed_parts(appending: Appending, embedder: "BatchEmbedder", progress: Progr
     with contextlib.closing(Background()) as writer, contextlib.closing(embedder.embed_each(batches)) as parts:
         for batch, content in parts:
             writer.submit(partial(write, batch, content))
-
-
-def make_missing_parts(appending: Appending, model: PublishedModel, options: EmbedOptions) -> EngineWatch:
-    """Load the model, make the parts and return where the time went; an interrupted run leaves its state right."""
-    watch = EngineWatch()
-    with watch.measure("load"):
-        from publish_model.new_data.batch_embedding import BatchEmbedder
-
-        embedder = BatchEmbedder(model.prepare(), appending.source, appending.recipe.precision, options, watch)
-    appending.begin(embedder.width)  # what cannot be used is known by now, and has left nothing behind
-    rows_kept, rows = appending.num_rows
-    try:
-        with Progress(STAGE, rows_kept + rows, interval_seconds=options.progress_interval_seconds) as progress:
-            progress.resume_at(rows_kept)
-            embed_parts(appending, embedder, progress)
-    except (KeyboardInterrupt, Terminated):
-        appending.write_state()
-        raise
-    return watch
-
-
-def begin_appending(
-    dataset: EmbeddingsDataset, options: EmbedOptions, source: PackagedInput, model: PublishedModel
-) -> Appending:
-    """Say what is to be added to a dataset from an input with a model; nothing is written before it begins."""
-    begun = None if options.overwrite else dataset.find_begun()
-    record = record_model(options, begun, source, model)
-    return Appending(dataset, source, record, shard=options.shard, limit=options.limit, overwrite=options.overwrite)
-
-
-def embed_dataset(options: EmbedOptions) -> cli.StageResult:
-    """Embed what is not embedded yet and return the counts of this process's share of the dataset.
-
-    Raises InputError for an input or a model that cannot be used, StaleOutputError where the output was made from
-    others, PipelineError where more images are bad than allowed.
-    """
-    source = open_input(options)
-    model = find_model(options.model_id, download=True)
-    dataset = EmbeddingsDataset(options.output)
-    if dataset.folder != options.output:
-        logger.info("%s is a file or was written so before: %s is used instead", options.output, dataset.folder)
-    appending = begin_appending(dataset, options, source, model)
-    result = cli.StageResult(STAGE)
-    has_work = bool(appending.work)
-    if has_work:
-        result.watch = make_missing_parts(appending, model, options)
-    else:
-        appending.begin()
-    state = appending.finish()
-    (result.written if has_work else result.kept).append(dataset.folder)
-    for record in appending.records.values():
-        result.add(record.counts, record.reasons)
-    if has_work and state["complete"]:
-        warn_of_duplicates(appending.part_paths, state["rows_embedded"])
-    report(result, state, options.max_reject_fraction)
-    return result
-
-
-def warn_of_duplicates(part_paths: list[Path], num_images: int) -> None:
-    """Say how many images are byte for byte the same under different ids."""
-    duplicates = find_duplicates(part_paths, num_images)
-    if duplicates.num_images:
-        logger.warning("%s", duplicates.describe())
 
 
 def report(result: cli.StageResult, state: dict[str, Any], max_reject_fraction: float) -> None:
@@ -201,12 +206,12 @@ def use_private_module_cache() -> None:
     Array tasks that start at once would copy over one another's files in the shared home.
     """
     if "HF_MODULES_CACHE" not in os.environ and "transformers" not in sys.modules:
-        os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="spatial-embeddings-modules-")
-        atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix="spatial-embeddings-modules-", ignore_cleanup_errors=True)
+        atexit.register(folder.cleanup)
+        os.environ["HF_MODULES_CACHE"] = folder.name
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Embed from a command line."""
     options = parse(__doc__ or "", argv)
     open_input(options)  # a mistyped path leaves no folder behind
     if launcher.launch(__file__, argv, options.processes, is_sharded=not options.shard.is_whole):

@@ -10,12 +10,11 @@ says why. OUTPUT appears when it is complete; until then the files are kept in a
 goes on. Takes no configuration.
 """
 
+import argparse
 import contextlib
-import fcntl
 import itertools
-import os
-import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,8 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import count_cores
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN
-from pipeline.errors import ConfigError, InputError, PipelineError, Rejection
-from pipeline.files.failures import write_failure
+from pipeline.errors import InputError, PipelineError, Rejection
+from pipeline.files import workspace
 from pipeline.files.tables import (
     describe_difference,
     make_provenance,
@@ -39,11 +38,10 @@ from pipeline.files.tables import (
     rejects_path,
     write_rejects,
 )
-from pipeline.files.workspace import sync_folder, temporary_path
 from pipeline.inference.images import check_image
 from pipeline.log import Progress, logger
 from pipeline.threads import map_in_order
-from publish_model.new_data.embed_options import fraction
+from publish_model.new_data.embed_options import check_places, fraction
 from publish_model.new_data.image_sources import ImageSource, SourceImage, open_source
 
 STAGE = "package_images"
@@ -51,16 +49,6 @@ STAGE = "package_images"
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 1000, 128 * 2**20
 # What an interruption costs at most.
 FILE_BYTES = 2**29
-
-
-@dataclass(frozen=True)
-class PackageOptions:
-    """What to package, and where."""
-
-    input: Path
-    output: Path
-    max_reject_fraction: float = 0.2
-    overwrite: bool = False
 
 
 @dataclass
@@ -127,9 +115,8 @@ class Package:
         if describe_difference(found, self.provenance) is None:
             return {**found["counts"], "reasons": found["reasons"]}
         logger.info("%s: begun with other images: begun anew", self.folder)
-        for name in ("", "_rejects"):
-            for old in (self.folder / name).glob("*.parquet"):
-                old.unlink()
+        for old in self.folder.iterdir():
+            workspace.remove(old)
         return None
 
     def write_file(self, groups: Iterator[list[Packed]], progress: Progress) -> bool:
@@ -150,9 +137,7 @@ class Package:
                 if num_bytes >= FILE_BYTES:
                     break
         counts = {"in": num_rows, "out": num_rows - len(rejected), "rejected": len(rejected), "dropped": 0}
-        reasons: dict[str, int] = {}
-        for _, rejection in rejected:
-            reasons[rejection.reason] = reasons.get(rejection.reason, 0) + 1
+        reasons = dict(Counter(rejection.reason for _, rejection in rejected))
         write_rejects(rejects_path(path), rejected, self.provenance | {"counts": counts, "reasons": reasons})
         self.counts.append({**counts, "reasons": reasons})
         return True
@@ -171,39 +156,6 @@ def is_packaged(output: Path, provenance: dict[str, Any], overwrite: bool) -> bo
     if found is None or found.get("stage") != STAGE:
         raise InputError(f"{output}: not empty, and not a package that was made here: give another --output")
     return not overwrite and matches(output, found, provenance)
-
-
-@contextlib.contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made if need be.
-
-    Raises PipelineError where another one is at it, or it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise write_failure(folder, error) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise PipelineError(f"{folder}: another process is at it: wait for that one, or stop it") from None
-    finally:
-        os.close(descriptor)
-
-
-def put_in_place(folder: Path, output: Path) -> None:
-    """Give a finished folder its name; what had it before is moved aside first and removed after."""
-    old = temporary_path(output.with_name(f"{output.name}.old"))
-    try:
-        if output.exists():
-            output.rename(old)
-        folder.rename(output)
-        sync_folder(output.parent)
-    except OSError as error:
-        raise write_failure(output, error) from None
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def fill(package: Package, source: ImageSource) -> None:
@@ -226,7 +178,7 @@ def fill(package: Package, source: ImageSource) -> None:
         raise InputError(f"{source.inputs[0]['name']}: holds no image: correct --input")
 
 
-def package_images(options: PackageOptions) -> cli.StageResult:
+def package_images(options: argparse.Namespace) -> cli.StageResult:
     """Package the images and return the counts.
 
     Raises InputError where the input cannot be read, StaleOutputError where the output was made of others,
@@ -244,10 +196,9 @@ def package_images(options: PackageOptions) -> cli.StageResult:
         package.take_up()
         result.kept.append(options.output)
     else:
-        package = Package(output.with_name(f".{output.name}.unfinished"), schema, provenance)
-        with holding(package.folder):
+        with workspace.writing_folder(output, resumable=True) as folder:
+            package = Package(folder, schema, provenance)
             fill(package, source)
-            put_in_place(package.folder, output)
         result.written.append(options.output)
     for counts in package.counts:
         result.add(counts, counts["reasons"])
@@ -267,7 +218,6 @@ def check_rejects(result: cli.StageResult, allowed: float) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Package from a command line."""
     parser = cli.make_parser(__doc__ or "", config=False)
     add = parser.add_argument
     add("--input", "-i", type=Path, required=True, metavar="PATH", help="a folder, a .csv or a .tar")
@@ -277,9 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="exit 1 if a larger share of the images cannot be used (0.2)",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="make a package anew that is there; the old one stays until then")
-    options = PackageOptions(**vars(parser.parse_args(argv)))
-    if options.input.is_dir() and options.output.resolve().is_relative_to(options.input.resolve()):
-        raise ConfigError(f"--output {options.output}: lies in the input folder, of which it would become a part")
+    options = parser.parse_args(argv)
+    check_places(options.input, options.output)
     cli.run_logged(STAGE, lambda: package_images(options), None)
 
 

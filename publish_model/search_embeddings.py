@@ -7,6 +7,8 @@ separated by tabs; what is no printable character in an id comes as an escape. -
 thumbnails, for which --input names the packaged images.
 """
 
+import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,36 +19,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
-from pipeline.embeddings_dataset.parts import Part
 from pipeline.files.writing import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
 from pipeline.pages import load_templates, shrink, to_data_uri
+from publish_model.derived.dataset_tool import make_tool_parser
 from publish_model.derived.similarity_search import find_nearest, import_faiss
-from publish_model.model_folder.published_model import check_model, find_model
-from publish_model.new_data.embed_options import whole_number
+from publish_model.embed_images import embed_photographs
+from publish_model.model_folder.published_model import find_model
+from publish_model.new_data.embed_options import add_device_option, whole_number
 from publish_model.new_data.id_lists import describe_id
-from publish_model.new_data.photographs import embed_photographs
 
 THUMBNAIL_PX = 224
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 
 
-def read_thumbnails(dataset: EmbeddingsDataset, source: PackagedInput, rows: list[int]) -> dict[int, bytes]:
+def read_images(dataset: EmbeddingsDataset, source: PackagedInput, rows: list[int]) -> dict[int, bytes]:
     """Return the image files of some embedded rows, from the packaged input."""
     images: dict[int, bytes] = {}
     for part, inside in dataset.locate(rows):
-        images |= dict(zip(inside, _read_images(part, source, list(inside.values())), strict=True))
+        batches = read_batches(source, part.plan.row_group)
+        table = next(itertools.islice(batches, part.plan.read_batch, None)).slice(0, part.counts["in"])
+        places = source.embedded_rows(table, part.plan.first_row, part.read_content().rejects)
+        images |= {row: table.column(IMAGE_COLUMN)[int(places[place])].as_py() for row, place in inside.items()}
     return images
-
-
-def _read_images(part: Part, source: PackagedInput, rows: Sequence[int]) -> list[bytes]:
-    """Return the images of some rows of a part."""
-    batches = read_batches(source, part.plan.row_group)
-    table = next(table for read_batch, table in enumerate(batches) if read_batch == part.plan.read_batch)
-    table = table.slice(0, part.record.counts["in"])
-    places = source.embedded_rows(table, part.plan.first_row, part.read_content().rejects)
-    return [table.column(IMAGE_COLUMN)[int(places[row])].as_py() for row in rows]
 
 
 def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], images: Sequence[bytes | None]) -> None:
@@ -66,52 +62,43 @@ def make_thumbnail(image: bytes | None) -> str | None:
     return None if image is None else to_data_uri(shrink(decode_rgb(image), THUMBNAIL_PX), 85)
 
 
-def search(
-    output: Path, query: Path, top: int, model_id: str | None, device: str, page: Path | None, input_path: Path | None
-) -> None:
+def search(arguments: argparse.Namespace) -> None:
     """Print what is most like a photograph, and write the page where one is asked for.
 
     Raises InputError for a dataset, model or photograph that cannot be used or do not belong together.
     """
     import_faiss()
-    dataset = EmbeddingsDataset(output)
+    dataset = EmbeddingsDataset(arguments.output)
     recipe = dataset.recipe
-    model = find_model(model_id or dataset.model_id, download=False)
-    check_model(dataset, model)
-    source = dataset.open_input(input_path) if input_path is not None else None
-    embedding = embed_photographs([query], model.prepare(), str(recipe["precision"]), device)
-    similarities, rows = find_nearest(embedding, dataset.read_blocks(), top)
-    ids = dataset.read_ids_at(rows[0].tolist())
-    hits = [
-        (float(similarity), describe_id(ids[row]))
-        for similarity, row in zip(similarities[0], rows[0].tolist(), strict=True)
-    ]
+    model = find_model(arguments.model_id or dataset.model_id, download=False, device=arguments.device)
+    model.check_made(dataset)
+    source = dataset.open_input(arguments.input) if arguments.input is not None else None
+    embedding = embed_photographs([arguments.query], model, str(recipe["precision"]))
+    similarities, places = find_nearest(embedding, dataset.read_blocks(), arguments.top)
+    rows = places[0].tolist()
+    ids = dataset.read_ids_at(rows)
+    hits = [(float(similarity), describe_id(ids[row])) for similarity, row in zip(similarities[0], rows, strict=True)]
     for rank, (similarity, identifier) in enumerate(hits, start=1):
         print(f"{rank}\t{similarity:.6f}\t{identifier}")
     logger.info("searched %d embeddings", dataset.num_rows)
-    if page is not None:
-        images = read_thumbnails(dataset, source, rows[0].tolist()) if source else {}
-        write_page(page, query, hits, [images.get(row) for row in rows[0].tolist()])
-        logger.info("wrote %s", page)
+    if arguments.html is not None:
+        images = read_images(dataset, source, rows) if source else {}
+        write_page(arguments.html, arguments.query, hits, [images.get(row) for row in rows])
+        logger.info("wrote %s", arguments.html)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Search from a command line."""
-    parser = cli.make_parser(__doc__ or "", config=False)
+    parser = make_tool_parser(__doc__ or "")
     add = parser.add_argument
-    add("output", type=Path, metavar="OUTPUT", help="dataset directory that stage 8 wrote")
     add("--query", type=Path, required=True, metavar="IMAGE", help="photograph to look for")
     add("--top", type=whole_number, default=10, metavar="N", help="how many to print (10)")
     add("--model-id", metavar="ID", help="published model (default: the one that the dataset names)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs (auto)")
+    add_device_option(parser)
     add("--html", type=Path, metavar="PAGE", help="write a page with what was found")
     add("--input", "-i", type=Path, metavar="PATH", help="packaged images, for the page's thumbnails")
     arguments = parser.parse_args(argv)
     with logging_to(None):
-        search(
-            arguments.output, arguments.query, arguments.top, arguments.model_id, arguments.device, arguments.html,
-            arguments.input,
-        )  # fmt: skip
+        search(arguments)
 
 
 if __name__ == "__main__":

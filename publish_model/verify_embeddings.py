@@ -13,16 +13,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
 from pipeline.embeddings_dataset.checks import Findings, check_dataset, repair
-from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, count_parts
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.parts import count_rows
 from pipeline.errors import InputError, PipelineError, one_line
 from pipeline.log import logger, logging_to
-from publish_model.derived.drift import measure_drift
+from publish_model.derived.dataset_tool import make_tool_parser
+from publish_model.model_folder.published_model import find_model
+from publish_model.model_folder.training_similarity import nearest_similarity, read_training
 
 SHOWN = 10
+# Images that are compared with the training images, spread over the dataset.
+NUM_SAMPLED = 100_000
 
 
 def report(dataset: EmbeddingsDataset, findings: Findings) -> None:
@@ -33,18 +40,38 @@ def report(dataset: EmbeddingsDataset, findings: Findings) -> None:
         if len(problems) > SHOWN:
             logger.error("... and %d more of this kind", len(problems) - SHOWN)
     state, parts = dataset.state or {}, dataset.parts
-    counted = count_parts(parts)
-    accounted = sum(part.record.counts["in"] for part in parts)
+    counted = count_rows(parts)
+    accounted = sum(part.counts["in"] for part in parts)
     rows = [
         ("parts", f"{len(parts)} sound of {state.get('parts_total', 'unknown')}"),
         ("rows accounted for", f"{accounted} of {state.get('rows_total', 'unknown')}"),
         *((key.removeprefix("rows_"), str(value)) for key, value in counted.items() if key.startswith("rows_")),
-        ("parts without a checksum", str(sum(part.checksum is None for part in parts))),
         ("embedding version", str(state.get("embedding_version", "unknown"))),
         *((f"problems: {check}", str(len(problems))) for check, problems in findings.problems.items()),
     ]
     for name, value in rows:
         logger.info("%-26s %s", name, value)
+
+
+def compare_with_training(dataset: EmbeddingsDataset, model_id: str) -> str:
+    """Say which share of a dataset's images is beyond the 99th percentile of distance to the training images.
+
+    Raises InputError where the model cannot be had, carries no statistics, or is not the dataset's.
+    """
+    model = find_model(model_id, download=False)
+    quantiles, reference = read_training(model.folder)
+    model.check_made(dataset)
+    step = max(1, dataset.num_rows // NUM_SAMPLED)
+    blocks = (block[-first % step :: step] for first, block in dataset.read_blocks())
+    similarity = np.concatenate([np.empty(0, np.float32), *(nearest_similarity(block, reference) for block in blocks)])
+    if not len(similarity):
+        raise InputError("the dataset holds no embeddings")
+    share = float(np.mean(similarity < quantiles["0.01"]))
+    return (
+        f"likeness to the training images: {share:.1%} of {len(similarity)} images are beyond the 99th percentile of "
+        f"distance (1 % is to be expected); median similarity {np.median(similarity):.3f}, "
+        f"held-out images {quantiles['0.5']:.3f}"
+    )
 
 
 def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model_id: str | None) -> None:
@@ -57,7 +84,7 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
     report(dataset, findings)
     if dataset.parts:
         try:
-            logger.info("%s", measure_drift(dataset, model_id or dataset.model_id))
+            logger.info("%s", compare_with_training(dataset, model_id or dataset.model_id))
         except InputError as error:
             logger.info("likeness to the training images: not measured (%s)", one_line(error))
     if not findings.count:
@@ -78,10 +105,8 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Verify from a command line."""
-    parser = cli.make_parser(__doc__ or "", config=False)
+    parser = make_tool_parser(__doc__ or "")
     add = parser.add_argument
-    add("output", type=Path, metavar="OUTPUT", help="dataset directory that stage 8 wrote")
     add("--input", "-i", type=Path, metavar="PATH", help="compare the ids with those of this input too")
     add("--repair", action="store_true", help="set aside what is broken, so that a rerun makes just that")
     add("--model-id", metavar="ID", help="published model that carries the training statistics")

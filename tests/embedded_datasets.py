@@ -10,9 +10,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.content import PartContent, PartPlan
 from pipeline.embeddings_dataset.hashes import hash_ids, pack_hashes
-from pipeline.embeddings_dataset.part_plans import PartContent, PartPlan, PartRecord, count_rows
-from pipeline.embeddings_dataset.parts import write_part
+from pipeline.embeddings_dataset.parts import count_rows, read_part, write_part
 
 WIDTH = 8
 VERSION = "0123456789abcdef"
@@ -37,7 +37,7 @@ def write_dataset(
             "keep_columns": list(columns),
         },
     }  # fmt: skip
-    records = []
+    parts = []
     for number, first in enumerate(range(0, len(ids), rows_of_part)):
         own = slice(first, first + rows_of_part)
         table = pa.table(
@@ -52,10 +52,10 @@ def write_dataset(
         hashes = pack_hashes(list(range(first, first + table.num_rows)), hash_ids(plain_values(ids[own])))
         content = PartContent(table, schema.empty_table(), 0, hashes, {})
         write_part(folder, plan, content, provenance | {"part": asdict(plan)})
-        records.append((PartRecord(content.counts, {}), plan.num_rows))
+        parts.append(read_part(folder / "parts" / plan.name))
     state = {
         **provenance["inputs"][0], **provenance["settings"], "model_id": "none", "rows_total": len(ids),
-        **count_rows(records), "parts_total": len(records), "complete": True,
+        **count_rows(parts), "parts_total": len(parts), "complete": True,
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state))
     return folder

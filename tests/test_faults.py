@@ -44,7 +44,7 @@ def test_a_loss_is_noticed(tmp_path):
         "import run\n"
         "from pipeline.embeddings_dataset import appending as stage\n"
         "plain = stage.find_work\n"
-        "stage.find_work = lambda plans, records, limit: {} if records else plain(plans, records, limit)\n"
+        "stage.find_work = lambda plans, parts, limit: {} if parts else plain(plans, parts, limit)\n"
         "sys.argv = ['run.py', '--tries', '1', '--only', 'input that changes']\n"
         "sys.exit(run.main())\n"
     )

@@ -229,11 +229,7 @@ FILE_CALLS = {
     "flock", "unlink", "rmtree", "rename", "renames", "remove", "removedirs", "rmdir", "replace", "link",
 }  # fmt: skip
 # Those that have not moved there yet, by name.
-OWN_FILE_CALLS = {
-    "package_images.py", "reference_model.py", "aggregate_embeddings.py",
-    "generate_embeddings_from_parquet.py", "deletions.py", "set_aside.py", "run_files.py", "training_run.py",
-    "metric_sinks.py",
-}  # fmt: skip
+OWN_FILE_CALLS = {"reference_model.py", "run_files.py", "training_run.py", "metric_sinks.py"}
 
 
 def calls_on_files(tree):

@@ -13,8 +13,7 @@ import pytest
 from published_models import list_parts, make_photographs, read_bytes, read_dataset, read_rejects, write_packaged
 from stage8_fixtures import read_state
 
-from pipeline.embeddings_dataset.image_folder import list_images
-from pipeline.embeddings_dataset.packaged_input import open_packaged
+from pipeline.embeddings_dataset.packaged_input import list_images, open_packaged
 from pipeline.files import listing
 from publish_model import verify_embeddings
 

@@ -13,6 +13,7 @@ from published_models import encode, make_photographs, make_picture, publish, re
 from raw_tars import make_city, write_tar
 
 from pipeline.embeddings_dataset.packaged_input import open_packaged
+from pipeline.files import workspace
 from publish_model import generate_embeddings_from_parquet, package_images
 
 PHOTOGRAPHS = make_photographs(7)
@@ -202,10 +203,10 @@ def test_what_an_interrupted_run_made_of_other_pictures_is_not_taken_up(run_main
 
 
 def test_a_second_process_at_the_same_output_is_refused(run_main, folder, tmp_path):
-    with package_images.holding(tmp_path / ".packaged.unfinished"):
+    with workspace.writing_folder(tmp_path / "packaged", resumable=True):
         outcome = run(run_main, folder, tmp_path / "packaged")
     assert outcome.code == 1
-    assert "another process is at it" in outcome.stderr
+    assert "is at it: wait for that one, or stop it" in outcome.stderr
 
 
 def test_a_rerun_keeps_the_package_and_another_input_is_refused(run_main, folder, tmp_path):

@@ -8,11 +8,13 @@ import pyarrow as pa
 import pytest
 
 from pipeline.embeddings_dataset import appending as appending_module
-from pipeline.embeddings_dataset.appending import Appending
+from pipeline.embeddings_dataset.appending import Appending, PartStore
+from pipeline.embeddings_dataset.content import PartContent, PartPlan
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, resolve_dataset_dir
 from pipeline.embeddings_dataset.packaged_input import PackagedInput
-from pipeline.embeddings_dataset.part_plans import ModelRecord, PartContent, PartPlan, plan_parts
+from pipeline.embeddings_dataset.parts import ModelRecord, plan_parts
 from pipeline.errors import InputError, PipelineError, StaleOutputError
+from pipeline.ids import Shard
 from pipeline.inference.precision import Precision
 from publish_model.model_folder.published_model import name_version
 
@@ -27,14 +29,14 @@ def source(tmp_path):
     return PackagedInput(tmp_path / "in.parquet", 1234, schema, "abcd", (5, 0, 3), read_batch_size=2)
 
 
-def make_appending(folder, source, *, model="model", model_id="the/model", begin=True, **options):
-    mode = options.pop("dtype", "float32")
-    version = name_version(model, "pooler_output", mode)
-    record = ModelRecord(model_id, version, Precision(mode))
-    appending = Appending(EmbeddingsDataset(folder), source, record, **options)
+def make_appending(folder, source, *, model="model", model_id="the/model", begin=True, dtype="float32"):
+    record = ModelRecord(model_id, name_version(model, "pooler_output", dtype), Precision(dtype))
+    dataset = EmbeddingsDataset(folder)
+    store = PartStore(dataset, source, record)
+    appending = Appending(store, dataset.find_begun(), Shard(), None, overwrite=False)
     if begin:
         appending.begin()
-    return appending, plan_parts(source)
+    return store if begin else appending, plan_parts(source)
 
 
 def make_content(plan, rejected=0, skipped=0):
@@ -167,7 +169,8 @@ def test_the_first_state_is_not_written_over_by_a_run_that_saw_none(tmp_path, so
     first, _ = make_appending(tmp_path / "out", source, model_id="first/name", begin=False)
     other, _ = make_appending(tmp_path / "out", source, model_id="second/name", begin=False)
     first.begin()
-    assert other._create_state()["model_id"] == "first/name"
+    other.begin()
+    assert other.dataset.state["model_id"] == "first/name"
     assert list((tmp_path / "out").glob(".*")) == []
 
 

@@ -296,20 +296,6 @@ def test_a_part_of_another_model_is_seen(verify, dataset):
     check_seen(verify(dataset), "made with another embedding_version")
 
 
-def test_parts_without_a_checksum_are_counted(verify, dataset):
-    """Version 1.0 wrote none."""
-    part = list_parts(dataset)[1]
-    for path in (part, dataset / "_rejects" / part.name):
-        table = pq.read_table(path)
-        said = json.loads(table.schema.metadata[b"spatial_building_embeddings"])
-        said.pop("checksum")
-        metadata = table.schema.metadata | {b"spatial_building_embeddings": json.dumps(said).encode()}
-        pq.write_table(table.replace_schema_metadata(metadata), path)
-    outcome = verify(dataset)
-    assert outcome.code == 0, outcome.stderr
-    assert "parts without a checksum   1" in outcome.stderr
-
-
 @pytest.mark.parametrize("columns", [["a", "b"], ["b", "a"]])
 def test_a_checksum_is_of_values_not_of_chunks_and_encodings(columns):
     one = pa.table({"a": ["x", "y", None], "b": pa.array([[1.0, 2], [3, 4], [5, 6]], pa.list_(pa.float32(), 2))})

@@ -1,28 +1,45 @@
 """Check a whole embeddings dataset: every row accounted for, nothing twice, all values as written."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from pipeline.embeddings_dataset import set_aside
-from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, count_parts
+from pipeline.embeddings_dataset.columns import list_values
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, PartContent
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, is_foreign_state
 from pipeline.embeddings_dataset.deletions import read_order
-from pipeline.embeddings_dataset.packaged_input import read_batches
-from pipeline.embeddings_dataset.part_checks import check_against_input, check_part, open_part
-from pipeline.embeddings_dataset.part_plans import plan_parts
-from pipeline.embeddings_dataset.parts import ForeignError, Part, is_foreign_state, list_part_files, read_part
-from pipeline.errors import DamagedError, InputError
+from pipeline.embeddings_dataset.hashes import checksum_tables, unpack_hashes
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
+from pipeline.embeddings_dataset.parts import (
+    ForeignError,
+    Part,
+    count_rows,
+    embeddings_of,
+    list_part_files,
+    plan_parts,
+    read_part,
+)
+from pipeline.errors import DamagedError, InputError, one_line
+from pipeline.files.tables import read_provenance
 from pipeline.log import logger
 
 CHECKS = ("state", "parts", "rows", "rejects", "input")
+# The model normalises in float32.
+NORM_TOLERANCE = 1e-3
+RECIPE_KEYS = ("input_size", "row_group_fingerprint", "read_batch_size", "filter_valid", "embedding_version")
 
 
 @dataclass
 class Findings:
-    """What is wrong, by check; the files that are provably damaged; those that this project did not write.
+    """The problems by check, the files that are provably damaged, and those that this project did not write.
 
-    `sound` are the parts with which nothing is wrong, in input order.
+    `sound` are the parts without a problem, in input order.
     """
 
     problems: dict[str, list[str]] = field(default_factory=lambda: {check: [] for check in CHECKS})
@@ -31,10 +48,15 @@ class Findings:
     sound: tuple[Part, ...] = ()
 
     def add(self, check: str, path: Path, what: str, *, broken: bool = True) -> None:
-        """Note a problem of a file; `broken` says that it can be set aside and made again."""
+        """Note a problem of a file; a `broken` one can be set aside and made again."""
         self.problems[check].append(f"{path}: {what}")
         if broken:
             self.broken.add(path)
+
+    def add_foreign(self, check: str, path: Path) -> None:
+        """Note a file that this project did not write."""
+        self.foreign.append(path)
+        self.add(check, path, "not written by this project", broken=False)
 
     @property
     def count(self) -> int:
@@ -43,7 +65,7 @@ class Findings:
 
 
 def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) -> Findings:
-    """Read all of a dataset and return what is wrong; its parts are from then on those that are sound.
+    """Read all of a dataset and return its problems; the dataset keeps its sound parts only.
 
     Raises InputError where there is none, where a file or the input cannot be read now.
     """
@@ -51,32 +73,38 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     paths = [dataset.path_of(name) for name in list_part_files(dataset.folder)]
     if not paths and not dataset.state_path.exists():
         raise InputError(f"{dataset.folder}: no embeddings dataset (neither state.json nor parts): correct the path")
-    if state is None and is_foreign_state(dataset.state_path):
-        findings.foreign.append(dataset.state_path)
-        findings.add("state", dataset.state_path, "not written by this project", broken=False)
+    if is_foreign_state(dataset.state_path):
+        findings.add_foreign("state", dataset.state_path)
     elif state is None:
         what = "damaged" if dataset.state_path.exists() else "missing"
         findings.add("state", dataset.state_path, f"{what}: stage 8 makes it again from the parts")
-    recipe = state or find_recipe(paths)
-    parts = find_sound_parts(paths, recipe, findings)
-    check_overlaps(parts, findings)
-    check_rejects(dataset.folder, paths, findings)
+    recipe = state or _find_recipe(paths)
+    parts = _open_sound(paths, recipe, findings)
+    end = 0
+    for part in parts:
+        if part.plan.first_row < end:
+            findings.add("rows", part.path, "holds rows that another part holds too")
+        end = max(end, part.plan.first_row + part.plan.num_rows)
+    # A kill between the two files leaves rejects alone, and a rerun writes both.
+    for path in sorted((dataset.folder / "_rejects").glob("rg*.parquet")):
+        if dataset.path_of(path.name) not in paths:
+            findings.add("rejects", path, "its part is missing")
     if input_path is not None and recipe:
-        check_input(dataset, input_path, parts, recipe, findings)
+        _compare_with_input(dataset.open_input(input_path, recipe), parts, findings)
     findings.sound = tuple(part for part in parts if part.path not in findings.broken)
-    if state is not None:
-        check_state(dataset, state, findings)
     dataset.use_parts(findings.sound)
+    if state is not None:
+        _check_state(dataset, state, findings)
     return findings
 
 
 def repair(dataset: EmbeddingsDataset, findings: Findings) -> None:
-    """Set aside what is provably damaged, each part with its rejects, and let the state say what is left."""
+    """Set aside the broken files, each part with its rejects, and count in the state what is left."""
     set_aside.move(dataset.folder, findings.broken)
     dataset.update_state()
 
 
-def find_recipe(paths: Sequence[Path]) -> dict[str, Any]:
+def _find_recipe(paths: Sequence[Path]) -> dict[str, Any]:
     """Return what the first readable part was made from, where the state is lost."""
     for path in paths:
         try:
@@ -86,53 +114,105 @@ def find_recipe(paths: Sequence[Path]) -> dict[str, Any]:
     return {}
 
 
-def find_sound_parts(paths: Sequence[Path], recipe: dict[str, Any], findings: Findings) -> list[Part]:
+def _open_sound(paths: Sequence[Path], recipe: dict[str, Any], findings: Findings) -> list[Part]:
     """Return the parts that hold what they say, in input order."""
     sound = []
     for path in paths:
         try:
-            part = open_part(path, recipe)
+            part = _open_part(path, recipe)
         except ForeignError:
-            findings.foreign.append(path)
-            findings.add("parts", path, "not written by this project", broken=False)
-            continue
-        if isinstance(part, str):
-            # Where nothing says whose the dataset is, a file that cannot be read is not ours to touch.
-            findings.add("parts", path, part, broken=bool(recipe))
-            continue
-        problem = check_part(part)
-        if problem is not None:
-            findings.add("rows", path, problem)
+            findings.add_foreign("parts", path)
+        except DamagedError as error:
+            # Where nothing says whose the dataset is, a file that cannot be read may be another program's.
+            findings.add("parts", path, one_line(error).removeprefix(f"{path}: "), broken=bool(recipe))
         else:
-            sound.append(part)
+            problem = _find_problem(part)
+            if problem is None:
+                sound.append(part)
+            else:
+                findings.add("rows", path, problem)
     return sorted(sound, key=lambda part: part.plan.first_row)
 
 
-def check_overlaps(parts: Sequence[Part], findings: Findings) -> None:
-    """Note parts that hold rows which another one holds too."""
-    end = 0
-    for part in parts:
-        if part.plan.first_row < end:
-            findings.add("rows", part.path, "holds rows that another part holds too")
-        end = max(end, part.plan.first_row + part.plan.num_rows)
+def _open_part(path: Path, recipe: dict[str, Any]) -> Part:
+    """Open a part of a dataset with this recipe.
 
-
-def check_rejects(folder: Path, paths: Sequence[Path], findings: Findings) -> None:
-    """Note rejects without their part; a kill between the two leaves such, and a rerun writes both."""
-    names = {path.name for path in paths}
-    for path in sorted((folder / "_rejects").glob("rg*.parquet")):
-        if path.name not in names:
-            findings.add("rejects", path, "its part is missing")
-
-
-def check_input(
-    dataset: EmbeddingsDataset, input_path: Path, parts: Sequence[Part], recipe: dict[str, Any], findings: Findings
-) -> None:
-    """Compare parts with the rows of the input that they stand for.
-
-    Raises InputError where the input cannot be read or is not the one of the dataset.
+    Raises ForeignError for a parquet that was not written here, DamagedError for one that is not such a part,
+    InputError for one that cannot be read now.
     """
-    source = dataset.open_input(input_path, recipe)
+    part = read_part(path)
+    if part.plan.name != path.name:
+        raise DamagedError(f"holds the rows of {part.plan.name}")
+    for key in RECIPE_KEYS:
+        if part.recipe.get(key) != recipe.get(key):
+            raise DamagedError(
+                f"made with another {key} ({part.recipe.get(key)!r}, the dataset has {recipe.get(key)!r})"
+            )
+    return part
+
+
+# ------------------------------------------------------------------------------------------------ one part
+
+
+def _find_problem(part: Part) -> str | None:
+    """Return the first problem of a part's files and content, None where there is none.
+
+    Raises InputError for a part that cannot be read now.
+    """
+    if not part.rejects_path.exists():
+        return "its rejects are missing: no such file"
+    try:
+        content = part.read_content()
+        if read_provenance(part.rejects_path) != part.provenance:
+            return "its rejects are those of another part or run"
+        return _find_wrong_count(part, content) or _find_wrong_value(part, content)
+    except DamagedError as error:
+        return one_line(error)
+    except (KeyError, TypeError, ValueError) as error:  # a changed byte in a column's name, a hash, a count
+        return f"damaged ({one_line(error)[:200]})"
+
+
+def _find_wrong_count(part: Part, content: PartContent) -> str | None:
+    counts, plan = part.counts, part.plan
+    rows = content.rejects.column("row").to_numpy()
+    inside = (rows >= plan.first_row) & (rows < plan.first_row + counts["in"])
+    if content.counts != counts:
+        return f"holds {content.counts}, but says {counts}"
+    if counts["in"] > plan.num_rows:
+        return f"accounts for {counts['in']} rows of a read batch of {plan.num_rows}"
+    if not inside.all() or (np.diff(rows) <= 0).any():
+        return "its rejects list rows that are not its own, or one twice"
+    if dict(Counter(content.rejects.column("reason").to_pylist())) != part.reasons:
+        return "its rejects have other reasons than it says"
+    if unpack_hashes(content.hashes).shape[1] != counts["out"]:
+        return "its image hashes are not one for each embedding"
+    return None
+
+
+def _find_wrong_value(part: Part, content: PartContent) -> str | None:
+    kind = content.embedded.schema.field(EMBEDDING_COLUMN).type
+    if not (pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32()):
+        return f"its embeddings are {kind}"
+    if content.embedded.column(EMBEDDING_COLUMN).null_count:
+        return "an embedding is null"
+    embeddings = embeddings_of(content.embedded)  # (N, D)
+    is_finite = np.isfinite(embeddings).all(axis=1)  # (N,)
+    if not is_finite.all():
+        return f"embedding {int(np.argmin(is_finite))} is not finite"
+    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)  # a changed byte may make a number huge
+    if (np.abs(norms - 1) > NORM_TOLERANCE).any():
+        row = int(np.argmax(np.abs(norms - 1)))
+        return f"embedding {row} has norm {norms[row]:.4f}"
+    if checksum_tables(content.embedded, content.rejects) != part.checksum:
+        return "its data are not those of its checksum"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ the input, the state
+
+
+def _compare_with_input(source: PackagedInput, parts: Sequence[Part], findings: Findings) -> None:
+    """Compare parts with their rows of the input."""
     plans = {plan.name: plan for plan in plan_parts(source)}
     wanted: dict[int, dict[int, Part]] = {}
     for part in parts:
@@ -143,25 +223,47 @@ def check_input(
     for row_group, own in wanted.items():
         for read_batch, table in enumerate(read_batches(source, row_group, with_images=False)):
             if read_batch in own:
-                problem = check_against_input(own[read_batch], table, source)
+                problem = _find_wrong_id(own[read_batch], table, source)
                 if problem is not None:
                     findings.add("input", own[read_batch].path, problem)
 
 
-def check_state(dataset: EmbeddingsDataset, state: dict[str, Any], findings: Findings) -> None:
-    """Note where the state says more than the parts hold; one that is behind is put right by the next run."""
-    path, parts = dataset.state_path, findings.sound
-    counted = count_parts(parts)
-    for key, value in counted.items():
-        before = state.get(key, 0)
-        if isinstance(value, int) and before > value:
+def _find_wrong_id(part: Part, table: pa.Table, source: PackagedInput) -> str | None:
+    """Return how a part's ids differ from those of its read batch without images, None where they do not.
+
+    Deleted rows are not looked for one by one.
+    """
+    content = part.read_content()
+    table = table.slice(0, part.counts["in"])
+    if part.num_deleted:
+        return None if table.num_rows == part.counts["in"] else "accounts for rows that the input lacks"
+    ids = list_values(table.column(ID_COLUMN))
+    rows = source.embedded_rows(table, part.plan.first_row, content.rejects)
+    if not _are_same([ids[row] for row in rows], content.embedded):
+        return "its ids are not those of the input's rows"
+    rejected = content.rejects.column("row").to_numpy() - part.plan.first_row
+    if not _are_same([ids[row] for row in rejected], content.rejects):
+        return "its rejected ids are not those of the input's rows"
+    return None
+
+
+def _are_same(ids: list[object], table: pa.Table) -> bool:
+    """Return whether ids are those of a table, in order; NaN, pandas' missing number, equals itself."""
+    return [repr(value) for value in ids] == [repr(value) for value in list_values(table.column(ID_COLUMN))]
+
+
+def _check_state(dataset: EmbeddingsDataset, state: dict[str, Any], findings: Findings) -> None:
+    """Note where the state claims more than the parts hold; the next run mends one that is behind."""
+    path, counted = dataset.state_path, count_rows(findings.sound)
+    numbers = {key: (state.get(key, 0), value) for key, value in counted.items() if isinstance(value, int)}
+    for key, (before, value) in numbers.items():
+        if before > value:
             findings.add("state", path, f"{key} is {before}, the sound parts have {value}", broken=False)
-    accounted = sum(part.record.counts["in"] for part in parts)
+    accounted = sum(part.counts["in"] for part in findings.sound)
     if state.get("complete") and accounted != state.get("rows_total"):
         what = f"complete, but {accounted} of {state.get('rows_total')} rows are accounted for"
         findings.add("state", path, what, broken=False)
-    if any(state.get(key, 0) < value for key, value in counted.items() if isinstance(value, int)):
+    if any(before < value for before, value in numbers.values()):
         logger.info("%s: behind its parts: the next run of stage 8 sets it right", path)
-    order = read_order(dataset.folder)
-    if order is not None and not order.done:
+    if not read_order(dataset.folder).done:
         findings.add("state", path, "a deletion of ids was interrupted: run delete_ids.py again", broken=False)

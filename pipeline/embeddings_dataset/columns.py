@@ -31,6 +31,11 @@ def plain_values(column: pa.Array) -> list[object]:
     return values
 
 
+def list_values(column: pa.ChunkedArray) -> list[object]:
+    """Return the values of a column in chunks as `plain_values` does."""
+    return [value for chunk in column.chunks for value in plain_values(chunk)]
+
+
 def _plain_or(scalar: pa.Scalar, number: object) -> object:
     try:
         return scalar.as_py()

@@ -1,7 +1,7 @@
-"""An embeddings dataset: the one door to `parts/`, `_rejects/`, `_deleted/` and `state.json` of a directory."""
+"""An embeddings dataset: the one door to reading `parts/`, `_rejects/` and `state.json` of a directory."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, open_packaged
-from pipeline.embeddings_dataset.part_plans import count_rows
-from pipeline.embeddings_dataset.parts import (
-    EMBEDDING_COLUMN,
-    Part,
-    embeddings_of,
-    foreign,
-    is_foreign_state,
-    list_part_files,
-    read_part,
-)
+from pipeline.embeddings_dataset.parts import Part, count_rows, embeddings_of, foreign, list_part_files, read_part
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.tables import hash_json, open_parquet
 from pipeline.files.writing import write_json
@@ -37,16 +29,45 @@ def resolve_dataset_dir(output: Path) -> Path:
     return output
 
 
-def count_parts(parts: Sequence[Part]) -> dict[str, Any]:
-    """Add up what parts say of themselves, as `state.json` counts it."""
-    return count_rows((part.record, part.plan.num_rows) for part in parts)
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """Return what a dataset's `state.json` says, None where it is missing, damaged or not ours."""
+    state = _read_json(folder / "state.json")
+    return state if state.get("embedding_version") else None
+
+
+def is_foreign_state(path: Path) -> bool:
+    """Return whether a `state.json` is sound and another program's; one that is damaged or empty may be replaced."""
+    state = _read_json(path)
+    return bool(state) and not state.get("embedding_version")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def gather_blocks(
+    arrays: Iterable[NDArray[np.float32]], block_rows: int = BLOCK_ROWS
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield arrays put together to blocks of about `block_rows` (N, D), each with the number of its first row."""
+    first, held, num_held = 0, [], 0
+    for array in arrays:
+        held.append(array)
+        num_held += len(array)
+        if num_held >= block_rows:
+            yield first, np.concatenate(held)
+            first, held, num_held = first + num_held, [], 0
+    if num_held:
+        yield first, np.concatenate(held)
 
 
 class EmbeddingsDataset:
-    """The dataset that an OUTPUT stands for, there or not; nothing is read before it is asked for.
+    """The dataset that an OUTPUT stands for, there or not; files are read when they are asked for.
 
-    Whatever this project did not write is told from what it did by its provenance (see `read_part`): it raises
-    ForeignError, and is never removed or replaced.
+    A file without our provenance raises ForeignError (see `read_part`), and is never removed or replaced.
     """
 
     def __init__(self, output: Path) -> None:
@@ -54,27 +75,22 @@ class EmbeddingsDataset:
         self.state_path = self.folder / "state.json"
         self._parts: tuple[Part, ...] | None = None
 
-    # ------------------------------------------------------------------------------------------ what is there
-
     @property
     def state(self) -> dict[str, Any] | None:
         """What `state.json` says, None where it is missing, damaged or not ours."""
-        try:
-            state = json.loads(self.state_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return None
-        return state if isinstance(state, dict) and state.get("embedding_version") else None
+        return read_state(self.folder)
 
     def path_of(self, name: str) -> Path:
         """Return where the part of a name lies."""
         return self.folder / "parts" / name
 
     def find_begun(self) -> dict[str, Any] | None:
-        """Return what the dataset that is there was made from: by its state, or, where that is lost, by a part.
+        """Return what the dataset was made from: by its state, or by a part where that is lost.
 
         None stands for a dataset that has not begun. Raises ForeignError for one that this project did not write.
         """
-        if (state := self.state) is not None:
+        state = _read_json(self.state_path)
+        if state.get("embedding_version"):
             return state
         for name in list_part_files(self.folder):
             try:
@@ -83,13 +99,13 @@ class EmbeddingsDataset:
                 continue
             logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
             return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
-        if is_foreign_state(self.state_path):
+        if state:
             raise foreign(self.state_path)
         return None
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Its parts in input order; a dataset that is not complete is said so.
+        """Its parts in input order; an incomplete dataset is named in the log.
 
         Raises InputError where there is none or a part is damaged, ForeignError where one is not ours.
         """
@@ -112,7 +128,7 @@ class EmbeddingsDataset:
                     raise DamagedError(name)
             except DamagedError:
                 raise InputError(f"{path}: damaged: run verify_embeddings.py --repair and stage 8 again") from None
-            if parts and part.embedding_version != parts[0].embedding_version:
+            if parts and part.recipe["embedding_version"] != parts[0].recipe["embedding_version"]:
                 raise InputError(f"{path}: made by another model than {parts[0].path.name}: run verify_embeddings.py")
             parts.append(part)
         if not (self.state or {}).get("complete"):
@@ -124,11 +140,11 @@ class EmbeddingsDataset:
         self._parts = parts
 
     def update_state(self) -> None:
-        """Write the state, where there is one, with what the parts say of themselves."""
+        """Write the state, where there is one, with the counts of the parts."""
         state = self.state
         if state is None:
             return
-        counted = count_parts(self.parts)
+        counted = count_rows(self.parts)
         state = {key: value for key, value in state.items() if key != "rows_deleted"} | counted
         write_json(self.state_path, state | {"complete": counted["parts_done"] == state["parts_total"]})
 
@@ -144,22 +160,17 @@ class EmbeddingsDataset:
     @property
     def num_rows(self) -> int:
         """Embedded rows."""
-        return sum(part.record.counts["out"] for part in self.parts)
+        return sum(part.counts["out"] for part in self.parts)
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What it was made from."""
+        """What it was made from, and the version of the model that made it."""
         return self.parts[0].recipe
 
     @property
     def model_id(self) -> str:
         """The published model that it names."""
         return str((self.state or {}).get("model_id", ""))
-
-    @property
-    def embedding_version(self) -> str | None:
-        """The short id of the model and precision that made its embeddings."""
-        return self.parts[0].embedding_version
 
     def open_input(self, path: Path, recipe: dict[str, Any] | None = None) -> PackagedInput:
         """Open the input that it was made from.
@@ -169,41 +180,28 @@ class EmbeddingsDataset:
         recipe = recipe or self.recipe
         source = open_packaged(
             path,
-            filter_valid=bool(recipe.get("filter_valid", True)),
-            read_batch_size=int(recipe["read_batch_size"]),
-            keep_columns=recipe.get("keep_columns", []),
+            filter_valid=recipe["filter_valid"],
+            read_batch_size=recipe["read_batch_size"],
+            keep_columns=recipe["keep_columns"],
         )
         if source.fingerprint != recipe.get("row_group_fingerprint"):
             raise InputError(f"{path}: not the input that {self.folder} was made from: give that one")
         return source
 
     def identify(self) -> dict[str, Any]:
-        """Tell it apart by content, as an input of what is made from it."""
-        parts = [[part.path.name, part.checksum or part.path.stat().st_size] for part in self.parts]
-        return {
-            "name": "parts",
-            "hash": hash_json(parts),
-            "rows": self.num_rows,
-            "embedding_version": self.embedding_version,
-        }
+        """Return a fingerprint of its content, for the provenance of what is made from it."""
+        version, parts = self.recipe["embedding_version"], [[part.path.name, part.checksum] for part in self.parts]
+        return {"name": "parts", "hash": hash_json(parts), "rows": self.num_rows, "embedding_version": version}
 
     def read_blocks(self, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield the embeddings in blocks of about `block_rows` (N, D), each with the number of its first row."""
-        first, held, num_held = 0, [], 0
-        for part in self.parts:
-            held.append(embeddings_of(part.read([EMBEDDING_COLUMN])))
-            num_held += len(held[-1])
-            if num_held >= block_rows:
-                yield first, np.concatenate(held)
-                first, held, num_held = first + num_held, [], 0
-        if num_held:
-            yield first, np.concatenate(held)
+        return gather_blocks((embeddings_of(part.read([EMBEDDING_COLUMN])) for part in self.parts), block_rows)
 
     def locate(self, rows: list[int]) -> Iterator[tuple[Part, dict[int, int]]]:
         """Yield the parts that hold some embedded rows, counted over all parts in order, and their rows there."""
         first = 0
         for part in self.parts:
-            end = first + part.record.counts["out"]
+            end = first + part.counts["out"]
             inside = {row: row - first for row in rows if first <= row < end}
             if inside:
                 yield part, inside

@@ -1,5 +1,6 @@
-"""Read packaged images: a parquet of image bytes with an identifier, in read batches, in bounded memory."""
+"""Read packaged images in read batches, in bounded memory: parquets of image bytes and ids, or photographs."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,21 +10,23 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import take_rows
-from pipeline.embeddings_dataset.image_folder import IMAGES_PER_GROUP, ImageFile, list_images, read_images
 from pipeline.errors import DamagedError, InputError, one_line
 from pipeline.files.failures import read_failure
 from pipeline.files.listing import is_parquet, walk_files, warn_of_others
-from pipeline.files.tables import UNMAPPED_KEY, hash_footer, hash_json, open_parquet
+from pipeline.files.tables import BUFFER_BYTES, UNMAPPED_KEY, hash_footer, hash_json, open_parquet
 from pipeline.ids import decode_name
+from pipeline.log import logger
 
 ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN = "OSMID", "image_bytes", "is_valid"
-# Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
-READ_BUFFER_BYTES = 1 << 20
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Photographs of one row group, which is what `--shard` deals out.
+IMAGES_PER_GROUP = 1000
+ImageFile = tuple[str, int]  # path below the folder, bytes
 
 
 @dataclass(frozen=True)
 class PackagedInput:
-    """Packaged images and how they are read; told apart by content, that is size, schema and footers, never by path.
+    """Packaged images and how they are read, identified by content (size, schema and footers) and never by path.
 
     `places` holds the file of each row group and its number there; a folder of photographs has `images` instead.
     `filter_valid` leaves out the rows whose `is_valid` is false; a read batch has `read_batch_size` rows.
@@ -45,10 +48,6 @@ class PackagedInput:
         """Rows of the whole input."""
         return sum(self.row_group_rows)
 
-    def describe_schema(self) -> list[str]:
-        """Return `name: type` of every column."""
-        return [f"{field.name}: {field.type}" for field in self.schema]
-
     def wanted_rows(self, table: pa.Table) -> NDArray[np.int64]:
         """Return which rows of a read batch are to be embedded."""
         return np.flatnonzero(valid_rows(table)) if self.filter_valid else np.arange(table.num_rows)
@@ -58,11 +57,34 @@ class PackagedInput:
         return np.setdiff1d(self.wanted_rows(table), rejects.column("row").to_numpy() - first_row)
 
     def carry_columns(self, embedded: pa.Table, table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
-        """Add to a part's embeddings the columns that are to be kept, from the rows of its read batch."""
+        """Add the kept columns to a part's embeddings, from these rows of its read batch."""
         for name in self.keep_columns:
             column = table.column(name).combine_chunks()
             embedded = embedded.append_column(table.schema.field(name), take_rows(column, rows))
         return embedded
+
+
+# ------------------------------------------------------------------------------------------------ opening
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """Where packaged images lie and how they are read, see `PackagedInput`."""
+
+    input: Path
+    filter_valid: bool = True
+    read_batch_size: int = 1000
+    keep_columns: Sequence[str] = ()
+
+
+def open_input(options: InputOptions) -> PackagedInput:
+    """Open the input that options name; see `open_packaged`."""
+    return open_packaged(
+        options.input,
+        filter_valid=options.filter_valid,
+        read_batch_size=options.read_batch_size,
+        keep_columns=options.keep_columns,
+    )
 
 
 def open_packaged(
@@ -72,17 +94,17 @@ def open_packaged(
 
     Raises InputError naming the file if it is missing, damaged, empty, or a column is missing or of a wrong type.
     """
-    paths = [path]
-    if path.is_dir():
-        paths = _list_parquets(path)
-        if not paths:
-            return replace(
-                _open_photographs(path, keep_columns), filter_valid=filter_valid, read_batch_size=read_batch_size
-            )
-    schemas, rows, places = [], [], []
+    paths = _list_parquets(path) if path.is_dir() else [path]
+    source = _open_parquets(path, paths, filter_valid, keep_columns) if paths else _open_photographs(path, keep_columns)
+    return replace(source, filter_valid=filter_valid, read_batch_size=read_batch_size, keep_columns=tuple(keep_columns))
+
+
+def _open_parquets(path: Path, paths: list[Path], filter_valid: bool, keep_columns: Sequence[str]) -> PackagedInput:
+    schemas, rows, places, footers = [], [], [], []
     for file_path in paths:
         with open_parquet(file_path) as file:
             metadata, schema = file.metadata, file.schema_arrow
+        footers.append(hash_footer(file_path))
         _check_columns(file_path, schema, filter_valid, keep_columns)
         if UNMAPPED_KEY in (metadata.metadata or {}):
             _check_mapped(file_path, schema, [ID_COLUMN, *keep_columns])
@@ -100,16 +122,13 @@ def open_packaged(
                     f"{file_path}: column {name} is {types[0]}, in {paths[0].name} it is {types[1]}: package all files "
                     "in the same way"
                 )
-    footers = [hash_footer(file_path) for file_path in paths]
-    return PackagedInput(
-        path, sum(file_path.stat().st_size for file_path in paths), schemas[0],
-        footers[0] if path.is_file() else hash_json(footers), tuple(rows), tuple(places),
-        filter_valid=filter_valid, read_batch_size=read_batch_size, keep_columns=tuple(keep_columns),
-    )  # fmt: skip
+    size = sum(file_path.stat().st_size for file_path in paths)
+    fingerprint = footers[0] if path.is_file() else hash_json(footers)
+    return PackagedInput(path, size, schemas[0], fingerprint, tuple(rows), tuple(places))
 
 
 def _list_parquets(folder: Path) -> list[Path]:
-    """Return the parquets below a folder by path, but for temporary and side tables; beside them others are counted."""
+    """Return the parquets below a folder by path, without temporary and side tables, and count the other files."""
     files = [Path(entry.path) for entry in walk_files(folder, hidden=(".", "_"))]
     paths = sorted(path for path in files if is_parquet(path))
     if paths:
@@ -123,21 +142,44 @@ def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInpu
         raise InputError(f"{folder}: holds neither parquet files nor photographs: correct the path")
     if keep_columns:
         raise InputError(f"{folder}: photographs have no columns to keep: leave out --keep-columns")
-    num_groups = -(-len(images) // IMAGES_PER_GROUP)
-    rows = [min(IMAGES_PER_GROUP, len(images) - group * IMAGES_PER_GROUP) for group in range(num_groups)]
+    rows = [min(IMAGES_PER_GROUP, len(images) - start) for start in range(0, len(images), IMAGES_PER_GROUP)]
     schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
     listed = [[decode_name(name), size] for name, size in images]
     size = sum(size for _, size in images)
     return PackagedInput(folder, size, schema, hash_json(listed), tuple(rows), images=tuple(images))
 
 
+def list_images(folder: Path) -> list[ImageFile]:
+    """Return the photographs below a folder by path, with their sizes, and count the other files in the log.
+
+    Links to folders are followed; links to files and names that begin with a dot are passed over. Raises InputError if
+    a folder cannot be read.
+    """
+    found, others, num_links = [], [], 0
+    for entry in walk_files(folder):
+        name = os.path.relpath(entry.path, folder).replace(os.sep, "/")
+        if not name.lower().endswith(IMAGE_SUFFIXES):
+            others.append(name)
+        elif entry.is_symlink():  # nothing outside the folders that are named is opened
+            num_links += 1
+        elif entry.is_file():
+            found.append((name, entry.stat().st_size))
+        else:  # reading a pipe would never end
+            others.append(name)
+    if num_links:
+        logger.warning("%s: %d links are passed over: copy the files there", folder, num_links)
+    warn_of_others(folder, map(decode_name, others), "photographs")
+    return sorted(found, key=lambda image: decode_name(image[0]))
+
+
 def _check_columns(path: Path, schema: pa.Schema, filter_valid: bool, keep_columns: Sequence[str]) -> None:
     """Raise one InputError that names every column which cannot be used."""
     problems = []
     for name, accepts, expected in (
-        (ID_COLUMN, _is_scalar, "a scalar type"),
+        (ID_COLUMN, lambda kind: not (pa.types.is_nested(kind) or pa.types.is_union(kind)), "a scalar type"),
         (IMAGE_COLUMN, _is_binary, "binary"),
-        (VALID_COLUMN, _is_boolean, "bool"),
+        # A column of nulls alone has no type.
+        (VALID_COLUMN, lambda kind: pa.types.is_boolean(kind) or pa.types.is_null(kind), "bool"),
     ):
         count = len(schema.get_all_field_indices(name))
         if name == VALID_COLUMN and (not filter_valid or count == 0):
@@ -154,31 +196,25 @@ def _check_columns(path: Path, schema: pa.Schema, filter_valid: bool, keep_colum
         raise InputError(f"{path}: {', '.join(problems)}: package the images again, or correct the path")
 
 
-def _check_mapped(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
-    """Raise InputError for a used column that may be of the type which this Arrow does not know, such as Int128."""
-    for name in names:
-        if "fixed_size_binary" in str(schema.field(name).type):
-            raise InputError(f"{path}: column {name} is of a type that cannot be read here: write it in another type")
-
-
-def _is_scalar(kind: pa.DataType) -> bool:
-    return not (pa.types.is_nested(kind) or pa.types.is_union(kind))
-
-
 def _is_binary(kind: pa.DataType) -> bool:
     # binary_view is younger than the oldest pyarrow that is supported.
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or str(kind) == "binary_view")
 
 
-def _is_boolean(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_boolean(kind) or pa.types.is_null(kind))  # a column of nulls alone has no type
+def _check_mapped(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
+    """Raise InputError for a used column whose type this Arrow may not know, such as Int128."""
+    for name in names:
+        if "fixed_size_binary" in str(schema.field(name).type):
+            raise InputError(f"{path}: column {name} is of a type that cannot be read here: write it in another type")
+
+
+# ------------------------------------------------------------------------------------------------ reading
 
 
 def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = True) -> Iterator[pa.Table]:
     """Yield the rows of one row group in read batches, the last one shorter.
 
-    `with_images` false leaves the images out, which takes seconds for millions of rows. Raises InputError if a file
-    cannot be read.
+    Without images this takes seconds for millions of rows. Raises InputError if a file cannot be read.
     """
     if source.images:
         yield from _read_photographs(source, row_group, with_images)
@@ -190,7 +226,8 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
     path, own_group = source.places[row_group]
     held: pa.Table | None = None
     try:
-        with open_parquet(path, buffer_size=READ_BUFFER_BYTES) as file:
+        # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
+        with open_parquet(path, BUFFER_BYTES) as file:
             # A batch ends early where Arrow's 2 GiB of bytes a chunk are full, so batches are put together here.
             for batch in file.iter_batches(batch_rows, row_groups=[own_group], columns=columns):
                 table = pa.Table.from_batches([batch])
@@ -200,7 +237,7 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
                     yield held.slice(0, batch_rows)
                     held = held.slice(batch_rows)
     except (pa.ArrowException, OSError) as error:
-        if "UTF8" in str(error):  # of a dictionary Arrow says so itself
+        if "UTF8" in str(error):  # Arrow checks a dictionary's text itself
             raise _not_text(path, f"one of {', '.join(columns)}", error) from None
         failure = read_failure(path, error)
         if isinstance(failure, DamagedError):
@@ -209,14 +246,6 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
         raise failure from None
     if held is not None and held.num_rows:
         yield held
-
-
-def list_pictures(source: PackagedInput) -> Iterator[bytes]:
-    """Yield the encoded pictures that are to be embedded, from the first one on."""
-    for row_group in range(len(source.row_group_rows)):
-        for table in read_batches(source, row_group):
-            images = table.column(IMAGE_COLUMN)
-            yield from (data for row in source.wanted_rows(table) if (data := images[int(row)].as_py()))
 
 
 def _check_text(path: Path, table: pa.Table) -> None:
@@ -228,21 +257,39 @@ def _check_text(path: Path, table: pa.Table) -> None:
                 raise _not_text(path, name, error) from None
 
 
-def _not_text(path: Path, name: str, error: pa.ArrowInvalid) -> InputError:
+def _not_text(path: Path, name: str, error: BaseException) -> InputError:
     return InputError(
         f"{path}: column {name}: text that is not UTF-8 ({one_line(error)[:200]}): write it in UTF-8, or as binary"
     )
 
 
 def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) -> Iterator[pa.Table]:
-    start, batch_rows = row_group * IMAGES_PER_GROUP, source.read_batch_size
-    for offset in range(0, source.row_group_rows[row_group], batch_rows):
-        end = start + min(offset + batch_rows, source.row_group_rows[row_group])
-        images = source.images[start + offset : end]
+    """Yield photographs as packaged rows; a file that cannot be read any more has null bytes."""
+    first, num_rows = row_group * IMAGES_PER_GROUP, source.row_group_rows[row_group]
+    for start in range(0, num_rows, source.read_batch_size):
+        end = min(start + source.read_batch_size, num_rows)
+        names = [name for name, _ in source.images[first + start : first + end]]
+        columns: list[list[str] | list[bytes | None]] = [[decode_name(name) for name in names]]
         if with_images:
-            yield read_images(source.path, images, source.schema)
-        else:
-            yield pa.table({ID_COLUMN: [decode_name(name) for name, _ in images]}, schema=source.schema.remove(1))
+            columns.append([_read_bytes(source.path / name) for name in names])
+        fields = [source.schema.field(index) for index in range(len(columns))]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, fields, strict=True)]
+        yield pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def list_pictures(source: PackagedInput) -> Iterator[bytes]:
+    """Yield the encoded pictures that are to be embedded, from the first one on."""
+    for row_group in range(len(source.row_group_rows)):
+        for table in read_batches(source, row_group):
+            images = table.column(IMAGE_COLUMN)
+            yield from (data for row in source.wanted_rows(table) if (data := images[int(row)].as_py()))
 
 
 def valid_rows(table: pa.Table) -> NDArray[np.bool_]:

@@ -1,8 +1,8 @@
-"""The parts of an embeddings dataset as files: read, written, and told from what this project did not write."""
+"""The parts of an embeddings dataset: which there are to be, what all have in common, reading and writing them."""
 
-import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,78 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.columns import list_values
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, PartContent, PartPlan
 from pipeline.embeddings_dataset.hashes import checksum_tables, hash_ids
-from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.part_plans import PartContent, PartPlan, PartRecord
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
 from pipeline.errors import DamagedError, InputError, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_provenance, reading, write_parquet
+from pipeline.inference.precision import Precision
 
 STAGE = "generate_embeddings_from_parquet"
 HASHES_KEY = PROVENANCE_KEY + b".image_hashes"
-EMBEDDING_COLUMN = "embedding"
-# What is added to a part's provenance when it is written: it describes the content, not what it was made from.
-_OF_THE_CONTENT = ("cut", "counts", "reasons", "checksum")
+# The keys of a part's provenance that describe its content, not what it was made from.
+_CONTENT_KEYS = ("cut", "counts", "reasons", "checksum")
+
+
+def plan_parts(source: PackagedInput) -> list[PartPlan]:
+    """Return a plan for every read batch of every row group, in input order."""
+    plans, first_row, read_batch_size = [], 0, source.read_batch_size
+    for row_group, num_rows in enumerate(source.row_group_rows):
+        for read_batch, start in enumerate(range(0, num_rows, read_batch_size)):
+            plans.append(PartPlan(row_group, read_batch, first_row + start, min(read_batch_size, num_rows - start)))
+        first_row += num_rows
+    return plans
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What a dataset records of the model that makes its embeddings; `version` is the short id of what computes."""
+
+    model_id: str
+    version: str
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all parts of a dataset have in common and a rerun must not change."""
+
+    input_size: int
+    input_schema: list[str]
+    row_group_fingerprint: str
+    read_batch_size: int
+    filter_valid: bool
+    precision: str
+    embedding_version: str
+    keep_columns: list[str] = field(default_factory=list)
+
+    def check(self, found: dict[str, Any], where: Path) -> None:
+        """Raise StaleOutputError naming the first key in which what is there differs from this recipe."""
+        for key, wanted in asdict(self).items():
+            if found.get(key) != wanted:
+                hint = " (another model, processor, pooling or precision)" if key == "embedding_version" else ""
+                raise StaleOutputError(
+                    f"{where}: made from another input, model or setting: {key} was {_shorten(found.get(key))} and is "
+                    f"now {_shorten(wanted)}{hint}: give another --output, or --overwrite to begin anew"
+                )
+
+
+def make_recipe(source: PackagedInput, model: ModelRecord) -> Recipe:
+    """Return the recipe of a dataset that is made from an input by a model."""
+    schema = [f"{field.name}: {field.type}" for field in source.schema]
+    return Recipe(
+        source.size, schema, source.fingerprint, source.read_batch_size, source.filter_valid, model.precision.mode,
+        model.version, list(source.keep_columns),
+    )  # fmt: skip
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+# ------------------------------------------------------------------------------------------------ a part that is there
 
 
 class ForeignError(StaleOutputError):
@@ -29,7 +89,7 @@ class ForeignError(StaleOutputError):
 
 
 def foreign(path: Path) -> ForeignError:
-    """Say that a file is not ours, and what to do."""
+    """Return the error for a file that is not ours."""
     return ForeignError(
         f"{path}: not written by this project (it does not say what it was made from): adopt the dataset with "
         "adopt_embeddings.py, or give another path"
@@ -38,32 +98,42 @@ def foreign(path: Path) -> ForeignError:
 
 @dataclass(frozen=True)
 class Part:
-    """A part that is there and readable, with what its metadata says."""
+    """A part that is there and readable, with the provenance in its footer."""
 
     path: Path
     plan: PartPlan
-    record: PartRecord
     provenance: dict[str, Any]
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Its line of the ledger."""
+        counts: dict[str, int] = self.provenance["counts"]
+        return counts
+
+    @property
+    def num_deleted(self) -> int:
+        """Rows that delete_ids.py has taken out."""
+        return self.counts.get("deleted", 0)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Its rejected rows by reason."""
+        reasons: dict[str, int] = self.provenance["reasons"]
+        return reasons
+
+    @property
     def rejects_path(self) -> Path:
-        """Where its rejects are listed."""
+        """The file that lists its rejects."""
         return rejects_beside(self.path)
 
     @property
     def recipe(self) -> dict[str, Any]:
         """What it was made from, by the names of `state.json`."""
-        inputs = self.provenance.get("inputs") or [{}]
-        return {**inputs[0], **self.provenance.get("settings", {})}
-
-    @property
-    def embedding_version(self) -> str | None:
-        """The short id of what computed it."""
-        return self.provenance.get("embedding_version")
+        return {**self.provenance["inputs"][0], **self.provenance["settings"]}
 
     @property
     def checksum(self) -> str | None:
-        """The checksum of its data; parts of version 1.0 have none."""
+        """The checksum of its data."""
         return self.provenance.get("checksum")
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
@@ -75,35 +145,45 @@ class Part:
 
     def read_content(self) -> PartContent:
         """Read all that `write_part` wrote."""
-        rejects = _read_table(self.rejects_path)
-        deleted = self.record.counts.get("deleted", 0)
-        skipped = self.record.counts["dropped"] - deleted
-        return PartContent(
-            as_written(self.read()), rejects, skipped, read_hashes(self.path), self.record.reasons, deleted
-        )
+        rejects, skipped = _read_table(self.rejects_path), self.counts["dropped"] - self.num_deleted
+        hashes = read_hashes(self.path)
+        return PartContent(as_written(self.read()), rejects, skipped, hashes, self.reasons, self.num_deleted)
 
     def rewrite(self, content: PartContent) -> None:
-        """Write it again with other rows; what it was made from stays."""
-        made_from = {key: value for key, value in self.provenance.items() if key not in _OF_THE_CONTENT}
+        """Write it again with other rows and the same origin."""
+        made_from = {key: value for key, value in self.provenance.items() if key not in _CONTENT_KEYS}
         write_part(self.path.parents[1], self.plan, content, made_from)
 
 
-def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    with reading(path), open_parquet(path) as file:
-        table: pa.Table = file.read(columns)
-        table.validate(full=True)  # a changed byte may leave text that is none
-        return table.replace_schema_metadata()
+def count_rows(parts: Iterable[Part]) -> dict[str, Any]:
+    """Add up the counts of parts under the names of `state.json`."""
+    sums = {"out": 0, "rejected": 0, "dropped": 0, "deleted": 0}
+    reasons: dict[str, int] = {}
+    whole = 0
+    for part in parts:
+        for key in sums:
+            sums[key] += part.counts.get(key, 0)
+        for reason, count in part.reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+        whole += part.counts["in"] == part.plan.num_rows
+    deleted = {"rows_deleted": sums["deleted"]} if sums["deleted"] else {}
+    return {
+        "rows_embedded": sums["out"],
+        "rows_rejected": sums["rejected"],
+        "rows_skipped_invalid": sums["dropped"] - sums["deleted"],
+        **deleted,
+        "rejected_by_reason": dict(sorted(reasons.items())),
+        "parts_done": whole,
+    }
 
 
-def rejects_beside(part_path: Path) -> Path:
-    """Return where the rejects of a part lie, or the part of rejects."""
-    own, other = ("parts", "_rejects") if part_path.parent.name == "parts" else ("_rejects", "parts")
-    assert part_path.parent.name == own
-    return part_path.parents[1] / other / part_path.name
+def rejects_beside(path: Path) -> Path:
+    """Return the rejects of a part, or the part of rejects."""
+    return path.parents[1] / ("_rejects" if path.parent.name == "parts" else "parts") / path.name
 
 
 def list_part_files(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return a dataset's part files by name, with what changes when a file is replaced."""
+    """Return a dataset's part files by name, each with numbers that change when the file is replaced."""
     parts_dir = folder / "parts"
     if not parts_dir.is_dir():
         return {}
@@ -116,42 +196,35 @@ def list_part_files(folder: Path) -> dict[str, tuple[int, ...]]:
 def read_part(path: Path) -> Part:
     """Return a part.
 
-    Raises ForeignError if this project did not write it, DamagedError if it did, but not as it is now, InputError if
-    it cannot be read.
+    Raises ForeignError if this project did not write it, DamagedError if it is not as it was written, InputError if it
+    cannot be read.
     """
     provenance = read_provenance(path)
     if provenance is None or provenance.get("stage") != STAGE:
-        # A changed byte in the footer takes away what a part says of itself; its rejects then still say it.
-        if _is_ours(rejects_beside(path)):
+        # A changed byte in a part's footer hides its origin; its rejects then still tell it.
+        if is_ours(rejects_beside(path)):
             raise DamagedError(f"{path}: damaged (it does not say what it was made from, but its rejects do)")
         raise foreign(path)
     try:
-        plan = PartPlan(**provenance["part"])
-        return Part(path, plan, PartRecord(provenance["counts"], provenance["reasons"]), provenance)
-    except (KeyError, TypeError):
-        raise DamagedError(f"{path}: damaged (what it says of itself is incomplete)") from None
+        part = Part(path, PartPlan(**provenance["part"]), provenance)
+        _ = part.counts, part.reasons, part.recipe["embedding_version"]
+        return part
+    except (LookupError, TypeError):
+        raise DamagedError(f"{path}: damaged (its provenance is incomplete)") from None
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
+    """Return whether a parquet is there, readable and written by stage 8."""
     try:
         return (read_provenance(path) or {}).get("stage") == STAGE
     except InputError:
         return False
 
 
-def is_foreign_state(path: Path) -> bool:
-    """Whether a `state.json` is sound and another program's; one that is damaged or empty may be replaced."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    return isinstance(state, dict) and bool(state) and not state.get("embedding_version")
-
-
 def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: dict[str, Any]) -> None:
-    """Write a part and its rejects; the part comes last, so that where it is, both are.
+    """Write a part behind its rejects, so that where the part is, both are.
 
-    `made_from` is the provenance; what became of its rows is added here.
+    `made_from` is the provenance; the keys that describe the content are added here.
     """
     provenance = made_from | {
         "cut": content.counts["in"] < plan.num_rows,
@@ -164,6 +237,13 @@ def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: di
     write_parquet(folder / "parts" / plan.name, content.embedded, provenance)
 
 
+def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    with reading(path), open_parquet(path) as file:
+        table: pa.Table = file.read(columns)
+        table.validate(full=True)  # a changed byte may leave text that is none
+        return table.replace_schema_metadata()
+
+
 def read_hashes(part_path: Path) -> bytes:
     """Return the hashes that `write_part` kept for a part."""
     with open_parquet(rejects_beside(part_path)) as file:
@@ -173,12 +253,12 @@ def read_hashes(part_path: Path) -> bytes:
 
 def read_ids(path: Path) -> list[object]:
     """Return the ids of a part as plain Python values."""
-    return [value for chunk in _read_table(path, [ID_COLUMN]).column(0).chunks for value in plain_values(chunk)]
+    return list_values(_read_table(path, [ID_COLUMN]).column(0))
 
 
 def hash_rows(table: pa.Table) -> list[int]:
     """Return the hash of each row's id."""
-    return [value for chunk in table.column(ID_COLUMN).chunks for value in hash_ids(plain_values(chunk))]
+    return hash_ids(list_values(table.column(ID_COLUMN)))
 
 
 def as_written(table: pa.Table) -> pa.Table:

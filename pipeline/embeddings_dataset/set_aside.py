@@ -1,24 +1,17 @@
-"""What is replaced or damaged is moved to `_removed/` of its dataset, and goes when the dataset is complete again.
+"""Replaced and damaged files wait in `_removed/` of their dataset until it is complete again.
 
 `_removed/N/` holds what one run set aside; `_removed/N_not_ours/` what this project did not write, which stays there.
 """
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.embeddings_dataset.dataset import is_foreign_state
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import (
-    STAGE,
-    ForeignError,
-    hash_rows,
-    is_foreign_state,
-    read_part,
-    rejects_beside,
-)
+from pipeline.embeddings_dataset.parts import ForeignError, hash_rows, is_ours, read_part, rejects_beside
 from pipeline.errors import DamagedError
-from pipeline.files.failures import write_failure
-from pipeline.files.tables import open_parquet, read_provenance, reading
+from pipeline.files import workspace
+from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
 
 FOLDER, NOT_OURS = "_removed", "_not_ours"
@@ -30,44 +23,39 @@ def move(folder: Path, doomed: Iterable[Path]) -> None:
     listed += [rejects_beside(path) for path in listed if path.parent.name == "parts"]
     target = _name_target(folder)
     for path in dict.fromkeys(path for path in listed if path.exists()):
-        _move(folder, path, target)
+        workspace.move(path, target / path.relative_to(folder))
         logger.info("%s: moved to %s", path, target)
 
 
 def move_all(folder: Path) -> None:
-    """Move the state first, so that what a kill leaves still says what it is, then all parts and rejects."""
+    """Move the state first, so that what a kill leaves still tells its origin, then all parts and rejects."""
     target = _name_target(folder)
     not_ours = target.with_name(target.name + NOT_OURS)
-    whose = {path: _is_ours(path) for path in _list_all(folder)}
-    is_ours = any(whose.values()) or False not in whose.values()  # of a damaged file its neighbours tell whose it is
-    strange = [path for path, ours in whose.items() if ours is False or (ours is None and not is_ours)]
+    owners = {path: _is_ours(path) for path in _list_all(folder)}
+    is_foreign = False in owners.values() and True not in owners.values()  # then damaged files are foreign too
+    strange = [path for path, ours in owners.items() if ours is False or (ours is None and is_foreign)]
     if strange:
         logger.warning("%s: not written by this project: kept in %s", strange[0], not_ours)
     for path in strange:
-        _move(folder, path, not_ours)
+        workspace.move(path, not_ours / path.relative_to(folder))
     for name in ("state.json", "parts", "_rejects"):
         if (folder / name).exists():
-            _move(folder, folder / name, target)
+            workspace.move(folder / name, target / name)
 
 
 def discard(folder: Path) -> None:
     """Remove what was set aside; what this project did not write stays, and is named."""
     removed = folder / FOLDER
-    if not removed.is_dir():
-        return
-    for path in sorted(removed.iterdir()):
-        if path.name.endswith(NOT_OURS):
-            logger.warning("%s: not written by this project: move it away", path)
-        else:
-            shutil.rmtree(path, ignore_errors=True)  # another shard may be at it too
-    try:
-        removed.rmdir()
-    except OSError:
-        logger.debug("%s: left where it is", removed)
+    kept = sorted(removed.glob(f"*{NOT_OURS}"))
+    for path in kept:
+        logger.warning("%s: not written by this project: move it away", path)
+    doomed = set(removed.glob("*")) - set(kept) if kept else [removed]
+    for path in doomed:
+        workspace.discard(path)
 
 
 def discard_ids(folder: Path, id_hashes: frozenset[int]) -> None:
-    """Remove what was set aside and holds one of some ids, or cannot be searched; what is not ours is only named."""
+    """Remove what was set aside and holds one of some ids, or cannot be searched; name what is not ours."""
     for path in sorted((folder / FOLDER).rglob("*.parquet")):
         try:
             with reading(path), open_parquet(path) as file:
@@ -75,49 +63,38 @@ def discard_ids(folder: Path, id_hashes: frozenset[int]) -> None:
             if id_hashes.isdisjoint(hashes):
                 continue
         except DamagedError:
-            hashes = []
+            pass
         if NOT_OURS in path.relative_to(folder).parts[1]:
             logger.warning("%s: may hold deleted ids, and was not written by this project: remove it yourself", path)
         else:
-            path.unlink()
+            workspace.remove(path)
             logger.warning("%s: removed, as it may hold the ids", path)
 
 
 def _list_all(folder: Path) -> list[Path]:
-    places = [folder / "parts", folder / "_rejects"]
-    return [
-        *(path for path in [folder / "state.json"] if path.exists()),
-        *(path for place in places if place.is_dir() for path in sorted(place.iterdir())),
-    ]
+    state, places = folder / "state.json", [folder / "parts", folder / "_rejects"]
+    files = [path for place in places if place.is_dir() for path in sorted(place.iterdir())]
+    return [state, *files] if state.exists() else files
 
 
 def _is_ours(path: Path) -> bool | None:
-    """Whether this project wrote a file, None where it is damaged so that it cannot tell."""
+    """Return whether this project wrote a file, None where it is damaged so that it cannot tell."""
     if path.name == "state.json":
         return not is_foreign_state(path)
     if path.suffix != ".parquet":
         return path.name.startswith(".") and path.name.endswith(".tmp")
+    if path.parent.name == "_rejects":
+        return is_ours(path) or rejects_beside(path).exists()
     try:
-        if path.parent.name == "parts":
-            read_part(path)
-            return True
-        return (read_provenance(path) or {}).get("stage") == STAGE or rejects_beside(path).exists()
+        read_part(path)
     except ForeignError:
         return False
     except DamagedError:
         return None
+    return True
 
 
 def _name_target(folder: Path) -> Path:
     removed = folder / FOLDER
-    numbers = [int(path.name.split("_")[0]) for path in removed.glob("[0-9]*")] if removed.is_dir() else []
+    numbers = [int(path.name.split("_")[0]) for path in removed.glob("[0-9]*")]
     return removed / str(max(numbers, default=0) + 1)
-
-
-def _move(folder: Path, path: Path, target: Path) -> None:
-    place = target / path.relative_to(folder)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(place)
-    except OSError as error:
-        raise write_failure(place, error) from error

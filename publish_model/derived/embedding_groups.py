@@ -7,6 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import plain_values, take_rows
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.parts import embeddings_of
 
 Key = tuple[object, ...]
@@ -30,12 +31,13 @@ def _hashable(value: object) -> object:
 class Groups:
     """Groups in order of their first image: keys, and the sums of their embeddings, which are (G, D) float64."""
 
-    def __init__(self, by: Sequence[str], width: int) -> None:
-        """Begin without groups, of embeddings of `width` numbers."""
-        self.by = list(by)
-        self.numbers: dict[Key, int] = {}
+    def __init__(self, schema: pa.Schema, by: Sequence[str]) -> None:
+        """Begin without groups, for embeddings of a dataset's schema."""
+        self._key_schema = pa.schema([schema.field(name) for name in by])
+        self._embedding = schema.field(EMBEDDING_COLUMN)
+        self._numbers: dict[Key, int] = {}
         self._keys: list[pa.Table] = []
-        self._sums: NDArray[np.float64] = np.zeros((1024, width))
+        self._sums: NDArray[np.float64] = np.zeros((1024, self._embedding.type.list_size))
         self._squares: NDArray[np.float64] = np.zeros(1024)  # (G,) sums of squared norms
         self._counts: NDArray[np.int64] = np.zeros(1024, dtype=np.int64)
 
@@ -43,17 +45,16 @@ class Groups:
         """Add rows of a part; `keys` are those of all its rows."""
         if not len(rows):
             return
-        before = len(self.numbers)
-        first_rows: list[int] = []
-        codes = np.empty(len(rows), dtype=np.int64)
-        for place, row in enumerate(rows.tolist()):
-            codes[place] = self.numbers.setdefault(keys[row], len(self.numbers))
-            if codes[place] == before + len(first_rows):
-                first_rows.append(row)
-        if first_rows:
-            columns = [take_rows(table.column(name).combine_chunks(), np.array(first_rows)) for name in self.by]
-            self._keys.append(pa.Table.from_arrays(columns, schema=self._schema(table)))
-        self._grow()
+        before = len(self._numbers)
+        codes = np.array([self._numbers.setdefault(keys[row], len(self._numbers)) for row in rows.tolist()])
+        new, firsts = np.unique(codes, return_index=True)
+        first_rows = rows[firsts[new >= before]]
+        columns = [take_rows(table.column(name).combine_chunks(), first_rows) for name in self._key_schema.names]
+        self._keys.append(pa.Table.from_arrays(columns, schema=self._key_schema))
+        while len(self._counts) < len(self._numbers):
+            self._sums, self._squares, self._counts = (
+                np.concatenate([one, np.zeros_like(one)]) for one in (self._sums, self._squares, self._counts)
+            )
         embeddings = embeddings_of(table)[rows].astype(np.float64)  # (N, D)
         order = np.argsort(codes, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(codes[order]) > 0])
@@ -62,22 +63,13 @@ class Groups:
         self._squares[found] += np.add.reduceat((embeddings**2).sum(axis=1)[order], starts)
         self._counts[found] += np.diff(np.r_[starts, len(order)])
 
-    def _schema(self, table: pa.Table) -> pa.Schema:
-        return pa.schema([table.schema.field(name) for name in self.by])
-
-    def _grow(self) -> None:
-        while len(self._counts) < len(self.numbers):
-            self._sums = np.concatenate([self._sums, np.zeros_like(self._sums)])
-            self._squares = np.concatenate([self._squares, np.zeros_like(self._squares)])
-            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-
-    def to_table(self, schema: pa.Schema) -> pa.Table:
+    def to_table(self) -> pa.Table:
         """Return keys, num_images, mean_pairwise_similarity and the L2-normalised mean.
 
         For n unit vectors of sum s the mean over pairs is (|s|^2 - n) / (n (n - 1)); it is null for one image. A mean
         of length zero has no direction, and is null.
         """
-        num_groups = len(self.numbers)
+        num_groups = len(self._numbers)
         sums, counts = self._sums[:num_groups], self._counts[:num_groups]
         lengths = np.sqrt(np.einsum("gd,gd->g", sums, sums))
         pairs = counts * (counts - 1.0)
@@ -87,10 +79,7 @@ class Groups:
         values = pa.FixedSizeListArray.from_arrays(
             pa.array(means.ravel(), pa.float32()), means.shape[1], mask=pa.array(~has_direction)
         )
-        keys = pa.concat_tables(self._keys).unify_dictionaries() if self._keys else _empty_keys(schema, self.by)
+        keys = pa.concat_tables([self._key_schema.empty_table(), *self._keys]).unify_dictionaries()
+        measured = [pa.field("num_images", pa.int64()), pa.field("mean_pairwise_similarity", pa.float64())]
         columns = [*keys.columns, pa.array(counts), pa.array(similarity, mask=counts < 2), values]
-        return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _empty_keys(schema: pa.Schema, by: Sequence[str]) -> pa.Table:
-    return pa.schema([schema.field(name) for name in by]).empty_table()
+        return pa.Table.from_arrays(columns, schema=pa.schema([*self._key_schema, *measured, self._embedding]))

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
 from pipeline.files.tables import open_parquet, reading
+from pipeline.log import logger
+from publish_model.derived.embedding_groups import keys_of
 
 GEO_KEY = b"geo"
 VERSION = "1.1.0"
@@ -62,10 +64,8 @@ class GeometryFile:
             if name not in schema.names:
                 raise InputError(f"{path}: column {name} is missing: --geometry takes {ID_COLUMN} and geometry")
         kind = schema.field(self.column).type
-        if (
-            not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-            or described.get("encoding", "WKB") != "WKB"
-        ):
+        is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        if not is_binary or described.get("encoding", "WKB") != "WKB":
             raise InputError(f"{path}: column {self.column} is not well-known binary (WKB): write it so")
         if _family(schema.field(ID_COLUMN).type) != _family(id_type):
             raise InputError(
@@ -74,18 +74,41 @@ class GeometryFile:
             )
 
     def read(self) -> Iterator[tuple[object, bytes]]:
-        """Yield id and geometry of every row that has both.
-
-        Raises InputError if a geometry is not well-known binary.
-        """
+        """Yield id and geometry of every row that has both."""
         with reading(self.path), open_parquet(self.path) as file:
             for batch in file.iter_batches(BATCH_ROWS, columns=[ID_COLUMN, self.column]):
                 ids = plain_values(batch.column(batch.schema.get_field_index(ID_COLUMN)))
                 shapes = batch.column(batch.schema.get_field_index(self.column)).to_pylist()
                 yield from ((one, shape) for one, shape in zip(ids, shapes, strict=True) if None not in (one, shape))
 
-    def describe(self, types: set[str]) -> bytes:
-        """Return the `geo` metadata of a file with its geometries of some types, in the column `geometry`."""
+    def join(self, table: pa.Table) -> pa.Table:
+        """Add the geometry of each id to a table, null where the file has none.
+
+        Raises InputError where the file has two geometries for one id.
+        """
+        ids = [key[0] for key in keys_of(table, [ID_COLUMN])]
+        wanted = set(ids)
+        shapes: dict[object, bytes] = {}
+        for identifier, shape in self.read():
+            if identifier in wanted and shapes.setdefault(identifier, shape) != shape:
+                raise InputError(f"{self.path}: two geometries for {identifier}: leave one")
+        return table.append_column(GEOMETRY_COLUMN, pa.array([shapes.get(one) for one in ids], pa.binary()))
+
+    def describe(self, tables: Iterable[pa.Table]) -> bytes:
+        """Return the `geo` metadata of a file that holds these joined tables.
+
+        Raises InputError if a geometry is not well-known binary.
+        """
+        types: set[str] = set()
+        num_missing = 0
+        for table in tables:
+            shapes = table.column(GEOMETRY_COLUMN)
+            num_missing += shapes.null_count
+            try:
+                types |= {wkb_type(shape) for shape in shapes.to_pylist() if shape is not None}
+            except ValueError as error:
+                raise InputError(f"{self.path}: a geometry is {error}: write the file again") from None
+        logger.info("%d ids have no geometry in %s", num_missing, self.path)
         column = {"encoding": "WKB", "geometry_types": sorted(types), **self._kept}
         geo = {"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": {GEOMETRY_COLUMN: column}}
         return json.dumps(geo, sort_keys=True).encode()

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError, one_line
@@ -10,15 +11,23 @@ from pipeline.files.tables import hash_json
 from pipeline.inference.model_files import find_missing_files, identify_model, locate_hub_model
 from publish_model.model_folder.reference_model import ReferenceModel, open_reference
 
+if TYPE_CHECKING:
+    from pipeline.inference.backbone import Embedder
+
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A published model's folder and the id that it was asked for; `reference` if another program published it."""
+    """A published model's folder, the id under which it was asked for, and how it is to run.
+
+    `reference` is there where another program published it.
+    """
 
     model_id: str
     folder: Path
     pooling: str
-    reference: ReferenceModel | None = None
+    reference: ReferenceModel | None
+    device: str
+    batch_size: int | str
 
     def name_version(self, precision: str) -> str:
         """Return a short id of everything that determines the embeddings: files, pooling and precision."""
@@ -32,20 +41,31 @@ class PublishedModel:
         """
         return self.reference.build_folder() if self.reference else self.folder
 
+    def load(self, dtype: str) -> "Embedder":
+        """Load it to compute in a type.
+
+        Raises InputError where it cannot be used.
+        """
+        from pipeline.inference.backbone import Embedder
+
+        return Embedder(
+            self.prepare(), device=self.device, dtype=dtype, batch_size=self.batch_size, trust_remote_code=True
+        )
+
+    def check_made(self, dataset: EmbeddingsDataset) -> None:
+        """Raise InputError if another model made a dataset's embeddings."""
+        recipe = dataset.recipe
+        if self.name_version(str(recipe["precision"])) != recipe["embedding_version"]:
+            raise InputError(f"{self.folder}: not the model that the embeddings of {dataset.folder} were made with")
+
 
 def name_version(files: str, pooling: str, precision: str) -> str:
     """Return the short id of a model's files, pooling and precision together."""
     return hash_json({"model": files, "pooling": pooling, "precision": precision})[:16]
 
 
-def check_model(dataset: EmbeddingsDataset, model: PublishedModel) -> None:
-    """Raise InputError if a published model is not the one that made a dataset's embeddings."""
-    if model.name_version(str(dataset.recipe.get("precision"))) != dataset.embedding_version:
-        raise InputError(f"{model.folder}: not the model that the embeddings of {dataset.folder} were made with")
-
-
-def find_model(model_id: str, *, download: bool) -> PublishedModel:
-    """Return a published model by its folder or hub id; fetch it if `download` is set and it is not here.
+def find_model(model_id: str, *, download: bool, device: str = "auto", batch_size: int | str = 32) -> PublishedModel:
+    """Return a published model by its folder or hub id, fetched if `download` is set and it is not here.
 
     Raises InputError if there is none, or a file of it is missing.
     """
@@ -60,18 +80,21 @@ def find_model(model_id: str, *, download: bool) -> PublishedModel:
         if located is None:
             raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
         folder = located
-    folder, pooling = folder.resolve(), _read_pooling(folder)
-    return PublishedModel(model_id, folder, pooling, open_reference(folder, download=download))
+    folder = folder.resolve()
+    config = _read_config(folder)
+    missing = find_missing_files(folder)
+    if missing:  # found before a dataset is begun that bears the broken model's id
+        raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
+    reference = open_reference(folder, download=download)
+    pooling = str(config.get("pooling_type", "pooler_output"))
+    return PublishedModel(model_id, folder, pooling, reference, device, batch_size)
 
 
-def _read_pooling(folder: Path) -> str:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a model folder (config.json: {one_line(error)}): correct --model-id") from None
     if not isinstance(config, dict):
         raise InputError(f"{folder}: not a model folder (config.json holds no settings): correct --model-id")
-    missing = find_missing_files(folder)
-    if missing:  # before a dataset is begun with the broken model
-        raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
-    return str(config.get("pooling_type", "pooler_output"))
+    return config

@@ -1,11 +1,10 @@
-"""Take over an embeddings dataset that another program wrote in this layout, once it is shown to be what it should be.
+"""Take over an embeddings dataset that another program wrote in this layout.
 
-The reference implementation's parts hold OSMID and embedding (list<float>) and say nothing of what they were made from.
-Which rows of the input a part holds follows from its ids, and from which pictures can be read where some are left out.
+The reference implementation's parts hold OSMID and embedding (list<float>) and no provenance. The ids of a part tell
+which rows of the input it holds; where some are missing, their pictures have to be unreadable.
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +13,27 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.appending import Appending
-from pipeline.embeddings_dataset.columns import plain_values, take_rows
-from pipeline.embeddings_dataset.hashes import hash_bytes, hash_ids, pack_hashes
+from pipeline.embeddings_dataset.appending import PartStore
+from pipeline.embeddings_dataset.columns import list_values
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, Outcome, PartPlan, make_content
+from pipeline.embeddings_dataset.hashes import hash_bytes
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, read_batches
-from pipeline.embeddings_dataset.part_plans import PartContent, PartPlan
-from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, ForeignError, list_part_files, read_part, write_part
+from pipeline.embeddings_dataset.parts import ForeignError, list_part_files, read_part
 from pipeline.errors import InputError, Rejection
 from pipeline.files.tables import open_parquet, reading
 from pipeline.inference.images import check_image
 
-# Parts that are looked at, and pictures of each that are embedded again.
+# Parts that are compared, and pictures of each that are embedded again.
 SAMPLED_PARTS, SAMPLED_ROWS = 8, 4
-# What computing in bfloat16 may cost; another model's embeddings lie near 0.
+# Computing in bfloat16 costs less than this; another model's embeddings lie near 0.
 LEAST_COSINE = 0.999
 NORM_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Matched:
-    """The rows of a read batch that a part holds, and those of its pictures that cannot be read."""
+    """A read batch, the rows of it that a part holds, and those of its pictures that cannot be read."""
 
-    plan: PartPlan
     table: pa.Table
     rows: NDArray[np.int64]
     rejected: list[tuple[int, Rejection]]
@@ -48,28 +46,26 @@ class Matched:
 
 
 class Adoption:
-    """The parts of a dataset that are to be taken over, each matched with the input that it was made from."""
+    """The parts of a dataset that are to be taken over."""
 
-    def __init__(self, appending: Appending, plans: list[PartPlan]) -> None:
+    def __init__(self, store: PartStore) -> None:
         """Find the parts that are not ours.
 
         Raises InputError for a file that is no part of this input, StaleOutputError for a part of ours that is of
         another recipe.
         """
-        self._appending, self._source = appending, appending.source
-        self.folder = appending.dataset.folder
-        known = {plan.name: plan for plan in plans}
+        self._store, self._source = store, store.source
         self.foreign: list[PartPlan] = []
-        for name in list_part_files(self.folder):
-            path = self.folder / "parts" / name
-            if name not in known:
+        for name in list_part_files(store.dataset.folder):
+            path = store.dataset.path_of(name)
+            if name not in store.plans:
                 raise InputError(
                     f"{path}: no part of this input: give the --input and --read-batch-size that it was made with"
                 )
             try:
-                appending.recipe.check(read_part(path).recipe, path)
+                store.recipe.check(read_part(path).recipe, path)
             except ForeignError:
-                self.foreign.append(known[name])
+                self.foreign.append(store.plans[name])
 
     def sample(self) -> Iterator[tuple[str, bytes, NDArray[np.float32]]]:
         """Yield some pictures, spread over the parts, each with a name and the embedding (D,) that it has there."""
@@ -83,9 +79,7 @@ class Adoption:
                 yield f"{plan.name}, row {plan.first_row + row}", found.image(row), found.embeddings[place]
 
     def adopt(self, width: int) -> Iterator[PartPlan]:
-        """Write each part again with what it was made from, and yield it; a part is replaced in one piece.
-
-        Embeddings have `width` numbers.
+        """Write each part again with its provenance, in one piece, and yield its plan; embeddings have `width` numbers.
 
         Raises InputError for a part that the input does not account for; those before it are taken over.
         """
@@ -93,51 +87,34 @@ class Adoption:
             plans = {plan.read_batch: plan for plan in group}
             for read_batch, table in enumerate(read_batches(self._source, row_group)):
                 if read_batch in plans:
-                    plan = plans[read_batch]
-                    content = self._assemble(self._match(plan, table), width)
-                    write_part(self.folder, plan, content, self._appending.describe(plan))
-                    yield plan
+                    self._adopt_part(plans[read_batch], table, width)
+                    yield plans[read_batch]
+
+    def _adopt_part(self, plan: PartPlan, table: pa.Table, width: int) -> None:
+        found = self._match(plan, table)
+        if not len(found.rows):
+            found = Matched(table, found.rows, found.rejected, np.empty((0, width), np.float32))
+        if found.embeddings.shape[1] != width:
+            raise InputError(f"{plan.name}: its embeddings have {found.embeddings.shape[1]} numbers, not {width}")
+        image_hashes = [hash_bytes(found.image(row)) for row in found.rows]
+        outcome = Outcome(found.rows, found.embeddings, image_hashes, found.rejected)
+        self._store.write_part(plan, make_content(self._source, plan, table, outcome))
 
     def _match(self, plan: PartPlan, table: pa.Table) -> Matched:
-        path = self.folder / "parts" / plan.name
+        path = self._store.dataset.path_of(plan.name)
         found, embeddings = read_foreign(path)
         rows, rejected = self._source.wanted_rows(table), []
         if len(rows) != len(found):
             rejected = list(_find_unreadable(table, rows))
             rows = np.setdiff1d(rows, [row for row, _ in rejected])
-        ids = [repr(value) for chunk in table.column(ID_COLUMN).chunks for value in plain_values(chunk)]
-        if [ids[row] for row in rows] != [repr(value) for value in found]:
+        ids = list(map(repr, list_values(table.column(ID_COLUMN))))
+        if [ids[row] for row in rows] != list(map(repr, found)):
             raise InputError(
                 f"{path}: its ids are not those of the input's rows {plan.first_row} to "
                 f"{plan.first_row + plan.num_rows - 1}: give the --input and --read-batch-size that it was made with, "
                 "or move this part away, and stage 8 makes it again"
             )
-        return Matched(plan, table, rows, rejected, embeddings)
-
-    def _assemble(self, found: Matched, width: int) -> PartContent:
-        if len(found.rows) and found.embeddings.shape[1] != width:
-            raise InputError(f"{found.plan.name}: its embeddings have {found.embeddings.shape[1]} numbers, not {width}")
-        ids, field = found.table.column(ID_COLUMN).combine_chunks(), found.table.schema.field(ID_COLUMN)
-        values = pa.FixedSizeListArray.from_arrays(pa.array(found.embeddings.ravel(), pa.float32()), width)
-        embedded_ids = take_rows(ids, found.rows)
-        schema = pa.schema([field, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float32(), width))])
-        bad = np.array([row for row, _ in found.rejected], dtype=np.int64)
-        rejects = pa.table(
-            {
-                "row": pa.array(found.plan.first_row + bad, pa.int64()),
-                ID_COLUMN: take_rows(ids, bad),
-                "reason": pa.array([rejection.reason for _, rejection in found.rejected], pa.string()),
-                "detail": pa.array([rejection.detail for _, rejection in found.rejected], pa.string()),
-            }
-        )
-        image_hashes = [hash_bytes(found.image(row)) for row in found.rows]
-        return PartContent(
-            embedded=pa.Table.from_arrays([embedded_ids, values], schema=schema),
-            rejects=rejects,
-            skipped=found.table.num_rows - len(found.rows) - len(found.rejected),
-            hashes=pack_hashes(image_hashes, hash_ids(plain_values(embedded_ids))),
-            reasons=dict(Counter(rejection.reason for _, rejection in found.rejected)),
-        )
+        return Matched(table, rows, rejected, embeddings)
 
 
 def _find_unreadable(table: pa.Table, rows: NDArray[np.int64]) -> Iterator[tuple[int, Rejection]]:
@@ -161,13 +138,12 @@ def read_foreign(path: Path) -> tuple[list[object], NDArray[np.float32]]:
         if missing:
             raise InputError(f"{path}: column {sorted(missing)[0]} is missing: not an embeddings dataset")
         table = file.read([ID_COLUMN, EMBEDDING_COLUMN])
-    ids = [value for chunk in table.column(ID_COLUMN).chunks for value in plain_values(chunk)]
     lists = table.column(EMBEDDING_COLUMN).to_pylist()
     widths = {len(values) if values is not None else None for values in lists}
     if len(widths) > 1 or None in widths:
         raise InputError(f"{path}: its embeddings are not lists of one length: move this part away")
     embeddings = np.array(lists, dtype=np.float32).reshape(len(lists), -1 if lists else 0)
     norms = np.linalg.norm(embeddings, axis=1)
-    if not bool((np.abs(norms - 1.0) <= NORM_TOLERANCE).all()):  # which NaN is not either
+    if not bool((np.abs(norms - 1.0) <= NORM_TOLERANCE).all()):  # NaN neither
         raise InputError(f"{path}: its embeddings are not of unit length: move this part away")
-    return ids, embeddings
+    return list_values(table.column(ID_COLUMN)), embeddings

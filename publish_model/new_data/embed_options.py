@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import cli
-from pipeline.embeddings_dataset.packaged_input import PackagedInput, open_packaged
+from pipeline.embeddings_dataset.packaged_input import InputOptions
 from pipeline.errors import ConfigError
 from pipeline.ids import Shard
 from pipeline.inference.launcher import add_processes_option, parse_count
@@ -15,35 +15,21 @@ from pipeline.inference.launcher import add_processes_option, parse_count
 DEFAULT_MODEL_ID = "alexwaolson/spatial-building-embeddings"
 
 
-@dataclass(frozen=True)
-class EmbedOptions:
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions(InputOptions):
     """What to embed with which model, and how."""
 
-    input: Path
     output: Path
     model_id: str = DEFAULT_MODEL_ID
     batch_size: int | str = 32
     device: str = "auto"
     dtype: str = "auto"
     limit: int | None = None
-    filter_valid: bool = True
-    read_batch_size: int = 1000
     max_reject_fraction: float = 1.0
     shard: Shard = Shard()
     processes: int | str = 1
-    keep_columns: tuple[str, ...] = ()
     overwrite: bool = False
     progress_interval_seconds: float = 30.0
-
-
-def open_input(options: EmbedOptions) -> PackagedInput:
-    """Open what the options name; see `open_packaged`."""
-    return open_packaged(
-        options.input,
-        filter_valid=options.filter_valid,
-        read_batch_size=options.read_batch_size,
-        keep_columns=options.keep_columns,
-    )
 
 
 def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
@@ -71,28 +57,20 @@ def check_places(input_path: Path, output: Path) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add every option of the stage; their names are the fields of EmbedOptions."""
     add = parser.add_argument
-    add(
-        "--input", "-i", type=Path, required=True, metavar="PATH",
-        help="packaged images (image_bytes, OSMID): a parquet, a folder of them, or a folder of photographs",
-    )  # fmt: skip
+    add_input_options(parser)
     add("--output", "-o", type=Path, required=True, metavar="OUTPUT", help="dataset directory to write or resume")
-    add(
-        "--model-id", default=os.environ.get("MODEL_ID") or DEFAULT_MODEL_ID, metavar="ID",
-        help=f"published model: hub id or folder (default: $MODEL_ID, else {DEFAULT_MODEL_ID})",
-    )  # fmt: skip
+    add_model_option(parser)
     add(
         "--batch-size", type=parse_count, default=32, metavar="N",
         help="images in one pass at most; auto: found by measurement on a GPU (32)",
     )  # fmt: skip
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs (auto)")
+    add_device_option(parser)
     add(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="what the model computes in (auto: as the dataset was begun; else float32 on CPU, on CUDA\n"
+        help="type to compute in (auto: as the dataset was begun; else float32 on CPU, on CUDA\n"
         "bfloat16 if that comes near float32 on the first pictures)",
     )  # fmt: skip
     add("--limit", type=whole_number, metavar="N", help="embed the first N rows of the input only")
-    add("--no-filter-valid", action="store_false", dest="filter_valid", help="embed rows with is_valid false too")
-    add("--read-batch-size", type=whole_number, default=1000, metavar="N", help="rows of a part (1000)")
     add(
         "--max-reject-fraction", type=fraction, default=1.0, metavar="X",
         help="exit 1 if a larger share of the images is rejected (1.0: never)",
@@ -104,6 +82,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     cli.add_shard_option(parser, "row group")
     add_processes_option(parser)
     add("--overwrite", action="store_true", help="remove what is in OUTPUT and begin anew")
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--input` and how it is read."""
+    add = parser.add_argument
+    add(
+        "--input", "-i", type=Path, required=True, metavar="PATH",
+        help="packaged images (image_bytes, OSMID): a parquet, a folder of them, or a folder of photographs",
+    )  # fmt: skip
+    add("--no-filter-valid", action="store_false", dest="filter_valid", help="embed rows with is_valid false too")
+    add("--read-batch-size", type=whole_number, default=1000, metavar="N", help="rows of a part (1000)")
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--model-id`."""
+    parser.add_argument(
+        "--model-id", default=os.environ.get("MODEL_ID") or DEFAULT_MODEL_ID, metavar="ID",
+        help=f"published model: hub id or folder (default: $MODEL_ID, else {DEFAULT_MODEL_ID})",
+    )  # fmt: skip
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs (auto)")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -12,8 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.image_folder import IMAGE_SUFFIXES, list_images
-from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN
+from pipeline.embeddings_dataset.packaged_input import (
+    ID_COLUMN,
+    IMAGE_COLUMN,
+    IMAGE_SUFFIXES,
+    VALID_COLUMN,
+    list_images,
+)
 from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
 from pipeline.files.listing import list_files
@@ -203,16 +208,13 @@ def _is_image(member: Member) -> bool:
 
 
 def _read_member(member: Member) -> Callable[[], bytes]:
-    """Read a member now, as its tar is read in order; what is wrong with it is said when it is asked for."""
-    try:
+    """Read a member now, as its tar is read in order; what is wrong with it is raised when it is asked for."""
+    data = member.read() if member.is_file and member.size <= MAX_IMAGE_BYTES else b""
+
+    def give() -> bytes:
         if not member.is_file:
             raise Rejection("missing_image", "a link or device, which is not followed")
         check_size(member.size)
-    except Rejection as rejection:
-        return partial(_refuse, rejection)
-    data = member.read()
-    return lambda: data
+        return data
 
-
-def _refuse(rejection: Rejection) -> bytes:
-    raise rejection
+    return give

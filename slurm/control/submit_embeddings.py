@@ -17,10 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.packaged_input import open_input
 from pipeline.errors import ConfigError, InputError
 from pipeline.inference.model_files import locate_hub_model
 from pipeline.stages import STAGES
-from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places, open_input
+from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
 from slurm.control import scheduler
 from slurm.control.plan import Cut
 from slurm.control.submission import Request, submit

@@ -1,0 +1,98 @@
+"""What becomes of a read batch of the input: the rows of one part, embedded and rejected."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.embeddings_dataset.columns import plain_values, take_rows
+from pipeline.embeddings_dataset.hashes import hash_ids, pack_hashes
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
+from pipeline.errors import Rejection
+
+EMBEDDING_COLUMN = "embedding"
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """One read batch of the input: rows `first_row` to `first_row + num_rows` of the file."""
+
+    row_group: int
+    read_batch: int
+    first_row: int
+    num_rows: int
+
+    @property
+    def name(self) -> str:
+        """The part's file name."""
+        return f"rg{self.row_group:05d}_rb{self.read_batch:05d}.parquet"
+
+    def rows_within(self, limit: int | None) -> int:
+        """Return how many of its rows are among the first `limit` of the input."""
+        return self.num_rows if limit is None else max(0, min(self.num_rows, limit - self.first_row))
+
+
+@dataclass(frozen=True)
+class PartContent:
+    """The rows of a part, embedded and rejected, and the packed hashes of each embedded image and its id.
+
+    `deleted` counts the rows that delete_ids.py has taken out.
+    """
+
+    embedded: pa.Table
+    rejects: pa.Table
+    skipped: int
+    hashes: bytes
+    reasons: dict[str, int]
+    deleted: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The part's line of the ledger; deleted rows are among the dropped ones."""
+        out, rejected, dropped = self.embedded.num_rows, self.rejects.num_rows, self.skipped + self.deleted
+        counts = {"in": out + rejected + dropped, "out": out, "rejected": rejected, "dropped": dropped}
+        return counts | ({"deleted": self.deleted} if self.deleted else {})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The rows of a read batch that have an embedding, and those that were rejected, both ascending.
+
+    `image_hashes` holds the hash of each embedded image.
+    """
+
+    rows: NDArray[np.int64]  # (N,)
+    embeddings: NDArray[np.float32]  # (N, D)
+    image_hashes: list[int]
+    rejected: list[tuple[int, Rejection]]
+
+
+def make_content(source: PackagedInput, plan: PartPlan, table: pa.Table, outcome: Outcome) -> PartContent:
+    """Return the content of a part whose read batch is `table`."""
+    ids, id_field = table.column(ID_COLUMN).combine_chunks(), table.schema.field(ID_COLUMN)
+    embedded_ids, width = take_rows(ids, outcome.rows), outcome.embeddings.shape[1]
+    values = pa.FixedSizeListArray.from_arrays(pa.array(outcome.embeddings.ravel(), pa.float32()), width)
+    schema = pa.schema([id_field, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float32(), width))])
+    embedded = pa.Table.from_arrays([embedded_ids, values], schema=schema)
+    return PartContent(
+        embedded=source.carry_columns(embedded, table, outcome.rows),
+        rejects=_list_rejects(plan, ids, id_field, outcome.rejected),
+        skipped=table.num_rows - len(outcome.rows) - len(outcome.rejected),
+        hashes=pack_hashes(outcome.image_hashes, hash_ids(plain_values(embedded_ids))),
+        reasons=dict(Counter(rejection.reason for _, rejection in outcome.rejected)),
+    )
+
+
+def _list_rejects(plan: PartPlan, ids: pa.Array, id_field: pa.Field, rejected: list[tuple[int, Rejection]]) -> pa.Table:
+    """Return the row in the input, OSMID, reason and detail of each rejected row."""
+    rows = np.array([row for row, _ in rejected], dtype=np.int64)
+    schema = pa.schema([("row", pa.int64()), id_field, ("reason", pa.string()), ("detail", pa.string())])
+    columns = [
+        pa.array(plan.first_row + rows, pa.int64()),
+        take_rows(ids, rows),
+        pa.array([rejection.reason for _, rejection in rejected], pa.string()),
+        pa.array([rejection.detail for _, rejection in rejected], pa.string()),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
