@@ -1,8 +1,8 @@
 """Rank every image's positives among all other images, by tiles of a matrix product, on a CPU or a GPU.
 
-Similarities are symmetric: a tile counts for the queries of its rows and for those of its columns, so that half of the
-products suffice. A positive is asked about only where the tile's largest similarity to its query comes up to it. Images
-are taken by the size of their building, so that a tile's queries have as many positives.
+Similarities are symmetric: a tile counts for the queries of its rows and for those of its columns, which halves the
+products. Only positives that a tile's largest similarity to their query reaches are compared with the tile. Images are
+sorted by the size of their building, so that a tile's queries have equally many positives.
 """
 
 import threading
@@ -22,18 +22,20 @@ from pipeline.threads import map_in_order
 # Rows and columns of a tile: on a CPU one of 4 MB stays in the cache, on a GPU it takes 1 GiB and its mask a quarter.
 # A power of two, from 8 on.
 BLOCK_ROWS = {"cpu": 1024, "cuda": 16_384}
-# Bytes that can be added up in one byte each, as 0 or 1.
+# Numbers of the embeddings copied to the device at a time.
+_COPIED_NUMBERS = 2**26
+# Zeros and ones that are added up in one byte each.
 _LANE_SUMS = 128
 _NO_RANK = 2**62
-# Above this share of a tile's positives all of them are asked about, which takes no copy.
+# Above this share of a tile's positives all of them are compared, which takes no copy.
 _MOST_BUSY = 0.2
-# Rows that are multiplied by all rows of their buildings at a time: this part of a block, few being mostly wasted.
+# A block is multiplied by the rows of its buildings in so many parts, of at least so many rows.
 _PARTS, _LEAST_PART = 16, 64
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """How each of the rows (N,) fared as a query."""
+    """The result of each of the rows (N,) as a query."""
 
     has_positive: NDArray[np.bool_]
     first_rank: Codes  # of the nearest positive
@@ -50,9 +52,9 @@ def rank_positives(
 ) -> list[Ranked]:
     """Let each of the L2-normalised rows (N, D) query all others, and rank the rows of its building (N,).
 
-    Rows of buildings that `ignored` (M, 2), in both directions, pairs with the query's are no candidates. Where
-    panoramas (N,) are given, a second result is without the candidates of the query's own, positives too. Products are
-    in float32; a negative that ties with a positive counts as nearer. `progress` hears of queries that are done.
+    Buildings that `ignored` (M, 2), in both directions, pairs with the query's are no candidates. With panoramas (N,) a
+    second result leaves out the candidates of the query's own, positives too. Products are in float32; a negative that
+    ties with a positive counts as nearer. `progress` is called with the number of finished queries.
     Raises DeviceMemoryError where the GPU's memory does not suffice.
     """
     rows = min(BLOCK_ROWS[device.type], max(8, 2 ** (len(embeddings) - 1).bit_length()))
@@ -69,8 +71,20 @@ def rank_positives(
         return halve_until_it_fits(rank, rows, 1024, "scores")[1]
 
 
+@dataclass(frozen=True)
+class _Images:
+    """All images in the order of the search, on the device."""
+
+    embeddings: torch.Tensor  # (N, D), padded with zeros to whole blocks
+    buildings: torch.Tensor  # (N,) codes
+    panoramas: torch.Tensor | None  # (N,) codes
+    starts: torch.Tensor  # (N,) the first row of each row's building
+    sizes: torch.Tensor  # (N,) the rows of each row's building
+    ignored: torch.Tensor  # (M, 2) pairs of buildings
+
+
 class _Ranking:
-    """All blocks of rows, each against itself and those behind it."""
+    """All blocks of rows, each against itself and the later ones."""
 
     def __init__(
         self,
@@ -81,40 +95,29 @@ class _Ranking:
         device: torch.device,
         block_rows: int,
     ) -> None:
-        sizes = np.bincount(building_codes)[building_codes]
-        self._order = np.lexsort((building_codes, sizes))
-        padded = block_rows * -(-len(self._order) // block_rows)
-        table = torch.empty((padded, embeddings.shape[1]), device=device)
-        table[len(self._order) :] = 0.0
-        step = max(1, 2**26 // max(1, embeddings.shape[1]))
-        for first in range(0, len(self._order), step):
-            part = embeddings[self._order[first : first + step]]
-            table[first : first + len(part)] = torch.from_numpy(part).to(device)
-
         def move(values: Codes) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(device)
 
-        codes, panoramas = (
-            None if values is None else move(values[self._order]) for values in (building_codes, panorama_codes)
-        )
-        assert codes is not None
-        pairs, ordered = move(ignored), building_codes[self._order]
-        first_of_building = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
-        own_first = np.repeat(first_of_building, np.diff(np.append(first_of_building, len(ordered))))
-        starts, ordered_sizes = move(own_first), move(sizes[self._order])
-
-        def make_block(first: int) -> _Block:
-            count = min(block_rows, len(ordered) - first)
-            return _Block(table, first, count, block_rows, codes, panoramas, starts, ordered_sizes, pairs)
-
-        self._make_block = make_block
+        sizes = np.bincount(building_codes)[building_codes]
+        self._order = order = np.lexsort((building_codes, sizes))
+        table = torch.empty((block_rows * -(-len(order) // block_rows), embeddings.shape[1]), device=device)
+        table[len(order) :] = 0.0
+        step = max(1, _COPIED_NUMBERS // max(1, embeddings.shape[1]))
+        for first in range(0, len(order), step):
+            part = embeddings[order[first : first + step]]
+            table[first : first + len(part)] = torch.from_numpy(part).to(device)
+        codes = building_codes[order]
+        firsts = np.flatnonzero(np.diff(codes, prepend=codes[:1] - 1))
+        starts = np.repeat(firsts, np.diff(np.append(firsts, len(codes))))
+        panoramas = None if panorama_codes is None else move(panorama_codes[order])
+        self._images = _Images(table, move(codes), panoramas, move(starts), move(sizes[order]), move(ignored))
         self._device, self._block_rows = device, block_rows
         self._own, self._lock = threading.local(), threading.Lock()
 
     def run(self, progress: Callable[[int], None] | None) -> list[Ranked]:
         """Look at every tile, and return the results in the rows' own order.
 
-        On a CPU each core takes a tile of its own, and none of its operations shares the others' cores.
+        On a CPU each core takes a tile of its own, in one thread.
         """
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -137,8 +140,11 @@ class _Ranking:
             for results in zip(*found, strict=True)
         ]
 
+    def _make_block(self, first: int) -> "_Block":
+        return _Block(self._images, first, self._block_rows)
+
     def _compare(self, tile: "Tile") -> "Tile":
-        """Count, for the queries of both blocks, the candidates in the other one that are nearer than a positive."""
+        """Count, for the queries of both blocks, the other block's candidates that are nearer than a positive."""
         block, other = tile
         scores, mask = self._buffers()
         _multiply(block.rows, other.rows, scores)
@@ -154,7 +160,7 @@ class _Ranking:
         return tile
 
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this thread's own tile of similarities and of truth values: fresh pages would cost more than both."""
+        """Return this thread's own tiles of similarities and of truth values: fresh pages would cost more to fill."""
         if not hasattr(self._own, "buffers"):
             shape = self._block_rows, self._block_rows
             self._own.buffers = tuple(
@@ -165,33 +171,22 @@ class _Ranking:
 
 
 class _Block:
-    """Rows that follow one another in the order of the search, and what is known of them as queries."""
+    """Rows that follow one another in the order of the search, with their results as queries."""
 
-    def __init__(
-        self,
-        table: torch.Tensor,
-        first: int,
-        count: int,
-        block_rows: int,
-        codes: torch.Tensor,
-        panoramas: torch.Tensor | None,
-        starts: torch.Tensor,
-        sizes: torch.Tensor,
-        ignored: torch.Tensor,
-    ) -> None:
-        """`starts` and `sizes` say where each row's building is among the rows of the table, all (N,)."""
+    def __init__(self, images: _Images, first: int, block_rows: int) -> None:
+        table, sizes = images.embeddings, images.sizes
+        self.count = count = min(block_rows, len(sizes) - first)
         own = slice(first, first + count)
-        self.count = count
         self.rows = table[first : first + block_rows]  # (B, D), padded with zeros
-        self._codes = _Labels(codes[own])
-        self._panoramas = None if panoramas is None else _Labels(panoramas[own])
-        self._first_code, self._last_code = int(codes[first]), int(codes[first + count - 1])
-        pairs, self._paired_rows = self._codes.find(ignored[:, 0].contiguous())
-        self._paired_codes = ignored[pairs, 1]
+        self._codes = _Labels(images.buildings[own])
+        self._panoramas = None if images.panoramas is None else _Labels(images.panoramas[own])
+        self._first_code, self._last_code = int(images.buildings[first]), int(images.buildings[first + count - 1])
+        pairs, self._paired_rows = self._codes.find(images.ignored[:, 0].contiguous())
+        self._paired_codes = images.ignored[pairs, 1]
         self.num_queries = int((sizes[own] > 1).sum())
-        places = starts[own, None] + torch.arange(int(sizes[own].max()), device=table.device)  # (count, S)
+        places = images.starts[own, None] + torch.arange(int(sizes[own].max()), device=table.device)  # (count, S)
         numbers = torch.arange(first, first + count, device=table.device)[:, None]
-        is_positive = (places < (starts + sizes)[own, None]) & (places != numbers)
+        is_positive = (places < (images.starts + sizes)[own, None]) & (places != numbers)
         step = max(_LEAST_PART, block_rows // _PARTS)
         similarities = torch.cat([
             _multiply_within(part, table, places[start : start + step])
@@ -204,12 +199,12 @@ class _Block:
         self.thresholds = torch.nn.functional.pad(thresholds, (0, block_rows - count), value=torch.inf).contiguous()
         self.nearer = torch.zeros(self.thresholds.shape, dtype=torch.int64, device=table.device)
         self._companions = torch.zeros_like(self.nearer)
-        if panoramas is not None:
-            positives = places.gather(1, order)[:, :-1].clamp(max=len(panoramas) - 1)
-            self._is_apart = self.valid & (panoramas[positives] != panoramas[own, None]).T
+        if images.panoramas is not None:
+            positives = places.gather(1, order)[:, :-1].clamp(max=len(images.panoramas) - 1)
+            self._is_apart = self.valid & (images.panoramas[positives] != images.panoramas[own, None]).T
 
     def list_left_out(self, other: "_Block") -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return rows here and columns there that are no candidates for one another: of one building, or ignored."""
+        """Return rows here and columns there that are no candidates of each other: of one building, or ignored."""
         found = []
         if self is other or self._last_code == other._first_code:
             found.append(other._codes.find(self._codes.labels))
@@ -219,19 +214,16 @@ class _Block:
         return found
 
     def list_same_panorama(self, other: "_Block") -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows here and columns there of one panorama, none where panoramas do not matter."""
+        """Return rows here and columns there of one panorama; none without panoramas."""
         if self._panoramas is None or other._panoramas is None:
             return self._codes.labels[:0], self._codes.labels[:0]
         return other._panoramas.find(self._panoramas.labels)
 
     def add(self, scores: torch.Tensor, dim: int, mask: torch.Tensor, lock: threading.Lock) -> bool:
-        """Count the candidates that are nearer than each positive, along a dimension of a tile of similarities (B, B).
-
-        Returns whether there may be any.
-        """
+        """Count the candidates nearer than each positive along a dimension of a tile (B, B); return if any may be."""
         if not len(self.thresholds):
             return False
-        # Most positives need not be asked about: nothing in the tile comes up to them.
+        # Most positives need no comparison: nothing in the tile reaches them.
         asked = (_find_largest(scores, dim) >= self.thresholds).nonzero()  # (A, 2)
         if len(asked) > _MOST_BUSY * self.thresholds.numel():
             for level, thresholds in enumerate(self.thresholds):
@@ -254,7 +246,7 @@ class _Block:
             self._companions.index_put_((levels, places[pairs]), torch.ones_like(levels), accumulate=True)
 
     def results(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Return what `Ranked` holds of these rows, among all candidates and, if asked, those of other panoramas."""
+        """Return the values of `Ranked` for these rows, among all candidates and among those of other panoramas."""
         nearer = self.nearer[:, : self.count]
         found = [_score(nearer, self.valid)]
         if self._panoramas is not None:
@@ -266,7 +258,7 @@ Tile = tuple[_Block, _Block]
 
 
 class _Labels:
-    """Labels (B,), and where each of them is."""
+    """Labels (B,) that can be looked up."""
 
     def __init__(self, labels: torch.Tensor) -> None:
         self.labels = labels
@@ -282,7 +274,7 @@ class _Labels:
 
 
 def _multiply(rows: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
-    """Compute rows @ others.T; on a CPU by NumPy, whose threads can be told to leave the cores to ours."""
+    """Compute rows @ others.T; on a CPU by NumPy, whose threads can be limited to one."""
     if out.is_cuda:
         torch.mm(rows, others.T, out=out)
     else:
@@ -303,17 +295,16 @@ def _find_largest(scores: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _multiply_within(rows: torch.Tensor, table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return the products (R, S), in float64, of rows that follow one another with those at `places` (R, S).
+    """Return the products (R, S), in float64, of adjacent rows with the table's rows at `places` (R, S).
 
-    These are rows of the table from each row's building, whose rows lie side by side; places behind its
-    end give anything.
+    The places are those of each row's building, whose rows are adjacent; places beyond the table's end give anything.
     """
     low, high = int(places[0, 0]), min(len(table), int(places[-1, -1]) + 1)
     return (rows.double() @ table[low:high].double().T).gather(1, (places - low).clamp(max=high - low - 1))
 
 
 def _count(mask: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return how many are true along a dimension of a mask; bytes, by eights where they can, are added up at a time."""
+    """Count the true values along a dimension of a mask, adding up eight bytes at a time where they allow it."""
     lanes = mask.view(torch.int64 if mask.shape[1] % 8 == 0 else torch.uint8)
     rows, width = lanes.shape
     shape = (rows, width // min(_LANE_SUMS, width), -1) if dim else (-1, min(_LANE_SUMS, rows), width)
@@ -323,11 +314,12 @@ def _count(mask: torch.Tensor, dim: int) -> torch.Tensor:
 def _score(nearer: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return whether each query (B,) has a positive, the nearest one's rank, and the average precision.
 
-    `nearer` (P, B) are the negatives nearer than each positive, in the order of the positives; some do not count.
+    `nearer` (P, B) counts the negatives nearer than each positive, in the order of the positives; only `valid` ones
+    count.
     """
     places = valid.cumsum(0)
     ranks = nearer + places
     precisions = (places / ranks.double()).masked_fill(~valid, 0.0).sum(dim=0) / valid.sum(dim=0).clamp(min=1)
-    # Ranks ascend, so the least is the nearest's; a row of its own keeps the minimum of no positive at all defined.
+    # Ranks ascend, so the least is the nearest's; the padding row defines the minimum without any positive.
     first = torch.nn.functional.pad(ranks.masked_fill(~valid, _NO_RANK), (0, 0, 0, 1), value=_NO_RANK).amin(dim=0)
     return valid.any(dim=0), first, precisions
