@@ -8,12 +8,10 @@ that cannot be read, OUTPUT/state.json and OUTPUT/_logs/. A rerun keeps the part
 it needs the published model alone.
 """
 
-import atexit
 import contextlib
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -33,6 +31,7 @@ from pipeline.embeddings_dataset.parts import STAGE, ModelRecord, plan_parts
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError, Terminated
 from pipeline.files.failures import write_failure
 from pipeline.files.units import Unit
+from pipeline.files.workspace import private_folder
 from pipeline.inference import launcher
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
@@ -206,9 +205,7 @@ def use_private_module_cache() -> None:
     Array tasks that start at once would copy over one another's files in the shared home.
     """
     if "HF_MODULES_CACHE" not in os.environ and "transformers" not in sys.modules:
-        folder = tempfile.TemporaryDirectory(prefix="spatial-embeddings-modules-", ignore_cleanup_errors=True)
-        atexit.register(folder.cleanup)
-        os.environ["HF_MODULES_CACHE"] = folder.name
+        os.environ["HF_MODULES_CACHE"] = str(private_folder("spatial-embeddings-modules-"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

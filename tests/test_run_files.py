@@ -71,4 +71,4 @@ def test_where_the_file_system_has_no_locks_the_run_goes_on_and_says_so(
     monkeypatch.setattr(fcntl, "flock", flock)
     with caplog.at_level("WARNING", "spatial_building_embeddings"), RunFiles(tmp_path).locked():
         pass
-    assert "cannot be locked (Function not implemented): do not train into it twice" in caplog.text
+    assert "cannot be locked (Function not implemented): do not make the same output twice" in caplog.text

@@ -4,6 +4,7 @@ Only this module locks, renames and removes files (tests/test_layering.py holds 
 makes an output appear in one piece, so whatever is being made lies beside its place under a hidden name.
 """
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,6 +130,13 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def private_folder(prefix: str) -> Path:
+    """Return a new temporary folder, which is removed when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    atexit.register(discard, folder)
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------ locking

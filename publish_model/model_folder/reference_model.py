@@ -4,10 +4,8 @@ Its folder has weights under `backbone.` and `projector.`, and a config.json tha
 folder has the configuration and the image processor. The model's code, which would fetch the backbone, is never run.
 """
 
-import atexit
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files.tables import hash_json
+from pipeline.files.workspace import private_folder
 from pipeline.inference.model_files import identify_model, locate_backbone_settings, names_its_backbone
 from publish_model.model_folder.model_code import CODE_PATHS, describe_model
 
@@ -160,11 +159,9 @@ class ReferenceModel:
         from safetensors.torch import save_file
 
         checkpoint = self.read_projector()
-        folder = Path(tempfile.mkdtemp(prefix="spatial-embeddings-model-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        links = {
-            path: f"linked-{path.name}" for path in self.list_weight_files()
-        }  # model.safetensors would be read alone
+        folder = private_folder("spatial-embeddings-model-")
+        # A model.safetensors would be read alone.
+        links = {path: f"linked-{path.name}" for path in self.list_weight_files()}
         weight_map = {name: links[path] for name, path in self.list_names().items() if name.startswith("backbone.")}
         for path, link in links.items():
             (folder / link).symlink_to(path.resolve())

@@ -1,6 +1,5 @@
 """Where an epoch's record goes beside metrics.jsonl: TensorBoard and Weights & Biases, if `[logging]` asks for them."""
 
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 from pipeline.config import LoggingSection
 from pipeline.errors import PipelineError
 from pipeline.files import tables
+from pipeline.files.workspace import discard
 from train_specialized_embeddings.training.run_files import TENSORBOARD, WANDB
 
 
@@ -75,7 +75,7 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         self._writer = SummaryWriter(str(folder))
 
     def write(self, epoch: int, numbers: dict[str, float]) -> None:
@@ -91,7 +91,7 @@ class _WeightsAndBiases:
     def __init__(self, folder: Path, section: LoggingSection, provenance: dict[str, Any]) -> None:
         import wandb
 
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         folder.mkdir(parents=True)
         # The same inputs and settings are the same run, so that a resumed one goes on under its own name.
         self._run = wandb.init(

@@ -5,20 +5,15 @@ goes on from, and the other files are written from what it holds, so that they a
 Importing this needs no torch: a complete run is kept without it.
 """
 
-import fcntl
 import json
-import os
 import re
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, PipelineError, StaleOutputError
-from pipeline.files import writing
-from pipeline.log import logger
+from pipeline.errors import InputError, StaleOutputError
+from pipeline.files import workspace, writing
 
 # What TensorBoard and Weights & Biases are given.
 LOG_FOLDERS = TENSORBOARD, WANDB = "_tensorboard", "_wandb"
@@ -96,33 +91,10 @@ class RunFiles:
         """Return all that runs leave here; the mark first, so that what is half removed does not look whole."""
         return [self.provenance, self.latest, *self.list_outputs(), *(self.folder / name for name in LOG_FOLDERS)]
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other trainings out of the folder while the block runs.
-
-        The kernel drops the lock with the process, so that a killed one is in nobody's way; where the file system has
-        no locks there is none. Raises PipelineError naming the process and host that hold it.
-        """
-        path = self.folder / ".lock"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise PipelineError(
-                    f"{self.folder}: {holder} is training there: wait for it, or set another [paths].checkpoint_dir"
-                ) from None
-            except OSError as error:
-                logger.warning("%s: cannot be locked (%s): do not train into it twice", self.folder, error.strerror)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other trainings out of the folder while the block runs (see `workspace.locked`)."""
+        doing = "is training there: wait for it, or set another [paths].checkpoint_dir"
+        return workspace.locked(self.folder, doing, self.folder / ".lock")
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write one line an epoch, in one piece."""

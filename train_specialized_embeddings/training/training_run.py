@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import Config
-from pipeline.files import writing
+from pipeline.files import workspace, writing
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
 from pipeline.retrieval.projector import Projector
@@ -272,5 +272,5 @@ class TrainingRun:
         save_checkpoint(self.files.best, self.best)
         val = self.best["metrics"]["val"]
         writing.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
-        self.files.latest.unlink(missing_ok=True)
+        workspace.remove(self.files.latest)
         log_verdict(val, self.best["epoch"])
