@@ -250,6 +250,7 @@ def test_shards_one_after_the_other_make_what_one_process_makes(embed, packaged,
     assert (tmp_path / "out" / "_logs" / "generate_embeddings_from_parquet.1of3.log").exists()
 
 
+@pytest.mark.slow
 def test_of_two_shards_at_once_one_may_be_killed_and_run_again(
     start_script, embed, packaged, model_dir, tmp_path, undisturbed
 ):
@@ -294,6 +295,7 @@ def check_signal(start_script, embed, model_dir, tmp_path, number, expected_code
     assert read_state(output)["complete"] is True
 
 
+@pytest.mark.slow
 def test_sigterm_keeps_the_finished_parts_and_says_so(start_script, embed, model_dir, tmp_path):
     check_signal(start_script, embed, model_dir, tmp_path, signal.SIGTERM, 143)
 

@@ -18,15 +18,9 @@ def run_campaign(*arguments):
 
 def test_what_is_disturbed_is_refused_or_comes_out_as_undisturbed():
     words = [
-        "SIGKILL",
-        "two writers",
-        "disk full at",
-        "a part one",
-        "lacks",
-        "delete_ids",
-        "another program",
-        "stages 1 to 4",
-    ]
+        "SIGKILL", "SIGTERM", "two writers", "three shards", "disk full at", "a part one", "lacks", "delete_ids",
+        "another program", "stages 1 to 4",
+    ]  # fmt: skip
     done = run_campaign("--tries", "2", "--seed", "7", *(option for word in words for option in ("--only", word)))
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()[2:] if line]
@@ -36,6 +30,7 @@ def test_what_is_disturbed_is_refused_or_comes_out_as_undisturbed():
         assert failed == "0"
 
 
+@pytest.mark.slow
 def test_a_loss_is_noticed(tmp_path):
     """The campaign itself can fail: here the rerun is kept from making what is missing."""
     script = tmp_path / "blind.py"

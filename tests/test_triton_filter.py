@@ -102,7 +102,7 @@ def test_every_point_within_a_threshold_scores_the_limit(offset: float, scale: f
         assert (scores >= limits[:, None]).sum() < 1.1 * is_near.sum()  # and few others do
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_kernels_compile_for_gpus_and_use_their_tensor_cores(capability: int, tmp_path: Path) -> None:
     """Triton compiles for a GPU that is not there."""
     script = Path(__file__).with_name("compiled_kernels.py")
