@@ -28,7 +28,6 @@ from benchmarks.harness import make_parser, write_results
 from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from pipeline.config import Config, load_config
 from pipeline.log import Progress
-from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.features import Features, load_features
 from pipeline.retrieval.projector import Projector
@@ -129,9 +128,10 @@ def run_case(config: Config, features: Features, other: Features | None, pairs: 
     run = fit_projector(config, train, val, case.seed)
     seconds = time.process_time() - started
     ignored = resolve_pairs(pairs if case.name == "buildings" else None, test.building_ids)
-    scores = {
-        kind: score(rows, test, ignored) for kind, rows in embed_kinds(config, run, train, test.embeddings).items()
-    }
+    scores = {}
+    for kind, rows in embed_kinds(config, run, train, test.embeddings).items():
+        found = summarize_scores(score_queries(rows, test.building_codes, ignored=ignored))
+        scores[kind] = {key: found[key] for key in SCORES}
     return {
         "case": case.name, "seed": case.seed, "fold": case.fold, "images": len(train), "cpu_seconds": round(seconds, 1),
         "best_epoch": run.best["epoch"], "collapses": sum(record["collapsed"] for record in run.history),
@@ -175,12 +175,6 @@ def embed_kinds(
         projector.load_state_dict(weights)
         embeddings[kind] = project(projector, rows, CPU)
     return embeddings
-
-
-def score(rows: NDArray[np.float32], test: Features, ignored: IgnoredPairs | None) -> dict[str, float]:
-    """Return Recall@1 and mAP."""
-    found = summarize_scores(score_queries(rows, test.building_codes, ignored=ignored))
-    return {key: found[key] for key in SCORES}
 
 
 def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

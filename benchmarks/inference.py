@@ -47,9 +47,6 @@ Row = dict[str, Any]
 @contextlib.contextmanager
 def on_cores(count: int) -> Iterator[None]:
     """Run the block, and its threads and processes, on `count` cores."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
     everything = os.sched_getaffinity(0)
     threads = torch.get_num_threads()
     os.sched_setaffinity(0, sorted(everything)[:count])

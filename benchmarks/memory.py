@@ -1,4 +1,4 @@
-"""Read the peak memory of a process; imports nothing that would add to it."""
+"""Read the peak memory of a process; import nothing that would add to it."""
 
 import resource
 import sys

@@ -28,16 +28,13 @@ BALLTREE_ANCHORS = 64
 CPU = torch.device("cpu")
 
 
-def seconds_now() -> float:
-    """Return the clock's time, or with one thread the processor's."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
 def time_engines(count: int, num_anchors: int, rounds: int) -> dict[str, float]:
     """Return the seconds that each engine would take for all anchors; all must find the same neighbours."""
     points, codes = make_points(count)
     anchors = np.random.default_rng(1).choice(count, min(num_anchors, count), replace=False)
     searches = {name: NeighborSearch(points, codes, NEIGHBORS, name, CPU) for name in BACKENDS}
+    # With one thread the processor's time, which other programs disturb little.
+    seconds_now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best: dict[str, float] = {}
     answers = {}
     for number in range(rounds):
