@@ -40,7 +40,6 @@ def describe(state: StageState, config: Config, overrides: Sequence[str]) -> dic
         "unit": state.stage.unit,
         "units_done": state.units_done,
         "units_total": state.units_total,
-        "units_per_hour": state.units_per_hour,
         "items_per_second": state.items_per_second,
         "items": state.items,
         "eta_seconds": state.eta_seconds,
@@ -100,15 +99,11 @@ def format_status(stages: list[dict[str, Any]]) -> str:
 
 
 def _format_row(stage: dict[str, Any]) -> tuple[str, ...]:
-    rates = []
-    if stage["units_per_hour"] is not None:
-        rates.append(f"{stage['units_per_hour']:.0f} {stage['unit']}s/h")
-    if stage["items_per_second"] is not None:
-        rates.append(f"{stage['items_per_second']:.0f} {stage['items']}/s")
+    rate = "" if stage["items_per_second"] is None else f"{stage['items_per_second']:.0f} {stage['items']}/s"
     counts = [str(stage[key]) for key in ("done", "running", "failed", "not_started")]
     total = "?" if stage["total"] is None else str(stage["total"])
     eta = "" if stage["eta_seconds"] is None else format_seconds(stage["eta_seconds"])
-    return (str(stage["stage"]), stage["name"], *counts, total, " ".join(rates), eta)
+    return (str(stage["stage"]), stage["name"], *counts, total, rate, eta)
 
 
 def format_seconds(seconds: float) -> str:

@@ -42,12 +42,12 @@ def config(tmp_path, write_config, make_tar):
     return load_config(path)
 
 
-def record_job(config, number, job_id, shards, shard_count=4, age_seconds=60.0):
+def record_job(config, number, job_id, shards, shard_count=4):
     stage, target = STAGES[number], Target(config.log_dir, config)
     record = Record(
         stage=number, job_id=job_id, shards=shards, shard_count=shard_count, dependency="",
         output=target.find_place(stage), log_pattern=records.log_pattern(stage, config.log_dir),
-        submitted=time.time() - age_seconds, command=["sbatch", "--account=group"],
+        command=["sbatch", "--account=group"],
     )  # fmt: skip
     folder = records.submissions_dir(config.log_dir)
     write_json(folder / f"{job_id}.json", [asdict(record)])

@@ -13,8 +13,8 @@ from published_models import write_packaged
 
 from pipeline.errors import ConfigError, PipelineError
 from preprocess_raw_data import process_tar
-from slurm.control import requeue, scheduler, task
-from slurm.control.requeue import take_mark
+from slurm.control import scheduler, task
+from slurm.control.task import take_mark
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -75,19 +75,19 @@ def mark_task(config_path, stage=1, shards="1"):
 
 
 def test_an_array_task_goes_back_by_its_own_number():
-    assert requeue.name_task({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "75"}) == "70_3"
-    assert requeue.name_task({"SLURM_JOB_ID": "75"}) == "75"
+    assert task.name_task({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "75"}) == "70_3"
+    assert task.name_task({"SLURM_JOB_ID": "75"}) == "75"
 
 
 def test_a_task_goes_back_as_long_as_it_gets_further(config_path):
     found = mark_task(config_path)
-    assert "try 2" in requeue.check_progress(found, "70_0", {})
+    assert "try 2" in task.check_progress(found, "70_0", {})
     with pytest.raises(PipelineError, match="two tries, and the second got no further"):
-        requeue.check_progress(found, "70_0", {"SLURM_RESTART_COUNT": "1"})
+        task.check_progress(found, "70_0", {"SLURM_RESTART_COUNT": "1"})
     process_tar.main(["--config", str(config_path), "--tar-file", str(config_path.parent / "raw/0002.tar")])
-    assert "try 3" in requeue.check_progress(found, "70_0", {"SLURM_RESTART_COUNT": "1"})
+    assert "try 3" in task.check_progress(found, "70_0", {"SLURM_RESTART_COUNT": "1"})
     with pytest.raises(PipelineError, match=r"begun 3 times already \(MAX_REQUEUES is 2\)"):
-        requeue.check_progress(found, "70_0", {"SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
+        task.check_progress(found, "70_0", {"SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
 
 
 def test_every_kind_of_progress_changes_the_mark(config_path, tmp_path):
@@ -133,9 +133,9 @@ def test_scontrol_is_told_and_its_refusal_is_an_error(config_path, monkeypatch, 
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT", "MAX_REQUEUES"):
         monkeypatch.delenv(name, raising=False)
     arguments = ("3", "--config", config_path)
-    assert run_main(requeue.main, *arguments).code == 0
+    assert run_main(task.main, "requeue", *arguments).code == 0
     assert told == [["scontrol", "requeue", "75"]]
-    outcome = run_main(requeue.main, *arguments)
+    outcome = run_main(task.main, "requeue", *arguments)
     assert (outcome.code, len(told)) == (1, 1)
     assert "got no further" in outcome.stderr
 
@@ -146,7 +146,7 @@ def test_scontrol_is_told_and_its_refusal_is_an_error(config_path, monkeypatch, 
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in
     -c*) exit 0 ;;
-    */requeue.py*) echo requeue "${@:2}"; exit "${REQUEUE_CODE:-0}" ;;
+    *"task.py requeue"*) echo "${@:2}"; exit "${REQUEUE_CODE:-0}" ;;
 esac
 echo "stage $HF_HUB_OFFLINE ${HF_TOKEN:-no token}"
 if [ "$STUBBORN" = 1 ]; then trap '' TERM; else trap 'echo kept; exit 143' TERM; fi

@@ -5,7 +5,6 @@
 Prints each model's folder. What is there already is not fetched again.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +15,6 @@ from pipeline import cli
 from pipeline.inference.model_files import locate_backbone, locate_hub_model
 
 
-def fetch(arguments: argparse.Namespace) -> list[Path]:
-    """Return the folders of the models, fetched where they were not here.
-
-    Raises InputError where one cannot be had.
-    """
-    if not arguments.model_ids:
-        folder = locate_backbone(cli.config_from(arguments), download=True)
-        return [folder] if folder else []
-    folders = [Path(name).expanduser() for name in arguments.model_ids]
-    return [
-        folder.resolve() if folder.is_dir() else locate_hub_model(name, download=True) or folder
-        for name, folder in zip(arguments.model_ids, folders, strict=True)
-    ]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch from a command line."""
     parser = cli.make_parser(__doc__ or "")
@@ -38,8 +22,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model-id", action="append", default=[], metavar="ID", dest="model_ids",
         help="fetch this hub model in place of the backbone; may be repeated",
     )  # fmt: skip
-    for folder in fetch(parser.parse_args(argv)):
-        print(folder)
+    arguments = parser.parse_args(argv)
+    if not arguments.model_ids:
+        print(locate_backbone(cli.config_from(arguments), download=True))
+    for name in arguments.model_ids:
+        folder = Path(name).expanduser()
+        print(folder.resolve() if folder.is_dir() else locate_hub_model(name, download=True))
 
 
 if __name__ == "__main__":

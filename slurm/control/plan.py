@@ -57,10 +57,7 @@ class Plan:
 
 
 def count_shards(stage: Stage, num_units: int | None, cut: Cut, active: list[ActiveTask]) -> int:
-    """Return into how many shards a stage is cut; tasks in the queue have settled that.
-
-    Raises ConfigError where another number is asked for while they are.
-    """
+    """Return into how many shards a stage is cut; another number than that of the tasks in the queue is refused."""
     if not stage.is_array:
         return 1
     asked = cut.anchor_shards if stage.unit == ANCHOR else cut.array_size
@@ -105,7 +102,8 @@ class Planner:
         waits = {shard: self._find_sources(stage, shard) for shard in range(shard_count)}
         done = self._find_done(stage, units, waits)
         # What these wait for is going to fail, or has: they would be cancelled with it.
-        replaced = [task for task in active if task.is_waiting and any(map(_is_new, waits[task.shard]))]
+        new = {shard for shard, sources in waits.items() if any(isinstance(one, PlannedJob) for one in sources)}
+        replaced = [task for task in active if task.is_waiting and task.shard in new]
         self.plan.replaced += [task.name for task in replaced]
         # Tasks are waited for one by one: others of their array may have failed, and be submitted anew.
         pending: dict[int, Source] = {task.shard: task.name for task in active if task not in replaced}
@@ -149,10 +147,6 @@ class Planner:
         if stage.shard_after is not None and shard in self._pending.get(stage.shard_after, {}):
             sources.append(self._pending[stage.shard_after][shard])
         return list(dict.fromkeys(sources))
-
-
-def _is_new(source: Source) -> bool:
-    return isinstance(source, PlannedJob)
 
 
 def _group(stage: Stage, shard_count: int, todo: list[int], waits: dict[int, list[Source]]) -> list[PlannedJob]:

@@ -4,12 +4,11 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.files.failures import write_failure
 from pipeline.files.workspace import locked
-from pipeline.files.writing import write_json
 from pipeline.stages import STAGES, TUNE, Stage
 from slurm.control.scheduler import format_shards, parse_shards
 
@@ -25,7 +24,6 @@ class Record:
     dependency: str
     output: str
     log_pattern: str  # with {job} and {shard} to fill in
-    submitted: float  # seconds since the epoch
     command: list[str]
 
     def list_shards(self) -> list[int]:
@@ -50,10 +48,7 @@ def log_pattern(stage: Stage, log_dir: Path) -> str:
 
 @contextlib.contextmanager
 def holding(log_dir: Path) -> Iterator[None]:
-    """Let one process submit at a time, so that two of them never submit the same shards.
-
-    Raises PipelineError where another one is submitting, or the folders cannot be written.
-    """
+    """Let one process submit at a time, so that two never submit the same shards; another gets a PipelineError."""
     folder = submissions_dir(log_dir)
     with locked(folder, "is submitting: wait for it, then run this again", folder / ".lock"):
         try:
@@ -68,11 +63,6 @@ def name_record(log_dir: Path) -> Path:
     now = time.time_ns()
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now // 10**9))
     return submissions_dir(log_dir) / f"{stamp}-{now % 10**9:09d}.json"
-
-
-def write_records(path: Path, records: list[Record]) -> None:
-    """Write the records of one call."""
-    write_json(path, [asdict(record) for record in records])
 
 
 def read_records(log_dir: Path) -> list[Record]:

@@ -40,13 +40,9 @@ def ask(command: Sequence[str]) -> str | None:
 
 
 def tell(command: Sequence[str]) -> str:
-    """Return what a SLURM command prints.
-
-    Raises PipelineError with its complaint where it fails.
-    """
+    """Return what a SLURM command prints; its complaint becomes a PipelineError."""
     try:
-        # SLURM_SUBMIT_DIR becomes the project's root, by which the job finds the project.
-        run = _run(command, cwd=PROJECT_ROOT)
+        run = _run(command, cwd=PROJECT_ROOT)  # a job finds the project by SLURM_SUBMIT_DIR
     except OSError as error:
         raise PipelineError(f"{command[0]}: cannot be run ({error.strerror}): run this where SLURM is") from None
     if run.returncode != 0:
@@ -122,10 +118,7 @@ def format_shards(shards: Iterable[int]) -> str:
 
 
 def parse_shards(text: str) -> list[int]:
-    """Read what `format_shards` writes, and what squeue shows of an array: `[0-3,7%4]`.
-
-    Raises ValueError where it is something else.
-    """
+    """Read what `format_shards` writes, and what squeue shows of an array, `[0-3,7%4]`; else ValueError."""
     shards: list[int] = []
     for part in re.sub(r"%\d+$", "", text.strip("[]")).split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)

@@ -1,14 +1,15 @@
 """Turn a plan into sbatch commands, submit them and keep the records."""
 
+import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from pipeline.config import PROJECT_ROOT
 from pipeline.errors import ConfigError, InputError, PipelineError
+from pipeline.files.writing import write_json
 from pipeline.inference.model_files import locate_backbone
 from pipeline.stages import ROW_GROUP, STAGES, TUNE, Stage
 from slurm.control import records, scheduler
@@ -19,39 +20,37 @@ from slurm.control.target import Target
 
 @dataclass(frozen=True)
 class Request:
-    """What to submit of a target, and what all its jobs have in common."""
+    """The stages of a target to submit, the command line (see submit.py), and options to pass on."""
 
     target: Target
-    stages: Sequence[Stage]
-    cut: Cut
-    only: Sequence[int] | None = None  # these shards
-    account: str | None = None
-    max_concurrent: int | None = None
-    sbatch_options: tuple[str, ...] = ()
-    stage_options: tuple[str, ...] = ()
+    stages: list[Stage]
+    arguments: argparse.Namespace
+    sbatch_options: list[str]
+    stage_options: list[str]
 
 
-def submit(request: Request, dry_run: bool) -> None:
+def submit(request: Request) -> None:
     """Submit what is neither done nor in the queue, or print the commands.
 
     Raises PipelineError where SLURM is missing or refuses a job; the jobs before it stay submitted and are recorded.
     """
-    if dry_run:
-        carry_out(plan_now(request), request, dry_run)
+    if request.arguments.dry_run:
+        carry_out(plan_now(request), request)
         return
     if scheduler.list_queued() is None:
         raise PipelineError("squeue does not answer here: submit on a login node of the cluster, or give --dry-run")
     with records.holding(request.target.log_dir):
         plan = plan_now(request)
         check_weights(plan, request.target)
-        submitted = carry_out(plan, request, dry_run)
+        submitted = carry_out(plan, request)
     print(records.format_table(submitted) if submitted else "nothing to submit")
 
 
 def plan_now(request: Request) -> Plan:
     """Plan with what is in the queue now, and say on stderr what is left alone, and why."""
-    active = find_active(request.target)
-    plan = make_plan(request.target, request.stages, request.cut, active, request.only)
+    arguments = request.arguments
+    cut = Cut(arguments.array_size, arguments.anchor_shards, scheduler.read_max_array_size())
+    plan = make_plan(request.target, request.stages, cut, find_active(request.target), arguments.shards)
     for note in plan.notes:
         print(note, file=sys.stderr)
     for name in plan.replaced:
@@ -114,10 +113,10 @@ def build_command(job: PlannedJob, request: Request, ids: dict[PlannedJob, str])
     """Return the sbatch command of a job; `ids` names the jobs that it waits for."""
     stage, target = job.stage, request.target
     command = ["sbatch", "--parsable"]
-    if request.account:
-        command.append(f"--account={request.account}")
+    if request.arguments.account:
+        command.append(f"--account={request.arguments.account}")
     if stage.is_array:
-        most = f"%{request.max_concurrent}" if request.max_concurrent else ""
+        most = f"%{request.arguments.max_concurrent}" if request.arguments.max_concurrent else ""
         shards = "0-0" if job.shards == [0] else scheduler.format_shards(job.shards)
         command.append(f"--array={shards}{most}")
     log = records.log_pattern(stage, target.log_dir).replace("%", "%%")  # percent signs of a path are no patterns
@@ -152,13 +151,14 @@ def environment_options(stage: Stage) -> list[str]:
     return [option for name in names for option in shlex.split(os.environ.get(name, ""))]
 
 
-def carry_out(plan: Plan, request: Request, dry_run: bool) -> list[Record]:
+def carry_out(plan: Plan, request: Request) -> list[Record]:
     """Submit a plan's jobs and return their records, or print the commands; jobs are then called JOB and their stage.
 
     The records are written job by job: a kill in between forgets none.
     """
+    target, dry_run = request.target, request.arguments.dry_run
     run = _print_command if dry_run else scheduler.tell
-    path, submitted = records.name_record(request.target.log_dir), list[Record]()
+    path, submitted = records.name_record(target.log_dir), list[Record]()
     ids: dict[PlannedJob, str] = {}
     if plan.replaced:
         run(["scancel", *plan.replaced])
@@ -170,27 +170,15 @@ def carry_out(plan: Plan, request: Request, dry_run: bool) -> list[Record]:
             ids[job] = f"JOB{job.stage.label}" + (f"-{same + 1}" if same else "")
             continue
         ids[job] = scheduler.read_job_id(answer)
-        submitted.append(make_record(job, request.target, ids, command))
-        records.write_records(path, submitted)
+        shards = scheduler.format_shards(job.shards) if job.stage.is_array else ""
+        place, log_pattern = target.find_place(job.stage), records.log_pattern(job.stage, target.log_dir)
+        needs = format_dependency(job, ids)
+        record = Record(job.stage.number, ids[job], shards, job.shard_count, needs, place, log_pattern, command)
+        submitted.append(record)
+        write_json(path, [asdict(record) for record in submitted])
     return submitted
 
 
 def _print_command(command: Sequence[str]) -> str:
     print(shlex.join(command), flush=True)
     return ""
-
-
-def make_record(job: PlannedJob, target: Target, ids: dict[PlannedJob, str], command: list[str]) -> Record:
-    """Describe a job that was submitted."""
-    stage = job.stage
-    return Record(
-        stage=stage.number,
-        job_id=ids[job],
-        shards=scheduler.format_shards(job.shards) if stage.is_array else "",
-        shard_count=job.shard_count,
-        dependency=format_dependency(job, ids),
-        output=target.find_place(stage),
-        log_pattern=records.log_pattern(stage, target.log_dir),
-        submitted=time.time(),
-        command=command,
-    )

@@ -23,7 +23,6 @@ from pipeline.files.units import TarUnit
 from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, TAR, TUNE, Stage, check_paths, choose_stages
 from publish_model.new_data.embed_options import whole_number
 from slurm.control import scheduler
-from slurm.control.plan import Cut
 from slurm.control.submission import Request, submit
 from slurm.control.target import Target
 
@@ -38,6 +37,7 @@ def read_shards(text: str) -> list[int]:
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every submission."""
+    parser.set_defaults(shards=None, anchor_shards=None)
     add = parser.add_argument
     add("--account", metavar="A", help="account that pays (default: $SBATCH_ACCOUNT, else the cluster's own default)")
     add("--array-size", type=whole_number, metavar="N",
@@ -48,10 +48,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """Return the options, the words that go to sbatch, and those that go to the stage.
-
-    Raises ConfigError where they are wrong.
-    """
+    """Return the options, the words that go to sbatch, and those that go to the stage."""
     words = list(argv)
     place = words.index("--") if "--" in words else len(words)
     own, stage_options = words[:place], words[place + 1 :]
@@ -61,16 +58,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     # For the pipeline too: sbatch would take it for --test-only, and submit nothing.
     parser.add_argument("--test", action="store_true", help="a stage's first tar only (stages 1, 2, 4)")
     if kind == "stage":
-        parser.set_defaults(anchor_shards=None)
         parser.add_argument("stage", choices=tuple(BY_LABEL), metavar="STAGE", help="number of the stage, or tune")
         parser.add_argument("--shards", type=read_shards, metavar="LIST", help="these shards only, as in 0-3,7")
     else:
-        parser.set_defaults(stage=None, shards=None)
+        parser.set_defaults(stage=None)
         parser.add_argument("--from-stage", type=int, default=1, choices=range(1, 10), metavar="N", help="first (1)")
         parser.add_argument("--to-stage", type=int, default=9, choices=range(1, 10), metavar="N", help="last (9)")
         parser.add_argument("--anchor-shards", type=whole_number, metavar="N", help="shards of stage 5's array (1)")
     arguments, sbatch_options = parser.parse_known_args(own)
     arguments.stage = BY_LABEL.get(arguments.stage)
+    if arguments.stage:
+        arguments.anchor_shards = arguments.array_size
     if kind == "pipeline" and stage_options:
         raise ConfigError("-- OPTIONS: they go to one stage: give them to submit_stage.sh")
     if arguments.overwrite:
@@ -93,10 +91,7 @@ def _check_test(arguments: argparse.Namespace) -> None:
 
 
 def list_stages(config: Config, arguments: argparse.Namespace) -> list[Stage]:
-    """Return the stages that were asked for.
-
-    Raises ConfigError where the configuration lacks a path of theirs.
-    """
+    """Return the stages that were asked for; ConfigError names the paths that the configuration lacks."""
     stage: Stage | None = arguments.stage
     if stage == TUNE:
         check_paths(config, [TUNE])
@@ -111,23 +106,14 @@ def list_stages(config: Config, arguments: argparse.Namespace) -> list[Stage]:
 
 
 def run(arguments: argparse.Namespace, sbatch_options: list[str], stage_options: list[str]) -> None:
-    """Plan and submit.
-
-    Raises PipelineError where SLURM is missing or refuses a job.
-    """
+    """Plan and submit."""
     config = cli.config_from(arguments)
     target = Target(config.log_dir, config, tuple(arguments.overrides))
     stages = list_stages(config, arguments)
     if arguments.test:
         tars = [unit.tar_path for unit in target.list_units(arguments.stage) if isinstance(unit, TarUnit)]
         stage_options = [*stage_options, "--tar-file", str(tars[0])]
-    anchor_shards = arguments.array_size if arguments.stage else arguments.anchor_shards
-    cut = Cut(arguments.array_size, anchor_shards, scheduler.read_max_array_size())
-    request = Request(
-        target, stages, cut, arguments.shards, arguments.account, arguments.max_concurrent, tuple(sbatch_options),
-        tuple(stage_options),
-    )  # fmt: skip
-    submit(request, arguments.dry_run)
+    submit(Request(target, stages, arguments, sbatch_options, stage_options))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

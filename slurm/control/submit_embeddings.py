@@ -22,18 +22,13 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.inference.model_files import locate_hub_model
 from pipeline.stages import STAGES
 from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
-from slurm.control import scheduler
-from slurm.control.plan import Cut
 from slurm.control.submission import Request, submit
 from slurm.control.submit import add_common_options
 from slurm.control.target import make_dataset_target
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[str]]:
-    """Return the options of the submission, those of the stage, and the words that go to sbatch.
-
-    Raises ConfigError where they are wrong.
-    """
+    """Return the options of the submission, those of the stage, and the words that go to sbatch."""
     parser = cli.make_parser(__doc__ or "", config=False)
     add_common_options(parser)
     own = set(vars(parser.parse_args([])))
@@ -50,10 +45,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[s
 
 
 def locate_model(model_id: str, *, download: bool) -> str:
-    """Return what a job is to load: a folder's full path, or the hub id once the model is in the cache.
-
-    Raises InputError where the model cannot be had.
-    """
+    """Return what a job is to load: a folder's full path, or the hub id once the model is in the cache."""
     folder = Path(model_id).expanduser()
     if folder.is_dir():
         return str(folder.resolve())
@@ -65,22 +57,12 @@ def locate_model(model_id: str, *, download: bool) -> str:
 
 
 def run(arguments: argparse.Namespace, options: EmbedOptions, sbatch_options: list[str]) -> None:
-    """Fetch the model and submit.
-
-    Raises PipelineError where SLURM is missing or refuses the job.
-    """
+    """Fetch the model and submit."""
     model_id = locate_model(options.model_id, download=not arguments.dry_run)
     if not arguments.dry_run:
         open_input(options)  # a mistyped path leaves no folder behind
-    request = Request(
-        make_dataset_target(replace(options, model_id=model_id)),
-        [STAGES[8]],
-        Cut(arguments.array_size, None, scheduler.read_max_array_size()),
-        account=arguments.account,
-        max_concurrent=arguments.max_concurrent,
-        sbatch_options=tuple(sbatch_options),
-    )
-    submit(request, arguments.dry_run)
+    target = make_dataset_target(replace(options, model_id=model_id))
+    submit(Request(target, [STAGES[8]], arguments, sbatch_options, []))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

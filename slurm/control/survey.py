@@ -56,7 +56,6 @@ class StageState:
     shards: list[ShardState] = field(default_factory=list)
     units_done: int = 0
     units_total: int | None = None
-    units_per_hour: float | None = None
     items_per_second: float | None = None
     items: str = ""
     eta_seconds: float | None = None
@@ -90,9 +89,8 @@ class Surveyor:
             state.shards.append(self.judge_shard(stage, shard, states, jobs.get(shard)))
         if units is not None:
             state.units_total = len(units)
-        done = [unit for unit, one in zip(units or [], found, strict=True) if one.status == COMPLETE]
-        state.units_done = len(done)
-        measure_rates(state, done, min((job.submitted for job in jobs.values()), default=0.0))
+        state.units_done = sum(one.status == COMPLETE for one in found)
+        measure_rates(state)
         command = own[-1].command if own else []
         state.account = next((part.partition("=")[2] for part in command if part.startswith("--account=")), "")
         return state
@@ -160,7 +158,7 @@ def read_log(path: Path) -> JobLog | None:
     exits = [(number, int(match[1])) for number, line in enumerate(lines) if (match := EXIT_LINE.match(line))]
     end, code = exits[-1] if exits else (-1, None)
     behind = lines[end + 1 :]
-    # A requeued task's log goes on behind the line with which it ended; requeue.py's complaint is the last one.
+    # A requeued task's log goes on behind its exit line; a task that is not requeued complains there, and ends.
     is_over = not behind or (len(behind) == 1 and behind[0].startswith("error: "))
     errors = [line for line in lines if re.search(r"(^|\W)error: | ERROR ", line)]
     last = lines[end - 1 : end] if is_over and end > 0 else lines[-1:]
@@ -176,16 +174,10 @@ def read_log(path: Path) -> JobLog | None:
     )
 
 
-def measure_rates(state: StageState, done: list[Unit], begun: float) -> None:
-    """Put rates and the time left into the state: by the units done since `begun`, else by the running jobs' logs."""
+def measure_rates(state: StageState) -> None:
+    """Put the rate and the time left into the state, as the logs of the running jobs have them."""
     running = [shard.log for shard in state.shards if shard.state == RUNNING and shard.log]
     rates = [log.items_per_second for log in running if log.items_per_second is not None]
     if rates:
         state.items_per_second, state.items = sum(rates), running[0].items
         state.eta_seconds = max((log.eta_seconds for log in running if log.eta_seconds is not None), default=None)
-    ends = [unit.outputs[0].stat().st_mtime for unit in done if unit.outputs]
-    new = sorted(end for end in ends if end >= begun)
-    if begun and len(new) > 1 and new[-1] > new[0]:
-        state.units_per_hour = 3600 * (len(new) - 1) / (new[-1] - new[0])
-        if running:
-            state.eta_seconds = 3600 * ((state.units_total or 0) - len(done)) / state.units_per_hour

@@ -34,20 +34,14 @@ class Target:
         return ["--config", str(self.config.file_path), *spell_overrides(self.overrides)]
 
     def find_place(self, stage: Stage) -> str:
-        """Return where the stage writes, which tells this target's jobs from another's.
-
-        Raises ConfigError where the configuration does not name it.
-        """
+        """Return where the stage writes, which tells this target's jobs from another's; ConfigError if not set."""
         if self.embedding is not None:
             return str(self.log_dir.parent)
         assert self.config is not None
         return str(stage.find_place(self.config))
 
     def list_units(self, stage: Stage) -> list[Unit]:
-        """Return a stage's units in the order in which shards take them.
-
-        Raises InputError where the input that tells their number is missing.
-        """
+        """Return a stage's units in the order in which shards take them; InputError if their input is missing."""
         module = _import_stage(stage)
         units: list[Unit] = (
             module.list_row_groups(self.embedding) if self.embedding is not None else module.list_units(self.config)

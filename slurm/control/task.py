@@ -1,25 +1,35 @@
 """Become the stage that a job is for: find its shard and its device, then run its script in this process.
 
     python slurm/control/task.py STAGE [--shards N] [the stage's own options]
+    python slurm/control/task.py requeue STAGE [--shards N] [the stage's own options]
 
-The shard is $SLURM_ARRAY_TASK_ID of N (by default as many as the array goes up to). Called by slurm/control/common.sh.
+The shard is $SLURM_ARRAY_TASK_ID of N (by default as many as the array goes up to). With `requeue`, after SLURM's
+warning, this task goes back into the queue, unless it has been there often enough or gets no further: exit code 1, it
+stays a failure. Called by slurm/control/common.sh.
 """
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, count_cores
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.files.units import measure_progress
+from pipeline.files.writing import write_json
 from pipeline.ids import Shard
-from pipeline.stages import BY_LABEL, ROW_GROUP, WORKER, Stage
+from pipeline.stages import BY_LABEL, ROW_GROUP, TAR, WORKER, Stage
 from publish_model.new_data.embed_options import parse as parse_embed_options
+from slurm.control import records, scheduler
 from slurm.control.target import Target, make_dataset_target
+
+DEFAULT_MAX_REQUEUES = 20
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,7 @@ class Task:
 
 
 def read_task(argv: Sequence[str], environment: Mapping[str, str]) -> Task:
-    """Read a task's command line and SLURM's variables.
-
-    Raises ConfigError where they are wrong.
-    """
+    """Read a task's command line and SLURM's variables."""
     parser = cli.make_parser(__doc__ or "", config=False)
     parser.add_argument("stage", choices=tuple(BY_LABEL))
     parser.add_argument("--shards", type=int, default=None)
@@ -77,10 +84,52 @@ def must_have_gpu(environment: Mapping[str, str]) -> bool:
     return wanted == "1" or (wanted == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
 
 
+def name_task(environment: Mapping[str, str]) -> str:
+    """Return the id by which a task is requeued; an array's own id would requeue all its tasks."""
+    if environment.get("SLURM_ARRAY_JOB_ID"):
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+def take_mark(task: Task) -> list[Any]:
+    """Return plain values that change whenever the task's shard gets further."""
+    units = task.target.list_units(task.stage)
+    own = task.shard.take(units) if task.stage.unit in (TAR, ROW_GROUP) else units
+    return [measure_progress(unit) for unit in own]
+
+
+def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> str:
+    """Note how far this try got and return what to say of the next; PipelineError if there is none."""
+    tries = int(environment.get("SLURM_RESTART_COUNT") or 0)
+    most = int(environment.get("MAX_REQUEUES") or DEFAULT_MAX_REQUEUES)
+    if tries >= most:
+        raise PipelineError(
+            f"stage {task.stage.label}, task {task_id}: begun {tries + 1} times already (MAX_REQUEUES is {most}): "
+            "give it more --time, or smaller shards"
+        )
+    path = records.submissions_dir(task.target.log_dir) / "marks" / f"{task_id}.json"
+    mark = take_mark(task)
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if before == mark:
+        raise PipelineError(
+            f"stage {task.stage.label}, task {task_id}: two tries, and the second got no further: give it more --time"
+        )
+    write_json(path, mark)
+    return f"task {task_id} goes back into the queue (try {tries + 2}, {most} requeues at most)"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Become the stage."""
-    task = read_task(sys.argv[1:] if argv is None else argv, os.environ)
-    command = build_command(task, os.environ)
+    """Become the stage, or put this task back into the queue."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["requeue"]:
+        task_id = name_task(os.environ)
+        print(check_progress(read_task(words[1:], os.environ), task_id, os.environ), flush=True)
+        scheduler.tell(["scontrol", "requeue", task_id])
+        return
+    command = build_command(read_task(words, os.environ), os.environ)
     cores = os.environ.get("SLURM_CPUS_PER_TASK")
     if cores:
         os.environ.setdefault("OMP_NUM_THREADS", str(min(int(cores), count_cores())))
