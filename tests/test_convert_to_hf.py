@@ -82,7 +82,7 @@ def test_the_published_code_imports_torch_and_transformers_alone(config, tmp_pat
                 assert name.split(".")[0] in {"torch", "transformers", "collections", "dataclasses", "typing"}
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "dinov3"])
+@pytest.mark.parametrize("kind", ["dinov2", pytest.param("dinov3", marks=pytest.mark.slow)])
 def test_it_loads_offline_in_a_process_that_knows_nothing_of_the_project(kind, tmp_path):
     backbone = write_backbone(tmp_path / "backbone", kind)
     write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")

@@ -127,6 +127,7 @@ def test_the_visible_gpus_go_by_the_names_that_the_machine_gave_them(monkeypatch
     assert list_gpus() == []
 
 
+@pytest.mark.slow
 def test_two_processes_of_stage_2_give_the_bytes_of_one(
     tmp_path, write_config, make_tar, toy_backbone, run_main, run_script
 ):

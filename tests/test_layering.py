@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -31,7 +32,12 @@ SCRIPTS = {
 }
 PROJECT_FOLDERS = (*STAGE_FOLDERS, "pipeline", "sample_data", "tests", "benchmarks", "slurm")
 FILES = sorted([path for folder in PROJECT_FOLDERS for path in (REPO / folder).rglob("*.py")] + list(REPO.glob("*.py")))
-PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+@cache
+def parse_files():
+    """Return the syntax tree of every file: not at import, because each process of the tests imports this file."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
 def find_imports(tree):
@@ -46,7 +52,7 @@ def find_imports(tree):
 
 
 def files_below(folder):
-    return {path: tree for path, tree in PARSED.items() if path.relative_to(REPO).parts[0] == folder}
+    return {path: tree for path, tree in parse_files().items() if path.relative_to(REPO).parts[0] == folder}
 
 
 def test_the_shared_package_imports_no_stage():
@@ -65,7 +71,7 @@ def test_a_stage_imports_the_shared_package_and_its_own_folder_only(folder):
 def test_no_import_is_relative():
     wrong = [
         path.name
-        for path, tree in PARSED.items()
+        for path, tree in parse_files().items()
         if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
         # The published files are loaded by transformers as a package of their own.
         and not path.name.startswith(("modeling_", "configuration_"))
@@ -87,7 +93,7 @@ def catches_everything(handler):
 def test_no_handler_swallows_bugs():
     wrong = [
         f"{path.name}:{node.lineno}"
-        for path, tree in PARSED.items()
+        for path, tree in parse_files().items()
         for node in ast.walk(tree)
         # One that cleans up and raises again swallows nothing.
         if isinstance(node, ast.ExceptHandler)
@@ -104,7 +110,7 @@ def test_no_file_is_longer_than_four_hundred_lines():
 
 
 def test_every_module_says_what_it_is():
-    wrong = [path for path, tree in PARSED.items() if tree.body and not ast.get_docstring(tree)]
+    wrong = [path for path, tree in parse_files().items() if tree.body and not ast.get_docstring(tree)]
     assert [path.name for path in wrong if path.parent.name != "tests"] == []
 
 
@@ -208,7 +214,7 @@ def test_rooms_import_downwards_only(folder):
 
 
 def test_no_modules_import_one_another_in_a_circle():
-    modules = {".".join(path.relative_to(REPO).with_suffix("").parts): tree for path, tree in PARSED.items()}
+    modules = {".".join(path.relative_to(REPO).with_suffix("").parts): tree for path, tree in parse_files().items()}
     imports = {
         module: {part for name in find_modules(tree) for part in (name, name.rpartition(".")[0]) if part in modules}
         for module, tree in modules.items()
@@ -219,7 +225,9 @@ def test_no_modules_import_one_another_in_a_circle():
 def test_the_core_of_the_shared_package_imports_no_room():
     rooms = tuple(f"pipeline.{room}" for room in ROOMS["pipeline"])
     core = [path for path in files_below("pipeline") if path.parent.name == "pipeline"]
-    wrong = [f"{path.name}: {name}" for path in core for name in find_modules(PARSED[path]) if name.startswith(rooms)]
+    wrong = [
+        f"{path.name}: {name}" for path in core for name in find_modules(parse_files()[path]) if name.startswith(rooms)
+    ]
     assert wrong == []
 
 
@@ -249,5 +257,5 @@ def calls_on_files(tree):
 def test_one_module_locks_renames_and_removes_files():
     product = [path for path in FILES if path.relative_to(REPO).parts[0] not in {"tests", "benchmarks", "sample_data"}]
     others = [path for path in product if path != WORKSPACE]
-    found = {path.name: sorted(calls_on_files(PARSED[path])) for path in others}
+    found = {path.name: sorted(calls_on_files(parse_files()[path])) for path in others}
     assert {name: calls for name, calls in found.items() if calls} == {}
