@@ -45,12 +45,22 @@ def streetview_image_id(dataset_id: int, patch_id: int) -> str:
     return f"{dataset_id:04d}_{patch_id}"
 
 
+def dataset_name(dataset_id: int) -> str:
+    """Name a dataset as its tar and the outputs of it are named, but for the suffix."""
+    return f"{dataset_id:04d}"
+
+
+def parse_dataset_name(name: str) -> int | None:
+    """Return the id of the dataset of that name, None where it is not a dataset's."""
+    return int(name) if name.isascii() and name.isdigit() else None
+
+
 def parse_dataset_id(tar_path: Path) -> int:
     """Return the dataset id that a tar's name gives.
 
-    Raises InputError if the name is not NNNN.tar.
+    Raises InputError if it is not a dataset's name.
     """
-    stem = tar_path.stem
-    if not (stem.isascii() and stem.isdigit() and tar_path.name == f"{int(stem):04d}.tar"):
+    dataset_id = parse_dataset_name(tar_path.stem)
+    if dataset_id is None or tar_path.name != f"{dataset_name(dataset_id)}.tar":
         raise InputError(f"{tar_path}: a raw tar must be named NNNN.tar after its dataset id: rename or move it")
-    return int(stem)
+    return dataset_id

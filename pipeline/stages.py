@@ -76,11 +76,11 @@ STAGES = {
     stage.number: stage
     for stage in (
         Stage(
-            1, "preprocess_raw_data.process_tar", ("raw_dir",), "intermediates_dir", ("{:04d}.parquet",), TAR,
+            1, "preprocess_raw_data.process_tar", ("raw_dir",), "intermediates_dir", ("{}.parquet",), TAR,
         ),
         Stage(
             2, "generate_embeddings.generate_embeddings", ("raw_dir", "intermediates_dir"), "embeddings_dir",
-            ("{:04d}_embeddings.parquet",), TAR, shard_after=1, uses_gpu=True, may_read=("embedding_model.model_name",),
+            ("{}_embeddings.parquet",), TAR, shard_after=1, uses_gpu=True, may_read=("embedding_model.model_name",),
         ),
         Stage(
             3, "preprocess_raw_data.merge_and_split", ("embeddings_dir",), "merged_dir",
@@ -88,7 +88,7 @@ STAGES = {
         ),
         Stage(
             4, "preprocess_raw_data.compute_fingerprints", ("raw_dir", "intermediates_dir"), "fingerprints_dir",
-            ("{:04d}_fingerprints.parquet",), TAR, shard_after=1,
+            ("{}_fingerprints.parquet",), TAR, shard_after=1,
         ),
         Stage(
             5, "difficulty_metadata.compute_visual_neighbors", ("fingerprints_dir",), "difficulty_metadata_path",

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline import cli
 from pipeline.config import Config
+from pipeline.files.listing import list_outputs
 from pipeline.files.tables import (
     hash_json,
     identify,
@@ -32,7 +33,7 @@ from pipeline.files.units import Unit, drop_missing, keep_complete
 from pipeline.files.workspace import UNFINISHED, remove, writing_together
 from pipeline.log import Progress, logger
 from pipeline.stages import STAGES
-from preprocess_raw_data.merging.embedding_inventory import Inventory, list_embeddings, take_inventory
+from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
 from preprocess_raw_data.merging.leakage import compare_leakage, log_leakage
 from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, read_split_file
@@ -41,6 +42,11 @@ STAGE = "merge_and_split"
 # Rows of one row group of the output: at 4,096 dimensions 64 MB.
 ROW_GROUP_ROWS = 4096
 SINGLE = "single_image"
+
+
+def list_embeddings(config: Config) -> list[Path]:
+    """Return the embedding files by name; see `list_outputs`."""
+    return list_outputs(config.path("embeddings_dir"), 2, "_embeddings")
 
 
 class SplitWriter:
@@ -111,7 +117,7 @@ def list_units(config: Config) -> list[Unit]:
 
 def describe_output(config: Config) -> dict[str, Any]:
     """Return the provenance that the splits must have, but for what is counted in them."""
-    embeddings = list_embeddings(config.path("embeddings_dir"))
+    embeddings = list_embeddings(config)
     return make_provenance(STAGE, map(identify, embeddings), describe_settings(config))
 
 
@@ -122,7 +128,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     """
     config.require_paths("embeddings_dir", "merged_dir")
     result = cli.StageResult(STAGE)
-    paths = list_embeddings(config.path("embeddings_dir"))
+    paths = list_embeddings(config)
     drop_missing(
         result, config, paths, "embeddings",
         allowed=config.data.allow_missing_embeddings, setting="[data].allow_missing_embeddings",

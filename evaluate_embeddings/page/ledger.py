@@ -39,7 +39,7 @@ def _list_outputs(stage: Stage, config: Config) -> list[Path]:
         place = stage.find_place(config)
     except ConfigError:  # its path is not set
         return []
-    pattern = COUNTED.get(stage.number) or next(iter(stage.outputs), "").replace("{:04d}", "*")
+    pattern = COUNTED.get(stage.number) or next(iter(stage.outputs), "").replace("{}", "*")
     paths = sorted(place.glob(pattern)) if pattern else [place]
     return [path for path in paths if path.is_file() and not path.name.startswith(".")]
 

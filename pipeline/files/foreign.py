@@ -12,6 +12,7 @@ from pipeline.files.archive import stream_members
 from pipeline.files.list_columns import ListColumn
 from pipeline.files.tables import log_missing_provenance, read_columns, read_provenance
 from pipeline.files.units import TarUnit
+from pipeline.ids import dataset_name
 from pipeline.log import logger
 
 _ID = pa.field("streetview_image_id", pa.string())
@@ -71,7 +72,7 @@ def match_members(tar_path: Path, dataset_id: int, image_paths: list[str]) -> li
 
 def _strip(name: str, dataset_id: int) -> str:
     """Return a name without leading ./ and NNNN/."""
-    folder = f"{dataset_id:04d}/"
+    folder = f"{dataset_name(dataset_id)}/"
     while name.startswith((folder, "./")):
         name = name.partition("/")[2]
     return name

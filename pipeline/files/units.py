@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files.listing import is_parquet, list_files, warn_of_others
 from pipeline.files.tables import PROVENANCE_KEY, identify, matches, open_parquet, read_provenance
 from pipeline.files.writing import read_json_object
-from pipeline.ids import parse_dataset_id
+from pipeline.ids import dataset_name, parse_dataset_id, parse_dataset_name
 from pipeline.log import logger
 from pipeline.stages import Stage
 
@@ -190,7 +190,8 @@ def list_tar_units(
     tars = _take_named(options.tar_files) if options.tar_files else _find_tars(config.path("raw_dir"), intermediates)
     units = []
     for dataset_id, tar_path in sorted(tars.items()):
-        output = place / stage.outputs[0].format(dataset_id)
+        name = dataset_name(dataset_id)
+        output = place / stage.outputs[0].format(name)
         units.append(
             TarUnit(
                 tar_path.name,
@@ -200,7 +201,7 @@ def list_tar_units(
                 leftover=find_leftover(output) if find_leftover else None,
                 dataset_id=dataset_id,
                 tar_path=tar_path,
-                intermediate_path=intermediates.get(dataset_id, intermediates_dir / f"{dataset_id:04d}.parquet"),
+                intermediate_path=intermediates.get(dataset_id, intermediates_dir / f"{name}.parquet"),
             )
         )
     return options.shard.take(units)
@@ -256,7 +257,8 @@ def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
     if not intermediates_dir.is_dir():
         return {}
     found = (path for path in list_files(intermediates_dir) if is_parquet(path))
-    return {int(path.stem): path for path in found if path.stem.isascii() and path.stem.isdigit()}
+    ids = {path: parse_dataset_name(path.stem) for path in found}
+    return {dataset_id: path for path, dataset_id in ids.items() if dataset_id is not None}
 
 
 def drop_missing(

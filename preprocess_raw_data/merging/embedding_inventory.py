@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files.list_columns import ListColumn, find_embedding
-from pipeline.files.listing import list_outputs
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
@@ -54,11 +53,6 @@ class Inventory:
         sharing = [number for number, codes in enumerate(held) if (num_files[codes] > 1).any()]
         alone = [[number] for number in range(len(held)) if number not in set(sharing)]
         return sorted([*alone, sharing] if sharing else alone)
-
-
-def list_embeddings(embeddings_dir: Path) -> list[Path]:
-    """Return the embedding files by name; see `list_outputs`."""
-    return list_outputs(embeddings_dir, 2, "_embeddings")
 
 
 def take_inventory(paths: list[Path]) -> Inventory:
