@@ -45,7 +45,7 @@ def test_what_was_saved_is_taken_up_by_a_run_of_the_same_identity(tmp_path):
     first.write([3], ROWS[[3]])  # behind the note: done again
     first.close(is_done=False)
     second = open_scratch(tmp_path)
-    assert (second.seen, second.seen_at_start, second.width) == (3, 3, 4)
+    assert (second.seen, second.width) == (3, 4)
     assert {row: (why.reason, why.detail) for row, why in second.rejects.items()} == {
         2: ("unreadable_image", "0 bytes")
     }

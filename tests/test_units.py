@@ -10,8 +10,9 @@ from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError
 from pipeline.files import listing
+from pipeline.files.listing import list_tars
 from pipeline.files.tables import identify, make_provenance, write_parquet
-from pipeline.files.units import do_tars, list_tar_units, list_tars
+from pipeline.files.units import do_tars, list_tar_units
 from pipeline.ids import Shard
 from pipeline.stages import STAGES
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES
+from pipeline.files.listing import find_tar_dir
 from pipeline.files.tables import PLACE_COLUMNS, open_parquet
-from pipeline.files.units import find_tar_dir
 from pipeline.ids import dataset_name
 from pipeline.inference.images import decode_rgb
 from pipeline.pages import shrink, to_data_uri

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from pipeline.errors import InputError, one_line
+from pipeline.ids import parse_dataset_id, parse_dataset_name
 from pipeline.log import logger
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 TAR_SUFFIX = ".tar"
+# The folder in which the public download keeps its tars.
+UNALIGNED = "dataset_unaligned"
 _NUM_EXAMPLES = 3
 
 
@@ -45,6 +48,68 @@ def list_outputs(folder: Path, stage: int, ending: str) -> list[Path]:
         raise InputError(f"{folder}: holds no *{ending}.parquet: run stage {stage}, or correct the path")
     warn_of_others(folder, (path.name for path in set(files) - set(found)), f"*{ending}.parquet")
     return found
+
+
+def find_tar_dir(raw_dir: Path) -> Path:
+    """Return the folder of the tars: raw_dir, or `dataset_unaligned` in it, where a download may have put them.
+
+    Raises InputError where both hold tars, so that none is left out unsaid.
+    """
+    places = [
+        place
+        for place in (raw_dir, raw_dir / UNALIGNED)
+        if place.is_dir() and any(path.suffix.lower() == TAR_SUFFIX for path in list_files(place))
+    ]
+    if len(places) > 1:
+        raise InputError(
+            f"{raw_dir}: holds tars, and its folder {UNALIGNED} does too: set [paths].raw_dir to the one, or move them "
+            "together"
+        )
+    return places[0] if places else raw_dir
+
+
+def list_tars(raw_dir: Path) -> list[Path]:
+    """Return the raw tars of a folder by dataset id; names that begin with a dot are passed over, others are counted.
+
+    Raises InputError if the folder is missing, cannot be read, or holds no tar or one whose name gives no dataset id.
+    """
+    if not raw_dir.is_dir():
+        raise InputError(f"{raw_dir}: no such folder: set [paths].raw_dir to the folder of the NNNN.tar files")
+    raw_dir = find_tar_dir(raw_dir)
+    files = list_files(raw_dir)
+    tars = [path for path in files if path.suffix.lower() == TAR_SUFFIX]
+    warn_of_others(raw_dir, (path.name for path in files if path not in set(tars)), "*.tar")
+    if not tars:
+        raise InputError(f"{raw_dir}: holds no .tar file: set [paths].raw_dir to the folder of the NNNN.tar files")
+    return sorted(tars, key=parse_dataset_id)
+
+
+def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
+    """Return stage 1's outputs by dataset id; none where there is no such folder.
+
+    Raises InputError if the folder cannot be read.
+    """
+    if not intermediates_dir.is_dir():
+        return {}
+    found = (path for path in list_files(intermediates_dir) if is_parquet(path))
+    ids = {path: parse_dataset_name(path.stem) for path in found}
+    return {dataset_id: path for path, dataset_id in ids.items() if dataset_id is not None}
+
+
+def find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
+    """Return the tars by dataset id: those of raw_dir, and those of intermediates whose tar is gone.
+
+    Raises InputError where there is none.
+    """
+    tar_dir = find_tar_dir(raw_dir)
+    known = {dataset_id: tar_dir / f"{path.stem}.tar" for dataset_id, path in intermediates.items()}
+    if not known or raw_dir.is_dir():
+        try:
+            known |= {parse_dataset_id(path): path for path in list_tars(raw_dir)}
+        except InputError:
+            if not known:
+                raise
+    return known
 
 
 def walk_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> Iterator[os.DirEntry[str]]:

@@ -61,7 +61,6 @@ class RowScratch:
         self.width: int | None = None
         self.rejects: dict[int, Rejection] = {}
         self._load()
-        self.seen_at_start = self.seen
 
     def _load(self) -> None:
         """Take up what is there if it belongs to the same run, else begin anew."""

@@ -8,17 +8,15 @@ from typing import Any
 from pipeline.cli import Options, StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
-from pipeline.files.listing import is_parquet, list_files, warn_of_others
+from pipeline.files.listing import find_tars, is_parquet, list_intermediates
 from pipeline.files.tables import PROVENANCE_KEY, identify, matches, open_parquet, read_provenance
 from pipeline.files.writing import read_json_object
-from pipeline.ids import dataset_name, parse_dataset_id, parse_dataset_name
+from pipeline.ids import dataset_name, parse_dataset_id
 from pipeline.log import logger
 from pipeline.stages import Stage
 
 Provenance = dict[str, Any]
 
-# The folder in which the public download keeps its tars.
-UNALIGNED = "dataset_unaligned"
 MAX_NAMED = 10  # of those that an error lists
 
 COMPLETE, STALE, UNFINISHED, ABSENT = "complete", "stale", "unfinished", "absent"
@@ -187,7 +185,7 @@ def list_tar_units(
     config.require_paths(*needed)
     intermediates_dir, place = config.path("intermediates_dir"), stage.find_place(config)
     intermediates = list_intermediates(intermediates_dir) if place != intermediates_dir else {}
-    tars = _take_named(options.tar_files) if options.tar_files else _find_tars(config.path("raw_dir"), intermediates)
+    tars = _take_named(options.tar_files) if options.tar_files else find_tars(config.path("raw_dir"), intermediates)
     units = []
     for dataset_id, tar_path in sorted(tars.items()):
         name = dataset_name(dataset_id)
@@ -215,52 +213,6 @@ def _take_named(tar_files: Iterable[Path]) -> dict[int, Path]:
     return tars
 
 
-def find_tar_dir(raw_dir: Path) -> Path:
-    """Return the folder of the tars: raw_dir, or `dataset_unaligned` in it, where a download may have put them.
-
-    Raises InputError where both hold tars, so that none is left out unsaid.
-    """
-    places = [
-        place
-        for place in (raw_dir, raw_dir / UNALIGNED)
-        if place.is_dir() and any(path.suffix.lower() == ".tar" for path in list_files(place))
-    ]
-    if len(places) > 1:
-        raise InputError(
-            f"{raw_dir}: holds tars, and its folder {UNALIGNED} does too: set [paths].raw_dir to the one, or move them "
-            "together"
-        )
-    return places[0] if places else raw_dir
-
-
-def list_tars(raw_dir: Path) -> list[Path]:
-    """Return the raw tars of a folder by dataset id; names that begin with a dot are passed over, others are counted.
-
-    Raises InputError if the folder is missing, cannot be read, or holds no tar or one whose name gives no dataset id.
-    """
-    if not raw_dir.is_dir():
-        raise InputError(f"{raw_dir}: no such folder: set [paths].raw_dir to the folder of the NNNN.tar files")
-    raw_dir = find_tar_dir(raw_dir)
-    files = list_files(raw_dir)
-    tars = [path for path in files if path.suffix.lower() == ".tar"]
-    warn_of_others(raw_dir, (path.name for path in files if path not in set(tars)), "*.tar")
-    if not tars:
-        raise InputError(f"{raw_dir}: holds no .tar file: set [paths].raw_dir to the folder of the NNNN.tar files")
-    return sorted(tars, key=parse_dataset_id)
-
-
-def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
-    """Return stage 1's outputs by dataset id; none where there is no such folder.
-
-    Raises InputError if the folder cannot be read.
-    """
-    if not intermediates_dir.is_dir():
-        return {}
-    found = (path for path in list_files(intermediates_dir) if is_parquet(path))
-    ids = {path: parse_dataset_name(path.stem) for path in found}
-    return {dataset_id: path for path, dataset_id in ids.items() if dataset_id is not None}
-
-
 def drop_missing(
     result: StageResult, config: Config, outputs: Iterable[Path], what: str, *, allowed: bool, setting: str
 ) -> None:
@@ -284,18 +236,6 @@ def drop_missing(
     num_images = sum(open_parquet(path).metadata.num_rows for path in missing)
     logger.warning("%s: %d images are left out", said, num_images)
     result.add({"in": num_images, "dropped": num_images}, {f"missing_{what}": num_images})
-
-
-def _find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
-    tar_dir = find_tar_dir(raw_dir)
-    known = {dataset_id: tar_dir / f"{path.stem}.tar" for dataset_id, path in intermediates.items()}
-    if not known or raw_dir.is_dir():
-        try:
-            known |= {parse_dataset_id(path): path for path in list_tars(raw_dir)}
-        except InputError:
-            if not known:
-                raise
-    return known
 
 
 def do_tars(
