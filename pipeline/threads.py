@@ -20,10 +20,10 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item in order, computed by threads, with at most `in_flight` items held.
 
-    Threads, because the decoders release the interpreter lock, nothing has to be copied to another process, and
-    no orphan survives a kill. `items` is consumed in the calling thread. An exception of `function` is raised here; a
-    PipelineError of `items`, such as a damaged tar, behind the results of what came before it.
-    Each thread calls `initializer` first. Whoever may stop early closes what is returned, and with it `items`.
+    Threads suffice because the decoders release the interpreter lock. `items` is consumed in the calling thread. An
+    exception of `function` is raised here; a PipelineError of `items`, such as a damaged tar, after the results of the
+    items before it. Each thread calls `initializer` first. A caller that may stop early closes the generator, and with
+    it `items`.
     """
     in_flight = in_flight or 4 * num_workers
     pending: deque[Future[Result]] = deque()
@@ -54,9 +54,9 @@ def map_in_order(
 
 
 def prefetch(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, None]:
-    """Yield the items in order, made by one thread of their own that keeps at most `depth` of them ready.
+    """Yield the items in order, made by a thread of their own that keeps at most `depth` of them ready.
 
-    An exception of `items` is raised here. Whoever may stop early closes what is returned, and with it `items`.
+    An exception of `items` is raised here. A caller that may stop early closes the generator, and with it `items`.
     """
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
@@ -73,24 +73,24 @@ def prefetch(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, Non
 
 
 class Background:
-    """A thread that does one call at a time, behind its caller; the error of a call is raised by the next one."""
+    """A thread that runs one call at a time in the background; the next call raises the previous one's error."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Start a call once the last one has ended."""
+        """Start a call once the previous one has ended."""
         self.finish()
         self._pending = self._pool.submit(call)
 
     def finish(self) -> None:
-        """Wait for the call under way, and raise its error."""
+        """Wait for the running call, and raise its error."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def close(self) -> None:
-        """End the thread behind the call under way, and raise its error."""
+        """End the thread after the running call, and raise its error."""
         self._pool.shutdown()
         self.finish()

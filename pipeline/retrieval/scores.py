@@ -22,7 +22,7 @@ RECALL_RANKS = (1, 5, 10, 100)
 SCORE_KEYS = (*(f"recall_at_{k}" for k in RECALL_RANKS), "map", "mrr")
 # Similarities held at a time: 2^25 float32 are 128 MiB; a block has at least 16 queries, or the product is slow.
 BLOCK_VALUES, MIN_BLOCK_QUERIES = 2**25, 16
-# Resamples whose means one product gives: the sums of the buildings are read once for all, and it stays on one core.
+# Resamples computed by one product, which reads the buildings' sums once and stays on one core.
 RESAMPLES_AT_A_TIME = 16
 
 Embeddings = NDArray[np.float32]
@@ -30,14 +30,14 @@ Embeddings = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class QueryScores:
-    """How each query that has a positive fared."""
+    """The result of each query that has a positive."""
 
     query: Codes  # (Q,) row indexes, ascending
     first_rank: Codes  # (Q,) rank of the nearest positive, 1 is the best
     average_precision: NDArray[np.float64]  # (Q,)
 
     def values(self) -> NDArray[np.float64]:
-        """Return (Q, 6): what each query adds to the means, in the order of SCORE_KEYS."""
+        """Return each query's share of the means, (Q, 6), in the order of SCORE_KEYS."""
         recalls = [self.first_rank <= k for k in RECALL_RANKS]
         return np.stack([*recalls, self.average_precision, 1.0 / self.first_rank], axis=1).astype(np.float64)
 
@@ -57,7 +57,7 @@ def normalise_rows(embeddings: NDArray[Any]) -> Embeddings:
 
 
 def _check_rows(rows: Embeddings) -> Embeddings:
-    """Return the norms, (N,); a NaN would lose every comparison and so find itself, a zero vector ties with all."""
+    """Return the norms (N,); refuse NaN, which loses every comparison, and zero vectors, which tie with all."""
     norms: Embeddings = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
     if len(bad):
@@ -149,10 +149,9 @@ def summarize_scores(scores: QueryScores) -> dict[str, float]:
 
 
 def list_unreached(rows: Mapping[str, Mapping[str, float]], own: float, tolerance: float = 0.0) -> list[str]:
-    """Return the rows of scores whose mAP a projector's `own` does not reach; one that is not a number reaches none.
+    """Return the rows of scores with a mAP that a projector's `own` does not reach; NaN reaches none.
 
-    Plain whitening may be ahead by the standard error (`map_error`) by which a start is chosen: validation buildings
-    cannot tell them apart.
+    Plain whitening may be ahead by its standard error (`map_error`), which validation buildings cannot resolve.
     """
     return [name for name, row in rows.items() if not own >= row["map"] - max(tolerance, row.get("map_error", 0.0))]
 
