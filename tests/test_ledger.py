@@ -31,7 +31,9 @@ def test_counts_of_all_files_of_a_stage_are_added_up_and_splits_count_once(confi
         write(tmp_path / "merged" / f"{split}.parquet", {"in": 11, "out": 10, "dropped": 1}, {"single_image": 1})
     write(tmp_path / "new" / "parts" / "rg00000_rb00000.parquet", {"in": 3, "out": 3})
     (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "provenance.json").write_text(json.dumps({"counts": {"in": 8, "out": 8}}))
+    (tmp_path / "checkpoint" / "provenance.json").write_text(
+        json.dumps({"stage": "train", "counts": {"in": 8, "out": 8}})
+    )
     found = {result.stage: result for result in read_ledger(config)}
     assert list(found) == ["process_tar", "merge_and_split", "train", "generate_embeddings_from_parquet"]
     first = found["process_tar"]
