@@ -22,13 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from evaluate_embeddings.scores.breakdowns import load_camera, summarize_breakdowns
 from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
-from evaluate_embeddings.scores.metrics import (
-    GALLERY_SIZES,
-    KINDS,
-    Evaluation,
-    build_metrics,
-    score_kinds_twice,
-)
+from evaluate_embeddings.scores.metrics import GALLERY_SIZES, KINDS, Evaluation, build_metrics, score_kinds_twice
 from evaluate_embeddings.scores.pair_similarity import sample_similarities
 from evaluate_embeddings.scores.standalone import CHECKPOINT_NAME, STAGE, EvaluateOptions, run_standalone
 from evaluate_embeddings.scores.tables import format_metrics_table

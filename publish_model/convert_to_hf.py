@@ -28,12 +28,7 @@ from pipeline.files.tables import identify, make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import writing_folder
 from pipeline.files.writing import read_json_object
-from pipeline.inference.model_files import (
-    embedding_settings,
-    identify_model,
-    locate_backbone,
-    names_its_backbone,
-)
+from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone, names_its_backbone
 from pipeline.log import logger
 from pipeline.stages import STAGES
 from publish_model.model_folder.model_card import add_test_results, is_measured, worse_than

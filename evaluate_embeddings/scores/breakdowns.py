@@ -76,11 +76,7 @@ def summarize_breakdowns(evaluation: Evaluation, camera: Camera | None, seed: in
 
 
 def _summarize_groups(
-    evaluation: Evaluation,
-    values: NDArray[Any],
-    edges: tuple[int, ...],
-    name: Callable[[int, float], str],
-    seed: int,
+    evaluation: Evaluation, values: NDArray[Any], edges: tuple[int, ...], name: Callable[[int, float], str], seed: int
 ) -> dict[str, Any]:
     """Return the scores of the queries between each two edges, by the group's name; leave out empty groups."""
     found = {}
