@@ -59,7 +59,7 @@ SECONDS_BETWEEN_SAVES = 30.0
 
 
 class Embedding:
-    """What the tars of one run share: the backbone, loaded when it is needed, and two threads that write behind it.
+    """The backbone that the tars of one run share, loaded when it is needed, and two threads that write behind it.
 
     While one tar's parquet is written, the next tar is embedded.
     """
@@ -73,7 +73,7 @@ class Embedding:
 
     @functools.cached_property
     def precision(self) -> Precision:
-        """What the backbone computes in: in one folder the same for all tars, whichever process embeds them."""
+        """The backbone's precision: the same for all tars of one folder, whichever process embeds them."""
         assert self._folder is not None  # without it nothing is left to embed
         section = self.config.embedding_model
         name = hash_json({"model": self._model_id, **embedding_settings(section)})[:16]
@@ -101,7 +101,7 @@ class Embedding:
                 yield from (image.data for image in images if image.data)
 
     def close(self) -> None:
-        """End the threads behind what they still write.
+        """Wait for the threads to write what they hold, and end them.
 
         Raises PipelineError if it cannot be written.
         """
@@ -261,7 +261,7 @@ def stored_type(config: Config) -> pa.DataType:
 
 
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
-    """Return this shard's tars and what is made of each."""
+    """Return the units of this shard's tars."""
 
     @functools.cache
     def find_model() -> str | None:

@@ -26,7 +26,7 @@ INTERRUPTED, TERMINATED = 130, 143
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line asks for beyond the configuration."""
+    """The options of a command line, beyond the configuration."""
 
     overwrite: bool = False
     shard: Shard = Shard()
@@ -88,7 +88,7 @@ class StageResult:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one `error:` line."""
+    """An ArgumentParser that reports a mistake in one `error:` line."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}; see --help")
@@ -144,7 +144,7 @@ def parse_shard(text: str) -> Shard:
 
 
 def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a script's main and exit with the contract's code: one line on stderr for what is not a bug."""
+    """Run a script's main and exit with its code; any failure that is not a bug is one line on stderr."""
     if argv is None:  # run as a script, not from another program
         _speak_utf8()
     signal.signal(signal.SIGTERM, _raise_terminated)
@@ -272,7 +272,7 @@ def _report(result: StageResult, started: float) -> None:
 
 
 def log_versions(stage: str, config: Config) -> None:
-    """Log what is needed to know later what ran."""
+    """Log the versions, device and configuration of a run."""
     logger.info(
         "%s %s, Python %s, pyarrow %s, device %s, seed %d, config %s",
         stage, VERSION, platform.python_version(), installed_version("pyarrow"), config.infrastructure.device,

@@ -28,7 +28,7 @@ class InputError(PipelineError):
 
 
 class DamagedError(InputError):
-    """A file whose content is provably not what was written, so that it may be replaced."""
+    """A file with damaged content, which may be replaced."""
 
 
 class StaleOutputError(PipelineError):
@@ -36,7 +36,7 @@ class StaleOutputError(PipelineError):
 
 
 class DeviceMemoryError(PipelineError):
-    """A GPU whose memory does not hold what has to be in it."""
+    """A GPU with too little memory."""
 
 
 # Every word that a `_rejects` table may hold; docs/data_architecture.md says what each means.

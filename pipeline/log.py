@@ -23,12 +23,12 @@ _LINE_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose lines are lost, and said to be so once, where the disk takes no more."""
+    """A log file that warns once when a line cannot be written, as on a full disk."""
 
     _has_failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 (logging's own)
-        """Say what failed in one line where logging would print a traceback for each line."""
+        """Print one line, where logging would print a traceback for each record."""
         if not self._has_failed:
             self._has_failed = True
             print(f"warning: cannot write the log {self.baseFilename} ({sys.exc_info()[1]})", file=sys.stderr)
@@ -86,7 +86,7 @@ class Progress:
             self._bar.close()
 
     def resume_at(self, done: int) -> None:
-        """Count `done` items that an earlier run finished, which say nothing of this run's rate."""
+        """Count `done` items that an earlier run finished; they stay out of this run's rate."""
         self.done = self._resumed = done
         if self._bar is not None:
             self._bar.initial = done
@@ -142,7 +142,7 @@ class Stopwatch:
             self.add(part, time.monotonic() - started)
 
     def measure_each(self, part: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items, adding to `part` what it takes to get each."""
+        """Yield the items, and add the time that getting each takes to `part`."""
         iterator = iter(items)
         while True:
             with self.measure(part):
@@ -186,7 +186,7 @@ class EngineWatch(Stopwatch):
             super().add(part, seconds)
 
     def describe_parts(self) -> str:
-        """Say the rate, the share of the time in which the device computed, and the parts."""
+        """Describe the rate, how much of the time the device computed, and the parts."""
         parts = super().describe_parts()
         if not self.wall_seconds:
             return parts

@@ -51,7 +51,7 @@ Reject = tuple[str, Rejection]
 
 
 def choose_scale(width: int, height: int, image_size: int) -> int:
-    """Return 1/2, 1/4 or 1/8 as 2, 4 or 8, the smallest decode that is true to the cells; 1 where none is.
+    """Return the largest factor of 8, 4, 2 by which a reduced decode still resolves the cells, else 1.
 
     A scale at which the cells' borders fall between its pixels loses nothing.
     """
@@ -104,7 +104,7 @@ def compute_fingerprint(data: bytes, image_size: int) -> np.ndarray:
 def compute_tar(
     tar_path: Path, rows: dict[str, int], image_size: int, num_workers: int, progress: Progress, watch: Stopwatch
 ) -> tuple[np.ndarray, np.ndarray, list[Reject]]:
-    """Stream a tar and return the fingerprints (N, image_size² x 3) uint8, which of them are there (N,), and rejects.
+    """Stream a tar; return the fingerprints (N, image_size² x 3) uint8, a mask of those that exist (N,), and rejects.
 
     `rows` gives the row of each wanted image; it is emptied. Raises InputError if the tar is damaged.
     """
@@ -190,7 +190,7 @@ def take_over(unit: TarUnit, config: Config) -> tuple[dict[str, int], str]:
 
 
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
-    """Return this shard's tars and what is made of each."""
+    """Return the units of this shard's tars."""
     return list_tar_units(
         STAGES[4],
         config,

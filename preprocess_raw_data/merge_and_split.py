@@ -68,7 +68,7 @@ class SplitWriter:
                 self.finish()
 
     def finish(self) -> None:
-        """Write what is waiting, from one piece, so that its bytes do not depend on how the rows came."""
+        """Write the waiting rows as one piece, so that the bytes do not depend on how the rows arrived."""
         if self._num_waiting:
             self._writer.write_table(pa.concat_tables(self._waiting).combine_chunks())
             self._waiting, self._num_waiting = [], 0
@@ -89,7 +89,7 @@ def write_splits(
 def fill_splits(
     inventory: Inventory, splits: NDArray[np.int8], scratch_dir: Path, provenances: list[dict[str, Any]], config: Config
 ) -> None:
-    """Write the three files into a folder, beside what is spilled."""
+    """Write the three files into a folder that also takes the spilled rows."""
     schema = inventory.schema
     rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
     paths = [scratch_dir / f"{split}.parquet" for split in SPLITS]
@@ -116,7 +116,7 @@ def list_units(config: Config) -> list[Unit]:
 
 
 def describe_output(config: Config) -> dict[str, Any]:
-    """Return the provenance that the splits must have, but for what is counted in them."""
+    """Return the provenance that the splits must have, without the counts."""
     embeddings = list_embeddings(config)
     return make_provenance(STAGE, map(identify, embeddings), describe_settings(config))
 

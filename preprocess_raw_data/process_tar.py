@@ -118,7 +118,7 @@ def describe_output(unit: TarUnit) -> Provenance:
 
 
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
-    """Return this shard's tars and what is made of each."""
+    """Return the units of this shard's tars."""
     return list_tar_units(STAGES[1], config, options, describe_output)
 
 

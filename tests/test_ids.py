@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.ids import Shard, building_id, parse_dataset_id, streetview_image_id
+from pipeline.ids import (
+    Shard,
+    building_id,
+    dataset_name,
+    parse_dataset_id,
+    parse_dataset_name,
+    streetview_image_id,
+)
 
 
 def test_ids_are_padded_to_four_digits_and_grow_beyond():
@@ -38,3 +45,9 @@ def test_shards_together_take_every_unit_once():
     assert Shard().is_whole
     assert not Shard(0, 2).is_whole
     assert str(Shard(1, 3)) == "1of3"
+
+
+@pytest.mark.parametrize("dataset_id", [0, 7, 9999, 12345])
+def test_a_datasets_name_is_read_back(dataset_id):
+    assert parse_dataset_name(dataset_name(dataset_id)) == dataset_id
+    assert parse_dataset_name(f"{dataset_name(dataset_id)}_embeddings") is None

@@ -54,7 +54,7 @@ class Member:
         return data
 
     def read_image(self) -> bytes | None:
-        """Return the member's bytes, None where they are more than MAX_IMAGE_BYTES."""
+        """Return the member's bytes, None if there are more than MAX_IMAGE_BYTES."""
         return self.read() if self.size <= MAX_IMAGE_BYTES else None
 
     @property
@@ -116,7 +116,7 @@ class TarImage(NamedTuple):
 
 
 def read_images(tar_path: Path, rows: dict[str, int], num_seen: int = 0) -> Iterator[TarImage]:
-    """Yield the images whose row is in `rows`, but for the first `num_seen`; those found leave it.
+    """Yield the images that `rows` names, except the first `num_seen`; each one found leaves `rows`.
 
     The first regular file of a name is the image that stage 1 looked at. Raises InputError if the tar is damaged.
     """
@@ -140,7 +140,7 @@ def require_bytes(data: bytes | None, size: int) -> bytes:
 
 
 def _name_other_kind(path: Path) -> str:
-    """Say what a file is that fetching it again would not make a tar, and what would; nothing where that is unknown."""
+    """Describe a file that is something else than a tar, and the remedy; empty where its kind is unknown."""
     with open(path, "rb") as file:
         beginning = file.read(512)
     for mark, kind in _OTHER_KINDS.items():

@@ -101,7 +101,7 @@ def check_foreign_output(unit: TarUnit, column: ListColumn) -> tuple[dict[str, i
 
 
 def _compare(ids: pa.ChunkedArray, others: pa.ChunkedArray, name: str) -> str | None:
-    """Say how many of the images of the file `name` the other one lacks, None where it lacks none."""
+    """Describe the images of the file `name` that the other one lacks; None if it has them all."""
     missing = ids.filter(pc.invert(pc.is_in(ids, value_set=others.combine_chunks())))
     return f"{len(missing)} images are in {name} only, as {missing[0]}" if len(missing) else None
 

@@ -1,4 +1,4 @@
-"""Columns whose every row is a list of as many numbers: embeddings and fingerprints, in whatever type they are stored.
+"""Read columns of equally long lists of numbers, embeddings and fingerprints, whatever type they are stored in.
 
 This project writes fixed_size_list; what other writers leave (`list<double>`, `list<int64>`) is taken batch by batch,
 once it is seen that its rows have one length and their numbers fit.
@@ -26,7 +26,7 @@ _FINGERPRINT_TYPES = dict.fromkeys(
 
 @dataclass(frozen=True)
 class ListColumn:
-    """A column of lists of `width` numbers, to be read as `dtype`; without any row the width may be unknown, None."""
+    """A column of lists of `width` numbers, read as `dtype`; the width is None if it is unknown for lack of rows."""
 
     path: Path
     name: str
@@ -40,7 +40,7 @@ class ListColumn:
         return pa.list_(pa.from_numpy_dtype(self.dtype), self.width or 0)
 
     def read(self, column: pa.Array, first_row: int, *, check_finite: bool = True) -> NDArray[Any]:
-        """Return the rows (n, width) of a batch whose first one is the file's row `first_row`, counted from 0.
+        """Return the rows (n, width) of a batch that begins at the file's row `first_row`, counted from 0.
 
         Raises InputError naming the first row that is null, of another length, or holds a null or a number that is
         not finite (unless told not to look) or not a fingerprint's.

@@ -1,4 +1,4 @@
-"""List what folders hold: what cannot be read is an error, and what is no data is counted."""
+"""List the files of folders: one that cannot be read is an error, others that are not data are counted."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def list_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> list[Path]:
 
 
 def list_outputs(folder: Path, stage: int, ending: str) -> list[Path]:
-    """Return the parquets of a stage by name, those whose names end with `ending` but for the suffix.
+    """Return a stage's parquets by name: NAME`ending`.parquet.
 
     Other files are counted. Raises InputError if there are none, or the folder is missing or cannot be read.
     """
@@ -113,7 +113,7 @@ def find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
 
 
 def walk_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> Iterator[os.DirEntry[str]]:
-    """Yield whatever is no folder in a folder and below it; names that begin with one of `hidden` are passed over.
+    """Yield all files in and below a folder; skip names that begin with one of `hidden`.
 
     Links to folders are followed, but every folder is walked once, and none that holds `folder` itself.
     Raises InputError if one of the folders is missing or cannot be read.
@@ -156,7 +156,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def warn_of_others(folder: Path, names: Iterable[str], wanted: str) -> None:
-    """Warn of files that are not what is wanted of a folder: how many, with which endings, and some of them."""
+    """Warn about unwanted files of a folder, with their number, endings and some examples."""
     listed = sorted(names)
     if listed:
         endings = Counter(PurePath(name).suffix.lower() or "no ending" for name in listed)

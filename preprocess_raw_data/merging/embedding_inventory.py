@@ -112,7 +112,7 @@ def read_ids(path: Path) -> pa.Table:
 
 
 def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
-    """Return the schema of what is merged, the embedding last, and each file's column of embeddings.
+    """Return the merged schema, with the embedding last, and each file's column of embeddings.
 
     It has the columns of all files: what a file lacks beside the ids, as older ones do the camera, is null in its rows.
     Raises InputError naming the first file that lacks an id, or differs from an earlier one in a type, the width or the
@@ -155,7 +155,7 @@ def list_fields(schema: pa.Schema, embedding: ListColumn) -> list[pa.Field]:
 
 
 def log_missing_columns(paths: list[Path], schemas: list[pa.Schema], names: set[str]) -> None:
-    """Log which columns of other files a file lacks."""
+    """Log the columns that a file lacks and others have."""
     for path, schema in zip(paths, schemas, strict=True):
         missing = sorted(names - set(schema.names))
         if missing:

@@ -19,7 +19,7 @@ Splits = NDArray[np.int8]
 
 
 def compare_leakage(inventory: Inventory, splits: Splits, data: DataSection, seed: int) -> dict[str, dict[str, Any]]:
-    """Return what leaks in the split that is written, and beside it without cells and with them, by hash alone.
+    """Return the leakage of the written split and, for comparison, of splits by hash with and without cells.
 
     `splits` gives each building's index into SPLITS, -1 for those that are dropped.
     """

@@ -66,7 +66,7 @@ def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float
 
 
 def name_units(buildings: Buildings, data: DataSection) -> Iterator[str]:
-    """Name what each building goes to a split with: itself, its cell, or its dataset."""
+    """Name each building's unit, which goes to one split as a whole: itself, its cell, or its dataset."""
     if data.split_unit == "dataset":
         return (f"dataset:{dataset_id}" for dataset_id in buildings.dataset_ids)
     if data.split_cell_m > 0:

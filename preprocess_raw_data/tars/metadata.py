@@ -1,4 +1,4 @@
-"""What a view's metadata file says. Another format of it changes this file alone: its suffix and `parse_metadata`."""
+"""Read a view's metadata file. For another format change this file alone: `SUFFIX` and `parse_metadata`."""
 
 import re
 from dataclasses import dataclass

@@ -74,7 +74,7 @@ class TarInventory:
         return False
 
     def add_metadata(self, member: Member, data: bytes) -> None:
-        """Note what a metadata file says."""
+        """Note the content of a metadata file."""
         item = self._find(member)
         try:
             item.metadata = parse_metadata(data)
@@ -116,7 +116,7 @@ class TarInventory:
 
 
 def judge_item(stem: str, item: Item) -> tuple[View | None, list[Reject]]:
-    """Return an item's view, if it has a usable one, and what of it is rejected, tested in the contract's order.
+    """Return an item's usable view, if any, and its rejects; the reasons are tested in a fixed order.
 
     Where several images share the stem, each is judged with the metadata, and the first usable one is the pair's.
     """
@@ -154,7 +154,7 @@ def _choose_image(
 
 
 def _reject_all(stem: str, item: Item, reason: Rejection) -> Iterator[Reject]:
-    """Reject all of an item: the pair under its stem, whatever is left over under its own name."""
+    """Reject all members of an item: a pair under its stem, the others under their own names."""
     images = [image.name for image in item.images] + [m.name for m in item.not_files if m.is_image_name]
     texts = [item.metadata_name] if item.metadata_name else []
     texts += [member.name for member in item.not_files if is_metadata_name(member.name)]
