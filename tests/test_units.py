@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import Options, StageResult
@@ -12,7 +13,18 @@ from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputE
 from pipeline.files import listing
 from pipeline.files.listing import list_tars
 from pipeline.files.tables import identify, make_provenance, write_parquet
-from pipeline.files.units import do_tars, list_tar_units
+from pipeline.files.units import (
+    ABSENT,
+    COMPLETE,
+    STALE,
+    UNFINISHED,
+    Unit,
+    do_tars,
+    find_state,
+    list_tar_units,
+    measure_progress,
+)
+from pipeline.files.writing import write_json
 from pipeline.ids import Shard
 from pipeline.stages import STAGES
 
@@ -185,3 +197,61 @@ def test_a_wrongly_named_tar_in_the_folder_is_refused(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=rf"{name}: a raw tar must be named NNNN\.tar"):
         list_tars(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ the state of a unit
+
+
+def provenance(**settings):
+    return make_provenance("stage", [], settings) | {"counts": {"in": 2, "out": 2}, "reasons": {}}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_a_unit_is_absent_unfinished_complete_or_stale(tmp_path, kind):
+    outputs = (tmp_path / f"a.{kind}", tmp_path / "b.pt")
+    marks = outputs[:1] if kind == "json" else ()
+
+    def judge(size=1):
+        return find_state(Unit("a", outputs, lambda _: provenance(size=size), leftover=tmp_path / ".left", marks=marks))
+
+    assert judge().status == ABSENT
+    (tmp_path / ".left").touch()
+    assert judge().status == UNFINISHED
+    if kind == "json":
+        write_json(outputs[0], {"value": 1, "provenance": provenance(size=1)})
+    else:
+        write_parquet(outputs[0], pa.table({"a": [1]}), provenance(size=1))
+    assert judge().status == UNFINISHED
+    outputs[1].touch()
+    assert (judge().status, judge().counts) == (COMPLETE, {"in": 2, "out": 2})
+    state = judge(size=2)
+    assert state.status == STALE
+    assert f"{outputs[0]}: made from other inputs or settings (size was 1 and is now 2)" in state.problem
+
+
+def test_an_output_without_provenance_is_stale_unless_the_stage_takes_it_over(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": [1]}), path)
+    unit = Unit("a", (path,), lambda _: provenance())
+    assert "it does not say what it was made from" in find_state(unit).problem
+    state = find_state(replace(unit, take_over=lambda _: ({"in": 1, "out": 1}, "from elsewhere")))
+    assert (state.status, state.counts, state.note) == (COMPLETE, {"in": 1, "out": 1}, "from elsewhere")
+
+
+def test_what_a_check_finds_makes_a_unit_stale_or_is_an_error(tmp_path):
+    def complain(error):
+        raise error
+
+    assert find_state(Unit("a", (), check=lambda: complain(StaleOutputError("another one")))).problem == "another one"
+    with pytest.raises(InputError, match="not ours"):
+        find_state(Unit("a", (), check=lambda: complain(InputError("not ours"))))
+
+
+def test_progress_shows_in_outputs_and_in_what_an_unfinished_run_leaves(tmp_path):
+    unit = Unit("a", (tmp_path / "a.pt",), leftover=tmp_path / "_parts")
+    marks = [measure_progress(unit)]
+    for path in (tmp_path / "_parts" / "1.parquet", tmp_path / "_parts" / ".2.tmp", tmp_path / "a.pt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+        marks.append(measure_progress(unit))
+    assert [mark != before for before, mark in zip(marks, marks[1:], strict=False)] == [True, False, True]
