@@ -27,10 +27,9 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import count_cores
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN
-from pipeline.errors import InputError, PipelineError, Rejection
+from pipeline.errors import InputError, PipelineError, Rejection, StaleOutputError
 from pipeline.files import workspace
 from pipeline.files.tables import (
-    describe_difference,
     make_provenance,
     matches,
     parquet_writer,
@@ -96,28 +95,22 @@ class Package:
     folder: Path
     schema: pa.Schema
     provenance: dict[str, Any]
-    counts: list[dict[str, Any]] = field(default_factory=list)  # of each file, as its rejects say
+    counts: list[dict[str, Any]] = field(default_factory=list)  # of each file
 
     def take_up(self) -> int:
         """Find the files that an interrupted run has finished, and return how many images they hold."""
-        while (found := self._read(self._path(len(self.counts)))) is not None:
-            self.counts.append(found)
+        try:
+            while (path := self._next_path()).is_file() and rejects_path(path).is_file():
+                self.counts.append(read_counts(path, self.provenance))
+        except StaleOutputError:
+            logger.info("%s: begun with other images: begun anew", self.folder)
+            for old in self.folder.iterdir():
+                workspace.remove(old)
+            self.counts.clear()
         return sum(counts["in"] for counts in self.counts)
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.parquet"
-
-    def _read(self, path: Path) -> dict[str, Any] | None:
-        """Return a finished file's counts, None where it is none."""
-        if not (path.is_file() and rejects_path(path).is_file()):
-            return None
-        found = read_provenance(rejects_path(path)) or {}
-        if describe_difference(found, self.provenance) is None:
-            return {**found["counts"], "reasons": found["reasons"]}
-        logger.info("%s: begun with other images: begun anew", self.folder)
-        for old in self.folder.iterdir():
-            workspace.remove(old)
-        return None
+    def _next_path(self) -> Path:
+        return self.folder / f"{len(self.counts):05d}.parquet"
 
     def write_file(self, groups: Iterator[list[Packed]], progress: Progress) -> bool:
         """Write the next file of row groups, and return whether there was anything to write."""
@@ -126,7 +119,7 @@ class Package:
             return False
         rejected: list[tuple[str, Rejection]] = []
         num_rows = num_bytes = 0
-        path = self._path(len(self.counts))
+        path = self._next_path()
         with parquet_writer(path, self.schema, self.provenance) as writer:
             for group in itertools.chain([first], groups):
                 writer.write_table(pa.Table.from_pylist([image.to_row() for image in group], self.schema))
@@ -143,19 +136,32 @@ class Package:
         return True
 
 
-def is_packaged(output: Path, provenance: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the package is there and was made of these images.
+def read_counts(path: Path, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts of a packaged file, which its rejects carry.
 
-    Raises StaleOutputError where it was made of others and `overwrite` is off, InputError where something else lies
-    there, which is not removed for any option.
+    Raises StaleOutputError where they were made from other images.
+    """
+    found = read_provenance(rejects_path(path)) or {}
+    matches(rejects_path(path), found, provenance)
+    return {**found["counts"], "reasons": found["reasons"]}
+
+
+def read_finished(output: Path, provenance: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
+    """Return the counts of each file of the package at `output`, none where it is to be made.
+
+    Raises StaleOutputError where it was made from other images and `overwrite` is off, InputError where something else
+    lies there, which no option removes.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
+        return []
     first = output / "00000.parquet"
     found = read_provenance(first) if first.is_file() else None
     if found is None or found.get("stage") != STAGE:
         raise InputError(f"{output}: not empty, and not a package that was made here: give another --output")
-    return not overwrite and matches(output, found, provenance)
+    if overwrite:
+        return []
+    matches(output, found, provenance)
+    return [read_counts(path, provenance) for path in sorted(output.glob("*.parquet"))]
 
 
 def fill(package: Package, source: ImageSource) -> None:
@@ -191,16 +197,16 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
         [*source.fields[:1], (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *source.fields[1:]]
     )
     output = options.output.resolve()
-    if is_packaged(output, provenance, options.overwrite):
-        package = Package(output, schema, provenance)
-        package.take_up()
+    finished = read_finished(output, provenance, options.overwrite)
+    if finished:
         result.kept.append(options.output)
     else:
         with workspace.writing_folder(output, resumable=True) as folder:
             package = Package(folder, schema, provenance)
             fill(package, source)
+        finished = package.counts
         result.written.append(options.output)
-    for counts in package.counts:
+    for counts in finished:
         result.add(counts, counts["reasons"])
     check_rejects(result, options.max_reject_fraction)
     return result

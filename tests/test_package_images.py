@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -226,6 +227,22 @@ def test_a_rerun_keeps_the_package_and_another_input_is_refused(run_main, folder
     assert read_package(output).num_rows == 5
     assert read_rejects(output) == {}
     assert {path.name for path in tmp_path.iterdir()} == {"photographs", "packaged"}
+
+
+def test_a_finished_package_with_rejects_of_another_one_is_refused_and_kept(run_main, folder, tmp_path, small_files):
+    output, other = tmp_path / "packaged", tmp_path / "other"
+    assert run(run_main, folder, output).code == 0
+    (folder / "a.jpg").write_bytes(PHOTOGRAPHS[6])
+    assert run(run_main, folder, other).code == 0
+    (folder / "a.jpg").unlink()
+    shutil.copyfile(other / "_rejects" / "00001.parquet", output / "_rejects" / "00001.parquet")
+    before = {path: path.read_bytes() for path in output.rglob("*.parquet")}
+    outcome = run(run_main, folder, output)
+    assert outcome.code == 1
+    assert "00001.parquet: made from other inputs or settings (input photographs has changed)" in outcome.stderr
+    assert {path: path.read_bytes() for path in output.rglob("*.parquet")} == before
+    assert run(run_main, folder, output, "--overwrite").code == 0
+    assert read_package(output).num_rows == 6
 
 
 def test_overwrite_leaves_the_old_package_until_the_new_one_is_there(run_main, folder, tmp_path):
