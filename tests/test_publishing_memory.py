@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
 @pytest.mark.parametrize(
     ("dtype", "trial", "most"),
-    [("bfloat16", "untried", 0.5), ("", "tried", 1.5)],
+    [("bfloat16", "untried", 0.5), pytest.param("", "tried", 1.5, marks=pytest.mark.slow)],
     ids=["cast while streamed", "with the trial of a small model"],
 )
 def test_publishing_never_holds_a_second_copy_of_the_weights(folder, dtype, trial, most):

