@@ -47,7 +47,7 @@ def write_kind(folder: Path, kind: str, **settings: Any) -> tuple[Path, int]:
 def write_checkpoint(path: Path, input_dim: int = 24, maps: dict[str, float] | None = GOOD, **content: Any) -> Path:
     """Save a checkpoint with a seeded projector, as stage 6 does."""
     torch.manual_seed(8)
-    projector = Projector(input_dim, 256, 32, 1, 0.1, "gelu", 0.3)
+    projector = Projector(input_dim, 256, 32, 1, 0.1, "gelu")
     torch.nn.init.normal_(projector.output.weight, std=0.1)
     measured = {row: {"recall_at_1": 0.5, "map": value, "mrr": 0.5} for row, value in (maps or {}).items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -261,6 +261,7 @@ def test_an_output_that_is_a_file_makes_way_for_its_sidecar(embed, packaged, tmp
     assert read_state(Path(f"{output}.parts"))["complete"] is True
 
 
+@pytest.mark.slow
 def test_it_runs_with_this_folder_and_pipeline_alone_and_writes_nothing_into_the_current_folder(
     packaged, model_dir, tmp_path
 ):

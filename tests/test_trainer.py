@@ -27,7 +27,7 @@ def make_trainer(**settings: Any) -> tuple[Trainer, Features]:
     rows = np.random.default_rng(1).standard_normal((len(data), 6)).astype(np.float32)
     data = replace(data, embeddings=rows)
     torch.manual_seed(0)
-    projector = Projector(6, 4, 8, 1, 0.0, "gelu", 0.0)
+    projector = Projector(6, 4, 8, 1, 0.0, "gelu")
     sampler = BandSampler(data, make_neighbors(data), 3, 15.0)
     chosen = {"loss": "triplet", "anchors_per_epoch": len(data)} | settings
     section = TrainingSection(batch_size=20, margin=0.3, input_noise=0.0).model_copy(update=chosen)
