@@ -16,12 +16,64 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
-from evaluate_embeddings.page.atlas_table import write_atlas_table
-from pipeline import cli
-from pipeline.errors import InputError, PipelineError
-from pipeline.log import logger, logging_to
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-SEED = 42
+from evaluate_embeddings.scores.embeddings_table import to_text
+from pipeline import cli
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
+from pipeline.embeddings_dataset.parts import embeddings_of
+from pipeline.errors import InputError, PipelineError, Rejection
+from pipeline.inference.images import decode_rgb
+from pipeline.log import Progress, logger, logging_to
+from pipeline.pages import shrink, to_jpeg
+
+# More than a browser can move about smoothly is sampled.
+MAX_ROWS, SEED = 1_000_000, 42
+THUMBNAIL_SIDE, JPEG_QUALITY = 96, 70
+
+
+def write_atlas_table(output: Path, images: Path | None, path: Path) -> tuple[int, bool]:
+    """Write id, embedding and, if possible, a thumbnail of each image; return the rows, and whether thumbnails exist.
+
+    `images` is the input of stage 8 (default: from state.json). Raises InputError if the dataset or its input cannot
+    be read.
+    """
+    dataset = EmbeddingsDataset(output)
+    images = images or Path((dataset.state or {}).get("input_path", ""))
+    source = dataset.open_input(images) if images.exists() and images.name else None
+    if source is None:
+        logger.warning("no thumbnails: what was embedded is not here; give --images")
+    rows = np.arange(dataset.num_rows)
+    if len(rows) > MAX_ROWS:
+        logger.warning("%s: a random sample of %d of %d images is shown", output, MAX_ROWS, len(rows))
+        rows = np.sort(np.random.default_rng(SEED).choice(len(rows), MAX_ROWS, replace=False))
+    width = dataset.schema.field(EMBEDDING_COLUMN).type.list_size
+    schema = pa.schema([(ID_COLUMN, pa.string()), (EMBEDDING_COLUMN, pa.list_(pa.float32(), width))])
+    if source is not None:
+        schema = schema.append(pa.field("image", pa.struct([("bytes", pa.binary())])))
+        pictures = dataset.read_images(source, rows)
+    with pq.ParquetWriter(path, schema) as writer, Progress("prepare", len(rows), "images") as progress:
+        for part, _, places in dataset.locate(rows):
+            table = part.read([ID_COLUMN, EMBEDDING_COLUMN]).take(places)
+            ids = to_text(part.path, table[ID_COLUMN].combine_chunks())
+            arrays = [ids, pa.FixedSizeListArray.from_arrays(embeddings_of(table).reshape(-1), width)]
+            if source is not None:
+                arrays.append(pa.array([{"bytes": make_thumbnail(next(pictures)[1])} for _ in places], schema[2].type))
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            progress.advance(len(places))
+    return len(rows), source is not None
+
+
+def make_thumbnail(data: bytes) -> bytes | None:
+    """Return a small JPEG, None if the picture cannot be read any more."""
+    try:
+        return to_jpeg(shrink(decode_rgb(data), THUMBNAIL_SIDE), JPEG_QUALITY)
+    except Rejection:
+        return None
 
 
 def explore(folder: Path, images: Path | None, port: int) -> None:
@@ -37,7 +89,7 @@ def explore(folder: Path, images: Path | None, port: int) -> None:
         raise InputError(f"{images}: no such file or folder: correct --images")
     with tempfile.TemporaryDirectory() as scratch:
         table_path = Path(scratch) / "atlas.parquet"
-        num_rows, has_images = write_atlas_table(folder, images, table_path, SEED)
+        num_rows, has_images = write_atlas_table(folder, images, table_path)
         logger.info("%d images; the map is computed once, then open http://localhost:%d", num_rows, port)
         command = [
             sys.executable, "-m", "embedding_atlas.cli", str(table_path), "--vector", "embedding",
@@ -55,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__, config=False)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="embeddings dataset that stage 8 wrote")
     parser.add_argument(
-        "--images", type=Path, metavar="PATH",
-        help="packaged parquet or folder of photographs that was embedded (default: as OUTPUT/state.json says)",
-    )  # fmt: skip
+        "--images", type=Path, metavar="PATH", help="packaged images that were embedded (default: as state.json says)"
+    )
     parser.add_argument("--port", type=int, default=5055, metavar="N", help="port on this machine (5055)")
     arguments = parser.parse_args(argv)
     with logging_to(None):

@@ -8,7 +8,6 @@ thumbnails, for which --input names the packaged images.
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, PackagedInput, read_batches
 from pipeline.files.writing import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
@@ -32,17 +30,6 @@ from publish_model.new_data.id_lists import describe_id
 
 THUMBNAIL_PX = 224
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-
-
-def read_images(dataset: EmbeddingsDataset, source: PackagedInput, rows: list[int]) -> dict[int, bytes]:
-    """Return the image files of some embedded rows, from the packaged input."""
-    images: dict[int, bytes] = {}
-    for part, inside in dataset.locate(rows):
-        batches = read_batches(source, part.plan.row_group)
-        table = next(itertools.islice(batches, part.plan.read_batch, None)).slice(0, part.counts["in"])
-        places = source.embedded_rows(table, part.plan.first_row, part.read_content().rejects)
-        images |= {row: table.column(IMAGE_COLUMN)[int(places[place])].as_py() for row, place in inside.items()}
-    return images
 
 
 def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], images: Sequence[bytes | None]) -> None:
@@ -82,7 +69,7 @@ def search(arguments: argparse.Namespace) -> None:
         print(f"{rank}\t{similarity:.6f}\t{identifier}")
     logger.info("searched %d embeddings", dataset.num_rows)
     if arguments.html is not None:
-        images = read_images(dataset, source, rows) if source else {}
+        images = dict(dataset.read_images(source, rows)) if source else {}
         write_page(arguments.html, arguments.query, hits, [images.get(row) for row in rows])
         logger.info("wrote %s", arguments.html)
 

@@ -10,7 +10,7 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import make_photographs, write_packaged
 
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from publish_model import export_embeddings, search_embeddings
+from publish_model import delete_ids, export_embeddings, search_embeddings
 from publish_model.derived.similarity_search import find_nearest
 from publish_model.new_data.id_lists import describe_id
 
@@ -97,6 +97,19 @@ def test_the_page_shows_the_images_of_the_input(search, photographs, tmp_path, m
     for identifier, image in zip(ids, shown[:-1], strict=True):
         assert image in [row["image_bytes"] for row in images if row["OSMID"] == identifier]
     assert page.read_text().count("data:image/jpeg;base64,") == 19
+
+
+def test_after_a_deletion_the_other_rows_keep_their_own_images(run_main, photographs, tmp_path):
+    (tmp_path / "ids.txt").write_text("way/1\nway/6\n")  # way/1 has the row without bytes
+    assert run_main(delete_ids.main, photographs, "--delete-ids", tmp_path / "ids.txt").code == 0
+    dataset = EmbeddingsDataset(photographs)
+    rows = range(dataset.num_rows)
+    found = dict(dataset.read_images(dataset.open_input(tmp_path / "in.parquet"), rows))
+    images = make_photographs(20)
+    assert list(found.values()) == [images[row] for row in range(20) if row not in (2, 3, 11, 12, 13)]
+    assert [str(one) for one in dataset.read_ids_at(rows).values()] == [
+        f"way/{row // 2}" for row in range(20) if row not in (2, 3, 11, 12, 13)
+    ]
 
 
 def test_ids_are_escaped_in_the_page(tmp_path):

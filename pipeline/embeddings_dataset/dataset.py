@@ -1,7 +1,7 @@
 """An embeddings dataset: the one door to reading `parts/`, `_rejects/` and `state.json` of a directory."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
-from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, open_packaged
-from pipeline.embeddings_dataset.parts import Part, count_rows, embeddings_of, foreign, list_part_files, read_part
+from pipeline.embeddings_dataset.packaged_input import (
+    ID_COLUMN,
+    IMAGE_COLUMN,
+    PackagedInput,
+    open_packaged,
+    read_batches,
+)
+from pipeline.embeddings_dataset.parts import (
+    Part,
+    count_rows,
+    embeddings_of,
+    foreign,
+    hash_rows,
+    list_part_files,
+    read_part,
+)
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.tables import hash_json, open_parquet
 from pipeline.files.writing import write_json
@@ -197,20 +211,39 @@ class EmbeddingsDataset:
         """Yield the embeddings in blocks of about `block_rows` (N, D), each with the number of its first row."""
         return gather_blocks((embeddings_of(part.read([EMBEDDING_COLUMN])) for part in self.parts), block_rows)
 
-    def locate(self, rows: list[int]) -> Iterator[tuple[Part, dict[int, int]]]:
-        """Yield the parts that hold some embedded rows, counted over all parts in order, and their rows there."""
-        first = 0
+    def locate(self, rows: Sequence[int]) -> Iterator[tuple[Part, int, list[int]]]:
+        """Yield each part that holds some of these embedded rows, the number of its first row, and their places in it.
+
+        Rows are counted over all parts in order; the places ascend.
+        """
+        wanted, first = np.sort(np.asarray(rows, np.int64)), 0
         for part in self.parts:
             end = first + part.counts["out"]
-            inside = {row: row - first for row in rows if first <= row < end}
-            if inside:
-                yield part, inside
+            low, high = np.searchsorted(wanted, [first, end])
+            if low < high:
+                yield part, first, (wanted[low:high] - first).tolist()
             first = end
 
-    def read_ids_at(self, rows: list[int]) -> dict[int, Any]:
+    def read_ids_at(self, rows: Sequence[int]) -> dict[int, Any]:
         """Return the ids of some embedded rows."""
         found: dict[int, Any] = {}
-        for part, inside in self.locate(rows):
+        for part, first, places in self.locate(rows):
             column = part.read([ID_COLUMN]).column(0)
-            found |= {row: column[place] for row, place in inside.items()}
+            found |= {first + place: column[place] for place in places}
         return found
+
+    def read_images(self, source: PackagedInput, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield some embedded rows, ascending, each with the image file that it was made from."""
+        row_group, batches = -1, iter(())
+        for part, first, places in self.locate(rows):
+            if part.plan.row_group != row_group:
+                row_group = part.plan.row_group
+                batches = enumerate(read_batches(source, row_group))
+            table = next(table for number, table in batches if number == part.plan.read_batch)
+            table = table.slice(0, part.counts["in"])
+            embedded = source.embedded_rows(table, part.plan.first_row, part.read_content().rejects)
+            if part.num_deleted:
+                known = set(hash_rows(part.read([ID_COLUMN])))
+                embedded = embedded[[value in known for value in hash_rows(table.select([ID_COLUMN]).take(embedded))]]
+            images = table.column(IMAGE_COLUMN)
+            yield from ((first + place, images[int(embedded[place])].as_py()) for place in places)
