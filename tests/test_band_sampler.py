@@ -228,9 +228,9 @@ def test_the_state_repeats_the_draws() -> None:
     neighbors = make_neighbors(data)
     sampler = BandSampler(data, neighbors, 8)
     sampler.draw_groups(100)
-    state = sampler.state
+    state = sampler.generator.get_state()
     other = BandSampler(data, neighbors, 99)
-    other.state = state
+    other.generator.set_state(state)
     [first], [second] = (each.add_negatives([each.draw_groups(500)]) for each in (sampler, other))
     assert first.rows.equal(second.rows)
     assert first.bands.equal(second.bands)

@@ -36,8 +36,9 @@ from train_specialized_embeddings import train
 from train_specialized_embeddings.training.collapse import has_collapsed
 from train_specialized_embeddings.training.coordinates import make_coordinates
 from train_specialized_embeddings.training.losses import LOSSES
+from train_specialized_embeddings.training.rates import rate_factor
 from train_specialized_embeddings.training.starts import Baselines, make_projector
-from train_specialized_embeddings.training.trainer import Trainer, rate_factor
+from train_specialized_embeddings.training.trainer import Trainer
 from train_specialized_embeddings.training.validation import (
     choose_validation_set,
     format_table,

@@ -98,13 +98,13 @@ def test_a_losss_own_parameters_are_trained_saved_and_resumed(monkeypatch: pytes
     monkeypatch.setitem(LOSSES, "toy", ToyProxies)
     (one, data), (other, _) = (make_trainer(loss="toy", learning_rate=0.5) for _ in range(2))
     bar = Progress("train", None)
-    before = one.run_epoch(bar).loss
+    before = one.run_epoch(bar).train_loss
     state = one.state()
     assert state["loss"]["proxies"].abs().sum() > 0
     assert len(state["loss"]["proxies"]) == len(data.building_ids)
     for _ in range(5):
         report = one.run_epoch(bar)
-    assert report.loss < before
+    assert report.train_loss < before
     other.restore(state)
     for _ in range(5):
         other.run_epoch(bar)
@@ -158,8 +158,8 @@ def test_every_image_is_an_anchor_and_every_building_has_a_banded_negative(loss:
     num_buildings = int((np.bincount(data.building_codes) > 1).sum())
     assert num_buildings <= report.num_negatives <= num_buildings + 3  # a pass over all images, and the rest of a batch
     assert report.num_negatives < len(data) / 2
-    assert report.loss > 0
-    assert not report.has_collapsed
+    assert report.train_loss > 0
+    assert not report.collapsed_in_training
 
 
 def test_few_images_are_passed_over_until_there_are_enough_steps() -> None:
@@ -201,7 +201,7 @@ def test_a_collapse_ends_an_epoch_at_the_draw_that_shows_it(monkeypatch: pytest.
 
     monkeypatch.setattr(trainer, "_take_step", take_step)
     report = trainer.run_epoch(Progress("train", None))
-    assert report.has_collapsed
+    assert report.collapsed_in_training
     assert count_steps(trainer) in (48, 64)  # of 160: a draw is of 16 steps
     assert trainer.epoch == 1
 
@@ -260,5 +260,5 @@ def test_a_state_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
     other.run_epoch(bar)
     for first, second in zip(one.projector.parameters(), other.projector.parameters(), strict=True):
         assert first.equal(second)
-    assert one.sampler.state.equal(other.sampler.state)
+    assert one.sampler.generator.get_state().equal(other.sampler.generator.get_state())
     assert (one.bandit and one.bandit.state) == (other.bandit and other.bandit.state)

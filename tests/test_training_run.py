@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from training_data import (
     OUTPUTS,
     SETTINGS,
@@ -30,23 +29,6 @@ from pipeline.errors import StaleOutputError
 from pipeline.files import tables, writing
 from train_specialized_embeddings import train
 from train_specialized_embeddings.training import training_run
-
-
-def test_a_killed_run_of_an_earlier_version_is_refused_and_left_as_it_is(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training_run.TrainingRun, "settle", kill)
-    with pytest.raises(KilledError):
-        run(workspace)
-    latest = workspace / "checkpoint/.checkpoint_latest.pt"
-    content = torch.load(latest, weights_only=True)
-    del content["peak"]
-    torch.save(content, latest)
-    before = latest.read_bytes()
-    monkeypatch.undo()
-    with pytest.raises(StaleOutputError, match=r"begun by an earlier version of this stage.*--overwrite"):
-        run(workspace)
-    assert latest.read_bytes() == before
 
 
 def kill(*_: Any) -> None:

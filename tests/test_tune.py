@@ -20,19 +20,23 @@ from pipeline.errors import ConfigError, PipelineError, StaleOutputError
 from train_specialized_embeddings import tune
 from train_specialized_embeddings.training import metric_sinks
 from train_specialized_embeddings.tune import TuneOptions
-from train_specialized_embeddings.tuning import search_space
-from train_specialized_embeddings.tuning.search_space import SPACE
 
 optuna = pytest.importorskip("optuna", reason="the extra `tune` is not installed")
+
+from train_specialized_embeddings.tuning import search_space  # noqa: E402
+from train_specialized_embeddings.tuning.search_space import SPACE  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
+OUTPUTS = ["best.toml", "trials.csv", "history.png", "epochs.png", "settings.png"]
 
 
 # Trials as small as the data. Read by the process of a test and by the workers that it starts.
 SMALL_SPACE = """
-from train_specialized_embeddings.tuning.search_space import SPACE, Dimension
+from optuna.distributions import IntDistribution
+from train_specialized_embeddings.tuning.search_space import SPACE
 
-SPACE["training.batch_size"] = Dimension(32, 128, log=True)
-SPACE["training_model.hidden_dim"] = Dimension(4, 16, log=True)
+SPACE["training.batch_size"] = IntDistribution(32, 128, log=True)
+SPACE["training_model.hidden_dim"] = IntDistribution(4, 16, log=True)
 """
 
 
@@ -97,7 +101,7 @@ def test_a_search_leaves_its_best_settings_a_table_and_plots_and_goes_on_when_as
     workspace: Path, storage: str
 ) -> None:
     result = search(workspace, 3, storage=storage)
-    assert [path.name for path in result.written] == ["best.toml", "trials.csv", "trials.png"]
+    assert [path.name for path in result.written] == OUTPUTS
     assert (result.rows_in, result.rows_out) == (3, 3)
     first = read_trials(workspace)
     assert [row["trial"] for row in first] == ["0", "1", "2"]
@@ -107,10 +111,11 @@ def test_a_search_leaves_its_best_settings_a_table_and_plots_and_goes_on_when_as
     assert {f"{section}.{key}": str(value) for section, keys in fragment.items() for key, value in keys.items()} == {
         name: best[name] for name in SPACE
     }
-    assert (workspace / "checkpoint/_tune/trials.png").read_bytes().startswith(b"\x89PNG")
+    for name in OUTPUTS[2:]:
+        assert (workspace / "checkpoint/_tune" / name).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (workspace / "checkpoint").iterdir()} == {"_tune"}
     kept = search(workspace, 3, storage=storage)
-    assert (kept.written, len(kept.kept)) == ([], 3)
+    assert (kept.written, len(kept.kept)) == ([], 5)
     assert search(workspace, 5, storage=storage).rows_in == 5
     assert read_trials(workspace)[:3] == first
 
@@ -119,7 +124,7 @@ def test_the_first_trial_has_the_configured_settings_and_its_value_is_that_of_tr
     search(workspace, 1)
     row = read_trials(workspace)[0]
     assert {name: row[name] for name in SPACE} == {
-        name: str(value) for name, value in search_space.configured(load_config(workspace / "config.toml")).items()
+        name: str(value) for name, value in search_space.list_configured(load_config(workspace / "config.toml")).items()
     }
     train(workspace)
     log = (workspace / "checkpoint/metrics.jsonl").read_text()
@@ -158,7 +163,7 @@ def test_two_workers_share_one_study(workspace: Path) -> None:
         capture_output=True, text=True, cwd=workspace, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [Path(line).name for line in done.stdout.splitlines()] == ["best.toml", "trials.csv", "trials.png"]
+    assert [Path(line).name for line in done.stdout.splitlines()] == OUTPUTS
     rows = read_trials(workspace)
     assert 4 <= len(rows) <= 5
     assert len({tuple(row[name] for name in SPACE) for row in rows}) == len(rows)
@@ -256,9 +261,11 @@ def test_every_setting_of_the_space_is_a_key_and_is_documented_with_its_range() 
         section, _, key = name.partition(".")
         assert hasattr(getattr(config, section), key)
         row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
-        bounds = [str(word).lower() for word in dimension.words] or [f"{dimension.low:g}", f"{dimension.high:g}"]
-        assert all(bound in row.replace(",", "") for bound in bounds), row
-        assert ("logarithmic" in row) == dimension.log
+        if isinstance(dimension, optuna.distributions.CategoricalDistribution):
+            assert all(word in row for word in dimension.choices), row
+        else:
+            assert all(f"{bound:g}" in row.replace(",", "") for bound in (dimension.low, dimension.high)), row
+            assert ("logarithmic" in row) == dimension.log
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@
 
 Reads merged_dir/train.parquet and val.parquet and difficulty_metadata_path. Writes to checkpoint_dir
 checkpoint_best.pt (by validation mAP, the start included), checkpoint_final.pt, checkpoint_epoch_N.pt, metrics.jsonl
-and provenance.json. A rerun keeps a complete run, and takes up a killed one where it was: the weights are the same.
+and provenance.json. A rerun keeps a complete run and resumes a killed one: the weights are the same.
 """
 
 import sys
@@ -54,8 +54,8 @@ def list_inputs(config: Config) -> dict[str, Path]:
 def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
     """Return the provenance of the run: its inputs, and every setting that shapes the weights.
 
-    input_dim is none of them: it can only be the width of the data. The checkpoint to start from is told apart by its
-    content, not by its name. Raises InputError if an input is missing.
+    Leaves out input_dim, which can only be the width of the data, and the name of the checkpoint to start from, which
+    counts by its content. Raises InputError if an input is missing.
     """
     settings: dict[str, Any] = {"seed": config.global_.seed}
     left_out = {"input_dim", WARM_START}
@@ -86,7 +86,7 @@ def list_units(config: Config) -> list[Unit]:
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
-    """Train, go on, or keep what is there; the rows are the images of train and val.
+    """Train, resume, or keep a complete run; the result counts the images of train and val.
 
     Raises StaleOutputError where the folder holds a run from other inputs or settings, InputError where an input
     cannot be trained on, PipelineError where another process is training into the folder.
@@ -96,10 +96,9 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     files = RunFiles(config.path("checkpoint_dir"))
     result = cli.StageResult(STAGE)
     (unit,) = list_units(config)
-    if find_complete(unit, options.overwrite):
-        found = files.read_provenance() or {}
-        logger.info("%s: kept %s, which is complete (best epoch %s)", STAGE, files.folder, found.get("best_epoch"))
-        result.add(found.get("counts", {}))
+    if state := find_complete(unit, options.overwrite):
+        logger.info("%s: kept %s, which is complete", STAGE, files.folder)
+        result.add(state.counts)
         result.kept += files.list_outputs()
         return result
     from train_specialized_embeddings.training.fitting import fit  # torch, which a kept run does without

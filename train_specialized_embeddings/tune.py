@@ -2,7 +2,7 @@
 
     python train_specialized_embeddings/tune.py --config config.toml --trials 200 --workers 2
 
-Reads what stage 6 reads. Writes to checkpoint_dir/_tune the study (journal.log or study.db), trials.csv, trials.png
+Reads what stage 6 reads. Writes to checkpoint_dir/_tune the study (journal.log or study.db), trials.csv, plots
 and best.toml, which every stage takes by --set .../best.toml; nothing else in checkpoint_dir is touched.
 A rerun goes on until the study has --trials finished trials; the same command started several times, on one machine
 or on several that share the folder, works on one study. Needs Optuna: pip install 'spatial-building-embeddings[tune]'.
@@ -45,8 +45,9 @@ def list_units(config: Config) -> list[Unit]:
 
 
 def run(config: Config, options: TuneOptions) -> cli.StageResult:
-    """Search until the study has all its trials; the rows are trials: out complete, dropped pruned, rejected failed.
+    """Search until the study has all its trials.
 
+    The result counts trials: complete ones as out, pruned ones as dropped, failed ones as rejected.
     Raises ConfigError where [training].init_checkpoint is set, PipelineError where Optuna is missing or no trial was
     complete, StaleOutputError where the study was made from other inputs or settings, InputError where an input cannot
     be trained on.

@@ -41,7 +41,7 @@ class Bench:
     def make_trainer(self, store: FeatureStore, width: int, section: TrainingSection) -> Trainer:
         """Return a trainer at its start, the same each time."""
         torch.manual_seed(0)
-        self.sampler.seed(0)
+        self.sampler.generator.manual_seed(0)
         projector = Projector(width, 256, 512, 1, 0.1, "gelu").to(self.device)
         return Trainer(projector, store, self.sampler, section, torch.ones(width))
 

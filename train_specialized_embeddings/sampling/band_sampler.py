@@ -80,8 +80,7 @@ class BandSampler:
         self.buildings, self._sizes = self._load(codes), self._load(sizes)
         self._order, self._starts = self._load(np.argsort(codes, kind="stable")), self._load(np.cumsum(sizes) - sizes)
         self._panoramas = self._load(features.panorama_codes)
-        self._codes, self._first = self._load(neighbors.codes), self._load(neighbors.starts)
-        self._ends = self._load(neighbors.ends)
+        self._codes, self._first, self._ends = map(self._load, (neighbors.codes, neighbors.starts, neighbors.ends))
         self._points = None
         if min_negative_distance_m > 0:
             self._points = self._load(earth_centred_m(features.target_lat, features.target_lon) / EARTH_RADIUS_M)
@@ -89,29 +88,10 @@ class BandSampler:
         angle = min_negative_distance_m / EARTH_RADIUS_M
         self._min_chord = 2 * np.sin(angle / 2) if angle <= np.pi else np.inf
         self.anchors = self._load(np.flatnonzero(sizes[codes] > 1))  # the images that have a positive
-        self._generator = torch.Generator(self.device)
-        self.seed(seed)
-
-    def seed(self, seed: int) -> None:
-        """Restart the random numbers."""
-        self._generator.manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def _load(self, values: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.require(values, requirements="W")).to(self.device)
-
-    @property
-    def first_seed(self) -> int:
-        """The seed that the random numbers started from."""
-        return self._generator.initial_seed()
-
-    @property
-    def state(self) -> torch.Tensor:
-        """The random state, on the CPU."""
-        return self._generator.get_state()
-
-    @state.setter
-    def state(self, value: torch.Tensor) -> None:
-        self._generator.set_state(value)
 
     def draw_groups(self, count: int) -> Groups:
         """Return `count` anchors or a few more, all those of a building or even parts of it, each equally often."""
@@ -123,7 +103,7 @@ class BandSampler:
     def _shuffle_groups(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all anchors (C,) by group, the groups in random order, and the groups' sizes."""
         buildings = self.buildings[self.anchors].long()
-        rank = torch.randperm(len(self._sizes), generator=self._generator, device=self.device)[buildings]
+        rank = torch.randperm(len(self._sizes), generator=self.generator, device=self.device)[buildings]
         order = torch.argsort(rank + self._random(len(rank)))
         buildings = buildings[order]
         lines = torch.arange(len(order), device=self.device)
@@ -143,8 +123,8 @@ class BandSampler:
         the first band of its order that is not empty.
         """
         drawn = self._draw_negatives(torch.cat([part.rows[part.firsts] for part in parts]), preference)
-        columns = zip(*(values.split([len(part.ends) for part in parts]) for values in drawn), strict=True)
-        return [Batch(part, *column) for part, column in zip(parts, columns, strict=True)]
+        columns = (values.split([len(part.ends) for part in parts]) for values in drawn)
+        return [Batch(*fields) for fields in zip(parts, *columns, strict=True)]
 
     def _draw_negatives(
         self, anchors: torch.Tensor, preference: torch.Tensor | None
@@ -210,4 +190,4 @@ class BandSampler:
         return (self._random(len(limits)) * limits).long()
 
     def _random(self, count: int) -> torch.Tensor:
-        return torch.rand(count, generator=self._generator, device=self.device, dtype=torch.float64)
+        return torch.rand(count, generator=self.generator, device=self.device, dtype=torch.float64)

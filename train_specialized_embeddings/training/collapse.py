@@ -1,28 +1,28 @@
-"""Tell where embeddings have drawn together, or their norms have left those of the start."""
+"""Detect that embeddings have drawn together, or that their norms have left those of the start."""
 
 from typing import Any
 
 import torch
 
-# The share of the start's spread below which the embeddings are taken to have collapsed; the same of their norm before
-# it is made 1, or that many times it: then steps of one size turn them too far, or not at all.
+# Embeddings have collapsed where their spread is below this share of the start's, or their norm before normalisation
+# is below this share of the start's or above its inverse: then steps of one size turn them too far, or not at all.
 COLLAPSED_SHARE = 0.25
 
 
 def is_collapsed(spread: float, norm: float, first_spread: float, first_norm: float) -> bool:
-    """Whether embeddings have drawn together, or their norm before it is made 1 has left that of the first ones."""
+    """Compare the spread and the mean norm of embeddings with those of the start."""
     is_out = norm < COLLAPSED_SHARE * first_norm or norm > first_norm / COLLAPSED_SHARE
     return spread < COLLAPSED_SHARE * first_spread or is_out
 
 
 def has_collapsed(record: dict[str, Any], start: dict[str, Any]) -> bool:
-    """Whether an epoch's embeddings have collapsed, in training or in validation, beside those of the start."""
+    """Tell whether an epoch's embeddings have collapsed, in training or in validation."""
     shape = [row[key] for row in (record, start) for key in ("embedding_spread", "embedding_norm")]
     return bool(record["collapsed_in_training"]) or is_collapsed(*shape)
 
 
 class ShapeSums:
-    """Where images lie: summed up on the device, measured once a draw."""
+    """Sums over a draw's images, kept on the device and read once."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._mean = torch.zeros(width, device=device)
@@ -36,6 +36,6 @@ class ShapeSums:
         self._count += len(outputs)
 
     def measure(self) -> tuple[float, float, int]:
-        """Return 1 - |mean|^2 of the embeddings, the mean norm before they are normalised, and how many there were."""
+        """Return 1 - |mean|^2 of the embeddings, the mean norm before normalisation, and the number of images."""
         spread = 1.0 - float(self._mean.div(self._count).square().sum())
         return spread, float(self._norm / self._count), self._count

@@ -1,51 +1,58 @@
-"""Where an epoch's record goes beside metrics.jsonl: TensorBoard and Weights & Biases, if `[logging]` asks for them."""
+"""Send an epoch's record to TensorBoard and Weights & Biases where `[logging]` asks for them."""
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.config import LoggingSection
 from pipeline.errors import PipelineError
-from pipeline.files import tables
-from pipeline.files.workspace import discard
+from pipeline.files import tables, workspace
 from train_specialized_embeddings.training.run_files import TENSORBOARD, WANDB
-
-
-class Sink(Protocol):
-    """What takes the numbers of an epoch, by names like `val/map`."""
-
-    def write(self, epoch: int, numbers: dict[str, float]) -> None:
-        """Take in one epoch."""
-
-    def close(self) -> None:
-        """Send or write what is left."""
 
 
 class MetricSinks:
     """All sinks that the configuration asks for; none by default.
 
-    Their folders are made anew by each process, which gives them the whole history: they agree with metrics.jsonl.
+    Each process makes their folders anew and writes the whole history, so that they agree with metrics.jsonl.
     Raises PipelineError where a package is missing.
     """
 
     def __init__(self, section: LoggingSection, folder: Path, provenance: dict[str, Any]) -> None:
-        self._sinks: list[Sink] = []
+        self._board = self._run = None
         if section.tensorboard:
             require_package("tensorboard", "[logging].tensorboard", "set it to false")
-            self._sinks.append(_TensorBoard(folder / TENSORBOARD))
+            from torch.utils.tensorboard import SummaryWriter
+
+            workspace.discard(folder / TENSORBOARD)
+            self._board = SummaryWriter(str(folder / TENSORBOARD))
         if section.wandb != "off":
             require_package("wandb", "[logging].wandb", 'set it to "off"')
-            self._sinks.append(_WeightsAndBiases(folder / WANDB, section, provenance))
+            import wandb
+
+            workspace.discard(folder / WANDB)
+            (folder / WANDB).mkdir(parents=True)
+            # A resumed run has the same inputs and settings, so it keeps its name.
+            self._run = wandb.init(
+                project=section.wandb_project, name=section.wandb_run_name, dir=folder / WANDB, mode=section.wandb,
+                id=tables.hash_json(provenance), resume="allow", config=provenance["settings"],
+            )  # fmt: skip
 
     def write(self, record: dict[str, Any]) -> None:
-        """Give every sink the numbers of an epoch's record."""
-        for sink in self._sinks:
-            sink.write(record["epoch"], flatten(record))
+        """Send the numbers of an epoch's record."""
+        numbers, epoch = flatten(record), record["epoch"]
+        if self._board:
+            for name, number in numbers.items():
+                self._board.add_scalar(name, number, epoch)
+            self._board.flush()
+        if self._run:
+            self._run.log(numbers, step=epoch)
 
     def close(self) -> None:
         """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
+        if self._board:
+            self._board.close()
+        if self._run:
+            self._run.finish()
 
 
 def require_package(name: str, where: str, otherwise: str, extra: str | None = None) -> None:
@@ -58,7 +65,7 @@ def require_package(name: str, where: str, otherwise: str, extra: str | None = N
 
 
 def flatten(value: Any, name: str = "") -> dict[str, float]:
-    """Return the numbers of nested dictionaries and lists by their paths; what is no number is left out."""
+    """Return the numbers in nested dictionaries and lists, named by their paths like `val/map`."""
     if isinstance(value, dict):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, list):
@@ -69,38 +76,3 @@ def flatten(value: Any, name: str = "") -> dict[str, float]:
     for key, item in items:
         flat |= flatten(item, f"{name}/{key}" if name else key)
     return flat
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        discard(folder)
-        self._writer = SummaryWriter(str(folder))
-
-    def write(self, epoch: int, numbers: dict[str, float]) -> None:
-        for name, number in numbers.items():
-            self._writer.add_scalar(name, number, epoch)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    def __init__(self, folder: Path, section: LoggingSection, provenance: dict[str, Any]) -> None:
-        import wandb
-
-        discard(folder)
-        folder.mkdir(parents=True)
-        # The same inputs and settings are the same run, so that a resumed one goes on under its own name.
-        self._run = wandb.init(
-            project=section.wandb_project, name=section.wandb_run_name, dir=folder, mode=section.wandb,
-            id=tables.hash_json(provenance), resume="allow", config=provenance["settings"],
-        )  # fmt: skip
-
-    def write(self, epoch: int, numbers: dict[str, float]) -> None:
-        self._run.log(numbers, step=epoch)
-
-    def close(self) -> None:
-        self._run.finish()

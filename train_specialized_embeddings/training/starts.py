@@ -1,20 +1,23 @@
-"""Where training starts: a closed-form map, as coordinates to work in and a shortcut that keeps the first of them.
+"""The start of training: a closed-form map or another run's checkpoint, as coordinates and a projector of these.
 
-The MLP branch adds nothing at the start.
+A closed form becomes the coordinates, and a shortcut that keeps the first of them; the MLP branch adds nothing yet.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.config import TrainingModelSection, TrainingSection
+from pipeline.config import Config, TrainingModelSection, TrainingSection
+from pipeline.errors import InputError
 from pipeline.log import logger
+from pipeline.retrieval.checkpoint import Checkpoint, build_projector, load_checkpoint
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
-from pipeline.retrieval.scores import QueryScores, summarize_scores
+from pipeline.retrieval.scores import QueryScores, normalise_rows, summarize_scores
 from pipeline.retrieval.whitening import (
     INPUT_POWER,
     SHRINKAGES,
@@ -26,17 +29,21 @@ from pipeline.retrieval.whitening import (
     whiten_by_pca,
     whiten_within_class,
 )
-from train_specialized_embeddings.training.coordinates import NUM_COORDINATES, Coordinates, make_coordinates
+from train_specialized_embeddings.training.coordinates import (
+    NUM_COORDINATES,
+    Coordinates,
+    make_coordinates,
+    restore_coordinates,
+)
 from train_specialized_embeddings.training.validation import Scores, ValidationSet
-from train_specialized_embeddings.training.warm_start import WarmStart
 
-# Rows that show whether a backbone's features are rectified: one with a negative number is enough that they are not.
+# Rows that are looked at to tell whether a backbone's features are rectified.
 _SIGN_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A closed-form map, and how each validation query fares with it."""
+    """A closed-form map with the validation score of each query."""
 
     linear_map: LinearMap
     scores: QueryScores
@@ -49,12 +56,12 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Baselines:
-    """The closed-form maps fitted on the training split, and how they and the raw embeddings fare in validation."""
+    """The start of training, and the validation scores of the closed-form maps and of the raw embeddings."""
 
-    start: Coordinates  # the first of them are what [training].init names
-    note: dict[str, Any]  # how the start and the whitening came about, for the checkpoint
+    start: Coordinates
+    note: dict[str, Any]  # how the start and the whitening were chosen, for the checkpoint
     scores: dict[str, Scores]  # raw, pca_whitened, whitening
-    warm: WarmStart | None = None  # what training starts from instead of what is fitted
+    warm: Checkpoint | None = None  # a projector of the coordinates to start from
 
 
 def fit_baselines(
@@ -64,7 +71,7 @@ def fit_baselines(
     section: TrainingSection,
     device: torch.device | None = None,
 ) -> Baselines:
-    """Fit PCA-whitening, within-class whitening (the shrinkage that validates best) and what training starts from."""
+    """Fit PCA-whitening, within-class whitening (with the shrinkage that validates best) and the start."""
     output_dim = model.output_dim
     powers = (1.0, INPUT_POWER) if section.init == "sharpened" and is_rectified(train, model) else (1.0,)
     scatters = collect_scatters(train.embeddings, train.building_codes, powers, device)
@@ -75,12 +82,12 @@ def fit_baselines(
     shrinkage = max(tried, key=lambda key: tried[key].mean)
     whitening = tried[shrinkage]
     scores = {
-        "raw": validation.score_raw(),
+        "raw": validation.score(normalise_rows(validation.embeddings)),
         "pca_whitened": validation.score(pca.take_leading(output_dim).apply(validation.embeddings)),
         "whitening": summarize_scores(whitening.scores),
     }
     note: dict[str, Any] = {"init": section.init, "shrinkage": shrinkage}
-    if model.input_norm:  # the start is fitted to what its layer will get
+    if model.input_norm:  # the start is fitted to the layer's inputs
         scatter = powered = collect_scatter(train.embeddings, train.building_codes, device=device, input_norm=True)
         pca = whiten_by_pca(scatter, num_rows)
         tried = _try(whiten_within_class, scatter, validation, output_dim, num_rows, section)
@@ -98,9 +105,9 @@ def fit_baselines(
 
 
 def is_rectified(train: Features, model: TrainingModelSection) -> bool:
-    """Whether the projector's inputs have no negative number, as those after a ReLU; after a norm they have.
+    """Tell whether the projector's inputs have no negative number, as after a ReLU; a norm gives them some.
 
-    The few large ones among them are what a power tames. Signed features lose by it: docs/training.md has both.
+    A power tames the few large ones. Signed features lose by it: docs/training.md has both.
     """
     return not model.input_norm and bool((np.asarray(train.embeddings[:_SIGN_ROWS]) >= 0).all())
 
@@ -113,9 +120,9 @@ def _try(  # noqa: PLR0917
     num_rows: int,
     section: TrainingSection,
 ) -> dict[float, Fitted]:
-    """Return the map of each shrinkage, of `num_rows` rows, with the validation scores of the first `output_dim`.
+    """Fit maps of `num_rows` rows by shrinkage, and validate the first `output_dim` rows of each.
 
-    From the largest down, until one is worse than the best: the mAP has one peak, and more buildings want less.
+    Tries the largest shrinkage first and stops below the best: the mAP has one peak, and more buildings want less.
     """
     auto = section.whitening_shrinkage == "auto"
     tried: dict[float, Fitted] = {}
@@ -136,11 +143,11 @@ def _try(  # noqa: PLR0917
 def _choose_start(
     tried: dict[float, Fitted], whitening: Fitted, validation: ValidationSet
 ) -> tuple[LinearMap, float | None]:
-    """Return the sharpened map of the largest shrinkage that validates as well as the best one, and that shrinkage.
+    """Return the sharpened map of the largest shrinkage within a standard error of the best, and that shrinkage.
 
-    As well means within a standard error: validation buildings are from where the training ones are, other places want
-    more shrinkage (the one-standard-error rule; Breiman et al. 1984, section 3.4.3). Where the plain whitening is
-    better than every one of these, training starts from it.
+    Validation buildings are from where the training ones are, and other places want more shrinkage (the
+    one-standard-error rule; Breiman et al. 1984, section 3.4.3). Returns the plain whitening and None where that is
+    better than every sharpened map.
     """
     best = max(tried.values(), key=lambda one: one.mean)
     allowed = [
@@ -155,12 +162,12 @@ def _choose_start(
 
 
 def make_projector(baselines: Baselines, model: TrainingModelSection, section: TrainingSection) -> Projector:
-    """Return a new projector of the coordinates, at the start; random weights come from torch's state.
+    """Return the projector of the coordinates that training starts from; random weights come from torch's state.
 
     The branch's first layer mixes the coordinates at random, so that every hidden unit has inputs of variance 1.
     """
     if baselines.warm is not None:
-        return baselines.warm.make_projector()
+        return build_projector(baselines.warm).train()
     start = baselines.start
     projector = Projector(
         len(start.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,
@@ -184,3 +191,33 @@ def _fill_up(pca: LinearMap, output_dim: int) -> LinearMap:
     weight, bias = np.zeros((output_dim, width), np.float32), np.zeros(output_dim, np.float32)
     weight[:rank], bias[:rank] = pca.weight / np.sqrt(rank), pca.bias / np.sqrt(rank)
     return LinearMap(weight, bias, pca.input_power, pca.input_norm)
+
+
+def load_warm_start(path: Path, config: Config, width: int, embedded_with: Any) -> tuple[Coordinates, Checkpoint]:
+    """Read `[training].init_checkpoint`: its coordinates, and a checkpoint of its projector of them.
+
+    `width` is that of the features, `embedded_with` how they were made. Dropout is as configured. Raises InputError
+    where the checkpoint is missing or damaged, has other widths, was trained on embeddings made otherwise, or holds no
+    coordinates.
+    """
+    found = load_checkpoint(path, config.training_model, input_dim=width)
+    made_with = found.provenance.get("embedded_with")
+    if isinstance(made_with, dict) and isinstance(embedded_with, dict) and made_with != embedded_with:
+        key = min(key for key in made_with | embedded_with if made_with.get(key) != embedded_with.get(key))
+        raise InputError(
+            f"{path}: trained on embeddings made with {key} {made_with.get(key)!r}, these were made with "
+            f"{embedded_with.get(key)!r}: leave out [training].init_checkpoint, or use the same embeddings"
+        )
+    state, weights = found.rest.get("coordinates"), found.rest.get("average")
+    if not (isinstance(state, dict) and isinstance(weights, dict)):
+        raise InputError(
+            f"{path}: does not hold the coordinates that training would go on in: [training].init_checkpoint takes "
+            "what this version's stage 6 wrote; leave it out"
+        )
+    coordinates = restore_coordinates(state)
+    architecture = found.architecture | {
+        "input_dim": len(coordinates.spread), "input_power": 1.0, "input_norm": False,
+        "dropout": config.training_model.dropout,
+    }  # fmt: skip
+    logger.info("training starts from %s of epoch %s, whose architecture it keeps", path, found.rest.get("epoch"))
+    return coordinates, Checkpoint(path, architecture, weights)

@@ -18,6 +18,7 @@ from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.collapse import ShapeSums, is_collapsed
 from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_loss
+from train_specialized_embeddings.training.rates import group_parameters, rate_factor
 
 # Negatives are drawn for this many steps at once, and at least for this many anchors: the host waits for the device
 # once a draw, and the bandit learns from one draw for the next.
@@ -31,22 +32,14 @@ _AVERAGE_DECAY = 0.8
 
 @dataclass(frozen=True)
 class EpochReport:
-    """The figures of an epoch's training."""
+    """The figures of an epoch's training; those of epoch 0 are the defaults."""
 
-    loss: float  # mean over anchors
-    active_share: float  # of the banded negatives, those within the margin of a positive
-    band_shares: list[float]
-    learning_rates: dict[str, float]  # at the epoch's last step
-    num_negatives: int  # banded ones
-    has_collapsed: bool  # the epoch was then given up before its end
-
-
-def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
-    """Return the factor of the learning rates at a step, counted from 0: linear warm-up, then a half cosine."""
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    done = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    train_loss: float | None = None  # mean over anchors
+    active_share: float | None = None  # of the banded negatives, those within the margin of a positive
+    band_shares: list[float] | None = None
+    learning_rates: dict[str, float] | None = None  # at the epoch's last step
+    num_negatives: int = 0  # banded ones
+    collapsed_in_training: bool = False  # the epoch was then given up before its end
 
 
 class Trainer:
@@ -77,31 +70,9 @@ class Trainer:
         if section.anchors_per_epoch != "auto":
             self.num_anchors = section.anchors_per_epoch
         self.steps_per_epoch = math.ceil(self.num_anchors / section.batch_size)
-        self.optimizer = torch.optim.AdamW(self._group_parameters(), fused=True)
-
-    def _group_parameters(self) -> list[dict[str, Any]]:
-        """Group the weights by learning rate.
-
-        Adam moves every weight by about its rate, and an output by the sum over a layer's weights: a layer's rate is
-        divided by the root of its inputs, so that one rate serves every width. The shortcut and the loss have no weight
-        decay: it would only shrink vectors that are normalised.
-        """
-        section, projector = self.section, self.projector
         # An image that an epoch passes over k times moves the weights as far as one that it passes over once.
-        share = min(1.0, len(self.sampler.anchors) / self.num_anchors)
-        layers: dict[str, Any] = {"shortcut": projector.shortcut}
-        layers |= {f"hidden.{number}": layer for number, layer in enumerate(projector.hidden)}
-        if projector.output is not None:
-            layers["output"] = projector.output
-        groups = []
-        for name, layer in layers.items():
-            is_shortcut = name == "shortcut"
-            rate = section.shortcut_learning_rate if is_shortcut else section.learning_rate
-            decay = 0.0 if is_shortcut else section.weight_decay
-            groups.append(_group(name, layer, share * rate / layer.weight.shape[1] ** 0.5, decay))
-        if list(self.loss.parameters()):
-            groups.append(_group("loss", self.loss, share * section.learning_rate, 0.0))
-        return groups
+        share = min(1.0, len(sampler.anchors) / self.num_anchors)
+        self.optimizer = torch.optim.AdamW(group_parameters(projector, self.loss, section, share), fused=True)
 
     def run_epoch(self, progress: Progress) -> EpochReport:
         """Train on one epoch's anchors, or until the embeddings have collapsed.
@@ -125,9 +96,8 @@ class Trainer:
             if self.bandit:
                 self.bandit.learn(*counts[:, :RANDOM_BAND].tolist())
             totals += counts
-            num_drawn = sum(len(part.rows) for part in drawn)
-            num_anchors += num_drawn
-            progress.advance(num_drawn)
+            num_anchors += sum(len(part.rows) for part in drawn)
+            progress.advance(sum(len(part.rows) for part in drawn))
             has_collapsed = self._has_collapsed(shape)
             if has_collapsed:
                 break
@@ -225,7 +195,7 @@ class Trainer:
             "epoch": self.epoch,
             "rate_scale": self.rate_scale,
             "first_shape": self.first_shape,
-            "sampler": {"random": self.sampler.state, "bandit": self.bandit and self.bandit.state},
+            "sampler": {"random": self.sampler.generator.get_state(), "bandit": self.bandit and self.bandit.state},
             "random": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
 
@@ -252,24 +222,19 @@ class Trainer:
             self.bandit.state = state["sampler"]["bandit"]
         cuda, device = state["random"]["cuda"], self.store.device
         if bool(cuda) != (device.type == "cuda"):
-            seed = int(np.random.SeedSequence((self.sampler.first_seed, self.epoch)).generate_state(1)[0])
-            self.sampler.seed(seed)
-            torch.manual_seed(seed)
+            seed = (self.sampler.generator.initial_seed(), self.epoch)
+            for generator in (self.sampler.generator, torch.random):
+                generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
             logger.warning(
                 "the checkpoint is of a run on a %s, this one is on a %s: random numbers begin anew, so that the "
                 "weights will not be those of a run that was never interrupted",
                 *(("GPU", "CPU") if cuda else ("CPU", "GPU")),
             )  # fmt: skip
             return
-        self.sampler.state = state["sampler"]["random"]
+        self.sampler.generator.set_state(state["sampler"]["random"])
         torch.set_rng_state(state["random"]["torch"])
         if cuda:
             torch.cuda.set_rng_state(cuda[0], device)
-
-
-def _group(name: str, module: torch.nn.Module, rate: float, weight_decay: float) -> dict[str, Any]:
-    parameters = list(module.parameters())
-    return {"name": name, "params": parameters, "peak_lr": rate, "weight_decay": weight_decay, "lr": 0.0}
 
 
 def _copy(value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""One training run: its epochs, its best, and what it saves so that a killed run can go on exactly."""
+"""One training run: its epochs, its best one, and the state that lets a killed run resume exactly."""
 
 import copy
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,13 @@ from train_specialized_embeddings.training.validation import (
     measure_spread,
 )
 
-# An epoch on little data takes less time than syncing its state to disk; a kill costs this much at most, or an epoch.
+# An epoch on little data takes less time than syncing its state to disk; a kill costs at most this, or an epoch.
 SAVE_INTERVAL_SECONDS = 10.0
-# What the rates are multiplied by after a collapse, and how often before the run is given up.
+# A collapse multiplies the rates by this, and the run is given up after so many.
 RATE_AFTER_COLLAPSE, MAX_COLLAPSES = 0.1, 2
-# An epoch validates as well as the best one up to so many standard errors: the best of many is ahead by chance.
+# An epoch is as good as the best one within so many standard errors: the best of many is ahead by chance.
 EPOCH_ERRORS = 2.0
-# How much of the way from the start to the trained weights may be published; docs/training.md has what each gives.
+# Steps from the start to the trained weights that may be published; docs/training.md has the scores of each.
 SHARES = (0.5, 0.75, 1.0)
 
 Content = dict[str, Any]
@@ -42,16 +42,16 @@ Content = dict[str, Any]
 
 @dataclass
 class TrainingRun:
-    """A trainer, what it is validated on, where it writes, and how far it is."""
+    """A trainer with its validation, its files and its history."""
 
     config: Config
     files: RunFiles
     trainer: Trainer
-    coordinates: Coordinates  # of the features, which the trainer's projector maps
+    coordinates: Coordinates  # of the features; the trainer's projector maps them
     validation: ValidationSet  # in these coordinates
     provenance: dict[str, Any]
     baselines: dict[str, Scores]  # validation scores of raw, pca_whitened, whitening
-    start: dict[str, Any]  # how the shortcut began
+    start: dict[str, Any]  # how the start was chosen
     watch: Stopwatch
     sinks: MetricSinks
     history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
@@ -60,24 +60,24 @@ class TrainingRun:
 
     @property
     def epoch(self) -> int:
-        """The last epoch that is done."""
+        """The number of the last epoch."""
         return int(self.history[-1]["epoch"])
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has all its epochs, was as good as ever `patience` ago, or collapses again and again."""
+        """Whether the run has all its epochs, has not been as good as ever for `patience`, or collapses repeatedly."""
         section = self.config.training
         if sum(record["collapsed"] for record in self.history) > MAX_COLLAPSES:
             return True
         return self.epoch >= section.num_epochs or self.epoch - self.best["epoch"] >= section.patience
 
     def complete(self) -> None:
-        """Validate the start, run the epochs that are left, and write everything.
+        """Validate the start, run the remaining epochs, and write everything.
 
-        Raises PipelineError where training diverges or no triplet can be drawn.
+        Raises PipelineError where training diverges or no negative can be drawn.
         """
         if self.history:
-            self._write_outputs()  # which the kill may have come between
+            self._write_outputs()  # a kill may have come between them and the state
         else:
             self.begin()
             self._log_epoch()
@@ -92,14 +92,21 @@ class TrainingRun:
                 if self._is_periodic or time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
                     self._save()
                     saved = time.monotonic()
-        self._finish()
+        self._save()
+        save_checkpoint(self.files.final, self._describe())
+        self.settle()
+        save_checkpoint(self.files.best, self.best)
+        val = self.best["metrics"]["val"]
+        writing.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
+        workspace.remove(self.files.latest)
+        log_verdict(val, self.best["epoch"])
 
     def begin(self) -> None:
-        """Validate the start, which is epoch 0."""
-        self._add_epoch(None, time.monotonic())
+        """Validate the start, as epoch 0."""
+        self._add_epoch(EpochReport(), time.monotonic())
 
     def advance(self, progress: Progress) -> None:
-        """Train for one epoch and validate; nothing is saved."""
+        """Train for one epoch and validate; save nothing."""
         started = time.monotonic()
         with self.watch.measure("train"):
             report = self.trainer.run_epoch(progress)
@@ -108,15 +115,15 @@ class TrainingRun:
             self.trainer.go_back(self.best, RATE_AFTER_COLLAPSE)
 
     def settle(self) -> None:
-        """Publish, of the best epoch's way from the start, the least that validates as well as the most of it.
+        """Interpolate between the start and the best epoch; publish the smallest step tied with the best one.
 
-        Half of it to all of it, weight by weight, give or take a standard error: few buildings validate, and what few
-        teach holds less elsewhere (Wortsman et al. 2022, Robust fine-tuning of zero-shot models). It has to reach
-        every baseline that the start does; where none does, or the start is better by more, the start is published.
+        Weights are interpolated, and tied means within a standard error: few buildings validate, and what few teach
+        holds less elsewhere (Wortsman et al. 2022, Robust fine-tuning of zero-shot models). A step has to reach every
+        baseline that the start reaches. Where none does, or the start is better by more, the start is published.
         """
         start, trained = self.best["origin"], self.best["average"]
         mixed, scores, projector = {}, {}, copy.deepcopy(self.trainer.average)
-        shares = SHARES if self.best["epoch"] else ()  # the start itself has no way to go
+        shares = SHARES if self.best["epoch"] else ()
         for share in (0.0, *shares):
             mixed[share] = {name: start[name].lerp(trained[name], share) for name in trained}
             projector.load_state_dict(mixed[share])
@@ -145,13 +152,13 @@ class TrainingRun:
         }
 
     def _score(self, projector: Projector) -> tuple[NDArray[np.float32], QueryScores]:
-        """Return the embeddings of the validation images (N, k), and how each fares as a query."""
+        """Return the embeddings of the validation images (N, k), and the score of each as a query."""
         with self.watch.measure("validate"):
             embeddings = project(projector, self.validation.embeddings, self.trainer.store.device)
             return embeddings, self.validation.score_each(embeddings)
 
     def resume(self, saved: Checkpoint) -> None:
-        """Take up the state of a killed run."""
+        """Take the state of a killed run."""
         self.trainer.restore(saved.rest)
         self.history, self.best = list(saved.rest["history"]), saved.rest["best"]
         self.peak = QueryScores(**{name: values.numpy() for name, values in saved.rest["peak"].items()})
@@ -163,28 +170,22 @@ class TrainingRun:
     def _is_periodic(self) -> bool:
         return self.epoch > 0 and self.epoch % self.config.training.save_every_n_epochs == 0
 
-    def _add_epoch(self, report: EpochReport | None, started: float) -> None:
-        """Validate, add the epoch's record, and keep its checkpoint if it is as good as any; epoch 0 has no report."""
+    def _add_epoch(self, report: EpochReport, started: float) -> None:
+        """Validate, add the epoch's record, and keep its checkpoint if it is as good as any."""
         projector = self.trainer.average
         embeddings, each = self._score(projector)
-        norm = measure_norm(projector, self.validation.embeddings, self.trainer.store.device)
         scores = summarize_scores(each)
         record: dict[str, Any] = {
             "epoch": len(self.history),
-            "train_loss": report and report.loss,
-            "active_share": report and report.active_share,
-            "band_shares": report and report.band_shares,
-            "learning_rates": report and report.learning_rates,
-            "num_negatives": report.num_negatives if report else 0,
-            "collapsed_in_training": bool(report and report.has_collapsed),
+            **asdict(report),
             "embedding_spread": measure_spread(embeddings),
-            "embedding_norm": norm,
+            "embedding_norm": measure_norm(projector, self.validation.embeddings, self.trainer.store.device),
             "val": scores,
             "seconds": round(time.monotonic() - started, 3),
         }
         record["collapsed"] = has_collapsed(record, self.history[0] if self.history else record)
         self.history.append(record)
-        self.sinks.write(self.history[-1])
+        self.sinks.write(record)
         if record["collapsed"]:
             return
         if self.peak is None or summarize_scores(self.peak)["map"] < scores["map"]:
@@ -193,7 +194,7 @@ class TrainingRun:
             self.best = self._describe()
 
     def _log_epoch(self) -> None:
-        """Say how the last epoch went, and where it has gone wrong."""
+        """Log the last epoch, and a warning where it went wrong."""
         record = self.history[-1]
         training = "the start, "
         if record["train_loss"] is not None:
@@ -204,29 +205,27 @@ class TrainingRun:
             ", as good as any so far" if self.best["epoch"] == self.epoch else "",
         )  # fmt: skip
         if record["collapsed"]:
-            self._log_collapse()
+            self._log_collapse(record, self.history[0])
         elif record["train_loss"] == 0.0:  # only a loss with a margin comes to that
-            logger.warning("epoch %d: no triplet was active: raise [training].margin", record["epoch"])
+            logger.warning("epoch %d: no triplet was active: raise [training].margin", self.epoch)
 
-    def _log_collapse(self) -> None:
-        """Say how the embeddings lie beside the start's, and what is done about it."""
-        (spread, norm), (first_spread, first_norm) = (
-            (record["embedding_spread"], record["embedding_norm"]) for record in (self.history[-1], self.history[0])
-        )
+    def _log_collapse(self, record: dict[str, Any], first: dict[str, Any]) -> None:
         number = sum(record["collapsed"] for record in self.history)
         logger.warning(
             "epoch %d: the embeddings have collapsed%s (spread %.3f, at first %.3f; norm %.3g, at first %.3g): %s",
-            self.epoch, " in training" if self.history[-1]["collapsed_in_training"] else "",
-            spread, first_spread, norm, first_norm,
+            self.epoch, " in training" if record["collapsed_in_training"] else "",
+            record["embedding_spread"], first["embedding_spread"], record["embedding_norm"], first["embedding_norm"],
             f"back to epoch {self.best['epoch']}, with rates of {self.trainer.rate_scale:.2g} of the configured ones"
             if number <= MAX_COLLAPSES
             else f"for the {number}rd time, training ends; lower [training].learning_rate",
         )  # fmt: skip
 
     def _describe(self) -> Content:
-        """Return the checkpoint of the epoch that is done: all that its reader, and the next epoch, need."""
+        """Return the checkpoint of the last epoch, with all that its readers and the next epoch need."""
         config = self.config
         folded = self.coordinates.fold(self.trainer.average)
+        # Without the seconds: the same training gives the same checkpoint, whatever else the machine was doing.
+        history = [{key: value for key, value in record.items() if key != "seconds"} for record in self.history]
         return self.trainer.state() | {
             "architecture": dict(folded.architecture),
             "projector": dict(folded.state_dict()),
@@ -236,10 +235,7 @@ class TrainingRun:
             "metrics": {
                 "epoch": self.epoch,
                 "val": self.baselines | {"projector": self.history[-1]["val"]},
-                # Without the seconds: the same training gives the same checkpoint, whatever the machine was doing.
-                "history": [
-                    {key: value for key, value in record.items() if key != "seconds"} for record in self.history
-                ],
+                "history": history,
             },
             "settings": {
                 "seed": config.global_.seed,
@@ -250,7 +246,7 @@ class TrainingRun:
         }
 
     def _save(self) -> None:
-        """Write what the run goes on from, then the files that follow from it."""
+        """Write the state that a killed run resumes from, then the files that follow from it."""
         with self.watch.measure("write"):
             assert self.peak is not None  # the start is validated first
             peak = {name: torch.from_numpy(values) for name, values in vars(self.peak).items()}
@@ -263,14 +259,3 @@ class TrainingRun:
         save_checkpoint(self.files.best, self.best)
         if self._is_periodic:
             save_checkpoint(self.files.of_epoch(self.epoch), self._describe())
-
-    def _finish(self) -> None:
-        """Write everything, the mark of a complete run last, and say how it went."""
-        self._save()
-        save_checkpoint(self.files.final, self._describe())
-        self.settle()
-        save_checkpoint(self.files.best, self.best)
-        val = self.best["metrics"]["val"]
-        writing.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
-        workspace.remove(self.files.latest)
-        log_verdict(val, self.best["epoch"])

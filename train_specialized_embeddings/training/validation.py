@@ -1,7 +1,6 @@
-"""Score a projector, and what it has to beat, by retrieval on the validation split."""
+"""Score a projector and its baselines by retrieval on the validation split."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from pipeline.retrieval.scores import (
     SCORE_KEYS,
     QueryScores,
     list_unreached,
-    normalise_rows,
     score_queries,
     summarize_scores,
 )
@@ -33,34 +31,30 @@ class ValidationSet:
 
     embeddings: Embeddings  # (N, D)
     building_codes: NDArray[np.int32]  # (N,)
-    device: torch.device = CPU  # where they are searched
+    device: torch.device = CPU  # of the search
 
     def score(self, embeddings: Embeddings) -> Scores:
         """Return recall_at_1/5/10/100, map and mrr of L2-normalised embeddings (N, k) of these images."""
         return summarize_scores(self.score_each(embeddings))
 
     def score_each(self, embeddings: Embeddings) -> QueryScores:
-        """Return how each image that has a positive fares."""
+        """Return the score of each image that has a positive."""
         return score_queries(embeddings, self.building_codes, device=self.device)
 
     def is_better(self, one: QueryScores, other: QueryScores, num_errors: float = 1.0) -> bool:
-        """Whether the mAP of one is above the other's by more than `num_errors` standard errors of the difference."""
+        """Tell whether the first mAP is higher by more than `num_errors` standard errors of the difference."""
         gains = one.average_precision - other.average_precision
         return bool(gains.mean() > num_errors * self.measure_error(one, other))
 
     def measure_error(self, one: QueryScores, other: QueryScores) -> float:
         """Return the standard error of the difference of two mAPs.
 
-        It is over buildings, whose queries are not independent (linearised ratio estimator; Cochran, Sampling
-        Techniques, section 9A.4).
+        It is over buildings, as a building's queries are not independent (linearised ratio estimator; Cochran,
+        Sampling Techniques, section 9A.4).
         """
         gains = one.average_precision - other.average_precision
         around = np.bincount(self.building_codes[one.query], gains - gains.mean())
         return float(np.sqrt(np.square(around).sum()) / len(gains))
-
-    def score_raw(self) -> Scores:
-        """Score the backbone's own embeddings."""
-        return self.score(normalise_rows(self.embeddings))
 
 
 def choose_validation_set(features: Features, max_images: int, seed: int, device: torch.device = CPU) -> ValidationSet:
@@ -84,27 +78,21 @@ def measure_spread(embeddings: Embeddings) -> float:
     return float(1.0 - np.square(embeddings.astype(np.float64).mean(axis=0)).sum())
 
 
-def measure_norm(projector: Projector, embeddings: NDArray[Any], device: torch.device) -> float:
-    """Return the mean norm of the first NORM_ROWS images' outputs before it is made 1."""
-    rows = torch.from_numpy(np.array(embeddings[:NORM_ROWS])).to(device)
-    was_training = projector.training
-    projector.eval()
+def measure_norm(projector: Projector, embeddings: Embeddings, device: torch.device) -> float:
+    """Return the mean norm of the first NORM_ROWS images' outputs before they are normalised."""
     with torch.inference_mode():
-        norm = float(projector.map(rows).norm(dim=1).mean())
-    projector.train(was_training)
-    return norm
+        return float(projector.map(torch.from_numpy(embeddings[:NORM_ROWS]).to(device)).norm(dim=1).mean())
 
 
 def format_table(rows: dict[str, Scores]) -> list[str]:
     """Return the lines of a table of scores, one row a method."""
-    keys = [key for key in SCORE_KEYS if all(key in row for row in rows.values())]  # an older run's have fewer
-    head = " ".join(f"{key.replace('recall_at_', 'R@'):>7}" for key in keys)
+    head = " ".join(f"{key.replace('recall_at_', 'R@'):>7}" for key in SCORE_KEYS)
     lines = [f"{'validation':<14}{head}"]
-    return lines + [f"{name:<14}" + " ".join(f"{row[key]:7.4f}" for key in keys) for name, row in rows.items()]
+    return lines + [f"{name:<14}" + " ".join(f"{row[key]:7.4f}" for key in SCORE_KEYS) for name, row in rows.items()]
 
 
 def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:
-    """Log the table, and say plainly whether the projector beats the baselines."""
+    """Log the table, and whether the projector beats the baselines."""
     for line in format_table(rows):
         logger.info("%s", line)
     ahead = list_unreached(rows, rows["projector"]["map"])

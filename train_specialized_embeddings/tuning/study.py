@@ -1,4 +1,4 @@
-"""An Optuna study of stage 6's settings: its storage, its trials, its workers."""
+"""Run an Optuna study of stage 6's settings."""
 
 import multiprocessing
 from contextlib import suppress
@@ -26,20 +26,21 @@ from train_specialized_embeddings.training.fitting import (
 )
 from train_specialized_embeddings.training.starts import fit_baselines
 from train_specialized_embeddings.tuning import search_space
+from train_specialized_embeddings.tuning.search_space import SPACE
 from train_specialized_embeddings.tuning.tuning_report import write_report
 
 FILES = {"journal": "journal.log", "sqlite": "study.db"}
-# A trial is given up where its validation mAP is below the median of the others at the same epoch; the first trials
-# are not, nor the epochs of a warm-up.
+# A trial is pruned where its validation mAP is below the median of the others at the same epoch; the first trials and
+# the first epochs are not.
 _FREE_TRIALS, _FREE_EPOCHS = 10, 3
-# How long SQLite waits while another worker writes.
+# Seconds that SQLite waits while another worker writes.
 _LOCK_SECONDS = 60
 
 
 def run_study(
     config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
 ) -> StageResult:
-    """Run the trials that are left and write the report; a study that is overwritten stays until a trial is complete.
+    """Run the remaining trials and write the report; an overwritten study stays until a trial is complete.
 
     Raises StaleOutputError where the study in `folder` had other inputs or settings, PipelineError where no trial was
     complete.
@@ -52,31 +53,15 @@ def run_study(
         with suppress(KeyError):  # there is none
             optuna.delete_study(study_name=options.study_name, storage=_open_storage(options.storage, folder))
     with replacing(folder, earlier):
-        return run_trials(config, options, inputs, provenance, folder)
-
-
-def run_trials(
-    config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
-) -> StageResult:
-    """Run the trials that are left, this process being one of the workers, and write the report.
-
-    Raises PipelineError where no trial was complete.
-    """
-    result = StageResult("tune")
-    study = open_study(config, options, folder, provenance)
-    if _count_finished(study) < options.num_trials:
-        start = multiprocessing.get_context("spawn").Process  # fork would copy threads that are not there any more
-        work = (config, options, inputs, provenance, folder)
-        helpers = [start(target=_help, args=(*work, number), daemon=True) for number in range(1, options.num_workers)]
-        for helper in helpers:
-            helper.start()
-        _work(study, config, inputs, options, result.watch, 0)
-        for helper in helpers:
-            helper.join()
-        result.written += write_report(folder, study)
-    else:
-        logger.info("tune: the study has its %d trials; a larger --trials goes on", options.num_trials)
-        result.kept += write_report(folder, study)
+        study = open_study(config, options, folder, provenance)
+        has_work = _count_finished(study) < options.num_trials
+        result = StageResult("tune")
+        if has_work:
+            _run_workers(study, (config, options, inputs, provenance, folder), result.watch)
+        else:
+            logger.info("tune: the study has its %d trials; a larger --trials goes on", options.num_trials)
+        paths = write_report(folder, study)
+    (result.written if has_work else result.kept).extend(paths)
     states = [trial.state for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
     done, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
     result.add({"in": len(states), "out": done, "dropped": pruned, "rejected": len(states) - done - pruned})
@@ -84,17 +69,17 @@ def run_trials(
 
 
 def open_study(config: Config, options: Any, folder: Path, provenance: dict[str, Any]) -> optuna.Study:
-    """Open the study, or begin it with the settings as configured.
+    """Open the study, or create it with a first trial of the configured settings.
 
-    Raises StaleOutputError where it was made from other inputs, or settings that the trials do not choose.
+    Raises StaleOutputError where it was made from other inputs, or from other settings that the trials do not choose.
     """
     study = optuna.create_study(
         storage=_open_storage(options.storage, folder), study_name=options.study_name, direction="maximize",
         load_if_exists=True, pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
     )  # fmt: skip
-    # Without a seed: workers that begin together on several machines must not try the same.
+    # Without a seed: workers that start together on several machines must not try the same.
     study.sampler = optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True)
-    fixed = {key: value for key, value in provenance["settings"].items() if key not in search_space.SPACE}
+    fixed = {key: value for key, value in provenance["settings"].items() if key not in SPACE}
     made_from = provenance | {"stage": "tune", "settings": fixed}
     if "provenance" in study.user_attrs:
         tables.matches(
@@ -102,12 +87,12 @@ def open_study(config: Config, options: Any, folder: Path, provenance: dict[str,
         )
     else:
         study.set_user_attr("provenance", made_from)
-        study.enqueue_trial(search_space.configured(config), skip_if_exists=True)
+        study.enqueue_trial(search_space.list_configured(config), skip_if_exists=True)
     return study
 
 
 def _open_storage(storage: str, folder: Path) -> Any:
-    """Return a file in the folder as storage, or the database of a URL, which may hold a password and is not shown."""
+    """Open a file in the folder, or the database of a URL, which may hold a password and is not shown."""
     if storage == "journal":
         return optuna.storages.JournalStorage(JournalFileBackend(str(folder / FILES[storage])))
     if storage == "sqlite":
@@ -122,17 +107,29 @@ def _open_storage(storage: str, folder: Path) -> Any:
         ) from None
 
 
-def _help(*work: Any) -> None:
-    """Work on the study in a process of its own."""
+def _run_workers(study: optuna.Study, work: tuple[Any, ...], watch: Stopwatch) -> None:
+    """Run trials in this process and in more of them, until the study has enough."""
+    start = multiprocessing.get_context("spawn").Process  # a fork would copy locks without their threads
+    num_workers = work[1].num_workers
+    workers = [start(target=_run_worker, args=(*work, number), daemon=True) for number in range(1, num_workers)]
+    for worker in workers:
+        worker.start()
+    _run_trials(study, *work[:3], watch, 0)
+    for worker in workers:
+        worker.join()
+
+
+def _run_worker(*work: Any) -> None:
+    """Run trials in a process of its own."""
     config, options, inputs, provenance, folder, number = work
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with logging_to(config.log_dir / f"tune.{number}.log", config.logging.level):
         study = open_study(config, options, folder, provenance)
-        _work(study, config, inputs, options, Stopwatch(), number)
+        _run_trials(study, config, options, inputs, Stopwatch(), number)
 
 
-def _work(  # noqa: PLR0917
-    study: optuna.Study, config: Config, inputs: dict[str, Path], options: Any, watch: Stopwatch, number: int
+def _run_trials(  # noqa: PLR0917
+    study: optuna.Study, config: Config, options: Any, inputs: dict[str, Path], watch: Stopwatch, number: int
 ) -> None:
     """Run trials until the study has enough; with W workers it may get W - 1 more.
 
@@ -144,7 +141,15 @@ def _work(  # noqa: PLR0917
         objective = Objective(config, inputs, watch, options.sample_buildings)
     parent = multiprocessing.parent_process()
     while _count_finished(study) < options.num_trials and (parent is None or parent.is_alive()):
-        study.optimize(objective, n_trials=1, catch=(PipelineError,), callbacks=[_log_trial])
+        trial = study.ask(SPACE)
+        try:
+            outcome: dict[str, Any] = {"values": objective(trial)}
+        except optuna.TrialPruned:
+            outcome = {"state": TrialState.PRUNED}
+        except PipelineError as error:
+            logger.warning("trial %d failed: %s", trial.number, error)
+            outcome = {"state": TrialState.FAIL}
+        _log_trial(study, study.tell(trial, **outcome))
 
 
 def _log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
@@ -160,7 +165,7 @@ def _count_finished(study: optuna.Study) -> int:
 
 
 class Objective:
-    """The best validation mAP that settings reach; what they share is read and fitted once."""
+    """The best validation mAP of a trial's settings; the data and the start are read and fitted once for all trials."""
 
     def __init__(
         self, config: Config, inputs: dict[str, Path], watch: Stopwatch, sample_buildings: int | None = None
@@ -175,28 +180,24 @@ class Objective:
         self.store = store_coordinates(self.material, self.baselines.start)
 
     def __call__(self, trial: optuna.Trial) -> float:
-        """Train with the trial's settings, an epoch at a time, and give up where the others were better.
+        """Train with the trial's settings, an epoch at a time.
 
-        Raises PipelineError where training diverges or the GPU cannot hold it, TrialPruned where it is given up.
+        Raises PipelineError where training diverges or the GPU cannot hold it, TrialPruned where other trials were
+        better.
         """
-        config = search_space.apply(self.config, search_space.suggest(trial))
-        with training_within_memory(config):
-            return self._train(config, trial)
-
-    def _train(self, config: Config, trial: optuna.Trial) -> float:
-        material, seed = self.material, config.global_.seed
-        torch.manual_seed(seed)
-        material.sampler.seed(seed)
-        run = make_run(config, material, self.store, self.baselines, watch=self.watch)
-        run.begin()
+        config, material = search_space.apply(self.config, trial.params), self.material
         interval = config.logging.progress_interval_seconds
-        with Progress(
-            f"trial {trial.number}", config.training.num_epochs * run.trainer.num_anchors, "anchor", interval
-        ) as bar:
-            while not run.is_over:
-                run.advance(bar)
-                trial.report(run.history[-1]["val"]["map"], run.epoch)
-                if trial.should_prune():
-                    raise optuna.TrialPruned
-        run.settle()
+        with training_within_memory(config):
+            torch.manual_seed(config.global_.seed)
+            material.sampler.generator.manual_seed(config.global_.seed)
+            run = make_run(config, material, self.store, self.baselines, watch=self.watch)
+            run.begin()
+            total = config.training.num_epochs * run.trainer.num_anchors
+            with Progress(f"trial {trial.number}", total, "anchor", interval) as bar:
+                while not run.is_over:
+                    run.advance(bar)
+                    trial.report(run.history[-1]["val"]["map"], run.epoch)
+                    if trial.should_prune():
+                        raise optuna.TrialPruned
+            run.settle()
         return float(run.best["metrics"]["val"]["projector"]["map"])

@@ -1,11 +1,13 @@
-"""What a study leaves for people: the best settings as a TOML fragment, a table and plots of the trials."""
+"""Write the results of a study: the best settings as a TOML fragment, a table and plots of the trials."""
 
 import csv
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -15,10 +17,11 @@ from pipeline.log import logger
 from train_specialized_embeddings.tuning.search_space import SPACE
 
 _NUM_LISTED = 5
+_PLOTS = {"history.png": "optimization_history", "epochs.png": "intermediate_values", "settings.png": "slice"}
 
 
 def write_report(folder: Path, study: optuna.Study) -> list[Path]:
-    """Write best.toml, trials.csv and trials.png, and log the best trials; return the paths.
+    """Write best.toml, trials.csv and the plots, and log the best trials; return the paths.
 
     Raises PipelineError where no trial is complete.
     """
@@ -26,14 +29,15 @@ def write_report(folder: Path, study: optuna.Study) -> list[Path]:
     ranked = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=_value, reverse=True)
     if not ranked:
         raise PipelineError(f"{folder}: no trial was complete: train with the settings as they are and read the log")
-    paths = [folder / name for name in ("best.toml", "trials.csv", "trials.png")]
-    for path, content in zip(paths, (_render_toml(ranked), _render_csv(trials), _plot(trials, ranked)), strict=True):
-        with writing.writing_to(path) as temporary:
+    contents = {"best.toml": _render_toml(ranked), "trials.csv": _render_csv(trials)}
+    contents |= {name: _plot(study, kind) for name, kind in _PLOTS.items()}
+    for name, content in contents.items():
+        with writing.writing_to(folder / name) as temporary:
             temporary.write_bytes(content)
     for trial in ranked[:_NUM_LISTED]:
         logger.info("trial %4d: validation mAP %.4f: %s", trial.number, _value(trial), _describe(trial.params))
-    logger.info("to train with the best of them: train.py --set %s", paths[0])
-    return paths
+    logger.info("to train with the best of them: train.py --set %s", folder / "best.toml")
+    return [folder / name for name in contents]
 
 
 def _value(trial: FrozenTrial) -> float:
@@ -76,38 +80,15 @@ def _render_csv(trials: list[FrozenTrial]) -> bytes:
     return text.getvalue().encode()
 
 
-def _plot(trials: list[FrozenTrial], ranked: list[FrozenTrial]) -> bytes:
-    """Draw the trials in their order, their epochs, and the mAP over each setting."""
-    from matplotlib.figure import Figure
+def _plot(study: optuna.Study, kind: str) -> bytes:
+    from matplotlib import pyplot
 
-    num_columns = 4
-    figure = Figure(figsize=(16, 3.2 * -(-(len(SPACE) + 2) // num_columns)))
-    axes = iter(figure.subplots(-(-(len(SPACE) + 2) // num_columns), num_columns).flat)
-    order = sorted(ranked, key=lambda trial: trial.number)
-    best = [max(_value(trial) for trial in order[: place + 1]) for place in range(len(order))]
-    axis = next(axes)
-    axis.plot([trial.number for trial in order], [_value(trial) for trial in order], ".", color="tab:blue")
-    axis.step([trial.number for trial in order], best, where="post", color="tab:orange")
-    axis.set(title="validation mAP, and the best so far", xlabel="trial")
-    axis = next(axes)
-    for trial in trials:
-        epochs = sorted(trial.intermediate_values)
-        colour = "tab:blue" if trial.state == TrialState.COMPLETE else "lightgray"
-        axis.plot(epochs, [trial.intermediate_values[epoch] for epoch in epochs], color=colour, linewidth=0.6)
-    axis.set(title="validation mAP (gray: pruned)", xlabel="epoch")
-    for (name, dimension), axis in zip(SPACE.items(), axes, strict=False):  # noqa: PLW2901
-        values = [trial.params[name] for trial in ranked]
-        axis.scatter(
-            [str(value) for value in values] if dimension.words else values, [_value(trial) for trial in ranked], s=9
-        )
-        axis.set_title(name)
-        if dimension.log:
-            axis.set_xscale("log")
-    for axis in axes:
-        axis.set_axis_off()
-    for axis in figure.axes:
-        axis.ticklabel_format(axis="y", useOffset=False)
-    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.05, top=0.96, wspace=0.25, hspace=0.45)
+    pyplot.switch_backend("agg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna calls these plots experimental
+        drawn = getattr(optuna.visualization.matplotlib, f"plot_{kind}")(study)
+    figure = np.atleast_1d(drawn)[0].figure
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=80)
+    figure.savefig(picture, format="png", dpi=80, bbox_inches="tight")
+    pyplot.close(figure)
     return picture.getvalue()
