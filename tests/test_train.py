@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,12 @@ from pipeline.retrieval.whitening import (
     whiten_within_class,
 )
 from train_specialized_embeddings import train
-from train_specialized_embeddings.training.collapse import has_collapsed
 from train_specialized_embeddings.training.coordinates import make_coordinates
 from train_specialized_embeddings.training.losses import LOSSES
 from train_specialized_embeddings.training.rates import rate_factor
 from train_specialized_embeddings.training.starts import Baselines, make_projector
 from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.training_run import TrainingRun
 from train_specialized_embeddings.training.validation import (
     choose_validation_set,
     format_table,
@@ -82,7 +83,7 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
     for name, content in found.items():
         assert set(content) == {
             "architecture", "projector", "weights", "average", "coordinates", "origin", "optimizer", "loss",
-            "sampler", "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale", "first_shape",
+            "sampler", "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale",
         }  # fmt: skip
         assert content["architecture"]["input_dim"] == WIDTH
         assert content["provenance"]["split_hash"] == "abc"
@@ -167,13 +168,18 @@ def test_the_log_shows_the_table_and_warns_of_a_projector_that_is_not_worth_publ
         assert ("beside: whitening -0.1500" in caplog.text) != warns
 
 
-def test_collapse_is_told_by_spread_and_norm() -> None:
-    start = {"epoch": 0, "embedding_spread": 0.9, "embedding_norm": 1.0, "collapsed_in_training": False}
-    assert not has_collapsed(start | {"embedding_norm": 3.9}, start)
-    assert has_collapsed(start | {"embedding_spread": 0.1}, start)
-    assert has_collapsed(start | {"embedding_norm": 4.1}, start)
-    assert has_collapsed(start | {"embedding_norm": 0.2}, start)
-    assert has_collapsed(start | {"collapsed_in_training": True}, start)
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"embedding_norm": 3.9}, False),
+        ({"embedding_norm": 4.1}, True),
+        ({"embedding_norm": 0.2}, True),
+        ({"embedding_spread": 0.1}, True),
+    ],
+)
+def test_collapse_is_told_by_spread_and_norm(changed: dict[str, float], expected: bool) -> None:
+    start = {"embedding_spread": 0.9, "embedding_norm": 1.0}
+    assert TrainingRun._has_collapsed(SimpleNamespace(history=[start]), start | changed) == expected
 
 
 def test_a_run_that_collapses_goes_back_lowers_the_rates_and_says_so_and_ends_after_the_third_time(

@@ -17,7 +17,6 @@ from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training import trainer as trainer_module
-from train_specialized_embeddings.training.collapse import ShapeSums
 from train_specialized_embeddings.training.losses import LOSSES, Pairs
 from train_specialized_embeddings.training.trainer import Trainer
 
@@ -67,10 +66,8 @@ def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_anchors(
     torch.cat(losses).mean().backward()
     expected = [weight.grad.clone() for weight in trainer.projector.parameters() if weight.grad is not None]
 
-    counts, shape = torch.zeros(2, 8, dtype=torch.float64), ShapeSums(4, torch.device("cpu"))
-    assert trainer._take_step(batch, counts, shape).item() == pytest.approx(
-        float(torch.cat(losses).detach().sum()), rel=1e-5
-    )
+    counts = torch.zeros(2, 8, dtype=torch.float64)
+    assert trainer._take_step(batch, counts).item() == pytest.approx(float(torch.cat(losses).detach().sum()), rel=1e-5)
     active = [0] * 8
     for (first, _), negative, band in zip(groups, negatives, batch.bands.tolist(), strict=True):
         anchor, positive, other = (embeddings[row] for row in (rows[first], rows[first + 1], negative))
@@ -159,7 +156,6 @@ def test_every_image_is_an_anchor_and_every_building_has_a_banded_negative(loss:
     assert num_buildings <= report.num_negatives <= num_buildings + 3  # a pass over all images, and the rest of a batch
     assert report.num_negatives < len(data) / 2
     assert report.train_loss > 0
-    assert not report.collapsed_in_training
 
 
 def test_few_images_are_passed_over_until_there_are_enough_steps() -> None:
@@ -183,27 +179,6 @@ def test_noise_is_drawn_in_units_of_the_spread_within_buildings(monkeypatch: pyt
     nearest = torch.cdist(rows[:, [1, 3, 4, 5]], exact[:, [1, 3, 4, 5]]).argmin(dim=1)
     moved = (rows - exact[nearest]).std(dim=0)
     assert moved.tolist() == pytest.approx([1.5, 0.0, 3.0, 0.0, 0.0, 0.0], rel=0.15)
-
-
-def test_a_collapse_ends_an_epoch_at_the_draw_that_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train_specialized_embeddings.training.trainer._MIN_ANCHORS_PER_DRAW", 320)
-    trainer, _ = make_trainer(anchors_per_epoch=3200)
-    real = trainer._take_step
-
-    def take_step(*arguments: Any) -> torch.Tensor:
-        sums = real(*arguments)
-        if count_steps(trainer) == 40:
-            trainer.projector.shortcut.weight.data.zero_()  # all images coincide from here on
-            trainer.projector.shortcut.bias.data.fill_(1.0)
-            for weight in trainer.projector.output.parameters():
-                weight.data.zero_()
-        return sums
-
-    monkeypatch.setattr(trainer, "_take_step", take_step)
-    report = trainer.run_epoch(Progress("train", None))
-    assert report.collapsed_in_training
-    assert count_steps(trainer) in (48, 64)  # of 160: a draw is of 16 steps
-    assert trainer.epoch == 1
 
 
 def test_the_average_follows_the_weights_by_a_fifth_each_epoch() -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import count_cores
@@ -18,18 +18,18 @@ from pipeline.retrieval.features import Features
 from pipeline.threads import map_in_order
 
 NUM_BANDS = 7  # 0 is the hardest, 6 the easiest
-# Rows of the difficulty table that a thread works on at a time: with 150 neighbours about 300 MB. Fewer would spend
-# their time on building Arrow's hash table of the buildings, which is made for each call.
+# Rows that a thread works on at a time: with 150 neighbours about 300 MB. Fewer would spend their time on building
+# Arrow's hash table of the buildings, which is made for each call.
 _BATCH_ROWS = 32_768
 
 Rows = NDArray[np.int64]
-# Rows of `features`, their usable neighbours by image and band, where each image's bands end.
+# Rows of `features`, their usable neighbours by image and band, and the end of each image's bands.
 Gathered = tuple[Rows, NDArray[np.int32], NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Training buildings that look like each training image, by band.
+    """The training buildings that look like each training image, by band.
 
     The band `b` of image `i` is `codes[starts[i] + ends[i, b - 1] : starts[i] + ends[i, b]]`, where ends[i, -1] is 0.
     """
@@ -40,12 +40,16 @@ class Neighbors:
 
 
 def load_neighbors(path: Path, features: Features) -> Neighbors:
-    """Read stage 5's table for the images of `features`, without a Python object per row.
+    """Read the table for the images of `features`, without a Python object per row.
 
-    Neighbours outside these buildings, and an image's own building, are left out; images that the table misses have
-    none. Raises InputError if the file is missing, damaged or of another shape, names an image twice, or none of ours.
+    Leaves out neighbours outside these buildings, and an image's own building; images that the table misses have none.
+    Raises InputError if the file is missing, damaged or of another shape, names an image twice, or none of ours.
     """
-    keys = _read_keys(path)
+    file = tables.open_parquet(path)
+    _check_columns(path, file.schema_arrow)
+    tables.log_missing_provenance(path)
+    with tables.reading(path):
+        keys = file.read(columns=["target_coord_hash"]).column(0).combine_chunks().cast(pa.string())
     rows = pc.fill_null(pc.index_in(keys, value_set=features.image_ids), -1).to_numpy().astype(np.int64)
     known = rows[rows >= 0]
     if len(known) == 0:
@@ -54,21 +58,22 @@ def load_neighbors(path: Path, features: Features) -> Neighbors:
         raise InputError(f"{path}: names an image twice: make it again with stage 5")
     starts = np.zeros(len(features), np.int64)
     ends = np.zeros((len(features), NUM_BANDS), np.int32)
-    codes = np.empty(_count_neighbors(path), np.int32)  # memory that is not written to is not taken
+    codes = np.empty(_count_neighbors(file.metadata), np.int32)  # memory that is not written to is not taken
     filled = 0
-    for batch_rows, batch_codes, batch_ends in _gather_groups(path, rows, features):
+    for batch_rows, batch_codes, batch_ends in _gather_groups(path, file.metadata, rows, features):
         starts[batch_rows] = filled + np.concatenate([[0], np.cumsum(batch_ends[:, -1])[:-1]])
         ends[batch_rows] = batch_ends
         codes[filled : filled + len(batch_codes)] = batch_codes
         filled += len(batch_codes)
-    _log_coverage(path, len(features) - len(known), ends)
+    logger.info(
+        "%s: %d training images, %d of them not in the table, %d without a usable neighbour (their negatives are "
+        "random), %.1f usable neighbours an image",
+        path.name, len(ends), len(features) - len(known), int((ends[:, -1] == 0).sum()), ends[:, -1].mean(),
+    )  # fmt: skip
     return Neighbors(codes[:filled], starts, ends)
 
 
-def _read_keys(path: Path) -> pa.Array:
-    """Check the columns and return the images' ids."""
-    file = tables.open_parquet(path)
-    schema = file.schema_arrow
+def _check_columns(path: Path, schema: pa.Schema) -> None:
     tables.check_columns(path, schema, [pa.field("target_coord_hash", pa.string())])
     for name, is_right in (
         ("neighbor_building_ids", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
@@ -79,29 +84,24 @@ def _read_keys(path: Path) -> pa.Array:
             raise InputError(f"{path}: column {name} is {kind or 'missing'}, expected a list: run stage 5 again")
         if not is_right(kind.value_type):
             raise InputError(f"{path}: column {name} is {kind}: run stage 5 again")
-    tables.log_missing_provenance(path)
-    with tables.reading(path):
-        return file.read(columns=["target_coord_hash"]).column(0).combine_chunks().cast(pa.string())
 
 
-def _count_neighbors(path: Path) -> int:
-    """Return how many values the lists of the table hold, or a few more, as its footer says."""
-    metadata = tables.open_parquet(path).metadata
+def _count_neighbors(metadata: pq.FileMetaData) -> int:
+    """Return the number of values in the table's lists, or a few more, by its footer."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     columns = [group.column(number) for group in groups for number in range(group.num_columns)]
     return sum(column.num_values for column in columns if column.path_in_schema.startswith("neighbor_building_ids."))
 
 
-def _gather_groups(path: Path, rows: Rows, features: Features) -> Iterator[Gathered]:
-    """Yield the table's batches in order, while threads work on the row groups that follow."""
-    metadata = tables.open_parquet(path).metadata
+def _gather_groups(path: Path, metadata: pq.FileMetaData, rows: Rows, features: Features) -> Iterator[Gathered]:
+    """Yield the table's batches in order, while threads work on the following row groups."""
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    edges = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    groups = ((number, rows[edges[number] : edges[number + 1]]) for number in range(len(sizes)))
+    groups = enumerate(np.split(rows, np.cumsum(sizes)[:-1]))
     num_threads = count_cores()
-    yield from chain.from_iterable(
-        map_in_order(lambda group: _gather_group(path, *group, features), groups, num_threads, num_threads + 1)
-    )
+    for gathered in map_in_order(
+        lambda group: _gather_group(path, *group, features), groups, num_threads, num_threads + 1
+    ):
+        yield from gathered
 
 
 def _gather_group(path: Path, number: int, rows: Rows, features: Features) -> list[Gathered]:
@@ -113,16 +113,11 @@ def _gather_group(path: Path, number: int, rows: Rows, features: Features) -> li
             batch_rows = rows[first : first + batch.num_rows]
             first += batch.num_rows
             known = batch_rows >= 0
-            if not known.all():
-                batch_rows, batch = batch_rows[known], batch.filter(pa.array(known))  # noqa: PLW2901
-            gathered.append((batch_rows, *_gather_batch(path, batch, batch_rows, features)))
+            gathered.append(_gather_batch(path, batch.filter(pa.array(known)), batch_rows[known], features))
     return gathered
 
 
-def _gather_batch(
-    path: Path, batch: pa.RecordBatch, rows: Rows, features: Features
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return the batch's usable neighbours by image and band, and where each image's bands end, (n, NUM_BANDS)."""
+def _gather_batch(path: Path, batch: pa.RecordBatch, rows: Rows, features: Features) -> Gathered:
     ids, bands_column = batch.column("neighbor_building_ids"), batch.column("neighbor_bands")
     lengths = pc.fill_null(pc.list_value_length(ids), 0).to_numpy(zero_copy_only=False)
     if not np.array_equal(lengths, pc.fill_null(pc.list_value_length(bands_column), 0).to_numpy(zero_copy_only=False)):
@@ -135,17 +130,8 @@ def _gather_batch(
     usable = (codes >= 0) & (codes != np.repeat(features.building_codes[rows], lengths))
     cells = np.repeat(np.arange(len(rows), dtype=np.int32) * NUM_BANDS, lengths)[usable] + bands[usable]
     codes = codes[usable]
-    if (cells[1:] < cells[:-1]).any():  # stage 5 writes them so that this is not needed
+    if (cells[1:] < cells[:-1]).any():  # stage 5 writes them in order
         order = np.argsort(cells, kind="stable")
         cells, codes = cells[order], codes[order]
     counts = np.bincount(cells, minlength=len(rows) * NUM_BANDS).reshape(len(rows), NUM_BANDS)
-    return codes.astype(np.int32, copy=False), counts.cumsum(axis=1).astype(np.int32)
-
-
-def _log_coverage(path: Path, num_missed: int, ends: NDArray[np.int32]) -> None:
-    without = int((ends[:, -1] == 0).sum())
-    logger.info(
-        "%s: %d training images, %d of them not in the table, %d without a usable neighbour (their negatives are "
-        "random), %.1f usable neighbours an image",
-        path.name, len(ends), num_missed, without, ends[:, -1].mean(),
-    )  # fmt: skip
+    return rows, codes.astype(np.int32, copy=False), counts.cumsum(axis=1).astype(np.int32)

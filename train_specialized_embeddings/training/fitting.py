@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Config, LoggingSection
+from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
@@ -56,8 +56,8 @@ def fit(
             baselines = find_start(config, material, saved, inputs.get("init_checkpoint"), provenance)
             store = store_coordinates(material, baselines.start)
         counts = {"in": material.num_images, "out": material.num_images}
-        run = make_run(config, material, store, baselines, files, watch, sinks)
-        run.provenance = provenance | {"counts": counts}
+        run = make_run(config, material, store, baselines)
+        run.files, run.watch, run.sinks, run.provenance = files, watch, sinks, provenance | {"counts": counts}
         if saved is not None:
             run.resume(saved)
         run.complete()
@@ -149,22 +149,10 @@ def store_coordinates(material: Material, coordinates: Coordinates) -> FeatureSt
     return FeatureStore(coordinates.linear_map.map_rows(material.train.embeddings), material.device)
 
 
-def make_run(  # noqa: PLR0917
-    config: Config,
-    material: Material,
-    store: FeatureStore,
-    baselines: Baselines,
-    files: RunFiles | None = None,
-    watch: Stopwatch | None = None,
-    sinks: MetricSinks | None = None,
-) -> TrainingRun:
-    """Return a run at its start; without files it saves nothing."""
-    nowhere = files or RunFiles(Path())
-    projector = make_projector(baselines, config.training_model, config.training).to(material.device)
+def make_run(config: Config, material: Material, store: FeatureStore, baselines: Baselines) -> TrainingRun:
+    """Return a run at its start, which saves nothing until it has files."""
     start = baselines.start
+    projector = make_projector(baselines, config.training_model, config.training).to(material.device)
     trainer = Trainer(projector, store, material.sampler, config.training, torch.from_numpy(start.spread))
     validation = replace(material.validation, embeddings=start.linear_map.map_rows(material.validation.embeddings))
-    return TrainingRun(
-        config, nowhere, trainer, start, validation, {}, baselines.scores, baselines.note, watch or Stopwatch(),
-        sinks or MetricSinks(LoggingSection(), nowhere.folder, {}),
-    )  # fmt: skip
+    return TrainingRun(config, trainer, start, validation, baselines.scores, baselines.note)

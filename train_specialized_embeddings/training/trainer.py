@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from pipeline.config import TrainingSection
 from pipeline.errors import PipelineError
@@ -16,7 +15,6 @@ from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch
 from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
-from train_specialized_embeddings.training.collapse import ShapeSums, is_collapsed
 from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_loss
 from train_specialized_embeddings.training.rates import group_parameters, rate_factor
 
@@ -39,7 +37,6 @@ class EpochReport:
     band_shares: list[float] | None = None
     learning_rates: dict[str, float] | None = None  # at the epoch's last step
     num_negatives: int = 0  # banded ones
-    collapsed_in_training: bool = False  # the epoch was then given up before its end
 
 
 class Trainer:
@@ -64,7 +61,6 @@ class Trainer:
         self.noise = section.input_noise * spread.to(store.device)
         self.epoch = 0
         self.rate_scale = 1.0  # lowered by a collapse
-        self.first_shape: list[float] | None = None  # spread and norm of the first images that were trained on
         # Few images are passed over several times an epoch: what training needs is steps.
         self.num_anchors = max(len(sampler.anchors), _MIN_STEPS_PER_EPOCH * section.batch_size)
         if section.anchors_per_epoch != "auto":
@@ -75,7 +71,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(group_parameters(projector, self.loss, section, share), fused=True)
 
     def run_epoch(self, progress: Progress) -> EpochReport:
-        """Train on one epoch's anchors, or until the embeddings have collapsed.
+        """Train on one epoch's anchors.
 
         Raises PipelineError where no negative can be drawn, or the loss is not a number.
         """
@@ -85,38 +81,24 @@ class Trainer:
         steps_per_draw = max(_STEPS_PER_DRAW, -(-_MIN_ANCHORS_PER_DRAW // section.batch_size))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         totals = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=device)  # negatives, active ones, by band
-        num_anchors, has_collapsed = 0, False
         for first in range(0, len(batches), steps_per_draw):
             drawn = batches[first : first + steps_per_draw]
             preference = torch.tensor(self.bandit.rank_bands(), device=device) if self.bandit else None
-            counts, shape = torch.zeros_like(totals), ShapeSums(self.projector.architecture["output_dim"], device)
+            counts = torch.zeros_like(totals)
             for number, batch in enumerate(self.sampler.add_negatives(drawn, preference), first):
                 self._set_rates(number / len(batches))
-                loss_sum += self._take_step(batch, counts, shape)
+                loss_sum += self._take_step(batch, counts)
             if self.bandit:
                 self.bandit.learn(*counts[:, :RANDOM_BAND].tolist())
             totals += counts
-            num_anchors += sum(len(part.rows) for part in drawn)
             progress.advance(sum(len(part.rows) for part in drawn))
-            has_collapsed = self._has_collapsed(shape)
-            if has_collapsed:
-                break
         self.epoch += 1
         with torch.no_grad():
             for mean, weight in zip(self.average.parameters(), self.projector.parameters(), strict=True):
                 mean.lerp_(weight, 1 - _AVERAGE_DECAY)
-        return self._report(float(loss_sum) / num_anchors, totals.tolist(), has_collapsed)
+        return self._report(float(loss_sum) / sum(len(part.rows) for part in batches), totals.tolist())
 
-    def _has_collapsed(self, shape: ShapeSums) -> bool:
-        """Tell whether a draw's images lie otherwise than those of the first draw; few images say nothing."""
-        spread, norm, count = shape.measure()
-        if count < min(_MIN_ANCHORS_PER_DRAW, self.num_anchors) / 2:  # batches of whole groups are seldom full
-            return False
-        if self.first_shape is None:
-            self.first_shape = [spread, norm]
-        return is_collapsed(spread, norm, *self.first_shape)
-
-    def _report(self, loss: float, totals: list[list[float]], has_collapsed: bool) -> EpochReport:  # noqa: FBT001
+    def _report(self, loss: float, totals: list[list[float]]) -> EpochReport:
         by_band, active_by_band = totals
         total = sum(by_band)
         if not total:
@@ -128,7 +110,7 @@ class Trainer:
             raise PipelineError("training diverged (the loss is not a number): lower [training].learning_rate")
         rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
         shares = [count / total for count in by_band]
-        return EpochReport(loss, sum(active_by_band) / total, shares, rates, int(total), has_collapsed)
+        return EpochReport(loss, sum(active_by_band) / total, shares, rates, int(total))
 
     def _set_rates(self, done: float) -> None:
         """Set the learning rates for a step of this epoch; `done` is the share of its steps before it."""
@@ -138,24 +120,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor * self.rate_scale
 
-    def _take_step(self, batch: Batch, counts: torch.Tensor, shape: ShapeSums) -> torch.Tensor:
-        """Move the weights by one batch; return the sum of its losses.
-
-        Adds the batch's negatives by band to `counts`, and where its anchors lie to `shape`.
-        """
+    def _take_step(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
+        """Move the weights by one batch, and add its negatives by band to `counts`; return the sum of its losses."""
         features = self.store.gather(batch.rows)
         features = features + self.noise * torch.randn(features.shape, device=features.device)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
-            outputs = self.projector.map(features)
-        embeddings = functional.normalize(outputs, dim=1)
+            embeddings = self.projector(features)
         losses = self._compare(batch, embeddings)
         self.optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.section.grad_clip)
         self.optimizer.step()
         with torch.no_grad():
-            num_anchors = len(batch.anchors.rows)
-            shape.add(outputs[:num_anchors], embeddings[:num_anchors])
             is_active = self._find_active(batch, embeddings)
             for line, mask in zip(counts, (batch.found, is_active), strict=True):
                 line.index_add_(0, batch.bands, mask.double())
@@ -194,7 +170,6 @@ class Trainer:
             "optimizer": _copy(self.optimizer.state_dict()),
             "epoch": self.epoch,
             "rate_scale": self.rate_scale,
-            "first_shape": self.first_shape,
             "sampler": {"random": self.sampler.generator.get_state(), "bandit": self.bandit and self.bandit.state},
             "random": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
@@ -217,7 +192,7 @@ class Trainer:
         self.origin.load_state_dict(state["origin"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.rate_scale, self.first_shape = state["epoch"], state["rate_scale"], state["first_shape"]
+        self.epoch, self.rate_scale = state["epoch"], state["rate_scale"]
         if self.bandit:
             self.bandit.state = state["sampler"]["bandit"]
         cuda, device = state["random"]["cuda"], self.store.device

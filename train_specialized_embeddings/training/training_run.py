@@ -3,19 +3,19 @@
 import copy
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config import Config, LoggingSection
 from pipeline.files import workspace, writing
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import QueryScores, list_unreached, summarize_scores
-from train_specialized_embeddings.training.collapse import has_collapsed
 from train_specialized_embeddings.training.coordinates import Coordinates
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
 from train_specialized_embeddings.training.run_files import RunFiles
@@ -30,6 +30,9 @@ from train_specialized_embeddings.training.validation import (
 
 # An epoch on little data takes less time than syncing its state to disk; a kill costs at most this, or an epoch.
 SAVE_INTERVAL_SECONDS = 10.0
+# Embeddings have collapsed where their spread is below this share of the start's, or their norm before normalisation
+# is below this share of the start's or above its inverse: then steps of one size turn them too far, or not at all.
+COLLAPSED_SHARE = 0.25
 # A collapse multiplies the rates by this, and the run is given up after so many.
 RATE_AFTER_COLLAPSE, MAX_COLLAPSES = 0.1, 2
 # An epoch is as good as the best one within so many standard errors: the best of many is ahead by chance.
@@ -45,15 +48,15 @@ class TrainingRun:
     """A trainer with its validation, its files and its history."""
 
     config: Config
-    files: RunFiles
     trainer: Trainer
     coordinates: Coordinates  # of the features; the trainer's projector maps them
     validation: ValidationSet  # in these coordinates
-    provenance: dict[str, Any]
     baselines: dict[str, Scores]  # validation scores of raw, pca_whitened, whitening
     start: dict[str, Any]  # how the start was chosen
-    watch: Stopwatch
-    sinks: MetricSinks
+    files: RunFiles = field(default_factory=lambda: RunFiles(Path()))
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    sinks: MetricSinks = field(default_factory=lambda: MetricSinks(LoggingSection(), Path(), {}))
+    provenance: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
     best: Content = field(default_factory=dict)  # the checkpoint of the last epoch as good as the peak
     peak: QueryScores | None = None  # validation of the epoch with the best mAP
@@ -183,7 +186,7 @@ class TrainingRun:
             "val": scores,
             "seconds": round(time.monotonic() - started, 3),
         }
-        record["collapsed"] = has_collapsed(record, self.history[0] if self.history else record)
+        record["collapsed"] = self._has_collapsed(record)
         self.history.append(record)
         self.sinks.write(record)
         if record["collapsed"]:
@@ -192,6 +195,12 @@ class TrainingRun:
             self.peak = each
         if not self.validation.is_better(self.peak, each, EPOCH_ERRORS):
             self.best = self._describe()
+
+    def _has_collapsed(self, record: dict[str, Any]) -> bool:
+        """Tell whether an epoch's embeddings have drawn together, or their norms have left those of the start."""
+        first, norm = self.history[0] if self.history else record, record["embedding_norm"]
+        is_out = norm < COLLAPSED_SHARE * first["embedding_norm"] or norm > first["embedding_norm"] / COLLAPSED_SHARE
+        return bool(is_out or record["embedding_spread"] < COLLAPSED_SHARE * first["embedding_spread"])
 
     def _log_epoch(self) -> None:
         """Log the last epoch, and a warning where it went wrong."""
@@ -212,9 +221,9 @@ class TrainingRun:
     def _log_collapse(self, record: dict[str, Any], first: dict[str, Any]) -> None:
         number = sum(record["collapsed"] for record in self.history)
         logger.warning(
-            "epoch %d: the embeddings have collapsed%s (spread %.3f, at first %.3f; norm %.3g, at first %.3g): %s",
-            self.epoch, " in training" if record["collapsed_in_training"] else "",
-            record["embedding_spread"], first["embedding_spread"], record["embedding_norm"], first["embedding_norm"],
+            "epoch %d: the embeddings have collapsed (spread %.3f, at first %.3f; norm %.3g, at first %.3g): %s",
+            self.epoch, record["embedding_spread"], first["embedding_spread"],
+            record["embedding_norm"], first["embedding_norm"],
             f"back to epoch {self.best['epoch']}, with rates of {self.trainer.rate_scale:.2g} of the configured ones"
             if number <= MAX_COLLAPSES
             else f"for the {number}rd time, training ends; lower [training].learning_rate",

@@ -190,7 +190,8 @@ class Objective:
         with training_within_memory(config):
             torch.manual_seed(config.global_.seed)
             material.sampler.generator.manual_seed(config.global_.seed)
-            run = make_run(config, material, self.store, self.baselines, watch=self.watch)
+            run = make_run(config, material, self.store, self.baselines)
+            run.watch = self.watch
             run.begin()
             total = config.training.num_epochs * run.trainer.num_anchors
             with Progress(f"trial {trial.number}", total, "anchor", interval) as bar:
