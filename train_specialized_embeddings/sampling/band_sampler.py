@@ -80,7 +80,8 @@ class BandSampler:
         self.buildings, self._sizes = self._load(codes), self._load(sizes)
         self._order, self._starts = self._load(np.argsort(codes, kind="stable")), self._load(np.cumsum(sizes) - sizes)
         self._panoramas = self._load(features.panorama_codes)
-        self._codes, self._first, self._ends = map(self._load, (neighbors.codes, neighbors.starts, neighbors.ends))
+        self._codes, self._first = self._load(neighbors.codes), self._load(neighbors.starts)
+        self._ends = self._load(neighbors.ends)
         self._points = None
         if min_negative_distance_m > 0:
             self._points = self._load(earth_centred_m(features.target_lat, features.target_lon) / EARTH_RADIUS_M)
@@ -140,8 +141,9 @@ class BandSampler:
                     break
                 if by_band:
                     # A preferred band may hold nothing that is allowed: half the tries are for the others.
-                    prefers = preference is not None and 2 * attempt < MAX_TRIES
-                    order = preference[pending * len(preference) // len(anchors)] if prefers else None
+                    order = None
+                    if preference is not None and 2 * attempt < MAX_TRIES:
+                        order = preference[pending * len(preference) // len(anchors)]
                     images, image_bands = self._draw_by_band(anchors[pending], order)
                 else:
                     images = self._below(torch.full_like(pending, len(self.buildings)))

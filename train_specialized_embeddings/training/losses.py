@@ -117,5 +117,6 @@ def make_loss(section: TrainingSection, num_buildings: int, width: int) -> nn.Mo
     """Return the loss that `[training].loss` names, as a module that maps pairs to one value an anchor."""
     chosen = LOSSES[section.loss]
     if isinstance(chosen, type):
-        return chosen(num_buildings, width, section)
+        module: nn.Module = chosen(num_buildings, width, section)
+        return module
     return _Function(chosen, section)

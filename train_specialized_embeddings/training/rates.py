@@ -26,14 +26,14 @@ def group_parameters(
     divided by the root of its inputs, so that one rate serves every width. The shortcut and the loss have no weight
     decay: it would only shrink vectors that are normalised.
     """
-    layers = {f"hidden.{number}": (layer, section.learning_rate) for number, layer in enumerate(projector.hidden)}
-    layers = {"shortcut": (projector.shortcut, section.shortcut_learning_rate)} | layers
+    layers: dict[str, tuple[Any, float]] = {"shortcut": (projector.shortcut, section.shortcut_learning_rate)}
+    layers |= {f"hidden.{number}": (layer, section.learning_rate) for number, layer in enumerate(projector.hidden)}
     if projector.output is not None:
         layers["output"] = (projector.output, section.learning_rate)
     groups: list[dict[str, Any]] = []
     for name, (layer, rate) in layers.items():
         decay = 0.0 if name == "shortcut" else section.weight_decay
-        peak = share * rate / layer.weight.shape[1] ** 0.5  # type: ignore[index,union-attr,operator]
+        peak = share * rate / layer.weight.shape[1] ** 0.5
         groups.append({"name": name, "params": list(layer.parameters()), "peak_lr": peak, "weight_decay": decay})
     if own := list(loss.parameters()):
         groups.append({"name": "loss", "params": own, "peak_lr": share * section.learning_rate, "weight_decay": 0.0})

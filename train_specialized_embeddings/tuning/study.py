@@ -110,11 +110,11 @@ def _open_storage(storage: str, folder: Path) -> Any:
 def _run_workers(study: optuna.Study, work: tuple[Any, ...], watch: Stopwatch) -> None:
     """Run trials in this process and in more of them, until the study has enough."""
     start = multiprocessing.get_context("spawn").Process  # a fork would copy locks without their threads
-    num_workers = work[1].num_workers
-    workers = [start(target=_run_worker, args=(*work, number), daemon=True) for number in range(1, num_workers)]
+    config, options, inputs, *_ = work
+    workers = [start(target=_run_worker, args=(*work, number), daemon=True) for number in range(1, options.num_workers)]
     for worker in workers:
         worker.start()
-    _run_trials(study, *work[:3], watch, 0)
+    _run_trials(study, config, options, inputs, watch, 0)
     for worker in workers:
         worker.join()
 
