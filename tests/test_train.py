@@ -189,12 +189,13 @@ def test_a_run_that_collapses_goes_back_lowers_the_rates_and_says_so_and_ends_af
         run(workspace, "training.learning_rate=30.0", "training.shortcut_learning_rate=30.0",
             "training.warmup_epochs=0", "training.num_epochs=50")  # fmt: skip
     history = read_metrics(workspace)
-    assert [record["epoch"] for record in history if record["collapsed"]][:2] == [1, 2]
+    collapses = [record["epoch"] for record in history if record["collapsed"]]
+    assert collapses[0] == 1
+    assert 2 <= len(collapses) <= 3
     assert "epoch 1: the embeddings have collapsed" in caplog.text
     assert "back to epoch 0, with rates of 0.1 of the configured ones" in caplog.text
     rates = [record["learning_rates"]["output"] for record in history[1:]]
     assert rates[0] > 5 * rates[1]
-    assert sum(record["collapsed"] for record in history) <= 3
     best = read_checkpoints(workspace)["checkpoint_best.pt"]
     assert best["metrics"]["val"]["projector"]["map"] >= history[0]["val"]["map"]
     assert read_checkpoints(workspace)["checkpoint_final.pt"]["rate_scale"] <= 0.011
