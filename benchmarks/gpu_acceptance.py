@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # run by path: import from the project, not this 
 
 from benchmarks.acceptance.findings import FAILED, PASSED, Entry, Findings, is_sound
 from pipeline import cli
-from pipeline.files.writing import read_json_object, write_json
+from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logging_to
 
 # For all phases together; a phase that has not begun by then is skipped.

@@ -31,7 +31,7 @@ from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.tables import identify, make_provenance, read_provenance
 from pipeline.files.units import Unit, keep_complete
-from pipeline.files.writing import read_json_object, write_json
+from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.features import Features, load_features

@@ -22,7 +22,7 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.embeddings_dataset.parts import ModelRecord
 from pipeline.errors import InputError, Rejection
-from pipeline.files.writing import writing_to
+from pipeline.files.workspace import writing_to
 from pipeline.inference.precision import Precision
 from pipeline.log import Progress, logger
 from publish_model.derived.dataset_tool import make_tool_parser

@@ -26,8 +26,7 @@ from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, PipelineError, one_line
 from pipeline.files.tables import identify, make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
-from pipeline.files.workspace import writing_folder
-from pipeline.files.writing import read_json_object
+from pipeline.files.workspace import read_json_object, writing_folder
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone, names_its_backbone
 from pipeline.log import logger
 from pipeline.stages import STAGES

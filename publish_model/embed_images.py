@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError, Rejection
-from pipeline.files.writing import writing_to
+from pipeline.files.workspace import writing_to
 from pipeline.ids import decode_name
 from pipeline.log import logging_to
 from publish_model.model_folder.published_model import PublishedModel, find_model

@@ -22,7 +22,7 @@ from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, gather_blocks
 from pipeline.embeddings_dataset.parts import embeddings_of
 from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_parquet
-from pipeline.files.writing import read_json_object, write_json
+from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.similarity_search import find_nearest, import_faiss

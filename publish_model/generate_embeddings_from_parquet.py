@@ -29,9 +29,8 @@ from pipeline.embeddings_dataset.duplicates import find_duplicates
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input
 from pipeline.embeddings_dataset.parts import STAGE, ModelRecord, plan_parts
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError, Terminated
-from pipeline.files.failures import write_failure
 from pipeline.files.units import Unit
-from pipeline.files.workspace import private_folder
+from pipeline.files.workspace import private_folder, write_failure
 from pipeline.inference import launcher
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger

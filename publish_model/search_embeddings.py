@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.files.writing import writing_to
+from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
 from pipeline.pages import load_templates, shrink, to_data_uri

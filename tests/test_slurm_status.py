@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
-from pipeline.files.writing import write_json
+from pipeline.files.workspace import write_json
 from pipeline.stages import STAGES
 from preprocess_raw_data import process_tar
 from slurm import status

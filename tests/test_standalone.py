@@ -15,7 +15,7 @@ from evaluate_embeddings.scores.labels import label_rows, match_rows
 from evaluate_embeddings.scores.standalone import name_models
 from evaluate_embeddings.scores.tables import format_p
 from pipeline.errors import InputError
-from pipeline.files import tables, writing
+from pipeline.files import tables, workspace
 from pipeline.retrieval.scores import QueryScores, normalise_rows, score_queries, summarize_scores
 
 BUILDINGS = np.repeat(np.arange(12), 3)
@@ -121,7 +121,7 @@ def test_ignored_pairs_are_left_out_here_too(run_main, tmp_path, dataset):
 
 
 def test_an_unfinished_dataset_is_scored_and_said_to_be_one(run_main, tmp_path, dataset):
-    writing.write_json(dataset / "state.json", {"complete": False, "rows_embedded": 36, "rows_total": 50})
+    workspace.write_json(dataset / "state.json", {"complete": False, "rows_embedded": 36, "rows_total": 50})
     assert "is not complete: 36 of 50 rows are embedded" in evaluate(run_main, tmp_path, "--embeddings", dataset)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DamagedError, InputError, PipelineError, Rejection, StaleOutputError
-from pipeline.files import tables, workspace, writing
+from pipeline.files import tables, workspace
 
 PROVENANCE = {"stage": "somewhere", "version": "1", "inputs": [], "settings": {"a": 1}}
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("embedding", pa.list_(pa.float32(), 8))])
@@ -37,14 +37,14 @@ def test_json_that_is_missing_damaged_or_no_object_reads_as_empty(tmp_path, cont
     path = tmp_path / "state.json"
     if content is not None:
         path.write_bytes(content)
-    assert writing.read_json_object(path) == {}
-    writing.write_json(path, {"a": [1]})
-    assert writing.read_json_object(path) == {"a": [1]}
+    assert workspace.read_json_object(path) == {}
+    workspace.write_json(path, {"a": [1]})
+    assert workspace.read_json_object(path) == {"a": [1]}
 
 
 def test_a_file_appears_only_when_its_block_has_ended_well(tmp_path):
     path = tmp_path / "new" / "a.bin"
-    with writing.writing_to(path) as temporary:
+    with workspace.writing_to(path) as temporary:
         temporary.write_bytes(b"all of it")
         assert not path.exists()
         assert temporary.parent == path.parent
@@ -73,8 +73,8 @@ def test_whatever_goes_wrong_the_old_file_stays_and_nothing_else(tmp_path, failu
 def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_write_clears_up(tmp_path):
     path = tmp_path / "a.parquet"
     script = (
-        "import os, sys; from pathlib import Path; from pipeline.files import writing\n"
-        "with writing.writing_to(Path(sys.argv[1])) as temporary:\n"
+        "import os, sys; from pathlib import Path; from pipeline.files import workspace\n"
+        "with workspace.writing_to(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half'); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", script, path], check=False).returncode == -9
@@ -101,10 +101,10 @@ def test_the_first_write_into_a_folder_clears_it_of_dead_processes_and_no_later_
     ours, dead = f".b.bin.{host}-{os.getpid()}.tmp", f".b.bin.{host}-999999.tmp"
     for name in (ours, dead):
         (tmp_path / name).touch()
-    writing.write_json(tmp_path / "a.json", 1)
+    workspace.write_json(tmp_path / "a.json", 1)
     assert set(list_files(tmp_path)) == {"a.json", ours}  # another thread of ours may be at work on it
     (tmp_path / dead).touch()
-    writing.write_json(tmp_path / "a.json", 2)
+    workspace.write_json(tmp_path / "a.json", 2)
     assert dead in list_files(tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(workspace.os, "fsync", refuse)
     with pytest.raises(PipelineError) as caught:
-        writing.write_json(tmp_path / "a.json", {"a": 1})
+        workspace.write_json(tmp_path / "a.json", {"a": 1})
     assert str(caught.value) == (
         f"cannot write {tmp_path}/a.json (No space left on device): "
         "free space or allow writing there, then run this again"
@@ -155,11 +155,11 @@ def test_a_read_only_disk_is_one_line(small_disk):
 def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PipelineError, match=r"cannot write .*file/a\.json"):
-        writing.write_json(tmp_path / "file" / "a.json", 1)
+        workspace.write_json(tmp_path / "file" / "a.json", 1)
 
 
 def test_an_error_of_another_file_is_not_blamed_on_the_output(tmp_path):
-    with pytest.raises(FileNotFoundError), writing.writing_to(tmp_path / "a.bin"):
+    with pytest.raises(FileNotFoundError), workspace.writing_to(tmp_path / "a.bin"):
         (tmp_path.parent / "nowhere" / "input").read_bytes()
 
 

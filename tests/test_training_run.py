@@ -26,7 +26,7 @@ from training_data import (
 )
 
 from pipeline.errors import StaleOutputError
-from pipeline.files import tables, writing
+from pipeline.files import tables
 from train_specialized_embeddings import train
 from train_specialized_embeddings.training import training_run
 
@@ -57,7 +57,7 @@ def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
     name = {"mark": "provenance.json", "metrics": "metrics.jsonl", "latest": ".checkpoint_latest.pt"}.get(
         point, f"checkpoint_{point}.pt"
     )
-    real, times = writing.writing_to, 0
+    real, times = training_run.workspace.writing_to, 0
 
     def writing_to(path: Path) -> Any:
         nonlocal times
@@ -68,11 +68,11 @@ def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
 
     with monkeypatch.context() as patch:
         if point == "after":
-            patch.setattr(training_run.writing, "write_json", write_json_and_die)
+            patch.setattr(training_run.workspace, "write_json", write_json_and_die)
         elif point == "settle":
             patch.setattr(training_run.TrainingRun, "settle", kill)
         else:
-            patch.setattr(writing, "writing_to", writing_to)
+            patch.setattr(training_run.workspace, "writing_to", writing_to)
         with pytest.raises(KilledError):
             run(workspace)
     if point == "after":

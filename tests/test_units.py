@@ -24,7 +24,7 @@ from pipeline.files.units import (
     list_tar_units,
     measure_progress,
 )
-from pipeline.files.writing import write_json
+from pipeline.files.workspace import write_json
 from pipeline.ids import Shard
 from pipeline.stages import STAGES
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.files.writing import write_json
+from pipeline.files.workspace import write_json
 from pipeline.log import logger
 
 if TYPE_CHECKING:

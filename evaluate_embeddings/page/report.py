@@ -16,7 +16,7 @@ from evaluate_embeddings.page.plots import BREAKDOWNS, draw_figures, read_traini
 from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, judge
 from evaluate_embeddings.scores.tables import describe_verdict
 from pipeline.config import Config
-from pipeline.files.writing import writing_to
+from pipeline.files.workspace import writing_to
 from pipeline.log import logger
 from pipeline.pages import load_templates
 

@@ -12,7 +12,7 @@ from pipeline.errors import InputError, one_line
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.listing import is_parquet, list_files
 from pipeline.files.tables import open_parquet, reading
-from pipeline.files.writing import read_json_object
+from pipeline.files.workspace import read_json_object
 from pipeline.log import logger
 from pipeline.retrieval.scores import Embeddings, normalise_rows
 

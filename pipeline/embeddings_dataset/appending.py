@@ -27,7 +27,7 @@ from pipeline.embeddings_dataset.parts import (
 )
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files.tables import make_provenance
-from pipeline.files.writing import write_json, write_json_once
+from pipeline.files.workspace import write_json, write_json_once
 from pipeline.ids import Shard
 from pipeline.log import logger
 

@@ -28,7 +28,7 @@ from pipeline.embeddings_dataset.parts import (
 )
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.tables import hash_json, open_parquet
-from pipeline.files.writing import write_json
+from pipeline.files.workspace import write_json
 from pipeline.log import logger
 
 # Rows that are compared with queries at a time: 64 MiB of 256 float32.

@@ -19,7 +19,7 @@ from pipeline.embeddings_dataset.parts import Part, as_written, hash_rows
 from pipeline.errors import InputError
 from pipeline.files import workspace
 from pipeline.files.tables import read_provenance, write_parquet
-from pipeline.files.writing import write_json
+from pipeline.files.workspace import write_json
 from pipeline.log import logger
 
 # What the tools derive from a dataset inside its folder.

@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, Rejection
-from pipeline.files.failures import write_failure
-from pipeline.files.workspace import lock_path, locked, remove
-from pipeline.files.writing import write_json
+from pipeline.files.workspace import lock_path, locked, remove, write_failure, write_json
 from pipeline.log import logger
 
 

@@ -1,7 +1,6 @@
 """Parquet as the stages exchange it: schemas, provenance, writing in one piece, reading with checks."""
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,14 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import VERSION
-from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
-from pipeline.files.failures import read_failure
+from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError, one_line
 from pipeline.files.listing import is_parquet
-from pipeline.files.writing import writing_to
+from pipeline.files.workspace import writing_to
 from pipeline.log import logger
 
-# Where Arrow keeps its schema in a footer, and what stands there instead where that schema is not to be read.
-_ARROW_SCHEMA_KEY, UNMAPPED_KEY = b"ARROW:schema", b"ARROW_schema"
 PROVENANCE_KEY = b"spatial_building_embeddings"
 
 ID_COLUMNS = [
@@ -82,16 +78,17 @@ def parquet_writer(
     """
     # In the schema too, so that read_schema() shows it as well as read_metadata().
     described = schema.with_metadata({**(metadata or {}), PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)})
-    options = _RAW_OPTIONS if raw else choose_encodings(schema)
+    options = choose_encodings(schema)
+    if raw:
+        options = {
+            "compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True,
+        }  # fmt: skip
     with writing_to(path) as temporary:
         writer = pq.ParquetWriter(temporary, described, **options)
         try:
             yield writer
         finally:
             writer.close()
-
-
-_RAW_OPTIONS = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
 
 
 def choose_encodings(schema: pa.Schema) -> dict[str, Any]:
@@ -141,21 +138,37 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
 
     Raises InputError naming the file if it is missing or cannot be opened, DamagedError if it is no parquet.
     """
+    # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
     options = {"buffer_size": buffer_size, "pre_buffer": not buffer_size, "page_checksum_verification": True}
     try:
-        # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
-        try:
-            return pq.ParquetFile(path, **options)
-        except pa.ArrowNotImplementedError:  # the writer's Arrow schema has a type that this Arrow does not know
-            return pq.ParquetFile(path, metadata=_read_plain_footer(path), **options)
+        return pq.ParquetFile(path, **options)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise read_failure(path, error, "not a readable parquet file") from None
 
 
-def _read_plain_footer(path: Path) -> pq.FileMetaData:
-    """Return a parquet's footer without what its writer said in Arrow's terms: columns have Parquet's own types."""
-    footer = read_footer(path).replace(_ARROW_SCHEMA_KEY, UNMAPPED_KEY)
-    return pq.read_metadata(io.BytesIO(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"))
+def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> InputError:
+    """Say why a parquet could not be read, and what to do: a DamagedError only where its content is to blame.
+
+    An OSError with a number is the system's (rights, too many open files, a disk that fails), Arrow's own have none.
+    """
+    text = one_line(error)[:200]
+    if isinstance(error, FileNotFoundError):
+        what = "no such file: run the stage that writes it, or correct the path"
+    elif path.is_dir():
+        what = "a folder, not a parquet file: correct the path"
+    elif isinstance(error, OSError) and error.errno is not None:
+        what = f"cannot be read ({os.strerror(error.errno)}): put that right, then run this again"
+    elif isinstance(error, MemoryError):
+        what = f"not enough memory to read it ({text}): free some, then run this again"
+    elif isinstance(error, pa.ArrowNotImplementedError):
+        what = f"holds a type that cannot be read here ({text}): write it in another type"
+    elif "encrypted" in text:  # Arrow has no class of its own for it
+        what = f"is encrypted ({text}): write it without encryption"
+    elif isinstance(error, UnicodeDecodeError):
+        return DamagedError(f"{path}: a column's name or text is not UTF-8 ({text}): write it again in UTF-8")
+    else:
+        return DamagedError(f"{path}: {damage} ({text}): remove it and make it again")
+    return InputError(f"{path}: {what}")
 
 
 @contextmanager
@@ -197,14 +210,12 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
         index = schema.get_field_index(field.name)
         if index < 0:
             problems.append(f"column {field.name} is missing")
-        elif not _same_type(schema.field(index).type, field.type):
-            problems.append(f"column {field.name} is {schema.field(index).type}, expected {field.type}")
+            continue
+        found = schema.field(index).type
+        if found != field.type and not (pa.types.is_string(field.type) and pa.types.is_large_string(found)):
+            problems.append(f"column {field.name} is {found}, expected {field.type}")
     if problems:
         raise InputError(f"{path}: {', '.join(problems)}: make the file again with the stage that writes it")
-
-
-def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
-    return bool(found.equals(expected) or (pa.types.is_string(expected) and pa.types.is_large_string(found)))
 
 
 # Ids made of two numbers (see pipeline/ids.py) that the reference implementation's files may lack.
@@ -258,7 +269,7 @@ def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_ot
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
-    """Return what a parquet says of its own making, None where it says nothing.
+    """Return the provenance that a parquet carries, None where it carries none.
 
     Raises InputError if the file is missing or damaged.
     """
@@ -293,26 +304,19 @@ def identify(path: Path) -> dict[str, Any]:
 
 
 def hash_footer(path: Path) -> str:
-    """Hash the Thrift footer of a parquet."""
-    return hashlib.sha256(read_footer(path)).hexdigest()[:32]
-
-
-def read_footer(path: Path) -> bytes:
-    """Return the Thrift footer of a parquet; its length stands in the last 8 bytes (Parquet's file format).
+    """Hash the Thrift footer of a parquet; its length stands in the last 8 bytes (Parquet's file format).
 
     Raises DamagedError if there is none.
     """
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
-        if end < 12:
-            raise DamagedError(f"{path}: not a readable parquet file (too short): remove it and make it again")
-        file.seek(end - 8)
+        file.seek(max(0, end - 8))
         tail = file.read(8)
         length = int.from_bytes(tail[:4], "little")
         if tail[4:] != b"PAR1" or length > end - 12:
             raise DamagedError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
         file.seek(end - 8 - length)
-        return file.read(length)
+        return hashlib.sha256(file.read(length)).hexdigest()[:32]
 
 
 def hash_json(content: Any) -> str:

@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files.listing import find_tars, is_parquet, list_intermediates
 from pipeline.files.tables import PROVENANCE_KEY, identify, matches, open_parquet, read_provenance
-from pipeline.files.writing import read_json_object
+from pipeline.files.workspace import read_json_object
 from pipeline.ids import dataset_name, parse_dataset_id
 from pipeline.log import logger
 from pipeline.stages import Stage

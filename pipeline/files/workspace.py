@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import json
 import os
 import re
 import shutil
@@ -16,9 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.files.failures import write_failure
 from pipeline.log import logger
 
 # Where files lie in their folder until all that belong together are complete.
@@ -295,3 +296,70 @@ def naming_failures(path: Path) -> Iterator[None]:
         if error.filename is not None and not Path(str(error.filename)).is_relative_to(path.parent):
             raise  # something else that the block touched
         raise write_failure(path, error) from error
+
+
+def write_failure(path: Path, error: OSError) -> PipelineError:
+    """Say in one line why `path` could not be written and what to do."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return PipelineError(f"cannot write {path} ({reason}): free space or allow writing there, then run this again")
+
+
+# ------------------------------------------------------------------------------------------------ writing a file
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[Path]:
+    """Yield a hidden name to write to; when the block ends well it is synced to disk and renamed to `path`.
+
+    Whatever goes wrong, `path` holds either what it held before or all of the new content.
+    Raises PipelineError naming `path` where the disk is full or the folder cannot be written.
+    """
+    with _filling(path) as temporary:
+        clear_once(path.parent)
+        yield temporary
+        sync_file(temporary)
+        move(temporary, path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def _filling(path: Path) -> Iterator[Path]:
+    temporary = temporary_path(path)
+    try:
+        with naming_failures(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one piece."""
+    with writing_to(path) as temporary:
+        _dump(temporary, content)
+
+
+def write_json_once(path: Path, content: Any) -> bool:
+    """Write JSON in one piece where nothing has the name, and return whether this process did.
+
+    Of several processes the first writes it, and it stays. Raises PipelineError where the disk is full or the folder
+    cannot be written.
+    """
+    with _filling(path) as temporary:
+        _dump(temporary, content)
+        sync_file(temporary)
+        return move_unless_taken(temporary, path)
+
+
+def _dump(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object, empty where the file is missing, damaged or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

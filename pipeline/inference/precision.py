@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DeviceMemoryError, InputError, Rejection
-from pipeline.files.writing import read_json_object, write_json_once
+from pipeline.files.workspace import read_json_object, write_json_once
 from pipeline.inference.images import check_image
 from pipeline.inference.modes import MODES
 from pipeline.log import logger

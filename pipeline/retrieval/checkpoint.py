@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
-from pipeline.files import writing
+from pipeline.files import workspace
 from pipeline.inference.devices import needing_memory
 from pipeline.retrieval.bare_weights import StateDict, read_bare_weights
 from pipeline.retrieval.projector import Projector
@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint whole or not at all; the same content gives the same bytes."""
     archive = io.BytesIO()  # torch would write a path's name into the file, and hide the OSError of a full disk
     torch.save(content, archive)
-    with writing.writing_to(path) as temporary:
+    with workspace.writing_to(path) as temporary:
         temporary.write_bytes(archive.getbuffer())
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import installed_version
 from pipeline.files.tables import PROVENANCE_KEY
-from pipeline.files.writing import read_json_object, writing_to
+from pipeline.files.workspace import read_json_object, writing_to
 from pipeline.pages import load_templates
 from pipeline.retrieval.scores import list_unreached
 

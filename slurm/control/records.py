@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files.failures import write_failure
-from pipeline.files.workspace import locked
+from pipeline.files.workspace import locked, write_failure
 from pipeline.stages import STAGES, TUNE, Stage
 from slurm.control.scheduler import format_shards, parse_shards
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from pipeline.config import PROJECT_ROOT
 from pipeline.errors import ConfigError, InputError, PipelineError
-from pipeline.files.writing import write_json
+from pipeline.files.workspace import write_json
 from pipeline.inference.model_files import locate_backbone
 from pipeline.stages import ROW_GROUP, STAGES, TUNE, Stage
 from slurm.control import records, scheduler

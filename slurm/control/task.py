@@ -22,7 +22,7 @@ from pipeline import cli
 from pipeline.config import PROJECT_ROOT, count_cores
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files.units import measure_progress
-from pipeline.files.writing import write_json
+from pipeline.files.workspace import write_json
 from pipeline.ids import Shard
 from pipeline.stages import BY_LABEL, ROW_GROUP, TAR, WORKER, Stage
 from publish_model.new_data.embed_options import parse as parse_embed_options

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StaleOutputError
-from pipeline.files import workspace, writing
+from pipeline.files import workspace
 
 # For TensorBoard and Weights & Biases.
 LOG_FOLDERS = TENSORBOARD, WANDB = "_tensorboard", "_wandb"
@@ -60,5 +60,5 @@ class RunFiles:
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write one line an epoch."""
         lines = [json.dumps(record, allow_nan=False) for record in history]
-        with writing.writing_to(self.metrics) as temporary:
+        with workspace.writing_to(self.metrics) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import Config, LoggingSection
-from pipeline.files import workspace, writing
+from pipeline.files import workspace
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
 from pipeline.retrieval.projector import Projector
@@ -100,7 +100,7 @@ class TrainingRun:
         self.settle()
         save_checkpoint(self.files.best, self.best)
         val = self.best["metrics"]["val"]
-        writing.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
+        workspace.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
         workspace.remove(self.files.latest)
         log_verdict(val, self.best["epoch"])
 

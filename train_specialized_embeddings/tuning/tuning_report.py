@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import PipelineError
-from pipeline.files import writing
+from pipeline.files import workspace
 from pipeline.log import logger
 from train_specialized_embeddings.tuning.search_space import SPACE
 
@@ -32,7 +32,7 @@ def write_report(folder: Path, study: optuna.Study) -> list[Path]:
     contents = {"best.toml": _render_toml(ranked), "trials.csv": _render_csv(trials)}
     contents |= {name: _plot(study, kind) for name, kind in _PLOTS.items()}
     for name, content in contents.items():
-        with writing.writing_to(folder / name) as temporary:
+        with workspace.writing_to(folder / name) as temporary:
             temporary.write_bytes(content)
     for trial in ranked[:_NUM_LISTED]:
         logger.info("trial %4d: validation mAP %.4f: %s", trial.number, _value(trial), _describe(trial.params))
