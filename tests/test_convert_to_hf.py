@@ -230,6 +230,6 @@ def test_a_backbone_with_a_damaged_configuration_is_one_line(toy_backbone, tmp_p
     backbone = shutil.copytree(toy_backbone, tmp_path / "damaged")
     (backbone / "config.json").write_text(text)
     write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
-    with pytest.raises(InputError, match=r"config\.json: not the configuration of a model: fetch the model again"):
+    with pytest.raises(InputError, match=r"not a model folder \(config\.json.*: fetch the model again"):
         stage.run(make_config(tmp_path, backbone), Options())
     assert not (tmp_path / "published").exists()

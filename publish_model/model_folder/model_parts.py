@@ -1,15 +1,14 @@
 """The parts that stage 7 makes a published model of: the backbone, the trained projector, and what was measured."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import EmbeddingModelSection
-from pipeline.errors import InputError
 from pipeline.inference.loading import find_vision_config
 from pipeline.inference.model_files import LICENCE_FILES
 from pipeline.retrieval.checkpoint import Checkpoint
+from publish_model.model_folder.model_code import read_settings
 from publish_model.model_folder.reference_model import ReferenceModel
 from publish_model.model_folder.weights import Tensor, list_backbone, list_published_backbone
 
@@ -33,13 +32,7 @@ class Backbone:
 
         Raises InputError if it is damaged.
         """
-        path = self.folder / "config.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise InputError(f"{path}: not the configuration of a model: fetch the model again")
+        content = read_settings(self.folder / "config.json")
         if "vision_config" in content:
             return dict(find_vision_config(self.folder).to_dict())
         return content

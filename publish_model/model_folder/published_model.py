@@ -1,14 +1,14 @@
 """Find and identify a published model without importing torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError
 from pipeline.files.tables import hash_json
 from pipeline.inference.model_files import find_missing_files, identify_model, locate_hub_model
+from publish_model.model_folder.model_code import read_settings
 from publish_model.model_folder.reference_model import ReferenceModel, open_reference
 
 if TYPE_CHECKING:
@@ -34,23 +34,15 @@ class PublishedModel:
         files = self.reference.identify() if self.reference else identify_model(self.folder)
         return name_version(files, self.pooling, precision)
 
-    def prepare(self) -> Path:
-        """Return a folder that transformers loads with our code: its own, or one rebuilt for this process.
-
-        Raises InputError if a model of the reference implementation cannot be rebuilt.
-        """
-        return self.reference.build_folder() if self.reference else self.folder
-
     def load(self, dtype: str) -> "Embedder":
-        """Load it to compute in a type.
+        """Load it to compute in a type; a model of the reference implementation is rebuilt for this process first.
 
         Raises InputError where it cannot be used.
         """
         from pipeline.inference.backbone import Embedder
 
-        return Embedder(
-            self.prepare(), device=self.device, dtype=dtype, batch_size=self.batch_size, trust_remote_code=True
-        )
+        folder = self.reference.build_folder() if self.reference else self.folder
+        return Embedder(folder, device=self.device, dtype=dtype, batch_size=self.batch_size, trust_remote_code=True)
 
     def check_made(self, dataset: EmbeddingsDataset) -> None:
         """Raise InputError if another model made a dataset's embeddings."""
@@ -81,20 +73,10 @@ def find_model(model_id: str, *, download: bool, device: str = "auto", batch_siz
             raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
         folder = located
     folder = folder.resolve()
-    config = _read_config(folder)
+    config = read_settings(folder / "config.json", "correct --model-id")
     missing = find_missing_files(folder)
     if missing:  # found before a dataset is begun that bears the broken model's id
         raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
     reference = open_reference(folder, download=download)
     pooling = str(config.get("pooling_type", "pooler_output"))
     return PublishedModel(model_id, folder, pooling, reference, device, batch_size)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: not a model folder (config.json: {one_line(error)}): correct --model-id") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{folder}: not a model folder (config.json holds no settings): correct --model-id")
-    return config

@@ -15,7 +15,7 @@ from pipeline.errors import InputError, one_line
 from pipeline.files.tables import hash_json
 from pipeline.files.workspace import private_folder
 from pipeline.inference.model_files import identify_model, locate_backbone_settings, names_its_backbone
-from publish_model.model_folder.model_code import CODE_PATHS, describe_model
+from publish_model.model_folder.model_code import CODE_PATHS, describe_model, read_settings
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint
@@ -43,10 +43,6 @@ class ReferenceModel:
         name = str(self.config["backbone_model_name"])
         return Path(name).name if Path(name).expanduser().is_dir() else name
 
-    def read_backbone_config(self) -> dict[str, Any]:
-        """Return the backbone's config.json."""
-        return _read_json(self.backbone_dir / "config.json")
-
     def find_processor(self) -> Path:
         """Return the file of the image processor, the model's own or the backbone's.
 
@@ -60,58 +56,30 @@ class ReferenceModel:
 
     def identify(self) -> str:
         """Return a short id of everything that determines the embeddings, wherever the folders lie."""
-        parts = [identify_model(self.folder), self.read_backbone_config(), _read_json(self.find_processor())]
+        parts = [
+            identify_model(self.folder),
+            *map(read_settings, (self.backbone_dir / "config.json", self.find_processor())),
+        ]
         return hash_json(parts)[:16]
-
-    def list_weight_files(self) -> list[Path]:
-        """List its safetensors files.
-
-        Raises InputError if it has none.
-        """
-        index = self.folder / "model.safetensors.index.json"
-        names = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        paths = [self.folder / name for name in sorted(names)]
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise InputError(f"{missing[0]}: missing: fetch the model again (weights have to be safetensors)")
-        return paths
 
     def read_projector(self) -> "Checkpoint":
         """Return the projector with the names and the architecture of our own.
 
         Raises InputError if its weights cannot be mapped to them.
         """
-        from safetensors import safe_open
-
         from pipeline.retrieval.bare_weights import read_bare_weights
         from pipeline.retrieval.checkpoint import Checkpoint, build_projector
+        from publish_model.model_folder.weights import list_stored
 
-        weights = {}
-        for name, path in self.list_names().items():
-            if name.startswith("projector."):
-                with safe_open(path, framework="pt") as file:
-                    weights[name] = file.get_tensor(name).float()
+        stored = [tensor for tensor in list_stored(self.folder) if tensor.name.startswith("projector.")]
+        if not stored:
+            raise InputError(f"{self.folder}: holds no projector: fetch the model again, with weights in safetensors")
+        weights = {tensor.name: tensor.read().float() for tensor in stored}
         section = TrainingModelSection(activation=self._find_activation(), dropout=0.0)
         architecture, renamed = read_bare_weights(self.folder, weights, section)
         checkpoint = Checkpoint(self.folder, architecture, renamed)
         build_projector(checkpoint)  # raises if a weight does not fit
         return checkpoint
-
-    def list_names(self) -> dict[str, Path]:
-        """Return the file of each weight.
-
-        Raises InputError if they are missing or damaged.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        names: dict[str, Path] = {}
-        try:
-            for path in self.list_weight_files():
-                with safe_open(path, framework="pt") as file:
-                    names |= dict.fromkeys(file.keys(), path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.folder}: damaged weights ({one_line(error)[:200]}): fetch it again") from None
-        return names
 
     def _find_activation(self) -> Any:
         """Return the projector's activation.
@@ -135,18 +103,19 @@ class ReferenceModel:
         The backbone is built on the meta device and run without numbers, to see its outputs.
         """
         import torch
-        from transformers import AutoConfig, AutoModel
 
+        from publish_model.model_folder.weights import build_empty
+
+        config, model = build_empty(self.backbone_dir)
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
         try:
-            config = AutoConfig.from_pretrained(self.backbone_dir, trust_remote_code=False)
-            size = getattr(config, "image_size", 224)
-            height, width = (size, size) if isinstance(size, int) else size
-            with torch.device("meta"), torch.inference_mode():
-                model = AutoModel.from_config(config, trust_remote_code=False).eval()
-                outputs = model(pixel_values=torch.empty(1, getattr(config, "num_channels", 3), height, width))
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            with torch.inference_mode():
+                pixels = torch.empty(1, getattr(config, "num_channels", 3), height, width, device="meta")
+                outputs = model.eval()(pixel_values=pixels)
+        except (TypeError, RuntimeError) as error:
             raise InputError(
-                f"{self.backbone_dir}: this backbone cannot be built ({one_line(error)[:200]}): use a version of "
+                f"{self.backbone_dir}: this backbone cannot be run ({one_line(error)[:200]}): use a version of "
                 "transformers that knows it"
             ) from None
         return "cls_token" if getattr(outputs, "pooler_output", None) is None else "pooler_output"
@@ -158,18 +127,22 @@ class ReferenceModel:
         """
         from safetensors.torch import save_file
 
+        from publish_model.model_folder.weights import locate_weights
+
         checkpoint = self.read_projector()
         folder = private_folder("spatial-embeddings-model-")
-        # A model.safetensors would be read alone.
-        links = {path: f"linked-{path.name}" for path in self.list_weight_files()}
-        weight_map = {name: links[path] for name, path in self.list_names().items() if name.startswith("backbone.")}
-        for path, link in links.items():
-            (folder / link).symlink_to(path.resolve())
+        paths = {name: path for name, path in locate_weights(self.folder).items() if name.startswith("backbone.")}
+        for path in set(paths.values()):  # under other names: a model.safetensors would be read alone
+            (folder / f"linked-{path.name}").symlink_to(path.resolve())
+        weight_map = {name: f"linked-{path.name}" for name, path in paths.items()}
         projector = {f"projector.{name}": tensor.contiguous() for name, tensor in checkpoint.projector.items()}
         save_file(projector, folder / "projector.safetensors", {"format": "pt"})
         weight_map |= dict.fromkeys(projector, "projector.safetensors")
         config = describe_model(
-            self.backbone_name, self.read_backbone_config(), self.find_pooling(), checkpoint.architecture
+            self.backbone_name,
+            read_settings(self.backbone_dir / "config.json"),
+            self.find_pooling(),
+            checkpoint.architecture,
         )
         contents = {"config.json": config, "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map}}
         for name, content in contents.items():
@@ -188,14 +161,4 @@ def open_reference(folder: Path, *, download: bool) -> ReferenceModel | None:
     """
     if not names_its_backbone(folder):
         return None
-    return ReferenceModel(folder, _read_json(folder / "config.json"), locate_backbone_settings(folder, download))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}): fetch the model again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no settings: fetch the model again")
-    return content
+    return ReferenceModel(folder, read_settings(folder / "config.json"), locate_backbone_settings(folder, download))

@@ -1,6 +1,7 @@
 """Write a model's weights as safetensors, one tensor at a time: a backbone may be larger than the memory."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -35,14 +36,9 @@ class Tensor:
     read: Callable[[], torch.Tensor]
 
     @property
-    def num_elements(self) -> int:
-        """The number of elements."""
-        return torch.Size(self.shape).numel()
-
-    @property
     def num_bytes(self) -> int:
         """The size in bytes."""
-        return self.num_elements * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def renamed(self, prefix: str) -> "Tensor":
         """Return the tensor with `prefix` before its name."""
@@ -63,42 +59,47 @@ def tensors_of(state_dict: dict[str, torch.Tensor]) -> list[Tensor]:
     ]
 
 
+def locate_weights(folder: Path) -> dict[str, Path]:
+    """Return the safetensors file of each weight of a model folder, none if it has no such file.
+
+    Raises InputError if a file is missing or damaged.
+    """
+    index_path, found = folder / "model.safetensors.index.json", {}
+    try:
+        if index_path.is_file():
+            names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
+        for name in names:
+            with safe_open(folder / name, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), folder / name)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: its weights cannot be read ({one_line(error)[:200]}): fetch the model again"
+        ) from None
+    return found
+
+
 def list_stored(folder: Path) -> list[Tensor]:
     """List the tensors of a model folder's safetensors files, if it has any.
 
     Raises InputError if a file is missing or damaged.
     """
-    index_path = folder / "model.safetensors.index.json"
-    try:
-        if index_path.is_file():
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            paths = [folder / name for name in sorted(set(weight_map.values()))]
-        else:
-            paths = [path for path in (folder / "model.safetensors",) if path.is_file()]
-        return [tensor for path in paths for tensor in _list_file(path)]
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: its weights cannot be read ({one_line(error)[:200]}): fetch the model again"
-        ) from None
+    return [_describe_stored(name, path) for name, path in locate_weights(folder).items()]
 
 
-def _list_file(path: Path) -> list[Tensor]:
-    def read(name: str) -> torch.Tensor:
+def _describe_stored(name: str, path: Path) -> Tensor:
+    def read() -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
-    tensors = []
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            part = file.get_slice(name)
-            kind = part.get_dtype()
-            if kind not in _TYPES:
-                raise InputError(f"{path}: {name} is of type {kind}: take the backbone's unquantised weights")
-            tensors.append(
-                Tensor(name, tuple(part.get_shape()), _TYPES[kind], lambda name=name: read(name))  # type: ignore[misc]
-            )
-    return tensors
+        part = file.get_slice(name)
+        shape, kind = tuple(part.get_shape()), part.get_dtype()
+    if kind not in _TYPES:
+        raise InputError(f"{path}: {name} is of type {kind}: take the backbone's unquantised weights")
+    return Tensor(name, shape, _TYPES[kind], read)
 
 
 def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Tensor]:
@@ -107,20 +108,28 @@ def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Te
     Stored tensors of these shapes are streamed. Other folders (a head on top, another format) are loaded once, and
     transformers saves them into `scratch_dir`. Raises InputError if the backbone cannot be loaded.
     """
-    config, model = _build_empty(folder)
+    config, model = build_empty(folder)
     stored = list_stored(folder)
     same_class = (config.architectures or [None])[0] == type(model).__name__
     if same_class and sorted(tensor.shape for tensor in stored) == sorted(_list_shapes(model)):
         return stored
     logger.info("%s: its weights are stored for another class: loading them as %s", folder, type(model).__name__)
-    _save_plain(folder, pooling_type, scratch_dir, stored)
+    loaded = load_model(folder, "auto", pooling_type, trust_remote_code=False)
+    if pooling_type != "pooler_output" and stored and not any("pooler." in tensor.name for tensor in stored):
+        # The class has a pooler that this backbone lacks and nobody uses: do not publish random numbers.
+        for parameter in getattr(loaded, "pooler", torch.nn.Module()).parameters():
+            torch.nn.init.zeros_(parameter)
+    loaded.save_pretrained(scratch_dir, max_shard_size=f"{MAX_SHARD_BYTES // 10**9}GB")  # type: ignore[operator]
     return list_stored(scratch_dir)
 
 
-def _build_empty(folder: Path) -> tuple[Any, torch.nn.Module]:
-    """Return a backbone's configuration, and its model on the meta device for the names and shapes."""
+def build_empty(folder: Path) -> tuple[Any, torch.nn.Module]:
+    """Return a backbone's configuration, and its model on the meta device for the names and shapes.
+
+    Raises InputError if the backbone cannot be loaded.
+    """
+    config = find_vision_config(folder)
     try:
-        config = find_vision_config(folder)
         with torch.device("meta"):
             model: torch.nn.Module = AutoModel.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -139,7 +148,7 @@ def list_published_backbone(folder: Path, settings_dir: Path) -> list[Tensor]:
     """
     prefix = "backbone."
     found = [tensor for tensor in list_stored(folder) if tensor.name.startswith(prefix)]
-    missing = Counter(_list_shapes(_build_empty(settings_dir)[1])) - Counter(tensor.shape for tensor in found)
+    missing = Counter(_list_shapes(build_empty(settings_dir)[1])) - Counter(tensor.shape for tensor in found)
     if missing:
         raise InputError(
             f"{folder}: {missing.total()} weights of its backbone are missing, one of shape {next(iter(missing))}: "
@@ -148,22 +157,13 @@ def list_published_backbone(folder: Path, settings_dir: Path) -> list[Tensor]:
     return [replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in found]
 
 
-def _save_plain(folder: Path, pooling_type: str, scratch_dir: Path, stored: Sequence[Tensor]) -> None:
-    model = load_model(folder, "auto", pooling_type, trust_remote_code=False)
-    if pooling_type != "pooler_output" and stored and not any("pooler." in tensor.name for tensor in stored):
-        # The class has a pooler that this backbone lacks and nobody uses: do not publish random numbers.
-        for parameter in getattr(model, "pooler", torch.nn.Module()).parameters():
-            torch.nn.init.zeros_(parameter)
-    model.save_pretrained(scratch_dir, max_shard_size=f"{MAX_SHARD_BYTES // 10**9}GB")  # type: ignore[operator]
-
-
 def stored_type(tensors: Iterable[Tensor]) -> torch.dtype:
     """Return the float type of most elements."""
-    counts: dict[torch.dtype, int] = {}
+    counts: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         if tensor.dtype.is_floating_point:
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
-    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+            counts[tensor.dtype] += math.prod(tensor.shape)
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def write_weights(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
