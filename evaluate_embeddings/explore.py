@@ -47,10 +47,10 @@ def write_atlas_table(output: Path, images: Path | None, path: Path) -> tuple[in
     source = dataset.open_input(images) if images.exists() and images.name else None
     if source is None:
         logger.warning("no thumbnails: what was embedded is not here; give --images")
-    rows = np.arange(dataset.num_rows)
+    rows: Sequence[int] = range(dataset.num_rows)
     if len(rows) > MAX_ROWS:
         logger.warning("%s: a random sample of %d of %d images is shown", output, MAX_ROWS, len(rows))
-        rows = np.sort(np.random.default_rng(SEED).choice(len(rows), MAX_ROWS, replace=False))
+        rows = np.sort(np.random.default_rng(SEED).choice(len(rows), MAX_ROWS, replace=False)).tolist()
     width = dataset.schema.field(EMBEDDING_COLUMN).type.list_size
     schema = pa.schema([(ID_COLUMN, pa.string()), (EMBEDDING_COLUMN, pa.list_(pa.float32(), width))])
     if source is not None:

@@ -57,8 +57,8 @@ class PublishOptions(cli.Options):
     dtype: str | None = None
 
 
-def publish(config: Config, options: PublishOptions, output: Path, result: cli.StageResult) -> None:
-    """Publish a checkpoint with its backbone.
+def plan_checkpoint(config: Config, options: PublishOptions) -> "tuple[Provenance, Callable[[], ModelParts]]":
+    """Return the provenance of a checkpoint that is published with its backbone, and how its parts are read.
 
     Raises InputError if there is no checkpoint, or it does not fit the backbone.
     """
@@ -80,26 +80,11 @@ def publish(config: Config, options: PublishOptions, output: Path, result: cli.S
         backbone = Backbone(backbone_dir, name_backbone(config), config.embedding_model)
         return ModelParts(backbone, checkpoint, metrics, measure_training(config, checkpoint))
 
-    provenance = describe_published(config, checkpoint_path, backbone_id, options.dtype)
-    write_or_keep(output, provenance, options, read_parts, result)
+    return describe_published(config, checkpoint_path, backbone_id, options.dtype), read_parts
 
 
-def describe_published(config: Config, checkpoint_path: Path, backbone_id: str | None, dtype: str | None) -> Provenance:
-    """Return the folder's provenance: checkpoint and backbone by content, and the settings that shape it.
-
-    Raises InputError if the checkpoint is missing.
-    """
-    inputs = [identify(checkpoint_path), {"name": "backbone", "id": backbone_id}]
-    return make_folder_provenance(inputs, embedding_settings(config.embedding_model), dtype)
-
-
-def make_folder_provenance(inputs: list[dict[str, Any]], settings: dict[str, Any], dtype: str | None) -> Provenance:
-    """Return a folder's provenance; `dtype` of the weights None stands for the stored one."""
-    return make_provenance(STAGE, inputs, settings | {"dtype": dtype or "as stored"}) | {"counts": COUNTS}
-
-
-def publish_anew(source: Path, options: PublishOptions, output: Path, result: cli.StageResult) -> None:
-    """Publish a model of the reference implementation in a folder that needs no other.
+def plan_reference(source: Path, options: PublishOptions) -> "tuple[Provenance, Callable[[], ModelParts]]":
+    """Return the provenance of a model of the reference implementation that is published anew, and how it is read.
 
     Raises InputError if `source` is of another kind, or cannot be read.
     """
@@ -117,38 +102,21 @@ def publish_anew(source: Path, options: PublishOptions, output: Path, result: cl
         backbone = Backbone(reference.backbone_dir, reference.backbone_name, section, reference)
         return ModelParts(backbone, reference.read_projector())
 
-    provenance = make_folder_provenance([{"name": "model", "id": reference.identify()}], {}, options.dtype)
-    write_or_keep(output, provenance, options, read_parts, result)
+    return make_folder_provenance([{"name": "model", "id": reference.identify()}], {}, options.dtype), read_parts
 
 
-def write_or_keep(
-    output: Path,
-    provenance: Provenance,
-    options: PublishOptions,
-    read_parts: "Callable[[], ModelParts]",
-    result: cli.StageResult,
-) -> None:
-    """Write the folder, unless it is whole and was published from these inputs and settings.
+def describe_published(config: Config, checkpoint_path: Path, backbone_id: str | None, dtype: str | None) -> Provenance:
+    """Return the folder's provenance: checkpoint and backbone by content, and the settings that shape it.
 
-    Raises StaleOutputError if it was made from others and is not to be overwritten, InputError if something else lies
-    there.
+    Raises InputError if the checkpoint is missing.
     """
-    check_place(output)
-    result.add(COUNTS)
-    unit = make_unit(output, lambda _: provenance)
-    if find_complete(unit, options.overwrite):
-        logger.info("%s: kept %s, which is complete", STAGE, output)
-        result.kept.append(output)
-        return
-    missing = [path.name for path in unit.outputs if not path.is_file()]
-    if missing and unit.outputs[0].is_file() and not options.overwrite:
-        logger.warning("%s: %s is missing: the folder is written again", output, missing[0])
-    from publish_model.model_folder.published_folder import fill_folder
+    inputs = [identify(checkpoint_path), {"name": "backbone", "id": backbone_id}]
+    return make_folder_provenance(inputs, embedding_settings(config.embedding_model), dtype)
 
-    model = read_parts()
-    with writing_folder(output) as folder:
-        fill_folder(folder, model, options.dtype, provenance)
-    result.written.append(output)
+
+def make_folder_provenance(inputs: list[dict[str, Any]], settings: dict[str, Any], dtype: str | None) -> Provenance:
+    """Return a folder's provenance; `dtype` of the weights None stands for the stored one."""
+    return make_provenance(STAGE, inputs, settings | {"dtype": dtype or "as stored"}) | {"counts": COUNTS}
 
 
 def list_units(config: Config) -> list[Unit]:
@@ -274,11 +242,23 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     """
     own = options if isinstance(options, PublishOptions) else PublishOptions(overwrite=options.overwrite)
     output = (own.output or config.path("published_model_dir")).resolve()
-    result = cli.StageResult(STAGE)
     if own.from_model:
-        publish_anew(own.from_model.resolve(), own, output, result)
+        provenance, read_parts = plan_reference(own.from_model.resolve(), own)
     else:
-        publish(config, own, output, result)
+        provenance, read_parts = plan_checkpoint(config, own)
+    check_place(output)
+    result = cli.StageResult(STAGE)
+    result.add(COUNTS)
+    if find_complete(make_unit(output, lambda _: provenance), own.overwrite):
+        logger.info("%s: kept %s, which is complete", STAGE, output)
+        result.kept.append(output)
+    else:
+        from publish_model.model_folder.published_folder import fill_folder
+
+        model = read_parts()
+        with writing_folder(output) as folder:
+            fill_folder(folder, model, own.dtype, provenance)
+        result.written.append(output)
     if config.paths.report_dir is not None:
         add_test_results(output, config.path("report_dir") / "metrics.json")
     if own.push_to_hub:

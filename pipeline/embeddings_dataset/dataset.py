@@ -234,7 +234,8 @@ class EmbeddingsDataset:
 
     def read_images(self, source: PackagedInput, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield some embedded rows, ascending, each with the image file that it was made from."""
-        row_group, batches = -1, iter(())
+        row_group = -1
+        batches: Iterator[tuple[int, pa.Table]] = iter(())
         for part, first, places in self.locate(rows):
             if part.plan.row_group != row_group:
                 row_group = part.plan.row_group

@@ -56,11 +56,8 @@ class ReferenceModel:
 
     def identify(self) -> str:
         """Return a short id of everything that determines the embeddings, wherever the folders lie."""
-        parts = [
-            identify_model(self.folder),
-            *map(read_settings, (self.backbone_dir / "config.json", self.find_processor())),
-        ]
-        return hash_json(parts)[:16]
+        settings = [read_settings(path) for path in (self.backbone_dir / "config.json", self.find_processor())]
+        return hash_json([identify_model(self.folder), *settings])[:16]
 
     def read_projector(self) -> "Checkpoint":
         """Return the projector with the names and the architecture of our own.

@@ -64,7 +64,8 @@ def locate_weights(folder: Path) -> dict[str, Path]:
 
     Raises InputError if a file is missing or damaged.
     """
-    index_path, found = folder / "model.safetensors.index.json", {}
+    index_path = folder / "model.safetensors.index.json"
+    found: dict[str, Path] = {}
     try:
         if index_path.is_file():
             names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
