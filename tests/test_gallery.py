@@ -116,26 +116,28 @@ def test_a_table_that_is_no_difficulty_metadata_is_an_error_that_names_it(evalua
 # ------------------------------------------------------------------------------------------------ map
 
 
+class NoPhotos:
+    problem = "none"
+
+
 def test_the_map_shows_the_two_leading_components_of_numpys_svd(evaluation):
-    points = place_points(evaluation, seed=0)
+    chosen, coordinates, variance = place_points(evaluation, seed=0)
     rows = evaluation.embeddings["projector"]
     centred = rows - rows.mean(axis=0)
     _, values, axes = np.linalg.svd(centred.astype(np.float64), full_matrices=False)
-    np.testing.assert_allclose(np.abs(points.place), np.abs(centred @ axes[:2].T), atol=1e-4)
-    np.testing.assert_allclose(points.variance, values[:2] ** 2 / (values**2).sum(), atol=1e-5)
-    assert points.row.tolist() == list(range(len(rows)))
-    assert points.is_right.tolist() == (evaluation.scores["projector"].first_rank == 1).tolist()
+    np.testing.assert_allclose(np.abs(coordinates), np.abs(centred @ axes[:2].T), atol=1e-4)
+    np.testing.assert_allclose(variance, values[:2] ** 2 / (values**2).sum(), atol=1e-5)
+    assert chosen.tolist() == list(range(len(rows)))
+    marks = embedding_map.build_map(evaluation, NoPhotos(), 100, seed=0).marks
+    assert [mark.row for mark in marks] == list(range(len(rows)))
+    assert [mark.is_right for mark in marks] == (evaluation.scores["projector"].first_rank == 1).tolist()
 
 
 def test_a_large_split_is_sampled_and_the_page_says_so(evaluation, monkeypatch):
     monkeypatch.setattr(embedding_map, "MAX_POINTS", 20)
     monkeypatch.setattr(embedding_map, "MAX_FIT_ROWS", 30)
-    points = place_points(evaluation, seed=0)
-    assert len(points.row) == len(set(points.row.tolist())) == 20
-
-    class NoPhotos:
-        problem = "none"
-
+    chosen = place_points(evaluation, seed=0)[0].tolist()
+    assert len(chosen) == len(set(chosen)) == 20
     shown = embedding_map.build_map(evaluation, NoPhotos(), 100, seed=0)
     assert len(shown.marks) == 20
     gallery_of_names = SimpleNamespace(names=RowNames(evaluation.features))

@@ -16,18 +16,14 @@ THUMBNAIL_SIDE = 96
 WIDTH, HEIGHT, MARGIN = 1000, 640, 14
 
 
-@dataclass(frozen=True)
-class MapPoints:
-    """The images on the map."""
+def place_points(
+    evaluation: Evaluation, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], tuple[float, float]]:
+    """Project a random sample of the queries onto the two leading principal components of the projector's output.
 
-    row: NDArray[np.int64]  # (P,) ascending
-    place: NDArray[np.float64]  # (P, 2) along the two components
-    is_right: NDArray[np.bool_]  # (P,) the nearest image is of the same building
-    variance: tuple[float, float]  # share of the total variance along each component
-
-
-def place_points(evaluation: Evaluation, seed: int) -> MapPoints:
-    """Project a random sample of the queries onto the two leading principal components of the projector's output."""
+    Returns their places (P,) among the queries, ascending, their coordinates (P, 2), and the share of the total
+    variance along each component.
+    """
     generator = np.random.default_rng(seed)
     embeddings, scores = evaluation.embeddings["projector"], evaluation.scores["projector"]
     fitted = embeddings
@@ -41,11 +37,9 @@ def place_points(evaluation: Evaluation, seed: int) -> MapPoints:
     axes = np.zeros((len(values), 2))
     axes[:, : min(2, len(values))] = vectors[:, ::-1][:, :2]
     axes *= np.where(np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0) < 0, -1, 1)  # sign is free
-    rows = scores.query[chosen]
     total = max(float(values.sum()), np.finfo(np.float64).tiny)
     shares = [float(value) / total for value in (*values[::-1][:2], 0.0)]
-    place = (embeddings[rows] - scatter.mean) @ axes
-    return MapPoints(rows, place, scores.first_rank[chosen] == 1, (shares[0], shares[1]))
+    return chosen, (embeddings[scores.query[chosen]] - scatter.mean) @ axes, (shares[0], shares[1])
 
 
 @dataclass(frozen=True)
@@ -72,21 +66,18 @@ class Map:
 
 def build_map(evaluation: Evaluation, photos: PhotoSource, max_characters: int, seed: int) -> Map:
     """Return the map with its photographs, small enough to fit the limit together."""
-    points = place_points(evaluation, seed)
-    rows = points.row.tolist()
+    chosen, coordinates, variance = place_points(evaluation, seed)
+    scores = evaluation.scores["projector"]
+    rows, is_right = scores.query[chosen].tolist(), (scores.first_rank[chosen] == 1).tolist()
     thumbnails = photos.read_thumbnails(rows, max_characters, THUMBNAIL_SIDE) if photos.problem is None else {}
-    places = zip(rows, _to_pixels(points.place), points.is_right.tolist(), strict=True)
+    # Each axis is scaled by itself; an axis without spread lies in the middle.
+    low, span = coordinates.min(axis=0), np.ptp(coordinates, axis=0)
+    unit = np.where(span > 0, (coordinates - low) / np.where(span > 0, span, 1), 0.5)
+    x, y = MARGIN + unit[:, 0] * (WIDTH - 2 * MARGIN), MARGIN + (1 - unit[:, 1]) * (HEIGHT - 2 * MARGIN)
+    marks = zip(rows, x.round(1).tolist(), y.round(1).tolist(), is_right, strict=True)
     return Map(
-        [Mark(row, x, y, is_right) for row, (x, y), is_right in places],
-        len(rows) < len(evaluation.scores["projector"].query),
-        points.variance,
+        [Mark(*mark) for mark in marks],
+        len(rows) < len(scores.query),
+        variance,
         {str(number): thumbnails[row] for number, row in enumerate(rows) if row in thumbnails},
     )
-
-
-def _to_pixels(place: NDArray[np.float64]) -> list[tuple[float, float]]:
-    """Scale the places to the drawing, each axis by itself; an axis without spread lies in the middle."""
-    low, span = place.min(axis=0), np.ptp(place, axis=0)
-    unit = np.where(span > 0, (place - low) / np.where(span > 0, span, 1), 0.5)
-    x, y = MARGIN + unit[:, 0] * (WIDTH - 2 * MARGIN), MARGIN + (1 - unit[:, 1]) * (HEIGHT - 2 * MARGIN)
-    return list(zip(x.round(1).tolist(), y.round(1).tolist(), strict=True))

@@ -13,7 +13,7 @@ from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.pair_similarity import RECOMMENDED_RATE
 from pipeline.errors import InputError, one_line
-from pipeline.files.tables import check_columns, open_parquet, reading
+from pipeline.files.tables import open_parquet, reading
 from pipeline.retrieval.candidates import TIE_TOLERANCE, Candidates, RowGroups
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.geography import distances_m
@@ -25,11 +25,7 @@ NUM_EXAMPLES, NUM_SUSPECTS, NUM_BAND_EXAMPLES = 12, 24, 4
 MAX_SUSPECT_QUERIES = 20_000
 # Band examples are looked for among so many images, so that a file of millions of lists is not read to its end.
 NUM_BAND_CANDIDATES = 200
-DIFFICULTY_COLUMNS = [
-    pa.field("target_coord_hash", pa.string()),
-    pa.field("neighbor_building_ids", pa.list_(pa.string())),
-    pa.field("neighbor_bands", pa.list_(pa.int32())),
-]
+DIFFICULTY_COLUMNS = ["target_coord_hash", "neighbor_building_ids", "neighbor_bands"]
 _BATCH_ROWS = 1024
 
 
@@ -126,7 +122,7 @@ class Gallery:
 
     def relate(self, one: int, other: int) -> ImagePair:
         """Return how similar two images are, and how far apart."""
-        return _relate(self.evaluation, one, other)
+        return relate(self.evaluation, one, other)
 
     def shown_rows(self) -> list[int]:
         """Return the row of each picture, as often as it is shown."""
@@ -189,11 +185,12 @@ def find_suspects(evaluation: Evaluation, limit: int, seed: int) -> list[ImagePa
         if similarity[place] < threshold or len(chosen) == limit:
             break
         if pair not in chosen:
-            chosen[pair] = _relate(evaluation, one, other)
+            chosen[pair] = relate(evaluation, one, other)
     return list(chosen.values())
 
 
-def _relate(evaluation: Evaluation, one: int, other: int) -> ImagePair:
+def relate(evaluation: Evaluation, one: int, other: int) -> ImagePair:
+    """Return how similar two images are, and how far apart."""
     lat, lon = evaluation.features.target_lat, evaluation.features.target_lon
     raw, own = evaluation.embeddings["raw"], evaluation.embeddings["projector"]
     metres = float(distances_m(lat[one], lon[one], lat[other], lon[other]))
@@ -202,9 +199,7 @@ def _relate(evaluation: Evaluation, one: int, other: int) -> ImagePair:
 
 def pick_failures(scores: QueryScores, codes: NDArray[np.int32], limit: int) -> list[int]:
     """Return the positions among the queries of the worst failures, one a building, the worst first."""
-    return _first_of_each_building(
-        np.argsort(-scores.first_rank, kind="stable"), scores.first_rank > 1, scores, codes, limit
-    )
+    return _pick_worst(scores.first_rank, scores.first_rank > 1, codes[scores.query], limit)
 
 
 def pick_hard_successes(
@@ -212,14 +207,15 @@ def pick_hard_successes(
 ) -> list[int]:
     """Return the positions among the queries of right answers, one a building, where the raw embeddings fail worst."""
     wanted = (scores.first_rank == 1) & (raw_scores.first_rank > 1)
-    return _first_of_each_building(np.argsort(-raw_scores.first_rank, kind="stable"), wanted, scores, codes, limit)
+    return _pick_worst(raw_scores.first_rank, wanted, codes[scores.query], limit)
 
 
-def _first_of_each_building(
-    order: NDArray[np.int64], wanted: NDArray[np.bool_], scores: QueryScores, codes: NDArray[np.int32], limit: int
+def _pick_worst(
+    ranks: NDArray[np.int64], wanted: NDArray[np.bool_], buildings: NDArray[np.int32], limit: int
 ) -> list[int]:
+    order = np.argsort(-ranks, kind="stable")
     order = order[wanted[order]]
-    first = np.unique(codes[scores.query[order]], return_index=True)[1]
+    first = np.unique(buildings[order], return_index=True)[1]
     places: list[int] = order[np.sort(first)][:limit].tolist()
     return places
 
@@ -260,7 +256,7 @@ def find_band_examples(path: Path, evaluation: Evaluation, limit: int) -> list[B
     """
     rows_of_images = {name: row for row, name in enumerate(evaluation.features.image_ids.to_pylist())}
     buildings = {name: code for code, name in enumerate(evaluation.features.building_ids.to_pylist())}
-    groups = RowGroups(evaluation.codes)
+    groups, embeddings = RowGroups(evaluation.codes), evaluation.embeddings["projector"]
     found: dict[int, BandExample] = {}  # by the anchor's building
     for image_id, neighbor_ids, bands in _read_neighbors(path, evaluation.features.image_ids):
         anchor = rows_of_images[image_id]
@@ -269,29 +265,26 @@ def find_band_examples(path: Path, evaluation: Evaluation, limit: int) -> list[B
             # A building has neighbours in several bands: each is shown once.
             if building_id in buildings and band not in nearest and buildings[building_id] not in nearest.values():
                 nearest[band] = buildings[building_id]
-        negatives = tuple((band, _most_similar(evaluation, groups, anchor, nearest[band])) for band in sorted(nearest))
+        negatives = []
+        for band, building in sorted(nearest.items()):
+            rows = groups.rows_of(building)
+            negatives.append((band, int(rows[np.argmax(embeddings[rows] @ embeddings[anchor])])))
         own = int(evaluation.codes[anchor])
-        if negatives and len(negatives) > len(found[own].negatives if own in found else ()):
-            found[own] = BandExample(anchor, negatives)
+        if len(negatives) > len(found[own].negatives if own in found else ()):
+            found[own] = BandExample(anchor, tuple(negatives))
     return sorted(found.values(), key=lambda example: (-len(example.negatives), example.anchor))[:limit]
-
-
-def _most_similar(evaluation: Evaluation, groups: RowGroups, anchor: int, building: int) -> int:
-    embeddings, rows = evaluation.embeddings["projector"], groups.rows_of(building)
-    return int(rows[np.argmax(embeddings[rows] @ embeddings[anchor])])
 
 
 def _read_neighbors(path: Path, image_ids: pa.StringArray) -> Iterator[tuple[str, list[str], list[int]]]:
     """Yield id, neighbours and bands of the file's first NUM_BAND_CANDIDATES images of the split."""
     file = open_parquet(path)
-    check_columns(path, file.schema_arrow, DIFFICULTY_COLUMNS[:1])
-    if any(file.schema_arrow.get_field_index(field.name) < 0 for field in DIFFICULTY_COLUMNS):
+    if not {*DIFFICULTY_COLUMNS} <= {*file.schema_arrow.names}:
         raise InputError(f"{path}: not difficulty metadata: make it with stage 5")
     left = NUM_BAND_CANDIDATES
     with reading(path):
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[field.name for field in DIFFICULTY_COLUMNS]):
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=DIFFICULTY_COLUMNS):
             chosen = batch.filter(pc.is_in(batch.column(0), value_set=image_ids)).slice(0, left)
             left -= chosen.num_rows
-            yield from zip(*(chosen.column(name).to_pylist() for name in chosen.schema.names), strict=True)
+            yield from zip(*(column.to_pylist() for column in chosen.columns), strict=True)
             if left <= 0:
                 return
