@@ -11,7 +11,6 @@ import contextlib
 import functools
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from pipeline.files.scratch import RowScratch, name_files, remove_leftover
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
+    count_rejects,
     hash_json,
     identify,
     make_provenance,
@@ -54,12 +54,10 @@ if TYPE_CHECKING:
 STAGE = "generate_embeddings"
 # Rows of one row group: 16 MB of 4,096 floats, small enough to stream, large enough to compress.
 ROW_GROUP_ROWS = 1024
-# How much work a killed node may lose, against a sync of the scratch file each time.
-SECONDS_BETWEEN_SAVES = 30.0
 
 
 class Embedding:
-    """The backbone that the tars of one run share, loaded when it is needed, and two threads that write behind it.
+    """The backbone that all tars of a run share, loaded at its first use, and two threads that write behind it.
 
     While one tar's parquet is written, the next tar is embedded.
     """
@@ -73,7 +71,7 @@ class Embedding:
 
     @functools.cached_property
     def precision(self) -> Precision:
-        """The backbone's precision: the same for all tars of one folder, whichever process embeds them."""
+        """The precision of the backbone: the same for all tars of one folder, whichever process embeds them."""
         assert self._folder is not None  # without it nothing is left to embed
         section = self.config.embedding_model
         name = hash_json({"model": self._model_id, **embedding_settings(section)})[:16]
@@ -87,18 +85,19 @@ class Embedding:
 
     @functools.cached_property
     def embedder(self) -> "Embedder":
-        """The backbone, as the configuration says."""
+        """The backbone."""
         assert self._folder is not None
         mode = self.precision.mode
         with self.watch.measure("load"):
             return load_embedder(self._folder, self.config, mode)
 
     def _list_pictures(self) -> Iterator[bytes]:
-        """Yield the run's pictures from its first tar on; a tar that cannot be read fails when its turn comes."""
+        """Yield the images of the run; skip a tar that cannot be read, which fails when its turn comes."""
         for unit in self._units:
             with contextlib.suppress(InputError):
-                images = read_images(unit.tar_path, index_images(read_table(unit)))
-                yield from (image.data for image in images if image.data)
+                yield from (
+                    image.data for image in read_images(unit.tar_path, index_images(read_table(unit))) if image.data
+                )
 
     def close(self) -> None:
         """Wait for the threads to write what they hold, and end them.
@@ -118,33 +117,23 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Proven
     if not unit.tar_path.is_file():  # before a backbone of 27 GB is loaded for it
         raise InputError(f"{unit.tar_path}: no such tar: correct the path")
     table = read_table(unit)
-    # What another device has begun in another precision is begun anew.
+    # Another device may choose another precision: what it has begun is thrown away.
     scratch = RowScratch(unit.output_path, len(table), hash_json({**provenance, "precision": stage.precision.mode}))
-    embedded = False
-    try:
+    with contextlib.ExitStack() as held:
+        held.callback(scratch.close)
         missing = fill_scratch(unit.tar_path, table, scratch, stage)
         embedding_type = pa.list_(stored_type(stage.config), scratch.width or stage.embedder.width)
-        embedded = True
-    finally:
-        if not embedded:
-            scratch.close(is_done=scratch.seen == 0)
-    absent = Rejection("missing_image", f"not in {unit.tar_path.name}")
-    rejects = scratch.rejects | dict.fromkeys(missing, absent)
-    provenance = provenance | {
-        "counts": {"in": len(table), "out": len(table) - len(rejects), "rejected": len(rejects)},
-        "reasons": dict(Counter(rejection.reason for rejection in rejects.values())),
+        held.pop_all()  # the thread that writes closes it
+    rejects = scratch.rejects | {row: Rejection("missing_image", f"not in {unit.tar_path.name}") for row in missing}
+    provenance = count_rejects(provenance, len(table), rejects.values()) | {
         "precision": stage.precision.mode,
         **stage.precision.fidelity,
     }
 
     def write() -> None:
-        written = False
-        try:
-            with stage.watch.measure("write"):
-                write_outputs(unit, table, scratch, rejects, provenance, embedding_type)
-            written = True
-        finally:
-            scratch.close(is_done=written or scratch.seen == 0)
+        with contextlib.closing(scratch), stage.watch.measure("write"):
+            write_outputs(unit, table, scratch, rejects, provenance, embedding_type)
+            scratch.remove()
 
     stage.outputs.submit(write)
     count = len(table) - len(rejects)
@@ -166,8 +155,9 @@ def index_images(table: pa.Table) -> dict[str, int]:
 def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Embedding) -> list[int]:
     """Embed the table's images in the order of the tar, from where the scratch stands, and return the rows not found.
 
-    Whole passes only are counted as done, so that a resumed run forms the same passes and gets the same values.
+    Raises PipelineError naming an image whose embedding is not finite, zero or of another width.
     """
+    from pipeline.inference.backbone import check_embeddings
     from pipeline.inference.engine import embed_stream
 
     left = index_images(table)
@@ -179,16 +169,27 @@ def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Em
         config.infrastructure.count_workers(),
         stage.watch,
     )
-    interval = config.logging.progress_interval_seconds
+    seen = scratch.seen
+
+    def store(done: "Embedded[TarImage]") -> None:
+        nonlocal seen
+        seen += done.taken
+        scratch.rejects |= {image.row: rejection for image, rejection in done.rejected}
+        if done.embeddings is not None:
+            check_embeddings(done.embeddings, [image.name for image in done.items], scratch.width)
+            with stage.watch.measure("write"):
+                scratch.write([image.row for image in done.items], done.embeddings)
+                if done.is_full:  # a resumed run then forms the same passes, and gets the same values
+                    scratch.advance(seen)
+
     with (
         contextlib.closing(stream) as passes,
-        Progress(tar_path.name, len(table), interval_seconds=interval) as progress,
+        Progress(tar_path.name, len(table), interval_seconds=config.logging.progress_interval_seconds) as progress,
     ):
         progress.resume_at(scratch.seen)
         try:
-            store = RowStore(scratch, stage.watch)
             for done in passes:
-                stage.rows.submit(functools.partial(store.write, done))
+                stage.rows.submit(functools.partial(store, done))
                 progress.advance(done.taken)
         except (KeyboardInterrupt, Terminated):
             stage.rows.finish()
@@ -197,34 +198,6 @@ def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Em
         finally:
             stage.rows.finish()  # before anyone closes the scratch
     return sorted(left.values())
-
-
-class RowStore:
-    """Takes embedded passes into a scratch and notes, between full ones, how far it is."""
-
-    def __init__(self, scratch: RowScratch, watch: EngineWatch) -> None:
-        self._scratch, self._watch = scratch, watch
-        self._consumed, self._saved = scratch.seen, time.monotonic()
-
-    def write(self, done: "Embedded[TarImage]") -> None:
-        """Store a pass.
-
-        Raises PipelineError naming the image whose embedding is not finite, zero or of another width.
-        """
-        from pipeline.inference.backbone import check_embeddings
-
-        self._consumed += done.taken
-        self._scratch.rejects |= {image.row: rejection for image, rejection in done.rejected}
-        if done.embeddings is None:
-            return
-        check_embeddings(done.embeddings, [image.name for image in done.items], self._scratch.width)
-        with self._watch.measure("write"):
-            self._scratch.write([image.row for image in done.items], done.embeddings)
-            if done.is_full:
-                self._scratch.seen = self._consumed
-                if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
-                    self._scratch.save()
-                    self._saved = time.monotonic()
 
 
 def write_outputs(

@@ -7,10 +7,8 @@ and what was rejected, with reasons, in fingerprints_dir/_rejects/. A rerun keep
 """
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
@@ -26,6 +24,7 @@ from pipeline.files.foreign import check_foreign_output, read_intermediate
 from pipeline.files.list_columns import find_fingerprint
 from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
+    count_rejects,
     identify,
     make_provenance,
     parquet_writer,
@@ -46,8 +45,6 @@ ROWS_PER_GROUP = 8_192
 # Pixels a cell in each direction that a reduced decode must leave. A cell's border then cuts through an eighth of it
 # at most: on photographs and noise of any size the fingerprint stays within 0.4 grey levels of the full decode.
 MIN_PIXELS_PER_CELL = 8
-
-Reject = tuple[str, Rejection]
 
 
 def choose_scale(width: int, height: int, image_size: int) -> int:
@@ -92,42 +89,46 @@ def average_cells(image: Image.Image, extent: tuple[float, float], image_size: i
     return rounded
 
 
-def compute_fingerprint(data: bytes, image_size: int) -> np.ndarray:
-    """Return an encoded image's fingerprint, as (image_size, image_size, 3) uint8.
+def fingerprint_width(image_size: int) -> int:
+    """Return how many numbers a fingerprint has."""
+    return image_size * image_size * 3
 
-    Raises Rejection `unreadable_image` or `image_too_large`.
+
+def compute_fingerprint(data: bytes, image_size: int) -> np.ndarray:
+    """Return an encoded image's fingerprint: `fingerprint_width` numbers, uint8.
+
+    To use another descriptor, change this function and the width above. Raises Rejection `unreadable_image` or
+    `image_too_large`.
     """
     image, extent = decode_rgb_small(data, lambda width, height: choose_scale(width, height, image_size))
-    return average_cells(image, extent, image_size)
+    return average_cells(image, extent, image_size).reshape(-1)
 
 
 def compute_tar(
-    tar_path: Path, rows: dict[str, int], image_size: int, num_workers: int, progress: Progress, watch: Stopwatch
-) -> tuple[np.ndarray, np.ndarray, list[Reject]]:
-    """Stream a tar; return the fingerprints (N, image_size² x 3) uint8, a mask of those that exist (N,), and rejects.
+    tar_path: Path, rows: dict[str, int], fingerprints: np.ndarray, config: Config, watch: Stopwatch
+) -> dict[int, tuple[str, Rejection]]:
+    """Stream a tar, put each image's fingerprint into its row (N, width), and return the names and rejections by row.
 
     `rows` gives the row of each wanted image; it is emptied. Raises InputError if the tar is damaged.
     """
-    fingerprints = np.zeros((len(rows), image_size * image_size * 3), dtype=np.uint8)
-    is_there = np.zeros(len(rows), dtype=bool)
-    rejects: list[Reject] = []
+    rejects: dict[int, tuple[str, Rejection]] = {}
 
     def compute(image: TarImage) -> tuple[TarImage, np.ndarray | Rejection]:
         try:
-            return image, compute_fingerprint(require_bytes(image.data, image.size), image_size)
+            return image, compute_fingerprint(require_bytes(image.data, image.size), config.fingerprints.image_size)
         except Rejection as rejection:
             return image, rejection
 
     images = watch.measure_each("read", read_images(tar_path, rows))
-    for image, outcome in map_in_order(compute, images, num_workers):
-        if isinstance(outcome, Rejection):
-            rejects.append((image.name, outcome))
-        else:
-            fingerprints[image.row] = outcome.reshape(-1)
-            is_there[image.row] = True
-        progress.advance()
-    rejects += [(name, Rejection("missing_image", f"not in {tar_path.name}")) for name in rows]
-    return fingerprints, is_there, sorted(rejects, key=lambda reject: reject[0])
+    with Progress(tar_path.name, len(rows), interval_seconds=config.logging.progress_interval_seconds) as progress:
+        for image, outcome in map_in_order(compute, images, config.infrastructure.count_workers()):
+            if isinstance(outcome, Rejection):
+                rejects[image.row] = image.name, outcome
+            else:
+                fingerprints[image.row] = outcome
+            progress.advance()
+    absent = Rejection("missing_image", f"not in {tar_path.name}")
+    return rejects | {row: (name, absent) for name, row in rows.items()}
 
 
 def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stopwatch) -> Provenance:
@@ -137,34 +138,29 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     """
     views = read_intermediate(unit, [*FINGERPRINT_ID_SCHEMA, PATH_FIELD])
     rows = {name: row for row, name in enumerate(views[PATH_FIELD.name].to_pylist())}
-    interval = config.logging.progress_interval_seconds
-    with Progress(unit.tar_path.name, total=len(rows), interval_seconds=interval) as progress:
-        fingerprints, is_there, rejects = compute_tar(
-            unit.tar_path, rows, config.fingerprints.image_size, config.infrastructure.count_workers(), progress, watch
-        )
-    provenance = provenance | {
-        "counts": {"in": len(views), "out": int(is_there.sum()), "rejected": len(rejects)},
-        "reasons": dict(Counter(rejection.reason for _, rejection in rejects)),
-    }
-    write_rejects(rejects_path(unit.output_path), rejects, provenance)
+    fingerprints = np.zeros((len(views), fingerprint_width(config.fingerprints.image_size)), np.uint8)
+    rejects = compute_tar(unit.tar_path, rows, fingerprints, config, watch)
+    provenance = count_rejects(provenance, len(views), (rejection for _, rejection in rejects.values()))
+    write_rejects(rejects_path(unit.output_path), sorted(rejects.values(), key=lambda reject: reject[0]), provenance)
+    keep = np.ones(len(views), dtype=bool)
+    keep[list(rejects)] = False
     with watch.measure("write"):
-        write_fingerprints(unit.output_path, views, fingerprints, is_there, provenance)
+        write_fingerprints(unit.output_path, views, fingerprints, keep, provenance)
     logger.info("%s: %d images, %d rejected", unit.tar_path.name, len(views), len(rejects))
     return provenance
 
 
 def write_fingerprints(
-    path: Path, views: pa.Table, fingerprints: np.ndarray, is_there: np.ndarray, provenance: dict[str, Any]
+    path: Path, views: pa.Table, fingerprints: np.ndarray, keep: np.ndarray, provenance: Provenance
 ) -> None:
-    """Write the rows that are there, in the order of the views."""
+    """Write the kept rows, in the order of the views."""
     width = fingerprints.shape[1]
     schema = pa.schema([*FINGERPRINT_ID_SCHEMA, pa.field("fingerprint", pa.list_(pa.uint8(), width))])
     with parquet_writer(path, schema, provenance) as writer:
         for start in range(0, len(views), ROWS_PER_GROUP):
             chunk = slice(start, start + ROWS_PER_GROUP)
-            keep = pa.array(is_there[chunk])
-            ids = views.select(FINGERPRINT_ID_SCHEMA.names).slice(start, ROWS_PER_GROUP).filter(keep)
-            values = pa.array(fingerprints[chunk][is_there[chunk]].reshape(-1))
+            ids = views.select(FINGERPRINT_ID_SCHEMA.names).slice(start, ROWS_PER_GROUP).filter(pa.array(keep[chunk]))
+            values = pa.array(fingerprints[chunk][keep[chunk]].reshape(-1))
             column = pa.FixedSizeListArray.from_arrays(values, width)
             writer.write_table(ids.append_column(schema.field("fingerprint"), column).cast(schema))
 
@@ -176,15 +172,15 @@ def describe_output(unit: TarUnit, config: Config) -> Provenance:
 
 
 def take_over(unit: TarUnit, config: Config) -> tuple[dict[str, int], str]:
-    """Return the counts of fingerprints without provenance that are of the intermediate's images and this size.
+    """Return the counts of fingerprints without provenance that fit the intermediate and the settings, and a note.
 
-    Raises InputError where they are not.
+    Raises InputError where they do not.
     """
     column, side = find_fingerprint(unit.output_path), config.fingerprints.image_size
-    if column.width not in (None, side * side * 3):
+    if column.width not in (None, fingerprint_width(side)):
         raise InputError(
             f"{unit.output_path}: fingerprints of {column.width} values, [fingerprints].image_size = {side} gives "
-            f"{side * side * 3}: correct the setting, or move the file away to have it made again"
+            f"{fingerprint_width(side)}: correct the setting, or move the file away to have it made again"
         )
     return check_foreign_output(unit, column)
 

@@ -22,13 +22,7 @@ from numpy.typing import NDArray
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.files.listing import list_outputs
-from pipeline.files.tables import (
-    hash_json,
-    identify,
-    make_provenance,
-    parquet_writer,
-    read_provenance,
-)
+from pipeline.files.tables import hash_json, identify, make_provenance, parquet_writer, read_provenance
 from pipeline.files.units import Unit, drop_missing, keep_complete
 from pipeline.files.workspace import UNFINISHED, remove, writing_together
 from pipeline.log import Progress, logger
@@ -50,7 +44,7 @@ def list_embeddings(config: Config) -> list[Path]:
 
 
 class SplitWriter:
-    """Writes one split's rows in row groups of a fixed size, however they come."""
+    """Writes one split's rows in row groups of a fixed size."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self._writer, self._schema = writer, schema
@@ -82,22 +76,13 @@ def write_splits(
     config: Config,
 ) -> None:
     """Write the three files; `splits` gives each building's, -1 for those that are dropped."""
-    with writing_together(merged_dir, [f"{split}.parquet" for split in SPLITS]) as scratch_dir:
-        fill_splits(inventory, splits, scratch_dir, provenances, config)
-
-
-def fill_splits(
-    inventory: Inventory, splits: NDArray[np.int8], scratch_dir: Path, provenances: list[dict[str, Any]], config: Config
-) -> None:
-    """Write the three files into a folder that also takes the spilled rows."""
-    schema = inventory.schema
+    schema, names = inventory.schema, [f"{split}.parquet" for split in SPLITS]
     rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
-    paths = [scratch_dir / f"{split}.parquet" for split in SPLITS]
     interval = config.logging.progress_interval_seconds
-    with contextlib.ExitStack() as stack:
+    with writing_together(merged_dir, names) as scratch_dir, contextlib.ExitStack() as stack:
         writers = [
-            SplitWriter(stack.enter_context(parquet_writer(path, schema, provenance)), schema)
-            for path, provenance in zip(paths, provenances, strict=True)
+            SplitWriter(stack.enter_context(parquet_writer(scratch_dir / name, schema, provenance)), schema)
+            for name, provenance in zip(names, provenances, strict=True)
         ]
         progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes)), interval_seconds=interval))
         for group in inventory.find_groups():
@@ -150,7 +135,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 def describe_settings(config: Config) -> dict[str, Any]:
     """Return the settings that shape the splits; a split file counts by its content."""
     data = config.data
-    named = read_split_file(split_file_path(config)) if data.split_file else None
     return {
         "seed": config.global_.seed,
         "train_ratio": data.train_ratio,
@@ -158,25 +142,25 @@ def describe_settings(config: Config) -> dict[str, Any]:
         "test_ratio": data.test_ratio,
         "split_unit": data.split_unit,
         "split_cell_m": data.split_cell_m,
-        "split_file": hash_json(named) if named is not None else None,
+        "split_file": hash_json(read_named(config)) if data.split_file else None,
     }
 
 
-def split_file_path(config: Config) -> Path:
-    """Return the path of the split file."""
-    return config.expand(config.data.split_file or "", "[data].split_file")
+def read_named(config: Config) -> dict[str, str]:
+    """Return the split of each building that the split file names."""
+    path = config.data.split_file
+    return read_split_file(config.expand(path, "[data].split_file")) if path else {}
 
 
 def plan_splits(
     inventory: Inventory, wanted: dict[str, Any], config: Config
 ) -> tuple[NDArray[np.int8], list[dict[str, Any]]]:
     """Return each building's split, -1 for those with one image, and the provenance of each file with its counts."""
-    named = read_split_file(split_file_path(config)) if config.data.split_file else {}
     images = inventory.images_per_building
     kept = np.flatnonzero(images >= 2)  # a building with one image has no positive
     buildings = inventory.buildings.take(kept)
     splits = np.full(len(images), -1, np.int8)
-    splits[kept] = assign_splits(buildings, config.data, config.global_.seed, named)
+    splits[kept] = assign_splits(buildings, config.data, config.global_.seed, read_named(config))
     leakage = compare_leakage(inventory, splits, config.data, config.global_.seed)
     log_leakage(leakage)
     total, dropped = int(images.sum()), int((images < 2).sum())

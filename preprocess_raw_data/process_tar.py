@@ -7,7 +7,6 @@ rejected, with reasons, in intermediates_dir/_rejects/NNNN.parquet. A rerun keep
 """
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,14 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
 from pipeline.files.archive import Member, require_bytes, stream_members
-from pipeline.files.tables import INTERMEDIATE_SCHEMA, make_provenance, parquet_writer, rejects_path, write_rejects
+from pipeline.files.tables import (
+    INTERMEDIATE_SCHEMA,
+    count_rejects,
+    make_provenance,
+    parquet_writer,
+    rejects_path,
+    write_rejects,
+)
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.ids import building_id, streetview_image_id
 from pipeline.inference.images import check_image
@@ -99,10 +105,7 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     renamed = sum(view.record.dataset_id != unit.dataset_id for view in views)
     ignored = ", ".join(f"{count} {what}" for what, count in sorted(inventory.ignored.items())) or "nothing"
     logger.info("%s: ignored %s; %d views name another dataset id", unit.tar_path.name, ignored, renamed)
-    provenance = provenance | {
-        "counts": {"in": len(views) + len(rejects), "out": len(views), "rejected": len(rejects)},
-        "reasons": dict(Counter(rejection.reason for _, rejection in rejects)),
-    }
+    provenance = count_rejects(provenance, len(views) + len(rejects), (rejection for _, rejection in rejects))
     write_rejects(rejects_path(unit.output_path), rejects, provenance)
     with parquet_writer(unit.output_path, INTERMEDIATE_SCHEMA, provenance) as writer:
         for start in range(0, len(views), ROW_GROUP_ROWS):

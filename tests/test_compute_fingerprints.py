@@ -50,7 +50,7 @@ def draw_scene(width: int, height: int, seed: int = 0) -> Image.Image:
 def measure_error(data: bytes, image_size: int = 16) -> float:
     """Return the mean difference from the full decode's exact average, in grey levels."""
     exact = average_by_strips(Image.open(io.BytesIO(data)), image_size)
-    return float(np.abs(compute_fingerprint(data, image_size).astype(np.float64) - exact).mean())
+    return float(np.abs(compute_fingerprint(data, image_size).astype(np.float64) - exact.reshape(-1)).mean())
 
 
 SIZES = [(640, 640), (448, 448), (449, 331), (137, 251), (143, 1000), (65, 65), (16, 16), (17, 15), (5, 3), (1, 1)]
@@ -91,7 +91,7 @@ def test_a_progressive_jpeg_with_an_orientation_tag_is_read_as_it_lies() -> None
 def test_a_flat_image_has_flat_cells_whatever_its_size() -> None:
     for size in SIZES:
         flat = compute_fingerprint(encode(Image.new("RGB", size, (10, 130, 250)), "PNG"), 16)
-        assert (flat == np.array([10, 130, 250])).all()
+        assert (flat.reshape(-1, 3) == np.array([10, 130, 250])).all()
 
 
 def test_parts_of_an_interval_are_averaged_by_hand() -> None:
@@ -160,7 +160,7 @@ def test_each_image_has_its_fingerprint_in_the_order_of_the_intermediate(city: P
         images = {member.name: member.read() for member in stream_members(city.parent / "raw" / f"{dataset_id:04d}.tar")
                   if member.is_image_name}  # fmt: skip
         for path, fingerprint in zip(views["image_path"].to_pylist(), found["fingerprint"].to_pylist(), strict=True):
-            assert fingerprint == compute_fingerprint(images[path], 16).reshape(-1).tolist()
+            assert fingerprint == compute_fingerprint(images[path], 16).tolist()
         assert read_rejects(city, dataset_id) == []
 
 

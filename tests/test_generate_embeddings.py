@@ -279,8 +279,9 @@ def test_an_intermediate_of_someone_else_is_taken_and_its_texts_become_plain_str
 KILLED = """
 import os, sys
 from generate_embeddings import generate_embeddings
+from pipeline.files import scratch
 from pipeline.files.scratch import RowScratch
-generate_embeddings.SECONDS_BETWEEN_SAVES = -1.0
+scratch.SECONDS_BETWEEN_SAVES = -1.0
 save = RowScratch.save
 def die_behind_the_second_pass(self):
     save(self)
@@ -357,7 +358,7 @@ def test_an_interrupted_tar_is_gone_on_from_with_its_rejects(tmp_path, city, sta
 def test_two_processes_on_one_tar_are_one_too_many(tmp_path, city, stage):
     other = RowScratch(tmp_path / "embeddings" / "0001_embeddings.parquet", 20, "other")
     outcome = stage()
-    other.close(is_done=True)
+    other.close()
     assert outcome.code == 1
     error = outcome.stderr.splitlines()[-1]
     assert error.startswith(f"error: {tmp_path}/embeddings/0001_embeddings.parquet: process {os.getpid()} on ")

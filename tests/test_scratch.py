@@ -27,14 +27,16 @@ def test_rows_are_read_at_their_places_in_any_order_of_writing(tmp_path):
     scratch.write([1], ROWS[[1]])
     np.testing.assert_array_equal(scratch.read(0, 3), ROWS[:3])
     np.testing.assert_array_equal(scratch.read(3, 6), [np.zeros(4), ROWS[4], np.zeros(4)])
-    scratch.close(is_done=True)
+    scratch.remove()
+    scratch.close()
     assert list_files(tmp_path) == []
 
 
 def test_nothing_that_was_never_written_is_read_as_more_than_zero(tmp_path):
     scratch = open_scratch(tmp_path)
     assert scratch.read(0, 6).shape == (6, 0)
-    scratch.close(is_done=True)
+    scratch.remove()
+    scratch.close()
 
 
 def test_what_was_saved_is_taken_up_by_a_run_of_the_same_identity(tmp_path):
@@ -43,14 +45,15 @@ def test_what_was_saved_is_taken_up_by_a_run_of_the_same_identity(tmp_path):
     first.seen, first.rejects[2] = 3, Rejection("unreadable_image", "0 bytes")
     first.save()
     first.write([3], ROWS[[3]])  # behind the note: done again
-    first.close(is_done=False)
+    first.close()
     second = open_scratch(tmp_path)
     assert (second.seen, second.width) == (3, 4)
     assert {row: (why.reason, why.detail) for row, why in second.rejects.items()} == {
         2: ("unreadable_image", "0 bytes")
     }
     np.testing.assert_array_equal(second.read(0, 2), ROWS[:2])
-    second.close(is_done=True)
+    second.remove()
+    second.close()
     assert list_files(tmp_path) == []
 
 
@@ -60,12 +63,13 @@ def test_what_another_run_left_is_thrown_away(tmp_path, identity, num_rows):
     first.write([0], ROWS[:1])
     first.seen = 1
     first.save()
-    first.close(is_done=False)
+    first.close()
     second = open_scratch(tmp_path, identity, num_rows)
     assert (second.seen, second.width, second.rejects) == (0, None, {})
     second.write([5], ROWS[[5]])
     np.testing.assert_array_equal(second.read(0, 1), np.zeros((1, 4)))
-    second.close(is_done=True)
+    second.remove()
+    second.close()
 
 
 @pytest.mark.parametrize("damage", ["note gone", "note cut", "note of something else", "rows gone", "rows cut"])
@@ -74,7 +78,7 @@ def test_what_is_not_whole_is_begun_anew(tmp_path, damage):
     first.write([0, 1], ROWS[:2])
     first.seen = 2
     first.save()
-    first.close(is_done=False)
+    first.close()
     rows, note = tmp_path / "out" / ".0001.parquet.rows", tmp_path / "out" / ".0001.parquet.progress.json"
     if damage == "note gone":
         note.unlink()
@@ -88,15 +92,16 @@ def test_what_is_not_whole_is_begun_anew(tmp_path, damage):
         os.truncate(rows, 20)
     second = open_scratch(tmp_path)
     assert second.seen == 0
-    second.close(is_done=True)
+    second.remove()
+    second.close()
 
 
 def test_one_process_at_a_time_holds_it(tmp_path):
     first = open_scratch(tmp_path)
     with pytest.raises(PipelineError, match=r"0001\.parquet: process \d+ on \S+ is making it: wait for that one"):
         open_scratch(tmp_path)
-    first.close(is_done=False)
-    open_scratch(tmp_path).close(is_done=True)
+    first.close()
+    open_scratch(tmp_path).close()
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
@@ -104,7 +109,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(workspace.fcntl, "flock", refuse)
-    open_scratch(tmp_path).close(is_done=True)
+    open_scratch(tmp_path).close()
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -116,7 +121,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch_module.os, "pwrite", refuse)
     with pytest.raises(PipelineError, match=r"cannot write .*\.rows \(No space left on device\): free space"):
         scratch.write([0], ROWS[:1])
-    scratch.close(is_done=True)
+    scratch.remove()
+    scratch.close()
 
 
 def test_a_write_that_takes_only_a_part_goes_on_with_the_rest(tmp_path, monkeypatch):
@@ -124,7 +130,8 @@ def test_a_write_that_takes_only_a_part_goes_on_with_the_rest(tmp_path, monkeypa
     monkeypatch.setattr(scratch_module.os, "pwrite", lambda file, data, place: write(file, data[:5], place))
     scratch.write(list(range(6)), ROWS)
     np.testing.assert_array_equal(scratch.read(0, 6), ROWS)
-    scratch.close(is_done=True)
+    scratch.remove()
+    scratch.close()
 
 
 def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
@@ -136,11 +143,12 @@ def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
 def test_what_a_killed_run_left_beside_a_complete_output_is_removed_unless_somebody_holds_it(tmp_path):
     scratch = open_scratch(tmp_path)
     scratch.write([0], ROWS[:1])
+    scratch.seen = 1
     scratch.save()
     output = tmp_path / "out" / "0001.parquet"
     remove_leftover(output)
     assert len(list_files(tmp_path)) == 3  # rows, note and lock
-    scratch.close(is_done=False)
+    scratch.close()
     remove_leftover(output)
     assert list_files(tmp_path) == []
     remove_leftover(output)  # there is none

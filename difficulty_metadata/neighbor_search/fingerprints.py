@@ -15,10 +15,10 @@ from pipeline.files.listing import list_outputs
 from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
     check_columns,
-    log_missing_provenance,
     open_parquet,
     read_batches,
     read_columns,
+    read_provenance,
     stored_fields,
 )
 from pipeline.threads import map_in_order
@@ -91,7 +91,7 @@ def _check_file(path: Path) -> ListColumn:
     with open_parquet(path) as file:
         schema = file.schema_arrow
     check_columns(path, schema, stored_fields(schema, FINGERPRINT_ID_SCHEMA))
-    log_missing_provenance(path)
+    read_provenance(path, warn=True)
     return find_fingerprint(path)
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pipeline.errors import InputError
 from pipeline.files.archive import stream_members
 from pipeline.files.list_columns import ListColumn
-from pipeline.files.tables import log_missing_provenance, read_columns, read_provenance
+from pipeline.files.tables import read_columns, read_provenance
 from pipeline.files.units import TarUnit
 from pipeline.ids import dataset_name
 from pipeline.log import logger
@@ -26,13 +26,13 @@ def read_intermediate(unit: TarUnit, fields: Iterable[pa.Field], *, with_others:
     image twice, or has a path that could be either of two members.
     """
     source = unit.intermediate_path
-    log_missing_provenance(source)
+    provenance = read_provenance(source, warn=True)
     table = read_columns(source, fields, "make the file again with stage 1", with_others=with_others)
     paths = table["image_path"].to_pylist()
     if len(set(paths)) < len(paths):
         (twice, _), *_ = Counter(paths).most_common(1)
         raise InputError(f"{source}: image_path {twice} is there twice: make the file again with stage 1")
-    if read_provenance(source) is not None:
+    if provenance is not None:
         return table
     names = match_members(unit.tar_path, unit.dataset_id, paths)
     num_changed = sum(name != path for name, path in zip(names, paths, strict=True))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from pipeline.errors import PipelineError, Rejection
 from pipeline.files.workspace import lock_path, locked, remove, write_failure, write_json
 from pipeline.log import logger
+
+# How much work a killed node may lose, against a sync of the file each time.
+SECONDS_BETWEEN_SAVES = 30.0
 
 
 def remove_leftover(output_path: Path) -> None:
@@ -55,7 +59,7 @@ class RowScratch:
             self._held.close()
             raise write_failure(self._rows_path, error) from error
         self._held.callback(os.close, self._descriptor)
-        self.seen = 0
+        self.seen, self._saved = 0, time.monotonic()
         self.width: int | None = None
         self.rejects: dict[int, Rejection] = {}
         self._load()
@@ -96,23 +100,33 @@ class RowScratch:
         data += bytes((stop - start) * width * 4 - len(data))
         return np.frombuffer(data, np.float32).reshape(stop - start, width)
 
+    def advance(self, seen: int) -> None:
+        """Note that the first `seen` rows of the input are done, and save that now and then."""
+        self.seen = seen
+        if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
+            self.save()
+
     def save(self) -> None:
         """Make what is stored so far safe against a kill, and note how far it is."""
         os.fsync(self._descriptor)
-        rejects = [[row, rejection.reason, rejection.detail] for row, rejection in self.rejects.items()]
         progress = {
             "identity": self.identity,
             "num_rows": self.num_rows,
             "num_bytes": os.fstat(self._descriptor).st_size,
             "seen": self.seen,
             "width": self.width,
-            "rejects": rejects,
+            "rejects": [[row, rejection.reason, rejection.detail] for row, rejection in self.rejects.items()],
         }
         write_json(self._progress_path, progress)
+        self._saved = time.monotonic()
 
-    def close(self, *, is_done: bool) -> None:
-        """Let go of the file, and remove it once the output is complete."""
-        if is_done:
-            remove(self._progress_path)
-            remove(self._rows_path)
+    def remove(self) -> None:
+        """Remove the file and its note, once the output is complete."""
+        remove(self._progress_path)
+        remove(self._rows_path)
+
+    def close(self) -> None:
+        """Let go of the file; one that holds nothing to go on from is removed."""
+        if self.seen == 0:
+            self.remove()
         self._held.close()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,13 @@ def write_rejects(path: Path, rejects: Iterable[tuple[str, Rejection]], provenan
         "detail": [rejection.detail for _, rejection in listed],
     }
     write_parquet(path, pa.table(columns, schema=REJECT_SCHEMA), provenance)
+
+
+def count_rejects(provenance: dict[str, Any], num_items: int, rejects: Iterable[Rejection]) -> dict[str, Any]:
+    """Return an output's provenance with its `counts` and the `reasons` of its rejects."""
+    reasons = Counter(rejection.reason for rejection in rejects)
+    counts = {"in": num_items, "out": num_items - reasons.total(), "rejected": reasons.total()}
+    return provenance | {"counts": counts, "reasons": dict(reasons)}
 
 
 def rejects_path(output_path: Path) -> Path:
@@ -268,20 +276,21 @@ def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_ot
 # ------------------------------------------------------------------------------------------------ provenance
 
 
-def read_provenance(path: Path) -> dict[str, Any] | None:
-    """Return the provenance that a parquet carries, None where it carries none.
+def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
+    """Return the provenance that a parquet carries, None where it carries none, which an input may: `warn` of it.
 
     Raises InputError if the file is missing or damaged.
     """
     metadata = open_parquet(path).metadata.metadata or {}
-    text = metadata.get(PROVENANCE_KEY)
-    if text is None:
-        return None
     try:
-        content = json.loads(text)
+        content = json.loads(metadata.get(PROVENANCE_KEY, b"null"))
     except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
+        content = None
+    if isinstance(content, dict):
+        return content
+    if warn:
+        logger.warning("%s carries no provenance: taken as it is, its columns and types are checked", path)
+    return None
 
 
 def identify(path: Path) -> dict[str, Any]:
@@ -375,9 +384,3 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
 def make_provenance(stage: str, inputs: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Say which stage and version makes an output, from which inputs (see `identify`), with which settings."""
     return {"stage": stage, "version": VERSION, "inputs": list(inputs), "settings": dict(settings)}
-
-
-def log_missing_provenance(path: Path) -> None:
-    """Log that an input does not say where it came from, which is allowed."""
-    if read_provenance(path) is None:
-        logger.warning("%s carries no provenance: taken as it is, its columns and types are checked", path)

@@ -88,7 +88,7 @@ def load_features(path: Path) -> Features:
     with tables.open_parquet(path) as file:
         tables.check_columns(path, file.schema_arrow, FEATURE_COLUMNS)
         column = find_embedding(path)
-        tables.log_missing_provenance(path)
+        tables.read_provenance(path, warn=True)
         if file.metadata.num_rows == 0:
             raise InputError(f"{path}: holds no rows: run stage 3 on more images, or change [data].*_ratio")
         with tables.reading(path):

@@ -14,7 +14,6 @@ from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
     check_columns,
-    log_missing_provenance,
     open_parquet,
     read_columns,
     read_provenance,
@@ -32,10 +31,10 @@ BYTES_BESIDE_EMBEDDING = 300
 
 @dataclass(frozen=True)
 class Inventory:
-    """All ids of all files, without the embeddings: for each file the building code of each row."""
+    """All ids of all files, without the embeddings."""
 
     embeddings: list[ListColumn]  # of each file
-    codes: list[NDArray[np.int32]]
+    codes: list[NDArray[np.int32]]  # of each file: the building of each row, as a row of `buildings`
     panoramas: NDArray[np.int32]  # (N,) one code per panorama, in the order of the files
     buildings: Buildings
     row_bytes: int
@@ -112,9 +111,8 @@ def read_ids(path: Path) -> pa.Table:
 
 
 def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
-    """Return the merged schema, with the embedding last, and each file's column of embeddings.
+    """Return the merged schema, with the columns of all files and the embedding last, and each file's embeddings.
 
-    It has the columns of all files: what a file lacks beside the ids, as older ones do the camera, is null in its rows.
     Raises InputError naming the first file that lacks an id, or differs from an earlier one in a type, the width or the
     model.
     """
@@ -123,21 +121,21 @@ def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
     columns, model = [], None
     for path, found in zip(paths, schemas, strict=True):
         check_columns(path, found, stored_fields(found, pa.schema(ID_COLUMNS)))
-        column = find_embedding(path)
-        columns.append(column)
-        log_missing_provenance(path)
-        for field in list_fields(found, column):
+        columns.append(find_embedding(path))
+        settings = (read_provenance(path, warn=True) or {}).get("settings")
+        for field in list_fields(found, columns[-1]):
             known, other = fields.setdefault(field.name, (field, path))
             if known.type != field.type:
                 raise InputError(
                     f"{path}: not the columns of {other.name} ({field.name} is {field.type}, there {known.type}): "
                     "make one of them again"
                 )
-        settings = (read_provenance(path) or {}).get("settings")
         model = model or settings
         if settings and settings != model:
             raise InputError(f"{path}: embedded with {settings}, {paths[0].name} with {model}: make one of them again")
-    log_missing_columns(paths, schemas, fields.keys() - dict(ID_COLUMNS + FILE_COLUMNS).keys())
+    for path, schema in zip(paths, schemas, strict=True):
+        if missing := fields.keys() - dict(ID_COLUMNS + FILE_COLUMNS).keys() - set(schema.names):
+            logger.warning("%s has no %s: null in its rows", path.name, ", ".join(sorted(missing)))
     embedding, _ = fields.pop("embedding", (pa.field("embedding", columns[0].arrow_type), None))
     return pa.schema([*(field for field, _ in fields.values()), embedding]), columns
 
@@ -152,14 +150,6 @@ def list_fields(schema: pa.Schema, embedding: ListColumn) -> list[pa.Field]:
             is_text = pa.types.is_large_string(field.type)
             fields.append(pa.field(field.name, pa.string() if is_text else field.type))
     return fields
-
-
-def log_missing_columns(paths: list[Path], schemas: list[pa.Schema], names: set[str]) -> None:
-    """Log the columns that a file lacks and others have."""
-    for path, schema in zip(paths, schemas, strict=True):
-        missing = sorted(names - set(schema.names))
-        if missing:
-            logger.warning("%s has no %s: null in its rows", path.name, ", ".join(missing))
 
 
 def check_unique(paths: list[Path], ids: list[pa.ChunkedArray]) -> None:

@@ -47,7 +47,7 @@ def load_neighbors(path: Path, features: Features) -> Neighbors:
     """
     file = tables.open_parquet(path)
     _check_columns(path, file.schema_arrow)
-    tables.log_missing_provenance(path)
+    tables.read_provenance(path, warn=True)
     with tables.reading(path):
         keys = file.read(columns=["target_coord_hash"]).column(0).combine_chunks().cast(pa.string())
     rows = pc.fill_null(pc.index_in(keys, value_set=features.image_ids), -1).to_numpy().astype(np.int64)
