@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pipeline.retrieval.bare_weights import StateDict
     from pipeline.retrieval.checkpoint import Checkpoint
 
-# The contract's width of the whitened baseline, which is also the projector's usual one.
+# Width of the whitened baseline, and the projector's default.
 PCA_DIM = 256
 
 

@@ -37,21 +37,21 @@ def decode_name(name: str) -> str:
 
 def building_id(dataset_id: int, target_id: int) -> str:
     """Name a building: a target is unique only within its dataset."""
-    return f"{dataset_id:04d}_{target_id}"
+    return f"{dataset_name(dataset_id)}_{target_id}"
 
 
 def streetview_image_id(dataset_id: int, patch_id: int) -> str:
     """Name an image: a patch is unique only within its dataset."""
-    return f"{dataset_id:04d}_{patch_id}"
+    return f"{dataset_name(dataset_id)}_{patch_id}"
 
 
 def dataset_name(dataset_id: int) -> str:
-    """Name a dataset as its tar and the outputs of it are named, but for the suffix."""
+    """Name a dataset as its tar and its outputs are named, without the suffix."""
     return f"{dataset_id:04d}"
 
 
 def parse_dataset_name(name: str) -> int | None:
-    """Return the id of the dataset of that name, None where it is not a dataset's."""
+    """Return the id of the dataset of that name, None if it is no dataset's name."""
     return int(name) if name.isascii() and name.isdigit() else None
 
 

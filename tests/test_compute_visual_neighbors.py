@@ -23,7 +23,7 @@ def read_provenance(path: Path) -> Any:
 
 
 def compute_slowly(tables: list[pa.Table], k: int, k0: int, num_components: int) -> tuple[list[dict], list[float]]:
-    """The stage by the contract's words: numpy's SVD, sorting, and percentiles over all images."""
+    """The stage in the plainest form: numpy's SVD, sorting, and percentiles over all images."""
     rows = [row for table in tables for row in table.to_pylist()]
     values = np.array([row["fingerprint"] for row in rows]) / 255.0
     _, _, directions = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
@@ -46,7 +46,7 @@ def compute_slowly(tables: list[pa.Table], k: int, k0: int, num_components: int)
     return expected, np.percentile(ratios_of_all, [5, 10, 20, 40, 60, 85]).tolist()
 
 
-def test_the_output_is_what_the_contract_says_computed_slowly(make_run: Callable, run_main: Callable) -> None:
+def test_the_output_is_the_slowly_computed_one(make_run: Callable, run_main: Callable) -> None:
     tables = [draw_table(90), draw_table(61, dataset_id=2)]
     config, output = make_run(*tables)
     outcome = run_main(main, "--config", config)

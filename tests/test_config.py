@@ -23,7 +23,7 @@ def problems_of(path, *overrides):
     return caught.value.problems
 
 
-def test_an_empty_file_gives_the_defaults_of_the_contract(tmp_path):
+def test_an_empty_file_gives_the_documented_defaults(tmp_path):
     config = load_config(write(tmp_path, ""))
     assert (config.data.train_ratio, config.data.val_ratio, config.data.test_ratio) == (0.7, 0.15, 0.15)
     assert config.data.max_reject_fraction == 0.2

@@ -67,7 +67,7 @@ def finished(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------ metrics.json
 
 
-def test_metrics_have_the_contracts_keys_and_the_counts_of_the_split(finished):
+def test_metrics_have_their_fixed_keys_and_the_counts_of_the_split(finished):
     metrics, _ = read_outputs(finished)
     assert list(metrics) == [
         "split", "queries", "gallery", "buildings", "ignored_pairs", "raw", "pca_whitened", "whitening",
@@ -293,7 +293,7 @@ def test_a_missing_input_is_named(workplace, missing):
         evaluate(workplace)
 
 
-def test_the_command_line_says_what_it_is_and_answers_with_the_contracts_exit_codes(tmp_path, run_main):
+def test_the_command_line_says_what_it_is_and_answers_with_the_usual_exit_codes(tmp_path, run_main):
     assert run_main(main, "--help").stdout.splitlines()[0].startswith("Stage 9: ")
     config_path = make_workplace(tmp_path, photos=False)
     wrong_key = run_main(main, "--config", config_path, "--set", "paths.report=x")

@@ -81,7 +81,7 @@ def test_every_row_is_embedded_in_order_into_one_part_a_read_batch(embed, packag
         assert made["cut"] is False
 
 
-def test_the_example_of_the_contract_comes_out_as_expected(embed, shared_dir, tmp_path):
+def test_the_shared_example_comes_out_as_expected(embed, shared_dir, tmp_path):
     source = shared_dir / "data" / "bad" / "packaged_images.parquet"
     expected = json.loads((source.parent / "expected.json").read_text())["packaged_images"]
     outcome = embed(source, tmp_path / "out", read_batch_size=1000)

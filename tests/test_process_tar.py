@@ -40,7 +40,7 @@ def reasons(rejects):
     return dict(zip(rejects["member"].to_pylist(), rejects["reason"].to_pylist(), strict=True))
 
 
-def test_a_sound_tar_gives_every_column_of_the_contract(tmp_path, stage, make_tar):
+def test_a_sound_tar_gives_every_column(tmp_path, stage, make_tar):
     path = make_tar(tmp_path / "raw", 7, (3, 2, 1))
     outcome = stage()
     assert outcome.code == 0

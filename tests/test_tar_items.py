@@ -214,7 +214,7 @@ def test_of_two_valid_items_with_one_patch_the_first_image_in_the_tar_wins():
     assert judge(bad + second)[:2] == (["a.jpg"], [("b", "bad_metadata")])
 
 
-def test_reasons_are_tested_in_the_contracts_order():
+def test_reasons_are_tested_in_their_fixed_order():
     link, bad = make_link("/a.jpg"), Entry("/a.txt", b"no line")
     assert judge([link, bad])[1] == [("/a", "not_a_file")]
     assert judge([Entry("/a.jpg"), bad], {0: TOO_LARGE})[1] == [("/a", "unsafe_path")]

@@ -328,9 +328,7 @@ def test_two_training_images_of_two_buildings_are_enough(workspace: Path) -> Non
     assert run(workspace).written
 
 
-def test_the_command_line_ends_with_the_contracts_codes_and_one_line(
-    workspace: Path, run_main: Callable[..., Any]
-) -> None:
+def test_the_command_line_ends_with_the_usual_codes_and_one_line(workspace: Path, run_main: Callable[..., Any]) -> None:
     config = ("--config", workspace / "config.toml")
     done = run_main(train.main, *config)
     assert done.code == 0, done.stderr

@@ -14,6 +14,7 @@ from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.pair_similarity import RECOMMENDED_RATE
 from pipeline.errors import InputError, one_line
 from pipeline.files.tables import open_parquet, reading
+from pipeline.ids import dataset_name
 from pipeline.retrieval.candidates import TIE_TOLERANCE, Candidates, RowGroups
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.geography import distances_m
@@ -49,7 +50,7 @@ class RowNames:
 
     def list_datasets(self, *rows: int) -> str:
         """Return the datasets of images, each once."""
-        return " ".join(sorted({f"{int(self.features.dataset_ids[row]):04d}" for row in rows}))
+        return " ".join(sorted({dataset_name(int(self.features.dataset_ids[row])) for row in rows}))
 
 
 @dataclass(frozen=True)

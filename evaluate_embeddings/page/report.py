@@ -17,6 +17,7 @@ from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LAB
 from evaluate_embeddings.scores.tables import describe_verdict
 from pipeline.config import Config
 from pipeline.files.workspace import writing_to
+from pipeline.ids import dataset_name
 from pipeline.log import logger
 from pipeline.pages import load_templates
 
@@ -64,7 +65,7 @@ def write_report(
         "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_verdict(metrics),
         kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS, breakdowns=BREAKDOWNS,
         pairs=evaluation.pairs, drawings=draw_figures(evaluation, metrics, curve), map=shown_map, gallery=gallery,
-        datasets=[f"{dataset_id:04d}" for dataset_id in np.unique(evaluation.features.dataset_ids).tolist()],
+        datasets=list(map(dataset_name, np.unique(evaluation.features.dataset_ids).tolist())),
         ledger=read_ledger(config),
     )  # fmt: skip
     with writing_to(path) as temporary:
