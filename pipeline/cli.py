@@ -1,4 +1,4 @@
-"""The command line that all stages have in common: options, run guard, exit codes, results."""
+"""The command line of the stages: options, exit codes, results."""
 
 import argparse
 import io
@@ -26,7 +26,7 @@ INTERRUPTED, TERMINATED = 130, 143
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a command line, beyond the configuration."""
+    """The options of a command line beside the configuration."""
 
     overwrite: bool = False
     shard: Shard = Shard()
@@ -38,10 +38,9 @@ NO_OPTIONS = Options()
 
 @dataclass
 class StageResult:
-    """What a stage did: its line of the ledger, and the paths that it wrote or kept.
+    """The counts of a stage, and the paths that it wrote or kept.
 
-    rows_in = rows_out + rejected + dropped; `reasons` counts the rejects and drops by reason. `watch` takes
-    the seconds of the stage's parts.
+    rows_in = rows_out + rejected + dropped; `reasons` counts the rejects and drops by reason.
     """
 
     stage: str
@@ -56,7 +55,7 @@ class StageResult:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def add(self, counts: dict[str, int], reasons: dict[str, int] | None = None) -> None:
-        """Add the counts `in`, `out`, `rejected`, `dropped` of one output, as its provenance records them."""
+        """Add the counts of one output, as its provenance records them."""
         self.rows_in += counts.get("in", 0)
         self.rows_out += counts.get("out", 0)
         self.rejected += counts.get("rejected", 0)
@@ -65,17 +64,15 @@ class StageResult:
             self.reasons[reason] = self.reasons.get(reason, 0) + count
 
     def describe(self) -> str:
-        """Say the counts in one line."""
+        """Return the counts as one line."""
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
-        files = f"{len(self.written)} written, {len(self.kept)} kept"
         return (
             f"{self.stage}: {self.rows_in} in = {self.rows_out} out + {self.rejected} rejected + {self.dropped} dropped"
-            + (f" ({why})" if why else "")
-            + f"; {files}"
+            f"{f' ({why})' if why else ''}; {len(self.written)} written, {len(self.kept)} kept"
         )
 
     def check_reject_fraction(self, config: Config) -> None:
-        """Raise PipelineError where more items were rejected than `[data].max_reject_fraction` allows."""
+        """Raise PipelineError if more items were rejected than `[data].max_reject_fraction` allows."""
         allowed = config.data.max_reject_fraction
         if self.rows_in and self.rejected / self.rows_in > allowed:
             error = PipelineError(
@@ -88,17 +85,14 @@ class StageResult:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake in one `error:` line."""
-
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}; see --help")
 
 
 def make_parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
     """Return a parser with the options that every configured stage takes."""
-    # The first line of --help says what the stage is, so the usage line goes below it.
     parser = _Parser(
-        usage=argparse.SUPPRESS,
+        usage=argparse.SUPPRESS,  # the first line of --help says what the stage is
         description=description,
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,  # half a word would be taken for --overwrite
@@ -133,10 +127,7 @@ def add_tar_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_shard(text: str) -> Shard:
-    """Read `I/N`.
-
-    Raises ArgumentTypeError unless 0 <= I < N.
-    """
+    """Read `I/N`; raise ArgumentTypeError unless 0 <= I < N."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} must read I/N with 0 <= I < N")
@@ -144,7 +135,7 @@ def parse_shard(text: str) -> Shard:
 
 
 def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a script's main and exit with its code; any failure that is not a bug is one line on stderr."""
+    """Run a script's main and exit with its code; a failure that is no bug is one line on stderr."""
     if argv is None:  # run as a script, not from another program
         _speak_utf8()
     signal.signal(signal.SIGTERM, _raise_terminated)
@@ -159,11 +150,10 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
         _exit(INTERRUPTED, "interrupted: what was finished is kept, the same command goes on from there")
     except Terminated:
         _exit(TERMINATED, "terminated: what was finished is kept, the same command goes on from there")
-    except BrokenPipeError:
-        # Whoever read our stdout has gone; there is nobody left to tell.
+    except BrokenPipeError:  # nobody reads our stdout any more
         sys.stdout = None
         sys.exit(1)
-    except UnicodeEncodeError as error:  # of a path: Parquet's library takes UTF-8 alone
+    except UnicodeEncodeError as error:  # a path: Parquet's library takes UTF-8 alone
         shown = decode_name(error.object)
         if shown == error.object:
             raise
@@ -175,11 +165,11 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
 
 
 def _speak_utf8() -> None:
-    """Take file names for UTF-8 and write all text as such, with escapes for what is none, whatever the locale says.
+    """Read file names and write text as UTF-8 whatever the locale.
 
-    Names become text when Python starts, so under a Latin-1 locale the script begins anew, in UTF-8 mode (PEP 540).
+    Python decodes names when it starts, so under a Latin-1 locale the script begins anew, in UTF-8 mode (PEP 540).
     """
-    if sys.getfilesystemencoding() != "utf-8" and sys.executable:
+    if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # for the scripts that this one starts
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
@@ -192,7 +182,7 @@ def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
 
 
 def _send_again(dropped: "sys.UnraisableHookArgs") -> None:
-    """Repeat a signal that came in a destructor or a weakref's callback, where Python drops what is raised."""
+    """Repeat a signal that came in a destructor or a weakref's callback, where Python drops exceptions."""
     numbers = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
     if dropped.exc_type not in numbers:
         sys.__unraisablehook__(dropped)
@@ -209,15 +199,16 @@ def _exit(code: int, *lines: str) -> NoReturn:
 
 
 def run_stage(
-    stage: str,
-    story: Callable[[Config, Options], StageResult],
-    config: Config,
-    options: Options,
+    stage: str, story: Callable[[Config, Options], StageResult], config: Config, options: Options
 ) -> StageResult:
     """Run one stage with its log file, first and last log line, and its written paths on stdout."""
 
     def tell() -> StageResult:
-        log_versions(stage, config)
+        logger.info(
+            "%s %s, Python %s, pyarrow %s, device %s, seed %d, config %s",
+            stage, VERSION, platform.python_version(), installed_version("pyarrow"), config.infrastructure.device,
+            config.global_.seed, config.file_path,
+        )  # fmt: skip
         return story(config, options)
 
     return run_logged(stage, tell, config.log_dir / log_name(stage, options.shard), config.logging.level)
@@ -230,7 +221,7 @@ def run_from_command_line(
     argv: Sequence[str] | None,
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> StageResult:
-    """Run one stage with the options that every configured stage takes, and those that `add_options` adds."""
+    """Run one stage with the options of every configured stage, and those that `add_options` adds."""
     parser = make_parser(description)
     if add_options is not None:
         add_options(parser)
@@ -244,7 +235,7 @@ def log_name(stage: str, shard: Shard) -> str:
 
 
 def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path | None, level: str = "INFO") -> StageResult:
-    """Run a story with its log file and last log line, and print the paths that it has written."""
+    """Run a story with its log file and last log line, and print the paths that it wrote."""
     with logging_to(log_path, level):
         started = time.monotonic()
         try:
@@ -269,15 +260,6 @@ def _report(result: StageResult, started: float) -> None:
     logger.info("%s; %.1f s%s", result.describe(), result.seconds, result.watch.describe_parts())
     for path in result.written:
         print(path, flush=True)
-
-
-def log_versions(stage: str, config: Config) -> None:
-    """Log the versions, device and configuration of a run."""
-    logger.info(
-        "%s %s, Python %s, pyarrow %s, device %s, seed %d, config %s",
-        stage, VERSION, platform.python_version(), installed_version("pyarrow"), config.infrastructure.device,
-        config.global_.seed, config.file_path,
-    )  # fmt: skip
 
 
 def installed_version(package: str) -> str:

@@ -1,6 +1,6 @@
 """Read `config.toml`: one frozen model per section, every problem reported at once.
 
-Each key's default, unit and meaning stand in its `Field`; `docs/configuration.md` is checked against them by a test.
+`tests/test_docs.py` makes docs/configuration.md from the fields.
 """
 
 import os
@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.config_overrides import apply_override, read_toml
+from pipeline.config_text import apply_override, read_toml, suggest
 from pipeline.errors import ConfigError
-from pipeline.hints import suggest
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
@@ -21,14 +20,12 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 def count_cores() -> int:
-    """Return how many cores this process may use, which under SLURM or taskset is fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many cores this process may use: under SLURM or taskset fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Section(BaseModel):
-    """What all sections share: no change after loading, no key that nobody reads, no silent conversion."""
+    """A section: no change after loading, no unknown key, no silent conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -59,8 +56,7 @@ class EmbeddingModelSection(Section):
 
     model_name: str | None = Field(None, description="hub id or local folder of the backbone")
     pooling_type: Literal["pooler_output", "cls_token", "cls_mean"] = Field(
-        "pooler_output",
-        description="output to keep; cls_mean: CLS token and mean of the patches, twice the width",
+        "pooler_output", description="output to keep; cls_mean: CLS token and mean of the patches, twice the width"
     )
     image_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="side of the backbone's input in pixels; auto: its image processor's own"
@@ -71,8 +67,7 @@ class EmbeddingModelSection(Section):
     flip: bool = Field(False, description="average the embeddings of an image and its mirror image")
     batch_size: PositiveInt | Literal["auto"] = Field("auto", description="images a pass, at most")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="auto: float32 on CPU; on CUDA bfloat16 if the first images agree with float32",
+        "auto", description="auto: float32 on CPU; on CUDA bfloat16 if the first images agree with float32"
     )
     embedding_dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored embedding")
     compile: bool = Field(False, description="compile the backbone with torch.compile")
@@ -133,7 +128,7 @@ class DataSection(Section):
 
 
 class NewDataSection(Section):
-    """`[new_data]`: what stage 8 embeds when the whole pipeline runs."""
+    """`[new_data]`: the input and output of stage 8 in a run of the pipeline."""
 
     input: str | None = Field(None, description="packaged parquet")
     output: str | None = Field(None, description="embeddings dataset directory")
@@ -194,8 +189,7 @@ class TrainingSection(Section):
     shortcut_learning_rate: float = Field(1e-2, ge=0.0, description="the same for the linear shortcut")
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
     loss: Literal["multi_similarity", "supcon", "triplet"] = Field(
-        "multi_similarity",
-        description="Multi-Similarity, supervised contrastive or triplet loss",
+        "multi_similarity", description="Multi-Similarity, supervised contrastive or triplet loss"
     )
     margin: float = Field(0.1, gt=0.0, description="triplet margin, in units of triplet_distance")
     triplet_distance: Literal["euclidean", "cosine"] = Field(
@@ -274,7 +268,7 @@ class Config(Section):
     def path(self, key: str) -> Path:
         """Return `[paths].key` as an absolute path.
 
-        Raises ConfigError where the key is not set or names an undefined variable.
+        Raises ConfigError if the key is not set or names an undefined variable.
         """
         value = getattr(self.paths, key)
         if value is None:
@@ -314,8 +308,7 @@ class Config(Section):
 def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = None) -> Config:
     """Read a configuration file and apply overrides, `SECTION.KEY=VALUE` or the name of a TOML file, in their order.
 
-    Raises ConfigError with every problem: a file that cannot be read or parsed, unknown sections and keys
-    (with the nearest valid name), wrong types, values out of range or that cannot go together.
+    Raises ConfigError with every problem.
     """
     path = Path(path)
     try:

@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 
 class PipelineError(Exception):
-    """A run that cannot go on; the message is one line that says what, where, and what to do.
+    """A run that cannot go on; the message says what is wrong, where, and what to do.
 
-    `result` is the StageResult of what was done all the same, where there is one.
+    `result` is the StageResult of the work that was done, if any.
     """
 
     exit_code = 1
@@ -14,7 +14,7 @@ class PipelineError(Exception):
 
 
 class ConfigError(PipelineError):
-    """A command line or a configuration text that is wrong; each problem is a line of its own."""
+    """A wrong command line or configuration; each problem is a line of its own."""
 
     exit_code = 2
 
@@ -47,15 +47,11 @@ Reason = Literal[
 
 
 class Rejection(Exception):
-    """One bad item: it is counted and listed with its reason, and the run goes on.
-
-    `detail` is for people.
-    """
+    """One bad item: it is counted and listed with its reason, and the run goes on."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail = reason, detail
 
 
 class Terminated(BaseException):

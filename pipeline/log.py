@@ -1,4 +1,4 @@
-"""Log lines to stderr and to a file, and progress that suits where stderr goes."""
+"""Log lines to stderr and to a file, and progress as a bar or as log lines."""
 
 import logging
 import os
@@ -62,7 +62,7 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
             if isinstance(handler, logging.FileHandler):
-                with suppress(OSError):  # of a full disk, which must not take the place of the run's own error
+                with suppress(OSError):  # a full disk must not hide the run's own error
                     handler.close()
 
 
@@ -104,7 +104,7 @@ class Progress:
             logger.info(self.describe(now - self._started))
 
     def describe(self, seconds: float) -> str:
-        """Say how far it is: done/total, the rate over `seconds` and the time left."""
+        """Return done/total, the rate over `seconds` and the time left."""
         rate = (self.done - self._resumed) / max(seconds, 1e-9)
         if self.total is None:
             return f"{self.label}: {self.done} {self.unit}, {rate:.1f} {self.unit}/s"
@@ -113,10 +113,7 @@ class Progress:
 
 
 def _choose_bar_size() -> dict[str, int]:
-    """Return nothing, as tqdm asks the terminal, but a size where that does not say it (`script`, some containers).
-
-    tqdm takes 0 columns and rows at their word and draws nothing.
-    """
+    """Return a size for terminals that report 0 columns (`script`, some containers), where tqdm draws nothing."""
     try:
         if os.get_terminal_size(sys.stderr.fileno()).columns > 0:
             return {}
@@ -126,7 +123,7 @@ def _choose_bar_size() -> dict[str, int]:
 
 
 class Stopwatch:
-    """Adds up where the time went, by the name of the part."""
+    """Adds up seconds by the name of the part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -155,29 +152,25 @@ class Stopwatch:
         """Add seconds that were measured elsewhere to `part`."""
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
-    def total(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._started
-
     def describe(self) -> str:
-        """Say the total and its parts, as in `12.3 s (read 1.0, compute 10.8)`."""
-        return f"{self.total():.1f} s{self.describe_parts()}"
+        """Return the seconds since the start and those of the parts, as in `12.3 s (read 1.0, compute 10.8)`."""
+        return f"{time.monotonic() - self._started:.1f} s{self.describe_parts()}"
 
     def describe_parts(self) -> str:
-        """Say the parts, as in ` (read 1.0, compute 10.8)`."""
+        """Return the seconds of the parts, as in ` (read 1.0, compute 10.8)`."""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
         return f" ({parts})" if parts else ""
 
 
 class EngineWatch(Stopwatch):
-    """Adds up where an engine's time went, from all its threads, how many images it embedded, and their rate."""
+    """Adds up an engine's seconds from all its threads, and its images."""
 
     def __init__(self) -> None:
         super().__init__()
         self.device = "CPU"
         self.images = 0
-        self.busy_seconds = 0.0  # for which the device computed
-        self.wall_seconds = 0.0  # for which the engine ran
+        self.busy_seconds = 0.0  # the device computed
+        self.wall_seconds = 0.0  # the engine ran
         self._lock = threading.Lock()
 
     def add(self, part: str, seconds: float) -> None:
@@ -186,7 +179,7 @@ class EngineWatch(Stopwatch):
             super().add(part, seconds)
 
     def describe_parts(self) -> str:
-        """Describe the rate, how much of the time the device computed, and the parts."""
+        """Return the rate, the device's share of the time, and the parts."""
         parts = super().describe_parts()
         if not self.wall_seconds:
             return parts

@@ -2,15 +2,13 @@
 
     python -m pipeline.migrate OLD.toml > config.toml
 
-Every key that has a counterpart is printed under its name here. Those that have none, and those whose value does not
-fit, are listed below as comments, each with the reason.
+Keys that have a counterpart are printed under its name. The others, and those whose value does not fit, are listed
+below as comments, each with the reason.
 """
 
-import argparse
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from pydantic import ValidationError
 
 from pipeline import cli
 from pipeline.config import Config, list_keys
-from pipeline.config_overrides import read_toml
+from pipeline.config_text import read_toml
 from pipeline.errors import ConfigError
 
-# Other names of what is here, whatever section they stood in.
+# The reference's names of keys, in whatever section.
 RENAMED = {
     "random_seed": ("global", "seed"),
     "split_seed": ("global", "seed"),
@@ -43,7 +41,7 @@ RENAMED = {
     "early_stopping_patience": ("training", "patience"),
     "log_level": ("logging", "level"),
 }
-# Why a key has no counterpart, by what is in its name; the first that fits.
+# Why a key has no counterpart, by a pattern of its name; the first that fits.
 REASONS = (
     (r"te?mp|scratch|extract", "tars are streamed and nothing is extracted to disk"),
     (r"row_group|compress|chunk", "files are written in row groups of bounded size, compressed with zstd"),
@@ -53,117 +51,85 @@ REASONS = (
     (r"hub|repo|push|token", "it is the option --push-to-hub of publish_model/convert_to_hf.py"),
     (r"leaf|tree|metric", "the search is exact, and [difficulty].backend names its engine"),
     (r"pin_|prefetch|persistent|loader", "features are read into memory, so nothing is loaded by workers"),
-    (r"amp|precision|bf16|fp16", "[embedding_model].dtype says in what the backbone computes"),
+    (r"amp|precision|bf16|fp16", "[embedding_model].dtype is the backbone's precision"),
 )
 UNKNOWN = "nothing here goes by this name: docs/configuration.md lists every key"
 
-
-@dataclass
-class Migration:
-    """The new tables, and the old keys that are not in them, each with the reason."""
-
-    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    origins: dict[tuple[str, str], str] = field(default_factory=dict)  # the old name of each new key
-
-    def take(self, place: tuple[str, str], old: str, value: Any) -> None:
-        """Set a key, unless another old one has set it."""
-        if place in self.origins:
-            self.left_out.append((old, f"[{place[0]}].{place[1]} is set by {self.origins[place]}"))
-            return
-        self.origins[place] = old
-        self.tables.setdefault(place[0], {})[place[1]] = value
-
-    def drop(self, place: tuple[str, str], reason: str) -> None:
-        """Leave a key out after all."""
-        value = self.tables[place[0]].pop(place[1])
-        self.left_out.append((self.origins.pop(place), f"its value {value!r} does not fit: {reason}"))
+Place = tuple[str, str]  # section and key
 
 
-def migrate(old: dict[str, Any]) -> Migration:
-    """Map the tables of an old configuration."""
-    valid, found = list_keys(), Migration()
-    settings = list(_flatten(old))
-    own = [(section, key) for section, key, _ in settings if key in valid.get(section, [])]
-    # What has kept its place goes before what has to find one.
-    for section, key, value in sorted(settings, key=lambda setting: setting[:2] not in own):
+def migrate(old: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:
+    """Return the new tables, and the old keys that are not in them, each with the reason."""
+    valid = list_keys()
+    sections = {name: content for name, content in old.items() if isinstance(content, dict)}
+    sections[""] = {key: value for key, value in old.items() if key not in sections}
+    settings = [(section, key, value) for section, content in sections.items() for key, value in content.items()]
+    tables: dict[str, dict[str, Any]] = {}
+    left_out: list[tuple[str, str]] = []
+    origins: dict[Place, str] = {}  # the old name of each new key
+    # Keys that keep their place come first: they win.
+    for section, key, value in sorted(settings, key=lambda setting: setting[1] not in valid.get(setting[0], [])):
         name = f"[{section}].{key}" if section else key
-        places = [(section, key)] if (section, key) in own else [(one, key) for one in valid if key in valid[one]]
+        places = (
+            [(section, key)] if key in valid.get(section, []) else [(one, key) for one in valid if key in valid[one]]
+        )
         places = places or ([RENAMED[key]] if key in RENAMED else [])
-        if len(places) == 1:
-            found.take(places[0], name, value)
-        elif places:
-            found.left_out.append((name, f"choose one of {', '.join(f'[{one}].{key}' for one, _ in places)}"))
+        if not places:
+            reason = next((reason for pattern, reason in REASONS if re.search(pattern, key.lower())), UNKNOWN)
+            left_out.append((name, reason))
+        elif len(places) > 1:
+            left_out.append((name, f"choose one of {', '.join(f'[{one}].{key}' for one, _ in places)}"))
+        elif places[0] in origins:
+            left_out.append((name, "[{}].{} is set by {}".format(*places[0], origins[places[0]])))
         else:
-            found.left_out.append((name, explain(key)))
-    _drop_what_does_not_fit(found)
-    return found
-
-
-def _flatten(old: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    for section, content in old.items():
-        if isinstance(content, dict):
-            yield from ((section, key, value) for key, value in content.items())
-        else:
-            yield "", section, content
-
-
-def explain(key: str) -> str:
-    """Say why a key has no counterpart."""
-    return next((reason for pattern, reason in REASONS if re.search(pattern, key.lower())), UNKNOWN)
-
-
-def _drop_what_does_not_fit(found: Migration) -> None:
+            origins[places[0]] = name
+            tables.setdefault(places[0][0], {})[places[0][1]] = value
     try:
-        Config.model_validate(found.tables)
+        Config.model_validate(tables)
     except ValidationError as error:
         problems = {tuple(map(str, details["loc"][:2])): details["msg"] for details in error.errors()}
         for place, reason in problems.items():
-            if len(place) == 2 and place[1] in found.tables.get(place[0], {}):
-                found.drop((place[0], place[1]), reason[:1].lower() + reason[1:])
+            if place in origins:
+                value = tables[place[0]].pop(place[1])
+                text = f"its value {value!r} does not fit: {reason[:1].lower()}{reason[1:]}"
+                left_out.append((origins[place], text))
             else:  # a rule across keys: whoever runs a stage is told again
-                found.left_out.append((f"[{place[0]}]", reason.removeprefix("Value error, ")))
+                left_out.append((f"[{place[0]}]", reason.removeprefix("Value error, ")))
+    return tables, left_out
 
 
-def format_config(found: Migration) -> str:
+def format_config(tables: dict[str, dict[str, Any]], left_out: list[tuple[str, str]]) -> str:
     """Return the new file."""
     lines = ["# Relative paths start from this file's folder. Every key is in docs/configuration.md with its default."]
     for section in list_keys():
-        if table := found.tables.get(section):
+        if table := tables.get(section):
             lines += ["", f"[{section}]", *(f"{key} = {_format(value)}" for key, value in table.items())]
-    if found.left_out:
-        lines += ["", f"# {len(found.left_out)} of the old file that are not here:"]
-        lines += [" ".join(f"# {name}: {reason}".split()) for name, reason in found.left_out]
+    if left_out:
+        lines += ["", f"# {len(left_out)} of the old file that are not here:"]
+        lines += [" ".join(f"# {name}: {reason}".split()) for name, reason in left_out]
     return "\n".join(lines)
 
 
 def _format(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_format, value))}]"
-    # A string, a number and a truth value are the same in JSON and TOML.
+    """Return a value in TOML: of strings, numbers, truth values and lists of them JSON is the same."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = cli.make_parser(__doc__ or "", config=False)
-    parser.add_argument("old", type=Path, metavar="OLD.toml", help="the configuration to map")
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the new configuration.
 
-    Raises ConfigError where the old one cannot be read.
+    Raises ConfigError if the old one cannot be read.
     """
-    path = parse(argv).old
+    parser = cli.make_parser(__doc__ or "", config=False)
+    parser.add_argument("old", type=Path, metavar="OLD.toml", help="the configuration to map")
+    path = parser.parse_args(argv).old
     try:
         old = read_toml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}): correct the path") from None
     except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    print(format_config(migrate(old)))
+    print(format_config(*migrate(old)))
 
 
 if __name__ == "__main__":

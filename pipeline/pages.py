@@ -1,4 +1,4 @@
-"""Pages that people open: written from templates, everything in HTML escaped, pictures carried along."""
+"""Pages for a browser: templates that escape their values, and pictures as data URIs."""
 
 import base64
 import io
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def load_templates(folder: Path) -> "Environment":
-    """Return the templates of a folder; values are escaped in HTML (`*.html.j2`), and a missing name is an error.
+    """Return the templates of a folder; values are escaped in `*.html.j2`, and a missing name is an error.
 
-    In a template, `source("page.css")` gives a style sheet or a script of the folder as it stands there.
+    In a template, `source("page.css")` inserts a style sheet or a script of the folder.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
     from markupsafe import Markup

@@ -142,6 +142,7 @@ def test_an_override_of_another_form_is_refused(tmp_path, override):
         ("training.hidden_dims=1", "[training].hidden_dims: unknown key; did you mean [training_model].hidden_dim?"),
         ("logging.batch_size=1", "unknown key; did you mean [embedding_model].batch_size or [training].batch_size?"),
         ("seed.x=1", "[seed]: unknown section; did you mean [global].seed?"),
+        ("training.triplets_per_epoch=1", "[training].triplets_per_epoch: unknown key; it is anchors_per_epoch now"),
     ],
 )
 def test_an_override_of_an_unknown_name_is_refused(tmp_path, override, answer):
