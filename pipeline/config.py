@@ -160,7 +160,6 @@ class TrainingModelSection(Section):
     hidden_dim_multiplier: float = Field(
         1.0, gt=0.0, le=1.0, description="width of each hidden layer relative to the previous one"
     )
-    input_norm: bool = Field(False, description="layer-normalise the input")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the hidden layers")
     activation: Literal["relu", "gelu", "silu"] = Field("gelu", description="activation of the hidden layers")
 

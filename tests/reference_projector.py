@@ -7,7 +7,7 @@ ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functi
 
 
 class ReferenceProjector(nn.Module):
-    """LayerNorm, an input layer, hidden layers that shrink, an output layer, and a linear residual."""
+    """An input layer, hidden layers that shrink, an output layer, and a linear residual."""
 
     def __init__(
         self,
@@ -16,23 +16,17 @@ class ReferenceProjector(nn.Module):
         output_dim: int,
         activation: str,
         *,
-        norm: bool = True,
         residual: bool = True,
     ) -> None:
         super().__init__()
         self.act = ACTIVATIONS[activation]
         self.drop = nn.Dropout(0.2)
-        self.input_norm = nn.LayerNorm(input_dim) if norm else nn.Identity()
         self.input_layer = nn.Linear(input_dim, widths[0])
         self.hidden_layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.output_layer = nn.Linear(widths[-1], output_dim)
         self.residual_proj = nn.Linear(input_dim, output_dim) if residual else None
-        if norm:
-            nn.init.normal_(self.input_norm.weight, 1, 0.3)
-            nn.init.normal_(self.input_norm.bias, 0, 0.3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.input_norm(x)
         h = self.drop(self.act(self.input_layer(x)))
         for layer in self.hidden_layers:
             h = self.drop(self.act(layer(h)))

@@ -90,11 +90,11 @@ def test_weights_that_cannot_be_mapped_are_refused_saying_why(tmp_path: Path, ml
         load_checkpoint(tmp_path / "o.pt")
 
 
-def test_widths_that_differ_and_a_norm_are_inferred_from_this_projectors_own_names(tmp_path: Path) -> None:
-    projector = make_projector(hidden_dims=[9, 6, 4], input_norm=True)
+def test_widths_that_differ_are_inferred_from_this_projectors_own_names(tmp_path: Path) -> None:
+    projector = make_projector(hidden_dims=[9, 6, 4])
     torch.save(projector.state_dict(), tmp_path / "o.pt")
     found = load_checkpoint(tmp_path / "o.pt", TrainingModelSection(output_dim=5))
-    assert (found.architecture["hidden_dims"], found.architecture["input_norm"]) == ([9, 6, 4], True)
+    assert found.architecture["hidden_dims"] == [9, 6, 4]
     torch.testing.assert_close(build_projector(found)(features()), projector(features()))
 
 
@@ -123,22 +123,21 @@ def save_reference(path: Path, network: nn.Module, prefix: str = "") -> Path:
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize(
-    ("input_dim", "widths", "norm", "residual"),
+    ("input_dim", "widths", "residual"),
     [
-        (48, [384, 288, 216], True, True),
-        (48, [384, 288, 216], False, True),
-        (48, [384, 288, 216], True, False),
-        (48, [32], True, True),
-        (48, [32, 32], False, False),
-        (256, [256], False, True),  # shapes alone would make a chain of them
-        (256, [256, 256], True, True),
+        (48, [384, 288, 216], True),
+        (48, [384, 288, 216], False),
+        (48, [32], True),
+        (48, [32, 32], False),
+        (256, [256], True),  # shapes alone would make a chain of them
+        (256, [256, 256], True),
     ],
 )
 def test_the_reference_projector_is_taken_over_exactly(
-    tmp_path: Path, input_dim: int, widths: list[int], norm: bool, residual: bool, activation: str, prefix: str
+    tmp_path: Path, input_dim: int, widths: list[int], residual: bool, activation: str, prefix: str
 ) -> None:
     torch.manual_seed(1)
-    network = ReferenceProjector(input_dim, widths, 256, activation, norm=norm, residual=residual).eval()
+    network = ReferenceProjector(input_dim, widths, 256, activation, residual=residual).eval()
     path = save_reference(tmp_path / "checkpoint_best.pt", network, prefix)
     section = TrainingModelSection(activation=activation, dropout=0.3)
     found = load_checkpoint(path, section, input_dim=input_dim)
@@ -160,6 +159,8 @@ def test_a_layer_without_bias_gets_one_of_zeros(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        ({"input_norm.weight": torch.ones(32)}, "input_norm.weight is not known"),
+        ({"output_norm.bias": torch.ones(256)}, "output_norm.bias is not known"),
         ({"gate.weight": torch.ones(3, 3)}, "gate.weight is not known"),
         ({"hidden_layers.0.norm.weight": torch.ones(3)}, "hidden_layers.0.norm.weight is not known"),
         ({"hidden_layers.5.weight": torch.ones(3, 3)}, "hidden_layers.5.weight is not known"),

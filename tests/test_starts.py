@@ -111,12 +111,11 @@ def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(
     assert projector.architecture["input_power"] == power
 
 
-def test_features_are_rectified_where_none_is_negative_and_no_norm_makes_them_so() -> None:
+def test_features_are_rectified_where_none_is_negative() -> None:
     train = replace(make_split(1), embeddings=np.abs(make_split(1).embeddings))
-    assert is_rectified(train, TrainingModelSection())
-    assert not is_rectified(train, TrainingModelSection(input_norm=True))
+    assert is_rectified(train)
     train.embeddings[-1, -1] = -1e-3
-    assert not is_rectified(train, TrainingModelSection())
+    assert not is_rectified(train)
 
 
 @pytest.mark.parametrize(("init", "row"), [("whitening", "whitening"), ("pca", "pca_whitened")])
@@ -129,28 +128,6 @@ def test_the_other_starts_score_as_their_baseline(init: str, row: str) -> None:
     projector = fitted.start.fold(make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=8), section))
     found = validation.score(projector(torch.from_numpy(val.embeddings)).detach().numpy())
     assert found["map"] == pytest.approx(fitted.scores[row]["map"], abs=1e-6)
-
-
-@pytest.mark.parametrize("init", ["sharpened", "whitening", "pca"])
-def test_with_a_norm_the_start_is_fitted_to_what_its_layer_gets(init: str) -> None:
-    train, val = make_split(1), make_split(2)
-    validation = ValidationSet(val.embeddings, val.building_codes)
-    section = TrainingSection(init=init)
-    model = TrainingModelSection(output_dim=6, hidden_dim=8, input_norm=True)
-    fitted = fit_baselines(train, validation, model, section)
-    plain = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
-    for one in (fitted, plain):
-        one.scores["whitening"].pop("map_error", None)  # which is of the start
-    assert fitted.scores == plain.scores  # the baselines are what they are without a projector
-    projector = fitted.start.fold(make_projector(fitted, model, section))
-    assert projector.architecture["input_norm"]
-    found = projector(torch.from_numpy(val.embeddings)).detach().numpy()
-    start = fitted.start.linear_map.take_leading(6)
-    np.testing.assert_allclose(found, start.apply(val.embeddings), atol=1e-4)
-    rows = val.embeddings - val.embeddings.mean(axis=1, keepdims=True)
-    normed = rows / np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + 1e-5)
-    alone = LinearMap(start.weight, start.bias, start.input_power)
-    np.testing.assert_allclose(found, alone.apply(normed), atol=1e-4)
 
 
 def test_random_weights_start_from_nothing() -> None:

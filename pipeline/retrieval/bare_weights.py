@@ -51,8 +51,7 @@ def _infer_architecture(path: Path, weights: StateDict, section: TrainingModelSe
         "input_dim": int(input_dim), "output_dim": int(output_dim),
         "hidden_dim": widths[0] if widths else section.hidden_dim,
         "num_hidden_layers": len(widths), "dropout": section.dropout, "activation": section.activation,
-        "input_power": 1.0, "input_norm": "input_norm.weight" in weights,
-        "hidden_dims": widths if len(set(widths)) > 1 else None,
+        "input_power": 1.0, "hidden_dims": widths if len(set(widths)) > 1 else None,
     }  # fmt: skip
 
 
@@ -70,15 +69,15 @@ def _strip_prefixes(weights: StateDict) -> StateDict:
 def _rename_reference(path: Path, weights: StateDict) -> StateDict:
     """Map the reference implementation's projector onto this one's names.
 
-    It computes y = output_layer(h) + residual_proj(x), L2-normalised: x are the features, after `input_norm` if there
-    is one, and h the result of input_layer and each of hidden_layers on x, each followed by an activation and dropout.
+    It computes y = output_layer(h) + residual_proj(x), L2-normalised: x are the features and h the result of
+    input_layer and each of hidden_layers on x, each followed by an activation and dropout.
     Without `residual_proj` nothing is added. But if input and output are equally wide, x itself may be added; the names
     do not tell, and the checkpoint is refused.
     """
     depth = sum(bool(re.fullmatch(r"hidden_layers\.\d+\.weight", name)) for name in weights)
     targets = {"input_layer": "hidden.0", "output_layer": "output", "residual_proj": "shortcut"}
     targets |= {f"hidden_layers.{number}": f"hidden.{number + 1}" for number in range(depth)}
-    known = {f"{name}.{part}" for name in (*targets, "input_norm") for part in ("weight", "bias")}
+    known = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     unknown = sorted(weights.keys() - known)
     needed = [f"{name}.weight" for name in targets if name != "residual_proj" or "residual_proj.weight" in weights]
     wrong = [name for name in needed if name not in weights or weights[name].ndim != 2]
@@ -95,10 +94,6 @@ def _rename_reference(path: Path, weights: StateDict) -> StateDict:
         weights = weights | {"residual_proj.weight": wide.new_zeros(narrow.shape[0], wide.shape[-1])}
     for name, target in targets.items():
         renamed |= _rename_layer(weights, name + ".", target)
-    if weights.keys() & {"input_norm.weight", "input_norm.bias"}:
-        width = wide.shape[-1]
-        renamed["input_norm.weight"] = weights.get("input_norm.weight", wide.new_ones(width))
-        renamed["input_norm.bias"] = weights.get("input_norm.bias", wide.new_zeros(width))
     return renamed
 
 

@@ -33,9 +33,8 @@ class Projector(nn.Module):
     """A linear shortcut plus an MLP branch, whose sum is L2-normalised.
 
     The branch's last layer starts at zero, so a new projector equals its shortcut. With `num_hidden_layers` 0 there
-    is no branch. Shortcut and branch read the features, layer-normalised with `input_norm`, then raised to
-    `input_power` with their signs kept. `hidden_dims`, for hidden layers of different widths, replaces `hidden_dim` and
-    `num_hidden_layers`.
+    is no branch. Shortcut and branch read the features raised to `input_power` with their signs kept. `hidden_dims`,
+    for hidden layers of different widths, replaces `hidden_dim` and `num_hidden_layers`.
     """
 
     def __init__(  # noqa: PLR0917 (the published configuration's names, in its order)
@@ -47,7 +46,6 @@ class Projector(nn.Module):
         dropout: float = 0.1,
         activation: str = "gelu",
         input_power: float = 1.0,
-        input_norm: bool = False,
         hidden_dims: list[int] | None = None,
     ) -> None:
         super().__init__()
@@ -56,11 +54,9 @@ class Projector(nn.Module):
         self.architecture: dict[str, Any] = {
             "input_dim": input_dim, "output_dim": output_dim, "hidden_dim": hidden_dim,
             "num_hidden_layers": num_hidden_layers, "dropout": dropout, "activation": activation,
-            "input_power": input_power, "input_norm": input_norm,
-            "hidden_dims": None if hidden_dims is None else list(hidden_dims),
+            "input_power": input_power, "hidden_dims": None if hidden_dims is None else list(hidden_dims),
         }  # fmt: skip
         widths = [input_dim, *([hidden_dim] * num_hidden_layers if hidden_dims is None else hidden_dims)]
-        self.input_norm = nn.LayerNorm(input_dim) if input_norm else None
         self.input_power = input_power
         self.shortcut = Linear(input_dim, output_dim)
         self.hidden = nn.ModuleList(Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
@@ -80,9 +76,6 @@ class Projector(nn.Module):
         # Half-precision weights are widened: centring subtracts numbers of one size, and a half-precision sum would
         # keep little of the difference.
         inputs = features.float()
-        if self.input_norm is not None:
-            norm = self.input_norm
-            inputs = functional.layer_norm(inputs, (inputs.shape[1],), norm.weight.float(), norm.bias.float(), norm.eps)
         if self.input_power != 1.0:
             # At 0 the power's slope is infinite, which would make the backbone's gradients NaN.
             inputs = inputs.sign() * inputs.abs().clamp_min(torch.finfo(inputs.dtype).tiny) ** self.input_power

@@ -39,8 +39,6 @@ SHRINKAGES = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 # variance within buildings, and an exponent beyond the inverse. On the same photographs, 5 seeds x 5 folds, shrinkage
 # 0.7: mAP +0.009 over whitening (worst fold -0.001); between halves of the city +0.010 (worst +0.007).
 INPUT_POWER, CHANNEL_POWER, EXPONENT = 0.8, 0.4, 1.3
-# What nn.LayerNorm adds to a row's variance.
-NORM_EPSILON = 1e-5
 # Added share of the mean variance, so that a channel that never varies within a building keeps some weight.
 _LEAST_VARIANCE = 1e-3
 
@@ -52,12 +50,11 @@ Block = tuple[NDArray[np.int64] | slice, NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class LinearMap:
-    """An affine map of prepared features (see `prepare`), whose result is L2-normalised."""
+    """An affine map of features raised to a power with their signs kept, whose result is L2-normalised."""
 
     weight: Float32  # (k, D)
     bias: Float32  # (k,)
     input_power: float = 1.0
-    input_norm: bool = False
 
     def apply(self, embeddings: NDArray[Any]) -> Float32:
         """Return the mapped rows (N, k), L2-normalised; a row that maps to zero stays zero."""
@@ -72,8 +69,9 @@ class LinearMap:
         step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
         for start in range(0, len(embeddings), step):
             rows = np.asarray(embeddings[start : start + step], dtype=np.float32)
-            block = prepare(rows, self.input_power, self.input_norm)
-            mapped[start : start + step] = block @ self.weight.T + self.bias
+            if self.input_power != 1.0:
+                rows = np.sign(rows) * np.abs(rows) ** self.input_power
+            mapped[start : start + step] = rows @ self.weight.T + self.bias
         return mapped
 
     def take_leading(self, count: int) -> "LinearMap":
@@ -90,8 +88,7 @@ class Scatter:
     between: Float64  # (D, D) of the buildings' means around the mean, each weighted by its rows
     num_rows: int
     num_buildings: int
-    input_power: float = 1.0  # how the rows were prepared
-    input_norm: bool = False
+    input_power: float = 1.0  # the rows were raised to
     device: "torch.device | None" = None  # decomposes matrices; None is the CPU
 
     @cached_property
@@ -126,11 +123,9 @@ def collect_scatter(
     building_codes: NDArray[np.int32],
     input_power: float = 1.0,
     device: "torch.device | None" = None,
-    *,
-    input_norm: bool = False,
 ) -> Scatter:
     """Sum up rows (N, D) of buildings (N,), as `collect_scatters` does with one power."""
-    return collect_scatters(embeddings, building_codes, (input_power,), device, input_norm=input_norm)[0]
+    return collect_scatters(embeddings, building_codes, (input_power,), device)[0]
 
 
 def collect_scatters(
@@ -138,8 +133,6 @@ def collect_scatters(
     building_codes: NDArray[np.int32],
     input_powers: Sequence[float],
     device: "torch.device | None" = None,
-    *,
-    input_norm: bool = False,
 ) -> list[Scatter]:
     """Sum up rows (N, D) of any float type, raised to each of the powers, in one pass over blocks of whole buildings.
 
@@ -149,7 +142,7 @@ def collect_scatters(
     import torch  # takes seconds, and reading a map does not need it
 
     device = device or torch.device("cpu")
-    sums = [_Sums(embeddings, power, device, input_norm) for power in input_powers]
+    sums = [_Sums(embeddings, power, device) for power in input_powers]
 
     def read(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
         rows, starts = block
@@ -172,11 +165,11 @@ def collect_scatters(
 class _Sums:
     """The sums of `collect_scatters` for one power, on the device."""
 
-    def __init__(self, embeddings: NDArray[Any], power: float, device: "torch.device", norm: bool) -> None:
+    def __init__(self, embeddings: NDArray[Any], power: float, device: "torch.device") -> None:
         import torch
 
         width = embeddings.shape[1]
-        self._power, self._norm, self._device = power, norm, device
+        self._power, self._device = power, device
         is_single = embeddings.dtype != np.float64 and width >= _SINGLE_WIDTH
         is_single = is_single and len(embeddings) >= _SINGLE_ROWS_A_DIMENSION * width
         self._dtype = torch.float32 if is_single and device.type == "cpu" else torch.float64
@@ -210,16 +203,13 @@ class _Sums:
         between -= np.outer(mean, mean)
         within /= self._num_rows
         return Scatter(
-            mean + origin, within, between, self._num_rows, self._num_buildings, self._power, self._norm, self._device
+            mean + origin, within, between, self._num_rows, self._num_buildings, self._power, self._device
         )  # fmt: skip
 
     def _prepare(self, rows: "torch.Tensor") -> "torch.Tensor":
-        """Return rows of any float type as `prepare` does."""
+        """Return rows of any float type, raised to the power."""
         import torch
 
-        if self._norm:
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            rows = torch.nn.functional.layer_norm(rows, rows.shape[1:], eps=NORM_EPSILON)
         if self._power == 1.0:
             return rows
         rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -236,14 +226,6 @@ def _add_gram(matrix: "torch.Tensor", rows: "torch.Tensor") -> None:
     for start in range(0, len(values), step):
         part = values[start : start + step]
         total += part.T @ part  # one array twice: NumPy computes half of what is symmetric
-
-
-def prepare(rows: NDArray[Any], power: float, norm: bool = False) -> NDArray[Any]:
-    """Return rows (N, D) as the projector prepares them: with `norm` mean 0 and variance 1, then sign(x) |x|^power."""
-    if norm:
-        rows = rows - rows.mean(axis=1, keepdims=True)
-        rows = rows / np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + NORM_EPSILON)
-    return rows if power == 1.0 else np.sign(rows) * np.abs(rows) ** power
 
 
 def _building_blocks(codes: NDArray[np.int32], block_rows: int) -> Iterator[Block]:
@@ -337,4 +319,4 @@ def _as_map(rows: Float64, scatter: Scatter) -> LinearMap:
     largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
     rows = np.where(largest < 0, -rows, rows)
     bias = (-rows @ scatter.mean).astype(np.float32)
-    return LinearMap(rows.astype(np.float32), bias, scatter.input_power, scatter.input_norm)
+    return LinearMap(rows.astype(np.float32), bias, scatter.input_power)

@@ -31,7 +31,7 @@ class Coordinates:
         """Return the projector of features that equals this projector of coordinates, up to rounding; on the CPU."""
         own = self.linear_map
         architecture = projector.architecture | {
-            "input_dim": own.weight.shape[1], "input_power": own.input_power, "input_norm": own.input_norm,
+            "input_dim": own.weight.shape[1], "input_power": own.input_power,
         }  # fmt: skip
         state = {name: value.detach().cpu() for name, value in projector.state_dict().items()}
         weight, bias = (torch.from_numpy(part).double() for part in (own.weight, own.bias))
@@ -42,8 +42,7 @@ class Coordinates:
                 state[f"{layer}.bias"] = (inner @ bias + state[f"{layer}.bias"]).float()
         with torch.random.fork_rng(devices=[]):  # the layers' first weights are drawn, and thrown away
             folded = Projector(**architecture)
-        # A LayerNorm stays the identity: training happens in the space behind it.
-        folded.load_state_dict(folded.state_dict() | state)
+        folded.load_state_dict(state)
         return folded.eval()
 
     def state(self) -> dict[str, Any]:
@@ -51,14 +50,14 @@ class Coordinates:
         own = self.linear_map
         return {
             "weight": torch.from_numpy(own.weight), "bias": torch.from_numpy(own.bias),
-            "input_power": own.input_power, "input_norm": own.input_norm,
+            "input_power": own.input_power,
             "spread": torch.from_numpy(self.spread), "length": self.length,
         }  # fmt: skip
 
 
 def restore_coordinates(state: dict[str, Any]) -> Coordinates:
     """Return the coordinates of a checkpoint."""
-    linear_map = LinearMap(state["weight"].numpy(), state["bias"].numpy(), state["input_power"], state["input_norm"])
+    linear_map = LinearMap(state["weight"].numpy(), state["bias"].numpy(), state["input_power"])
     return Coordinates(linear_map, state["spread"].numpy(), state["length"])
 
 

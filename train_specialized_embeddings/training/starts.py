@@ -23,7 +23,6 @@ from pipeline.retrieval.whitening import (
     SHRINKAGES,
     LinearMap,
     Scatter,
-    collect_scatter,
     collect_scatters,
     sharpen_whitening,
     whiten_by_pca,
@@ -73,7 +72,7 @@ def fit_baselines(
 ) -> Baselines:
     """Fit PCA-whitening, within-class whitening (with the shrinkage that validates best) and the start."""
     output_dim = model.output_dim
-    powers = (1.0, INPUT_POWER) if section.init == "sharpened" and is_rectified(train, model) else (1.0,)
+    powers = (1.0, INPUT_POWER) if section.init == "sharpened" and is_rectified(train) else (1.0,)
     scatters = collect_scatters(train.embeddings, train.building_codes, powers, device)
     scatter, powered = scatters[0], scatters[-1]
     num_rows = max(output_dim, min(train.width, NUM_COORDINATES))
@@ -87,12 +86,6 @@ def fit_baselines(
         "whitening": summarize_scores(whitening.scores),
     }
     note: dict[str, Any] = {"init": section.init, "shrinkage": shrinkage}
-    if model.input_norm:  # the start is fitted to the layer's inputs
-        scatter = powered = collect_scatter(train.embeddings, train.building_codes, device=device, input_norm=True)
-        pca = whiten_by_pca(scatter, num_rows)
-        tried = _try(whiten_within_class, scatter, validation, output_dim, num_rows, section)
-        note["shrinkage_after_norm"] = max(tried, key=lambda key: tried[key].mean)
-        whitening = tried[note["shrinkage_after_norm"]]
     start = _fill_up(pca, num_rows) if section.init == "pca" else whitening.linear_map
     if section.init == "sharpened":
         tried = _try(sharpen_whitening, powered, validation, output_dim, num_rows, section)
@@ -104,12 +97,12 @@ def fit_baselines(
     return Baselines(make_coordinates(start, scatter, output_dim), note, scores)
 
 
-def is_rectified(train: Features, model: TrainingModelSection) -> bool:
-    """Tell whether the projector's inputs have no negative number, as after a ReLU; a norm gives them some.
+def is_rectified(train: Features) -> bool:
+    """Tell whether the features have no negative number, as after a ReLU.
 
     A power tames the few large ones. Signed features lose by it: docs/training.md has both.
     """
-    return not model.input_norm and bool((np.asarray(train.embeddings[:_SIGN_ROWS]) >= 0).all())
+    return bool((np.asarray(train.embeddings[:_SIGN_ROWS]) >= 0).all())
 
 
 def _try(  # noqa: PLR0917
@@ -190,7 +183,7 @@ def _fill_up(pca: LinearMap, output_dim: int) -> LinearMap:
     rank, width = pca.weight.shape
     weight, bias = np.zeros((output_dim, width), np.float32), np.zeros(output_dim, np.float32)
     weight[:rank], bias[:rank] = pca.weight / np.sqrt(rank), pca.bias / np.sqrt(rank)
-    return LinearMap(weight, bias, pca.input_power, pca.input_norm)
+    return LinearMap(weight, bias, pca.input_power)
 
 
 def load_warm_start(path: Path, config: Config, width: int, embedded_with: Any) -> tuple[Coordinates, Checkpoint]:
@@ -216,7 +209,7 @@ def load_warm_start(path: Path, config: Config, width: int, embedded_with: Any) 
         )
     coordinates = restore_coordinates(state)
     architecture = found.architecture | {
-        "input_dim": len(coordinates.spread), "input_power": 1.0, "input_norm": False,
+        "input_dim": len(coordinates.spread), "input_power": 1.0,
         "dropout": config.training_model.dropout,
     }  # fmt: skip
     logger.info("training starts from %s of epoch %s, whose architecture it keeps", path, found.rest.get("epoch"))
