@@ -4,11 +4,10 @@
                                    [--output FILE]
 
 Points have 32 correlated dimensions and buildings of 2 to 7 images. The engines search the same anchors in turns; the
-least time counts, scaled up to all anchors. BallTree has one thread and searches fewer anchors, once. faiss takes part
-if it is installed. With `--threads 1` processor time counts, else the clock. gpu_acceptance.py measures GPUs.
+least time counts, scaled up to all anchors. BallTree has one thread and searches fewer anchors, once. With
+`--threads 1` processor time counts, else the clock. gpu_acceptance.py measures GPUs.
 """
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from benchmarks.synthetic import NEIGHBORS, make_points
 from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
 from pipeline.config import count_cores
 
-BACKENDS = ("torch", *(["faiss"] if importlib.util.find_spec("faiss") else []), "balltree")
+BACKENDS = ("torch", "balltree")
 BALLTREE_ANCHORS = 64
 CPU = torch.device("cpu")
 
@@ -55,13 +54,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[20_000, 100_000, 200_000])
     parser.add_argument("--anchors", type=int, default=2_048, help="anchors to search")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=count_cores(), help="threads of torch and faiss")
+    parser.add_argument("--threads", type=int, default=count_cores(), help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if "faiss" in BACKENDS:
-        import faiss
-
-        faiss.omp_set_num_threads(arguments.threads)
     rows = [{"points": count, **time_engines(count, arguments.anchors, arguments.rounds)} for count in arguments.sizes]
     write_results(rows, arguments.output)
 

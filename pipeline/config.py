@@ -143,7 +143,7 @@ class DifficultySection(Section):
         0.05, gt=0.0, le=1.0, description="share of images that set the band edges; at least 10,000 images, or all"
     )
     pca_components: int = Field(32, ge=1, description="dimensions of the search space")
-    backend: Literal["auto", "balltree", "faiss", "torch"] = Field("auto", description="exact search engine")
+    backend: Literal["auto", "balltree", "torch"] = Field("auto", description="exact search engine")
     exclude_within_m: float = Field(0.0, ge=0.0, description="metres; ignore nearer targets; 0: off")
     allow_missing_fingerprints: bool = Field(
         False, description="stage 5 drops tars without fingerprints instead of failing"

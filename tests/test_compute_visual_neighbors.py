@@ -135,7 +135,7 @@ def read_lists(path: Path) -> list[tuple[list, list, list]]:
     return [tuple(row.values())[1:] for row in pq.read_table(path).to_pylist()]
 
 
-@pytest.mark.parametrize("backend", ["auto", "faiss", "torch", "balltree"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "balltree"])
 @pytest.mark.parametrize("num_images", [1, 30])
 def test_without_a_second_building_every_list_is_empty(
     num_images: int, backend: str, make_run: Callable, run_main: Callable

@@ -48,7 +48,7 @@ def test_parts_come_back_in_the_order_of_the_rows(monkeypatch: pytest.MonkeyPatc
     assert (np.concatenate([block[1] for block in blocks]) == rows).all()
 
 
-@pytest.mark.parametrize("backend", ["auto", "faiss", "torch", "balltree"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "balltree"])
 @pytest.mark.parametrize("num_shards", [2, 3, 7])
 def test_shards_together_give_the_bytes_of_one_process(
     num_shards: int, backend: str, make_run: Callable, run_main: Callable, monkeypatch: pytest.MonkeyPatch

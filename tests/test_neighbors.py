@@ -1,6 +1,5 @@
 import math
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,11 @@ from difficulty_metadata.neighbor_search import engines, neighbors
 from difficulty_metadata.neighbor_search.engines import TiledEngine, bound_unseen
 from difficulty_metadata.neighbor_search.exclusion import Exclusion
 from difficulty_metadata.neighbor_search.neighbors import NeighborSearch, group_points, measure_squared
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError
 from pipeline.inference.devices import full_precision
 from pipeline.retrieval.geography import distances_m
 
-BACKENDS = ["balltree", "faiss", "torch"]
+BACKENDS = ["balltree", "torch"]
 CPU = torch.device("cpu")
 
 Case = tuple[np.ndarray, np.ndarray]
@@ -171,7 +170,7 @@ def test_what_is_found_for_an_anchor_does_not_depend_on_the_other_anchors(backen
 
 def test_a_dense_cluster_is_searched_again_in_float64() -> None:
     points, codes = dense_cluster_far_from_the_origin()
-    search = NeighborSearch(points, codes, 20, "faiss", CPU)
+    search = NeighborSearch(points, codes, 20, "torch", CPU)
     search.find(np.arange(len(points)))
     assert search.num_redone > 0
 
@@ -352,13 +351,6 @@ def test_matrix_products_are_not_left_to_lower_precision() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_faiss_asked_for_and_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    points, codes = draw_points(20)
-    with pytest.raises(PipelineError, match=r"\[difficulty\].backend faiss: faiss is not installed"):
-        NeighborSearch(points, codes, 3, "faiss", CPU)
 
 
 def test_auto_is_the_tiled_engine() -> None:

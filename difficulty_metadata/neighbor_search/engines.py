@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pipeline.errors import PipelineError
 from pipeline.inference.devices import full_precision
 
 # With at most so many points the whole row of distances is sorted (TiledEngine).
@@ -67,38 +66,6 @@ class BallTreeEngine:
         else:
             bounds = (distances[:, -1] - self._margin).clip(min=0.0) ** 2
         return torch.from_numpy(candidates.astype(np.int64)), torch.from_numpy(bounds)
-
-
-class FaissEngine:
-    """faiss's flat index: exhaustive, float32, all cores."""
-
-    order = None
-
-    def __init__(self, points: torch.Tensor) -> None:
-        try:
-            import faiss
-        except ImportError:
-            raise PipelineError(
-                "[difficulty].backend faiss: faiss is not installed: install the project's faiss extra, "
-                "or set the backend to auto, torch or balltree"
-            ) from None
-        self._index = faiss.IndexFlatL2(points.shape[1])
-        self._index.add(points.numpy())
-
-    def search(
-        self,
-        queries: torch.Tensor,
-        query_codes: torch.Tensor,  # noqa: ARG002 (knows no buildings)
-        num_candidates: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Engine."""
-        count = min(num_candidates, self._index.ntotal)
-        squared, candidates = self._index.search(queries.numpy(), count)
-        if count == self._index.ntotal:
-            bounds = torch.full((len(queries),), torch.inf, dtype=torch.float64)
-        else:
-            bounds = bound_unseen(torch.from_numpy(squared[:, -1]).double(), queries, torch.float32)
-        return torch.from_numpy(candidates.astype(np.int64)), bounds
 
 
 class TiledEngine:
