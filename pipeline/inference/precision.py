@@ -4,7 +4,7 @@ Imports torch only to measure: a finished run's precision is read without it.
 """
 
 import gc
-import time
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,15 +82,14 @@ def choose_precision(load: Callable[[str], "Embedder"], pictures: Iterable[bytes
 
     The model is loaded for each mode after the previous one is released: its weights are never in memory twice.
     """
-    chosen = take_readable(pictures)
+    chosen = list(itertools.islice(filter(is_readable, pictures), NUM_PICTURES))
     if not chosen:
         logger.warning("computing in bfloat16, not measured: there is no picture that can be read")
         return Precision("bfloat16")
-    rates: dict[str, float] = {}
     cosines: dict[str, dict[str, float]] = {}
     problem = None
     try:
-        expected, rates["float32"] = embed_in("float32", load, chosen)
+        expected = embed_in("float32", load, chosen)
     except DeviceMemoryError as error:
         problem = str(error)
     if problem is not None:  # outside the handler, where the exception no longer holds the weights
@@ -100,8 +99,7 @@ def choose_precision(load: Callable[[str], "Embedder"], pictures: Iterable[bytes
     for mode in MODES:  # noqa: B007 (the last one is taken)
         if mode == "float32":
             break
-        found, rates[mode] = embed_in(mode, load, chosen)
-        cosines[mode] = summarize(measure_cosines(found, expected))
+        cosines[mode] = summarize(measure_cosines(embed_in(mode, load, chosen), expected))
         least, median = cosines[mode].values()
         is_near = least >= LEAST_COSINE
         (logger.info if is_near else logger.warning)(
@@ -111,38 +109,26 @@ def choose_precision(load: Callable[[str], "Embedder"], pictures: Iterable[bytes
         if is_near:
             break
     if mode != "bfloat16":
-        logger.warning("computing in %s: %.1f img/s in passes of %d, where bfloat16 does %.1f",
-                       mode, rates[mode], len(chosen), rates["bfloat16"])  # fmt: skip
+        logger.warning("computing in %s: slower than bfloat16", mode)
     return Precision(mode, cosines, len(chosen))
 
 
-def take_readable(pictures: Iterable[bytes]) -> list[bytes]:
-    """Return the first NUM_PICTURES that can be read."""
-    readable: list[bytes] = []
-    for data in pictures:
-        try:
-            check_image(data)
-        except Rejection:
-            continue
-        readable.append(data)
-        if len(readable) == NUM_PICTURES:
-            break
-    return readable
+def is_readable(data: bytes) -> bool:
+    """Whether a picture can be decoded."""
+    try:
+        check_image(data)
+    except Rejection:
+        return False
+    return True
 
 
-def embed_in(
-    mode: str, load: Callable[[str], "Embedder"], pictures: Sequence[bytes]
-) -> tuple[NDArray[np.float32], float]:
-    """Return the embeddings (N, D) of pictures in a mode, and pictures per second; then release the model."""
+def embed_in(mode: str, load: Callable[[str], "Embedder"], pictures: Sequence[bytes]) -> NDArray[np.float32]:
+    """Return the embeddings (N, D) of pictures in a mode, and release the model."""
     embedder = load(mode)
-    decoded = [embedder.decode(data) for data in pictures]
-    embedder.embed(decoded)  # the first time is slower
-    started = time.monotonic()
-    found = embedder.embed(decoded)
-    rate = len(pictures) / (time.monotonic() - started)
-    del embedder, decoded
+    found = embedder.embed([embedder.decode(data) for data in pictures])
+    del embedder
     release()
-    return found, rate
+    return found
 
 
 def release() -> None:
