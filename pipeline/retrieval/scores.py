@@ -82,13 +82,13 @@ def score_queries(
     that ties with a positive counts as nearer. `progress` hears how many queries were done since the last call.
     Raises InputError if a row is not finite or zero, or no row has a positive.
     """
-    return _rank(embeddings, building_codes, None, ignored, device, progress)[0]
+    return score_queries_twice(embeddings, building_codes, None, ignored=ignored, device=device, progress=progress)[0]
 
 
 def score_queries_twice(
     embeddings: Embeddings,
     building_codes: NDArray[Any],
-    panorama_ids: NDArray[Any],
+    panorama_ids: NDArray[Any] | None,
     *,
     ignored: IgnoredPairs | None = None,
     device: "torch.device | None" = None,
@@ -96,19 +96,8 @@ def score_queries_twice(
 ) -> tuple[QueryScores, QueryScores | None]:
     """Score as `score_queries` does, and again without the candidates of the query's own panorama, by one search.
 
-    The second is None where no image has a positive of another panorama.
+    The second is None without panoramas, or where no image has a positive of another one.
     """
-    return _rank(embeddings, building_codes, panorama_ids, ignored, device, progress)
-
-
-def _rank(
-    embeddings: Embeddings,
-    building_codes: NDArray[Any],
-    panorama_ids: NDArray[Any] | None,
-    ignored: IgnoredPairs | None,
-    device: "torch.device | None",
-    progress: Callable[[int], None] | None,
-) -> tuple[QueryScores, QueryScores | None]:
     import torch  # which needs seconds to import
 
     from pipeline.retrieval.device_scores import rank_positives
@@ -149,7 +138,7 @@ def summarize_scores(scores: QueryScores) -> dict[str, float]:
 
 
 def list_unreached(rows: Mapping[str, Mapping[str, float]], own: float, tolerance: float = 0.0) -> list[str]:
-    """Return the rows of scores with a mAP that a projector's `own` does not reach; NaN reaches none.
+    """Return the rows of scores whose mAP a projector's `own` does not reach; NaN reaches none.
 
     Plain whitening may be ahead by its standard error (`map_error`), which validation buildings cannot resolve.
     """
