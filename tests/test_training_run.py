@@ -194,17 +194,6 @@ def test_changed_settings_are_refused_by_name_until_overwrite(workspace: Path, o
     assert run(workspace, override, overwrite=True).written
 
 
-def test_a_run_from_before_a_key_was_there_is_kept_where_the_key_has_its_default(workspace: Path) -> None:
-    run(workspace)
-    path = workspace / "checkpoint/provenance.json"
-    mark = json.loads(path.read_text())
-    del mark["settings"]["training.triplet_distance"]
-    path.write_text(json.dumps(mark))
-    assert run(workspace).kept
-    with pytest.raises(StaleOutputError, match="training.triplet_distance was 'euclidean' and is now 'cosine'"):
-        run(workspace, "training.triplet_distance=cosine")
-
-
 def test_changed_inputs_are_refused_by_name(workspace: Path) -> None:
     run(workspace)
     tables.write_parquet(workspace / "merged/val.parquet", make_split(13, 2), {})
