@@ -25,12 +25,13 @@ from difficulty_metadata.neighbor_search.bands import (
     distance_ratios,
 )
 from difficulty_metadata.neighbor_search.exclusion import Exclusion
-from difficulty_metadata.neighbor_search.fingerprints import ImageTable, list_fingerprint_files, read_images
+from difficulty_metadata.neighbor_search.fingerprints import ImageTable, read_images
 from difficulty_metadata.neighbor_search.neighbor_parts import PartStore, parts_dir
 from difficulty_metadata.neighbor_search.pca import fit_pca
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
+from pipeline.files.listing import list_outputs
 from pipeline.files.tables import identify, make_provenance, parquet_writer
 from pipeline.files.units import Unit, drop_missing, keep_complete
 from pipeline.ids import Shard
@@ -65,25 +66,15 @@ BANDED_ROWS = 1_024
 
 def data_settings(config: Config) -> dict[str, Any]:
     """Return the settings that shape the output; the backend does not."""
-    difficulty = config.difficulty
-    return {
-        "neighbors": difficulty.neighbors,
-        "k0_for_local_scale": difficulty.k0_for_local_scale,
-        "sample_fraction_for_bands": difficulty.sample_fraction_for_bands,
-        "pca_components": difficulty.pca_components,
-        "exclude_within_m": difficulty.exclude_within_m,
-        "seed": config.global_.seed,
-    }
+    kept = config.difficulty.model_dump(exclude={"backend", "allow_missing_fingerprints"})
+    return kept | {"seed": config.global_.seed}
 
 
 def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
     """Return the images' points (N, d) float32 in the space of the leading principal components."""
     pca = fit_pca(images.stream_fingerprints(), images.width, num_components)
-    kept = len(pca.components)
-    logger.info(
-        "PCA: %d of %d dimensions hold %.1f %% of the variance", kept, images.width,
-        100 * float(pca.explained_variance_ratio.sum()),
-    )  # fmt: skip
+    kept, share = len(pca.components), float(pca.explained_variance_ratio.sum())
+    logger.info("PCA: %d of %d dimensions hold %.1f %% of the variance", kept, images.width, 100 * share)
     if kept < num_components:
         logger.warning(
             "PCA: %d components were asked for, but the fingerprints vary in %d dimensions only: used %d",
@@ -217,7 +208,7 @@ def list_units(config: Config) -> list[Unit]:
 
 def describe_output(config: Config) -> dict[str, Any]:
     """Return the provenance that the output must have, but for the band edges and counts."""
-    paths = list_fingerprint_files(config.path("fingerprints_dir"))
+    paths = list_outputs(config.path("fingerprints_dir"), 4, "_fingerprints")
     return make_provenance(STAGE, [identify(source) for source in paths], data_settings(config))
 
 
@@ -229,7 +220,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     """
     config.require_paths("fingerprints_dir", "difficulty_metadata_path")
     path = config.path("difficulty_metadata_path")
-    paths = list_fingerprint_files(config.path("fingerprints_dir"))
+    paths = list_outputs(config.path("fingerprints_dir"), 4, "_fingerprints")
     (unit,) = list_units(config)
     result = cli.StageResult(STAGE)
     if options.shard.index == 0:  # one shard counts for all

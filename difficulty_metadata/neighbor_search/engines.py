@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from pipeline.inference.devices import full_precision
 
@@ -102,7 +103,8 @@ class TiledEngine:
         buffer = torch.empty(size, dtype=self._dtype, device=queries.device)
         with full_precision():
             for start in range(0, len(queries), rows):
-                block = self._extend(queries[start : start + rows]), query_codes[start : start + rows]
+                extended = pad(-2 * queries[start : start + rows].to(self._dtype), (0, 1), value=1.0)  # (-2x, 1)
+                block = extended, query_codes[start : start + rows]
                 if is_dense:
                     found.append(self._search_dense(*block, num_candidates))
                 else:
@@ -110,10 +112,6 @@ class TiledEngine:
         candidates, limits = (torch.cat(parts) for parts in zip(*found, strict=True))
         squared = limits.double() + queries.double().square().sum(dim=1)
         return candidates, bound_unseen(squared, queries, self._dtype)
-
-    def _extend(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return (-2x, 1) for each query x, as (Q, d + 1)."""
-        return torch.nn.functional.pad(-2 * queries.to(self._dtype), (0, 1), value=1.0)
 
     def _search_dense(
         self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
@@ -206,4 +204,4 @@ def _gather_by_row(
 
 def _pad(candidates: torch.Tensor, width: int) -> torch.Tensor:
     """Widen (Q, m) to (Q, width) with -1."""
-    return torch.nn.functional.pad(candidates, (0, width - candidates.shape[1]), value=-1)
+    return pad(candidates, (0, width - candidates.shape[1]), value=-1)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import pyarrow as pa
 from pipeline.config import count_cores
 from pipeline.errors import InputError
 from pipeline.files.list_columns import ListColumn, find_fingerprint
-from pipeline.files.listing import list_outputs
 from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
     check_columns,
@@ -55,11 +55,6 @@ def _stream_blocks(column: ListColumn) -> Iterator[np.ndarray]:
         start += len(batch)
 
 
-def list_fingerprint_files(folder: Path) -> list[Path]:
-    """Return the fingerprint files by name; see `list_outputs`."""
-    return list_outputs(folder, 4, "_fingerprints")
-
-
 def read_images(paths: list[Path]) -> ImageTable:
     """Read everything but the fingerprints.
 
@@ -74,7 +69,8 @@ def read_images(paths: list[Path]) -> ImageTable:
                 f"{column.path}: fingerprints of {column.width} values, but {known.path} has {known.width}: "
                 "make both with one [fingerprints].image_size"
             )
-    with closing(map_in_order(_read_ids, paths, count_cores())) as parts:
+    read = partial(read_columns, fields=FINGERPRINT_ID_SCHEMA, remedy=_AGAIN)
+    with closing(map_in_order(read, paths, count_cores())) as parts:
         table = pa.concat_tables(parts)
     if not len(table):
         raise InputError(f"{paths[0].parent}: the fingerprint files hold no image: look into stage 4's rejects")
@@ -93,10 +89,6 @@ def _check_file(path: Path) -> ListColumn:
     check_columns(path, schema, stored_fields(schema, FINGERPRINT_ID_SCHEMA))
     read_provenance(path, warn=True)
     return find_fingerprint(path)
-
-
-def _read_ids(path: Path) -> pa.Table:
-    return read_columns(path, FINGERPRINT_ID_SCHEMA, _AGAIN)
 
 
 def _check_unique(paths: list[Path], image_ids: pa.ChunkedArray) -> None:

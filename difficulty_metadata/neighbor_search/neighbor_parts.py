@@ -70,16 +70,16 @@ class PartStore:
     def check(self, count: int) -> None:
         """Raise StaleOutputError if a part of any of `count` shards was made from other inputs or settings."""
         for index in range(count):
-            for part in range(self.count_parts(Shard(index, count))):
-                self.is_done(Shard(index, count), part)
+            shard = Shard(index, count)
+            for part in range(self.count_parts(shard)):
+                self.is_done(shard, part)
 
     def is_all_done(self, count: int) -> bool:
         """Whether the parts of all `count` shards are there, made from these inputs with these settings."""
-        shards = [Shard(index, count) for index in range(count)]
-        paths = [path for shard in shards for path in self.paths(shard)]
-        if not all(path.exists() for path in paths):
-            return False
-        return all(describe_difference(read_provenance(path) or {}, self._provenance) is None for path in paths)
+        paths = [path for index in range(count) for path in self.paths(Shard(index, count))]
+        return all(path.exists() for path in paths) and not any(
+            describe_difference(read_provenance(path) or {}, self._provenance) for path in paths
+        )
 
     def remove(self, shard: Shard) -> None:
         """Remove a shard's parts, to make them again."""
@@ -92,7 +92,10 @@ class PartStore:
 
     def write(self, shard: Shard, part: int, rows: np.ndarray, distances: np.ndarray) -> None:
         """Write the neighbours (A, k) of a part's anchors, -1 and inf where there are fewer."""
-        schema = self._schema()
+        # A row holds an anchor's numbers in one piece.
+        schema = pa.schema(
+            [(name, pa.binary(np.dtype(kind).itemsize * self.num_neighbors)) for name, kind in _TYPES.items()]
+        )
         columns = []
         for field, values in zip(schema, (rows, distances), strict=True):
             stored = pa.py_buffer(np.ascontiguousarray(values, _TYPES[field.name]))
@@ -127,12 +130,6 @@ class PartStore:
         column = batch.column(name)
         values = np.frombuffer(column.buffers()[1], _TYPES[name]).reshape(-1, self.num_neighbors)
         return values[column.offset : column.offset + len(column)]
-
-    def _schema(self) -> pa.Schema:
-        """Return the columns of a part; a row holds an anchor's numbers in one piece."""
-        return pa.schema(
-            [(name, pa.binary(np.dtype(kind).itemsize * self.num_neighbors)) for name, kind in _TYPES.items()]
-        )
 
 
 class _ShardReader:

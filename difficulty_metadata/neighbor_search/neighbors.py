@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from difficulty_metadata.neighbor_search.engines import (
     DENSE_POINTS,
@@ -196,13 +197,10 @@ class NeighborSearch:
         order = np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")
         done = 0
         while done < len(anchors):
-
-            def search(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-                return self._find_block(anchors[order[done : done + count]])  # noqa: B023 (called at once)
-
             self._block_anchors, (found, squared) = halve_until_it_fits(
-                search, self._block_anchors, LEAST_BLOCK_ANCHORS, "the search"
-            )
+                lambda count: self._find_block(anchors[order[done : done + count]]),  # noqa: B023 (called at once)
+                self._block_anchors, LEAST_BLOCK_ANCHORS, "the search",
+            )  # fmt: skip
             block = order[done : done + self._block_anchors]
             rows[block], distances[block] = found.cpu().numpy(), squared.sqrt().float().cpu().numpy()
             report(len(block))
@@ -253,20 +251,13 @@ class NeighborSearch:
             squared.masked_fill_(torch.from_numpy(too_near).to(self.device) & ~is_shared, torch.inf)
         squared, order = squared.sort(dim=1, stable=True)
         candidates, is_shared = candidates.gather(1, order), is_shared.gather(1, order)
-        rows, nearest = self._take_first(candidates, squared)
-        self._expand_shared(anchors, candidates, squared, is_shared, rows, nearest)
-        # Strictly nearer than all unseen points: not even a tie can be missing.
-        return rows, nearest, (nearest[:, -1] < bounds) | bounds.isinf()
-
-    def _take_first(self, candidates: torch.Tensor, squared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first rows (Q, k) of the sorted points and their squared distances, padded with -1 and inf."""
         nearest = squared[:, : self._num_neighbors]
         rows = self._first_rows[candidates[:, : self._num_neighbors]].masked_fill(nearest.isinf(), -1)
         missing = (0, self._num_neighbors - nearest.shape[1])
-        return (
-            torch.nn.functional.pad(rows, missing, value=-1),
-            torch.nn.functional.pad(nearest, missing, value=torch.inf),
-        )
+        rows, nearest = pad(rows, missing, value=-1), pad(nearest, missing, value=torch.inf)
+        self._expand_shared(anchors, candidates, squared, is_shared, rows, nearest)
+        # Strictly nearer than all unseen points: not even a tie can be missing.
+        return rows, nearest, (nearest[:, -1] < bounds) | bounds.isinf()
 
     def _expand_shared(
         self,
@@ -308,8 +299,9 @@ class NeighborSearch:
             num_found, last = num_found + len(members), distance
         found, distances = np.concatenate(rows), np.concatenate(repeats)
         first = np.lexsort((found, distances))[:k]
-        pad = (0, k - len(first))
-        return np.pad(found[first], pad, constant_values=-1), np.pad(distances[first], pad, constant_values=np.inf)
+        missing = (0, k - len(first))
+        found, distances = found[first], distances[first]
+        return np.pad(found, missing, constant_values=-1), np.pad(distances, missing, constant_values=np.inf)
 
 
 def measure_squared(points: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from torch.nn.functional import pad
 
 from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, SAMPLE_STRIDE
 from difficulty_metadata.neighbor_search.triton_kernels import measure_groups, note_groups
@@ -85,7 +86,6 @@ class TritonEngine:
 
     def _make_level(self, points: torch.Tensor, codes: torch.Tensor) -> _Level:
         missing = -len(points) % TILE_POINTS
-        pad = torch.nn.functional.pad
         wide = pad(points, (0, self._width - self._num_dims))
         half_norms = pad((points.double() * self._scale).square().sum(dim=1) / 2, (0, missing), value=torch.inf)
         by_column = half_norms.float().view(-1, TILE_GROUPS, TILE_POINTS // TILE_GROUPS).transpose(1, 2)
@@ -131,7 +131,7 @@ class TritonEngine:
         if count == ranks[0]:
             bounds = torch.minimum(bounds, best[:, -1].double() * (1 - _SUM_ROOM))
         missing = (0, ranks[0] - count)
-        return torch.nn.functional.pad(candidates, missing, value=-1), bounds.masked_fill(~is_whole, 0.0)
+        return pad(candidates, missing, value=-1), bounds.masked_fill(~is_whole, 0.0)
 
     def _guess_thresholds(self, queries: torch.Tensor, query_codes: torch.Tensor, ranks: list[int]) -> torch.Tensor:
         """Return squared distances (Q,) float32 within which about SAMPLE_STRIDE x ranks[1] points lie.
@@ -160,10 +160,10 @@ class TritonEngine:
         padding = -num_queries % tile_rows
         can_search = thresholds.isfinite()
         limits = self._score_limits(queries, thresholds).masked_fill(~can_search, torch.inf)
-        limits = torch.nn.functional.pad(limits, (0, padding), value=torch.inf)
+        limits = pad(limits, (0, padding), value=torch.inf)
         padded = torch.cat([queries, queries[-1:].expand(padding, -1)])
         tile_starts, tiles = _list_tiles(padded, thresholds, level, tile_rows)
-        wide = torch.nn.functional.pad(padded, (0, self._width - self._num_dims))
+        wide = pad(padded, (0, self._width - self._num_dims))
         expected = SAMPLE_STRIDE * rank
         capacity = 16 * -(-int(_LIST_ROOM * expected / TILE_GROUPS) // 16)
         room = 16 * -(-int(_NEAR_ROOM * expected) // 16)
@@ -255,9 +255,7 @@ def _list_tiles(
     """Return where the list of each query tile starts (T + 1,), and the lists: the tiles of points near enough."""
     boxes = queries.view(-1, tile_rows, queries.shape[1])
     lows, highs = boxes.amin(dim=1), boxes.amax(dim=1)
-    reach = torch.nn.functional.pad(
-        thresholds.masked_fill(thresholds.isinf(), -1.0), (0, len(queries) - len(thresholds)), value=-1.0
-    )
+    reach = pad(thresholds.masked_fill(thresholds.isinf(), -1.0), (0, len(queries) - len(thresholds)), value=-1.0)
     farthest = reach.view(-1, tile_rows).amax(dim=1, keepdim=True)  # (T, 1)
     squared = torch.zeros((len(lows), len(level.lows)), device=queries.device)
     for dim in range(queries.shape[1]):
@@ -266,5 +264,5 @@ def _list_tiles(
         squared += torch.maximum(beyond, before).clamp_(min=0.0).square_()
     query_tiles, tiles = (squared * (1 - _SUM_ROOM) <= farthest).nonzero(as_tuple=True)
     counts = query_tiles.bincount(minlength=len(lows))
-    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    starts = pad(counts.cumsum(0), (1, 0))
     return starts.int(), tiles.int()
