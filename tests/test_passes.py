@@ -10,8 +10,7 @@ from test_backbone import PHOTOGRAPHS, embed_ours, make_convnext, make_dinov3
 from pipeline.errors import PipelineError
 from pipeline.inference import backbone
 from pipeline.inference.backbone import Embedder
-from pipeline.inference.compilation import compile_blocks
-from pipeline.inference.devices import is_convolutional, place
+from pipeline.inference.devices import compile_blocks, is_convolutional, place
 from pipeline.inference.passes import BATCH_SIZES, find_batch_size
 from pipeline.inference.pixels import decode_pixels
 from pipeline.log import logging_to

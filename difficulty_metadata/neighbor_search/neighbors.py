@@ -15,8 +15,7 @@ from difficulty_metadata.neighbor_search.engines import (
 )
 from difficulty_metadata.neighbor_search.exclusion import Exclusion
 from pipeline.errors import one_line
-from pipeline.inference.compilation import COMPILE_ERRORS
-from pipeline.inference.devices import halve_until_it_fits
+from pipeline.inference.devices import COMPILE_ERRORS, halve_until_it_fits
 from pipeline.log import logger
 
 # Candidates beyond the neighbours wanted, in place of those of the own building or too near on the ground.

@@ -12,19 +12,21 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import DeviceMemoryError, InputError, PipelineError, one_line
-from pipeline.inference.compilation import COMPILE_ERRORS, compile_blocks, uncompile
 from pipeline.inference.devices import (
+    COMPILE_ERRORS,
     choose_device,
+    compile_blocks,
     describe_device,
     full_precision,
     is_convolutional,
     keep_freed_memory,
     place,
+    uncompile,
 )
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.loading import find_vision_config, load_model
 from pipeline.inference.modes import MODES
-from pipeline.inference.passes import Launched, Staged, fetch, find_batch_size, stack_by_size, timer
+from pipeline.inference.passes import Launched, Staged, fetch, find_batch_size, record_time, stack_by_size
 from pipeline.inference.pixels import decode_pixels, travels_whole
 from pipeline.inference.pooling import PoolingError, embed_views
 from pipeline.inference.preprocessing import (
@@ -105,15 +107,13 @@ class Embedder:
         self.model.to(memory_format=self._layout)
         self.compile_model = False
         self.micro_batch = 1 if isinstance(batch_size, str) else batch_size
-        if self.on_gpu:
-            self.width = self._try(folder, image_size)
-            if isinstance(batch_size, str):
-                self._tune()
-        else:
+        if not self.on_gpu:
             height, width = self.prepare(draw_picture((640, 640))).shape[1:]
             most = max(1, min(CPU_MICRO_BATCH, CPU_MICRO_BATCH_PIXELS // (height * width)))
             self.micro_batch = most if isinstance(batch_size, str) else min(batch_size, most)
-            self.width = self._try(folder, image_size)
+        self.width = self._try(folder, image_size)
+        if self.on_gpu and isinstance(batch_size, str):
+            self._tune()
         if compile_model:
             self._compile()
         logger.info(
@@ -256,10 +256,10 @@ class Embedder:
         try:
             with torch.inference_mode():
                 inputs = batch.to(self.device, self.dtype, memory_format=self._layout)
-                started = torch.cuda.current_stream().record_event(timer()) if self.on_gpu else None
+                started = record_time() if self.on_gpu else None
                 launched.parts.append(fetch(self._extract(inputs)[:count]))
                 if started is not None:
-                    launched.events.append((started, torch.cuda.current_stream().record_event(timer())))
+                    launched.events.append((started, record_time()))
                 return
         except torch.cuda.OutOfMemoryError:
             if count == 1:
@@ -295,18 +295,15 @@ class Embedder:
     def _measure_rate(self, count: int, shape: torch.Size) -> float:
         """Return the images/s of the model alone, not compiled, in passes of `count` inputs of `shape`."""
         batch = torch.zeros((count, *shape), dtype=self.dtype, device=self.device)
+        wait = torch.cuda.synchronize if self.on_gpu else lambda: None
         with torch.inference_mode():
-            for number in range(1 + TIMED_PASSES):
-                if number == 1:
-                    self._wait()
-                    started = time.monotonic()
+            self._extract(batch)
+            wait()
+            started = time.monotonic()
+            for _ in range(TIMED_PASSES):
                 self._extract(batch)
-            self._wait()
+            wait()
         return count * TIMED_PASSES / (time.monotonic() - started)
-
-    def _wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
 
 
 def check_embeddings(embeddings: NDArray[np.float32], names: Sequence[str], width: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ Result = TypeVar("Result")
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 # The share of a GPU's memory that its processes divide; CUDA itself takes half a gigabyte for each.
 SHARED_MEMORY = 0.9
+# Raised by a failing or missing compiler; torch's own exceptions are RuntimeErrors.
+COMPILE_ERRORS = (RuntimeError, ImportError, OSError, AssertionError, subprocess.SubprocessError)
 
 _own_share = 1.0  # this process's share of the GPU's memory
 
@@ -136,3 +139,21 @@ def full_precision(*, tf32: bool = False) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def compile_blocks(model: torch.nn.Module) -> int:
+    """Mark a model's blocks to be compiled at their first call, and return their number.
+
+    Blocks of one class share the compiled code. A model whose blocks transformers does not name is compiled as a whole.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names] or [model]
+    for block in blocks:
+        block.compile(dynamic=False)
+    return len(blocks)
+
+
+def uncompile(model: torch.nn.Module) -> None:
+    """Run a model and all its parts uncompiled again."""
+    for module in model.modules():
+        module._compiled_call_impl = None

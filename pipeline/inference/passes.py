@@ -71,6 +71,6 @@ def fetch(pooled: torch.Tensor) -> torch.Tensor:
     return host.copy_(pooled, non_blocking=True)
 
 
-def timer() -> torch.cuda.Event:
-    """Return an event that records its time."""
-    return torch.cuda.Event(enable_timing=True)
+def record_time() -> torch.cuda.Event:
+    """Return an event that records when the GPU reaches it."""
+    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
