@@ -192,10 +192,7 @@ def merge(
         start, (rows, distances) = block
         return build_rows(images, start, rows, distances, edges, config.difficulty.k0_for_local_scale)
 
-    with (
-        closing(prefetch(map(build, blocks))) as tables,
-        parquet_writer(path, DIFFICULTY_SCHEMA, provenance) as writer,
-    ):
+    with closing(prefetch(map(build, blocks))) as tables, parquet_writer(path, DIFFICULTY_SCHEMA, provenance) as writer:
         for table in tables:
             writer.write_table(table)
 

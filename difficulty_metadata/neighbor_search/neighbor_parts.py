@@ -13,14 +13,7 @@ import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.files import workspace
-from pipeline.files.tables import (
-    describe_difference,
-    matches,
-    open_parquet,
-    parquet_writer,
-    read_provenance,
-    reading,
-)
+from pipeline.files.tables import describe_difference, matches, open_parquet, parquet_writer, read_provenance, reading
 from pipeline.ids import Shard
 
 # A kill costs at most one part: 24 MB with 150 neighbours. Numbers are stored as they are in memory: encoding them took

@@ -7,12 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from difficulty_metadata.neighbor_search.engines import (
-    DENSE_POINTS,
-    BallTreeEngine,
-    Engine,
-    TiledEngine,
-)
+from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, BallTreeEngine, Engine, TiledEngine
 from difficulty_metadata.neighbor_search.exclusion import Exclusion
 from pipeline.errors import one_line
 from pipeline.inference.devices import COMPILE_ERRORS, halve_until_it_fits
