@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 
-from evaluate_embeddings.scores.breakdowns import load_camera, summarize_breakdowns
+from evaluate_embeddings.scores.breakdowns import summarize_breakdowns
 from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
-from evaluate_embeddings.scores.metrics import GALLERY_SIZES, KINDS, Evaluation, build_metrics, score_kinds_twice
+from evaluate_embeddings.scores.metrics import GALLERY_SIZES, KIND_LABELS, KINDS, Evaluation, build_metrics
 from evaluate_embeddings.scores.pair_similarity import sample_similarities
 from evaluate_embeddings.scores.standalone import CHECKPOINT_NAME, STAGE, EvaluateOptions, run_standalone
 from evaluate_embeddings.scores.tables import format_metrics_table
@@ -35,7 +35,7 @@ from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.features import Features, load_features
-from pipeline.retrieval.scores import Embeddings, normalise_rows
+from pipeline.retrieval.scores import Embeddings, normalise_rows, score_queries_twice
 from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatter, whiten_by_pca, whiten_within_class
 from pipeline.stages import STAGES
 
@@ -68,12 +68,15 @@ def hash_weights(weights: "StateDict") -> str:
     return digest.hexdigest()[:32]
 
 
-def load_splits(merged_dir: Path) -> tuple[Features, Features]:
-    """Return the train and the test split.
+def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Checkpoint"]:
+    """Return the test split, its embeddings of each kind, and the projector's checkpoint.
 
-    Raises InputError if a split is missing, damaged or empty, the widths differ, or no test image has a positive.
+    Raises InputError if an input is missing, damaged, or does not fit the others.
     """
-    train_path, test_path = merged_dir / "train.parquet", merged_dir / "test.parquet"
+    from pipeline.inference.devices import choose_device, needing_memory
+    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
+
+    train_path, test_path = (config.path("merged_dir") / f"{split}.parquet" for split in ("train", "test"))
     features = load_features(test_path)
     if len(features) == len(features.building_ids):
         raise InputError(f"{test_path}: every building has one image, so that nothing can be found: give more images")
@@ -83,18 +86,6 @@ def load_splits(merged_dir: Path) -> tuple[Features, Features]:
             f"{train_path}: embeddings of {train.width} numbers, those of {test_path.name} have {features.width}: "
             "run stage 3 again on embeddings of one backbone"
         )
-    return train, features
-
-
-def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Checkpoint"]:
-    """Return the test split, its embeddings of each kind, and the projector's checkpoint.
-
-    Raises InputError if an input is missing, damaged, or does not fit the others.
-    """
-    from pipeline.inference.devices import choose_device, needing_memory
-    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
-
-    train, features = load_splits(config.path("merged_dir"))
     checkpoint = load_checkpoint(
         config.path("checkpoint_dir") / CHECKPOINT_NAME, config.training_model, input_dim=features.width
     )
@@ -123,12 +114,20 @@ def score_split(
     total = len(KINDS) * (len(features) + sum(size for size in GALLERY_SIZES if size <= len(features)))
     with Progress("score", total, "queries", config.logging.progress_interval_seconds) as progress:
         codes, seed = features.building_codes, config.global_.seed
-        scores, apart = score_kinds_twice(embeddings, features, ignored, progress.advance, device)
+        scores, apart = {}, {}
+        for kind, rows in embeddings.items():
+            try:
+                scores[kind], without = score_queries_twice(
+                    rows, codes, features.panorama_codes, ignored=ignored, device=device, progress=progress.advance
+                )
+            except InputError as error:
+                raise InputError(f"{KIND_LABELS[kind]} {error}") from None
+            if without is not None:
+                apart[kind] = without
         pairs = {kind: sample_similarities(rows, codes, ignored, seed) for kind, rows in embeddings.items()}
-        evaluation = Evaluation(features, embeddings, ignored, scores, apart, pairs, device)
-        camera = load_camera(config.path("merged_dir") / "test.parquet")
+        evaluation = Evaluation(features, embeddings, ignored, scores, apart or None, pairs, device)
         metrics = build_metrics(evaluation, seed, progress.advance)
-        return evaluation, metrics | summarize_breakdowns(evaluation, camera, seed)
+        return evaluation, metrics | summarize_breakdowns(evaluation, config.path("merged_dir") / "test.parquet", seed)
 
 
 def describe_inputs(config: Config, ignore_pairs: Path | None, images: bool = True) -> dict[str, Any]:

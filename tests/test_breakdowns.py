@@ -57,7 +57,7 @@ def test_every_query_is_in_one_group_of_each_kind_and_scored_among_the_whole_gal
     assert list(metrics["by_viewpoint_change"]) == ["15-30"]
     features = load_features(workplace / "merged" / "test.parquet")
     scores = score_queries(normalise_rows(features.embeddings), features.building_codes)
-    distance = load_camera(workplace / "merged" / "test.parquet").distance_m
+    distance = load_camera(workplace / "merged" / "test.parquet")[1]
     for name, low, high in (("0-10", 0, 10), ("10-20", 10, 20), ("20-30", 20, 30), ("30-50", 30, 50)):
         chosen = (distance >= low) & (distance < high)
         found = metrics["by_distance"][name]

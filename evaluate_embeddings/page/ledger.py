@@ -17,21 +17,20 @@ def read_ledger(config: Config) -> list[StageResult]:
 
     `kept` names the files that were counted.
     """
-    found = [_add_up(stage, config) for number, stage in STAGES.items() if number not in (7, 9)]
-    return [result for result in found if result.kept]
-
-
-def _add_up(stage: Stage, config: Config) -> StageResult:
-    result = StageResult(stage.name)
-    for path in _list_outputs(stage, config):
-        try:
-            recorded = read_recorded(path) or {}
-        except InputError:  # a damaged file is for its own stage to report
-            continue
-        if isinstance(recorded.get("counts"), dict):
-            result.add(recorded["counts"], recorded.get("reasons"))
-            result.kept.append(path)
-    return result
+    results = []
+    for stage in (stage for number, stage in STAGES.items() if number not in (7, 9)):
+        result = StageResult(stage.name)
+        for path in _list_outputs(stage, config):
+            try:
+                recorded = read_recorded(path) or {}
+            except InputError:  # a damaged file is for its own stage to report
+                continue
+            if isinstance(recorded.get("counts"), dict):
+                result.add(recorded["counts"], recorded.get("reasons"))
+                result.kept.append(path)
+        if result.kept:
+            results.append(result)
+    return results
 
 
 def _list_outputs(stage: Stage, config: Config) -> list[Path]:

@@ -1,7 +1,6 @@
 """Scores by what makes a query hard: few views of its building, a change of viewpoint, a distant camera."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,18 @@ HEADING_EDGES = (0, 15, 30, 60, 90)  # degrees, 180 at most
 DISTANCE_EDGES = (0, 10, 20, 30, 50)  # metres
 
 
-@dataclass(frozen=True)
-class Camera:
-    """Where each image of a split was taken from."""
+def load_camera(split_path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return each image's heading in degrees and its distance in metres from camera to target, NaN where unknown.
 
-    heading: NDArray[np.float64]  # (N,) degrees, NaN where unknown
-    distance_m: NDArray[np.float64]  # (N,) from camera to target, NaN where unknown
-
-
-def load_camera(split_path: Path) -> Camera | None:
-    """Read a split's camera columns; None if it has none, as a split of another program may."""
-    file = open_parquet(split_path)
-    names = ["heading", "distance_m"]
-    if any(file.schema_arrow.get_field_index(name) < 0 for name in names):
+    Return None if the split has no such columns, as one of another program may.
+    """
+    file, names = open_parquet(split_path), ["heading", "distance_m"]
+    if not {*names} <= {*file.schema_arrow.names}:
         return None
     with reading(split_path):
         table = file.read(columns=names)
-    heading, distance = (
-        table[name].cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64) for name in names
-    )
-    return Camera(heading, distance)
+    heading, distance = (table[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name in names)
+    return heading, distance
 
 
 def heading_changes(codes: NDArray[Any], headings: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -58,20 +49,17 @@ def heading_changes(codes: NDArray[Any], headings: NDArray[np.float64]) -> NDArr
     return smallest
 
 
-def summarize_breakdowns(evaluation: Evaluation, camera: Camera | None, seed: int) -> dict[str, Any]:
+def summarize_breakdowns(evaluation: Evaluation, split_path: Path, seed: int) -> dict[str, Any]:
     """Return the scores by number of views, viewpoint change and distance; the last two None without a camera."""
     queries = next(iter(evaluation.scores.values())).query
-    views = RowGroups(evaluation.codes)
-    found: dict[str, Any] = {
-        "by_views": _summarize_groups(evaluation, views.sizes()[views.codes][queries], VIEW_EDGES, name_count, seed),
-        "by_viewpoint_change": None,
-        "by_distance": None,
-    }
+    views, camera = RowGroups(evaluation.codes), load_camera(split_path)
+    groups = {"by_views": (views.sizes()[views.codes], VIEW_EDGES, name_count)}
     if camera is not None:
-        changes = heading_changes(evaluation.codes, camera.heading)[queries]
-        found["by_viewpoint_change"] = _summarize_groups(evaluation, changes, HEADING_EDGES, name_range, seed)
-        distances = camera.distance_m[queries]
-        found["by_distance"] = _summarize_groups(evaluation, distances, DISTANCE_EDGES, name_range, seed)
+        groups["by_viewpoint_change"] = heading_changes(evaluation.codes, camera[0]), HEADING_EDGES, name_range
+        groups["by_distance"] = camera[1], DISTANCE_EDGES, name_range
+    found: dict[str, Any] = {"by_views": None, "by_viewpoint_change": None, "by_distance": None}
+    for key, (values, edges, name) in groups.items():
+        found[key] = _summarize_groups(evaluation, values[queries], edges, name, seed)
     return found
 
 

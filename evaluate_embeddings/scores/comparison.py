@@ -1,25 +1,29 @@
 """Compare two models on the same images by a paired bootstrap."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.retrieval.candidates import IgnoredPairs
-from pipeline.retrieval.scores import SCORE_KEYS, QueryScores, percentile_intervals, resample_means
+from pipeline.retrieval.scores import SCORE_KEYS, Embeddings, QueryScores, percentile_intervals, resample_means
 
 # The smallest p is then 0.0002.
 NUM_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """The images on which one model is scored, or two."""
+class LabelledModels:
+    """One or two models and their embeddings of the same images, with the building of each image."""
 
+    places: list[Path]  # where each model was read from
+    embeddings: list[Embeddings]  # of each model (N, D), L2-normalised
     codes: NDArray[np.int32]  # (N,) of the building
     ignored: IgnoredPairs
-    without_label: int  # number of images left out
+    without_label: int = 0  # number of images left out
+    notes: list[str] = field(default_factory=list)  # why the comparison may be unfair
 
 
 @dataclass(frozen=True)

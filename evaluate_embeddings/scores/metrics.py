@@ -8,18 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.pair_similarity import PairSimilarities, share_of_same_pairs, summarize_pairs
-from pipeline.errors import InputError
 from pipeline.retrieval.candidates import IgnoredPairs, RowGroups
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import (
     SCORE_KEYS,
     Embeddings,
     QueryScores,
-    bootstrap_intervals,
     percentile_intervals,
     resample_means,
     score_queries,
-    score_queries_twice,
     summarize_scores,
 )
 
@@ -60,31 +57,6 @@ class Evaluation:
         return self.features.building_codes
 
 
-def score_kinds_twice(
-    embeddings: Mapping[str, Embeddings],
-    features: Features,
-    ignored: IgnoredPairs,
-    progress: Callable[[int], None] | None = None,
-    device: "torch.device | None" = None,
-) -> tuple[ScoresByKind, ScoresByKind | None]:
-    """Score each kind of embedding of a split twice: among all candidates, and among those of other panoramas.
-
-    Raises InputError, naming the kind, if a row is not finite or zero.
-    """
-    scores, apart = {}, {}
-    panoramas = features.panorama_codes
-    for kind, rows in embeddings.items():
-        try:
-            scores[kind], without = score_queries_twice(
-                rows, features.building_codes, panoramas, ignored=ignored, device=device, progress=progress
-            )
-        except InputError as error:
-            raise InputError(f"{KIND_LABELS[kind]} {error}") from None
-        if without is not None:
-            apart[kind] = without
-    return scores, apart or None
-
-
 def sample_gallery(codes: NDArray[Any], size: int, seed: int) -> NDArray[np.int64]:
     """Return `size` rows, ascending, of buildings in random order; only the last building may be cut.
 
@@ -107,11 +79,6 @@ def summarize_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dic
         kind: _with_intervals(summarize_scores(one), percentile_intervals(resampled[kind]))
         for kind, one in scores.items()
     }
-
-
-def summarize_scores_with_intervals(scores: QueryScores, codes: NDArray[Any], seed: int) -> Scores:
-    """Return the scores of one kind of embedding, each with its interval over buildings."""
-    return _with_intervals(summarize_scores(scores), bootstrap_intervals(scores, codes, seed))
 
 
 def _resample_kinds(

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from evaluate_embeddings.scores.comparison import LabelledImages, compare
+from evaluate_embeddings.scores.comparison import LabelledModels, compare
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from evaluate_embeddings.scores.labels import label_rows, match_rows, read_ignore_pairs, resolve_pairs
 from evaluate_embeddings.scores.tables import format_one, format_two
@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.files.tables import read_provenance
 from pipeline.log import Progress, logger
 from pipeline.retrieval.features import Features, load_features
-from pipeline.retrieval.scores import Embeddings, QueryScores, score_queries
+from pipeline.retrieval.scores import score_queries
 
 STAGE = "evaluate"
 CHECKPOINT_NAME = "checkpoint_best.pt"
@@ -34,50 +34,35 @@ class EvaluateOptions(cli.Options):
     compare: Path | None = None
 
 
-@dataclass(frozen=True)
-class Model:
-    """The embeddings that a model gives the images, and the path that it was read from."""
-
-    place: Path
-    embeddings: Embeddings  # (N, D), L2-normalised
-
-    def take(self, rows: NDArray[np.int64]) -> "Model":
-        """Return some of the rows."""
-        return Model(self.place, self.embeddings[rows])
-
-
 def run_standalone(config: Config, options: EvaluateOptions) -> cli.StageResult:
     """Score the models, log the table with the verdict last, and return the counts; write nothing."""
-    result = cli.StageResult(STAGE)
-    if options.embeddings is None:
-        models, images, notes = load_checkpoints(config, options, result)
-    else:
-        models, images = load_datasets(options.embeddings, options, result)
-        notes = []
-    scores = [_score(model, images, config) for model in models]
-    seed = config.global_.seed
-    names = name_models([model.place for model in models])
-    if len(models) == 1:
-        text = format_one(names[0], scores[0], images, seed)
-    else:
-        found = compare(scores[0], scores[1], images.codes, seed)
-        text = format_two((names[0], names[1]), found, images, seed, notes)
-    result.rows_out = len(images.codes)
-    logger.info("%s:\n\n%s\n", STAGE, text)
-    return result
-
-
-def _score(model: Model, images: LabelledImages, config: Config) -> QueryScores:
     from pipeline.inference.devices import choose_device
 
-    interval, device = config.logging.progress_interval_seconds, choose_device(config.infrastructure.device)
-    with Progress(f"score {model.place.name}", len(images.codes), "queries", interval) as progress:
-        try:
-            return score_queries(
-                model.embeddings, images.codes, ignored=images.ignored, device=device, progress=progress.advance
-            )
-        except InputError as error:
-            raise InputError(f"{model.place}: {error}") from None
+    result = cli.StageResult(STAGE)
+    if options.embeddings is None:
+        models = load_checkpoints(config, options, result)
+    else:
+        models = load_datasets(options.embeddings, options, result)
+    scores, device = [], choose_device(config.infrastructure.device)
+    for place, embeddings in zip(models.places, models.embeddings, strict=True):
+        interval = config.logging.progress_interval_seconds
+        with Progress(f"score {place.name}", len(models.codes), "queries", interval) as progress:
+            try:
+                scores.append(
+                    score_queries(
+                        embeddings, models.codes, ignored=models.ignored, device=device, progress=progress.advance
+                    )
+                )
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from None
+    seed, names = config.global_.seed, name_models(models.places)
+    if len(names) == 1:
+        text = format_one(names[0], scores[0], models, seed)
+    else:
+        text = format_two((names[0], names[1]), compare(scores[0], scores[1], models.codes, seed), models, seed)
+    result.rows_out = len(models.codes)
+    logger.info("%s:\n\n%s\n", STAGE, text)
+    return result
 
 
 def name_models(places: list[Path]) -> list[str]:
@@ -89,15 +74,13 @@ def name_models(places: list[Path]) -> list[str]:
     return [str(place) for place in places]  # a model beside itself
 
 
-def load_datasets(
-    folder: Path, options: EvaluateOptions, result: cli.StageResult
-) -> tuple[list[Model], LabelledImages]:
+def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
     """Read one or two embeddings datasets and the labels of their images, and count the images.
 
     Raises InputError if one cannot be read, they have no image in common, or no two images have one label.
     """
     first = read_embeddings(folder)
-    ids, models = first.ids, [Model(first.place, first.embeddings)]
+    ids, places, embeddings = first.ids, [first.place], [first.embeddings]
     result.rows_in = len(ids)
     if options.compare is not None:
         if options.compare.is_file():
@@ -106,19 +89,19 @@ def load_datasets(
         rows, other_rows = match_rows(ids, other.ids, str(options.compare))
         _drop(result, "not_in_both", len(ids) - len(rows))
         ids = ids.take(pa.array(rows))
-        models = [models[0].take(rows), Model(other.place, other.embeddings[other_rows])]
+        places, embeddings = [first.place, other.place], [first.embeddings[rows], other.embeddings[other_rows]]
     buildings = label_rows(ids, options.labels)
     kept = np.flatnonzero(buildings.is_valid().to_numpy(zero_copy_only=False))
     if not len(kept):
-        raise InputError(f"{options.labels}: names none of the images of {folder}: give their labels")
+        raise InputError(f"{options.labels}: names none of the images of {first.place}: give their labels")
     _drop(result, "no_label", len(ids) - len(kept))
     encoded = buildings.take(pa.array(kept)).dictionary_encode()
     if len(kept) == len(encoded.dictionary):
         remedy = "give more images" if options.labels else "every image has an OSMID of its own: give --labels"
-        raise InputError(f"{folder}: no two images have one label, so that nothing can be found: {remedy}")
+        raise InputError(f"{first.place}: no two images have one label, so that nothing can be found: {remedy}")
     ignored = resolve_pairs(read_ignore_pairs(options.ignore_pairs), encoded.dictionary)
-    images = LabelledImages(encoded.indices.to_numpy().astype(np.int32), ignored, len(ids) - len(kept))
-    return [model.take(kept) for model in models], images
+    codes = encoded.indices.to_numpy().astype(np.int32)
+    return LabelledModels(places, [rows[kept] for rows in embeddings], codes, ignored, len(ids) - len(kept))
 
 
 def _drop(result: cli.StageResult, reason: str, count: int) -> None:
@@ -127,45 +110,38 @@ def _drop(result: cli.StageResult, reason: str, count: int) -> None:
         result.reasons[reason] = count
 
 
-def load_checkpoints(
-    config: Config, options: EvaluateOptions, result: cli.StageResult
-) -> tuple[list[Model], LabelledImages, list[str]]:
+def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
     """Embed the test split with the configured checkpoint and with another one, or match a dataset of its images.
 
-    The notes name reasons why the comparison may be unfair. Raises InputError if an input is missing or does not fit.
+    Raises InputError if an input is missing or does not fit.
     """
+    from pipeline.inference.devices import choose_device
+    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
+
+    assert options.compare is not None  # else the report is written
     config.require_paths("merged_dir", "checkpoint_dir")
     test_path = config.path("merged_dir") / "test.parquet"
     features = load_features(test_path)
     result.rows_in = len(features)
     split_hash = (read_provenance(test_path) or {}).get("split_hash")
-    assert options.compare is not None  # else the report is written
-    own, notes = _project(config.path("checkpoint_dir") / CHECKPOINT_NAME, features, config, split_hash)
-    rows = np.arange(len(features))
+    places = [config.path("checkpoint_dir") / CHECKPOINT_NAME, options.compare]
+    embeddings, notes = [], []
+    for path in [place for place in places if not place.is_dir()]:
+        checkpoint = load_checkpoint(path, input_dim=features.width)
+        trained_on = checkpoint.provenance.get("split_hash")
+        if trained_on != split_hash:
+            why = "on another split" if trained_on else "on a split that it does not name"
+            notes.append(f"Mind: {path.name} was trained {why}: it may have seen images of this test split.")
+        device = choose_device(config.infrastructure.device)
+        embeddings.append(project(build_projector(checkpoint), features.embeddings, device))
+    codes = features.building_codes
     if options.compare.is_dir():
         table = read_embeddings(options.compare)
         rows, other_rows = _match_split(features, table.ids, str(options.compare))
         _drop(result, "not_in_both", len(features) - len(rows))
-        other = Model(table.place, table.embeddings[other_rows])
-    else:
-        other, more = _project(options.compare, features, config, split_hash)
-        notes += more
+        codes, embeddings = codes[rows], [embeddings[0][rows], table.embeddings[other_rows]]
     ignored = resolve_pairs(read_ignore_pairs(options.ignore_pairs), features.building_ids)
-    return [own.take(rows), other], LabelledImages(features.building_codes[rows], ignored, 0), notes
-
-
-def _project(path: Path, features: Features, config: Config, split_hash: str | None) -> tuple[Model, list[str]]:
-    from pipeline.inference.devices import choose_device
-    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
-
-    checkpoint = load_checkpoint(path, input_dim=features.width)
-    device = choose_device(config.infrastructure.device)
-    trained_on = checkpoint.provenance.get("split_hash")
-    notes = []
-    if trained_on != split_hash:
-        why = "on another split" if trained_on else "on a split that it does not name"
-        notes.append(f"Mind: {path.name} was trained {why}: it may have seen images of this test split.")
-    return Model(path, project(build_projector(checkpoint), features.embeddings, device)), notes
+    return LabelledModels(places, embeddings, codes, ignored, notes=notes)
 
 
 def _match_split(features: Features, ids: pa.StringArray, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, Comparison, LabelledImages
+from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, Comparison, LabelledModels
 from evaluate_embeddings.scores.metrics import (
     BASELINES,
     KIND_LABELS,
@@ -15,7 +15,7 @@ from evaluate_embeddings.scores.metrics import (
     Scores,
     describe_headline,
     judge,
-    summarize_scores_with_intervals,
+    summarize_kinds,
 )
 from pipeline.retrieval.scores import SCORE_KEYS, QueryScores
 
@@ -32,34 +32,34 @@ def format_metrics_table(metrics: Mapping[str, Any]) -> str:
     return _finish(lines, f"{describe_headline(metrics['projector_gain'])}. {describe_verdict(metrics)}")
 
 
-def format_one(name: str, scores: QueryScores, images: LabelledImages, seed: int) -> str:
+def format_one(name: str, scores: QueryScores, models: LabelledModels, seed: int) -> str:
     """Return the scores of one model as a table."""
-    summary = summarize_scores_with_intervals(scores, images.codes, seed)
+    summary = summarize_kinds({name: scores}, models.codes, seed)[name]
     low, high = summary["map_ci95"]
     verdict = (
         f"{name} finds the building at first try for {summary['recall_at_1']:.1%} of the queries "
         f"(mAP {summary['map']:.3f}, 95% interval {low:.3f} to {high:.3f})."
     )
-    return _finish([*_describe(scores, images), *_format_scores({name: summary})], verdict)
+    return _finish([*_describe(scores, models), *_format_scores({name: summary})], verdict)
 
 
-def format_two(names: tuple[str, str], found: Comparison, images: LabelledImages, seed: int, notes: list[str]) -> str:
+def format_two(names: tuple[str, str], found: Comparison, models: LabelledModels, seed: int) -> str:
     """Return the scores of two models and their difference as a table."""
-    one, other = (summarize_scores_with_intervals(scores, images.codes, seed) for scores in found.scores)
-    lines = [*_describe(found.scores[0], images), f"A = {names[0]}", f"B = {names[1]}"]
-    lines += _format_scores({"A": one, "B": other})
+    summary = summarize_kinds(dict(zip("AB", found.scores, strict=True)), models.codes, seed)
+    lines = [*_describe(found.scores[0], models), f"A = {names[0]}", f"B = {names[1]}"]
+    lines += _format_scores({name: summary[name] for name in "AB"})
     lines.append(_format_line("B - A", [f"{found.difference[key]:+.3f}" for key in TABLE_KEYS]))
     for name, end in (("95% from", 0), ("95% to", 1)):
         lines.append(_format_line(name, [f"{found.interval[key][end]:+.3f}" for key in TABLE_KEYS]))
     lines.append(_format_line("p", [format_p(found.p[key]) for key in TABLE_KEYS]))
-    return _finish(lines, *notes, describe_comparison(names, found))
+    return _finish(lines, *models.notes, describe_comparison(names, found))
 
 
-def _describe(scores: QueryScores, images: LabelledImages) -> list[str]:
-    ignored = len(images.ignored.building_a)
-    lines = _format_counts(len(scores.query), len(images.codes), len(np.unique(images.codes)), ignored)
-    if images.without_label:
-        lines.insert(-1, f"{images.without_label:,} images have no label: left out of queries and gallery")
+def _describe(scores: QueryScores, models: LabelledModels) -> list[str]:
+    ignored = len(models.ignored.building_a)
+    lines = _format_counts(len(scores.query), len(models.codes), len(np.unique(models.codes)), ignored)
+    if models.without_label:
+        lines.insert(-1, f"{models.without_label:,} images have no label: left out of queries and gallery")
     return lines
 
 
