@@ -105,6 +105,32 @@ def test_whole_numbers_for_ids_stay_numbers(run_main, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "ids",
+    [
+        ["9749618424903893992", "9749618424903893993", "9749618424903893901"],
+        ["1.1", "1.10"],
+        ["1e5", "10e4", "2e999"],
+        ["1.0", "2"],
+        ["007", "7"],
+        ["9223372036854775808", "1"],
+    ],
+)
+def test_an_id_that_is_no_whole_number_stays_text_as_it_stands(run_main, folder, tmp_path, ids):
+    (folder / "list.csv").write_text("OSMID,path\n" + "".join(f"{one},north/0.jpg\n" for one in ids))
+    assert run(run_main, folder / "list.csv", tmp_path / "packaged").code == 0
+    column = read_package(tmp_path / "packaged").column("OSMID")
+    assert (column.type, column.to_pylist()) == (pa.string(), ids)
+
+
+def test_the_largest_whole_numbers_stay_numbers(run_main, folder, tmp_path):
+    ids = [9223372036854775807, -9223372036854775808, 0]
+    (folder / "list.csv").write_text("OSMID;path\n" + "".join(f"{one};north/0.jpg\n" for one in ids))
+    assert run(run_main, folder / "list.csv", tmp_path / "packaged").code == 0
+    column = read_package(tmp_path / "packaged").column("OSMID")
+    assert (column.type, column.to_pylist()) == (pa.int64(), ids)
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("OSMID,file\n1,a.jpg\n", "column path is missing"),

@@ -1,9 +1,6 @@
 """Read a list of ids to take out: text, CSV or parquet, in whatever way the dataset's ids may have been written."""
 
-import codecs
 import contextlib
-import csv
-import io
 import re
 import unicodedata
 import uuid
@@ -14,22 +11,15 @@ import pyarrow as pa
 
 from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError
 from pipeline.files.listing import is_parquet
 from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
+from publish_model.new_data.csv_rows import read_rows, reading_text
 
-# The longer marks first: UTF-32's begins with UTF-16's.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
-# Byte-order marks come into the midst of a list that was put together from several; the other is a web page's.
+# Byte-order marks stand inside a list that was put together from several; the other is a web page's.
 _INVISIBLE = "\ufeff\u200b"
-_WHOLE = re.compile(r"^(-?\d+)\.0+$")
-_TABLES = (".csv", ".tsv")
-# Outlines beside the ids are longer than the 128 KiB that the csv module takes by default.
-_MAX_FIELD = 2**31 - 1
+_WHOLE_FLOAT = re.compile(r"^(-?\d+)\.0+$")
 
 
 def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
@@ -61,47 +51,29 @@ def _read_parquet(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[obj
 
 
 def _read_texts(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[object]]]:
-    """Yield what stands in a CSV's column OSMID, or on the lines of a text."""
-    content = _decode_list(path)
-    texts = _read_csv(path, content) if path.suffix.lower() in _TABLES else _split_lines(content)
+    texts = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_lines(path)
     return ((text, _values_of(text, kind)) for text in texts if text.strip())
 
 
-def _decode_list(path: Path) -> str:
-    """Return a list's text; programs on Windows begin it with a mark that says how it is written, UTF-8 where none."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        problem = error.strerror or one_line(error)
-        raise InputError(f"{path}: cannot be read ({problem}): correct the path, or put that right") from None
-    try:
-        return data.decode(next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}): save it as that") from None
-
-
-def _split_lines(content: str) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     """Return the lines: only a line feed ends one, as ids may hold the others, unless there is none in the list."""
+    with reading_text(path) as file:
+        content = file.read()
     if "\n" not in content:
         return content.split("\r")
     return [line.removesuffix("\r") for line in content.split("\n")]
 
 
-def _read_csv(path: Path, content: str) -> list[str]:
-    header = content.partition("\n")[0].partition("\r")[0]
-    csv.field_size_limit(_MAX_FIELD)
-    try:
-        rows = list(csv.reader(io.StringIO(content, newline=""), delimiter=max(",;\t", key=header.count)))
-    except csv.Error as error:
-        raise InputError(f"{path}: not a CSV ({one_line(error)}): save it as one again") from None
-    names = [name.strip() for name in rows[0]] if rows else []
+def _read_csv(path: Path) -> list[str]:
+    rows = read_rows(path)
+    names = next(rows, (0, []))[1]
     if names.count(ID_COLUMN) != 1:
         raise InputError(
             f"{path}: {'no' if ID_COLUMN not in names else 'more than one'} column {ID_COLUMN} in its first line: name "
             "the column of ids so, and no other"
         )
     place = names.index(ID_COLUMN)
-    texts = [row[place] if place < len(row) else "" for row in rows[1:] if row]
+    texts = [row[place] if place < len(row) else "" for _, row in rows]
     _warn_of_holes(path, sum(not text.strip() for text in texts))
     return texts
 
@@ -127,7 +99,7 @@ def _values_of(text: str, kind: pa.DataType) -> list[object]:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
         return [value for form in forms for value in _bytes_of(form)]
     if pa.types.is_integer(kind):  # with one id missing pandas makes floats of them all
-        bare, unquoted = (_WHOLE.sub(r"\1", form) for form in (bare, unquoted))
+        bare, unquoted = (_WHOLE_FLOAT.sub(r"\1", form) for form in (bare, unquoted))
     for form in (bare, unquoted):
         try:
             return plain_values(pa.array([form], pa.string()).cast(kind))

@@ -1,6 +1,5 @@
 """Where the images to be packaged lie: below a folder, named by a CSV, or in tars; streamed in a fixed order."""
 
-import csv
 import itertools
 import re
 import stat
@@ -24,11 +23,17 @@ from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
 from pipeline.files.listing import list_files
 from pipeline.files.tables import hash_json, identify
 from pipeline.ids import decode_name
+from publish_model.new_data.csv_rows import is_whole, read_rows
 
 PATH_COLUMN = "path"
-# What is no number without doubt stays text: 007, 1_000, nan, a number of 20 digits.
-_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _DECIMAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+# Columns of a CSV get the first type that fits every value; 007, 1_000 and nan stay text.
+_TYPES: tuple[tuple[pa.DataType, Callable[[str], object], Callable[[str], Any]], ...] = (
+    (pa.int64(), is_whole, int),
+    (pa.float64(), _DECIMAL.fullmatch, float),
+    (pa.string(), lambda _: True, str),
+)
+_TEXT = len(_TYPES) - 1
 
 
 @dataclass(frozen=True)
@@ -117,33 +122,28 @@ def check_size(num_bytes: int) -> None:
 def _open_table(path: Path) -> ImageSource:
     identity = identify(path)
     names = _read_header(path)
-    kinds = dict.fromkeys(names, 0)  # index into _TYPES: the first that holds every value so far
+    kinds = dict.fromkeys(names, 0)  # index into _TYPES
     count = 0
-    for values in _read_rows(path, names):
+    for values in _read_records(path, names):
         count += 1
         for name, text in values.items():
-            while text and not _TYPES[kinds[name]][1].fullmatch(text):
+            while text and not _TYPES[kinds[name]][1](text):
                 kinds[name] += 1
     if not count:
         raise InputError(f"{path}: holds no rows: correct --input")
-    kinds[PATH_COLUMN] = len(_TYPES) - 1
+    kinds[PATH_COLUMN] = _TEXT
+    if kinds[ID_COLUMN]:
+        kinds[ID_COLUMN] = _TEXT  # 1.1 and 1.10 are two ids
     kept = (ID_COLUMN, *(name for name in names if name != ID_COLUMN))
     parse = {name: _TYPES[kinds[name]][2] for name in names}
 
     def stream(start: int) -> Iterator[SourceImage]:
-        for values in itertools.islice(_read_rows(path, names), start, None):
+        for values in itertools.islice(_read_records(path, names), start, None):
             row = {name: parse[name](text) if text else None for name, text in values.items()}
             yield SourceImage(row, values[PATH_COLUMN], partial(_read_named, path.parent, values[PATH_COLUMN]))
 
     fields = tuple(pa.field(name, _TYPES[kinds[name]][0]) for name in kept)
     return ImageSource(fields, [identity], count, stream)
-
-
-_TYPES: tuple[tuple[pa.DataType, re.Pattern[str], Callable[[str], Any]], ...] = (
-    (pa.int64(), _WHOLE, int),
-    (pa.float64(), _DECIMAL, float),
-    (pa.string(), re.compile(r"(?s).*"), str),
-)
 
 
 def _read_named(folder: Path, name: str) -> bytes:
@@ -155,7 +155,7 @@ def _read_named(folder: Path, name: str) -> bytes:
 
 
 def _read_header(path: Path) -> list[str]:
-    names = next(_read_lines(path), (0, []))[1]
+    names = next(read_rows(path), (0, []))[1]
     missing = [name for name in (ID_COLUMN, PATH_COLUMN) if name not in names]
     made = sorted(set(names) & {IMAGE_COLUMN, VALID_COLUMN, "embedding"})
     if missing:
@@ -167,26 +167,14 @@ def _read_header(path: Path) -> list[str]:
     return names
 
 
-def _read_rows(path: Path, names: Sequence[str]) -> Iterator[dict[str, str]]:
-    for number, values in itertools.islice(_read_lines(path), 1, None):
+def _read_records(path: Path, names: Sequence[str]) -> Iterator[dict[str, str]]:
+    for number, values in itertools.islice(read_rows(path), 1, None):
         if len(values) != len(names):
             raise InputError(
                 f"{path}: line {number} has {len(values)} values for {len(names)} columns: correct it (a comma or a "
                 "line break in a value needs quotes)"
             )
         yield dict(zip(names, values, strict=True))
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records that are not empty, each with the number of its last line."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for values in reader:
-                if values:
-                    yield reader.line_num, values
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV in UTF-8 ({one_line(error)[:200]}): save it as such") from None
 
 
 # ------------------------------------------------------------------------------------------------ tars
