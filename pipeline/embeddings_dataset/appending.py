@@ -18,9 +18,9 @@ from pipeline.embeddings_dataset.parts import (
     STAGE,
     ModelRecord,
     Part,
+    Recipe,
     count_rows,
     list_part_files,
-    make_recipe,
     plan_parts,
     read_part,
     write_part,
@@ -45,7 +45,11 @@ class PartStore:
 
     def __init__(self, dataset: EmbeddingsDataset, source: PackagedInput, model: ModelRecord) -> None:
         self.dataset, self.source = dataset, source
-        self.recipe = make_recipe(source, model)
+        schema = [f"{field.name}: {field.type}" for field in source.schema]
+        self.recipe = Recipe(
+            source.size, schema, source.fingerprint, source.read_batch_size, source.filter_valid, model.precision.mode,
+            model.version, list(source.keep_columns),
+        )  # fmt: skip
         self.plans = {plan.name: plan for plan in plan_parts(source)}
         self._fidelity = model.precision.fidelity
         self._identity = {

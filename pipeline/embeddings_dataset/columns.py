@@ -1,12 +1,8 @@
 """Columns of any type: their values as plain Python objects, some of their rows, and whether their text is text."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-
-Change = Callable[[pa.DataType], pa.DataType]
 
 
 def plain_values(column: pa.Array) -> list[object]:
@@ -22,13 +18,12 @@ def plain_values(column: pa.Array) -> list[object]:
     if pa.types.is_temporal(column.type):
         column = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64())
     if pa.types.is_nested(column.type) and "[ns" in str(column.type):
-        column = column.cast(_change_leaves(column.type, _as_number))
+        column = column.cast(_with_numbers(column.type))
     try:
-        values: list[object] = column.to_pylist()
+        return list(column.to_pylist())
     except (OverflowError, ValueError):
-        numbers = column.cast(_change_leaves(column.type, _as_number)).to_pylist()
-        values = [_plain_or(scalar, number) for scalar, number in zip(column, numbers, strict=True)]
-    return values
+        numbers = column.cast(_with_numbers(column.type)).to_pylist()
+        return [_plain_or(scalar, number) for scalar, number in zip(column, numbers, strict=True)]
 
 
 def list_values(column: pa.ChunkedArray) -> list[object]:
@@ -43,25 +38,21 @@ def _plain_or(scalar: pa.Scalar, number: object) -> object:
         return number
 
 
-def _as_number(kind: pa.DataType) -> pa.DataType:
+def _with_numbers(kind: pa.DataType) -> pa.DataType:
+    """Return a type whose innermost types are numbers where they are times."""
+    if pa.types.is_map(kind):
+        return pa.map_(_with_numbers(kind.key_type), _with_numbers(kind.item_type))
+    if pa.types.is_struct(kind):
+        fields = (kind.field(index) for index in range(kind.num_fields))
+        return pa.struct([field.with_type(_with_numbers(field.type)) for field in fields])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_with_numbers(kind.value_type)), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(_with_numbers(kind.value_type)))
     if not pa.types.is_temporal(kind):
         return kind
     return pa.int32() if kind.bit_width == 32 else pa.int64()
-
-
-def _change_leaves(kind: pa.DataType, change: Change) -> pa.DataType:
-    """Return a type whose innermost types are changed."""
-    if pa.types.is_map(kind):
-        return pa.map_(_change_leaves(kind.key_type, change), _change_leaves(kind.item_type, change))
-    if pa.types.is_struct(kind):
-        fields = (kind.field(index) for index in range(kind.num_fields))
-        return pa.struct([field.with_type(_change_leaves(field.type, change)) for field in fields])
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_change_leaves(kind.value_type, change)), kind.list_size)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
-        return make(kind.value_field.with_type(_change_leaves(kind.value_type, change)))
-    return change(kind)
 
 
 def take_rows(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
@@ -78,14 +69,8 @@ def take_rows(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
 def filter_rows(table: pa.Table, wanted: NDArray[np.bool_]) -> pa.Table:
     """Return the rows of a table that are wanted (N,), whatever the types of its columns."""
     rows = np.flatnonzero(wanted)
-    columns = [take_rows(_in_one_piece(column), rows) for column in table.columns]
+    columns = [take_rows(column.combine_chunks(), rows) for column in table.columns]
     return pa.Table.from_arrays(columns, schema=table.schema)
-
-
-def _in_one_piece(column: pa.ChunkedArray) -> pa.Array:
-    whole = column.combine_chunks()
-    # Some versions of pyarrow leave a chunked array of one chunk.
-    return whole.chunk(0) if isinstance(whole, pa.ChunkedArray) and whole.num_chunks else whole
 
 
 def _compact(column: pa.DictionaryArray) -> pa.Array:

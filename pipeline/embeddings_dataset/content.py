@@ -76,23 +76,19 @@ def make_content(source: PackagedInput, plan: PartPlan, table: pa.Table, outcome
     values = pa.FixedSizeListArray.from_arrays(pa.array(outcome.embeddings.ravel(), pa.float32()), width)
     schema = pa.schema([id_field, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float32(), width))])
     embedded = pa.Table.from_arrays([embedded_ids, values], schema=schema)
+    rejected_rows = np.array([row for row, _ in outcome.rejected], dtype=np.int64)
+    rejections = [rejection for _, rejection in outcome.rejected]
+    rejects = [
+        pa.array(plan.first_row + rejected_rows, pa.int64()),
+        take_rows(ids, rejected_rows),
+        pa.array([rejection.reason for rejection in rejections], pa.string()),
+        pa.array([rejection.detail for rejection in rejections], pa.string()),
+    ]
+    schema = pa.schema([("row", pa.int64()), id_field, ("reason", pa.string()), ("detail", pa.string())])
     return PartContent(
         embedded=source.carry_columns(embedded, table, outcome.rows),
-        rejects=_list_rejects(plan, ids, id_field, outcome.rejected),
-        skipped=table.num_rows - len(outcome.rows) - len(outcome.rejected),
+        rejects=pa.Table.from_arrays(rejects, schema=schema),
+        skipped=table.num_rows - len(outcome.rows) - len(rejections),
         hashes=pack_hashes(outcome.image_hashes, hash_ids(plain_values(embedded_ids))),
-        reasons=dict(Counter(rejection.reason for _, rejection in outcome.rejected)),
+        reasons=dict(Counter(rejection.reason for rejection in rejections)),
     )
-
-
-def _list_rejects(plan: PartPlan, ids: pa.Array, id_field: pa.Field, rejected: list[tuple[int, Rejection]]) -> pa.Table:
-    """Return the row in the input, OSMID, reason and detail of each rejected row."""
-    rows = np.array([row for row, _ in rejected], dtype=np.int64)
-    schema = pa.schema([("row", pa.int64()), id_field, ("reason", pa.string()), ("detail", pa.string())])
-    columns = [
-        pa.array(plan.first_row + rows, pa.int64()),
-        take_rows(ids, rows),
-        pa.array([rejection.reason for _, rejection in rejected], pa.string()),
-        pa.array([rejection.detail for _, rejection in rejected], pa.string()),
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)

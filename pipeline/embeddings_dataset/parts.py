@@ -1,6 +1,7 @@
 """The parts of an embeddings dataset: which there are to be, what all have in common, reading and writing them."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,15 +68,6 @@ class Recipe:
                 )
 
 
-def make_recipe(source: PackagedInput, model: ModelRecord) -> Recipe:
-    """Return the recipe of a dataset that is made from an input by a model."""
-    schema = [f"{field.name}: {field.type}" for field in source.schema]
-    return Recipe(
-        source.size, schema, source.fingerprint, source.read_batch_size, source.filter_valid, model.precision.mode,
-        model.version, list(source.keep_columns),
-    )  # fmt: skip
-
-
 def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
@@ -98,17 +90,18 @@ def foreign(path: Path) -> ForeignError:
 
 @dataclass(frozen=True)
 class Part:
-    """A part that is there and readable, with the provenance in its footer."""
+    """A part that is there and readable; `provenance` is all that its footer says.
+
+    `recipe` names what it was made from as `state.json` does.
+    """
 
     path: Path
     plan: PartPlan
     provenance: dict[str, Any]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Its line of the ledger."""
-        counts: dict[str, int] = self.provenance["counts"]
-        return counts
+    recipe: dict[str, Any]
+    counts: dict[str, int]
+    reasons: dict[str, int]
+    checksum: str | None
 
     @property
     def num_deleted(self) -> int:
@@ -116,25 +109,9 @@ class Part:
         return self.counts.get("deleted", 0)
 
     @property
-    def reasons(self) -> dict[str, int]:
-        """Its rejected rows by reason."""
-        reasons: dict[str, int] = self.provenance["reasons"]
-        return reasons
-
-    @property
     def rejects_path(self) -> Path:
         """The file that lists its rejects."""
         return rejects_beside(self.path)
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What it was made from, by the names of `state.json`."""
-        return {**self.provenance["inputs"][0], **self.provenance["settings"]}
-
-    @property
-    def checksum(self) -> str | None:
-        """The checksum of its data."""
-        return self.provenance.get("checksum")
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """Read its rows.
@@ -157,21 +134,16 @@ class Part:
 
 def count_rows(parts: Iterable[Part]) -> dict[str, Any]:
     """Add up the counts of parts under the names of `state.json`."""
-    sums = {"out": 0, "rejected": 0, "dropped": 0, "deleted": 0}
-    reasons: dict[str, int] = {}
-    whole = 0
+    sums, reasons, whole = Counter[str](), Counter[str](), 0
     for part in parts:
-        for key in sums:
-            sums[key] += part.counts.get(key, 0)
-        for reason, count in part.reasons.items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        sums.update(part.counts)
+        reasons.update(part.reasons)
         whole += part.counts["in"] == part.plan.num_rows
-    deleted = {"rows_deleted": sums["deleted"]} if sums["deleted"] else {}
     return {
         "rows_embedded": sums["out"],
         "rows_rejected": sums["rejected"],
         "rows_skipped_invalid": sums["dropped"] - sums["deleted"],
-        **deleted,
+        **({"rows_deleted": sums["deleted"]} if sums["deleted"] else {}),
         "rejected_by_reason": dict(sorted(reasons.items())),
         "parts_done": whole,
     }
@@ -188,8 +160,7 @@ def list_part_files(folder: Path) -> dict[str, tuple[int, ...]]:
     if not parts_dir.is_dir():
         return {}
     with os.scandir(parts_dir) as entries:
-        parquets = [entry for entry in entries if entry.name.endswith(".parquet") and entry.name[0] not in "._"]
-        stats = {entry.name: entry.stat() for entry in parquets}
+        stats = {one.name: one.stat() for one in entries if one.name.endswith(".parquet") and one.name[0] not in "._"}
     return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items())}
 
 
@@ -206,9 +177,10 @@ def read_part(path: Path) -> Part:
             raise DamagedError(f"{path}: damaged (it does not say what it was made from, but its rejects do)")
         raise foreign(path)
     try:
-        part = Part(path, PartPlan(**provenance["part"]), provenance)
-        _ = part.counts, part.reasons, part.recipe["embedding_version"]
-        return part
+        recipe = {**provenance["inputs"][0], **provenance["settings"]}
+        _ = recipe["embedding_version"]
+        plan, checksum = PartPlan(**provenance["part"]), provenance.get("checksum")
+        return Part(path, plan, provenance, recipe, provenance["counts"], provenance["reasons"], checksum)
     except (LookupError, TypeError):
         raise DamagedError(f"{path}: damaged (its provenance is incomplete)") from None
 
@@ -263,8 +235,7 @@ def hash_rows(table: pa.Table) -> list[int]:
 
 def as_written(table: pa.Table) -> pa.Table:
     """Name the element of the embeddings as stage 8 does, so that a part that is written again has the same bytes."""
-    place = table.schema.get_field_index(EMBEDDING_COLUMN)
-    kind = table.schema.field(place).type
+    place, kind = table.schema.get_field_index(EMBEDDING_COLUMN), table.schema.field(EMBEDDING_COLUMN).type
     if not pa.types.is_fixed_size_list(kind):
         return table
     field = pa.field(EMBEDDING_COLUMN, pa.list_(kind.value_type, kind.list_size))
@@ -276,6 +247,4 @@ def embeddings_of(table: pa.Table) -> NDArray[np.float32]:
     column = table.column(EMBEDDING_COLUMN)
     width = column.type.list_size
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
-    if not chunks:
-        return np.empty((0, width), dtype=np.float32)
-    return np.ascontiguousarray(np.concatenate(chunks), dtype=np.float32)
+    return np.concatenate([np.empty((0, width), np.float32), *chunks]).astype(np.float32, copy=False)
