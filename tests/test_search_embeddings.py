@@ -35,11 +35,12 @@ def sort_rows(queries, embeddings, count):
 
 @pytest.mark.parametrize("block_rows", [1, 7, 25, 1000])
 @pytest.mark.parametrize("count", [1, 5, 100])
-def test_the_nearest_of_blocks_are_those_of_a_full_sort(tmp_path, block_rows, count):
+def test_the_nearest_of_blocks_are_those_of_a_full_sort(tmp_path, monkeypatch, block_rows, count):
+    monkeypatch.setattr("pipeline.embeddings_dataset.dataset.BLOCK_ROWS", block_rows)
     embeddings = unit_rows(0, 60)
     dataset = EmbeddingsDataset(write_dataset(tmp_path / "out", pa.array(range(60)), embeddings))
     queries = unit_rows(1, 4)
-    similarities, rows = find_nearest(queries, dataset.read_blocks(block_rows), count)
+    similarities, rows = find_nearest(queries, dataset.read_blocks(), count)
     assert rows.tolist() == sort_rows(queries, embeddings, count)
     assert np.allclose(similarities, np.take_along_axis(queries @ embeddings.T, rows, axis=1), atol=1e-6)
 

@@ -1,5 +1,6 @@
 """Check a whole embeddings dataset: every row accounted for, nothing twice, all values as written."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ RECIPE_KEYS = ("input_size", "row_group_fingerprint", "read_batch_size", "filter
 
 @dataclass
 class Findings:
-    """The problems by check, the files that are provably damaged, and those that this project did not write.
+    """The problems by check, the files that can be set aside and made again, and those that are not ours.
 
     `sound` are the parts without a problem, in input order.
     """
@@ -48,7 +49,7 @@ class Findings:
     sound: tuple[Part, ...] = ()
 
     def add(self, check: str, path: Path, what: str, *, broken: bool = True) -> None:
-        """Note a problem of a file; a `broken` one can be set aside and made again."""
+        """Note a problem of a file."""
         self.problems[check].append(f"{path}: {what}")
         if broken:
             self.broken.add(path)
@@ -67,7 +68,7 @@ class Findings:
 def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) -> Findings:
     """Read all of a dataset and return its problems; the dataset keeps its sound parts only.
 
-    Raises InputError where there is none, where a file or the input cannot be read now.
+    Raises InputError where there is none, or where a file or the input cannot be read now.
     """
     findings, state = Findings(), dataset.state
     paths = [dataset.path_of(name) for name in list_part_files(dataset.folder)]
@@ -107,58 +108,42 @@ def repair(dataset: EmbeddingsDataset, findings: Findings) -> None:
 def _find_recipe(paths: Sequence[Path]) -> dict[str, Any]:
     """Return what the first readable part was made from, where the state is lost."""
     for path in paths:
-        try:
+        with contextlib.suppress(DamagedError, ForeignError):
             return read_part(path).recipe
-        except (DamagedError, ForeignError):
-            continue
     return {}
 
 
 def _open_sound(paths: Sequence[Path], recipe: dict[str, Any], findings: Findings) -> list[Part]:
-    """Return the parts that hold what they say, in input order."""
+    """Return the parts of this recipe that hold what they say, in input order."""
     sound = []
     for path in paths:
         try:
-            part = _open_part(path, recipe)
+            part = read_part(path)
         except ForeignError:
             findings.add_foreign("parts", path)
+            continue
         except DamagedError as error:
             # Where nothing says whose the dataset is, a file that cannot be read may be another program's.
             findings.add("parts", path, one_line(error).removeprefix(f"{path}: "), broken=bool(recipe))
+            continue
+        other = next((key for key in RECIPE_KEYS if part.recipe.get(key) != recipe.get(key)), None)
+        if part.plan.name != path.name:
+            findings.add("parts", path, f"holds the rows of {part.plan.name}")
+        elif other is not None:
+            was, wanted = part.recipe.get(other), recipe.get(other)
+            findings.add("parts", path, f"made with another {other} ({was!r}, the dataset has {wanted!r})")
+        elif (problem := _find_problem(part)) is not None:
+            findings.add("rows", path, problem)
         else:
-            problem = _find_problem(part)
-            if problem is None:
-                sound.append(part)
-            else:
-                findings.add("rows", path, problem)
+            sound.append(part)
     return sorted(sound, key=lambda part: part.plan.first_row)
-
-
-def _open_part(path: Path, recipe: dict[str, Any]) -> Part:
-    """Open a part of a dataset with this recipe.
-
-    Raises ForeignError for a parquet that was not written here, DamagedError for one that is not such a part,
-    InputError for one that cannot be read now.
-    """
-    part = read_part(path)
-    if part.plan.name != path.name:
-        raise DamagedError(f"holds the rows of {part.plan.name}")
-    for key in RECIPE_KEYS:
-        if part.recipe.get(key) != recipe.get(key):
-            raise DamagedError(
-                f"made with another {key} ({part.recipe.get(key)!r}, the dataset has {recipe.get(key)!r})"
-            )
-    return part
 
 
 # ------------------------------------------------------------------------------------------------ one part
 
 
 def _find_problem(part: Part) -> str | None:
-    """Return the first problem of a part's files and content, None where there is none.
-
-    Raises InputError for a part that cannot be read now.
-    """
+    """Return the first problem of a part's files and content, None where there is none."""
     if not part.rejects_path.exists():
         return "its rejects are missing: no such file"
     try:
@@ -229,13 +214,10 @@ def _compare_with_input(source: PackagedInput, parts: Sequence[Part], findings: 
 
 
 def _find_wrong_id(part: Part, table: pa.Table, source: PackagedInput) -> str | None:
-    """Return how a part's ids differ from those of its read batch without images, None where they do not.
-
-    Deleted rows are not looked for one by one.
-    """
+    """Return how a part's ids differ from those of its read batch without images, None where they do not."""
     content = part.read_content()
     table = table.slice(0, part.counts["in"])
-    if part.num_deleted:
+    if part.num_deleted:  # nothing says which rows these were
         return None if table.num_rows == part.counts["in"] else "accounts for rows that the input lacks"
     ids = list_values(table.column(ID_COLUMN))
     rows = source.embedded_rows(table, part.plan.first_row, content.rejects)

@@ -43,12 +43,6 @@ def resolve_dataset_dir(output: Path) -> Path:
     return output
 
 
-def read_state(folder: Path) -> dict[str, Any] | None:
-    """Return what a dataset's `state.json` says, None where it is missing, damaged or not ours."""
-    state = _read_json(folder / "state.json")
-    return state if state.get("embedding_version") else None
-
-
 def is_foreign_state(path: Path) -> bool:
     """Return whether a `state.json` is sound and another program's; one that is damaged or empty may be replaced."""
     state = _read_json(path)
@@ -63,15 +57,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def gather_blocks(
-    arrays: Iterable[NDArray[np.float32]], block_rows: int = BLOCK_ROWS
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield arrays put together to blocks of about `block_rows` (N, D), each with the number of its first row."""
+def gather_blocks(arrays: Iterable[NDArray[np.float32]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield arrays put together to blocks of about BLOCK_ROWS (N, D), each with the number of its first row."""
     first, held, num_held = 0, [], 0
     for array in arrays:
         held.append(array)
         num_held += len(array)
-        if num_held >= block_rows:
+        if num_held >= BLOCK_ROWS:
             yield first, np.concatenate(held)
             first, held, num_held = first + num_held, [], 0
     if num_held:
@@ -92,7 +84,8 @@ class EmbeddingsDataset:
     @property
     def state(self) -> dict[str, Any] | None:
         """What `state.json` says, None where it is missing, damaged or not ours."""
-        return read_state(self.folder)
+        state = _read_json(self.state_path)
+        return state if state.get("embedding_version") else None
 
     def path_of(self, name: str) -> Path:
         """Return where the part of a name lies."""
@@ -103,8 +96,8 @@ class EmbeddingsDataset:
 
         None stands for a dataset that has not begun. Raises ForeignError for one that this project did not write.
         """
-        state = _read_json(self.state_path)
-        if state.get("embedding_version"):
+        state = self.state
+        if state is not None:
             return state
         for name in list_part_files(self.folder):
             try:
@@ -113,7 +106,7 @@ class EmbeddingsDataset:
                 continue
             logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
             return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
-        if state:
+        if is_foreign_state(self.state_path):
             raise foreign(self.state_path)
         return None
 
@@ -123,11 +116,8 @@ class EmbeddingsDataset:
 
         Raises InputError where there is none or a part is damaged, ForeignError where one is not ours.
         """
-        if self._parts is None:
-            self._parts = self._open_parts()
-        return self._parts
-
-    def _open_parts(self) -> tuple[Part, ...]:
+        if self._parts is not None:
+            return self._parts
         names = list_part_files(self.folder)
         if not names:
             raise InputError(
@@ -147,7 +137,8 @@ class EmbeddingsDataset:
             parts.append(part)
         if not (self.state or {}).get("complete"):
             logger.warning("%s: not complete: what is there is used", self.folder)
-        return tuple(sorted(parts, key=lambda part: part.plan.first_row))
+        self._parts = tuple(sorted(parts, key=lambda part: part.plan.first_row))
+        return self._parts
 
     def use_parts(self, parts: tuple[Part, ...] | None) -> None:
         """Take these for its parts, None to look again: they have been checked, or changed."""
@@ -156,11 +147,10 @@ class EmbeddingsDataset:
     def update_state(self) -> None:
         """Write the state, where there is one, with the counts of the parts."""
         state = self.state
-        if state is None:
-            return
-        counted = count_rows(self.parts)
-        state = {key: value for key, value in state.items() if key != "rows_deleted"} | counted
-        write_json(self.state_path, state | {"complete": counted["parts_done"] == state["parts_total"]})
+        if state is not None:
+            counted = count_rows(self.parts)
+            state = {key: value for key, value in state.items() if key != "rows_deleted"} | counted
+            write_json(self.state_path, state | {"complete": counted["parts_done"] == state["parts_total"]})
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -207,9 +197,9 @@ class EmbeddingsDataset:
         version, parts = self.recipe["embedding_version"], [[part.path.name, part.checksum] for part in self.parts]
         return {"name": "parts", "hash": hash_json(parts), "rows": self.num_rows, "embedding_version": version}
 
-    def read_blocks(self, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yield the embeddings in blocks of about `block_rows` (N, D), each with the number of its first row."""
-        return gather_blocks((embeddings_of(part.read([EMBEDDING_COLUMN])) for part in self.parts), block_rows)
+    def read_blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield the embeddings in blocks of about BLOCK_ROWS (N, D), each with the number of its first row."""
+        return gather_blocks(embeddings_of(part.read([EMBEDDING_COLUMN])) for part in self.parts)
 
     def locate(self, rows: Sequence[int]) -> Iterator[tuple[Part, int, list[int]]]:
         """Yield each part that holds some of these embedded rows, the number of its first row, and their places in it.

@@ -14,7 +14,7 @@ NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Duplicates:
-    """How many images are shared by different ids, how many pictures these are, and the most frequent of them.
+    """The number of images that different ids share, the number of their pictures, and the most frequent of these.
 
     `examples` holds (number of images, an id, another id).
     """

@@ -36,11 +36,8 @@ def move_all(folder: Path) -> None:
     strange = [path for path, ours in owners.items() if ours is False or (ours is None and is_foreign)]
     if strange:
         logger.warning("%s: not written by this project: kept in %s", strange[0], not_ours)
-    for path in strange:
-        workspace.move(path, not_ours / path.relative_to(folder))
-    for name in ("state.json", "parts", "_rejects"):
-        if (folder / name).exists():
-            workspace.move(folder / name, target / name)
+    for path in owners:
+        workspace.move(path, (not_ours if path in strange else target) / path.relative_to(folder))
 
 
 def discard(folder: Path) -> None:
@@ -72,8 +69,8 @@ def discard_ids(folder: Path, id_hashes: frozenset[int]) -> None:
 
 
 def _list_all(folder: Path) -> list[Path]:
-    state, places = folder / "state.json", [folder / "parts", folder / "_rejects"]
-    files = [path for place in places if place.is_dir() for path in sorted(place.iterdir())]
+    state = folder / "state.json"
+    files = [path for name in ("parts", "_rejects") for path in sorted(folder.glob(f"{name}/*"))]
     return [state, *files] if state.exists() else files
 
 
@@ -95,6 +92,5 @@ def _is_ours(path: Path) -> bool | None:
 
 
 def _name_target(folder: Path) -> Path:
-    removed = folder / FOLDER
-    numbers = [int(path.name.split("_")[0]) for path in removed.glob("[0-9]*")]
-    return removed / str(max(numbers, default=0) + 1)
+    numbers = [int(path.name.split("_")[0]) for path in (folder / FOLDER).glob("[0-9]*")]
+    return folder / FOLDER / str(max(numbers, default=0) + 1)
