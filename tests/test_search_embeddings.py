@@ -45,13 +45,14 @@ def test_the_nearest_of_blocks_are_those_of_a_full_sort(tmp_path, monkeypatch, b
     assert np.allclose(similarities, np.take_along_axis(queries @ embeddings.T, rows, axis=1), atol=1e-6)
 
 
-def test_blocks_cover_every_row_once_and_ids_are_found_by_row(tmp_path):
+def test_blocks_cover_every_row_once_and_ids_are_found_by_row(tmp_path, monkeypatch):
     embeddings = unit_rows(0, 25)
     dataset = EmbeddingsDataset(
         write_dataset(tmp_path / "out", pa.array([f"way/{row}" for row in range(25)]), embeddings)
     )
     for size in (1, 10, 11, 99):
-        blocks = list(dataset.read_blocks(size))
+        monkeypatch.setattr("pipeline.embeddings_dataset.dataset.BLOCK_ROWS", size)
+        blocks = list(dataset.read_blocks())
         assert np.array_equal(np.concatenate([block for _, block in blocks]), embeddings)
         assert [first for first, _ in blocks] == [0, *np.cumsum([len(block) for _, block in blocks[:-1]])]
     assert {row: str(one) for row, one in dataset.read_ids_at([24, 0, 10]).items()} == {

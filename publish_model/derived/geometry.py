@@ -2,13 +2,13 @@
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.columns import is_text, plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
 from pipeline.files.tables import open_parquet, reading
@@ -73,25 +73,21 @@ class GeometryFile:
                 "write both in one type"
             )
 
-    def read(self) -> Iterator[tuple[object, bytes]]:
-        """Yield id and geometry of every row that has both."""
-        with reading(self.path), open_parquet(self.path) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=[ID_COLUMN, self.column]):
-                ids = plain_values(batch.column(batch.schema.get_field_index(ID_COLUMN)))
-                shapes = batch.column(batch.schema.get_field_index(self.column)).to_pylist()
-                yield from ((one, shape) for one, shape in zip(ids, shapes, strict=True) if None not in (one, shape))
-
     def join(self, table: pa.Table) -> pa.Table:
         """Add the geometry of each id to a table, null where the file has none.
 
         Raises InputError where the file has two geometries for one id.
         """
         ids = [key[0] for key in keys_of(table, [ID_COLUMN])]
-        wanted = set(ids)
+        wanted = set(ids) - {None}
         shapes: dict[object, bytes] = {}
-        for identifier, shape in self.read():
-            if identifier in wanted and shapes.setdefault(identifier, shape) != shape:
-                raise InputError(f"{self.path}: two geometries for {identifier}: leave one")
+        with reading(self.path), open_parquet(self.path) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=[ID_COLUMN, self.column]):
+                for one, shape in zip(
+                    plain_values(batch.column(ID_COLUMN)), batch.column(self.column).to_pylist(), strict=True
+                ):
+                    if one in wanted and shape is not None and shapes.setdefault(one, shape) != shape:
+                        raise InputError(f"{self.path}: two geometries for {one}: leave one")
         return table.append_column(GEOMETRY_COLUMN, pa.array([shapes.get(one) for one in ids], pa.binary()))
 
     def describe(self, tables: Iterable[pa.Table]) -> bytes:
@@ -115,10 +111,7 @@ class GeometryFile:
 
 
 def _family(kind: pa.DataType) -> str:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_integer(kind):
         return "integer"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view":
-        return "string"
-    return str(kind)
+    return "string" if is_text(kind) else str(kind)

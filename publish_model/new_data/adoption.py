@@ -6,7 +6,7 @@ which rows of the input it holds; where some are missing, their pictures have to
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +28,6 @@ SAMPLED_PARTS, SAMPLED_ROWS = 8, 4
 # Computing in bfloat16 costs less than this; another model's embeddings lie near 0.
 LEAST_COSINE = 0.999
 NORM_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Matched:
-    """A read batch, the rows of it that a part holds, and those of its pictures that cannot be read."""
-
-    table: pa.Table
-    rows: NDArray[np.int64]
-    rejected: list[tuple[int, Rejection]]
-    embeddings: NDArray[np.float32]  # (N, D)
-
-    def image(self, row: int) -> bytes:
-        """Return the picture of a row of the read batch."""
-        data: bytes = self.table.column(IMAGE_COLUMN)[int(row)].as_py()
-        return data
 
 
 class Adoption:
@@ -71,12 +56,13 @@ class Adoption:
         """Yield some pictures, spread over the parts, each with a name and the embedding (D,) that it has there."""
         places = np.unique(np.linspace(0, len(self.foreign) - 1, SAMPLED_PARTS).astype(int))
         for plan in [self.foreign[place] for place in places]:
-            batches = read_batches(self._source, plan.row_group)
-            found = self._match(plan, next(itertools.islice(batches, plan.read_batch, None)))
+            table = next(itertools.islice(read_batches(self._source, plan.row_group), plan.read_batch, None))
+            found = self._match(plan, table)
             count = min(SAMPLED_ROWS, len(found.rows))
             for place in np.unique(np.linspace(0, len(found.rows) - 1, count).astype(int)):
                 row = int(found.rows[place])
-                yield f"{plan.name}, row {plan.first_row + row}", found.image(row), found.embeddings[place]
+                image = table.column(IMAGE_COLUMN)[row].as_py()
+                yield f"{plan.name}, row {plan.first_row + row}", image, found.embeddings[place]
 
     def adopt(self, width: int) -> Iterator[PartPlan]:
         """Write each part again with its provenance, in one piece, and yield its plan; embeddings have `width` numbers.
@@ -86,21 +72,21 @@ class Adoption:
         for row_group, group in itertools.groupby(self.foreign, key=lambda plan: plan.row_group):
             plans = {plan.read_batch: plan for plan in group}
             for read_batch, table in enumerate(read_batches(self._source, row_group)):
-                if read_batch in plans:
-                    self._adopt_part(plans[read_batch], table, width)
-                    yield plans[read_batch]
+                plan = plans.get(read_batch)
+                if plan is None:
+                    continue
+                found = self._match(plan, table)
+                if not len(found.rows):
+                    found = replace(found, embeddings=np.empty((0, width), np.float32))
+                if found.embeddings.shape[1] != width:
+                    raise InputError(
+                        f"{plan.name}: its embeddings have {found.embeddings.shape[1]} numbers, not {width}"
+                    )
+                self._store.write_part(plan, make_content(self._source, plan, table, found))
+                yield plan
 
-    def _adopt_part(self, plan: PartPlan, table: pa.Table, width: int) -> None:
-        found = self._match(plan, table)
-        if not len(found.rows):
-            found = Matched(table, found.rows, found.rejected, np.empty((0, width), np.float32))
-        if found.embeddings.shape[1] != width:
-            raise InputError(f"{plan.name}: its embeddings have {found.embeddings.shape[1]} numbers, not {width}")
-        image_hashes = [hash_bytes(found.image(row)) for row in found.rows]
-        outcome = Outcome(found.rows, found.embeddings, image_hashes, found.rejected)
-        self._store.write_part(plan, make_content(self._source, plan, table, outcome))
-
-    def _match(self, plan: PartPlan, table: pa.Table) -> Matched:
+    def _match(self, plan: PartPlan, table: pa.Table) -> Outcome:
+        """Return the rows of a read batch that a part holds, and the pictures that cannot be read where some lack."""
         path = self._store.dataset.path_of(plan.name)
         found, embeddings = read_foreign(path)
         rows, rejected = self._source.wanted_rows(table), []
@@ -114,7 +100,9 @@ class Adoption:
                 f"{plan.first_row + plan.num_rows - 1}: give the --input and --read-batch-size that it was made with, "
                 "or move this part away, and stage 8 makes it again"
             )
-        return Matched(table, rows, rejected, embeddings)
+        images = table.column(IMAGE_COLUMN)
+        hashes = [hash_bytes(images[int(row)].as_py() or b"") for row in rows]
+        return Outcome(rows, embeddings, hashes, rejected)
 
 
 def _find_unreadable(table: pa.Table, rows: NDArray[np.int64]) -> Iterator[tuple[int, Rejection]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.columns import is_text, plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
 from pipeline.files.listing import is_parquet
@@ -93,7 +93,7 @@ def _values_of(text: str, kind: pa.DataType) -> list[object]:
     bare = text.strip().strip(_INVISIBLE).strip()
     unquoted = bare[1:-1].replace('""', '"') if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
     forms = list(dict.fromkeys((text, bare, unquoted)))
-    if _is_text(kind):
+    if is_text(kind):
         composed = [unicodedata.normalize(how, form) for form in forms for how in ("NFC", "NFD")]
         return list(dict.fromkeys([*forms, *composed]))
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
@@ -116,10 +116,6 @@ def _bytes_of(text: str) -> list[object]:
         with contextlib.suppress(ValueError):
             values.append(bytes.fromhex(text[2:]))
     return values
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view")
 
 
 def describe_id(scalar: pa.Scalar) -> str:
