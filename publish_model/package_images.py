@@ -16,7 +16,7 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,11 @@ FILE_BYTES = 2**29
 
 @dataclass
 class Packed:
-    """An image that was tried: its row, or why it has no bytes."""
+    """An image that was tried: its bytes, or why it has none."""
 
     image: SourceImage
-    data: bytes | None
-    rejection: Rejection | None
-
-    def to_row(self) -> dict[str, Any]:
-        """Return the row of the package."""
-        return {**self.image.row, IMAGE_COLUMN: self.data, VALID_COLUMN: self.data is not None}
+    data: bytes | None = None
+    rejection: Rejection | None = None
 
 
 def try_image(image: SourceImage) -> Packed:
@@ -68,9 +64,9 @@ def try_image(image: SourceImage) -> Packed:
     try:
         data = image.read()
         check_image(data)
-        return Packed(image, data, None)
+        return Packed(image, data)
     except Rejection as rejection:
-        return Packed(image, None, rejection)
+        return Packed(image, rejection=rejection)
 
 
 def group_rows(images: Iterator[Packed]) -> Iterator[list[Packed]]:
@@ -88,52 +84,45 @@ def group_rows(images: Iterator[Packed]) -> Iterator[list[Packed]]:
         yield held
 
 
-@dataclass
-class Package:
-    """A package under way: numbered files in a hidden folder, each done once its rejects are there."""
+def take_up(folder: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the counts of each file that an interrupted run has finished; those of other images are removed."""
+    found: list[dict[str, Any]] = []
+    try:
+        while (path := name_file(folder, len(found))).is_file() and rejects_path(path).is_file():
+            found.append(read_counts(path, provenance))
+    except StaleOutputError:
+        logger.info("%s: begun with other images: begun anew", folder)
+        for old in folder.iterdir():
+            workspace.remove(old)
+        return []
+    return found
 
-    folder: Path
-    schema: pa.Schema
-    provenance: dict[str, Any]
-    counts: list[dict[str, Any]] = field(default_factory=list)  # of each file
 
-    def take_up(self) -> int:
-        """Find the files that an interrupted run has finished, and return how many images they hold."""
-        try:
-            while (path := self._next_path()).is_file() and rejects_path(path).is_file():
-                self.counts.append(read_counts(path, self.provenance))
-        except StaleOutputError:
-            logger.info("%s: begun with other images: begun anew", self.folder)
-            for old in self.folder.iterdir():
-                workspace.remove(old)
-            self.counts.clear()
-        return sum(counts["in"] for counts in self.counts)
+def name_file(folder: Path, number: int) -> Path:
+    """Return where a file of a package lies."""
+    return folder / f"{number:05d}.parquet"
 
-    def _next_path(self) -> Path:
-        return self.folder / f"{len(self.counts):05d}.parquet"
 
-    def write_file(self, groups: Iterator[list[Packed]], progress: Progress) -> bool:
-        """Write the next file of row groups, and return whether there was anything to write."""
-        first = next(groups, None)
-        if first is None:
-            return False
-        rejected: list[tuple[str, Rejection]] = []
-        num_rows = num_bytes = 0
-        path = self._next_path()
-        with parquet_writer(path, self.schema, self.provenance) as writer:
-            for group in itertools.chain([first], groups):
-                writer.write_table(pa.Table.from_pylist([image.to_row() for image in group], self.schema))
-                rejected += [(image.image.name, image.rejection) for image in group if image.rejection is not None]
-                num_rows += len(group)
-                num_bytes += sum(len(image.data or b"") for image in group)
-                progress.advance(len(group))
-                if num_bytes >= FILE_BYTES:
-                    break
-        counts = {"in": num_rows, "out": num_rows - len(rejected), "rejected": len(rejected), "dropped": 0}
-        reasons = dict(Counter(rejection.reason for _, rejection in rejected))
-        write_rejects(rejects_path(path), rejected, self.provenance | {"counts": counts, "reasons": reasons})
-        self.counts.append({**counts, "reasons": reasons})
-        return True
+def write_file(
+    path: Path, groups: Iterator[list[Packed]], schema: pa.Schema, provenance: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Write row groups until the file is full, then its rejects, and return its counts."""
+    rejected: list[tuple[str, Rejection]] = []
+    num_rows = num_bytes = 0
+    with parquet_writer(path, schema, provenance) as writer:
+        for group in groups:
+            rows = [{**one.image.row, IMAGE_COLUMN: one.data, VALID_COLUMN: one.data is not None} for one in group]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            rejected += [(one.image.name, one.rejection) for one in group if one.rejection is not None]
+            num_rows += len(group)
+            num_bytes += sum(len(one.data or b"") for one in group)
+            progress.advance(len(group))
+            if num_bytes >= FILE_BYTES:
+                break
+    counts = {"in": num_rows, "out": num_rows - len(rejected), "rejected": len(rejected), "dropped": 0}
+    reasons = dict(Counter(rejection.reason for _, rejection in rejected))
+    write_rejects(rejects_path(path), rejected, provenance | {"counts": counts, "reasons": reasons})
+    return {**counts, "reasons": reasons}
 
 
 def read_counts(path: Path, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +143,7 @@ def read_finished(output: Path, provenance: dict[str, Any], overwrite: bool) -> 
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return []
-    first = output / "00000.parquet"
+    first = name_file(output, 0)
     found = read_provenance(first) if first.is_file() else None
     if found is None or found.get("stage") != STAGE:
         raise InputError(f"{output}: not empty, and not a package that was made here: give another --output")
@@ -164,12 +153,16 @@ def read_finished(output: Path, provenance: dict[str, Any], overwrite: bool) -> 
     return [read_counts(path, provenance) for path in sorted(output.glob("*.parquet"))]
 
 
-def fill(package: Package, source: ImageSource) -> None:
-    """Write what is missing of a package.
+def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write the files that a package lacks, and return the counts of all.
 
     Raises InputError where a tar is damaged or there is no image at all; what was finished before is kept.
     """
-    start = package.take_up()
+    schema = pa.schema(
+        [*source.fields[:1], (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *source.fields[1:]]
+    )
+    counts = take_up(folder, provenance)
+    start = sum(file["in"] for file in counts)
     if start:
         logger.info("%s: going on behind image %d", STAGE, start)
     with (
@@ -178,10 +171,12 @@ def fill(package: Package, source: ImageSource) -> None:
     ):
         progress.resume_at(start)
         groups = group_rows(images)
-        while package.write_file(groups, progress):
-            pass
-    if not package.counts:
+        for first in groups:
+            path, own = name_file(folder, len(counts)), itertools.chain([first], groups)
+            counts.append(write_file(path, own, schema, provenance, progress))
+    if not counts:
         raise InputError(f"{source.inputs[0]['name']}: holds no image: correct --input")
+    return counts
 
 
 def package_images(options: argparse.Namespace) -> cli.StageResult:
@@ -193,34 +188,25 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
     source = open_source(options.input)
     provenance = make_provenance(STAGE, source.inputs, {})
     result = cli.StageResult(STAGE)
-    schema = pa.schema(
-        [*source.fields[:1], (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *source.fields[1:]]
-    )
     output = options.output.resolve()
     finished = read_finished(output, provenance, options.overwrite)
     if finished:
         result.kept.append(options.output)
     else:
         with workspace.writing_folder(output, resumable=True) as folder:
-            package = Package(folder, schema, provenance)
-            fill(package, source)
-        finished = package.counts
+            finished = fill(folder, source, provenance)
         result.written.append(options.output)
     for counts in finished:
         result.add(counts, counts["reasons"])
-    check_rejects(result, options.max_reject_fraction)
-    return result
-
-
-def check_rejects(result: cli.StageResult, allowed: float) -> None:
-    """Raise PipelineError where more of the images were rejected than allowed."""
-    if result.rejected / result.rows_in > allowed:
+    if result.rejected / result.rows_in > options.max_reject_fraction:
         error = PipelineError(
             f"{result.rejected} of {result.rows_in} images cannot be used, more than --max-reject-fraction "
-            f"{allowed:g} allows: read OUTPUT/_rejects, correct the input and give --overwrite, or raise the fraction"
+            f"{options.max_reject_fraction:g} allows: read OUTPUT/_rejects, correct the input and give --overwrite, or "
+            "raise the fraction"
         )
         error.result = result
         raise error
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:

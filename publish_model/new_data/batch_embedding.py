@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -39,15 +39,6 @@ class ReadBatch(End):
     table: pa.Table
 
 
-@dataclass
-class Gathered:
-    """What has become of a read batch's pictures so far."""
-
-    embedded: list[Picture] = field(default_factory=list)
-    embeddings: list[NDArray[np.float32]] = field(default_factory=list)
-    rejected: list[tuple[Picture, Rejection]] = field(default_factory=list)
-
-
 class BatchEmbedder:
     """The published model, ready for read batches; `watch` adds up where the time went."""
 
@@ -72,18 +63,20 @@ class BatchEmbedder:
         that may stop early closes the generator.
         """
         stream = embed_stream(self._embedder, self._list_pictures(batches), self._decode, count_cores(), self.watch)
-        gathered = Gathered()
+        embedded: list[Picture] = []
+        rejected: list[tuple[Picture, Rejection]] = []
+        embeddings = [np.empty((0, self.width), dtype=np.float32)]
         with contextlib.closing(stream):
             for done in stream:
-                gathered.embedded += done.items
-                gathered.rejected += done.rejected
+                embedded += done.items
+                rejected += done.rejected
                 if done.embeddings is not None:
-                    gathered.embeddings.append(done.embeddings)
+                    embeddings.append(done.embeddings)
                 if isinstance(done.end, ReadBatch):
                     with self.watch.measure("write"):
-                        content = self._assemble(done.end, gathered)
+                        content = self._assemble(done.end, embedded, np.concatenate(embeddings), rejected)
                     yield done.end, content
-                    gathered = Gathered()
+                    embedded, rejected, embeddings = [], [], embeddings[:1]
 
     def _list_pictures(self, batches: Iterable[ReadBatch]) -> Iterator[Picture | ReadBatch]:
         """Yield each batch's pictures, then the batch; only the images in flight leave Arrow's memory."""
@@ -101,14 +94,15 @@ class BatchEmbedder:
         picture.image_hash = hash_bytes(data)
         return decoded
 
-    def _assemble(self, batch: ReadBatch, gathered: Gathered) -> PartContent:
-        embeddings = np.concatenate([np.empty((0, self.width), dtype=np.float32), *gathered.embeddings])
-        names = [f"row {batch.plan.first_row + picture.row}" for picture in gathered.embedded]
-        check_embeddings(embeddings, names, self.width)
-        outcome = Outcome(
-            rows=np.array([picture.row for picture in gathered.embedded], dtype=np.int64),
-            embeddings=embeddings,
-            image_hashes=[picture.image_hash for picture in gathered.embedded],
-            rejected=[(picture.row, rejection) for picture, rejection in gathered.rejected],
-        )
+    def _assemble(
+        self,
+        batch: ReadBatch,
+        embedded: list[Picture],
+        embeddings: NDArray[np.float32],
+        rejected: list[tuple[Picture, Rejection]],
+    ) -> PartContent:
+        check_embeddings(embeddings, [f"row {batch.plan.first_row + picture.row}" for picture in embedded], self.width)
+        rows = np.array([picture.row for picture in embedded], dtype=np.int64)
+        hashes = [picture.image_hash for picture in embedded]
+        outcome = Outcome(rows, embeddings, hashes, [(picture.row, rejection) for picture, rejection in rejected])
         return make_content(self._source, batch.plan, batch.table, outcome)
