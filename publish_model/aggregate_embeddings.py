@@ -8,7 +8,7 @@ told to keep. --geometry FILE joins a parquet of OSMID and geometry (WKB), and t
 bounded by reading the dataset several times where it has many ids; a rerun goes on at the interrupted pass.
 """
 
-import itertools
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,15 +73,6 @@ def group_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_p
     return groups
 
 
-def make_pass(path: Path, dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_passes: int) -> pa.Table:
-    """Return the rows of a pass, kept at `path` until the output is written."""
-    provenance = make_provenance(STAGE, [dataset.identify()], {"pass": [number, num_passes]})
-    if not (path.is_file() and read_provenance(path) == provenance):
-        write_parquet(path, group_pass(dataset, by, number, num_passes).to_table(), provenance)
-    with open_parquet(path) as file:
-        return file.read().replace_schema_metadata()
-
-
 def aggregate(
     dataset: EmbeddingsDataset, by: Sequence[str], target: Path | None, geometry_path: Path | None, overwrite: bool
 ) -> cli.StageResult:
@@ -116,17 +107,23 @@ def write_groups(
     """Write the groups pass by pass; an interrupted run's passes are kept beside the output."""
     work_dir = path.parent / f".{path.stem}.{hash_json(provenance)[:12]}"
     num_passes = choose_num_passes(dataset, by)
+    kept = [work_dir / f"{number:05d}.parquet" for number in range(num_passes)]
+    for number, pass_path in enumerate(kept):
+        made_from = make_provenance(STAGE, [dataset.identify()], {"pass": [number, num_passes]})
+        if not (pass_path.is_file() and read_provenance(pass_path) == made_from):
+            write_parquet(pass_path, group_pass(dataset, by, number, num_passes).to_table(), made_from)
 
     def read_passes() -> Iterator[pa.Table]:
-        for number in range(num_passes):
-            table = make_pass(work_dir / f"{number:05d}.parquet", dataset, by, number, num_passes)
+        for pass_path in kept:
+            with open_parquet(pass_path) as file:
+                table = file.read().replace_schema_metadata()
             yield geometry.join(table) if geometry else table
 
     metadata = {GEO_KEY: geometry.describe(read_passes())} if geometry else {}
-    tables = read_passes()
-    first = next(tables)
-    with parquet_writer(path, first.schema, provenance, metadata) as writer:
-        for table in itertools.chain([first], tables):
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for table in read_passes():
+            writer = writer or stack.enter_context(parquet_writer(path, table.schema, provenance, metadata))
             writer.write_table(table)
     workspace.discard(work_dir)
 

@@ -48,21 +48,14 @@ def compress(table: pa.Table, kind: str) -> pa.Table:
     return table.append_column("scale", pa.array(scale.astype(np.float32), pa.float32()))
 
 
-def expand(table: pa.Table) -> NDArray[np.float32]:
-    """Return the embeddings (N, D) that a compact part stands for."""
-    embeddings = embeddings_of(table)
-    if "scale" in table.column_names:
-        embeddings = embeddings * table.column("scale").to_numpy()[:, None]
-    return embeddings
-
-
 def read_compact_blocks(paths: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield the embeddings of compact parts in blocks, each with the number of its first row."""
+    """Yield the embeddings that compact parts stand for in blocks, each with the number of its first row."""
 
     def read(path: Path) -> NDArray[np.float32]:
         with open_parquet(path) as file:
-            columns = [name for name in (EMBEDDING_COLUMN, "scale") if name in file.schema_arrow.names]
-            return expand(file.read(columns))
+            table = file.read([name for name in (EMBEDDING_COLUMN, "scale") if name in file.schema_arrow.names])
+        scale = table.column("scale").to_numpy()[:, None] if "scale" in table.column_names else np.float32(1)
+        return embeddings_of(table) * scale
 
     return gather_blocks(map(read, paths))
 
@@ -93,7 +86,7 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
     import_faiss()
     folder = target or dataset.folder / "_exports" / kind
     result = cli.StageResult(STAGE)
-    paths, sizes = [], [0, 0]
+    paths = []
     for part in dataset.parts:
         path = folder / "parts" / part.path.name
         source = {"name": part.path.name, "checksum": part.checksum}
@@ -105,17 +98,17 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
             result.kept.append(path)
         paths.append(path)
         result.add({"in": part.counts["out"], "out": part.counts["out"]})
-        sizes = [sizes[0] + part.path.stat().st_size, sizes[1] + path.stat().st_size]
+    before, after = (sum(path.stat().st_size for path in own) for own in ([part.path for part in dataset.parts], paths))
     summary_path = folder / "export.json"
     wanted = {"export": kind, "source": dataset.identify()}
     if result.written or read_json_object(summary_path).get("source") != wanted["source"]:
         recall, num_queries = measure_recall(dataset, paths)
-        write_json(summary_path, wanted | {"recall_at_10": recall, "num_queries": num_queries, "bytes": sizes[1]})
+        write_json(summary_path, wanted | {"recall_at_10": recall, "num_queries": num_queries, "bytes": after})
         result.written = [folder]
     summary = read_json_object(summary_path)
     logger.info(
         "%s: recall@10 %.4f against exact (%d queries), %.1f MB of %.1f MB",
-        kind, summary["recall_at_10"], summary["num_queries"], sizes[1] / 1e6, sizes[0] / 1e6,
+        kind, summary["recall_at_10"], summary["num_queries"], after / 1e6, before / 1e6,
     )  # fmt: skip
     return result
 

@@ -40,6 +40,7 @@ from publish_model.new_data.embed_options import EmbedOptions, parse
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
+    from publish_model.new_data.batch_embedding import BatchEmbedder
 
 
 def embed_dataset(options: EmbedOptions) -> cli.StageResult:
@@ -68,7 +69,7 @@ def embed_dataset(options: EmbedOptions) -> cli.StageResult:
     for part in appending.parts.values():
         result.add(part.counts, part.reasons)
     if has_work and state["complete"]:
-        duplicates = find_duplicates(store.part_paths)
+        duplicates = find_duplicates([dataset.path_of(name) for name in store.plans])
         if duplicates.num_images:
             logger.warning("%s", duplicates.describe())
     report(result, state, options.max_reject_fraction)
@@ -91,37 +92,41 @@ def record_model(model: PublishedModel, dtype: str, source: PackagedInput, begun
 def make_missing_parts(
     appending: Appending, load: Callable[[str], "Embedder"], progress_interval_seconds: float
 ) -> EngineWatch:
-    """Load the model, make the parts and return where the time went; an interrupted run leaves its state right.
-
-    Two or three read batches are held at a time.
-    """
+    """Load the model, make the parts and return where the time went; an interrupted run leaves its state right."""
     watch, store = EngineWatch(), appending.store
     with watch.measure("load"):
-        from publish_model.new_data.batch_embedding import BatchEmbedder, ReadBatch
+        from publish_model.new_data.batch_embedding import BatchEmbedder
 
         embedder = BatchEmbedder(load(store.recipe.precision), store.source, watch)
     appending.begin(embedder.width)  # a model that cannot be used has failed by now, and has left nothing behind
     rows_kept, rows = appending.num_rows
-    batches = (ReadBatch(plan, table) for plan, table in appending.read_missing())
-
-    def write(batch: ReadBatch, content: PartContent) -> None:
-        with watch.measure("write"):
-            appending.write_part(batch.plan, content)
-        progress.advance(batch.table.num_rows)
-
     try:
-        with (
-            Progress(STAGE, rows_kept + rows, interval_seconds=progress_interval_seconds) as progress,
-            contextlib.closing(Background()) as writer,
-            contextlib.closing(embedder.embed_each(batches)) as parts,
-        ):
+        with Progress(STAGE, rows_kept + rows, interval_seconds=progress_interval_seconds) as progress:
             progress.resume_at(rows_kept)
-            for batch, content in parts:
-                writer.submit(partial(write, batch, content))
+            embed_parts(appending, embedder, progress)
     except (KeyboardInterrupt, Terminated):
         store.write_state()
         raise
     return watch
+
+
+def embed_parts(appending: Appending, embedder: "BatchEmbedder", progress: Progress) -> None:
+    """Embed and write the missing parts; two or three read batches are held at a time.
+
+    Raises InputError if the input ends before the place that its footer names.
+    """
+    from publish_model.new_data.batch_embedding import ReadBatch
+
+    batches = (ReadBatch(plan, table) for plan, table in appending.read_missing())
+
+    def write(batch: ReadBatch, content: PartContent) -> None:
+        with embedder.watch.measure("write"):
+            appending.write_part(batch.plan, content)
+        progress.advance(batch.table.num_rows)
+
+    with contextlib.closing(Background()) as writer, contextlib.closing(embedder.embed_each(batches)) as parts:
+        for batch, content in parts:
+            writer.submit(partial(write, batch, content))
 
 
 def report(result: cli.StageResult, state: dict[str, Any], max_reject_fraction: float) -> None:

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -57,11 +56,6 @@ class PartStore:
         }  # fmt: skip
         self._known: dict[str, tuple[tuple[int, ...], Part | None]] = {}
 
-    @property
-    def part_paths(self) -> list[Path]:
-        """Where all parts of the dataset lie, or will, in input order."""
-        return [self.dataset.path_of(name) for name in self.plans]
-
     def find_parts(self, names: Iterable[str] | None = None) -> dict[str, Part]:
         """Return the parts that are there (among `names`), whole or cut; a damaged one counts as missing.
 
@@ -69,10 +63,9 @@ class PartStore:
         input, or cannot be read.
         """
         found = list_part_files(self.dataset.folder)
-        strange = sorted(found.keys() - self.plans.keys())
-        if strange:
+        for name in sorted(found.keys() - self.plans.keys()):
             raise InputError(
-                f"{self.dataset.path_of(strange[0])}: no part of this input: remove it, or give another --output"
+                f"{self.dataset.path_of(name)}: no part of this input: remove it, or give another --output"
             )
         rejects = {path.name for path in (self.dataset.folder / "_rejects").glob("rg*.parquet")}
         parts = {}
@@ -138,9 +131,9 @@ class PartStore:
                 return state
 
     def _count(self, parts: dict[str, Part]) -> dict[str, Any]:
-        counted, total = count_rows(parts.values()), {"parts_total": len(self.plans)}
-        is_complete = counted["parts_done"] == len(self.plans)
-        return {**self._identity, "rows_total": self.source.num_rows, **counted, **total, "complete": is_complete}
+        counted, total = count_rows(parts.values()), len(self.plans)
+        whole = {"parts_total": total, "complete": counted["parts_done"] == total}
+        return {**self._identity, "rows_total": self.source.num_rows, **counted, **whole}
 
 
 class Appending:

@@ -96,8 +96,8 @@ class EmbeddingsDataset:
 
         None stands for a dataset that has not begun. Raises ForeignError for one that this project did not write.
         """
-        state = self.state
-        if state is not None:
+        state = _read_json(self.state_path)
+        if state.get("embedding_version"):
             return state
         for name in list_part_files(self.folder):
             try:
@@ -106,7 +106,7 @@ class EmbeddingsDataset:
                 continue
             logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
             return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
-        if is_foreign_state(self.state_path):
+        if state:
             raise foreign(self.state_path)
         return None
 
