@@ -32,7 +32,7 @@ from pipeline.log import logger
 from pipeline.stages import STAGES
 from publish_model.model_folder.model_card import add_test_results, is_measured, worse_than
 from publish_model.model_folder.model_code import CODE_PATHS, MODEL_TYPE
-from publish_model.model_folder.reference_model import open_reference
+from publish_model.model_folder.published_model import open_reference
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint

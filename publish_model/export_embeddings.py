@@ -48,14 +48,18 @@ def compress(table: pa.Table, kind: str) -> pa.Table:
     return table.append_column("scale", pa.array(scale.astype(np.float32), pa.float32()))
 
 
+def expand(table: pa.Table) -> NDArray[np.float32]:
+    """Return the embeddings (N, D) that a compact part stands for."""
+    scale = table.column("scale").to_numpy()[:, None] if "scale" in table.column_names else np.float32(1)
+    return embeddings_of(table) * scale
+
+
 def read_compact_blocks(paths: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield the embeddings that compact parts stand for in blocks, each with the number of its first row."""
+    """Yield the embeddings of compact parts in blocks, each with the number of its first row."""
 
     def read(path: Path) -> NDArray[np.float32]:
         with open_parquet(path) as file:
-            table = file.read([name for name in (EMBEDDING_COLUMN, "scale") if name in file.schema_arrow.names])
-        scale = table.column("scale").to_numpy()[:, None] if "scale" in table.column_names else np.float32(1)
-        return embeddings_of(table) * scale
+            return expand(file.read([one for one in (EMBEDDING_COLUMN, "scale") if one in file.schema_arrow.names]))
 
     return gather_blocks(map(read, paths))
 

@@ -101,6 +101,20 @@ def find_missing_files(folder: Path) -> list[str]:
     return missing + ([] if has_processor else ["preprocessor_config.json"])
 
 
+def read_settings(path: Path, remedy: str = "fetch the model again") -> dict[str, Any]:
+    """Return the content of a model folder's JSON file.
+
+    Raises InputError if it is missing or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path.parent}: not a model folder ({path.name}: {one_line(error)}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path.parent}: not a model folder ({path.name} holds no settings): {remedy}")
+    return content
+
+
 def names_its_backbone(folder: Path) -> bool:
     """Whether the reference implementation published a folder: its backbone's settings lie elsewhere."""
     try:

@@ -1,10 +1,7 @@
 """The code and the config.json that every published folder has."""
 
-import json
 from pathlib import Path
 from typing import Any
-
-from pipeline.errors import InputError, one_line
 
 MODEL_TYPE = "spatial_embeddings"
 CODE_DIR = Path(__file__).resolve().parents[1]
@@ -21,20 +18,6 @@ AUTO_MAP = {
 }
 # Keys of a backbone's configuration about its storage, which do not hold for the published copy.
 STORAGE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "auto_map")
-
-
-def read_settings(path: Path, remedy: str = "fetch the model again") -> dict[str, Any]:
-    """Return the content of a model folder's JSON file.
-
-    Raises InputError if it is missing or damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path.parent}: not a model folder ({path.name}: {one_line(error)}): {remedy}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path.parent}: not a model folder ({path.name} holds no settings): {remedy}")
-    return content
 
 
 def describe_model(

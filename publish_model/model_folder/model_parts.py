@@ -6,9 +6,8 @@ from typing import Any
 
 from pipeline.config import EmbeddingModelSection
 from pipeline.inference.loading import find_vision_config
-from pipeline.inference.model_files import LICENCE_FILES
+from pipeline.inference.model_files import LICENCE_FILES, read_settings
 from pipeline.retrieval.checkpoint import Checkpoint
-from publish_model.model_folder.model_code import read_settings
 from publish_model.model_folder.reference_model import ReferenceModel
 from publish_model.model_folder.weights import Tensor, list_backbone, list_published_backbone
 

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError
 from pipeline.files.tables import hash_json
-from pipeline.inference.model_files import find_missing_files, identify_model, locate_hub_model
-from publish_model.model_folder.model_code import read_settings
-from publish_model.model_folder.reference_model import ReferenceModel, open_reference
+from pipeline.inference.model_files import (
+    find_missing_files,
+    identify_model,
+    locate_backbone_settings,
+    locate_hub_model,
+    names_its_backbone,
+    read_settings,
+)
+from publish_model.model_folder.reference_model import ReferenceModel
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
@@ -54,6 +60,16 @@ class PublishedModel:
 def name_version(files: str, pooling: str, precision: str) -> str:
     """Return the short id of a model's files, pooling and precision together."""
     return hash_json({"model": files, "pooling": pooling, "precision": precision})[:16]
+
+
+def open_reference(folder: Path, *, download: bool) -> ReferenceModel | None:
+    """Return the model in a folder of the reference implementation, None for any other folder.
+
+    Raises InputError if the backbone's settings are not on this machine and cannot be downloaded.
+    """
+    if not names_its_backbone(folder):
+        return None
+    return ReferenceModel(folder, read_settings(folder / "config.json"), locate_backbone_settings(folder, download))
 
 
 def find_model(model_id: str, *, download: bool, device: str = "auto", batch_size: int | str = 32) -> PublishedModel:

@@ -14,8 +14,8 @@ from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files.tables import hash_json
 from pipeline.files.workspace import private_folder
-from pipeline.inference.model_files import identify_model, locate_backbone_settings, names_its_backbone
-from publish_model.model_folder.model_code import CODE_PATHS, describe_model, read_settings
+from pipeline.inference.model_files import identify_model, read_settings
+from publish_model.model_folder.model_code import CODE_PATHS, describe_model
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint
@@ -149,13 +149,3 @@ class ReferenceModel:
         with open(folder / "modeling_spatial_embeddings.py", "a", encoding="utf-8") as file:
             file.write(IGNORE_LINKED)
         return folder
-
-
-def open_reference(folder: Path, *, download: bool) -> ReferenceModel | None:
-    """Return the model in a folder of the reference implementation, None for any other folder.
-
-    Raises InputError if the backbone's settings are not on this machine and cannot be downloaded.
-    """
-    if not names_its_backbone(folder):
-        return None
-    return ReferenceModel(folder, read_settings(folder / "config.json"), locate_backbone_settings(folder, download))
