@@ -62,19 +62,17 @@ class Embedding:
     While one tar's parquet is written, the next tar is embedded.
     """
 
-    def __init__(
-        self, config: Config, units: list[TarUnit], folder: Path | None, model_id: str | None, watch: EngineWatch
-    ) -> None:
+    def __init__(self, config: Config, units: list[TarUnit], folder: Path | None, watch: EngineWatch) -> None:
         self.config, self.watch = config, watch
         self.rows, self.outputs = Background(), Background()
-        self._units, self._folder, self._model_id = units, folder, model_id
+        self._units, self._folder = units, folder
 
     @functools.cached_property
     def precision(self) -> Precision:
         """The precision of the backbone: the same for all tars of one folder, whichever process embeds them."""
         assert self._folder is not None  # without it nothing is left to embed
         section = self.config.embedding_model
-        name = hash_json({"model": self._model_id, **embedding_settings(section)})[:16]
+        name = hash_json({"model": identify_model(self._folder), **embedding_settings(section)})[:16]
         trial = section.model_copy(update={"batch_size": NUM_PICTURES, "compile": False})
         load = functools.partial(load_embedder, self._folder, self.config.model_copy(update={"embedding_model": trial}))
         with self.watch.measure("load"):
@@ -122,7 +120,8 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Proven
     with contextlib.ExitStack() as held:
         held.callback(scratch.close)
         missing = fill_scratch(unit.tar_path, table, scratch, stage)
-        embedding_type = pa.list_(stored_type(stage.config), scratch.width or stage.embedder.width)
+        stored = pa.float16() if stage.config.embedding_model.embedding_dtype == "float16" else pa.float32()
+        embedding_type = pa.list_(stored, scratch.width or stage.embedder.width)
         held.pop_all()  # the thread that writes closes it
     rejects = scratch.rejects | {row: Rejection("missing_image", f"not in {unit.tar_path.name}") for row in missing}
     provenance = count_rejects(provenance, len(table), rejects.values()) | {
@@ -228,11 +227,6 @@ def write_outputs(
             writer.write_table(rows.append_column(schema.field("embedding"), embedding))
 
 
-def stored_type(config: Config) -> pa.DataType:
-    """Return the Arrow type of one stored number."""
-    return pa.float16() if config.embedding_model.embedding_dtype == "float16" else pa.float32()
-
-
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
     """Return the units of this shard's tars."""
 
@@ -258,8 +252,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     units = list_units(config, options)
     all_there = all(unit.output_path.exists() for unit in units) and not options.overwrite
     folder = locate_backbone(config, download=not all_there)
-    model_id = identify_model(folder) if folder else None
-    with contextlib.closing(Embedding(config, units, folder, model_id, watch)) as stage:
+    with contextlib.closing(Embedding(config, units, folder, watch)) as stage:
         do_tars(units, result, options.overwrite, lambda unit, provenance: embed_tar(unit, provenance, stage))
     for kept in result.kept:
         remove_leftover(kept)

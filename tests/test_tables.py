@@ -84,15 +84,15 @@ def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_write_clears_up
     assert list_files(tmp_path) == ["a.parquet"]
 
 
-def test_temporaries_of_running_processes_other_hosts_and_other_files_are_left_alone(tmp_path):
+def test_temporaries_of_running_processes_other_hosts_and_other_kinds_are_left_alone(tmp_path):
     path = tmp_path / "a.bin"
     own = workspace.temporary_path(path).name
     host = own.removeprefix(".a.bin.").removesuffix(f"-{os.getpid()}.tmp")
-    strangers = {f".a.bin.{host}-1.tmp", ".a.bin.elsewhere-999999.tmp", f".b.bin.{host}-999999.tmp", ".a.bin.rows"}
-    for name in {own, f".a.bin.{host}-999999.tmp"} | strangers:
+    strangers = {own, f".a.bin.{host}-1.tmp", ".a.bin.elsewhere-999999.tmp", ".a.bin.rows"}
+    for name in {f".a.bin.{host}-999999.tmp"} | strangers:
         (tmp_path / name).touch()
     (tmp_path / f".a.bin.{host}-999998.tmp").mkdir()
-    workspace.remove_stale_temporaries(path)
+    workspace.clear_once(tmp_path)
     assert set(list_files(tmp_path)) == strangers
 
 

@@ -1,4 +1,4 @@
-"""Stream a raw tar: member by member, in order, in constant memory, nothing extracted to disk."""
+"""Stream a raw tar, member by member, in constant memory; nothing is extracted to disk."""
 
 import tarfile
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from pipeline.errors import InputError, Rejection, one_line
 from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
-# No 100-megapixel JPEG, PNG or WebP of a camera comes near this; larger members are not even read.
+# No 100-megapixel JPEG, PNG or WebP of a camera comes near this; larger members are not read.
 MAX_IMAGE_BYTES = 512 * 1024**2
 # tar pads to its record, 10 KiB by default; with the largest that tape drives take it stays below this.
 MAX_PADDING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
-# What stands at the beginning of a file that is called a tar, in lower case.
+# The first bytes, in lower case, of other kinds of files with a tar's name.
 _OTHER_KINDS = {
     b"\x1f\x8b": "one compressed with gzip: unpack it with gunzip",
     b"bzh": "one compressed with bzip2: unpack it with bunzip2",
@@ -29,7 +29,7 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class Member:
-    """One entry of a tar; its bytes lie at `offset`, `size` of them, and are read only when asked for."""
+    """One entry of a tar, with the place of its bytes."""
 
     name: str
     is_file: bool
@@ -39,7 +39,7 @@ class Member:
     _file: IO[bytes]
 
     def read(self, limit: int | None = None) -> bytes:
-        """Return the member's bytes, the first `limit` of them at most.
+        """Return the member's first `limit` bytes, by default all.
 
         Raises InputError if the tar ends before the member does, or cannot be read.
         """
@@ -59,12 +59,12 @@ class Member:
 
     @property
     def is_image_name(self) -> bool:
-        """Whether the name is that of an image."""
+        """Whether this is the name of an image."""
         return self.name.lower().endswith(IMAGE_SUFFIXES)
 
     @property
     def stem(self) -> str:
-        """The path without its suffix, by which an image and its metadata are paired."""
+        """The path without its suffix, equal for an image and its metadata."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -74,11 +74,10 @@ class Member:
 
 
 def stream_members(tar_path: Path) -> Iterator[Member]:
-    """Yield the members of a plain tar in the order in which they lie.
+    """Yield the members of a plain tar in their order; bytes of a name that are not UTF-8 become `\\xNN`.
 
-    Bytes of a name that are not UTF-8 come as `\\xNN`. Raises InputError if the tar is missing, empty, not a tar,
-    damaged or truncated; also where the standard library's reader would take a damaged header, or a cut between two
-    members, for the end: here only an end-of-archive block ends a tar, and nothing but zeros may follow it.
+    Raises InputError if the tar is missing, empty, not a tar, damaged or truncated. The standard library takes a
+    damaged header, or a cut between two members, for the end; here only an end-of-archive block ends a tar.
     """
     try:
         with (
@@ -87,18 +86,17 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
             tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
         ):
             while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # or the module keeps an object for every member
-                if info.size < 0:  # older Pythons would go backwards through it, for ever
+                tar.members.clear()  # type: ignore[attr-defined]  # the module would keep every member
+                if info.size < 0:  # older Pythons would go backwards for ever
                     raise tarfile.ReadError(f"negative size at byte {info.offset}")
-                # A sparse file's bytes do not lie in one piece; no image is stored so.
-                is_file = info.isreg() and not info.issparse()
+                is_file = info.isreg() and not info.issparse()  # a sparse file's bytes do not lie in one piece
                 yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
             _check_end(tar_path, file, tar.offset)
     except FileNotFoundError:
         raise InputError(f"{tar_path}: no such tar: correct the path") from None
     except IsADirectoryError:
         raise InputError(f"{tar_path}: a folder, not a tar: correct the path") from None
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:  # also of absurd sizes
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:  # also absurd sizes
         if kind := _name_other_kind(tar_path):
             raise InputError(f"{tar_path}: not a plain tar but {kind}") from None
         raise InputError(f"{tar_path}: not a readable tar ({one_line(error)}): fetch the tar again") from None
@@ -107,7 +105,7 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
 
 
 class TarImage(NamedTuple):
-    """A wanted image of a tar: its row, its name, and its bytes unless they are too many."""
+    """A wanted image of a tar; `data` is None if there are too many bytes."""
 
     row: int
     name: str
@@ -116,9 +114,9 @@ class TarImage(NamedTuple):
 
 
 def read_images(tar_path: Path, rows: dict[str, int], num_seen: int = 0) -> Iterator[TarImage]:
-    """Yield the images that `rows` names, except the first `num_seen`; each one found leaves `rows`.
+    """Yield the images that `rows` names, except the first `num_seen`, and remove each one found from `rows`.
 
-    The first regular file of a name is the image that stage 1 looked at. Raises InputError if the tar is damaged.
+    Of two files of one name the first is the image that stage 1 accepted. Raises InputError if the tar is damaged.
     """
     found = 0
     for member in stream_members(tar_path):
@@ -130,17 +128,14 @@ def read_images(tar_path: Path, rows: dict[str, int], num_seen: int = 0) -> Iter
 
 
 def require_bytes(data: bytes | None, size: int) -> bytes:
-    """Return an image's bytes.
-
-    Raises Rejection `unreadable_image` where they were too many to read.
-    """
+    """Return an image's bytes; raise Rejection `unreadable_image` if there are too many."""
     if data is None:
         raise Rejection("unreadable_image", f"{size} bytes, over {MAX_IMAGE_BYTES}")
     return data
 
 
 def _name_other_kind(path: Path) -> str:
-    """Describe a file that is something else than a tar, and the remedy; empty where its kind is unknown."""
+    """Name the kind of a file that is no tar, and the remedy; empty for an unknown kind."""
     with open(path, "rb") as file:
         beginning = file.read(512)
     for mark, kind in _OTHER_KINDS.items():
@@ -152,11 +147,10 @@ def _name_other_kind(path: Path) -> str:
 def _check_end(tar_path: Path, file: IO[bytes], offset: int) -> None:
     """Raise InputError unless the tar ends at `offset`, with a block of zeros and nothing but zeros behind it.
 
-    Tars that were put together with cat, and a download whose middle was never written, have members behind it.
+    Tars joined by cat, and a download whose middle was never written, have members behind it.
     """
     file.seek(offset)
-    # Two blocks end a tar; some writers leave out the second.
-    end = file.read(tarfile.BLOCKSIZE)
+    end = file.read(tarfile.BLOCKSIZE)  # two blocks end a tar; some writers leave out the second
     if len(end) < tarfile.BLOCKSIZE or any(end):
         raise InputError(f"{tar_path}: truncated or damaged at byte {offset}: fetch the tar again")
     num_zeros = len(end)

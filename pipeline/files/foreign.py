@@ -1,4 +1,4 @@
-"""Take over what other writers left: image paths with other folders, outputs without provenance."""
+"""Take over the reference implementation's files: image paths with other folders, outputs without provenance."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -21,9 +21,9 @@ _ID = pa.field("streetview_image_id", pa.string())
 def read_intermediate(unit: TarUnit, fields: Iterable[pa.Field], *, with_others: bool = False) -> pa.Table:
     """Return columns of a tar's intermediate, `image_path` among them; `with_others` all of them.
 
-    Image paths of other writers may begin with NNNN/ more or less often than the tar's members do: they become the
-    members' names. Raises InputError if the tar or the intermediate is damaged, lacks a column or a value, names an
-    image twice, or has a path that could be either of two members.
+    The reference's image paths may begin with NNNN/ more or less often than the tar's members do: return the members'
+    names. Raises InputError if the tar or the intermediate is damaged, lacks a column or a value, names an image twice,
+    or has a path that could be either of two members.
     """
     source = unit.intermediate_path
     provenance = read_provenance(source, warn=True)
@@ -42,9 +42,9 @@ def read_intermediate(unit: TarUnit, fields: Iterable[pa.Field], *, with_others:
 
 
 def match_members(tar_path: Path, dataset_id: int, image_paths: list[str]) -> list[str]:
-    """Return the member that each image path means: the one of that very name, else the only one but for NNNN/.
+    """Return the member of each image path: the one of that very name, else the only one with other NNNN/ in front.
 
-    A path that none or another path's member would match stays as it is.
+    Leave ambiguous paths unchanged.
     """
     exact = set(image_paths)
     by_key: dict[str, list[str]] = {}
@@ -79,13 +79,17 @@ def _strip(name: str, dataset_id: int) -> str:
 
 
 def check_foreign_output(unit: TarUnit, column: ListColumn) -> tuple[dict[str, int], str]:
-    """Return the counts of an output without provenance that holds each image of its intermediate once, and a note.
+    """Return the counts of an output without provenance that has a `column` for its intermediate's images, and a note.
 
-    `column` is what the output has for each. Raises InputError if a file is damaged or the images differ.
+    Raises InputError if a file is damaged or the images differ.
     """
     path, source = unit.output_path, unit.intermediate_path
-    ids, wanted = (_read_ids(place) for place in (path, source))
-    problem = _compare(ids, wanted, path.name) or _compare(wanted, ids, source.name)
+    ids, wanted = (read_columns(place, [_ID], "make the file again")[_ID.name] for place in (path, source))
+    problem = ""
+    for own, others, name in ((wanted, ids, source.name), (ids, wanted, path.name)):
+        missing = own.filter(pc.invert(pc.is_in(own, value_set=others.combine_chunks())))
+        if len(missing):
+            problem = f"{len(missing)} images are in {name} only, as {missing[0]}"
     if not problem and len(ids) != len(wanted):
         problem = f"{path.name} has {len(ids)} rows, {source.name} {len(wanted)}"
     if problem:
@@ -98,13 +102,3 @@ def check_foreign_output(unit: TarUnit, column: ListColumn) -> tuple[dict[str, i
         "taken to be made with the settings as they are"
     )
     return {"in": len(ids), "out": len(ids)}, note
-
-
-def _compare(ids: pa.ChunkedArray, others: pa.ChunkedArray, name: str) -> str | None:
-    """Describe the images of the file `name` that the other one lacks; None if it has them all."""
-    missing = ids.filter(pc.invert(pc.is_in(ids, value_set=others.combine_chunks())))
-    return f"{len(missing)} images are in {name} only, as {missing[0]}" if len(missing) else None
-
-
-def _read_ids(path: Path) -> pa.ChunkedArray:
-    return read_columns(path, [_ID], "make the file again")[_ID.name]

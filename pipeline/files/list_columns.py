@@ -1,7 +1,7 @@
-"""Read columns of equally long lists of numbers, embeddings and fingerprints, whatever type they are stored in.
+"""Read embeddings and fingerprints: columns of lists of one length.
 
-This project writes fixed_size_list; what other writers leave (`list<double>`, `list<int64>`) is taken batch by batch,
-once it is seen that its rows have one length and their numbers fit.
+This project writes fixed_size_list. Lists of other types, such as the reference's `list<double>`, are checked and
+converted batch by batch.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError
 from pipeline.files.tables import open_parquet, read_batches
 
-# As what the stored numbers are read.
+# The NumPy type of the stored numbers.
 _EMBEDDING_TYPES = {pa.float16(): "f2", pa.float32(): "f4", pa.float64(): "f4"}
 _FINGERPRINT_TYPES = dict.fromkeys(
     (pa.uint8(), pa.int8(), pa.uint16(), pa.int16(), pa.uint32(), pa.int32(), pa.uint64(), pa.int64()), "u1"
@@ -26,7 +26,7 @@ _FINGERPRINT_TYPES = dict.fromkeys(
 
 @dataclass(frozen=True)
 class ListColumn:
-    """A column of lists of `width` numbers, read as `dtype`; the width is None if it is unknown for lack of rows."""
+    """A column of lists of `width` numbers, read as `dtype`; the width is None if there are no rows to tell it."""
 
     path: Path
     name: str
@@ -36,14 +36,14 @@ class ListColumn:
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """The type under which this project stores it."""
+        """The type in this project's files."""
         return pa.list_(pa.from_numpy_dtype(self.dtype), self.width or 0)
 
     def read(self, column: pa.Array, first_row: int, *, check_finite: bool = True) -> NDArray[Any]:
         """Return the rows (n, width) of a batch that begins at the file's row `first_row`, counted from 0.
 
-        Raises InputError naming the first row that is null, of another length, or holds a null or a number that is
-        not finite (unless told not to look) or not a fingerprint's.
+        Raises InputError naming the first row that is null, of another length, or holds a null, a number that is not
+        finite, or for fingerprints no byte.
         """
         width = self.width or 0
         if not pa.types.is_fixed_size_list(column.type):
@@ -58,7 +58,7 @@ class ListColumn:
         stored = values.to_numpy().reshape(len(column), width)
         if self.dtype.kind == "u" and stored.dtype != self.dtype:
             self._refuse_first(((stored < 0) | (stored > 255)).any(axis=1), first_row, "holds no byte (0 ... 255)")
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+        with np.errstate(over="ignore"):  # too large a number becomes infinite, and is refused as that
             rows: NDArray[Any] = stored.astype(self.dtype, copy=False)
         if check_finite and self.dtype.kind == "f":
             self._refuse_first(~np.isfinite(rows).all(axis=1), first_row, "holds a number that is not finite")
@@ -71,7 +71,7 @@ class ListColumn:
 
 
 def find_embedding(path: Path) -> ListColumn:
-    """Return a parquet's column `embedding`: float16 as stored, float32 and float64 as float32.
+    """Return a parquet's column `embedding`, float64 as float32.
 
     Raises InputError if the file is missing or damaged, or the column is missing or no list of floats.
     """
@@ -79,7 +79,7 @@ def find_embedding(path: Path) -> ListColumn:
 
 
 def find_fingerprint(path: Path) -> ListColumn:
-    """Return a parquet's column `fingerprint`, whole numbers of any type, as bytes.
+    """Return a parquet's column `fingerprint`, as bytes.
 
     Raises InputError if the file is missing or damaged, or the column is missing or no list of whole numbers.
     """
@@ -97,15 +97,10 @@ def _find(path: Path, name: str, kinds: Mapping[pa.DataType, str], what: str, re
     is_list = is_fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not is_list or kind.value_type not in kinds or (is_fixed and kind.list_size == 0):
         raise InputError(f"{path}: column {name} is {kind}, expected lists of one length of {what}: {remedy}")
-    width = kind.list_size if is_fixed else _measure_first(path, name, remedy)
-    return ListColumn(path, name, width, np.dtype(kinds[kind.value_type]), remedy)
-
-
-def _measure_first(path: Path, name: str, remedy: str) -> int | None:
-    """Return the length of the first row's list, None where there is no row."""
-    for batch in read_batches(path, [name], 1):
-        length = pc.list_value_length(batch.column(0))[0].as_py()
-        if not length:
+    width = kind.list_size if is_fixed else None
+    first = None if is_fixed else next(read_batches(path, [name], 1), None)
+    if first is not None:
+        width = pc.list_value_length(first.column(0))[0].as_py()
+        if not width:
             raise InputError(f"{path}: column {name}: row 0 is empty: {remedy}")
-        return int(length)
-    return None
+    return ListColumn(path, name, width, np.dtype(kinds[kind.value_type]), remedy)

@@ -1,4 +1,4 @@
-"""List the files of folders: one that cannot be read is an error, others that are not data are counted."""
+"""List the files of folders: a folder that cannot be read is an error, files that are not data are counted."""
 
 import errno
 import os
@@ -15,30 +15,33 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 TAR_SUFFIX = ".tar"
 # The folder in which the public download keeps its tars.
 UNALIGNED = "dataset_unaligned"
-_NUM_EXAMPLES = 3
 
 
 def is_parquet(path: PurePath | str) -> bool:
-    """Whether a name ends as a parquet's does, in any case."""
+    """Whether a name has a parquet's ending, in any case."""
     return str(path).lower().endswith(PARQUET_SUFFIXES)
 
 
 def list_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> list[Path]:
-    """Return the files that stand in a folder, links to files among them, by name.
+    """Return the files of a folder, links to files among them, by name; skip names that begin with one of `hidden`.
 
-    Names that begin with one of `hidden` are passed over. A folder that is named as data is listed, so that whoever
-    reads it fails on it and it is not left out. Raises InputError if the folder is missing or cannot be read.
+    A folder with the name of a data file is listed too, so that its reader fails instead of missing it. Raises
+    InputError if the folder is missing or cannot be read.
     """
     with _naming(folder), os.scandir(folder) as entries:
         found = [entry for entry in entries if not entry.name.startswith(hidden)]
-        names = sorted(entry.name for entry in found if _is_named_as_data(entry.name) or not _is_folder(entry))
-    return [folder / name for name in names]
+        names = [
+            entry.name
+            for entry in found
+            if entry.name.lower().endswith((*PARQUET_SUFFIXES, TAR_SUFFIX)) or not _is_folder(entry)
+        ]
+    return [folder / name for name in sorted(names)]
 
 
 def list_outputs(folder: Path, stage: int, ending: str) -> list[Path]:
-    """Return a stage's parquets by name: NAME`ending`.parquet.
+    """Return a stage's parquets, NAME`ending`.parquet, by name, and count other files in the log.
 
-    Other files are counted. Raises InputError if there are none, or the folder is missing or cannot be read.
+    Raises InputError if there are none, or the folder is missing or cannot be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: run stage {stage}, or correct the path")
@@ -51,9 +54,9 @@ def list_outputs(folder: Path, stage: int, ending: str) -> list[Path]:
 
 
 def find_tar_dir(raw_dir: Path) -> Path:
-    """Return the folder of the tars: raw_dir, or `dataset_unaligned` in it, where a download may have put them.
+    """Return the folder of the tars: raw_dir, or `dataset_unaligned` in it, where the download puts them.
 
-    Raises InputError where both hold tars, so that none is left out unsaid.
+    Raises InputError if both hold tars.
     """
     places = [
         place
@@ -69,9 +72,9 @@ def find_tar_dir(raw_dir: Path) -> Path:
 
 
 def list_tars(raw_dir: Path) -> list[Path]:
-    """Return the raw tars of a folder by dataset id; names that begin with a dot are passed over, others are counted.
+    """Return the raw tars of a folder by dataset id, and count other files in the log.
 
-    Raises InputError if the folder is missing, cannot be read, or holds no tar or one whose name gives no dataset id.
+    Raises InputError if the folder is missing, cannot be read, or holds no tar or one that is not named NNNN.tar.
     """
     if not raw_dir.is_dir():
         raise InputError(f"{raw_dir}: no such folder: set [paths].raw_dir to the folder of the NNNN.tar files")
@@ -85,7 +88,7 @@ def list_tars(raw_dir: Path) -> list[Path]:
 
 
 def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
-    """Return stage 1's outputs by dataset id; none where there is no such folder.
+    """Return stage 1's outputs by dataset id; none if there is no such folder.
 
     Raises InputError if the folder cannot be read.
     """
@@ -99,7 +102,7 @@ def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
 def find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
     """Return the tars by dataset id: those of raw_dir, and those of intermediates whose tar is gone.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     tar_dir = find_tar_dir(raw_dir)
     known = {dataset_id: tar_dir / f"{path.stem}.tar" for dataset_id, path in intermediates.items()}
@@ -115,10 +118,10 @@ def find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
 def walk_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> Iterator[os.DirEntry[str]]:
     """Yield all files in and below a folder; skip names that begin with one of `hidden`.
 
-    Links to folders are followed, but every folder is walked once, and none that holds `folder` itself.
+    Links to folders are followed, but every folder is walked once, and none that contains `folder`.
     Raises InputError if one of the folders is missing or cannot be read.
     """
-    # Links wait, so that what they lead to goes by its own name where it has one here.
+    # Links wait, so that a folder below is found under its own name first.
     own, linked = [os.fspath(folder)], list[str]()
     root, seen, num_repeated = os.path.realpath(folder), set[str](), 0
     while own or linked:
@@ -142,29 +145,25 @@ def walk_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> Iterator[os.Di
         )
 
 
-def _is_named_as_data(name: str) -> bool:
-    return is_parquet(name) or name.lower().endswith(TAR_SUFFIX)
-
-
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link to itself leads nowhere, as a broken one does
+        if error.errno == errno.ELOOP:  # a link to itself, like a broken one
             return False
         raise
 
 
 def warn_of_others(folder: Path, names: Iterable[str], wanted: str) -> None:
-    """Warn about unwanted files of a folder, with their number, endings and some examples."""
+    """Warn about unwanted files of a folder, with their endings and three examples."""
     listed = sorted(names)
     if listed:
         endings = Counter(PurePath(name).suffix.lower() or "no ending" for name in listed)
         counts = ", ".join(f"{ending} {count}" for ending, count in endings.most_common())
-        examples = ", ".join(listed[:_NUM_EXAMPLES])
         logger.warning(
-            "%s: %d files are not %s and are passed over (%s), as %s", folder, len(listed), wanted, counts, examples
-        )
+            "%s: %d files are not %s and are passed over (%s), as %s",
+            folder, len(listed), wanted, counts, ", ".join(listed[:3]),
+        )  # fmt: skip
 
 
 @contextmanager
@@ -176,7 +175,7 @@ def _naming(folder: Path | str) -> Iterator[None]:
     except NotADirectoryError:
         raise InputError(f"{folder}: a file, where a folder is to be read: correct the path") from None
     except OSError as error:
-        place = error.filename if error.filename is not None else folder
+        reason = error.strerror or one_line(error)
         raise InputError(
-            f"{place}: cannot be read ({error.strerror or one_line(error)}): allow reading it, or move it elsewhere"
+            f"{error.filename or folder}: cannot be read ({reason}): allow reading it, or move it elsewhere"
         ) from None

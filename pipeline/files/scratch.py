@@ -1,4 +1,4 @@
-"""Rows of floats kept on disk while they are being computed, so that an interrupted run goes on where it stood."""
+"""Rows of floats kept on disk while they are computed, so that an interrupted run goes on from there."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ SECONDS_BETWEEN_SAVES = 30.0
 
 
 def remove_leftover(output_path: Path) -> None:
-    """Remove the scratch of a complete output that a killed run has left; one that another process holds stays."""
+    """Remove the scratch of a complete output unless another process holds it."""
     left = name_files(output_path)
     if any(path.exists() for path in (*left, lock_path(output_path))):
         with contextlib.suppress(PipelineError, OSError), _locked(output_path):
@@ -31,20 +31,20 @@ def _locked(output_path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def name_files(output_path: Path) -> tuple[Path, Path]:
-    """Return where an output's rows lie while they are computed, and the note of how far they are."""
+    """Return the paths of an output's rows and of the note of its progress."""
     hidden = f".{output_path.name}"
     return output_path.with_name(f"{hidden}.rows"), output_path.with_name(f"{hidden}.progress.json")
 
 
 class RowScratch:
-    """A hidden file of float32 rows beside an output, with a note of how far it is.
+    """A hidden file of float32 rows beside an output, with a note of its progress; one process at a time holds it.
 
     Rows are computed in the order of the input (`seen` counts them) and stored at their place in the output. Plain
-    writes, not a memory map: on a full disk a map ends the process with SIGBUS. One process at a time holds it.
+    writes, not a memory map: on a full disk a map ends the process with SIGBUS.
     """
 
     def __init__(self, output_path: Path, num_rows: int, identity: str) -> None:
-        """Open the scratch of an output; what an interrupted run of the same `identity` left is taken up.
+        """Open the scratch of an output, and go on from an interrupted run of the same `identity`.
 
         Raises PipelineError if another process is making the same output, or the folder cannot be written.
         """
@@ -65,7 +65,7 @@ class RowScratch:
         self._load()
 
     def _load(self) -> None:
-        """Take up what is there if it belongs to the same run, else begin anew."""
+        """Take up the rows of the same run, else begin anew."""
         try:
             progress = json.loads(self._progress_path.read_text(encoding="utf-8"))
             is_whole = os.fstat(self._descriptor).st_size >= progress["num_bytes"]  # unless someone has removed it
@@ -81,7 +81,7 @@ class RowScratch:
     def write(self, rows: list[int], values: NDArray[np.float32]) -> None:
         """Store values (len(rows), D) at their places.
 
-        Raises PipelineError where the disk is full.
+        Raises PipelineError if the disk is full.
         """
         self.width = values.shape[1]
         try:
@@ -126,7 +126,7 @@ class RowScratch:
         remove(self._rows_path)
 
     def close(self) -> None:
-        """Let go of the file; one that holds nothing to go on from is removed."""
+        """Let go of the file, and remove it if there is nothing to go on from."""
         if self.seen == 0:
             self.remove()
         self._held.close()

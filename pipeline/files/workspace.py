@@ -1,7 +1,7 @@
 """Work in a folder: keep others out, set old output aside until the new is whole, clear up behind killed runs.
 
-Only this module locks, renames and removes files (tests/test_layering.py holds that). A rename within a folder is what
-makes an output appear in one piece, so whatever is being made lies beside its place under a hidden name.
+Only this module locks, renames and removes files (tests/test_layering.py holds that). An unfinished output has a hidden
+name beside its place; renaming it makes it appear in one piece.
 """
 
 import atexit
@@ -22,9 +22,9 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.log import logger
 
-# Where files lie in their folder until all that belong together are complete.
+# The folder for files of which none may appear before all are complete.
 UNFINISHED = ".unfinished"
-# Where what is being replaced lies in its folder until what replaces it is complete.
+# The folder for old output until its successor is complete.
 REPLACED = "_replaced"
 
 
@@ -32,7 +32,7 @@ REPLACED = "_replaced"
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that it holds, or a link but not what it leads to; it may be missing.
+    """Remove a file, a folder with its content, or a link; it may be missing.
 
     Raises OSError if something is left.
     """
@@ -43,13 +43,13 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove what nobody needs any more; where that fails it stays."""
+    """Remove a file or folder that nobody needs any more; ignore a failure."""
     with contextlib.suppress(OSError):
         remove(path)
 
 
 def move(path: Path, target: Path) -> None:
-    """Give a file or folder another name, whose folder is made if need be; a file that has the name is replaced.
+    """Rename a file or folder, make the target's folder if need be, and replace a file of that name.
 
     Raises PipelineError if it cannot be written there.
     """
@@ -61,7 +61,7 @@ def move(path: Path, target: Path) -> None:
 
 
 def move_unless_taken(path: Path, target: Path) -> bool:
-    """Give a file another name unless something has it, and return whether it was free."""
+    """Rename a file unless something has the name, and return whether it was free."""
     try:
         os.link(path, target)
     except FileExistsError:
@@ -82,40 +82,26 @@ def sync_file(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Force a folder's names to the disk; some network file systems refuse this, and lose nothing by it."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):
         os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------ temporary names
 
 
 def temporary_path(path: Path) -> Path:
-    """Name the hidden file or folder beside `path` that this process fills before it gets its name."""
+    """Return the hidden file or folder beside `path` that this process fills and then renames."""
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
-
-
-def remove_stale_temporaries(path: Path) -> None:
-    """Remove what killed processes of this host left of earlier tries at `path`; other hosts may still be running."""
-    # A process that has our own number died before us: in a container every run may get the same one.
-    _remove_stale(path.parent, re.escape(path.name), own_is_stale=True)
 
 
 @functools.cache
 def clear_once(folder: Path) -> None:
-    """Remove what killed processes left of any file of a folder; once a process, as a dataset has many files."""
-    _remove_stale(folder, ".+", own_is_stale=False)  # another thread of ours may be writing there
-
-
-def _remove_stale(folder: Path, name_pattern: str, *, own_is_stale: bool) -> None:
-    pattern = re.compile(rf"\.{name_pattern}\.{re.escape(_host())}-(\d+)\.tmp")
+    """Remove the temporary files of killed processes of this host; once a process, as a dataset has many files."""
+    pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)\.tmp")
     for candidate in folder.iterdir():
         match = pattern.fullmatch(candidate.name)
-        pid = int(match.group(1)) if match else None
-        if pid is not None and (own_is_stale if pid == os.getpid() else not _is_running(pid)):
+        if match and not _is_running(int(match.group(1))):
             discard(candidate)
 
 
@@ -129,12 +115,12 @@ def _is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
 def private_folder(prefix: str) -> Path:
-    """Return a new temporary folder, which is removed when this process ends."""
+    """Return a new temporary folder, removed when this process ends."""
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     atexit.register(discard, folder)
     return folder
@@ -150,11 +136,10 @@ def lock_path(path: Path) -> Path:
 
 @contextmanager
 def locked(path: Path, doing: str, lock: Path | None = None) -> Iterator[None]:
-    """Keep other processes from making `path` while the block runs.
+    """Keep other processes from making `path` while the block runs; a killed process holds nothing.
 
-    The kernel drops the lock with the process, so a killed one blocks nobody; a file system without locks gives a
-    warning. `lock` is the file to lock, `lock_path` by default. Raises PipelineError "`path`: process N on HOST
-    `doing`" where another process holds the lock.
+    `lock` is the file to lock, `lock_path` by default; a file system without locks gives a warning. Raises
+    PipelineError "`path`: process N on HOST `doing`" if another process holds the lock.
     """
     lock = lock or lock_path(path)
     descriptor = _acquire(path, doing, lock)
@@ -198,10 +183,10 @@ def _warn_of_no_locks(folder: Path, reason: str) -> None:
 
 @contextmanager
 def writing_folder(path: Path, *, resumable: bool = False) -> Iterator[Path]:
-    """Yield a hidden folder beside `path` to fill; when the block ends well it is synced to disk and gets the name.
+    """Yield a hidden folder beside `path` to fill; when the block ends well, sync and rename it.
 
-    A folder that has the name stays until then. A `resumable` one is held by one process, and what a block that failed
-    has put into it is there the next time. Raises PipelineError naming `path` where it cannot be written.
+    An earlier folder stays until then. A `resumable` one is held by one process, and keeps what a failed block put into
+    it for the next. Raises PipelineError naming `path` if it cannot be written.
     """
     if path.is_file():
         raise PipelineError(f"{path}: a file, where a folder is to be written: remove it or give another path")
@@ -213,7 +198,8 @@ def writing_folder(path: Path, *, resumable: bool = False) -> Iterator[Path]:
         else:
             folder = temporary_path(path)
             stack.callback(discard, folder)
-            remove_stale_temporaries(path)
+            clear_once(path.parent)
+            remove(folder)  # of a killed process with our number, as in containers
         old = path.with_name(f".{path.name}.old")
         _bring_back(old, path)  # where a run was killed between the two renames
         folder.mkdir(exist_ok=resumable)
@@ -223,7 +209,7 @@ def writing_folder(path: Path, *, resumable: bool = False) -> Iterator[Path]:
                 sync_file(file_path)
         sync_folder(folder)
         try:
-            # For an instant there is neither the old nor the new one: a full folder cannot be renamed over.
+            # A full folder cannot be renamed over: for an instant there is neither.
             if path.exists():
                 path.rename(old)
             folder.rename(path)
@@ -233,7 +219,7 @@ def writing_folder(path: Path, *, resumable: bool = False) -> Iterator[Path]:
 
 
 def _bring_back(old: Path, path: Path) -> None:
-    """Give the folder that was moved aside its name again unless another one has it; then it goes."""
+    """Give the old folder its name again if that is free, and remove it if not."""
     if old.exists() and not path.exists():
         old.rename(path)
     discard(old)
@@ -241,10 +227,9 @@ def _bring_back(old: Path, path: Path) -> None:
 
 @contextmanager
 def writing_together(folder: Path, names: list[str]) -> Iterator[Path]:
-    """Yield a hidden folder to write files of these names in; when the block ends well they move to `folder`.
+    """Yield a hidden folder to write files of these names in; when the block ends well, move them to `folder`.
 
-    Earlier ones stay until then: a kill behind that leaves a gap, never a mixture of old and new. Whatever else is in
-    the hidden folder is removed with it.
+    Earlier files stay until then; a kill while they are replaced leaves a gap, never a mixture of old and new.
     """
     unfinished = folder / UNFINISHED
     remove(unfinished)  # of a killed run
@@ -264,9 +249,8 @@ def writing_together(folder: Path, names: list[str]) -> Iterator[Path]:
 def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
     """Move files and folders of a folder to its `_replaced/` while the block makes others in their place.
 
-    They are removed when the block ends well, and come back where it fails before one of the files is there again; else
-    they wait for the run that goes on. What a killed run has moved there was complete, so it stays in place of what is
-    there now.
+    When the block ends well they are removed. When it fails before one of the files is there again they come back, else
+    they wait for the run that goes on. Files that a killed run has moved there stay, as they were complete.
     """
     aside = folder / REPLACED
     keeps_earlier = aside.is_dir()
@@ -289,7 +273,7 @@ def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
 
 @contextmanager
 def naming_failures(path: Path) -> Iterator[None]:
-    """Turn a failure to write beside `path` into a PipelineError that names `path`; others are the block's own."""
+    """Turn a failure to write beside `path` into a PipelineError that names `path`; pass on other errors."""
     try:
         yield
     except OSError as error:
@@ -309,10 +293,9 @@ def write_failure(path: Path, error: OSError) -> PipelineError:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[Path]:
-    """Yield a hidden name to write to; when the block ends well it is synced to disk and renamed to `path`.
+    """Yield a hidden name to write to; when the block ends well, sync it and rename it to `path`.
 
-    Whatever goes wrong, `path` holds either what it held before or all of the new content.
-    Raises PipelineError naming `path` where the disk is full or the folder cannot be written.
+    Raises PipelineError naming `path` if the disk is full or the folder cannot be written.
     """
     with _filling(path) as temporary:
         clear_once(path.parent)
@@ -330,8 +313,7 @@ def _filling(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
     finally:
-        with contextlib.suppress(OSError):
-            remove(temporary)
+        discard(temporary)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -341,10 +323,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_json_once(path: Path, content: Any) -> bool:
-    """Write JSON in one piece where nothing has the name, and return whether this process did.
+    """Write JSON in one piece unless another process has, and return whether this one did.
 
-    Of several processes the first writes it, and it stays. Raises PipelineError where the disk is full or the folder
-    cannot be written.
+    Raises PipelineError if the disk is full or the folder cannot be written.
     """
     with _filling(path) as temporary:
         _dump(temporary, content)
@@ -357,7 +338,7 @@ def _dump(path: Path, content: Any) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return a JSON file's object, empty where the file is missing, damaged or holds something else."""
+    """Return a JSON file's object, empty if the file is missing, damaged or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
