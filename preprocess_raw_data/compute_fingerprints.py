@@ -42,8 +42,8 @@ PATH_FIELD = pa.field("image_path", pa.string())
 # 6 MB of 16 x 16 fingerprints; the writer holds a group, at twelve times that.
 ROWS_PER_GROUP = 8_192
 
-# Pixels a cell in each direction that a reduced decode must leave. A cell's border then cuts through an eighth of it
-# at most: on photographs and noise of any size the fingerprint stays within 0.4 grey levels of the full decode.
+# A reduced decode must leave so many pixels of a cell in each direction: on photographs and noise of any size the
+# fingerprint then stays within 0.4 grey levels of the full decode.
 MIN_PIXELS_PER_CELL = 8
 
 

@@ -52,7 +52,7 @@ class SplitWriter:
         self._num_waiting = 0
 
     def add(self, piece: Piece, rows: NDArray[np.int64]) -> None:
-        """Add some of a piece's rows; a copy is made of no more than a row group."""
+        """Add some of a piece's rows, copying at most a row group at a time."""
         while len(rows):
             room = ROW_GROUP_ROWS - self._num_waiting
             self._waiting.append(piece.take(rows[:room], self._schema))
@@ -62,7 +62,7 @@ class SplitWriter:
                 self.finish()
 
     def finish(self) -> None:
-        """Write the waiting rows as one piece, so that the bytes do not depend on how the rows arrived."""
+        """Write the waiting rows as one piece, so that the bytes do not depend on their arrival."""
         if self._num_waiting:
             self._writer.write_table(pa.concat_tables(self._waiting).combine_chunks())
             self._waiting, self._num_waiting = [], 0

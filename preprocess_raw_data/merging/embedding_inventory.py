@@ -1,4 +1,4 @@
-"""Who is in the embedding files: all ids and positions, without the embeddings."""
+"""Read the ids and positions of all embedding files, without the embeddings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from preprocess_raw_data.merging.splits import Buildings
 INVENTORY_COLUMNS = {
     "building_id", "dataset_id", "street_view_id", "streetview_image_id", "target_lat", "target_lon",
 }  # fmt: skip
-# What a row takes beside its embedding, roughly: ids, names, positions.
+# Ids, names and positions, roughly.
 BYTES_BESIDE_EMBEDDING = 300
 
 
@@ -38,7 +38,7 @@ class Inventory:
     panoramas: NDArray[np.int32]  # (N,) one code per panorama, in the order of the files
     buildings: Buildings
     row_bytes: int
-    schema: pa.Schema  # of what is merged: the columns that speak of the tar are left out
+    schema: pa.Schema  # of the merged rows, without the columns about the tar
 
     @property
     def images_per_building(self) -> NDArray[np.int64]:
@@ -46,7 +46,7 @@ class Inventory:
         return np.bincount(np.concatenate(self.codes), minlength=len(self.buildings))
 
     def find_groups(self) -> list[list[int]]:
-        """Return the files that must be merged together: each alone, but those together that share buildings."""
+        """Return groups of files to merge: those that share buildings together, the others alone."""
         held = [np.unique(codes) for codes in self.codes]
         num_files = np.bincount(np.concatenate(held), minlength=len(self.buildings))
         sharing = [number for number, codes in enumerate(held) if (num_files[codes] > 1).any()]

@@ -1,4 +1,4 @@
-"""Bring the rows of a building together, in memory where they fit and through files on disk where they do not."""
+"""Bring the rows of a building together, in memory if they fit, else through files on disk."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -15,13 +15,13 @@ from pipeline.files.workspace import remove
 from preprocess_raw_data.merging.embedding_inventory import Inventory
 
 BATCH_ROWS = 1024
-# Fewer than the usual limit of 1,024 for a process; where memory_mb asks for smaller pieces they are larger than that.
+# Below the usual limit of 1,024; pieces get larger than memory_mb if it asks for more files.
 MAX_OPEN_FILES = 512
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows in memory: the embeddings as one array, because Arrow would copy all its chunks to take some rows."""
+    """Rows in memory; the embeddings are one array, because Arrow would copy all chunks to take some rows."""
 
     columns: pa.Table  # N rows of all columns but the embeddings
     embeddings: NDArray[Any]  # (N, D)
@@ -35,7 +35,7 @@ class Piece:
 
 
 def order_rows(codes: NDArray[np.int32], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the kept rows, building by building in the order of first appearance, each building's in their order."""
+    """Return the kept rows by building, in the order of the buildings' first appearance."""
     _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     order = np.argsort(first[inverse], kind="stable")
     return order[keep[order]]
@@ -53,7 +53,7 @@ def read_in_order(
 ) -> Iterator[tuple[Piece, NDArray[np.int64], NDArray[np.int32]]]:
     """Yield a group's kept rows, about `rows_at_a_time` at a time, with their order by building and their codes in it.
 
-    A group that is larger goes once through files on disk, one per piece of the output.
+    A larger group goes once through files on disk, one for each piece.
     """
     codes = np.concatenate([inventory.codes[number] for number in group])
     order = order_rows(codes, keep[codes])
@@ -72,9 +72,10 @@ def read_in_order(
 
 
 def read_group(inventory: Inventory, group: list[int]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a group's files piece by piece, with the columns of the inventory.
+    """Yield the rows of a group's files, with the columns of the inventory.
 
-    Raises InputError if a file is damaged, or an embedding is missing, of another length or not finite, naming its row.
+    Raises InputError if a file is damaged, or, naming the row, if an embedding is missing, of another length or not
+    finite.
     """
     for number in group:
         column, start = inventory.embeddings[number], 0

@@ -1,4 +1,4 @@
-"""How much of the training split can be seen from the test split: near buildings and shared panoramas."""
+"""Leakage between training and test split: near buildings and shared panoramas."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from preprocess_raw_data.merging.embedding_inventory import Inventory
 from preprocess_raw_data.merging.splits import SPLITS, Buildings, assign_splits
 
 RADII_M = (10, 25, 50)
-# The cell that a split without cells is compared with: a block of houses or two, several times the largest radius.
+# A split without cells is compared with one of cells of this size, several times the largest radius.
 USUAL_CELL_M = 200.0
 
 Splits = NDArray[np.int8]
@@ -21,17 +21,16 @@ Splits = NDArray[np.int8]
 def compare_leakage(inventory: Inventory, splits: Splits, data: DataSection, seed: int) -> dict[str, dict[str, Any]]:
     """Return the leakage of the written split and, for comparison, of splits by hash with and without cells.
 
-    `splits` gives each building's index into SPLITS, -1 for those that are dropped.
+    `splits` gives each building's index into SPLITS, -1 if it is dropped.
     """
-    cell_m = data.split_cell_m or USUAL_CELL_M
     kept = np.flatnonzero(splits >= 0)
     buildings = inventory.buildings.take(kept)
     found = {"written": measure_leakage(inventory, splits)}
-    for other_m in (0.0, cell_m):
-        other = data.model_copy(update={"split_unit": "building", "split_cell_m": other_m})
+    for cell_m in (0.0, data.split_cell_m or USUAL_CELL_M):
+        other = data.model_copy(update={"split_unit": "building", "split_cell_m": cell_m})
         assigned = splits.copy()
         assigned[kept] = assign_splits(buildings, other, seed, {})
-        found[f"split_cell_m = {other_m:g}"] = measure_leakage(inventory, assigned)
+        found[f"split_cell_m = {cell_m:g}"] = measure_leakage(inventory, assigned)
     return found
 
 
@@ -51,7 +50,7 @@ def measure_leakage(inventory: Inventory, splits: Splits) -> dict[str, Any]:
 
 
 def count_near(buildings: Buildings, splits: Splits) -> dict[int, int]:
-    """Return, for each of RADII_M, how many test buildings have a training building that near, by mean positions."""
+    """Return, for each of RADII_M, how many test buildings have a training building that near."""
     train, test = (np.flatnonzero(splits == SPLITS.index(name)) for name in ("train", "test"))
     if not (len(train) and len(test)):
         return dict.fromkeys(RADII_M, 0)
@@ -71,7 +70,7 @@ def count_shared(groups: NDArray[Any], splits: Splits) -> tuple[int, int]:
 
 
 def log_leakage(found: dict[str, dict[str, Any]]) -> None:
-    """Log a line for each split that was looked at."""
+    """Log a line for each split."""
     for name, counts in found.items():
         total, panoramas = max(1, counts["test_buildings"]), max(1, counts["panoramas"])
         near = ", ".join(

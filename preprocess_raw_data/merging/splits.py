@@ -58,7 +58,7 @@ def choose_split(seed: int, unit: str, data: DataSection) -> int:
 def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float) -> Iterator[str]:
     """Name the square of side `cell_m` metres that holds each position (degrees)."""
     rows = np.floor(lat * METRES_PER_DEGREE / cell_m)
-    # The width of a degree is taken at the row's own latitude, so that all cells of a row have the same edges.
+    # A degree's width at the row's latitude, so that all cells of a row have the same edges.
     widths = METRES_PER_DEGREE * np.cos(np.radians(rows * cell_m / METRES_PER_DEGREE))
     columns = np.floor(lon * widths / cell_m)
     for row, column in zip(rows, columns, strict=True):
@@ -75,7 +75,7 @@ def name_units(buildings: Buildings, data: DataSection) -> Iterator[str]:
 
 
 def iterate_strings(column: pa.StringArray) -> Iterator[str]:
-    """Yield the strings, a few thousand of them being Python objects at a time."""
+    """Yield the strings, with a few thousand Python objects at a time."""
     for start in range(0, len(column), _STRINGS_AT_A_TIME):
         yield from column.slice(start, _STRINGS_AT_A_TIME).to_pylist()
 
@@ -93,7 +93,7 @@ def assign_splits(buildings: Buildings, data: DataSection, seed: int, named: Map
 
 
 def hash_splits(building_ids: pa.StringArray, splits: NDArray[np.int8]) -> str:
-    """Return a short hash of who is where, the same for the same assignment in any order."""
+    """Return a short hash of the assignment, independent of its order."""
     order = pc.array_sort_indices(building_ids)
     digest = hashlib.sha256()
     for building, split in zip(iterate_strings(building_ids.take(order)), splits[order.to_numpy()], strict=True):

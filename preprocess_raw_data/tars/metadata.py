@@ -7,8 +7,7 @@ from math import isfinite
 from pipeline.errors import Rejection
 
 SUFFIX = ".txt"
-# A real text has under 200 bytes; no more than this of a longer one is read.
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20  # read of a text; a real one has under 200 bytes
 NUM_FIELDS = 17  # behind the d; shared by all releases of the dataset
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _MAX_ID = 2**63 - 1
@@ -37,9 +36,9 @@ def is_metadata_name(name: str) -> bool:
 
 
 def parse_metadata(data: bytes) -> ViewRecord:
-    """Read the first valid `d` line of a metadata text.
+    """Return the first valid `d` line of a metadata text.
 
-    Raises Rejection `bad_metadata` where there is none, saying what is wrong with the first `d` line.
+    Raises Rejection `bad_metadata` if there is none, with the fault of the first `d` line.
     """
     problem = None
     for line in data.decode("utf-8-sig", errors="replace").split("\n"):
@@ -53,7 +52,7 @@ def parse_metadata(data: bytes) -> ViewRecord:
 
 
 def _parse_fields(words: list[str]) -> ViewRecord:
-    """Read the numbers behind the `d`; the ValueError says which is wrong."""
+    """Return the record of the numbers behind the `d`, or raise ValueError."""
     if len(words) != NUM_FIELDS:
         raise ValueError(f"{len(words)} fields behind the d, expected {NUM_FIELDS}")
     numbers = [_parse_number(word) for word in words]
@@ -72,7 +71,7 @@ def _parse_number(word: str) -> float:
 
 
 def _parse_id(word: str) -> int:
-    """Read an id, also one that is written as 12.0."""
+    """Return an id, also of 12.0."""
     value = int(word) if word.lstrip("+-").isdecimal() else float(word)
     if value != int(value) or abs(value) > _MAX_ID:
         raise ValueError(f"{word[:40]!r} is not an id")

@@ -13,7 +13,7 @@ Reject = tuple[str, Rejection]  # the item's name, and why
 
 @dataclass(frozen=True, slots=True)
 class FoundImage:
-    """An image member: its number among the tar's images, where it lies, and why it cannot be used, if so."""
+    """An image member: its number among the tar's images, its place, and why it cannot be used, if so."""
 
     order: int
     name: str
@@ -43,7 +43,7 @@ class Item:
 
 
 class TarInventory:
-    """Gathers a tar's members into items; a pair takes about a kilobyte of memory."""
+    """Gathers a tar's members into items."""
 
     def __init__(self) -> None:
         self.ignored: Counter[str] = Counter()
@@ -82,7 +82,7 @@ class TarInventory:
             item.metadata = rejection
 
     def add_image(self, member: Member, rejection: Rejection | None) -> None:
-        """Note an image and why it cannot be used, if so; images come in the order of the tar."""
+        """Note an image, in the order of the tar, and why it cannot be used, if so."""
         item = self._find(member)
         if any(image.name == member.name for image in item.images):
             rejection = rejection or Rejection("duplicate_image_id", "a second member of this name")
@@ -90,23 +90,18 @@ class TarInventory:
         self._num_images += 1
 
     def _find(self, member: Member) -> Item:
-        item = self._items.get(member.stem)
-        if item is None:
-            item = self._items[member.stem] = Item(member.has_unsafe_path)
-        return item
+        if member.stem not in self._items:
+            self._items[member.stem] = Item(member.has_unsafe_path)
+        return self._items[member.stem]
 
     def judge(self) -> tuple[list[View], list[Reject]]:
         """Return the usable views by patch id, and the rejects by name."""
-        views: list[View] = []
-        rejects: list[Reject] = []
-        for stem, item in self._items.items():
-            view, refused = judge_item(stem, item)
-            rejects += refused
-            if view:
-                views.append(view)
-        views.sort(key=lambda view: (view.record.patch_id, view.image.order))
+        judged = [judge_item(stem, item) for stem, item in self._items.items()]
+        rejects = [reject for _, refused in judged for reject in refused]
         kept: list[View] = []
-        for view in views:
+        for view in sorted(
+            (view for view, _ in judged if view), key=lambda view: (view.record.patch_id, view.image.order)
+        ):
             if kept and kept[-1].record.patch_id == view.record.patch_id:
                 detail = f"patch {view.record.patch_id} is also {kept[-1].image.name}, which comes first"
                 rejects.append((view.stem, Rejection("duplicate_image_id", detail)))
@@ -118,7 +113,7 @@ class TarInventory:
 def judge_item(stem: str, item: Item) -> tuple[View | None, list[Reject]]:
     """Return an item's usable view, if any, and its rejects; the reasons are tested in a fixed order.
 
-    Where several images share the stem, each is judged with the metadata, and the first usable one is the pair's.
+    Of several images with one stem the first usable one is the pair's. The others are rejected by their full names.
     """
     rejects: list[Reject] = []
     if item.not_files:
@@ -137,20 +132,13 @@ def judge_item(stem: str, item: Item) -> tuple[View | None, list[Reject]]:
     if not isinstance(item.metadata, ViewRecord):
         assert item.metadata is not None  # every text that is not unsafe is read
         return None, rejects + list(_reject_all(stem, item, item.metadata))
-    return _choose_image(stem, item.images, item.metadata, rejects)
-
-
-def _choose_image(
-    stem: str, images: list[FoundImage], record: ViewRecord, rejects: list[Reject]
-) -> tuple[View | None, list[Reject]]:
-    """Take the first usable image; the others are rejected by their full names, as no part of the pair."""
-    chosen = next((image for image in images if image.rejection is None), None)
-    pair = chosen or images[0]
+    chosen = next((image for image in item.images if image.rejection is None), None)
     second = Rejection("duplicate_image_id", "a second image of this name")
-    for image in images:
+    for image in item.images:
         if image is not chosen:
-            rejects.append((stem if image is pair else image.name, image.rejection or second))
-    return View(stem, chosen, record) if chosen else None, rejects
+            is_pair = chosen is None and image is item.images[0]
+            rejects.append((stem if is_pair else image.name, image.rejection or second))
+    return View(stem, chosen, item.metadata) if chosen else None, rejects
 
 
 def _reject_all(stem: str, item: Item, reason: Rejection) -> Iterator[Reject]:
