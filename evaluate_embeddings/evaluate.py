@@ -69,10 +69,7 @@ def hash_weights(weights: "StateDict") -> str:
 
 
 def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Checkpoint"]:
-    """Return the test split, its embeddings of each kind, and the projector's checkpoint.
-
-    Raises InputError if an input is missing, damaged, or does not fit the others.
-    """
+    """Return the test split, its embeddings of each kind, and the projector's checkpoint."""
     from pipeline.inference.devices import choose_device, needing_memory
     from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 
@@ -131,10 +128,7 @@ def score_split(
 
 
 def describe_inputs(config: Config, ignore_pairs: Path | None, images: bool = True) -> dict[str, Any]:
-    """Return the provenance that the outputs must have.
-
-    Raises InputError if an input is missing.
-    """
+    """Return the provenance that the outputs must have."""
     merged_dir, checkpoint_path = config.path("merged_dir"), config.path("checkpoint_dir") / CHECKPOINT_NAME
     inputs = [identify(path) for path in (merged_dir / "train.parquet", merged_dir / "test.parquet", checkpoint_path)]
     if ignore_pairs is not None:

@@ -106,10 +106,7 @@ def plan_reference(source: Path, options: PublishOptions) -> "tuple[Provenance, 
 
 
 def describe_published(config: Config, checkpoint_path: Path, backbone_id: str | None, dtype: str | None) -> Provenance:
-    """Return the folder's provenance: checkpoint and backbone by content, and the settings that shape it.
-
-    Raises InputError if the checkpoint is missing.
-    """
+    """Return the folder's provenance: checkpoint and backbone by content, and the settings that shape it."""
     inputs = [identify(checkpoint_path), {"name": "backbone", "id": backbone_id}]
     return make_folder_provenance(inputs, embedding_settings(config.embedding_model), dtype)
 

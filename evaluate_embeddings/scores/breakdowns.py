@@ -12,6 +12,8 @@ from evaluate_embeddings.scores.metrics import Evaluation, summarize_kinds
 from pipeline.files.tables import open_parquet, reading
 from pipeline.retrieval.candidates import RowGroups
 
+# The value of each image, the lower ends of the groups, and how a group is named.
+Group = tuple[NDArray[Any], tuple[int, ...], Callable[[int, float], str]]
 # Lower ends of the groups. Each group's last number belongs to the next; the last group is open.
 VIEW_EDGES = (2, 3, 4, 6)
 HEADING_EDGES = (0, 15, 30, 60, 90)  # degrees, 180 at most
@@ -50,29 +52,24 @@ def heading_changes(codes: NDArray[Any], headings: NDArray[np.float64]) -> NDArr
 
 
 def summarize_breakdowns(evaluation: Evaluation, split_path: Path, seed: int) -> dict[str, Any]:
-    """Return the scores by number of views, viewpoint change and distance; the last two None without a camera."""
+    """Return the scores by number of views, viewpoint change and distance; the last two None without a camera.
+
+    Groups that no query is in are left out.
+    """
     queries = next(iter(evaluation.scores.values())).query
     views, camera = RowGroups(evaluation.codes), load_camera(split_path)
-    groups = {"by_views": (views.sizes()[views.codes], VIEW_EDGES, name_count)}
+    groups: dict[str, Group] = {"by_views": (views.sizes()[views.codes], VIEW_EDGES, name_count)}
     if camera is not None:
         groups["by_viewpoint_change"] = heading_changes(evaluation.codes, camera[0]), HEADING_EDGES, name_range
         groups["by_distance"] = camera[1], DISTANCE_EDGES, name_range
     found: dict[str, Any] = {"by_views": None, "by_viewpoint_change": None, "by_distance": None}
     for key, (values, edges, name) in groups.items():
-        found[key] = _summarize_groups(evaluation, values[queries], edges, name, seed)
-    return found
-
-
-def _summarize_groups(
-    evaluation: Evaluation, values: NDArray[Any], edges: tuple[int, ...], name: Callable[[int, float], str], seed: int
-) -> dict[str, Any]:
-    """Return the scores of the queries between each two edges, by the group's name; leave out empty groups."""
-    found = {}
-    for low, high in zip(edges, (*edges[1:], np.inf), strict=True):
-        chosen = (values >= low) & (values < high)  # NaN is in no group
-        if chosen.any():
-            scores = {kind: one.take(chosen) for kind, one in evaluation.scores.items()}
-            found[name(low, high)] = summarize_kinds(scores, evaluation.codes, seed)
+        found[key] = {}
+        for low, high in zip(edges, (*edges[1:], np.inf), strict=True):
+            chosen = (values[queries] >= low) & (values[queries] < high)  # NaN is in no group
+            if chosen.any():
+                scores = {kind: one.take(chosen) for kind, one in evaluation.scores.items()}
+                found[key][name(low, high)] = summarize_kinds(scores, evaluation.codes, seed)
     return found
 
 

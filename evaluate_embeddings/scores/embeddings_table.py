@@ -70,10 +70,7 @@ def count_rows(path: Path) -> int:
 
 
 def list_parts(folder: Path) -> list[Path]:
-    """Return the parquets of a dataset in the order of its input; warn if the dataset is incomplete.
-
-    Raises InputError if there are none.
-    """
+    """Return the parquets of a dataset in the order of its input; warn if the dataset is incomplete."""
     dataset_dir = resolve_dataset_dir(folder)
     paths = [dataset_dir / "parts" / name for name in list_part_files(dataset_dir)]
     if not paths and folder.is_dir():
@@ -90,10 +87,7 @@ def list_parts(folder: Path) -> list[Path]:
 
 
 def find_id_column(path: Path, schema: pa.Schema) -> str:
-    """Return the name of the column that names the images.
-
-    Raises InputError if there is none.
-    """
+    """Return the name of the column that names the images."""
     for name in ID_COLUMNS:
         if schema.get_field_index(name) >= 0:
             return name

@@ -65,10 +65,7 @@ def match_rows(ids: pa.StringArray, other_ids: pa.StringArray, other_name: str) 
 
 
 def read_ignore_pairs(path: Path | None) -> pa.Table | None:
-    """Read the two id columns of a CSV as strings and ignore its other columns; None if there is no path.
-
-    Raises InputError if the file is missing, is no CSV, or lacks a column.
-    """
+    """Read the two id columns of a CSV as strings and ignore its other columns; None if there is no path."""
     if path is None:
         return None
     # As strings, or an id of digits alone would lose its leading zeros.

@@ -122,10 +122,6 @@ def summarize_galleries(evaluation: Evaluation, seed: int, progress: Callable[[i
     for size in GALLERY_SIZES:
         if size > len(evaluation.codes):
             break
-        if size == len(evaluation.codes):  # the whole split has been scored already
-            found[str(size)] = summarize_kinds(evaluation.scores, evaluation.codes, seed)
-            progress(size * len(evaluation.scores))
-            break
         rows = sample_gallery(evaluation.codes, size, seed)
         codes = evaluation.codes[rows]
         scores = {

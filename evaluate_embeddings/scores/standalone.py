@@ -111,10 +111,7 @@ def _drop(result: cli.StageResult, reason: str, count: int) -> None:
 
 
 def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
-    """Embed the test split with the configured checkpoint and with another one, or match a dataset of its images.
-
-    Raises InputError if an input is missing or does not fit.
-    """
+    """Embed the test split with the configured checkpoint and with another one, or match a dataset of its images."""
     from pipeline.inference.devices import choose_device
     from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 

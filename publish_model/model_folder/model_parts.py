@@ -27,10 +27,7 @@ class Backbone:
     published_in: ReferenceModel | None = None
 
     def read_config(self) -> dict[str, Any]:
-        """Return its config.json, or the vision tower's part of it if the model takes text as well.
-
-        Raises InputError if it is damaged.
-        """
+        """Return its config.json, or the vision tower's part of it if the model takes text as well."""
         content = read_settings(self.folder / "config.json")
         if "vision_config" in content:
             return dict(find_vision_config(self.folder).to_dict())
@@ -42,10 +39,7 @@ class Backbone:
         return self.published_in.find_processor().parent if self.published_in else self.folder
 
     def list_tensors(self, scratch_dir: Path) -> list[Tensor]:
-        """List its weights under the names that AutoModel reads.
-
-        Raises InputError if they cannot be read.
-        """
+        """List its weights under the names that AutoModel reads."""
         if self.published_in:
             return list_published_backbone(self.published_in.folder, self.folder)
         return list_backbone(self.folder, self.section.pooling_type, scratch_dir)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def write_all_weights(folder: Path, model: ModelParts, dtype: str | None) -> tup
     """Write `backbone.*` and `projector.*`; return the type of the backbone's floats and the size of all in bytes."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
         tensors = [
-            tensor.cast(_TYPES[dtype] if dtype else None).renamed("backbone.")
+            replace(tensor.cast(_TYPES[dtype] if dtype else None), name=f"backbone.{tensor.name}")
             for tensor in model.backbone.list_tensors(Path(scratch))
         ]
         stored = str(stored_type(tensors)).removeprefix("torch.")

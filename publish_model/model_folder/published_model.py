@@ -41,10 +41,7 @@ class PublishedModel:
         return name_version(files, self.pooling, precision)
 
     def load(self, dtype: str) -> "Embedder":
-        """Load it to compute in a type; a model of the reference implementation is rebuilt for this process first.
-
-        Raises InputError where it cannot be used.
-        """
+        """Load it to compute in a type; a model of the reference implementation is rebuilt for this process first."""
         from pipeline.inference.backbone import Embedder
 
         folder = self.reference.build_folder() if self.reference else self.folder

@@ -44,10 +44,7 @@ class ReferenceModel:
         return Path(name).name if Path(name).expanduser().is_dir() else name
 
     def find_processor(self) -> Path:
-        """Return the file of the image processor, the model's own or the backbone's.
-
-        Raises InputError if there is none.
-        """
+        """Return the file of the image processor, the model's own or the backbone's."""
         for folder in (self.folder, self.backbone_dir):
             for name in PROCESSOR_NAMES:
                 if (folder / name).is_file():
@@ -60,10 +57,7 @@ class ReferenceModel:
         return hash_json([identify_model(self.folder), *settings])[:16]
 
     def read_projector(self) -> "Checkpoint":
-        """Return the projector with the names and the architecture of our own.
-
-        Raises InputError if its weights cannot be mapped to them.
-        """
+        """Return the projector with the names and the architecture of our own."""
         from pipeline.retrieval.bare_weights import read_bare_weights
         from pipeline.retrieval.checkpoint import Checkpoint, build_projector
         from publish_model.model_folder.weights import list_stored
@@ -79,10 +73,7 @@ class ReferenceModel:
         return checkpoint
 
     def _find_activation(self) -> Any:
-        """Return the projector's activation.
-
-        Raises InputError if config.json does not name one of ours.
-        """
+        """Return the projector's activation."""
         inner = [value for key, value in self.config.items() if isinstance(value, dict) and key != "backbone_config"]
         for settings in (self.config, *inner):
             for key in ACTIVATION_KEYS:
@@ -118,10 +109,7 @@ class ReferenceModel:
         return "cls_token" if getattr(outputs, "pooler_output", None) is None else "pooler_output"
 
     def build_folder(self) -> Path:
-        """Make a folder in our own format for as long as this process runs; link the backbone's weights.
-
-        Raises InputError if backbone or projector cannot be used.
-        """
+        """Make a folder in our own format for as long as this process runs; link the backbone's weights."""
         from safetensors.torch import save_file
 
         from publish_model.model_folder.weights import locate_weights

@@ -52,10 +52,7 @@ def describe_training(reference: Embeddings, queries: Embeddings) -> dict[str, A
 
 
 def read_training(folder: Path) -> tuple[dict[str, float], Embeddings]:
-    """Return the quantiles and the sample (R, D) that a published folder carries.
-
-    Raises InputError if it carries none.
-    """
+    """Return the quantiles and the sample (R, D) that a published folder carries."""
     try:
         content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
         values = np.frombuffer(base64.b64decode(content["reference_float16"]), dtype="<f2")

@@ -40,15 +40,11 @@ class Tensor:
         """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def renamed(self, prefix: str) -> "Tensor":
-        """Return the tensor with `prefix` before its name."""
-        return Tensor(prefix + self.name, self.shape, self.dtype, self.read)
-
     def cast(self, dtype: torch.dtype | None) -> "Tensor":
         """Return the tensor as floats of another type; integers stay as they are."""
         if dtype is None or not self.dtype.is_floating_point:
             return self
-        return Tensor(self.name, self.shape, dtype, lambda: self.read().to(dtype))
+        return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
 
 
 def tensors_of(state_dict: dict[str, torch.Tensor]) -> list[Tensor]:
@@ -60,10 +56,7 @@ def tensors_of(state_dict: dict[str, torch.Tensor]) -> list[Tensor]:
 
 
 def locate_weights(folder: Path) -> dict[str, Path]:
-    """Return the safetensors file of each weight of a model folder, none if it has no such file.
-
-    Raises InputError if a file is missing or damaged.
-    """
+    """Return the safetensors file of each weight of a model folder, none if it has no such file."""
     index_path = folder / "model.safetensors.index.json"
     found: dict[str, Path] = {}
     try:
@@ -82,10 +75,7 @@ def locate_weights(folder: Path) -> dict[str, Path]:
 
 
 def list_stored(folder: Path) -> list[Tensor]:
-    """List the tensors of a model folder's safetensors files, if it has any.
-
-    Raises InputError if a file is missing or damaged.
-    """
+    """List the tensors of a model folder's safetensors files, if it has any."""
     return [_describe_stored(name, path) for name, path in locate_weights(folder).items()]
 
 
@@ -125,10 +115,7 @@ def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Te
 
 
 def build_empty(folder: Path) -> tuple[Any, torch.nn.Module]:
-    """Return a backbone's configuration, and its model on the meta device for the names and shapes.
-
-    Raises InputError if the backbone cannot be loaded.
-    """
+    """Return a backbone's configuration, and its model on the meta device for the names and shapes."""
     config = find_vision_config(folder)
     try:
         with torch.device("meta"):
