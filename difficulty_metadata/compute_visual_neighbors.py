@@ -24,7 +24,6 @@ from difficulty_metadata.neighbor_search.bands import (
     compute_band_edges,
     distance_ratios,
 )
-from difficulty_metadata.neighbor_search.exclusion import Exclusion
 from difficulty_metadata.neighbor_search.fingerprints import ImageTable, read_images
 from difficulty_metadata.neighbor_search.neighbor_parts import PartStore, parts_dir
 from difficulty_metadata.neighbor_search.pca import fit_pca
@@ -88,7 +87,7 @@ def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Con
     todo = [part for part in range(store.count_parts(shard)) if not store.is_done(shard, part)]
     if not todo:
         return 0
-    from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
+    from difficulty_metadata.neighbor_search.neighbors import Exclusion, NeighborSearch
     from pipeline.inference.devices import choose_device, describe_device, needing_memory
 
     with watch.measure("pca"):

@@ -9,8 +9,7 @@ import torch
 
 from difficulty_metadata.neighbor_search import engines, neighbors
 from difficulty_metadata.neighbor_search.engines import TiledEngine, bound_unseen
-from difficulty_metadata.neighbor_search.exclusion import Exclusion
-from difficulty_metadata.neighbor_search.neighbors import NeighborSearch, group_points, measure_squared
+from difficulty_metadata.neighbor_search.neighbors import Exclusion, NeighborSearch, group_points, measure_squared
 from pipeline.errors import InputError
 from pipeline.inference.devices import full_precision
 from pipeline.retrieval.geography import distances_m

@@ -21,6 +21,8 @@ CPU_TILE = (256, 4_096)
 CUDA_TILE = (8_192, 65_536)
 # Candidates held at a time; a very wide search cuts its block of queries.
 _MAX_HITS = 1 << 25
+# Candidates (Q, m) and what is known of all other points (Q,).
+Found = tuple[torch.Tensor, torch.Tensor]
 
 
 class Engine(Protocol):
@@ -30,9 +32,7 @@ class Engine(Protocol):
     def order(self) -> torch.Tensor | None:
         """The best order of queries at the points; None if it does not matter."""
 
-    def search(
-        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int, /) -> Found:
         """Return candidates (Q, m) int64, padded with -1, and bounds (Q,) float64.
 
         All points of other buildings that are no candidates have squared distances of at least the bound. Candidates
@@ -53,12 +53,7 @@ class BallTreeEngine:
         # Rounding of the tree's own bounds, which are differences of distances across the whole cloud.
         self._margin = 1e-12 * float(np.linalg.norm(self._points, axis=1).max(initial=0.0))
 
-    def search(
-        self,
-        queries: torch.Tensor,
-        query_codes: torch.Tensor,  # noqa: ARG002 (knows no buildings)
-        num_candidates: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, queries: torch.Tensor, _query_codes: torch.Tensor, num_candidates: int) -> Found:
         """See Engine."""
         count = min(num_candidates, len(self._points))
         distances, candidates = self._tree.query(queries.double().numpy(), k=count)
@@ -87,9 +82,7 @@ class TiledEngine:
         self._dtype = dtype
         self._sample = self._points[::SAMPLE_STRIDE].contiguous(), codes[::SAMPLE_STRIDE].contiguous()
 
-    def search(
-        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int) -> Found:
         """See Engine."""
         num_points = len(self._points)
         # The number of wanted points in the sample, plus four standard deviations.
@@ -113,9 +106,7 @@ class TiledEngine:
         squared = limits.double() + queries.double().square().sum(dim=1)
         return candidates, bound_unseen(squared, queries, self._dtype)
 
-    def _search_dense(
-        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _search_dense(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int) -> Found:
         """Return candidates (Q, m) and the score that all others reach, from all scores at once."""
         scores = queries @ self._points.T  # (Q, N)
         scores.masked_fill_(self._codes[None] == query_codes[:, None], torch.inf)

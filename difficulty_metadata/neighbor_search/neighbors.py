@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import pad
 
 from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, BallTreeEngine, Engine, TiledEngine
-from difficulty_metadata.neighbor_search.exclusion import Exclusion
-from pipeline.errors import one_line
+from pipeline.errors import InputError, one_line
 from pipeline.inference.devices import COMPILE_ERRORS, halve_until_it_fits
 from pipeline.log import logger
+from pipeline.retrieval.geography import distances_m
 
 # Candidates beyond the neighbours wanted, in place of those of the own building or too near on the ground.
 SPARE_CANDIDATES = 32
@@ -93,6 +93,27 @@ def _hash_rows(points: np.ndarray) -> np.ndarray:
         hashes = (hashes ^ bits) * np.uint64(0x9E3779B97F4A7C15)
         hashes ^= hashes >> np.uint64(29)
     return hashes
+
+
+class Exclusion:
+    """Tells which images' targets stand nearer than `within_m` to an anchor's."""
+
+    def __init__(self, latitudes: np.ndarray, longitudes: np.ndarray, within_m: float) -> None:
+        """Take the target positions of all rows, in degrees (N,). Raises InputError where one is not finite."""
+        if not (np.isfinite(latitudes).all() and np.isfinite(longitudes).all()):
+            raise InputError(
+                "target_lat, target_lon: not finite for some images, which [difficulty].exclude_within_m needs: "
+                "correct the fingerprint files, or set it to 0"
+            )
+        self._latitudes = latitudes
+        self._longitudes = longitudes
+        self._within_m = within_m
+
+    def is_near(self, anchors: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Return whether rows `others` (A, m) are too near to the rows `anchors` (A,)."""
+        own = self._latitudes[anchors][:, None], self._longitudes[anchors][:, None]
+        is_near: np.ndarray = distances_m(*own, self._latitudes[others], self._longitudes[others]) < self._within_m
+        return is_near
 
 
 def make_gpu_engine(points: torch.Tensor, codes: torch.Tensor) -> Engine:
@@ -249,29 +270,14 @@ class NeighborSearch:
         rows = self._first_rows[candidates[:, : self._num_neighbors]].masked_fill(nearest.isinf(), -1)
         missing = (0, self._num_neighbors - nearest.shape[1])
         rows, nearest = pad(rows, missing, value=-1), pad(nearest, missing, value=torch.inf)
-        self._expand_shared(anchors, candidates, squared, is_shared, rows, nearest)
+        shared = is_shared[:, : self._num_neighbors].any(dim=1).nonzero()[:, 0]
+        points = (values[shared].cpu().numpy() for values in (candidates, squared))
+        expanded = [self._expand(*each) for each in zip(anchors[shared.cpu().numpy()], *points, strict=True)]
+        if expanded:
+            for values, found in zip((rows, nearest), zip(*expanded, strict=True), strict=True):
+                values[shared] = torch.from_numpy(np.stack(found)).to(self.device)
         # Strictly nearer than all unseen points: not even a tie can be missing.
         return rows, nearest, (nearest[:, -1] < bounds) | bounds.isinf()
-
-    def _expand_shared(
-        self,
-        anchors: np.ndarray,
-        candidates: torch.Tensor,
-        squared: torch.Tensor,
-        is_shared: torch.Tensor,
-        rows: torch.Tensor,
-        nearest: torch.Tensor,
-    ) -> None:
-        """Replace `rows` and `nearest` of anchors that have shared points among their nearest."""
-        places = is_shared[:, : self._num_neighbors].any(dim=1).nonzero()[:, 0]
-        points, distances = candidates[places].cpu().numpy(), squared[places].cpu().numpy()
-        expanded = [
-            self._expand(int(anchor), *point)
-            for anchor, *point in zip(anchors[places.cpu().numpy()], points, distances, strict=True)
-        ]
-        if expanded:
-            rows[places] = torch.from_numpy(np.stack([found for found, _ in expanded])).to(self.device)
-            nearest[places] = torch.from_numpy(np.stack([measured for _, measured in expanded])).to(self.device)
 
     def _expand(self, anchor: int, candidates: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return one anchor's neighbours (k,) and squared distances (k,), with all rows of shared points."""

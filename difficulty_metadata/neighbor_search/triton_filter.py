@@ -25,7 +25,7 @@ import torch
 import triton
 from torch.nn.functional import pad
 
-from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, SAMPLE_STRIDE
+from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, SAMPLE_STRIDE, Found
 from difficulty_metadata.neighbor_search.triton_kernels import measure_groups, note_groups
 from pipeline.inference.devices import full_precision
 from pipeline.log import logger
@@ -99,9 +99,7 @@ class TritonEngine:
             tiles.masked_fill(tiles.isinf(), -torch.inf).amax(dim=1),
         )
 
-    def search(
-        self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int) -> Found:
         """See Engine. Queries in the order of `order` have fewer tiles to look at."""
         ranks = [num_candidates]
         for _ in self._levels[1:]:
@@ -118,9 +116,7 @@ class TritonEngine:
         candidates, bounds = (torch.cat(parts) for parts in zip(*found, strict=True))
         return candidates, bounds
 
-    def _search_block(
-        self, queries: torch.Tensor, query_codes: torch.Tensor, ranks: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _search_block(self, queries: torch.Tensor, query_codes: torch.Tensor, ranks: list[int]) -> Found:
         thresholds = self._guess_thresholds(queries, query_codes, ranks)
         near, squared, is_whole = self._collect(0, queries, query_codes, thresholds, ranks[1])
         count = min(ranks[0], near.shape[1])
