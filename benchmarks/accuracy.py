@@ -32,7 +32,7 @@ from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.features import Features, load_features
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_scores
-from pipeline.retrieval.whitening import collect_scatter, whiten_by_pca, whiten_within_class
+from pipeline.retrieval.whitening import collect_scatters, whiten_by_pca, whiten_within_class
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.neighbor_table import load_neighbors
 from train_specialized_embeddings.training.fitting import Material, make_run, store_coordinates
@@ -162,7 +162,7 @@ def embed_kinds(
     config: Config, run: TrainingRun, train: Features, rows: NDArray[Any]
 ) -> dict[str, NDArray[np.float32]]:
     """Return every kind of embedding of rows (N, D) of other buildings than the run was trained on."""
-    scatter = collect_scatter(train.embeddings, train.building_codes)
+    scatter = collect_scatters(train.embeddings, train.building_codes)[0]
     whitening = whiten_within_class(scatter, config.training_model.output_dim, run.start["shrinkage"])
     pca = whiten_by_pca(scatter, config.training_model.output_dim)
     projector = Projector(**run.best["architecture"])

@@ -36,7 +36,7 @@ from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.features import Features, load_features
 from pipeline.retrieval.scores import Embeddings, normalise_rows, score_queries_twice
-from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatter, whiten_by_pca, whiten_within_class
+from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatters, whiten_by_pca, whiten_within_class
 from pipeline.stages import STAGES
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
     device = choose_device(config.infrastructure.device)
     shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # the reference's names none
     with needing_memory("the scatter of the training images", "or set [infrastructure].device to cpu"):
-        scatter = collect_scatter(train.embeddings, train.building_codes, device=device)
+        scatter = collect_scatters(train.embeddings, train.building_codes, device=device)[0]
         whitening = whiten_within_class(scatter, checkpoint.architecture["output_dim"], shrinkage)
         pca = whiten_by_pca(scatter, PCA_DIM)
     embeddings = {

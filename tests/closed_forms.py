@@ -2,7 +2,11 @@
 
 import numpy as np
 
-from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatter, whiten_by_pca, whiten_within_class
+from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatters, whiten_by_pca, whiten_within_class
+
+
+def collect_scatter(embeddings, building_codes, input_power=1.0):
+    return collect_scatters(embeddings, building_codes, (input_power,))[0]
 
 
 def fit_within_class_whitening(embeddings, building_codes, output_dim=256, shrinkage=DEFAULT_SHRINKAGE):

@@ -9,8 +9,8 @@ from pipeline.retrieval.candidates import IgnoredPairs, RowGroups
 from pipeline.retrieval.scores import (
     SCORE_KEYS,
     QueryScores,
-    bootstrap_intervals,
     normalise_rows,
+    percentile_intervals,
     resample_means,
     score_queries,
     score_queries_twice,
@@ -177,6 +177,10 @@ def test_the_bootstrap_equals_a_loop_that_draws_whole_buildings():
         drawn = [buildings[place] for place in draws.integers(4, size=4)]
         pool = [values[row] for building in drawn for row in np.flatnonzero(codes == building)]
         np.testing.assert_allclose(resample, np.mean(pool, axis=0))
+
+
+def bootstrap_intervals(scores, codes, seed):
+    return percentile_intervals(resample_means(scores.values(), codes[scores.query], seed))
 
 
 def test_intervals_hold_the_mean_repeat_with_the_seed_and_narrow_with_more_buildings():

@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from closed_forms import collect_scatter
 
 from pipeline.config import TrainingModelSection, TrainingSection
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import QueryScores
-from pipeline.retrieval.whitening import LinearMap, collect_scatter, sharpen_whitening
+from pipeline.retrieval.whitening import LinearMap, sharpen_whitening
 from train_specialized_embeddings.training import starts
 from train_specialized_embeddings.training.starts import Fitted, fit_baselines, is_rectified, make_projector
 from train_specialized_embeddings.training.validation import ValidationSet

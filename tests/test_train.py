@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from closed_forms import fit_pca_whitening, fit_within_class_whitening
+from closed_forms import collect_scatter, fit_pca_whitening, fit_within_class_whitening
 from training_data import (
     OUTPUTS,
     SETTINGS,
@@ -29,10 +29,7 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from pipeline.retrieval.scores import SCORE_KEYS, score_queries, summarize_scores
-from pipeline.retrieval.whitening import (
-    collect_scatter,
-    whiten_within_class,
-)
+from pipeline.retrieval.whitening import whiten_within_class
 from train_specialized_embeddings import train
 from train_specialized_embeddings.training.coordinates import make_coordinates
 from train_specialized_embeddings.training.losses import LOSSES

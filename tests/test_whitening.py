@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from closed_forms import fit_pca_whitening, fit_within_class_whitening
+from closed_forms import collect_scatter, fit_pca_whitening, fit_within_class_whitening
 
 from pipeline.retrieval import whitening
 from pipeline.retrieval.whitening import (
     LinearMap,
-    collect_scatter,
     collect_scatters,
     sharpen_whitening,
     whiten_by_pca,

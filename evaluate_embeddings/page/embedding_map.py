@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.scores.metrics import Evaluation
-from pipeline.retrieval.whitening import collect_scatter, decompose
+from pipeline.retrieval.whitening import collect_scatters, decompose
 
 MAX_POINTS = 1_500
 # The principal components are fitted on a sample of this size.
@@ -29,7 +29,7 @@ def place_points(
     fitted = embeddings
     if len(embeddings) > MAX_FIT_ROWS:
         fitted = embeddings[np.sort(generator.choice(len(embeddings), MAX_FIT_ROWS, replace=False))]
-    scatter = collect_scatter(fitted, np.zeros(len(fitted), np.int32))
+    scatter = collect_scatters(fitted, np.zeros(len(fitted), np.int32))[0]
     values, vectors = decompose(scatter.within)
     chosen = np.arange(len(scores.query))
     if len(chosen) > MAX_POINTS:

@@ -145,24 +145,14 @@ def list_unreached(rows: Mapping[str, Mapping[str, float]], own: float, toleranc
     return [name for name, row in rows.items() if not own >= row["map"] - max(tolerance, row.get("map_error", 0.0))]
 
 
-def bootstrap_intervals(
-    scores: QueryScores, building_codes: NDArray[Any], seed: int, num_resamples: int = 1000
-) -> dict[str, list[float]]:
-    """Return the 95 % percentile interval of each of SCORE_KEYS, resampling buildings.
-
-    The queries of one building are not independent, so buildings and not queries are drawn (the cluster bootstrap;
-    Davison and Hinkley, Bootstrap Methods, section 3.8).
-    """
-    means = resample_means(scores.values(), building_codes[scores.query], seed, num_resamples)
-    return percentile_intervals(means)
-
-
 def resample_means(
     values: NDArray[np.float64], codes: NDArray[Any], seed: int | Sequence[int], num_resamples: int = 1000
 ) -> NDArray[np.float64]:
     """Return (R, K): the mean of `values` (Q, K) in each of R draws of all B buildings with replacement.
 
-    Two sets of values of the same queries get the same draws from the same seed.
+    The queries of one building are not independent, so buildings and not queries are drawn (the cluster bootstrap;
+    Davison and Hinkley, Bootstrap Methods, section 3.8). Two sets of values of the same queries get the
+    same draws from the same seed.
     """
     buildings = RowGroups(codes)
     num_buildings = len(buildings.labels)
@@ -180,5 +170,5 @@ def resample_means(
 
 
 def percentile_intervals(means: NDArray[np.float64]) -> dict[str, list[float]]:
-    """Return the 2.5th and 97.5th percentile of each of SCORE_KEYS, whose columns (R, 6) are in that order."""
+    """Return the 95 % interval, from the 2.5th percentile, of each of SCORE_KEYS: the columns (R, 6) in that order."""
     return dict(zip(SCORE_KEYS, np.percentile(means, [2.5, 97.5], axis=0).T.tolist(), strict=True))

@@ -68,7 +68,7 @@ class LinearMap:
         mapped = np.empty((len(embeddings), len(self.weight)), dtype=np.float32) if out is None else out
         step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
         for start in range(0, len(embeddings), step):
-            rows = np.asarray(embeddings[start : start + step], dtype=np.float32)
+            rows: NDArray[Any] = np.asarray(embeddings[start : start + step], dtype=np.float32)
             if self.input_power != 1.0:
                 rows = np.sign(rows) * np.abs(rows) ** self.input_power
             mapped[start : start + step] = rows @ self.weight.T + self.bias
@@ -118,20 +118,10 @@ class Scatter:
         return replace(self, mean=self.mean * weights, within=within, between=between)
 
 
-def collect_scatter(
-    embeddings: NDArray[Any],
-    building_codes: NDArray[np.int32],
-    input_power: float = 1.0,
-    device: "torch.device | None" = None,
-) -> Scatter:
-    """Sum up rows (N, D) of buildings (N,), as `collect_scatters` does with one power."""
-    return collect_scatters(embeddings, building_codes, (input_power,), device)[0]
-
-
 def collect_scatters(
     embeddings: NDArray[Any],
     building_codes: NDArray[np.int32],
-    input_powers: Sequence[float],
+    input_powers: Sequence[float] = (1.0,),
     device: "torch.device | None" = None,
 ) -> list[Scatter]:
     """Sum up rows (N, D) of any float type, raised to each of the powers, in one pass over blocks of whole buildings.
