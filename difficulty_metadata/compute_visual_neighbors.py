@@ -63,12 +63,6 @@ MAX_NEIGHBORS_PER_GROUP = 1 << 23
 BANDED_ROWS = 1_024
 
 
-def data_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that shape the output; the backend does not."""
-    kept = config.difficulty.model_dump(exclude={"backend", "allow_missing_fingerprints"})
-    return kept | {"seed": config.global_.seed}
-
-
 def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
     """Return the images' points (N, d) float32 in the space of the leading principal components."""
     pca = fit_pca(images.stream_fingerprints(), images.width, num_components)
@@ -205,7 +199,9 @@ def list_units(config: Config) -> list[Unit]:
 def describe_output(config: Config) -> dict[str, Any]:
     """Return the provenance that the output must have, but for the band edges and counts."""
     paths = list_outputs(config.path("fingerprints_dir"), 4, "_fingerprints")
-    return make_provenance(STAGE, [identify(source) for source in paths], data_settings(config))
+    # The settings that shape the output.
+    settings = config.difficulty.model_dump(exclude={"backend", "allow_missing_fingerprints"})
+    return make_provenance(STAGE, [identify(source) for source in paths], settings | {"seed": config.global_.seed})
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:

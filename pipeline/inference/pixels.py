@@ -31,8 +31,9 @@ def decode_pixels(data: bytes) -> torch.Tensor:
         image = open_image(data)
         if decode_jpeg is None or image.format != "JPEG" or image.mode not in _MODES:
             return to_pixels(load_rgb(image))
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch warns of read-only memory
     try:
-        pixels: torch.Tensor = decode_jpeg(_to_bytes(data), mode=ImageReadMode.RGB)
+        pixels: torch.Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB)
         return pixels
     except RuntimeError:
         return to_pixels(decode_rgb(data))
@@ -46,7 +47,3 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 def travels_whole(height: int, width: int) -> bool:
     """Whether a picture of this size goes to the GPU before it is resized."""
     return height * width <= MAX_DEVICE_PIXELS and max(height, width) <= MAX_DEVICE_RATIO * min(height, width)
-
-
-def _to_bytes(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch warns of memory that is read-only

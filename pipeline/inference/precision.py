@@ -64,10 +64,7 @@ def settle_precision(
     if not is_measured_on(device):
         return Precision("float32")
 
-    def choose() -> Precision:
-        return choose_precision(load, pictures())
-
-    return choose() if note is None else agree_on(note, choose)
+    return agree_on(note, lambda: choose_precision(load, pictures()))
 
 
 def is_measured_on(device: str) -> bool:
@@ -154,14 +151,14 @@ def summarize(cosines: NDArray[np.float64]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def agree_on(note: Path, choose: Callable[[], Precision]) -> Precision:
+def agree_on(note: Path | None, choose: Callable[[], Precision]) -> Precision:
     """Return the precision noted in a file, else the one that `choose` returns, and note it if it was measured.
 
     The first of several processes decides for all. Raises InputError where the file is damaged.
     """
-    if not note.exists():
+    if note is None or not note.exists():
         chosen = choose()
-        if not chosen.pictures:
+        if note is None or not chosen.pictures:
             return chosen
         write_json_once(note, asdict(chosen))
     noted = read_json_object(note)

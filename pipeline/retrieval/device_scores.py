@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -125,7 +126,8 @@ class _Ranking:
             num_workers = 1 if self._device.type == "cuda" else num_threads
             with threadpool_limits(1, user_api="blas"):
                 firsts = range(0, len(self._order), self._block_rows)
-                blocks = list(map_in_order(self._make_block, firsts, num_workers))
+                make = partial(_Block, self._images, self._block_rows)
+                blocks = list(map_in_order(make, firsts, num_workers))
                 tiles = ((block, other) for place, block in enumerate(blocks) for other in blocks[place:])
                 with closing(map_in_order(self._compare, tiles, num_workers)) as compared:
                     for block, other in compared:
@@ -139,9 +141,6 @@ class _Ranking:
             Ranked(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*results, strict=True)))
             for results in zip(*found, strict=True)
         ]
-
-    def _make_block(self, first: int) -> "_Block":
-        return _Block(self._images, first, self._block_rows)
 
     def _compare(self, tile: "Tile") -> "Tile":
         """Count, for the queries of both blocks, the other block's candidates that are nearer than a positive."""
@@ -173,7 +172,7 @@ class _Ranking:
 class _Block:
     """Rows that follow one another in the order of the search, with their results as queries."""
 
-    def __init__(self, images: _Images, first: int, block_rows: int) -> None:
+    def __init__(self, images: _Images, block_rows: int, first: int) -> None:
         table, sizes = images.embeddings, images.sizes
         self.count = count = min(block_rows, len(sizes) - first)
         own = slice(first, first + count)
