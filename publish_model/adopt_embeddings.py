@@ -2,9 +2,9 @@
 
     python publish_model/adopt_embeddings.py OUTPUT --input packaged_images.parquet --model-id published
 
-Embeds a sample of the pictures again and compares, then writes each of OUTPUT/parts/*.parquet again with what it was
-made from, its rejects beside it, and state.json; the old state is kept in OUTPUT/_adopted/. Nothing is written where
-the sample differs. A rerun goes on where an interrupted one stood. Takes no configuration.
+Embeds a sample of the pictures again and compares. If they agree, it writes each of OUTPUT/parts/*.parquet again with
+provenance and rejects, then state.json, and keeps the old state in OUTPUT/_adopted/. A rerun resumes an interrupted
+run. Takes no configuration.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Take ids out of an embeddings dataset for good: takedowns.
+"""Delete ids from an embeddings dataset for good.
 
     python publish_model/delete_ids.py OUTPUT --delete-ids ids.txt
 
 Reads the ids, one a line or the column OSMID of a CSV or parquet, and rewrites the parts and rejects that hold one of
 them, each in one piece; state.json counts what is gone. Hashes of the ids are kept in OUTPUT/_deleted/, so that stage 8
-leaves them out too when it makes a part again. What was derived from the dataset inside OUTPUT (aggregates, exports) is
-removed. Where ids match nothing the exit code is 1 (0 with --allow-missing); the others are gone all the same. A rerun
-goes on where a run was interrupted. Run it while nothing else writes to the dataset.
+leaves them out too when it makes a part again. Aggregates and exports inside OUTPUT are removed. If an id matches
+nothing, the exit code is 1 (0 with --allow-missing); the others are deleted. A rerun resumes an interrupted run. Run it
+while nothing else writes to the dataset.
 """
 
 import sys

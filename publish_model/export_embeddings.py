@@ -1,4 +1,4 @@
-"""Write a compact copy of an embeddings dataset, and say what it costs: the recall of its nearest neighbours.
+"""Write a compact copy of an embeddings dataset, and measure the recall of its nearest neighbours.
 
     python publish_model/export_embeddings.py OUTPUT --export float16
 

@@ -3,8 +3,8 @@
     python publish_model/search_embeddings.py OUTPUT --query photo.jpg --top 10
 
 Reads what stage 8 wrote, and embeds the photograph with the same model. Prints rank, similarity (cosine) and OSMID,
-separated by tabs; what is no printable character in an id comes as an escape. --html PAGE writes a page with
-thumbnails, for which --input names the packaged images.
+separated by tabs; unprintable characters of an id are escaped. --html PAGE writes a page, --input adds thumbnails from
+the packaged images.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def make_thumbnail(image: bytes | None) -> str | None:
 
 
 def search(arguments: argparse.Namespace) -> None:
-    """Print what is most like a photograph, and write the page where one is asked for.
+    """Print the images most similar to a photograph, and write the page of --html.
 
     Raises InputError for a dataset, model or photograph that cannot be used or do not belong together.
     """

@@ -4,9 +4,9 @@
 
 Reads what stage 8 wrote and prints a table of what was checked; exit code 1 where something is broken. With --input the
 ids are compared with those of the input, row by row. --repair moves what is broken to OUTPUT/_removed/, so that running
-stage 8 again makes just that; what this project did not write is left as it is. It prints too which share of the images
-is less like the training images than 99 % of those that the published model was tried on (--model-id, default: the
-model of the dataset where that is a folder on this machine).
+stage 8 again makes just that; files that this project did not write stay. It also prints the share of images that are
+less similar to the training images than the first percentile of validation images (--model-id, default: the dataset's
+model if it is a folder on this machine).
 """
 
 import sys
@@ -54,7 +54,7 @@ def report(dataset: EmbeddingsDataset, findings: Findings) -> None:
 
 
 def compare_with_training(dataset: EmbeddingsDataset, model_id: str) -> str:
-    """Say which share of a dataset's images is beyond the 99th percentile of distance to the training images.
+    """Return one line with the share of images beyond the 99th percentile of distance to the training images.
 
     Raises InputError where the model cannot be had, carries no statistics, or is not the dataset's.
     """
@@ -75,9 +75,9 @@ def compare_with_training(dataset: EmbeddingsDataset, model_id: str) -> str:
 
 
 def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model_id: str | None) -> None:
-    """Check a dataset, say what is wrong, and set it aside where that is asked for.
+    """Check a dataset, log its problems, and set broken files aside if `repairing`.
 
-    Raises PipelineError where something is wrong and is not repaired.
+    Raises PipelineError if a problem remains.
     """
     dataset = EmbeddingsDataset(output)
     findings = check_dataset(dataset, input_path)

@@ -1,4 +1,4 @@
-"""What becomes of a read batch of the input: the rows of one part, embedded and rejected."""
+"""The content of a part: the rows of one read batch that were embedded, and those that were rejected."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""An embeddings dataset: the one door to reading `parts/`, `_rejects/` and `state.json` of a directory."""
+"""Read an embeddings dataset: `parts/`, `_rejects/` and `state.json` of a folder."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence

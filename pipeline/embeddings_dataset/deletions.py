@@ -1,4 +1,4 @@
-"""Take ids out of an embeddings dataset for good: their hashes are kept, so that a rerun leaves them out too."""
+"""Delete ids from an embeddings dataset for good: stage 8 leaves out ids with the same hashes too."""
 
 import json
 from collections.abc import Iterable

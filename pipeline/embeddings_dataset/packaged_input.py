@@ -155,14 +155,12 @@ def list_images(folder: Path) -> list[ImageFile]:
     found, others, num_links = [], [], 0
     for entry in walk_files(folder):
         name = os.path.relpath(entry.path, folder).replace(os.sep, "/")
-        if not name.lower().endswith(IMAGE_SUFFIXES):
-            others.append(name)
+        if not name.lower().endswith(IMAGE_SUFFIXES) or not (entry.is_symlink() or entry.is_file()):
+            others.append(name)  # reading a pipe would never end
         elif entry.is_symlink():  # nothing outside the folders that are named is opened
             num_links += 1
-        elif entry.is_file():
+        else:
             found.append((name, entry.stat().st_size))
-        else:  # reading a pipe would never end
-            others.append(name)
     if num_links:
         logger.warning("%s: %d links are passed over: copy the files there", folder, num_links)
     warn_of_others(folder, map(decode_name, others), "photographs")
@@ -259,12 +257,11 @@ def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) 
     for start in range(0, num_rows, source.read_batch_size):
         end = min(start + source.read_batch_size, num_rows)
         names = [name for name, _ in source.images[first + start : first + end]]
-        columns: list[list[str] | list[bytes | None]] = [[decode_name(name) for name in names]]
+        table = pa.table({ID_COLUMN: pa.array([decode_name(name) for name in names], pa.string())})
         if with_images:
-            columns.append([_read_bytes(source.path / name) for name in names])
-        fields = [source.schema.field(index) for index in range(len(columns))]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, fields, strict=True)]
-        yield pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+            images = [_read_bytes(source.path / name) for name in names]
+            table = table.append_column(IMAGE_COLUMN, pa.array(images, pa.large_binary()))
+        yield table
 
 
 def _read_bytes(path: Path) -> bytes | None:

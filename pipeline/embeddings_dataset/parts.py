@@ -1,4 +1,4 @@
-"""The parts of an embeddings dataset: which there are to be, what all have in common, reading and writing them."""
+"""The parts of an embeddings dataset: plan them, compare their recipes, read and write them."""
 
 import os
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Sums of embeddings by group, from which means and their spread are made."""
+"""Sum embeddings by group, and make means and their spread from the sums."""
 
 from collections.abc import Sequence
 

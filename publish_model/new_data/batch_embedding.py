@@ -33,7 +33,7 @@ class Picture:
 
 @dataclass
 class ReadBatch(End):
-    """The rows of one part; in a stream of pictures it stands behind its own."""
+    """The rows of one part; in the stream it follows its pictures."""
 
     plan: PartPlan
     table: pa.Table

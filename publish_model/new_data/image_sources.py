@@ -1,4 +1,4 @@
-"""Where the images to be packaged lie: below a folder, named by a CSV, or in tars; streamed in a fixed order."""
+"""Stream the images to package in a fixed order: from a folder, a CSV or tars."""
 
 import itertools
 import re
@@ -38,10 +38,7 @@ _TEXT = len(_TYPES) - 1
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image to package: its row but for the bytes, its name for people, and how to read it.
-
-    `read` raises Rejection where it cannot be had.
-    """
+    """One image to package: its row without the bytes, and its name for people; `read` raises Rejection."""
 
     row: dict[str, Any]
     name: str
@@ -50,7 +47,7 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images in a fixed order; `inputs` tell them apart by content, `num_images` is None where nobody has counted."""
+    """Images in a fixed order; `inputs` identify them by content, `num_images` is None if it is unknown."""
 
     fields: tuple[pa.Field, ...]  # OSMID and the columns that are kept
     inputs: list[dict[str, Any]]
