@@ -41,17 +41,15 @@ def test_checkpoints_stay_until_the_new_run_is_complete(tmp_path, write_config, 
     write_config(tmp_path, **SETTINGS)
     run(tmp_path)
     before = read(tmp_path / "checkpoint")
-    plain = TrainingRun._finish
 
     def stop(self):
-        self._save()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TrainingRun, "_finish", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "settle", stop)  # the last epoch is saved, the best one not chosen
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, overwrite=True)
     assert read(tmp_path / "checkpoint" / REPLACED) == before
-    monkeypatch.setattr(TrainingRun, "_finish", plain)
     run(tmp_path)
     assert not (tmp_path / "checkpoint" / REPLACED).exists()
     assert read(tmp_path / "checkpoint").keys() == before.keys()

@@ -1,4 +1,4 @@
-"""Parquet as the stages exchange it: schemas, provenance, writing in one piece, reading with checks."""
+"""Parquet between the stages: schemas, provenance, writing in one piece, reading with checks."""
 
 import hashlib
 import json
@@ -39,11 +39,10 @@ CAMERA_COLUMNS = [
     ("heading", pa.float64()),
     ("pitch", pa.float64()),
 ]
-# Where the image's bytes lie in its tar, so that a later reader need not scan terabytes for one picture.
+# The place of the image's bytes in its tar, so that a reader need not scan terabytes for one picture.
 PLACE_COLUMNS = [("image_offset", pa.int64()), ("image_size", pa.int64())]
 
 INTERMEDIATE_SCHEMA = pa.schema(ID_COLUMNS + FILE_COLUMNS + CAMERA_COLUMNS + PLACE_COLUMNS)
-# What a fingerprint carries of its image's ids.
 FINGERPRINT_ID_SCHEMA = pa.schema(
     [
         ("streetview_image_id", pa.string()),
@@ -73,11 +72,8 @@ def parquet_writer(
 ) -> Iterator[pq.ParquetWriter]:
     """Yield a writer of a parquet that appears under `path` only when complete; `metadata` goes into its footer too.
 
-    zstd throughout; lists of floats are split by byte, which halves what bfloat16-born values take. `raw` is for what
-    is read once and removed: not encoded at all, but with checksums.
-    What is to be in `provenance` has to be there when the block begins.
+    `raw` is for temporary files: not encoded, but with checksums.
     """
-    # In the schema too, so that read_schema() shows it as well as read_metadata().
     described = schema.with_metadata({**(metadata or {}), PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)})
     options = choose_encodings(schema)
     if raw:
@@ -93,8 +89,8 @@ def parquet_writer(
 
 
 def choose_encodings(schema: pa.Schema) -> dict[str, Any]:
-    """Return a ParquetWriter's options for the project's outputs."""
-    # A list's values are the leaf `NAME.list.element`; under plain `NAME` the encoding is silently dropped.
+    """Return a ParquetWriter's options: zstd, and floats in lists split by byte, which halves bfloat16-born values."""
+    # A list's values are the leaf `NAME.list.element`; for plain `NAME` the encoding is silently dropped.
     split, plain = [], []
     for field in schema:
         is_fixed = pa.types.is_fixed_size_list(field.type)
@@ -116,14 +112,9 @@ def write_parquet(
 
 
 def write_rejects(path: Path, rejects: Iterable[tuple[str, Rejection]], provenance: dict[str, Any]) -> None:
-    """Write the list of rejected items, each with its name, reason and detail."""
-    listed = list(rejects)
-    columns = {
-        "member": [name for name, _ in listed],
-        "reason": [rejection.reason for _, rejection in listed],
-        "detail": [rejection.detail for _, rejection in listed],
-    }
-    write_parquet(path, pa.table(columns, schema=REJECT_SCHEMA), provenance)
+    """Write the names of rejected items with their reasons and details."""
+    rows = [{"member": name, "reason": one.reason, "detail": one.detail} for name, one in rejects]
+    write_parquet(path, pa.Table.from_pylist(rows, schema=REJECT_SCHEMA), provenance)
 
 
 def count_rejects(provenance: dict[str, Any], num_items: int, rejects: Iterable[Rejection]) -> dict[str, Any]:
@@ -134,7 +125,7 @@ def count_rejects(provenance: dict[str, Any], num_items: int, rejects: Iterable[
 
 
 def rejects_path(output_path: Path) -> Path:
-    """Return where an output's rejects are listed: the folder `_rejects` beside it, under the same name."""
+    """Return the path of an output's rejects: the same name in the folder `_rejects` beside it."""
     return output_path.parent / "_rejects" / output_path.name
 
 
@@ -142,9 +133,9 @@ def rejects_path(output_path: Path) -> Path:
 
 
 def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
-    """Open a parquet file; with a `buffer_size` a column chunk is read piece by piece, else in one piece.
+    """Open a parquet file; with a `buffer_size` read a column chunk piece by piece.
 
-    Raises InputError naming the file if it is missing or cannot be opened, DamagedError if it is no parquet.
+    Raises InputError if it is missing or cannot be opened, DamagedError if it is no parquet.
     """
     # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
     options = {"buffer_size": buffer_size, "pre_buffer": not buffer_size, "page_checksum_verification": True}
@@ -181,10 +172,7 @@ def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> I
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the failure to decode what a parquet holds behind its footer into an InputError naming the file.
-
-    Only where its content is to blame is it a DamagedError.
-    """
+    """Turn a failure to decode a parquet's content into an InputError naming the file (see `read_failure`)."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -192,7 +180,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """Yield some columns of a parquet, in their order, `batch_rows` rows at a time or fewer.
+    """Yield some columns of a parquet, at most `batch_rows` rows at a time.
 
     Raises InputError if the file is missing or damaged.
     """
@@ -201,7 +189,7 @@ def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa
         for group in range(file.num_row_groups):
             batches = file.iter_batches(batch_rows, row_groups=[group], columns=columns)
             while True:
-                with reading(path):  # decoding alone: what fails in the caller is no damage of this file
+                with reading(path):  # only decoding: the caller's failures are no damage of this file
                     batch = next(batches, None)
                 if batch is None:
                     break
@@ -209,10 +197,7 @@ def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa
 
 
 def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | pa.Schema) -> None:
-    """Raise one InputError that names every required column which is missing or of another type.
-
-    A large_string does where a string is required. Lists of one length are `list_columns.py`'s.
-    """
+    """Raise InputError naming every required column that is missing or of another type; large_string is a string."""
     problems = []
     for field in required:
         index = schema.get_field_index(field.name)
@@ -226,12 +211,12 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
         raise InputError(f"{path}: {', '.join(problems)}: make the file again with the stage that writes it")
 
 
-# Ids made of two numbers (see pipeline/ids.py) that the reference implementation's files may lack.
+# Ids of two numbers (see pipeline/ids.py) that the reference implementation's files may lack.
 _COMPOSITE_IDS = {"building_id": "target_id", "streetview_image_id": "patch_id"}
 
 
 def stored_fields(schema: pa.Schema, fields: Iterable[pa.Field]) -> list[pa.Field]:
-    """Return the fields to ask a file for: in place of a composite id that it lacks, the numbers that make it."""
+    """Return the fields to read from a file: in place of a composite id that it lacks, its two numbers."""
     found: dict[str, pa.Field] = {}
     for field in fields:
         numbers = ("dataset_id", _COMPOSITE_IDS.get(field.name, ""))
@@ -243,7 +228,7 @@ def stored_fields(schema: pa.Schema, fields: Iterable[pa.Field]) -> list[pa.Fiel
 
 
 def fill_composite_ids(table: pa.Table) -> pa.Table:
-    """Return the table with those composite ids that it lacks and has the numbers for; a null number gives a null."""
+    """Add the composite ids that a table lacks and has the numbers of; a null number gives a null."""
     for name, number in _COMPOSITE_IDS.items():
         if name not in table.column_names and {"dataset_id", number} <= set(table.column_names):
             dataset = pc.utf8_lpad(table["dataset_id"].cast(pa.string()), 4, "0")
@@ -253,7 +238,7 @@ def fill_composite_ids(table: pa.Table) -> pa.Table:
 
 
 def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_others: bool = False) -> pa.Table:
-    """Return some columns of a parquet with the given types; `with_others` the other columns stand behind them.
+    """Return some columns of a parquet with the given types; `with_others` the other columns follow.
 
     Composite ids that the file lacks are made. Raises InputError if the file is missing or damaged, or a column is
     missing, of another type or has empty values.
@@ -277,7 +262,7 @@ def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_ot
 
 
 def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
-    """Return the provenance that a parquet carries, None where it carries none, which an input may: `warn` of it.
+    """Return the provenance that a parquet carries, None where it carries none; an input may: `warn` of it then.
 
     Raises InputError if the file is missing or damaged.
     """
@@ -294,11 +279,10 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
 
 
 def identify(path: Path) -> dict[str, Any]:
-    """Tell a file apart by content: its name, size and, for parquet, a hash of its footer.
+    """Return a file's identity for provenance: name, size and a hash, for parquet of its footer, for tars none.
 
-    The footer holds every column chunk's place and statistics and the provenance; it is a few kilobytes of any file.
-    Checkpoints and lists have none and are small: all their bytes are hashed. Tars are not read.
-    Raises InputError if the file is missing or damaged.
+    A footer has every column chunk's place and statistics, and the provenance. Raises InputError if the file is missing
+    or damaged.
     """
     try:
         identity: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
@@ -334,9 +318,9 @@ def hash_json(content: Any) -> str:
 
 
 def is_complete(path: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `path` is there and was made from these inputs with these settings, so that it can be kept.
+    """Whether `path` is there and can be kept, as it was made from these inputs with these settings.
 
-    Raises StaleOutputError, naming the difference, where it was made from others and `overwrite` is off.
+    Raises StaleOutputError, naming the difference, if it was made from others and `overwrite` is off.
     """
     if overwrite or not path.exists():
         return False
@@ -344,10 +328,7 @@ def is_complete(path: Path, provenance: Mapping[str, Any], overwrite: bool) -> b
 
 
 def matches(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> bool:
-    """Return True where an output's provenance is the wanted one.
-
-    Raises StaleOutputError, naming the difference, where it is not.
-    """
+    """Return True if an output's provenance is the wanted one, else raise StaleOutputError naming the difference."""
     difference = "it does not say what it was made from" if found is None else describe_difference(found, wanted)
     if difference:
         raise StaleOutputError(
@@ -358,9 +339,9 @@ def matches(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, An
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Name the first thing in which two provenances' stages, settings or inputs differ; None where they agree.
+    """Name the first difference of two provenances in stage, settings or inputs; None if they agree.
 
-    A tar that is gone is no difference: what was made from it stands.
+    A tar that is gone is no difference.
     """
     if old.get("stage") != new.get("stage"):
         return f"it was made by {old.get('stage')}"
@@ -382,5 +363,5 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
 
 
 def make_provenance(stage: str, inputs: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Say which stage and version makes an output, from which inputs (see `identify`), with which settings."""
+    """Return an output's provenance: stage, version, inputs (see `identify`) and settings."""
     return {"stage": stage, "version": VERSION, "inputs": list(inputs), "settings": dict(settings)}
