@@ -255,10 +255,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage from a command line."""
-    parser = cli.make_parser(__doc__)
-    cli.add_shard_option(parser, "anchor")
-    arguments = parser.parse_args(argv)
-    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments))
+    cli.run_from_command_line(STAGE, run, __doc__, argv, lambda parser: cli.add_shard_option(parser, "anchor"))
 
 
 if __name__ == "__main__":

@@ -277,13 +277,13 @@ class Config(Section):
     def expand(self, value: str, where: str) -> Path:
         """Expand `~` and `$VARIABLES` in a path and make it absolute from the configuration's folder.
 
-        Raises ConfigError naming `where` if a variable is not defined, or nothing is left of the path.
+        Raises ConfigError naming `where` if a variable is not defined or the path is empty.
         """
         expanded = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 (takes any text)
         undefined = re.search(r"\$(\w+|\{[^}]*\})", expanded)
         if undefined:
             raise ConfigError(f"{self.file_path}: {where}: {undefined.group(0)} in {value!r} is not defined: export it")
-        if not expanded.strip():  # it would stand for the configuration's own folder
+        if not expanded.strip():  # else it is the configuration's own folder
             raise ConfigError(f"{self.file_path}: {where}: {value!r} is empty: give a path")
         return (self.file_path.parent / expanded).resolve()
 

@@ -8,8 +8,8 @@ rejected, with reasons, in intermediates_dir/_rejects/NNNN.parquet. A rerun keep
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
@@ -73,22 +73,20 @@ def take_inventory(tar_path: Path, num_workers: int, progress: Progress, watch: 
 
 def build_table(dataset_id: int, tar_name: str, views: list[View]) -> pa.Table:
     """Return the views as a table of INTERMEDIATE_SCHEMA; the tar's name gives the dataset."""
-    records = [view.record for view in views]
-    columns: dict[str, list[Any]] = {
-        name: [getattr(record, name) for record in records]
-        for name in INTERMEDIATE_SCHEMA.names
-        if records and hasattr(records[0], name)
-    }
-    columns |= {
-        "dataset_id": [dataset_id] * len(views),
-        "building_id": [building_id(dataset_id, record.target_id) for record in records],
-        "streetview_image_id": [streetview_image_id(dataset_id, record.patch_id) for record in records],
-        "image_path": [view.image.name for view in views],
-        "tar_file": [tar_name] * len(views),
-        "image_offset": [view.image.offset for view in views],
-        "image_size": [view.image.size for view in views],
-    }
-    return pa.table({name: columns.get(name, []) for name in INTERMEDIATE_SCHEMA.names}, schema=INTERMEDIATE_SCHEMA)
+    rows = [
+        asdict(view.record)
+        | {
+            "dataset_id": dataset_id,
+            "building_id": building_id(dataset_id, view.record.target_id),
+            "streetview_image_id": streetview_image_id(dataset_id, view.record.patch_id),
+            "image_path": view.image.name,
+            "tar_file": tar_name,
+            "image_offset": view.image.offset,
+            "image_size": view.image.size,
+        }
+        for view in views
+    ]
+    return pa.Table.from_pylist(rows, schema=INTERMEDIATE_SCHEMA)
 
 
 def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stopwatch) -> Provenance:

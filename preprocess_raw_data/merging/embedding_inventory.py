@@ -60,7 +60,8 @@ def take_inventory(paths: list[Path]) -> Inventory:
     Raises InputError if a file is damaged, of another shape or model than the first, or repeats an image.
     """
     schema, columns = check_files(paths)
-    tables = [read_ids(path) for path in paths]
+    fields = [field for field in pa.schema(ID_COLUMNS) if field.name in INVENTORY_COLUMNS]
+    tables = [read_columns(path, fields, "make the file again with stage 2") for path in paths]
     if not any(map(len, tables)):
         raise InputError(f"{paths[0].parent}: its {len(paths)} files hold no rows: see the rejects of stages 1 and 2")
     check_unique(paths, [table["streetview_image_id"] for table in tables])
@@ -102,12 +103,6 @@ def code_panoramas(dataset_ids: NDArray[np.int64], street_view_ids: NDArray[np.i
     pairs = datasets.reshape(-1) * len(labels) + views.reshape(-1)
     codes: NDArray[np.int32] = np.unique(pairs, return_inverse=True)[1].reshape(-1).astype(np.int32)
     return codes
-
-
-def read_ids(path: Path) -> pa.Table:
-    """Return the ids and positions of images, buildings and panoramas."""
-    fields = [field for field in pa.schema(ID_COLUMNS) if field.name in INVENTORY_COLUMNS]
-    return read_columns(path, fields, "make the file again with stage 2")
 
 
 def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
