@@ -30,7 +30,6 @@ class LabelledModels:
 class Comparison:
     """The gain of the second model: mean over queries, 95% interval, p of no difference."""
 
-    scores: tuple[QueryScores, QueryScores]
     difference: dict[str, float]
     interval: dict[str, list[float]]
     p: dict[str, float]
@@ -47,7 +46,6 @@ def compare(one: QueryScores, other: QueryScores, codes: NDArray[Any], seed: int
     tails = np.stack([(resampled <= 0).sum(axis=0), (resampled >= 0).sum(axis=0)]).min(axis=0)
     p = np.minimum(1.0, 2 * (tails + 1) / (NUM_RESAMPLES + 1))
     return Comparison(
-        (one, other),
         dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True)),
         percentile_intervals(resampled),
         dict(zip(SCORE_KEYS, p.tolist(), strict=True)),

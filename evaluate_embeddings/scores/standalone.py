@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from evaluate_embeddings.scores.comparison import LabelledModels, compare
+from evaluate_embeddings.scores.comparison import LabelledModels
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from evaluate_embeddings.scores.labels import label_rows, match_rows, read_ignore_pairs, resolve_pairs
-from evaluate_embeddings.scores.tables import format_one, format_two
+from evaluate_embeddings.scores.tables import format_models
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
@@ -55,11 +55,7 @@ def run_standalone(config: Config, options: EvaluateOptions) -> cli.StageResult:
                 )
             except InputError as error:
                 raise InputError(f"{place}: {error}") from None
-    seed, names = config.global_.seed, name_models(models.places)
-    if len(names) == 1:
-        text = format_one(names[0], scores[0], models, seed)
-    else:
-        text = format_two((names[0], names[1]), compare(scores[0], scores[1], models.codes, seed), models, seed)
+    text = format_models(name_models(models.places), scores, models, config.global_.seed)
     result.rows_out = len(models.codes)
     logger.info("%s:\n\n%s\n", STAGE, text)
     return result

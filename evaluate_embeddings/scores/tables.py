@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, Comparison, LabelledModels
+from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, LabelledModels, compare
 from evaluate_embeddings.scores.metrics import (
     BASELINES,
     KIND_LABELS,
@@ -32,35 +32,33 @@ def format_metrics_table(metrics: Mapping[str, Any]) -> str:
     return _finish(lines, f"{describe_headline(metrics['projector_gain'])}. {describe_verdict(metrics)}")
 
 
-def format_one(name: str, scores: QueryScores, models: LabelledModels, seed: int) -> str:
-    """Return the scores of one model as a table."""
-    summary = summarize_kinds({name: scores}, models.codes, seed)[name]
-    low, high = summary["map_ci95"]
-    verdict = (
-        f"{name} finds the building at first try for {summary['recall_at_1']:.1%} of the queries "
-        f"(mAP {summary['map']:.3f}, 95% interval {low:.3f} to {high:.3f})."
-    )
-    return _finish([*_describe(scores, models), *_format_scores({name: summary})], verdict)
-
-
-def format_two(names: tuple[str, str], found: Comparison, models: LabelledModels, seed: int) -> str:
-    """Return the scores of two models and their difference as a table."""
-    summary = summarize_kinds(dict(zip("AB", found.scores, strict=True)), models.codes, seed)
-    lines = [*_describe(found.scores[0], models), f"A = {names[0]}", f"B = {names[1]}"]
-    lines += _format_scores({name: summary[name] for name in "AB"})
-    lines.append(_format_line("B - A", [f"{found.difference[key]:+.3f}" for key in TABLE_KEYS]))
-    for name, end in (("95% from", 0), ("95% to", 1)):
-        lines.append(_format_line(name, [f"{found.interval[key][end]:+.3f}" for key in TABLE_KEYS]))
-    lines.append(_format_line("p", [format_p(found.p[key]) for key in TABLE_KEYS]))
-    return _finish(lines, *models.notes, describe_comparison(names, found))
-
-
-def _describe(scores: QueryScores, models: LabelledModels) -> list[str]:
-    ignored = len(models.ignored.building_a)
-    lines = _format_counts(len(scores.query), len(models.codes), len(np.unique(models.codes)), ignored)
+def format_models(names: list[str], scores: list[QueryScores], models: LabelledModels, seed: int) -> str:
+    """Return the scores of one model as a table, or those of two and their difference."""
+    codes, titles = models.codes, names if len(names) == 1 else ["A", "B"]
+    found = summarize_kinds(dict(zip(titles, scores, strict=True)), codes, seed)
+    lines = _format_counts(found["queries"], len(codes), len(np.unique(codes)), len(models.ignored.building_a))
     if models.without_label:
         lines.insert(-1, f"{models.without_label:,} images have no label: left out of queries and gallery")
-    return lines
+    if len(names) == 1:
+        own, (low, high) = found[names[0]], found[names[0]]["map_ci95"]
+        verdict = (
+            f"{names[0]} finds the building at first try for {own['recall_at_1']:.1%} of the queries "
+            f"(mAP {own['map']:.3f}, 95% interval {low:.3f} to {high:.3f})."
+        )
+        return _finish([*lines, *_format_scores({names[0]: own})], verdict)
+    gain = compare(scores[0], scores[1], codes, seed)
+    lines += [f"A = {names[0]}", f"B = {names[1]}", *_format_scores({title: found[title] for title in titles})]
+    lines.append(_format_line("B - A", [f"{gain.difference[key]:+.3f}" for key in TABLE_KEYS]))
+    for title, end in (("95% from", 0), ("95% to", 1)):
+        lines.append(_format_line(title, [f"{gain.interval[key][end]:+.3f}" for key in TABLE_KEYS]))
+    lines.append(_format_line("p", [format_p(gain.p[key]) for key in TABLE_KEYS]))
+    low, high = gain.interval["map"]
+    verdict = (
+        f"B ({names[1]}) {judge((low, high))} A ({names[0]}): mAP {gain.difference['map']:+.3f}, "
+        f"95% interval {low:+.3f} to {high:+.3f}, p = {format_p(gain.p['map'])}; "
+        f"Recall@1 {gain.difference['recall_at_1']:+.3f}."
+    )
+    return _finish(lines, *models.notes, verdict)
 
 
 def _format_counts(queries: int, gallery: int, buildings: int, ignored_pairs: int, split: str = "") -> list[str]:
@@ -88,16 +86,6 @@ def _finish(lines: list[str], *paragraphs: str) -> str:
     for text in paragraphs:
         lines += ["", *textwrap.wrap(text, COLUMNS)]
     return "\n".join(lines)
-
-
-def describe_comparison(names: tuple[str, str], found: Comparison) -> str:
-    """Compare B with A: verdict by the interval of the difference, gain and p."""
-    low, high = found.interval["map"]
-    return (
-        f"B ({names[1]}) {judge((low, high))} A ({names[0]}): mAP {found.difference['map']:+.3f}, "
-        f"95% interval {low:+.3f} to {high:+.3f}, p = {format_p(found.p['map'])}; "
-        f"Recall@1 {found.difference['recall_at_1']:+.3f}."
-    )
 
 
 def format_p(p: float) -> str:
