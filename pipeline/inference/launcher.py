@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import count_cores
@@ -82,27 +81,18 @@ def _run_all(script: Path, arguments: list[str], count: int, gpus: list[str]) ->
 
 
 def _start(script: Path, arguments: list[str], index: int, count: int, gpus: list[str]) -> "subprocess.Popen[bytes]":
-    """Start one shard in a session of its own, so that Ctrl-C reaches it once, through this process."""
+    """Start one shard in a session of its own, so that Ctrl-C reaches it once, on its share of the cores."""
     environment = dict(os.environ)
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
     # After the given arguments, so that these win.
     command = [sys.executable, str(script), *arguments, "--processes", "1", "--shard", f"{index}/{count}"]
-    with _share_of_the_cores(index, count) as num_cores:
-        environment.setdefault("OMP_NUM_THREADS", str(num_cores))
-        return subprocess.Popen(command, env=environment, start_new_session=True)
-
-
-@contextmanager
-def _share_of_the_cores(index: int, count: int) -> Iterator[int]:
-    """Bind a process that is started in the block to its share of the cores, and yield their number."""
-    if not hasattr(os, "sched_setaffinity") or count_cores() < count:
-        yield max(1, count_cores() // count)
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    own = cores[len(cores) * index // count : len(cores) * (index + 1) // count]
-    os.sched_setaffinity(0, own)
-    try:
-        yield len(own)
-    finally:
-        os.sched_setaffinity(0, cores)
+    own: list[int] = []
+    if hasattr(os, "sched_setaffinity") and count_cores() >= count:
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[len(cores) * index // count : len(cores) * (index + 1) // count]
+    environment.setdefault("OMP_NUM_THREADS", str(len(own) or max(1, count_cores() // count)))
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    if own:
+        os.sched_setaffinity(process.pid, own)
+    return process
