@@ -46,8 +46,13 @@ def streetview_image_id(dataset_id: int, patch_id: int) -> str:
 
 
 def dataset_name(dataset_id: int) -> str:
-    """Name a dataset as its tar and its outputs are named, without the suffix."""
+    """Name a dataset as its outputs are named, without the suffix."""
     return f"{dataset_id:04d}"
+
+
+def tar_name(dataset_id: int) -> str:
+    """Name a dataset's raw tar; `parse_dataset_id` is the inverse."""
+    return f"{dataset_name(dataset_id)}.tar"
 
 
 def parse_dataset_name(name: str) -> int | None:
@@ -61,6 +66,6 @@ def parse_dataset_id(tar_path: Path) -> int:
     Raises InputError if it is not a dataset's name.
     """
     dataset_id = parse_dataset_name(tar_path.stem)
-    if dataset_id is None or tar_path.name != f"{dataset_name(dataset_id)}.tar":
+    if dataset_id is None or tar_path.name != tar_name(dataset_id):
         raise InputError(f"{tar_path}: a raw tar must be named NNNN.tar after its dataset id: rename or move it")
     return dataset_id

@@ -89,6 +89,10 @@ def average_cells(image: Image.Image, extent: tuple[float, float], image_size: i
     return rounded
 
 
+# Goes into the provenance, so that fingerprints of another descriptor do not count as complete.
+DESCRIPTOR = "area_mean_rgb"
+
+
 def fingerprint_width(image_size: int) -> int:
     """Return how many numbers a fingerprint has."""
     return image_size * image_size * 3
@@ -97,8 +101,8 @@ def fingerprint_width(image_size: int) -> int:
 def compute_fingerprint(data: bytes, image_size: int) -> np.ndarray:
     """Return an encoded image's fingerprint: `fingerprint_width` numbers, uint8.
 
-    To use another descriptor, change this function and the width above. Raises Rejection `unreadable_image` or
-    `image_too_large`.
+    To use another descriptor, change this function, the width and the name above. Raises Rejection
+    `unreadable_image` or `image_too_large`.
     """
     image, extent = decode_rgb_small(data, lambda width, height: choose_scale(width, height, image_size))
     return average_cells(image, extent, image_size).reshape(-1)
@@ -167,7 +171,7 @@ def write_fingerprints(
 
 def describe_output(unit: TarUnit, config: Config) -> Provenance:
     """Return the provenance that a tar's fingerprints must have."""
-    settings = {"image_size": config.fingerprints.image_size}
+    settings = {"descriptor": DESCRIPTOR, "image_size": config.fingerprints.image_size}
     return make_provenance(STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings)
 
 

@@ -19,6 +19,7 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.files.tables import check_columns, identify, is_complete, make_provenance, open_parquet, parquet_writer
+from pipeline.ids import tar_name
 from pipeline.log import logging_to
 
 SCHEMA = pa.schema([("image_bytes", pa.binary()), ("OSMID", pa.string()), ("is_valid", pa.bool_())])
@@ -35,7 +36,7 @@ def read_images(raw_dir: Path, batch: pa.RecordBatch) -> Iterator[bytes]:
     Raises InputError if a tar is gone or shorter than the row says.
     """
     for row in batch.select(["dataset_id", "image_offset", "image_size"]).to_pylist():
-        tar_path = raw_dir / f"{row['dataset_id']:04d}.tar"
+        tar_path = raw_dir / tar_name(row["dataset_id"])
         try:
             with open(tar_path, "rb") as file:
                 file.seek(row["image_offset"])

@@ -355,7 +355,7 @@ def test_the_provenance_tells_inputs_settings_and_counts(city: Path, run_main: C
     provenance = json.loads(pq.read_schema(output_path(city)).metadata[b"spatial_building_embeddings"])
     assert provenance["stage"] == "compute_fingerprints"
     assert [item["name"] for item in provenance["inputs"]] == ["0001.parquet", "0001.tar"]
-    assert provenance["settings"] == {"image_size": 16}
+    assert provenance["settings"] == {"descriptor": "area_mean_rgb", "image_size": 16}
     assert provenance["counts"] == {"in": 6, "out": 6, "rejected": 0}
 
 

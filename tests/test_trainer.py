@@ -37,7 +37,8 @@ def count_steps(trainer: Trainer) -> int:
     return int(trainer.optimizer.state[trainer.projector.shortcut.weight]["step"])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+# A loss with parameters may depend on the whole batch, which the loop over anchors does not see.
+@pytest.mark.parametrize("loss", [word for word, loss in LOSSES.items() if not isinstance(loss, type)])
 @pytest.mark.parametrize("tile", [8, 1024])
 def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_anchors(
     loss: str, tile: int, monkeypatch: pytest.MonkeyPatch
@@ -61,8 +62,14 @@ def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_anchors(
         for row in own:
             is_positive = (others != row) & torch.from_numpy(data.building_codes[others] == data.building_codes[row])
             is_negative = trainer.sampler.allows(torch.full_like(others, row), others)
-            pairs = Pairs(embeddings[[row]], embeddings[others], is_positive[None], is_negative[None], others[:1])
-            losses.append(LOSSES[loss](pairs, trainer.section))
+            pairs = Pairs(
+                embeddings[[row]],
+                embeddings[others],
+                is_positive[None],
+                is_negative[None],
+                torch.tensor([int(data.building_codes[row])]),
+            )
+            losses.append(trainer.loss(pairs))
     torch.cat(losses).mean().backward()
     expected = [weight.grad.clone() for weight in trainer.projector.parameters() if weight.grad is not None]
 

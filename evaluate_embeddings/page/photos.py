@@ -11,7 +11,7 @@ from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES
 from pipeline.files.listing import find_tar_dir
 from pipeline.files.tables import PLACE_COLUMNS, open_parquet
-from pipeline.ids import dataset_name
+from pipeline.ids import tar_name
 from pipeline.inference.images import decode_rgb
 from pipeline.pages import shrink, to_data_uri
 
@@ -75,6 +75,6 @@ class PhotoSource:
         dataset_id, offset, size = (self._places.column(i)[row].as_py() for i in range(3))
         if offset is None or size is None or offset < 0 or not 0 < size <= MAX_IMAGE_BYTES:
             raise Rejection("missing_image", "no place is known")
-        with open(self.raw_dir / f"{dataset_name(dataset_id)}.tar", "rb") as tar:
+        with open(self.raw_dir / tar_name(dataset_id), "rb") as tar:
             tar.seek(offset)
             return decode_rgb(tar.read(size))

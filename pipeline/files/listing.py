@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from pipeline.errors import InputError, one_line
-from pipeline.ids import parse_dataset_id, parse_dataset_name
+from pipeline.ids import parse_dataset_id, parse_dataset_name, tar_name
 from pipeline.log import logger
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -105,7 +105,7 @@ def find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
     Raises InputError if there is none.
     """
     tar_dir = find_tar_dir(raw_dir)
-    known = {dataset_id: tar_dir / f"{path.stem}.tar" for dataset_id, path in intermediates.items()}
+    known = {dataset_id: tar_dir / tar_name(dataset_id) for dataset_id in intermediates}
     if not known or raw_dir.is_dir():
         try:
             known |= {parse_dataset_id(path): path for path in list_tars(raw_dir)}

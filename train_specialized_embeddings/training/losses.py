@@ -29,7 +29,7 @@ class Pairs:
     candidates: torch.Tensor  # (C, D) of unit length: the anchors themselves, and the banded negatives
     is_positive: torch.Tensor  # (B, C) another image of the anchor's building
     is_negative: torch.Tensor  # (B, C) an image that may be the anchor's negative
-    buildings: torch.Tensor  # (B,) the number of each anchor's building
+    buildings: torch.Tensor  # (B,) int64, the number of each anchor's building
 
 
 def pair_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

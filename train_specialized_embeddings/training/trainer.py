@@ -147,7 +147,7 @@ class Trainer:
             candidates = torch.cat([rows[own], rows[banded]])
             masks = self.sampler.compare(rows[own], candidates)
             both = torch.cat([embeddings[own], embeddings[banded]])
-            losses.append(self.loss(Pairs(embeddings[own], both, *masks, self.sampler.buildings[rows[own]])))
+            losses.append(self.loss(Pairs(embeddings[own], both, *masks, self.sampler.buildings[rows[own]].long())))
             anchor, negative = own.stop, banded.stop
         return torch.cat(losses)
 
