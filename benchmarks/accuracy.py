@@ -35,7 +35,7 @@ from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_s
 from pipeline.retrieval.whitening import collect_scatters, whiten_by_pca, whiten_within_class
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.neighbor_table import load_neighbors
-from train_specialized_embeddings.training.fitting import Material, make_run, store_coordinates
+from train_specialized_embeddings.training.fitting import make_material, make_run
 from train_specialized_embeddings.training.starts import fit_baselines
 from train_specialized_embeddings.training.training_run import TrainingRun
 from train_specialized_embeddings.training.validation import choose_validation_set
@@ -146,14 +146,12 @@ def fit_projector(config: Config, train: Features, val: Features, seed: int) -> 
     validation = choose_validation_set(val, section.validation_images, seed)
     neighbors = load_neighbors(config.path("difficulty_metadata_path"), train)
     sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, CPU)
-    material = Material(train, validation, sampler, len(train) + len(val), CPU)
-    baselines = fit_baselines(train, validation, config.training_model, section)
-    run = make_run(config, material, store_coordinates(material, baselines.start), baselines)
-    run.begin()
-    run.start = run.start | {"weights": run.best["projector"]}
+    baselines = fit_baselines(train, validation, config.training_model.output_dim, section)
+    run = make_run(config, make_material(train, validation, sampler, baselines, len(train) + len(val)))
     with Progress("train", section.num_epochs * run.trainer.num_anchors, "anchor", 1e9) as progress:
-        while not run.is_over:
-            run.advance(progress)
+        for record in run.run_epochs(progress):
+            if not record["epoch"]:
+                run.start = run.start | {"weights": run.best["projector"]}
     run.settle()
     return run
 

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.whitening import LinearMap
-from train_specialized_embeddings.training.coordinates import Coordinates, restore_coordinates
+from train_specialized_embeddings.training.starts import Coordinates, restore_coordinates
 
 
 def make_coordinates(power: float = 1.0) -> Coordinates:

@@ -12,7 +12,7 @@ from closed_forms import collect_scatter
 from pipeline.config import TrainingModelSection, TrainingSection
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import QueryScores
-from pipeline.retrieval.whitening import LinearMap, sharpen_whitening
+from pipeline.retrieval.whitening import SHRINKAGES, LinearMap, sharpen_whitening
 from train_specialized_embeddings.training import starts
 from train_specialized_embeddings.training.starts import Fitted, fit_baselines, is_rectified, make_projector
 from train_specialized_embeddings.training.validation import ValidationSet
@@ -97,13 +97,13 @@ def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(
         train, val = (replace(split, embeddings=np.abs(split.embeddings)) for split in (train, val))
     validation = ValidationSet(val.embeddings, val.building_codes)
     section = TrainingSection(whitening_shrinkage=0.5)
-    fitted = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
+    fitted = fit_baselines(train, validation, 6, section)
     scatter = collect_scatter(train.embeddings, train.building_codes, power)
     expected = sharpen_whitening(scatter, 12, 0.5).take_leading(6)
     assert fitted.note["init"] == "sharpened"
     assert fitted.note["shrinkage"] == 0.5
     model = TrainingModelSection(output_dim=6, hidden_dim=8)
-    projector = fitted.start.fold(make_projector(fitted, model, section))
+    projector = fitted.start.fold(make_projector(fitted, model, section.init))
     assert fitted.note["sharpened_shrinkage"] == 0.5
     assert 0 < fitted.scores["whitening"]["map_error"] < 0.2
     np.testing.assert_allclose(
@@ -124,9 +124,9 @@ def test_the_other_starts_score_as_their_baseline(init: str, row: str) -> None:
     train, val = make_split(1), make_split(2)
     validation = ValidationSet(val.embeddings, val.building_codes)
     section = TrainingSection(init=init)
-    fitted = fit_baselines(train, validation, TrainingModelSection(output_dim=6), section)
+    fitted = fit_baselines(train, validation, 6, section)
     assert "sharpened_shrinkage" not in fitted.note
-    projector = fitted.start.fold(make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=8), section))
+    projector = fitted.start.fold(make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=8), init))
     found = validation.score(projector(torch.from_numpy(val.embeddings)).detach().numpy())
     assert found["map"] == pytest.approx(fitted.scores[row]["map"], abs=1e-6)
 
@@ -134,29 +134,22 @@ def test_the_other_starts_score_as_their_baseline(init: str, row: str) -> None:
 def test_random_weights_start_from_nothing() -> None:
     train, val = make_split(1), make_split(2)
     section = TrainingSection(init="random")
-    fitted = fit_baselines(
-        train, ValidationSet(val.embeddings, val.building_codes), TrainingModelSection(output_dim=6), section
-    )
-    projector = make_projector(fitted, TrainingModelSection(output_dim=6), section)
+    fitted = fit_baselines(train, ValidationSet(val.embeddings, val.building_codes), 6, section)
+    projector = make_projector(fitted, TrainingModelSection(output_dim=6), "random")
     assert float(projector.shortcut.weight.detach().abs().max()) < 1.0
     assert len(projector.shortcut.weight.unique()) > 6
     assert fitted.start.fold(projector).architecture["input_power"] == 1.0
 
 
-def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse() -> None:
     means = {0.7: 0.4, 0.5: 0.5, 0.3: 0.6, 0.2: 0.6, 0.1: 0.59, 0.05: 0.9}
-    monkeypatch.setattr(ValidationSet, "score_each", lambda _, rows: make_fitted(precisions(rows, 0.0)).scores)
-
-    class Marked(LinearMap):
-        def take_leading(self, _: int) -> Any:
-            return self
-
-        def apply(self, _: Any) -> Any:
-            return means[float(self.bias[0])]
 
     def fit(scatter: Any, count: int, shrinkage: float) -> LinearMap:
-        return Marked(np.zeros((1, 1), np.float32), np.array([shrinkage]))
+        return LinearMap(np.zeros((1, 1), np.float32), np.array([shrinkage]))
 
-    found = starts._try(fit, None, make_validation(), 1, 1, TrainingSection())
+    def validate(fitted: LinearMap) -> QueryScores:
+        return make_fitted(precisions(means[float(fitted.bias[0])], 0.0)).scores
+
+    found = starts._try(fit, None, 1, SHRINKAGES, validate)
     assert list(found) == [0.7, 0.5, 0.3, 0.2, 0.1]
-    assert list(starts._try(fit, None, make_validation(), 1, 1, TrainingSection(whitening_shrinkage=0.05))) == [0.05]
+    assert list(starts._try(fit, None, 1, (0.05,), validate)) == [0.05]

@@ -24,18 +24,16 @@ from training_data import (
     run,
 )
 
-from pipeline.config import TrainingSection, load_config
+from pipeline.config import load_config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from pipeline.retrieval.scores import SCORE_KEYS, score_queries, summarize_scores
 from pipeline.retrieval.whitening import whiten_within_class
 from train_specialized_embeddings import train
-from train_specialized_embeddings.training.coordinates import make_coordinates
 from train_specialized_embeddings.training.losses import LOSSES
-from train_specialized_embeddings.training.rates import rate_factor
-from train_specialized_embeddings.training.starts import Baselines, make_projector
-from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.starts import Baselines, make_coordinates, make_projector
+from train_specialized_embeddings.training.trainer import Trainer, rate_factor
 from train_specialized_embeddings.training.training_run import TrainingRun
 from train_specialized_embeddings.training.validation import (
     choose_validation_set,
@@ -244,7 +242,7 @@ def test_the_start_equals_the_whitening_and_its_branch_reads_inputs_of_variance_
     whitening = whiten_within_class(scatter, WIDTH)
     start = make_coordinates(whitening, scatter, 8)
     section = load_config(workspace / "config.toml").training_model.model_copy(update={"hidden_dim": 400})
-    projector = make_projector(Baselines(start, {}, {}), section, TrainingSection()).eval()
+    projector = make_projector(Baselines(start, {}, {}), section, "sharpened").eval()
     rows, coordinates = data.embeddings * 50, start.linear_map.map_rows(data.embeddings * 50)
     expected = whitening.take_leading(8).apply(rows)
     np.testing.assert_allclose(projector(torch.from_numpy(coordinates)).detach().numpy(), expected, atol=1e-5)

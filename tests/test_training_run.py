@@ -88,7 +88,7 @@ def test_resuming_goes_on_and_does_not_begin_anew(
 ) -> None:
     monkeypatch.setattr(training_run, "SAVE_INTERVAL_SECONDS", -1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda self: kill_at(self.history[-1], 3))
+        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda _, record: kill_at(record, 3))
         with pytest.raises(KilledError):
             run(workspace)
     caplog.clear()
@@ -109,7 +109,7 @@ def test_with_a_bandit_a_killed_run_goes_on_exactly_too(
     fill_workspace(undisturbed)
     run(undisturbed, *settings)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda self: kill_at(self.history[-1], 3))
+        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda _, record: kill_at(record, 3))
         with pytest.raises(KilledError):
             run(workspace, *settings)
     run(workspace, *settings)
@@ -203,7 +203,7 @@ def test_changed_inputs_are_refused_by_name(workspace: Path) -> None:
 
 def test_a_killed_run_with_other_settings_is_refused_by_name(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda self: kill_at(self.history[-1], 3))
+        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda _, record: kill_at(record, 3))
         with pytest.raises(KilledError):
             run(workspace)
     with pytest.raises(StaleOutputError, match="margin was .* and is now 0.7"):

@@ -206,12 +206,12 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
 def test_a_gpu_too_small_for_what_the_trials_share_is_one_line(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train_specialized_embeddings.tuning import study
+    from train_specialized_embeddings.training import fitting
 
     def refuse(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(study, "fit_baselines", refuse)
+    monkeypatch.setattr(fitting, "fit_baselines", refuse)
     with pytest.raises(PipelineError, match=r"the GPU cannot hold training with .*: end what else runs on it"):
         search(workspace, 1)
 

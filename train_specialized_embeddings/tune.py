@@ -11,7 +11,7 @@ or on several that share the folder, works on one study. Needs Optuna: pip insta
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
@@ -69,24 +69,25 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the search from a command line."""
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--trials", type=_count, default=100, metavar="N", help="finished trials in all (default: 100)")
-    parser.add_argument("--workers", type=_count, default=1, metavar="N", help="processes at once (default: 1)")
+    names = [field.name for field in fields(TuneOptions)]
+    parser.set_defaults(**{name: getattr(TuneOptions, name) for name in names})
     parser.add_argument(
-        "--storage", type=_storage, default="journal", metavar="{journal,sqlite,URL}",
+        "--trials", type=_count, dest="num_trials", metavar="N", help="finished trials in all (default: 100)"
+    )
+    parser.add_argument(
+        "--workers", type=_count, dest="num_workers", metavar="N", help="processes at once (default: 1)"
+    )
+    parser.add_argument(
+        "--storage", type=_storage, metavar="{journal,sqlite,URL}",
         help="how the study is kept; sqlite not on a network file system; URL: a database as Optuna takes it, such as\n"
         "postgresql://host/name (default: journal)",
     )  # fmt: skip
-    parser.add_argument(
-        "--study-name", default="stage6", metavar="NAME", help="which study of the storage (default: stage6)"
-    )
+    parser.add_argument("--study-name", metavar="NAME", help="which study of the storage (default: stage6)")
     parser.add_argument(
         "--sample-buildings", type=_count, metavar="N", help="train the trials on N buildings, drawn from [global].seed"
     )
     arguments = parser.parse_args(argv)
-    options = TuneOptions(
-        arguments.trials, arguments.workers, arguments.storage, arguments.study_name, arguments.overwrite,
-        arguments.sample_buildings,
-    )  # fmt: skip
+    options = TuneOptions(**{name: getattr(arguments, name) for name in names})
     config = cli.config_from(arguments)
     cli.run_stage(STAGE, lambda config, _: run(config, options), config, cli.options_from(arguments))
 

@@ -12,7 +12,7 @@ from pipeline.retrieval.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
-from train_specialized_embeddings.training.coordinates import NUM_COORDINATES
+from train_specialized_embeddings.training.starts import NUM_COORDINATES
 from train_specialized_embeddings.training.trainer import Trainer
 
 # The first columns hold the row's number, in digits that bfloat16 represents exactly.

@@ -65,7 +65,7 @@ class BandSampler:
     of that building. The same seed on the same kind of device draws the same.
     """
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         features: Features,
         neighbors: Neighbors,

@@ -1,7 +1,6 @@
 """Choose the bands of negatives by upper confidence bounds on the share of triplets that are still active."""
 
 import math
-from typing import Any
 
 from train_specialized_embeddings.sampling.neighbor_table import NUM_BANDS
 
@@ -25,15 +24,6 @@ class BandBandit:
         self.pulls = [0.0] * NUM_BANDS  # discounted
         self.rewards = [0.0] * NUM_BANDS  # discounted sums
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """What it has learnt, in plain values."""
-        return {"pulls": list(self.pulls), "rewards": list(self.rewards)}
-
-    @state.setter
-    def state(self, value: dict[str, Any]) -> None:
-        self.pulls, self.rewards = list(value["pulls"]), list(value["rewards"])
-
     def rank_bands(self) -> list[list[int]]:
         """Return the order in which each pull of a draw prefers the bands, PULLS_PER_DRAW x NUM_BANDS.
 
@@ -49,7 +39,7 @@ class BandBandit:
         return orders
 
     def learn(self, num_triplets: list[float], num_active: list[float]) -> None:
-        """Take in a draw's triplets and active ones by band, NUM_BANDS numbers each; others are no concern."""
+        """Take in a draw's triplets and active ones by band, NUM_BANDS numbers each."""
         total = sum(num_triplets)
         for band in range(NUM_BANDS):
             share = num_triplets[band] / total if total else 0.0

@@ -17,10 +17,15 @@ from pipeline.retrieval.features import Features, load_features, sample_building
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.neighbor_table import load_neighbors
-from train_specialized_embeddings.training.coordinates import Coordinates, restore_coordinates
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
 from train_specialized_embeddings.training.run_files import RunFiles
-from train_specialized_embeddings.training.starts import Baselines, fit_baselines, load_warm_start, make_projector
+from train_specialized_embeddings.training.starts import (
+    Baselines,
+    fit_baselines,
+    load_warm_start,
+    make_projector,
+    restore_coordinates,
+)
 from train_specialized_embeddings.training.trainer import Trainer
 from train_specialized_embeddings.training.training_run import TrainingRun
 from train_specialized_embeddings.training.validation import ValidationSet, choose_validation_set
@@ -28,13 +33,13 @@ from train_specialized_embeddings.training.validation import ValidationSet, choo
 
 @dataclass(frozen=True)
 class Material:
-    """The data that every run on the same splits shares."""
+    """What all runs on the same splits share; the images are in the start's coordinates."""
 
-    train: Features
-    validation: ValidationSet
     sampler: BandSampler
+    store: FeatureStore
+    validation: ValidationSet
+    baselines: Baselines
     num_images: int  # of train and val
-    device: torch.device
 
 
 def fit(
@@ -50,13 +55,9 @@ def fit(
         saved = load_checkpoint(files.latest)
         tables.matches(files.latest, saved.provenance or None, provenance)
     with closing(MetricSinks(config.logging, files.folder, provenance)) as sinks, training_within_memory(config):
-        material = read_material(config, inputs, watch)
-        torch.manual_seed(config.global_.seed)
-        with watch.measure("start"):
-            baselines = find_start(config, material, saved, inputs.get("init_checkpoint"), provenance)
-            store = store_coordinates(material, baselines.start)
+        material = read_material(config, inputs, watch, saved=saved, embedded_with=provenance["embedded_with"])
         counts = {"in": material.num_images, "out": material.num_images}
-        run = make_run(config, material, store, baselines)
+        run = make_run(config, material)
         run.files, run.watch, run.sinks, run.provenance = files, watch, sinks, provenance | {"counts": counts}
         if saved is not None:
             run.resume(saved)
@@ -76,19 +77,26 @@ def training_within_memory(config: Config) -> AbstractContextManager[None]:
 
 
 def read_material(
-    config: Config, inputs: dict[str, Path], watch: Stopwatch, num_buildings: int | None = None
+    config: Config,
+    inputs: dict[str, Path],
+    watch: Stopwatch,
+    *,
+    num_buildings: int | None = None,
+    saved: Checkpoint | None = None,
+    embedded_with: Any = None,
 ) -> Material:
-    """Read and check the splits and the difficulty table; of the training split `num_buildings` at most.
+    """Read the splits and the difficulty table, and find the start; of the training split `num_buildings` at most.
 
-    Raises InputError where an input cannot be trained on, PipelineError where the widths do not agree.
+    The start is that of a killed run (`saved`), another run's checkpoint or a fitted map. Raises InputError where an
+    input cannot be trained on, PipelineError where the widths do not agree.
     """
-    section, seed = config.training, config.global_.seed
+    section, model, seed = config.training, config.training_model, config.global_.seed
     device = choose_device(config.infrastructure.device)
     with watch.measure("read"):
         train, val = load_features(inputs["train"]), load_features(inputs["val"])
         if num_buildings is not None:
             train = sample_buildings(train, num_buildings, seed)
-        check_splits(config, inputs, train, val)
+        check_splits(inputs, train, val, model.input_dim)
         neighbors = load_neighbors(inputs["difficulty"], train)
         sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
     logger.info(
@@ -96,20 +104,30 @@ def read_material(
         len(train), len(train.building_ids), train.width, describe_device(device),
     )  # fmt: skip
     validation = choose_validation_set(val, section.validation_images, seed, device)
-    return Material(train, validation, sampler, len(train) + len(val), device)
+    torch.manual_seed(seed)
+    with watch.measure("start"):
+        warm = None
+        if "init_checkpoint" in inputs:
+            warm = load_warm_start(inputs["init_checkpoint"], model, train.width, embedded_with)
+        if saved is not None:
+            scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
+            start = restore_coordinates(saved.rest["coordinates"])
+            baselines = Baselines(start, saved.rest["start"], scores, warm and warm[1])
+        else:
+            baselines = fit_baselines(train, validation, model.output_dim, section, device, warm)
+        return make_material(train, validation, sampler, baselines, len(train) + len(val))
 
 
-def check_splits(config: Config, inputs: dict[str, Path], train: Features, val: Features) -> None:
+def check_splits(inputs: dict[str, Path], train: Features, val: Features, input_dim: int | str) -> None:
     """Raise InputError where there is nothing to tell apart, PipelineError where the widths do not agree."""
     if len(train.building_ids) < 2:
         raise InputError(f"{inputs['train']}: holds one building, training needs two: give more tars to the split")
     if len(train) == len(train.building_ids):
         raise InputError(f"{inputs['train']}: no building has two images, so there is no positive: run stage 3 again")
-    wanted = config.training_model.input_dim
-    if wanted not in ("auto", train.width):
+    if input_dim not in ("auto", train.width):
         raise PipelineError(
             f"{inputs['train']}: its embeddings have {train.width} numbers, [training_model].input_dim asks for "
-            f'{wanted}: set input_dim to "auto", or use that backbone'
+            f'{input_dim}: set input_dim to "auto", or use that backbone'
         )
     if val.width != train.width:
         raise PipelineError(
@@ -118,41 +136,20 @@ def check_splits(config: Config, inputs: dict[str, Path], train: Features, val: 
         )
 
 
-def find_start(
-    config: Config,
-    material: Material,
-    saved: Checkpoint | None,
-    init_checkpoint: Path | None,
-    provenance: dict[str, Any],
-) -> Baselines:
-    """Return the start and the baselines' scores: those of a killed run, or fitted to the training split.
-
-    A checkpoint to start from brings its own coordinates; the baselines are fitted to this run's images all the same.
-    """
-    warm = None
-    if init_checkpoint is not None:
-        embedded_with = provenance.get("embedded_with")
-        coordinates, warm = load_warm_start(init_checkpoint, config, material.train.width, embedded_with)
-    if saved is not None:
-        scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
-        return Baselines(restore_coordinates(saved.rest["coordinates"]), saved.rest["start"], scores, warm)
-    model, section = config.training_model, config.training
-    if warm is None:
-        return fit_baselines(material.train, material.validation, model, section, material.device)
-    section = section.model_copy(update={"init": "whitening"})  # no other start is fitted
-    fitted = fit_baselines(material.train, material.validation, model, section, material.device)
-    return replace(fitted, start=coordinates, note=fitted.note | {"init": "checkpoint"}, warm=warm)
+def make_material(
+    train: Features, validation: ValidationSet, sampler: BandSampler, baselines: Baselines, num_images: int
+) -> Material:
+    """Map the images to the start's coordinates; the training ones go where the steps need them."""
+    map_rows = baselines.start.linear_map.map_rows
+    store = FeatureStore(map_rows(train.embeddings), sampler.device)
+    mapped = replace(validation, embeddings=map_rows(validation.embeddings))
+    return Material(sampler, store, mapped, baselines, num_images)
 
 
-def store_coordinates(material: Material, coordinates: Coordinates) -> FeatureStore:
-    """Return the training images in coordinates, where the steps need them."""
-    return FeatureStore(coordinates.linear_map.map_rows(material.train.embeddings), material.device)
-
-
-def make_run(config: Config, material: Material, store: FeatureStore, baselines: Baselines) -> TrainingRun:
-    """Return a run at its start, which saves nothing until it has files."""
-    start = baselines.start
-    projector = make_projector(baselines, config.training_model, config.training).to(material.device)
-    trainer = Trainer(projector, store, material.sampler, config.training, torch.from_numpy(start.spread))
-    validation = replace(material.validation, embeddings=start.linear_map.map_rows(material.validation.embeddings))
-    return TrainingRun(config, trainer, start, validation, baselines.scores, baselines.note)
+def make_run(config: Config, material: Material) -> TrainingRun:
+    """Return a run at its start, which saves nothing until it has files; random weights come from torch's state."""
+    start = material.baselines.start
+    projector = make_projector(material.baselines, config.training_model, config.training.init)
+    projector = projector.to(material.store.device)
+    trainer = Trainer(projector, material.store, material.sampler, config.training, torch.from_numpy(start.spread))
+    return TrainingRun(config, trainer, start, material.validation, material.baselines.scores, material.baselines.note)

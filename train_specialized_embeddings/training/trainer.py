@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline.config import TrainingSection
 from pipeline.errors import PipelineError
@@ -16,7 +17,6 @@ from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, Band
 from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_loss
-from train_specialized_embeddings.training.rates import group_parameters, rate_factor
 
 # Negatives are drawn for this many steps at once, and at least for this many anchors: the host waits for the device
 # once a draw, and the bandit learns from one draw for the next.
@@ -42,7 +42,7 @@ class EpochReport:
 class Trainer:
     """A projector with its loss, optimiser, schedule, sampler and bandit."""
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         projector: Projector,
         store: FeatureStore,
@@ -50,12 +50,11 @@ class Trainer:
         section: TrainingSection,
         spread: torch.Tensor,
     ) -> None:
-        """Take a projector of the store's rows, and how far those vary within a building (D,), for the noise."""
+        """Take a projector of the store's rows, and their deviation within buildings (D,), for the noise."""
         self.projector, self.store, self.sampler, self.section = projector, store, sampler, section
-        # The averaged weights are validated and published: one epoch's are the luck of its batches, which few
-        # validation buildings cannot tell from a gain.
+        # The averaged weights are validated and published: one epoch's are the luck of its batches.
         self.average = copy.deepcopy(projector).eval()
-        self.origin = copy.deepcopy(projector).eval()  # the start, of which the published weights keep a part
+        self.origin = copy.deepcopy(projector).eval()  # the start; the published weights keep a part of it
         self.loss = make_loss(section, sampler.num_buildings, projector.architecture["output_dim"]).to(store.device)
         self.bandit = BandBandit() if section.band_sampling == "ucb" else None
         self.noise = section.input_noise * spread.to(store.device)
@@ -69,6 +68,10 @@ class Trainer:
         # An image that an epoch passes over k times moves the weights as far as one that it passes over once.
         share = min(1.0, len(sampler.anchors) / self.num_anchors)
         self.optimizer = torch.optim.AdamW(group_parameters(projector, self.loss, section, share), fused=True)
+        self._parts: dict[str, Any] = {
+            "weights": projector, "average": self.average, "origin": self.origin, "loss": self.loss,
+            "optimizer": self.optimizer,
+        }  # fmt: skip
 
     def run_epoch(self, progress: Progress) -> EpochReport:
         """Train on one epoch's anchors.
@@ -126,7 +129,7 @@ class Trainer:
         features = features + self.noise * torch.randn(features.shape, device=features.device)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
             embeddings = self.projector(features)
-        losses = self._compare(batch, embeddings)
+        losses = self._compare(batch, embeddings)  # (T,)
         self.optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.section.grad_clip)
@@ -162,24 +165,20 @@ class Trainer:
         """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""
         device = self.store.device
         cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        bandit = self.bandit and _copy(vars(self.bandit))
         return {
-            "weights": _copy(self.projector.state_dict()),
-            "average": _copy(self.average.state_dict()),
-            "origin": _copy(self.origin.state_dict()),
-            "loss": _copy(self.loss.state_dict()),
-            "optimizer": _copy(self.optimizer.state_dict()),
+            **{name: _copy(part.state_dict()) for name, part in self._parts.items()},
             "epoch": self.epoch,
             "rate_scale": self.rate_scale,
-            "sampler": {"random": self.sampler.generator.get_state(), "bandit": self.bandit and self.bandit.state},
+            "sampler": {"random": self.sampler.generator.get_state(), "bandit": bandit},
             "random": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
 
     def go_back(self, state: dict[str, Any], rate_factor: float) -> None:
         """Take the averaged weights of a saved state, and continue the schedule and the draws at lower rates."""
-        for projector in (self.projector, self.average):
-            projector.load_state_dict(state["average"])
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.projector.load_state_dict(state["average"])
+        for name in ("average", "loss", "optimizer"):
+            self._parts[name].load_state_dict(state[name])
         self.rate_scale *= rate_factor
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -187,14 +186,11 @@ class Trainer:
 
         A GPU's random numbers cannot be continued on a CPU, nor the other way: they restart then, from (seed, epoch).
         """
-        self.projector.load_state_dict(state["weights"])
-        self.average.load_state_dict(state["average"])
-        self.origin.load_state_dict(state["origin"])
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
         self.epoch, self.rate_scale = state["epoch"], state["rate_scale"]
         if self.bandit:
-            self.bandit.state = state["sampler"]["bandit"]
+            vars(self.bandit).update(copy.deepcopy(state["sampler"]["bandit"]))
         cuda, device = state["random"]["cuda"], self.store.device
         if bool(cuda) != (device.type == "cuda"):
             seed = (self.sampler.generator.initial_seed(), self.epoch)
@@ -210,6 +206,37 @@ class Trainer:
         torch.set_rng_state(state["random"]["torch"])
         if cuda:
             torch.cuda.set_rng_state(cuda[0], device)
+
+
+def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
+    """Return the factor of the learning rates at a step, counted from 0: linear warm-up, then a half cosine."""
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def group_parameters(
+    projector: Projector, loss: nn.Module, section: TrainingSection, share: float
+) -> list[dict[str, Any]]:
+    """Return the optimiser's groups of weights, with `share` of the configured rates at their peak.
+
+    Adam moves every weight by about its rate, and an output by the sum over a layer's weights: a layer's rate is
+    divided by the root of its inputs, so that one rate serves every width. The shortcut and the loss have no weight
+    decay: it would only shrink vectors that are normalised.
+    """
+    layers: dict[str, tuple[Any, float]] = {"shortcut": (projector.shortcut, section.shortcut_learning_rate)}
+    layers |= {f"hidden.{number}": (layer, section.learning_rate) for number, layer in enumerate(projector.hidden)}
+    if projector.output is not None:
+        layers["output"] = (projector.output, section.learning_rate)
+    groups: list[dict[str, Any]] = []
+    for name, (layer, rate) in layers.items():
+        decay = 0.0 if name == "shortcut" else section.weight_decay
+        peak = share * rate / layer.weight.shape[1] ** 0.5
+        groups.append({"name": name, "params": list(layer.parameters()), "peak_lr": peak, "weight_decay": decay})
+    if own := list(loss.parameters()):
+        groups.append({"name": "loss", "params": own, "peak_lr": share * section.learning_rate, "weight_decay": 0.0})
+    return groups
 
 
 def _copy(value: Any) -> Any:

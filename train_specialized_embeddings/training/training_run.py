@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import QueryScores, list_unreached, summarize_scores
-from train_specialized_embeddings.training.coordinates import Coordinates
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
 from train_specialized_embeddings.training.run_files import RunFiles
+from train_specialized_embeddings.training.starts import Coordinates
 from train_specialized_embeddings.training.trainer import EpochReport, Trainer
 from train_specialized_embeddings.training.validation import (
     Scores,
@@ -79,19 +80,15 @@ class TrainingRun:
 
         Raises PipelineError where training diverges or no negative can be drawn.
         """
-        if self.history:
-            self._write_outputs()  # a kill may have come between them and the state
-        else:
-            self.begin()
-            self._log_epoch()
         total = self.config.training.num_epochs * self.trainer.num_anchors
         interval = self.config.logging.progress_interval_seconds
         saved = time.monotonic()
         with Progress("train", total, "anchor", interval) as progress:
-            progress.resume_at(self.epoch * self.trainer.num_anchors)
-            while not self.is_over:
-                self.advance(progress)
-                self._log_epoch()
+            if self.history:
+                self._write_outputs()  # a kill may have come between them and the state
+                progress.resume_at(self.epoch * self.trainer.num_anchors)
+            for record in self.run_epochs(progress):
+                self._log_epoch(record)
                 if self._is_periodic or time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
                     self._save()
                     saved = time.monotonic()
@@ -104,18 +101,18 @@ class TrainingRun:
         workspace.remove(self.files.latest)
         log_verdict(val, self.best["epoch"])
 
-    def begin(self) -> None:
-        """Validate the start, as epoch 0."""
-        self._add_epoch(EpochReport(), time.monotonic())
-
-    def advance(self, progress: Progress) -> None:
-        """Train for one epoch and validate; save nothing."""
-        started = time.monotonic()
-        with self.watch.measure("train"):
-            report = self.trainer.run_epoch(progress)
-        self._add_epoch(report, started)
-        if self.history[-1]["collapsed"]:
-            self.trainer.go_back(self.best, RATE_AFTER_COLLAPSE)
+    def run_epochs(self, progress: Progress) -> Iterator[dict[str, Any]]:
+        """Validate the start as epoch 0, then train and validate; yield each epoch's record, and save nothing."""
+        if not self.history:
+            yield self._add_epoch(EpochReport(), time.monotonic())
+        while not self.is_over:
+            started = time.monotonic()
+            with self.watch.measure("train"):
+                report = self.trainer.run_epoch(progress)
+            record = self._add_epoch(report, started)
+            if record["collapsed"]:
+                self.trainer.go_back(self.best, RATE_AFTER_COLLAPSE)
+            yield record
 
     def settle(self) -> None:
         """Interpolate between the start and the best epoch; publish the smallest step tied with the best one.
@@ -173,8 +170,8 @@ class TrainingRun:
     def _is_periodic(self) -> bool:
         return self.epoch > 0 and self.epoch % self.config.training.save_every_n_epochs == 0
 
-    def _add_epoch(self, report: EpochReport, started: float) -> None:
-        """Validate, add the epoch's record, and keep its checkpoint if it is as good as any."""
+    def _add_epoch(self, report: EpochReport, started: float) -> dict[str, Any]:
+        """Validate, add the epoch's record and return it, and keep its checkpoint if it is as good as any."""
         projector = self.trainer.average
         embeddings, each = self._score(projector)
         scores = summarize_scores(each)
@@ -189,12 +186,12 @@ class TrainingRun:
         record["collapsed"] = self._has_collapsed(record)
         self.history.append(record)
         self.sinks.write(record)
-        if record["collapsed"]:
-            return
-        if self.peak is None or summarize_scores(self.peak)["map"] < scores["map"]:
-            self.peak = each
-        if not self.validation.is_better(self.peak, each, EPOCH_ERRORS):
-            self.best = self._describe()
+        if not record["collapsed"]:
+            if self.peak is None or summarize_scores(self.peak)["map"] < scores["map"]:
+                self.peak = each
+            if not self.validation.is_better(self.peak, each, EPOCH_ERRORS):
+                self.best = self._describe()
+        return record
 
     def _has_collapsed(self, record: dict[str, Any]) -> bool:
         """Tell whether an epoch's embeddings have drawn together, or their norms have left those of the start."""
@@ -202,9 +199,8 @@ class TrainingRun:
         is_out = norm < COLLAPSED_SHARE * first["embedding_norm"] or norm > first["embedding_norm"] / COLLAPSED_SHARE
         return bool(is_out or record["embedding_spread"] < COLLAPSED_SHARE * first["embedding_spread"])
 
-    def _log_epoch(self) -> None:
+    def _log_epoch(self, record: dict[str, Any]) -> None:
         """Log the last epoch, and a warning where it went wrong."""
-        record = self.history[-1]
         training = "the start, "
         if record["train_loss"] is not None:
             training = f"loss {record['train_loss']:.4f}, {record['active_share']:.1%} of banded negatives active, "
@@ -214,20 +210,17 @@ class TrainingRun:
             ", as good as any so far" if self.best["epoch"] == self.epoch else "",
         )  # fmt: skip
         if record["collapsed"]:
-            self._log_collapse(record, self.history[0])
+            first, number = self.history[0], sum(record["collapsed"] for record in self.history)
+            logger.warning(
+                "epoch %d: the embeddings have collapsed (spread %.3f, at first %.3f; norm %.3g, at first %.3g): %s",
+                self.epoch, record["embedding_spread"], first["embedding_spread"],
+                record["embedding_norm"], first["embedding_norm"],
+                f"back to epoch {self.best['epoch']}, with rates of {self.trainer.rate_scale:.2g} of the configured "
+                "ones" if number <= MAX_COLLAPSES
+                else f"for the {number}rd time, training ends; lower [training].learning_rate",
+            )  # fmt: skip
         elif record["train_loss"] == 0.0:  # only a loss with a margin comes to that
             logger.warning("epoch %d: no triplet was active: raise [training].margin", self.epoch)
-
-    def _log_collapse(self, record: dict[str, Any], first: dict[str, Any]) -> None:
-        number = sum(record["collapsed"] for record in self.history)
-        logger.warning(
-            "epoch %d: the embeddings have collapsed (spread %.3f, at first %.3f; norm %.3g, at first %.3g): %s",
-            self.epoch, record["embedding_spread"], first["embedding_spread"],
-            record["embedding_norm"], first["embedding_norm"],
-            f"back to epoch {self.best['epoch']}, with rates of {self.trainer.rate_scale:.2g} of the configured ones"
-            if number <= MAX_COLLAPSES
-            else f"for the {number}rd time, training ends; lower [training].learning_rate",
-        )  # fmt: skip
 
     def _describe(self) -> Content:
         """Return the checkpoint of the last epoch, with all that its readers and the next epoch need."""

@@ -18,13 +18,7 @@ from pipeline.files import tables
 from pipeline.files.workspace import replacing
 from pipeline.inference.devices import share_gpus
 from pipeline.log import Progress, Stopwatch, logger, logging_to
-from train_specialized_embeddings.training.fitting import (
-    make_run,
-    read_material,
-    store_coordinates,
-    training_within_memory,
-)
-from train_specialized_embeddings.training.starts import fit_baselines
+from train_specialized_embeddings.training.fitting import make_run, read_material, training_within_memory
 from train_specialized_embeddings.tuning import search_space
 from train_specialized_embeddings.tuning.search_space import SPACE
 from train_specialized_embeddings.tuning.tuning_report import write_report
@@ -128,7 +122,7 @@ def _run_worker(*work: Any) -> None:
         _run_trials(study, config, options, inputs, Stopwatch(), number)
 
 
-def _run_trials(  # noqa: PLR0917
+def _run_trials(
     study: optuna.Study, config: Config, options: Any, inputs: dict[str, Path], watch: Stopwatch, number: int
 ) -> None:
     """Run trials until the study has enough; with W workers it may get W - 1 more.
@@ -171,13 +165,7 @@ class Objective:
         self, config: Config, inputs: dict[str, Path], watch: Stopwatch, sample_buildings: int | None = None
     ) -> None:
         self.config, self.watch = config, watch
-        self.material = read_material(config, inputs, watch, sample_buildings)
-        with watch.measure("start"):
-            self.baselines = fit_baselines(
-                self.material.train, self.material.validation, config.training_model, config.training,
-                self.material.device,
-            )  # fmt: skip
-        self.store = store_coordinates(self.material, self.baselines.start)
+        self.material = read_material(config, inputs, watch, num_buildings=sample_buildings)
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Train with the trial's settings, an epoch at a time.
@@ -185,19 +173,18 @@ class Objective:
         Raises PipelineError where training diverges or the GPU cannot hold it, TrialPruned where other trials were
         better.
         """
-        config, material = search_space.apply(self.config, trial.params), self.material
+        config = search_space.apply(self.config, trial.params)
         interval = config.logging.progress_interval_seconds
         with training_within_memory(config):
             torch.manual_seed(config.global_.seed)
-            material.sampler.generator.manual_seed(config.global_.seed)
-            run = make_run(config, material, self.store, self.baselines)
+            self.material.sampler.generator.manual_seed(config.global_.seed)
+            run = make_run(config, self.material)
             run.watch = self.watch
-            run.begin()
             total = config.training.num_epochs * run.trainer.num_anchors
             with Progress(f"trial {trial.number}", total, "anchor", interval) as bar:
-                while not run.is_over:
-                    run.advance(bar)
-                    trial.report(run.history[-1]["val"]["map"], run.epoch)
+                for record in run.run_epochs(bar):
+                    if record["epoch"]:
+                        trial.report(record["val"]["map"], record["epoch"])
                     if trial.should_prune():
                         raise optuna.TrialPruned
             run.settle()
