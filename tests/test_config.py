@@ -143,6 +143,10 @@ def test_an_override_of_another_form_is_refused(tmp_path, override):
         ("logging.batch_size=1", "unknown key; did you mean [embedding_model].batch_size or [training].batch_size?"),
         ("seed.x=1", "[seed]: unknown section; did you mean [global].seed?"),
         ("training.triplets_per_epoch=1", "[training].triplets_per_epoch: unknown key; it is anchors_per_epoch now"),
+        ("training.hard_mining=true", "[training].hard_mining: unknown key"),
+        ("training.share_within_building=true", "[training].share_within_building: unknown key"),
+        ("training.input_dropout=0.3", "[training].input_dropout: unknown key"),
+        ("training.anchor_penalty=1", "[training].anchor_penalty: unknown key"),
     ],
 )
 def test_an_override_of_an_unknown_name_is_refused(tmp_path, override, answer):
