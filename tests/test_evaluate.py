@@ -324,7 +324,7 @@ def test_a_report_folder_that_cannot_be_written_is_named(workplace):
 # ------------------------------------------------------------------------------------------------ for people
 
 
-@pytest.mark.parametrize("name", ["collect_scatter", "whiten_within_class", "whiten_by_pca"])
+@pytest.mark.parametrize("name", ["collect_scatters", "whiten_within_class", "whiten_by_pca"])
 def test_a_gpu_too_small_for_the_closed_forms_is_one_line(workplace, monkeypatch, name):
     def refuse(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
