@@ -127,9 +127,7 @@ class BandSampler:
         columns = (values.split([len(part.ends) for part in parts]) for values in drawn)
         return [Batch(*fields) for fields in zip(parts, *columns, strict=True)]
 
-    def _draw_negatives(
-        self, anchors: torch.Tensor, preference: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _draw_negatives(self, anchors: torch.Tensor, preference: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Return a negative for each anchor (A,), its band, and whether one was found."""
         negatives, bands = anchors.clone(), torch.full_like(anchors, RANDOM_BAND)
         has_neighbors = self._ends[anchors, -1] > 0
@@ -168,8 +166,7 @@ class BandSampler:
         allowed = ~same & (self._panoramas[anchors][:, None] != self._panoramas[others])
         if self._points is not None:
             # The chord's square by a product: in float64 it is right to a tenth of a millimetre at 25 m.
-            squares = 2.0 - 2.0 * (self._points[anchors] @ self._points[others].T)
-            allowed &= squares >= self._min_chord**2
+            allowed &= 2.0 - 2.0 * (self._points[anchors] @ self._points[others].T) >= self._min_chord**2
         return same & (anchors[:, None] != others), allowed
 
     def _draw_by_band(self, anchors: torch.Tensor, order: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,8 +16,7 @@ from pipeline.config import TrainingSection
 
 # Below this squared distance the square root's slope would explode; it is 1e-6 of the sphere's radius.
 MIN_SQUARED_DISTANCE = 1e-12
-# Of Multi-Similarity: the paper's a = 2 and b = 40, and the cosine between a near and a far pair; docs/training.md has
-# what others gave.
+# Of Multi-Similarity: the paper's a = 2 and b = 40, and the cosine between a near and a far pair.
 POSITIVE_SCALE, NEGATIVE_SCALE, BASE = 2.0, 40.0, 0.5
 
 
@@ -67,7 +66,7 @@ def supervised_contrastive(pairs: Pairs, section: TrainingSection) -> torch.Tens
     2020).
     """
     logits = (pairs.anchors @ pairs.candidates.T).float() / section.temperature  # (B, C)
-    lowest = torch.finfo(logits.dtype).min  # minus infinity would make the slope of an anchor without negatives a NaN
+    lowest = torch.finfo(logits.dtype).min  # not minus infinity: see multi_similarity
     of_negatives = logits.masked_fill(~pairs.is_negative, lowest).logsumexp(dim=1, keepdim=True)
     losses = functional.softplus(of_negatives - logits) * pairs.is_positive
     return losses.sum(dim=1) / pairs.is_positive.sum(dim=1).clamp_min(1)

@@ -74,10 +74,7 @@ class Trainer:
         }  # fmt: skip
 
     def run_epoch(self, progress: Progress) -> EpochReport:
-        """Train on one epoch's anchors.
-
-        Raises PipelineError where no negative can be drawn, or the loss is not a number.
-        """
+        """Train on one epoch's anchors; raise PipelineError where there is no negative or the loss is not a number."""
         self.projector.train()
         section, device = self.section, self.store.device
         batches = self.sampler.draw_groups(self.num_anchors).split(section.batch_size)
@@ -221,9 +218,8 @@ def group_parameters(
 ) -> list[dict[str, Any]]:
     """Return the optimiser's groups of weights, with `share` of the configured rates at their peak.
 
-    Adam moves every weight by about its rate, and an output by the sum over a layer's weights: a layer's rate is
-    divided by the root of its inputs, so that one rate serves every width. The shortcut and the loss have no weight
-    decay: it would only shrink vectors that are normalised.
+    A layer's rate is divided by the root of its inputs, so that one rate serves every width. The shortcut and the loss
+    have no weight decay: it would only shrink vectors that are normalised.
     """
     layers: dict[str, tuple[Any, float]] = {"shortcut": (projector.shortcut, section.shortcut_learning_rate)}
     layers |= {f"hidden.{number}": (layer, section.learning_rate) for number, layer in enumerate(projector.hidden)}
