@@ -66,13 +66,11 @@ def require_package(name: str, where: str, otherwise: str, extra: str | None = N
 
 def flatten(value: Any, name: str = "") -> dict[str, float]:
     """Return the numbers in nested dictionaries and lists, named by their paths like `val/map`."""
-    if isinstance(value, dict):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list):
-        items = [(str(number), item) for number, item in enumerate(value)]
-    else:
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
         return {} if value is None or isinstance(value, str) else {name: float(value)}
     flat: dict[str, float] = {}
-    for key, item in items:
-        flat |= flatten(item, f"{name}/{key}" if name else key)
+    for key, item in value.items():
+        flat |= flatten(item, f"{name}/{key}" if name else str(key))
     return flat

@@ -18,8 +18,7 @@ from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_loss
 
-# Negatives are drawn for this many steps at once, and at least for this many anchors: the host waits for the device
-# once a draw, and the bandit learns from one draw for the next.
+# Negatives are drawn for this many steps and anchors at once: the host waits for the device once a draw.
 _STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
 _MIN_STEPS_PER_EPOCH = 16
 # Anchors that are compared with each other at a time: a batch of 16,384 would need billions of cosines.
@@ -109,8 +108,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise PipelineError("training diverged (the loss is not a number): lower [training].learning_rate")
         rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        shares = [count / total for count in by_band]
-        return EpochReport(loss, sum(active_by_band) / total, shares, rates, int(total))
+        return EpochReport(loss, sum(active_by_band) / total, [count / total for count in by_band], rates, int(total))
 
     def _set_rates(self, done: float) -> None:
         """Set the learning rates for a step of this epoch; `done` is the share of its steps before it."""
