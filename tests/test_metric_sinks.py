@@ -28,7 +28,7 @@ def test_tensorboard_gets_every_epoch_once_after_a_kill_too(workspace: Path, mon
 
     monkeypatch.setattr(training_run, "SAVE_INTERVAL_SECONDS", -1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda run: 1 / (3 - run.epoch))
+        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda _, record: 1 / (3 - record["epoch"]))
         with pytest.raises(ZeroDivisionError):
             run(workspace, "logging.tensorboard=true")
     run(workspace, "logging.tensorboard=true")
