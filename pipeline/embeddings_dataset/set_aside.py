@@ -31,7 +31,8 @@ def move_all(folder: Path) -> None:
     """Move the state first, so that what a kill leaves still tells its origin, then all parts and rejects."""
     target = _name_target(folder)
     not_ours = target.with_name(target.name + NOT_OURS)
-    owners = {path: _is_ours(path) for path in _list_all(folder)}
+    files = [path for name in ("state.json", "parts/*", "_rejects/*") for path in sorted(folder.glob(name))]
+    owners = {path: _is_ours(path) for path in files}
     is_foreign = False in owners.values() and True not in owners.values()  # then damaged files are foreign too
     strange = [path for path, ours in owners.items() if ours is False or (ours is None and is_foreign)]
     if strange:
@@ -66,12 +67,6 @@ def discard_ids(folder: Path, id_hashes: frozenset[int]) -> None:
         else:
             workspace.remove(path)
             logger.warning("%s: removed, as it may hold the ids", path)
-
-
-def _list_all(folder: Path) -> list[Path]:
-    state = folder / "state.json"
-    files = [path for name in ("parts", "_rejects") for path in sorted(folder.glob(f"{name}/*"))]
-    return [state, *files] if state.exists() else files
 
 
 def _is_ours(path: Path) -> bool | None:

@@ -28,7 +28,12 @@ def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
     An id that can be none of that type stands for nothing. Raises InputError if the list cannot be read or is empty.
     """
     listed: dict[str, list[object]] = {}
-    for text, values in _read_parquet(path, kind) if is_parquet(path) else _read_texts(path, kind):
+    if is_parquet(path):
+        found = _read_parquet(path, kind)
+    else:
+        texts = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_lines(path)
+        found = ((text, _values_of(text, kind)) for text in texts if text.strip())
+    for text, values in found:
         listed.setdefault(text, []).extend(values)
     if not listed:
         raise InputError(f"{path}: holds no ids")
@@ -48,11 +53,6 @@ def _read_parquet(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[obj
             if scalar.is_valid and value == value:  # noqa: PLR0124 (NaN is how pandas says that there is none)
                 text = describe_id(scalar)
                 yield text, [value] if chunk.type == kind else _values_of(text, kind)
-
-
-def _read_texts(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[object]]]:
-    texts = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_lines(path)
-    return ((text, _values_of(text, kind)) for text in texts if text.strip())
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -153,14 +153,14 @@ def _read_named(folder: Path, name: str) -> bytes:
 
 def _read_header(path: Path) -> list[str]:
     names = next(read_rows(path), (0, []))[1]
-    missing = [name for name in (ID_COLUMN, PATH_COLUMN) if name not in names]
-    made = sorted(set(names) & {IMAGE_COLUMN, VALID_COLUMN, "embedding"})
-    if missing:
-        raise InputError(f"{path}: column {missing[0]} is missing: its first line names OSMID, path and what to keep")
+    for name in (ID_COLUMN, PATH_COLUMN):
+        if name not in names:
+            raise InputError(f"{path}: column {name} is missing: its first line names OSMID, path and what to keep")
     if len(set(names)) < len(names) or "" in names:
         raise InputError(f"{path}: its first line has to name each column once: correct it")
-    if made:
-        raise InputError(f"{path}: column {made[0]} has the name of one that is made here: give it another name")
+    for name in (IMAGE_COLUMN, VALID_COLUMN, "embedding"):
+        if name in names:
+            raise InputError(f"{path}: column {name} has the name of one that is made here: give it another name")
     return names
 
 
