@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.embeddings_dataset.columns import take_rows
 from pipeline.errors import DamagedError, InputError, one_line
 from pipeline.files.listing import is_parquet, walk_files, warn_of_others
-from pipeline.files.tables import BUFFER_BYTES, hash_footer, hash_json, open_parquet, read_failure
+from pipeline.files.tables import BUFFER_BYTES, UNMAPPED_KEY, hash_footer, hash_json, open_parquet, read_failure
 from pipeline.ids import decode_name
 from pipeline.log import logger
 
@@ -105,6 +105,8 @@ def _open_parquets(path: Path, paths: list[Path], filter_valid: bool, keep_colum
             metadata, schema = file.metadata, file.schema_arrow
         footers.append(hash_footer(file_path))
         _check_columns(file_path, schema, filter_valid, keep_columns)
+        if UNMAPPED_KEY in (metadata.metadata or {}):
+            _check_mapped(file_path, schema, [ID_COLUMN, *keep_columns])
         schemas.append(schema)
         rows += [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         places += [(file_path, index) for index in range(metadata.num_row_groups)]
@@ -194,6 +196,13 @@ def _check_columns(path: Path, schema: pa.Schema, filter_valid: bool, keep_colum
 def _is_binary(kind: pa.DataType) -> bool:
     # binary_view is younger than the oldest pyarrow that is supported.
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or str(kind) == "binary_view")
+
+
+def _check_mapped(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
+    """Raise InputError for a used column whose type this Arrow may not know, such as Int128."""
+    for name in names:
+        if "fixed_size_binary" in str(schema.field(name).type):
+            raise InputError(f"{path}: column {name} is of a type that cannot be read here: write it in another type")
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -1,6 +1,7 @@
 """Parquet between the stages: schemas, provenance, writing in one piece, reading with checks."""
 
 import hashlib
+import io
 import json
 import os
 from collections import Counter
@@ -19,6 +20,8 @@ from pipeline.files.listing import is_parquet
 from pipeline.files.workspace import writing_to
 from pipeline.log import logger
 
+# Where Arrow keeps its schema in a footer, and the key that hides it.
+_ARROW_SCHEMA_KEY, UNMAPPED_KEY = b"ARROW:schema", b"ARROW_schema"
 PROVENANCE_KEY = b"spatial_building_embeddings"
 
 ID_COLUMNS = [
@@ -140,9 +143,18 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
     # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
     options = {"buffer_size": buffer_size, "pre_buffer": not buffer_size, "page_checksum_verification": True}
     try:
-        return pq.ParquetFile(path, **options)
+        try:
+            return pq.ParquetFile(path, **options)
+        except pa.ArrowNotImplementedError:  # the writer's Arrow schema has a type that this Arrow does not know
+            return pq.ParquetFile(path, metadata=_read_plain_footer(path), **options)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise read_failure(path, error, "not a readable parquet file") from None
+
+
+def _read_plain_footer(path: Path) -> pq.FileMetaData:
+    """Return a parquet's footer without its Arrow schema, so that columns have Parquet's own types."""
+    footer = read_footer(path).replace(_ARROW_SCHEMA_KEY, UNMAPPED_KEY)
+    return pq.read_metadata(io.BytesIO(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"))
 
 
 def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> InputError:
@@ -297,7 +309,12 @@ def identify(path: Path) -> dict[str, Any]:
 
 
 def hash_footer(path: Path) -> str:
-    """Hash the Thrift footer of a parquet; its length stands in the last 8 bytes (Parquet's file format).
+    """Hash the Thrift footer of a parquet."""
+    return hashlib.sha256(read_footer(path)).hexdigest()[:32]
+
+
+def read_footer(path: Path) -> bytes:
+    """Return the Thrift footer of a parquet; its length stands in the last 8 bytes (Parquet's file format).
 
     Raises DamagedError if there is none.
     """
@@ -309,7 +326,7 @@ def hash_footer(path: Path) -> str:
         if tail[4:] != b"PAR1" or length > end - 12:
             raise DamagedError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
         file.seek(end - 8 - length)
-        return hashlib.sha256(file.read(length)).hexdigest()[:32]
+        return file.read(length)
 
 
 def hash_json(content: Any) -> str:
