@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_tar_options(parser)
     launcher.add_processes_option(parser)
     arguments = parser.parse_args(argv)
-    config = cli.config_from(arguments)  # what is wrong with it is said once
+    config = cli.config_from(arguments)  # before the processes start, so that its errors appear once
     if launcher.launch(__file__, argv, arguments.processes, is_sharded=not arguments.shard.is_whole):
         return
     cli.run_stage(STAGE, run, config, cli.options_from(arguments))

@@ -30,7 +30,7 @@ class SpatialEmbeddingsOutput(ModelOutput):
 
 
 class SpatialEmbeddingsModel(PreTrainedModel):
-    """A backbone, whose pooled output a projector maps to an embedding of which building a photograph shows."""
+    """A backbone and a projector: together they map a photograph to an embedding of the building that it shows."""
 
     config_class = SpatialEmbeddingsConfig
     base_model_prefix = "spatial_embeddings"

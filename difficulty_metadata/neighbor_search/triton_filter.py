@@ -1,7 +1,7 @@
 """The GPU's search: half-precision tiles on the tensor cores find all points that can be near, exactly.
 
 Half precision is twice as fast as TF32 with as many bits, and eight times as precise as bfloat16. The distance matrix
-is never written: the first kernel notes groups of points of which one can be near (triton_kernels.py), a second one
+is never written: the first kernel notes the groups of points in which one can be near (triton_kernels.py), a second one
 measures their points in float32.
 
 Nothing near is missed. Let x be a query, t its squared threshold, X = |x|, and Y = X + sqrt(t), which no point y with

@@ -19,7 +19,7 @@ def note_groups(
     width: tl.constexpr, tile_rows: tl.constexpr, tile_points: tl.constexpr, num_groups: tl.constexpr,
     capacity: tl.constexpr,
 ):  # fmt: skip
-    """Note, for each query of a tile, the groups of points of which one scores at least the query's limit.
+    """Note, for each query of a tile, the groups of points in which one scores at least the query's limit.
 
     Group g of every tile goes to the query's g-th list, of length `capacity`; `counts` (Q, num_groups) are the numbers
     found. The columns of a tile belong to the groups in turn; in memory its points lie group by group.

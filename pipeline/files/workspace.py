@@ -22,7 +22,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.log import logger
 
-# The folder for files of which none may appear before all are complete.
+# The folder for files that appear together, when all are complete.
 UNFINISHED = ".unfinished"
 # The folder for old output until its successor is complete.
 REPLACED = "_replaced"

@@ -51,7 +51,7 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
 def check_places(input_path: Path, output: Path) -> None:
     """Raise ConfigError where the output lies in the input folder."""
     if output.resolve().is_relative_to(input_path.resolve()) and input_path.is_dir():
-        raise ConfigError(f"--output {output}: lies in the input folder, of which it would become a part")
+        raise ConfigError(f"--output {output}: lies in the input folder and would become part of the input")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

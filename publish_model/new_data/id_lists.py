@@ -119,7 +119,7 @@ def _bytes_of(text: str) -> list[object]:
 
 
 def describe_id(scalar: pa.Scalar) -> str:
-    """Return an id as one line of text: binary ones as UTF-8 or 0x..., what is no printable character as an escape."""
+    """Return an id as one line of text: binary as UTF-8 or 0x..., unprintable characters as escapes."""
     if isinstance(scalar, pa.ExtensionScalar):
         scalar = scalar if isinstance(scalar.as_py(), uuid.UUID) else scalar.value
     try:
