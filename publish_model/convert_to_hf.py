@@ -246,12 +246,16 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     check_place(output)
     result = cli.StageResult(STAGE)
     result.add(COUNTS)
-    if find_complete(make_unit(output, lambda _: provenance), own.overwrite):
+    unit = make_unit(output, lambda _: provenance)
+    missing = [path.name for path in unit.outputs if not path.exists()]
+    if find_complete(unit, own.overwrite):
         logger.info("%s: kept %s, which is complete", STAGE, output)
         result.kept.append(output)
     else:
         from publish_model.model_folder.published_folder import fill_folder
 
+        if 0 < len(missing) < len(unit.outputs):
+            logger.warning("%s: %s is missing: the folder is written again", output, missing[0])
         model = read_parts()
         with writing_folder(output) as folder:
             fill_folder(folder, model, own.dtype, provenance)

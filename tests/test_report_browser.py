@@ -10,6 +10,7 @@ from browser import Watched, open_browser
 from evaluation_data import IMAGES_PER_BUILDING, NUM_BUILDINGS, make_workplace
 
 from evaluate_embeddings.evaluate import run
+from evaluate_embeddings.scores.standalone import EvaluateOptions
 from pipeline.cli import Options
 from pipeline.config import load_config
 
@@ -129,7 +130,7 @@ def test_without_scripts_it_can_be_read_all_the_same(browser, report):
 
 def test_a_page_without_images_hovers_without_a_photograph(browser, tmp_path):
     config_path = make_workplace(tmp_path)
-    run(load_config(config_path), Options(), images=False)
+    run(load_config(config_path), EvaluateOptions(no_images=True))
     watched = open_report(browser, tmp_path / "report" / "report.html", 1280)
     watched.page.locator("#map [data-mark]").last.hover()
     assert "of building" in watched.page.locator("#tip").inner_text()

@@ -64,7 +64,7 @@ class ReferenceModel:
 
         stored = [tensor for tensor in list_stored(self.folder) if tensor.name.startswith("projector.")]
         if not stored:
-            raise InputError(f"{self.folder}: holds no projector: fetch the model again, with weights in safetensors")
+            raise InputError(f"{self.folder}: holds no projector weights: fetch the model again, in safetensors")
         weights = {tensor.name: tensor.read().float() for tensor in stored}
         section = TrainingModelSection(activation=self._find_activation(), dropout=0.0)
         architecture, renamed = read_bare_weights(self.folder, weights, section)
