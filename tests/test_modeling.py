@@ -204,7 +204,8 @@ def test_it_is_built_without_memory_where_nothing_is_to_be_kept(published):
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_it_compiles_into_one_graph(model, pixels, expected, backend):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)

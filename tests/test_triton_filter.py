@@ -35,16 +35,19 @@ def search(folder: Path) -> None:
     (folder / "found.json").write_text(outcome.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, *OTHERS])
 def test_the_kernels_find_what_the_reference_finds_to_the_last_bit(case: str, results: Any) -> None:
     assert results[case]["wrong"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, *OTHERS])
 def test_no_point_is_nearer_than_the_bound_of_the_unseen(case: str, results: Any) -> None:
     assert results[case]["broken_bounds"] == 0
 
 
+@pytest.mark.slow
 def test_ordinary_points_are_proven_by_half_precision_alone(results: Any) -> None:
     for case in ("ordinary", "two levels", "wide points", "huge numbers", "tiny numbers"):
         assert results[case]["redone"] == 0
@@ -53,6 +56,7 @@ def test_ordinary_points_are_proven_by_half_precision_alone(results: Any) -> Non
     assert results["two levels"]["num_levels"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lists too short", "room too small"])
 def test_a_list_that_overflows_has_its_query_searched_again(case: str, results: Any) -> None:
     assert results[case]["redone"] > 0
