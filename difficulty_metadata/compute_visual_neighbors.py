@@ -4,7 +4,7 @@
 
 Reads fingerprints_dir/*_fingerprints.parquet. Writes difficulty_metadata_path, one row an image. The folder _NAME_parts
 beside it holds the neighbours found so far: a rerun after a kill goes on there, and with --shard I/N the process that
-finds the parts of all N complete merges them. A rerun keeps a complete output.
+finds all parts complete merges them. A rerun keeps a complete output.
 """
 
 import sys
@@ -32,8 +32,8 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.files.listing import list_outputs
 from pipeline.files.tables import identify, make_provenance, parquet_writer
-from pipeline.files.units import Unit, drop_missing, keep_complete
-from pipeline.ids import Shard
+from pipeline.files.units import COMPLETE, Provenance, Unit, drop_missing, find_complete, find_state, keep_complete
+from pipeline.files.workspace import discard, remove
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.stages import STAGES
 from pipeline.threads import prefetch
@@ -51,13 +51,12 @@ DIFFICULTY_SCHEMA = pa.schema(
         ("neighbor_bands", pa.list_(pa.int32())),
     ]
 )
-ROWS_PER_GROUP = 20_000
 # At least so many images set the band edges: 5 % of a small city are too few.
 MIN_SAMPLE = 10_000
 # Parts searched together. On a GPU more queries lie nearer together in a tile, so that it skips more points: 500,000
 # queries, whose neighbours take 1 GB.
 PARTS_AT_ONCE = {"cpu": 1, "cuda": 25}
-# Neighbours written at a time, which shortens the row groups where an image has very many.
+# Neighbours written at a time; a row group is a part, or less of it where an image has very many.
 MAX_NEIGHBORS_PER_GROUP = 1 << 23
 # Rows whose ratios are computed at a time: allocating float64 for a whole group cost more than computing.
 BANDED_ROWS = 1_024
@@ -76,11 +75,8 @@ def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
     return pca.project_all(images.stream_fingerprints())
 
 
-def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Config, watch: Stopwatch) -> int:
-    """Find the neighbours of a shard's anchors, part by part, and return the number of parts made."""
-    todo = [part for part in range(store.count_parts(shard)) if not store.is_done(shard, part)]
-    if not todo:
-        return 0
+def search_parts(images: ImageTable, store: PartStore, todo: Sequence[int], config: Config, watch: Stopwatch) -> None:
+    """Find and write the neighbours of some parts' anchors."""
     from difficulty_metadata.neighbor_search.neighbors import Exclusion, NeighborSearch
     from pipeline.inference.devices import choose_device, describe_device, needing_memory
 
@@ -95,30 +91,27 @@ def search_shard(images: ImageTable, store: PartStore, shard: Shard, config: Con
         )
         logger.info("searching %d images of %d buildings: %s on %s",
                     len(images), len(images.building_ids), search.backend, describe_device(device))  # fmt: skip
-        num_anchors = len(range(shard.index, len(images), shard.count))
+        num_anchors = sum(len(store.anchors(part)) for part in todo)
         with Progress("neighbours", num_anchors, interval_seconds=config.logging.progress_interval_seconds) as progress:
-            progress.resume_at(num_anchors - sum(len(store.anchors(shard, part)) for part in todo))
-            found = watch.measure_each("search", find_parts(search, store, shard, todo, progress.advance))
+            found = watch.measure_each("search", find_parts(search, store, todo, progress.advance))
             # On a GPU, where parts come in batches, one is written while the next is searched. On a CPU that would cost
             # the search its time, and an interrupt would have to wait for a part.
             is_batched = PARTS_AT_ONCE[device.type] > 1
             with closing(prefetch(found)) if is_batched else nullcontext(found) as parts:
                 for part, rows, distances in parts:
                     with watch.measure("write"):
-                        store.write(shard, part, rows, distances)
-    logger.info("shard %s: %d parts made, %d searches repeated with more candidates",
-                shard, len(todo), search.num_redone)  # fmt: skip
-    return len(todo)
+                        store.write(part, rows, distances)
+    logger.info("%d parts made, %d searches repeated with more candidates", len(todo), search.num_redone)
 
 
 def find_parts(
-    search: "NeighborSearch", store: PartStore, shard: Shard, parts: Sequence[int], report: Callable[[int], None]
+    search: "NeighborSearch", store: PartStore, parts: Sequence[int], report: Callable[[int], None]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield each part with its anchors' neighbours (A, k) and their distances (A, k)."""
     at_once = PARTS_AT_ONCE[search.device.type]
     for start in range(0, len(parts), at_once):
         batch = parts[start : start + at_once]
-        anchors = [store.anchors(shard, part) for part in batch]
+        anchors = [store.anchors(part) for part in batch]
         rows, distances = search.find(np.concatenate(anchors), report)
         ends = np.cumsum([len(part) for part in anchors])[:-1]
         yield from zip(batch, np.split(rows, ends), np.split(distances, ends), strict=True)
@@ -132,22 +125,13 @@ def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:
     return is_drawn
 
 
-def calibrate(store: PartStore, shard_count: int, config: Config) -> list[float]:
+def calibrate(store: PartStore, config: Config) -> list[float]:
     """Return the band edges of the sample's ratios."""
     is_drawn = draw_sample(store.num_anchors, config.difficulty.sample_fraction_for_bands, config.global_.seed)
-    ratios = []
-    start = 0
-    with closing(prefetch(store.stream(shard_count, rows_per_block(store.num_neighbors), ("distances",)))) as blocks:
-        for (distances,) in blocks:
-            drawn = distances[is_drawn[start : start + len(distances)]]
-            ratios.append(calibration_ratios(drawn, config.difficulty.k0_for_local_scale))
-            start += len(distances)
-    return compute_band_edges(np.concatenate(ratios))
-
-
-def rows_per_block(num_neighbors: int) -> int:
-    """Return the number of images whose neighbours are held and written at a time."""
-    return min(ROWS_PER_GROUP, max(1, MAX_NEIGHBORS_PER_GROUP // num_neighbors))
+    drawn = (store.read(part, "distances")[is_drawn[store.anchors(part)]] for part in store.parts)
+    return compute_band_edges(
+        np.concatenate([calibration_ratios(distances, config.difficulty.k0_for_local_scale) for distances in drawn])
+    )
 
 
 def build_rows(
@@ -167,27 +151,28 @@ def build_rows(
     return pa.table([ids, *lists], schema=DIFFICULTY_SCHEMA)
 
 
-def merge(
-    images: ImageTable, store: PartStore, shard_count: int, path: Path, provenance: dict[str, Any], config: Config
-) -> None:
-    """Write the output from the parts of all shards, adding the edges and counts to the provenance.
+def merge(images: ImageTable, store: PartStore, path: Path, config: Config) -> Provenance:
+    """Write the output from all parts, and return its provenance with the band edges and the counts.
 
     Raises InputError if a part is missing or damaged.
     """
-    edges = calibrate(store, shard_count, config)
+    edges = calibrate(store, config)
     logger.info("band edges: %s", ", ".join(f"{edge:.4f}" for edge in edges))
-    provenance |= {"band_edges": edges, "counts": {"in": len(images), "out": len(images)}}
-    rows_at_once = rows_per_block(store.num_neighbors)
-    starts = range(0, store.num_anchors, rows_at_once)
-    blocks = zip(starts, store.stream(shard_count, rows_at_once, ("rows", "distances")), strict=True)
+    provenance = store.provenance | {"band_edges": edges, "counts": {"in": len(images), "out": len(images)}}
+    step = max(1, MAX_NEIGHBORS_PER_GROUP // store.num_neighbors)
 
-    def build(block: tuple[int, tuple[np.ndarray, ...]]) -> pa.Table:
-        start, (rows, distances) = block
-        return build_rows(images, start, rows, distances, edges, config.difficulty.k0_for_local_scale)
+    def build() -> Iterator[pa.Table]:
+        for part in store.parts:
+            anchors, rows, distances = store.anchors(part), store.read(part, "rows"), store.read(part, "distances")
+            for first in range(0, len(anchors), step):
+                some = slice(first, first + step)
+                k0 = config.difficulty.k0_for_local_scale
+                yield build_rows(images, anchors[first], rows[some], distances[some], edges, k0)
 
-    with closing(prefetch(map(build, blocks))) as tables, parquet_writer(path, DIFFICULTY_SCHEMA, provenance) as writer:
+    with closing(prefetch(build())) as tables, parquet_writer(path, DIFFICULTY_SCHEMA, provenance) as writer:
         for table in tables:
             writer.write_table(table)
+    return provenance
 
 
 def list_units(config: Config) -> list[Unit]:
@@ -222,21 +207,23 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         )  # fmt: skip
     if keep_complete(unit, result, options.overwrite):
         return result
-    provenance = describe_output(config)
     with result.watch.measure("read"):
         images = read_images(paths)
-    shard = options.shard
-    store = PartStore(path, len(images), min(config.difficulty.neighbors, len(images)), provenance)
+    num_neighbors = min(config.difficulty.neighbors, len(images))
+    store = PartStore(parts_dir(path), len(images), num_neighbors, describe_output(config))
+    own = options.shard.take(list(store.parts))
     if options.overwrite:
-        store.remove(shard)
-    else:
-        store.check(shard.count)
-    num_made = search_shard(images, store, shard, config, result.watch)
+        for part in own:
+            remove(store.path(part))
+    done = [part for part in store.parts if find_complete(store.unit(part), options.overwrite)]
+    todo = [part for part in own if part not in done]
+    if todo:
+        search_parts(images, store, todo, config, result.watch)
     try:
-        if store.is_all_done(shard.count):
+        if all(find_state(store.unit(part)).status == COMPLETE for part in store.parts):
             with result.watch.measure("merge"):
-                merge(images, store, shard.count, path, provenance, config)
-            store.remove_all()
+                provenance = merge(images, store, path, config)
+            discard(store.folder)
             result.add(provenance["counts"])
             result.written.append(path)
             return result
@@ -246,16 +233,16 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         return result
     if keep_complete(unit, result, options.overwrite):
         return result  # another shard's process has merged the parts and removed them
-    logger.info("shard %s is done; the last of the %d shards will write %s", shard, shard.count, path)
-    num_anchors = len(range(shard.index, len(images), shard.count))
+    logger.info("shard %s is done; the last of the %d shards will write %s", options.shard, options.shard.count, path)
+    num_anchors = sum(len(store.anchors(part)) for part in own)
     result.add({"in": num_anchors, "out": num_anchors})
-    (result.written if num_made else result.kept).extend(store.paths(shard))
+    (result.written if todo else result.kept).extend(map(store.path, own))
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage from a command line."""
-    cli.run_from_command_line(STAGE, run, __doc__, argv, lambda parser: cli.add_shard_option(parser, "anchor"))
+    cli.run_from_command_line(STAGE, run, __doc__, argv, lambda parser: cli.add_shard_option(parser, "20,000 images"))
 
 
 if __name__ == "__main__":

@@ -23,29 +23,25 @@ def make_run(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[...,
 def test_the_shards_parts_hold_every_row_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 4)
     for num_anchors in (1, 7, 24, 25):
+        store = PartStore(tmp_path, num_anchors, 3, {})
         for count in (1, 2, 5, 30):
-            store = PartStore(tmp_path / "out.parquet", num_anchors, 3, {})
-            shards = [Shard(index, count) for index in range(count)]
-            rows = [store.anchors(shard, part) for shard in shards for part in range(store.count_parts(shard))]
+            shards = [Shard(index, count).take(list(store.parts)) for index in range(count)]
+            rows = [store.anchors(part) for parts in shards for part in parts]
             assert sorted(np.concatenate(rows).tolist()) == list(range(num_anchors))
             assert all(0 < len(part) <= 4 for part in rows)
 
 
-def test_parts_come_back_in_the_order_of_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_parts_come_back_as_they_were_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 4)
-    monkeypatch.setattr(neighbor_parts, "_ROWS_PER_GROUP", 3)
     rows = np.arange(50).reshape(25, 2)
     distances = rows.astype(np.float32) / 7
     distances[5, 1] = np.inf
-    store = PartStore(tmp_path / "out.parquet", 25, 2, {"stage": "x"})
-    for shard in (Shard(index, 3) for index in range(3)):
-        for part in range(store.count_parts(shard)):
-            anchors = store.anchors(shard, part)
-            store.write(shard, part, rows[anchors], distances[anchors])
-    blocks = list(store.stream(3, 7, ("distances", "rows")))
-    assert [len(block[0]) for block in blocks] == [7, 7, 7, 4]
-    assert (np.concatenate([block[0] for block in blocks]) == distances).all()
-    assert (np.concatenate([block[1] for block in blocks]) == rows).all()
+    store = PartStore(tmp_path, 25, 2, {"stage": "x"})
+    for part in store.parts:
+        anchors = store.anchors(part)
+        store.write(part, rows[anchors], distances[anchors])
+    assert (np.concatenate([store.read(part, "distances") for part in store.parts]) == distances).all()
+    assert (np.concatenate([store.read(part, "rows") for part in store.parts]) == rows).all()
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "balltree"])
@@ -54,8 +50,7 @@ def test_shards_together_give_the_bytes_of_one_process(
     num_shards: int, backend: str, make_run: Callable, run_main: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 11)
-    monkeypatch.setattr(neighbor_parts, "_ROWS_PER_GROUP", 4)
-    monkeypatch.setattr(compute_visual_neighbors, "ROWS_PER_GROUP", 25)
+    monkeypatch.setattr(compute_visual_neighbors, "MAX_NEIGHBORS_PER_GROUP", 12 * 7)
     config, output = make_run(draw_table(90))
     assert run_main(main, "--config", config, "--set", "difficulty.backend=torch").code == 0
     whole = output.read_bytes()
@@ -103,7 +98,8 @@ def test_a_late_shard_keeps_the_merged_output(make_run: Callable, run_main: Call
     assert f"kept {output}" in outcome.stderr
 
 
-def test_a_shard_that_is_done_is_kept(make_run: Callable, run_main: Callable) -> None:
+def test_a_shard_that_is_done_is_kept(make_run: Callable, run_main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 20)
     config, _ = make_run(draw_table(40))
     assert run_main(main, "--config", config, "--shard", "1/2").stdout
     outcome = run_main(main, "--config", config, "--shard", "1/2")
@@ -123,11 +119,11 @@ def test_an_interrupted_search_goes_on_from_its_last_part(
     limit = 2
     write = PartStore.write
 
-    def write_up_to_limit(store: PartStore, shard: Shard, part: int, *arrays: np.ndarray) -> None:
+    def write_up_to_limit(store: PartStore, part: int, *arrays: np.ndarray) -> None:
         if len(made) == limit:
             raise KeyboardInterrupt
         made.append(part)
-        write(store, shard, part, *arrays)
+        write(store, part, *arrays)
 
     monkeypatch.setattr(PartStore, "write", write_up_to_limit)
     assert run_main(main, "--config", config).code == 130
@@ -139,14 +135,31 @@ def test_an_interrupted_search_goes_on_from_its_last_part(
     assert output.read_bytes() == whole
 
 
-def test_parts_of_other_settings_are_refused_and_overwritten(make_run: Callable, run_main: Callable) -> None:
+def test_an_interrupted_search_goes_on_with_another_number_of_shards(
+    make_run: Callable, run_main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 10)
+    config, output = make_run(draw_table(45))
+    run_main(main, "--config", config)
+    whole = output.read_bytes()
+    output.unlink()
+    assert len(run_main(main, "--config", config, "--shard", "1/2").stdout.splitlines()) == 2
+    outcome = run_main(main, "--config", config)
+    assert "3 parts made" in outcome.stderr
+    assert output.read_bytes() == whole
+
+
+def test_parts_of_other_settings_are_refused_and_overwritten(
+    make_run: Callable, run_main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 20)
     config, output = make_run(draw_table(40))
     run_main(main, "--config", config, "--shard", "0/2")
     changed = ("--config", config, "--set", "difficulty.neighbors=9")
     for shard in ("0/2", "1/2"):
         outcome = run_main(main, *changed, "--shard", shard)
         assert outcome.code == 1
-        assert "00000-of-00002-00000.parquet: made from other inputs or settings" in outcome.stderr
+        assert "000000.parquet: made from other inputs or settings" in outcome.stderr
         assert "neighbors was 12 and is now 9" in outcome.stderr
     # The last of them finds another's stale part: it waits for that shard to be made again.
     assert run_main(main, *changed, "--shard", "1/2", "--overwrite").code == 0
@@ -155,7 +168,7 @@ def test_parts_of_other_settings_are_refused_and_overwritten(make_run: Callable,
     assert len(pq.read_table(output)["neighbor_bands"][20]) == 9
 
 
-@pytest.mark.parametrize("moment", ["is_all_done", "stream"])
+@pytest.mark.parametrize("moment", ["unit", "read"])
 def test_parts_that_another_process_has_merged_meanwhile_are_no_failure(
     moment: str, make_run: Callable, run_main: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,8 +179,9 @@ def test_parts_that_another_process_has_merged_meanwhile_are_no_failure(
     method = getattr(PartStore, moment)
 
     def be_overtaken(store: PartStore, *arguments: object) -> object:
-        output.write_bytes(finished)
-        shutil.rmtree(store.folder)
+        if store.path(0).exists():  # it is made, and the question is whether all are
+            output.write_bytes(finished)
+            shutil.rmtree(store.folder)
         return method(store, *arguments)
 
     monkeypatch.setattr(PartStore, moment, be_overtaken)
@@ -198,8 +212,13 @@ def flip_a_bit_of_a_number(content: bytes) -> bytes:
     ],
 )
 def test_a_damaged_part_is_named_with_the_remedy(
-    damage: Callable[[bytes], bytes], problem: str, make_run: Callable, run_main: Callable
+    damage: Callable[[bytes], bytes],
+    problem: str,
+    make_run: Callable,
+    run_main: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 20)
     config, output = make_run(draw_table(40))
     run_main(main, "--config", config, "--shard", "0/2")
     (part,) = (output.parent / "_difficulty_parts").iterdir()
