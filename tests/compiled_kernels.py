@@ -15,7 +15,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from difficulty_metadata.neighbor_search.triton_filter import GROUPS_AT_ONCE, TILE_GROUPS, TILE_POINTS, TILE_SHAPES
+from difficulty_metadata.neighbor_search.triton_filter import (
+    GROUPS_AT_ONCE,
+    KERNEL_OPTIONS,
+    TILE_GROUPS,
+    TILE_POINTS,
+    TILE_ROWS,
+)
 from difficulty_metadata.neighbor_search.triton_kernels import measure_groups, note_groups
 
 # Of 150 neighbours among millions of points of 32 dimensions.
@@ -47,13 +53,8 @@ def main() -> None:
     """Compile all kernels for the capability given, 90 for 9.0."""
     capability = int(sys.argv[1])
     lists = {"width": WIDTH, "num_groups": TILE_GROUPS, "capacity": CAPACITY}
-    found = [
-        compile_kernel(
-            note_groups, capability, "fp16", lists | {"tile_rows": rows, "tile_points": TILE_POINTS},
-            num_warps=num_warps, num_stages=num_stages, maxnreg=registers,
-        )
-        for rows, num_warps, num_stages, registers in TILE_SHAPES
-    ]  # fmt: skip
+    tiles = lists | {"tile_rows": TILE_ROWS, "tile_points": TILE_POINTS}
+    found = [compile_kernel(note_groups, capability, "fp16", tiles, **KERNEL_OPTIONS)]
     measured = {"group_size": TILE_POINTS // TILE_GROUPS, "room": ROOM, "at_once": GROUPS_AT_ONCE}
     found.append(compile_kernel(measure_groups, capability, "fp32", lists | measured))
     print(json.dumps(found))

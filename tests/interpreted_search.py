@@ -21,7 +21,7 @@ from difficulty_metadata.neighbor_search.triton_filter import TritonEngine
 CPU = torch.device("cpu")
 K, NUM_ANCHORS = 20, 14
 # Small, and such that no case is a multiple of a tile; a few groups a tile, as the interpreter pays by the operation.
-SETTINGS = {"DENSE_POINTS": 100, "SAMPLE_STRIDE": 4, "TILE_SHAPES": [(16, 4, 1, 128)], "TILE_POINTS": 64,
+SETTINGS = {"DENSE_POINTS": 100, "SAMPLE_STRIDE": 4, "TILE_ROWS": 16, "TILE_POINTS": 64,
             "TILE_GROUPS": 4, "GROUPS_AT_ONCE": 16, "_LIST_ROOM": 2.5, "_NEAR_ROOM": 2.0}  # fmt: skip
 
 

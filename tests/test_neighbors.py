@@ -112,7 +112,6 @@ CASES = {
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles and blocks that no size here is a multiple of, so that every path of the torch engine is walked."""
-    monkeypatch.setattr(engines, "DENSE_POINTS", 50)
     monkeypatch.setattr(engines, "CPU_TILE", (13, 37))
     monkeypatch.setattr(engines, "SAMPLE_STRIDE", 4)
     monkeypatch.setattr(neighbors, "SPARE_CANDIDATES", 3)
@@ -143,7 +142,7 @@ def test_the_engines_agree_bit_for_bit_also_with_tiles_of_full_size(case: str) -
 
 
 def test_a_search_through_full_tiles_is_exact() -> None:
-    points, codes = draw_points(engines.DENSE_POINTS + 1_500, num_dims=12, seed=5)
+    points, codes = draw_points(9_692, num_dims=12, seed=5)
     anchors = np.random.default_rng(0).choice(len(points), 300, replace=False)
     search = NeighborSearch(points, codes, 30, "torch", CPU)
     rows, distances = search.find(anchors)

@@ -12,8 +12,6 @@ from torch.nn.functional import pad
 
 from pipeline.inference.devices import full_precision
 
-# With at most so many points the whole row of distances is sorted (TiledEngine).
-DENSE_POINTS = 8_192
 # One point in so many is a sample, from which a query's threshold is guessed (16: 1.2 x slower).
 SAMPLE_STRIDE = 32
 # (queries, points) of a tile. On a CPU 256 x 4,096 float32 (4 MB) stays in the cache: 1.7 x faster than 16,384 wide.
@@ -84,37 +82,22 @@ class TiledEngine:
 
     def search(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int) -> Found:
         """See Engine."""
-        num_points = len(self._points)
         # The number of wanted points in the sample, plus four standard deviations.
         expected = num_candidates / SAMPLE_STRIDE
         sample_rank = int(expected + 4 * expected**0.5) + 1
-        is_dense = num_points <= DENSE_POINTS or sample_rank > len(self._sample[0])
-        rows = min(self._tile[0], max(1, _MAX_HITS // (num_points if is_dense else 4 * num_candidates)))
+        rows = min(self._tile[0], max(1, _MAX_HITS // (4 * num_candidates)))
         found = []
         # One buffer for all tiles: fresh pages cost a CPU more than the product.
-        size = 0 if is_dense else min(rows, len(queries)) * min(self._tile[1], num_points)
+        size = min(rows, len(queries)) * min(self._tile[1], len(self._points))
         buffer = torch.empty(size, dtype=self._dtype, device=queries.device)
         with full_precision():
             for start in range(0, len(queries), rows):
                 extended = pad(-2 * queries[start : start + rows].to(self._dtype), (0, 1), value=1.0)  # (-2x, 1)
-                block = extended, query_codes[start : start + rows]
-                if is_dense:
-                    found.append(self._search_dense(*block, num_candidates))
-                else:
-                    found.append(self._search_tiles(*block, num_candidates, sample_rank, buffer))
+                codes = query_codes[start : start + rows]
+                found.append(self._search_tiles(extended, codes, num_candidates, sample_rank, buffer))
         candidates, limits = (torch.cat(parts) for parts in zip(*found, strict=True))
         squared = limits.double() + queries.double().square().sum(dim=1)
         return candidates, bound_unseen(squared, queries, self._dtype)
-
-    def _search_dense(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int) -> Found:
-        """Return candidates (Q, m) and the score that all others reach, from all scores at once."""
-        scores = queries @ self._points.T  # (Q, N)
-        scores.masked_fill_(self._codes[None] == query_codes[:, None], torch.inf)
-        count = min(num_candidates, len(self._points))
-        best, places = scores.topk(count, dim=1, largest=False)
-        places = places.masked_fill(best.isinf(), -1)
-        limits = torch.full_like(best[:, -1], torch.inf) if count == len(self._points) else best[:, -1]
-        return _pad(places, num_candidates), limits
 
     def _search_tiles(
         self,
@@ -141,11 +124,14 @@ class TiledEngine:
         limits = thresholds[:, 0]
         if count == num_candidates:
             limits = torch.minimum(limits, best[:, -1])  # points cut off are no nearer than the last one kept
-        return _pad(places.gather(1, order).masked_fill(best.isinf(), -1), num_candidates), limits
+        found = places.gather(1, order).masked_fill(best.isinf(), -1)
+        return pad(found, (0, num_candidates - count), value=-1), limits
 
     def _guess_thresholds(self, queries: torch.Tensor, query_codes: torch.Tensor, rank: int) -> torch.Tensor:
-        """Return the score (Q, 1) of each query's `rank`-th sampled point of another building."""
+        """Return the score (Q, 1) of each query's `rank`-th sampled point of another building, inf without so many."""
         points, codes = self._sample
+        if rank > len(points):
+            return torch.full((len(queries), 1), torch.inf, dtype=self._dtype, device=queries.device)
         scores = queries @ points.T
         scores.masked_fill_(codes[None] == query_codes[:, None], torch.inf)
         return scores.topk(rank, dim=1, largest=False).values[:, -1:]
@@ -191,8 +177,3 @@ def _gather_by_row(
     laid_values[rows, places] = values[order]
     laid_columns[rows, places] = columns[order]
     return laid_values, laid_columns
-
-
-def _pad(candidates: torch.Tensor, width: int) -> torch.Tensor:
-    """Widen (Q, m) to (Q, width) with -1."""
-    return pad(candidates, (0, width - candidates.shape[1]), value=-1)

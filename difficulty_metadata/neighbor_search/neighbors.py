@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, BallTreeEngine, Engine, TiledEngine
+from difficulty_metadata.neighbor_search.engines import BallTreeEngine, Engine, TiledEngine
 from pipeline.errors import InputError, one_line
 from pipeline.inference.devices import COMPILE_ERRORS, halve_until_it_fits
 from pipeline.log import logger
@@ -177,21 +177,19 @@ class NeighborSearch:
         """Whether the engine finds the neighbours that tiles in float64 find; log why not.
 
         Its kernel is compiled here, by this machine's compiler and for its driver. The anchors are spread over all
-        points, enough for the engine to choose its shape; a few are compared.
+        points.
         """
-        anchors = np.linspace(0, len(self._codes) - 1, min(len(self._codes), DENSE_POINTS)).astype(np.int64)
+        anchors = np.linspace(0, len(self._codes) - 1, TRIAL_ANCHORS).astype(np.int64)
         anchors = anchors[np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")]
         num_candidates = self._num_neighbors + SPARE_CANDIDATES
         try:
-            found = self._search(engine, anchors, num_candidates)
+            rows, squared, is_proven = self._search(engine, anchors, num_candidates)
         except _kernel_errors() as error:
             logger.warning("the GPU's kernel failed in a trial, so torch's tiles search, which is slower: %s",
                            one_line(error)[:300])  # fmt: skip
             return False
-        checked = slice(None, None, max(1, len(anchors) // TRIAL_ANCHORS))
         tiles = TiledEngine(self._points, self._point_codes, torch.float64)
-        expected = self._search(tiles, anchors[checked], num_candidates)
-        rows, squared, is_proven = (values[checked] for values in found)
+        expected = self._search(tiles, anchors, num_candidates)
         is_wrong = (rows != expected[0]).any(dim=1) | (squared != expected[1]).any(dim=1)
         num_wrong = int((is_wrong & is_proven & expected[2]).sum())
         if num_wrong:

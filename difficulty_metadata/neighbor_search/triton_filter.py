@@ -25,18 +25,19 @@ import torch
 import triton
 from torch.nn.functional import pad
 
-from difficulty_metadata.neighbor_search.engines import DENSE_POINTS, SAMPLE_STRIDE, Found
+from difficulty_metadata.neighbor_search.engines import SAMPLE_STRIDE, Found
 from difficulty_metadata.neighbor_search.triton_kernels import measure_groups, note_groups
 from pipeline.inference.devices import full_precision
-from pipeline.log import logger
 
 # Points of a tile, and its groups. In the layout of the tensor cores' sums one thread holds a group's points, so that
 # their maximum costs no exchange between threads.
 TILE_POINTS = 128
 TILE_GROUPS = 8
-# (queries of a tile, warps, stages of the pipeline, registers a thread), timed on the first search on a GPU. None
-# spills, and two or more blocks of threads fit on a multiprocessor.
-TILE_SHAPES = [(64, 4, 4, 128), (128, 4, 3, 255), (128, 8, 3, 128)]
+# A sample of at most so many points is searched as a whole.
+DENSE_POINTS = 8_192
+# Queries of a tile, and how its kernel is compiled: nothing spills, and four blocks of threads fit on a multiprocessor.
+TILE_ROWS = 64
+KERNEL_OPTIONS = {"num_warps": 4, "num_stages": 4, "maxnreg": 128}
 # Groups of one query measured at a time.
 GROUPS_AT_ONCE = 8
 # Wider points would not fit the shared memory of smaller GPUs (99 KiB), four tiles of them at a time.
@@ -81,8 +82,6 @@ class TritonEngine:
         while len(points) > DENSE_POINTS or len(self._levels) == 1:
             points, codes = points[::SAMPLE_STRIDE], codes[::SAMPLE_STRIDE]
             self._levels.append(self._make_level(points, codes))
-        self._shape = TILE_SHAPES[0]
-        self._is_shape_chosen = not points.is_cuda
 
     def _make_level(self, points: torch.Tensor, codes: torch.Tensor) -> _Level:
         missing = -len(points) % TILE_POINTS
@@ -107,8 +106,6 @@ class TritonEngine:
             ranks.append(int(expected + 4 * expected**0.5) + 1)  # four standard deviations, as in TiledEngine
         bytes_of_row = 4 * SAMPLE_STRIDE * ranks[1] * (_LIST_ROOM + 2 * _NEAR_ROOM)
         rows = max(1, int(_MAX_LIST_BYTES / bytes_of_row))
-        if not self._is_shape_chosen:
-            self._choose_shape(queries, query_codes, ranks)
         found = [
             self._search_block(queries[start : start + rows], query_codes[start : start + rows], ranks)
             for start in range(0, len(queries), rows)
@@ -152,23 +149,21 @@ class TritonEngine:
         with inf, and whether the lists held them all (Q,); `rank` is the rank in the next level that was aimed at.
         """
         level, num_queries, device = self._levels[index], len(queries), queries.device
-        tile_rows, num_warps, num_stages, max_registers = self._shape
-        padding = -num_queries % tile_rows
+        padding = -num_queries % TILE_ROWS
         can_search = thresholds.isfinite()
         limits = self._score_limits(queries, thresholds).masked_fill(~can_search, torch.inf)
         limits = pad(limits, (0, padding), value=torch.inf)
         padded = torch.cat([queries, queries[-1:].expand(padding, -1)])
-        tile_starts, tiles = _list_tiles(padded, thresholds, level, tile_rows)
+        tile_starts, tiles = _list_tiles(padded, thresholds, level)
         wide = pad(padded, (0, self._width - self._num_dims))
         expected = SAMPLE_STRIDE * rank
         capacity = 16 * -(-int(_LIST_ROOM * expected / TILE_GROUPS) // 16)
         room = 16 * -(-int(_NEAR_ROOM * expected) // 16)
         notes = torch.empty((len(padded), TILE_GROUPS, capacity), dtype=torch.int32, device=device)
         counts = torch.empty((len(padded), TILE_GROUPS), dtype=torch.int32, device=device)
-        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
-        note_groups[(len(padded) // tile_rows,)](
+        note_groups[(len(padded) // TILE_ROWS,)](
             (wide * self._scale).half(), limits, level.halves, level.half_norms, tile_starts, tiles, notes, counts,
-            self._width, tile_rows, TILE_POINTS, TILE_GROUPS, capacity, **(options if queries.is_cuda else {}),
+            self._width, TILE_ROWS, TILE_POINTS, TILE_GROUPS, capacity, **(KERNEL_OPTIONS if queries.is_cuda else {}),
         )  # fmt: skip
         near = torch.empty((num_queries, room), dtype=torch.int32, device=device)
         squared = torch.full((num_queries, room), torch.inf, device=device)
@@ -194,24 +189,6 @@ class TritonEngine:
         margins = rounded + summed + 2.0**-22 * (norms + reaches).square()
         limits: torch.Tensor = ((norms.square() - squared) / 2 - margins).float()
         return limits
-
-    def _choose_shape(self, queries: torch.Tensor, query_codes: torch.Tensor, ranks: list[int]) -> None:
-        """Time the tile shapes on the first queries, and keep the fastest."""
-        block = queries[:DENSE_POINTS], query_codes[:DENSE_POINTS]
-        thresholds = self._guess_thresholds(*block, ranks)
-        milliseconds = {}
-        for shape in TILE_SHAPES:
-            self._shape = shape
-            self._collect(0, *block, thresholds, ranks[1])  # compiles
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            self._collect(0, *block, thresholds, ranks[1])
-            end.record()
-            end.synchronize()
-            milliseconds[shape] = start.elapsed_time(end)
-        self._shape = min(TILE_SHAPES, key=milliseconds.__getitem__)
-        self._is_shape_chosen = True
-        logger.info("filter kernel: tiles of %d queries, %d warps, %d stages", *self._shape[:3])
 
 
 def order_in_space(points: torch.Tensor) -> torch.Tensor:
@@ -245,14 +222,12 @@ def _nearest_squared(queries: torch.Tensor, query_codes: torch.Tensor, level: _L
     return (best + queries.square().sum(dim=1)).clamp(min=0.0)
 
 
-def _list_tiles(
-    queries: torch.Tensor, thresholds: torch.Tensor, level: _Level, tile_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _list_tiles(queries: torch.Tensor, thresholds: torch.Tensor, level: _Level) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where the list of each query tile starts (T + 1,), and the lists: the tiles of points near enough."""
-    boxes = queries.view(-1, tile_rows, queries.shape[1])
+    boxes = queries.view(-1, TILE_ROWS, queries.shape[1])
     lows, highs = boxes.amin(dim=1), boxes.amax(dim=1)
     reach = pad(thresholds.masked_fill(thresholds.isinf(), -1.0), (0, len(queries) - len(thresholds)), value=-1.0)
-    farthest = reach.view(-1, tile_rows).amax(dim=1, keepdim=True)  # (T, 1)
+    farthest = reach.view(-1, TILE_ROWS).amax(dim=1, keepdim=True)  # (T, 1)
     squared = torch.zeros((len(lows), len(level.lows)), device=queries.device)
     for dim in range(queries.shape[1]):
         beyond = level.lows[None, :, dim] - highs[:, None, dim]

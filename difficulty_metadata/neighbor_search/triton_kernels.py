@@ -3,10 +3,10 @@
 """The two Triton kernels of `triton_filter`.
 
 Per pair of a query and a point `note_groups` costs 2 x 32 operations of half precision on the tensor cores, a
-subtraction and a maximum; the rest of a tile's work is spread over its 128 x 128 or 64 x 128 pairs. Compiled for sm_90
+subtraction and a maximum; the rest of a tile's work is spread over its 64 x 128 pairs. Compiled for sm_90
 (read off the SASS) the loop has 3.7 to 4.4 instructions a pair, 2 of them these two, and no spill; products are wgmma.
 Every query's lists have one writer, which counts in registers: there is neither an atomic nor a prefix sum. A point's
-64 bytes are read once for the 64 or 128 queries of a tile.
+64 bytes are read once for the 64 queries of a tile.
 """
 
 import triton
