@@ -29,7 +29,7 @@ from pipeline.log import Progress, logger
 from pipeline.stages import STAGES
 from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
-from preprocess_raw_data.merging.leakage import compare_leakage, log_leakage
+from preprocess_raw_data.merging.leakage import log_leakage, measure_leakage
 from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, read_split_file
 
 STAGE = "merge_and_split"
@@ -135,15 +135,9 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 def describe_settings(config: Config) -> dict[str, Any]:
     """Return the settings that shape the splits; a split file counts by its content."""
     data = config.data
-    return {
-        "seed": config.global_.seed,
-        "train_ratio": data.train_ratio,
-        "val_ratio": data.val_ratio,
-        "test_ratio": data.test_ratio,
-        "split_unit": data.split_unit,
-        "split_cell_m": data.split_cell_m,
-        "split_file": hash_json(read_named(config)) if data.split_file else None,
-    }
+    names = {"train_ratio", "val_ratio", "test_ratio", "split_unit", "split_cell_m"}
+    split_file = hash_json(read_named(config)) if data.split_file else None
+    return data.model_dump(include=names) | {"seed": config.global_.seed, "split_file": split_file}
 
 
 def read_named(config: Config) -> dict[str, str]:
@@ -161,14 +155,14 @@ def plan_splits(
     buildings = inventory.buildings.take(kept)
     splits = np.full(len(images), -1, np.int8)
     splits[kept] = assign_splits(buildings, config.data, config.global_.seed, read_named(config))
-    leakage = compare_leakage(inventory, splits, config.data, config.global_.seed)
+    leakage = measure_leakage(inventory, splits)
     log_leakage(leakage)
     total, dropped = int(images.sum()), int((images < 2).sum())
     common = wanted | {
         "counts": {"in": total, "out": total - dropped, "dropped": dropped},
         "reasons": {SINGLE: dropped} if dropped else {},
         "split_hash": hash_splits(buildings.ids, splits[kept]),
-        "leakage": leakage,
+        "leakage": {"written": leakage},
     }
     provenances = []
     for number, split in enumerate(SPLITS):

@@ -9,8 +9,8 @@ import pytest
 from pipeline.config import DataSection
 from pipeline.retrieval.geography import distances_m
 from preprocess_raw_data.merging.embedding_inventory import Inventory
-from preprocess_raw_data.merging.leakage import RADII_M, compare_leakage, count_near, log_leakage, measure_leakage
-from preprocess_raw_data.merging.splits import SPLITS, Buildings, assign_splits
+from preprocess_raw_data.merging.leakage import RADII_M, count_near, log_leakage, measure_leakage
+from preprocess_raw_data.merging.splits import Buildings, assign_splits
 
 METRES_PER_DEGREE = 111_195.0
 
@@ -72,35 +72,18 @@ def test_panoramas_and_datasets_of_several_splits_are_counted_and_dropped_buildi
     }
 
 
-def test_the_written_split_stands_beside_those_without_and_with_cells(caplog):
+def test_cells_lower_the_leakage_and_the_log_tells_it(caplog):
     generator = np.random.default_rng(0)
     count = 400
     lat = 52.2 + generator.uniform(0, 600, count) / METRES_PER_DEGREE
     lon = 0.1 + generator.uniform(0, 600, count) / (METRES_PER_DEGREE * 0.613)
     buildings = make_buildings(lat, lon, np.arange(count) // 100)
     inventory = make_inventory(buildings, np.repeat(np.arange(count), 2), np.arange(2 * count) // 5)
-    data = DataSection(split_unit="dataset")
-    splits = assign_splits(buildings, data, 1, {})
-    splits[:7] = -1
-    found = compare_leakage(inventory, splits, data, 1)
-    assert list(found) == ["written", "split_cell_m = 0", "split_cell_m = 200"]
-    assert found["written"] == measure_leakage(inventory, splits)
-    assert found["written"]["datasets_in_several_splits"] == 0
-    for cell_m in (0.0, 200.0):
-        other = assign_splits(buildings, DataSection(split_cell_m=cell_m), 1, {})
-        other[:7] = -1
-        assert found[f"split_cell_m = {cell_m:g}"] == measure_leakage(inventory, other)
-    near = [found[f"split_cell_m = {cell_m}"]["test_buildings_with_train_within_m"]["25"] for cell_m in (0, 200)]
+    splits = [assign_splits(buildings, DataSection(split_cell_m=cell_m), 1, {}) for cell_m in (0.0, 200.0)]
+    found = [measure_leakage(inventory, split) for split in splits]
+    near = [counts["test_buildings_with_train_within_m"]["25"] for counts in found]
     assert near[0] > 2 * near[1]
     with caplog.at_level("INFO", "spatial_building_embeddings"):
-        log_leakage(found)
-    assert "leakage, written: of" in caplog.text
+        log_leakage(found[0])
+    assert "leakage: of" in caplog.text
     assert f"25 m {near[0]} (" in caplog.text
-
-
-def test_a_cell_of_the_configuration_is_the_one_that_is_compared():
-    buildings = make_buildings([52.0, 52.1], [0.0, 0.1])
-    inventory = make_inventory(buildings, [0, 1], [0, 1])
-    found = compare_leakage(inventory, np.array([0, 2], np.int8), DataSection(split_cell_m=75.0), 0)
-    assert list(found) == ["written", "split_cell_m = 0", "split_cell_m = 75"]
-    assert SPLITS[2] == "test"

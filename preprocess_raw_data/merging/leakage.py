@@ -5,33 +5,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import DataSection
 from pipeline.log import logger
 from pipeline.retrieval.geography import earth_centred_m
 from preprocess_raw_data.merging.embedding_inventory import Inventory
-from preprocess_raw_data.merging.splits import SPLITS, Buildings, assign_splits
+from preprocess_raw_data.merging.splits import SPLITS, Buildings
 
 RADII_M = (10, 25, 50)
-# A split without cells is compared with one of cells of this size, several times the largest radius.
-USUAL_CELL_M = 200.0
 
 Splits = NDArray[np.int8]
-
-
-def compare_leakage(inventory: Inventory, splits: Splits, data: DataSection, seed: int) -> dict[str, dict[str, Any]]:
-    """Return the leakage of the written split and, for comparison, of splits by hash with and without cells.
-
-    `splits` gives each building's index into SPLITS, -1 if it is dropped.
-    """
-    kept = np.flatnonzero(splits >= 0)
-    buildings = inventory.buildings.take(kept)
-    found = {"written": measure_leakage(inventory, splits)}
-    for cell_m in (0.0, data.split_cell_m or USUAL_CELL_M):
-        other = data.model_copy(update={"split_unit": "building", "split_cell_m": cell_m})
-        assigned = splits.copy()
-        assigned[kept] = assign_splits(buildings, other, seed, {})
-        found[f"split_cell_m = {cell_m:g}"] = measure_leakage(inventory, assigned)
-    return found
 
 
 def measure_leakage(inventory: Inventory, splits: Splits) -> dict[str, Any]:
@@ -69,17 +50,16 @@ def count_shared(groups: NDArray[Any], splits: Splits) -> tuple[int, int]:
     return int((splits_of_group > 0).sum()), int((splits_of_group > 1).sum())
 
 
-def log_leakage(found: dict[str, dict[str, Any]]) -> None:
-    """Log a line for each split."""
-    for name, counts in found.items():
-        total, panoramas = max(1, counts["test_buildings"]), max(1, counts["panoramas"])
-        near = ", ".join(
-            f"{radius} m {count} ({100 * count / total:.1f} %)"
-            for radius, count in counts["test_buildings_with_train_within_m"].items()
-        )
-        shared = counts["panoramas_in_several_splits"]
-        logger.info(
-            "leakage, %s: of %d test buildings have a training building within %s; of %d panoramas %d (%.1f %%) are in "
-            "several splits",
-            name, counts["test_buildings"], near, counts["panoramas"], shared, 100 * shared / panoramas,
-        )  # fmt: skip
+def log_leakage(counts: dict[str, Any]) -> None:
+    """Log how many test buildings have training buildings near by, and how many panoramas are in several splits."""
+    total, panoramas = max(1, counts["test_buildings"]), max(1, counts["panoramas"])
+    near = ", ".join(
+        f"{radius} m {count} ({100 * count / total:.1f} %)"
+        for radius, count in counts["test_buildings_with_train_within_m"].items()
+    )
+    shared = counts["panoramas_in_several_splits"]
+    logger.info(
+        "leakage: of %d test buildings have a training building within %s; of %d panoramas %d (%.1f %%) are in several "
+        "splits; [data].split_cell_m lowers it",
+        counts["test_buildings"], near, counts["panoramas"], shared, 100 * shared / panoramas,
+    )  # fmt: skip
