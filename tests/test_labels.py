@@ -24,10 +24,13 @@ def test_a_byte_order_mark_before_the_pairs_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file"),
-        ("building_id_a,other\n1,2\n", "a column is missing .*building_id_b"),
-        ("", "not a readable CSV"),
-        ("building_id_a,building_id_b\n1\n", "not a readable CSV"),
+        (None, "cannot be read .No such file or directory"),
+        (
+            "building_id_a,other\n1,2\n",
+            "no column building_id_b: --ignore-pairs takes a CSV with the columns building_id_a and",
+        ),
+        ("", "no column building_id_a"),
+        ("building_id_a,building_id_b\n1\n", "row 1 below the names has 1 values for 2 columns"),
     ],
 )
 def test_a_bad_list_of_ignored_pairs_is_refused_with_the_remedy(tmp_path, content, message):

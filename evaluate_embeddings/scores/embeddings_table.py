@@ -12,6 +12,7 @@ from pipeline.errors import InputError, one_line
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.listing import is_parquet, list_files
 from pipeline.files.tables import open_parquet, reading
+from pipeline.files.text_tables import find_columns, whole_from_floats
 from pipeline.files.workspace import read_json_object
 from pipeline.log import logger
 from pipeline.retrieval.scores import Embeddings, normalise_rows
@@ -49,7 +50,7 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
     for column in columns:  # one at a time is open: a dataset has thousands
         path, first = column.path, done
         with reading(path), open_parquet(path) as file:
-            name = find_id_column(path, file.schema_arrow)
+            (name,) = find_columns(path, file.schema_arrow.names, [ID_COLUMNS], "it must name the image")
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name, column.name]):
                 ids.append(to_text(path, batch.column(name)))
                 embeddings[done : done + batch.num_rows] = column.read(batch.column(column.name), done - first)
@@ -86,14 +87,6 @@ def list_parts(folder: Path) -> list[Path]:
     return paths
 
 
-def find_id_column(path: Path, schema: pa.Schema) -> str:
-    """Return the name of the column that names the images."""
-    for name in ID_COLUMNS:
-        if schema.get_field_index(name) >= 0:
-            return name
-    raise InputError(f"{path}: no column {' or '.join(ID_COLUMNS)}: one of them must name the image")
-
-
 def to_text(path: Path, column: pa.Array) -> pa.StringArray:
     """Return ids of any scalar type as text, so that equal numbers match whatever their width.
 
@@ -102,6 +95,6 @@ def to_text(path: Path, column: pa.Array) -> pa.StringArray:
     if column.null_count:
         raise InputError(f"{path}: an id is null: give every image one")
     try:
-        return column.cast(pa.string())
+        return whole_from_floats(column, "of ids", path).cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{path}: ids of type {column.type} cannot be compared ({one_line(error)[:100]})") from None

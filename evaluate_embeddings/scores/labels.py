@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow import csv
 
-from evaluate_embeddings.scores.embeddings_table import find_id_column, to_text
-from pipeline.errors import InputError, one_line
-from pipeline.files.tables import open_parquet, reading
+from evaluate_embeddings.scores.embeddings_table import ID_COLUMNS, to_text
+from pipeline.errors import InputError
+from pipeline.files.text_tables import read_id_table
 from pipeline.log import logger
 from pipeline.retrieval.candidates import IgnoredPairs
 
@@ -27,12 +26,8 @@ def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
     """
     if labels_path is None:
         return ids
-    file = open_parquet(labels_path)
-    name = find_id_column(labels_path, file.schema_arrow)
-    if file.schema_arrow.get_field_index(LABEL_COLUMN) < 0:
-        raise InputError(f"{labels_path}: no column {LABEL_COLUMN}: it must say which building each {name} shows")
-    with reading(labels_path):
-        table = file.read(columns=[name, LABEL_COLUMN])
+    table = read_id_table(labels_path, [ID_COLUMNS, LABEL_COLUMN], "labels say which building each image shows")
+    name = table.column_names[0]
     known = to_text(labels_path, table[name].combine_chunks())
     buildings = table[LABEL_COLUMN].combine_chunks().cast(pa.string())
     pairs = pa.table({"id": known, "building": buildings}).group_by(["id", "building"]).aggregate([])
@@ -65,22 +60,12 @@ def match_rows(ids: pa.StringArray, other_ids: pa.StringArray, other_name: str) 
 
 
 def read_ignore_pairs(path: Path | None) -> pa.Table | None:
-    """Read the two id columns of a CSV as strings and ignore its other columns; None if there is no path."""
+    """Read the two id columns of a CSV or parquet as text; None if there is no path."""
     if path is None:
         return None
-    # As strings, or an id of digits alone would lose its leading zeros.
-    options = csv.ConvertOptions(
-        include_columns=list(PAIR_COLUMNS), column_types=dict.fromkeys(PAIR_COLUMNS, pa.string())
-    )
     remedy = f"--ignore-pairs takes a CSV with the columns {' and '.join(PAIR_COLUMNS)}"
-    try:
-        return csv.read_csv(path, convert_options=options)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: {remedy}") from None
-    except KeyError as error:
-        raise InputError(f"{path}: a column is missing ({one_line(error)}): {remedy}") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable CSV ({one_line(error)[:200]}): {remedy}") from None
+    table = read_id_table(path, PAIR_COLUMNS, remedy)
+    return table.cast(pa.schema([(name, pa.string()) for name in PAIR_COLUMNS]))
 
 
 def resolve_pairs(pairs: pa.Table | None, building_ids: pa.StringArray) -> IgnoredPairs:

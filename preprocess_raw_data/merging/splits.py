@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import DataSection
-from pipeline.errors import InputError, one_line
-from pipeline.files.listing import is_parquet
+from pipeline.errors import InputError
+from pipeline.files.text_tables import read_id_table
 from pipeline.retrieval.geography import EARTH_RADIUS_M
 
 SPLITS = ("train", "val", "test")
@@ -106,21 +104,12 @@ def read_split_file(path: Path) -> dict[str, str]:
 
     Raises InputError if it cannot be read, lacks a column, names an unknown split or one building twice differently.
     """
-    try:
-        if is_parquet(path):
-            table = pq.read_table(path, columns=["building_id", "split"])
-        else:
-            types = pa.csv.ConvertOptions(column_types={"building_id": pa.string(), "split": pa.string()})
-            table = pa.csv.read_csv(path, convert_options=types)
-        pairs = list(zip(table["building_id"].to_pylist(), table["split"].to_pylist(), strict=True))
-    except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise InputError(
-            f"{path}: cannot be read as a split file ({one_line(error)}): it needs the columns building_id and split"
-        ) from None
+    table = read_id_table(path, ["building_id", "split"], "a split file needs the columns building_id and split")
+    pairs = zip(*(column.cast(pa.string()).to_pylist() for column in table.columns), strict=True)
     named: dict[str, str] = {}
     for building, split in pairs:
         if split not in SPLITS:
             raise InputError(f"{path}: building {building} has split {split!r}: it must be one of {', '.join(SPLITS)}")
-        if named.setdefault(str(building), split) != split:
-            raise InputError(f"{path}: building {building} is in {named[str(building)]} and in {split}: remove one")
+        if named.setdefault(building, split) != split:
+            raise InputError(f"{path}: building {building} is in {named[building]} and in {split}: remove one")
     return named

@@ -4,7 +4,6 @@ import contextlib
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,46 +12,43 @@ from pipeline.embeddings_dataset.columns import is_text, plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
 from pipeline.files.listing import is_parquet
-from pipeline.files.tables import open_parquet, reading
+from pipeline.files.text_tables import read_id_table, reading_text, whole_from_floats
 from pipeline.log import logger
-from publish_model.new_data.csv_rows import read_rows, reading_text
 
 # Byte-order marks stand inside a list that was put together from several; the other is a web page's.
 _INVISIBLE = "\ufeff\u200b"
-_WHOLE_FLOAT = re.compile(r"^(-?\d+)\.0+$")
+_WHOLE = re.compile(r"(0|-?[1-9][0-9]*)(\.0+)?")
 
 
 def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
     """Return each id of a list, as text, with the plain values of the dataset's type that it may stand for.
 
-    An id that can be none of that type stands for nothing. Raises InputError if the list cannot be read or is empty.
+    An id that can be none of that type stands for nothing. Raises InputError if the list cannot be read or is empty, or
+    an id may be another one that was rounded.
     """
-    listed: dict[str, list[object]] = {}
-    if is_parquet(path):
-        found = _read_parquet(path, kind)
+    if is_parquet(path) or path.suffix.lower() in (".csv", ".tsv"):
+        remedy = f"name the column of ids {ID_COLUMN}, and no other"
+        chunks = read_id_table(path, [ID_COLUMN], remedy, short_rows=True).column(0).chunks
     else:
-        texts = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_lines(path)
-        found = ((text, _values_of(text, kind)) for text in texts if text.strip())
-    for text, values in found:
-        listed.setdefault(text, []).extend(values)
+        chunks = [pa.array(_read_lines(path), pa.string())]
+    listed: dict[str, list[object]] = {}
+    num_holes = 0
+    for chunk in chunks:
+        for scalar, value in zip(chunk, plain_values(chunk), strict=True):
+            if not scalar.is_valid or not str(value).strip():
+                num_holes += 1
+                continue
+            text = describe_id(scalar)
+            if is_parquet(path) and chunk.type == kind:
+                values = [value]
+            else:
+                values = _values_of(value if isinstance(value, str) else text, kind, path)
+            listed.setdefault(text, []).extend(values)
     if not listed:
         raise InputError(f"{path}: holds no ids")
+    if num_holes and path.suffix.lower() != ".txt":
+        logger.warning("%s: %d rows without an id are passed over", path, num_holes)
     return listed
-
-
-def _read_parquet(path: Path, kind: pa.DataType) -> Iterable[tuple[str, list[object]]]:
-    with reading(path), open_parquet(path) as file:
-        if file.schema_arrow.names.count(ID_COLUMN) != 1:
-            missing = ID_COLUMN not in file.schema_arrow.names
-            raise InputError(f"{path}: column {ID_COLUMN} is {'missing' if missing else 'there more than once'}")
-        column = file.read([ID_COLUMN]).column(0)
-        column.validate(full=True)
-    _warn_of_holes(path, column.null_count)
-    for chunk in column.chunks:
-        for scalar, value in zip(chunk, plain_values(chunk), strict=True):
-            if scalar.is_valid and value == value:  # noqa: PLR0124 (NaN is how pandas says that there is none)
-                text = describe_id(scalar)
-                yield text, [value] if chunk.type == kind else _values_of(text, kind)
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -64,26 +60,7 @@ def _read_lines(path: Path) -> list[str]:
     return [line.removesuffix("\r") for line in content.split("\n")]
 
 
-def _read_csv(path: Path) -> list[str]:
-    rows = read_rows(path)
-    names = next(rows, (0, []))[1]
-    if names.count(ID_COLUMN) != 1:
-        raise InputError(
-            f"{path}: {'no' if ID_COLUMN not in names else 'more than one'} column {ID_COLUMN} in its first line: name "
-            "the column of ids so, and no other"
-        )
-    place = names.index(ID_COLUMN)
-    texts = [row[place] if place < len(row) else "" for _, row in rows]
-    _warn_of_holes(path, sum(not text.strip() for text in texts))
-    return texts
-
-
-def _warn_of_holes(path: Path, num_holes: int) -> None:
-    if num_holes:
-        logger.warning("%s: %d rows without an id are passed over", path, num_holes)
-
-
-def _values_of(text: str, kind: pa.DataType) -> list[object]:
+def _values_of(text: str, kind: pa.DataType, path: Path) -> list[object]:
     """Return the values of a type that a listed text may stand for: as it is, without blanks or quotes around it.
 
     Text is taken composed and decomposed, as file names come in both; binary ids as UTF-8, 0x... or a UUID.
@@ -98,13 +75,14 @@ def _values_of(text: str, kind: pa.DataType) -> list[object]:
         return list(dict.fromkeys([*forms, *composed]))
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
         return [value for form in forms for value in _bytes_of(form)]
-    if pa.types.is_integer(kind):  # with one id missing pandas makes floats of them all
-        bare, unquoted = (_WHOLE_FLOAT.sub(r"\1", form) for form in (bare, unquoted))
+    whole = _WHOLE.fullmatch(bare) or _WHOLE.fullmatch(unquoted)
+    if pa.types.is_integer(kind):  # 007 is none, 7.0 comes from pandas
+        if whole and whole[2]:
+            whole_from_floats(pa.array([float(whole[0])]), ID_COLUMN, path)
+        bare = unquoted = whole[1] if whole else ""
     for form in (bare, unquoted):
-        try:
+        with contextlib.suppress(pa.ArrowException, ValueError):
             return plain_values(pa.array([form], pa.string()).cast(kind))
-        except (pa.ArrowException, ValueError):
-            continue
     return []
 
 

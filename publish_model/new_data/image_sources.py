@@ -1,7 +1,6 @@
 """Stream the images to package in a fixed order: from a folder, a CSV or tars."""
 
 import itertools
-import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,18 +21,10 @@ from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
 from pipeline.files.listing import list_files
 from pipeline.files.tables import hash_json, identify
+from pipeline.files.text_tables import read_csv, whole_or_text
 from pipeline.ids import decode_name
-from publish_model.new_data.csv_rows import is_whole, read_rows
 
 PATH_COLUMN = "path"
-_DECIMAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
-# Columns of a CSV get the first type that fits every value; 007, 1_000 and nan stay text.
-_TYPES: tuple[tuple[pa.DataType, Callable[[str], object], Callable[[str], Any]], ...] = (
-    (pa.int64(), is_whole, int),
-    (pa.float64(), _DECIMAL.fullmatch, float),
-    (pa.string(), lambda _: True, str),
-)
-_TEXT = len(_TYPES) - 1
 
 
 @dataclass(frozen=True)
@@ -117,30 +108,26 @@ def check_size(num_bytes: int) -> None:
 
 
 def _open_table(path: Path) -> ImageSource:
+    """Open a CSV; each column is int64 if its values are whole numbers written as such, else text as it stands."""
     identity = identify(path)
-    names = _read_header(path)
-    kinds = dict.fromkeys(names, 0)  # index into _TYPES
-    count = 0
-    for values in _read_records(path, names):
-        count += 1
-        for name, text in values.items():
-            while text and not _TYPES[kinds[name]][1](text):
-                kinds[name] += 1
-    if not count:
+    remedy = "its first line names OSMID, path and what to keep, each column once"
+    texts = read_csv(path, [ID_COLUMN, PATH_COLUMN], remedy, others=True)
+    for name in (IMAGE_COLUMN, VALID_COLUMN, "embedding"):
+        if name in texts.column_names:
+            raise InputError(f"{path}: column {name} has the name of one that is made here: give it another name")
+    if not texts.num_rows:
         raise InputError(f"{path}: holds no rows: correct --input")
-    kinds[PATH_COLUMN] = _TEXT
-    if kinds[ID_COLUMN]:
-        kinds[ID_COLUMN] = _TEXT  # 1.1 and 1.10 are two ids
-    kept = (ID_COLUMN, *(name for name in names if name != ID_COLUMN))
-    parse = {name: _TYPES[kinds[name]][2] for name in names}
+    names = texts.column_names
+    columns = {name: texts[name] if name == PATH_COLUMN else whole_or_text(texts[name]) for name in names}
+    table = pa.table(columns)
 
     def stream(start: int) -> Iterator[SourceImage]:
-        for values in itertools.islice(_read_records(path, names), start, None):
-            row = {name: parse[name](text) if text else None for name, text in values.items()}
-            yield SourceImage(row, values[PATH_COLUMN], partial(_read_named, path.parent, values[PATH_COLUMN]))
+        for batch in table.slice(start).to_batches(1000):
+            for row in batch.to_pylist():
+                name = row[PATH_COLUMN]
+                yield SourceImage(row, name, partial(_read_named, path.parent, name))
 
-    fields = tuple(pa.field(name, _TYPES[kinds[name]][0]) for name in kept)
-    return ImageSource(fields, [identity], count, stream)
+    return ImageSource(tuple(table.schema), [identity], table.num_rows, stream)
 
 
 def _read_named(folder: Path, name: str) -> bytes:
@@ -149,29 +136,6 @@ def _read_named(folder: Path, name: str) -> bytes:
     if "\0" in name:
         raise Rejection("missing_image", "no path can hold a zero byte")
     return read_file(folder / name)
-
-
-def _read_header(path: Path) -> list[str]:
-    names = next(read_rows(path), (0, []))[1]
-    for name in (ID_COLUMN, PATH_COLUMN):
-        if name not in names:
-            raise InputError(f"{path}: column {name} is missing: its first line names OSMID, path and what to keep")
-    if len(set(names)) < len(names) or "" in names:
-        raise InputError(f"{path}: its first line has to name each column once: correct it")
-    for name in (IMAGE_COLUMN, VALID_COLUMN, "embedding"):
-        if name in names:
-            raise InputError(f"{path}: column {name} has the name of one that is made here: give it another name")
-    return names
-
-
-def _read_records(path: Path, names: Sequence[str]) -> Iterator[dict[str, str]]:
-    for number, values in itertools.islice(read_rows(path), 1, None):
-        if len(values) != len(names):
-            raise InputError(
-                f"{path}: line {number} has {len(values)} values for {len(names)} columns: correct it (a comma or a "
-                "line break in a value needs quotes)"
-            )
-        yield dict(zip(names, values, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ tars

@@ -1,0 +1,161 @@
+"""Read ids from the CSVs, lists and parquets of other programs: text stays as it stands, and an id is never a float."""
+
+import codecs
+import contextlib
+import csv
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import InputError, one_line
+from pipeline.files.listing import is_parquet
+from pipeline.files.tables import open_parquet, reading
+from pipeline.log import logger
+
+# The longer marks first: UTF-32's begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+# Outlines beside the ids are longer than the 128 KiB that the csv module takes by default.
+_MAX_FIELD = 2**31 - 1
+_ROWS_AT_A_TIME = 65_536
+
+
+@contextmanager
+def reading_text(path: Path) -> Iterator[TextIO]:
+    """Open a text in UTF-8, or in the encoding that its byte-order mark names; line ends stay as they are.
+
+    Raises InputError where it, or the CSV in it, cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
+        with open(path, encoding=encoding, newline="") as text:
+            yield text
+    except OSError as error:
+        problem = error.strerror or one_line(error)
+        raise InputError(f"{path}: cannot be read ({problem}): correct the path, or put that right") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        kind = "a text" if isinstance(error, UnicodeDecodeError) and path.suffix.lower() == ".txt" else "a CSV"
+        raise InputError(f"{path}: not {kind} in UTF-8 ({one_line(error)[:200]}): save it as such") from None
+
+
+def read_csv(
+    path: Path,
+    required: Sequence[str | tuple[str, ...]],
+    remedy: str,
+    *,
+    others: bool = False,
+    short_rows: bool = False,
+) -> pa.Table:
+    """Return the required columns of a CSV as text, exactly as it stands there; with `others` all columns.
+
+    Commas, semicolons or tabs separate the columns, whichever occurs most in the first line; empty lines are skipped.
+    A row with too few values is an error unless `short_rows` makes them empty. Raises InputError where the file cannot
+    be read, or lacks a column (see `find_columns`).
+    """
+    # pandas fills short rows without a word, and pyarrow takes a quote that is never closed for text.
+    csv.field_size_limit(_MAX_FIELD)
+    with reading_text(path) as file:
+        header = file.readline()
+        file.seek(0)
+        reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
+        rows = (row for row in reader if row)
+        names = [name.strip() for name in next(rows, [])]
+        wanted = find_columns(path, names, required, remedy)
+        if others and (len(set(names)) < len(names) or "" in names):
+            raise InputError(f"{path}: its first line has to name each column once: correct it")
+        if others:
+            wanted += [name for name in names if name not in wanted]
+        places = [names.index(name) for name in wanted]
+        schema = pa.schema([(name, pa.string()) for name in wanted])
+        tables = [schema.empty_table()]
+        while chunk := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
+            for number, row in enumerate(chunk):
+                if len(row) > len(names) or (len(row) < len(names) and not short_rows):
+                    first = sum(table.num_rows for table in tables) + 1
+                    raise InputError(
+                        f"{path}: row {first + number} below the names has {len(row)} values for {len(names)} columns: "
+                        "correct it (a comma or a line break in a value needs quotes)"
+                    )
+            columns = [[row[place] if place < len(row) else "" for row in chunk] for place in places]
+            tables.append(pa.Table.from_arrays([pa.array(one, pa.string()) for one in columns], schema=schema))
+    return pa.concat_tables(tables)
+
+
+def read_id_table(
+    path: Path, required: Sequence[str | tuple[str, ...]], remedy: str, *, short_rows: bool = False
+) -> pa.Table:
+    """Return the required columns of a parquet or CSV: a CSV's as text, a parquet's in their types, floats as int64.
+
+    Raises InputError where the file cannot be read, lacks a column, or has ids that are floats and may be rounded.
+    """
+    if not is_parquet(path):
+        return read_csv(path, required, remedy, short_rows=short_rows)
+    with reading(path), open_parquet(path) as file:
+        names = find_columns(path, file.schema_arrow.names, required, remedy)
+        table = file.read(columns=names).select(names)
+        table.validate(full=True)
+    return pa.table({name: whole_from_floats(table[name], name, path) for name in names})
+
+
+def find_columns(path: Path, names: Sequence[str], required: Sequence[str | tuple[str, ...]], remedy: str) -> list[str]:
+    """Return the required columns' names; of a tuple of names the first that is there.
+
+    Raises InputError, ending with the remedy, where one is missing or there more than once.
+    """
+    found = []
+    for one in required:
+        choice = (one,) if isinstance(one, str) else one
+        name = next((name for name in choice if name in names), None)
+        if name is None or names.count(name) > 1:
+            what = "no" if name is None else "more than one"
+            raise InputError(f"{path}: {what} column {name or ' or '.join(choice)}: {remedy}")
+        found.append(name)
+    return found
+
+
+def whole_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a CSV's column as int64 if each value is written as an int64 prints, else as it stands; empty is null.
+
+    So 007, +5, 1.0 and 1e5 are text, and so are all the others beside them.
+    """
+    column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+    if pc.all(pc.match_substring_regex(column, r"^(0|-?[1-9][0-9]{0,18})$"), min_count=0).as_py():
+        with contextlib.suppress(pa.ArrowInvalid):  # beyond int64
+            return column.cast(pa.int64())
+    return column
+
+
+def whole_from_floats(column: pa.Array | pa.ChunkedArray, name: str, place: Path | str) -> pa.Array | pa.ChunkedArray:
+    """Return ids that are floats as int64, other ids unchanged: with one id missing pandas makes floats of them all.
+
+    NaN becomes null. Raises InputError where an id is not whole, or so large that several ids may have become one.
+    """
+    if not pa.types.is_floating(column.type):
+        return column
+    values = np.asarray(column)
+    present = ~np.isnan(values)
+    limit = 2.0 ** (np.finfo(values.dtype).nmant + 1)  # 2^53 for doubles
+    rounded = present & ~((np.abs(values) < limit) & (values == np.floor(values)))
+    if rounded.any():
+        raise InputError(
+            f"{place}: column {name} holds ids as floats, such as {values[rounded][0]!r}, in which two ids may have "
+            "become one: write them anew as text or as int64 (in pandas read them with dtype=str or dtype='Int64')"
+        )
+    _say_floats(name, str(place))
+    return pa.array(np.where(present, values, 0).astype(np.int64), mask=~present)
+
+
+@functools.cache
+def _say_floats(name: str, place: str) -> None:
+    logger.warning("%s: column %s holds floats, which are all whole: taken as whole numbers", place, name)
