@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.inference.backbone import Decoded, Embedder
 from pipeline.inference.pixels import decode_pixels
@@ -34,7 +34,8 @@ def embed_plainly(processor: Any, model: torch.nn.Module, photographs: Sequence[
     rows = []
     with torch.no_grad():
         for data in photographs:
-            inputs = processor(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="pt")
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+            inputs = processor(images=image, return_tensors="pt")
             rows.append(model(pixel_values=inputs["pixel_values"].to(device)).pooler_output.flatten(1)[0].cpu().numpy())
     return np.stack(rows).astype(np.float64)
 

@@ -32,7 +32,7 @@ from pipeline.files.tables import (
     write_rejects,
 )
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
-from pipeline.inference.images import decode_rgb_small
+from pipeline.inference.images import decode_rgb_small, log_turned
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.stages import STAGES
 from pipeline.threads import map_in_order
@@ -210,6 +210,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         list_units(config, options), result, options.overwrite,
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
     )  # fmt: skip
+    log_turned()
     result.check_reject_fraction(config)
     return result
 

@@ -26,6 +26,7 @@ from pipeline import cli
 from pipeline.errors import InputError, Rejection
 from pipeline.files.workspace import writing_to
 from pipeline.ids import decode_name
+from pipeline.inference.images import log_turned
 from pipeline.log import logging_to
 from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import DEFAULT_MODEL_ID, add_device_option, add_model_option
@@ -71,6 +72,7 @@ def embed_photographs(paths: Sequence[Path], model: PublishedModel, dtype: str) 
     if problems:
         more = f" (and {len(problems) - 1} more of {len(paths)})" if len(problems) > 1 else ""
         raise InputError(f"{problems[0]}{more}: give JPEG, PNG or WebP images")
+    log_turned()
     embeddings = np.concatenate(blocks)
     check_embeddings(embeddings, [str(path) for path in paths])
     return embeddings

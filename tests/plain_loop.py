@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def embed_plainly(model_dir: Path, images: Iterable[bytes], pooling_type: str = "pooler_output") -> np.ndarray:
@@ -18,7 +18,8 @@ def embed_plainly(model_dir: Path, images: Iterable[bytes], pooling_type: str = 
     rows = []
     for data in images:
         with torch.no_grad():
-            outputs = model(**processor(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="pt"))
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+            outputs = model(**processor(images=image.convert("RGB"), return_tensors="pt"))
         pooled = (
             outputs.pooler_output.flatten(1) if pooling_type == "pooler_output" else outputs.last_hidden_state[:, 0]
         )

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from published_models import encode, make_picture, publish, read_dataset, write_backbone
 
 from publish_model import embed_images, generate_embeddings_from_parquet
@@ -89,3 +90,16 @@ def test_help_comes_without_torch(run_script):
     outcome = run_script("publish_model/embed_images.py", "--help")
     assert outcome.code == 0
     assert "one picture, one vector" in outcome.stdout
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True})])
+def test_a_photograph_on_its_side_gets_its_upright_twins_vector(run_main, model, tmp_path, kind, options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = make_picture(3, (300, 200))
+    (tmp_path / "a").write_bytes(encode(upright, kind, **options))
+    (tmp_path / "b").write_bytes(encode(upright.transpose(Image.Transpose.ROTATE_90), kind, exif=exif, **options))
+    outcome = run_main(embed_images.main, tmp_path / "a", tmp_path / "b", "--model-id", model)
+    first, second = (json.loads(line)["embedding"] for line in outcome.stdout.splitlines())
+    assert np.dot(first, second) > 0.9999
+    assert "1 pictures turned upright by their EXIF orientation" in outcome.stderr

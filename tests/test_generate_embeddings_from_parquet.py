@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from published_models import (
     encode,
     list_parts,
@@ -111,12 +111,12 @@ def test_embeddings_equal_the_plain_loop_on_pictures_of_all_kinds(embed, model_d
 
 def _turned():
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees, which is ignored
+    exif[0x0112] = 6  # turn it by 90 degrees
     return exif
 
 
 def open_plainly(data):
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
 
 
 def test_embeddings_equal_the_plain_loop_with_the_demo_backbone(embed, tmp_path):

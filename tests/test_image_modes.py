@@ -6,11 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from raw_tars import draw_view, encode
 
 from pipeline.errors import Rejection
-from pipeline.inference.images import check_image, decode_rgb, load_rgb
+from pipeline.inference.images import check_image, count_turned, decode_rgb, load_rgb
 from pipeline.inference.pixels import decode_pixels
 from preprocess_raw_data.compute_fingerprints import compute_fingerprint
 
@@ -117,3 +117,51 @@ def test_other_colour_spaces_are_converted(mode):
 def test_floats_are_rejected_by_name():
     with pytest.raises(Rejection, match="unreadable_image: grey floats"):
         load_rgb(Image.new("F", (4, 4)))
+
+
+def tag(image, orientation, kind, **options):
+    """Return an image file that lies so that `orientation` turns it into `image`."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Image.Transpose
+    return encode(image if undo is None else image.transpose(undo), kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_every_orientation_is_turned_upright_by_whoever_decodes(kind, orientation):
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}}[kind]
+    data = tag(VIEW, orientation, kind, **options)
+    count_turned()
+    found = np.asarray(decode_rgb(data))
+    assert np.abs(found.astype(int) - RGB).mean() < (4 if kind == "JPEG" else 0.01)
+    np.testing.assert_array_equal(decode_pixels(data).permute(1, 2, 0).numpy(), found)
+    upright = compute_fingerprint(encode(VIEW, "PNG"), 16).astype(int)
+    assert np.abs(compute_fingerprint(data, 16) - upright).mean() < (1 if kind == "JPEG" else 0.01)
+    assert count_turned() == (3 if orientation > 1 else 0)
+
+
+def test_a_png_is_turned_by_a_tag_behind_its_pixels():
+    data = tag(VIEW, 6, "PNG")
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    last = data.index(b"IEND") - 4
+    np.testing.assert_array_equal(
+        np.asarray(decode_rgb(data[:start] + data[end:last] + data[start:end] + data[last:])), RGB
+    )
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0"],
+)
+def test_damaged_or_unknown_orientations_leave_a_picture_as_it_lies(exif):
+    found = np.asarray(decode_rgb(encode(VIEW, exif=exif)))
+    np.testing.assert_array_equal(found, np.asarray(decode_rgb(encode(VIEW))))
+    np.testing.assert_array_equal(decode_pixels(encode(VIEW, exif=exif)).permute(1, 2, 0).numpy(), found)
+
+
+def test_a_png_with_a_colour_profile_and_texts_of_megabytes_has_its_pixels():
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Comment", "x" * (3 << 20), zip=True)
+    check(encode(VIEW, "PNG", icc_profile=bytes(5 << 20), pnginfo=texts), RGB)

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from raw_tars import draw_view, encode
 
 from pipeline.errors import Rejection
@@ -27,6 +27,7 @@ def decode_plainly(data):
     """Decode as one who knows nothing of this project."""
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "I;16":
             return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
@@ -59,12 +60,12 @@ SOUND = make_sound_images()
 
 
 @pytest.mark.parametrize("kind", SOUND)
-def test_a_sound_image_of_any_mode_becomes_rgb_with_its_pixels_unturned(kind):
+def test_a_sound_image_of_any_mode_becomes_rgb_upright(kind):
     image = decode_rgb(SOUND[kind])
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), decode_plainly(SOUND[kind]))
     if kind != "one pixel":
-        assert image.size == VIEW.size
+        assert image.size == (VIEW.size if kind != "exif-rotated" else VIEW.size[::-1])
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "progressive", "cmyk", "png", "palette", "webp", "lossless webp"])

@@ -1,13 +1,15 @@
 """Stage 1's judgement of a JPEG by its structure alone: the same verdicts as of a full decode, on every damage."""
 
 import random
+import time
 
 import pytest
 from PIL import Image, ImageFile
 from raw_tars import draw_view, encode
 
 from pipeline.errors import Rejection
-from pipeline.inference.images import check_image, decode_rgb, strip_scans
+from pipeline.inference.images import check_image, decode_rgb, decode_rgb_small, strip_scans
+from pipeline.inference.pixels import decode_pixels
 
 VIEW = draw_view(3, size=(120, 88))
 EXIF = Image.Exif()
@@ -108,3 +110,23 @@ def test_other_formats_are_decoded_in_full(kind):
 )  # fmt: skip
 def test_what_is_no_plain_jpeg_is_left_to_the_full_decode(data):
     assert strip_scans(data) is None
+
+
+@pytest.mark.parametrize("kind", ["progressive", "scan by scan"])
+def test_a_jpeg_of_very_many_scans_is_rejected_by_name_at_once(kind):
+    whole = KINDS["progressive"]
+    if kind == "scan by scan":  # a baseline JPEG whose only scan claims one of its three channels
+        whole = KINDS["baseline"]
+        start = whole.rindex(b"\xff\xda\0")
+        one = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+        whole = whole[:start] + one + b"\xff\xd9"
+    last = whole[whole.rindex(b"\xff\xda\0") : -2]
+    data = whole[:-2] + last * 30_000 + whole[-2:]
+    started = time.monotonic()
+    for check in (check_image, decode_rgb, decode_pixels, lambda data: decode_rgb_small(data, lambda *_: 8)):
+        reason, detail = judge(check, data)
+        assert reason == "unreadable_image"
+        assert detail.endswith("scans, at most 100 are decoded")
+    assert time.monotonic() - started < 2
+    few = whole[:-2] + last * 20 + whole[-2:]
+    assert judge(check_image, few) == judge(decode_rgb, few) == judge(decode_pixels, few) is None

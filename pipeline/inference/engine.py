@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, Rejection
 from pipeline.inference.backbone import Decoded, Embedder
+from pipeline.inference.images import count_turned, log_turned
 from pipeline.inference.passes import Launched, Staged
 from pipeline.log import EngineWatch
 from pipeline.threads import map_in_order, prefetch
@@ -61,6 +62,7 @@ def embed_stream(
     item. `items` is read in a thread of its own. A caller that may stop early closes the generator.
     """
     started = time.monotonic()
+    count_turned()  # forgets pictures that were decoded for a trial
     watch.device = "GPU" if embedder.on_gpu else "CPU"
     num_threads, num_passes = torch.get_num_threads(), count_passes(embedder)
     in_flight = max(2 * embedder.micro_batch * num_passes, 2 * num_workers)
@@ -75,6 +77,7 @@ def embed_stream(
     finally:
         torch.set_num_threads(num_threads)  # undoes `use_one_thread` for new threads
         watch.wall_seconds += time.monotonic() - started
+        log_turned()
 
 
 def _gather(

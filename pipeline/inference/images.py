@@ -1,4 +1,4 @@
-"""Decode image bytes to RGB pixels, or reject them with a reason."""
+"""Decode image bytes to upright RGB pixels, or reject them with a reason."""
 
 import io
 import re
@@ -8,13 +8,17 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
 
 from pipeline.errors import Rejection
+from pipeline.log import logger
 
 # The limit by the header: a decompression bomb is never decoded.
 MAX_PIXELS = 100_000_000
+# A scan takes as long as the pixels that it refines: 0.1 s for MAX_PIXELS. Encoders write 4 to 20.
+MAX_SCANS = 100
 FORMATS = ("JPEG", "PNG", "WEBP")
+_JPEGS = ("JPEG", "MPO")  # the latter holds several pictures
 
 # What Pillow's openers and decoders raise on damaged data.
 DECODE_ERRORS = (
@@ -25,8 +29,11 @@ DECODE_ERRORS = (
 _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = 0xD9
 _START_OF_SCAN = 0xDA
+# The marker and the upper byte of the length, which is 0: entropy-coded bytes never hold them.
+_SCAN = b"\xff\xda\0"
 # Baseline, extended and progressive frames, all Huffman-coded (ITU-T T.81, table B.1); libjpeg judges the others.
 _FRAMES = (0xC0, 0xC1, 0xC2)
+_PROGRESSIVE = 0xC2
 # Segments with a length: Huffman and quantisation tables, restart interval, application data, comment.
 _SEGMENTS = (*_FRAMES, 0xC4, _START_OF_SCAN, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
 # Segments before the scan of a plain JPEG: JFIF, tables, restart interval.
@@ -35,17 +42,27 @@ _TABLES = (0xC4, 0xDB, 0xDD)
 # In entropy-coded bytes FF is followed by 00, by a restart marker or by more FF; anything else ends them.
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
+# How a picture is turned by its EXIF orientation; 1 and unknown numbers leave it as it lies.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_turned: list[int] = []  # an entry for each picture that was turned; lists are safe in threads
+
 # MAX_PIXELS is stricter.
 Image.MAX_IMAGE_PIXELS = None
+# Colour profiles and texts of 1 MB make Pillow refuse a sound PNG.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 warnings.filterwarnings("ignore", module=r"PIL\..*")
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Decode a whole image to RGB; EXIF orientation is ignored, as the models' processors ignore it.
+    """Decode a whole image to RGB, upright by its EXIF orientation.
 
     Raises Rejection `image_too_large` or `unreadable_image` (empty, truncated, not JPEG, PNG or WebP).
     """
-    return load_rgb(open_image(data))
+    return load_upright(open_image(data))
 
 
 def check_image(data: bytes) -> None:
@@ -54,8 +71,8 @@ def check_image(data: bytes) -> None:
     Pillow's `load()` judges a JPEG by its structure alone (see `strip_scans`). Every other format, and a JPEG that
     fails so, is decoded in full.
     """
-    image = open_image(data)
-    structure = strip_scans(data) if image.format in ("JPEG", "MPO") else None
+    image = read_header(data)
+    structure = strip_scans(data) if image.format in _JPEGS else None
     if structure is not None:
         try:
             with JpegImagePlugin.JpegImageFile(io.BytesIO(structure)) as empty:
@@ -64,7 +81,7 @@ def check_image(data: bytes) -> None:
                 return
         except DECODE_ERRORS:
             pass  # the whole file says why
-    load_rgb(image)
+    load_rgb(open_image(data))
 
 
 def strip_scans(data: bytes) -> bytes | None:
@@ -73,11 +90,11 @@ def strip_scans(data: bytes) -> bytes | None:
     libjpeg refuses the result exactly where it refuses the whole file. Entropy-coded bytes cannot fail: bad codes are
     warnings, and the decoder never reads past a marker (jdhuff.c, jdphuff.c), of which those from C0 on stay until the
     scan is full (jdmarker.c, jpeg_resync_to_restart). Only segments, which are kept, and a missing end are fatal.
-    Returns None for a file without an end, or with anything unusual between its segments.
+    Returns None for a file without an end, with more than MAX_SCANS, or with anything unusual between its segments.
     """
     if data[:2] != _START_OF_IMAGE:
         return None
-    kept, position = [_START_OF_IMAGE], 2
+    kept, position, num_scans = [_START_OF_IMAGE], 2, 0
     while data[position : position + 1] == b"\xff" and position + 1 < len(data):
         marker = data[position + 1]
         if marker == _END_OF_IMAGE:
@@ -88,7 +105,9 @@ def strip_scans(data: bytes) -> bytes | None:
         kept.append(data[position:end])
         if marker == _START_OF_SCAN:
             found = _MARKER.search(data, end)
-            if found is None or found[1] < b"\xc0":  # libjpeg passes over those inside a scan, not behind it
+            num_scans += 1
+            # libjpeg passes over markers below C0 inside a scan, not behind it.
+            if found is None or found[1] < b"\xc0" or num_scans > MAX_SCANS:
                 return None
             end = found.start()
         position = end
@@ -96,22 +115,23 @@ def strip_scans(data: bytes) -> bytes | None:
 
 
 def read_plain_header(data: bytes) -> tuple[int, int] | None:
-    """Return the width and height of a plain RGB or grey JPEG, else None.
+    """Return the width and height of a plain RGB or grey JPEG, which has no EXIF orientation, else None.
 
     Pillow's opener needs 0.1 ms of Python for this, during which no other thread can decode.
     """
-    size, position = None, 2
+    size, num_channels, is_progressive, position = None, 0, False, 2
     if data[:2] != _START_OF_IMAGE:
         return None
     while position + 18 < len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
         if marker == _START_OF_SCAN:
-            return size
+            has_one_scan = data[position + 4] == num_channels and not is_progressive
+            return size if has_one_scan or data.count(_SCAN) <= MAX_SCANS else None
         if marker in _FRAMES:
             precision, height, width, num_channels = struct.unpack_from(">BHHB", data, position + 4)
             if size is not None or precision != 8 or num_channels not in (1, 3):
                 return None
-            size = width, height
+            size, is_progressive = (width, height), marker == _PROGRESSIVE
         elif marker == _JFIF:
             if data[position + 4 : position + 9] != b"JFIF\0" or length < 16:
                 return None
@@ -122,22 +142,32 @@ def read_plain_header(data: bytes) -> tuple[int, int] | None:
 
 
 def decode_rgb_small(data: bytes, choose_scale: Callable[[int, int], int]) -> tuple[Image.Image, tuple[float, float]]:
-    """Decode a JPEG to RGB at 1/`choose_scale(width, height)` of its size (1, 2, 4 or 8), other formats in full.
+    """Decode a JPEG to RGB at 1/`choose_scale(width, height)` of its size (1, 2, 4 or 8), others as `decode_rgb` does.
 
     Scaling a JPEG by its DCT coefficients costs a fraction of the full decode. Returns the image and the width and
-    height, in its pixels, that the original covers: 137 pixels at 1/8 cover 17.125 of 18 pixels.
-    Raises Rejection as `decode_rgb` does.
+    height, in its pixels, that the original covers: 137 pixels at 1/8 cover 17.125 of 18 pixels. A picture that has to
+    be turned is decoded in full: what is not covered would lie elsewhere. Raises Rejection as `decode_rgb` does.
     """
     image = open_image(data)
-    width, height = image.size
-    scale = choose_scale(width, height)
-    drafted = image.draft("RGB", (width // scale, height // scale))
-    extent = drafted[1][2:] if drafted else (width, height)
-    return load_rgb(image), extent
+    if image.format in _JPEGS and read_orientation(image) not in _TURNS:
+        width, height = image.size
+        scale = choose_scale(width, height)
+        drafted = image.draft("RGB", (width // scale, height // scale))
+        return load_rgb(image), drafted[1][2:] if drafted else (width, height)
+    upright = load_upright(image)
+    return upright, upright.size
 
 
 def open_image(data: bytes) -> Image.Image:
     """Read an image's header. Raises Rejection `image_too_large` or `unreadable_image`."""
+    image = read_header(data)
+    if image.format in _JPEGS and (num_scans := data.count(_SCAN)) > MAX_SCANS:
+        raise Rejection("unreadable_image", f"{num_scans} scans, at most {MAX_SCANS} are decoded")
+    return image
+
+
+def read_header(data: bytes) -> Image.Image:
+    """Read an image's header as `open_image` does, without counting a JPEG's scans."""
     if not data:
         raise Rejection("unreadable_image", "0 bytes")
     try:
@@ -150,8 +180,39 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def read_orientation(image: Image.Image) -> int:
+    """Return an opened image's EXIF orientation, 1 where there is none or it is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:
+        return 1
+
+
+def load_upright(image: Image.Image) -> Image.Image:
+    """Decode an opened image as `load_rgb` does, and turn it upright by its EXIF orientation."""
+    loaded = load_rgb(image)
+    turn = _TURNS.get(read_orientation(image))  # a PNG's may follow its pixels
+    if turn is None:
+        return loaded
+    _turned.append(turn)
+    return loaded.transpose(turn)
+
+
+def count_turned() -> int:
+    """Return how many pictures were turned upright since the last call."""
+    count = len(_turned)
+    del _turned[:count]
+    return count
+
+
+def log_turned() -> None:
+    """Log how many pictures were turned upright since the last call of `count_turned`, if any."""
+    if count := count_turned():
+        logger.info("%d pictures turned upright by their EXIF orientation", count)
+
+
 def load_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image: the first picture, the upper 8 of 16 bits, without transparency.
+    """Decode an opened image as it lies: the first picture, the upper 8 of 16 bits, without transparency.
 
     Raises Rejection `unreadable_image`.
     """

@@ -4,7 +4,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.inference.images import MAX_PIXELS, decode_rgb, load_rgb, open_image, read_plain_header
+from pipeline.inference.images import (
+    MAX_PIXELS,
+    decode_rgb,
+    load_upright,
+    open_image,
+    read_orientation,
+    read_plain_header,
+)
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -29,8 +36,9 @@ def decode_pixels(data: bytes) -> torch.Tensor:
     size = read_plain_header(data) if decode_jpeg is not None else None
     if size is None or not 0 < size[0] * size[1] <= MAX_PIXELS:
         image = open_image(data)
-        if decode_jpeg is None or image.format != "JPEG" or image.mode not in _MODES:
-            return to_pixels(load_rgb(image))
+        is_upright = image.format == "JPEG" and read_orientation(image) == 1
+        if decode_jpeg is None or not is_upright or image.mode not in _MODES:
+            return to_pixels(load_upright(image))
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch warns of read-only memory
     try:
         pixels: torch.Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB)
