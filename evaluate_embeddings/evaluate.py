@@ -40,8 +40,7 @@ from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatters, wh
 from pipeline.stages import STAGES
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.bare_weights import StateDict
-    from pipeline.retrieval.checkpoint import Checkpoint
+    from pipeline.retrieval.checkpoint import Checkpoint, StateDict
 
 # Width of the whitened baseline, and the projector's default.
 PCA_DIM = 256
@@ -71,7 +70,8 @@ def hash_weights(weights: "StateDict") -> str:
 def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Checkpoint"]:
     """Return the test split, its embeddings of each kind, and the projector's checkpoint."""
     from pipeline.inference.devices import choose_device, needing_memory
-    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
+    from pipeline.reference.checkpoints import load_checkpoint
+    from pipeline.retrieval.checkpoint import build_projector, project
 
     train_path, test_path = (config.path("merged_dir") / f"{split}.parquet" for split in ("train", "test"))
     features = load_features(test_path)

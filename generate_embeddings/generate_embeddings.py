@@ -24,7 +24,6 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection, Terminated
 from pipeline.files.archive import TarImage, read_images, require_bytes
-from pipeline.files.foreign import check_foreign_output, read_intermediate
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.scratch import RowScratch, name_files, remove_leftover
 from pipeline.files.tables import (
@@ -44,6 +43,7 @@ from pipeline.inference import launcher
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
+from pipeline.reference.tar_files import check_foreign_output, read_intermediate
 from pipeline.stages import STAGES
 from pipeline.threads import Background
 

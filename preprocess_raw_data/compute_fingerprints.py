@@ -20,7 +20,6 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
 from pipeline.files.archive import TarImage, read_images, require_bytes
-from pipeline.files.foreign import check_foreign_output, read_intermediate
 from pipeline.files.list_columns import find_fingerprint
 from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
@@ -34,6 +33,7 @@ from pipeline.files.tables import (
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.inference.images import decode_rgb_small, log_turned
 from pipeline.log import Progress, Stopwatch, logger
+from pipeline.reference.tar_files import check_foreign_output, read_intermediate
 from pipeline.stages import STAGES
 from pipeline.threads import map_in_order
 

@@ -70,7 +70,7 @@ def plan_checkpoint(config: Config, options: PublishOptions) -> "tuple[Provenanc
     backbone_id = identify_model(backbone_dir)
 
     def read_parts() -> "ModelParts":
-        from pipeline.retrieval.checkpoint import load_checkpoint
+        from pipeline.reference.checkpoints import load_checkpoint
         from publish_model.model_folder.model_parts import Backbone, ModelParts
         from publish_model.model_folder.training_similarity import measure_training
 

@@ -10,6 +10,7 @@ import pytest
 from published_models import list_parts, make_photographs, read_dataset, write_backbone, write_packaged
 from reference_models import write_reference_model
 
+from pipeline.reference import adoption
 from publish_model import (
     adopt_embeddings,
     aggregate_embeddings,
@@ -19,7 +20,6 @@ from publish_model import (
     search_embeddings,
     verify_embeddings,
 )
-from publish_model.new_data import adoption
 
 IMAGES = make_photographs(26)
 IMAGES[3], IMAGES[14] = None, IMAGES[14][:200]

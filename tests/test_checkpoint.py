@@ -13,7 +13,8 @@ from torch import nn
 
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, PipelineError
-from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, save_checkpoint
+from pipeline.reference.checkpoints import load_checkpoint
+from pipeline.retrieval.checkpoint import build_projector, hash_buildings, save_checkpoint
 from pipeline.retrieval.projector import Projector
 
 
@@ -159,6 +160,38 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.pt", make_content(projector))
     with pytest.raises(InputError, match="shortcut.weight holds numbers that are not finite"):
         load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"architecture": {"input_dim": 12, "num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000"),
+        ({"architecture": {"input_dim": 12, "hidden_dim": 10**9, "output_dim": 10**9}}, "size mismatch"),
+        ({"architecture": {"input_dim": 12}}, "size mismatch"),
+        (
+            {"projector": {"shortcut.weight": torch.zeros(1).expand(10**9, 10**9)}},
+            "claims more numbers",
+        ),
+        ({"history": [{"loss": torch.zeros(1).expand(10**9)}]}, "claims more numbers"),
+    ],
+)
+def test_a_small_file_that_claims_much_is_refused_in_one_line(
+    tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    torch.save(make_content(make_projector()) | change, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=f"a.pt: .*{problem}") as caught:
+        load_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_it_counts_the_buildings_that_it_was_trained_on(tmp_path: Path) -> None:
+    content = make_content(make_projector())
+    save_checkpoint(tmp_path / "silent.pt", content)
+    assert load_checkpoint(tmp_path / "silent.pt").count_trained_on(["0001_1"]) is None
+    save_checkpoint(tmp_path / "a.pt", content | {"trained_on": hash_buildings(["0001_1", "0001_2", "0002_1"])})
+    found = load_checkpoint(tmp_path / "a.pt")
+    assert found.count_trained_on(["0002_1", "0003_1", "0001_1"]) == 2
+    assert found.count_trained_on([]) == 0
 
 
 def test_metrics_and_settings_are_plain_enough_for_json(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ COMMAND_FOLDERS = (*STAGE_FOLDERS, "sample_data", "slurm")
 SHIPPED = {"publish_model": {"modeling_spatial_embeddings", "configuration_spatial_embeddings", "pooling", "projector"}}
 # Each room imports those before it, and what stands above the rooms of `pipeline`.
 ROOMS = {
-    "pipeline": ("files", "inference", "retrieval", "embeddings_dataset"),
+    "pipeline": ("files", "inference", "retrieval", "embeddings_dataset", "reference"),
     "preprocess_raw_data": ("tars", "merging"),
     "difficulty_metadata": ("neighbor_search",),
     "train_specialized_embeddings": ("sampling", "training", "tuning"),

@@ -109,7 +109,8 @@ def _drop(result: cli.StageResult, reason: str, count: int) -> None:
 def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
     """Embed the test split with the configured checkpoint and with another one, or match a dataset of its images."""
     from pipeline.inference.devices import choose_device
-    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
+    from pipeline.reference.checkpoints import load_checkpoint
+    from pipeline.retrieval.checkpoint import build_projector, project
 
     assert options.compare is not None  # else the report is written
     config.require_paths("merged_dir", "checkpoint_dir")

@@ -1,10 +1,12 @@
 """Save and load checkpoints of the projector: tensors and plain Python values, nothing that could run code."""
 
+import hashlib
 import io
 import pickle
 import warnings
 import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,12 @@ from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files import workspace
 from pipeline.inference.devices import needing_memory
-from pipeline.retrieval.bare_weights import StateDict, read_bare_weights
 from pipeline.retrieval.projector import Projector
+
+StateDict = dict[str, torch.Tensor]
 
 # Rows in one forward pass: large enough for any chip, 64 MiB at 4,096 dimensions.
 BLOCK_ROWS = 4096
-# Keys of the projector's weights in checkpoints without an architecture.
-WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
 # Raised by torch.load for a file that is cut, empty, of another kind, or would run code.
 _LOAD_ERRORS = (
     OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, IndexError, TypeError,
@@ -42,6 +43,19 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)  # optimiser, sampler, random state, ...
 
+    def count_trained_on(self, building_ids: Iterable[str]) -> int | None:
+        """Count the buildings that it was trained on; None where it does not name them (the reference's names none)."""
+        trained_on = self.rest.get("trained_on")
+        if not isinstance(trained_on, torch.Tensor):
+            return None
+        return int(torch.isin(hash_buildings(building_ids), trained_on).sum())
+
+
+def hash_buildings(building_ids: Iterable[str]) -> torch.Tensor:
+    """Return a hash (B,) of each building's id, int64: the entry `trained_on` of a checkpoint."""
+    digests = b"".join(hashlib.blake2b(one.encode(), digest_size=8).digest() for one in building_ids)
+    return torch.frombuffer(bytearray(digests), dtype=torch.int64) if digests else torch.empty(0, dtype=torch.int64)
+
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint whole or not at all; the same content gives the same bytes."""
@@ -51,34 +65,30 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         temporary.write_bytes(archive.getbuffer())
 
 
-def load_checkpoint(
-    path: Path, model_section: TrainingModelSection | None = None, *, input_dim: int | None = None
-) -> Checkpoint:
-    """Load a checkpoint on the CPU, inferring the architecture where it has none (the reference implementation's).
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Load a checkpoint of this project on the CPU; `pipeline.reference.checkpoints` reads others too.
 
-    `model_section` gives the widths asked for, and dropout and activation where weights alone are stored; `input_dim`
-    is the width of the features, if known.
-    Raises InputError if the file is missing, damaged, not a checkpoint, does not fit the projector, or has other
-    widths.
+    Raises InputError if the file is missing, damaged, not a checkpoint, or its weights do not fit its architecture.
     """
-    section = model_section or TrainingModelSection()
-    content = _load(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint: make it with stage 6")
+    return make_checkpoint(path, read_content(path))
+
+
+def make_checkpoint(
+    path: Path, content: dict[str, Any], section: TrainingModelSection | None = None, input_dim: int | None = None
+) -> Checkpoint:
+    """Return the checkpoint of a file's content.
+
+    Raises InputError if its weights do not fit its architecture, or its widths are not those that are given.
+    """
     rest = dict(content)
-    if isinstance(content.get("architecture"), dict) and isinstance(content.get("projector"), dict):
-        architecture, weights = rest.pop("architecture"), rest.pop("projector")
-    else:
-        key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
-        architecture, weights = read_bare_weights(path, rest.pop(key) if key else rest, section)
-        rest = rest if key else {}
     parts = {
         key: found if isinstance(found := rest.pop(key, None), dict) else {}
-        for key in ("metrics", "settings", "provenance")
+        for key in ("architecture", "projector", "metrics", "settings", "provenance")
     }
-    checkpoint = Checkpoint(path, architecture, weights, rest=rest, **parts)
-    build_projector(checkpoint)  # refuses weights that do not fit before any work is done
-    _check_widths(checkpoint, model_section, input_dim)
+    checkpoint = Checkpoint(path, **parts, rest=rest)
+    projector = build_projector(checkpoint)  # refuses weights that do not fit before any work is done
+    checkpoint = replace(checkpoint, architecture=projector.architecture)
+    _check_widths(checkpoint, section, input_dim)
     return checkpoint
 
 
@@ -87,9 +97,14 @@ def build_projector(checkpoint: Checkpoint) -> Projector:
 
     Raises InputError if weights and architecture do not fit, or a weight is not finite.
     """
+    architecture, weights = checkpoint.architecture, checkpoint.projector
     try:
-        projector = Projector(**checkpoint.architecture)
-        projector.load_state_dict(checkpoint.projector, strict=True)
+        if architecture.get("num_hidden_layers", 1) > len(weights):  # a number alone must not make layers
+            raise ValueError(f"num_hidden_layers is {architecture['num_hidden_layers']}")
+        with torch.device("meta"):  # shapes are compared before memory is taken for them
+            Projector(**architecture).load_state_dict(weights, strict=True, assign=True)
+        projector = Projector(**architecture)
+        projector.load_state_dict(weights, strict=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(
             f"{checkpoint.path}: weights and architecture do not fit ({one_line(error)[:300]}): make it with stage 6"
@@ -119,17 +134,35 @@ def project(projector: Projector, embeddings: NDArray[np.float32], device: torch
     return torch.cat(blocks).numpy()
 
 
-def _load(path: Path) -> Any:
+def read_content(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's file.
+
+    Raises InputError if it is missing, damaged, holds no settings or code, or a tensor larger than the file.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint: run stage 6 (train), or correct the path")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about a foreign pickle, which is refused or checked below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # about a pickle of another origin, which is refused or checked below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in _list_tensors(content)):
+            raise ValueError("a tensor claims more numbers than are stored")
     except _LOAD_ERRORS as error:
         raise InputError(
             f"{path}: not a checkpoint that can be loaded safely ({one_line(error)[:200]}): remove it and train again"
         ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint: make it with stage 6")
+    return content
+
+
+def _list_tensors(content: Any) -> Iterator[torch.Tensor]:
+    """Yield every tensor in dictionaries and lists."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _list_tensors(value)
 
 
 def _check_widths(checkpoint: Checkpoint, section: TrainingModelSection | None, input_dim: int | None) -> None:

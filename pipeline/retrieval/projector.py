@@ -29,12 +29,25 @@ class Linear(nn.Module):
         return functional.linear(inputs, self.weight.float(), self.bias.float())
 
 
+class Norm(nn.Module):
+    """A LayerNorm that computes in float32 whatever type its weights have."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Normalise inputs (B, width)."""
+        return functional.layer_norm(inputs.float(), self.weight.shape, self.weight.float(), self.bias.float())
+
+
 class Projector(nn.Module):
     """A linear shortcut plus an MLP branch, whose sum is L2-normalised.
 
     The branch's last layer starts at zero, so a new projector equals its shortcut. With `num_hidden_layers` 0 there
     is no branch. Shortcut and branch read the features raised to `input_power` with their signs kept. `hidden_dims`,
-    for hidden layers of different widths, replaces `hidden_dim` and `num_hidden_layers`.
+    for hidden layers of different widths, replaces `hidden_dim` and `num_hidden_layers`. With `layer_norm` a LayerNorm
+    follows each layer of the branch, before the activation.
     """
 
     def __init__(  # noqa: PLR0917 (the published configuration's names, in its order)
@@ -47,6 +60,7 @@ class Projector(nn.Module):
         activation: str = "gelu",
         input_power: float = 1.0,
         hidden_dims: list[int] | None = None,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -55,6 +69,7 @@ class Projector(nn.Module):
             "input_dim": input_dim, "output_dim": output_dim, "hidden_dim": hidden_dim,
             "num_hidden_layers": num_hidden_layers, "dropout": dropout, "activation": activation,
             "input_power": input_power, "hidden_dims": None if hidden_dims is None else list(hidden_dims),
+            "layer_norm": layer_norm,
         }  # fmt: skip
         widths = [input_dim, *([hidden_dim] * num_hidden_layers if hidden_dims is None else hidden_dims)]
         self.input_power = input_power
@@ -63,6 +78,8 @@ class Projector(nn.Module):
         self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
         self.output = Linear(widths[-1], output_dim) if len(widths) > 1 else None
+        norm_dims = [*widths[1:], output_dim]
+        self.norms = nn.ModuleList(Norm(width) if layer_norm else nn.Identity() for width in norm_dims)
         if self.output is not None:
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
@@ -84,7 +101,7 @@ class Projector(nn.Module):
             outputs: torch.Tensor = self.shortcut(inputs)  # (B, output_dim)
         if self.output is not None:
             hidden = inputs
-            for layer in self.hidden:
-                hidden = self.dropout(self.activation(layer(hidden)))
-            outputs = outputs + self.output(hidden)
+            for layer, norm in zip(self.hidden, self.norms, strict=False):  # the last norm is the output's
+                hidden = self.dropout(self.activation(norm(layer(hidden))))
+            outputs = outputs + self.norms[-1](self.output(hidden))
         return outputs.float()

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # The linked files also hold the projector under the reference's names; ours is read from another file.
 IGNORE_LINKED = """
-names = "input_norm|input_layer|hidden_layers|output_layer|residual_proj"
-SpatialEmbeddingsModel._keys_to_ignore_on_load_unexpected = [rf"^projector\\.({names})\\."]
+names = "shortcut|hidden|output|norms"
+SpatialEmbeddingsModel._keys_to_ignore_on_load_unexpected = [rf"^projector\\.(?!({names})\\.)"]
 """
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
 ACTIVATION_KEYS = ("activation", "projector_activation", "activation_function", "act_fn")
@@ -58,19 +58,16 @@ class ReferenceModel:
 
     def read_projector(self) -> "Checkpoint":
         """Return the projector with the names and the architecture of our own."""
-        from pipeline.retrieval.bare_weights import read_bare_weights
-        from pipeline.retrieval.checkpoint import Checkpoint, build_projector
+        from pipeline.reference.checkpoints import read_weights
+        from pipeline.retrieval.checkpoint import make_checkpoint
         from publish_model.model_folder.weights import list_stored
 
         stored = [tensor for tensor in list_stored(self.folder) if tensor.name.startswith("projector.")]
         if not stored:
             raise InputError(f"{self.folder}: holds no projector weights: fetch the model again, in safetensors")
         weights = {tensor.name: tensor.read().float() for tensor in stored}
-        section = TrainingModelSection(activation=self._find_activation(), dropout=0.0)
-        architecture, renamed = read_bare_weights(self.folder, weights, section)
-        checkpoint = Checkpoint(self.folder, architecture, renamed)
-        build_projector(checkpoint)  # raises if a weight does not fit
-        return checkpoint
+        content = read_weights(self.folder, weights, TrainingModelSection(dropout=0.0), self._find_activation())
+        return make_checkpoint(self.folder, content)
 
     def _find_activation(self) -> Any:
         """Return the projector's activation."""

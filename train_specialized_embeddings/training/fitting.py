@@ -12,7 +12,7 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
 from pipeline.log import Stopwatch, logger
-from pipeline.retrieval.checkpoint import Checkpoint, load_checkpoint
+from pipeline.retrieval.checkpoint import Checkpoint, hash_buildings, load_checkpoint
 from pipeline.retrieval.features import Features, load_features, sample_buildings
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
@@ -40,6 +40,7 @@ class Material:
     validation: ValidationSet
     baselines: Baselines
     num_images: int  # of train and val
+    trained_on: torch.Tensor  # hashes of the training buildings
 
 
 def fit(
@@ -143,7 +144,7 @@ def make_material(
     map_rows = baselines.start.linear_map.map_rows
     store = FeatureStore(map_rows(train.embeddings), sampler.device)
     mapped = replace(validation, embeddings=map_rows(validation.embeddings))
-    return Material(sampler, store, mapped, baselines, num_images)
+    return Material(sampler, store, mapped, baselines, num_images, hash_buildings(train.building_ids.to_pylist()))
 
 
 def make_run(config: Config, material: Material) -> TrainingRun:
@@ -152,4 +153,7 @@ def make_run(config: Config, material: Material) -> TrainingRun:
     projector = make_projector(material.baselines, config.training_model, config.training.init)
     projector = projector.to(material.store.device)
     trainer = Trainer(projector, material.store, material.sampler, config.training, torch.from_numpy(start.spread))
-    return TrainingRun(config, trainer, start, material.validation, material.baselines.scores, material.baselines.note)
+    baselines = material.baselines
+    return TrainingRun(
+        config, trainer, start, material.validation, baselines.scores, baselines.note, material.trained_on
+    )  # fmt: skip

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from pipeline.config import TrainingModelSection, TrainingSection
 from pipeline.errors import InputError
 from pipeline.log import logger
-from pipeline.retrieval.checkpoint import Checkpoint, build_projector, load_checkpoint
+from pipeline.reference.checkpoints import load_checkpoint
+from pipeline.retrieval.checkpoint import Checkpoint, build_projector
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import QueryScores, normalise_rows, summarize_scores

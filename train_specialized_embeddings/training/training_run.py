@@ -54,6 +54,7 @@ class TrainingRun:
     validation: ValidationSet  # in these coordinates
     baselines: dict[str, Scores]  # validation scores of raw, pca_whitened, whitening
     start: dict[str, Any]  # how the start was chosen
+    trained_on: torch.Tensor  # hashes of the training buildings
     files: RunFiles = field(default_factory=lambda: RunFiles(Path()))
     watch: Stopwatch = field(default_factory=Stopwatch)
     sinks: MetricSinks = field(default_factory=lambda: MetricSinks(LoggingSection(), Path(), {}))
@@ -234,6 +235,7 @@ class TrainingRun:
             "coordinates": self.coordinates.state(),
             "epoch": self.epoch,
             "start": self.start,
+            "trained_on": self.trained_on,
             "metrics": {
                 "epoch": self.epoch,
                 "val": self.baselines | {"projector": self.history[-1]["val"]},

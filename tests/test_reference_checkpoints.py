@@ -1,18 +1,20 @@
 """Weights without an architecture: told apart by name, mapped exactly, or refused."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from published_models import make_config
-from reference_projector import ReferenceProjector
+from reference_projector import ReferenceProjector, list_widths
 from torch import nn
 
 from pipeline.cli import Options
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError
-from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
+from pipeline.reference.checkpoints import load_checkpoint
+from pipeline.retrieval.checkpoint import build_projector
 from pipeline.retrieval.projector import Projector
 from publish_model import convert_to_hf
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
@@ -80,6 +82,10 @@ def test_a_single_linear_layer_is_the_shortcut(tmp_path: Path) -> None:
         (nn.Sequential(nn.Linear(12, 7), nn.BatchNorm1d(7), nn.Linear(7, 5)), "1.weight is not part of a linear layer"),
         (nn.Sequential(nn.Linear(12, 7), nn.Linear(8, 5)), "its layers do not follow one another"),
         (nn.ModuleDict({"down": nn.Linear(12, 12), "side": nn.Linear(12, 12)}), "not one numbered sequence"),
+        (
+            nn.ModuleDict({"fc1": nn.Linear(8, 8), "fc2": nn.Linear(8, 8), "fc3": nn.Linear(8, 8)}),
+            "fc3.bias is not known",
+        ),
         (nn.ModuleDict({"a": nn.Sequential(nn.Linear(8, 8)), "b": nn.Sequential(nn.Linear(8, 8))}), "not one numbered"),
         (nn.Sequential(nn.Conv2d(3, 4, 3)), "0.weight is not part of a linear layer"),
     ],
@@ -120,32 +126,73 @@ def save_reference(path: Path, network: nn.Module, prefix: str = "") -> Path:
     return path
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
-@pytest.mark.parametrize(
-    ("input_dim", "widths", "residual"),
-    [
-        (48, [384, 288, 216], True),
-        (48, [384, 288, 216], False),
-        (48, [32], True),
-        (48, [32, 32], False),
-        (256, [256], True),  # shapes alone would make a chain of them
-        (256, [256, 256], True),
-    ],
-)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
 def test_the_reference_projector_is_taken_over_exactly(
-    tmp_path: Path, input_dim: int, widths: list[int], residual: bool, activation: str, prefix: str
+    tmp_path: Path, norm: bool, residual: bool, activation: str
 ) -> None:
     torch.manual_seed(1)
-    network = ReferenceProjector(input_dim, widths, 256, activation, residual=residual).eval()
-    path = save_reference(tmp_path / "checkpoint_best.pt", network, prefix)
     section = TrainingModelSection(activation=activation, dropout=0.3)
-    found = load_checkpoint(path, section, input_dim=input_dim)
-    assert found.architecture["dropout"] == 0.3
-    assert found.rest["epoch"] == 7
-    inputs = 3 * features(input_dim, 64) + 1
+    for input_dim, num_layers, multiplier in itertools.product((48, 256), (1, 2, 3, 4), (0.5, 0.75, 1, 1.25)):
+        for hidden_dim in (40, 256):
+            widths = list_widths(hidden_dim, num_layers, multiplier)
+            network = ReferenceProjector(input_dim, widths, 256, activation, residual=residual, norm=norm).eval()
+            found = load_checkpoint(save_reference(tmp_path / "o.pt", network), section, input_dim=input_dim)
+            assert found.architecture["dropout"] == 0.3
+            assert found.rest["epoch"] == 7
+            inputs = 3 * features(input_dim, 64) + 1
+            with torch.no_grad():
+                outputs, expected = build_projector(found)(inputs), network(inputs)
+            torch.testing.assert_close(outputs, expected, atol=1e-6, rtol=0, msg=f"{input_dim} {widths}")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "projector."])
+def test_a_wrappers_prefix_makes_no_difference(tmp_path: Path, prefix: str) -> None:
+    network = ReferenceProjector(48, [32, 16], 256, "gelu", norm=True).eval()
+    found = load_checkpoint(save_reference(tmp_path / "o.pt", network, prefix))
     with torch.no_grad():
-        torch.testing.assert_close(build_projector(found)(inputs), network(inputs), atol=1e-6, rtol=0)
+        torch.testing.assert_close(build_projector(found)(features(48)), network(features(48)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("names", [("norm1", "norm2"), ("layer_norm1", "layer_norm2"), ("input_norm", "output_norm")])
+@pytest.mark.parametrize(("norm", "residual"), [(False, False), (False, True), (True, False), (True, True)])
+def test_the_older_names_of_its_layers_are_taken_over(
+    tmp_path: Path, norm: bool, residual: bool, names: tuple[str, str]
+) -> None:
+    torch.manual_seed(1)
+    network = ReferenceProjector(48, [32], 256, "gelu", residual=residual, norm=norm).eval()
+    older = {"input_layer": "fc1", "output_layer": "fc2", "input_norm": names[0], "output_norm": names[1]}
+    weights = {}
+    for name, value in network.state_dict().items():
+        layer, _, part = name.rpartition(".")
+        weights[f"{older.get(layer, layer)}.{part}"] = value
+    torch.save({"model_state_dict": weights}, tmp_path / "o.pt")
+    found = load_checkpoint(tmp_path / "o.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(build_projector(found)(features(48)), network(features(48)), atol=1e-6, rtol=0)
+
+
+def test_a_norm_that_may_belong_to_either_layer_is_refused(tmp_path: Path) -> None:
+    layers = {"fc1": nn.Linear(48, 256), "fc2": nn.Linear(256, 256), "norm": nn.LayerNorm(256)}
+    torch.save(nn.ModuleDict(layers).state_dict(), tmp_path / "o.pt")
+    with pytest.raises(InputError, match="norm may belong to either of two layers of 256 numbers"):
+        load_checkpoint(tmp_path / "o.pt")
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (TrainingModelSection(activation="relu"), "relu is assumed (as configured of [training_model].activation)"),
+        (None, "gelu is assumed (the default of [training_model].activation)"),
+    ],
+)
+def test_the_assumed_activation_is_logged_with_its_origin(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, section: TrainingModelSection | None, said: str
+) -> None:
+    path = save_reference(tmp_path / "o.pt", ReferenceProjector(48, [32], 256, "gelu"))
+    load_checkpoint(path, section)
+    assert f"{path}: names no activation: {said}" in caplog.text
 
 
 def test_a_layer_without_bias_gets_one_of_zeros(tmp_path: Path) -> None:
@@ -159,8 +206,8 @@ def test_a_layer_without_bias_gets_one_of_zeros(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"input_norm.weight": torch.ones(32)}, "input_norm.weight is not known"),
-        ({"output_norm.bias": torch.ones(256)}, "output_norm.bias is not known"),
+        ({"input_norm.weight": torch.ones(32)}, "output_norm.weight is missing"),
+        ({"output_norm.bias": torch.ones(256)}, "input_norm.weight is missing"),
         ({"gate.weight": torch.ones(3, 3)}, "gate.weight is not known"),
         ({"hidden_layers.0.norm.weight": torch.ones(3)}, "hidden_layers.0.norm.weight is not known"),
         ({"hidden_layers.5.weight": torch.ones(3, 3)}, "hidden_layers.5.weight is not known"),
@@ -178,15 +225,10 @@ def test_other_names_among_the_references_are_refused(
         load_checkpoint(tmp_path / "o.pt")
 
 
-def test_equal_widths_without_a_residual_are_refused_because_it_may_be_the_identity(tmp_path: Path) -> None:
-    network = ReferenceProjector(256, [32], 256, "gelu", residual=False)
-    with pytest.raises(InputError, match=r"residual_proj is missing, .* put the identity, or zeros, into it"):
-        load_checkpoint(save_reference(tmp_path / "o.pt", network))
-
-
-def test_a_reference_checkpoint_is_published_exactly(tmp_path: Path, toy_backbone: Path) -> None:
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_reference_checkpoint_is_published_exactly(tmp_path: Path, toy_backbone: Path, norm: bool) -> None:
     torch.manual_seed(1)
-    network = ReferenceProjector(24, [384, 288, 216], 256, "gelu").eval()
+    network = ReferenceProjector(24, [384, 288, 216], 256, "gelu", norm=norm).eval()
     save_reference(tmp_path / "checkpoint" / "checkpoint_best.pt", network)
     convert_to_hf.run(make_config(tmp_path, toy_backbone), Options())
     model = SpatialEmbeddingsModel.from_pretrained(tmp_path / "published").eval()

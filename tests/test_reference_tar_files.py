@@ -9,7 +9,7 @@ from reference_files import NEWER_COLUMNS, age
 
 from generate_embeddings import generate_embeddings
 from pipeline.errors import InputError
-from pipeline.files.foreign import match_members
+from pipeline.reference.tar_files import match_members
 from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
 
 SIZES = (3, 2, 4)

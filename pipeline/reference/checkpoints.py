@@ -1,0 +1,185 @@
+"""Read checkpoints of the reference implementation, and other weights without an architecture, as ours."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import TrainingModelSection
+from pipeline.errors import InputError
+from pipeline.log import logger
+from pipeline.retrieval.checkpoint import Checkpoint, StateDict, make_checkpoint, read_content
+
+# Keys of the projector's weights in checkpoints without an architecture.
+WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
+# Prefixes that wrappers add to the names.
+PREFIXES = ("module.", "_orig_mod.", "model.", "projector.")
+# The reference's layers, and ours, whose `norms` follow `hidden` and `output`.
+REFERENCE_LAYERS = {
+    "input_layer": "hidden.0", "input_norm": "norms.0", "output_layer": "output", "residual_proj": "shortcut",
+}  # fmt: skip
+
+
+def load_checkpoint(
+    path: Path, section: TrainingModelSection | None = None, *, input_dim: int | None = None
+) -> Checkpoint:
+    """Load a checkpoint of this project or of the reference implementation on the CPU.
+
+    `section` gives the widths asked for, and dropout and activation where weights alone are stored; `input_dim` is the
+    width of the features, if known. Raises InputError as `retrieval.checkpoint.load_checkpoint` does.
+    """
+    content = read_content(path)
+    if not isinstance(content.get("architecture"), dict):
+        key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
+        rest = {name: value for name, value in content.items() if name != key} if key else {}
+        content = rest | read_weights(path, content[key] if key else content, section or TrainingModelSection())
+    return make_checkpoint(path, content, section, input_dim)
+
+
+def read_weights(
+    path: Path, content: dict[str, Any], section: TrainingModelSection, activation: str | None = None
+) -> dict[str, Any]:
+    """Return `architecture` and `projector` as our checkpoints hold them.
+
+    Widths and depth come from the weights; dropout, and the activation where none is given, from the section.
+    Understands the names of this projector's own layers, of the reference implementation's, and of a sequence of linear
+    layers, which gets a shortcut of zeros (a single layer is the shortcut itself).
+    """
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor) and value.numel()}
+    weights = _strip_prefixes(tensors)
+    if not weights:
+        raise InputError(f"{path}: holds no projector weights: make it with stage 6")
+    if {"fc1.weight", "fc2.weight"} <= weights.keys() and "fc3.weight" not in weights:
+        weights = _rename_older(path, weights)
+    layers = {name.partition(".")[0] for name in weights}
+    if layers & REFERENCE_LAYERS.keys():
+        weights = _rename_reference(path, weights)
+    elif "shortcut" not in layers:
+        weights = _rename_sequence(path, weights)
+    architecture = _infer_architecture(path, weights, section)
+    if activation is None and architecture["num_hidden_layers"]:
+        source = "as configured" if "activation" in section.model_fields_set else "the default"
+        logger.warning(
+            "%s: names no activation: %s is assumed (%s of [training_model].activation); where it was another one, the "
+            "embeddings are wrong", path, section.activation, source,
+        )  # fmt: skip
+    return {"architecture": architecture | ({"activation": activation} if activation else {}), "projector": weights}
+
+
+def _infer_architecture(path: Path, weights: StateDict, section: TrainingModelSection) -> dict[str, Any]:
+    """Infer the projector's constructor arguments from its weights."""
+    depth = sum(bool(re.fullmatch(r"hidden\.\d+\.weight", name)) for name in weights)
+    hidden = [f"hidden.{number}.weight" for number in range(depth)]
+    for name in ("shortcut.weight", *hidden):
+        if name not in weights or weights[name].ndim != 2:
+            raise _not_mapped(path, f"{name} is missing or no matrix")
+    output_dim, input_dim = weights["shortcut.weight"].shape
+    widths = [len(weights[name]) for name in hidden]
+    return {
+        "input_dim": int(input_dim), "output_dim": int(output_dim),
+        "hidden_dim": widths[0] if widths else section.hidden_dim,
+        "num_hidden_layers": len(widths), "dropout": section.dropout, "activation": section.activation,
+        "input_power": 1.0, "hidden_dims": widths if len(set(widths)) > 1 else None,
+        "layer_norm": "norms.0.weight" in weights,
+    }  # fmt: skip
+
+
+def _strip_prefixes(weights: StateDict) -> StateDict:
+    """Strip the wrappers' prefixes; where some names start with `projector.`, drop the other weights."""
+    while True:
+        inner = {key: value for key, value in weights.items() if key.startswith("projector.")}
+        weights = inner or weights
+        prefix = next((prefix for prefix in PREFIXES if weights and all(key.startswith(prefix) for key in weights)), "")
+        if not prefix:
+            return weights
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+def _rename_older(path: Path, weights: StateDict) -> StateDict:
+    """Give the reference's older projector, fc1 and fc2 with or without norms and residual, its later names.
+
+    A norm without a number belongs to the layer of its width.
+    """
+    names = {"fc1": "input_layer", "fc2": "output_layer"}
+    hidden, output = weights["fc1.weight"].shape[:1], weights["fc2.weight"].shape[:1]
+    for name, weight in weights.items():
+        layer = name.rpartition(".")[0]
+        if layer not in names and (match := re.fullmatch(r"(?:layer_?)?(?:norm|ln)_?([12]?)", layer)):
+            if not match[1] and hidden == output:
+                raise _not_mapped(path, f"{layer} may belong to either of two layers of {hidden[0]} numbers")
+            is_input = match[1] == "1" or (not match[1] and weight.shape == hidden)
+            names[layer] = "input_norm" if is_input else "output_norm"
+    return {
+        f"{names.get(layer, layer)}.{part}": weight
+        for name, weight in weights.items()
+        for layer, _, part in [name.rpartition(".")]
+    }
+
+
+def _rename_reference(path: Path, weights: StateDict) -> StateDict:
+    """Map the reference implementation's projector onto this one's names.
+
+    It computes y = output_layer(h) + residual_proj(x), L2-normalised: x are the features and h the result of
+    input_layer and each of hidden_layers on x, each followed by an activation. With norms, one follows each layer, the
+    output layer too, before activation and sum. Without residual_proj nothing is added, whatever the widths.
+    """
+    depth = sum(bool(re.fullmatch(r"hidden_layers\.\d+\.weight", name)) for name in weights)
+    targets = REFERENCE_LAYERS | {"output_norm": f"norms.{depth + 1}"}
+    for number in range(depth):
+        targets |= {f"hidden_layers.{number}": f"hidden.{number + 1}", f"hidden_norms.{number}": f"norms.{number + 1}"}
+    unknown = sorted(weights.keys() - {f"{name}.{part}" for name in targets for part in ("weight", "bias")})
+    if unknown:
+        raise _not_mapped(path, f"{unknown[0]} is not known")
+    has_norms = any("_norm" in name for name in weights)
+    renamed: StateDict = {}
+    for name, target in targets.items():
+        weight, is_norm = weights.get(f"{name}.weight"), "_norm" in name
+        if weight is None and (name == "residual_proj" or (is_norm and not has_norms)):
+            continue
+        if weight is None or weight.ndim != (1 if is_norm else 2):
+            raise _not_mapped(path, f"{name}.weight is missing or no {'vector' if is_norm else 'matrix'}")
+        renamed |= _rename_layer(weights, f"{name}.", target)
+    return _add_shortcut(renamed, weights["input_layer.weight"], weights["output_layer.weight"])
+
+
+def _rename_sequence(path: Path, weights: StateDict) -> StateDict:
+    """Map a plain MLP, with linear layers numbered as in nn.Sequential, onto the projector's names."""
+    # A layer's name with its dot; a single layer may have none.
+    names = [key.removesuffix("weight") for key, value in weights.items() if key.endswith("weight") and value.ndim == 2]
+    known = {f"{name}{part}" for name in names for part in ("weight", "bias")}
+    others = [key for key in weights if key not in known]
+    if others:
+        raise _not_mapped(path, f"{others[0]} is not part of a linear layer")
+    if len(names) == 1:
+        return _rename_layer(weights, names[0], "shortcut")
+    places = [(place[1], int(place[2]), name) for name in names if (place := re.fullmatch(r"(.*?)(\d+)\.", name))]
+    if len(places) < len(names) or len({prefix for prefix, _, _ in places}) > 1:
+        # They may be parallel: shapes do not tell.
+        raise _not_mapped(path, f"{', '.join(names)}: not one numbered sequence of layers")
+    names = [name for _, _, name in sorted(places)]
+    matrices = [weights[f"{name}weight"] for name in names]
+    if any(b.shape[1] != a.shape[0] for a, b in zip(matrices[:-1], matrices[1:], strict=True)):
+        raise _not_mapped(path, "its layers do not follow one another")
+    renamed = _rename_layer(weights, names[-1], "output")
+    for number, name in enumerate(names[:-1]):
+        renamed |= _rename_layer(weights, name, f"hidden.{number}")
+    return _add_shortcut(renamed, matrices[0], matrices[-1])
+
+
+def _rename_layer(weights: StateDict, name: str, target: str) -> StateDict:
+    """Return a layer's weight and bias, or zeros as the bias, under another name."""
+    weight = weights[f"{name}weight"]
+    return {f"{target}.weight": weight, f"{target}.bias": weights.get(f"{name}bias", weight.new_zeros(len(weight)))}
+
+
+def _add_shortcut(renamed: StateDict, first: torch.Tensor, last: torch.Tensor) -> StateDict:
+    """Add a shortcut of zeros from the first layer's inputs to the last one's outputs where there is none."""
+    zeros = {
+        "shortcut.weight": first.new_zeros(last.shape[0], first.shape[1]), "shortcut.bias": first.new_zeros(len(last)),
+    }  # fmt: skip
+    return zeros | renamed
+
+
+def _not_mapped(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: cannot be mapped onto the projector ({why}): train again with stage 6")
