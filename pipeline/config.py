@@ -200,7 +200,7 @@ class TrainingSection(Section):
         "sharpened",
         description="start of the linear shortcut; sharpened: sharpened or plain whitening, by validation",
     )
-    init_checkpoint: str | None = Field(None, description="start from this checkpoint of stage 6 instead of init")
+    init_checkpoint: str | None = Field(None, description="start from this checkpoint instead of init")
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
         "auto", description="0 to 1, weight of the identity in the covariance; auto: best validation mAP"
     )

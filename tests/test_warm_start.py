@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference_projector import ReferenceProjector
 from training_data import SETTINGS, WIDTH, fill_workspace, make_split, read_checkpoints, read_metrics, run
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files import tables
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
+from pipeline.retrieval.features import load_features
+from pipeline.retrieval.scores import score_queries, summarize_scores
 from train_specialized_embeddings import tune
 from train_specialized_embeddings.train import describe_run, list_inputs
 from train_specialized_embeddings.training.run_files import RunFiles
@@ -88,10 +91,39 @@ def test_what_cannot_be_started_from_is_refused_with_a_remedy(workspace: Path) -
         run(workspace, OLD, "paths.checkpoint_dir=old")
     with pytest.raises(ConfigError, match="the trials choose the architecture: leave it out"):
         tune.run(load_config(workspace / "config.toml", [OLD]), TuneOptions())
-    bare = torch.load(workspace / "old/checkpoint_best.pt", weights_only=True)
-    torch.save({key: bare[key] for key in ("architecture", "projector")}, workspace / "bare.pt")
-    with pytest.raises(InputError, match=r"bare.pt: does not hold the coordinates"):
-        run(workspace, "training.init_checkpoint=bare.pt")
+
+
+@pytest.mark.parametrize(("norm", "residual"), [(True, True), (True, False), (False, True)])
+def test_training_starts_from_a_projector_of_the_reference_implementation(
+    workspace: Path, norm: bool, residual: bool
+) -> None:
+    torch.manual_seed(1)
+    network = ReferenceProjector(WIDTH, [24, 18], 8, "gelu", norm=norm, residual=residual).eval()
+    torch.save({"model_state_dict": network.state_dict(), "epoch": 3}, workspace / "old.pt")
+    run(workspace, "training.init_checkpoint=old.pt", "training.num_epochs=2")
+    found = read_checkpoints(workspace)["checkpoint_final.pt"]
+    assert found["start"]["init"] == "checkpoint"
+    assert set(found["metrics"]["val"]) == {"raw", "pca_whitened", "whitening", "projector"}
+    rows = torch.from_numpy(load_features(workspace / "merged/val.parquet").embeddings)
+    codes = load_features(workspace / "merged/val.parquet").building_codes
+    with torch.no_grad():
+        expected = summarize_scores(score_queries(network(rows).numpy(), codes))
+    assert read_metrics(workspace)[0]["val"] == pytest.approx(expected, abs=1e-6)
+    run(workspace, "training.init_checkpoint=old.pt", "training.num_epochs=0", "paths.checkpoint_dir=start")
+    start = build_projector(load_checkpoint(workspace / "start/checkpoint_best.pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(start(rows), network(rows), atol=1e-6, rtol=0)
+    assert found["projector"].keys() == start.state_dict().keys()
+
+
+def test_a_checkpoint_names_its_training_buildings(workspace: Path) -> None:
+    run(workspace)
+    found = load_checkpoint(workspace / "checkpoint/checkpoint_best.pt")
+    ids = {
+        name: load_features(workspace / f"merged/{name}.parquet").building_ids.to_pylist() for name in ("train", "val")
+    }
+    assert found.count_trained_on(ids["train"]) == len(ids["train"])
+    assert found.count_trained_on(set(ids["val"]) - set(ids["train"])) == 0
 
 
 def test_a_checkpoint_of_other_embeddings_is_refused(workspace: Path) -> None:

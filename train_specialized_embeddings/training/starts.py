@@ -53,8 +53,9 @@ class Coordinates:
         """Return the projector of features that equals this projector of coordinates, up to rounding; on the CPU."""
         own = self.linear_map
         architecture = projector.architecture | {
-            "input_dim": own.weight.shape[1], "input_power": own.input_power,
-        }  # fmt: skip
+            "input_dim": own.weight.shape[1],
+            "input_power": own.input_power * projector.architecture["input_power"],
+        }
         state = {name: value.detach().cpu() for name, value in projector.state_dict().items()}
         weight, bias = (torch.from_numpy(part).double() for part in (own.weight, own.bias))
         for layer in ("shortcut", "hidden.0"):
@@ -102,8 +103,16 @@ def make_coordinates(linear_map: LinearMap, scatter: Scatter, output_dim: int) -
     return Coordinates(scaled, (np.sqrt(within) * scale).astype(np.float32), length)
 
 
-# Another run's coordinates, and a checkpoint of its projector of them.
-WarmStart = tuple[Coordinates, Checkpoint]
+def keep_features(scatter: Scatter) -> Coordinates:
+    """Return the features themselves as coordinates."""
+    width = len(scatter.mean)
+    same = LinearMap(np.eye(width, dtype=np.float32), np.zeros(width, np.float32))
+    length = np.sqrt(np.trace(scatter.within) + np.trace(scatter.between) + scatter.mean @ scatter.mean)
+    return Coordinates(same, np.sqrt(np.diag(scatter.within)).astype(np.float32), float(length))
+
+
+# Another run's coordinates, None for the features themselves, and a checkpoint of its projector of them.
+WarmStart = tuple[Coordinates | None, Checkpoint]
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ def fit_baselines(
     }
     note: dict[str, Any] = {"init": "checkpoint" if warm else init, "shrinkage": shrinkage}
     if warm:
-        return Baselines(warm[0], note, scores, warm[1])
+        return Baselines(warm[0] or keep_features(scatter), note, scores, warm[1])
     start = _fill_up(pca, num_rows) if init == "pca" else whitening.linear_map
     if init == "sharpened":
         tried = _try(sharpen_whitening, powered, num_rows, shrinkages, validate)
@@ -262,9 +271,9 @@ def _fill_up(pca: LinearMap, output_dim: int) -> LinearMap:
 def load_warm_start(path: Path, model: TrainingModelSection, width: int, embedded_with: Any) -> WarmStart:
     """Read `[training].init_checkpoint`: its coordinates, and a checkpoint of its projector of them.
 
-    `width` is that of the features, `embedded_with` how they were made. Dropout is as configured. Raises InputError
-    where the checkpoint is missing or damaged, has other widths, was trained on embeddings made otherwise, or holds no
-    coordinates.
+    `width` is that of the features, `embedded_with` how they were made. Without coordinates, as the reference
+    implementation writes it, its projector takes the features. Dropout is as configured. Raises InputError where the
+    checkpoint is missing or damaged, has other widths, or was trained on embeddings made otherwise.
     """
     found = load_checkpoint(path, model, input_dim=width)
     made_with = found.provenance.get("embedded_with")
@@ -275,14 +284,11 @@ def load_warm_start(path: Path, model: TrainingModelSection, width: int, embedde
             f"{embedded_with.get(key)!r}: leave out [training].init_checkpoint, or use the same embeddings"
         )
     state, weights = found.rest.get("coordinates"), found.rest.get("average")
-    if not (isinstance(state, dict) and isinstance(weights, dict)):
-        raise InputError(
-            f"{path}: does not hold the coordinates that training would go on in: [training].init_checkpoint takes "
-            "what this version's stage 6 wrote; leave it out"
-        )
-    coordinates = restore_coordinates(state)
-    architecture = found.architecture | {
-        "input_dim": len(coordinates.spread), "input_power": 1.0, "dropout": model.dropout,
-    }  # fmt: skip
+    coordinates = restore_coordinates(state) if isinstance(state, dict) else None
+    architecture = found.architecture | {"dropout": model.dropout}
+    if coordinates is None:
+        weights = found.projector
+    else:
+        architecture |= {"input_dim": len(coordinates.spread), "input_power": 1.0}
     logger.info("training starts from %s of epoch %s, whose architecture it keeps", path, found.rest.get("epoch"))
     return coordinates, Checkpoint(path, architecture, weights)
