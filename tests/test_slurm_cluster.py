@@ -160,11 +160,14 @@ def read_job_logs(workspace: Path) -> str:
 
 def test_the_whole_chain_gives_what_a_local_run_gives(cluster, workspace, local_run):
     submit = [REPO / "slurm/submit_pipeline.sh", "--config", "config.toml", "--array-size", "2"]
-    table = cluster.run(*submit, cwd=workspace, SBATCH_ACCOUNT="from-the-environment", HF_TOKEN="hf_secret")
+    # What a user has set for commands of their own hides no job, makes no array and waits for nothing.
+    others = {"SQUEUE_PARTITION": "other", "SQUEUE_FORMAT": "%i", "SBATCH_ARRAY_INX": "0-1", "SBATCH_WAIT": "1"}
+    others |= {"SBATCH_ERROR": "/dev/null", "SBATCH_ACCOUNT": "from-the-environment", "HF_TOKEN": "hf_secret"}
+    table = cluster.run(*submit, cwd=workspace, **others)
     assert len(table.splitlines()) == 10
     queue = cluster.queue()
     assert all(line.endswith(" from-the-environment") for line in queue)
-    assert "nothing to submit" in cluster.run(*submit, cwd=workspace)
+    assert "nothing to submit" in cluster.run(*submit, cwd=workspace, **others)
     assert "nothing to submit" in cluster.run(*submit[:3], cwd=workspace)  # the queue's array size holds
     assert {line.split()[0] for line in cluster.queue()} <= {line.split()[0] for line in queue}
     running = read_status(cluster, workspace)

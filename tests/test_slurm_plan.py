@@ -13,12 +13,12 @@ from slurm_fixtures import dry_run
 
 from generate_embeddings import generate_embeddings
 from pipeline.config import load_config
-from pipeline.errors import ConfigError, StaleOutputError
+from pipeline.errors import ConfigError, PipelineError, StaleOutputError
 from pipeline.files.units import ABSENT, COMPLETE, UnitState
 from pipeline.stages import STAGES, TUNE, choose_stages
 from preprocess_raw_data import process_tar
 from slurm.control import scheduler, submit
-from slurm.control.plan import ActiveTask, Cut, count_shards, make_plan
+from slurm.control.plan import ActiveTask, count_shards, make_plan
 from slurm.control.scheduler import format_shards, parse_shards
 from slurm.control.submission import check_secrets, format_dependency, name_job_file
 from slurm.control.survey import survey
@@ -51,7 +51,7 @@ def config(tmp_path, write_config, make_tar):
 
 def plan(config, first=1, last=9, active=None, only=None, **cut):
     stages = choose_stages(config, first, last) or [TUNE]
-    return make_plan(Target(config.log_dir, config), stages, Cut(**cut), active or {}, only)
+    return make_plan(Target(config.log_dir, config), stages, active or {}, only, **cut)
 
 
 def summarize(found):
@@ -83,7 +83,7 @@ def test_tuning_is_an_array_of_workers_behind_what_training_reads(config):
     workers = {0: [ActiveTask("9_1", 1, 3, False)]}
     assert summarize(plan(config, 0, 0, workers, array_size=3)) == [(0, "0,2", "")]
     anchors = {5: [ActiveTask("9_1", 1, 3, False)]}
-    assert summarize(plan(config, 5, 5, anchors, anchor_shards=3)) == [(5, "0,2", "")]
+    assert summarize(plan(config, 5, 5, anchors, array_size=3)) == [(5, "0,2", "")]
 
 
 def test_stage_8_is_there_where_new_data_are_set(tmp_path, write_config):
@@ -140,8 +140,8 @@ def test_an_output_of_the_reference_program_is_done_for_the_stage_submit_and_sta
         raw = config.path("raw_dir") / f"{number:04d}.tar"
         assert "1 kept" in run_main(generate_embeddings.main, *options, "--tar-file", str(raw)).stderr
     assert summarize(plan(config, 2, 2)) == [(2, "2", "")]
-    (stage,) = [state for state in survey(config) if state.stage.number == 2]
-    assert [shard.state for shard in stage.shards] == ["done", "done", "not started"]
+    (stage,) = [state for state in survey(config) if state["stage"] == 2]
+    assert stage["shards"] == ["done", "done", "not started"]
 
 
 def test_a_shard_with_too_many_rejects_is_not_done_although_its_outputs_are_there(config):
@@ -191,16 +191,21 @@ def test_some_shards_alone_can_be_submitted(config):
 
 
 def test_arrays_are_cut_at_what_the_cluster_allows_and_at_the_number_of_tars():
-    assert count_shards(STAGES[1], 5000, Cut(4000, None, 1001), []) == 1001
-    assert count_shards(STAGES[1], 5000, Cut(64, None, 1001), []) == 64
-    assert count_shards(STAGES[1], 10, Cut(64, None, 1001), []) == 10
-    assert count_shards(STAGES[2], None, Cut(64, None, 1001), []) == 64
-    assert count_shards(STAGES[2], None, Cut(), []) == 1
-    assert [count_shards(STAGES[2], tars, Cut(), []) for tars in (4, 5000)] == [4, 64]
-    assert count_shards(STAGES[5], 1, Cut(64, None, 1001), []) == 1
-    assert count_shards(STAGES[5], 1, Cut(64, 4, 1001), []) == 4
-    assert count_shards(STAGES[8], 500, Cut(), []) == 1
-    assert count_shards(STAGES[6], 1, Cut(64), []) == 1
+    assert count_shards(STAGES[1], 5000, 4000, 1001, []) == 1001
+    assert count_shards(STAGES[1], 5000, 64, 1001, []) == 64
+    assert count_shards(STAGES[1], 10, 64, 1001, []) == 10
+    assert count_shards(STAGES[2], None, 64, 1001, []) == 64
+    assert count_shards(STAGES[2], None, None, 1001, []) == 1
+    assert [count_shards(STAGES[2], tars, None, 1001, []) for tars in (4, 5000)] == [4, 64]
+    assert count_shards(STAGES[5], 1, None, 1001, []) == 1
+    assert count_shards(STAGES[5], 1, 4, 1001, []) == 4
+    assert count_shards(STAGES[8], 500, None, 1001, []) == 1
+    assert count_shards(STAGES[6], 1, 64, 1001, []) == 1
+
+
+def test_the_array_size_of_a_chain_cuts_no_search_for_neighbours(config):
+    assert [job.shard_count for job in plan(config, array_size=3).jobs if job.stage.number == 5] == [1]
+    assert [job.shard_count for job in plan(config, 5, 5, array_size=3).jobs] == [3]
 
 
 def test_the_clusters_limit_is_read_from_its_configuration(monkeypatch):
@@ -218,12 +223,7 @@ def test_shards_are_written_as_sbatch_reads_them(shards, text):
 
 def test_the_queue_is_read_task_by_task(monkeypatch):
     monkeypatch.setattr(scheduler, "ask", lambda _command: "70|3|RUNNING\n70|4-5|PENDING\n71|N/A|PENDING\n")
-    assert [(task.job_id, task.shard, task.is_waiting) for task in scheduler.list_queued()] == [
-        ("70", 3, False),
-        ("70", 4, True),
-        ("70", 5, True),
-        ("71", None, True),
-    ]
+    assert scheduler.list_queued() == {("70", 3): False, ("70", 4): True, ("70", 5): True, ("71", None): True}
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -260,27 +260,6 @@ def test_options_behind_two_dashes_go_to_the_stage(slurmless):
     assert command.index("--time=5") < script < command.index("--force")
 
 
-def test_a_test_is_one_shard_with_the_first_tar(slurmless, config):
-    command, *more = dry_run(
-        "2", "--config", config.file_path, "--test", script="slurm/submit_stage.sh", PATH=slurmless
-    )
-    assert (more, "--array=0-0" in command) == ([], True)
-    assert command[-2:] == ["--tar-file", str(config.path("raw_dir") / "0001.tar")]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["3", "--test"], "give it to submit_stage.sh 1, 2 or 4"),
-        (["1", "--test", "--shards", "0"], "one tar is one shard"),
-    ],
-)
-def test_a_test_of_what_has_no_one_tar_is_refused(run_main, arguments, complaint):
-    outcome = run_main(submit.main, "stage", *arguments)
-    assert outcome.code == 2
-    assert complaint in outcome.stderr
-
-
 @pytest.mark.parametrize("as_one_word", [True, False])
 def test_another_environment_runs_the_submission_and_the_jobs(slurmless, tmp_path, as_one_word):
     python = tmp_path / "venv" / "bin" / "python"
@@ -315,8 +294,7 @@ def test_log_folders_with_percent_signs_and_spaces_are_no_patterns(tmp_path, wri
         (["--from-stage", "5", "--to-stage", "3"], "--from-stage 5 lies behind --to-stage 3"),
         (["--array-size", "0"], "'0' must be a whole number above 0"),
         (["--", "--force"], "give them to submit_stage.sh"),
-        (["--test"], "give it to submit_stage.sh 1, 2 or 4"),
-        (["--dry-run", "--export=ALL,HF_TOKEN=hf_x"], "a token on an sbatch line would be kept by the accounting"),
+        (["--dry-run", "--export=ALL,HF_TOKEN=hf_x"], "a token or password on an sbatch line would be kept"),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_one_line(run_main, arguments, complaint):
@@ -337,6 +315,45 @@ def test_a_token_never_reaches_a_command_or_a_jobs_environment(monkeypatch):
     assert "HF_TOKEN" not in scheduler.clean_environment()
     with pytest.raises(ConfigError, match="token"):
         check_secrets(["--comment=hf_secret"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--", "--storage", "postgresql://me:s3cret@host/db"],
+        ["--", "--storage=mysql+pymysql://me:s3cret@host/db"],
+        ["--export=ALL,WANDB_API_KEY=s3cret"],
+        ["--export", "NONE,PGPASSWORD=s3cret"],
+    ],
+)
+def test_a_password_never_reaches_an_sbatch_line(run_main, config, words):
+    outcome = run_main(submit.main, "stage", "tune", "--config", config.file_path, "--dry-run", *words)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert "a token or password on an sbatch line would be kept" in outcome.stderr
+    assert "s3cret" not in outcome.stderr
+
+
+def test_what_names_no_password_goes_to_sbatch_and_the_stage(run_main, config):
+    words = ["--export=ALL,DATA=/scratch/a", "--", "--storage", "postgresql://me@host/db", "--set", "a.key=b"]
+    outcome = run_main(submit.main, "stage", "tune", "--config", config.file_path, "--dry-run", *words)
+    assert (outcome.code, "postgresql://me@host/db" in outcome.stdout) == (0, True)
+
+
+def test_the_users_settings_of_slurm_neither_hide_jobs_nor_break_the_chain(monkeypatch):
+    names = {"SQUEUE_PARTITION", "SQUEUE_FORMAT", "SCONTROL_ALL", "SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_ERROR",
+             "SBATCH_OUTPUT", "SBATCH_OPEN_MODE", "SBATCH_SIGNAL", "SBATCH_CLUSTERS", "SBATCH_DEPENDENCY"}  # fmt: skip
+    kept = {"SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_WAIT4SWITCH", "SLURM_CONF"}
+    for name in names | kept:
+        monkeypatch.setenv(name, "x")
+    assert not names & scheduler.clean_environment().keys()
+    assert kept <= scheduler.clean_environment().keys()
+
+
+@pytest.mark.parametrize("answer", ["", "wrapped\n"])
+def test_an_answer_without_a_job_id_is_an_error(answer):
+    with pytest.raises(PipelineError, match="in place of a job id"):
+        scheduler.read_job_id(answer)
+    assert scheduler.read_job_id("sbatch: a note\n70;cluster\n") == "70"
 
 
 # ------------------------------------------------------------------------------------------------ the files

@@ -17,7 +17,7 @@ from preprocess_raw_data import process_tar
 from slurm import status
 from slurm.control import records, scheduler
 from slurm.control.records import Record, format_table, holding, read_records
-from slurm.control.survey import FAILED, read_log, survey
+from slurm.control.survey import read_log, survey
 from slurm.control.target import Target
 
 REPO = Path(__file__).resolve().parents[1]
@@ -27,7 +27,7 @@ STAMP = "2026-01-01 00:00:00 INFO"
 @pytest.fixture
 def answers(monkeypatch):
     """What SLURM's commands answer; None where there is no SLURM."""
-    found = {"squeue": None, "sacct": None}
+    found = {"squeue": None}
     monkeypatch.setattr(scheduler, "ask", lambda command: found.get(command[0]))
     return found
 
@@ -42,28 +42,23 @@ def config(tmp_path, write_config, make_tar):
     return load_config(path)
 
 
-def record_job(config, number, job_id, shards, shard_count=4):
-    stage, target = STAGES[number], Target(config.log_dir, config)
-    record = Record(
-        stage=number, job_id=job_id, shards=shards, shard_count=shard_count, dependency="",
-        output=target.find_place(stage), log_pattern=records.log_pattern(stage, config.log_dir),
-        command=["sbatch", "--account=group"],
-    )  # fmt: skip
-    folder = records.submissions_dir(config.log_dir)
-    write_json(folder / f"{job_id}.json", [asdict(record)])
+def record_job(config, number, job_id, shards, shard_count=4, dependency=""):
+    place = Target(config.log_dir, config).find_place(STAGES[number])
+    record = Record(number, job_id, shards, shard_count, dependency, place, "group")
+    write_json(records.submissions_dir(config.log_dir) / f"{job_id}.json", [asdict(record)])
     return record
 
 
-def write_log(record, shard, *lines):
-    path = record.log_path(shard)
+def write_log(config, record, shard, *lines):
+    path = Path(records.log_path(config.log_dir, STAGES[record.stage], record.job_id, shard))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
 
 
 def states(config, number):
-    (stage,) = [found for found in survey(config) if found.stage.number == number]
-    return [shard.state for shard in stage.shards]
+    (stage,) = [found for found in survey(config) if found["stage"] == number]
+    return stage["shards"]
 
 
 def test_without_records_the_outputs_alone_tell(config, answers):
@@ -74,31 +69,32 @@ def test_without_records_the_outputs_alone_tell(config, answers):
 def test_queue_logs_and_outputs_are_put_together(config, answers):
     record = record_job(config, 1, "70", "0-3")
     answers["squeue"] = "70|1|RUNNING\n70|2|PENDING\n"
-    write_log(record, 1, f"{STAMP} 0002.tar: 5/10 img, 2.5 img/s, ETA 2 s")
-    path = write_log(record, 3, f"{STAMP} begin", "error: 0004.tar: truncated", "task: stage 1 shard 3 job 70 exit 1")
+    write_log(config, record, 1, f"{STAMP} 0002.tar: 5/10 img, 2.5 img/s, ETA 2 s")
+    path = write_log(
+        config, record, 3, f"{STAMP} begin", "error: 0004.tar: truncated", "task: stage 1 shard 3 job 70 exit 1"
+    )
     assert states(config, 1) == ["done", "running", "waiting", "failed"]
     stage = survey(config)[0]
-    (failed,) = [shard for shard in stage.shards if shard.state == FAILED]
-    assert failed.log.last_error == "error: 0004.tar: truncated"
-    assert (failed.log.path, failed.log.exit_code, failed.job) == (path, 1, "70_3")
-    assert (stage.items_per_second, stage.items) == (2.5, "img")
-    assert stage.eta_seconds is not None
-    text = status.format_status([status.describe(found, config, []) for found in survey(config)])
+    assert stage["failures"] == [
+        {"shard": 3, "job": "70_3", "exit_code": 1, "error": "error: 0004.tar: truncated", "log": str(path)}
+    ]
+    assert (stage["items_per_second"], stage["items"]) == (2.5, "img")
+    text = status.format_status(survey(config))
     assert "error: 0004.tar: truncated" in text
-    assert f"submit_stage.sh 1 --account group --config '{config.file_path}' --array-size 4 --shards 3" in text
+    assert f"submit_stage.sh 1 --account=group --config '{config.file_path}' --array-size 4 --shards 3" in text
 
 
 def test_an_output_of_other_inputs_has_failed_and_the_difference_is_named(config, answers, make_tar):
     make_tar(config.path("raw_dir"), 1, (5, 5))
     assert states(config, 1) == ["failed", "not started", "not started", "not started"]
-    described = status.describe(survey(config)[0], config, [])
+    described = survey(config)[0]
     assert "input 0001.tar has changed" in described["failures"][0]["error"]
     assert "input 0001.tar has changed" in status.format_status([described])
 
 
 def test_the_last_job_of_a_shard_counts(config, answers):
     answers["squeue"] = ""
-    write_log(record_job(config, 1, "70", "0-3"), 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
+    write_log(config, record_job(config, 1, "70", "0-3"), 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
     assert states(config, 1)[3] == "failed"
     record_job(config, 1, "71", "3")
     answers["squeue"] = "71|3|PENDING\n"
@@ -107,7 +103,7 @@ def test_the_last_job_of_a_shard_counts(config, answers):
 
 def test_a_job_that_ended_without_a_word_has_failed(config, answers):
     """It was killed with its keeper, by the kernel or with its node."""
-    path = write_log(record_job(config, 1, "70", "0-3"), 2, f"{STAMP} begin")
+    path = write_log(config, record_job(config, 1, "70", "0-3"), 2, f"{STAMP} begin")
     assert states(config, 1)[2] == "running"  # nobody to ask, and the log is young
     os.utime(path, (time.time() - 3600,) * 2)
     assert states(config, 1)[2] == "failed"
@@ -116,16 +112,19 @@ def test_a_job_that_ended_without_a_word_has_failed(config, answers):
     assert states(config, 1)[2] == "failed"
 
 
-def test_the_accounting_tells_of_a_job_that_failed_before_it_had_a_log(config, answers):
+def test_a_job_that_left_the_queue_without_a_log_has_failed_unless_it_waited_for_others(config, answers):
     record_job(config, 1, "70", "0-3")
-    answers |= {"squeue": "", "sacct": "70_1|NODE_FAIL\n70_[2-3]|CANCELLED by 0\n"}
-    assert states(config, 1) == ["done", "failed", "not started", "not started"]
+    assert states(config, 1) == ["done", "not started", "not started", "not started"]  # nobody to ask
+    answers["squeue"] = ""
+    assert states(config, 1) == ["done", "failed", "failed", "failed"]
+    record_job(config, 1, "71", "0-3", dependency="afterok:7")
+    assert states(config, 1) == ["done", "not started", "not started", "not started"]
 
 
 def test_too_many_rejects_are_a_failure_although_the_output_is_there(config, answers, make_tar):
     answers["squeue"] = ""
     record = record_job(config, 1, "70", "0-3")
-    write_log(record, 0, "error: too many", "task: stage 1 shard 0 job 70 exit 1")
+    write_log(config, record, 0, "error: too many", "task: stage 1 shard 0 job 70 exit 1")
     assert states(config, 1)[0] == "done"  # a run by hand has mended it since
     strict = load_config(config.file_path, ["data.max_reject_fraction=0"])
     raw = config.path("raw_dir") / "0001.tar"
@@ -155,7 +154,7 @@ def test_a_log_is_read_from_its_end(tmp_path):
         f"task 7_0 goes back into the queue (try 2, 20 requeues at most)\n{STAMP} x: 5/10 img, 9.0 img/s, ETA unknown\n"
     )
     log = read_log(path)
-    assert (log.exit_code, log.items_per_second, log.eta_seconds) == (None, 9.0, None)
+    assert (log.exit_code, log.items_per_second, log.items) == (None, 9.0, "img")
     with open(path, "a", encoding="utf-8") as file:
         file.write("task: stage 2 shard 0 job 7 exit 143\nerror: two tries, and the second got no further\n")
     log = read_log(path)
@@ -167,7 +166,7 @@ def test_a_log_is_read_from_its_end(tmp_path):
 
 def test_json_has_every_stage_and_no_torch_is_imported(config, write_config):
     record = record_job(config, 1, "70", "0-3")
-    write_log(record, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
+    write_log(config, record, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
     code = (
         "import sys; from slurm import status; status.main(sys.argv[1:]); "
         "assert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
@@ -199,7 +198,7 @@ def test_records_are_kept_job_by_job_and_another_output_is_another_pipeline(conf
     record = record_job(config, 1, "70", "0-3")
     (records.submissions_dir(config.log_dir) / "9-broken.json").write_text("{")
     assert read_records(config.log_dir) == [record]
-    write_log(record, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
+    write_log(config, record, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
     elsewhere = load_config(config.file_path, [f"paths.intermediates_dir={tmp_path / 'other'}"])
     assert states(elsewhere, 1) == ["not started"] * 4
     assert format_table([record]).splitlines()[1].split() == ["1", "process_tar", "70", "0-3", "of", "4", "-"]

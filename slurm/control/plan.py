@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.units import Unit
-from pipeline.stages import ANCHOR, ROW_GROUP, STAGES, TAR, TUNE, Stage
+from pipeline.stages import ROW_GROUP, STAGES, TAR, TUNE, Stage
 from slurm.control.target import Target
 
 # A task more is a model loaded once more: 64 GPUs are a large share of a cluster, and leave each of them minutes of
@@ -38,15 +38,6 @@ class PlannedJob:
 Source = PlannedJob | str
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How the work is cut: the sizes asked for, and what the cluster allows."""
-
-    array_size: int | None = None
-    anchor_shards: int | None = None
-    max_array_size: int = 1001
-
-
 @dataclass
 class Plan:
     """The jobs to submit in order, the waiting tasks they take the place of, and what is left alone and why."""
@@ -56,33 +47,32 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def count_shards(stage: Stage, num_units: int | None, cut: Cut, active: list[ActiveTask]) -> int:
+def count_shards(
+    stage: Stage, num_units: int | None, array_size: int | None, max_array_size: int, active: list[ActiveTask]
+) -> int:
     """Return into how many shards a stage is cut; another number than that of the tasks in the queue is refused."""
     if not stage.is_array:
         return 1
-    asked = cut.anchor_shards if stage.unit == ANCHOR else cut.array_size
-    most = num_units if stage.unit in (TAR, ROW_GROUP) and num_units else cut.max_array_size
-    most = min(most, cut.max_array_size)
+    most = min(num_units or max_array_size, max_array_size) if stage.unit in (TAR, ROW_GROUP) else max_array_size
     counts = {task.shard_count for task in active}
     if counts:
         settled = max(counts)
-        wanted = asked and min(asked, most)
+        wanted = array_size and min(array_size, most)
         if len(counts) > 1 or (wanted and wanted != settled):
             raise ConfigError(
                 f"stage {stage.label} has jobs in the queue that cut it into {settled} shards, not {wanted}: wait for "
                 "them or scancel them, or leave out --array-size"
             )
         return settled
-    if asked is None:
-        asked = min(num_units or 1, DEFAULT_MAX_SHARDS) if stage.unit == TAR else 1
-    return min(asked, most)
+    usual = min(num_units or 1, DEFAULT_MAX_SHARDS) if stage.unit == TAR else 1
+    return min(array_size or usual, most)
 
 
 class Planner:
     """Goes through the stages in order and remembers what the later ones have to wait for."""
 
-    def __init__(self, target: Target, cut: Cut, active: dict[int, list[ActiveTask]]) -> None:
-        self.target, self.cut, self.active = target, cut, active
+    def __init__(self, target: Target, active: dict[int, list[ActiveTask]], max_array_size: int) -> None:
+        self.target, self.active, self.max_array_size = target, active, max_array_size
         self.plan = Plan()
         # By stage and shard: what the stages behind it wait for; done shards are not among them.
         self._pending: dict[int, dict[int, Source]] = {}
@@ -91,16 +81,29 @@ class Planner:
         """Note which tasks of a stage that is not asked for are in the queue: the others wait for them all the same."""
         self._pending[stage.number] = {task.shard: task.name for task in self.active.get(stage.number, [])}
 
-    def add(self, stage: Stage, only: Iterable[int] | None = None) -> None:
+    def add(self, stage: Stage, array_size: int | None, only: Iterable[int] | None = None) -> None:
         """Plan the jobs of a stage, `only` for some shards where they are given.
 
         Raises StaleOutputError where outputs were made from other inputs or settings.
         """
         active = self.active.get(stage.number, [])
-        units = self._list_units(stage)
-        shard_count = count_shards(stage, None if units is None else len(units), self.cut, self._list_alike(stage))
+        try:
+            units: list[Unit] | None = self.target.list_units(stage)
+        except InputError as error:
+            units = None
+            if stage.unit != ROW_GROUP:
+                self.plan.notes.append(f"stage {stage.number}: {error}")
+        # All stages that are cut as this one is count: shard 3 must be the same tars.
+        alike = [other for other in STAGES.values() if other.unit == TAR] if stage.unit == TAR else [stage]
+        tasks = [task for other in alike for task in self.active.get(other.number, [])]
+        num_units = None if units is None else len(units)
+        shard_count = count_shards(stage, num_units, array_size, self.max_array_size, tasks)
         waits = {shard: self._find_sources(stage, shard) for shard in range(shard_count)}
-        done = self._find_done(stage, units, waits)
+        done = set[int]()
+        if units is not None and not all(waits.values()):
+            is_done = self.target.find_done(stage, units, shard_count)
+            # One whose input is still to be made is not done, whatever lies there.
+            done = {shard for shard, sources in waits.items() if is_done[shard] and not sources}
         # What these wait for is going to fail, or has: they would be cancelled with it.
         new = {shard for shard, sources in waits.items() if any(isinstance(one, PlannedJob) for one in sources)}
         replaced = [task for task in active if task.is_waiting and task.shard in new]
@@ -119,27 +122,6 @@ class Planner:
         if num_kept or done or not todo:
             counts = f"{len(done)} done, {num_kept} in the queue, {len(todo)} to submit"
             self.plan.notes.append(f"stage {stage.label} {stage.name}: of {shard_count}: {counts}")
-
-    def _list_alike(self, stage: Stage) -> list[ActiveTask]:
-        """Return the tasks in the queue of all stages that are cut as this one is: shard 3 must be the same tars."""
-        alike = [other for other in STAGES.values() if other.unit == TAR] if stage.unit == TAR else [stage]
-        return [task for other in alike for task in self.active.get(other.number, [])]
-
-    def _list_units(self, stage: Stage) -> list[Unit] | None:
-        """Return the stage's units, None where they cannot be told yet."""
-        try:
-            return self.target.list_units(stage)
-        except InputError as error:
-            if stage.unit != ROW_GROUP:
-                self.plan.notes.append(f"stage {stage.number}: {error}")
-            return None
-
-    def _find_done(self, stage: Stage, units: list[Unit] | None, waits: dict[int, list[Source]]) -> set[int]:
-        """Return which shards are done; one whose input is still to be made is not, whatever lies there."""
-        if units is None or all(waits.values()):
-            return set()
-        done = self.target.find_done(stage, units, len(waits))
-        return {shard for shard, sources in waits.items() if done[shard] and not sources}
 
     def _find_sources(self, stage: Stage, shard: int) -> list[Source]:
         """Return what one shard waits for."""
@@ -167,15 +149,20 @@ def _group(stage: Stage, shard_count: int, todo: list[int], waits: dict[int, lis
 def make_plan(
     target: Target,
     stages: Sequence[Stage],
-    cut: Cut,
     active: dict[int, list[ActiveTask]],
     only: Iterable[int] | None = None,
+    array_size: int | None = None,
+    max_array_size: int = 1001,
 ) -> Plan:
-    """Plan some stages, behind what of the others is in the queue."""
-    planner = Planner(target, cut, active)
+    """Plan some stages, behind what of the others is in the queue.
+
+    `array_size` cuts a stage that is asked for alone, else those that work by tars or row groups.
+    """
+    planner = Planner(target, active, max_array_size)
     for stage in (*STAGES.values(), TUNE):
         if stage in stages:
-            planner.add(stage, only)
+            is_cut = len(stages) == 1 or stage.unit in (TAR, ROW_GROUP)
+            planner.add(stage, array_size if is_cut else None, only)
         else:
             planner.look_at(stage)
     return planner.plan

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files.workspace import locked, write_failure
+from pipeline.files.workspace import locked
 from pipeline.stages import STAGES, TUNE, Stage
 from slurm.control.scheduler import format_shards, parse_shards
 
@@ -22,16 +22,11 @@ class Record:
     shard_count: int
     dependency: str
     output: str
-    log_pattern: str  # with {job} and {shard} to fill in
-    command: list[str]
+    account: str  # of --account, empty without one
 
     def list_shards(self) -> list[int]:
         """Return the numbers of its shards, [0] where it has none."""
         return parse_shards(self.shards) if self.shards else [0]
-
-    def log_path(self, shard: int) -> Path:
-        """Return where a shard's job writes what it prints."""
-        return Path(self.log_pattern.replace("{job}", self.job_id).replace("{shard}", str(shard)))
 
 
 def submissions_dir(log_dir: Path) -> Path:
@@ -39,10 +34,9 @@ def submissions_dir(log_dir: Path) -> Path:
     return log_dir / "submissions"
 
 
-def log_pattern(stage: Stage, log_dir: Path) -> str:
-    """Return the path of a job's log, with {job} and {shard} to fill in."""
-    name = f"{stage.name}-{{job}}_{{shard}}.log" if stage.is_array else f"{stage.name}-{{job}}.log"
-    return str(log_dir / "slurm" / name)
+def log_path(log_dir: Path, stage: Stage, job: str, shard: object) -> str:
+    """Return where a job, or a task of an array, writes what it prints."""
+    return str(log_dir / "slurm" / (f"{stage.name}-{job}_{shard}.log" if stage.is_array else f"{stage.name}-{job}.log"))
 
 
 @contextlib.contextmanager
@@ -50,18 +44,13 @@ def holding(log_dir: Path) -> Iterator[None]:
     """Let one process submit at a time, so that two never submit the same shards; another gets a PipelineError."""
     folder = submissions_dir(log_dir)
     with locked(folder, "is submitting: wait for it, then run this again", folder / ".lock"):
-        try:
-            (log_dir / "slurm").mkdir(exist_ok=True)  # without it a job dies without a log
-        except OSError as error:
-            raise write_failure(log_dir / "slurm", error) from error
+        (log_dir / "slurm").mkdir(exist_ok=True)  # without it a job dies without a log
         yield
 
 
 def name_record(log_dir: Path) -> Path:
     """Return a new file for the records of one call; later calls sort behind it."""
-    now = time.time_ns()
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now // 10**9))
-    return submissions_dir(log_dir) / f"{stamp}-{now % 10**9:09d}.json"
+    return submissions_dir(log_dir) / f"{time.time_ns()}.json"
 
 
 def read_records(log_dir: Path) -> list[Record]:
@@ -76,10 +65,9 @@ def read_records(log_dir: Path) -> list[Record]:
 def format_table(records: list[Record]) -> str:
     """Return the jobs as a table."""
     names = {stage.number: stage.name for stage in (*STAGES.values(), TUNE)}
-    rows = [("stage", "name", "job", "shards", "waits for")]
+    line = "{:<5}  {:<32}  {:<9}  {:<14}  {}".format
+    lines = [line("stage", "name", "job", "shards", "waits for")]
     for record in records:
         shards = f"{format_shards(record.list_shards())} of {record.shard_count}" if record.shards else "-"
-        rows.append((str(record.stage or "-"), names[record.stage], record.job_id, shards, record.dependency or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)  # fmt: skip
+        lines.append(line(record.stage or "-", names[record.stage], record.job_id, shards, record.dependency or "-"))
+    return "\n".join(lines)

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import PROJECT_ROOT
@@ -15,17 +14,16 @@ from pipeline.errors import PipelineError
 DEFAULT_MAX_ARRAY_SIZE = 1001
 # A token belongs to the login node: jobs work offline, and the accounting may keep a job's environment.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+# These hide jobs from a query, or print them otherwise.
+QUERY_SETTINGS = ("SQUEUE_", "SCONTROL_")
+# These would make an array of a single job, wait for its end, move it out of the queries' sight, or take away its log
+# or the signal by which it is requeued. The others hold: SBATCH_ACCOUNT, _PARTITION, _QOS, _TIMELIMIT, ...
+IGNORED = {
+    f"SBATCH_{name}"
+    for name in ("ARRAY_INX", "CLUSTERS", "DEPENDENCY", "ERROR", "OPEN_MODE", "OUTPUT", "SIGNAL", "WAIT")
+}
 QUERY_TIMEOUT_SECONDS = 60
 WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
-
-
-@dataclass(frozen=True)
-class QueuedTask:
-    """A job or one task of an array that is waiting or running; `shard` is None where it is no array."""
-
-    job_id: str
-    shard: int | None
-    is_waiting: bool
 
 
 def ask(command: Sequence[str]) -> str | None:
@@ -61,9 +59,11 @@ def _run(
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment without tokens, and without what changes which jobs SLURM lists and how."""
-    hidden = ("SQUEUE_", "SACCT_", *SECRETS)
-    return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    """Return the environment without tokens, and without what changes SLURM's answers or breaks the chain of jobs."""
+    hidden = {*IGNORED, *SECRETS}
+    return {
+        name: value for name, value in os.environ.items() if name not in hidden and not name.startswith(QUERY_SETTINGS)
+    }
 
 
 def read_max_array_size() -> int:
@@ -73,34 +73,25 @@ def read_max_array_size() -> int:
     return max(1, int(match[1])) if match else DEFAULT_MAX_ARRAY_SIZE
 
 
-def list_queued() -> list[QueuedTask] | None:
-    """Return the user's waiting and running tasks, None where squeue does not answer."""
+def list_queued() -> dict[tuple[str, int | None], bool] | None:
+    """Return whether each of the user's tasks in the queue waits, by job and number; None where squeue does not answer.
+
+    The number is None where the job is no array.
+    """
     text = ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T"])
     if text is None:
         return None
-    tasks = []
+    tasks = dict[tuple[str, int | None], bool]()
     for line in text.splitlines():
         job_id, task, state = (part.strip() for part in line.split("|"))
         shards: Sequence[int | None] = [None] if task in ("N/A", "") else parse_shards(task)
-        tasks += [QueuedTask(job_id, shard, state in WAITING_STATES) for shard in shards]
+        tasks |= {(job_id, shard): state in WAITING_STATES for shard in shards}
     return tasks
-
-
-def list_ended(job_ids: Sequence[str]) -> dict[tuple[str, int | None], str]:
-    """Return the state in which tasks ended, as far as the accounting knows them."""
-    text = ask(["sacct", "-X", "-n", "-P", f"--jobs={','.join(job_ids)}", "--format=JobID,State"]) if job_ids else None
-    ended: dict[tuple[str, int | None], str] = {}
-    for line in (text or "").splitlines():
-        match = re.fullmatch(r"(\d+)(?:_(\d+|\[.*\]))?\|(\w+).*", line)
-        if match:
-            shards: Sequence[int | None] = parse_shards(match[2]) if match[2] else [None]
-            ended.update({(match[1], shard): match[3] for shard in shards})
-    return ended
 
 
 def read_job_id(answer: str) -> str:
     """Return the job id that `sbatch --parsable` answers."""
-    job_id = answer.strip().splitlines()[-1].partition(";")[0]
+    job_id = answer.strip().rpartition("\n")[2].partition(";")[0]
     if not job_id.isdigit():
         raise PipelineError(f"sbatch answered {job_id!r} in place of a job id: is sbatch wrapped by something?")
     return job_id

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from pipeline.config import PROJECT_ROOT
 from pipeline.errors import ConfigError, InputError, PipelineError
@@ -13,9 +15,12 @@ from pipeline.files.workspace import write_json
 from pipeline.inference.model_files import locate_backbone
 from pipeline.stages import ROW_GROUP, STAGES, TUNE, Stage
 from slurm.control import records, scheduler
-from slurm.control.plan import ActiveTask, Cut, Plan, PlannedJob, Source, make_plan
+from slurm.control.plan import ActiveTask, Plan, PlannedJob, Source, make_plan
 from slurm.control.records import Record
 from slurm.control.target import Target
+
+# A variable that is set to a secret (--export=ALL,WANDB_API_KEY=...), and a URL with a password.
+SECRET = re.compile(r"(?:^|[=,])[A-Z0-9_]*(?:TOKEN|KEY|SECRET|PASS)[A-Z0-9_]*=|://[^/\s@]*:[^/\s]+@")
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ def submit(request: Request) -> None:
 def plan_now(request: Request) -> Plan:
     """Plan with what is in the queue now, and say on stderr what is left alone, and why."""
     arguments = request.arguments
-    cut = Cut(arguments.array_size, arguments.anchor_shards, scheduler.read_max_array_size())
-    plan = make_plan(request.target, request.stages, cut, find_active(request.target), arguments.shards)
+    active, most = find_active(request.target), scheduler.read_max_array_size()
+    plan = make_plan(request.target, request.stages, active, arguments.shards, arguments.array_size, most)
     for note in plan.notes:
         print(note, file=sys.stderr)
     for name in plan.replaced:
@@ -62,15 +67,14 @@ def plan_now(request: Request) -> Plan:
 
 def find_active(target: Target) -> dict[int, list[ActiveTask]]:
     """Return, by stage, the shards that earlier submissions have in the queue; none where there is no SLURM."""
-    queued = scheduler.list_queued() or []
+    queued = scheduler.list_queued() or {}
     active: dict[int, list[ActiveTask]] = {}
     for record in records.read_records(target.log_dir) if queued else []:
-        if not is_of_target(record, target):
-            continue
-        for task in queued:
-            if task.job_id == record.job_id:
-                name = task.job_id if task.shard is None else f"{task.job_id}_{task.shard}"
-                found = ActiveTask(name, task.shard or 0, record.shard_count, task.is_waiting)
+        for shard in record.list_shards() if is_of_target(record, target) else []:
+            job, task = record.job_id, shard if record.shards else None
+            if (job, task) in queued:
+                name = job if task is None else f"{job}_{task}"
+                found = ActiveTask(name, shard, record.shard_count, queued[job, task])
                 active.setdefault(record.stage, []).append(found)
     return active
 
@@ -96,11 +100,14 @@ def check_weights(plan: Plan, target: Target) -> None:
 
 
 def check_secrets(options: Sequence[str]) -> None:
-    """Raise ConfigError where a token would get into an sbatch line, whose text the accounting keeps."""
+    """Raise ConfigError where a token or password would get into an sbatch line, whose text the accounting keeps."""
     tokens = [os.environ[name] for name in scheduler.SECRETS if os.environ.get(name)]
     for option in options:
-        if any(f"{name}=" in option for name in scheduler.SECRETS) or any(token in option for token in tokens):
-            raise ConfigError("a token on an sbatch line would be kept by the accounting: use it with prepare.sh alone")
+        if SECRET.search(option) or any(token in option for token in tokens):
+            raise ConfigError(
+                "a token or password on an sbatch line would be kept by the accounting: give a hub's token to "
+                "prepare.sh alone, export others before you submit, and keep a database's in its own file (~/.pgpass)"
+            )
 
 
 def name_job_file(stage: Stage) -> str:
@@ -119,8 +126,8 @@ def build_command(job: PlannedJob, request: Request, ids: dict[PlannedJob, str])
         most = f"%{request.arguments.max_concurrent}" if request.arguments.max_concurrent else ""
         shards = "0-0" if job.shards == [0] else scheduler.format_shards(job.shards)
         command.append(f"--array={shards}{most}")
-    log = records.log_pattern(stage, target.log_dir).replace("%", "%%")  # percent signs of a path are no patterns
-    command.append("--output=" + log.replace("{job}", "%A" if stage.is_array else "%j").replace("{shard}", "%a"))
+    log_dir = Path(str(target.log_dir).replace("%", "%%"))  # percent signs of a path are no patterns
+    command.append("--output=" + records.log_path(log_dir, stage, "%A" if stage.is_array else "%j", "%a"))
     dependency = format_dependency(job, ids)
     if dependency:
         command += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
@@ -171,9 +178,8 @@ def carry_out(plan: Plan, request: Request) -> list[Record]:
             continue
         ids[job] = scheduler.read_job_id(answer)
         shards = scheduler.format_shards(job.shards) if job.stage.is_array else ""
-        place, log_pattern = target.find_place(job.stage), records.log_pattern(job.stage, target.log_dir)
-        needs = format_dependency(job, ids)
-        record = Record(job.stage.number, ids[job], shards, job.shard_count, needs, place, log_pattern, command)
+        needs, place, account = format_dependency(job, ids), target.find_place(job.stage), request.arguments.account
+        record = Record(job.stage.number, ids[job], shards, job.shard_count, needs, place, account or "")
         submitted.append(record)
         write_json(path, [asdict(record) for record in submitted])
     return submitted

@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.files.units import TarUnit
-from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, TAR, TUNE, Stage, check_paths, choose_stages
+from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, TUNE, Stage, check_paths, choose_stages
 from publish_model.new_data.embed_options import whole_number
 from slurm.control import scheduler
 from slurm.control.submission import Request, submit
@@ -37,7 +36,7 @@ def read_shards(text: str) -> list[int]:
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every submission."""
-    parser.set_defaults(shards=None, anchor_shards=None)
+    parser.set_defaults(shards=None)
     add = parser.add_argument
     add("--account", metavar="A", help="account that pays (default: $SBATCH_ACCOUNT, else the cluster's own default)")
     add("--array-size", type=whole_number, metavar="N",
@@ -55,8 +54,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     parser = cli.make_parser(__doc__ or "")
     add_common_options(parser)
     kind = own.pop(0) if own and own[0] in ("pipeline", "stage") else "pipeline"
-    # For the pipeline too: sbatch would take it for --test-only, and submit nothing.
-    parser.add_argument("--test", action="store_true", help="a stage's first tar only (stages 1, 2, 4)")
     if kind == "stage":
         parser.add_argument("stage", choices=tuple(BY_LABEL), metavar="STAGE", help="number of the stage, or tune")
         parser.add_argument("--shards", type=read_shards, metavar="LIST", help="these shards only, as in 0-3,7")
@@ -64,30 +61,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
         parser.set_defaults(stage=None)
         parser.add_argument("--from-stage", type=int, default=1, choices=range(1, 10), metavar="N", help="first (1)")
         parser.add_argument("--to-stage", type=int, default=9, choices=range(1, 10), metavar="N", help="last (9)")
-        parser.add_argument("--anchor-shards", type=whole_number, metavar="N", help="shards of stage 5's array (1)")
     arguments, sbatch_options = parser.parse_known_args(own)
     arguments.stage = BY_LABEL.get(arguments.stage)
-    if arguments.stage:
-        arguments.anchor_shards = arguments.array_size
     if kind == "pipeline" and stage_options:
         raise ConfigError("-- OPTIONS: they go to one stage: give them to submit_stage.sh")
     if arguments.overwrite:
         raise ConfigError(
             "--overwrite: a task that is requeued would begin anew each time: remove the outputs of the stage instead"
         )
-    if arguments.test:
-        _check_test(arguments)
     if kind == "pipeline" and arguments.from_stage > arguments.to_stage:
         raise ConfigError(f"--from-stage {arguments.from_stage} lies behind --to-stage {arguments.to_stage}")
     return arguments, sbatch_options, stage_options
-
-
-def _check_test(arguments: argparse.Namespace) -> None:
-    if arguments.stage is None or arguments.stage.unit != TAR:
-        raise ConfigError("--test: one tar is for what works tar by tar: give it to submit_stage.sh 1, 2 or 4")
-    if arguments.shards or arguments.array_size:
-        raise ConfigError("--test: one tar is one shard: leave out --shards and --array-size")
-    arguments.array_size = 1
 
 
 def list_stages(config: Config, arguments: argparse.Namespace) -> list[Stage]:
@@ -110,9 +94,6 @@ def run(arguments: argparse.Namespace, sbatch_options: list[str], stage_options:
     config = cli.config_from(arguments)
     target = Target(config.log_dir, config, tuple(arguments.overrides))
     stages = list_stages(config, arguments)
-    if arguments.test:
-        tars = [unit.tar_path for unit in target.list_units(arguments.stage) if isinstance(unit, TarUnit)]
-        stage_options = [*stage_options, "--tar-file", str(tars[0])]
     submit(Request(target, stages, arguments, sbatch_options, stage_options))
 
 

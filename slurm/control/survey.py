@@ -1,26 +1,28 @@
-"""Find out how far every stage is, from its outputs, its logs and, where they answer, squeue and sacct."""
+"""Find out how far every stage is, from its outputs, its logs and, where it answers, squeue."""
 
 import re
+import shlex
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.units import COMPLETE, STALE, Unit, UnitState
+from pipeline.files.units import COMPLETE, STALE, UnitState
 from pipeline.stages import ANCHOR, STAGES, TAR, Stage, has_new_data
 from slurm.control import records, scheduler
 from slurm.control.records import Record
 from slurm.control.submission import is_of_target
-from slurm.control.target import Target, look_at, take_shard
+from slurm.control.target import Target, look_at, spell_overrides, take_shard
 
 DONE, RUNNING, FAILED, WAITING, NOT_STARTED = "done", "running", "failed", "waiting", "not started"
-FAILED_STATES = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 # A running stage writes a progress line every 30 s; one that has been silent for so long is taken to have died.
 SILENCE_SECONDS = 15 * 60
 TAIL_BYTES = 1 << 16
 EXIT_LINE = re.compile(r"^task: stage \S+ shard \d+ job \S* exit (\d+)$")
-PROGRESS = re.compile(r": (\d+)/(\d+) (\S+), ([\d.]+) \S+/s, ETA (?:(\d+) s|unknown)")
+PROGRESS = re.compile(r": \d+/\d+ (\S+), ([\d.]+) \S+/s, ETA ")
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,7 @@ class JobLog:
     path: Path
     exit_code: int | None  # None where no line says how it ended
     last_error: str
-    items_per_second: float | None  # of the last progress line
-    eta_seconds: float | None
+    items_per_second: float  # of the last progress line, 0 without any
     items: str
     age_seconds: float
 
@@ -46,24 +47,32 @@ class ShardState:
     log: JobLog | None = None
     problem: str = ""
 
+    def describe_failure(self) -> dict[str, Any]:
+        """Return as plain values what failed and why."""
+        return {
+            "shard": self.shard,
+            "job": self.job,
+            "exit_code": self.log.exit_code if self.log else None,
+            "error": self.problem
+            or (self.log.last_error if self.log else "no log: it was cancelled, or failed before it began"),
+            "log": str(self.log.path) if self.log else None,
+        }
 
-@dataclass
-class StageState:
-    """How a stage is; `shard_count` and `units_total` are None where nothing tells them yet."""
 
-    stage: Stage
-    shard_count: int | None
-    shards: list[ShardState] = field(default_factory=list)
-    units_done: int = 0
-    units_total: int | None = None
-    items_per_second: float | None = None
-    items: str = ""
-    eta_seconds: float | None = None
-    account: str = ""
-
-    def count(self, state: str) -> int:
-        """Return how many shards are in a state."""
-        return sum(shard.state == state for shard in self.shards)
+def survey(config: Config, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the state of every stage that the configuration has paths for, as plain values."""
+    target = Target(config.log_dir, config, tuple(overrides))
+    kept = [record for record in records.read_records(config.log_dir) if is_of_target(record, target)]
+    surveyor = Surveyor(target, kept, scheduler.list_queued())
+    stages = []
+    for stage in STAGES.values():
+        try:
+            target.find_place(stage)
+        except ConfigError:
+            continue
+        if stage.number != 8 or has_new_data(config):
+            stages.append(surveyor.describe_stage(stage))
+    return stages
 
 
 @dataclass(frozen=True)
@@ -73,33 +82,47 @@ class Surveyor:
     target: Target
     kept: list[Record]
     queued: dict[tuple[str, int | None], bool] | None  # whether the task waits
-    ended: dict[tuple[str, int | None], str]
 
-    def look_at_stage(self, stage: Stage) -> StageState:
-        """Return a stage's state."""
+    def describe_stage(self, stage: Stage) -> dict[str, Any]:
+        """Return a stage's state; `total`, its number of shards, is None where nothing tells it yet."""
         own = [record for record in self.kept if record.stage == stage.number]
-        units = self._list_units(stage)
-        found = [look_at(unit) for unit in units or []]
-        count = len(units) if units and stage.unit == TAR else None if stage.unit == TAR else 1
-        state = StageState(stage, own[-1].shard_count if own else count)
-        # The last job that has a shard counts, if it cuts the work as the last one does.
-        jobs = {shard: job for job in own if job.shard_count == state.shard_count for shard in job.list_shards()}
-        for shard in range(state.shard_count or 0):
-            states = take_shard(stage, found, shard, state.shard_count or 1)
-            state.shards.append(self.judge_shard(stage, shard, states, jobs.get(shard)))
-        if units is not None:
-            state.units_total = len(units)
-        state.units_done = sum(one.status == COMPLETE for one in found)
-        measure_rates(state)
-        command = own[-1].command if own else []
-        state.account = next((part.partition("=")[2] for part in command if part.startswith("--account=")), "")
-        return state
-
-    def _list_units(self, stage: Stage) -> list[Unit] | None:
         try:
-            return self.target.list_units(stage)
+            found = [look_at(unit) for unit in self.target.list_units(stage)]
         except (InputError, ConfigError):
-            return None
+            found = []
+        total = own[-1].shard_count if own else (len(found) or None) if stage.unit == TAR else 1
+        # The last job that has a shard counts, if it cuts the work as the last one does.
+        jobs = {shard: job for job in own if job.shard_count == total for shard in job.list_shards()}
+        shards = [
+            self.judge_shard(stage, shard, take_shard(stage, found, shard, total or 1), jobs.get(shard))
+            for shard in range(total or 0)
+        ]
+        states = [shard.state for shard in shards]
+        running = [shard.log for shard in shards if shard.state == RUNNING and shard.log and shard.log.items]
+        failed = [shard for shard in shards if shard.state == FAILED]
+        rest = [f"--account={own[-1].account}"] if own and own[-1].account else []
+        assert self.target.config is not None
+        rest += ["--config", str(self.target.config.file_path), *spell_overrides(self.target.overrides)]
+        retry = [str(PROJECT_ROOT / "slurm/submit_stage.sh"), str(stage.number), *rest]
+        if stage.is_array:
+            numbers = scheduler.format_shards(shard.shard for shard in failed)
+            retry += ["--array-size", str(total), "--shards", numbers]
+        return {
+            "stage": stage.number,
+            "name": stage.name,
+            "done": states.count(DONE),
+            "running": states.count(RUNNING),
+            "failed": len(failed),
+            "not_started": states.count(NOT_STARTED) + states.count(WAITING),
+            "waiting_in_queue": states.count(WAITING),
+            "total": total,
+            "shards": states,
+            "items_per_second": sum(log.items_per_second for log in running) if running else None,
+            "items": running[0].items if running else "",
+            "failures": [shard.describe_failure() for shard in failed],
+            "retry": shlex.join(retry) if failed else None,
+            "retry_rest": shlex.join([str(PROJECT_ROOT / "slurm/submit_pipeline.sh"), *rest]) if failed else None,
+        }
 
     def judge_shard(self, stage: Stage, shard: int, states: list[UnitState], record: Record | None) -> ShardState:
         """Return how a shard is: by the queue, else by its outputs, else by how its last job ended."""
@@ -108,15 +131,15 @@ class Surveyor:
         if record is None:
             return ShardState(shard, DONE if is_there else FAILED if problem else NOT_STARTED, problem=problem)
         task = (record.job_id, shard if record.shards else None)
-        log = read_log(record.log_path(shard))
+        log = read_log(Path(records.log_path(self.target.log_dir, stage, record.job_id, shard)))
         if self.queued is not None and task in self.queued:
             state = WAITING if self.queued[task] else RUNNING
         elif is_there and (log is None or log.exit_code == 0 or self.target.is_shard_done(states)):
             state = DONE
         elif problem:
             state = FAILED
-        elif log is None:
-            state = FAILED if self.ended.get(task) in FAILED_STATES else NOT_STARTED
+        elif log is None:  # one that waited for others was taken out of the queue when they failed
+            state = NOT_STARTED if self.queued is None or record.dependency else FAILED
         elif log.exit_code == 0:  # its shard is done, though perhaps not the output that all shards write together
             state = DONE if stage.unit == ANCHOR else NOT_STARTED
         elif log.exit_code is None and self.queued is None and log.age_seconds < SILENCE_SECONDS:
@@ -124,25 +147,6 @@ class Surveyor:
         else:
             state = FAILED
         return ShardState(shard, state, f"{record.job_id}_{shard}" if record.shards else record.job_id, log, problem)
-
-
-def survey(config: Config) -> list[StageState]:
-    """Return the state of every stage that the configuration has paths for."""
-    target = Target(config.log_dir, config)
-    kept = [record for record in records.read_records(config.log_dir) if is_of_target(record, target)]
-    tasks = scheduler.list_queued()
-    queued = None if tasks is None else {(task.job_id, task.shard): task.is_waiting for task in tasks}
-    ended = scheduler.list_ended(sorted({record.job_id for record in kept}))
-    surveyor = Surveyor(target, kept, queued, ended)
-    states = []
-    for stage in STAGES.values():
-        try:
-            target.find_place(stage)
-        except ConfigError:
-            continue
-        if stage.number != 8 or has_new_data(config):
-            states.append(surveyor.look_at_stage(stage))
-    return states
 
 
 def read_log(path: Path) -> JobLog | None:
@@ -167,17 +171,7 @@ def read_log(path: Path) -> JobLog | None:
         path=path,
         exit_code=code if is_over else None,
         last_error=(errors or last or [""])[-1],
-        items_per_second=float(progress[4]) if progress else None,
-        eta_seconds=float(progress[5]) if progress and progress[5] else None,
-        items=progress[3] if progress else "",
+        items_per_second=float(progress[2]) if progress else 0.0,
+        items=progress[1] if progress else "",
         age_seconds=age,
     )
-
-
-def measure_rates(state: StageState) -> None:
-    """Put the rate and the time left into the state, as the logs of the running jobs have them."""
-    running = [shard.log for shard in state.shards if shard.state == RUNNING and shard.log]
-    rates = [log.items_per_second for log in running if log.items_per_second is not None]
-    if rates:
-        state.items_per_second, state.items = sum(rates), running[0].items
-        state.eta_seconds = max((log.eta_seconds for log in running if log.eta_seconds is not None), default=None)
