@@ -27,18 +27,15 @@ from numpy.typing import NDArray
 from benchmarks.harness import make_parser, write_results
 from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from pipeline.config import Config, load_config
-from pipeline.log import Progress
+from pipeline.log import Progress, Stopwatch
 from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.features import Features, load_features
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_scores
 from pipeline.retrieval.whitening import collect_scatters, whiten_by_pca, whiten_within_class
-from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.neighbor_table import load_neighbors
-from train_specialized_embeddings.training.fitting import make_material, make_run
-from train_specialized_embeddings.training.starts import fit_baselines
+from train_specialized_embeddings.training.fitting import make_material
 from train_specialized_embeddings.training.training_run import TrainingRun
-from train_specialized_embeddings.training.validation import choose_validation_set
 
 KINDS = ("raw", "pca_whitened", "whitening", "start", "projector")
 SCORES = ("recall_at_1", "map")
@@ -135,23 +132,19 @@ def run_case(config: Config, features: Features, other: Features | None, pairs: 
     return {
         "case": case.name, "seed": case.seed, "fold": case.fold, "images": len(train), "cpu_seconds": round(seconds, 1),
         "best_epoch": run.best["epoch"], "collapses": sum(record["collapsed"] for record in run.history),
-        "start": {key: value for key, value in run.start.items() if key != "weights"}, "scores": scores,
+        "start": {key: value for key, value in run.note.items() if key != "weights"}, "scores": scores,
     }  # fmt: skip
 
 
 def fit_projector(config: Config, train: Features, val: Features, seed: int) -> TrainingRun:
     """Train as stage 6 does, without its files; the run's note of the start also holds its weights."""
-    section = config.training
-    torch.manual_seed(seed)
-    validation = choose_validation_set(val, section.validation_images, seed)
+    config = config.model_copy(update={"global_": config.global_.model_copy(update={"seed": seed})})
     neighbors = load_neighbors(config.path("difficulty_metadata_path"), train)
-    sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, CPU)
-    baselines = fit_baselines(train, validation, config.training_model.output_dim, section)
-    run = make_run(config, make_material(train, validation, sampler, baselines, len(train) + len(val)))
-    with Progress("train", section.num_epochs * run.trainer.num_anchors, "anchor", 1e9) as progress:
+    run = TrainingRun(config, make_material(config, train, val, neighbors), Stopwatch(), {})
+    with Progress("train", config.training.num_epochs * run.trainer.num_anchors, "anchor", 1e9) as progress:
         for record in run.run_epochs(progress):
             if not record["epoch"]:
-                run.start = run.start | {"weights": run.best["projector"]}
+                run.note = run.note | {"weights": run.best["projector"]}
     run.settle()
     return run
 
@@ -161,7 +154,7 @@ def embed_kinds(
 ) -> dict[str, NDArray[np.float32]]:
     """Return every kind of embedding of rows (N, D) of other buildings than the run was trained on."""
     scatter = collect_scatters(train.embeddings, train.building_codes)[0]
-    whitening = whiten_within_class(scatter, config.training_model.output_dim, run.start["shrinkage"])
+    whitening = whiten_within_class(scatter, config.training_model.output_dim, run.note["shrinkage"])
     pca = whiten_by_pca(scatter, config.training_model.output_dim)
     projector = Projector(**run.best["architecture"])
     embeddings = {
@@ -169,7 +162,7 @@ def embed_kinds(
         "pca_whitened": pca.apply(rows),
         "whitening": whitening.apply(rows),
     }
-    for kind, weights in (("start", run.start["weights"]), ("projector", run.best["projector"])):
+    for kind, weights in (("start", run.note["weights"]), ("projector", run.best["projector"])):
         projector.load_state_dict(weights)
         embeddings[kind] = project(projector, rows, CPU)
     return embeddings

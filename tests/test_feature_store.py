@@ -36,9 +36,11 @@ def test_features_that_the_gpu_cannot_hold_stay_in_memory(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("resident", [False, True])
-def test_on_a_gpu_rows_come_to_the_device(resident: bool) -> None:
-    store = FeatureStore(ROWS, torch.device("cuda"), resident=resident)
+@pytest.mark.parametrize("free", [0, 9 * 2**30])
+def test_on_a_gpu_rows_come_to_the_device(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_store, "measure_free_memory", lambda: free)
+    store = FeatureStore(ROWS, torch.device("cuda"))
+    assert store.is_resident == bool(free)
     found = store.gather(torch.tensor([3, 3, 49], device="cuda"))
     torch.testing.assert_close(found.float().cpu(), torch.from_numpy(ROWS[[3, 3, 49]]), rtol=2**-8, atol=0)
     assert found.is_cuda

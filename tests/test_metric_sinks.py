@@ -11,8 +11,9 @@ import pytest
 from training_data import OUTPUTS, read_metrics, run
 
 from pipeline.errors import PipelineError
-from train_specialized_embeddings.training import metric_sinks, training_run
+from train_specialized_embeddings.training import fitting, metric_sinks
 from train_specialized_embeddings.training.metric_sinks import flatten
+from train_specialized_embeddings.training.training_run import TrainingRun
 
 
 def test_nested_numbers_are_named_by_their_paths() -> None:
@@ -26,9 +27,9 @@ def test_tensorboard_gets_every_epoch_once_after_a_kill_too(workspace: Path, mon
         warnings.simplefilter("ignore")  # of the packages that it imports
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(training_run, "SAVE_INTERVAL_SECONDS", -1.0)
+    monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda _, record: 1 / (3 - record["epoch"]))
+        patch.setattr(TrainingRun, "log_epoch", lambda _, record: 1 / (3 - record["epoch"]))
         with pytest.raises(ZeroDivisionError):
             run(workspace, "logging.tensorboard=true")
     run(workspace, "logging.tensorboard=true")

@@ -14,13 +14,13 @@ import pytest
 from training_data import SETTINGS, fill_workspace, run
 
 from pipeline.errors import PipelineError
-from train_specialized_embeddings.training.run_files import RunFiles
+from train_specialized_embeddings.train import lock
 
 HOLDER = """
 import sys
 from pathlib import Path
-from train_specialized_embeddings.training.run_files import RunFiles
-with RunFiles(Path(sys.argv[1])).locked():
+from train_specialized_embeddings.train import lock
+with lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -57,7 +57,7 @@ def test_a_killed_training_leaves_no_lock(tmp_path: Path, holder: Any) -> None:
     holder.kill()
     holder.wait()
     assert (tmp_path / "checkpoint/.lock").exists()
-    with RunFiles(tmp_path / "checkpoint").locked():
+    with lock(tmp_path / "checkpoint"):
         assert re.fullmatch(rf"process {os.getpid()} on \S+\n", (tmp_path / "checkpoint/.lock").read_text())
     assert list((tmp_path / "checkpoint").iterdir()) == []
 
@@ -69,6 +69,6 @@ def test_where_the_file_system_has_no_locks_the_run_goes_on_and_says_so(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with caplog.at_level("WARNING", "spatial_building_embeddings"), RunFiles(tmp_path).locked():
+    with caplog.at_level("WARNING", "spatial_building_embeddings"), lock(tmp_path):
         pass
     assert "cannot be locked (Function not implemented): do not make the same output twice" in caplog.text

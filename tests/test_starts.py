@@ -14,7 +14,7 @@ from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import QueryScores
 from pipeline.retrieval.whitening import SHRINKAGES, LinearMap, sharpen_whitening
 from train_specialized_embeddings.training import starts
-from train_specialized_embeddings.training.starts import Fitted, fit_baselines, is_rectified, make_projector
+from train_specialized_embeddings.training.starts import Fitted, fit_start, is_rectified, make_projector
 from train_specialized_embeddings.training.validation import ValidationSet
 
 CODES = np.repeat(np.arange(20), 3).astype(np.int32)
@@ -97,15 +97,15 @@ def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(
         train, val = (replace(split, embeddings=np.abs(split.embeddings)) for split in (train, val))
     validation = ValidationSet(val.embeddings, val.building_codes)
     section = TrainingSection(whitening_shrinkage=0.5)
-    fitted = fit_baselines(train, validation, 6, section)
+    fitted = fit_start(train, validation, 6, section)
     scatter = collect_scatter(train.embeddings, train.building_codes, power)
     expected = sharpen_whitening(scatter, 12, 0.5).take_leading(6)
     assert fitted.note["init"] == "sharpened"
     assert fitted.note["shrinkage"] == 0.5
     model = TrainingModelSection(output_dim=6, hidden_dim=8)
-    projector = fitted.start.fold(make_projector(fitted, model, section.init))
+    projector = fitted.coordinates.fold(make_projector(fitted, model, section.init))
     assert fitted.note["sharpened_shrinkage"] == 0.5
-    assert 0 < fitted.scores["whitening"]["map_error"] < 0.2
+    assert 0 < fitted.baselines["whitening"]["map_error"] < 0.2
     np.testing.assert_allclose(
         projector(torch.from_numpy(val.embeddings)).detach().numpy(), expected.apply(val.embeddings), atol=1e-4
     )
@@ -124,21 +124,21 @@ def test_the_other_starts_score_as_their_baseline(init: str, row: str) -> None:
     train, val = make_split(1), make_split(2)
     validation = ValidationSet(val.embeddings, val.building_codes)
     section = TrainingSection(init=init)
-    fitted = fit_baselines(train, validation, 6, section)
+    fitted = fit_start(train, validation, 6, section)
     assert "sharpened_shrinkage" not in fitted.note
-    projector = fitted.start.fold(make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=8), init))
+    projector = fitted.coordinates.fold(make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=8), init))
     found = validation.score(projector(torch.from_numpy(val.embeddings)).detach().numpy())
-    assert found["map"] == pytest.approx(fitted.scores[row]["map"], abs=1e-6)
+    assert found["map"] == pytest.approx(fitted.baselines[row]["map"], abs=1e-6)
 
 
 def test_random_weights_start_from_nothing() -> None:
     train, val = make_split(1), make_split(2)
     section = TrainingSection(init="random")
-    fitted = fit_baselines(train, ValidationSet(val.embeddings, val.building_codes), 6, section)
+    fitted = fit_start(train, ValidationSet(val.embeddings, val.building_codes), 6, section)
     projector = make_projector(fitted, TrainingModelSection(output_dim=6), "random")
     assert float(projector.shortcut.weight.detach().abs().max()) < 1.0
     assert len(projector.shortcut.weight.unique()) > 6
-    assert fitted.start.fold(projector).architecture["input_power"] == 1.0
+    assert fitted.coordinates.fold(projector).architecture["input_power"] == 1.0
 
 
 def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse() -> None:

@@ -32,7 +32,7 @@ from pipeline.retrieval.scores import SCORE_KEYS, score_queries, summarize_score
 from pipeline.retrieval.whitening import whiten_within_class
 from train_specialized_embeddings import train
 from train_specialized_embeddings.training.losses import LOSSES
-from train_specialized_embeddings.training.starts import Baselines, make_coordinates, make_projector
+from train_specialized_embeddings.training.starts import Start, make_coordinates, make_projector
 from train_specialized_embeddings.training.trainer import Trainer, rate_factor
 from train_specialized_embeddings.training.training_run import TrainingRun
 from train_specialized_embeddings.training.validation import (
@@ -242,7 +242,7 @@ def test_the_start_equals_the_whitening_and_its_branch_reads_inputs_of_variance_
     whitening = whiten_within_class(scatter, WIDTH)
     start = make_coordinates(whitening, scatter, 8)
     section = load_config(workspace / "config.toml").training_model.model_copy(update={"hidden_dim": 400})
-    projector = make_projector(Baselines(start, {}, {}), section, "sharpened").eval()
+    projector = make_projector(Start(start, {}, {}), section, "sharpened").eval()
     rows, coordinates = data.embeddings * 50, start.linear_map.map_rows(data.embeddings * 50)
     expected = whitening.take_leading(8).apply(rows)
     np.testing.assert_allclose(projector(torch.from_numpy(coordinates)).detach().numpy(), expected, atol=1e-5)

@@ -28,7 +28,8 @@ from training_data import (
 from pipeline.errors import StaleOutputError
 from pipeline.files import tables
 from train_specialized_embeddings import train
-from train_specialized_embeddings.training import training_run
+from train_specialized_embeddings.training import fitting
+from train_specialized_embeddings.training.training_run import TrainingRun
 
 
 def kill(*_: Any) -> None:
@@ -50,14 +51,14 @@ def write_json_and_die(path: Path, content: Any) -> None:
 def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
     workspace: Path, tmp_path: Path, write_config: Callable[..., Path], point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_run, "SAVE_INTERVAL_SECONDS", -1.0)  # save after each epoch
+    monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)  # save after each epoch
     undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
     fill_workspace(undisturbed)
     run(undisturbed)
     name = {"mark": "provenance.json", "metrics": "metrics.jsonl", "latest": ".checkpoint_latest.pt"}.get(
         point, f"checkpoint_{point}.pt"
     )
-    real, times = training_run.workspace.writing_to, 0
+    real, times = fitting.workspace.writing_to, 0
 
     def writing_to(path: Path) -> Any:
         nonlocal times
@@ -68,11 +69,11 @@ def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
 
     with monkeypatch.context() as patch:
         if point == "after":
-            patch.setattr(training_run.workspace, "write_json", write_json_and_die)
+            patch.setattr(fitting.workspace, "write_json", write_json_and_die)
         elif point == "settle":
-            patch.setattr(training_run.TrainingRun, "settle", kill)
+            patch.setattr(TrainingRun, "settle", kill)
         else:
-            patch.setattr(training_run.workspace, "writing_to", writing_to)
+            patch.setattr(fitting.workspace, "writing_to", writing_to)
         with pytest.raises(KilledError):
             run(workspace)
     if point == "after":
@@ -86,13 +87,13 @@ def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
 def test_resuming_goes_on_and_does_not_begin_anew(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(training_run, "SAVE_INTERVAL_SECONDS", -1.0)
+    monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda _, record: kill_at(record, 3))
+        patch.setattr(TrainingRun, "log_epoch", lambda _, record: kill_at(record, 3))
         with pytest.raises(KilledError):
             run(workspace)
     caplog.clear()
-    monkeypatch.setattr("train_specialized_embeddings.training.fitting.fit_baselines", None)  # would fail if called
+    monkeypatch.setattr("train_specialized_embeddings.training.fitting.fit_start", None)  # would fail if called
     with caplog.at_level("INFO", "spatial_building_embeddings"):
         run(workspace)
     assert "going on after epoch 2" in caplog.text
@@ -104,12 +105,12 @@ def test_with_a_bandit_a_killed_run_goes_on_exactly_too(
     workspace: Path, tmp_path: Path, write_config: Callable[..., Path], loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("training.band_sampling=ucb", "training.anchors_per_epoch=500", f"training.loss={loss}")
-    monkeypatch.setattr(training_run, "SAVE_INTERVAL_SECONDS", -1.0)
+    monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
     undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
     fill_workspace(undisturbed)
     run(undisturbed, *settings)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda _, record: kill_at(record, 3))
+        patch.setattr(TrainingRun, "log_epoch", lambda _, record: kill_at(record, 3))
         with pytest.raises(KilledError):
             run(workspace, *settings)
     run(workspace, *settings)
@@ -155,7 +156,7 @@ def test_a_complete_run_is_kept_without_importing_torch(workspace: Path) -> None
     before = {path.name: path.stat().st_mtime_ns for path in (workspace / "checkpoint").iterdir()}
     again = run(workspace)
     assert (again.rows_in, again.rows_out, again.written) == (first.rows_in, first.rows_out, [])
-    assert [path.name for path in again.kept] == OUTPUTS[:-1]
+    assert [path.name for path in again.kept] == [OUTPUTS[0], *OUTPUTS[3:]]
     assert {path.name: path.stat().st_mtime_ns for path in (workspace / "checkpoint").iterdir()} == before
     code = (
         "import sys; from train_specialized_embeddings import train\n"
@@ -203,7 +204,7 @@ def test_changed_inputs_are_refused_by_name(workspace: Path) -> None:
 
 def test_a_killed_run_with_other_settings_is_refused_by_name(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.TrainingRun, "_log_epoch", lambda _, record: kill_at(record, 3))
+        patch.setattr(TrainingRun, "log_epoch", lambda _, record: kill_at(record, 3))
         with pytest.raises(KilledError):
             run(workspace)
     with pytest.raises(StaleOutputError, match="margin was .* and is now 0.7"):

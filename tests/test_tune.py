@@ -186,7 +186,7 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
 
     monkeypatch.setattr(study, "_FREE_TRIALS", 1)
     monkeypatch.setattr(study, "_FREE_EPOCHS", 0)
-    real, runs = study.make_run, []
+    real, runs = study.TrainingRun, []
 
     def make_run(*arguments: Any, **named: Any) -> Any:
         runs.append(real(*arguments, **named))
@@ -197,7 +197,7 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
                 projector.shortcut.weight.data.fill_(1.0)  # all images coincide
         return runs[-1]
 
-    monkeypatch.setattr(study, "make_run", make_run)
+    monkeypatch.setattr(study, "TrainingRun", make_run)
     result = search(workspace, 4)
     assert (result.rows_in, result.rejected, result.dropped) == (4, 1, 2)
     assert [row["state"] for row in read_trials(workspace)] == ["complete", "fail", "pruned", "pruned"]
@@ -211,7 +211,7 @@ def test_a_gpu_too_small_for_what_the_trials_share_is_one_line(
     def refuse(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fitting, "fit_baselines", refuse)
+    monkeypatch.setattr(fitting, "fit_start", refuse)
     with pytest.raises(PipelineError, match=r"the GPU cannot hold training with .*: end what else runs on it"):
         search(workspace, 1)
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from pipeline.retrieval.features import load_features
 from pipeline.retrieval.scores import score_queries, summarize_scores
 from train_specialized_embeddings import tune
 from train_specialized_embeddings.train import describe_run, list_inputs
-from train_specialized_embeddings.training.run_files import RunFiles
+from train_specialized_embeddings.training import fitting
 from train_specialized_embeddings.tune import TuneOptions
 
 OLD = "training.init_checkpoint=old/checkpoint_best.pt"
@@ -54,17 +55,17 @@ def test_epoch_0_is_the_checkpoints_projector_and_training_goes_on_from_it(works
 def test_the_checkpoint_counts_by_its_content_and_a_killed_run_goes_on(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train_specialized_embeddings.training.training_run.SAVE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("train_specialized_embeddings.training.fitting.SAVE_INTERVAL_SECONDS", 0.0)
     run(workspace, OLD, "paths.checkpoint_dir=whole")
     calls = iter(range(100))
-    keep = RunFiles.write_metrics
+    keep = fitting._write_outputs
 
-    def die_at_the_third(self: RunFiles, history: list[dict[str, object]]) -> None:
+    def die_at_the_third(*arguments: Any) -> None:
         if next(calls) == 2:
             raise KeyboardInterrupt
-        keep(self, history)
+        keep(*arguments)
 
-    monkeypatch.setattr(RunFiles, "write_metrics", die_at_the_third)
+    monkeypatch.setattr(fitting, "_write_outputs", die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(workspace, OLD)
     shutil.copy(workspace / "old/checkpoint_best.pt", workspace / "elsewhere.pt")

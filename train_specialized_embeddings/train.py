@@ -9,6 +9,7 @@ and provenance.json. A rerun keeps a complete run and resumes a killed one: the 
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files import tables
-from pipeline.files.units import Unit, find_complete
-from pipeline.files.workspace import replacing
-from pipeline.log import logger
+from pipeline.files.units import Unit, keep_complete
+from pipeline.files.workspace import locked, replacing
 from pipeline.stages import STAGES
-from train_specialized_embeddings.training.run_files import RunFiles
+from train_specialized_embeddings.training import run_files
 
 STAGE = "train"
 WARM_START = "init_checkpoint"
@@ -72,17 +72,32 @@ def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
 
 def list_units(config: Config) -> list[Unit]:
     """Return the one unit: the run."""
-    files = RunFiles(config.path("checkpoint_dir"))
+    folder = config.path("checkpoint_dir")
+
+    def check() -> None:
+        found = run_files.list_outputs(folder)
+        if found and not any((folder / name).exists() for name in (run_files.PROVENANCE, run_files.LATEST)):
+            raise StaleOutputError(
+                f"{found[0]}: nothing beside it says what it was made from: give --overwrite to train over it, or set "
+                "another [paths].checkpoint_dir"
+            )
+
     return [
         Unit(
             STAGE,
             STAGES[6].list_outputs(config),
             lambda _: describe_run(config, list_inputs(config)),
-            check=files.check,
-            leftover=files.latest,
-            marks=(files.provenance,),
+            check=check,
+            leftover=folder / run_files.LATEST,
+            marks=(folder / run_files.PROVENANCE,),
         )
     ]
+
+
+def lock(folder: Path) -> AbstractContextManager[None]:
+    """Keep other trainings out of the folder while the block runs."""
+    busy = "is training there: wait for it, or set another [paths].checkpoint_dir"
+    return locked(folder, busy, folder / ".lock")
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
@@ -92,20 +107,19 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     cannot be trained on, PipelineError where another process is training into the folder.
     """
     inputs = list_inputs(config)
-    provenance = describe_run(config, inputs)
-    files = RunFiles(config.path("checkpoint_dir"))
-    result = cli.StageResult(STAGE)
     (unit,) = list_units(config)
-    if state := find_complete(unit, options.overwrite):
-        logger.info("%s: kept %s, which is complete", STAGE, files.folder)
-        result.add(state.counts)
-        result.kept += files.list_outputs()
+    result = cli.StageResult(STAGE)
+    if keep_complete(unit, result, options.overwrite):
         return result
     from train_specialized_embeddings.training.fitting import fit  # torch, which a kept run does without
 
-    with files.locked(), replacing(files.folder, files.list_all() if options.overwrite else []):
-        result.add(fit(config, inputs, provenance, files, result.watch))
-    result.written += [*files.list_outputs(), files.provenance]
+    folder, provenance = config.path("checkpoint_dir"), describe_run(config, inputs)
+    with lock(folder):
+        # The mark first, so that a half-removed run does not look complete.
+        marks = [folder / name for name in (run_files.PROVENANCE, run_files.LATEST, *run_files.LOG_FOLDERS)]
+        with replacing(folder, [*marks, *run_files.list_outputs(folder)] if options.overwrite else []):
+            result.add(fit(config, inputs, provenance, folder, result.watch))
+    result.written += [*run_files.list_outputs(folder), folder / run_files.PROVENANCE]
     return result
 
 

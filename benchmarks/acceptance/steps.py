@@ -36,7 +36,7 @@ class Bench:
         self.sampler = BandSampler(self.features, make_neighbors(self.features), 0, 25.0, self.device)
 
     def _fill(self) -> None:
-        self.wide = FeatureStore(self.features.embeddings, self.device, resident=True)
+        self.wide = FeatureStore(self.features.embeddings, self.device)
 
     def make_trainer(self, store: FeatureStore, width: int, section: TrainingSection) -> Trainer:
         """Return a trainer at its start, the same each time."""

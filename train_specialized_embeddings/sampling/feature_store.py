@@ -15,16 +15,13 @@ _RESERVED_BYTES = 8 * 2**30
 
 
 class FeatureStore:
-    """The rows (N, D) of an array; on CUDA they are kept there as bfloat16 where they fit or `resident` says so."""
+    """The rows (N, D) of an array; on CUDA they are kept there as bfloat16 where they fit."""
 
-    def __init__(
-        self, features: NDArray[np.floating[Any]], device: torch.device, *, resident: bool | None = None
-    ) -> None:
+    def __init__(self, features: NDArray[np.floating[Any]], device: torch.device) -> None:
         self.device = device
         self._table = torch.from_numpy(features)
         if device.type == "cuda":
-            fits = 2 * features.size + _RESERVED_BYTES <= measure_free_memory()
-            if fits if resident is None else resident:
+            if 2 * features.size + _RESERVED_BYTES <= measure_free_memory():
                 with suppress(torch.cuda.OutOfMemoryError):  # other processes take their part meanwhile
                     self._table = self._table.to(device, torch.bfloat16)
             if not self.is_resident:

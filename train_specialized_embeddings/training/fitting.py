@@ -1,69 +1,90 @@
-"""Fit a projector to a training split: check the data, find the start or resume a killed run, and train."""
+"""Fit a projector to a training split: read the data, find the start or resume a killed run, train, and write."""
 
+import json
+import time
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
-from pipeline.files import tables
+from pipeline.files import tables, workspace
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
-from pipeline.log import Stopwatch, logger
-from pipeline.retrieval.checkpoint import Checkpoint, hash_buildings, load_checkpoint
+from pipeline.log import Progress, Stopwatch, logger
+from pipeline.reference.checkpoints import load_checkpoint as load_any_checkpoint
+from pipeline.retrieval.checkpoint import Checkpoint, hash_buildings, load_checkpoint, save_checkpoint
 from pipeline.retrieval.features import Features, load_features, sample_buildings
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
-from train_specialized_embeddings.sampling.neighbor_table import load_neighbors
+from train_specialized_embeddings.sampling.neighbor_table import Neighbors, load_neighbors
+from train_specialized_embeddings.training import run_files
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
-from train_specialized_embeddings.training.run_files import RunFiles
-from train_specialized_embeddings.training.starts import (
-    Baselines,
-    fit_baselines,
-    load_warm_start,
-    make_projector,
-    restore_coordinates,
-)
-from train_specialized_embeddings.training.trainer import Trainer
-from train_specialized_embeddings.training.training_run import TrainingRun
-from train_specialized_embeddings.training.validation import ValidationSet, choose_validation_set
+from train_specialized_embeddings.training.starts import check_warm_start, fit_start, restore_start
+from train_specialized_embeddings.training.training_run import Material, TrainingRun
+from train_specialized_embeddings.training.validation import choose_validation_set, log_verdict
 
-
-@dataclass(frozen=True)
-class Material:
-    """What all runs on the same splits share; the images are in the start's coordinates."""
-
-    sampler: BandSampler
-    store: FeatureStore
-    validation: ValidationSet
-    baselines: Baselines
-    num_images: int  # of train and val
-    trained_on: torch.Tensor  # hashes of the training buildings
+# An epoch on little data takes less time than syncing its state to disk; a kill costs at most this, or an epoch.
+SAVE_INTERVAL_SECONDS = 10.0
 
 
 def fit(
-    config: Config, inputs: dict[str, Path], provenance: dict[str, Any], files: RunFiles, watch: Stopwatch
+    config: Config, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path, watch: Stopwatch
 ) -> dict[str, int]:
     """Train, or resume a killed run, until the run is complete; return the counts of rows.
 
     Raises InputError where an input cannot be trained on, StaleOutputError where the killed run had other inputs or
-    settings, PipelineError where training diverges.
+    settings, PipelineError where training diverges or no negative can be drawn.
     """
-    saved = None
-    if files.latest.exists():
-        saved = load_checkpoint(files.latest)
-        tables.matches(files.latest, saved.provenance or None, provenance)
-    with closing(MetricSinks(config.logging, files.folder, provenance)) as sinks, training_within_memory(config):
-        material = read_material(config, inputs, watch, saved=saved, embedded_with=provenance["embedded_with"])
+    saved, latest = None, folder / run_files.LATEST
+    if latest.exists():
+        saved = load_checkpoint(latest)
+        tables.matches(latest, saved.provenance or None, provenance)
+    with closing(MetricSinks(config.logging, folder, provenance)) as sinks, training_within_memory(config):
+        material = read_material(config, inputs, provenance, watch, saved=saved)
         counts = {"in": material.num_images, "out": material.num_images}
-        run = make_run(config, material)
-        run.files, run.watch, run.sinks, run.provenance = files, watch, sinks, provenance | {"counts": counts}
-        if saved is not None:
-            run.resume(saved)
-        run.complete()
+        provenance = provenance | {"counts": counts}
+        run = TrainingRun(config, material, watch, provenance)
+        num_anchors, saved_at = run.trainer.num_anchors, time.monotonic()
+        interval = config.logging.progress_interval_seconds
+        with Progress("train", config.training.num_epochs * num_anchors, "anchor", interval) as progress:
+            if saved is not None:
+                run.resume(saved.rest)
+                for record in run.history:
+                    sinks.write(record)
+                _write_outputs(run, folder)  # a kill may have come between them and the state
+                progress.resume_at(run.epoch * num_anchors)
+            for record in run.run_epochs(progress):
+                sinks.write(record)
+                run.log_epoch(record)
+                if run.is_periodic or time.monotonic() - saved_at > SAVE_INTERVAL_SECONDS:
+                    _save(run, folder)
+                    saved_at = time.monotonic()
+        _save(run, folder)
+        save_checkpoint(folder / run_files.FINAL, run.describe())
+        run.settle()
+        save_checkpoint(folder / run_files.BEST, run.best)
+        best = {"best_epoch": run.best["epoch"], "val": run.best["metrics"]["val"]}
+        workspace.write_json(folder / run_files.PROVENANCE, provenance | best)
+        workspace.remove(latest)
+        log_verdict(best["val"], best["best_epoch"])
     return counts
+
+
+def _save(run: TrainingRun, folder: Path) -> None:
+    """Write the state that a killed run resumes from, then the files that follow from it."""
+    with run.watch.measure("write"):
+        save_checkpoint(folder / run_files.LATEST, run.describe_state())
+        _write_outputs(run, folder)
+
+
+def _write_outputs(run: TrainingRun, folder: Path) -> None:
+    lines = [json.dumps(record, allow_nan=False) for record in run.history]
+    with workspace.writing_to(folder / run_files.METRICS) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    save_checkpoint(folder / run_files.BEST, run.best)
+    if run.is_periodic:
+        save_checkpoint(folder / run_files.PERIODIC.format(run.epoch), run.describe())
 
 
 def training_within_memory(config: Config) -> AbstractContextManager[None]:
@@ -80,43 +101,30 @@ def training_within_memory(config: Config) -> AbstractContextManager[None]:
 def read_material(
     config: Config,
     inputs: dict[str, Path],
+    provenance: dict[str, Any],
     watch: Stopwatch,
     *,
     num_buildings: int | None = None,
     saved: Checkpoint | None = None,
-    embedded_with: Any = None,
 ) -> Material:
     """Read the splits and the difficulty table, and find the start; of the training split `num_buildings` at most.
 
     The start is that of a killed run (`saved`), another run's checkpoint or a fitted map. Raises InputError where an
     input cannot be trained on, PipelineError where the widths do not agree.
     """
-    section, model, seed = config.training, config.training_model, config.global_.seed
-    device = choose_device(config.infrastructure.device)
     with watch.measure("read"):
         train, val = load_features(inputs["train"]), load_features(inputs["val"])
         if num_buildings is not None:
-            train = sample_buildings(train, num_buildings, seed)
-        check_splits(inputs, train, val, model.input_dim)
+            train = sample_buildings(train, num_buildings, config.global_.seed)
+        check_splits(inputs, train, val, config.training_model.input_dim)
         neighbors = load_neighbors(inputs["difficulty"], train)
-        sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
-    logger.info(
-        "training on %d images of %d buildings, %d numbers each, on %s",
-        len(train), len(train.building_ids), train.width, describe_device(device),
-    )  # fmt: skip
-    validation = choose_validation_set(val, section.validation_images, seed, device)
-    torch.manual_seed(seed)
+    warm = None
+    if "init_checkpoint" in inputs and saved is None:
+        warm = load_any_checkpoint(inputs["init_checkpoint"], config.training_model, input_dim=train.width)
+        check_warm_start(warm, provenance["embedded_with"])
+        warm = replace(warm, architecture=warm.architecture | {"dropout": config.training_model.dropout})
     with watch.measure("start"):
-        warm = None
-        if "init_checkpoint" in inputs:
-            warm = load_warm_start(inputs["init_checkpoint"], model, train.width, embedded_with)
-        if saved is not None:
-            scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
-            start = restore_coordinates(saved.rest["coordinates"])
-            baselines = Baselines(start, saved.rest["start"], scores, warm and warm[1])
-        else:
-            baselines = fit_baselines(train, validation, model.output_dim, section, device, warm)
-        return make_material(train, validation, sampler, baselines, len(train) + len(val))
+        return make_material(config, train, val, neighbors, saved=saved, warm=warm)
 
 
 def check_splits(inputs: dict[str, Path], train: Features, val: Features, input_dim: int | str) -> None:
@@ -138,22 +146,30 @@ def check_splits(inputs: dict[str, Path], train: Features, val: Features, input_
 
 
 def make_material(
-    train: Features, validation: ValidationSet, sampler: BandSampler, baselines: Baselines, num_images: int
+    config: Config,
+    train: Features,
+    val: Features,
+    neighbors: Neighbors,
+    *,
+    saved: Checkpoint | None = None,
+    warm: Checkpoint | None = None,
 ) -> Material:
-    """Map the images to the start's coordinates; the training ones go where the steps need them."""
-    map_rows = baselines.start.linear_map.map_rows
-    store = FeatureStore(map_rows(train.embeddings), sampler.device)
-    mapped = replace(validation, embeddings=map_rows(validation.embeddings))
-    return Material(sampler, store, mapped, baselines, num_images, hash_buildings(train.building_ids.to_pylist()))
-
-
-def make_run(config: Config, material: Material) -> TrainingRun:
-    """Return a run at its start, which saves nothing until it has files; random weights come from torch's state."""
-    start = material.baselines.start
-    projector = make_projector(material.baselines, config.training_model, config.training.init)
-    projector = projector.to(material.store.device)
-    trainer = Trainer(projector, material.store, material.sampler, config.training, torch.from_numpy(start.spread))
-    baselines = material.baselines
-    return TrainingRun(
-        config, trainer, start, material.validation, baselines.scores, baselines.note, material.trained_on
+    """Find the start, and map the images to its coordinates; the training ones go where the steps need them."""
+    section, seed = config.training, config.global_.seed
+    device = choose_device(config.infrastructure.device)
+    sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
+    logger.info(
+        "training on %d images of %d buildings, %d numbers each, on %s",
+        len(train), len(train.building_ids), train.width, describe_device(device),
     )  # fmt: skip
+    validation = choose_validation_set(val, section.validation_images, seed, device)
+    if saved is not None:
+        scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
+        start = restore_start(saved, saved.rest["start"], scores)
+    else:
+        start = fit_start(train, validation, config.training_model.output_dim, section, device, warm)
+    map_rows = start.coordinates.linear_map.map_rows
+    store = FeatureStore(map_rows(train.embeddings), device)
+    validation = replace(validation, embeddings=map_rows(validation.embeddings))
+    trained_on = hash_buildings(train.building_ids.to_pylist())
+    return Material(sampler, store, validation, start, len(train) + len(val), trained_on)

@@ -8,7 +8,6 @@ coordinates into one of features. At the start a shortcut keeps the first of the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from pipeline.config import TrainingModelSection, TrainingSection
 from pipeline.errors import InputError
 from pipeline.log import logger
-from pipeline.reference.checkpoints import load_checkpoint
 from pipeline.retrieval.checkpoint import Checkpoint, build_projector
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
@@ -111,10 +109,6 @@ def keep_features(scatter: Scatter) -> Coordinates:
     return Coordinates(same, np.sqrt(np.diag(scatter.within)).astype(np.float32), float(length))
 
 
-# Another run's coordinates, None for the features themselves, and a checkpoint of its projector of them.
-WarmStart = tuple[Coordinates | None, Checkpoint]
-
-
 @dataclass(frozen=True)
 class Fitted:
     """A closed-form map with the validation score of each query."""
@@ -129,25 +123,28 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Baselines:
+class Start:
     """The start of training, and the validation scores of the closed-form maps and of the raw embeddings."""
 
-    start: Coordinates
+    coordinates: Coordinates
     note: dict[str, Any]  # how the start and the whitening were chosen, for the checkpoint
-    scores: dict[str, Scores]  # raw, pca_whitened, whitening
-    warm: Checkpoint | None = None  # a projector of the coordinates to start from
+    baselines: dict[str, Scores]  # raw, pca_whitened, whitening
+    projector: Projector | None = None  # of the coordinates; None: to be made
 
 
-def fit_baselines(
+def fit_start(
     train: Features,
     validation: ValidationSet,
     output_dim: int,
     section: TrainingSection,
     device: torch.device | None = None,
-    warm: WarmStart | None = None,
-) -> Baselines:
-    """Fit PCA-whitening, within-class whitening (with the shrinkage that validates best) and a cold start."""
-    init = "whitening" if warm else section.init
+    warm: Checkpoint | None = None,
+) -> Start:
+    """Fit PCA-whitening, within-class whitening (with the shrinkage that validates best) and a start.
+
+    The start is that of another run's checkpoint (`warm`), where there is one.
+    """
+    init = "checkpoint" if warm else section.init
     shrinkages: Sequence[float] = SHRINKAGES
     if section.whitening_shrinkage != "auto":
         shrinkages = (float(section.whitening_shrinkage),)
@@ -168,10 +165,10 @@ def fit_baselines(
         "pca_whitened": summarize_scores(validate(pca)),
         "whitening": summarize_scores(whitening.scores),
     }
-    note: dict[str, Any] = {"init": "checkpoint" if warm else init, "shrinkage": shrinkage}
+    note: dict[str, Any] = {"init": init, "shrinkage": shrinkage}
     if warm:
-        return Baselines(warm[0] or keep_features(scatter), note, scores, warm[1])
-    start = _fill_up(pca, num_rows) if init == "pca" else whitening.linear_map
+        return restore_start(warm, note, scores, keep_features(scatter))
+    start = pca if init == "pca" else whitening.linear_map
     if init == "sharpened":
         tried = _try(sharpen_whitening, powered, num_rows, shrinkages, validate)
         start, chosen = _choose_start(tried, whitening, validation)
@@ -179,7 +176,7 @@ def fit_baselines(
         if chosen is not None:
             scatter = powered
             scores["whitening"]["map_error"] = validation.measure_error(tried[chosen].scores, whitening.scores)
-    return Baselines(make_coordinates(start, scatter, output_dim), note, scores)
+    return Start(make_coordinates(start, scatter, output_dim), note, scores)
 
 
 def is_rectified(train: Features) -> bool:
@@ -236,16 +233,16 @@ def _choose_start(
     return tried[max(allowed)].linear_map, max(allowed)
 
 
-def make_projector(baselines: Baselines, model: TrainingModelSection, init: str) -> Projector:
+def make_projector(start: Start, model: TrainingModelSection, init: str) -> Projector:
     """Return the projector of the coordinates that training starts from; random weights come from torch's state.
 
     The branch's first layer mixes the coordinates at random, so that every hidden unit has inputs of variance 1.
     """
-    if baselines.warm is not None:
-        return build_projector(baselines.warm).train()
-    start = baselines.start
+    if start.projector is not None:
+        return start.projector
+    coordinates = start.coordinates
     projector = Projector(
-        len(start.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,
+        len(coordinates.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,
         model.activation, hidden_dims=model.hidden_dims,
     )  # fmt: skip
     if init == "random":
@@ -255,40 +252,36 @@ def make_projector(baselines: Baselines, model: TrainingModelSection, init: str)
         projector.shortcut.bias.zero_()
         if len(projector.hidden):
             first: Any = projector.hidden[0]
-            first.weight.normal_(std=1 / max(start.length, 1e-6))
+            first.weight.normal_(std=1 / max(coordinates.length, 1e-6))
             first.bias.zero_()
     return projector
 
 
-def _fill_up(pca: LinearMap, output_dim: int) -> LinearMap:
-    """Scale components of variance 1 to mean square norm 1, as the whitening's are, and add rows of zeros."""
-    rank, width = pca.weight.shape
-    weight, bias = np.zeros((output_dim, width), np.float32), np.zeros(output_dim, np.float32)
-    weight[:rank], bias[:rank] = pca.weight / np.sqrt(rank), pca.bias / np.sqrt(rank)
-    return LinearMap(weight, bias, pca.input_power)
+def restore_start(
+    checkpoint: Checkpoint, note: dict[str, Any], baselines: dict[str, Scores], features: Coordinates | None = None
+) -> Start:
+    """Return the start at a checkpoint's coordinates and averaged projector.
 
-
-def load_warm_start(path: Path, model: TrainingModelSection, width: int, embedded_with: Any) -> WarmStart:
-    """Read `[training].init_checkpoint`: its coordinates, and a checkpoint of its projector of them.
-
-    `width` is that of the features, `embedded_with` how they were made. Without coordinates, as the reference
-    implementation writes it, its projector takes the features. Dropout is as configured. Raises InputError where the
-    checkpoint is missing or damaged, has other widths, or was trained on embeddings made otherwise.
+    Without coordinates, as the reference implementation writes it, its projector takes the `features`.
     """
-    found = load_checkpoint(path, model, input_dim=width)
-    made_with = found.provenance.get("embedded_with")
+    architecture, weights, coordinates = checkpoint.architecture, checkpoint.projector, features
+    if isinstance(state := checkpoint.rest.get("coordinates"), dict):
+        coordinates, weights = restore_coordinates(state), checkpoint.rest["average"]
+        power = architecture["input_power"] / coordinates.linear_map.input_power
+        architecture = architecture | {"input_dim": len(coordinates.spread), "input_power": power}
+    assert coordinates is not None
+    projector = build_projector(Checkpoint(checkpoint.path, architecture, weights)).train()
+    return Start(coordinates, note, baselines, projector)
+
+
+def check_warm_start(checkpoint: Checkpoint, embedded_with: Any) -> None:
+    """Raise InputError where a checkpoint was trained on embeddings made otherwise than `embedded_with`."""
+    made_with = checkpoint.provenance.get("embedded_with")
     if isinstance(made_with, dict) and isinstance(embedded_with, dict) and made_with != embedded_with:
         key = min(key for key in made_with | embedded_with if made_with.get(key) != embedded_with.get(key))
         raise InputError(
-            f"{path}: trained on embeddings made with {key} {made_with.get(key)!r}, these were made with "
+            f"{checkpoint.path}: trained on embeddings made with {key} {made_with.get(key)!r}, these were made with "
             f"{embedded_with.get(key)!r}: leave out [training].init_checkpoint, or use the same embeddings"
         )
-    state, weights = found.rest.get("coordinates"), found.rest.get("average")
-    coordinates = restore_coordinates(state) if isinstance(state, dict) else None
-    architecture = found.architecture | {"dropout": model.dropout}
-    if coordinates is None:
-        weights = found.projector
-    else:
-        architecture |= {"input_dim": len(coordinates.spread), "input_power": 1.0}
-    logger.info("training starts from %s of epoch %s, whose architecture it keeps", path, found.rest.get("epoch"))
-    return coordinates, Checkpoint(path, architecture, weights)
+    epoch = checkpoint.rest.get("epoch")
+    logger.info("training starts from %s of epoch %s, whose architecture it keeps", checkpoint.path, epoch)

@@ -1,36 +1,26 @@
-"""One training run: its epochs, its best one, and the state that lets a killed run resume exactly."""
+"""One training run in memory: its epochs, its best one, and the weights that it publishes."""
 
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import Config, LoggingSection
-from pipeline.files import workspace
+from pipeline.config import Config
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.retrieval.checkpoint import Checkpoint, project, save_checkpoint
+from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import QueryScores, list_unreached, summarize_scores
-from train_specialized_embeddings.training.metric_sinks import MetricSinks
-from train_specialized_embeddings.training.run_files import RunFiles
-from train_specialized_embeddings.training.starts import Coordinates
+from train_specialized_embeddings.sampling.band_sampler import BandSampler
+from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.training.starts import Start, make_projector
 from train_specialized_embeddings.training.trainer import EpochReport, Trainer
-from train_specialized_embeddings.training.validation import (
-    Scores,
-    ValidationSet,
-    log_verdict,
-    measure_norm,
-    measure_spread,
-)
+from train_specialized_embeddings.training.validation import ValidationSet, measure_norm, measure_spread
 
-# An epoch on little data takes less time than syncing its state to disk; a kill costs at most this, or an epoch.
-SAVE_INTERVAL_SECONDS = 10.0
 # Embeddings have collapsed where their spread is below this share of the start's, or their norm before normalisation
 # is below this share of the start's or above its inverse: then steps of one size turn them too far, or not at all.
 COLLAPSED_SHARE = 0.25
@@ -44,24 +34,35 @@ SHARES = (0.5, 0.75, 1.0)
 Content = dict[str, Any]
 
 
-@dataclass
-class TrainingRun:
-    """A trainer with its validation, its files and its history."""
+@dataclass(frozen=True)
+class Material:
+    """What all runs on the same splits share; the images are in the start's coordinates."""
 
-    config: Config
-    trainer: Trainer
-    coordinates: Coordinates  # of the features; the trainer's projector maps them
-    validation: ValidationSet  # in these coordinates
-    baselines: dict[str, Scores]  # validation scores of raw, pca_whitened, whitening
-    start: dict[str, Any]  # how the start was chosen
+    sampler: BandSampler
+    store: FeatureStore
+    validation: ValidationSet
+    start: Start
+    num_images: int  # of train and val
     trained_on: torch.Tensor  # hashes of the training buildings
-    files: RunFiles = field(default_factory=lambda: RunFiles(Path()))
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    sinks: MetricSinks = field(default_factory=lambda: MetricSinks(LoggingSection(), Path(), {}))
-    provenance: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
-    best: Content = field(default_factory=dict)  # the checkpoint of the last epoch as good as the peak
-    peak: QueryScores | None = None  # validation of the epoch with the best mAP
+
+
+class TrainingRun:
+    """A trainer with its validation and its history; it begins anew from the seed."""
+
+    def __init__(self, config: Config, material: Material, watch: Stopwatch, provenance: Content) -> None:
+        self.config, self.watch, self.provenance = config, watch, provenance
+        self.validation, self.coordinates = material.validation, material.start.coordinates
+        self.trained_on = material.trained_on
+        self.baselines, self.note = material.start.baselines, material.start.note
+        torch.manual_seed(config.global_.seed)
+        material.sampler.generator.manual_seed(config.global_.seed)
+        projector = make_projector(material.start, config.training_model, config.training.init)
+        projector = projector.to(material.store.device)
+        spread = torch.from_numpy(self.coordinates.spread)
+        self.trainer = Trainer(projector, material.store, material.sampler, config.training, spread)
+        self.history: list[dict[str, Any]] = []  # one record an epoch, epoch 0 included
+        self.best: Content = {}  # the checkpoint of the last epoch as good as the peak
+        self.peak: QueryScores | None = None  # validation of the epoch with the best mAP
 
     @property
     def epoch(self) -> int:
@@ -76,31 +77,10 @@ class TrainingRun:
             return True
         return self.epoch >= section.num_epochs or self.epoch - self.best["epoch"] >= section.patience
 
-    def complete(self) -> None:
-        """Validate the start, run the remaining epochs, and write everything.
-
-        Raises PipelineError where training diverges or no negative can be drawn.
-        """
-        total = self.config.training.num_epochs * self.trainer.num_anchors
-        interval = self.config.logging.progress_interval_seconds
-        saved = time.monotonic()
-        with Progress("train", total, "anchor", interval) as progress:
-            if self.history:
-                self._write_outputs()  # a kill may have come between them and the state
-                progress.resume_at(self.epoch * self.trainer.num_anchors)
-            for record in self.run_epochs(progress):
-                self._log_epoch(record)
-                if self._is_periodic or time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
-                    self._save()
-                    saved = time.monotonic()
-        self._save()
-        save_checkpoint(self.files.final, self._describe())
-        self.settle()
-        save_checkpoint(self.files.best, self.best)
-        val = self.best["metrics"]["val"]
-        workspace.write_json(self.files.provenance, self.provenance | {"best_epoch": self.best["epoch"], "val": val})
-        workspace.remove(self.files.latest)
-        log_verdict(val, self.best["epoch"])
+    @property
+    def is_periodic(self) -> bool:
+        """Whether the last epoch leaves a checkpoint of its own."""
+        return self.epoch > 0 and self.epoch % self.config.training.save_every_n_epochs == 0
 
     def run_epochs(self, progress: Progress) -> Iterator[dict[str, Any]]:
         """Validate the start as epoch 0, then train and validate; yield each epoch's record, and save nothing."""
@@ -143,12 +123,13 @@ class TrainingRun:
             chosen, self.best["epoch"], ", ".join(f"{share:g}: {row['map']:.4f}" for share, row in tried.items()),
         )  # fmt: skip
         projector.load_state_dict(mixed[chosen])
-        metrics, self.start = self.best["metrics"], self.start | {"share": chosen}
+        metrics, self.note = self.best["metrics"], self.note | {"share": chosen}
         self.best = self.best | {
             "average": mixed[chosen],
             "projector": dict(self.coordinates.fold(projector).state_dict()),
             "epoch": epoch,
-            "start": self.start,
+            "start": self.note,
+            "trained_on": self.trained_on,
             "metrics": metrics | {"epoch": epoch, "val": metrics["val"] | {"projector": tried[chosen]}},
         }
 
@@ -158,18 +139,18 @@ class TrainingRun:
             embeddings = project(projector, self.validation.embeddings, self.trainer.store.device)
             return embeddings, self.validation.score_each(embeddings)
 
-    def resume(self, saved: Checkpoint) -> None:
-        """Take the state of a killed run."""
-        self.trainer.restore(saved.rest)
-        self.history, self.best = list(saved.rest["history"]), saved.rest["best"]
-        self.peak = QueryScores(**{name: values.numpy() for name, values in saved.rest["peak"].items()})
-        for record in self.history:
-            self.sinks.write(record)
+    def resume(self, state: Content) -> None:
+        """Continue from a state that `describe_state` returned."""
+        self.trainer.restore(state)
+        self.history, self.best = list(state["history"]), state["best"]
+        self.peak = QueryScores(**{name: values.numpy() for name, values in state["peak"].items()})
         logger.info("going on after epoch %d", self.epoch)
 
-    @property
-    def _is_periodic(self) -> bool:
-        return self.epoch > 0 and self.epoch % self.config.training.save_every_n_epochs == 0
+    def describe_state(self) -> Content:
+        """Return the checkpoint of the last epoch, with what `resume` needs beside it."""
+        assert self.peak is not None  # the start is validated first
+        peak = {name: torch.from_numpy(values) for name, values in vars(self.peak).items()}
+        return self.describe() | {"best": self.best, "history": self.history, "peak": peak}
 
     def _add_epoch(self, report: EpochReport, started: float) -> dict[str, Any]:
         """Validate, add the epoch's record and return it, and keep its checkpoint if it is as good as any."""
@@ -186,12 +167,11 @@ class TrainingRun:
         }
         record["collapsed"] = self._has_collapsed(record)
         self.history.append(record)
-        self.sinks.write(record)
         if not record["collapsed"]:
             if self.peak is None or summarize_scores(self.peak)["map"] < scores["map"]:
                 self.peak = each
             if not self.validation.is_better(self.peak, each, EPOCH_ERRORS):
-                self.best = self._describe()
+                self.best = self.describe()
         return record
 
     def _has_collapsed(self, record: dict[str, Any]) -> bool:
@@ -200,7 +180,7 @@ class TrainingRun:
         is_out = norm < COLLAPSED_SHARE * first["embedding_norm"] or norm > first["embedding_norm"] / COLLAPSED_SHARE
         return bool(is_out or record["embedding_spread"] < COLLAPSED_SHARE * first["embedding_spread"])
 
-    def _log_epoch(self, record: dict[str, Any]) -> None:
+    def log_epoch(self, record: dict[str, Any]) -> None:
         """Log the last epoch, and a warning where it went wrong."""
         training = "the start, "
         if record["train_loss"] is not None:
@@ -223,7 +203,7 @@ class TrainingRun:
         elif record["train_loss"] == 0.0:  # only a loss with a margin comes to that
             logger.warning("epoch %d: no triplet was active: raise [training].margin", self.epoch)
 
-    def _describe(self) -> Content:
+    def describe(self) -> Content:
         """Return the checkpoint of the last epoch, with all that its readers and the next epoch need."""
         config = self.config
         folded = self.coordinates.fold(self.trainer.average)
@@ -234,7 +214,7 @@ class TrainingRun:
             "projector": dict(folded.state_dict()),
             "coordinates": self.coordinates.state(),
             "epoch": self.epoch,
-            "start": self.start,
+            "start": self.note,
             "trained_on": self.trained_on,
             "metrics": {
                 "epoch": self.epoch,
@@ -248,18 +228,3 @@ class TrainingRun:
             },
             "provenance": self.provenance,
         }
-
-    def _save(self) -> None:
-        """Write the state that a killed run resumes from, then the files that follow from it."""
-        with self.watch.measure("write"):
-            assert self.peak is not None  # the start is validated first
-            peak = {name: torch.from_numpy(values) for name, values in vars(self.peak).items()}
-            content = self._describe() | {"best": self.best, "history": self.history, "peak": peak}
-            save_checkpoint(self.files.latest, content)
-            self._write_outputs()
-
-    def _write_outputs(self) -> None:
-        self.files.write_metrics(self.history)
-        save_checkpoint(self.files.best, self.best)
-        if self._is_periodic:
-            save_checkpoint(self.files.of_epoch(self.epoch), self._describe())

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,7 +17,8 @@ from pipeline.files import tables
 from pipeline.files.workspace import replacing
 from pipeline.inference.devices import share_gpus
 from pipeline.log import Progress, Stopwatch, logger, logging_to
-from train_specialized_embeddings.training.fitting import make_run, read_material, training_within_memory
+from train_specialized_embeddings.training.fitting import read_material, training_within_memory
+from train_specialized_embeddings.training.training_run import TrainingRun
 from train_specialized_embeddings.tuning import search_space
 from train_specialized_embeddings.tuning.search_space import SPACE
 from train_specialized_embeddings.tuning.tuning_report import write_report
@@ -104,35 +104,35 @@ def _open_storage(storage: str, folder: Path) -> Any:
 def _run_workers(study: optuna.Study, work: tuple[Any, ...], watch: Stopwatch) -> None:
     """Run trials in this process and in more of them, until the study has enough."""
     start = multiprocessing.get_context("spawn").Process  # a fork would copy locks without their threads
-    config, options, inputs, *_ = work
+    options = work[1]
     workers = [start(target=_run_worker, args=(*work, number), daemon=True) for number in range(1, options.num_workers)]
     for worker in workers:
         worker.start()
-    _run_trials(study, config, options, inputs, watch, 0)
+    _run_trials(study, work, watch, 0)
     for worker in workers:
         worker.join()
 
 
-def _run_worker(*work: Any) -> None:
+def _run_worker(*arguments: Any) -> None:
     """Run trials in a process of its own."""
-    config, options, inputs, provenance, folder, number = work
+    *work, number = arguments
+    config, options, _, provenance, folder = work
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with logging_to(config.log_dir / f"tune.{number}.log", config.logging.level):
         study = open_study(config, options, folder, provenance)
-        _run_trials(study, config, options, inputs, Stopwatch(), number)
+        _run_trials(study, tuple(work), Stopwatch(), number)
 
 
-def _run_trials(
-    study: optuna.Study, config: Config, options: Any, inputs: dict[str, Path], watch: Stopwatch, number: int
-) -> None:
+def _run_trials(study: optuna.Study, work: tuple[Any, ...], watch: Stopwatch, number: int) -> None:
     """Run trials until the study has enough; with W workers it may get W - 1 more.
 
     Workers share the GPUs, each with its part of the memory, so that a large trial fails and not its neighbour.
     """
+    config, options, inputs, provenance, _ = work
     if config.infrastructure.device != "cpu":
         share_gpus(number, options.num_workers)
     with training_within_memory(config):
-        objective = Objective(config, inputs, watch, options.sample_buildings)
+        objective = Objective(config, inputs, provenance, watch, options.sample_buildings)
     parent = multiprocessing.parent_process()
     while _count_finished(study) < options.num_trials and (parent is None or parent.is_alive()):
         trial = study.ask(SPACE)
@@ -162,10 +162,15 @@ class Objective:
     """The best validation mAP of a trial's settings; the data and the start are read and fitted once for all trials."""
 
     def __init__(
-        self, config: Config, inputs: dict[str, Path], watch: Stopwatch, sample_buildings: int | None = None
+        self,
+        config: Config,
+        inputs: dict[str, Path],
+        provenance: dict[str, Any],
+        watch: Stopwatch,
+        sample_buildings: int | None,
     ) -> None:
         self.config, self.watch = config, watch
-        self.material = read_material(config, inputs, watch, num_buildings=sample_buildings)
+        self.material = read_material(config, inputs, provenance, watch, num_buildings=sample_buildings)
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Train with the trial's settings, an epoch at a time.
@@ -176,10 +181,7 @@ class Objective:
         config = search_space.apply(self.config, trial.params)
         interval = config.logging.progress_interval_seconds
         with training_within_memory(config):
-            torch.manual_seed(config.global_.seed)
-            self.material.sampler.generator.manual_seed(config.global_.seed)
-            run = make_run(config, self.material)
-            run.watch = self.watch
+            run = TrainingRun(config, self.material, self.watch, {})
             total = config.training.num_epochs * run.trainer.num_anchors
             with Progress(f"trial {trial.number}", total, "anchor", interval) as bar:
                 for record in run.run_epochs(bar):
