@@ -201,22 +201,6 @@ def make_split(folder: Path, name: str, count: int, width: int, places: list[tup
     tables.write_parquet(folder / "merged" / f"{name}.parquet", table.drop_columns(["image_path", "tar_file"]), {})
 
 
-def make_difficulty(folder: Path, count: int) -> None:
-    """Write metadata with random neighbours in bands of their order."""
-    generator = np.random.default_rng(0)
-    buildings = draw_buildings(np.random.default_rng(len("test")), count)
-    names = pa.array([f"0001_{building}" for building in range(int(buildings[-1]) + 1)])
-    offsets = pa.array(np.arange(0, NEIGHBORS * count + 1, NEIGHBORS), pa.int32())
-    neighbors = names.take(pa.array(generator.integers(0, len(names), NEIGHBORS * count)))
-    bands = np.tile(np.arange(NEIGHBORS) * 7 // NEIGHBORS, count)
-    columns = {
-        "target_coord_hash": pa.array([f"0001_{patch}" for patch in range(count)]),
-        "neighbor_building_ids": pa.ListArray.from_arrays(offsets, neighbors),
-        "neighbor_bands": pa.ListArray.from_arrays(offsets, pa.array(bands, pa.int32())),
-    }
-    tables.write_parquet(folder / "difficulty.parquet", pa.table(columns), {})
-
-
 def make_evaluation(folder: Path, count: int, width: int, num_photos: int) -> Path:
     """Write all that stage 9 reads, with a projector that was not trained, and return its configuration."""
     make_tars(folder / "raw", draw_pictures(448), num_photos)
@@ -224,7 +208,6 @@ def make_evaluation(folder: Path, count: int, width: int, num_photos: int) -> Pa
     places = [(member.offset, member.size) for member in members if member.is_image_name]
     make_split(folder, "train", min(count, 20_000), width, places)
     make_split(folder, "test", count, width, places)
-    make_difficulty(folder, count)
     torch.manual_seed(0)
     output_dim = min(256, width)
     projector = Projector(width, output_dim=output_dim, hidden_dim=64)

@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--compare", type=Path, metavar="OTHER",
-        help="another checkpoint or embeddings dataset: which is better on the same images, and how sure is that",
+        help="another checkpoint, or dataset with --embeddings: which is better on the same images, how surely",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     own = {name: value for name, value in vars(arguments).items() if name not in ("config", "overrides")}

@@ -74,10 +74,7 @@ def write_checkpoint(path, *, seed=0, width=WIDTH, history=True):
     """Write a checkpoint of a projector with random weights."""
     torch.manual_seed(seed)
     projector = Projector(width, output_dim=8, hidden_dim=8)
-    scores = [
-        {"epoch": epoch, "val": {"map": 0.4 + 0.01 * epoch}, "band_shares": [0.125] * 8 if epoch else None}
-        for epoch in range(4)
-    ]
+    scores = [{"epoch": epoch, "val": {"map": 0.4 + 0.01 * epoch}} for epoch in range(4)]
     metrics = {"val": {"raw": {"map": 0.35}, "pca_whitened": {"map": 0.38}}, "history": scores} if history else {}
     content = {
         "architecture": projector.architecture,
@@ -86,20 +83,6 @@ def write_checkpoint(path, *, seed=0, width=WIDTH, history=True):
         "settings": {"seed": 42, "training": {"margin": 0.2}},
     }
     save_checkpoint(path, content)
-
-
-def write_difficulty(folder, table):
-    """Write metadata in which every image has a neighbour of each band, buildings of the split by turns."""
-    buildings = list(dict.fromkeys(table["building_id"].to_pylist()))
-    own = [buildings.index(name) for name in table["building_id"].to_pylist()]
-    columns = {
-        "target_coord_hash": table["streetview_image_id"],
-        "neighbor_building_ids": pa.array([[buildings[(n + k + 1) % len(buildings)] for k in range(7)] for n in own]),
-        "neighbor_bands": pa.array([list(range(7))] * len(own), pa.list_(pa.int32())),
-    }
-    tables.write_parquet(
-        folder / "difficulty.parquet", pa.table(columns), {"counts": {"in": len(own), "out": len(own)}}
-    )
 
 
 def make_workplace(folder, *, photos=True, camera=False):
@@ -116,7 +99,8 @@ def make_workplace(folder, *, photos=True, camera=False):
     write_split(folder, "train", make_table(1, num_buildings=40, prefix="t"))
     test = make_table(2, places=places, camera=camera)
     write_split(folder, "test", test)
-    write_difficulty(folder, test)
+    counts = {"in": len(test), "out": len(test)}
+    tables.write_parquet(folder / "difficulty.parquet", test.select(["streetview_image_id"]), {"counts": counts})
     write_checkpoint(folder / "checkpoints" / "checkpoint_best.pt")
     config_path = folder / "config.toml"
     config_path.write_text(

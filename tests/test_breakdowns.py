@@ -8,7 +8,7 @@ import pytest
 from evaluation_data import make_table, make_workplace, write_split
 
 from evaluate_embeddings.evaluate import run
-from evaluate_embeddings.scores.breakdowns import heading_changes, load_camera, name_count, name_range
+from evaluate_embeddings.scores.breakdowns import heading_changes, load_camera, name_group
 from pipeline.cli import Options
 from pipeline.config import load_config
 from pipeline.retrieval.features import load_features
@@ -38,8 +38,8 @@ def test_the_smallest_change_of_heading_is_that_of_a_loop_over_all_pairs(share_u
 
 
 def test_groups_are_named_by_what_they_hold():
-    assert [name_count(2, 3), name_count(4, 6), name_count(6, np.inf)] == ["2", "4-5", "6+"]
-    assert [name_range(0, 15), name_range(90, np.inf)] == ["0-15", "90+"]
+    assert [name_group(2, 2), name_group(4, 5), name_group(6, np.inf)] == ["2", "4-5", "6+"]
+    assert [name_group(0, 15), name_group(90, np.inf)] == ["0-15", "90+"]
 
 
 @pytest.fixture(scope="module")

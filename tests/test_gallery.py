@@ -1,20 +1,15 @@
-"""What the gallery finds to show beyond right and wrong answers: suspected label errors, bands, the map."""
-
-from types import SimpleNamespace
+"""What the gallery finds to show beyond right and wrong answers: suspected label errors, the map."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from evaluation_data import make_workplace
 
 from evaluate_embeddings.evaluate import embed_split, score_split
 from evaluate_embeddings.page import embedding_map, gallery
-from evaluate_embeddings.page.embedding_map import place_points
-from evaluate_embeddings.page.gallery import RowNames, find_band_examples, find_suspects
+from evaluate_embeddings.page.embedding_map import project_to_plane
+from evaluate_embeddings.page.gallery import Gallery, find_suspects
 from evaluate_embeddings.page.report import render
 from pipeline.config import load_config
-from pipeline.errors import InputError
-from pipeline.files.tables import write_parquet
 from pipeline.retrieval.candidates import IgnoredPairs
 
 NO_PAIRS = IgnoredPairs(np.array([], np.int64), np.array([], np.int64))
@@ -77,57 +72,21 @@ def test_of_many_images_a_sample_is_looked_at(evaluation, monkeypatch):
     assert whole == {suspect.rows for suspect in find_suspects(evaluation, 99, seed=0)}
 
 
-# ------------------------------------------------------------------------------------------------ bands
-
-
-def write_difficulty(path, rows):
-    columns = {
-        "target_coord_hash": pa.array([row[0] for row in rows]),
-        "neighbor_building_ids": pa.array([row[1] for row in rows]),
-        "neighbor_bands": pa.array([row[2] for row in rows], pa.list_(pa.int32())),
-    }
-    write_parquet(path, pa.table(columns), {})
-
-
-def test_an_anchor_shows_the_nearest_building_of_the_split_of_each_band(evaluation, tmp_path):
-    images, buildings = evaluation.features.image_ids.to_pylist(), evaluation.features.building_ids.to_pylist()
-    rows = [
-        ("9999_1", [buildings[3]], [0]),  # an image of another split
-        (images[0], ["9999_7", buildings[5], buildings[6], buildings[5]], [0, 0, 2, 6]),
-        (images[9], [buildings[2]], [4]),
-    ]
-    write_difficulty(tmp_path / "d.parquet", rows)
-    found = find_band_examples(tmp_path / "d.parquet", evaluation, limit=2)
-    assert [example.anchor for example in found] == [0, 9]
-    assert [(band, int(evaluation.codes[row])) for band, row in found[0].negatives] == [(0, 5), (2, 6)]
-    assert [(band, int(evaluation.codes[row])) for band, row in found[1].negatives] == [(4, 2)]
-    own = evaluation.embeddings["projector"]
-    for band, row in found[0].negatives:
-        alike = np.flatnonzero(evaluation.codes == evaluation.codes[row])
-        assert row == max(alike, key=lambda other: float(own[other] @ own[0])), band
-
-
-def test_a_table_that_is_no_difficulty_metadata_is_an_error_that_names_it(evaluation, tmp_path):
-    write_parquet(tmp_path / "d.parquet", pa.table({"target_coord_hash": ["a"]}), {})
-    with pytest.raises(InputError, match=r"d\.parquet: not difficulty metadata"):
-        find_band_examples(tmp_path / "d.parquet", evaluation, limit=2)
-
-
 # ------------------------------------------------------------------------------------------------ map
 
 
 class NoPhotos:
-    problem = "none"
+    def read_thumbnails(self, *_):
+        return {}
 
 
 def test_the_map_shows_the_two_leading_components_of_numpys_svd(evaluation):
-    chosen, coordinates, variance = place_points(evaluation, seed=0)
     rows = evaluation.embeddings["projector"]
+    coordinates, variance = project_to_plane(rows, np.arange(len(rows)), np.random.default_rng(0))
     centred = rows - rows.mean(axis=0)
     _, values, axes = np.linalg.svd(centred.astype(np.float64), full_matrices=False)
     np.testing.assert_allclose(np.abs(coordinates), np.abs(centred @ axes[:2].T), atol=1e-4)
     np.testing.assert_allclose(variance, values[:2] ** 2 / (values**2).sum(), atol=1e-5)
-    assert chosen.tolist() == list(range(len(rows)))
     marks = embedding_map.build_map(evaluation, NoPhotos(), 100, seed=0).marks
     assert [mark.row for mark in marks] == list(range(len(rows)))
     assert [mark.is_right for mark in marks] == (evaluation.scores["projector"].first_rank == 1).tolist()
@@ -136,11 +95,8 @@ def test_the_map_shows_the_two_leading_components_of_numpys_svd(evaluation):
 def test_a_large_split_is_sampled_and_the_page_says_so(evaluation, monkeypatch):
     monkeypatch.setattr(embedding_map, "MAX_POINTS", 20)
     monkeypatch.setattr(embedding_map, "MAX_FIT_ROWS", 30)
-    chosen = place_points(evaluation, seed=0)[0].tolist()
-    assert len(chosen) == len(set(chosen)) == 20
     shown = embedding_map.build_map(evaluation, NoPhotos(), 100, seed=0)
-    assert len(shown.marks) == 20
-    gallery_of_names = SimpleNamespace(names=RowNames(evaluation.features))
-    page = render("sections/map.html.j2", map=shown, gallery=gallery_of_names)
+    assert len(shown.marks) == len({mark.row for mark in shown.marks}) == 20
+    page = render("sections/map.html.j2", map=shown, gallery=Gallery(evaluation))
     assert "a random 20 of the test images" in page
     assert page.count("data-mark=") == 20

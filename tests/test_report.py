@@ -21,11 +21,12 @@ from evaluation_data import (
 from PIL import Image
 
 from evaluate_embeddings.evaluate import run
-from evaluate_embeddings.page.gallery import describe_examples, pick_failures, pick_hard_successes
+from evaluate_embeddings.page.gallery import choose_gallery, describe_examples, pick_worst
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.plots import Curve, plot_training, read_training_curve
 from evaluate_embeddings.page.report import format_distance
 from evaluate_embeddings.scores.metrics import Evaluation
+from evaluate_embeddings.scores.pair_similarity import PairSimilarities
 from evaluate_embeddings.scores.standalone import EvaluateOptions
 from pipeline.cli import Options
 from pipeline.config import load_config
@@ -110,13 +111,13 @@ def test_the_page_has_its_sections_and_every_picture_and_drawing_has_an_alternat
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
         "Scores", "Recall", "Same building or not", "What makes it hard", "Harder and fixed conditions", "By dataset",
-        "Training", "Map", "Worst failures", "Hard successes", "Suspected label errors", "Difficulty bands", "Ledger",
+        "Training", "Map", "Worst failures", "Hard successes", "Suspected label errors", "Ledger",
         "Provenance and settings",
     ]  # fmt: skip
     assert "viewport" in str(reader.find("meta"))
     assert all(len(image["alt"]) > 10 for image in reader.find("img"))
     drawings = reader.find("svg")
-    assert len(drawings) == 10
+    assert len(drawings) == 9
     links = re.findall(r'<a href="#([^"]+)">', page)
     assert links == [section["id"] for section in reader.find("section")]
     assert len(page.encode()) < 15_000_000
@@ -264,17 +265,22 @@ def make_evaluation(seed=0, ignored=((), ())):
 
 
 def test_failures_come_worst_first_and_one_a_building():
-    codes = np.array([0, 0, 1, 1, 2, 2], dtype=np.int32)
-    scores = QueryScores(np.arange(6), np.array([9, 12, 30, 2, 1, 1]), np.ones(6))
-    assert pick_failures(scores, codes, limit=12) == [2, 1]
-    assert pick_failures(scores, codes, limit=1) == [2]
+    codes, ranks = np.array([0, 0, 1, 1, 2, 2], dtype=np.int32), np.array([9, 12, 30, 2, 1, 1])
+    assert pick_worst(ranks, ranks > 1, codes, limit=12) == [2, 1]
+    assert pick_worst(ranks, ranks > 1, codes, limit=1) == [2]
 
 
 def test_hard_successes_are_right_answers_that_the_raw_embeddings_miss():
-    codes = np.array([0, 0, 1, 1, 2, 2], dtype=np.int32)
-    scores = QueryScores(np.arange(6), np.array([1, 1, 1, 2, 1, 1]), np.ones(6))
-    raw = QueryScores(np.arange(6), np.array([3, 8, 5, 99, 1, 1]), np.ones(6))
-    assert pick_hard_successes(scores, raw, codes, limit=12) == [1, 2]
+    evaluation = make_evaluation()
+    own, raw = np.ones((2, 60), np.int64)
+    own[4], raw[[0, 1, 3, 4]] = 2, [3, 8, 5, 99]
+    for kind, ranks in (("projector", own), ("raw", raw)):
+        evaluation.scores[kind] = QueryScores(np.arange(60), ranks, np.ones(60))
+    evaluation.pairs["projector"] = PairSimilarities(np.ones(1, np.float32), np.ones(0, np.float32))
+    chosen = choose_gallery(evaluation, seed=0)
+    assert [example.query for example in chosen.successes] == [1, 3]
+    assert [example.query for example in chosen.failures] == [4]
+    assert chosen.suspects == []
 
 
 def test_answers_are_the_nearest_candidates_by_a_plain_sort():

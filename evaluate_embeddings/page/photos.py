@@ -1,7 +1,6 @@
 """Read a few photographs from the raw tars, by their offsets, as thumbnails for the page."""
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,56 +24,53 @@ class PhotoSource:
     def __init__(self, split_path: Path, raw_dir: Path | None, *, wanted: bool = True) -> None:
         """Read the place of each row's image from the split; without `wanted` the page has no photographs."""
         names = ["dataset_id", *(name for name, _ in PLACE_COLUMNS)]
-        file = open_parquet(split_path)
-        self.raw_dir = raw_dir
         self.problem: str | None = None
         self.num_missing = 0
-        self._places: pa.Table | None = None
         if not wanted:
             self.problem = "this page was asked for without them (--no-images)"
         elif raw_dir is None or not raw_dir.is_dir():
             self.problem = "[paths].raw_dir is not set to a folder that is here"
-        elif any(file.schema_arrow.get_field_index(name) < 0 for name in names):
-            self.problem = f"{split_path.name} does not say where the images lie in their tars"
         else:
+            with open_parquet(split_path) as file:
+                if {*names} <= {*file.schema_arrow.names}:
+                    self._places: pa.Table = file.read(columns=names)
+                else:
+                    self.problem = f"{split_path.name} does not say where the images lie in their tars"
             try:
-                self.raw_dir = find_tar_dir(raw_dir)
-                self._places = file.read(columns=names)
+                self._tar_dir = find_tar_dir(raw_dir)
             except InputError as error:
-                self.problem = one_line(error)
+                self.problem = self.problem or one_line(error)
 
-    def read_thumbnails(self, rows: Iterable[int], max_characters: int, max_side: int = 224) -> dict[int, str]:
+    def read_thumbnails(self, rows: list[int], max_characters: int, max_side: int = 224) -> dict[int, str]:
         """Return a JPEG as a data URI for each row whose picture can be read, and count the other rows.
 
         A row that is asked for twice is on the page twice. Side and quality are lowered until all pictures together
         have at most `max_characters`; if the lowest level is still too much, the last rows go without a picture.
         """
-        asked = list(rows)
+        if self.problem is not None:
+            return {}
         images: dict[int, Image.Image] = {}
-        for row in dict.fromkeys(asked):
+        for row in dict.fromkeys(rows):
             try:
                 images[row] = shrink(self._read(row), max_side)
             except (Rejection, OSError):  # a tar that is gone, cut or changed leaves a gap, never a failure
                 self.num_missing += 1
-        times = Counter(asked)
+        times, kept = Counter(rows), dict[int, str]()
         for side, quality in THUMBNAIL_LEVELS:
-            found = {row: to_data_uri(shrink(image, side), quality) for row, image in images.items()}
-            if sum(len(uri) * times[row] for row, uri in found.items()) <= max_characters:
-                return found
-        total = 0
-        kept = {}
-        for row, uri in found.items():
-            total += len(uri) * times[row]
+            total, kept = 0, {}
+            for row, image in images.items():
+                uri = to_data_uri(shrink(image, side), quality)
+                total += len(uri) * times[row]
+                if total <= max_characters:
+                    kept[row] = uri
             if total <= max_characters:
-                kept[row] = uri
+                break
         return kept
 
     def _read(self, row: int) -> Image.Image:
-        if self._places is None or self.raw_dir is None:
-            raise Rejection("missing_image", "no place is known")
         dataset_id, offset, size = (self._places.column(i)[row].as_py() for i in range(3))
         if offset is None or size is None or offset < 0 or not 0 < size <= MAX_IMAGE_BYTES:
             raise Rejection("missing_image", "no place is known")
-        with open(self.raw_dir / tar_name(dataset_id), "rb") as tar:
+        with open(self._tar_dir / tar_name(dataset_id), "rb") as tar:
             tar.seek(offset)
             return decode_rgb(tar.read(size))

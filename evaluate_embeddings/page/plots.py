@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,6 @@ SAME_COLOR, DIFFERENT_COLOR = "#009E73", "#D55E00"
 # Drawn in a colour that nothing else has, then handed to the page's style sheet, for light and dark.
 TEXT_COLOR = "#010203"
 FIGURE_INCHES = (5.0, 3.5)
-# Okabe and Ito's palette, from the hardest band to the easiest, and grey for negatives of no band.
-BAND_COLORS = ("#D55E00", "#E69F00", "#F0E442", "#009E73", "#56B4E9", "#0072B2", "#CC79A7", "#8C8C8C")
 MAX_RANK = 100
 NUM_BINS = 40
 LOWEST_RATE = 1e-4
@@ -52,7 +50,6 @@ class Curve:
     values: list[float]
     baselines: dict[str, float]  # the mAP of the other kinds on the same images, as far as it is recorded
     published: tuple[int, float] | None = None  # the best epoch, and the mAP of the published interpolation
-    band_shares: dict[int, list[float]] = field(default_factory=dict)  # by epoch; the last share is of no band
 
 
 def draw_figures(evaluation: Evaluation, metrics: Mapping[str, Any], curve: Curve | None) -> dict[str, Any]:
@@ -70,7 +67,6 @@ def draw_figures(evaluation: Evaluation, metrics: Mapping[str, Any], curve: Curv
             key: Markup(plot_groups(metrics[key], label)) for key, label in BREAKDOWNS.items() if metrics[key]
         },
         "training": Markup(plot_training(curve)) if curve else None,
-        "band_shares": Markup(plot_band_shares(curve)) if curve and curve.band_shares else None,
     }
 
 
@@ -83,10 +79,9 @@ def read_training_curve(path: Path, training: Mapping[str, Any]) -> Curve | None
         baselines = {kind: float(training["val"][kind]["map"]) for kind in BASELINES if kind in training.get("val", {})}
         own = training.get("val", {}).get("projector")
         published = (int(training["epoch"]), float(own["map"])) if own and "epoch" in training else None
-        shares = {int(record["epoch"]): record["band_shares"] for record in records if record.get("band_shares")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not written by our stage 6
         return None
-    return Curve(epochs, values, baselines, published, shares) if epochs else None
+    return Curve(epochs, values, baselines, published) if epochs else None
 
 
 @contextmanager
@@ -194,24 +189,6 @@ def plot_groups(groups: Mapping[str, Any], axis_label: str) -> str:
         axes.set(xlabel=f"{axis_label}; below, queries", ylabel="Recall@1", ylim=(0, 1.02))
         axes.legend(**LEGEND_ABOVE, ncols=len(KINDS))
         return _to_svg(figure, f"Recall@1 by {axis_label}, of the projector {', '.join(described)}.")
-
-
-def plot_band_shares(curve: Curve) -> str:
-    """Draw from which difficulty band the negatives of each epoch were drawn, stacked."""
-    with _figure("bands") as (figure, axes):
-        shares = np.array(list(curve.band_shares.values()))  # (E, bands + 1), the last one of no band
-        epochs = list(curve.band_shares)
-        names = [f"band {band}" for band in range(shares.shape[1] - 1)] + ["any"]
-        bottom = np.zeros(len(epochs))
-        for band, (name, color) in enumerate(zip(names, BAND_COLORS, strict=False)):
-            hatch = "//" if band % 2 else None
-            axes.bar(epochs, shares[:, band], 0.9, bottom, color=color, label=name, hatch=hatch, edgecolor="#FFFFFF")
-            bottom += shares[:, band]
-        axes.set(xlabel="epoch", ylabel="share of the negatives", ylim=(0, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, reverse=True)
-        last = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, shares[-1], strict=False))
-        return _to_svg(figure, f"Bands of the negatives by epoch, the hardest (0) at the bottom; at the end {last}.")
 
 
 def plot_training(curve: Curve) -> str:

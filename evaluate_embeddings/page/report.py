@@ -57,7 +57,7 @@ def write_report(
     """
     seed = config.global_.seed
     photos = PhotoSource(config.path("merged_dir") / "test.parquet", find_path(config, "raw_dir"), wanted=images)
-    gallery = choose_gallery(evaluation, find_path(config, "difficulty_metadata_path"), seed)
+    gallery = choose_gallery(evaluation, seed)
     shown_map = build_map(evaluation, photos, MAX_MAP_CHARACTERS, seed)
     gallery.take_pictures(photos, MAX_GALLERY_CHARACTERS)
     curve = read_training_curve(config.path("checkpoint_dir") / "metrics.jsonl", training)

@@ -1,6 +1,6 @@
 """Scores by what makes a query hard: few views of its building, a change of viewpoint, a distant camera."""
 
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from evaluate_embeddings.scores.metrics import Evaluation, summarize_kinds
 from pipeline.files.tables import open_parquet, reading
 from pipeline.retrieval.candidates import RowGroups
 
-# The value of each image, the lower ends of the groups, and how a group is named.
-Group = tuple[NDArray[Any], tuple[int, ...], Callable[[int, float], str]]
-# Lower ends of the groups. Each group's last number belongs to the next; the last group is open.
-VIEW_EDGES = (2, 3, 4, 6)
-HEADING_EDGES = (0, 15, 30, 60, 90)  # degrees, 180 at most
-DISTANCE_EDGES = (0, 10, 20, 30, 50)  # metres
+# Lower ends of the groups. Each group's end belongs to the next; the last group is open.
+EDGES: dict[str, tuple[int, ...]] = {
+    "by_views": (2, 3, 4, 6),
+    "by_viewpoint_change": (0, 15, 30, 60, 90),  # degrees, 180 at most
+    "by_distance": (0, 10, 20, 30, 50),  # metres
+}
 
 
 def load_camera(split_path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
@@ -58,28 +58,21 @@ def summarize_breakdowns(evaluation: Evaluation, split_path: Path, seed: int) ->
     """
     queries = next(iter(evaluation.scores.values())).query
     views, camera = RowGroups(evaluation.codes), load_camera(split_path)
-    groups: dict[str, Group] = {"by_views": (views.sizes()[views.codes], VIEW_EDGES, name_count)}
+    values: dict[str, NDArray[Any]] = {"by_views": views.sizes()[views.codes]}
     if camera is not None:
-        groups["by_viewpoint_change"] = heading_changes(evaluation.codes, camera[0]), HEADING_EDGES, name_range
-        groups["by_distance"] = camera[1], DISTANCE_EDGES, name_range
-    found: dict[str, Any] = {"by_views": None, "by_viewpoint_change": None, "by_distance": None}
-    for key, (values, edges, name) in groups.items():
-        found[key] = {}
-        for low, high in zip(edges, (*edges[1:], np.inf), strict=True):
-            chosen = (values[queries] >= low) & (values[queries] < high)  # NaN is in no group
+        values |= {"by_viewpoint_change": heading_changes(evaluation.codes, camera[0]), "by_distance": camera[1]}
+    found: dict[str, Any] = dict.fromkeys(EDGES)
+    for key in values:
+        found[key], own = {}, values[key][queries]
+        for low, high in pairwise((*EDGES[key], np.inf)):
+            chosen = (own >= low) & (own < high)  # NaN is in no group
             if chosen.any():
                 scores = {kind: one.take(chosen) for kind, one in evaluation.scores.items()}
-                found[key][name(low, high)] = summarize_kinds(scores, evaluation.codes, seed)
+                name = name_group(low, high - 1 if key == "by_views" else high)
+                found[key][name] = summarize_kinds(scores, evaluation.codes, seed)
     return found
 
 
-def name_count(low: int, high: float) -> str:
-    """Name a group of whole numbers: 2, 4-5, 6+."""
-    if high == np.inf:
-        return f"{low}+"
-    return f"{low}" if high == low + 1 else f"{low}-{high - 1:g}"
-
-
-def name_range(low: int, high: float) -> str:
-    """Name a group of measures: 0-15, 90+."""
-    return f"{low}+" if high == np.inf else f"{low}-{high:g}"
+def name_group(low: float, last: float) -> str:
+    """Name a group by its bounds: 2, 4-5, 90+."""
+    return f"{low}+" if last == np.inf else f"{low}" if last == low else f"{low}-{last:g}"

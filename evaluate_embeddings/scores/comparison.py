@@ -26,27 +26,17 @@ class LabelledModels:
     notes: list[str] = field(default_factory=list)  # why the comparison may be unfair
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The gain of the second model: mean over queries, 95% interval, p of no difference."""
+def compare(
+    one: QueryScores, other: QueryScores, codes: NDArray[Any], seed: int
+) -> tuple[dict[str, float], dict[str, list[float]], dict[str, float]]:
+    """Return the gain of the second model: mean over queries, 95% interval, and p of no difference.
 
-    difference: dict[str, float]
-    interval: dict[str, list[float]]
-    p: dict[str, float]
-
-
-def compare(one: QueryScores, other: QueryScores, codes: NDArray[Any], seed: int) -> Comparison:
-    """Compare two models' scores of the same queries by a paired bootstrap over buildings.
-
-    p is twice the smaller share of resamples on one side of no difference, with (r + 1) / (R + 1) for a share
-    (Davison and Hinkley, Bootstrap Methods, section 4.4.1).
+    By a paired bootstrap over buildings; p is twice the smaller share of resamples on one side of no difference, with
+    (r + 1) / (R + 1) for a share (Davison and Hinkley, Bootstrap Methods, section 4.4.1).
     """
     differences = other.values() - one.values()  # (Q, 6)
     resampled = resample_means(differences, codes[one.query], seed, NUM_RESAMPLES)
     tails = np.stack([(resampled <= 0).sum(axis=0), (resampled >= 0).sum(axis=0)]).min(axis=0)
     p = np.minimum(1.0, 2 * (tails + 1) / (NUM_RESAMPLES + 1))
-    return Comparison(
-        dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True)),
-        percentile_intervals(resampled),
-        dict(zip(SCORE_KEYS, p.tolist(), strict=True)),
-    )
+    gain = dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True))
+    return gain, percentile_intervals(resampled), dict(zip(SCORE_KEYS, p.tolist(), strict=True))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.comparison import LabelledModels
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
@@ -16,7 +15,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.files.tables import read_provenance
 from pipeline.log import Progress, logger
-from pipeline.retrieval.features import Features, load_features
+from pipeline.retrieval.features import load_features
 from pipeline.retrieval.scores import score_queries
 
 STAGE = "evaluate"
@@ -107,12 +106,14 @@ def _drop(result: cli.StageResult, reason: str, count: int) -> None:
 
 
 def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
-    """Embed the test split with the configured checkpoint and with another one, or match a dataset of its images."""
+    """Embed the test split with the configured checkpoint and with another one."""
     from pipeline.inference.devices import choose_device
     from pipeline.reference.checkpoints import load_checkpoint
     from pipeline.retrieval.checkpoint import build_projector, project
 
     assert options.compare is not None  # else the report is written
+    if options.compare.is_dir():
+        raise InputError(f"{options.compare}: a folder: without --embeddings, --compare takes another checkpoint")
     config.require_paths("merged_dir", "checkpoint_dir")
     test_path = config.path("merged_dir") / "test.parquet"
     features = load_features(test_path)
@@ -120,7 +121,7 @@ def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.Stage
     split_hash = (read_provenance(test_path) or {}).get("split_hash")
     places = [config.path("checkpoint_dir") / CHECKPOINT_NAME, options.compare]
     embeddings, notes = [], []
-    for path in [place for place in places if not place.is_dir()]:
+    for path in places:
         checkpoint = load_checkpoint(path, input_dim=features.width)
         trained_on = checkpoint.provenance.get("split_hash")
         if trained_on != split_hash:
@@ -128,19 +129,5 @@ def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.Stage
             notes.append(f"Mind: {path.name} was trained {why}: it may have seen images of this test split.")
         device = choose_device(config.infrastructure.device)
         embeddings.append(project(build_projector(checkpoint), features.embeddings, device))
-    codes = features.building_codes
-    if options.compare.is_dir():
-        table = read_embeddings(options.compare)
-        rows, other_rows = _match_split(features, table.ids, str(options.compare))
-        _drop(result, "not_in_both", len(features) - len(rows))
-        codes, embeddings = codes[rows], [embeddings[0][rows], table.embeddings[other_rows]]
     ignored = resolve_pairs(read_ignore_pairs(options.ignore_pairs), features.building_ids)
-    return LabelledModels(places, embeddings, codes, ignored, notes=notes)
-
-
-def _match_split(features: Features, ids: pa.StringArray, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Match a dataset whose ids are the split's image ids, or row by row its building ids."""
-    buildings = features.building_ids.take(pa.array(features.building_codes)).cast(pa.string())
-    if ids.equals(buildings):
-        return np.arange(len(ids)), np.arange(len(ids))
-    return match_rows(features.image_ids.cast(pa.string()), ids, name)
+    return LabelledModels(places, embeddings, features.building_codes, ignored, notes=notes)

@@ -46,17 +46,19 @@ def format_models(names: list[str], scores: list[QueryScores], models: LabelledM
             f"(mAP {own['map']:.3f}, 95% interval {low:.3f} to {high:.3f})."
         )
         return _finish([*lines, *_format_scores({names[0]: own})], verdict)
-    gain = compare(scores[0], scores[1], codes, seed)
+    gain, intervals, p = compare(scores[0], scores[1], codes, seed)
+    low, high = intervals["map"]
+    rows = {
+        "B - A": [f"{gain[key]:+.3f}" for key in TABLE_KEYS],
+        "95% from": [f"{intervals[key][0]:+.3f}" for key in TABLE_KEYS],
+        "95% to": [f"{intervals[key][1]:+.3f}" for key in TABLE_KEYS],
+        "p": [format_p(p[key]) for key in TABLE_KEYS],
+    }
     lines += [f"A = {names[0]}", f"B = {names[1]}", *_format_scores({title: found[title] for title in titles})]
-    lines.append(_format_line("B - A", [f"{gain.difference[key]:+.3f}" for key in TABLE_KEYS]))
-    for title, end in (("95% from", 0), ("95% to", 1)):
-        lines.append(_format_line(title, [f"{gain.interval[key][end]:+.3f}" for key in TABLE_KEYS]))
-    lines.append(_format_line("p", [format_p(gain.p[key]) for key in TABLE_KEYS]))
-    low, high = gain.interval["map"]
+    lines += [_format_line(title, cells) for title, cells in rows.items()]
     verdict = (
-        f"B ({names[1]}) {judge((low, high))} A ({names[0]}): mAP {gain.difference['map']:+.3f}, "
-        f"95% interval {low:+.3f} to {high:+.3f}, p = {format_p(gain.p['map'])}; "
-        f"Recall@1 {gain.difference['recall_at_1']:+.3f}."
+        f"B ({names[1]}) {judge((low, high))} A ({names[0]}): mAP {gain['map']:+.3f}, "
+        f"95% interval {low:+.3f} to {high:+.3f}, p = {format_p(p['map'])}; Recall@1 {gain['recall_at_1']:+.3f}."
     )
     return _finish(lines, *models.notes, verdict)
 
