@@ -13,7 +13,8 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from pipeline.config import Config, load_config
 from pipeline.log import Progress, Stopwatch
 from pipeline.retrieval.checkpoint import project
-from pipeline.retrieval.features import Features, load_features
+from pipeline.retrieval.features import Features, load_features, take_buildings
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_scores
 from pipeline.retrieval.whitening import collect_scatters, whiten_by_pca, whiten_within_class
@@ -69,20 +70,6 @@ def read_all(merged_dir: Path) -> Features:
     )
 
 
-def take_buildings(features: Features, chosen: NDArray[np.bool_]) -> Features:
-    """Return the images of the chosen buildings (B,), which are numbered anew."""
-    rows = np.flatnonzero(chosen[features.building_codes])
-    numbers = np.cumsum(chosen) - 1
-    columns = ("embeddings", "dataset_ids", "street_view_ids", "target_lat", "target_lon")
-    return replace(
-        features,
-        building_codes=numbers[features.building_codes[rows]].astype(np.int32),
-        building_ids=features.building_ids.take(pa.array(np.flatnonzero(chosen))),
-        image_ids=features.image_ids.take(pa.array(rows)),
-        **{name: getattr(features, name)[rows] for name in columns},
-    )
-
-
 def list_cases(features: Features, config: Config, num_seeds: int, num_folds: int) -> Iterator[Case]:
     """Yield each fold of each seed, then each dataset as the test of each seed."""
     num_buildings = len(features.building_ids)
@@ -119,8 +106,8 @@ def list_sizes(features: Features, config: Config, num_seeds: int, sizes: list[i
 def run_case(config: Config, features: Features, other: Features | None, pairs: Any, case: Case) -> dict[str, Any]:
     """Train on what is not tested, and score every kind of embedding of the test buildings."""
     started = time.process_time()
-    train, val = take_buildings(features, case.train), take_buildings(features, case.val)
-    test = other if case.test is None else take_buildings(features, case.test)
+    train, val = (take_buildings(features, np.flatnonzero(chosen)) for chosen in (case.train, case.val))
+    test = other if case.test is None else take_buildings(features, np.flatnonzero(case.test))
     assert test is not None
     run = fit_projector(config, train, val, case.seed)
     seconds = time.process_time() - started
@@ -181,18 +168,6 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-_shared: list[Any] = []
-
-
-def _share(*values: Any) -> None:
-    torch.set_num_threads(1)  # the workers share the cores
-    _shared[:] = values
-
-
-def _run_shared(case: Case) -> dict[str, Any]:
-    return run_case(*_shared, case)
-
-
 def main() -> None:
     """Measure from a command line."""
     parser = make_parser(__doc__)
@@ -212,12 +187,14 @@ def main() -> None:
     if arguments.test_merged_dir:
         other = read_all(arguments.test_merged_dir)
         drawn = np.random.default_rng(0).permutation(len(other.building_ids)) < arguments.test_buildings
-        other = take_buildings(other, drawn)
+        other = take_buildings(other, np.flatnonzero(drawn))
         cases = list_sizes(features, config, arguments.seeds, arguments.sizes)
     pairs = read_ignore_pairs(arguments.ignore_pairs) if arguments.ignore_pairs else None
     results = []
-    with multiprocessing.get_context("spawn").Pool(arguments.workers, _share, (config, features, other, pairs)) as pool:
-        for result in pool.imap(_run_shared, cases):
+    run = partial(run_case, config, features, other, pairs)
+    # The workers share the cores.
+    with multiprocessing.get_context("spawn").Pool(arguments.workers, torch.set_num_threads, (1,)) as pool:
+        for result in pool.imap(run, cases):
             results.append(result)
             print(f"{len(results)}: {result['case']}, seed {result['seed']}", file=sys.stderr)
     settings = {key: getattr(config, key).model_dump() for key in ("training", "training_model")}

@@ -17,17 +17,6 @@ from pipeline.inference.precision import measure_cosines
 LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.999}
 
 
-def draw_photograph(seed: int, size: tuple[int, int], mode: str = "RGB", **options: Any) -> bytes:
-    """Return a JPEG (width, height) of blurred blocks and noise, stored with Pillow's options."""
-    generator = np.random.default_rng(seed)
-    cells = generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    picture = np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC), np.int16)
-    noisy = (picture + generator.integers(-8, 9, picture.shape)).clip(0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noisy).convert(mode).save(file, "JPEG", **options)
-    return file.getvalue()
-
-
 def embed_plainly(processor: Any, model: torch.nn.Module, photographs: Sequence[bytes]) -> NDArray[np.float64]:
     """Return the reference embeddings (N, D): one image at a time, in float32."""
     device = next(model.parameters()).device

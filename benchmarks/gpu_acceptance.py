@@ -18,9 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +35,6 @@ LIMIT_SECONDS = 530.0
 # Last lines to keep of the log of a phase that did not pass.
 LOG_LINES = 40
 POLL_SECONDS = 0.05
-INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
 FINDINGS = "findings.json"
 NOT_OVER = "not over"
 
@@ -70,91 +67,54 @@ PHASES = (
 )  # fmt: skip
 
 
-class Running:
-    """A running phase, in a session of its own, so that it can be killed with its children."""
-
-    def __init__(self, phase: Phase, folder: Path, *, on_cpu: bool) -> None:
-        self._phase, self._folder = phase, folder / phase.name
-        self._folder.mkdir()
-        self._findings, self._log = self._folder / FINDINGS, self._folder / "log.txt"
-        self._started = time.monotonic()
-        command = [sys.executable, __file__, "--child", phase.function, "--folder", str(self._folder)]
-        with open(self._log, "wb") as log:
-            self._process = subprocess.Popen(
-                command + (["--cpu"] if on_cpu else []), stdout=log, stderr=subprocess.STDOUT,
-                stdin=subprocess.PIPE, start_new_session=True,
-                env=os.environ | ({"OMP_NUM_THREADS": "1"} if on_cpu else {}),
-            )  # fmt: skip
-
-    def has_ended(self) -> bool:
-        """Return whether the phase has ended; it is not reaped, so its id still names its session."""
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def is_over(self, last: float) -> bool:
-        """Return whether the phase has ended, reached its deadline, or the limit of all phases."""
-        return self.has_ended() or time.monotonic() > min(self._started + self._phase.deadline, last)
-
-    def end(self) -> Entry:
-        """Kill the phase if it still runs, remove its files, and return its findings and its result."""
-        has_ended, seconds = self.has_ended(), time.monotonic() - self._started
-        os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        self._process.stdin.close()  # type: ignore[union-attr]
-        found = read_json_object(self._findings)
-        if not has_ended and seconds < self._phase.deadline:
-            result = f"cut off after {seconds:.0f} s: no time was left"
-        elif not has_ended:
-            result = f"hung, and was killed after {seconds:.0f} s"
-        elif code < 0:
-            result = f"died of {signal.Signals(-code).name}"
-        else:
-            result = PASSED if code == 0 and is_sound(found) else FAILED
-        log = [] if result == PASSED else self._log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:]
-        shutil.rmtree(self._folder, ignore_errors=True)
-        return self._phase.describe(result) | {"seconds": round(seconds, 1), **found, "log": log}
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Delay interrupts until the end of the block, or nobody would end a phase that begins just then."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+def run_phase(phase: Phase, folder: Path, last: float, *, on_cpu: bool) -> Entry:
+    """Run a phase in a session of its own, until it ends, its deadline or the limit of all; return what it found."""
+    folder.mkdir()
+    command = [sys.executable, __file__, "--child", phase.function, "--folder", str(folder)]
+    started = time.monotonic()
+    with open(folder / "log.txt", "wb") as log:
+        process = subprocess.Popen(
+            command + (["--cpu"] if on_cpu else []), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE,
+            start_new_session=True, env=os.environ | ({"OMP_NUM_THREADS": "1"} if on_cpu else {}),
+        )  # fmt: skip
     try:
-        yield
+        # Not reaped here, so that its id still names its session when that is killed.
+        while not (has_ended := bool(os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))):
+            if time.monotonic() > min(started + phase.deadline, last):
+                break
+            time.sleep(POLL_SECONDS)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        seconds = time.monotonic() - started
+        os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+        process.stdin.close()  # type: ignore[union-attr]
+    found = read_json_object(folder / FINDINGS)
+    if not has_ended and seconds < phase.deadline:
+        result = f"cut off after {seconds:.0f} s: no time was left"
+    elif not has_ended:
+        result = f"hung, and was killed after {seconds:.0f} s"
+    elif code < 0:
+        result = f"died of {signal.Signals(-code).name}"
+    else:
+        result = PASSED if code == 0 and is_sound(found) else FAILED
+    lines = [] if result == PASSED else (folder / "log.txt").read_text("utf-8", "replace").splitlines()[-LOG_LINES:]
+    shutil.rmtree(folder, ignore_errors=True)
+    return phase.describe(result) | {"seconds": round(seconds, 1), **found, "log": lines}
 
 
 def run_phases(phases: Sequence[Phase], output: Path, folder: Path, *, on_cpu: bool) -> list[Entry]:
-    """Run the phases in order, rewrite the output after each, and return the entries.
-
-    One at a time on a GPU; two at a time on a CPU, where no speed is measured.
-    """
-    waiting, running, done = deque(phases), dict[str, Running](), dict[str, Entry]()
+    """Run the phases one after the other, rewrite the output after each, and return the entries."""
+    entries: list[Entry] = []
     last = time.monotonic() + LIMIT_SECONDS
-
-    def finish(name: str, entry: Entry) -> None:
-        done[name] = entry
-        print("\n".join(list_lines(entry)), file=sys.stderr, flush=True)
-        entries = [done[phase.name] for phase in phases if phase.name in done]
+    for phase in phases:
+        if time.monotonic() > last:
+            entries.append(phase.describe("skipped: no time was left"))
+        else:
+            entries.append(run_phase(phase, folder / phase.name, last, on_cpu=on_cpu))
+        print("\n".join(list_lines(entries[-1])), file=sys.stderr, flush=True)
         result = NOT_OVER if len(entries) < len(phases) else PASSED if all_passed(entries) else FAILED
         write_json(output, {"result": result, "toy": on_cpu, "phases": entries})
-
-    try:
-        while waiting or running:
-            if waiting and len(running) < (2 if on_cpu else 1):
-                phase = waiting.popleft()
-                if time.monotonic() > last:
-                    finish(phase.name, phase.describe("skipped: no time was left"))
-                else:
-                    with signals_held():
-                        running[phase.name] = Running(phase, folder, on_cpu=on_cpu)
-            for name in [name for name, one in running.items() if one.is_over(last)]:
-                finish(name, running.pop(name).end())
-            time.sleep(POLL_SECONDS)
-    finally:
-        for one in running.values():
-            one.end()
-    return [done[phase.name] for phase in phases]
+    return entries
 
 
 def all_passed(entries: Sequence[Entry]) -> bool:
@@ -176,7 +136,6 @@ def list_lines(entry: Entry) -> list[str]:
 
 def run_child(function: str, folder: Path, *, on_cpu: bool) -> None:
     """Run one phase in this process; when stdin closes, the parent is gone: end with all children."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)  # a child inherits the parent's mask
 
     def end_with_parent() -> None:
         os.read(0, 1)  # not by sys.stdin, whose lock Python cannot take at its end

@@ -68,9 +68,10 @@ def measure_product(device: torch.device, dtype: torch.dtype, side: int) -> floa
 
 
 def run_child(script: str, *arguments: object) -> dict[str, Any]:
-    """Run a benchmark in a process of its own, so that its peak memory is its own; return the JSON that it prints."""
+    """Run a benchmark in a process of its own, untuned by ours; return the JSON that it prints."""
     command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"error: {' '.join(map(str, arguments))}: {done.stderr.strip().splitlines()[-1]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -10,9 +10,7 @@ gpu_acceptance.py.
 import contextlib
 import io
 import os
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plain_loops
-from benchmarks.harness import make_parser, take_turns, time_steady, write_results
+from benchmarks.harness import make_parser, run_child, take_turns, time_steady, write_results
 from benchmarks.synthetic import draw_pictures, make_config, make_tars
 from generate_embeddings import generate_embeddings
 from pipeline import cli
@@ -77,14 +75,13 @@ def make_row(what: str, rate: float, beside: str, plain_rate: float, limit: str,
 def time_decoding(work_dir: Path, config_path: Path, num_images: int, rounds: int) -> list[Row]:
     """Time stages 1 and 4 on one core beside their plain loops and limits."""
     tars = sorted((work_dir / "raw").iterdir())
-    files = [data for tar in tars for data in read_images(tar)]
+    extracted = plain_loops.extract(tars, work_dir / "extracted")
+    files = [path.read_bytes() for path in extracted]
 
     def extract_and_validate() -> None:
         with tempfile.TemporaryDirectory(dir=work_dir) as folder:
-            for tar in tars:
-                plain_loops.validate(plain_loops.extract(tar, Path(folder) / tar.stem))
+            plain_loops.validate(plain_loops.extract(tars, Path(folder)))
 
-    extracted = [path for tar in tars for path in plain_loops.extract(tar, work_dir / "extracted" / tar.stem)]
     calls = {
         "stage 1": lambda: run_stage(process_tar, config_path),
         "plain 1": extract_and_validate,
@@ -103,12 +100,6 @@ def time_decoding(work_dir: Path, config_path: Path, num_images: int, rounds: in
     ]  # fmt: skip
 
 
-def read_images(tar_path: Path) -> list[bytes]:
-    """Return the JPEGs of a tar."""
-    with tarfile.open(tar_path) as tar:
-        return [tar.extractfile(info).read() for info in tar if info.name.endswith(".jpg")]  # type: ignore[union-attr]
-
-
 def decode_entropy(data: bytes) -> None:
     """Decode a JPEG to one grey pixel a block: hardly more than the entropy decoder, which no scale spares."""
     image = Image.open(io.BytesIO(data))
@@ -119,16 +110,14 @@ def decode_entropy(data: bytes) -> None:
 def time_embedding(folder: Path, work_dir: Path, config_path: Path, num_images: int, rounds: int, cores: int) -> Row:
     """Time stage 2 with a backbone beside the plain loop and the model alone."""
     settings = [f'embedding_model.model_name="{folder}"', 'infrastructure.device="cpu"']
-    tars = sorted((work_dir / "raw").iterdir())
-    paths = [path for tar in tars for path in plain_loops.extract(tar, work_dir / "extracted" / tar.stem)]
     plain, engine = [], []
     with on_cores(cores):
         for _ in range(rounds):
-            started = time.perf_counter()
-            with tempfile.TemporaryDirectory(dir=work_dir) as unpacked:
-                for tar in tars:
-                    plain_loops.extract(tar, Path(unpacked) / tar.stem)
-            plain.append(time.perf_counter() - started + time_plain_loop(folder, paths))
+            with tempfile.TemporaryDirectory(
+                dir=work_dir
+            ) as unpacked:  # in a process of its own: our allocator is tuned
+                found = run_child(plain_loops.__file__, folder, unpacked, *sorted((work_dir / "raw").iterdir()))
+                plain.append(found["seconds"])
             started = time.perf_counter()
             result = run_stage(generate_embeddings, config_path, *settings)
             engine.append(time.perf_counter() - started - result.watch.seconds["load"])
@@ -137,15 +126,6 @@ def time_embedding(folder: Path, work_dir: Path, config_path: Path, num_images: 
         f"stage 2, {folder.name}, {cores} cores", num_images / min(engine),
         "extract, 4-worker DataLoader, float32, batch 16", num_images / min(plain), "the model alone", alone,
     )  # fmt: skip
-
-
-def time_plain_loop(folder: Path, paths: list[Path]) -> float:
-    """Return the seconds of the plain loop in a process of its own: in ours the allocator is tuned."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    command = [sys.executable, plain_loops.__file__, str(folder)]
-    names = "\n".join(map(str, paths))
-    run = subprocess.run(command, check=True, capture_output=True, text=True, input=names, env=environment)
-    return float(run.stdout)
 
 
 def time_model(embedder: Embedder, passes: int) -> float:

@@ -1,5 +1,6 @@
 """The loops that a user would write in an afternoon, against which the stages are timed."""
 
+import json
 import sys
 import tarfile
 import time
@@ -14,10 +15,11 @@ from transformers import AutoImageProcessor, AutoModel
 BATCH_SIZE, NUM_WORKERS = 16, 4
 
 
-def extract(tar_path: Path, folder: Path) -> list[Path]:
-    """Unpack a tar and return its JPEGs in order."""
-    with tarfile.open(tar_path) as tar:
-        tar.extractall(folder, filter="data")
+def extract(tar_paths: list[Path], folder: Path) -> list[Path]:
+    """Unpack tars and return their JPEGs in order."""
+    for path in tar_paths:
+        with tarfile.open(path) as tar:
+            tar.extractall(folder / path.stem, filter="data")
     return sorted(folder.rglob("*.jpg"))
 
 
@@ -74,12 +76,12 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[object, torc
 
 
 def main() -> None:
-    """Embed the files that stdin names with the model of a folder; print the seconds, without those of loading it."""
-    processor, model = load(Path(sys.argv[1]))
-    paths = [Path(line) for line in sys.stdin.read().splitlines()]
+    """Extract tars to a folder and embed them with a model; print the seconds, without those of loading it."""
+    folder, unpacked, *tars = map(Path, sys.argv[1:])
+    processor, model = load(folder)
     started = time.perf_counter()
-    embed(paths, processor, model)
-    print(time.perf_counter() - started)
+    embed(extract(tars, unpacked), processor, model)
+    print(json.dumps({"seconds": time.perf_counter() - started}))
 
 
 if __name__ == "__main__":

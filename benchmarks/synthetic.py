@@ -5,6 +5,7 @@ import json
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,16 +90,20 @@ def draw_values(generator: np.random.Generator, buildings: np.ndarray, width: in
     return factors @ basis
 
 
+def draw_table(seed: int, dataset_id: int, count: int, width: int) -> pa.Table:
+    """Return a tar's images as stage 2 writes them; the values are bfloat16-born, as of a GPU."""
+    generator = np.random.default_rng(seed)
+    buildings = draw_buildings(generator, count)
+    table = pa.table(draw_ids(generator, dataset_id, buildings), schema=tables.INTERMEDIATE_SCHEMA)
+    values = (draw_values(generator, buildings, width).view(np.uint32) & 0xFFFF0000).view(np.float32)
+    return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width))
+
+
 def make_embeddings(folder: Path, count: int, width: int) -> None:
-    """Write `count` images as stage 2 does, one file a tar; the values are bfloat16-born, as of a GPU."""
+    """Write `count` images as stage 2 does, one file a tar."""
+    provenance = tables.make_provenance("generate_embeddings", [], {"model": "synthetic"})
     for dataset_id, start in enumerate(range(0, count, IMAGES_PER_TAR), start=1):
-        generator = np.random.default_rng(dataset_id)
-        buildings = draw_buildings(generator, min(IMAGES_PER_TAR, count - start))
-        table = pa.table(draw_ids(generator, dataset_id, buildings), schema=tables.INTERMEDIATE_SCHEMA)
-        values = (draw_values(generator, buildings, width).view(np.uint32) & 0xFFFF0000).view(np.float32)
-        embedding = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
-        table = table.append_column("embedding", embedding)
-        provenance = tables.make_provenance("generate_embeddings", [], {"model": "synthetic"})
+        table = draw_table(dataset_id, dataset_id, min(IMAGES_PER_TAR, count - start), width)
         path = folder / "embeddings" / f"{dataset_id:04d}_embeddings.parquet"
         with tables.parquet_writer(path, table.schema, provenance) as writer:
             writer.write_table(table, row_group_size=1024)
@@ -124,18 +129,20 @@ def _make_fingerprint_file(folder: Path, start: int, count: int, image_size: int
     tables.write_parquet(path, table.append_column("fingerprint", column), provenance)
 
 
+def draw_picture(seed: int, size: tuple[int, int], mode: str = "RGB", quality: int = 85, **options: Any) -> bytes:
+    """Return a JPEG (width, height) of blurred blocks and noise, stored with Pillow's options."""
+    generator = np.random.default_rng(seed)
+    cells = generator.integers(0, 256, (max(1, size[1] // 16), max(1, size[0] // 16), 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC), np.int16)
+    noisy = (smooth + generator.integers(-NOISE, NOISE + 1, smooth.shape)).clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noisy).convert(mode).save(file, "JPEG", quality=quality, **options)
+    return file.getvalue()
+
+
 def draw_pictures(side: int) -> list[bytes]:
-    """Return JPEGs of blurred blocks and noise."""
-    generator = np.random.default_rng(0)
-    pictures = []
-    for _ in range(NUM_DISTINCT):
-        cells = generator.integers(0, 256, (max(1, side // 16), max(1, side // 16), 3), dtype=np.uint8)
-        smooth = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BICUBIC), np.int16)
-        noisy = (smooth + generator.integers(-NOISE, NOISE + 1, smooth.shape)).clip(0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(noisy).save(buffer, "JPEG", quality=85)
-        pictures.append(buffer.getvalue())
-    return pictures
+    """Return square JPEGs, each another."""
+    return [draw_picture(seed, (side, side)) for seed in range(NUM_DISTINCT)]
 
 
 def make_tars(folder: Path, pictures: list[bytes], num_images: int, num_tars: int = 1) -> None:
@@ -188,26 +195,16 @@ def make_neighbors(features: Features) -> Neighbors:
     return Neighbors(codes, np.arange(count) * NEIGHBORS, np.tile(ends, (count, 1)))
 
 
-def make_split(folder: Path, name: str, count: int, width: int, places: list[tuple[int, int]]) -> None:
-    """Write a merged split whose rows point at the photographs by turns."""
-    generator = np.random.default_rng(len(name))
-    buildings = draw_buildings(generator, count)
-    table = pa.table(draw_ids(generator, 1, buildings), schema=tables.INTERMEDIATE_SCHEMA)
-    for column, values in zip(("image_offset", "image_size"), zip(*places, strict=True), strict=True):
-        index = table.schema.get_field_index(column)
-        table = table.set_column(index, column, pa.array(np.resize(np.array(values, np.int64), count)))
-    values = pa.array(draw_values(generator, buildings, width).reshape(-1))
-    table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(values, width))
-    tables.write_parquet(folder / "merged" / f"{name}.parquet", table.drop_columns(["image_path", "tar_file"]), {})
-
-
 def make_evaluation(folder: Path, count: int, width: int, num_photos: int) -> Path:
     """Write all that stage 9 reads, with a projector that was not trained, and return its configuration."""
     make_tars(folder / "raw", draw_pictures(448), num_photos)
     members = stream_members(folder / "raw" / "0001.tar")
-    places = [(member.offset, member.size) for member in members if member.is_image_name]
-    make_split(folder, "train", min(count, 20_000), width, places)
-    make_split(folder, "test", count, width, places)
+    places = np.array([(member.offset, member.size) for member in members if member.is_image_name])
+    for seed, (name, size) in enumerate({"train": min(count, 20_000), "test": count}.items()):
+        table = draw_table(seed, 1, size, width).drop_columns(["image_path", "tar_file", "image_offset", "image_size"])
+        for column, values in zip(("image_offset", "image_size"), places.T, strict=True):
+            table = table.append_column(column, pa.array(np.resize(values, size)))  # photographs take turns
+        tables.write_parquet(folder / "merged" / f"{name}.parquet", table, {})
     torch.manual_seed(0)
     output_dim = min(256, width)
     projector = Projector(width, output_dim=output_dim, hidden_dim=64)

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 from training_data import SETTINGS, make_difficulty, make_split
 
-from benchmarks.accuracy import KINDS, list_cases, list_sizes, read_all, take_buildings
+from benchmarks.accuracy import KINDS, list_cases, list_sizes, read_all
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.files import tables
+from pipeline.retrieval.features import take_buildings
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_folds_cut_the_buildings_and_places_the_datasets(workspace: Path) -> Non
     assert len([case for case in cases if case.name == "elsewhere"]) == 4
     for case in cases:
         assert (case.train.astype(int) + case.val + case.test == 1).all()
-        chosen = take_buildings(features, case.test)
+        chosen = take_buildings(features, np.flatnonzero(case.test))
         assert set(chosen.building_ids.to_pylist()) == {
             name for name, taken in zip(features.building_ids.to_pylist(), case.test, strict=True) if taken
         }

@@ -1,14 +1,13 @@
 """Every benchmark runs at a tiny size and writes the rows that it promises; speed does not matter here."""
 
+import importlib
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import harness, inference, scale, synthetic
+from benchmarks import harness, inference, memory, scale, synthetic
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:
@@ -56,46 +55,24 @@ def test_pictures_are_as_large_as_real_ones():
 
 
 @pytest.mark.slow
-def test_neighbors_times_every_engine(tmp_path: Path, run_script: Callable) -> None:
-    sizes = ["--sizes", "500", "--anchors", "70", "--rounds", "1"]
-    outcome = run_script("benchmarks/neighbors.py", *sizes, "--output", tmp_path / "figures.json")
-    assert outcome.code == 0, outcome.stderr
-    [row] = read_rows(tmp_path / "figures.json")
-    assert list(row) == ["points", "torch", "balltree"]
-
-
-@pytest.mark.slow
-def test_scale_measures_every_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run_here(_script: str, _child: str, name: str, _folder: str, folder: Path) -> dict[str, float]:
-        scale.run_stage(name, folder)
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_scale_measures_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_here(_script: str, module: str, *arguments: object) -> dict[str, float]:
+        importlib.import_module(module).main(list(map(str, arguments)))
+        return {"seconds": 1.0, "peak_mib": memory.read_peak() / 2**20}
 
     monkeypatch.setattr(harness, "run_child", run_here)
     sizes = ["--merge", "600", "--width", "16", "--search", "300", "--tars", "12", "--evaluate", "300"]
-    monkeypatch.setattr(
-        sys, "argv", ["scale.py", *sizes, "--folder", str(tmp_path), "--output", str(tmp_path / "o.json")]
-    )
-    scale.main()
+    scale.main([*sizes, "--folder", str(tmp_path), "--output", str(tmp_path / "o.json")])
     rows = read_rows(tmp_path / "o.json")
-    assert [row["what"] for row in rows] == [
-        scale.COPY,
-        "stage 3",
-        "stage 5",
-        "stage 1",
-        "stage 2",
-        "stage 4",
-        "stage 9",
-    ]
-    assert all(row["seconds"] > 0 and row["peak_mib"] > 1 for row in rows)
+    assert [row["what"] for row in rows] == [f"stage {number}" for number in (3, 5, 1, 2, 4, 9)]
+    assert all(row["peak_mib"] > 1 for row in rows)
     assert list(tmp_path.iterdir()) == [tmp_path / "o.json"]
 
 
 def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
     synthetic.make_config(tmp_path)
-    with pytest.raises(SystemExit, match=r"error: .*stage 3.*embeddings: no such folder: run stage 2"):
-        scale.measure("stage 3", tmp_path, 7)
+    with pytest.raises(SystemExit, match=r"error: .*merge_and_split.*embeddings: no such folder: run stage 2"):
+        scale.measure(3, tmp_path, 7)
 
 
 def test_drawn_buildings_have_real_numbers_of_images() -> None:

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from test_backbone import make_convnext, make_dinov3
 
-from benchmarks.fidelity import LEAST_COSINE, check_paths, draw_photograph, embed_plainly
+from benchmarks.fidelity import LEAST_COSINE, check_paths, embed_plainly
 from benchmarks.plain_loops import load
+from benchmarks.synthetic import draw_picture
 from pipeline.errors import Rejection
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.preprocessing import DeviceProcessor
@@ -34,7 +35,7 @@ def draw_photographs() -> dict[str, bytes]:
         "progressive": ((300, 310), "RGB", {"progressive": True}),
     }
     return {
-        name: draw_photograph(seed, size, mode, **options)
+        name: draw_picture(seed, size, mode, **options)
         for seed, (name, (size, mode, options)) in enumerate(kinds.items())
     }
 

@@ -1,10 +1,8 @@
 """Phases 4 to 7: stage 2's engine on every path, and backbones of every size from tar to parquet."""
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,11 @@ from numpy.typing import NDArray
 from benchmarks import plain_loops, synthetic
 from benchmarks.acceptance.backbones import write_backbone
 from benchmarks.acceptance.findings import Findings
-from benchmarks.fidelity import LEAST_COSINE, check_paths, draw_photograph, embed_plainly, smallest_cosine
+from benchmarks.fidelity import LEAST_COSINE, check_paths, embed_plainly, smallest_cosine
 from benchmarks.harness import ROUNDS, measure_product, time_steady
 from benchmarks.inference import count_operations, run_stage, time_model
 from benchmarks.memory import read_peak
-from benchmarks.synthetic import draw_pictures
+from benchmarks.synthetic import draw_picture, draw_pictures
 from generate_embeddings import generate_embeddings
 from pipeline.config import count_cores, load_config
 from pipeline.inference.backbone import Embedder
@@ -93,23 +91,21 @@ class Backbone:
         self.findings.check(f"{self.name}: cosine of the two pictures most alike", alike, at_most=MOST_ALIKE)
         return expected
 
-    def run_stage_2(self, embedder: Embedder, precision: Precision) -> tuple[float, float, str]:
+    def run_stage_2(self, embedder: Embedder, precision: Precision) -> tuple[float, str]:
         """Run stage 2 from tars to parquet, the model being chosen and loaded.
 
-        Returns the images/s while the engine runs, the better of two rounds behind a warm-up; those of the whole
-        stage, which on so few images are fewer; and where the time of the last round went.
+        Returns the images/s while the engine runs, the better of two rounds behind a warm-up, and where the time of the
+        last round went.
         """
-        rates, whole = [], []
+        rates = []
         with (
             patch.object(generate_embeddings, "settle_precision", lambda *_: precision),
             patch.object(generate_embeddings, "load_embedder", lambda *_: embedder),
         ):
             for _ in range(1 + ROUNDS):
-                started = time.perf_counter()
                 watch: Any = run_stage(generate_embeddings, self.config_path).watch
                 rates.append(watch.images / watch.wall_seconds)
-                whole.append(watch.images / (time.perf_counter() - started))
-        return max(rates[1:]), max(whole[1:]), watch.describe_parts()
+        return max(rates[1:]), watch.describe_parts()
 
     def read_output(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the embeddings (N, D) that stage 2 wrote, and which of the pictures each is of (N,)."""
@@ -122,7 +118,7 @@ def check_engine(findings: Findings) -> None:
     """Hold every path through the engine to libjpeg and the float32 loop, under stress and without memory."""
     backbone = Backbone("vit-s", findings)
     drawn = {
-        name: [draw_photograph(100 * code + seed, size, subsampling=code) for seed, size in enumerate(SIZES)]
+        name: [draw_picture(100 * code + seed, size, subsampling=code) for seed, size in enumerate(SIZES)]
         for name, code in SUBSAMPLINGS.items()
     }
     pictures = [data for group in drawn.values() for data in group]
@@ -207,8 +203,8 @@ def _check_rows(
 def measure_large(findings: Findings) -> None:
     """Measure ViT-L."""
     backbone = Backbone("vit-l", findings, 40 if findings.is_toy else 8_192)
-    measured = measure(backbone, backbone.embed_plainly(backbone.pictures))
-    findings.aim("ViT-L from tar to parquet, img/s", measured.rate, at_least=2_700)
+    rate, _ = measure(backbone, backbone.embed_plainly(backbone.pictures))
+    findings.aim("ViT-L from tar to parquet, img/s", rate, at_least=2_700)
 
 
 def measure_largest(findings: Findings) -> None:
@@ -216,9 +212,9 @@ def measure_largest(findings: Findings) -> None:
     backbone = Backbone("vit-7b", findings, 40 if findings.is_toy else 1_024, batch_size=LARGEST_BATCH)
     expected = backbone.embed_plainly(backbone.pictures)
     with findings.part("from tar to parquet"):
-        measured = measure(backbone, expected)
-        findings.aim("ViT-7B from tar to parquet, img/s", measured.rate, at_least=205)
-        findings.aim("ViT-7B, share of the model alone", measured.rate / measured.alone, at_least=SHARE_OF_LIMIT)
+        rate, alone = measure(backbone, expected)
+        findings.aim("ViT-7B from tar to parquet, img/s", rate, at_least=205)
+        findings.aim("ViT-7B, share of the model alone", rate / alone, at_least=SHARE_OF_LIMIT)
     release()
     with findings.part("fidelity of each mode"):
         _measure_modes(backbone, expected)
@@ -246,23 +242,18 @@ def measure_small(findings: Findings) -> None:
         with findings.part(f"{name} beside the plain loop"):
             backbone = Backbone(name, findings, 40 if findings.is_toy else 8_192)
             plain = _time_plain_loop(backbone, 8 if findings.is_toy else 1_024)
-            measured = measure(backbone, backbone.embed_plainly(backbone.pictures))
-            findings.note(**{f"{name}, plain loop, img/s": plain, f"{name}, of the plain loop": measured.rate / plain})
+            rate, _ = measure(backbone, backbone.embed_plainly(backbone.pictures))
+            findings.note(**{f"{name}, plain loop, img/s": plain, f"{name}, of the plain loop": rate / plain})
             if name == "vit-b":
                 least = min(6_000, SHARE_OF_LIMIT * ceiling)
-                findings.aim("ViT-B from tar to parquet, img/s", measured.rate, at_least=least)
+                findings.aim("ViT-B from tar to parquet, img/s", rate, at_least=least)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Images a second, from tar to parquet and of the model alone on inputs that are there."""
+def measure(backbone: Backbone, expected: NDArray[np.float64]) -> tuple[float, float]:
+    """Choose a mode, load a backbone and embed its tars as stage 2 does; check the file by what is `expected`.
 
-    rate: float
-    alone: float
-
-
-def measure(backbone: Backbone, expected: NDArray[np.float64]) -> Measured:
-    """Choose a mode, load a backbone and embed its tars as stage 2 does; check the file by what is `expected`."""
+    Returns the images/s from tar to parquet, and of the model alone on inputs that are there.
+    """
     findings, name = backbone.findings, backbone.name
     with findings.part(f"{name}, choosing a mode"):
         chosen = choose_precision(partial(backbone.load, compile=False, batch_size=NUM_PICTURES), backbone.pictures)
@@ -278,15 +269,14 @@ def measure(backbone: Backbone, expected: NDArray[np.float64]) -> Measured:
     kind = torch.bfloat16 if in_bfloat16 else torch.float32
     product = measure_product(findings.device, kind, 128 if findings.is_toy else 8_192)
     operations = count_operations(embedder)
-    rate, whole, parts = backbone.run_stage_2(embedder, chosen)
+    rate, parts = backbone.run_stage_2(embedder, chosen)
     findings.note(**{
         f"{name}, model alone, img/s": alone, f"{name}, tflop an image": operations / 1e12,
         f"{name}, model alone, share of the product": alone * operations / product,
-        f"{name}, tar to parquet, img/s": rate, f"{name}, opening and closing included, img/s": whole,
-        f"{name}, where the time went": parts,
+        f"{name}, tar to parquet, img/s": rate, f"{name}, where the time went": parts,
     })  # fmt: skip
     _check_rows(findings, f"{name}, parquet", *backbone.read_output(), expected)
-    return Measured(rate, alone)
+    return rate, alone
 
 
 def _time_plain_loop(backbone: Backbone, count: int) -> float:

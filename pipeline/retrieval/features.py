@@ -64,18 +64,21 @@ def sample_buildings(features: Features, count: int, seed: int) -> Features:
     num_buildings = len(features.building_ids)
     if count >= num_buildings:
         return features
-    chosen = np.sort(np.random.default_rng(seed).permutation(num_buildings)[:count])
+    sample = take_buildings(features, np.random.default_rng(seed).permutation(num_buildings)[:count])
+    logger.info("%d of %d buildings, %d of %d images", count, num_buildings, len(sample), len(features))
+    return sample
+
+
+def take_buildings(features: Features, codes: NDArray[Any]) -> Features:
+    """Return the images of the buildings of these codes, which are numbered anew in the order of their codes."""
+    chosen = np.sort(codes)
     rows = np.flatnonzero(np.isin(features.building_codes, chosen))
-    logger.info("%d of %d buildings, %d of %d images", count, num_buildings, len(rows), len(features))
+    columns = ("embeddings", "dataset_ids", "street_view_ids", "target_lat", "target_lon")
     return Features(
-        embeddings=features.embeddings[rows],
         building_codes=np.searchsorted(chosen, features.building_codes[rows]).astype(np.int32),
         building_ids=features.building_ids.take(pa.array(chosen)),
         image_ids=features.image_ids.take(pa.array(rows)),
-        dataset_ids=features.dataset_ids[rows],
-        street_view_ids=features.street_view_ids[rows],
-        target_lat=features.target_lat[rows],
-        target_lon=features.target_lon[rows],
+        **{name: getattr(features, name)[rows] for name in columns},
     )
 
 
