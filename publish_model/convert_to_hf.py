@@ -29,10 +29,10 @@ from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import read_json_object, writing_folder
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone, names_its_backbone
 from pipeline.log import logger
+from pipeline.reference.model_folder import open_reference
 from pipeline.stages import STAGES
 from publish_model.model_folder.model_card import add_test_results, is_measured, worse_than
 from publish_model.model_folder.model_code import CODE_PATHS, MODEL_TYPE
-from publish_model.model_folder.published_model import open_reference
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint

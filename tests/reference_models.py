@@ -34,7 +34,8 @@ def write_reference_model(
 
     torch.manual_seed(11)
     activation = settings.pop("activation", "gelu")
-    projector = ReferenceProjector(input_dim, list(widths), 256, activation or "gelu")
+    norm = settings.pop("norm", True)  # its default
+    projector = ReferenceProjector(input_dim, list(widths), 256, activation or "gelu", norm=norm)
     module = ReferenceModule(AutoModel.from_pretrained(backbone_dir), projector).eval()
     folder.mkdir(parents=True)
     weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}

@@ -15,6 +15,7 @@ from stage7_fixtures import read_all_text, read_config
 
 from pipeline.cli import Options
 from pipeline.errors import InputError
+from pipeline.inference.stored_weights import list_stored, tensors_of
 from pipeline.retrieval.checkpoint import load_checkpoint
 from publish_model import convert_to_hf as stage
 from publish_model.convert_to_hf import PublishOptions
@@ -164,13 +165,13 @@ def test_written_weights_are_what_the_library_itself_reads(tmp_path):
         "c.bfloat": torch.randn(2, 2, 2, generator=generator).bfloat16(), "d.count": torch.tensor(5),
         "e.flags": torch.tensor([True, False, True]), "f.empty": torch.empty(0, 4), "g.view": torch.arange(12.0)[::2],
     }  # fmt: skip
-    weights.write_weights(tmp_path, weights.tensors_of(state))
+    weights.write_weights(tmp_path, tensors_of(state))
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == state.keys()
     for name, tensor in state.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-    listed = {tensor.name: tensor for tensor in weights.list_stored(tmp_path)}
+    listed = {tensor.name: tensor for tensor in list_stored(tmp_path)}
     assert listed["c.bfloat"].shape == (2, 2, 2)
     assert listed["c.bfloat"].num_bytes == 16
     assert torch.equal(listed["g.view"].read(), state["g.view"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from published_models import make_config, write_backbone, write_checkpoint
 
-from publish_model.model_folder.weights import list_stored
+from pipeline.inference.stored_weights import list_stored
 
 TESTS = Path(__file__).resolve().parent
 # Publishes in a process of its own and prints by how many bytes the peak of resident memory rises.

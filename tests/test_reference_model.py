@@ -145,8 +145,9 @@ def test_a_backbone_without_pooled_output_gives_its_first_token(pictures, tmp_pa
 def test_a_shallow_projector_and_each_activation_are_built(pictures, tmp_path):
     backbone = write_backbone(tmp_path / "backbone")
     for number, (activation, widths) in enumerate([("relu", (24,)), ("SiLU", (256, 256)), ("gelu", (48, 24))]):
+        norm = number > 0
         folder = tmp_path / f"reference{number}"
-        oracle = write_reference_model(folder, backbone, widths=widths, activation=activation.lower())
+        oracle = write_reference_model(folder, backbone, widths=widths, activation=activation.lower(), norm=norm)
         settings = json.loads((folder / "config.json").read_text())
         settings.pop("activation")
         (folder / "config.json").write_text(json.dumps(settings | {"projector": {"activation": activation}}))

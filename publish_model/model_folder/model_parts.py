@@ -7,9 +7,10 @@ from typing import Any
 from pipeline.config import EmbeddingModelSection
 from pipeline.inference.loading import find_vision_config
 from pipeline.inference.model_files import LICENCE_FILES, read_settings
+from pipeline.inference.stored_weights import Tensor
+from pipeline.reference.model_folder import ReferenceModel
 from pipeline.retrieval.checkpoint import Checkpoint
-from publish_model.model_folder.reference_model import ReferenceModel
-from publish_model.model_folder.weights import Tensor, list_backbone, list_published_backbone
+from publish_model.model_folder.weights import list_backbone, list_published_backbone
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 

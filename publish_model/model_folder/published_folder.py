@@ -12,12 +12,13 @@ import torch
 from pipeline.errors import InputError, PipelineError
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.inference.backbone import check_embeddings
+from pipeline.inference.stored_weights import tensors_of
 from pipeline.log import logger
 from publish_model.model_folder import training_similarity
 from publish_model.model_folder.model_card import write_card
 from publish_model.model_folder.model_code import CODE_PATHS, describe_model
 from publish_model.model_folder.model_parts import ModelParts
-from publish_model.model_folder.weights import stored_type, tensors_of, write_weights
+from publish_model.model_folder.weights import stored_type, write_weights
 
 # With these SentenceTransformer (6 or newer) loads the same weights.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {

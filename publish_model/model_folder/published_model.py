@@ -10,12 +10,11 @@ from pipeline.files.tables import hash_json
 from pipeline.inference.model_files import (
     find_missing_files,
     identify_model,
-    locate_backbone_settings,
     locate_hub_model,
-    names_its_backbone,
     read_settings,
 )
-from publish_model.model_folder.reference_model import ReferenceModel
+from pipeline.reference.model_folder import ReferenceModel, open_reference
+from publish_model.model_folder.model_code import CODE_PATHS, describe_model
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
@@ -44,7 +43,7 @@ class PublishedModel:
         """Load it to compute in a type; a model of the reference implementation is rebuilt for this process first."""
         from pipeline.inference.backbone import Embedder
 
-        folder = self.reference.build_folder() if self.reference else self.folder
+        folder = self.reference.build_folder(describe_model, CODE_PATHS) if self.reference else self.folder
         return Embedder(folder, device=self.device, dtype=dtype, batch_size=self.batch_size, trust_remote_code=True)
 
     def check_made(self, dataset: EmbeddingsDataset) -> None:
@@ -57,16 +56,6 @@ class PublishedModel:
 def name_version(files: str, pooling: str, precision: str) -> str:
     """Return the short id of a model's files, pooling and precision together."""
     return hash_json({"model": files, "pooling": pooling, "precision": precision})[:16]
-
-
-def open_reference(folder: Path, *, download: bool) -> ReferenceModel | None:
-    """Return the model in a folder of the reference implementation, None for any other folder.
-
-    Raises InputError if the backbone's settings are not on this machine and cannot be downloaded.
-    """
-    if not names_its_backbone(folder):
-        return None
-    return ReferenceModel(folder, read_settings(folder / "config.json"), locate_backbone_settings(folder, download))
 
 
 def find_model(model_id: str, *, download: bool, device: str = "auto", batch_size: int | str = 32) -> PublishedModel:

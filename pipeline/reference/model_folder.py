@@ -6,6 +6,7 @@ folder has the configuration and the image processor. The model's code, which wo
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,8 +15,12 @@ from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files.tables import hash_json
 from pipeline.files.workspace import private_folder
-from pipeline.inference.model_files import identify_model, read_settings
-from publish_model.model_folder.model_code import CODE_PATHS, describe_model
+from pipeline.inference.model_files import (
+    identify_model,
+    locate_backbone_settings,
+    names_its_backbone,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint
@@ -58,9 +63,9 @@ class ReferenceModel:
 
     def read_projector(self) -> "Checkpoint":
         """Return the projector with the names and the architecture of our own."""
+        from pipeline.inference.stored_weights import list_stored
         from pipeline.reference.checkpoints import read_weights
         from pipeline.retrieval.checkpoint import make_checkpoint
-        from publish_model.model_folder.weights import list_stored
 
         stored = [tensor for tensor in list_stored(self.folder) if tensor.name.startswith("projector.")]
         if not stored:
@@ -89,7 +94,7 @@ class ReferenceModel:
         """
         import torch
 
-        from publish_model.model_folder.weights import build_empty
+        from pipeline.inference.stored_weights import build_empty
 
         config, model = build_empty(self.backbone_dir)
         size = getattr(config, "image_size", 224)
@@ -105,11 +110,14 @@ class ReferenceModel:
             ) from None
         return "cls_token" if getattr(outputs, "pooler_output", None) is None else "pooler_output"
 
-    def build_folder(self) -> Path:
-        """Make a folder in our own format for as long as this process runs; link the backbone's weights."""
+    def build_folder(self, describe: Callable[..., dict[str, Any]], code_paths: Iterable[Path]) -> Path:
+        """Make a folder in our own format for as long as this process runs; link the backbone's weights.
+
+        `describe` makes its config.json, `code_paths` are the code that it gets.
+        """
         from safetensors.torch import save_file
 
-        from publish_model.model_folder.weights import locate_weights
+        from pipeline.inference.stored_weights import locate_weights
 
         checkpoint = self.read_projector()
         folder = private_folder("spatial-embeddings-model-")
@@ -120,7 +128,7 @@ class ReferenceModel:
         projector = {f"projector.{name}": tensor.contiguous() for name, tensor in checkpoint.projector.items()}
         save_file(projector, folder / "projector.safetensors", {"format": "pt"})
         weight_map |= dict.fromkeys(projector, "projector.safetensors")
-        config = describe_model(
+        config = describe(
             self.backbone_name,
             read_settings(self.backbone_dir / "config.json"),
             self.find_pooling(),
@@ -129,8 +137,18 @@ class ReferenceModel:
         contents = {"config.json": config, "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map}}
         for name, content in contents.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for path in (*CODE_PATHS, self.find_processor()):
+        for path in (*code_paths, self.find_processor()):
             shutil.copyfile(path, folder / path.name)
         with open(folder / "modeling_spatial_embeddings.py", "a", encoding="utf-8") as file:
             file.write(IGNORE_LINKED)
         return folder
+
+
+def open_reference(folder: Path, *, download: bool) -> ReferenceModel | None:
+    """Return the model in a folder of the reference implementation, None for any other folder.
+
+    Raises InputError if the backbone's settings are not on this machine and cannot be downloaded.
+    """
+    if not names_its_backbone(folder):
+        return None
+    return ReferenceModel(folder, read_settings(folder / "config.json"), locate_backbone_settings(folder, download))
