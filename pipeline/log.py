@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.errors import PipelineError
+from pipeline.own_folders import open_file
 
 Item = TypeVar("Item")
 
@@ -26,6 +27,10 @@ class _LogFile(logging.FileHandler):
     """A log file that warns once when a line cannot be written, as on a full disk."""
 
     _has_failed = False
+
+    def _open(self) -> TextIO:
+        descriptor = open_file(Path(self.baseFilename), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        return open(descriptor, "a", encoding=self.encoding, errors=self.errors)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 (logging's own)
         """Print one line, where logging would print a traceback for each record."""
@@ -44,7 +49,6 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
     handlers[0].addFilter(lambda record: not getattr(record, "file_only", False))
     if log_path is not None:
         try:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
             handlers.append(_LogFile(log_path, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             raise PipelineError(

@@ -138,3 +138,14 @@ def test_a_full_disk_under_the_log_hides_no_error_and_shows_no_traceback(capsys)
     assert "Traceback" not in lines
     assert lines.count("warning: cannot write the log /dev/full ([Errno 28] No space left on device)") == 1
     assert "second" in lines
+
+
+@pytest.mark.parametrize("link", ["out/_logs", "out/_logs/a.log"])
+def test_a_log_is_not_appended_to_what_a_link_leads_to(tmp_path, link):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a.log").write_text("mine")
+    (tmp_path / link).parent.mkdir(parents=True)
+    (tmp_path / link).symlink_to(tmp_path / "theirs" / ("a.log" if link.endswith("log") else ""))
+    with pytest.raises(PipelineError, match="a link"), logging_to(tmp_path / "out/_logs/a.log"):
+        logger.info("ours")
+    assert (tmp_path / "theirs" / "a.log").read_text() == "mine"

@@ -10,7 +10,7 @@ import pytest
 from embedding_files import SETTINGS, SIZES, make_rows, place_of, read_splits, write
 
 from pipeline.config import DataSection
-from pipeline.files import tables
+from pipeline.files import tables, workspace
 from pipeline.files.workspace import UNFINISHED
 from preprocess_raw_data import merge_and_split
 from preprocess_raw_data.merging.splits import SPLITS, choose_split, name_cells
@@ -295,19 +295,19 @@ def test_a_rerun_keeps_and_another_setting_or_input_is_refused_by_name(tmp_path,
 
 def test_a_run_killed_between_the_renames_is_completed(tmp_path, stage, city, monkeypatch):
     stage("paths.merged_dir=undisturbed")
-    rename = tables.Path.rename
+    replace = workspace.os.replace
     renamed = []
 
-    def die_at_the_second(self, target):
+    def die_at_the_second(name, target, **folders):
         renamed.append(target)
-        if len(renamed) == 2:
+        if len(renamed) == 5:  # each has had its name in the unfinished folder before
             raise SystemExit(9)
-        return rename(self, target)
+        return replace(name, target, **folders)
 
     for first_run in (True, False):  # also over older files
         renamed.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(tables.Path, "rename", die_at_the_second)
+            patch.setattr(workspace.os, "replace", die_at_the_second)
             assert stage(*([] if first_run else ["--overwrite"])).code == 9
         assert len(list((tmp_path / "merged").glob("*.parquet"))) == 1
         outcome = stage()

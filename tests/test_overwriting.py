@@ -1,7 +1,6 @@
 """--overwrite, in every stage: what is replaced stays until what replaces it is there."""
 
 import os
-from pathlib import Path
 
 import pytest
 from embedding_files import SIZES, make_rows, write
@@ -49,7 +48,7 @@ def test_checkpoints_stay_until_the_new_run_is_complete(tmp_path, write_config, 
         patch.setattr(TrainingRun, "settle", stop)  # the last epoch is saved, the best one not chosen
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, overwrite=True)
-    assert read(tmp_path / "checkpoint" / REPLACED) == before
+    assert read(tmp_path / "checkpoint" / REPLACED / "1") == before
     run(tmp_path)
     assert not (tmp_path / "checkpoint" / REPLACED).exists()
     assert read(tmp_path / "checkpoint").keys() == before.keys()
@@ -57,8 +56,8 @@ def test_checkpoints_stay_until_the_new_run_is_complete(tmp_path, write_config, 
 
 def test_what_a_killed_run_moved_aside_is_what_comes_back(tmp_path):
     mark, log = tmp_path / "mark", tmp_path / "log"
-    (tmp_path / REPLACED).mkdir()
-    (tmp_path / REPLACED / "mark").write_text("whole")
+    (tmp_path / REPLACED / "1").mkdir(parents=True)
+    (tmp_path / REPLACED / "1" / "mark").write_text("whole")
     log.mkdir()
     mark.write_text("half")
     with pytest.raises(PipelineError), replacing(tmp_path, [mark, log]):
@@ -74,7 +73,7 @@ def test_what_was_moved_aside_goes_when_its_successor_is_complete(tmp_path):
     with replacing(tmp_path, [mark]):
         assert not mark.exists()
         mark.write_text("new")
-        assert (tmp_path / REPLACED / "mark").read_text() == "old"
+        assert (tmp_path / REPLACED / "1" / "mark").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["mark"]
 
 
@@ -82,14 +81,14 @@ def test_a_folder_comes_back_where_its_successor_cannot_take_its_name(tmp_path, 
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "weights").write_text("old")
-    plain = Path.rename
+    plain = os.replace
 
-    def fail(self, target):
-        if target == folder and not self.name.endswith(".old"):
-            raise OSError(5, os.strerror(5), str(self))
-        return plain(self, target)
+    def fail(name, target, **folders):
+        if target == "model" and not name.endswith(".old"):
+            raise OSError(5, os.strerror(5), name)
+        return plain(name, target, **folders)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(workspace.os, "replace", fail)
     with pytest.raises(PipelineError, match="cannot write .*model"), writing_folder(folder) as temporary:
         (temporary / "weights").write_text("new")
     assert (folder / "weights").read_text() == "old"
@@ -104,6 +103,26 @@ def test_a_folder_that_a_killed_run_moved_aside_comes_back(tmp_path):
     with pytest.raises(ValueError, match="no"), writing_folder(folder):
         raise ValueError("no")
     assert (folder / "weights").read_text() == "old"
+
+
+def test_what_the_user_put_into_a_replaced_folder_stays(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("weights", "old_weights", "notes.txt"):
+        (folder / name).write_text("old")
+    with writing_folder(folder, made=r".*weights") as temporary:
+        (temporary / "weights").write_text("new")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"weights": "new", "notes.txt": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_the_user_keeps_where_old_output_is_set_aside_stays(tmp_path, caplog):
+    (tmp_path / REPLACED / "photographs").mkdir(parents=True)
+    (tmp_path / "mark").write_text("old")
+    with replacing(tmp_path, [tmp_path / "mark"]):
+        (tmp_path / "mark").write_text("new")
+    assert [path.name for path in (tmp_path / REPLACED).iterdir()] == ["photographs"]
+    assert "photographs: not written by this project" in caplog.text
 
 
 def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, monkeypatch, run_main):

@@ -62,13 +62,13 @@ def test_a_killed_training_leaves_no_lock(tmp_path: Path, holder: Any) -> None:
     assert list((tmp_path / "checkpoint").iterdir()) == []
 
 
-def test_where_the_file_system_has_no_locks_the_run_goes_on_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_where_the_file_system_has_no_flock_a_second_training_is_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with caplog.at_level("WARNING", "spatial_building_embeddings"), lock(tmp_path):
+    with lock(tmp_path), pytest.raises(PipelineError, match="is training there"), lock(tmp_path):
         pass
-    assert "cannot be locked (Function not implemented): do not make the same output twice" in caplog.text
+    assert list(tmp_path.iterdir()) == []

@@ -86,19 +86,18 @@ def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_write_clears_up
 
 def test_temporaries_of_running_processes_other_hosts_and_other_kinds_are_left_alone(tmp_path):
     path = tmp_path / "a.bin"
-    own = workspace.temporary_path(path).name
-    host = own.removeprefix(".a.bin.").removesuffix(f"-{os.getpid()}.tmp")
-    strangers = {own, f".a.bin.{host}-1.tmp", ".a.bin.elsewhere-999999.tmp", ".a.bin.rows"}
-    for name in {f".a.bin.{host}-999999.tmp"} | strangers:
+    own, host, token = workspace.temporary_path(path).name, workspace._host(), "0" * 16
+    strangers = {own, f".a.bin.{host}-1-{token}.tmp", f".a.bin.elsewhere-9999999-{token}.tmp", ".a.bin.rows"}
+    for name in {f".a.bin.{host}-9999999-{token}.tmp"} | strangers:
         (tmp_path / name).touch()
-    (tmp_path / f".a.bin.{host}-999998.tmp").mkdir()
-    workspace.clear_once(tmp_path)
+    (tmp_path / f".a.bin.{host}-9999998-{token}.tmp").mkdir()
+    workspace.clear_temporaries(tmp_path)
     assert set(list_files(tmp_path)) == strangers
 
 
 def test_the_first_write_into_a_folder_clears_it_of_dead_processes_and_no_later_one_looks_again(tmp_path):
-    host = workspace.temporary_path(tmp_path / "x").name.removeprefix(".x.").removesuffix(f"-{os.getpid()}.tmp")
-    ours, dead = f".b.bin.{host}-{os.getpid()}.tmp", f".b.bin.{host}-999999.tmp"
+    ours = workspace.temporary_path(tmp_path / "b.bin").name
+    dead = f".b.bin.{workspace._host()}-9999999-{'0' * 16}.tmp"
     for name in (ours, dead):
         (tmp_path / name).touch()
     workspace.write_json(tmp_path / "a.json", 1)

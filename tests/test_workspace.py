@@ -1,6 +1,7 @@
 """Locks, unfinished folders and removal: the ways to work in a folder."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,16 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.files import workspace
-from pipeline.files.workspace import locked, move_unless_taken, remove, writing_folder
+from pipeline.files.workspace import (
+    clear_temporaries,
+    locked,
+    move_unless_taken,
+    remove,
+    remove_made,
+    temporary_path,
+    writing_folder,
+    writing_to,
+)
 
 BUSY = "is at it: wait for that one"
 
@@ -59,23 +69,66 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_taken_anew(tmp_path, monkey
         assert (tmp_path / ".a.lock").exists()
 
 
-def test_a_file_system_without_locks_is_warned_of_once(tmp_path, monkeypatch, caplog):
+def test_those_that_share_a_lock_keep_out_only_one_that_does_not(tmp_path):
+    output = tmp_path / "a"
+    with locked(output, BUSY, shared=True):
+        with locked(output, BUSY, shared=True):
+            pass
+        with pytest.raises(PipelineError, match=BUSY), locked(output, BUSY):
+            pytest.fail("both hold it")
+    assert list_files(tmp_path) == []
+    with (
+        locked(output, BUSY),
+        pytest.raises(PipelineError, match=BUSY),
+        locked(output, BUSY, shared=True),
+    ):
+        pytest.fail("both hold it")
+
+
+@pytest.fixture
+def without_flock(monkeypatch):
     def refuse(*_):
-        raise OSError(95, "Operation not supported")
+        raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(workspace.fcntl, "flock", refuse)
-    with caplog.at_level("WARNING", "spatial_building_embeddings"):
-        for _ in range(2):
-            with locked(tmp_path / "a", BUSY):
-                pass
-    assert len(caplog.records) == 1
-    assert "cannot be locked (Operation not supported)" in caplog.text
+
+
+@pytest.mark.usefixtures("without_flock")
+def test_a_file_system_without_flock_is_locked_by_names(tmp_path):
+    output = tmp_path / "out" / "a"
+    for _ in range(2):
+        with locked(output, BUSY):
+            (name,) = list_files(output.parent)
+            refusal = rf"out/a: process {os.getpid()} on \w+ {BUSY}; if it has died, remove \S+{re.escape(name)}$"
+            for shared in (False, True):
+                with pytest.raises(PipelineError, match=refusal), locked(output, BUSY, shared=shared):
+                    pytest.fail("both hold it")
+    with (
+        locked(output, BUSY, shared=True),
+        locked(output, BUSY, shared=True),
+        pytest.raises(PipelineError, match=BUSY),
+        locked(output, BUSY),
+    ):
+        pytest.fail("all hold it")
+    assert list_files(output.parent) == []
+
+
+@pytest.mark.usefixtures("without_flock")
+def test_without_flock_a_holder_of_this_host_that_has_died_holds_nothing(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    (tmp_path / f".a.lock.{workspace._host()}-{int(gone.stdout)}-{'0' * 16}.alone").touch()
+    with locked(tmp_path / "a", BUSY):
+        pass
+    assert list_files(tmp_path) == []
+    (tmp_path / f".a.lock.elsewhere-{int(gone.stdout)}-{'0' * 16}.alone").touch()
+    with pytest.raises(PipelineError, match="on elsewhere"), locked(tmp_path / "a", BUSY):
+        pass
 
 
 def test_a_lock_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "notes").write_text("mine")
     (tmp_path / ".a.lock").symlink_to(tmp_path / "notes")
-    with pytest.raises(PipelineError, match=r"cannot write .*\.a\.lock"), locked(tmp_path / "a", BUSY):
+    with pytest.raises(PipelineError, match=r"cannot write .*\.a\.lock \(.* is a link"), locked(tmp_path / "a", BUSY):
         pass
     assert (tmp_path / "notes").read_text() == "mine"
 
@@ -117,7 +170,7 @@ def test_a_name_is_given_only_where_it_is_free(tmp_path, monkeypatch, has_links)
         raise OSError(95, "Operation not supported")
 
     if not has_links:
-        monkeypatch.setattr(workspace.os, "link", refuse)
+        monkeypatch.setattr(workspace.os, "link", lambda *_, **__: refuse())
     (tmp_path / "new").write_text("new")
     assert move_unless_taken(tmp_path / "new", tmp_path / "name")
     assert list_files(tmp_path) == ["name"]
@@ -125,3 +178,82 @@ def test_a_name_is_given_only_where_it_is_free(tmp_path, monkeypatch, has_links)
         (tmp_path / "new").write_text("other")
         assert not move_unless_taken(tmp_path / "new", tmp_path / "name")
         assert (tmp_path / "name").read_text() == "new"
+
+
+def plant_folder(tmp_path, name):
+    """Return a user's folder with a file, to which a link of that name leads."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "1").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize("name", ["_rejects", "_removed", "parts", ".unfinished"])
+def test_nothing_is_made_or_removed_behind_a_link_in_an_output(tmp_path, name):
+    theirs = plant_folder(tmp_path, name)
+    with (
+        pytest.raises(PipelineError, match=rf"cannot write .*out/{name} is a link"),
+        writing_to(tmp_path / "out" / name / "deeper" / "a") as temporary,
+    ):
+        temporary.write_text("ours")
+    for removal in (lambda folder: remove(folder / "1"), lambda folder: remove_made(folder, ".*")):
+        with pytest.raises(OSError, match="a link, and nothing is made or removed through one"):
+            removal(tmp_path / "out" / name)
+    assert (theirs / "1").read_text() == "mine"
+    assert list_files(theirs) == ["1"]
+
+
+def test_an_output_may_be_a_link_itself(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    for name in ("a", "_rejects/a"):
+        with writing_to(tmp_path / "out" / name) as temporary:
+            temporary.write_text("ours")
+    remove(tmp_path / "out" / "a")
+    assert list_files(tmp_path / "scratch") == ["_rejects"]
+
+
+@pytest.mark.parametrize("ending", ["unfinished", "old"])
+def test_a_link_in_place_of_an_unfinished_folder_is_refused(tmp_path, ending):
+    theirs = plant_folder(tmp_path, f".model.{ending}")
+    with pytest.raises(PipelineError, match="is a link"), writing_folder(tmp_path / "out" / "model", resumable=True):
+        pytest.fail("it was followed")
+    assert list_files(theirs) == ["1"]
+
+
+def test_a_temporary_file_is_made_anew_under_a_name_that_nobody_guesses(tmp_path):
+    names = set()
+    for _ in range(2):
+        with writing_to(tmp_path / "a") as temporary:
+            assert temporary.stat().st_size == 0
+            names.add(temporary.name)
+            temporary.write_text("ours")
+    assert len(names) == 2
+    planted = tmp_path / "planted"
+    planted.symlink_to(tmp_path / "a")
+    with pytest.raises(OSError, match="a link"):
+        workspace.open_file(planted, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+
+def test_temporary_files_go_with_their_process_or_under_a_lock_from_anywhere(tmp_path):
+    mine = temporary_path(tmp_path / "a")
+    dead = tmp_path / f".a.{workspace._host()}-{2**22 + 1}-{'0' * 16}.tmp"  # above any number of a process
+    elsewhere, notes = tmp_path / f".a.elsewhere-1-{'0' * 16}.tmp", tmp_path / ".notes.tmp"
+    for path in (mine, dead, elsewhere, notes):
+        path.touch()
+    clear_temporaries(tmp_path)
+    assert list_files(tmp_path) == sorted(path.name for path in (mine, elsewhere, notes))
+    clear_temporaries(tmp_path, of_all=True)
+    assert list_files(tmp_path) == [notes.name]
+
+
+def test_names_that_this_project_does_not_give_stay(tmp_path, caplog):
+    for name in ("1", "2", "2021_photographs"):
+        (tmp_path / "_removed" / name).mkdir(parents=True)
+    remove_made(tmp_path / "_removed", r"\d+")
+    assert list_files(tmp_path / "_removed") == ["2021_photographs"]
+    assert "2021_photographs: not written by this project" in caplog.text
+    (tmp_path / "_removed" / "2021_photographs").rmdir()
+    remove_made(tmp_path / "_removed", r"\d+")
+    assert list_files(tmp_path) == []

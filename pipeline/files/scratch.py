@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pipeline.errors import PipelineError, Rejection
 from pipeline.files.workspace import lock_path, locked, remove, write_failure, write_json
 from pipeline.log import logger
+from pipeline.own_folders import open_file
 
 # How much work a killed node may lose, against a sync of the file each time.
 SECONDS_BETWEEN_SAVES = 30.0
@@ -54,7 +55,7 @@ class RowScratch:
         self._held = contextlib.ExitStack()
         self._held.enter_context(_locked(output_path))
         try:
-            self._descriptor = os.open(self._rows_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._descriptor = open_file(self._rows_path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             self._held.close()
             raise write_failure(self._rows_path, error) from error

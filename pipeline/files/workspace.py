@@ -1,18 +1,22 @@
 """Work in a folder: keep others out, set old output aside until the new is whole, clear up behind killed runs.
 
-Only this module locks, renames and removes files (tests/test_layering.py holds that). An unfinished output has a hidden
-name beside its place; renaming it makes it appear in one piece.
+Only this module locks, renames and removes files (tests/test_layering.py holds that), never through a link (see
+pipeline/own_folders.py). An unfinished output has a hidden name beside its place, which no one can guess and which is
+made anew; renaming it makes it appear in one piece.
 """
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import functools
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +25,16 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.log import logger
+from pipeline.own_folders import list_names, open_file, opened_folder
 
 # The folder for files that appear together, when all are complete.
 UNFINISHED = ".unfinished"
 # The folder for old output until its successor is complete.
 REPLACED = "_replaced"
+# The host and the process in a name.
+_HOLDER = r"(\w+)-(\d+)-[0-9a-f]{16}"
+# Names by which this process holds locks; another name with its number is of one that died, as in containers.
+_HELD: set[str] = set()
 
 
 # ------------------------------------------------------------------------------------------------ moving and removing
@@ -34,12 +43,30 @@ REPLACED = "_replaced"
 def remove(path: Path) -> None:
     """Remove a file, a folder with its content, or a link; it may be missing.
 
-    Raises OSError if something is left.
+    Raises OSError if something is left, or it lies behind a link.
     """
-    while path.is_dir() and not path.is_symlink():
-        with contextlib.suppress(FileNotFoundError):  # another process is removing it too
-            shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError), opened_folder(path.parent) as folder:
+        while stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+            with contextlib.suppress(FileNotFoundError):  # another process is removing it too
+                shutil.rmtree(path.name, dir_fd=folder)
+        os.unlink(path.name, dir_fd=folder)
+
+
+def remove_made(folder: Path, names: str) -> None:
+    """Remove what this project has made in a folder: all whose name `names`, a pattern, matches; then an empty folder.
+
+    Other names are the user's: they stay, and a warning names one. Raises OSError if something is left, or the folder
+    is a link.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        listed = list_names(folder)
+        ours = [name for name in listed if re.fullmatch(names, name)]
+        for name in ours:
+            remove(folder / name)
+        if others := sorted(set(listed) - set(ours)):
+            logger.warning("%s: not written by this project: move it away", folder / others[0])
+        else:
+            remove(folder)
 
 
 def discard(path: Path) -> None:
@@ -54,69 +81,76 @@ def move(path: Path, target: Path) -> None:
     Raises PipelineError if it cannot be written there.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
+        with opened_folder(path.parent) as source, opened_folder(target.parent, make=True) as folder:
+            os.replace(path.name, target.name, src_dir_fd=source, dst_dir_fd=folder)
     except OSError as error:
         raise write_failure(target, error) from error
 
 
 def move_unless_taken(path: Path, target: Path) -> bool:
-    """Rename a file unless something has the name, and return whether it was free."""
-    try:
-        os.link(path, target)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        path.rename(target)
-    else:
-        path.unlink()
+    """Rename a file of the same folder unless something has the name, and return whether it was free."""
+    with opened_folder(path.parent) as folder:
+        try:
+            os.link(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            os.rename(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+        else:
+            os.unlink(path.name, dir_fd=folder)
     return True
 
 
 def sync_file(path: Path) -> None:
     """Force a file's bytes to the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    descriptor = open_file(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Force a folder's names to the disk; some network file systems refuse this, and lose nothing by it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):
+    with opened_folder(folder) as descriptor, contextlib.suppress(OSError):
         os.fsync(descriptor)
-    os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------ temporary names
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the hidden file or folder beside `path` that this process fills and then renames."""
-    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+    """Return a new name beside `path`, hidden, for a file or folder that this process fills and then renames."""
+    return path.with_name(f".{_name_holder(path)}.tmp")
 
 
-@functools.cache
-def clear_once(folder: Path) -> None:
-    """Remove the temporary files of killed processes of this host; once a process, as a dataset has many files."""
-    pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)\.tmp")
-    for candidate in folder.iterdir():
-        match = pattern.fullmatch(candidate.name)
-        if match and not _is_running(int(match.group(1))):
-            discard(candidate)
+def clear_temporaries(folder: Path, *, of_all: bool = False) -> None:
+    """Remove the temporary files of killed processes of this host, or `of_all`, where a lock keeps all others out."""
+    for name in list_names(folder):
+        holder = re.fullmatch(rf"\..+\.{_HOLDER}\.tmp", name)
+        if holder and (of_all or _has_died(holder)):
+            discard(folder / name)
+
+
+# Once a process is enough, as a dataset has many files.
+_clear_once = functools.cache(clear_temporaries)
+
+
+def _name_holder(path: Path) -> str:
+    return f"{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def _host() -> str:
     return re.sub(r"\W", "_", socket.gethostname())
 
 
-def _is_running(pid: int) -> bool:
+def _has_died(holder: re.Match[str]) -> bool:
+    """Whether a name is that of a process of this host that runs no more."""
     try:
-        os.kill(pid, 0)
+        os.kill(int(holder[2]), 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
+        return holder[1] == _host()
+    except (PermissionError, OverflowError):
         pass
-    return True
+    return False
 
 
 def private_folder(prefix: str) -> Path:
@@ -135,94 +169,117 @@ def lock_path(path: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path, doing: str, lock: Path | None = None) -> Iterator[None]:
+def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = False) -> Iterator[None]:
     """Keep other processes from making `path` while the block runs; a killed process holds nothing.
 
-    `lock` is the file to lock, `lock_path` by default; a file system without locks gives a warning. Raises
-    PipelineError "`path`: process N on HOST `doing`" if another process holds the lock.
+    Those that take it as `shared` keep out only those that do not. `lock` is the file to lock, `lock_path` by default.
+    Raises PipelineError "`path`: process N on HOST `doing`" if another process holds the lock.
     """
-    lock = lock or lock_path(path)
-    descriptor = _acquire(path, doing, lock)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _acquire(path: Path, doing: str, lock: Path) -> int:
+    lock, is_flock = lock or lock_path(path), True
     while True:
+        with naming_failures(lock):
+            descriptor = open_file(lock, os.O_RDWR | os.O_CREAT)
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            raise write_failure(lock, error) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 256).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise PipelineError(f"{path}: {holder} {doing}") from None
-        except OSError as error:
-            _warn_of_no_locks(lock.parent, error.strerror)
-            return descriptor
+        except OSError:  # a file system without flock
+            is_flock, lock = False, _hold_by_name(path, doing, lock, shared=shared)
+            break
         if os.fstat(descriptor).st_nlink:  # else its last holder has removed it since it was opened
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            return descriptor
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # others share it: the last of them removes it
+            if is_flock:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(lock)
         os.close(descriptor)
 
 
-@functools.cache
-def _warn_of_no_locks(folder: Path, reason: str) -> None:
-    logger.warning("%s: cannot be locked (%s): do not make the same output twice at a time", folder, reason)
+def _hold_by_name(path: Path, doing: str, lock: Path, *, shared: bool) -> Path:
+    """Hold a lock by a file of this process's own name, and return it; of two that come at once both may be refused.
+
+    A holder of this host that has died is passed over; whether one of another host has, only the user can tell.
+    """
+    remove(lock)
+    own = lock.with_name(f"{_name_holder(lock)}.{'shared' if shared else 'alone'}")
+    with naming_failures(own):
+        os.close(open_file(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    for other in sorted(lock.parent.iterdir()):
+        holder = re.fullmatch(rf"{re.escape(lock.name)}\.{_HOLDER}\.(shared|alone)", other.name)
+        if not holder or other == own or (shared and holder[3] == "shared"):
+            continue
+        if _has_died(holder) or (int(holder[2]) == os.getpid() and other.name not in _HELD):
+            discard(other)
+            continue
+        discard(own)
+        raise PipelineError(f"{path}: process {holder[2]} on {holder[1]} {doing}; if it has died, remove {other}")
+    _HELD.add(own.name)
+    return own
 
 
 # ------------------------------------------------------------------------------------------------ replacing
 
 
 @contextmanager
-def writing_folder(path: Path, *, resumable: bool = False) -> Iterator[Path]:
-    """Yield a hidden folder beside `path` to fill; when the block ends well, sync and rename it.
+def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> Iterator[Path]:
+    """Yield a hidden folder beside `path` to fill; when the block ends well, sync it and give it that name.
 
-    An earlier folder stays until then. A `resumable` one is held by one process, and keeps what a failed block put into
-    it for the next. Raises PipelineError naming `path` if it cannot be written.
+    An earlier folder stays until then; files in it whose names `made`, a pattern, does not match are the user's, and
+    move on to the new one. A `resumable` folder is held by one process, and keeps what a failed block put into it for
+    the next. Raises PipelineError naming `path` if it cannot be written.
     """
     if path.is_file():
         raise PipelineError(f"{path}: a file, where a folder is to be written: remove it or give another path")
+    old = path.with_name(f".{path.name}.old")
     with contextlib.ExitStack() as stack, naming_failures(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         if resumable:
             folder = path.with_name(f".{path.name}.unfinished")
             stack.enter_context(locked(folder, "is at it: wait for that one, or stop it"))
         else:
             folder = temporary_path(path)
             stack.callback(discard, folder)
-            clear_once(path.parent)
-            remove(folder)  # of a killed process with our number, as in containers
-        old = path.with_name(f".{path.name}.old")
-        _bring_back(old, path)  # where a run was killed between the two renames
-        folder.mkdir(exist_ok=resumable)
+        make_folder(folder)
+        _clear_once(path.parent)
+        _bring_back(old, path, made)  # where a run was killed between the two renames
         yield folder
         for file_path in folder.rglob("*"):
             if file_path.is_file():
                 sync_file(file_path)
         sync_folder(folder)
         try:
-            # A full folder cannot be renamed over: for an instant there is neither.
-            if path.exists():
-                path.rename(old)
-            folder.rename(path)
+            if path.exists():  # a full folder cannot be renamed over: for an instant there is neither
+                move(path, old)
+            move(folder, path)
             sync_folder(path.parent)
         finally:
-            _bring_back(old, path)
+            _bring_back(old, path, made)
 
 
-def _bring_back(old: Path, path: Path) -> None:
-    """Give the old folder its name again if that is free, and remove it if not."""
-    if old.exists() and not path.exists():
-        old.rename(path)
-    discard(old)
+def make_folder(folder: Path) -> None:
+    """Make a folder of this project's, and those above it, unless it is there; refuse a link (OSError)."""
+    with opened_folder(folder, make=True):
+        pass
+
+
+def _bring_back(old: Path, path: Path, made: str) -> None:
+    """Give the old folder its name again if that is free; else move the user's files out of it, and remove it."""
+    with contextlib.suppress(FileNotFoundError):
+        names = list_names(old)
+        if not path.exists():
+            move(old, path)
+            return
+        for name in names:
+            if not re.fullmatch(made, name) and not (path / name).exists():
+                move(old / name, path / name)
+        discard(old)
 
 
 @contextmanager
@@ -233,13 +290,13 @@ def writing_together(folder: Path, names: list[str]) -> Iterator[Path]:
     """
     unfinished = folder / UNFINISHED
     remove(unfinished)  # of a killed run
-    unfinished.mkdir(parents=True)
     try:
+        make_folder(unfinished)
         yield unfinished
         for name in names:
             remove(folder / name)
         for name in names:
-            (unfinished / name).rename(folder / name)
+            move(unfinished / name, folder / name)
         sync_folder(folder)
     finally:
         discard(unfinished)
@@ -247,12 +304,12 @@ def writing_together(folder: Path, names: list[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
-    """Move files and folders of a folder to its `_replaced/` while the block makes others in their place.
+    """Move files and folders of a folder to `_replaced/1` there while the block makes others in their place.
 
     When the block ends well they are removed. When it fails before one of the files is there again they come back, else
     they wait for the run that goes on. Files that a killed run has moved there stay, as they were complete.
     """
-    aside = folder / REPLACED
+    aside = folder / REPLACED / "1"
     keeps_earlier = aside.is_dir()
     for path in paths:
         if keeps_earlier:
@@ -266,9 +323,9 @@ def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
             for kept in sorted(aside.iterdir()) if aside.is_dir() else []:
                 remove(folder / kept.name)
                 move(kept, folder / kept.name)
-            discard(aside)
+            remove_made(aside.parent, aside.name)
         raise
-    discard(aside)
+    remove_made(aside.parent, aside.name)
 
 
 @contextmanager
@@ -277,13 +334,16 @@ def naming_failures(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None and not Path(str(error.filename)).is_relative_to(path.parent):
+        is_near = error.filename is None or Path(str(error.filename)).is_relative_to(path.parent)
+        if not is_near and error.errno != errno.ELOOP:
             raise  # something else that the block touched
         raise write_failure(path, error) from error
 
 
 def write_failure(path: Path, error: OSError) -> PipelineError:
     """Say in one line why `path` could not be written and what to do."""
+    if error.errno == errno.ELOOP:
+        return PipelineError(f"cannot write {path} ({error.filename} is {error.strerror}): remove the link")
     reason = os.strerror(error.errno) if error.errno else str(error)
     return PipelineError(f"cannot write {path} ({reason}): free space or allow writing there, then run this again")
 
@@ -297,21 +357,15 @@ def writing_to(path: Path) -> Iterator[Path]:
 
     Raises PipelineError naming `path` if the disk is full or the folder cannot be written.
     """
-    with _filling(path) as temporary:
-        clear_once(path.parent)
-        yield temporary
-        sync_file(temporary)
-        move(temporary, path)
-        sync_folder(path.parent)
-
-
-@contextmanager
-def _filling(path: Path) -> Iterator[Path]:
     temporary = temporary_path(path)
     try:
         with naming_failures(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+            _clear_once(path.parent)
             yield temporary
+            sync_file(temporary)
+            move(temporary, path)
+            sync_folder(path.parent)
     finally:
         discard(temporary)
 
@@ -319,7 +373,7 @@ def _filling(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one piece."""
     with writing_to(path) as temporary:
-        _dump(temporary, content)
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_json_once(path: Path, content: Any) -> bool:
@@ -327,14 +381,12 @@ def write_json_once(path: Path, content: Any) -> bool:
 
     Raises PipelineError if the disk is full or the folder cannot be written.
     """
-    with _filling(path) as temporary:
-        _dump(temporary, content)
-        sync_file(temporary)
-        return move_unless_taken(temporary, path)
-
-
-def _dump(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unique = temporary_path(path)
+    write_json(unique, content)
+    try:
+        return move_unless_taken(unique, path)
+    finally:
+        discard(unique)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

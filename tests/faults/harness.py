@@ -51,8 +51,9 @@ class Operations:
             self._act()
 
     def _is_below(self, argument: object) -> bool:
-        path = os.fspath(argument) if isinstance(argument, str | bytes | os.PathLike) else ""
-        return (path if isinstance(path, str) else os.fsdecode(path)).startswith(self._folder)
+        path = os.fsdecode(argument) if isinstance(argument, str | bytes | os.PathLike) else "/"
+        # A name alone is of a folder that is open: only outputs are worked on in this way.
+        return path.startswith(self._folder) or os.sep not in path
 
 
 def kill() -> None:
