@@ -36,7 +36,7 @@ from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_s
 from pipeline.retrieval.whitening import collect_scatters, whiten_by_pca, whiten_within_class
 from train_specialized_embeddings.sampling.neighbor_table import load_neighbors
 from train_specialized_embeddings.training.fitting import make_material
-from train_specialized_embeddings.training.training_run import TrainingRun
+from train_specialized_embeddings.training.training_run import TrainingRun, begin_run
 
 KINDS = ("raw", "pca_whitened", "whitening", "start", "projector")
 SCORES = ("recall_at_1", "map")
@@ -127,7 +127,7 @@ def fit_projector(config: Config, train: Features, val: Features, seed: int) -> 
     """Train as stage 6 does, without its files; the run's note of the start also holds its weights."""
     config = config.model_copy(update={"global_": config.global_.model_copy(update={"seed": seed})})
     neighbors = load_neighbors(config.path("difficulty_metadata_path"), train)
-    run = TrainingRun(config, make_material(config, train, val, neighbors), Stopwatch(), {})
+    run = begin_run(config, make_material(config, train, val, neighbors), Stopwatch(), {})
     with Progress("train", config.training.num_epochs * run.trainer.num_anchors, "anchor", 1e9) as progress:
         for record in run.run_epochs(progress):
             if not record["epoch"]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def score_as(maps: tuple[float, ...]) -> Callable[..., Any]:
     left = [QueryScores(np.arange(36), np.full(36, 1), mean + own) for mean, own in zip(maps, noise, strict=True)]
 
     def score(self: TrainingRun, _: Any) -> tuple[np.ndarray, QueryScores]:
-        self.validation = ValidationSet(self.validation.embeddings, codes.astype(np.int32))
+        validation = ValidationSet(self.material.validation.embeddings, codes.astype(np.int32))
+        self.material = replace(self.material, validation=validation)
         return np.eye(36, 40, dtype=np.float32), left.pop(0)
 
     return score
@@ -89,7 +91,8 @@ def test_the_least_of_the_training_that_validates_as_well_is_published(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, maps: tuple[float, ...], whitening: float, share: float
 ) -> None:
     def settle(self: TrainingRun) -> None:
-        self.baselines = {"whitening": {"map": whitening}}
+        start = replace(self.material.start, baselines={"whitening": {"map": whitening}})
+        self.material = replace(self.material, start=start)
         monkeypatch.setattr(TrainingRun, "_score", score_as(maps))
         real_settle(self)
 

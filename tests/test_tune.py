@@ -186,9 +186,9 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
 
     monkeypatch.setattr(study, "_FREE_TRIALS", 1)
     monkeypatch.setattr(study, "_FREE_EPOCHS", 0)
-    real, runs = study.TrainingRun, []
+    real, runs = study.begin_run, []
 
-    def make_run(*arguments: Any, **named: Any) -> Any:
+    def begin_run(*arguments: Any, **named: Any) -> Any:
         runs.append(real(*arguments, **named))
         if len(runs) == 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -197,7 +197,7 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
                 projector.shortcut.weight.data.fill_(1.0)  # all images coincide
         return runs[-1]
 
-    monkeypatch.setattr(study, "TrainingRun", make_run)
+    monkeypatch.setattr(study, "begin_run", begin_run)
     result = search(workspace, 4)
     assert (result.rows_in, result.rejected, result.dropped) == (4, 1, 2)
     assert [row["state"] for row in read_trials(workspace)] == ["complete", "fail", "pruned", "pruned"]

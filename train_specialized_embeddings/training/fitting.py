@@ -21,7 +21,7 @@ from train_specialized_embeddings.sampling.neighbor_table import Neighbors, load
 from train_specialized_embeddings.training import run_files
 from train_specialized_embeddings.training.metric_sinks import MetricSinks
 from train_specialized_embeddings.training.starts import check_warm_start, fit_start, restore_start
-from train_specialized_embeddings.training.training_run import Material, TrainingRun
+from train_specialized_embeddings.training.training_run import Material, TrainingRun, begin_run
 from train_specialized_embeddings.training.validation import choose_validation_set, log_verdict
 
 # An epoch on little data takes less time than syncing its state to disk; a kill costs at most this, or an epoch.
@@ -44,7 +44,7 @@ def fit(
         material = read_material(config, inputs, provenance, watch, saved=saved)
         counts = {"in": material.num_images, "out": material.num_images}
         provenance = provenance | {"counts": counts}
-        run = TrainingRun(config, material, watch, provenance)
+        run = begin_run(config, material, watch, provenance)
         num_anchors, saved_at = run.trainer.num_anchors, time.monotonic()
         interval = config.logging.progress_interval_seconds
         with Progress("train", config.training.num_epochs * num_anchors, "anchor", interval) as progress:

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,23 +46,19 @@ class Material:
     trained_on: torch.Tensor  # hashes of the training buildings
 
 
+@dataclass
 class TrainingRun:
-    """A trainer with its validation and its history; it begins anew from the seed."""
+    """A trainer with its history and its best epoch."""
 
-    def __init__(self, config: Config, material: Material, watch: Stopwatch, provenance: Content) -> None:
-        self.config, self.watch, self.provenance = config, watch, provenance
-        self.validation, self.coordinates = material.validation, material.start.coordinates
-        self.trained_on = material.trained_on
-        self.baselines, self.note = material.start.baselines, material.start.note
-        torch.manual_seed(config.global_.seed)
-        material.sampler.generator.manual_seed(config.global_.seed)
-        projector = make_projector(material.start, config.training_model, config.training.init)
-        projector = projector.to(material.store.device)
-        spread = torch.from_numpy(self.coordinates.spread)
-        self.trainer = Trainer(projector, material.store, material.sampler, config.training, spread)
-        self.history: list[dict[str, Any]] = []  # one record an epoch, epoch 0 included
-        self.best: Content = {}  # the checkpoint of the last epoch as good as the peak
-        self.peak: QueryScores | None = None  # validation of the epoch with the best mAP
+    config: Config
+    material: Material
+    trainer: Trainer
+    watch: Stopwatch
+    provenance: Content
+    note: dict[str, Any]  # how the start was chosen
+    history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
+    best: Content = field(default_factory=dict)  # the checkpoint of the last epoch as good as the peak
+    peak: QueryScores | None = None  # validation of the epoch with the best mAP
 
     @property
     def epoch(self) -> int:
@@ -110,11 +106,13 @@ class TrainingRun:
             projector.load_state_dict(mixed[share])
             scores[share] = self._score(projector)[1]
         tried = {share: summarize_scores(each) for share, each in scores.items()}
-        unreached = {share: set(list_unreached(self.baselines, row["map"])) for share, row in tried.items()}
+        unreached = {
+            share: set(list_unreached(self.material.start.baselines, row["map"])) for share, row in tried.items()
+        }
         peak = scores[max(tried, key=lambda key: tried[key]["map"])]
         allowed = [
             share for share in shares
-            if unreached[share] <= unreached[0.0] and not self.validation.is_better(peak, scores[share])
+            if unreached[share] <= unreached[0.0] and not self.material.validation.is_better(peak, scores[share])
         ]  # fmt: skip
         chosen = min(allowed, default=0.0)
         epoch = self.best["epoch"] if allowed else 0
@@ -126,18 +124,18 @@ class TrainingRun:
         metrics, self.note = self.best["metrics"], self.note | {"share": chosen}
         self.best = self.best | {
             "average": mixed[chosen],
-            "projector": dict(self.coordinates.fold(projector).state_dict()),
+            "projector": dict(self.material.start.coordinates.fold(projector).state_dict()),
             "epoch": epoch,
             "start": self.note,
-            "trained_on": self.trained_on,
+            "trained_on": self.material.trained_on,
             "metrics": metrics | {"epoch": epoch, "val": metrics["val"] | {"projector": tried[chosen]}},
         }
 
     def _score(self, projector: Projector) -> tuple[NDArray[np.float32], QueryScores]:
         """Return the embeddings of the validation images (N, k), and the score of each as a query."""
         with self.watch.measure("validate"):
-            embeddings = project(projector, self.validation.embeddings, self.trainer.store.device)
-            return embeddings, self.validation.score_each(embeddings)
+            embeddings = project(projector, self.material.validation.embeddings, self.trainer.store.device)
+            return embeddings, self.material.validation.score_each(embeddings)
 
     def resume(self, state: Content) -> None:
         """Continue from a state that `describe_state` returned."""
@@ -161,7 +159,7 @@ class TrainingRun:
             "epoch": len(self.history),
             **asdict(report),
             "embedding_spread": measure_spread(embeddings),
-            "embedding_norm": measure_norm(projector, self.validation.embeddings, self.trainer.store.device),
+            "embedding_norm": measure_norm(projector, self.material.validation.embeddings, self.trainer.store.device),
             "val": scores,
             "seconds": round(time.monotonic() - started, 3),
         }
@@ -170,7 +168,7 @@ class TrainingRun:
         if not record["collapsed"]:
             if self.peak is None or summarize_scores(self.peak)["map"] < scores["map"]:
                 self.peak = each
-            if not self.validation.is_better(self.peak, each, EPOCH_ERRORS):
+            if not self.material.validation.is_better(self.peak, each, EPOCH_ERRORS):
                 self.best = self.describe()
         return record
 
@@ -206,19 +204,19 @@ class TrainingRun:
     def describe(self) -> Content:
         """Return the checkpoint of the last epoch, with all that its readers and the next epoch need."""
         config = self.config
-        folded = self.coordinates.fold(self.trainer.average)
+        folded = self.material.start.coordinates.fold(self.trainer.average)
         # Without the seconds: the same training gives the same checkpoint, whatever else the machine was doing.
         history = [{key: value for key, value in record.items() if key != "seconds"} for record in self.history]
         return self.trainer.state() | {
             "architecture": dict(folded.architecture),
             "projector": dict(folded.state_dict()),
-            "coordinates": self.coordinates.state(),
+            "coordinates": self.material.start.coordinates.state(),
             "epoch": self.epoch,
             "start": self.note,
-            "trained_on": self.trained_on,
+            "trained_on": self.material.trained_on,
             "metrics": {
                 "epoch": self.epoch,
-                "val": self.baselines | {"projector": self.history[-1]["val"]},
+                "val": self.material.start.baselines | {"projector": self.history[-1]["val"]},
                 "history": history,
             },
             "settings": {
@@ -228,3 +226,15 @@ class TrainingRun:
             },
             "provenance": self.provenance,
         }
+
+
+def begin_run(config: Config, material: Material, watch: Stopwatch, provenance: Content) -> TrainingRun:
+    """Return a run at its start; all that it draws comes from the seed."""
+    torch.manual_seed(config.global_.seed)
+    material.sampler.generator.manual_seed(config.global_.seed)
+    projector = make_projector(material.start, config.training_model, config.training.init)
+    trainer = Trainer(
+        projector.to(material.store.device), material.store, material.sampler, config.training,
+        torch.from_numpy(material.start.coordinates.spread),
+    )  # fmt: skip
+    return TrainingRun(config, material, trainer, watch, provenance, material.start.note)

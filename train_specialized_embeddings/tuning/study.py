@@ -18,7 +18,7 @@ from pipeline.files.workspace import replacing
 from pipeline.inference.devices import share_gpus
 from pipeline.log import Progress, Stopwatch, logger, logging_to
 from train_specialized_embeddings.training.fitting import read_material, training_within_memory
-from train_specialized_embeddings.training.training_run import TrainingRun
+from train_specialized_embeddings.training.training_run import begin_run
 from train_specialized_embeddings.tuning import search_space
 from train_specialized_embeddings.tuning.search_space import SPACE
 from train_specialized_embeddings.tuning.tuning_report import write_report
@@ -181,7 +181,7 @@ class Objective:
         config = search_space.apply(self.config, trial.params)
         interval = config.logging.progress_interval_seconds
         with training_within_memory(config):
-            run = TrainingRun(config, self.material, self.watch, {})
+            run = begin_run(config, self.material, self.watch, {})
             total = config.training.num_epochs * run.trainer.num_anchors
             with Progress(f"trial {trial.number}", total, "anchor", interval) as bar:
                 for record in run.run_epochs(bar):
