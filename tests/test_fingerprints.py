@@ -86,7 +86,8 @@ def test_an_image_that_is_there_twice_is_named(make_run: Callable, run_main: Cal
     config, _ = make_run(draw_table(20), draw_table(30))
     outcome = run_main(main, "--config", config)
     assert outcome.code == 1
-    assert "image 0001_0 is in 0001_fingerprints.parquet and again in 0002_fingerprints.parquet" in outcome.stderr
+    where = "in 0001_fingerprints.parquet, 0002_fingerprints.parquet"
+    assert f"image 0001_0 is there more than once, {where}: remove one" in outcome.stderr
 
 
 def test_a_folder_that_is_missing_or_empty_or_holds_no_image_is_said(make_run: Callable, run_main: Callable) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the GPU's kernels need triton")
 
 from difficulty_metadata.neighbor_search import neighbors
 from difficulty_metadata.neighbor_search.engines import TiledEngine
-from difficulty_metadata.neighbor_search.neighbors import NeighborSearch, make_gpu_engine
+from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
 from difficulty_metadata.neighbor_search.triton_filter import TritonEngine, order_in_space
 
 OTHERS = ["lists too short", "room too small", "two levels", "wide points", "huge numbers", "tiny numbers"]
@@ -67,13 +67,18 @@ def test_a_gpu_without_triton_searches_by_tiles(
 ) -> None:
     monkeypatch.setattr(neighbors, "_MIN_TRITON_POINTS", 100)
     monkeypatch.setattr(neighbors.logger, "propagate", True)
-    points, codes = torch.rand(100, 5), torch.arange(100, dtype=torch.int32)
-    assert isinstance(make_gpu_engine(points, codes), TritonEngine)
-    assert isinstance(make_gpu_engine(points[:99], codes[:99]), TiledEngine)
-    assert isinstance(make_gpu_engine(torch.rand(100, 65), codes), TiledEngine)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    search = NeighborSearch.__new__(NeighborSearch)
+    search.backend, search.device = "torch", torch.device("cuda")
+
+    def choose(num_points: int, num_dims: int) -> type:
+        search._points, search._point_codes = torch.rand(num_points, num_dims), torch.arange(num_points).int()
+        return type(search._make_engine())
+
+    assert [choose(100, 5), choose(99, 5), choose(100, 65)] == [TritonEngine, TiledEngine, TiledEngine]
     with caplog.at_level("INFO"):
         monkeypatch.setitem(sys.modules, "difficulty_metadata.neighbor_search.triton_filter", None)
-        assert isinstance(make_gpu_engine(points, codes), TiledEngine)
+        assert choose(100, 5) is TiledEngine
         assert "triton is not installed" in caplog.text
 
 

@@ -1,29 +1,17 @@
 """Read the fingerprint files of a folder as one table of images."""
 
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import count_cores
 from pipeline.errors import InputError
+from pipeline.files.image_ids import read_ids
 from pipeline.files.list_columns import ListColumn, find_fingerprint
-from pipeline.files.tables import (
-    FINGERPRINT_ID_SCHEMA,
-    check_columns,
-    open_parquet,
-    read_batches,
-    read_columns,
-    read_provenance,
-    stored_fields,
-)
-from pipeline.threads import map_in_order
+from pipeline.files.tables import FINGERPRINT_ID_SCHEMA, read_batches, read_provenance
 
-_AGAIN = "make the file again with stage 4"
 # Fingerprints decoded at a time: 1.5 times as fast as 20 times as many, which leave the cache.
 _BLOCK_ROWS = 1_024
 
@@ -61,7 +49,10 @@ def read_images(paths: list[Path]) -> ImageTable:
     Raises InputError if a column is missing, of another type, or has empty values, if the fingerprints' widths
     differ, if an image is there twice, or if there is no image at all.
     """
-    columns = [_check_file(path) for path in paths]
+    table = pa.concat_tables(read_ids(paths, FINGERPRINT_ID_SCHEMA, "make the file again with stage 4"))
+    for path in paths:
+        read_provenance(path, warn=True)
+    columns = [find_fingerprint(path) for path in paths]
     known = next((column for column in columns if column.width), columns[0])
     for column in columns:
         if column.width not in (None, known.width):
@@ -69,36 +60,10 @@ def read_images(paths: list[Path]) -> ImageTable:
                 f"{column.path}: fingerprints of {column.width} values, but {known.path} has {known.width}: "
                 "make both with one [fingerprints].image_size"
             )
-    read = partial(read_columns, fields=FINGERPRINT_ID_SCHEMA, remedy=_AGAIN)
-    with closing(map_in_order(read, paths, count_cores())) as parts:
-        table = pa.concat_tables(parts)
     if not len(table):
         raise InputError(f"{paths[0].parent}: the fingerprint files hold no image: look into stage 4's rejects")
-    _check_unique(paths, table["streetview_image_id"])
     buildings = table["building_id"].combine_chunks().dictionary_encode()
     return ImageTable(
         columns, known.width or 0, table["streetview_image_id"], buildings.dictionary, buildings.indices.to_numpy(),
         table["target_lat"].to_numpy(), table["target_lon"].to_numpy(),
     )  # fmt: skip
-
-
-def _check_file(path: Path) -> ListColumn:
-    """Return a file's column of fingerprints."""
-    with open_parquet(path) as file:
-        schema = file.schema_arrow
-    check_columns(path, schema, stored_fields(schema, FINGERPRINT_ID_SCHEMA))
-    read_provenance(path, warn=True)
-    return find_fingerprint(path)
-
-
-def _check_unique(paths: list[Path], image_ids: pa.ChunkedArray) -> None:
-    codes = image_ids.combine_chunks().dictionary_encode()
-    if len(codes.dictionary) == len(image_ids):
-        return
-    code = int(np.argmax(np.bincount(codes.indices.to_numpy()) > 1))
-    rows = np.flatnonzero(codes.indices.to_numpy() == code)[:2]
-    ends = np.cumsum([open_parquet(path).metadata.num_rows for path in paths])
-    first, second = (paths[int(np.searchsorted(ends, row, side="right"))].name for row in rows)
-    raise InputError(
-        f"{paths[0].parent}: image {codes.dictionary[code]} is in {first} and again in {second}: remove one of them"
-    )

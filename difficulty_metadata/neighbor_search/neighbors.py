@@ -23,6 +23,8 @@ _BLOCK_ANCHORS = {"cpu": 4_096, "cuda": 65_536}
 LEAST_BLOCK_ANCHORS = 1_024
 # The GPU's fused kernel needs so many points; with fewer its preparation costs as much as the tiles.
 _MIN_TRITON_POINTS = 65_536
+# Wider points would not fit the shared memory of smaller GPUs (99 KiB), four tiles of them at a time.
+_MAX_TRITON_DIMS = 64
 # Ampere, the oldest architecture that Triton compiles the kernels for.
 _TRITON_CAPABILITY = (8, 0)
 # Anchors compared in the kernel's trial: a second's work in float64 at 5.8 million points.
@@ -68,20 +70,18 @@ def group_points(points: np.ndarray, codes: np.ndarray) -> PointGroups:
     is_new = np.ones(len(points), dtype=bool)
     same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     is_new[same + 1] = (points[order[same + 1]] != points[order[same]]).any(axis=1)
-    starts = np.flatnonzero(is_new)
-    sizes = np.diff(starts, append=len(points))
-    # Within a group `order` ascends, so its first row is its least; the groups are sorted by it.
-    by_first = np.argsort(order[starts])
-    lowest, highest = (function.reduceat(codes[order], starts) for function in (np.minimum, np.maximum))
-    group_codes = np.where(lowest == highest, lowest, -1)[by_first].astype(np.int32)
-    rank = np.empty(len(starts), dtype=np.int64)
-    rank[by_first] = np.arange(len(starts))
+    # Within a group `order` ascends, so its first row is its least; the groups are numbered by it.
+    firsts = order[is_new]
+    numbers = np.empty(len(firsts), dtype=np.int64)
+    numbers[np.argsort(firsts)] = np.arange(len(firsts))
     group_of_row = np.empty(len(points), dtype=np.int64)
-    group_of_row[order] = np.repeat(rank, sizes)
+    group_of_row[order] = numbers[is_new.cumsum() - 1]
     rows = np.argsort(group_of_row, kind="stable")
-    group_starts = np.concatenate([[0], np.cumsum(sizes[by_first])])
-    distinct = points if len(starts) == len(points) else points[rows[group_starts[:-1]]]
-    return PointGroups(distinct, group_codes, group_of_row, rows, group_starts)
+    starts = np.concatenate([[0], np.bincount(group_of_row).cumsum()])
+    lowest, highest = (function.reduceat(codes[rows], starts[:-1]) for function in (np.minimum, np.maximum))
+    group_codes = np.where(lowest == highest, lowest, -1).astype(np.int32)
+    distinct = points if len(firsts) == len(points) else points[rows[starts[:-1]]]
+    return PointGroups(distinct, group_codes, group_of_row, rows, starts)
 
 
 def _hash_rows(points: np.ndarray) -> np.ndarray:
@@ -114,19 +114,6 @@ class Exclusion:
         own = self._latitudes[anchors][:, None], self._longitudes[anchors][:, None]
         is_near: np.ndarray = distances_m(*own, self._latitudes[others], self._longitudes[others]) < self._within_m
         return is_near
-
-
-def make_gpu_engine(points: torch.Tensor, codes: torch.Tensor) -> Engine:
-    """Return the fastest engine for points (N, d) on this GPU; whether its kernel works, a trial has to show."""
-    if len(points) >= _MIN_TRITON_POINTS:
-        try:
-            from difficulty_metadata.neighbor_search.triton_filter import MAX_DIMS, TritonEngine
-        except ImportError:
-            logger.info("triton is not installed: the GPU searches by torch's tiles, which is slower")
-            return TiledEngine(points, codes)
-        if points.shape[1] <= MAX_DIMS:
-            return TritonEngine(points, codes)
-    return TiledEngine(points, codes)
 
 
 class NeighborSearch:
@@ -169,8 +156,14 @@ class NeighborSearch:
     def _make_engine(self) -> Engine:
         if self.backend == "balltree":
             return BallTreeEngine(self._points)
-        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= _TRITON_CAPABILITY:
-            return make_gpu_engine(self._points, self._point_codes)
+        is_gpu = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= _TRITON_CAPABILITY
+        if is_gpu and len(self._points) >= _MIN_TRITON_POINTS and self._points.shape[1] <= _MAX_TRITON_DIMS:
+            try:
+                from difficulty_metadata.neighbor_search.triton_filter import TritonEngine
+            except ImportError:
+                logger.info("triton is not installed: the GPU searches by torch's tiles, which is slower")
+            else:
+                return TritonEngine(self._points, self._point_codes)
         return TiledEngine(self._points, self._point_codes)
 
     def _passes_trial(self, engine: Engine) -> bool:

@@ -40,8 +40,6 @@ TILE_ROWS = 64
 KERNEL_OPTIONS = {"num_warps": 4, "num_stages": 4, "maxnreg": 128}
 # Groups of one query measured at a time.
 GROUPS_AT_ONCE = 8
-# Wider points would not fit the shared memory of smaller GPUs (99 KiB), four tiles of them at a time.
-MAX_DIMS = 64
 # Lists have so many times their expected length; a query whose list overflows is searched again.
 _LIST_ROOM, _NEAR_ROOM = 2.5, 2.0
 _HALF_ROUNDOFF, _HALF_SUBNORMAL = 2.0**-11, 2.0**-25

@@ -9,13 +9,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.files.image_ids import read_ids
 from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
     check_columns,
     open_parquet,
-    read_columns,
     read_provenance,
     stored_fields,
 )
@@ -61,10 +61,9 @@ def take_inventory(paths: list[Path]) -> Inventory:
     """
     schema, columns = check_files(paths)
     fields = [field for field in pa.schema(ID_COLUMNS) if field.name in INVENTORY_COLUMNS]
-    tables = [read_columns(path, fields, "make the file again with stage 2") for path in paths]
+    tables = read_ids(paths, fields, "make the file again with stage 2")
     if not any(map(len, tables)):
         raise InputError(f"{paths[0].parent}: its {len(paths)} files hold no rows: see the rejects of stages 1 and 2")
-    check_unique(paths, [table["streetview_image_id"] for table in tables])
     ids = pa.concat_tables(tables)
     building_ids, codes = encode(ids["building_id"])
     rows = {name: ids[name].to_numpy() for name in ("dataset_id", "street_view_id", "target_lat", "target_lon")}
@@ -145,14 +144,3 @@ def list_fields(schema: pa.Schema, embedding: ListColumn) -> list[pa.Field]:
             is_text = pa.types.is_large_string(field.type)
             fields.append(pa.field(field.name, pa.string() if is_text else field.type))
     return fields
-
-
-def check_unique(paths: list[Path], ids: list[pa.ChunkedArray]) -> None:
-    """Raise InputError if an image is there twice, naming one and its files."""
-    together = pa.chunked_array([chunk.cast(pa.string()) for column in ids for chunk in column.chunks], pa.string())
-    if pc.count_distinct(together).as_py() == len(together):
-        return
-    counts = pc.value_counts(together)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
-    names = [path.name for path, column in zip(paths, ids, strict=True) if pc.is_in(repeated, column).as_py()]
-    raise InputError(f"{paths[0].parent}: image {repeated} is there more than once, in {', '.join(names)}: remove one")
