@@ -265,8 +265,6 @@ def load_embedder(folder: Path, config: Config, mode: str | None = None) -> "Emb
     from pipeline.inference.backbone import Embedder
 
     section = config.embedding_model
-    if section.trust_remote_code:
-        logger.warning("%s: the code that comes with the model is run ([embedding_model].trust_remote_code)", folder)
     return Embedder(
         folder,
         pooling_type=section.pooling_type,

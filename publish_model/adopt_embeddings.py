@@ -77,7 +77,9 @@ def adopt(arguments: argparse.Namespace) -> cli.StageResult:
     source = open_packaged(
         arguments.input, filter_valid=arguments.filter_valid, read_batch_size=arguments.read_batch_size
     )
-    model = find_model(arguments.model_id, download=True, device=arguments.device)
+    model = find_model(
+        arguments.model_id, download=True, device=arguments.device, trust_remote_code=arguments.trust_remote_code
+    )
     record = ModelRecord(model.model_id, model.name_version("float32"), Precision("float32"))
     dataset = EmbeddingsDataset(arguments.output)
     store = PartStore(dataset, source, record)

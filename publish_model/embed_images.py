@@ -27,9 +27,10 @@ from pipeline.errors import InputError, Rejection
 from pipeline.files.workspace import writing_to
 from pipeline.ids import decode_name
 from pipeline.inference.images import log_turned
+from pipeline.inference.model_files import DEFAULT_MODEL_ID
 from pipeline.log import logging_to
 from publish_model.model_folder.published_model import PublishedModel, find_model
-from publish_model.new_data.embed_options import DEFAULT_MODEL_ID, add_device_option, add_model_option
+from publish_model.new_data.embed_options import add_device_option, add_model_option
 from publish_model.new_data.image_sources import read_file
 
 # Decoded at a time; larger inputs are stage 8's.
@@ -37,14 +38,21 @@ BLOCK_IMAGES = 32
 
 
 def embed_images(
-    paths: Iterable[Path | str], model_id: str = DEFAULT_MODEL_ID, *, device: str = "auto", dtype: str = "auto"
+    paths: Iterable[Path | str],
+    model_id: str = DEFAULT_MODEL_ID,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> NDArray[np.float32]:
     """Return the embeddings of image files, (N, D) float32 of length 1, in their order.
 
     `model_id` is a published model's folder or hub id, fetched if need be. Raises InputError where the model cannot be
     had or a file cannot be read as an image.
     """
-    model = find_model(model_id, download=True, device=device, batch_size=BLOCK_IMAGES)
+    model = find_model(
+        model_id, download=True, device=device, batch_size=BLOCK_IMAGES, trust_remote_code=trust_remote_code
+    )
     return embed_photographs([Path(path) for path in paths], model, dtype)
 
 
@@ -91,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     with logging_to(None):
-        embeddings = embed_images(arguments.images, arguments.model_id, device=arguments.device, dtype=arguments.dtype)
+        embeddings = embed_images(
+            arguments.images, arguments.model_id, device=arguments.device, dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+        )  # fmt: skip
         if arguments.npy is None:
             for path, embedding in zip(arguments.images, embeddings, strict=True):
                 print(json.dumps({"image": decode_name(str(path)), "embedding": embedding.tolist()}))

@@ -9,7 +9,6 @@ it needs the published model alone.
 """
 
 import contextlib
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictu
 from pipeline.embeddings_dataset.parts import STAGE, ModelRecord, plan_parts
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError, Terminated
 from pipeline.files.units import Unit
-from pipeline.files.workspace import private_folder, write_failure
+from pipeline.files.workspace import write_failure
 from pipeline.inference import launcher
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
@@ -50,7 +49,10 @@ def embed_dataset(options: EmbedOptions) -> cli.StageResult:
     others, PipelineError where more images are bad than allowed.
     """
     source = open_input(options)
-    model = find_model(options.model_id, download=True, device=options.device, batch_size=options.batch_size)
+    model = find_model(
+        options.model_id, download=True, device=options.device, batch_size=options.batch_size,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
     dataset = EmbeddingsDataset(options.output)
     if dataset.folder != options.output:
         logger.info("%s is a file or was written so before: %s is used instead", options.output, dataset.folder)
@@ -198,15 +200,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     return embed_dataset(read_options(config, options.overwrite))
 
 
-def use_private_module_cache() -> None:
-    """Keep the published model's code, which transformers copies before it imports it, apart from other processes'.
-
-    Array tasks that start at once would copy over one another's files in the shared home.
-    """
-    if "HF_MODULES_CACHE" not in os.environ and "transformers" not in sys.modules:
-        os.environ["HF_MODULES_CACHE"] = str(private_folder("spatial-embeddings-modules-"))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", argv)
     open_input(options)  # a mistyped path leaves no folder behind
@@ -217,7 +210,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_failure(folder, error) from None
-    use_private_module_cache()
 
     def tell() -> cli.StageResult:
         logger.info(

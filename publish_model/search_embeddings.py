@@ -1,10 +1,10 @@
 """Find the images of an embeddings dataset that are most like a photograph: an exact search, best first.
 
-    python publish_model/search_embeddings.py OUTPUT --query photo.jpg --top 10
+    python publish_model/search_embeddings.py OUTPUT --query photo.jpg --model-id published
 
-Reads what stage 8 wrote, and embeds the photograph with the same model. Prints rank, similarity (cosine) and OSMID,
-separated by tabs; unprintable characters of an id are escaped. --html PAGE writes a page, --input adds thumbnails from
-the packaged images.
+Reads what stage 8 wrote, and embeds the photograph with the same model; you name it, as a dataset of others may name
+any. Prints rank, similarity (cosine) and OSMID, separated by tabs; unprintable characters of an id are escaped.
+--html PAGE writes a page, --input adds thumbnails from the packaged images.
 """
 
 import argparse
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.errors import ConfigError
 from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
@@ -25,7 +26,7 @@ from publish_model.derived.dataset_tool import make_tool_parser
 from publish_model.derived.similarity_search import find_nearest, import_faiss
 from publish_model.embed_images import embed_photographs
 from publish_model.model_folder.published_model import find_model
-from publish_model.new_data.embed_options import add_device_option, whole_number
+from publish_model.new_data.embed_options import add_device_option, add_model_option, whole_number
 from publish_model.new_data.id_lists import describe_id
 
 THUMBNAIL_PX = 224
@@ -57,7 +58,11 @@ def search(arguments: argparse.Namespace) -> None:
     import_faiss()
     dataset = EmbeddingsDataset(arguments.output)
     recipe = dataset.recipe
-    model = find_model(arguments.model_id or dataset.model_id, download=False, device=arguments.device)
+    if not arguments.model_id:
+        raise ConfigError(f"--model-id: give the model that made the embeddings ({dataset.model_id!r} by its state)")
+    model = find_model(
+        arguments.model_id, download=False, device=arguments.device, trust_remote_code=arguments.trust_remote_code
+    )
     model.check_made(dataset)
     source = dataset.open_input(arguments.input) if arguments.input is not None else None
     embedding = embed_photographs([arguments.query], model, str(recipe["precision"]))
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--query", type=Path, required=True, metavar="IMAGE", help="photograph to look for")
     add("--top", type=whole_number, default=10, metavar="N", help="how many to print (10)")
-    add("--model-id", metavar="ID", help="published model (default: the one that the dataset names)")
+    add_model_option(parser, default="")
     add_device_option(parser)
     add("--html", type=Path, metavar="PAGE", help="write a page with what was found")
     add("--input", "-i", type=Path, metavar="PATH", help="packaged images, for the page's thumbnails")

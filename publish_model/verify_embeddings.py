@@ -4,9 +4,8 @@
 
 Reads what stage 8 wrote and prints a table of what was checked; exit code 1 where something is broken. With --input the
 ids are compared with those of the input, row by row. --repair moves what is broken to OUTPUT/_removed/, so that running
-stage 8 again makes just that; files that this project did not write stay. It also prints the share of images that are
-less similar to the training images than the first percentile of validation images (--model-id, default: the dataset's
-model if it is a folder on this machine).
+stage 8 again makes just that; files that this project did not write stay. With --model-id it also prints the
+share of images that are less similar to the training images than the first percentile of validation images.
 """
 
 import sys
@@ -53,11 +52,13 @@ def report(dataset: EmbeddingsDataset, findings: Findings) -> None:
         logger.info("%-26s %s", name, value)
 
 
-def compare_with_training(dataset: EmbeddingsDataset, model_id: str) -> str:
+def compare_with_training(dataset: EmbeddingsDataset, model_id: str | None) -> str:
     """Return one line with the share of images beyond the 99th percentile of distance to the training images.
 
     Raises InputError where the model cannot be had, carries no statistics, or is not the dataset's.
     """
+    if not model_id:
+        raise InputError("give --model-id")
     model = find_model(model_id, download=False)
     quantiles, reference = read_training(model.folder)
     model.check_made(dataset)
@@ -84,7 +85,7 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
     report(dataset, findings)
     if dataset.parts:
         try:
-            logger.info("%s", compare_with_training(dataset, model_id or dataset.model_id))
+            logger.info("%s", compare_with_training(dataset, model_id))
         except InputError as error:
             logger.info("likeness to the training images: not measured (%s)", one_line(error))
     if not findings.count:

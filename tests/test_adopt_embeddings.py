@@ -81,7 +81,8 @@ def test_an_adopted_dataset_is_what_stage_8_would_have_made_and_every_tool_takes
     assert run_main(aggregate_embeddings.main, foreign, "--by", "OSMID").code == 0
     assert run_main(export_embeddings.main, foreign, "--export", "float16").code == 0
     (tmp_path / "photo.jpg").write_bytes(IMAGES[20])
-    found = run_main(search_embeddings.main, foreign, "--query", tmp_path / "photo.jpg", "--top", 1)
+    query = ("--query", tmp_path / "photo.jpg", "--top", 1, "--model-id", made / "model")
+    found = run_main(search_embeddings.main, foreign, *query)
     assert found.stdout.split()[-1] == "way/10"
     (tmp_path / "ids.txt").write_text("way/10\n")
     assert run_main(delete_ids.main, foreign, "--delete-ids", tmp_path / "ids.txt").code == 0

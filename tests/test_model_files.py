@@ -77,7 +77,9 @@ def test_a_name_that_is_not_set_or_no_folder_is_one_clear_line(tmp_path):
     with pytest.raises(ConfigError, match=r"\[embedding_model\]\.model_name: not set"):
         locate(tmp_path, None)
     for name in ("/no/such/folder", "./nowhere", "~/no-such-model", "a/b/c"):
-        with pytest.raises(InputError, match=r"no such folder: set \[embedding_model\]\.model_name to a model folder"):
+        with pytest.raises(
+            InputError, match=r"no such model folder: set \[embedding_model\]\.model_name to a model folder"
+        ):
             locate(tmp_path, name)
         assert locate(tmp_path, name, download=False) is None
     with pytest.raises(ConfigError, match=r"\$NO_SUCH_MODEL in .* is not defined"):

@@ -80,7 +80,7 @@ def test_what_is_resized_at_once_is_bounded_by_its_pixels(monkeypatch):
 def test_each_family_passes_the_probe(family, tmp_path):
     processor = make_processor(family)
     assert measure_difference(processor, DeviceProcessor(processor, CPU), CPU) < 0.01
-    assert isinstance(find_device_processor(tmp_path, processor, False, CPU), DeviceProcessor)
+    assert isinstance(find_device_processor(tmp_path, processor, CPU), DeviceProcessor)
 
 
 def test_the_probe_measures_in_grey_levels():
@@ -96,7 +96,7 @@ def test_the_probe_measures_in_grey_levels():
 def test_a_processor_that_differs_on_the_device_is_run_on_the_cpu_and_said(tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing, "measure_difference", lambda *_: 0.7)
     with logging_to(tmp_path / "a.log"):
-        assert find_device_processor(tmp_path, make_processor("vit"), False, CPU) is None
+        assert find_device_processor(tmp_path, make_processor("vit"), CPU) is None
     line = (tmp_path / "a.log").read_text()
     assert "pictures are resized on the CPU: " in line
     assert "differs there by 0.70 grey levels on average" in line
@@ -118,7 +118,7 @@ def test_a_processor_without_torch_is_run_on_the_cpu_and_said(tmp_path, monkeypa
 
     monkeypatch.setattr(preprocessing.AutoImageProcessor, "from_pretrained", load)
     with logging_to(tmp_path / "a.log"):
-        assert find_device_processor(tmp_path, Homemade(), False, CPU) is None
+        assert find_device_processor(tmp_path, Homemade(), CPU) is None
     said = "Homemade has no version for the GPU" if outcome == "no twin" else "there is none"
     assert said in (tmp_path / "a.log").read_text()
 

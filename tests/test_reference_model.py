@@ -78,7 +78,8 @@ def test_search_and_verify_take_its_dataset(run_main, dino, pictures, tmp_path):
     pytest.importorskip("faiss")
     packaged = write_packaged(tmp_path / "packaged.parquet", PHOTOGRAPHS, OSMID=[f"way/{n}" for n in range(12)])
     embed(dino[0], packaged, tmp_path / "out")
-    outcome = run_main(search_embeddings.main, tmp_path / "out", "--query", pictures / "07.jpg", "--top", 1)
+    query = ("--query", pictures / "07.jpg", "--top", 1, "--model-id", dino[0])
+    outcome = run_main(search_embeddings.main, tmp_path / "out", *query)
     assert outcome.code == 0, outcome.stderr
     rank, similarity, identifier = outcome.stdout.split()
     assert (rank, identifier) == ("1", "way/7")

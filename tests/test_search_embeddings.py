@@ -16,8 +16,11 @@ from publish_model.new_data.id_lists import describe_id
 
 
 @pytest.fixture
-def search(run_main):
-    return lambda output, *arguments: run_main(search_embeddings.main, output, "--device", "cpu", *arguments)
+def search(run_main, model_dir):
+    def run(output, *arguments, model=model_dir):
+        return run_main(search_embeddings.main, output, "--device", "cpu", "--model-id", model, *arguments)
+
+    return run
 
 
 @pytest.fixture
@@ -158,9 +161,15 @@ def test_what_cannot_be_searched_is_one_line(search, photographs, tmp_path, monk
     assert text in outcome.stderr.splitlines()[-1]
 
 
+def test_the_model_that_a_dataset_names_is_asked_for_and_not_loaded(run_main, photographs, model_dir, tmp_path):
+    outcome = run_main(search_embeddings.main, photographs, "--query", tmp_path / "query.jpg")
+    assert outcome.code == 2
+    assert f"error: --model-id: give the model that made the embeddings ({str(model_dir)!r} by" in outcome.stderr
+
+
 def test_another_model_or_input_is_refused(search, photographs, packaged, toy_backbone, tmp_path):
     query = ["--query", tmp_path / "query.jpg"]
-    assert "not the model that" in search(photographs, *query, "--model-id", toy_backbone).stderr.splitlines()[-1]
+    assert "not the model that" in search(photographs, *query, model=toy_backbone).stderr.splitlines()[-1]
     assert "not the input that" in search(photographs, *query, "--input", packaged).stderr.splitlines()[-1]
 
 

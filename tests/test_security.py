@@ -64,14 +64,14 @@ def test_no_shell_runs_a_command_line():
         assert [str(path) for path, call in calls(name) if keyword(call, "shell") == "True"] == []
 
 
-def test_code_of_others_is_trusted_only_where_the_published_model_is_loaded():
+def test_code_of_others_is_trusted_nowhere_by_default():
     trusted = {
         path.relative_to(REPO).parts[0] + "/" + path.name
         for path, tree in PARSED.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and ast.unparse(node.value) == "True"
     }
-    assert {name for name in trusted if not name.startswith(("publish_model/", "sample_data/", "benchmarks/"))} == set()
+    assert {name for name in trusted if not name.startswith(("sample_data/", "benchmarks/"))} == set()
 
 
 def test_the_token_reaches_neither_logs_nor_the_folder_nor_the_error(toy_backbone, tmp_path, monkeypatch, caplog):

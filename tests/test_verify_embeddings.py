@@ -348,7 +348,8 @@ def test_a_published_folder_carries_the_quantiles_of_its_training(
     assert sorted(content["quantiles"].values()) == list(content["quantiles"].values())
     assert content["reference_shape"] == [40, 256]
     assert embed(packaged, tmp_path / "out", model=model).code == 0
-    outcome = verify(tmp_path / "out")
+    assert "not measured (give --model-id)" in verify(tmp_path / "out").stderr
+    outcome = verify(tmp_path / "out", "--model-id", model)
     assert "of 37 images are beyond the 99th percentile of distance" in outcome.stderr
 
 

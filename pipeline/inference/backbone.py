@@ -4,11 +4,13 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import DeviceMemoryError, InputError, PipelineError, one_line
@@ -73,8 +75,11 @@ class Embedder:
         batch_size: int | str = "auto",
         compile_model: bool = False,
         trust_remote_code: bool = False,
+        model_class: Any = AutoModel,
     ) -> None:
         """Load model and processor from a local folder, and try them on a drawn picture.
+
+        The folder's own code is run where it is trusted, and never with a `model_class` of this project.
 
         `image_size` is the side of the model's input, None for the processor's own; for `scales` and `flip` see
         `embed_views`. `dtype` is one of MODES; auto is bfloat16 on a GPU, unchecked, and float32 on a CPU.
@@ -90,17 +95,17 @@ class Embedder:
         self.mode = MODES[mode]
         self.dtype: torch.dtype = getattr(torch, self.mode.weights)
         transformers_logging.disable_progress_bar()
-        find_vision_config(folder, trust_remote_code)  # refuses a text model before its image processor is missed
-        self.processor = load_processor(folder, trust_remote_code, image_size)
+        # Refuses a text model before its image processor is missed.
+        model_config = find_vision_config(folder, trust_remote_code, model_class)
+        self.processor = load_processor(folder, image_size)
         self._takes_pixels = works_on_tensors(self.processor)
         self.device_processor = None
         if self.on_gpu:
-            self.device_processor = find_device_processor(
-                folder, self.processor, trust_remote_code, self.device, image_size
-            )
+            self.device_processor = find_device_processor(folder, self.processor, self.device, image_size)
         # High priority: what runs there is short, and would otherwise wait for a whole pass.
         self._side = torch.cuda.Stream(priority=-1) if self.on_gpu else None
-        self.model = place(load_model(folder, self.dtype, pooling_type, trust_remote_code), self.device).eval()
+        model = load_model(folder, model_config, self.dtype, pooling_type, trust_remote_code, model_class)
+        self.model = place(model, self.device).eval()
         # Twice as fast for convolutions, with the same values; on a CPU also for a ViT's patches.
         convolves = not self.on_gpu or is_convolutional(self.model)
         self._layout = torch.channels_last if convolves else torch.contiguous_format

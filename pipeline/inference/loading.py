@@ -1,22 +1,35 @@
-"""Load a vision model; refuse other models and missing weights."""
+"""Load a vision model; refuse other models, missing weights, and a model's own code unless it is trusted."""
 
+import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, dynamic_module_utils
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.workspace import private_folder
+from pipeline.inference.model_files import read_settings
+from pipeline.log import logger
 
 
-def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_remote_code: bool) -> torch.nn.Module:
-    """Load a vision model. Raises InputError where weights are missing, which would be random numbers."""
-    config = find_vision_config(folder, trust_remote_code)
+def load_model(
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype | str,
+    pooling_type: str,
+    trust_remote_code: bool = False,
+    model_class: Any = AutoModel,
+) -> torch.nn.Module:
+    """Load a vision model whose configuration `find_vision_config` gave.
+
+    Raises InputError where weights are missing, which would be random numbers.
+    """
+    trust = {"trust_remote_code": trust_remote_code} if model_class is AutoModel else {}
     try:
-        model, info = AutoModel.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **trust)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(folder, error) from None
     unused = None if pooling_type == "pooler_output" else "pooler."
@@ -29,14 +42,19 @@ def load_model(folder: Path, dtype: torch.dtype | str, pooling_type: str, trust_
     return model  # type: ignore[no-any-return]
 
 
-def find_vision_config(folder: Path, trust_remote_code: bool = False) -> Any:
+def find_vision_config(folder: Path, trust_remote_code: bool = False, model_class: Any = AutoModel) -> Any:
     """Return a model's configuration, or its vision tower's where it takes text as well (CLIP, SigLIP).
 
+    With a `model_class` of this project, the folder's own code is neither run nor trusted.
     Raises InputError for a model that takes no pictures, or a configuration that cannot be loaded.
     """
     try:
+        if model_class is not AutoModel:
+            return model_class.config_class.from_pretrained(folder)
+        if trust_remote_code:
+            announce_code(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise _cannot_load(folder, error) from None
     if type(config) not in MODEL_MAPPING or _takes_pictures(config):  # unmapped: it brings its own code
         return config
@@ -49,11 +67,32 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False) -> Any:
     )
 
 
+@functools.cache
+def announce_code(folder: Path) -> None:
+    """Log the code files of a model folder that is trusted, by their hashes, and prepare to run them.
+
+    transformers copies code before it imports it: into a folder of this process, since $HF_HOME may not be writable,
+    and processes that start at once would copy over one another's files.
+    Raises InputError where the configuration takes code from elsewhere.
+    """
+    auto_map = read_settings(folder / "config.json").get("auto_map")
+    if "--" in str(auto_map):
+        raise InputError(f"{folder}: its config.json names code of another repository (auto_map), which is never run")
+    for path in sorted(folder.glob("*.py")) if auto_map else []:
+        logger.warning("%s: its code is run, as asked: SHA-256 %s", path, hashlib.sha256(path.read_bytes()).hexdigest())
+    dynamic_module_utils.HF_MODULES_CACHE = str(_module_cache())
+
+
+@functools.cache
+def _module_cache() -> Path:
+    return private_folder("spatial-embeddings-modules-")
+
+
 def _cannot_load(folder: Path, error: Exception) -> InputError:
     if "trust_remote_code" in str(error):  # as in transformers' message
         return InputError(
             f"{folder}: the model comes with code of its own, which is not run unasked: read it, then set "
-            "[embedding_model].trust_remote_code = true"
+            "[embedding_model].trust_remote_code = true, or give --trust-remote-code to a tool"
         )
     return InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]}): fetch it again")
 

@@ -8,6 +8,10 @@ from typing import Any
 
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, one_line
+from pipeline.log import logger
+
+# The published model of the tools that take no configuration.
+DEFAULT_MODEL_ID = "alexwaolson/spatial-building-embeddings"
 
 # Names of licence files in model folders.
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "notice*"]
@@ -39,18 +43,29 @@ def locate_backbone(config: Config, *, download: bool) -> Path | None:
     name = config.embedding_model.model_name
     if name is None:
         raise ConfigError(f"{config.file_path}: [embedding_model].model_name: not set, and this stage needs it")
-    folder = config.expand(name, "[embedding_model].model_name")
-    if folder.is_dir():
+    expanded = config.expand(name, "[embedding_model].model_name")
+    name = str(expanded) if expanded.is_dir() or name.startswith("$") else name
+    return locate_model(name, "set [embedding_model].model_name to a model folder or a hub id", download=download)
+
+
+def locate_model(name: str, remedy: str, *, download: bool) -> Path | None:
+    """Return a model's folder: the one named so, else the hub's snapshot of `OWNER/MODEL` or `OWNER/MODEL@REVISION`.
+
+    Without `download` only this machine is searched, and None returned if the model is not here. A folder that happens
+    to be called as the default model does not take its place. Raises InputError where the model cannot be found.
+    """
+    folder = Path(name).expanduser()
+    if name and name != DEFAULT_MODEL_ID and folder.is_dir():
         return folder
-    if name.startswith(("/", ".", "~", "$")) or name.count("/") > 1:
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         if not download:
             return None
-        raise InputError(f"{folder}: no such folder: set [embedding_model].model_name to a model folder or a hub id")
+        raise InputError(f"{folder}: no such model folder: {remedy}")
     return locate_hub_model(name, download=download)
 
 
 def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
-    """Return the local snapshot of a hub model, fetched first where `download` allows it.
+    """Return the local snapshot of a hub model, of the revision named behind an @ if any; fetch it first if allowed.
 
     Raises InputError where it is to be fetched and cannot be.
     """
@@ -63,6 +78,7 @@ def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
             f"({problem}): correct the name, or fetch it where there is internet "
             f"(slurm/prepare.sh --model-id {repo_id})"
         )
+    logger.info("%s: revision %s of the hub", repo_id, folder.name)
     if download and names_its_backbone(folder):  # a later job without internet needs that too
         locate_backbone_settings(folder, download=True)
     return folder
@@ -76,9 +92,12 @@ def _take_snapshot(
     from huggingface_hub.errors import HfHubHTTPError
 
     problem = "its files here are incomplete"
+    name, _, revision = repo_id.partition("@")
     for is_local in (True, False) if download else (True,):
         try:
-            folder = Path(snapshot_download(repo_id, allow_patterns=patterns, local_files_only=is_local))
+            folder = Path(
+                snapshot_download(name, revision=revision or None, allow_patterns=patterns, local_files_only=is_local)
+            )
         except (HfHubHTTPError, OSError, ValueError) as error:
             problem = one_line(error)[:200]
             continue

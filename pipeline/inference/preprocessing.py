@@ -50,16 +50,14 @@ def works_on_tensors(processor: Any) -> bool:
 
 
 def find_device_processor(
-    folder: Path, processor: Any, trust_remote_code: bool, device: torch.device, image_size: int | None = None
+    folder: Path, processor: Any, device: torch.device, image_size: int | None = None
 ) -> DeviceProcessor | None:
     """Return the image processor for `device`, or log why there is none that gives the same input as on the CPU."""
     found = processor
     if not works_on_tensors(found):  # the older kind, which uses Pillow; most have a twin on tensors
         try:
             sizes = size_settings(processor.to_dict(), image_size) if image_size else {}
-            found = AutoImageProcessor.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, use_fast=True, **sizes
-            )
+            found = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, use_fast=True, **sizes)
         except (OSError, ValueError, ImportError) as error:
             logger.info("pictures are resized on the CPU: %s", one_line(error)[:200])
             return None
@@ -117,20 +115,25 @@ def cut_ribbon(image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
     return image[:, y : height - y, x : width - x]
 
 
-def load_processor(folder: Path, trust_remote_code: bool, image_size: int | None = None) -> Any:
-    """Load a model's image processor, set to squares of `image_size` pixels if given.
+def load_processor(folder: Path, image_size: int | None = None) -> Any:
+    """Load a model's image processor, set to squares of `image_size` pixels if given; never code of the folder's own.
 
     Raises InputError where it cannot be loaded, or cannot be set to that size.
     """
     if not any(folder.glob("*processor_config.json")):
         logger.warning("%s says nothing of its image processor: taken is the default of its kind", folder)
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         if image_size is None:
             return processor
         sizes = size_settings(processor.to_dict(), image_size)
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **sizes)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **sizes)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{folder}: its image processor is code of its own, which is never run: name one of transformers' in "
+                "preprocessor_config.json"
+            ) from None
         raise InputError(
             f"{folder}: no image processor can be loaded ({one_line(error)[:300]}): fetch the model again"
         ) from None

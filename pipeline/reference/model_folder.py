@@ -6,7 +6,7 @@ folder has the configuration and the image processor. The model's code, which wo
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,11 +25,6 @@ from pipeline.inference.model_files import (
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint
 
-# The linked files also hold the projector under the reference's names; ours is read from another file.
-IGNORE_LINKED = """
-names = "shortcut|hidden|output|norms"
-SpatialEmbeddingsModel._keys_to_ignore_on_load_unexpected = [rf"^projector\\.(?!({names})\\.)"]
-"""
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
 ACTIVATION_KEYS = ("activation", "projector_activation", "activation_function", "act_fn")
 
@@ -110,10 +105,17 @@ class ReferenceModel:
             ) from None
         return "cls_token" if getattr(outputs, "pooler_output", None) is None else "pooler_output"
 
-    def build_folder(self, describe: Callable[..., dict[str, Any]], code_paths: Iterable[Path]) -> Path:
+    def make_class(self, base: type) -> Any:
+        """Return a published model's class that ignores the projector under the reference's names.
+
+        The linked files of `build_folder` hold it; ours is read from another file.
+        """
+        return type(base.__name__, (base,), {"_keys_to_ignore_on_load_unexpected": [r"^projector\."]})
+
+    def build_folder(self, describe: Callable[..., dict[str, Any]]) -> Path:
         """Make a folder in our own format for as long as this process runs; link the backbone's weights.
 
-        `describe` makes its config.json, `code_paths` are the code that it gets.
+        `describe` makes its config.json.
         """
         from safetensors.torch import save_file
 
@@ -137,10 +139,7 @@ class ReferenceModel:
         contents = {"config.json": config, "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map}}
         for name, content in contents.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for path in (*code_paths, self.find_processor()):
-            shutil.copyfile(path, folder / path.name)
-        with open(folder / "modeling_spatial_embeddings.py", "a", encoding="utf-8") as file:
-            file.write(IGNORE_LINKED)
+        shutil.copyfile(self.find_processor(), folder / self.find_processor().name)
         return folder
 
 

@@ -1,7 +1,11 @@
 """The code and the config.json that every published folder has."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
+
+from pipeline.inference.model_files import read_settings
+from pipeline.log import logger
 
 MODEL_TYPE = "spatial_embeddings"
 CODE_DIR = Path(__file__).resolve().parents[1]
@@ -18,6 +22,29 @@ AUTO_MAP = {
 }
 # Keys of a backbone's configuration about its storage, which do not hold for the published copy.
 STORAGE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "auto_map")
+
+
+def read_code() -> dict[str, bytes]:
+    """Return the code files of a published folder by name.
+
+    transformers keeps the classes that it loaded first, by the folder's base name and the configuration's file: this
+    ends with a hash of the others, so that two folders in one process each run their own.
+    """
+    code = {path.name: path.read_bytes() for path in CODE_PATHS}
+    digest = hashlib.sha256(b"".join(code.values())).hexdigest()[:16]
+    code[CODE_PATHS[0].name] += f"\n# The model's code as a whole: {digest}\n".encode()
+    return code
+
+
+def has_own_code(folder: Path) -> bool:
+    """Whether the code in a model folder is what this version publishes, so that its own classes load the weights."""
+    if read_settings(folder / "config.json").get("model_type") != MODEL_TYPE:
+        return False
+    for name, code in read_code().items():
+        if (folder / name).exists() and (folder / name).read_bytes() != code:
+            logger.warning("%s: not the code that this version publishes", folder / name)
+            return False
+    return True
 
 
 def describe_model(

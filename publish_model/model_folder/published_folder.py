@@ -12,11 +12,12 @@ import torch
 from pipeline.errors import InputError, PipelineError
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.inference.backbone import check_embeddings
+from pipeline.inference.model_files import read_settings
 from pipeline.inference.stored_weights import tensors_of
 from pipeline.log import logger
 from publish_model.model_folder import training_similarity
 from publish_model.model_folder.model_card import write_card
-from publish_model.model_folder.model_code import CODE_PATHS, describe_model
+from publish_model.model_folder.model_code import describe_model, read_code
 from publish_model.model_folder.model_parts import ModelParts
 from publish_model.model_folder.weights import stored_type, write_weights
 
@@ -52,7 +53,9 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     config = described | views | {"dtype": stored, PROVENANCE_KEY.decode(): provenance}
     for name, content in {"config.json": config, **SENTENCE_TRANSFORMERS_FILES}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for path in (*CODE_PATHS, *backbone.list_licences()):
+    for name, code in read_code().items():
+        (folder / name).write_bytes(code)
+    for path in backbone.list_licences():
         shutil.copyfile(path, folder / path.name)
     copy_processor(backbone.processor_dir, folder, backbone.section.input_size)
     if model.training is not None:
@@ -98,18 +101,22 @@ def write_all_weights(folder: Path, model: ModelParts, dtype: str | None) -> tup
 
 
 def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> None:
-    """Copy the backbone's image processor for `image_size`, in the format that every version of transformers reads."""
+    """Copy the settings of the backbone's image processor for `image_size`, in the file that every version reads.
+
+    They name no code: `auto_map` would have the backbone's own run wherever the published model is trusted.
+    """
     from pipeline.inference.preprocessing import load_processor, size_settings
 
-    path = folder / "preprocessor_config.json"
-    if (backbone_dir / path.name).is_file():
-        shutil.copyfile(backbone_dir / path.name, path)
+    name = "preprocessor_config.json"
+    processor = load_processor(backbone_dir)
+    if (backbone_dir / name).is_file():
+        settings = read_settings(backbone_dir / name)
     else:
-        load_processor(backbone_dir, trust_remote_code=False).to_json_file(path)
+        settings = json.loads(processor.to_json_string())
+    settings.pop("auto_map", None)
     if image_size is not None:
-        sizes = size_settings(load_processor(backbone_dir, trust_remote_code=False).to_dict(), image_size)
-        settings = json.loads(path.read_text(encoding="utf-8")) | sizes
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        settings |= size_settings(processor.to_dict(), image_size)
+    (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def try_model(folder: Path, model: ModelParts) -> None:

@@ -10,11 +10,11 @@ from pipeline.files.tables import hash_json
 from pipeline.inference.model_files import (
     find_missing_files,
     identify_model,
-    locate_hub_model,
+    locate_model,
     read_settings,
 )
 from pipeline.reference.model_folder import ReferenceModel, open_reference
-from publish_model.model_folder.model_code import CODE_PATHS, describe_model
+from publish_model.model_folder.model_code import describe_model, has_own_code
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class PublishedModel:
     """A published model's folder, the id under which it was asked for, and how it is to run.
 
-    `reference` is there where another program published it.
+    `reference` is there where another program published it. Its own code is run only if `trust_remote_code` is set.
     """
 
     model_id: str
@@ -33,6 +33,7 @@ class PublishedModel:
     reference: ReferenceModel | None
     device: str
     batch_size: int | str
+    trust_remote_code: bool
 
     def name_version(self, precision: str) -> str:
         """Return a short id of everything that determines the embeddings: files, pooling and precision."""
@@ -40,11 +41,28 @@ class PublishedModel:
         return name_version(files, self.pooling, precision)
 
     def load(self, dtype: str) -> "Embedder":
-        """Load it to compute in a type; a model of the reference implementation is rebuilt for this process first."""
-        from pipeline.inference.backbone import Embedder
+        """Load its weights into this project's classes, or trusted ones, to compute in a type.
 
-        folder = self.reference.build_folder(describe_model, CODE_PATHS) if self.reference else self.folder
-        return Embedder(folder, device=self.device, dtype=dtype, batch_size=self.batch_size, trust_remote_code=True)
+        A model of the reference implementation is rebuilt for this process first.
+        """
+        from transformers import AutoModel
+
+        from pipeline.inference.backbone import Embedder
+        from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
+
+        if self.reference:
+            folder = self.reference.build_folder(describe_model)
+            model_class = self.reference.make_class(SpatialEmbeddingsModel)
+        else:
+            folder, model_class = self.folder, SpatialEmbeddingsModel if has_own_code(self.folder) else AutoModel
+        return Embedder(
+            folder,
+            device=self.device,
+            dtype=dtype,
+            batch_size=self.batch_size,
+            trust_remote_code=self.trust_remote_code,
+            model_class=model_class,
+        )
 
     def check_made(self, dataset: EmbeddingsDataset) -> None:
         """Raise InputError if another model made a dataset's embeddings."""
@@ -58,27 +76,26 @@ def name_version(files: str, pooling: str, precision: str) -> str:
     return hash_json({"model": files, "pooling": pooling, "precision": precision})[:16]
 
 
-def find_model(model_id: str, *, download: bool, device: str = "auto", batch_size: int | str = 32) -> PublishedModel:
+def find_model(
+    model_id: str,
+    *,
+    download: bool,
+    device: str = "auto",
+    batch_size: int | str = 32,
+    trust_remote_code: bool = False,
+) -> PublishedModel:
     """Return a published model by its folder or hub id, fetched if `download` is set and it is not here.
 
     Raises InputError if there is none, or a file of it is missing.
     """
-    folder = Path(model_id).expanduser()
-    if not (model_id and folder.is_dir()):
-        is_hub_id = model_id.count("/") <= 1 and not model_id.startswith(("/", ".", "~"))
-        if download and not is_hub_id:
-            raise InputError(
-                f"{folder}: no such model folder: give --model-id a folder that stage 7 wrote, or a hub id"
-            )
-        located = locate_hub_model(model_id, download=download) if model_id and is_hub_id else None
-        if located is None:
-            raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
-        folder = located
-    folder = folder.resolve()
+    located = locate_model(model_id, "give --model-id a folder that stage 7 wrote, or a hub id", download=download)
+    if located is None:
+        raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
+    folder = located.resolve()
     config = read_settings(folder / "config.json", "correct --model-id")
     missing = find_missing_files(folder)
     if missing:  # found before a dataset is begun that bears the broken model's id
         raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
     reference = open_reference(folder, download=download)
     pooling = str(config.get("pooling_type", "pooler_output"))
-    return PublishedModel(model_id, folder, pooling, reference, device, batch_size)
+    return PublishedModel(model_id, folder, pooling, reference, device, batch_size, trust_remote_code)

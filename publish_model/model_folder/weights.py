@@ -31,7 +31,7 @@ def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Te
     if same_class and sorted(tensor.shape for tensor in stored) == sorted(_list_shapes(model)):
         return stored
     logger.info("%s: its weights are stored for another class: loading them as %s", folder, type(model).__name__)
-    loaded = load_model(folder, "auto", pooling_type, trust_remote_code=False)
+    loaded = load_model(folder, config, "auto", pooling_type)
     if pooling_type != "pooler_output" and stored and not any("pooler." in tensor.name for tensor in stored):
         # The class has a pooler that this backbone lacks and nobody uses: do not publish random numbers.
         for parameter in getattr(loaded, "pooler", torch.nn.Module()).parameters():

@@ -11,8 +11,7 @@ from pipeline.embeddings_dataset.packaged_input import InputOptions
 from pipeline.errors import ConfigError
 from pipeline.ids import Shard
 from pipeline.inference.launcher import add_processes_option, parse_count
-
-DEFAULT_MODEL_ID = "alexwaolson/spatial-building-embeddings"
+from pipeline.inference.model_files import DEFAULT_MODEL_ID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +20,7 @@ class EmbedOptions(InputOptions):
 
     output: Path
     model_id: str = DEFAULT_MODEL_ID
+    trust_remote_code: bool = False
     batch_size: int | str = 32
     device: str = "auto"
     dtype: str = "auto"
@@ -95,12 +95,15 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     add("--read-batch-size", type=whole_number, default=1000, metavar="N", help="rows of a part (1000)")
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--model-id`."""
+def add_model_option(parser: argparse.ArgumentParser, default: str = DEFAULT_MODEL_ID) -> None:
+    """Add `--model-id`, and `--trust-remote-code` for a model that comes with code of its own."""
     parser.add_argument(
-        "--model-id", default=os.environ.get("MODEL_ID") or DEFAULT_MODEL_ID, metavar="ID",
-        help=f"published model: hub id or folder (default: $MODEL_ID, else {DEFAULT_MODEL_ID})",
+        "--model-id", default=os.environ.get("MODEL_ID") or default, metavar="ID",
+        help=f"published model: folder, hub id or hub id@revision (default: $MODEL_ID, else {default or 'none'})",
     )  # fmt: skip
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code from the model's folder; read it first"
+    )
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

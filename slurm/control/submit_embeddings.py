@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.embeddings_dataset.packaged_input import open_input
 from pipeline.errors import ConfigError, InputError
-from pipeline.inference.model_files import locate_hub_model
+from pipeline.inference.model_files import DEFAULT_MODEL_ID, locate_hub_model
 from pipeline.stages import STAGES
 from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
 from slurm.control.submission import Request, submit
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[s
 def locate_model(model_id: str, *, download: bool) -> str:
     """Return what a job is to load: a folder's full path, or the hub id once the model is in the cache."""
     folder = Path(model_id).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and model_id != DEFAULT_MODEL_ID:
         return str(folder.resolve())
     if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
         raise InputError(f"{folder}: no such model folder: give --model-id a folder that stage 7 wrote, or a hub id")
