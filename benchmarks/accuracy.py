@@ -144,11 +144,7 @@ def embed_kinds(
     whitening = whiten_within_class(scatter, config.training_model.output_dim, run.note["shrinkage"])
     pca = whiten_by_pca(scatter, config.training_model.output_dim)
     projector = Projector(**run.best["architecture"])
-    embeddings = {
-        "raw": normalise_rows(rows),
-        "pca_whitened": pca.apply(rows),
-        "whitening": whitening.apply(rows),
-    }
+    embeddings = {"raw": normalise_rows(rows), "pca_whitened": pca.apply(rows), "whitening": whitening.apply(rows)}
     for kind, weights in (("start", run.note["weights"]), ("projector", run.best["projector"])):
         projector.load_state_dict(weights)
         embeddings[kind] = project(projector, rows, CPU)

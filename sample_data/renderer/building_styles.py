@@ -1,6 +1,6 @@
 """The styles that builders of the invented city work in, and their palettes."""
 
-from dataclasses import dataclass
+from typing import Any
 
 # fmt: off
 Rgb = tuple[int, int, int]
@@ -33,70 +33,44 @@ SLATE: tuple[Rgb, ...] = ((92, 96, 106), (76, 78, 86), (104, 104, 104))
 ZINC: tuple[Rgb, ...] = ((128, 138, 146), (104, 150, 136), (110, 112, 118))
 
 
-@dataclass(frozen=True)
-class Style:
-    """The choices open to a builder; pairs of floats are ranges, other tuples are alternatives."""
+Style = dict[str, tuple[Any, ...]]
 
-    wall: tuple[str, ...]
-    wall_rgbs: tuple[Rgb, ...]
-    base: tuple[str, ...]
-    trim_rgbs: tuple[Rgb, ...]
-    frame_rgbs: tuple[Rgb, ...]
-    roof: tuple[str, ...]
-    roof_rgbs: tuple[Rgb, ...]
-    floors: tuple[int, ...]
-    ground_m: tuple[float, float]
-    upper_m: tuple[float, float]
-    window_width_m: tuple[float, float]
-    window_fill: tuple[float, float]  # of the storey's height
-    window_top: tuple[str, ...]
-    panes: tuple[tuple[int, int], ...]
-    column_m: tuple[float, float]
-    rhythm: tuple[str, ...]
-    head: tuple[str, ...]
-    balcony: tuple[str, ...]
-    bay: tuple[str, ...]
-    cornice_m: tuple[float, float]
-    string_course: tuple[bool, ...]
-    quoins: tuple[bool, ...]
-    shutters: tuple[bool, ...]
-    dormers: tuple[bool, ...]
-    ground: tuple[str, ...]
-    house_width_m: tuple[float, float]
-    garden_m: tuple[float, ...]
-    gap_m: tuple[float, ...]
+
+def style(**choices: tuple[Any, ...]) -> Style:
+    """Return the choices open to a builder, by field of Builder."""
+    return choices
 
 
 STYLES: dict[str, Style] = {
-    "georgian": Style(
-        wall=("brick",), wall_rgbs=BRICK, base=("", "rustic", "render"), trim_rgbs=WHITES, frame_rgbs=WHITES,
-        roof=("flat", "side"), roof_rgbs=SLATE, floors=(3, 4), ground_m=(3.3, 3.8), upper_m=(2.8, 3.3),
+    "georgian": style(
+        wall=("brick",), wall_rgb=BRICK, base=("", "rustic", "render"), trim_rgb=WHITES, frame_rgb=WHITES,
+        roof=("flat", "side"), roof_rgb=SLATE, floors=(3, 4), ground_m=(3.3, 3.8), upper_m=(2.8, 3.3),
         window_width_m=(0.95, 1.2), window_fill=(0.55, 0.66), window_top=("flat", "segment"),
         panes=((2, 4), (3, 4), (2, 2)), column_m=(1.9, 2.5), rhythm=("even",), head=("soldier", "lintel", "keystone"),
         balcony=("none", "iron"), bay=("none",), cornice_m=(0.2, 0.45), string_course=(True, False), quoins=(False,),
         shutters=(False,), dormers=(True, False), ground=("home", "home", "shop"), house_width_m=(5.5, 8.5),
         garden_m=(0.0, 1.2), gap_m=(0.0,),
     ),
-    "victorian": Style(
-        wall=("brick", "render"), wall_rgbs=BRICK, base=("",), trim_rgbs=WHITES, frame_rgbs=WHITES,
-        roof=("side", "front"), roof_rgbs=SLATE + TILES, floors=(2, 3), ground_m=(3.0, 3.4), upper_m=(2.8, 3.1),
+    "victorian": style(
+        wall=("brick", "render"), wall_rgb=BRICK, base=("",), trim_rgb=WHITES, frame_rgb=WHITES,
+        roof=("side", "front"), roof_rgb=SLATE + TILES, floors=(2, 3), ground_m=(3.0, 3.4), upper_m=(2.8, 3.1),
         window_width_m=(1.0, 1.3), window_fill=(0.52, 0.6), window_top=("flat", "segment", "round"),
         panes=((1, 2), (2, 2), (2, 1)), column_m=(2.2, 2.8), rhythm=("even", "paired"), head=("lintel", "keystone"),
         balcony=("none",), bay=("canted", "canted", "box"), cornice_m=(0.12, 0.25), string_course=(True, False),
         quoins=(True, False), shutters=(False,), dormers=(False, True), ground=("home",), house_width_m=(5.5, 7.5),
         garden_m=(2.5, 3.5), gap_m=(0.0, 0.0, 1.2),
     ),
-    "boulevard": Style(
-        wall=("ashlar",), wall_rgbs=STONE, base=("rustic",), trim_rgbs=STONE, frame_rgbs=WHITES + DARKS,
-        roof=("mansard",), roof_rgbs=ZINC + SLATE, floors=(5, 6, 7), ground_m=(3.6, 4.2), upper_m=(2.8, 3.2),
+    "boulevard": style(
+        wall=("ashlar",), wall_rgb=STONE, base=("rustic",), trim_rgb=STONE, frame_rgb=WHITES + DARKS,
+        roof=("mansard",), roof_rgb=ZINC + SLATE, floors=(5, 6, 7), ground_m=(3.6, 4.2), upper_m=(2.8, 3.2),
         window_width_m=(1.05, 1.25), window_fill=(0.66, 0.74), window_top=("flat", "segment"), panes=((2, 3), (2, 4)),
         column_m=(2.1, 2.7), rhythm=("even",), head=("keystone", "pediment"), balcony=("iron", "french"),
         bay=("none",), cornice_m=(0.35, 0.6), string_course=(True,), quoins=(True, False), shutters=(True, False),
         dormers=(True,), ground=("shop", "shop", "lobby"), house_width_m=(11.0, 20.0), garden_m=(0.0,), gap_m=(0.0,),
     ),
-    "pastel": Style(
-        wall=("render",), wall_rgbs=STUCCO, base=("", "", "ashlar"), trim_rgbs=WHITES + STONE,
-        frame_rgbs=WHITES + DOORS, roof=("side", "hip", "flat"), roof_rgbs=TILES, floors=(2, 3, 4),
+    "pastel": style(
+        wall=("render",), wall_rgb=STUCCO, base=("", "", "ashlar"), trim_rgb=WHITES + STONE,
+        frame_rgb=WHITES + DOORS, roof=("side", "hip", "flat"), roof_rgb=TILES, floors=(2, 3, 4),
         ground_m=(3.0, 3.6), upper_m=(2.7, 3.1), window_width_m=(0.9, 1.15), window_fill=(0.5, 0.62),
         window_top=("flat", "flat", "round"), panes=((2, 2), (2, 3), (2, 1)), column_m=(2.3, 3.2),
         rhythm=("even", "centre"), head=("none", "lintel", "surround"), balcony=("none", "french", "iron"),
@@ -104,45 +78,45 @@ STYLES: dict[str, Style] = {
         shutters=(True, True, False), dormers=(False,), ground=("home", "shop"), house_width_m=(6.5, 12.0),
         garden_m=(0.0, 0.8), gap_m=(0.0, 0.0, 1.5),
     ),
-    "canal": Style(
-        wall=("brick",), wall_rgbs=BRICK, base=("", "render"), trim_rgbs=WHITES, frame_rgbs=WHITES + DARKS,
-        roof=("stepped", "bell"), roof_rgbs=TILES, floors=(3, 4, 5), ground_m=(3.3, 3.8), upper_m=(2.6, 3.0),
+    "canal": style(
+        wall=("brick",), wall_rgb=BRICK, base=("", "render"), trim_rgb=WHITES, frame_rgb=WHITES + DARKS,
+        roof=("stepped", "bell"), roof_rgb=TILES, floors=(3, 4, 5), ground_m=(3.3, 3.8), upper_m=(2.6, 3.0),
         window_width_m=(0.95, 1.25), window_fill=(0.62, 0.72), window_top=("flat", "segment"),
         panes=((2, 3), (2, 2), (3, 4)), column_m=(1.5, 1.9), rhythm=("even",), head=("lintel", "soldier"),
         balcony=("none",), bay=("none",), cornice_m=(0.12, 0.2), string_course=(False, True), quoins=(False,),
         shutters=(True, False), dormers=(False,), ground=("home", "shop"), house_width_m=(5.0, 7.0), garden_m=(0.0,),
         gap_m=(0.0,),
     ),
-    "modern": Style(
-        wall=("render", "panel", "cladding"), wall_rgbs=STUCCO[:4] + CLADDING, base=("", "panel"),
-        trim_rgbs=CONCRETE + WHITES, frame_rgbs=DARKS, roof=("flat",), roof_rgbs=ZINC, floors=(3, 4, 5, 6),
+    "modern": style(
+        wall=("render", "panel", "cladding"), wall_rgb=STUCCO[:4] + CLADDING, base=("", "panel"),
+        trim_rgb=CONCRETE + WHITES, frame_rgb=DARKS, roof=("flat",), roof_rgb=ZINC, floors=(3, 4, 5, 6),
         ground_m=(3.2, 4.0), upper_m=(2.8, 3.2), window_width_m=(1.6, 2.6), window_fill=(0.55, 0.76),
         window_top=("flat",), panes=((2, 1), (3, 1), (1, 1)), column_m=(2.8, 3.8), rhythm=("even", "shifted"),
         head=("none",), balcony=("glass", "slab", "none"), bay=("none",), cornice_m=(0.02, 0.12),
         string_course=(False, True), quoins=(False,), shutters=(False,), dormers=(False,), ground=("lobby", "garage"),
         house_width_m=(12.0, 22.0), garden_m=(0.0, 2.0), gap_m=(0.0, 3.0),
     ),
-    "office": Style(
-        wall=("panel", "cladding", "brick"), wall_rgbs=CONCRETE + CLADDING + BRICK[:2], base=("", "rustic"),
-        trim_rgbs=CONCRETE, frame_rgbs=DARKS, roof=("flat",), roof_rgbs=ZINC, floors=(4, 5, 6, 7), ground_m=(3.8, 4.5),
+    "office": style(
+        wall=("panel", "cladding", "brick"), wall_rgb=CONCRETE + CLADDING + BRICK[:2], base=("", "rustic"),
+        trim_rgb=CONCRETE, frame_rgb=DARKS, roof=("flat",), roof_rgb=ZINC, floors=(4, 5, 6, 7), ground_m=(3.8, 4.5),
         upper_m=(3.2, 3.6), window_width_m=(2.4, 3.6), window_fill=(0.55, 0.85), window_top=("flat",),
         panes=((3, 2), (4, 1), (2, 2)), column_m=(2.8, 4.0), rhythm=("even",), head=("none", "lintel"),
         balcony=("none",), bay=("none",), cornice_m=(0.05, 0.2), string_course=(True, False), quoins=(False,),
         shutters=(False,), dormers=(False,), ground=("lobby", "shop"), house_width_m=(15.0, 25.0), garden_m=(0.0,),
         gap_m=(0.0, 3.0),
     ),
-    "cottage": Style(
-        wall=("boards", "boards", "render"), wall_rgbs=BOARDS, base=("", "", "brick"), trim_rgbs=WHITES,
-        frame_rgbs=WHITES, roof=("front", "side", "hip"), roof_rgbs=SLATE + TILES, floors=(2,), ground_m=(2.7, 3.0),
+    "cottage": style(
+        wall=("boards", "boards", "render"), wall_rgb=BOARDS, base=("", "", "brick"), trim_rgb=WHITES,
+        frame_rgb=WHITES, roof=("front", "side", "hip"), roof_rgb=SLATE + TILES, floors=(2,), ground_m=(2.7, 3.0),
         upper_m=(2.5, 2.8), window_width_m=(0.9, 1.3), window_fill=(0.45, 0.52), window_top=("flat",),
         panes=((2, 2), (3, 2), (1, 2)), column_m=(2.4, 3.2), rhythm=("even", "centre"), head=("surround", "none"),
         balcony=("none",), bay=("none", "box"), cornice_m=(0.1, 0.18), string_course=(False,), quoins=(False,),
         shutters=(True, False), dormers=(True, False), ground=("home", "garage"), house_width_m=(7.0, 12.0),
         garden_m=(2.5, 4.0), gap_m=(2.0, 3.5),
     ),
-    "warehouse": Style(
-        wall=("brick",), wall_rgbs=BRICK, base=("", "ashlar"), trim_rgbs=BRICK[4:5] + STONE, frame_rgbs=DARKS,
-        roof=("flat", "front"), roof_rgbs=SLATE, floors=(3, 4, 5), ground_m=(3.8, 4.4), upper_m=(3.2, 3.6),
+    "warehouse": style(
+        wall=("brick",), wall_rgb=BRICK, base=("", "ashlar"), trim_rgb=BRICK[4:5] + STONE, frame_rgb=DARKS,
+        roof=("flat", "front"), roof_rgb=SLATE, floors=(3, 4, 5), ground_m=(3.8, 4.4), upper_m=(3.2, 3.6),
         window_width_m=(1.7, 2.5), window_fill=(0.6, 0.7), window_top=("segment", "round", "flat"),
         panes=((4, 5), (3, 4), (5, 4)), column_m=(2.9, 3.8), rhythm=("even", "paired"), head=("soldier", "lintel"),
         balcony=("none",), bay=("none",), cornice_m=(0.15, 0.4), string_course=(True, False), quoins=(False, True),

@@ -4,8 +4,8 @@ A builder fixes what a terrace shares (material, window type, roof); a house add
 door, sign, curtains). A street of one builder is hard, a street of many is easy.
 """
 
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from numpy.random import Generator
 
@@ -23,11 +23,13 @@ from sample_data.renderer.building_styles import (
 )
 
 T = TypeVar("T")
+# Whose two numbers in a style are bounds; the others' are alternatives.
+RANGES = {"ground_m", "upper_m", "window_width_m", "window_fill", "column_m", "cornice_m", "house_width_m"}
 
 
 @dataclass(frozen=True)
 class Builder:
-    """What the houses of one builder share; `style` keeps the ranges for what each house still chooses."""
+    """What the houses of one builder share, drawn field by field; a house still chooses some from its `style`."""
 
     style: Style
     wall: str
@@ -86,30 +88,15 @@ def pick(rng: Generator, choices: tuple[T, ...]) -> T:
     return choices[int(rng.integers(len(choices)))]
 
 
-def choose_builder(rng: Generator, style_name: str = "") -> Builder:
-    """Draw a builder, of the named style or of any."""
-    style = STYLES[style_name or pick(rng, tuple(sorted(STYLES)))]
-
-    def between(span: tuple[float, float]) -> float:
-        return float(rng.uniform(*span))
-
-    wall = pick(rng, style.wall)
-    palette = {"brick": BRICK, "boards": BOARDS, "panel": CONCRETE, "cladding": CLADDING}.get(wall, style.wall_rgbs)
-    if wall == "render":
-        palette = STUCCO
-    return Builder(
-        style=style, wall=wall, wall_rgb=pick(rng, palette), base=pick(rng, style.base),
-        trim_rgb=pick(rng, style.trim_rgbs), frame_rgb=pick(rng, style.frame_rgbs),
-        roof=pick(rng, style.roof), roof_rgb=pick(rng, style.roof_rgbs),
-        floors=pick(rng, style.floors), ground_m=between(style.ground_m), upper_m=between(style.upper_m),
-        window_width_m=between(style.window_width_m), window_fill=between(style.window_fill),
-        window_top=pick(rng, style.window_top), panes=pick(rng, style.panes), column_m=between(style.column_m),
-        rhythm=pick(rng, style.rhythm), head=pick(rng, style.head), balcony=pick(rng, style.balcony),
-        bay=pick(rng, style.bay), cornice_m=between(style.cornice_m),
-        string_course=pick(rng, style.string_course), quoins=pick(rng, style.quoins),
-        shutters=pick(rng, style.shutters), dormers=pick(rng, style.dormers), ground=pick(rng, style.ground),
-        house_width_m=between(style.house_width_m), garden_m=pick(rng, style.garden_m), gap_m=pick(rng, style.gap_m),
-    )  # fmt: skip
+def choose_builder(rng: Generator) -> Builder:
+    """Draw a builder of any style."""
+    style = STYLES[pick(rng, tuple(sorted(STYLES)))]
+    wall = pick(rng, style["wall"])
+    palettes = {"brick": BRICK, "boards": BOARDS, "panel": CONCRETE, "cladding": CLADDING, "render": STUCCO}
+    drawn: dict[str, Any] = {"wall": wall, "wall_rgb": pick(rng, palettes.get(wall, style["wall_rgb"]))}
+    for name in (field.name for field in fields(Builder)[3:]):
+        drawn[name] = float(rng.uniform(*style[name])) if name in RANGES else pick(rng, style[name])
+    return Builder(style, **drawn)
 
 
 def build_house(rng: Generator, builder: Builder, number: int) -> House:
@@ -119,7 +106,7 @@ def build_house(rng: Generator, builder: Builder, number: int) -> House:
     storeys = builder.floors + (int(rng.integers(-1, 2)) if builder.wall != "brick" and builder.floors > 2 else 0)
     return House(
         builder=builder, width_m=width, depth_m=float(rng.uniform(9.0, 13.0)), floors=int(clamp(storeys, 2, 7)),
-        ground=builder.ground if rng.random() < 0.7 else pick(rng, builder.style.ground), door_rgb=pick(rng, DOORS),
+        ground=builder.ground if rng.random() < 0.7 else pick(rng, builder.style["ground"]), door_rgb=pick(rng, DOORS),
         shop_rgb=pick(rng, SHOPS), sign=invent_sign(rng), number=number, awning=bool(rng.random() < 0.6),
         mirrored=bool(rng.random() < 0.5), bay=bool(rng.random() < 0.85),
         wall_rgb=pick(rng, STUCCO if builder.wall == "render" else BOARDS) if repaint else builder.wall_rgb,
@@ -135,9 +122,6 @@ def clamp(value: float, low: float, high: float) -> float:
 def invent_sign(rng: Generator) -> str:
     """Make up a shop's name that no shop bears."""
     trades = ("CAFE", "BOOKS", "BAKERY", "PHARMA", "OPTIK", "HAIR", "WINE", "TAILOR", "FLORIST", "BIKES", "DELI", "")
-    starts, ends = (
-        ("BO", "MA", "LU", "TRE", "VI", "KO", "SA", "NE", "FA", "RI"),
-        ("RELLO", "NIX", "DERA", "TTO", "LIN", "SKA"),
-    )
-    name = pick(rng, starts) + pick(rng, ends)
-    return f"{name} {pick(rng, trades)}".strip()
+    start = pick(rng, ("BO", "MA", "LU", "TRE", "VI", "KO", "SA", "NE", "FA", "RI"))
+    end = pick(rng, ("RELLO", "NIX", "DERA", "TTO", "LIN", "SKA"))
+    return f"{start}{end} {pick(rng, trades)}".strip()

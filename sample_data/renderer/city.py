@@ -157,11 +157,8 @@ def drive_past(
         y = -(pavement + PARKING_M + float(rng.choice([1.7, 2.2, 5.0, 6.5])))
         x = float(rng.uniform(0, 8)) - 6.0
         while x < end + 6.0:
-            position = (
-                round(x, 3),
-                round(y + float(rng.normal(0, 0.15)), 3),
-                CAMERA_HEIGHT_M + round(float(rng.normal(0, 0.05)), 3),
-            )
+            aside, above = float(rng.normal(0, 0.15)), float(rng.normal(0, 0.05))
+            position = (round(x, 3), round(y + aside, 3), CAMERA_HEIGHT_M + round(above, 3))
             panoramas.append(Panorama(dataset.view, position, drive))
             dataset.view += 1
             x += float(rng.uniform(6.0, 10.0))
@@ -199,9 +196,8 @@ def photograph(
 
 def sees(camera: Camera) -> bool:
     """Tell whether a camera stands within the angle and the distances that the dataset allows."""
-    return (
-        abs(math.degrees(camera.azimuth_rad)) <= MAX_ANGLE_DEG and MIN_DISTANCE_M <= camera.distance_m <= MAX_DISTANCE_M
-    )
+    angle = abs(math.degrees(camera.azimuth_rad))
+    return angle <= MAX_ANGLE_DEG and MIN_DISTANCE_M <= camera.distance_m <= MAX_DISTANCE_M
 
 
 def describe(identifiers: tuple[int, int, int, int], frame: StreetFrame, camera: Camera) -> str:

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.random import PCG64, Generator
 
-from sample_data.renderer.buildings import Builder, House
-from sample_data.renderer.facade_parts import Awning, Block, Facade, Opening, Panel, Rail, darken
+from sample_data.renderer.buildings import Builder, House, pick
+from sample_data.renderer.facade_parts import Awning, Facade, Opening, Panel, Rail, darken
 from sample_data.renderer.street_geometry import Array
 
 
@@ -18,7 +18,12 @@ def design_facade(house: House) -> Facade:
     bay_columns = place_bay(facade, columns)
     for floor in range(1, house.floors):
         fill_storey(facade, floor, columns, bay_columns, rng)
-    fill_ground(facade, columns, bay_columns, rng)
+    if house.ground == "shop":
+        add_shop(facade, rng)
+    elif house.ground == "lobby":
+        add_lobby(facade, columns)
+    else:
+        add_home(facade, columns, bay_columns)
     add_mouldings(facade)
     add_extras(facade, rng)
     return facade
@@ -81,9 +86,7 @@ def place_bay(facade: Facade, columns: Array) -> set[int]:
             storey = builder.upper_m if floor else builder.ground_m
             inset = 0.14 if panel.x1 - panel.x0 > 0.6 else 0.1
             z0, z1 = base + 0.75, min(base + storey - 0.35, top - 0.2)
-            facade.openings.append(
-                Opening("bay", panel.x0 + inset, panel.x1 - inset, z0, z1, reveal_m=0.0, panes=(1, 2))
-            )
+            facade.openings.append(Opening("bay", panel.x0 + inset, panel.x1 - inset, z0, z1, "flat", 0.0, (1, 2)))
     return {column}
 
 
@@ -124,17 +127,15 @@ def add_trimmings(facade: Facade, window: Opening, floor: int, column: int) -> N
             add_balcony(facade, window.x0 - 0.5, window.x1 + 0.5, window.z0 - 0.12, 1.2)
         elif single and floor != 2 or builder.balcony == "french":
             add_balcony(facade, window.x0 - 0.1, window.x1 + 0.1, window.z0 - 0.12, 0.28)
-    elif builder.head != "none" or builder.style.window_fill[1] < 0.7:
-        facade.blocks.append(Block(window.x0 - 0.1, window.x1 + 0.1, window.z0 - 0.12, window.z0, 0.1, trim))
+    elif builder.head != "none" or builder.style["window_fill"][1] < 0.7:
+        facade.add((window.x0 - 0.1, window.x1 + 0.1), (window.z0 - 0.12, window.z0), 0.1, trim)
     if window.top == "flat" and builder.head in {"keystone", "lintel", "pediment"}:
-        facade.blocks.append(Block(window.x0 - 0.12, window.x1 + 0.12, window.z1, window.z1 + 0.2, 0.05, trim))
+        facade.add((window.x0 - 0.12, window.x1 + 0.12), (window.z1, window.z1 + 0.2), 0.05, trim)
     if builder.head == "pediment" and floor == 1:
-        facade.blocks.append(Block(window.x0 - 0.2, window.x1 + 0.2, window.z1 + 0.2, window.z1 + 0.32, 0.2, trim))
+        facade.add((window.x0 - 0.2, window.x1 + 0.2), (window.z1 + 0.2, window.z1 + 0.32), 0.2, trim)
     if builder.head == "keystone":
         middle = window.x0 + width / 2
-        facade.blocks.append(
-            Block(middle - 0.11, middle + 0.11, window.z1 - 0.08, window.z1 + 0.28, 0.1, darken(trim, 1.05))
-        )
+        facade.add((middle - 0.11, middle + 0.11), (window.z1 - 0.08, window.z1 + 0.28), 0.1, darken(trim, 1.05))
 
 
 def add_balcony(facade: Facade, x0: float, x1: float, z: float, depth_m: float) -> None:
@@ -143,19 +144,8 @@ def add_balcony(facade: Facade, x0: float, x1: float, z: float, depth_m: float) 
     solid = {"glass": ((150, 170, 176), 9.0), "slab": (builder.wall_rgb, 9.0)}
     rgb, step = solid.get(builder.balcony, ((34, 36, 40), 0.13))
     if depth_m > 0.4:
-        facade.blocks.append(Block(x0, x1, z - 0.05, z + 0.12, depth_m, darken(builder.trim_rgb, 0.92)))
+        facade.add((x0, x1), (z - 0.05, z + 0.12), depth_m, darken(builder.trim_rgb, 0.92))
     facade.rails.append(Rail(x0, x1, z + 0.12, z + 1.05, depth_m, rgb, step))
-
-
-def fill_ground(facade: Facade, columns: Array, taken: set[int], rng: Generator) -> None:
-    """Fill the ground floor: a home's door and windows, a shopfront, an entrance hall or a garage."""
-    house = facade.house
-    if house.ground == "shop":
-        add_shop(facade, rng)
-    elif house.ground == "lobby":
-        add_lobby(facade, columns)
-    else:
-        add_home(facade, columns, taken)
 
 
 def add_home(facade: Facade, columns: Array, taken: set[int]) -> None:
@@ -163,10 +153,9 @@ def add_home(facade: Facade, columns: Array, taken: set[int]) -> None:
     house, builder = facade.house, facade.house.builder
     free = [i for i in range(len(columns)) if i not in taken]
     door_column = free[-1] if house.mirrored or len(free) < 3 else free[house.seed % len(free)]
-    garage_column = (
-        next((i for i in (free[0], free[-1]) if i != door_column), None) if house.ground == "garage" else None
-    )
-    lift = 0.45 if builder.style.garden_m[0] > 0 or house.seed % 3 == 0 else 0.15
+    others = [i for i in (free[0], free[-1]) if i != door_column]
+    garage_column = others[0] if others and house.ground == "garage" else None
+    lift = 0.45 if builder.style["garden_m"][0] > 0 or house.seed % 3 == 0 else 0.15
     width = builder.window_width_m if builder.window_width_m < 1.5 else 1.6
     for i in free:
         x = float(columns[i])
@@ -174,10 +163,10 @@ def add_home(facade: Facade, columns: Array, taken: set[int]) -> None:
             door = Opening("door", x - 0.55, x + 0.55, lift, lift + min(2.75, builder.ground_m - lift - 0.3),
                            "round" if builder.window_top == "round" else "flat", 0.25)  # fmt: skip
             facade.openings.append(door)
-            facade.blocks += [Block(x - 0.8, x + 0.8, 0.0, lift * 0.5, 0.7, (170, 166, 158)),
-                              Block(x - 0.8, x + 0.8, lift * 0.5, lift, 0.38, (176, 172, 164))]  # fmt: skip
+            facade.add((x - 0.8, x + 0.8), (0.0, lift * 0.5), 0.7, (170, 166, 158))
+            facade.add((x - 0.8, x + 0.8), (lift * 0.5, lift), 0.38, (176, 172, 164))
             if house.seed % 2:
-                facade.blocks.append(Block(x - 0.85, x + 0.85, door.z1 + 0.1, door.z1 + 0.28, 0.6, builder.trim_rgb))
+                facade.add((x - 0.85, x + 0.85), (door.z1 + 0.1, door.z1 + 0.28), 0.6, builder.trim_rgb)
         elif i == garage_column:
             half = min(1.3, builder.column_m / 2 - 0.2)
             facade.openings.append(Opening("garage", x - half, x + half, 0.05, 2.35, reveal_m=0.22))
@@ -201,14 +190,11 @@ def add_shop(facade: Facade, rng: Generator) -> None:
         if i == door_bay:
             right -= 1.15
             facade.openings.append(Opening("door", right + 0.12, right + 1.15, 0.08, head, reveal_m=0.35))
-        facade.openings.append(
-            Opening("shop", left, right, 0.5, head, reveal_m=0.08, panes=(max(1, round((right - left) / 1.3)), 1))
-        )
-        facade.blocks.append(
-            Block(0.3 + i * step - 0.1, 0.3 + i * step + 0.1, 0.0, head + 0.05, 0.1, darken(house.shop_rgb, 0.85))
-        )
+        panes = (max(1, round((right - left) / 1.3)), 1)
+        facade.openings.append(Opening("shop", left, right, 0.5, head, "flat", 0.08, panes))
+        facade.add((0.3 + i * step - 0.1, 0.3 + i * step + 0.1), (0.0, head + 0.05), 0.1, darken(house.shop_rgb, 0.85))
     facade.fascia = (0.2, house.width_m - 0.2, head + 0.06, head + 0.6)
-    facade.blocks.append(Block(0.15, house.width_m - 0.15, head + 0.6, head + 0.7, 0.3, darken(house.shop_rgb, 0.9)))
+    facade.add((0.15, house.width_m - 0.15), (head + 0.6, head + 0.7), 0.3, darken(house.shop_rgb, 0.9))
     if house.awning:
         other = (236, 232, 222) if house.seed % 3 else darken(house.shop_rgb, 0.7)
         facade.awnings.append(Awning(0.4, house.width_m - 0.4, head - 0.55, head + 0.05, 1.25, house.shop_rgb, other))
@@ -222,14 +208,10 @@ def add_lobby(facade: Facade, columns: Array) -> None:
     for i, x in enumerate(columns.tolist()):
         kind = "entrance" if i == entrance else "hall"
         z0 = 0.08 if kind == "entrance" else (0.12, 0.6)[house.seed % 2]
-        facade.openings.append(
-            Opening(kind, x - half, x + half, z0, builder.ground_m - 0.5, reveal_m=0.3, panes=(2, 2))
-        )
+        facade.openings.append(Opening(kind, x - half, x + half, z0, builder.ground_m - 0.5, "flat", 0.3, (2, 2)))
         if kind == "entrance":
-            canopy = Block(
-                x - half - 0.4, x + half + 0.4, builder.ground_m - 0.45, builder.ground_m - 0.25, 1.3, builder.frame_rgb
-            )
-            facade.blocks.append(canopy)
+            span = (x - half - 0.4, x + half + 0.4)
+            facade.add(span, (builder.ground_m - 0.45, builder.ground_m - 0.25), 1.3, builder.frame_rgb)
 
 
 def add_mouldings(facade: Facade) -> None:
@@ -237,50 +219,44 @@ def add_mouldings(facade: Facade) -> None:
     house, builder, width = facade.house, facade.house.builder, facade.house.width_m
     trim, top = builder.trim_rgb, facade.height_m
     if builder.string_course:
-        facade.blocks.append(Block(0.0, width, builder.ground_m - 0.16, builder.ground_m, 0.12, trim))
+        facade.add((0.0, width), (builder.ground_m - 0.16, builder.ground_m), 0.12, trim)
         if house.floors > 3:
             z = builder.ground_m + (house.floors - 2) * builder.upper_m
-            facade.blocks.append(Block(0.0, width, z - 0.1, z, 0.1, trim))
+            facade.add((0.0, width), (z - 0.1, z), 0.1, trim)
     if builder.roof in {"flat", "mansard", "side", "hip"} and builder.cornice_m > 0.1:
         deep = builder.cornice_m if builder.roof in {"flat", "mansard"} else 0.45
-        facade.blocks.append(Block(-0.02, width + 0.02, top - 0.42, top - 0.22, deep * 0.6, darken(trim, 0.95)))
-        facade.blocks.append(Block(-0.02, width + 0.02, top - 0.22, top, deep, trim))
+        facade.add((-0.02, width + 0.02), (top - 0.42, top - 0.22), deep * 0.6, darken(trim, 0.95))
+        facade.add((-0.02, width + 0.02), (top - 0.22, top), deep, trim)
     if builder.quoins:
         for z in np.arange(builder.ground_m, top - 0.9, 0.8):
             for x0, x1 in ((0.0, 0.45), (width - 0.45, width)):
-                facade.blocks.append(Block(x0, x1, float(z), float(z) + 0.38, 0.04, trim))
+                facade.add((x0, x1), (float(z), float(z) + 0.38), 0.04, trim)
     if facade.panels:
         left, right, z = facade.panels[0].x0, facade.panels[-1].x1, facade.panels[0].z1
         deep = max(p.y0 for p in facade.panels)
-        facade.blocks.append(Block(left - 0.06, right + 0.06, z - 0.05, z + 0.16, deep + 0.12, darken(trim, 0.95)))
+        facade.add((left - 0.06, right + 0.06), (z - 0.05, z + 0.16), deep + 0.12, darken(trim, 0.95))
 
 
 def add_extras(facade: Facade, rng: Generator) -> None:
     """Add what owners hang on their walls: rain pipes, flower boxes, cooling units, an alarm, a hanging sign."""
     house, width = facade.house, facade.house.width_m
     if rng.random() < 0.7 and not facade.panels:
-        x = (0.12, width - 0.22)[int(rng.integers(2))]
-        tone = (darken(house.wall_rgb, 0.55), (52, 54, 56), (206, 204, 198))[int(rng.integers(3))]
-        facade.blocks.append(Block(x, x + 0.1, 0.0, facade.height_m - 0.45, 0.11, tone))
+        x = pick(rng, (0.12, width - 0.22))
+        tone = pick(rng, (darken(house.wall_rgb, 0.55), (52, 54, 56), (206, 204, 198)))
+        facade.add((x, x + 0.1), (0.0, facade.height_m - 0.45), 0.11, tone)
     flowers = rng.random() < 0.3
     units = rng.random() < 0.2
     for window in [o for o in facade.openings if o.kind == "window" and o.z0 > 3.0]:
         if flowers and window.x1 - window.x0 < 1.4 and rng.random() < 0.7:
-            facade.blocks.append(Block(window.x0, window.x1, window.z0 - 0.02, window.z0 + 0.16, 0.26, (104, 72, 50)))
-            bloom = ((186, 60, 70), (96, 128, 60), (214, 150, 170))[int(rng.integers(3))]
-            facade.blocks.append(
-                Block(window.x0 + 0.04, window.x1 - 0.04, window.z0 + 0.16, window.z0 + 0.34, 0.24, bloom)
-            )
+            facade.add((window.x0, window.x1), (window.z0 - 0.02, window.z0 + 0.16), 0.26, (104, 72, 50))
+            bloom = pick(rng, ((186, 60, 70), (96, 128, 60), (214, 150, 170)))
+            facade.add((window.x0 + 0.04, window.x1 - 0.04), (window.z0 + 0.16, window.z0 + 0.34), 0.24, bloom)
         elif units and rng.random() < 0.3:
             x, z = window.x1 - 0.75, window.z0 - 0.62
-            facade.blocks.append(Block(x, x + 0.75, z, z + 0.5, 0.32, (214, 214, 210)))
+            facade.add((x, x + 0.75), (z, z + 0.5), 0.32, (214, 214, 210))
     if rng.random() < 0.5:
         x, z = float(rng.uniform(0.5, width - 0.9)), facade.house.builder.ground_m - 0.1
-        facade.blocks.append(
-            Block(x, x + 0.3, z, z + 0.36, 0.1, ((224, 196, 60), (190, 40, 40), (230, 232, 236))[int(rng.integers(3))])
-        )
+        facade.add((x, x + 0.3), (z, z + 0.36), 0.1, pick(rng, ((224, 196, 60), (190, 40, 40), (230, 232, 236))))
     if facade.fascia and rng.random() < 0.7:
         x = float(rng.uniform(0.5, width - 0.6))
-        facade.blocks.append(
-            Block(x, x + 0.08, facade.fascia[3] + 0.2, facade.fascia[3] + 0.95, 0.85, darken(house.shop_rgb, 1.15))
-        )
+        facade.add((x, x + 0.08), (facade.fascia[3] + 0.2, facade.fascia[3] + 0.95), 0.85, darken(house.shop_rgb, 1.15))

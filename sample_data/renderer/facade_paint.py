@@ -14,13 +14,8 @@ from sample_data.renderer.street_geometry import Array
 
 GOODS: tuple[Rgb, ...] = ((196, 60, 50), (226, 190, 80), (70, 120, 90), (235, 230, 220), (80, 110, 170), (190, 130, 90))
 CLOTHS: tuple[Rgb, ...] = (
-    (222, 216, 204),
-    (176, 148, 120),
-    (140, 60, 60),
-    (110, 130, 120),
-    (236, 232, 226),
-    (96, 104, 130),
-)
+    (222, 216, 204), (176, 148, 120), (140, 60, 60), (110, 130, 120), (236, 232, 226), (96, 104, 130),
+)  # fmt: skip
 
 
 @dataclass
@@ -106,13 +101,8 @@ def paint_gable(sheet: Sheet, facade: Facade) -> None:
     middle, base = house.width_m / 2, facade.height_m
     half = min(0.55, house.width_m * 0.09)
     top = "round" if builder.roof != "front" or house.seed % 2 else "flat"
-    paint_window(
-        sheet,
-        Opening("window", middle - half, middle + half, base + 0.15, base + 1.35, top),
-        builder,
-        darken((60, 66, 74), 1),
-        90,
-    )
+    attic = Opening("window", middle - half, middle + half, base + 0.15, base + 1.35, top)
+    paint_window(sheet, attic, builder, (60, 66, 74), 90)
     edge = sheet.texels(facade.outline[2:])
     sheet.brush.line(edge, darken(builder.trim_rgb, 0.98), width=max(1, round(0.22 * sheet.density)))
 

@@ -47,6 +47,10 @@ class Block:
     depth_m: float
     rgb: Rgb
 
+    def corners(self) -> Array:
+        """Return the corners (4, 2) as (x, z)."""
+        return np.array([(self.x0, self.z0), (self.x1, self.z0), (self.x1, self.z1), (self.x0, self.z1)])
+
 
 @dataclass(frozen=True)
 class Rail(Block):
@@ -87,6 +91,10 @@ class Facade:
     awnings: list[Awning] = field(default_factory=list)
     panels: list[Panel] = field(default_factory=list)
     fascia: tuple[float, float, float, float] | None = None
+
+    def add(self, x: tuple[float, float], z: tuple[float, float], depth_m: float, rgb: Rgb) -> None:
+        """Add a block between two x and two z."""
+        self.blocks.append(Block(*x, *z, depth_m, rgb))
 
     @property
     def top_m(self) -> float:

@@ -27,9 +27,8 @@ class HouseModel:
         self.density = FACADE_DENSITY * scale
         self.colours, self.glass = paint_facade(self.facade, self.density)
         self.offset = np.array([lot.x_m, lot.setback_m, 0.0])
-        self.relief = raise_relief(self.facade).moved(lot.x_m, lot.setback_m)
-        self.dormers = raise_dormers(self.facade).moved(lot.x_m, lot.setback_m)
-        self.chimneys = raise_chimneys(lot.house, self.facade).moved(lot.x_m, lot.setback_m)
+        relief = (raise_chimneys(self.facade), raise_dormers(self.facade), raise_relief(self.facade))
+        self.chimneys, self.dormers, self.relief = (faces.moved(lot.x_m, lot.setback_m) for faces in relief)
         self.walls, self.roofs = raise_walls(self.facade), raise_roof(self.facade)
         self.garden = fence_garden(lot)
         self.coarse = COARSE_DENSITY * scale
@@ -53,30 +52,24 @@ class HouseModel:
         key = (drive.seed, f"{kind}{np.round(normal, 2)}")
         if key not in self.lit:
             if kind == "facade":
-                lit = light_facade(drive, self.facade, self.colours, self.glass, self.density)
-                self.lit[key] = Texture(lit, self.density)
+                lit, density = light_facade(drive, self.facade, self.colours, self.glass, self.density), self.density
             else:
-                image = self.roof_texture if kind == "roof" else self.wall_texture
-                self.lit[key] = Texture(
-                    ImageChops.multiply(image, Image.new("RGB", image.size, to_rgb(drive.shade(normal)))), self.coarse
-                )
+                image, density = self.roof_texture if kind == "roof" else self.wall_texture, self.coarse
+                lit = ImageChops.multiply(image, Image.new("RGB", image.size, to_rgb(drive.shade(normal))))
+            self.lit[key] = Texture(lit, density)
         return self.lit[key]
 
     def paint(self, canvas: Canvas) -> None:
         """Paint the house, from its chimneys to the wall of its front garden."""
-        low, high = (
-            self.offset - 2.0,
-            self.offset + np.array([self.house.width_m + 2.0, self.house.depth_m, self.facade.top_m + 6.0]),
-        )
-        if not canvas.shows_box(low, high):
+        size = np.array([self.house.width_m + 2.0, self.house.depth_m, self.facade.top_m + 6.0])
+        if not canvas.shows_box(self.offset - 2.0, self.offset + size):
             return
         canvas.paint_faces(self.chimneys)
         for plane in (*self.walls, *self.roofs):
-            if canvas.shows(plane.polygon + self.offset, plane.normal):
+            polygon = plane.polygon + self.offset
+            if canvas.shows(polygon, plane.normal):
                 texture = self.texture(canvas.drive, plane.kind, plane.normal)
-                canvas.paint_plane(
-                    texture, plane.polygon + self.offset, plane.origin + self.offset, plane.right, plane.down
-                )
+                canvas.paint_plane(texture, polygon, plane.origin + self.offset, plane.right, plane.down)
         canvas.paint_faces(self.dormers)
         self.paint_front(canvas)
         canvas.paint_faces(self.relief)
@@ -109,11 +102,8 @@ def fence_garden(lot: Lot) -> Faces:
         rng = Generator(PCG64([lot.house.seed, 3]))
         gate = float(rng.uniform(0.2, 0.7)) * width
         kind = int(rng.integers(3))
-        height, thick, rgb = (
-            (0.8, 0.25, darken(lot.house.wall_rgb, 0.85)),
-            (1.15, 0.6, (70, 96, 52)),
-            (0.95, 0.08, (232, 230, 222)),
-        )[kind]
+        height, thick = ((0.8, 0.25), (1.15, 0.6), (0.95, 0.08))[kind]
+        rgb = (darken(lot.house.wall_rgb, 0.85), (70, 96, 52), (232, 230, 222))[kind]
         for x0, x1 in ((0.0, gate), (gate + 1.2, width)):
             if kind == 2:
                 for x in np.arange(x0, x1 - 0.1, 0.16):
@@ -122,7 +112,6 @@ def fence_garden(lot: Lot) -> Faces:
             else:
                 parts.add(box((x0, x1), (0.0, thick), (0.0, height), rgb))
                 if kind == 0:
-                    parts.add(
-                        box((x0 - 0.02, x1 + 0.02), (-0.04, thick + 0.04), (height, height + 0.08), (186, 180, 168))
-                    )
+                    y, z = (-0.04, thick + 0.04), (height, height + 0.08)
+                    parts.add(box((x0 - 0.02, x1 + 0.02), y, z, (186, 180, 168)))
     return parts.faces().moved(lot.x_m, 0.0)

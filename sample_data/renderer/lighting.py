@@ -10,7 +10,7 @@ from numpy.random import PCG64, Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw
 
-from sample_data.renderer.facade_parts import Awning, Block, Facade
+from sample_data.renderer.facade_parts import Facade
 from sample_data.renderer.materials import blotches
 from sample_data.renderer.street_geometry import FOV_DEG, Array, Camera
 
@@ -73,9 +73,8 @@ def paint_sky(drive: Drive) -> Image.Image:
     grain = 34 * SKY_DENSITY
     noise = blotches(rng, height, width, grain / 2) + 0.5 * blotches(rng, height, width, grain / 9)
     veil = np.clip((noise + (drive.cloud - 0.45) * 1.7) * 1.5, 0, 1)[..., None]
-    light = (np.array([246, 246, 248], np.float32) - 30 * drive.cloud) * (
-        1 - 0.1 * np.roll(noise, 12, axis=0).clip(-1, 1)[..., None]
-    )
+    shadow = 1 - 0.1 * np.roll(noise, 12, axis=0).clip(-1, 1)[..., None]
+    light = (np.array([246, 246, 248], np.float32) - 30 * drive.cloud) * shadow
     sky = np.broadcast_to(sky, (height, width, 3)) * (1 - veil) + light * veil
     image = Image.fromarray(np.clip(sky, 0, 255).astype(np.uint8))
     draw_skyline(image, rng, drive)
@@ -85,21 +84,17 @@ def paint_sky(drive: Drive) -> Image.Image:
 def draw_skyline(image: Image.Image, rng: Generator, drive: Drive) -> None:
     """Draw hazy roofs and trees along the horizon."""
     brush, level = ImageDraw.Draw(image), SKY_HIGH_DEG * SKY_DENSITY
-    leaf = {"spring": (138, 158, 116), "summer": (104, 130, 92), "autumn": (164, 132, 88), "winter": (138, 130, 124)}[
-        drive.season
-    ]
+    leaves = {"spring": (138, 158, 116), "summer": (104, 130, 92), "autumn": (164, 132, 88), "winter": (138, 130, 124)}
     x = 0.0
     while x < image.width:
         wide, tall = rng.uniform(10, 44), rng.uniform(8, 26)
         if rng.random() < 0.5:
             grey = int(rng.integers(128, 176))
             brush.rectangle((x, level - tall, x + wide, image.height), (grey + 14, grey + 6, grey))
-            brush.polygon(
-                [(x - 1, level - tall), (x + wide / 2, level - tall - 6), (x + wide + 1, level - tall)],
-                (grey - 18,) * 3,
-            )
+            gable = [(x - 1, level - tall), (x + wide / 2, level - tall - 6), (x + wide + 1, level - tall)]
+            brush.polygon(gable, (grey - 18,) * 3)
         else:
-            brush.ellipse((x - 6, level - tall, x + wide + 6, level + tall), leaf)
+            brush.ellipse((x - 6, level - tall, x + wide + 6, level + tall), leaves[drive.season])
         x += wide * 0.85
     brush.rectangle((0, level + 1, image.width, image.height), (130, 128, 120))
 
@@ -113,9 +108,8 @@ def crop_sky(sky: Image.Image, camera: Camera, size: int) -> Image.Image:
     inside = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(sky.width)), min(box[3], float(sky.height)))
     # Half the size smoothly, the rest by doubling: the sky is the largest and the softest thing in a picture.
     half_size = (size + 1) // 2
-    return sky.resize((half_size, half_size), Image.Resampling.BILINEAR, box=inside).resize(
-        (size, size), Image.Resampling.NEAREST
-    )
+    soft = sky.resize((half_size, half_size), Image.Resampling.BILINEAR, box=inside)
+    return soft.resize((size, size), Image.Resampling.NEAREST)
 
 
 def light_facade(drive: Drive, facade: Facade, colours: Image.Image, glass: Image.Image, density: float) -> Image.Image:
@@ -171,23 +165,13 @@ def cast_shadows(drive: Drive, facade: Facade, size: tuple[int, int], density: f
         fill(hole, 255)
         moved = hole + slide * opening.reveal_m
         fill(np.stack([moved[:, 0].clip(opening.x0, opening.x1), moved[:, 1].clip(opening.z0, opening.z1)], axis=1), 0)
-    parts: list[Block | Awning] = [*facade.blocks, *facade.awnings]
-    for part in parts:
-        sweep(
-            fill,
-            np.array([(part.x0, part.z0), (part.x1, part.z0), (part.x1, part.z1), (part.x0, part.z1)]),
-            slide * part.depth_m,
-        )
+    for part in (*facade.blocks, *facade.awnings):
+        rect, shift = part.corners(), slide * part.depth_m
+        fill(rect + shift, 255)
+        for a, b in zip(rect, np.roll(rect, -1, axis=0), strict=True):  # what it covers on its way
+            fill(np.array([a, b, b + shift, a + shift]), 255)
     shade_foot(drive, facade, fill)
     return mask.resize(size, Image.Resampling.BILINEAR)
-
-
-def sweep(fill: Fill, rect: Array, shift: Array) -> None:
-    """Fill what a rectangle covers while it moves by `shift`."""
-    fill(rect + shift, 255)
-    for i in range(4):
-        a, b = rect[i], rect[(i + 1) % 4]
-        fill(np.array([a, b, b + shift, a + shift]), 255)
 
 
 def shade_foot(drive: Drive, facade: Facade, fill: Fill) -> None:

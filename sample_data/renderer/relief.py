@@ -50,21 +50,15 @@ class FaceList:
         """Return everything collected as arrays."""
         if not self.quads:
             return Faces(np.zeros((0, 4, 3)), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0, bool))
-        points, normals, colours = zip(*self.quads, strict=True)
-        return Faces(
-            np.array(points, float),
-            np.array(normals, float),
-            np.array(colours, float),
-            np.array(self.anchors),
-            np.array(self.fine),
-        )
+        points, normals, colours = (np.array(column, float) for column in zip(*self.quads, strict=True))
+        return Faces(points, normals, colours, np.array(self.anchors), np.array(self.fine))
 
 
 def box(x: tuple[float, float], y: tuple[float, float], z: tuple[float, float], rgb: Rgb) -> list[Quad]:
     """Return a box's five faces that a street camera may see (the back is against a wall)."""
     (x0, x1), (y0, y1), (z0, z1) = x, y, z
     return [
-        ([(x0, y0, z0), (x1, y0, z0), (x1, y0, z1), (x0, y0, z1)], (0, -1, 0), rgb),
+        (upright(x0, x1, y0, z0, z1), (0, -1, 0), rgb),
         ([(x0, y0, z0), (x0, y1, z0), (x0, y1, z1), (x0, y0, z1)], (-1, 0, 0), rgb),
         ([(x1, y0, z0), (x1, y1, z0), (x1, y1, z1), (x1, y0, z1)], (1, 0, 0), rgb),
         ([(x0, y0, z1), (x1, y0, z1), (x1, y1, z1), (x0, y1, z1)], (0, 0, 1), rgb),
@@ -80,9 +74,8 @@ def raise_relief(facade: Facade) -> Faces:
             parts.add(reveal(opening, darken(facade.house.wall_rgb, 0.86)))
     for panel in facade.panels:
         if panel.y0 == panel.y1:
-            parts.add(
-                box((panel.x0, panel.x1), (-panel.y0, 0.0), (0.0, panel.z1), darken(facade.house.wall_rgb, 0.95))[1:3]
-            )
+            rgb = darken(facade.house.wall_rgb, 0.95)
+            parts.add(box((panel.x0, panel.x1), (-panel.y0, 0.0), (0.0, panel.z1), rgb)[1:3])
     for block in facade.blocks:
         small = (block.x1 - block.x0) * (block.z1 - block.z0) < 0.4 and block.depth_m < 0.15
         parts.add(box((block.x0, block.x1), (-block.depth_m, 0.0), (block.z0, block.z1), block.rgb), fine=small)
@@ -117,14 +110,9 @@ def stretch_awning(awning: Awning) -> list[Quad]:
     quads: list[Quad] = []
     for i in range(stripes):
         a, b, rgb = edges[i], edges[i + 1], awning.rgb if i % 2 else awning.other_rgb
-        cloth = [
-            (a, -awning.depth_m, awning.z0),
-            (b, -awning.depth_m, awning.z0),
-            (b, 0.0, awning.z1),
-            (a, 0.0, awning.z1),
-        ]
         front, low = -awning.depth_m, awning.z0 - 0.22
-        valance = [(a, front, low), (b, front, low), (b, front, awning.z0), (a, front, awning.z0)]
+        cloth = [(a, front, awning.z0), (b, front, awning.z0), (b, 0.0, awning.z1), (a, 0.0, awning.z1)]
+        valance = upright(a, b, front, low, awning.z0)
         quads += [(cloth, up, rgb), (cloth, down, darken(rgb, 0.6)), (valance, (0.0, -1.0, 0.0), rgb)]
     return quads
 
@@ -132,21 +120,18 @@ def stretch_awning(awning: Awning) -> list[Quad]:
 def fence(rail: Rail) -> list[Quad]:
     """Return a railing: upright bars between two rails, with the sides of a deep balcony."""
     front = -rail.depth_m
-    facing = (0.0, -1.0, 0.0)
     if rail.step_m > rail.x1 - rail.x0 or rail.step_m > 1.0:
         return box((rail.x0, rail.x1), (front, 0.0), (rail.z0, rail.z1), rail.rgb)[:4]
 
-    def upright(x: float, y: float, wide: float) -> Quad:
-        corners = [(x, y, rail.z0), (x + wide, y, rail.z0), (x + wide, y, rail.z1), (x, y, rail.z1)]
-        return corners, facing, rail.rgb
+    z = rail.z0, rail.z1
+    bars = [upright(x, x + 0.025, front, *z) for x in np.arange(rail.x0, rail.x1, rail.step_m).tolist()]
+    sides = [(x, y) for x in (rail.x0, rail.x1) for y in np.arange(front, 0.0, rail.step_m).tolist()]
+    bars += [upright(x, x + 0.03, y, *z) for x, y in sides]
+    levels = (rail.z1 - 0.05, rail.z0 + 0.06, rail.z0 + 0.7)
+    bars += [upright(rail.x0, rail.x1, front, level, level + 0.05) for level in levels]
+    return [(bar, (0.0, -1.0, 0.0), rail.rgb) for bar in bars]
 
-    def level(z: float) -> Quad:
-        return (
-            [(rail.x0, front, z), (rail.x1, front, z), (rail.x1, front, z + 0.05), (rail.x0, front, z + 0.05)],
-            facing,
-            rail.rgb,
-        )
 
-    bars = [upright(float(x), front, 0.025) for x in np.arange(rail.x0, rail.x1, rail.step_m)]
-    bars += [upright(x, y, 0.03) for x in (rail.x0, rail.x1) for y in np.arange(front, 0.0, rail.step_m).tolist()]
-    return [*bars, level(rail.z1 - 0.05), level(rail.z0 + 0.06), level(rail.z0 + 0.7)]
+def upright(x0: float, x1: float, y: float, z0: float, z1: float) -> list[tuple[float, float, float]]:
+    """Return the corners of a rectangle that faces the street."""
+    return [(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)]

@@ -7,7 +7,7 @@ import numpy as np
 
 from sample_data.renderer.buildings import House
 from sample_data.renderer.facade_parts import Facade, darken
-from sample_data.renderer.relief import FaceList, Faces, Quad, box
+from sample_data.renderer.relief import FaceList, Faces, Quad, box, upright
 from sample_data.renderer.street_geometry import Array
 
 PITCH = math.tan(math.radians(38))
@@ -94,22 +94,15 @@ def raise_gable(facade: Facade, near: float, rise: float) -> list[Plane]:
     return [make_plane("roof", left, (0, -1, 0)), make_plane("roof", right, (0, 1, 0))]
 
 
-def raise_chimneys(house: House, facade: Facade) -> Faces:
+def raise_chimneys(facade: Facade) -> Faces:
     """Return the chimney stacks with their pots."""
-    parts = FaceList()
-    rise = {"side": house.depth_m / 2 * PITCH, "mansard": MANSARD_RISE_M, "hip": 2.5, "flat": 0.0}.get(
-        house.builder.roof, 1.0
-    )
+    house, parts = facade.house, FaceList()
+    rises = {"side": house.depth_m / 2 * PITCH, "mansard": MANSARD_RISE_M, "hip": 2.5, "flat": 0.0}
+    rise = rises.get(house.builder.roof, 1.0)
     brick = house.builder.wall_rgb if house.builder.wall == "brick" else (150, 96, 76)
-    if house.builder.style.floors[-1] > 5 and house.builder.roof == "flat":
-        parts.add(
-            box(
-                (house.width_m * 0.3, house.width_m * 0.3 + 3.0),
-                (3.0, 6.0),
-                (facade.height_m, facade.height_m + 1.6),
-                (140, 142, 144),
-            )
-        )
+    if house.builder.style["floors"][-1] > 5 and house.builder.roof == "flat":
+        x, z = house.width_m * 0.3, facade.height_m
+        parts.add(box((x, x + 3.0), (3.0, 6.0), (z, z + 1.6), (140, 142, 144)))
         return parts.faces()
     for i in range(house.chimneys):
         x = (0.15, house.width_m - 1.15)[(i + house.mirrored) % 2]
@@ -141,34 +134,17 @@ def dormer(house: House, x: float, base: float, y: float, slope: float) -> list[
     ridge, front = top + 0.4, (0.0, -1.0, 0.0)
     lead, trim, frame = darken(house.builder.roof_rgb, 0.8), house.builder.trim_rgb, house.builder.frame_rgb
 
-    def pane(x0: float, x1: float, z0: float, z1: float, rgb: tuple[int, int, int]) -> Quad:
-        return [(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], front, rgb
-
-    cheeks: list[Quad] = [
-        ([(left, y, base), (left, y, top), (left, back, top), (left, back, top)], (-1.0, 0.0, 0.0), lead),
-        ([(right, y, base), (right, y, top), (right, back, top), (right, back, top)], (1.0, 0.0, 0.0), lead),
-    ]
     over, far = 0.12, back + 0.4 / slope
-    roofs: list[Quad] = [
-        (
-            [(left - over, y - over, top - 0.05), (x, y - over, ridge), (x, far, ridge), (left - over, far, top)],
-            (-0.54, 0.0, 0.84),
-            lead,
-        ),
-        (
-            [(right + over, y - over, top - 0.05), (x, y - over, ridge), (x, far, ridge), (right + over, far, top)],
-            (0.54, 0.0, 0.84),
-            lead,
-        ),
+    cheeks, roofs = list[Quad](), list[Quad]()
+    for side, eave, sign in ((left, left - over, -1.0), (right, right + over, 1.0)):
+        cheeks.append(([(side, y, base), (side, y, top), (side, back, top), (side, back, top)], (sign, 0, 0), lead))
+        slab = [(eave, y - over, top - 0.05), (x, y - over, ridge), (x, far, ridge), (eave, far, top)]
+        roofs.append((slab, (0.54 * sign, 0.0, 0.84), lead))
+    window: list[Quad] = [
+        (upright(left, right, y, base, top), front, trim),
+        (upright(left + 0.16, right - 0.16, y, base + 0.12, top - 0.1), front, frame),
+        (upright(left + 0.23, x - 0.03, y, base + 0.2, top - 0.17), front, (88, 98, 110)),
+        (upright(x + 0.03, right - 0.23, y, base + 0.2, top - 0.17), front, (78, 88, 100)),
     ]
-    gable: Quad = (
-        [(left - over, y, top - 0.05), (right + over, y, top - 0.05), (x, y, ridge), (x, y, ridge)],
-        front,
-        trim,
-    )
-    window = [
-        pane(left, right, base, top, trim), pane(left + 0.16, right - 0.16, base + 0.12, top - 0.1, frame),
-        pane(left + 0.23, x - 0.03, base + 0.2, top - 0.17, (88, 98, 110)),
-        pane(x + 0.03, right - 0.23, base + 0.2, top - 0.17, (78, 88, 100)),
-    ]  # fmt: skip
-    return [*cheeks, *roofs, *window, gable]
+    gable = [(left - over, y, top - 0.05), (right + over, y, top - 0.05), (x, y, ridge), (x, y, ridge)]
+    return [*cheeks, *roofs, *window, (gable, front, trim)]

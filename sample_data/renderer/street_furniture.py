@@ -120,9 +120,8 @@ def grow_sprite(tree: Tree, drive: Drive, seed: int) -> Image.Image:
     wide, tall = ((0.4, 0.36), (0.34, 0.38), (0.45, 0.32))[tree.kind]
     reach *= 1 + 0.13 * np.sin(3 * turn + rng.uniform(0, 6)) + 0.09 * np.sin(7 * turn + rng.uniform(0, 6))
     x, y = 0.5 + wide * reach * np.cos(turn), 0.39 - tall * reach * np.sin(turn)
-    sunny = np.clip(0.6 - 0.55 * (y - 0.39) / tall + 0.35 * drive.sun[0] * (x - 0.5) / wide, 0, 1.3) + rng.normal(
-        0, 0.16, count
-    )
+    sunny = np.clip(0.6 - 0.55 * (y - 0.39) / tall + 0.35 * drive.sun[0] * (x - 0.5) / wide, 0, 1.3)
+    sunny += rng.normal(0, 0.16, count)
     radius = rng.uniform(1.2, 4.2, count)
     for i in np.argsort(sunny + rng.normal(0, 0.25, count)).tolist():
         tone = darken(rgb, level * (0.5 + 0.62 * float(sunny[i].clip(0, 1.4))))
@@ -150,23 +149,13 @@ def paint_tree(canvas: Canvas, tree: Tree, sprite: Image.Image) -> None:
         return
     tall = float(np.hypot(*(ends[0] - ends[1])))
     left, top = float(ends[0, 0] - tall / 2), float(ends[1, 1])
-    size = canvas.camera.size
-    x0, y0, x1, y1 = (
-        max(0, round(left)),
-        max(0, round(top)),
-        min(size, round(left + tall)),
-        min(size, round(top + tall)),
-    )
+    size, scale = canvas.camera.size, SPRITE_PX / tall
+    x0, x1 = max(0, round(left)), min(size, round(left + tall))
+    y0, y1 = max(0, round(top)), min(size, round(top + tall))
     if x1 <= x0 or y1 <= y0 or tall < 4:
         return
-    scale = SPRITE_PX / tall
-    region = ((x0 - left) * scale, (y0 - top) * scale, (x1 - left) * scale, (y1 - top) * scale)
-    inside = (
-        max(0.0, region[0]),
-        max(0.0, region[1]),
-        min(float(SPRITE_PX), region[2]),
-        min(float(SPRITE_PX), region[3]),
-    )
+    low = max(0.0, (x0 - left) * scale), max(0.0, (y0 - top) * scale)
+    inside = (*low, min(float(SPRITE_PX), (x1 - left) * scale), min(float(SPRITE_PX), (y1 - top) * scale))
     sampling = Image.Resampling.BILINEAR if tall < SPRITE_PX else Image.Resampling.NEAREST
     patch = sprite.resize((x1 - x0, y1 - y0), sampling, box=inside)
     canvas.image.paste(patch, (x0, y0), patch)
@@ -222,10 +211,8 @@ def paint_car(canvas: Canvas, car: Car) -> None:
         panes = [[(a + 0.02, z0 + 0.06), (b + 0.02, z1 - 0.16), (b + 0.12, z1 - 0.16), (b + 0.12, z0 + 0.06)]]
     else:
         rear = [(middle + 0.01, z0 + 0.05), (middle + 0.01, z1 - 0.08), (c - 0.01, z1 - 0.08), (d - 0.04, z0 + 0.07)]
-        panes = [
-            [(a + 0.05, z0 + 0.05), (b + 0.015, z1 - 0.08), (middle - 0.01, z1 - 0.08), (middle - 0.01, z0 + 0.05)],
-            rear,
-        ]
+        fore = [(a + 0.05, z0 + 0.05), (b + 0.015, z1 - 0.08), (middle - 0.01, z1 - 0.08), (middle - 0.01, z0 + 0.05)]
+        panes = [fore, rear]
     for pane in panes:
         canvas.paint_polygon(side(pane, 0.16), (np.array((66, 76, 86)) * light).clip(0, 255))
     for share in (0.19, 0.8):

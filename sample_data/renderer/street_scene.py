@@ -115,9 +115,8 @@ class Scene:
             left, right, y = model.lot.x_m, model.lot.x_m + model.house.width_m, model.lot.setback_m
             reach = cast * model.facade.height_m
             if cast[1] < 0:
-                yield np.array(
-                    [(left, y), (right, y), (right + reach[0], y + reach[1]), (left + reach[0], y + reach[1])]
-                )
+                end = y + reach[1]
+                yield np.array([(left, y), (right, y), (right + reach[0], end), (left + reach[0], end)])
             else:
                 yield np.array([(left - 0.2, y), (right + 0.2, y), (right + 0.2, y - 0.4), (left - 0.2, y - 0.4)])
         turn = np.linspace(0, 2 * np.pi, 16, endpoint=False)
