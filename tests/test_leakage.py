@@ -66,6 +66,7 @@ def test_panoramas_and_datasets_of_several_splits_are_counted_and_dropped_buildi
     assert measure_leakage(make_inventory(buildings, codes, panoramas), splits) == {
         "test_buildings": 1,
         "test_buildings_with_train_within_m": {"10": 0, "25": 0, "50": 0},
+        "buildings_without_position": 0,
         "panoramas": 4,
         "panoramas_in_several_splits": 2,
         "datasets_in_several_splits": 1,

@@ -24,3 +24,23 @@ def earth_centred_m(lat: Any, lon: Any) -> NDArray[np.float64]:
     lat, lon = np.radians(lat), np.radians(lon)
     unit = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
     return np.asarray(EARTH_RADIUS_M * unit)
+
+
+def mean_positions(
+    codes: NDArray[Any], lat: NDArray[np.float64], lon: NDArray[np.float64], num_groups: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean latitude and longitude (B,) in degrees of each group's points (N,), NaN for a group without any.
+
+    Points that are not finite do not count. A group on both sides of the antimeridian has its mean near there.
+    """
+    is_known = np.isfinite(lat) & np.isfinite(lon)
+    codes, lat, lon = codes[is_known], lat[is_known], lon[is_known]
+    west, east = np.full(num_groups, np.inf), np.full(num_groups, -np.inf)
+    np.minimum.at(west, codes, lon)
+    np.maximum.at(east, codes, lon)
+    # All other groups keep the plain mean, to the last bit: a building must not change its cell.
+    lon = np.where((east - west > 180)[codes] & (lon < west[codes] + 180), lon + 360, lon)
+    with np.errstate(invalid="ignore"):
+        mean_lat, mean_lon = (np.bincount(codes, values, num_groups) / np.bincount(codes, minlength=num_groups)
+                              for values in (lat, lon))  # fmt: skip
+    return mean_lat, np.where(mean_lon > 180, mean_lon - 360, mean_lon)

@@ -20,6 +20,7 @@ from pipeline.files.tables import (
     stored_fields,
 )
 from pipeline.log import logger
+from pipeline.retrieval.geography import mean_positions
 from preprocess_raw_data.merging.splits import Buildings
 
 INVENTORY_COLUMNS = {
@@ -67,7 +68,6 @@ def take_inventory(paths: list[Path]) -> Inventory:
     ids = pa.concat_tables(tables)
     building_ids, codes = encode(ids["building_id"])
     rows = {name: ids[name].to_numpy() for name in ("dataset_id", "street_view_id", "target_lat", "target_lon")}
-    counts = np.bincount(codes)
     dataset_ids = np.empty(len(building_ids), np.int64)
     dataset_ids[codes[::-1]] = rows["dataset_id"][::-1]  # the first row's, should they differ
     kind = schema.field("embedding").type
@@ -77,10 +77,7 @@ def take_inventory(paths: list[Path]) -> Inventory:
         np.split(codes, np.cumsum([len(table) for table in tables])[:-1]),
         code_panoramas(rows["dataset_id"], rows["street_view_id"]),
         Buildings(
-            building_ids,
-            dataset_ids,
-            np.bincount(codes, rows["target_lat"]) / counts,
-            np.bincount(codes, rows["target_lon"]) / counts,
+            building_ids, dataset_ids, *mean_positions(codes, rows["target_lat"], rows["target_lon"], len(building_ids))
         ),
         kind.list_size * kind.value_type.bit_width // 8 + BYTES_BESIDE_EMBEDDING,
         pa.schema([field for field in schema if field.name not in dropped]),

@@ -24,6 +24,7 @@ def measure_leakage(inventory: Inventory, splits: Splits) -> dict[str, Any]:
     return {
         "test_buildings": int((splits == SPLITS.index("test")).sum()),
         "test_buildings_with_train_within_m": {str(radius): count for radius, count in within.items()},
+        "buildings_without_position": int((np.isnan(inventory.buildings.mean_lat) & (splits >= 0)).sum()),
         "panoramas": panoramas,
         "panoramas_in_several_splits": shared,
         "datasets_in_several_splits": count_shared(datasets.reshape(-1), splits)[1],
@@ -32,7 +33,8 @@ def measure_leakage(inventory: Inventory, splits: Splits) -> dict[str, Any]:
 
 def count_near(buildings: Buildings, splits: Splits) -> dict[int, int]:
     """Return, for each of RADII_M, how many test buildings have a training building that near."""
-    train, test = (np.flatnonzero(splits == SPLITS.index(name)) for name in ("train", "test"))
+    is_known = np.isfinite(buildings.mean_lat)
+    train, test = (np.flatnonzero((splits == SPLITS.index(name)) & is_known) for name in ("train", "test"))
     if not (len(train) and len(test)):
         return dict.fromkeys(RADII_M, 0)
     from scipy.spatial import cKDTree  # scikit-learn's takes seconds to import
@@ -57,6 +59,9 @@ def log_leakage(counts: dict[str, Any]) -> None:
         f"{radius} m {count} ({100 * count / total:.1f} %)"
         for radius, count in counts["test_buildings_with_train_within_m"].items()
     )
+    if counts["buildings_without_position"]:
+        logger.warning("%d buildings have no finite target_lat, target_lon: they have no cell, and none counts as near",
+                       counts["buildings_without_position"])  # fmt: skip
     shared = counts["panoramas_in_several_splits"]
     logger.info(
         "leakage: of %d test buildings have a training building within %s; of %d panoramas %d (%.1f %%) are in several "

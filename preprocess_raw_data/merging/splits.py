@@ -27,7 +27,7 @@ class Buildings:
 
     ids: pa.StringArray  # (B,)
     dataset_ids: NDArray[np.int64]  # (B,)
-    mean_lat: NDArray[np.float64]  # (B,) degrees, the mean over the building's images
+    mean_lat: NDArray[np.float64]  # (B,) degrees, the mean over the building's images, NaN without a position
     mean_lon: NDArray[np.float64]
 
     def __len__(self) -> int:
@@ -64,12 +64,15 @@ def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float
 
 
 def name_units(buildings: Buildings, data: DataSection) -> Iterator[str]:
-    """Name each building's unit, which goes to one split as a whole: itself, its cell, or its dataset."""
+    """Name each building's unit, which goes to one split as a whole: itself, its cell if known, or its dataset."""
     if data.split_unit == "dataset":
         return (f"dataset:{dataset_id}" for dataset_id in buildings.dataset_ids)
+    ids = iterate_strings(buildings.ids)
     if data.split_cell_m > 0:
-        return name_cells(buildings.mean_lat, buildings.mean_lon, data.split_cell_m)
-    return iterate_strings(buildings.ids)
+        cells = name_cells(buildings.mean_lat, buildings.mean_lon, data.split_cell_m)
+        is_known = np.isfinite(buildings.mean_lat)
+        return (cell if known else building for cell, building, known in zip(cells, ids, is_known, strict=True))
+    return ids
 
 
 def iterate_strings(column: pa.StringArray) -> Iterator[str]:

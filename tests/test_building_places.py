@@ -1,0 +1,50 @@
+"""Where stage 3 takes a building to be: at the antimeridian, and without a position."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from embedding_files import make_rows, place_of, write
+
+from pipeline.config import DataSection
+from pipeline.files import tables
+from preprocess_raw_data import merge_and_split
+from preprocess_raw_data.merging.splits import SPLITS, choose_split, name_cells
+
+
+@pytest.fixture
+def stage(tmp_path, write_config, run_main):
+    config = write_config(tmp_path)
+
+    def run(*settings):
+        options = [word if word.startswith("--") else f"--set={word}" for word in settings]
+        return run_main(merge_and_split.main, "--config", config, *options)
+
+    return run
+
+
+def test_buildings_without_a_position_are_counted_and_split_by_their_ids(tmp_path, stage):
+    table = make_rows(1, [2] * 40)
+    lat = table["target_lat"].to_numpy().copy()
+    lat[:20], lat[20:30], lat[30] = np.nan, np.inf, -np.inf  # the last one of a pair whose other image has one
+    write(tmp_path, 1, table.set_column(4, "target_lat", pa.array(lat)))
+    outcome = stage("data.split_cell_m=1000")
+    assert outcome.code == 0, outcome.stderr
+    found = place_of(tmp_path)
+    assert len(found) == 40
+    expected = {f"0001_{number}": SPLITS[choose_split(42, f"0001_{number}", DataSection())] for number in range(1, 16)}
+    assert {building: found[building] for building in expected} == expected
+    assert "15 buildings have no finite target_lat, target_lon" in outcome.stderr
+    leakage = tables.read_provenance(tmp_path / "merged" / "train.parquet")["leakage"]["written"]
+    assert leakage["buildings_without_position"] == 15
+
+
+def test_a_building_on_both_sides_of_the_antimeridian_has_its_cell_there(tmp_path, stage):
+    table = make_rows(1, [2] * 30)
+    west = np.tile([179.99999, -179.99999], 30)
+    write(tmp_path, 1, table.set_column(5, "target_lon", pa.array(west)))
+    assert stage("data.split_cell_m=200").code == 0
+    places = [(lat, 180.0) for lat in table["target_lat"].to_numpy().reshape(30, 2).mean(axis=1)]
+    cells = name_cells(*(np.array(values) for values in zip(*places, strict=True)), 200.0)
+    expected = [SPLITS[choose_split(42, cell, DataSection())] for cell in cells]
+    found = place_of(tmp_path)
+    assert [found[f"0001_{number}"] for number in range(1, 31)] == expected
