@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.config_text import apply_override, read_toml, suggest
 from pipeline.errors import ConfigError
+from pipeline.reference.settings import SECTIONS, find_rule
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
@@ -58,12 +59,8 @@ class EmbeddingModelSection(Section):
     pooling_type: Literal["pooler_output", "cls_token", "cls_mean"] = Field(
         "pooler_output", description="output to keep; cls_mean: CLS token and mean of the patches, twice the width"
     )
-    image_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="side of the backbone's input in pixels; auto: its image processor's own"
-    )
-    scales: list[PositiveInt] = Field(
-        [], description="several sides in pixels; the embedding is the normalised mean over them"
-    )
+    image_size: PositiveInt | Literal["auto"] = Field("auto", description="input side in pixels; auto: the processor's")
+    scales: list[PositiveInt] = Field([], description="several input sides; the embedding is their normalised mean")
     flip: bool = Field(False, description="average the embeddings of an image and its mirror image")
     batch_size: PositiveInt | Literal["auto"] = Field("auto", description="images a pass, at most")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -105,23 +102,15 @@ class DataSection(Section):
     )
     split_cell_m: float = Field(0.0, ge=0.0, description="metres; above 0: split by geographic cells of this size")
     split_file: str | None = Field(None, description="parquet or CSV of building_id, split; overrides the hash")
-    max_reject_fraction: float = Field(
-        0.2, ge=0.0, le=1.0, description="largest share of rejects; a run with more fails"
-    )
-    allow_missing_embeddings: bool = Field(
-        False, description="stage 3 drops tars without embeddings instead of failing"
-    )
+    max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="a run with a larger share of rejects fails")
+    allow_missing_embeddings: bool = Field(False, description="stage 3 drops tars without embeddings")
     memory_mb: int = Field(1024, ge=16, description="MiB of embeddings in memory in stage 3")
 
     @model_validator(mode="after")
-    def _ratios_sum_to_one(self) -> "DataSection":
+    def _one_whole_split(self) -> "DataSection":
         total = self.train_ratio + self.val_ratio + self.test_ratio
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"train_ratio, val_ratio, test_ratio: must sum to 1, they sum to {total:g}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_split_unit(self) -> "DataSection":
         if self.split_unit == "dataset" and self.split_cell_m > 0:
             raise ValueError('split_unit, split_cell_m: "dataset" holds out whole tars, so split_cell_m must be 0')
         return self
@@ -145,9 +134,7 @@ class DifficultySection(Section):
     pca_components: int = Field(32, ge=1, description="dimensions of the search space")
     backend: Literal["auto", "balltree", "torch"] = Field("auto", description="exact search engine")
     exclude_within_m: float = Field(0.0, ge=0.0, description="metres; ignore nearer targets; 0: off")
-    allow_missing_fingerprints: bool = Field(
-        False, description="stage 5 drops tars without fingerprints instead of failing"
-    )
+    allow_missing_fingerprints: bool = Field(False, description="stage 5 drops tars without fingerprints")
 
 
 class TrainingModelSection(Section):
@@ -157,9 +144,7 @@ class TrainingModelSection(Section):
     output_dim: int = Field(256, ge=1, description="width of the final embedding")
     hidden_dim: int = Field(512, ge=1, description="width of the hidden layers")
     num_hidden_layers: int = Field(1, ge=0, description="hidden layers of the MLP branch; 0: linear shortcut only")
-    hidden_dim_multiplier: float = Field(
-        1.0, gt=0.0, le=1.0, description="width of each hidden layer relative to the previous one"
-    )
+    hidden_dim_multiplier: float = Field(1.0, gt=0.0, le=1.25, description="a hidden layer's width by the one before")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the hidden layers")
     activation: Literal["relu", "gelu", "silu"] = Field("gelu", description="activation of the hidden layers")
 
@@ -168,9 +153,9 @@ class TrainingModelSection(Section):
         """The widths of the hidden layers where they differ, else None."""
         if self.hidden_dim_multiplier == 1.0:
             return None
-        widths: list[int] = []
-        for _ in range(self.num_hidden_layers):
-            widths.append(max(1, int(widths[-1] * self.hidden_dim_multiplier)) if widths else self.hidden_dim)
+        widths = [self.hidden_dim][: self.num_hidden_layers]
+        while len(widths) < self.num_hidden_layers:
+            widths.append(max(16, round(widths[-1] * self.hidden_dim_multiplier)))
         return widths
 
 
@@ -181,15 +166,11 @@ class TrainingSection(Section):
     batch_size: int = Field(512, ge=1, description="anchors a step")
     # Loss, rates, temperature and noise: chosen on 300 to 3,000 buildings; docs/training.md has the tables.
     learning_rate: float = Field(
-        1e-2,
-        gt=0.0,
-        description="peak learning rate (AdamW) of the MLP branch, before scaling by layer width and passes an epoch",
+        1e-2, gt=0.0, description="peak rate (AdamW) of the MLP branch, before scaling by width and passes an epoch"
     )
     shortcut_learning_rate: float = Field(1e-2, ge=0.0, description="the same for the linear shortcut")
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
-    loss: Literal["multi_similarity", "supcon", "triplet"] = Field(
-        "multi_similarity", description="Multi-Similarity, supervised contrastive or triplet loss"
-    )
+    loss: Literal["multi_similarity", "supcon", "triplet"] = Field("multi_similarity", description="loss function")
     margin: float = Field(0.1, gt=0.0, description="triplet margin, in units of triplet_distance")
     triplet_distance: Literal["euclidean", "cosine"] = Field(
         "euclidean", description="distance of the triplet loss; cosine: 1 - cosine"
@@ -197,8 +178,7 @@ class TrainingSection(Section):
     temperature: float = Field(0.1, gt=0.0, description="temperature of supcon")
     input_noise: float = Field(1.2, ge=0.0, description="noise on the inputs, in within-building standard deviations")
     init: Literal["sharpened", "whitening", "pca", "random"] = Field(
-        "sharpened",
-        description="start of the linear shortcut; sharpened: sharpened or plain whitening, by validation",
+        "sharpened", description="start of the linear shortcut; sharpened: sharpened or plain whitening, by validation"
     )
     init_checkpoint: str | None = Field(None, description="start from this checkpoint instead of init")
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
@@ -210,7 +190,7 @@ class TrainingSection(Section):
     warmup_epochs: float = Field(1.0, ge=0.0, description="epochs of linear warm-up")
     grad_clip: float = Field(1.0, gt=0.0, description="largest gradient norm")
     patience: int = Field(
-        10, ge=1, description="consecutive epochs two standard errors below the best before training stops"
+        10, ge=0, description="consecutive epochs two standard errors below the best before training stops; 0: never"
     )
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
     anchors_per_epoch: PositiveInt | Literal["auto"] = Field(
@@ -237,13 +217,9 @@ class LoggingSection(Section):
     """`[logging]`"""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level to log")
-    progress_interval_seconds: float = Field(
-        30.0, gt=0.0, description="seconds between progress lines outside a terminal"
-    )
+    progress_interval_seconds: float = Field(30.0, gt=0.0, description="seconds between progress lines off a terminal")
     tensorboard: bool = Field(False, description="also write checkpoint_dir/_tensorboard")
-    wandb: Literal["off", "offline", "online"] = Field(
-        "off", description="also write a Weights & Biases run to checkpoint_dir/_wandb"
-    )
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases: checkpoint_dir/_wandb too")
     wandb_project: str = Field("spatial-building-embeddings", min_length=1, description="its project")
     wandb_run_name: str | None = Field(None, description="its name; not set: chosen by Weights & Biases")
 
@@ -310,12 +286,8 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
     Raises ConfigError with every problem.
     """
     path = Path(path)
-    try:
-        tables = read_toml(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}): give --config PATH") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    tables = read_toml(path)
+    is_old = any(_is_old(section, content) for section, content in tables.items())
     problems = [problem for override in overrides or [] if (problem := apply_override(tables, override))]
     if "file_path" in tables:  # a field of Config, but not a section
         problems.append(f"{path}: [file_path]: unknown section{suggest(list_keys(), 'file_path')}")
@@ -325,10 +297,23 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
         by_place: dict[Any, list[Any]] = {}  # one setting of two allowed types has an error for each
         for details in error.errors():
             by_place.setdefault(details["loc"][:2], []).append(details)
-        raise ConfigError(problems + [_describe(path, found) for found in by_place.values()]) from None
+        problems += [_describe(path, found) for found in by_place.values()]
+        if is_old:
+            problems.append(
+                f"{path}: has keys of the reference implementation: python -m pipeline.migrate {path} maps them"
+            )
+        raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _is_old(section: str, content: Any) -> bool:
+    """Tell whether a section, or a key in it, has a name of the reference implementation that is not valid here."""
+    valid = list_keys()
+    keys = content if isinstance(content, dict) else ()
+    is_old_section = section in SECTIONS and section not in valid
+    return is_old_section or any(key not in valid.get(section, ()) and find_rule(section, key) for key in keys)
 
 
 def _describe(path: Path, errors: list[Any]) -> str:
@@ -339,7 +324,9 @@ def _describe(path: Path, errors: list[Any]) -> str:
     key = location[1] if len(location) > 1 and location[1] not in ("int", "str", "float") else None
     where = f"{path}: [{section}]" + (f".{key}" if key else "")
     if details["type"] == "extra_forbidden":
-        return f"{where}: unknown {'key' if key else 'section'}{suggest(list_keys(), section, key)}"
+        rule = find_rule(section, key) if key else None
+        hint = "; it is [{}].{} now".format(*rule) if isinstance(rule, tuple) else suggest(list_keys(), section, key)
+        return f"{where}: unknown {'key' if key else 'section'}{hint}"
     if details["type"] == "value_error":
         return f"{where}: {details['ctx']['error']}"
     allowed = " or ".join(error["msg"][:1].lower() + error["msg"][1:] for error in errors)

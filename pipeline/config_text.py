@@ -7,19 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ConfigError
+
 # How alike a name must be to be proposed (difflib's ratio): of 340 slips of one letter in valid keys 0.75 finds the
 # right key for all, and for 3 of 45 unrelated names it proposes one; at 0.6 for 15, at 0.8 five slips are missed.
 _NEAR = 0.75
-# [training].triplets_per_epoch of the reference implementation counts anchors here.
-_RENAMED = {("training", "triplets_per_epoch"): "it is anchors_per_epoch now"}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return a TOML file's tables, without a byte-order mark.
+    """Return a configuration's tables, without a byte-order mark.
 
-    Raises OSError if it cannot be read, ValueError if it is no TOML in UTF-8.
+    Raises ConfigError if the file cannot be read or is no TOML in UTF-8.
     """
-    return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}): correct the path") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
 def apply_override(tables: dict[str, Any], override: str) -> str | None:
@@ -27,10 +32,8 @@ def apply_override(tables: dict[str, Any], override: str) -> str | None:
     if override.endswith(".toml") and "=" not in override:
         try:
             settings = read_toml(Path(override))
-        except OSError as error:
-            return f"--set {override}: cannot read it ({error.strerror})"
-        except ValueError as error:
-            return f"--set {override}: not valid TOML: {error}"
+        except ConfigError as error:
+            return f"--set {error}"
     elif match := re.fullmatch(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)=(.*)", override, re.DOTALL):
         section, key, text = match.groups()
         try:
@@ -52,8 +55,6 @@ def suggest(valid: Mapping[str, Sequence[str]], section: str, key: str | None = 
     `valid` has the keys of each section. First comes a key of this very name in another section, then a near one of
     the same section, then of any.
     """
-    if key and (section, key) in _RENAMED:
-        return f"; {_RENAMED[section, key]}"
     name = key or section
     found = [] if key else difflib.get_close_matches(section, valid, n=1, cutoff=_NEAR)
     found = found or [f"[{other}].{name}" for other, keys in valid.items() if name in keys]

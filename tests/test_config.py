@@ -142,7 +142,10 @@ def test_an_override_of_another_form_is_refused(tmp_path, override):
         ("training.hidden_dims=1", "[training].hidden_dims: unknown key; did you mean [training_model].hidden_dim?"),
         ("logging.batch_size=1", "unknown key; did you mean [embedding_model].batch_size or [training].batch_size?"),
         ("seed.x=1", "[seed]: unknown section; did you mean [global].seed?"),
-        ("training.triplets_per_epoch=1", "[training].triplets_per_epoch: unknown key; it is anchors_per_epoch now"),
+        (
+            "training.triplets_per_epoch=1",
+            "triplets_per_epoch: unknown key; it is [training].anchors_per_epoch now",
+        ),
         ("training.hard_mining=true", "[training].hard_mining: unknown key"),
         ("training.share_within_building=true", "[training].share_within_building: unknown key"),
         ("training.input_dropout=0.3", "[training].input_dropout: unknown key"),
@@ -167,6 +170,14 @@ def test_what_is_no_section_is_refused(tmp_path, text, answer):
     assert any(answer in problem for problem in problems_of(write(tmp_path, text)))
 
 
+def test_an_old_file_names_the_command_that_maps_it(tmp_path):
+    path = write(tmp_path, "[triplet_training]\nbatch_size = 5\n[training]\nloss_distance = 'cosine'")
+    assert problems_of(path)[-1] == (
+        f"{path}: has keys of the reference implementation: python -m pipeline.migrate {path} maps them"
+    )
+    assert len(problems_of(write(tmp_path, "[training]\nmargn = 1"))) == 1
+
+
 @pytest.mark.parametrize("override", ["data.temp_dir=1", "training.optimizer=1", "slurm.account=1"])
 def test_nothing_is_proposed_where_nothing_is_near(tmp_path, override):
     (found,) = problems_of(write(tmp_path, ""), override)
@@ -184,7 +195,7 @@ def test_a_byte_order_mark_is_passed_over(tmp_path):
 
 def test_a_missing_file_and_one_that_is_not_toml_are_named(tmp_path):
     assert problems_of(tmp_path / "none.toml") == [
-        f"{tmp_path / 'none.toml'}: cannot read the configuration (No such file or directory): give --config PATH"
+        f"{tmp_path / 'none.toml'}: cannot read the configuration (No such file or directory): correct the path"
     ]
     (found,) = problems_of(tmp_path)
     assert "Is a directory" in found
@@ -267,8 +278,15 @@ def test_every_key_says_what_it_is():
                 assert field.description, key
 
 
-def test_hidden_layers_shrink_by_the_multiplier_and_are_rounded_down():
+def test_each_hidden_layer_is_the_one_before_times_the_multiplier_at_least_sixteen():
     section = TrainingModelSection(hidden_dim=384, num_hidden_layers=3, hidden_dim_multiplier=0.75)
     assert section.hidden_dims == [384, 288, 216]
-    assert TrainingModelSection(hidden_dim=3, num_hidden_layers=3, hidden_dim_multiplier=0.4).hidden_dims == [3, 1, 1]
+    assert TrainingModelSection(hidden_dim=25, num_hidden_layers=3, hidden_dim_multiplier=0.7).hidden_dims == [
+        25,
+        18,
+        16,
+    ]
+    wider = TrainingModelSection(hidden_dim=512, num_hidden_layers=3, hidden_dim_multiplier=1.25)
+    assert wider.hidden_dims == [512, 640, 800]
+    assert TrainingModelSection(num_hidden_layers=0, hidden_dim_multiplier=0.5).hidden_dims == []
     assert TrainingModelSection(hidden_dim=384, num_hidden_layers=3).hidden_dims is None

@@ -5,31 +5,58 @@ import tomllib
 import pytest
 
 from pipeline import migrate
-from pipeline.config import load_config
+from pipeline.config import list_keys, load_config
+from pipeline.reference.settings import RULES, SECTIONS
 
 OLD = """
+[global]
 seed = 7
 [paths]
 raw_dir = "data/rawß"
-temp_dir = "/tmp/x"
+merged_dir = "data/merged"
 [embedding_model]
 model_name = "a/b"
+[generate_embeddings]
 batch_size = 16
+output_dir = "data/embeddings"
+[compute_visual_neighbors]
+output_parquet_path = "data/difficulty.parquet"
+[infrastructure]
 num_workers = 4
-[training]
-hidden_dim = 384
-lr = 0.001
-learning_rate = 0.01
-batch_size = 256
-optimizer = "adamw"
-num_epochs = "many"
-[difficulty]
-n_neighbors = 20
-leaf_size = 40
-[process]
 batch_size = 8
-[tuning]
-n_trials = 50
+[data]
+batch_size = 100000
+sample_fraction_for_bands = 0.1
+[training_model]
+hidden_dim = 384
+num_hidden_layers = 3
+hidden_dim_multiplier = 1.25
+use_layer_norm = true
+[triplet_training]
+batch_size = 256
+[training]
+train_parquet_path = "data/merged/train.parquet"
+val_parquet_path = "data/merged/val.parquet"
+learning_rate = 0.001
+num_epochs = "many"
+margin = 0.2
+loss_distance = "cosine"
+sample_fraction = 0.5
+val_sample_fraction = 0.5
+sample_buildings = 1000
+val_sample_buildings = 100
+samples_per_epoch = 5000
+retrieval_metric_k = 10
+best_training_metric_name = "recall"
+early_stopping_patience = 0
+resume_from_checkpoint = "old/checkpoint_epoch_3.pt"
+ucb_alpha = 1.5
+optimizer = "adamw"
+neighbours = 3
+[logging]
+wandb_enabled = true
+wandb_mode = "offline"
+wandb_project = "buildings"
 """
 
 
@@ -47,25 +74,75 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
     assert outcome.code == 0
     assert tomllib.loads(outcome.stdout) == {
         "global": {"seed": 7},
-        "paths": {"raw_dir": "data/rawß"},
+        "paths": {
+            "raw_dir": "data/rawß",
+            "merged_dir": "data/merged",
+            "embeddings_dir": "data/embeddings",
+            "difficulty_metadata_path": "data/difficulty.parquet",
+        },
         "embedding_model": {"model_name": "a/b", "batch_size": 16},
-        "difficulty": {"neighbors": 20},
-        "training_model": {"hidden_dim": 384},
-        "training": {"learning_rate": 0.01, "batch_size": 256},
+        "difficulty": {"sample_fraction_for_bands": 0.1},
+        "training_model": {"hidden_dim": 384, "num_hidden_layers": 3, "hidden_dim_multiplier": 1.25},
+        "training": {
+            "batch_size": 256,
+            "learning_rate": 0.001,
+            "loss": "triplet",
+            "triplet_distance": "cosine",
+            "margin": 0.2,
+            "anchors_per_epoch": 5000,
+            "patience": 0,
+            "init_checkpoint": "old/checkpoint_epoch_3.pt",
+            "band_sampling": "ucb",
+        },
         "infrastructure": {"num_workers": 4},
+        "logging": {"wandb": "offline", "wandb_project": "buildings"},
     }
     listed = dict(line[2:].split(": ", 1) for line in outcome.stdout.splitlines() if line.startswith("# ["))
+    fewer = "train_specialized_embeddings/tune.py --sample-buildings trains the trials on fewer buildings"
+    validation = "every validation has mAP, MRR and Recall@k; [training].validation_images bounds it"
     assert listed == {
-        "[paths].temp_dir": "tars are streamed and nothing is extracted to disk",
-        "[training].lr": "[training].learning_rate is set by [training].learning_rate",
-        "[training].optimizer": migrate.UNKNOWN,
+        "[infrastructure].batch_size": "memory is bounded by [data].memory_mb",
+        "[data].batch_size": "memory is bounded by [data].memory_mb",
+        "[training_model].use_layer_norm": "stage 6 trains without; an old checkpoint keeps its LayerNorms",
         "[training].num_epochs": "its value 'many' does not fit: input should be a valid integer",
-        "[difficulty].leaf_size": "the search is exact, and [difficulty].backend names its engine",
-        "[process].batch_size": "choose one of [embedding_model].batch_size, [training].batch_size",
-        "[tuning].n_trials": "it is an option of train_specialized_embeddings/tune.py: docs/tuning.md",
+        "[training].sample_fraction": fewer,
+        "[training].val_sample_fraction": fewer,
+        "[training].sample_buildings": fewer,
+        "[training].val_sample_buildings": fewer,
+        "[training].retrieval_metric_k": validation,
+        "[training].best_training_metric_name": validation,
+        "[training].ucb_alpha": "the bandit has no other setting here",
+        "[training].optimizer": "nothing here has this name: docs/configuration.md lists every key",
+        "[training].neighbours": (
+            "nothing here has this name; did you mean [difficulty].neighbors?: docs/configuration.md lists every key"
+        ),
     }
     (tmp_path / "new.toml").write_text(outcome.stdout, encoding="utf-8")
-    assert load_config(tmp_path / "new.toml").training_model.hidden_dim == 384
+    assert load_config(tmp_path / "new.toml").training_model.hidden_dims == [384, 480, 600]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "noted"),
+    [
+        ("[training]\nwandb_enabled = false\nwandb_mode = 'online'", {"logging": {"wandb": "off"}}, ""),
+        ("[training]\nwandb_mode = 'disabled'", {"logging": {"wandb": "off"}}, ""),
+        ("[training]\nmargin = 0.2", {"training": {"margin": 0.2}}, 'idle unless [training].loss = "triplet"'),
+        ("[training]\nresume_from_checkpoint = 'auto'", {}, "stage 6 resumes by itself"),
+        ("[training]\nucb_enabled = false", {"training": {"band_sampling": "uniform"}}, "the bandit has no other"),
+        ("[slurm]\noutput_dir = 'x'", {}, "set the key of [paths] of the stage that writes it"),
+        ("[process]\nbatch_size = 8", {}, "choose one of [embedding_model].batch_size, [training].batch_size"),
+        (
+            "[training]\ntrain_parquet_path = 'a/train.parquet'\nval_parquet_path = 'b/val.parquet'",
+            {"paths": {"merged_dir": "a"}},
+            "[paths].merged_dir is set by [training].train_parquet_path",
+        ),
+        ("", {}, "[paths].raw_dir: set the folder that holds the tars"),
+    ],
+)
+def test_what_a_value_decides(run, text, expected, noted):
+    outcome = run(text)
+    assert tomllib.loads(outcome.stdout) == expected
+    assert noted in outcome.stdout
 
 
 def test_a_file_of_ours_comes_out_as_it_went_in(run):
@@ -79,9 +156,11 @@ def test_values_that_cannot_go_together_are_listed(run):
     assert tomllib.loads(outcome.stdout) == {"data": {"train_ratio": 0.9}}
 
 
-def test_every_other_name_leads_to_a_key_that_is_there():
-    valid = migrate.list_keys()
-    assert all(key in valid[section] for section, key in migrate.RENAMED.values())
+def test_every_counterpart_is_a_key_that_is_there():
+    valid = list_keys()
+    places = [rule for rule in RULES.values() if isinstance(rule, tuple)]
+    assert all(key in valid[section] for section, key in places)
+    assert all(section in {"", *valid} and key in valid["paths"] for section, key in SECTIONS.values())
 
 
 def test_what_cannot_be_read_is_exit_code_two(run, run_main, tmp_path):

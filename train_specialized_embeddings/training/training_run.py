@@ -71,7 +71,7 @@ class TrainingRun:
         section = self.config.training
         if sum(record["collapsed"] for record in self.history) > MAX_COLLAPSES:
             return True
-        return self.epoch >= section.num_epochs or self.epoch - self.best["epoch"] >= section.patience
+        return self.epoch >= section.num_epochs or 0 < section.patience <= self.epoch - self.best["epoch"]
 
     @property
     def is_periodic(self) -> bool:
