@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 STAGE = "convert_to_hf"
 COUNTS = {"in": 1, "out": 1}  # models
 CONFIG_NAME = "config.json"
+# The names of files in a published folder; --overwrite leaves others alone.
+MADE = (
+    r"config\.json|preprocessor_config\.json|modules\.json|sentence_bert_config\.json|training_similarity\.json|"
+    r"README\.md|model(-.*)?\.safetensors(\.index\.json)?|(LICEN[CS]E|NOTICE|COPYING|license|notice).*|"
+    + "|".join(path.name for path in CODE_PATHS)
+)
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         if 0 < len(missing) < len(unit.outputs):
             logger.warning("%s: %s is missing: the folder is written again", output, missing[0])
         model = read_parts()
-        with writing_folder(output) as folder:
+        with writing_folder(output, made=MADE) as folder:
             fill_folder(folder, model, own.dtype, provenance)
         result.written.append(output)
     if config.paths.report_dir is not None:

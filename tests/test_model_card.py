@@ -11,7 +11,7 @@ from stage7_fixtures import read_config
 import run_pipeline
 from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
-from pipeline.inference.model_files import identify_model
+from pipeline.inference.model_files import identify_model, is_within
 from publish_model import convert_to_hf as stage
 from publish_model.model_folder.model_card import add_test_results
 from publish_model.model_folder.training_similarity import FILE_NAME
@@ -185,3 +185,57 @@ def test_the_sample_of_training_embeddings_is_named_and_no_part_of_the_version(c
     for name in ("modules.json", "sentence_bert_config.json", FILE_NAME):
         (tmp_path / "published" / name).unlink()
     assert identify_model(tmp_path / "published") == without
+
+
+# ------------------------------------------------------------------------------------------------ what others wrote
+
+
+def test_markup_in_names_settings_and_licences_stays_text(toy_backbone, tmp_path):
+    backbone = shutil.copytree(toy_backbone, tmp_path / "x`<img src=y>")
+    licence = "license: other\nlicense_name: '</code><script>`alert`'\nlicense_link: '[click](javascript:x)'\n"
+    (backbone / "README.md").write_text(f"---\n{licence}---\n")
+    provenance = {"inputs": [{"name": "`<b>train</b>\n# Title", "size": "<i>"}]}
+    settings = {"<u>training": {"**note**": "[a](b)`<s>"}}
+    path = tmp_path / "checkpoint" / "checkpoint_best.pt"
+    write_checkpoint(path, settings=settings, provenance=provenance)
+    stage.run(make_config(tmp_path, backbone), Options())
+    text = (tmp_path / "published" / "README.md").read_text().partition("\n---\n")[2]
+    outside = re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    assert not re.search(r"<(?!!--)|\]\(|\*\*note|# Title", outside)
+    assert "`**note** [a](b)'<s>`" in text
+
+
+def test_a_licence_that_links_to_a_file_elsewhere_is_not_published(toy_backbone, tmp_path, caplog):
+    (tmp_path / "private").write_text("secret")
+    backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
+    (backbone / "LICENSE").symlink_to(tmp_path / "private")
+    (backbone / "real").write_text("Do as you like.")
+    (backbone / "NOTICE").symlink_to("real")
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    stage.run(make_config(tmp_path, backbone), Options())
+    published = {path.name for path in (tmp_path / "published").iterdir()}
+    assert "NOTICE" in published
+    assert "LICENSE" not in published
+    assert "LICENSE: a link out of the model's folder" in caplog.text
+
+
+def test_licences_of_the_hubs_cache_lie_among_its_blobs(tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs" / "abcd").write_text("Do as you like.")
+    snapshot.mkdir(parents=True)
+    (snapshot / "LICENSE").symlink_to("../../blobs/abcd")
+    (snapshot / "NOTICE").symlink_to(tmp_path)
+    assert is_within(snapshot / "LICENSE")
+    assert not is_within(snapshot / "NOTICE")
+
+
+def test_overwrite_leaves_files_of_the_users_in_the_folder(published, config):
+    (published / "notes.txt").write_text("mine")
+    (published / "figures").mkdir()
+    (published / "figures" / "a.txt").write_text("mine too")
+    (published / "LICENSE").write_text("of a backbone before")
+    stage.run(config, Options(overwrite=True))
+    assert (published / "notes.txt").read_text() == "mine"
+    assert (published / "figures" / "a.txt").read_text() == "mine too"
+    assert not (published / "LICENSE").exists()

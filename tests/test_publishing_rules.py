@@ -256,7 +256,7 @@ def test_a_missing_or_damaged_checkpoint_is_one_line(config_file, run_main, tmp_
 def test_a_missing_backbone_is_one_line(config_file, run_main, tmp_path):
     override = f"embedding_model.model_name={tmp_path / 'nowhere'}"
     outcome = run_main(stage.main, "--config", config_file, "--set", override)
-    check_refused(outcome, f"{tmp_path / 'nowhere'}: no such folder")
+    check_refused(outcome, f"{tmp_path / 'nowhere'}: no such model folder")
 
 
 def test_damaged_backbone_weights_are_one_line(config_file, run_main, toy_backbone, tmp_path):

@@ -108,7 +108,7 @@ model-index:
     )
     assert republish(dino[0]).code == 0
     card = (tmp_path / "published" / "README.md").read_text()
-    assert "nobody measured them anew:\n\n- Recall@1: 0.7125 (its test split)\n" in card
+    assert "nobody measured them anew:\n\n- `Recall@1: 0.7125 (its test split)`\n" in card
     assert "model-index" not in card
 
 

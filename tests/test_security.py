@@ -5,9 +5,11 @@ import io
 import json
 import logging
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from published_models import make_config, write_checkpoint
 
 from pipeline.errors import InputError, PipelineError
@@ -110,3 +112,11 @@ def test_code_in_a_backbones_folder_is_not_run(toy_backbone, tmp_path, monkeypat
         convert_to_hf.run(make_config(tmp_path, backbone), convert_to_hf.PublishOptions())
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "published").exists()
+
+
+def test_torch_is_new_enough_to_read_checkpoints_of_others():
+    """Until 2.9 a checkpoint could run code in spite of weights_only."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    bound = next(line for line in project["dependencies"] if line.startswith("torch>="))
+    assert tuple(map(int, bound.removeprefix("torch>=").split("."))) >= (2, 10)
+    assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)

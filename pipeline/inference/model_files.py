@@ -134,6 +134,13 @@ def read_settings(path: Path, remedy: str = "fetch the model again") -> dict[str
     return content
 
 
+def is_within(path: Path) -> bool:
+    """Whether a file of a model folder lies there, or where the hub's cache keeps it, rather than behind a link out."""
+    place, folder = path.resolve(), path.parent.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    return place.is_relative_to(folder) or place.is_relative_to(blobs)
+
+
 def names_its_backbone(folder: Path) -> bool:
     """Whether the reference implementation published a folder: its backbone's settings lie elsewhere."""
     try:

@@ -126,7 +126,14 @@ def _checkpoint_hashes(provenance: Any) -> set[str]:
 def _render(template: str, **content: Any) -> str:
     environment = load_templates(TEMPLATES_DIR)
     environment.globals |= {"begin": BEGIN, "end": END, "results_table": _format_table}
+    environment.filters["code"] = _format_code
     return environment.get_template(template).render(content)
+
+
+def _format_code(value: object) -> str:
+    """Return a value as a code span, in which neither Markdown nor HTML is read."""
+    text = "".join(character if character.isprintable() else " " for character in str(value))
+    return f"`{text.replace('`', chr(39))}`"
 
 
 def _format_table(metrics: Metrics) -> str:

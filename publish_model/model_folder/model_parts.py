@@ -6,8 +6,9 @@ from typing import Any
 
 from pipeline.config import EmbeddingModelSection
 from pipeline.inference.loading import find_vision_config
-from pipeline.inference.model_files import LICENCE_FILES, read_settings
+from pipeline.inference.model_files import LICENCE_FILES, is_within, read_settings
 from pipeline.inference.stored_weights import Tensor
+from pipeline.log import logger
 from pipeline.reference.model_folder import ReferenceModel
 from pipeline.retrieval.checkpoint import Checkpoint
 from publish_model.model_folder.weights import list_backbone, list_published_backbone
@@ -46,10 +47,14 @@ class Backbone:
         return list_backbone(self.folder, self.section.pooling_type, scratch_dir)
 
     def list_licences(self) -> list[Path]:
-        """List the licence texts that came with it."""
+        """List the licence texts that came with it; a link out of the folder could publish any file of the user's."""
         folders = reversed(self._list_folders())  # a text of `folder` is preferred
         paths = {path.name: path for folder in folders for pattern in LICENCE_FILES for path in folder.glob(pattern)}
-        return sorted(path for path in paths.values() if path.is_file() and path.suffix != ".py")
+        found = sorted(path for path in paths.values() if path.is_file() and path.suffix != ".py")
+        for path in found:
+            if not is_within(path):
+                logger.warning("%s: a link out of the model's folder, which is not followed", path)
+        return [path for path in found if is_within(path)]
 
     def read_licence(self) -> dict[str, str]:
         """Return what its own card says of its licence: `license`, `license_name`, `license_link`."""
