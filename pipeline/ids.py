@@ -1,11 +1,12 @@
 """The names that tie images, buildings and tars together, and the shards that cut the work."""
 
 import os
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Rejection
 
 T = TypeVar("T")
 
@@ -33,6 +34,15 @@ class Shard:
 def decode_name(name: str) -> str:
     """Return a file's name as text: its bytes as UTF-8 whatever the locale, `\\xNN` for those that are none."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def reject_repeated(key: Hashable, name: str, firsts: dict[Hashable, str]) -> Rejection | None:
+    """Note a name under its key, and return why it is rejected if another one was first: that one wins."""
+    if key not in firsts:
+        firsts[key] = name
+        return None
+    first = firsts[key]
+    return Rejection("duplicate_image_id", "a second member of this name" if first == name else f"{first} comes first")
 
 
 def building_id(dataset_id: int, target_id: int) -> str:

@@ -13,9 +13,10 @@ goes on. Takes no configuration.
 import argparse
 import contextlib
 import itertools
+import math
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,27 @@ import pyarrow as pa
 
 from pipeline import cli
 from pipeline.config import count_cores
-from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN
+from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, InputOptions
 from pipeline.errors import InputError, PipelineError, Rejection, StaleOutputError
 from pipeline.files import workspace
 from pipeline.files.tables import (
+    REJECT_SCHEMA,
+    count_rejects,
+    hash_json,
     make_provenance,
     matches,
+    open_parquet,
     parquet_writer,
+    read_columns,
     read_provenance,
     rejects_path,
+    write_parquet,
     write_rejects,
 )
 from pipeline.inference.images import check_image
 from pipeline.log import Progress, logger
 from pipeline.threads import map_in_order
-from publish_model.new_data.embed_options import check_places, fraction
+from publish_model.new_data.embed_options import add_column_options, check_places, fraction
 from publish_model.new_data.image_sources import ImageSource, SourceImage, open_source
 
 STAGE = "package_images"
@@ -52,21 +59,38 @@ FILE_BYTES = 2**29
 
 @dataclass
 class Packed:
-    """An image that was tried: its bytes, or why it has none."""
+    """An image that was tried: its bytes, or why it has none, and how its file looked before it was read."""
 
     image: SourceImage
+    seen: list[int] | None
     data: bytes | None = None
     rejection: Rejection | None = None
 
 
 def try_image(image: SourceImage) -> Packed:
     """Read an image and see whether it can be decoded."""
+    seen = look_at(image.path) if image.path else None
     try:
         data = image.read()
         check_image(data)
-        return Packed(image, data)
+        return Packed(image, seen, data)
     except Rejection as rejection:
-        return Packed(image, rejection=rejection)
+        return Packed(image, seen, rejection=rejection)
+
+
+def look_at(path: Path) -> list[int] | None:
+    """Return a file's size and time, None if there is no such file: if they are as recorded the file is too."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def try_images(source: ImageSource, start: int, end: int | None = None) -> AbstractContextManager[Iterator[Packed]]:
+    """Try the images from one number to another in parallel, in order."""
+    stream = itertools.islice(source.stream(start), None if end is None else end - start)
+    return contextlib.closing(map_in_order(try_image, stream, count_cores()))
 
 
 def group_rows(images: Iterator[Packed]) -> Iterator[list[Packed]]:
@@ -84,7 +108,51 @@ def group_rows(images: Iterator[Packed]) -> Iterator[list[Packed]]:
         yield held
 
 
-def take_up(folder: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
+def name_file(folder: Path, number: int) -> Path:
+    """Return where a file of a package lies."""
+    return folder / f"{number:05d}.parquet"
+
+
+def write_file(
+    path: Path,
+    groups: Iterator[list[Packed]],
+    schema: pa.Schema,
+    provenance: dict[str, Any],
+    progress: Progress,
+    most_bytes: float,
+) -> dict[str, Any]:
+    """Write row groups until the file is full, then its rejects, and return its counts, which the rejects carry."""
+    rejected: list[tuple[str, Rejection]] = []
+    seen: list[list[int] | None] = []
+    num_rows = num_bytes = 0
+    with parquet_writer(path, schema, provenance) as writer:
+        for group in groups:
+            rows = [{**one.image.row, IMAGE_COLUMN: one.data, VALID_COLUMN: one.data is not None} for one in group]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            rejected += [(one.image.name, one.rejection) for one in group if one.rejection is not None]
+            seen += [one.seen for one in group if one.image.path]
+            num_rows += len(group)
+            num_bytes += sum(len(one.data or b"") for one in group)
+            progress.advance(len(group))
+            if num_bytes >= most_bytes:
+                break
+    described = count_rejects(provenance, num_rows, (rejection for _, rejection in rejected))
+    described["seen"] = hash_json(seen)
+    write_rejects(rejects_path(path), rejected, described)
+    return described
+
+
+def read_counts(path: Path, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return what `write_file` returned for a packaged file.
+
+    Raises StaleOutputError where it was made from other images.
+    """
+    found = read_provenance(rejects_path(path)) or {}
+    matches(rejects_path(path), found, provenance)
+    return found
+
+
+def find_finished(folder: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the counts of each file that an interrupted run has finished; those of other images are removed."""
     found: list[dict[str, Any]] = []
     try:
@@ -98,44 +166,7 @@ def take_up(folder: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def name_file(folder: Path, number: int) -> Path:
-    """Return where a file of a package lies."""
-    return folder / f"{number:05d}.parquet"
-
-
-def write_file(
-    path: Path, groups: Iterator[list[Packed]], schema: pa.Schema, provenance: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
-    """Write row groups until the file is full, then its rejects, and return its counts."""
-    rejected: list[tuple[str, Rejection]] = []
-    num_rows = num_bytes = 0
-    with parquet_writer(path, schema, provenance) as writer:
-        for group in groups:
-            rows = [{**one.image.row, IMAGE_COLUMN: one.data, VALID_COLUMN: one.data is not None} for one in group]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            rejected += [(one.image.name, one.rejection) for one in group if one.rejection is not None]
-            num_rows += len(group)
-            num_bytes += sum(len(one.data or b"") for one in group)
-            progress.advance(len(group))
-            if num_bytes >= FILE_BYTES:
-                break
-    counts = {"in": num_rows, "out": num_rows - len(rejected), "rejected": len(rejected), "dropped": 0}
-    reasons = dict(Counter(rejection.reason for _, rejection in rejected))
-    write_rejects(rejects_path(path), rejected, provenance | {"counts": counts, "reasons": reasons})
-    return {**counts, "reasons": reasons}
-
-
-def read_counts(path: Path, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Return the counts of a packaged file, which its rejects carry.
-
-    Raises StaleOutputError where they were made from other images.
-    """
-    found = read_provenance(rejects_path(path)) or {}
-    matches(rejects_path(path), found, provenance)
-    return {**found["counts"], "reasons": found["reasons"]}
-
-
-def read_finished(output: Path, provenance: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
+def find_package(output: Path, provenance: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
     """Return the counts of each file of the package at `output`, none where it is to be made.
 
     Raises StaleOutputError where it was made from other images and `overwrite` is off, InputError where something else
@@ -158,25 +189,54 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
 
     Raises InputError where a tar is damaged or there is no image at all; what was finished before is kept.
     """
-    schema = pa.schema(
-        [*source.fields[:1], (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *source.fields[1:]]
-    )
-    counts = take_up(folder, provenance)
-    start = sum(file["in"] for file in counts)
+    finished = find_finished(folder, provenance)
+    renew(folder, source, provenance, finished)
+    start = sum(file["counts"]["in"] for file in finished)
     if start:
         logger.info("%s: going on behind image %d", STAGE, start)
-    with (
-        contextlib.closing(map_in_order(try_image, source.stream(start), count_cores())) as images,
-        Progress(STAGE, source.num_images) as progress,
-    ):
+    with try_images(source, start) as images, Progress(STAGE, source.num_images) as progress:
         progress.resume_at(start)
         groups = group_rows(images)
         for first in groups:
-            path, own = name_file(folder, len(counts)), itertools.chain([first], groups)
-            counts.append(write_file(path, own, schema, provenance, progress))
-    if not counts:
+            path, own = name_file(folder, len(finished)), itertools.chain([first], groups)
+            finished.append(write_file(path, own, make_schema(source), provenance, progress, FILE_BYTES))
+    if not finished:
         raise InputError(f"{source.inputs[0]['name']}: holds no image: correct --input")
-    return counts
+    return finished
+
+
+def make_schema(source: ImageSource) -> pa.Schema:
+    """Return the columns of a package."""
+    return pa.schema([source.fields[0], (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *source.fields[1:]])
+
+
+def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finished: list[dict[str, Any]]) -> list[Path]:
+    """Make the files again of which a picture has changed or has come, put in their counts, and return them.
+
+    Pictures whose size and time are as recorded are not read; the others are compared with what was packaged.
+    """
+    renewed, end = [], 0
+    for number, file in enumerate(finished):
+        start, end = end, end + file["counts"]["in"]
+        seen = hash_json([look_at(path) for path in source.locate(start, end)])
+        if seen == file["seen"]:
+            continue
+        path = name_file(folder, number)
+        with try_images(source, start, end) as images, open_parquet(path) as packaged:
+            batches = packaged.iter_batches(100, columns=[IMAGE_COLUMN])
+            old = (data for batch in batches for data in batch.column(0).to_pylist())
+            changed = [one.image.name for one, data in zip(images, old, strict=True) if one.data != data]
+        if changed:
+            logger.warning("%s: %d pictures have changed, as %s: made again", path, len(changed), changed[0])
+            with try_images(source, start, end) as images, Progress(STAGE, end - start) as progress:
+                groups, schema = group_rows(images), make_schema(source)
+                finished[number] = write_file(path, groups, schema, provenance, progress, math.inf)
+            renewed.append(path)
+        else:
+            finished[number] = file | {"seen": seen}
+            rejects = read_columns(rejects_path(path), REJECT_SCHEMA, "")
+            write_parquet(rejects_path(path), rejects, finished[number])
+    return renewed
 
 
 def package_images(options: argparse.Namespace) -> cli.StageResult:
@@ -185,19 +245,25 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
     Raises InputError where the input cannot be read, StaleOutputError where the output was made of others,
     PipelineError where more images are bad than allowed.
     """
-    source = open_source(options.input)
+    source = open_source(
+        InputOptions(
+            input=options.input, keep_columns=options.keep_columns, id_column=options.id_column,
+            image_column=options.image_column,
+        )
+    )  # fmt: skip
     provenance = make_provenance(STAGE, source.inputs, {})
     result = cli.StageResult(STAGE)
     output = options.output.resolve()
-    finished = read_finished(output, provenance, options.overwrite)
+    finished = find_package(output, provenance, options.overwrite)
     if finished:
-        result.kept.append(options.output)
+        renewed = renew(output, source, provenance, finished)
+        (result.written if renewed else result.kept).append(options.output)
     else:
         with workspace.writing_folder(output, resumable=True) as folder:
             finished = fill(folder, source, provenance)
         result.written.append(options.output)
-    for counts in finished:
-        result.add(counts, counts["reasons"])
+    for file in finished:
+        result.add(file["counts"], file["reasons"])
     if result.rejected / result.rows_in > options.max_reject_fraction:
         error = PipelineError(
             f"{result.rejected} of {result.rows_in} images cannot be used, more than --max-reject-fraction "
@@ -212,12 +278,13 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__ or "", config=False)
     add = parser.add_argument
-    add("--input", "-i", type=Path, required=True, metavar="PATH", help="a folder, a .csv or a .tar")
+    add("--input", "-i", type=Path, required=True, metavar="PATH", help="a folder, a .csv, .tar or .parquet")
     add("--output", "-o", type=Path, required=True, metavar="DIR", help="folder to write or resume")
     add(
         "--max-reject-fraction", type=fraction, default=0.2, metavar="X",
         help="exit 1 if a larger share of the images cannot be used (0.2)",
     )  # fmt: skip
+    add_column_options(parser)
     add("--overwrite", action="store_true", help="make a package anew that is there; the old one stays until then")
     options = parser.parse_args(argv)
     check_places(options.input, options.output)

@@ -34,7 +34,7 @@ def write_dataset(
         "inputs": [{"input_size": 1, "input_schema": [], "row_group_fingerprint": "f"}],
         "settings": {
             "read_batch_size": rows_of_part, "filter_valid": True, "precision": "float32", "embedding_version": VERSION,
-            "keep_columns": list(columns),
+            "keep_columns": list(columns), "id_column": "OSMID", "image_column": "image_bytes",
         },
     }  # fmt: skip
     parts = []

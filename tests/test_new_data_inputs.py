@@ -13,7 +13,7 @@ import pytest
 from published_models import list_parts, make_photographs, read_bytes, read_dataset, read_rejects, write_packaged
 from stage8_fixtures import read_state
 
-from pipeline.embeddings_dataset.packaged_input import list_images, open_packaged
+from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.files import listing
 from publish_model import verify_embeddings
 
@@ -73,6 +73,65 @@ def test_files_whose_columns_differ_are_refused_and_named(embed, parquets, tmp_p
     outcome = embed(parquets, tmp_path / "out")
     assert outcome.code == 1
     assert "z.parquet: column OSMID is int64, in a.parquet it is string" in outcome.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("mark", "name"),
+    [("_delta_log/0.json", "Delta"), (".hoodie/x.properties", "Hudi"), ("metadata/v1.metadata.json", "Iceberg")],
+)
+def test_a_table_whose_files_may_be_deleted_ones_is_refused_by_name(embed, parquets, tmp_path, mark, name):
+    (tmp_path / "lake").mkdir()
+    table = parquets.rename(tmp_path / "lake" / "table")
+    (table / mark).parent.mkdir()
+    (table / mark).write_text("{}")
+    for place in (table, table.parent, table / "c"):
+        outcome = embed(place, tmp_path / "out")
+        assert outcome.code == 1
+        assert f"{table}: a {name} table" in outcome.stderr
+        assert "write the rows to embed as plain parquet files" in outcome.stderr
+
+
+def test_the_keys_of_hive_folders_are_kept_where_asked_for_and_said_else(embed, run_main, tmp_path):
+    folder = tmp_path / "hive"
+    for number, place in enumerate(
+        ("year=2021/city=A%20b", "year=2020/city=c", "year=2020/city=__HIVE_DEFAULT_PARTITION__")
+    ):
+        write_packaged(folder / place / "x.parquet", make_photographs(2), OSMID=[2 * number, 2 * number + 1])
+    outcome = embed(folder, tmp_path / "none")
+    assert "its folders name year, city, which is not kept: give --keep-columns year,city" in outcome.stderr
+    assert embed(folder, tmp_path / "out", "--keep-columns", "year,city").code == 0
+    table = read_dataset(tmp_path / "out")
+    assert (table["year"].type, table["city"].type) == (pa.int64(), pa.string())
+    assert table.select(["OSMID", "year", "city"]).to_pydict() == {
+        "OSMID": [4, 5, 2, 3, 0, 1], "year": [2020] * 4 + [2021] * 2, "city": [None, None, "c", "c", "A b", "A b"],
+    }  # fmt: skip
+    assert run_main(verify_embeddings.main, tmp_path / "out", "-i", folder).code == 0
+    (folder / "year=2021").rename(folder / "year=2022")
+    assert "row_group_fingerprint was" in embed(folder, tmp_path / "out", "--keep-columns", "year,city").stderr
+    write_packaged(folder / "y.parquet", make_photographs(1), OSMID=[7])
+    assert (
+        "column year of --keep-columns is there 0 times"
+        in embed(folder, tmp_path / "other", "--keep-columns", "year").stderr
+    )
+
+
+def test_text_of_several_widths_in_one_folder_is_one_type(embed, parquets, tmp_path):
+    write_packaged(parquets / "z.parquet", make_photographs(2), OSMID=pa.array(["x", "y"], pa.large_string()))
+    assert embed(parquets, tmp_path / "out").code == 0
+    table = read_dataset(tmp_path / "out")
+    assert (table["OSMID"].type, table["OSMID"].to_pylist()[-2:]) == (pa.string(), ["x", "y"])
+
+
+def test_float_ids_are_whole_numbers_or_refused_before_anything_is_made(embed, tmp_path):
+    source = write_packaged(tmp_path / "in.parquet", make_photographs(3), OSMID=[1.0, float("nan"), 2.0])
+    outcome = embed(source, tmp_path / "out")
+    assert (outcome.code, "holds floats, which are all whole" in outcome.stderr) == (0, True)
+    ids = read_dataset(tmp_path / "out")["OSMID"]
+    assert (ids.type, ids.to_pylist()) == (pa.int64(), [1, None, 2])
+    source = write_packaged(tmp_path / "big.parquet", make_photographs(3), 1, OSMID=[1.0, 9.749618424903893e18, 2.0])
+    outcome = embed(source, tmp_path / "other")
+    assert (outcome.code, "write them anew as text or as int64" in outcome.stderr) == (1, True)
+    assert not (tmp_path / "other").exists()
 
 
 # ------------------------------------------------------------------------------------------------ photographs
@@ -137,7 +196,7 @@ def test_linked_folders_of_photographs_are_followed_once_and_a_pipe_is_not_waite
     (elsewhere / "back").symlink_to(photographs)
     (photographs / "linked").symlink_to(elsewhere)
     os.mkfifo(photographs / "pipe.jpg")
-    names = [name for name, _ in list_images(photographs)]
+    names = [name for name, _ in open_packaged(photographs).images]
     assert "linked/far.jpg" in names
     assert len(names) == 10
     assert "pipe.jpg" not in names

@@ -202,7 +202,13 @@ def test_a_name_that_is_there_twice_counts_once():
     pair = make_pair("a")
     assert judge([*pair, pair[0]])[:2] == (["a.jpg"], [("a.jpg", "duplicate_image_id")])
     assert judge([*pair, pair[0]], {1: UNREADABLE})[:2] == (["a.jpg"], [("a.jpg", "unreadable_image")])
-    assert judge([*pair, Entry("a.txt", b"broken")]) == (["a.jpg"], [], {"repeated metadata": 1})
+    corrected = Entry("a.txt", b"broken")
+    assert judge([*pair, corrected]) == (["a.jpg"], [("a.txt", "duplicate_image_id")], {})
+    assert judge([*pair, pair[0], corrected])[:2] == (
+        ["a.jpg"],
+        [("a.jpg", "duplicate_image_id"), ("a.txt", "duplicate_image_id")],
+    )
+    assert judge([*pair, Entry("a.TXT", b"d")])[:2] == (["a.jpg"], [("a.TXT", "duplicate_image_id")])
 
 
 def test_of_two_valid_items_with_one_patch_the_first_image_in_the_tar_wins():

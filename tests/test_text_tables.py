@@ -10,7 +10,7 @@ from evaluate_embeddings.scores.labels import label_rows, read_ignore_pairs
 from pipeline.errors import InputError
 from pipeline.files.text_tables import read_csv, read_id_table, whole_or_text
 from preprocess_raw_data.merging.splits import read_split_file
-from publish_model import delete_ids
+from publish_model import aggregate_embeddings, delete_ids
 
 AS_TEXT = ["0123", "+5", " 7", "7 ", "-0", "1e5", "1.0", "٣", "1_000", "0x1F", "nan", "9223372036854775808", "1,5"]
 
@@ -129,3 +129,15 @@ def test_a_list_of_floats_that_may_be_rounded_deletes_nothing(run_main, tmp_path
     outcome = take_out(run_main, output, tmp_path / name, content)
     assert (outcome.code, "write them anew as text or as int64" in outcome.stderr) == (1, True)
     assert read_dataset(output).num_rows == 2
+
+
+def test_keys_of_by_that_are_floats_are_whole_numbers_or_refused(run_main, tmp_path):
+    columns = {"year": [2020.0, float("nan"), 2020.0], "zone": [1.1, 1.1, 2.0], "code": ["1.1", "1.10", "1.1"]}
+    output = write_dataset(tmp_path / "out", pa.array([7, 7, 7]), unit_rows(0, 3), **columns)
+    assert run_main(aggregate_embeddings.main, output, "--by", "OSMID,year").code == 0
+    assert run_main(aggregate_embeddings.main, output, "--by", "OSMID,code").code == 0
+    groups = pq.read_table(output / "_aggregated" / "OSMID_code.parquet").to_pylist()
+    assert [(group["code"], group["num_images"]) for group in groups] == [("1.1", 2), ("1.10", 1)]
+    outcome = run_main(aggregate_embeddings.main, output, "--by", "OSMID,zone")
+    assert (outcome.code, "--by: column zone holds ids as floats, such as" in outcome.stderr) == (1, True)
+    assert not (output / "_aggregated" / "OSMID_zone.parquet").exists()

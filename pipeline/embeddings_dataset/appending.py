@@ -46,8 +46,9 @@ class PartStore:
         self.dataset, self.source = dataset, source
         schema = [f"{field.name}: {field.type}" for field in source.schema]
         self.recipe = Recipe(
-            source.size, schema, source.fingerprint, source.read_batch_size, source.filter_valid, model.precision.mode,
-            model.version, list(source.keep_columns),
+            source.size, schema, source.fingerprint, source.options.read_batch_size, source.options.filter_valid,
+            model.precision.mode, model.version, list(source.options.keep_columns), source.options.id_column,
+            source.options.image_column,
         )  # fmt: skip
         self.plans = {plan.name: plan for plan in plan_parts(source)}
         self._fidelity = model.precision.fidelity

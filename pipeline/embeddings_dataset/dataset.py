@@ -182,12 +182,8 @@ class EmbeddingsDataset:
         Raises InputError where it cannot be read, or is another one.
         """
         recipe = recipe or self.recipe
-        source = open_packaged(
-            path,
-            filter_valid=recipe["filter_valid"],
-            read_batch_size=recipe["read_batch_size"],
-            keep_columns=recipe["keep_columns"],
-        )
+        names = ("filter_valid", "read_batch_size", "keep_columns", "id_column", "image_column")
+        source = open_packaged(path, **{name: recipe[name] for name in names})
         if source.fingerprint != recipe.get("row_group_fingerprint"):
             raise InputError(f"{path}: not the input that {self.folder} was made from: give that one")
         return source

@@ -1,46 +1,70 @@
 """Read packaged images in read batches, in bounded memory: parquets of image bytes and ids, or photographs."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import take_rows
+from pipeline.embeddings_dataset.columns import is_text, take_rows
 from pipeline.errors import DamagedError, InputError, one_line
-from pipeline.files.listing import is_parquet, walk_files, warn_of_others
+from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
 from pipeline.files.tables import BUFFER_BYTES, UNMAPPED_KEY, hash_footer, hash_json, open_parquet, read_failure
+from pipeline.files.text_tables import whole_from_floats, whole_or_text
 from pipeline.ids import decode_name
 from pipeline.log import logger
 
 ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN = "OSMID", "image_bytes", "is_valid"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PARQUETS, PHOTOGRAPHS, TARS = "parquet files", "photographs", "tars"
+_SUFFIXES = {PARQUETS: PARQUET_SUFFIXES, PHOTOGRAPHS: IMAGE_SUFFIXES, TARS: (TAR_SUFFIX,)}
+# Only these tables' own readers know which of their files are live.
+_TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi", "metadata/*.metadata.json": "Iceberg"}
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 # Photographs of one row group, which is what `--shard` deals out.
 IMAGES_PER_GROUP = 1000
 ImageFile = tuple[str, int]  # path below the folder, bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """Where packaged images lie and how they are read.
+
+    `filter_valid` leaves out the rows whose `is_valid` is false; a read batch has `read_batch_size` rows. An image may
+    be a struct of `bytes` and `path`, as Hugging Face's datasets have it.
+    """
+
+    input: Path
+    filter_valid: bool = True
+    read_batch_size: int = 1000
+    keep_columns: Sequence[str] = ()
+    id_column: str = ID_COLUMN
+    image_column: str = IMAGE_COLUMN
+
+
 @dataclass(frozen=True)
 class PackagedInput:
-    """Packaged images and how they are read, identified by content (size, schema and footers) and never by path.
+    """Packaged images, identified by content (size, schema and footers) and never by path.
 
-    `places` holds the file of each row group and its number there; a folder of photographs has `images` instead.
-    `filter_valid` leaves out the rows whose `is_valid` is false; a read batch has `read_batch_size` rows.
+    `places` holds the file of each row group and its number there, `partitions` the kept columns that a file's folders
+    name (`year=2020/`); a folder of photographs has `images` instead.
     """
 
     path: Path
+    options: InputOptions
     size: int
     schema: pa.Schema
     fingerprint: str
     row_group_rows: tuple[int, ...]
     places: tuple[tuple[Path, int], ...] = ()
+    partitions: Mapping[Path, Mapping[str, pa.Scalar]] = field(default_factory=dict)
     images: tuple[ImageFile, ...] = ()
-    filter_valid: bool = True
-    read_batch_size: int = 1000
-    keep_columns: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -49,7 +73,7 @@ class PackagedInput:
 
     def wanted_rows(self, table: pa.Table) -> NDArray[np.int64]:
         """Return which rows of a read batch are to be embedded."""
-        return np.flatnonzero(valid_rows(table)) if self.filter_valid else np.arange(table.num_rows)
+        return np.flatnonzero(valid_rows(table)) if self.options.filter_valid else np.arange(table.num_rows)
 
     def embedded_rows(self, table: pa.Table, first_row: int, rejects: pa.Table) -> NDArray[np.int64]:
         """Return which rows of a read batch have an embedding, in order: those neither skipped nor rejected."""
@@ -57,7 +81,7 @@ class PackagedInput:
 
     def carry_columns(self, embedded: pa.Table, table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
         """Add the kept columns to a part's embeddings, from these rows of its read batch."""
-        for name in self.keep_columns:
+        for name in self.options.keep_columns:
             column = table.column(name).combine_chunks()
             embedded = embedded.append_column(table.schema.field(name), take_rows(column, rows))
         return embedded
@@ -66,134 +90,173 @@ class PackagedInput:
 # ------------------------------------------------------------------------------------------------ opening
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputOptions:
-    """Where packaged images lie and how they are read, see `PackagedInput`."""
-
-    input: Path
-    filter_valid: bool = True
-    read_batch_size: int = 1000
-    keep_columns: Sequence[str] = ()
+def open_packaged(path: Path, **options: Any) -> PackagedInput:
+    """Open the input at a path; see `InputOptions` and `open_input`."""
+    return open_input(InputOptions(input=path, **options))
 
 
 def open_input(options: InputOptions) -> PackagedInput:
-    """Open the input that options name; see `open_packaged`."""
-    return open_packaged(
-        options.input,
-        filter_valid=options.filter_valid,
-        read_batch_size=options.read_batch_size,
-        keep_columns=options.keep_columns,
-    )
-
-
-def open_packaged(
-    path: Path, *, filter_valid: bool = True, read_batch_size: int = 1000, keep_columns: Sequence[str] = ()
-) -> PackagedInput:
     """Read the footers of a packaged parquet or of a folder of them, or list a folder of photographs.
 
     Raises InputError naming the file if it is missing, damaged, empty, or a column is missing or of a wrong type.
     """
-    paths = _list_parquets(path) if path.is_dir() else [path]
-    source = _open_parquets(path, paths, filter_valid, keep_columns) if paths else _open_photographs(path, keep_columns)
-    return replace(source, filter_valid=filter_valid, read_batch_size=read_batch_size, keep_columns=tuple(keep_columns))
+    path = options.input
+    kind, files = list_data(path) if path.is_dir() else (PARQUETS, [path])
+    if kind == PARQUETS:
+        return _open_parquets(files, options)
+    if kind == PHOTOGRAPHS:
+        return _open_photographs(files, options)
+    found = f"{len(files)} tars: package them first" if files else "neither parquet files nor photographs"
+    raise InputError(f"{path}: holds {found}: correct the path")
 
 
-def _open_parquets(path: Path, paths: list[Path], filter_valid: bool, keep_columns: Sequence[str]) -> PackagedInput:
-    schemas, rows, places, footers = [], [], [], []
-    for file_path in paths:
+def list_data(folder: Path) -> tuple[str, list[Path]]:
+    """Return the kind of the data below a folder and its files by path; count the other files in the log.
+
+    Links to folders are followed; links to photographs and names that begin with a dot are passed over. Raises
+    InputError if the folder cannot be read, holds several kinds, or is a table of Delta, Hudi or Iceberg.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in _SUFFIXES}
+    others, num_links = [], 0
+    for entry in walk_files(folder):
+        name = os.path.relpath(entry.path, folder).replace(os.sep, "/")
+        kind = next((one for one, endings in _SUFFIXES.items() if name.lower().endswith(endings)), "")
+        if kind != PHOTOGRAPHS and any(part.startswith("_") for part in name.split("/")):
+            continue  # side tables
+        if kind == PHOTOGRAPHS and entry.is_symlink():  # nothing outside the folders that are named is opened
+            num_links += 1
+        elif kind and (kind != PHOTOGRAPHS or entry.is_file()):  # reading a pipe would never end
+            found[kind].append(name)
+        else:
+            others.append(decode_name(name))
+    kinds = [kind for kind, names in found.items() if names]
+    if len(kinds) > 1:
+        counts = " and ".join(f"{len(found[kind])} {kind}" for kind in kinds)
+        raise InputError(f"{folder}: holds {counts}: give a folder with data of one kind")
+    kind = kinds[0] if kinds else ""
+    files = [folder / name for name in sorted(found.get(kind, []), key=decode_name)]
+    if kind == PARQUETS:
+        _refuse_table_formats(folder, files)
+    if num_links:
+        logger.warning("%s: %d links are passed over: copy the files there", folder, num_links)
+    if kinds:
+        warn_of_others(folder, others, kind)
+    return kind, files
+
+
+def _refuse_table_formats(folder: Path, files: list[Path]) -> None:
+    places = {parent for file in files for parent in file.parents if parent.is_relative_to(folder)}
+    for place in sorted({folder.parent, *places}):
+        for mark, name in _TABLE_FORMATS.items():
+            if any(place.glob(mark)):
+                raise InputError(
+                    f"{place}: a {name} table, whose files hold deleted and replaced rows too: read it with its own "
+                    "library, write the rows to embed as plain parquet files, and give that folder"
+                )
+
+
+def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
+    path, schemas, rows, places, footers = options.input, [], [], [], []
+    folder_values: list[dict[str, str]] = []
+    for file_path in files:
+        pairs = [part.partition("=") for part in file_path.relative_to(path).parts[:-1]]  # Hive: year=2020/
+        values = {key: "" if value == _NO_PARTITION else unquote(value) for key, is_pair, value in pairs if is_pair}
         with open_parquet(file_path) as file:
             metadata, schema = file.metadata, file.schema_arrow
+            folder_values.append({key: value for key, value in values.items() if key not in schema.names})
+            used = [name for name in (options.id_column, *options.keep_columns) if name not in folder_values[-1]]
+            _check_columns(file_path, schema, options, used)
+            if UNMAPPED_KEY in (metadata.metadata or {}):
+                _check_mapped(file_path, schema, used)
+            if pa.types.is_floating(schema.field(options.id_column).type):
+                whole_from_floats(file.read([options.id_column]).column(0), options.id_column, file_path)
         footers.append(hash_footer(file_path))
-        _check_columns(file_path, schema, filter_valid, keep_columns)
-        if UNMAPPED_KEY in (metadata.metadata or {}):
-            _check_mapped(file_path, schema, [ID_COLUMN, *keep_columns])
         schemas.append(schema)
         rows += [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         places += [(file_path, index) for index in range(metadata.num_row_groups)]
     if not sum(rows):
         raise InputError(f"{path}: holds no rows: package images first, or correct the path")
-    used = [ID_COLUMN, IMAGE_COLUMN, *([VALID_COLUMN] if filter_valid else []), *keep_columns]
-    for file_path, schema in zip(paths, schemas, strict=True):
-        for name in used:
-            types = [str(one.field(name).type) if name in one.names else "missing" for one in (schema, schemas[0])]
-            if types[0] != types[1]:
+    for name in (options.id_column, options.image_column, VALID_COLUMN, *options.keep_columns):
+        first, *others = (_name_type(schema, name) for schema in schemas)
+        for file_path, kind in zip(files[1:], others, strict=True):
+            if kind != first:
                 raise InputError(
-                    f"{file_path}: column {name} is {types[0]}, in {paths[0].name} it is {types[1]}: package all files "
-                    "in the same way"
+                    f"{file_path}: column {name} is {kind}, in {files[0].name} it is {first}: package all files in the "
+                    "same way"
                 )
-    size = sum(file_path.stat().st_size for file_path in paths)
-    fingerprint = footers[0] if path.is_file() else hash_json(footers)
-    return PackagedInput(path, size, schemas[0], fingerprint, tuple(rows), tuple(places))
+    partitions = _keep_partitions(path, folder_values, options.keep_columns)
+    size = sum(file_path.stat().st_size for file_path in files)
+    fingerprint = footers[0] if path.is_file() else hash_json([footers, folder_values] if partitions else footers)
+    return PackagedInput(
+        path, options, size, schemas[0], fingerprint, tuple(rows), tuple(places),
+        partitions={file: {name: one[number] for name, one in partitions.items()} for number, file in enumerate(files)},
+    )  # fmt: skip
 
 
-def _list_parquets(folder: Path) -> list[Path]:
-    """Return the parquets below a folder by path, without temporary and side tables, and count the other files."""
-    files = [Path(entry.path) for entry in walk_files(folder, hidden=(".", "_"))]
-    paths = sorted(path for path in files if is_parquet(path))
-    if paths:
-        warn_of_others(folder, (str(path.relative_to(folder)) for path in set(files) - set(paths)), "parquet files")
-    return paths
+def _keep_partitions(
+    path: Path, folder_values: list[dict[str, str]], keep_columns: Sequence[str]
+) -> dict[str, pa.Array]:
+    """Return the kept columns that folders name, a value for each file, and say which others they name."""
+    keys = dict.fromkeys(key for values in folder_values for key in values)
+    if others := [key for key in keys if key not in keep_columns]:
+        logger.warning(
+            "%s: its folders name %s, which is not kept: give --keep-columns %s to keep it as a column",
+            path, ", ".join(others), ",".join(others),
+        )  # fmt: skip
+    texts = {key: pa.array([values.get(key, "") for values in folder_values]) for key in keys if key in keep_columns}
+    return {key: whole_or_text(column) for key, column in texts.items()}
 
 
-def _open_photographs(folder: Path, keep_columns: Sequence[str]) -> PackagedInput:
-    images = list_images(folder)
-    if not images:
-        raise InputError(f"{folder}: holds neither parquet files nor photographs: correct the path")
-    if keep_columns:
+def _name_type(schema: pa.Schema, name: str) -> str:
+    if name not in schema.names:
+        return "missing"
+    kind = schema.field(name).type
+    return "string" if is_text(kind) else str(kind)
+
+
+def _open_photographs(files: list[Path], options: InputOptions) -> PackagedInput:
+    folder = options.input
+    if options.keep_columns:
         raise InputError(f"{folder}: photographs have no columns to keep: leave out --keep-columns")
+    images = tuple((os.path.relpath(file, folder), file.stat().st_size) for file in files)
     rows = [min(IMAGES_PER_GROUP, len(images) - start) for start in range(0, len(images), IMAGES_PER_GROUP)]
     schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
-    listed = [[decode_name(name), size] for name, size in images]
+    fingerprint = hash_json([[decode_name(name), size] for name, size in images])
     size = sum(size for _, size in images)
-    return PackagedInput(folder, size, schema, hash_json(listed), tuple(rows), images=tuple(images))
+    return PackagedInput(folder, options, size, schema, fingerprint, tuple(rows), images=images)
 
 
-def list_images(folder: Path) -> list[ImageFile]:
-    """Return the photographs below a folder by path, with their sizes, and count the other files in the log.
-
-    Links to folders are followed; links to files and names that begin with a dot are passed over. Raises InputError if
-    a folder cannot be read.
-    """
-    found, others, num_links = [], [], 0
-    for entry in walk_files(folder):
-        name = os.path.relpath(entry.path, folder).replace(os.sep, "/")
-        if not name.lower().endswith(IMAGE_SUFFIXES) or not (entry.is_symlink() or entry.is_file()):
-            others.append(name)  # reading a pipe would never end
-        elif entry.is_symlink():  # nothing outside the folders that are named is opened
-            num_links += 1
-        else:
-            found.append((name, entry.stat().st_size))
-    if num_links:
-        logger.warning("%s: %d links are passed over: copy the files there", folder, num_links)
-    warn_of_others(folder, map(decode_name, others), "photographs")
-    return sorted(found, key=lambda image: decode_name(image[0]))
-
-
-def _check_columns(path: Path, schema: pa.Schema, filter_valid: bool, keep_columns: Sequence[str]) -> None:
+def _check_columns(path: Path, schema: pa.Schema, options: InputOptions, used: Sequence[str]) -> None:
     """Raise one InputError that names every column which cannot be used."""
     problems = []
     for name, accepts, expected in (
-        (ID_COLUMN, lambda kind: not (pa.types.is_nested(kind) or pa.types.is_union(kind)), "a scalar type"),
-        (IMAGE_COLUMN, _is_binary, "binary"),
+        (options.id_column, lambda kind: not (pa.types.is_nested(kind) or pa.types.is_union(kind)), "a scalar type"),
+        (options.image_column, _is_image, "binary, or a struct with bytes"),
         # A column of nulls alone has no type.
         (VALID_COLUMN, lambda kind: pa.types.is_boolean(kind) or pa.types.is_null(kind), "bool"),
     ):
         count = len(schema.get_all_field_indices(name))
-        if name == VALID_COLUMN and (not filter_valid or count == 0):
+        if name == VALID_COLUMN and (not options.filter_valid or count == 0):
             continue
         if count != 1:
             problems.append(f"column {name} is missing" if count == 0 else f"column {name} is there {count} times")
         elif not accepts(schema.field(name).type):
             problems.append(f"column {name} is {schema.field(name).type}, expected {expected}")
-    for name in keep_columns:
+    for name in set(options.keep_columns).intersection(used):
         count = len(schema.get_all_field_indices(name))
         if count != 1:
             problems.append(f"column {name} of --keep-columns is there {count} times")
+        elif name in (options.id_column, options.image_column):
+            problems.append(f"column {name} of --keep-columns is the id or the image, which cannot be kept")
     if problems:
-        raise InputError(f"{path}: {', '.join(problems)}: package the images again, or correct the path")
+        structs = [one.name for one in schema if one.name != options.image_column and _is_image(one.type)]
+        hint = f", or give --image-column {structs[0]}" if structs else ""
+        raise InputError(f"{path}: {', '.join(problems)}: package the images again, or correct the path{hint}")
 
 
-def _is_binary(kind: pa.DataType) -> bool:
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
     # binary_view is younger than the oldest pyarrow that is supported.
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or str(kind) == "binary_view")
 
@@ -209,26 +272,28 @@ def _check_mapped(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
 
 
 def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = True) -> Iterator[pa.Table]:
-    """Yield the rows of one row group in read batches, the last one shorter.
+    """Yield the rows of one row group in read batches, the last one shorter, under the names of packaged images.
 
     Without images this takes seconds for millions of rows. Raises InputError if a file cannot be read.
     """
     if source.images:
         yield from _read_photographs(source, row_group, with_images)
         return
-    batch_rows = source.read_batch_size
-    columns = [ID_COLUMN, *([IMAGE_COLUMN] if with_images else []), *source.keep_columns]
-    if source.filter_valid and VALID_COLUMN in source.schema.names and VALID_COLUMN not in columns:
-        columns.append(VALID_COLUMN)
+    options, batch_rows = source.options, source.options.read_batch_size
     path, own_group = source.places[row_group]
+    columns = [options.id_column, *(name for name in options.keep_columns if name not in source.partitions[path])]
+    if options.filter_valid and VALID_COLUMN in source.schema.names and VALID_COLUMN not in columns:
+        columns.append(VALID_COLUMN)
+    if with_images:
+        is_struct = pa.types.is_struct(source.schema.field(options.image_column).type)
+        columns.append(f"{options.image_column}.bytes" if is_struct else options.image_column)
     held: pa.Table | None = None
     try:
         # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
         with open_parquet(path, BUFFER_BYTES) as file:
             # A batch ends early where Arrow's 2 GiB of bytes a chunk are full, so batches are put together here.
             for batch in file.iter_batches(batch_rows, row_groups=[own_group], columns=columns):
-                table = pa.Table.from_batches([batch])
-                _check_text(path, table)
+                table = _as_packaged(source, path, pa.Table.from_batches([batch]))
                 held = table if held is None else pa.concat_tables([held, table])
                 while held.num_rows >= batch_rows:
                     yield held.slice(0, batch_rows)
@@ -245,13 +310,28 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
         yield held
 
 
-def _check_text(path: Path, table: pa.Table) -> None:
+def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table:
+    """Give the id and the image their usual names and types, add what folders name, and check that text is text."""
+    columns = {}
     for name in table.column_names:
-        if name != IMAGE_COLUMN:
-            try:
-                table.column(name).validate(full=True)
-            except pa.ArrowInvalid as error:
-                raise _not_text(path, name, error) from None
+        column = table.column(name)
+        if name == source.options.image_column:
+            if pa.types.is_struct(column.type):
+                column = pc.struct_field(column, "bytes")
+            columns[IMAGE_COLUMN] = column
+            continue
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise _not_text(path, name, error) from None
+        if is_text(column.type):
+            column = column.cast(source.schema.field(name).type)
+        if name == source.options.id_column:
+            columns[ID_COLUMN] = whole_from_floats(column, name, path, quiet=True)
+        else:
+            columns[name] = column
+    columns |= {name: pa.repeat(value, table.num_rows) for name, value in source.partitions[path].items()}
+    return pa.table(columns)
 
 
 def _not_text(path: Path, name: str, error: BaseException) -> InputError:
@@ -263,8 +343,8 @@ def _not_text(path: Path, name: str, error: BaseException) -> InputError:
 def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) -> Iterator[pa.Table]:
     """Yield photographs as packaged rows; a file that cannot be read any more has null bytes."""
     first, num_rows = row_group * IMAGES_PER_GROUP, source.row_group_rows[row_group]
-    for start in range(0, num_rows, source.read_batch_size):
-        end = min(start + source.read_batch_size, num_rows)
+    for start in range(0, num_rows, source.options.read_batch_size):
+        end = min(start + source.options.read_batch_size, num_rows)
         names = [name for name, _ in source.images[first + start : first + end]]
         table = pa.table({ID_COLUMN: pa.array([decode_name(name) for name in names], pa.string())})
         if with_images:

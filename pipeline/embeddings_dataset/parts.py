@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.embeddings_dataset.columns import list_values
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, PartContent, PartPlan
 from pipeline.embeddings_dataset.hashes import checksum_tables, hash_ids
-from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, PackagedInput
 from pipeline.errors import DamagedError, InputError, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_provenance, reading, write_parquet
 from pipeline.inference.precision import Precision
@@ -27,7 +27,7 @@ _CONTENT_KEYS = ("cut", "counts", "reasons", "checksum")
 
 def plan_parts(source: PackagedInput) -> list[PartPlan]:
     """Return a plan for every read batch of every row group, in input order."""
-    plans, first_row, read_batch_size = [], 0, source.read_batch_size
+    plans, first_row, read_batch_size = [], 0, source.options.read_batch_size
     for row_group, num_rows in enumerate(source.row_group_rows):
         for read_batch, start in enumerate(range(0, num_rows, read_batch_size)):
             plans.append(PartPlan(row_group, read_batch, first_row + start, min(read_batch_size, num_rows - start)))
@@ -56,6 +56,8 @@ class Recipe:
     precision: str
     embedding_version: str
     keep_columns: list[str] = field(default_factory=list)
+    id_column: str = ID_COLUMN
+    image_column: str = IMAGE_COLUMN
 
     def check(self, found: dict[str, Any], where: Path) -> None:
         """Raise StaleOutputError naming the first key in which what is there differs from this recipe."""

@@ -3,7 +3,6 @@
 import codecs
 import contextlib
 import csv
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,10 +135,13 @@ def whole_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
-def whole_from_floats(column: pa.Array | pa.ChunkedArray, name: str, place: Path | str) -> pa.Array | pa.ChunkedArray:
+def whole_from_floats(
+    column: pa.Array | pa.ChunkedArray, name: str, place: Path | str, *, quiet: bool = False
+) -> pa.Array | pa.ChunkedArray:
     """Return ids that are floats as int64, other ids unchanged: with one id missing pandas makes floats of them all.
 
-    NaN becomes null. Raises InputError where an id is not whole, or so large that several ids may have become one.
+    NaN becomes null; a warning says it unless `quiet`. Raises InputError where an id is not whole, or so large that
+    several ids may have become one.
     """
     if not pa.types.is_floating(column.type):
         return column
@@ -152,10 +154,6 @@ def whole_from_floats(column: pa.Array | pa.ChunkedArray, name: str, place: Path
             f"{place}: column {name} holds ids as floats, such as {values[rounded][0]!r}, in which two ids may have "
             "become one: write them anew as text or as int64 (in pandas read them with dtype=str or dtype='Int64')"
         )
-    _say_floats(name, str(place))
+    if not quiet:
+        logger.warning("%s: column %s holds floats, which are all whole: taken as whole numbers", place, name)
     return pa.array(np.where(present, values, 0).astype(np.int64), mask=~present)
-
-
-@functools.cache
-def _say_floats(name: str, place: str) -> None:
-    logger.warning("%s: column %s holds floats, which are all whole: taken as whole numbers", place, name)

@@ -1,11 +1,12 @@
 """Pair the members of a tar, in whatever order they come, and judge each pair."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 from pipeline.errors import Rejection
 from pipeline.files.archive import Member
+from pipeline.ids import reject_repeated
 from preprocess_raw_data.tars.metadata import SUFFIX, ViewRecord, is_metadata_name, parse_metadata
 
 Reject = tuple[str, Rejection]  # the item's name, and why
@@ -47,6 +48,7 @@ class TarInventory:
 
     def __init__(self) -> None:
         self.ignored: Counter[str] = Counter()
+        self._repeated: list[Reject] = []
         self._items: dict[str, Item] = {}
         self._num_images = 0
 
@@ -66,11 +68,11 @@ class TarInventory:
             if not item.is_unsafe:
                 return True
             self.add_image(member, None)
-        elif item.metadata_name is not None:
-            self.ignored["repeated metadata"] += 1
-        else:
+        elif item.metadata_name is None:
             item.metadata_name = member.name
             return not item.is_unsafe
+        elif rejection := reject_repeated(member.stem, member.name, {member.stem: item.metadata_name}):
+            self._repeated.append((member.name, rejection))
         return False
 
     def add_metadata(self, member: Member, data: bytes) -> None:
@@ -84,8 +86,8 @@ class TarInventory:
     def add_image(self, member: Member, rejection: Rejection | None) -> None:
         """Note an image, in the order of the tar, and why it cannot be used, if so."""
         item = self._find(member)
-        if any(image.name == member.name for image in item.images):
-            rejection = rejection or Rejection("duplicate_image_id", "a second member of this name")
+        repeated = reject_repeated(member.name, member.name, {image.name: image.name for image in item.images})
+        rejection = rejection or repeated
         item.images.append(FoundImage(self._num_images, member.name, member.offset, member.size, rejection))
         self._num_images += 1
 
@@ -97,16 +99,15 @@ class TarInventory:
     def judge(self) -> tuple[list[View], list[Reject]]:
         """Return the usable views by patch id, and the rejects by name."""
         judged = [judge_item(stem, item) for stem, item in self._items.items()]
-        rejects = [reject for _, refused in judged for reject in refused]
+        rejects = self._repeated + [reject for _, refused in judged for reject in refused]
         kept: list[View] = []
-        for view in sorted(
-            (view for view, _ in judged if view), key=lambda view: (view.record.patch_id, view.image.order)
-        ):
-            if kept and kept[-1].record.patch_id == view.record.patch_id:
-                detail = f"patch {view.record.patch_id} is also {kept[-1].image.name}, which comes first"
-                rejects.append((view.stem, Rejection("duplicate_image_id", detail)))
+        firsts: dict[Hashable, str] = {}
+        for view in sorted((view for view, _ in judged if view), key=lambda view: view.image.order):
+            if rejection := reject_repeated(view.record.patch_id, view.image.name, firsts):
+                rejects.append((view.stem, rejection))
             else:
                 kept.append(view)
+        kept.sort(key=lambda view: view.record.patch_id)
         return kept, sorted(rejects, key=lambda reject: reject[0])
 
 

@@ -9,13 +9,21 @@ from numpy.typing import NDArray
 from pipeline.embeddings_dataset.columns import plain_values, take_rows
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.parts import embeddings_of
+from pipeline.files.text_tables import whole_from_floats
 
 Key = tuple[object, ...]
 
 
 def keys_of(table: pa.Table, by: Sequence[str]) -> list[Key]:
-    """Return the keys of a part's rows as plain values; NaN, which equals nothing, counts as null."""
-    columns = [plain_values(table.column(name).combine_chunks()) for name in by]
+    """Return the keys of a part's rows as plain values; NaN, which equals nothing, counts as null.
+
+    Raises InputError where a key is a float that is not a whole number.
+    """
+    columns = [table.column(name).combine_chunks() for name in by]
+    columns = [
+        plain_values(whole_from_floats(column, name, "--by", quiet=True))
+        for name, column in zip(by, columns, strict=True)
+    ]
     return [tuple(map(_hashable, row)) for row in zip(*columns, strict=True)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import cli
-from pipeline.embeddings_dataset.packaged_input import InputOptions
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, InputOptions
 from pipeline.errors import ConfigError
 from pipeline.ids import Shard
 from pipeline.inference.launcher import add_processes_option, parse_count
@@ -75,10 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--max-reject-fraction", type=fraction, default=1.0, metavar="X",
         help="exit 1 if a larger share of the images is rejected (1.0: never)",
     )  # fmt: skip
-    add(
-        "--keep-columns", type=_names, default=(), metavar="A,B",
-        help="columns of the input to carry along (none)",
-    )  # fmt: skip
+    add_column_options(parser)
     cli.add_shard_option(parser, "row group")
     add_processes_option(parser)
     add("--overwrite", action="store_true", help="remove what is in OUTPUT and begin anew")
@@ -93,6 +90,20 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--no-filter-valid", action="store_false", dest="filter_valid", help="embed rows with is_valid false too")
     add("--read-batch-size", type=whole_number, default=1000, metavar="N", help="rows of a part (1000)")
+
+
+def add_column_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a packaged parquet's columns."""
+    add = parser.add_argument
+    add(
+        "--keep-columns", type=_names, default=(), metavar="A,B",
+        help="columns of the input to carry along, or keys of its folders year=2020/ (none)",
+    )  # fmt: skip
+    add("--id-column", default=ID_COLUMN, metavar="NAME", help="column of the ids (OSMID)")
+    add(
+        "--image-column", default=IMAGE_COLUMN, metavar="NAME",
+        help="column of the images: bytes, or Hugging Face's struct of bytes and path (image_bytes)",
+    )  # fmt: skip
 
 
 def add_model_option(parser: argparse.ArgumentParser, default: str = DEFAULT_MODEL_ID) -> None:

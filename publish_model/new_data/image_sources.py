@@ -1,8 +1,8 @@
-"""Stream the images to package in a fixed order: from a folder, a CSV or tars."""
+"""Stream the images to package in a fixed order: from a folder, a CSV, tars or parquets."""
 
 import itertools
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,72 +14,86 @@ from pipeline.embeddings_dataset.packaged_input import (
     ID_COLUMN,
     IMAGE_COLUMN,
     IMAGE_SUFFIXES,
+    PARQUETS,
+    PHOTOGRAPHS,
+    TARS,
     VALID_COLUMN,
-    list_images,
+    InputOptions,
+    list_data,
+    open_input,
+    read_batches,
+    valid_rows,
 )
 from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
-from pipeline.files.listing import list_files
+from pipeline.files.listing import TAR_SUFFIX, is_parquet
 from pipeline.files.tables import hash_json, identify
 from pipeline.files.text_tables import read_csv, whole_or_text
-from pipeline.ids import decode_name
+from pipeline.ids import decode_name, reject_repeated
 
 PATH_COLUMN = "path"
+_TEXT_ID = pa.field(ID_COLUMN, pa.string())
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image to package: its row without the bytes, and its name for people; `read` raises Rejection."""
+    """One image to package: its row without the bytes, its name for people, and its file if it has one of its own.
+
+    `read` raises Rejection.
+    """
 
     row: dict[str, Any]
     name: str
     read: Callable[[], bytes]
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images in a fixed order; `inputs` identify them by content, `num_images` is None if it is unknown."""
+    """Images in a fixed order; `inputs` identify the list of them, `num_images` is None if it is unknown.
+
+    `stream` yields them from number `start` on; `locate` returns their own files from one number to another.
+    """
 
     fields: tuple[pa.Field, ...]  # OSMID and the columns that are kept
     inputs: list[dict[str, Any]]
     num_images: int | None
-    stream: Callable[[int], Iterator[SourceImage]]  # from image number `start` on
+    stream: Callable[[int], Iterator[SourceImage]]
+    locate: Callable[[int, int], Sequence[Path]] = lambda _start, _end: ()
 
 
-def open_source(path: Path) -> ImageSource:
-    """Open a folder of photographs or of tars, a CSV, or a tar.
+def open_source(options: InputOptions) -> ImageSource:
+    """Open a folder with photographs, tars or parquets, a CSV, a tar or a parquet.
 
     Raises InputError where it is none of these, or cannot be read.
     """
-    if path.is_dir():
-        tars = [file for file in list_files(path) if file.suffix.lower() == ".tar"]
-        return _open_tars(tars) if tars else _open_folder(path)
-    if path.suffix.lower() == ".tar":
-        return _open_tars([path])
-    if path.suffix.lower() == ".csv":
-        return _open_table(path)
+    path = options.input
+    kind, files = list_data(path) if path.is_dir() else ("", [path])
+    if kind == PARQUETS or is_parquet(path):
+        return _open_parquets(options)
+    if options != InputOptions(input=path):
+        raise InputError(f"{path}: --id-column, --image-column and --keep-columns belong to an --input of parquets")
+    if kind == TARS or (path.suffix.lower() == TAR_SUFFIX and not path.is_dir()):
+        return _open_tars(path, files)
+    if kind == PHOTOGRAPHS:
+        return _open_photographs(path, files)
+    if path.suffix.lower() == ".csv" and not path.is_dir():
+        return _open_csv(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder: correct --input")
-    raise InputError(f"{path}: neither a folder, nor a .csv of OSMID and path, nor a .tar: correct --input")
+    what = "holds neither photographs nor tars nor parquets" if path.is_dir() else "neither .csv, .tar nor .parquet"
+    raise InputError(f"{path}: {what}: correct --input")
 
 
-# ------------------------------------------------------------------------------------------------ a folder
-
-
-def _open_folder(folder: Path) -> ImageSource:
-    images = list_images(folder)
-    if not images:
-        raise InputError(f"{folder}: holds neither photographs nor tars: correct --input")
-    names = [name for name, _ in images]
-
+def _open_photographs(folder: Path, files: Sequence[Path]) -> ImageSource:
     def stream(start: int) -> Iterator[SourceImage]:
-        for name in names[start:]:
-            identifier = decode_name(name)
-            yield SourceImage({ID_COLUMN: identifier}, identifier, partial(read_file, folder / name))
+        for file in files[start:]:
+            name = decode_name(file.relative_to(folder).as_posix())
+            yield SourceImage({ID_COLUMN: name}, name, partial(read_file, file), file)
 
-    listed = hash_json([[decode_name(name), size] for name, size in images])
-    inputs = [{"name": folder.name, "size": sum(size for _, size in images), "hash": listed}]
-    return ImageSource((pa.field(ID_COLUMN, pa.string()),), inputs, len(images), stream)
+    names = hash_json([decode_name(file.relative_to(folder).as_posix()) for file in files])
+    inputs = [{"name": folder.name, "size": len(files), "hash": names}]
+    return ImageSource((_TEXT_ID,), inputs, len(files), stream, lambda start, end: files[start:end])
 
 
 def read_file(path: Path) -> bytes:
@@ -96,6 +110,8 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise Rejection("missing_image", error.strerror or one_line(error)) from None
+    except ValueError as error:  # a zero byte
+        raise Rejection("missing_image", one_line(error)) from None
 
 
 def check_size(num_bytes: int) -> None:
@@ -104,11 +120,7 @@ def check_size(num_bytes: int) -> None:
         raise Rejection("image_too_large", f"{num_bytes} bytes, at most {MAX_IMAGE_BYTES} are read")
 
 
-# ------------------------------------------------------------------------------------------------ a CSV
-
-
-def _open_table(path: Path) -> ImageSource:
-    """Open a CSV; each column is int64 if its values are whole numbers written as such, else text as it stands."""
+def _open_csv(path: Path) -> ImageSource:
     identity = identify(path)
     remedy = "its first line names OSMID, path and what to keep, each column once"
     texts = read_csv(path, [ID_COLUMN, PATH_COLUMN], remedy, others=True)
@@ -118,37 +130,34 @@ def _open_table(path: Path) -> ImageSource:
     if not texts.num_rows:
         raise InputError(f"{path}: holds no rows: correct --input")
     names = texts.column_names
-    columns = {name: texts[name] if name == PATH_COLUMN else whole_or_text(texts[name]) for name in names}
-    table = pa.table(columns)
+    table = pa.table({name: texts[name] if name == PATH_COLUMN else whole_or_text(texts[name]) for name in names})
 
     def stream(start: int) -> Iterator[SourceImage]:
         for batch in table.slice(start).to_batches(1000):
             for row in batch.to_pylist():
-                name = row[PATH_COLUMN]
-                yield SourceImage(row, name, partial(_read_named, path.parent, name))
+                file = path.parent / row[PATH_COLUMN]
+                yield SourceImage(row, row[PATH_COLUMN], partial(read_file, file), file)
 
-    return ImageSource(tuple(table.schema), [identity], table.num_rows, stream)
+    def locate(start: int, end: int) -> Sequence[Path]:
+        return [path.parent / name for name in table[PATH_COLUMN].slice(start, end - start).to_pylist()]
 
-
-def _read_named(folder: Path, name: str) -> bytes:
-    if not name:
-        raise Rejection("missing_image", "no path is given")
-    if "\0" in name:
-        raise Rejection("missing_image", "no path can hold a zero byte")
-    return read_file(folder / name)
+    return ImageSource(tuple(table.schema), [identity], table.num_rows, stream, locate)
 
 
-# ------------------------------------------------------------------------------------------------ tars
+def _open_tars(path: Path, tars: Sequence[Path]) -> ImageSource:
+    def stream_all() -> Iterator[SourceImage]:
+        by_stem = itertools.groupby(sorted(tars, key=lambda tar: tar.with_suffix("")), lambda tar: tar.with_suffix(""))
+        for stem, same in by_stem:
+            prefix = decode_name(stem.relative_to(path).as_posix() if path.is_dir() else stem.name)
+            firsts: dict[Hashable, str] = {}
+            for tar in same:
+                for member in filter(_is_image, stream_members(tar)):
+                    name = f"{prefix}/{member.name}"
+                    rejection = reject_repeated(name, f"{tar.name}/{member.name}", firsts)
+                    yield SourceImage({ID_COLUMN: name}, name, _read_member(member, rejection))
 
-
-def _open_tars(tars: Sequence[Path]) -> ImageSource:
-    def stream(start: int) -> Iterator[SourceImage]:
-        images = ((tar, member) for tar in tars for member in stream_members(tar) if _is_image(member))
-        for tar, member in itertools.islice(images, start, None):
-            identifier = f"{decode_name(tar.stem)}/{member.name}"
-            yield SourceImage({ID_COLUMN: identifier}, identifier, _read_member(member))
-
-    return ImageSource((pa.field(ID_COLUMN, pa.string()),), [identify(tar) for tar in tars], None, stream)
+    inputs = [identify(tar) for tar in tars]
+    return ImageSource((_TEXT_ID,), inputs, None, lambda start: itertools.islice(stream_all(), start, None))
 
 
 def _is_image(member: Member) -> bool:
@@ -156,14 +165,49 @@ def _is_image(member: Member) -> bool:
     return member.name.lower().endswith(IMAGE_SUFFIXES) and not member.is_folder and not hidden
 
 
-def _read_member(member: Member) -> Callable[[], bytes]:
+def _read_member(member: Member, rejection: Rejection | None) -> Callable[[], bytes]:
     """Read a member now, as its tar is read in order; what is wrong with it is raised when it is asked for."""
-    data = member.read() if member.is_file and member.size <= MAX_IMAGE_BYTES else b""
+    if not member.is_file:
+        rejection = Rejection("missing_image", "a link or device, which is not followed")
+    data = member.read() if rejection is None and member.size <= MAX_IMAGE_BYTES else b""
 
     def give() -> bytes:
-        if not member.is_file:
-            raise Rejection("missing_image", "a link or device, which is not followed")
+        if rejection is not None:
+            raise rejection
         check_size(member.size)
         return data
 
     return give
+
+
+def _open_parquets(options: InputOptions) -> ImageSource:
+    source = open_input(options)
+    columns = [ID_COLUMN, *options.keep_columns]
+
+    def stream(start: int) -> Iterator[SourceImage]:
+        first = 0
+        for row_group, num_rows in enumerate(source.row_group_rows):
+            first += num_rows
+            if first <= start:
+                continue
+            skipped = max(0, start - (first - num_rows))
+            for table in read_batches(source, row_group):
+                rows = zip(table.select(columns).to_pylist(), valid_rows(table), table[IMAGE_COLUMN], strict=True)
+                for row, is_valid, image in itertools.islice(rows, min(skipped, table.num_rows), None):
+                    data = image.as_py() if is_valid else None
+                    yield SourceImage(row, str(row[ID_COLUMN]), partial(_require, data))
+                skipped = max(0, skipped - table.num_rows)
+
+    sample = next(
+        t for group in range(len(source.row_group_rows)) for t in read_batches(source, group, with_images=False)
+    )
+    described = hash_json([source.fingerprint, options.id_column, options.image_column, columns])
+    inputs = [{"name": source.path.name, "size": source.size, "hash": described}]
+    return ImageSource(tuple(sample.schema.field(name) for name in columns), inputs, source.num_rows, stream)
+
+
+def _require(data: bytes | None) -> bytes:
+    if data is None:
+        raise Rejection("missing_image", "no bytes, or is_valid is false")
+    check_size(len(data))
+    return data
