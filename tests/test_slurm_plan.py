@@ -26,7 +26,11 @@ from slurm.control.target import Target
 
 REPO = Path(__file__).resolve().parents[1]
 SHELL_FILES = sorted(
-    [path for folder in ("slurm", "publish_model/slurm", "tests", ".ci") for path in (REPO / folder).glob("*.s[hb]*")]
+    [
+        path
+        for folder in ("slurm", "publish_model/slurm", "preprocess_raw_data", "tests", ".ci")
+        for path in (REPO / folder).glob("*.s[hb]*")
+    ]
     + [REPO / ".ci/run"]
 )
 SBATCH_FILES = [REPO / name_job_file(stage) for stage in (*STAGES.values(), TUNE)]
