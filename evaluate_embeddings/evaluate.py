@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 
 from evaluate_embeddings.scores.breakdowns import summarize_breakdowns
+from evaluate_embeddings.scores.fairness import doubt_split
 from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from evaluate_embeddings.scores.metrics import GALLERY_SIZES, KIND_LABELS, KINDS, Evaluation, build_metrics
 from evaluate_embeddings.scores.pair_similarity import sample_similarities
@@ -164,6 +165,10 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     ignored = resolve_pairs(pairs, features.building_ids)
     with watch.measure("score"):
         evaluation, metrics = score_split(features, embeddings, ignored, config)
+    metrics["warning"] = doubt_split(checkpoint, config.path("merged_dir") / "test.parquet")
+    if metrics["warning"]:
+        logger.warning("%s: %s", STAGE, metrics["warning"])
+        metrics["headline"] = f"{metrics['warning']}. {metrics['headline']}"
     metrics["provenance"] = provenance | {
         "seed": config.global_.seed,
         "split_hash": (read_provenance(config.path("merged_dir") / "test.parquet") or {}).get("split_hash"),

@@ -1,10 +1,11 @@
 """Explore an embeddings dataset in the browser: map, neighbours and thumbnails, by Apple's embedding-atlas.
 
-    python evaluate_embeddings/explore.py OUTPUT
+    python evaluate_embeddings/explore.py OUTPUT --images INPUT
 
 Reads the dataset that stage 8 wrote (a random sample if it has more than a million images) and, for thumbnails, the
-images that it was made from. Serves a page to this machine alone until Ctrl-C; only embedding-atlas' own cache of the
-map stays on disk. Needs the extra `explore`: pip install '.[explore]'.
+images that it was made from; a path that the dataset itself names is never opened. Serves a page to this machine alone
+until Ctrl-C; only embedding-atlas' own cache of the map stays on disk. Needs the extra `explore`:
+pip install '.[explore]'.
 """
 
 import importlib.util
@@ -36,17 +37,15 @@ MAX_ROWS, SEED = 1_000_000, 42
 THUMBNAIL_SIDE, JPEG_QUALITY = 96, 70
 
 
-def write_atlas_table(output: Path, images: Path | None, path: Path) -> tuple[int, bool]:
-    """Write id, embedding and, if possible, a thumbnail of each image; return the rows, and whether thumbnails exist.
+def write_atlas_table(output: Path, images: Path | None, path: Path) -> int:
+    """Write id, embedding and, given the input of stage 8, a thumbnail of each image; return the rows.
 
-    `images` is the input of stage 8 (default: from state.json). Raises InputError if the dataset or its input cannot
-    be read.
+    Raises InputError if the dataset or its input cannot be read.
     """
     dataset = EmbeddingsDataset(output)
-    images = images or Path((dataset.state or {}).get("input_path", ""))
-    source = dataset.open_input(images) if images.exists() and images.name else None
+    source = None if images is None else dataset.open_input(images)
     if source is None:
-        logger.warning("no thumbnails: what was embedded is not here; give --images")
+        logger.warning("no thumbnails: give --images, the input of stage 8")
     rows: Sequence[int] = range(dataset.num_rows)
     if len(rows) > MAX_ROWS:
         logger.warning("%s: a random sample of %d of %d images is shown", output, MAX_ROWS, len(rows))
@@ -65,7 +64,7 @@ def write_atlas_table(output: Path, images: Path | None, path: Path) -> tuple[in
                 arrays.append(pa.array([{"bytes": make_thumbnail(next(pictures)[1])} for _ in places], schema[2].type))
             writer.write_batch(pa.record_batch(arrays, schema=schema))
             progress.advance(len(places))
-    return len(rows), source is not None
+    return len(rows)
 
 
 def make_thumbnail(data: bytes) -> bytes | None:
@@ -85,15 +84,13 @@ def explore(folder: Path, images: Path | None, port: int) -> None:
         raise InputError(
             "embedding-atlas is not installed: pip install '.[explore]', best in an environment of its own"
         )
-    if images is not None and not images.exists():
-        raise InputError(f"{images}: no such file or folder: correct --images")
     with tempfile.TemporaryDirectory() as scratch:
         table_path = Path(scratch) / "atlas.parquet"
-        num_rows, has_images = write_atlas_table(folder, images, table_path)
+        num_rows = write_atlas_table(folder, images, table_path)
         logger.info("%d images; the map is computed once, then open http://localhost:%d", num_rows, port)
         command = [
             sys.executable, "-m", "embedding_atlas.cli", str(table_path), "--vector", "embedding",
-            *(["--image", "image"] if has_images else []), "--duckdb", "server", "--host", "localhost",
+            *(["--image", "image"] if images else []), "--duckdb", "server", "--host", "localhost",
             "--port", str(port), "--no-auto-port",
         ]  # fmt: skip
         # stdout carries paths alone, so its banner goes with the log.
@@ -106,9 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from a command line."""
     parser = cli.make_parser(__doc__, config=False)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="embeddings dataset that stage 8 wrote")
-    parser.add_argument(
-        "--images", type=Path, metavar="PATH", help="packaged images that were embedded (default: as state.json says)"
-    )
+    parser.add_argument("--images", type=Path, metavar="PATH", help="what stage 8 embedded, for thumbnails")
     parser.add_argument("--port", type=int, default=5055, metavar="N", help="port on this machine (5055)")
     arguments = parser.parse_args(argv)
     with logging_to(None):

@@ -16,6 +16,7 @@ from pipeline.retrieval.projector import Projector
 WIDTH = 16
 NUM_BUILDINGS = 24
 IMAGES_PER_BUILDING = 3
+SPLIT_HASH = "feedbeef"
 
 
 def building_color(building):
@@ -66,12 +67,12 @@ def make_table(
 
 def write_split(folder, name, table):
     """Write a split as stage 3 does."""
-    provenance = {"stage": "merge_and_split", "split_hash": "feedbeef", "settings": {}, "inputs": []}
+    provenance = {"stage": "merge_and_split", "split_hash": SPLIT_HASH, "settings": {}, "inputs": []}
     tables.write_parquet(folder / "merged" / f"{name}.parquet", table, provenance)
 
 
-def write_checkpoint(path, *, seed=0, width=WIDTH, history=True):
-    """Write a checkpoint of a projector with random weights."""
+def write_checkpoint(path, *, seed=0, width=WIDTH, history=True, split_hash="feedbeef"):
+    """Write a checkpoint of a projector with random weights, that names the split which it was trained on."""
     torch.manual_seed(seed)
     projector = Projector(width, output_dim=8, hidden_dim=8)
     scores = [{"epoch": epoch, "val": {"map": 0.4 + 0.01 * epoch}} for epoch in range(4)]
@@ -81,6 +82,7 @@ def write_checkpoint(path, *, seed=0, width=WIDTH, history=True):
         "projector": projector.state_dict(),
         "metrics": metrics,
         "settings": {"seed": 42, "training": {"margin": 0.2}},
+        "provenance": {"split_hash": split_hash},
     }
     save_checkpoint(path, content)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluation_data
 import numpy as np
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_metrics_have_their_fixed_keys_and_the_counts_of_the_split(finished):
     assert list(metrics) == [
         "split", "queries", "gallery", "buildings", "ignored_pairs", "raw", "pca_whitened", "whitening",
         "projector", "projector_gain", "headline", "by_dataset", "without_same_panorama", "by_gallery_size",
-        "verification", "by_views", "by_viewpoint_change", "by_distance", "provenance",
+        "verification", "by_views", "by_viewpoint_change", "by_distance", "warning", "provenance",
     ]  # fmt: skip
     assert metrics["split"] == "test"
     assert metrics["queries"] == metrics["gallery"] == NUM_IMAGES
@@ -84,6 +85,7 @@ def test_metrics_have_their_fixed_keys_and_the_counts_of_the_split(finished):
         assert all(scores[f"{key}_ci95"][0] <= scores[key] <= scores[f"{key}_ci95"][1] for key in SCORE_KEYS)
     assert metrics["projector"]["recall_at_10"] <= metrics["projector"]["recall_at_100"] <= 1.0
     assert metrics["by_gallery_size"] == {}
+    assert metrics["warning"] is None
     provenance = metrics["provenance"]
     assert (provenance["seed"], provenance["split_hash"]) == (42, "feedbeef")
     assert len(provenance["weights_hash"]) == 32
@@ -354,6 +356,29 @@ def test_the_verdict_follows_the_interval_of_the_difference(finished):
     ):
         gain["over_raw"]["map_ci95"] = interval
         assert words in describe_verdict(metrics)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "scored", "words"),
+    [("other", "feedbeef", "on another split"), (None, "feedbeef", "on a split that nothing names"),
+     ("other", None, "on a split that nothing names"), (None, None, "on a split that nothing names")],
+)  # fmt: skip
+def test_a_projector_that_may_have_seen_the_split_gets_no_clean_verdict(
+    tmp_path, run_main, monkeypatch, trained_on, scored, words
+):
+    monkeypatch.setattr(evaluation_data, "SPLIT_HASH", scored)
+    config_path = make_workplace(tmp_path, photos=False)
+    write_checkpoint(tmp_path / "checkpoints" / "checkpoint_best.pt", split_hash=trained_on)
+    outcome = run_main(main, "--config", config_path, "--set", f"global.log_dir={tmp_path / 'logs'}")
+    warning = f"Mind: checkpoint_best.pt was trained {words}, and may have seen buildings of this test split"
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["warning"] == warning
+    assert metrics["headline"].startswith(f"{warning}. The projector ")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"<h1>{warning}. The projector " in page
+    assert 'class="verdict bad"' in page
+    assert f"WARNING evaluate: {warning}" in " ".join(outcome.stderr.split())
+    assert f"{warning}. The projector " in " ".join(outcome.stderr.split())
 
 
 def test_the_table_and_the_metrics_say_the_same_headline(finished):

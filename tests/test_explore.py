@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import socket
 import time
 import urllib.error
@@ -70,7 +71,7 @@ def assert_shown(dataset, path, rows):
 
 
 def test_each_row_has_its_id_embedding_and_the_thumbnail_of_its_own_image(dataset, tmp_path):
-    assert write_atlas_table(dataset, None, tmp_path / "a.parquet") == (len(EMBEDDED), True)
+    assert write_atlas_table(dataset, tmp_path / "package.parquet", tmp_path / "a.parquet") == len(EMBEDDED)
     assert_shown(dataset, tmp_path / "a.parquet", EMBEDDED)
 
 
@@ -78,14 +79,14 @@ def test_after_a_deletion_the_other_rows_keep_their_own_thumbnails(dataset, tmp_
     deleted = (1, REJECTED, 7)
     (tmp_path / "ids.txt").write_text("".join(f"{row}\n" for row in deleted))
     assert run_main(delete_ids.main, dataset, "--delete-ids", tmp_path / "ids.txt").code == 0
-    write_atlas_table(dataset, None, tmp_path / "a.parquet")
+    write_atlas_table(dataset, tmp_path / "package.parquet", tmp_path / "a.parquet")
     assert_shown(dataset, tmp_path / "a.parquet", [row for row in EMBEDDED if row not in deleted])
 
 
 def test_of_too_many_images_a_random_sample_is_shown_with_its_own_thumbnails(dataset, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(explore, "MAX_ROWS", 4)
     monkeypatch.setattr(explore.logger, "propagate", True)
-    write_atlas_table(dataset, None, tmp_path / "a.parquet")
+    write_atlas_table(dataset, tmp_path / "package.parquet", tmp_path / "a.parquet")
     assert f"a random sample of 4 of {len(EMBEDDED)} images is shown" in caplog.text
     rows = [int(name) for name in read_table(tmp_path / "a.parquet")[0]]
     assert len(rows) == 4
@@ -105,12 +106,33 @@ def test_a_folder_of_photographs_is_read_by_name_and_gaps_stay_gaps(embed, tmp_p
     assert explore.make_thumbnail(b"\xff\xd8") is None
 
 
-def test_without_the_images_there_are_no_thumbnails_and_it_says_so(dataset, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("named", ["package.parquet", "pipe", "../pipe", "photos"])
+def test_no_path_that_the_dataset_names_is_opened(dataset, tmp_path, monkeypatch, caplog, named):
     monkeypatch.setattr(explore.logger, "propagate", True)
-    (tmp_path / "package.parquet").unlink()
-    assert write_atlas_table(dataset, None, tmp_path / "a.parquet") == (len(EMBEDDED), False)
-    assert "no thumbnails: what was embedded is not here" in caplog.text
+    os.mkfifo(tmp_path / "pipe")  # reading it would never end
+    state = json.loads((dataset / "state.json").read_text())
+    (dataset / "state.json").write_text(json.dumps(state | {"input_path": str(tmp_path / "output" / ".." / named)}))
+    assert write_atlas_table(dataset, None, tmp_path / "a.parquet") == len(EMBEDDED)
+    assert "no thumbnails: give --images" in caplog.text
     assert read_table(tmp_path / "a.parquet")[2] is None
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.jpg", "pipe.jpg", "link.jpg", "pipe.parquet"])
+def test_ids_and_what_is_no_regular_file_of_the_folder_are_not_opened(embed, tmp_path, run_main, name):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "1.jpg").write_bytes(make_photo(1))
+    (tmp_path / "secret.jpg").write_bytes(make_photo(9))
+    if name.startswith(("pipe", "link")):
+        (photos / name).symlink_to(tmp_path / "secret.jpg") if name[0] == "l" else os.mkfifo(photos / name)
+    assert embed(photos, tmp_path / "o").code == 0
+    part = next((tmp_path / "o" / "parts").glob("*.parquet"))
+    table = pq.read_table(part)
+    pq.write_table(table.set_column(0, "OSMID", pa.array([name])).replace_schema_metadata(table.schema.metadata), part)
+    write_atlas_table(tmp_path / "o", photos, tmp_path / "a.parquet")
+    ids, _, thumbnails = read_table(tmp_path / "a.parquet")
+    assert ids == [name]
+    assert_photo_of(thumbnails[0], 1)
 
 
 def test_what_cannot_be_explored_is_exit_code_1_with_one_line(dataset, tmp_path, run_main, monkeypatch):
@@ -121,7 +143,7 @@ def test_what_cannot_be_explored_is_exit_code_1_with_one_line(dataset, tmp_path,
     write_packaged(tmp_path / "other.parquet", [b"x"] * 3)
     for arguments, words in (
         ([tmp_path / "nowhere"], "nowhere: holds no embeddings (parts/*.parquet)"),
-        ([dataset, "--images", tmp_path / "no.parquet"], "no.parquet: no such file or folder"),
+        ([dataset, "--images", tmp_path / "no.parquet"], "no.parquet: no such file"),
         ([dataset, "--images", tmp_path / "other.parquet"], "other.parquet: not the input that"),
     ):
         outcome = run_main(main, *arguments)
@@ -162,7 +184,13 @@ def test_the_page_opens_with_thumbnails_and_neighbours_and_asks_only_this_machin
     with open_browser() as browser:
         port = find_free_port()
         process = start_script(
-            "evaluate_embeddings/explore.py", dataset, "--port", port, XDG_CACHE_HOME=str(tmp_path / "cache")
+            "evaluate_embeddings/explore.py",
+            dataset,
+            "--images",
+            tmp_path / "package.parquet",
+            "--port",
+            port,
+            XDG_CACHE_HOME=str(tmp_path / "cache"),
         )
         metadata = wait_for(f"http://localhost:{port}/data/metadata.json", process)
         assert "neighbors" in json.dumps(metadata)

@@ -81,6 +81,8 @@ def render(name: str, **content: Any) -> str:
 
 
 def choose_mood(metrics: Mapping[str, Any]) -> str:
-    """Return the verdict's class in the style sheet: good if every baseline is beaten, bad if one is better."""
+    """Return the verdict's class in the style sheet: good if all are beaten, bad if one is not or nobody can tell."""
     verdicts = {judge(metrics["projector_gain"][f"over_{baseline}"]["map_ci95"]) for baseline in BASELINES}
-    return "good" if verdicts == {"beats"} else "bad" if "is worse than" in verdicts else ""
+    if metrics["warning"] or "is worse than" in verdicts:
+        return "bad"
+    return "good" if verdicts == {"beats"} else ""

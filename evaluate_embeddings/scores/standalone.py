@@ -8,12 +8,12 @@ import pyarrow as pa
 
 from evaluate_embeddings.scores.comparison import LabelledModels
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
+from evaluate_embeddings.scores.fairness import doubt_split
 from evaluate_embeddings.scores.labels import label_rows, match_rows, read_ignore_pairs, resolve_pairs
 from evaluate_embeddings.scores.tables import format_models
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.files.tables import read_provenance
 from pipeline.log import Progress, logger
 from pipeline.retrieval.features import load_features
 from pipeline.retrieval.scores import score_queries
@@ -118,15 +118,12 @@ def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.Stage
     test_path = config.path("merged_dir") / "test.parquet"
     features = load_features(test_path)
     result.rows_in = len(features)
-    split_hash = (read_provenance(test_path) or {}).get("split_hash")
     places = [config.path("checkpoint_dir") / CHECKPOINT_NAME, options.compare]
     embeddings, notes = [], []
     for path in places:
         checkpoint = load_checkpoint(path, input_dim=features.width)
-        trained_on = checkpoint.provenance.get("split_hash")
-        if trained_on != split_hash:
-            why = "on another split" if trained_on else "on a split that it does not name"
-            notes.append(f"Mind: {path.name} was trained {why}: it may have seen images of this test split.")
+        if doubt := doubt_split(checkpoint, test_path):
+            notes.append(f"{doubt}.")
         device = choose_device(config.infrastructure.device)
         embeddings.append(project(build_projector(checkpoint), features.embeddings, device))
     ignored = resolve_pairs(read_ignore_pairs(options.ignore_pairs), features.building_ids)

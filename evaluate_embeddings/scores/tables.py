@@ -13,7 +13,6 @@ from evaluate_embeddings.scores.metrics import (
     KINDS,
     SCORE_LABELS,
     Scores,
-    describe_headline,
     judge,
     summarize_kinds,
 )
@@ -29,7 +28,7 @@ def format_metrics_table(metrics: Mapping[str, Any]) -> str:
     counts = (metrics["queries"], metrics["gallery"], metrics["buildings"], metrics["ignored_pairs"])
     lines = _format_counts(*counts, split=f"{metrics['split']} split: ")
     lines += _format_scores({KIND_LABELS[kind]: metrics[kind] for kind in KINDS})
-    return _finish(lines, f"{describe_headline(metrics['projector_gain'])}. {describe_verdict(metrics)}")
+    return _finish(lines, f"{metrics['headline']}. {describe_verdict(metrics)}")
 
 
 def format_models(names: list[str], scores: list[QueryScores], models: LabelledModels, seed: int) -> str:
