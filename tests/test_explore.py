@@ -20,6 +20,7 @@ from raw_tars import encode
 
 from evaluate_embeddings import explore
 from evaluate_embeddings.explore import main, write_atlas_table
+from pipeline.errors import InputError
 from publish_model import delete_ids
 
 NUM_ROWS = 12
@@ -117,7 +118,7 @@ def test_no_path_that_the_dataset_names_is_opened(dataset, tmp_path, monkeypatch
     assert read_table(tmp_path / "a.parquet")[2] is None
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.jpg", "pipe.jpg", "link.jpg", "pipe.parquet"])
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.jpg", "pipe.jpg", "link.jpg"])
 def test_ids_and_what_is_no_regular_file_of_the_folder_are_not_opened(embed, tmp_path, run_main, name):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -133,6 +134,14 @@ def test_ids_and_what_is_no_regular_file_of_the_folder_are_not_opened(embed, tmp
     ids, _, thumbnails = read_table(tmp_path / "a.parquet")
     assert ids == [name]
     assert_photo_of(thumbnails[0], 1)
+
+
+def test_a_pipe_among_the_parts_or_the_packages_is_an_error_that_names_it(dataset, tmp_path):
+    (tmp_path / "packages").mkdir()
+    for folder in (tmp_path / "packages", dataset / "parts"):
+        os.mkfifo(folder / "pipe.parquet")
+        with pytest.raises(InputError, match=r"pipe\.parquet: a pipe, not a parquet file"):
+            write_atlas_table(dataset, tmp_path / "packages", tmp_path / "a.parquet")
 
 
 def test_what_cannot_be_explored_is_exit_code_1_with_one_line(dataset, tmp_path, run_main, monkeypatch):

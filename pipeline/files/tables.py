@@ -142,6 +142,8 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
     """
     # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
     options = {"buffer_size": buffer_size, "pre_buffer": not buffer_size, "page_checksum_verification": True}
+    if path.is_fifo():  # opening it would never end
+        raise InputError(f"{path}: a pipe, not a parquet file: remove it, or correct the path")
     try:
         try:
             return pq.ParquetFile(path, **options)
