@@ -30,8 +30,9 @@ from difficulty_metadata.neighbor_search.pca import fit_pca
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
+from pipeline.files.identity import identify
 from pipeline.files.listing import list_outputs
-from pipeline.files.tables import identify, make_provenance, parquet_writer
+from pipeline.files.tables import make_provenance, parquet_writer
 from pipeline.files.units import COMPLETE, Provenance, Unit, drop_missing, find_complete, find_state, keep_complete
 from pipeline.files.workspace import discard, remove
 from pipeline.log import Progress, Stopwatch, logger

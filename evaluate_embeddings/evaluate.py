@@ -30,7 +30,8 @@ from evaluate_embeddings.scores.tables import format_metrics_table
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.tables import identify, make_provenance, read_provenance
+from pipeline.files.identity import identify
+from pipeline.files.tables import make_provenance, read_provenance
 from pipeline.files.units import Unit, keep_complete
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import Progress, Stopwatch, logger

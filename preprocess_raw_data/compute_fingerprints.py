@@ -20,11 +20,11 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
 from pipeline.files.archive import TarImage, read_images, require_bytes
+from pipeline.files.identity import identify
 from pipeline.files.list_columns import find_fingerprint
 from pipeline.files.tables import (
     FINGERPRINT_ID_SCHEMA,
     count_rejects,
-    identify,
     make_provenance,
     parquet_writer,
     rejects_path,

@@ -19,6 +19,7 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
 from pipeline.files.archive import Member, require_bytes, stream_members
+from pipeline.files.identity import note_digests
 from pipeline.files.tables import (
     INTERMEDIATE_SCHEMA,
     count_rejects,
@@ -40,15 +41,17 @@ STAGE = "process_tar"
 ROW_GROUP_ROWS = 16_384
 
 
-def take_inventory(tar_path: Path, num_workers: int, progress: Progress, watch: Stopwatch) -> TarInventory:
-    """Read a tar once, checking its images in parallel.
+def take_inventory(
+    tar_path: Path, num_workers: int, digests: dict[str, str], progress: Progress, watch: Stopwatch
+) -> TarInventory:
+    """Read a tar once, checking its images in parallel, and put its digest into `digests`.
 
     Raises InputError if the tar is damaged.
     """
     inventory = TarInventory()
 
     def read_wanted() -> Iterator[tuple[Member, bytes | None]]:
-        for member in stream_members(tar_path):
+        for member in stream_members(tar_path, digests):
             if not inventory.wants(member):
                 continue
             if member.is_image_name:
@@ -94,12 +97,13 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
 
     Raises InputError if the tar is damaged or holds nothing that looks like a view.
     """
-    interval = config.logging.progress_interval_seconds
+    interval, digests = config.logging.progress_interval_seconds, dict[str, str]()
     with Progress(unit.tar_path.name, total=None, interval_seconds=interval) as progress:
-        inventory = take_inventory(unit.tar_path, config.infrastructure.count_workers(), progress, watch)
+        inventory = take_inventory(unit.tar_path, config.infrastructure.count_workers(), digests, progress, watch)
     views, rejects = inventory.judge()
     if not views and not rejects:
         raise InputError(f"{unit.tar_path}: holds no image and no metadata: is it a tar of the raw layout?")
+    provenance["inputs"][0]["digest"] = note_digests({unit.tar_path.name: unit.tar_path}, digests, unit.notes)
     renamed = sum(view.record.dataset_id != unit.dataset_id for view in views)
     ignored = ", ".join(f"{count} {what}" for what, count in sorted(inventory.ignored.items())) or "nothing"
     logger.info("%s: ignored %s; %d views name another dataset id", unit.tar_path.name, ignored, renamed)

@@ -26,9 +26,9 @@ from pipeline.embeddings_dataset.hashes import hash_ids
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import ConfigError, InputError
 from pipeline.files import workspace
+from pipeline.files.identity import identify
 from pipeline.files.tables import (
     hash_json,
-    identify,
     is_complete,
     make_provenance,
     open_parquet,

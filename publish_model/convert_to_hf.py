@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, PipelineError, one_line
-from pipeline.files.tables import identify, make_provenance
+from pipeline.files.identity import identify
+from pipeline.files.tables import make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import read_json_object, writing_folder
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone, names_its_backbone

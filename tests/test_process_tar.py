@@ -236,7 +236,7 @@ def test_a_tar_that_cannot_be_read_fails_alone(tmp_path, stage, make_tar, conten
     assert len(errors) == 1
     assert errors[0].startswith(f"error: 1 of 3 tars failed, the others are done: {bad}: ")
     assert outcome.stdout.splitlines() == [f"{tmp_path}/intermediates/{name}.parquet" for name in ("0001", "0003")]
-    written = sorted(path.name for path in (tmp_path / "intermediates").rglob("*") if path.is_file())
+    written = sorted(path.name for path in (tmp_path / "intermediates").rglob("*.parquet"))
     assert written == ["0001.parquet", "0001.parquet", "0003.parquet", "0003.parquet"]
     assert "6 in = 6 out + 0 rejected + 0 dropped" in outcome.stderr
     assert good.exists()
@@ -252,7 +252,7 @@ def test_nothing_of_a_tar_touches_the_disk(tmp_path, stage, make_tar, monkeypatc
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {
         "config.toml", "raw/0001.tar", "logs/process_tar.log", "intermediates/0001.parquet",
-        "intermediates/_rejects/0001.parquet",
+        "intermediates/_rejects/0001.parquet", "intermediates/_inputs/0001.tar.json",
     }  # fmt: skip
 
 

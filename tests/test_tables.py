@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DamagedError, InputError, PipelineError, Rejection, StaleOutputError
-from pipeline.files import tables, workspace
+from pipeline.files import identity, tables, workspace
 
 PROVENANCE = {"stage": "somewhere", "version": "1", "inputs": [], "settings": {"a": 1}}
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("embedding", pa.list_(pa.float32(), 8))])
@@ -208,7 +208,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     whole = (tmp_path / "a.parquet").read_bytes()
     for content in (b"", b"PAR1", b"hello world, hello", whole[:-9], whole[: len(whole) // 2]):
         (tmp_path / "b.parquet").write_bytes(content)
-        for read in (tables.open_parquet, tables.read_provenance, tables.identify):
+        for read in (tables.open_parquet, tables.read_provenance, identity.identify):
             with pytest.raises(InputError, match=r"b\.parquet: not a readable parquet file .*: remove it and make it"):
                 read(tmp_path / "b.parquet")
     with pytest.raises(InputError):
@@ -249,35 +249,6 @@ def test_a_parquet_of_someone_else_says_nothing(tmp_path):
         assert tables.read_provenance(path) is None
 
 
-def test_files_are_told_apart_by_content_and_name_never_by_path_or_time(tmp_path):
-    path, moved = tmp_path / "a.parquet", tmp_path / "deep" / "a.parquet"
-    tables.write_parquet(path, make_table(), PROVENANCE)
-    identity = tables.identify(path)
-    assert identity["name"] == "a.parquet"
-    assert identity["size"] == path.stat().st_size
-    moved.parent.mkdir()
-    shutil.copy(path, moved)
-    os.utime(moved, (1, 1))
-    assert tables.identify(moved) == identity
-    changed = make_table().set_column(0, "id", pa.array(range(1, 101)))
-    tables.write_parquet(path, changed, PROVENANCE)
-    assert tables.identify(path) != identity
-    tables.write_parquet(path, make_table(), PROVENANCE | {"settings": {"a": 2}})
-    assert path.stat().st_size == identity["size"]
-    assert tables.identify(path) != identity
-
-
-def test_tars_are_told_apart_without_being_read_and_other_files_by_all_their_bytes(tmp_path):
-    (tmp_path / "0001.tar").write_bytes(b"12345")
-    assert tables.identify(tmp_path / "0001.tar") == {"name": "0001.tar", "size": 5}
-    (tmp_path / "a.csv").write_bytes(b"12345")
-    first = tables.identify(tmp_path / "a.csv")
-    (tmp_path / "a.csv").write_bytes(b"12346")
-    assert tables.identify(tmp_path / "a.csv") != first
-    with pytest.raises(InputError, match=r"b\.csv: no such file"):
-        tables.identify(tmp_path / "b.csv")
-
-
 def test_an_output_is_kept_refused_or_made_again(tmp_path):
     path = tmp_path / "a.parquet"
     assert not tables.is_complete(path, PROVENANCE, overwrite=False)
@@ -316,7 +287,7 @@ FILE = {"name": "0001.parquet", "size": 7, "footer": "f"}
     ],
 )
 def test_the_first_difference_of_two_provenances_is_named(old, new, difference):
-    assert tables.describe_difference(old, new) == difference
+    assert identity.describe_difference(old, new) == difference
 
 
 def test_a_hash_of_plain_values_does_not_depend_on_their_order():

@@ -11,8 +11,9 @@ from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError
 from pipeline.files import listing
+from pipeline.files.identity import identify
 from pipeline.files.listing import list_tars
-from pipeline.files.tables import identify, make_provenance, write_parquet
+from pipeline.files.tables import make_provenance, write_parquet
 from pipeline.files.units import (
     ABSENT,
     COMPLETE,

@@ -358,7 +358,7 @@ def config_with_splits(toy_backbone, tmp_path):
     """A model published beside the splits that it was trained on."""
     from published_models import make_config, write_checkpoint
 
-    from pipeline.files.tables import identify
+    from pipeline.files.identity import identify
     from publish_model import convert_to_hf
 
     generator = np.random.default_rng(0)

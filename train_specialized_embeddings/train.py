@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
-from pipeline.files import tables
+from pipeline.files import identity, tables
 from pipeline.files.units import Unit, keep_complete
 from pipeline.files.workspace import locked, replacing
 from pipeline.stages import STAGES
@@ -62,7 +62,7 @@ def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
     for name, section in (("training", config.training), ("training_model", config.training_model)):
         settings |= {f"{name}.{key}": value for key, value in section.model_dump(exclude=left_out).items()}
     identities = [
-        tables.identify(path) | ({"name": name} if name == WARM_START else {}) for name, path in inputs.items()
+        identity.identify(path) | ({"name": name} if name == WARM_START else {}) for name, path in inputs.items()
     ]
     provenance = tables.make_provenance(STAGE, identities, settings)
     merged = tables.read_provenance(inputs["train"]) or {}

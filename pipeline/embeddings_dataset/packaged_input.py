@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import is_text, take_rows
 from pipeline.errors import DamagedError, InputError, one_line
+from pipeline.files.identity import hash_footer
 from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
-from pipeline.files.tables import BUFFER_BYTES, UNMAPPED_KEY, hash_footer, hash_json, open_parquet, read_failure
+from pipeline.files.tables import BUFFER_BYTES, UNMAPPED_KEY, hash_json, open_parquet, read_failure
 from pipeline.files.text_tables import whole_from_floats, whole_or_text
 from pipeline.ids import decode_name
 from pipeline.log import logger

@@ -1,5 +1,6 @@
 """Stream a raw tar, member by member, in constant memory; nothing is extracted to disk."""
 
+import contextlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from pipeline.errors import InputError, Rejection, one_line
+from pipeline.files.identity import DigestingFile
 from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
@@ -73,15 +75,18 @@ class Member:
         return self.name.startswith("/") or ".." in PurePosixPath(self.name).parts
 
 
-def stream_members(tar_path: Path) -> Iterator[Member]:
+def stream_members(tar_path: Path, digests: dict[str, str] | None = None) -> Iterator[Member]:
     """Yield the members of a plain tar in their order; bytes of a name that are not UTF-8 become `\\xNN`.
+
+    In the end the tar's digest is put into `digests`, under its name, if they are given.
 
     Raises InputError if the tar is missing, empty, not a tar, damaged or truncated. The standard library takes a
     damaged header, or a cut between two members, for the end; here only an end-of-archive block ends a tar.
     """
     try:
         with (
-            open(tar_path, "rb") as file,
+            open(tar_path, "rb") as opened,
+            contextlib.nullcontext(opened if digests is None else DigestingFile(opened)) as file,
             # The encoding is named, or a name would read differently under another locale.
             tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
         ):
@@ -92,6 +97,8 @@ def stream_members(tar_path: Path) -> Iterator[Member]:
                 is_file = info.isreg() and not info.issparse()  # a sparse file's bytes do not lie in one piece
                 yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
             _check_end(tar_path, file, tar.offset)
+            if digests is not None:
+                digests[tar_path.name] = file.digest()
     except FileNotFoundError:
         raise InputError(f"{tar_path}: no such tar: correct the path") from None
     except IsADirectoryError:

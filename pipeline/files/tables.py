@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline import VERSION
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError, one_line
-from pipeline.files.listing import is_parquet
+from pipeline.files.identity import describe_difference, read_footer
 from pipeline.files.workspace import writing_to
 from pipeline.log import logger
 
@@ -292,45 +292,6 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
     return None
 
 
-def identify(path: Path) -> dict[str, Any]:
-    """Return a file's identity for provenance: name, size and a hash, for parquet of its footer, for tars none.
-
-    A footer has every column chunk's place and statistics, and the provenance. Raises InputError if the file is missing
-    or damaged.
-    """
-    try:
-        identity: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
-        if is_parquet(path):
-            identity["footer"] = hash_footer(path)
-        elif path.suffix != ".tar":
-            with open(path, "rb") as file:
-                identity["hash"] = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file: run the stage that writes it, or correct the path") from None
-    return identity
-
-
-def hash_footer(path: Path) -> str:
-    """Hash the Thrift footer of a parquet."""
-    return hashlib.sha256(read_footer(path)).hexdigest()[:32]
-
-
-def read_footer(path: Path) -> bytes:
-    """Return the Thrift footer of a parquet; its length stands in the last 8 bytes (Parquet's file format).
-
-    Raises DamagedError if there is none.
-    """
-    with open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 8))
-        tail = file.read(8)
-        length = int.from_bytes(tail[:4], "little")
-        if tail[4:] != b"PAR1" or length > end - 12:
-            raise DamagedError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
-        file.seek(end - 8 - length)
-        return file.read(length)
-
-
 def hash_json(content: Any) -> str:
     """Return a short hash of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -355,30 +316,6 @@ def matches(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, An
             "or set another output path"
         )
     return True
-
-
-def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Name the first difference of two provenances in stage, settings or inputs; None if they agree.
-
-    A tar that is gone is no difference.
-    """
-    if old.get("stage") != new.get("stage"):
-        return f"it was made by {old.get('stage')}"
-    for key in sorted(set(old.get("settings", {})) | set(new.get("settings", {}))):
-        before, after = (one.get("settings", {}).get(key) for one in (old, new))
-        if before != after:
-            return f"{key} was {before!r} and is now {after!r}"
-    old_inputs = {item["name"]: item for item in old.get("inputs", [])}
-    new_inputs = {item["name"]: item for item in new.get("inputs", [])}
-    for name in sorted(old_inputs.keys() | new_inputs.keys()):
-        if name not in old_inputs:
-            return f"input {name} was not among its inputs"
-        if name not in new_inputs:
-            if not name.endswith(".tar"):
-                return f"input {name} is gone"
-        elif old_inputs[name] != new_inputs[name]:
-            return f"input {name} has changed"
-    return None
 
 
 def make_provenance(stage: str, inputs: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 from pipeline.cli import Options, StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
+from pipeline.files.identity import identify_files
 from pipeline.files.listing import find_tars, is_parquet, list_intermediates
-from pipeline.files.tables import PROVENANCE_KEY, identify, matches, open_parquet, read_provenance
+from pipeline.files.tables import PROVENANCE_KEY, matches, open_parquet, read_provenance
 from pipeline.files.workspace import read_json_object
 from pipeline.ids import dataset_name, parse_dataset_id
 from pipeline.log import logger
@@ -162,9 +163,18 @@ class TarUnit(Unit):
         """The one output."""
         return self.outputs[0]
 
+    @property
+    def notes(self) -> list[Path]:
+        """Where the tar's digest is noted: beside the output and beside the intermediate."""
+        folders = (self.output_path.parent, self.intermediate_path.parent)
+        return [folder / "_inputs" / f"{self.tar_path.name}.json" for folder in folders]
+
     def identify_tar(self) -> list[dict[str, Any]]:
-        """Identify the tar by name and size; a tar that is gone is not an input any more."""
-        return [identify(self.tar_path)] if self.tar_path.is_file() else []
+        """Identify the tar by its content, unless stage 1 reads it later; one that is gone is not an input any more."""
+        if not self.tar_path.is_file():
+            return []
+        name, is_made = self.tar_path.name, self.intermediate_path.exists()
+        return [identify_files(name, {name: self.tar_path}, self.notes, read=is_made)]
 
 
 def list_tar_units(

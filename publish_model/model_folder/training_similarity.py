@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.errors import InputError
+from pipeline.files.identity import identify
 from pipeline.files.list_columns import find_embedding
-from pipeline.files.tables import identify, open_parquet, reading
+from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
 
 if TYPE_CHECKING:

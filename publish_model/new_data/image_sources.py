@@ -26,8 +26,9 @@ from pipeline.embeddings_dataset.packaged_input import (
 )
 from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
+from pipeline.files.identity import identify, identify_files
 from pipeline.files.listing import TAR_SUFFIX, is_parquet
-from pipeline.files.tables import hash_json, identify
+from pipeline.files.tables import hash_json
 from pipeline.files.text_tables import read_csv, whole_or_text
 from pipeline.ids import decode_name, reject_repeated
 
@@ -156,7 +157,7 @@ def _open_tars(path: Path, tars: Sequence[Path]) -> ImageSource:
                     rejection = reject_repeated(name, f"{tar.name}/{member.name}", firsts)
                     yield SourceImage({ID_COLUMN: name}, name, _read_member(member, rejection))
 
-    inputs = [identify(tar) for tar in tars]
+    inputs = [identify_files(tar.name, {tar.name: tar}, [], read=False) for tar in tars]
     return ImageSource((_TEXT_ID,), inputs, None, lambda start: itertools.islice(stream_all(), start, None))
 
 
