@@ -14,12 +14,11 @@ from transformers import AutoModel
 from pipeline.errors import InputError, one_line
 from pipeline.inference.loading import find_vision_config
 
-# The types of weights and their names in the format.
-TYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+# The format's names of the types that weights may have.
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write a model's weights as safetensors, one tensor at a time: a backbone may be larger than the memory."""
+"""Write a model's weights as safetensors, one file at a time: a backbone may be larger than the memory."""
 
 import json
 import math
@@ -6,17 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 from pipeline.errors import InputError
 from pipeline.inference.loading import load_model
-from pipeline.inference.stored_weights import TYPE_NAMES, Tensor, build_empty, list_stored
+from pipeline.inference.stored_weights import Tensor, build_empty, list_stored
 from pipeline.log import logger
 
-# The hub's limit for one file.
-MAX_SHARD_BYTES = 5_000_000_000
+# A file is in memory while it is written; the hub takes up to 5 GB.
+MAX_SHARD_BYTES = 2_000_000_000
 
 
 def list_backbone(folder: Path, pooling_type: str, scratch_dir: Path) -> list[Tensor]:
@@ -71,47 +72,11 @@ def stored_type(tensors: Iterable[Tensor]) -> torch.dtype:
 
 def write_weights(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write `model.safetensors`, or numbered shards and their index if it would exceed one shard."""
-    shards = _cut(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        _write_file(folder / "model.safetensors", shards[0])
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard)
-        weight_map |= {tensor.name: name for tensor in shard}
-    total = sum(tensor.num_bytes for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _cut(tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
-    shards: list[list[Tensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.num_bytes
-    return shards
-
-
-def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
-    """Write one safetensors file: the header's length, the header as JSON, then the tensors' bytes without gaps."""
-    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # so that each is aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in ordered:
-        start, end = end, end + tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": TYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in ordered:
-            file.write(tensor.read().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    empty = {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_bytes)
+    for file_name, names in split.filename_to_tensors.items():
+        save_file({name: by_name[name].read().contiguous() for name in names}, folder / file_name, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
