@@ -11,7 +11,8 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ from pipeline.inference import launcher
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
-from pipeline.reference.tar_files import check_foreign_output, read_intermediate
+from pipeline.reference.tar_files import check_foreign_output, read_intermediate, read_old_rows
 from pipeline.stages import STAGES
 from pipeline.threads import Background
 
@@ -54,6 +55,15 @@ if TYPE_CHECKING:
 STAGE = "generate_embeddings"
 # Rows of one row group: 16 MB of 4,096 floats, small enough to stream, large enough to compress.
 ROW_GROUP_ROWS = 1024
+# For images that embeddings of another program lack.
+REMEDY = "stage 2 with --add-missing embeds them"
+
+
+@dataclass(frozen=True)
+class EmbedOptions(cli.Options):
+    """The command line's options beyond the configuration."""
+
+    add_missing: bool = False
 
 
 class Embedding:
@@ -63,7 +73,7 @@ class Embedding:
     """
 
     def __init__(self, config: Config, units: list[TarUnit], folder: Path | None, watch: EngineWatch) -> None:
-        self.config, self.watch = config, watch
+        self.config, self.watch, self.adds_missing = config, watch, False
         self.rows, self.outputs = Background(), Background()
         self._units, self._folder = units, folder
 
@@ -116,10 +126,19 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Proven
         raise InputError(f"{unit.tar_path}: no such tar: correct the path")
     table = read_table(unit)
     # Another device may choose another precision: what it has begun is thrown away.
-    scratch = RowScratch(unit.output_path, len(table), hash_json({**provenance, "precision": stage.precision.mode}))
+    identity = {**provenance, "precision": stage.precision.mode}
+    old_rows: list[int] = []
+    if stage.adds_missing:
+        old_rows, old_values = read_old_rows(
+            unit, find_embedding(unit.output_path), table["streetview_image_id"].combine_chunks()
+        )
+        identity |= {"taken_over": len(old_rows)}
+    scratch = RowScratch(unit.output_path, len(table), hash_json(identity))
     with contextlib.ExitStack() as held:
         held.callback(scratch.close)
-        missing = fill_scratch(unit.tar_path, table, scratch, stage)
+        if old_rows:
+            scratch.write(old_rows, old_values)
+        missing = fill_scratch(unit.tar_path, table, scratch, stage, set(old_rows))
         stored = pa.float16() if stage.config.embedding_model.embedding_dtype == "float16" else pa.float32()
         embedding_type = pa.list_(stored, scratch.width or stage.embedder.width)
         held.pop_all()  # the thread that writes closes it
@@ -128,6 +147,8 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Proven
         "precision": stage.precision.mode,
         **stage.precision.fidelity,
     }
+    if old_rows:
+        provenance["taken_over"] = len(old_rows)
 
     def write() -> None:
         with contextlib.closing(scratch), stage.watch.measure("write"):
@@ -151,15 +172,18 @@ def index_images(table: pa.Table) -> dict[str, int]:
     return {name: row for row, name in enumerate(table["image_path"].to_pylist())}
 
 
-def fill_scratch(tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Embedding) -> list[int]:
+def fill_scratch(
+    tar_path: Path, table: pa.Table, scratch: RowScratch, stage: Embedding, done_rows: Container[int]
+) -> list[int]:
     """Embed the table's images in the order of the tar, from where the scratch stands, and return the rows not found.
 
-    Raises PipelineError naming an image whose embedding is not finite, zero or of another width.
+    Leaves out `done_rows`. Raises PipelineError naming an image whose embedding is not finite, zero or of another
+    width.
     """
     from pipeline.inference.backbone import check_embeddings
     from pipeline.inference.engine import embed_stream
 
-    left = index_images(table)
+    left = {name: row for name, row in index_images(table).items() if row not in done_rows}
     embedder, config = stage.embedder, stage.config
     stream = embed_stream(
         embedder,
@@ -237,7 +261,7 @@ def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[Ta
 
     return list_tar_units(
         STAGES[2], config, options, lambda unit: describe_output(unit, config, find_model()),
-        take_over=lambda unit: check_foreign_output(unit, find_embedding(unit.output_path)),
+        take_over=lambda unit: check_foreign_output(unit, find_embedding(unit.output_path), REMEDY),
         find_leftover=lambda output: name_files(output)[1],
     )  # fmt: skip
 
@@ -250,14 +274,25 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     watch = EngineWatch()
     result = cli.StageResult(STAGE, watch=watch)
     units = list_units(config, options)
-    all_there = all(unit.output_path.exists() for unit in units) and not options.overwrite
+    lacking = [unit for unit in units if isinstance(options, EmbedOptions) and options.add_missing and lacks(unit)]
+    all_there = all(unit.output_path.exists() for unit in units) and not (options.overwrite or lacking)
     folder = locate_backbone(config, download=not all_there)
     with contextlib.closing(Embedding(config, units, folder, watch)) as stage:
-        do_tars(units, result, options.overwrite, lambda unit, provenance: embed_tar(unit, provenance, stage))
+        rest = [unit for unit in units if unit not in lacking]
+        do_tars(rest, result, options.overwrite, lambda unit, provenance: embed_tar(unit, provenance, stage))
+        stage.adds_missing = True
+        do_tars(lacking, result, True, lambda unit, provenance: embed_tar(unit, provenance, stage))
     for kept in result.kept:
         remove_leftover(kept)
     result.check_reject_fraction(config)
     return result
+
+
+def lacks(unit: TarUnit) -> bool:
+    """Tell whether another program wrote a tar's embeddings and left images out."""
+    if not unit.output_path.exists() or read_provenance(unit.output_path) is not None:
+        return False
+    return check_foreign_output(unit, find_embedding(unit.output_path), "")[0]["dropped"] > 0
 
 
 def load_embedder(folder: Path, config: Config, mode: str | None = None) -> "Embedder":
@@ -301,12 +336,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage from a command line."""
     parser = cli.make_parser(__doc__)
     cli.add_tar_options(parser)
+    parser.add_argument(
+        "--add-missing", action="store_true", help="embed the images that embeddings of another program lack"
+    )
     launcher.add_processes_option(parser)
     arguments = parser.parse_args(argv)
     config = cli.config_from(arguments)  # before the processes start, so that its errors appear once
     if launcher.launch(__file__, argv, arguments.processes, is_sharded=not arguments.shard.is_whole):
         return
-    cli.run_stage(STAGE, run, config, cli.options_from(arguments))
+    options = EmbedOptions(**vars(cli.options_from(arguments)), add_missing=arguments.add_missing)
+    cli.run_stage(STAGE, run, config, options)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def take_over(unit: TarUnit, config: Config) -> tuple[dict[str, int], str]:
             f"{unit.output_path}: fingerprints of {column.width} values, [fingerprints].image_size = {side} gives "
             f"{fingerprint_width(side)}: correct the setting, or move the file away to have it made again"
         )
-    return check_foreign_output(unit, column)
+    return check_foreign_output(unit, column, "--overwrite makes the whole file again")
 
 
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:

@@ -107,8 +107,9 @@ def test_embeddings_without_provenance_are_kept_and_the_other_tars_embedded(tmp_
     before = [path.read_bytes() for path in workplace[:2]]
     outcome = stage("generate_embeddings")
     assert outcome.code == 0
-    assert f"kept {workplace[0]}: it carries no provenance, but has the 9 images of 0001.parquet, 24 numbers each" in (
-        outcome.stderr
+    assert (
+        f"kept {workplace[0]}: it carries no provenance, but has 9 of the 9 images of 0001.parquet, 24 numbers each"
+        in (outcome.stderr)
     )
     assert "27 in = 27 out + 0 rejected + 0 dropped; 1 written, 2 kept" in outcome.stderr
     assert [path.read_bytes() for path in workplace[:2]] == before
@@ -124,8 +125,8 @@ def test_embeddings_without_provenance_are_kept_and_the_other_tars_embedded(tmp_
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda table: table.slice(1), "1 images are in 0002.parquet only, as 0002_1"),
-        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "0002_embeddings.parquet has 10 rows, 0002.parq"),
+        (lambda table: table.slice(0, 0), "it has no rows"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "1 images are there twice"),
         (lambda table: table.drop_columns("embedding"), "column embedding is missing"),
         (
             lambda table: table.set_column(
@@ -147,6 +148,52 @@ def test_embeddings_of_other_images_are_refused_and_the_other_tars_done(stage, w
     assert workplace[1].read_bytes() == before
 
 
+def test_images_that_were_not_embedded_are_counted_and_made_when_asked_for(tmp_path, stage, workplace):
+    whole = pq.read_table(workplace[1])
+    pq.write_table(whole.take([5, 0, 7, 3]), workplace[1])
+    before = workplace[1].read_bytes()
+    outcome = stage("generate_embeddings")
+    assert outcome.code == 0
+    said = (
+        "0002_embeddings.parquet: it carries no provenance, but has 4 of the 9 images of 0002.parquet, 24 numbers each"
+    )
+    assert said in outcome.stderr
+    assert (
+        "; 5 images were not embedded by whoever wrote the file: stage 2 with --add-missing embeds them"
+        in outcome.stderr
+    )
+    assert "27 in = 22 out + 0 rejected + 5 dropped" in outcome.stderr
+    assert workplace[1].read_bytes() == before
+    marked = np.stack(whole["embedding"].to_numpy()) + 1  # which tells what is kept from what is made
+    rows = whole.set_column(whole.column_names.index("embedding"), "embedding", pa.array(marked.tolist()))
+    pq.write_table(rows.take([5, 0, 7, 3]), workplace[1])
+    outcome = stage("generate_embeddings", "--add-missing")
+    assert outcome.code == 0, outcome.stderr
+    assert "27 in = 27 out + 0 rejected + 0 dropped" in outcome.stderr
+    made = pq.read_table(workplace[1])
+    assert made["streetview_image_id"].to_pylist() == whole["streetview_image_id"].to_pylist()
+    expected = np.stack(whole["embedding"].to_numpy())
+    expected[[5, 0, 7, 3]] += 1
+    np.testing.assert_allclose(np.stack(made["embedding"].to_numpy()), expected, atol=1e-5)
+    assert "0 written, 3 kept" in stage("generate_embeddings", "--add-missing").stderr
+
+
+def test_the_dataset_is_the_tars_where_no_column_names_it(tmp_path, stage, workplace):
+    lost = ("dataset_id", "building_id", "streetview_image_id")
+    for dataset_id, path in enumerate(workplace[:2], 1):
+        age(tmp_path / f"intermediates/{dataset_id:04d}.parquet", without=lost)
+        pq.write_table(pq.read_table(path).drop_columns(list(lost)), path)
+    assert stage("generate_embeddings").code == 0
+    assert stage("compute_fingerprints").code == 0
+    ids = pq.read_table(tmp_path / "fingerprints/0002_fingerprints.parquet")["streetview_image_id"].to_pylist()
+    assert ids == [f"0002_{number}" for number in range(1, 10)]
+    assert stage("merge_and_split").code == 0
+    rows = pa.concat_tables([read(path) for path in sorted((tmp_path / "merged").glob("*.parquet"))])
+    assert sorted(rows["dataset_id"].to_pylist()) == [1] * 9 + [2] * 9 + [3] * 9
+    assert "tar_file" not in rows.column_names
+    assert set(rows["building_id"].to_pylist()) >= {"0001_1", "0002_1", "0003_1"}
+
+
 def test_overwrite_makes_them_again(stage, workplace):
     assert stage("generate_embeddings", "--overwrite").code == 0
     assert all(b"spatial_building_embeddings" in path.read_bytes() for path in workplace)
@@ -157,7 +204,7 @@ def test_fingerprints_without_provenance_are_kept_where_their_size_is_the_one_as
     path = age(tmp_path / "fingerprints/0001_fingerprints.parquet")
     outcome = stage("compute_fingerprints")
     assert outcome.code == 0
-    assert f"kept {path}: it carries no provenance, but has the 9 images" in outcome.stderr
+    assert f"kept {path}: it carries no provenance, but has 9 of the 9 images" in outcome.stderr
     outcome = stage(
         "compute_fingerprints", "--set", "fingerprints.image_size=8", "--tar-file", tmp_path / "raw/0001.tar"
     )

@@ -225,29 +225,37 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
         raise InputError(f"{path}: {', '.join(problems)}: make the file again with the stage that writes it")
 
 
-# Ids of two numbers (see pipeline/ids.py) that the reference implementation's files may lack.
-_COMPOSITE_IDS = {"building_id": "target_id", "streetview_image_id": "patch_id"}
+# Columns that the reference implementation's files may lack, and those that each is made from (see pipeline/ids.py).
+_SOURCES = {
+    "dataset_id": [pa.field("tar_file", pa.string())],
+    "building_id": [pa.field("dataset_id", pa.int64()), pa.field("target_id", pa.int64())],
+    "streetview_image_id": [pa.field("dataset_id", pa.int64()), pa.field("patch_id", pa.int64())],
+}
 
 
 def stored_fields(schema: pa.Schema, fields: Iterable[pa.Field]) -> list[pa.Field]:
-    """Return the fields to read from a file: in place of a composite id that it lacks, its two numbers."""
+    """Return the fields to read from a file: in place of an id that it lacks, the columns that it is made from."""
     found: dict[str, pa.Field] = {}
     for field in fields:
-        numbers = ("dataset_id", _COMPOSITE_IDS.get(field.name, ""))
-        if field.name not in schema.names and set(numbers) <= set(schema.names):
-            found |= {name: pa.field(name, pa.int64()) for name in numbers}
-        else:
-            found.setdefault(field.name, field)
+        sources = [field] if field.name in schema.names else stored_fields(schema, _SOURCES.get(field.name, []))
+        is_made = sources and all(source.name in schema.names for source in sources)
+        for source in sources if is_made else [field]:
+            found.setdefault(source.name, source)
     return list(found.values())
 
 
 def fill_composite_ids(table: pa.Table) -> pa.Table:
-    """Add the composite ids that a table lacks and has the numbers of; a null number gives a null."""
-    for name, number in _COMPOSITE_IDS.items():
-        if name not in table.column_names and {"dataset_id", number} <= set(table.column_names):
-            dataset = pc.utf8_lpad(table["dataset_id"].cast(pa.string()), 4, "0")
-            ids = pc.binary_join_element_wise(dataset, table[number].cast(pa.string()), "_")
-            table = table.append_column(name, ids)
+    """Add the ids that a table lacks and has the columns of; a null number, or a tar of another name, gives a null."""
+    for name, sources in _SOURCES.items():
+        if name in table.column_names or not {source.name for source in sources} <= set(table.column_names):
+            continue
+        first = table[sources[0].name].cast(pa.string())
+        if name == "dataset_id":
+            ids = pc.struct_field(pc.extract_regex(first, r"(?P<id>\d+)\.tar$"), 0).cast(pa.int64())
+        else:
+            second = table[sources[1].name].cast(pa.string())
+            ids = pc.binary_join_element_wise(pc.utf8_lpad(first, 4, "0"), second, "_")
+        table = table.append_column(name, ids)
     return table
 
 

@@ -3,19 +3,23 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files.archive import stream_members
 from pipeline.files.list_columns import ListColumn
-from pipeline.files.tables import read_columns, read_provenance
+from pipeline.files.tables import read_batches, read_columns, read_provenance
 from pipeline.files.units import TarUnit
 from pipeline.ids import dataset_name
 from pipeline.log import logger
 
 _ID = pa.field("streetview_image_id", pa.string())
+_BATCH_ROWS = 1024
 
 
 def read_intermediate(unit: TarUnit, fields: Iterable[pa.Field], *, with_others: bool = False) -> pa.Table:
@@ -70,6 +74,16 @@ def match_members(tar_path: Path, dataset_id: int, image_paths: list[str]) -> li
     return [names.get(path, path) for path in image_paths]
 
 
+def read_old_rows(unit: TarUnit, column: ListColumn, image_ids: pa.Array) -> tuple[list[int], NDArray[Any]]:
+    """Return, of an output without provenance, each row's place among `image_ids`, and its numbers (n, width)."""
+    ids = read_columns(unit.output_path, [_ID], "make the file again")[_ID.name]
+    values, start = np.empty((len(ids), column.width or 0), np.float32), 0
+    for batch in read_batches(column.path, [column.name], _BATCH_ROWS):
+        values[start : start + len(batch)] = column.read(batch.column(0), start).astype(np.float32)
+        start += len(batch)
+    return pc.index_in(ids, value_set=image_ids).to_pylist(), values
+
+
 def _strip(name: str, dataset_id: int) -> str:
     """Return a name without leading ./ and NNNN/."""
     folder = f"{dataset_name(dataset_id)}/"
@@ -78,27 +92,27 @@ def _strip(name: str, dataset_id: int) -> str:
     return name
 
 
-def check_foreign_output(unit: TarUnit, column: ListColumn) -> tuple[dict[str, int], str]:
+def check_foreign_output(unit: TarUnit, column: ListColumn, remedy: str) -> tuple[dict[str, int], str]:
     """Return the counts of an output without provenance that has a `column` for its intermediate's images, and a note.
 
-    Raises InputError if a file is damaged or the images differ.
+    Images that it lacks are counted as dropped; `remedy` says how they are made. Raises InputError if a file is
+    damaged, or the output has other images or one twice.
     """
     path, source = unit.output_path, unit.intermediate_path
     ids, wanted = (read_columns(place, [_ID], "make the file again")[_ID.name] for place in (path, source))
-    problem = ""
-    for own, others, name in ((wanted, ids, source.name), (ids, wanted, path.name)):
-        missing = own.filter(pc.invert(pc.is_in(own, value_set=others.combine_chunks())))
-        if len(missing):
-            problem = f"{len(missing)} images are in {name} only, as {missing[0]}"
-    if not problem and len(ids) != len(wanted):
-        problem = f"{path.name} has {len(ids)} rows, {source.name} {len(wanted)}"
-    if problem:
+    strange = ids.filter(pc.invert(pc.is_in(ids, value_set=wanted.combine_chunks())))
+    num_twice = len(ids) - pc.count_distinct(ids).as_py()
+    if len(strange) or num_twice or not len(ids):
+        problem = f"{len(strange)} images are in {path.name} only, as {strange[0]}" if len(strange) else (
+            f"{num_twice} images are there twice" if num_twice else "it has no rows"
+        )  # fmt: skip
         raise InputError(
             f"{path}: carries no provenance and does not match {source} ({problem}): move it away to have it made "
             "again, or make the intermediate again with stage 1"
         )
-    note = (
-        f"it carries no provenance, but has the {len(ids)} images of {source.name}, {column.width} numbers each; it is "
-        "taken to be made with the settings as they are"
-    )
-    return {"in": len(ids), "out": len(ids)}, note
+    note = f"it carries no provenance, but has {len(ids)} of the {len(wanted)} images of {source.name}, "
+    note += f"{column.width} numbers each; it is taken to be made with the settings as they are"
+    num_missing = len(wanted) - len(ids)
+    if num_missing:
+        note += f"; {num_missing} images were not embedded by whoever wrote the file: {remedy}"
+    return {"in": len(wanted), "out": len(ids), "dropped": num_missing}, note
