@@ -127,6 +127,23 @@ def test_a_dataset_of_another_model_or_other_pictures_is_refused_and_left(run_ma
     assert read_files(foreign) == before
 
 
+def test_ids_that_pandas_turned_to_doubles_because_one_is_null_are_the_inputs_own(run_main, made, foreign, tmp_path):
+    ids = [None if row == 2 else 10**9 + row for row in range(26)]
+    write_packaged(made / "nulls.parquet", IMAGES, is_valid=VALID, OSMID=pa.array(ids, pa.int64()))
+    rows = [row for row in range(26) if row not in (3, 7, 14)]
+    start = 0
+    for path in list_parts(foreign):
+        table = pq.read_table(path)
+        own = [ids[row] for row in rows[start : start + len(table)]]
+        start += len(table)
+        doubles = pa.array([float("nan") if one is None else float(one) for one in own], pa.float64())
+        pq.write_table(table.set_column(0, "OSMID", doubles), path)
+    assert adopt(run_main, made, foreign, source="nulls.parquet").code == 0
+    adopted = read_dataset(foreign)
+    assert adopted.column("OSMID").to_pylist() == [ids[row] for row in rows]
+    assert adopted.schema.field("OSMID").type == pa.int64()
+
+
 def test_an_interrupted_adoption_goes_on(run_main, made, foreign, monkeypatch):
     monkeypatch.setattr(adoption, "SAMPLED_PARTS", 1)  # or the sample would meet what interrupts it
     damaged = foreign / "parts" / list_parts(foreign)[-1].name

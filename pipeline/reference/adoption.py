@@ -93,8 +93,8 @@ class Adoption:
         if len(rows) != len(found):
             rejected = list(_find_unreadable(table, rows))
             rows = np.setdiff1d(rows, [row for row, _ in rejected])
-        ids = list(map(repr, list_values(table.column(ID_COLUMN))))
-        if [ids[row] for row in rows] != list(map(repr, found)):
+        ids = _make_comparable(list_values(table.column(ID_COLUMN)))
+        if [ids[row] for row in rows] != _make_comparable(found):
             raise InputError(
                 f"{path}: its ids are not those of the input's rows {plan.first_row} to "
                 f"{plan.first_row + plan.num_rows - 1}: give the --input and --read-batch-size that it was made with, "
@@ -103,6 +103,12 @@ class Adoption:
         images = table.column(IMAGE_COLUMN)
         hashes = [hash_bytes(images[int(row)].as_py() or b"") for row in rows]
         return Outcome(rows, embeddings, hashes, rejected)
+
+
+def _make_comparable(ids: list[object]) -> list[str]:
+    """Return ids as text; pandas makes doubles of whole numbers, and NaN of the nulls, where one is null."""
+    whole = (int(value) if isinstance(value, float) and value.is_integer() else value for value in ids)
+    return [repr(None if repr(value) == "nan" else value) for value in whole]
 
 
 def _find_unreadable(table: pa.Table, rows: NDArray[np.int64]) -> Iterator[tuple[int, Rejection]]:
