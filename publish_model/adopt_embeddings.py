@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_option(parser)
     add_device_option(parser)
     arguments = parser.parse_args(argv)
-    cli.run_logged(STAGE, lambda: adopt(arguments), None)
+    with EmbeddingsDataset(arguments.output).held():
+        cli.run_logged(STAGE, lambda: adopt(arguments), None)
 
 
 if __name__ == "__main__":

@@ -5,41 +5,33 @@
 Reads what stage 8 wrote. Writes OUTPUT/_aggregated/OSMID.parquet (or --output): the columns of --by, num_images,
 mean_pairwise_similarity (null for one image) and embedding. --by OSMID,year takes a further column that stage 8 was
 told to keep. --geometry FILE joins a parquet of OSMID and geometry (WKB), and the output is GeoParquet 1.1. Memory is
-bounded by reading the dataset several times where it has many ids; a rerun goes on at the interrupted pass.
+bounded by reading the dataset several times where it has many ids.
 """
 
 import contextlib
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.hashes import hash_ids
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import ConfigError, InputError
-from pipeline.files import workspace
 from pipeline.files.identity import identify
-from pipeline.files.tables import (
-    hash_json,
-    is_complete,
-    make_provenance,
-    open_parquet,
-    parquet_writer,
-    read_provenance,
-    write_parquet,
-)
+from pipeline.files.tables import is_complete, make_provenance, open_parquet, parquet_writer
 from pipeline.log import Progress, logger
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
-from publish_model.derived.embedding_groups import Groups, keys_of
-from publish_model.derived.geometry import GEO_KEY, GeometryFile
+from publish_model.derived.embedding_groups import MEASURED, Groups, keys_of
+from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile
 
 STAGE = "aggregate_embeddings"
 # Groups of one pass over the dataset: their sums take 2 KB each at 256 numbers, so half a gigabyte.
@@ -85,7 +77,8 @@ def aggregate(
     if missing:
         raise InputError(f"{dataset.folder}: has no column {missing[0]}: run stage 8 with --keep-columns {missing[0]}")
     geometry = GeometryFile(geometry_path, dataset.schema.field(ID_COLUMN).type) if geometry_path else None
-    path = target or dataset.folder / "_aggregated" / f"{'_'.join(by)}{'.geo' if geometry else ''}.parquet"
+    name = re.sub(r"[^\w-]", "_", "_".join(by))
+    path = target or dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry else ''}.parquet"
     inputs = [dataset.identify(), *([identify(geometry_path)] if geometry_path else [])]
     provenance = make_provenance(STAGE, inputs, {"by": list(by)})
     result = cli.StageResult(STAGE)
@@ -104,38 +97,28 @@ def aggregate(
 def write_groups(
     path: Path, dataset: EmbeddingsDataset, by: Sequence[str], geometry: GeometryFile | None, provenance: dict[str, Any]
 ) -> None:
-    """Write the groups pass by pass; an interrupted run's passes are kept beside the output."""
-    work_dir = path.parent / f".{path.stem}.{hash_json(provenance)[:12]}"
+    """Write the groups pass by pass."""
     num_passes = choose_num_passes(dataset, by)
-    kept = [work_dir / f"{number:05d}.parquet" for number in range(num_passes)]
-    for number, pass_path in enumerate(kept):
-        made_from = make_provenance(STAGE, [dataset.identify()], {"pass": [number, num_passes]})
-        if not (pass_path.is_file() and read_provenance(pass_path) == made_from):
-            write_parquet(pass_path, group_pass(dataset, by, number, num_passes).to_table(), made_from)
-
-    def read_passes() -> Iterator[pa.Table]:
-        for pass_path in kept:
-            with open_parquet(pass_path) as file:
-                table = file.read().replace_schema_metadata()
-            yield geometry.join(table) if geometry else table
-
-    metadata = {GEO_KEY: geometry.describe(read_passes())} if geometry else {}
     with contextlib.ExitStack() as stack:
-        writer = None
-        for table in read_passes():
-            writer = writer or stack.enter_context(parquet_writer(path, table.schema, provenance, metadata))
+        for number in range(num_passes):
+            table = group_pass(dataset, by, number, num_passes).to_table()
+            table = geometry.join(table) if geometry else table
+            if not number:
+                writer = stack.enter_context(parquet_writer(path, table.schema, provenance))
             writer.write_table(table)
-    workspace.discard(work_dir)
+        if geometry:
+            writer.add_key_value_metadata({GEO_KEY: geometry.describe()})
 
 
 def parse_columns(text: str) -> list[str]:
     """Read the names of `--by`.
 
-    Raises ConfigError unless OSMID is one of them and each stands there once.
+    Raises ConfigError unless OSMID is one of them, each stands there once, and none is made here.
     """
     names = [name.strip() for name in text.split(",")]
-    if ID_COLUMN not in names or len(set(names)) < len(names) or not all(names) or EMBEDDING_COLUMN in names:
-        raise ConfigError(f"--by {text}: give {ID_COLUMN}, or {ID_COLUMN} and kept columns, once each")
+    if ID_COLUMN not in names or not all(names):
+        raise ConfigError(f"--by {text}: give {ID_COLUMN}, or {ID_COLUMN} and kept columns")
+    check_names(f"--by {text}", [*MEASURED.names, EMBEDDING_COLUMN, GEOMETRY_COLUMN], names)
     return names
 
 
@@ -148,11 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="make again what is there already")
     arguments = parser.parse_args(argv)
     by = parse_columns(arguments.by)
-    run_tool(
-        STAGE,
-        arguments.output,
-        lambda dataset: aggregate(dataset, by, arguments.target, arguments.geometry, arguments.overwrite),
-    )
+    options = (by, arguments.target, arguments.geometry, arguments.overwrite)
+    run_tool(STAGE, arguments.output, lambda dataset: aggregate(dataset, *options))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 Reads the ids, one a line or the column OSMID of a CSV or parquet, and rewrites the parts and rejects that hold one of
 them, each in one piece; state.json counts what is gone. Hashes of the ids are kept in OUTPUT/_deleted/, so that stage 8
-leaves them out too when it makes a part again. Aggregates and exports inside OUTPUT are removed. If an id matches
-nothing, the exit code is 1 (0 with --allow-missing); the others are deleted. A rerun resumes an interrupted run. Run it
-while nothing else writes to the dataset.
+leaves them out too when it makes a part again. Aggregates, exports, logs and set-aside parts inside OUTPUT are removed.
+If an id matches nothing, the exit code is 1 (0 with --allow-missing); the others are deleted. A rerun resumes an
+interrupted run. Refused while another process writes to the dataset. It writes no log file, which would name ids.
 """
 
 import sys
@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.deletions import delete_ids
-from pipeline.embeddings_dataset.hashes import hash_ids
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
 from pipeline.log import logger
@@ -36,18 +35,16 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
     nothing unless that is allowed.
     """
     listed = read_id_list(list_path, dataset.schema.field(ID_COLUMN).type)
-    hashes = {text: frozenset(hash_ids(values)) for text, values in listed.items()}
-    num_rows, unmatched = delete_ids(dataset, frozenset().union(*hashes.values()))
+    num_rows, missing = delete_ids(dataset, listed)
     result = cli.StageResult(STAGE)
     for part in dataset.parts:
         result.add(part.counts, part.reasons)
     (result.written if num_rows else result.kept).append(dataset.folder)
-    missing = [text for text, own in hashes.items() if own <= unmatched]
-    logger.info("%d rows deleted; the %d ids of the list are left out from now on", num_rows, len(hashes))
+    logger.info("%d rows deleted; the %d ids of the list are left out from now on", num_rows, len(listed))
     if missing:
         examples = ", ".join(map(repr, missing[:NUM_EXAMPLES]))
         problem = InputError(
-            f"{list_path}: {len(missing)} of its {len(hashes)} ids match nothing in {dataset.folder} ({examples}): "
+            f"{list_path}: {len(missing)} of its {len(listed)} ids match nothing in {dataset.folder} ({examples}): "
             "correct them, or give --allow-missing; the others are deleted"
         )
         if not allow_missing:
@@ -64,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--allow-missing", action="store_true", help="exit 0 where ids match nothing, too")
     arguments = parser.parse_args(argv)
-    run_tool(STAGE, arguments.output, lambda dataset: delete(dataset, arguments.delete_ids, arguments.allow_missing))
+    options = (arguments.delete_ids, arguments.allow_missing)
+    run_tool(STAGE, arguments.output, lambda dataset: delete(dataset, *options), alone=True)
 
 
 if __name__ == "__main__":

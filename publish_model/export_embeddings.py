@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, gather_blocks
-from pipeline.embeddings_dataset.parts import embeddings_of
-from pipeline.files.tables import is_complete, make_provenance, open_parquet, write_parquet
+from pipeline.embeddings_dataset.parts import embeddings_of, read_table
+from pipeline.files.tables import is_complete, make_provenance, write_parquet
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.similarity_search import find_nearest, import_faiss
 
 STAGE = "export_embeddings"
+SCALE_COLUMN = "scale"
 NUM_NEAREST = 10
 # Rows whose neighbours are looked for, spread over the dataset: recall is known to about 0.002 by 1,000 x 10 of them.
 NUM_QUERIES = 1000
@@ -36,35 +38,31 @@ NUM_QUERIES = 1000
 def compress(table: pa.Table, kind: str) -> pa.Table:
     """Return a part's rows with compact embeddings: float16, or int8 and the column `scale`."""
     embeddings = embeddings_of(table)  # (N, D)
-    width = embeddings.shape[1]
     place = table.schema.get_field_index(EMBEDDING_COLUMN)
-    if kind == "float16":
-        values = pa.array(embeddings.astype(np.float16).ravel(), pa.float16())
-        return table.set_column(place, EMBEDDING_COLUMN, pa.FixedSizeListArray.from_arrays(values, width))
     scale = np.abs(embeddings).max(axis=1, initial=0.0) / 127  # (N,)
-    rounded = np.rint(embeddings / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(rounded.ravel(), pa.int8()), width)
-    table = table.set_column(place, EMBEDDING_COLUMN, column)
-    return table.append_column("scale", pa.array(scale.astype(np.float32), pa.float32()))
+    if kind == "float16":
+        numbers = embeddings.astype(np.float16)
+    else:
+        numbers = np.rint(embeddings / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8)
+        table = table.append_column(SCALE_COLUMN, pa.array(scale.astype(np.float32)))
+    return table.set_column(
+        place, EMBEDDING_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), embeddings.shape[1])
+    )
 
 
-def expand(table: pa.Table) -> NDArray[np.float32]:
+def expand(table: pa.Table, kind: str) -> NDArray[np.float32]:
     """Return the embeddings (N, D) that a compact part stands for."""
-    scale = table.column("scale").to_numpy()[:, None] if "scale" in table.column_names else np.float32(1)
-    return embeddings_of(table) * scale
+    embeddings = embeddings_of(table)
+    return embeddings if kind == "float16" else embeddings * table.column(SCALE_COLUMN).to_numpy()[:, None]
 
 
-def read_compact_blocks(paths: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def read_compact_blocks(paths: Sequence[Path], kind: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield the embeddings of compact parts in blocks, each with the number of its first row."""
-
-    def read(path: Path) -> NDArray[np.float32]:
-        with open_parquet(path) as file:
-            return expand(file.read([one for one in (EMBEDDING_COLUMN, "scale") if one in file.schema_arrow.names]))
-
-    return gather_blocks(map(read, paths))
+    columns = [EMBEDDING_COLUMN] if kind == "float16" else [EMBEDDING_COLUMN, SCALE_COLUMN]
+    return gather_blocks(expand(read_table(path, columns), kind) for path in paths)
 
 
-def measure_recall(dataset: EmbeddingsDataset, paths: Sequence[Path]) -> tuple[float, int]:
+def measure_recall(dataset: EmbeddingsDataset, paths: Sequence[Path], kind: str) -> tuple[float, int]:
     """Return the share of the 10 nearest that the compact copy finds too, and the number of queries.
 
     A query is not its own neighbour.
@@ -72,7 +70,7 @@ def measure_recall(dataset: EmbeddingsDataset, paths: Sequence[Path]) -> tuple[f
     step = max(1, -(-dataset.num_rows // NUM_QUERIES))
     rows = np.arange(0, dataset.num_rows, step)
     found = []
-    for blocks in (dataset.read_blocks, lambda: read_compact_blocks(paths)):
+    for blocks in (dataset.read_blocks, lambda: read_compact_blocks(paths, kind)):
         queries = np.concatenate([block[(-first) % step :: step] for first, block in blocks()])
         _, nearest = find_nearest(queries, blocks(), NUM_NEAREST + 1)
         found.append(
@@ -88,6 +86,7 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
     Raises InputError for a dataset that cannot be read, StaleOutputError for a copy of another one.
     """
     import_faiss()
+    check_names(f"--export {kind}", [SCALE_COLUMN] if kind == "int8" else [], dataset.schema.names)
     folder = target or dataset.folder / "_exports" / kind
     result = cli.StageResult(STAGE)
     paths = []
@@ -106,7 +105,7 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
     summary_path = folder / "export.json"
     wanted = {"export": kind, "source": dataset.identify()}
     if result.written or read_json_object(summary_path).get("source") != wanted["source"]:
-        recall, num_queries = measure_recall(dataset, paths)
+        recall, num_queries = measure_recall(dataset, paths, kind)
         write_json(summary_path, wanted | {"recall_at_10": recall, "num_queries": num_queries, "bytes": after})
         result.written = [folder]
     summary = read_json_object(summary_path)
@@ -124,11 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", "-o", type=Path, dest="target", metavar="DIR", help="folder to write (OUTPUT/_exports/TYPE)")
     add("--overwrite", action="store_true", help="write again what is there already")
     arguments = parser.parse_args(argv)
-    run_tool(
-        STAGE,
-        arguments.output,
-        lambda dataset: export(dataset, arguments.export, arguments.target, arguments.overwrite),
-    )
+    options = (arguments.export, arguments.target, arguments.overwrite)
+    run_tool(STAGE, arguments.output, lambda dataset: export(dataset, *options))
 
 
 if __name__ == "__main__":

@@ -46,16 +46,21 @@ def embed_dataset(options: EmbedOptions) -> cli.StageResult:
     """Embed the rows that have no embedding yet and return the counts of this process's share of the dataset.
 
     Raises InputError for an input or a model that cannot be used, StaleOutputError where the output was made from
-    others, PipelineError where more images are bad than allowed.
+    others, PipelineError where more images are bad than allowed, or another process needs the dataset alone.
     """
-    source = open_input(options)
+    source, dataset = open_input(options), EmbeddingsDataset(options.output)
+    if dataset.folder != options.output:
+        logger.info("%s is a file or was written so before: %s is used instead", options.output, dataset.folder)
+    with dataset.held(shared=not options.overwrite):
+        return extend_dataset(options, source, dataset)
+
+
+def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: EmbeddingsDataset) -> cli.StageResult:
+    """Embed as `embed_dataset` does, into a dataset that no other process has alone."""
     model = find_model(
         options.model_id, download=True, device=options.device, batch_size=options.batch_size,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    dataset = EmbeddingsDataset(options.output)
-    if dataset.folder != options.output:
-        logger.info("%s is a file or was written so before: %s is used instead", options.output, dataset.folder)
     begun = None if options.overwrite else dataset.find_begun()
     record = record_model(model, options.dtype, source, begun)
     store = PartStore(dataset, source, record)
@@ -71,9 +76,8 @@ def embed_dataset(options: EmbedOptions) -> cli.StageResult:
     for part in appending.parts.values():
         result.add(part.counts, part.reasons)
     if has_work and state["complete"]:
-        duplicates = find_duplicates([dataset.path_of(name) for name in store.plans])
-        if duplicates.num_images:
-            logger.warning("%s", duplicates.describe())
+        for line in find_duplicates([dataset.path_of(name) for name in store.plans]).describe():
+            logger.warning("%s", line)
     report(result, state, options.max_reject_fraction)
     return result
 
@@ -99,7 +103,7 @@ def make_missing_parts(
     with watch.measure("load"):
         from publish_model.new_data.batch_embedding import BatchEmbedder
 
-        embedder = BatchEmbedder(load(store.recipe.precision), store.source, watch)
+        embedder = BatchEmbedder(load(str(store.recipe["precision"])), store.source, watch)
     appending.begin(embedder.width)  # a model that cannot be used has failed by now, and has left nothing behind
     rows_kept, rows = appending.num_rows
     try:

@@ -10,6 +10,7 @@ share of images that are less similar to the training images than the first perc
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,30 +27,28 @@ from publish_model.derived.dataset_tool import make_tool_parser
 from publish_model.model_folder.published_model import find_model
 from publish_model.model_folder.training_similarity import nearest_similarity, read_training
 
-SHOWN = 10
+SHOWN = 20
 # Images that are compared with the training images, spread over the dataset.
 NUM_SAMPLED = 100_000
 
 
 def report(dataset: EmbeddingsDataset, findings: Findings) -> None:
     """Log the problems and the table of what was checked."""
-    for problems in findings.problems.values():
-        for problem in problems[:SHOWN]:
-            logger.error("%s", problem)
-        if len(problems) > SHOWN:
-            logger.error("... and %d more of this kind", len(problems) - SHOWN)
-    state, parts = dataset.state or {}, dataset.parts
-    counted = count_rows(parts)
-    accounted = sum(part.counts["in"] for part in parts)
+    for problem in findings.problems[:SHOWN]:
+        logger.error("%s", problem)
+    if len(findings.problems) > SHOWN:
+        logger.error("... and %d more", len(findings.problems) - SHOWN)
+    state, counted = dataset.state or {}, count_rows(findings.sound)
+    accounted = sum(part.counts["in"] for part in findings.sound)
     rows = [
-        ("parts", f"{len(parts)} sound of {state.get('parts_total', 'unknown')}"),
+        ("parts", f"{len(findings.sound)} sound of {state.get('parts_total', 'unknown')}"),
         ("rows accounted for", f"{accounted} of {state.get('rows_total', 'unknown')}"),
-        *((key.removeprefix("rows_"), str(value)) for key, value in counted.items() if key.startswith("rows_")),
-        ("embedding version", str(state.get("embedding_version", "unknown"))),
-        *((f"problems: {check}", str(len(problems))) for check, problems in findings.problems.items()),
+        *((key.removeprefix("rows_"), value) for key, value in counted.items() if key.startswith("rows_")),
+        ("embedding version", state.get("embedding_version", "unknown")),
+        ("problems", len(findings.problems)),
     ]
     for name, value in rows:
-        logger.info("%-26s %s", name, value)
+        logger.info("%-20s %s", name, value)
 
 
 def compare_with_training(dataset: EmbeddingsDataset, model_id: str | None) -> str:
@@ -88,7 +87,7 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
             logger.info("%s", compare_with_training(dataset, model_id))
         except InputError as error:
             logger.info("likeness to the training images: not measured (%s)", one_line(error))
-    if not findings.count:
+    if not findings.problems:
         done = "complete" if (dataset.state or {}).get("complete") else "sound so far, not complete yet"
         logger.info("%s: %s", dataset.folder, done)
         return
@@ -102,7 +101,7 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
         )
     if not repairing:
         remedy = "--repair sets what is broken aside, then run stage 8 again" if findings.broken else "see the log"
-        raise PipelineError(f"{dataset.folder}: {findings.count} problems: {remedy}")
+        raise PipelineError(f"{dataset.folder}: {len(findings.problems)} problems: {remedy}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--repair", action="store_true", help="set aside what is broken, so that a rerun makes just that")
     add("--model-id", metavar="ID", help="published model that carries the training statistics")
     arguments = parser.parse_args(argv)
-    with logging_to(None):
+    with logging_to(None), EmbeddingsDataset(arguments.output).held() if arguments.repair else nullcontext():
         verify_dataset(arguments.output, arguments.input, arguments.repair, arguments.model_id)
 
 

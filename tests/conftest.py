@@ -19,7 +19,14 @@ from pipeline import cli
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["stage6_fixtures", "stage7_fixtures", "stage8_fixtures", "package_fixtures", "slurm_fixtures"]
+pytest_plugins = [
+    "stage6_fixtures",
+    "stage7_fixtures",
+    "stage8_fixtures",
+    "takedown_fixtures",
+    "package_fixtures",
+    "slurm_fixtures",
+]
 
 REPO = Path(__file__).resolve().parents[1]
 

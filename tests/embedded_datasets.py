@@ -9,9 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.content import PartContent, PartPlan
-from pipeline.embeddings_dataset.hashes import hash_ids, pack_hashes
 from pipeline.embeddings_dataset.parts import count_rows, read_part, write_part
 
 WIDTH = 8
@@ -37,20 +35,21 @@ def write_dataset(
             "keep_columns": list(columns), "id_column": "OSMID", "image_column": "image_bytes",
         },
     }  # fmt: skip
+    kind = pa.list_(pa.field("element", pa.float32()), width)
     parts = []
     for number, first in enumerate(range(0, len(ids), rows_of_part)):
         own = slice(first, first + rows_of_part)
         table = pa.table(
             {
                 "OSMID": ids[own],
-                "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings[own].ravel()), width),
+                "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings[own].ravel()), type=kind),
                 **{name: pa.array(values)[own] for name, values in columns.items()},
             }
         )
         plan = PartPlan(0, number, first, table.num_rows)
         schema = pa.schema([("row", pa.int64()), ("OSMID", ids.type), ("reason", pa.string()), ("detail", pa.string())])
-        hashes = pack_hashes(list(range(first, first + table.num_rows)), hash_ids(plain_values(ids[own])))
-        content = PartContent(table, schema.empty_table(), 0, hashes, {})
+        image_hashes = np.arange(first, first + table.num_rows, dtype=np.uint64)
+        content = PartContent(table, schema.empty_table(), 0, image_hashes)
         write_part(folder, plan, content, provenance | {"part": asdict(plan)})
         parts.append(read_part(folder / "parts" / plan.name))
     state = {

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedded_datasets import WIDTH, unit_rows, write_dataset
 
-from publish_model import aggregate_embeddings
+from publish_model import aggregate_embeddings, export_embeddings
 from publish_model.derived.geometry import wkb_type
 
 IDS = [f"{kind}/{number}" for number in range(7) for kind in ("way", "relation")]
@@ -119,7 +119,7 @@ def test_a_rerun_keeps_the_file_and_another_dataset_is_refused(aggregate, rows, 
     assert aggregate(output, "--overwrite").code == 0
 
 
-def test_an_interrupted_run_goes_on_at_its_pass(aggregate, rows, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_nothing(aggregate, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(aggregate_embeddings, "GROUPS_PER_PASS", 4)
     monkeypatch.setattr(aggregate_embeddings, "COUNT_SAMPLE", 1)
     output = write_dataset(tmp_path / "out", pa.array(rows[0]), rows[2])
@@ -133,12 +133,33 @@ def test_an_interrupted_run_goes_on_at_its_pass(aggregate, rows, tmp_path, monke
 
     monkeypatch.setattr(aggregate_embeddings, "group_pass", stop_at_the_third)
     assert aggregate(output).code == 130
-    assert not (output / "_aggregated" / "OSMID.parquet").exists()
-    rest = []
-    monkeypatch.setattr(aggregate_embeddings, "group_pass", lambda *a: rest.append(a[2]) or plain(*a))
+    assert list((output / "_aggregated").iterdir()) == []
+    monkeypatch.setattr(aggregate_embeddings, "group_pass", plain)
     assert aggregate(output).code == 0
-    assert (done, rest[0]) == ([0, 1], 2)
     check_equal(pq.read_table(output / "_aggregated" / "OSMID.parquet"), ["OSMID"], loop_over(rows[0], rows[2]))
+
+
+def test_a_kept_column_never_meets_one_that_is_made_here(aggregate, run_main, tmp_path):
+    columns = {"num_images": [1, 2, 3], "mean_pairwise_similarity": [0.5] * 3, "scale": [2.0, 3.0, 4.0]}
+    output = write_dataset(tmp_path / "out", pa.array(["a", "b", "a"]), unit_rows(0, 3), **columns)
+    for name in ("num_images", "mean_pairwise_similarity", "embedding", "geometry"):
+        outcome = aggregate(output, "--by", f"OSMID,{name}")
+        assert (outcome.code, "Traceback" in outcome.stderr) == (2, False)
+        assert f"there would be two columns {name}" in outcome.stderr.splitlines()[-1]
+    outcome = run_main(export_embeddings.main, output, "--export", "int8")
+    assert (outcome.code, "there would be two columns scale" in outcome.stderr.splitlines()[-1]) == (2, True)
+    assert [path.name for path in output.iterdir() if path.name in ("_aggregated", "_exports")] == []
+    assert aggregate(output, "--by", "OSMID,scale").code == 0
+    outcome = run_main(export_embeddings.main, output, "--export", "float16")
+    assert outcome.code == 0
+    assert "recall@10 1.0000" in outcome.stderr
+    assert pq.read_table(output / "_exports" / "float16" / "parts")["scale"].to_pylist() == [2.0, 3.0, 4.0]
+
+
+def test_a_column_whose_name_is_a_path_does_not_leave_the_folder(aggregate, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(["a"]), unit_rows(0, 1), **{"../../x": [1]})
+    assert aggregate(output, "--by", "OSMID,../../x").code == 0
+    assert [path.name for path in (output / "_aggregated").iterdir()] == ["OSMID_______x.parquet"]
 
 
 def test_memory_does_not_grow_with_the_images(aggregate, tmp_path):
@@ -159,6 +180,7 @@ def test_memory_does_not_grow_with_the_images(aggregate, tmp_path):
     [
         (["--by", "year"], 2, "--by year: give OSMID"),
         (["--by", "OSMID,OSMID"], 2, "once each"),
+        (["--by", "OSMID,"], 2, "--by OSMID,: give OSMID"),
         (["--by", "OSMID,year"], 1, "run stage 8 with --keep-columns year"),
         (["--geometry", "none.parquet"], 1, "none.parquet: no such file"),
     ],
@@ -175,6 +197,11 @@ def test_what_cannot_be_done_is_one_line(aggregate, rows, tmp_path, arguments, c
 
 def point(x, y):
     return struct.pack("<BIdd", 1, 1, x, y)
+
+
+def ewkb_point(srid, x, y, order="<"):
+    """Return a point as PostGIS writes it, with its reference system."""
+    return struct.pack(f"{order}BIIdd", order == "<", 1 | 0x20000000, srid, x, y)
 
 
 def write_geometry(path, ids, shapes, metadata=None):
@@ -213,6 +240,7 @@ def test_geometries_are_joined_by_id_into_a_geoparquet(aggregate, rows, tmp_path
         ([1, 2], [point(0, 0)] * 2, "its OSMID is int64, that of the dataset string"),
         (["way/1", "way/1"], [point(0, 0), point(1, 1)], "two geometries for way/1"),
         (["way/1"], [b"POINT (1 2)"], "not well-known binary"),
+        (["way/1"], [ewkb_point(25832, 691000.0, 5334000.0)], "in the reference system EPSG:25832, not in EPSG:4326"),
     ],
 )
 def test_geometries_that_cannot_be_joined_are_one_line(aggregate, rows, tmp_path, ids, shapes, text):
@@ -234,3 +262,13 @@ def test_what_is_no_geometry_is_said_so():
     for value in (b"", b"\x01\x00", struct.pack("<BI", 1, 99), b"POINT (0 0)"):
         with pytest.raises(ValueError, match="not well-known binary"):
             wkb_type(value)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_geometry_in_another_reference_system_is_refused_by_name(order):
+    assert wkb_type(ewkb_point(4326, 11.5, 48.1, order)) == "Point"
+    for srid in (3857, 0):
+        with pytest.raises(ValueError, match=f"EPSG:{srid}"):
+            wkb_type(ewkb_point(srid, 1.0, 2.0, order))
+    with pytest.raises(ValueError, match="reference system"):
+        wkb_type(ewkb_point(4326, 11.5, 48.1, order)[:7])

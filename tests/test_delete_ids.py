@@ -8,32 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from embedded_datasets import unit_rows, write_dataset
-from published_models import list_parts, make_photographs, read_bytes, read_dataset, write_packaged
+from published_models import list_parts, read_bytes, read_dataset
 from stage8_fixtures import read_state
 
 from pipeline.embeddings_dataset import parts
 from publish_model import delete_ids, verify_embeddings
-
-
-@pytest.fixture
-def delete(run_main, tmp_path):
-    def run(output, *ids):
-        (tmp_path / "ids.txt").write_text("".join(f"{one}\n" for one in ids))
-        return run_main(delete_ids.main, output, "--delete-ids", tmp_path / "ids.txt")
-
-    return run
-
-
-@pytest.fixture
-def dataset(embed, tmp_path):
-    """A dataset of 20 photographs of 10 ids; way/1 has a reject, way/2 an invalid row."""
-    images = make_photographs(20)
-    images[3] = None
-    source = write_packaged(
-        tmp_path / "in.parquet", images, row_group_size=10, is_valid=[row != 5 for row in range(20)]
-    )
-    assert embed(source, tmp_path / "out").code == 0
-    return tmp_path / "out"
 
 
 def find_text(folder, text):
@@ -340,18 +319,17 @@ def test_a_text_list_names_uuids_binary_ids_and_times(delete, tmp_path, ids, lin
     assert read_dataset(output)["OSMID"].combine_chunks().equals(pa.concat_arrays([ids.slice(0, 1), ids.slice(2)]))
 
 
-def test_what_was_set_aside_goes_where_it_holds_the_ids(delete, tmp_path):
+def test_what_was_set_aside_goes_and_what_is_not_ours_stays(delete, tmp_path):
     output = write_strings(tmp_path / "out", "way/1", "way/2")
-    aside, foreign = output / "_removed" / "1" / "parts", output / "_removed" / "1_not_ours" / "parts"
+    aside, foreign = output / "_removed" / "1" / "parts", output / "_removed" / "mine" / "parts"
     for folder in (aside, foreign):
         folder.mkdir(parents=True)
         pq.write_table(pa.table({"OSMID": ["way/1"]}), folder / "with.parquet")
-        pq.write_table(pa.table({"OSMID": ["way/2"]}), folder / "without.parquet")
     outcome = delete(output, "way/1")
     assert outcome.code == 0
-    assert sorted(path.name for path in aside.iterdir()) == ["without.parquet"]
-    assert sorted(path.name for path in foreign.iterdir()) == ["with.parquet", "without.parquet"]
-    assert f"{foreign / 'with.parquet'}: may hold deleted ids" in outcome.stderr
+    assert [path.name for path in (output / "_removed").iterdir()] == ["mine"]
+    assert (foreign / "with.parquet").exists()
+    assert f"{output / '_removed' / 'mine'}: not written by this project: move it away" in outcome.stderr
 
 
 def test_overwriting_a_dataset_whose_deletion_was_killed_applies_the_deletion(delete, embed, dataset, tmp_path):

@@ -92,12 +92,12 @@ def test_parts_that_do_not_say_what_they_were_made_from_are_not_replaced(embed, 
     parts_dir = tmp_path / "out" / "parts"
     parts_dir.mkdir(parents=True)
     pq.write_table(pa.table({"OSMID": [1]}), parts_dir / "rg00000_rb00000.parquet")
-    outcome = embed(packaged, tmp_path / "out")
-    assert outcome.code == 1
-    assert "not written by this project" in outcome.stderr
-    assert embed(packaged, tmp_path / "out", "--overwrite").code == 0
-    kept = tmp_path / "out" / "_removed" / "1_not_ours" / "parts" / "rg00000_rb00000.parquet"
-    assert pq.read_table(kept)["OSMID"].to_pylist() == [1]
+    for options in ((), ("--overwrite",)):
+        outcome = embed(packaged, tmp_path / "out", *options)
+        assert outcome.code == 1
+        assert "rg00000_rb00000.parquet: not written by this project" in outcome.stderr.splitlines()[-1]
+        assert pq.read_table(parts_dir / "rg00000_rb00000.parquet")["OSMID"].to_pylist() == [1]
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_logs", "parts"]
 
 
 def test_another_input_is_refused_and_named(embed, packaged, tmp_path):
@@ -122,7 +122,7 @@ def test_the_same_input_and_model_under_other_paths_are_the_same(embed, packaged
     copied = shutil.copytree(model_dir, tmp_path / "elsewhere" / "model")
     assert embed(moved, tmp_path / "out", model=copied).code == 0
     assert read_bytes(tmp_path / "out") == undisturbed
-    assert read_state(tmp_path / "out")["input_path"] == str(packaged)
+    assert read_state(tmp_path / "out")["input_path"] == packaged.name
 
 
 def test_another_model_is_refused_and_named(embed, packaged, model_dir, tmp_path):

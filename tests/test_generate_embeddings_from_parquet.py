@@ -70,7 +70,7 @@ def test_every_row_is_embedded_in_order_into_one_part_a_read_batch(embed, packag
     assert table.schema.names == ["OSMID", "embedding"]
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), 256)
     state = read_state(tmp_path / "out")
-    assert state["input_path"] == str(packaged)
+    assert state["input_path"] == packaged.name
     assert state["complete"] is True
     assert (state["rows_total"], state["rows_embedded"], state["rows_rejected"]) == (37, 37, 0)
     assert (state["parts_done"], state["parts_total"], state["rows_skipped_invalid"]) == (11, 11, 0)

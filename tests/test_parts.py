@@ -4,14 +4,15 @@ import dataclasses
 import json
 import multiprocessing
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.embeddings_dataset import appending as appending_module
+from pipeline.embeddings_dataset import dataset as dataset_module
 from pipeline.embeddings_dataset.appending import Appending, PartStore
 from pipeline.embeddings_dataset.content import PartContent, PartPlan
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, resolve_dataset_dir
-from pipeline.embeddings_dataset.packaged_input import PackagedInput
+from pipeline.embeddings_dataset.packaged_input import InputOptions, PackagedInput
 from pipeline.embeddings_dataset.parts import ModelRecord, plan_parts
 from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.ids import Shard
@@ -26,7 +27,8 @@ REJECTED = pa.schema([("row", pa.int64()), ID, ("reason", pa.string()), ("detail
 @pytest.fixture
 def source(tmp_path):
     schema = pa.schema([ID, ("image_bytes", pa.binary())])
-    return PackagedInput(tmp_path / "in.parquet", 1234, schema, "abcd", (5, 0, 3), read_batch_size=2)
+    options = InputOptions(input=tmp_path / "in.parquet", read_batch_size=2)
+    return PackagedInput(options.input, options, 1234, schema, "abcd", (5, 0, 3))
 
 
 def make_appending(folder, source, *, model="model", model_id="the/model", begin=True, dtype="float32"):
@@ -51,8 +53,7 @@ def make_content(plan, rejected=0, skipped=0):
             schema=REJECTED,
         ),
         skipped=skipped,
-        hashes=b"",
-        reasons={"missing_image": rejected} if rejected else {},
+        image_hashes=np.zeros(embedded, np.uint64),
     )  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def test_the_plan_has_one_part_for_each_read_batch_of_each_row_group(source):
     assert plan_parts(source) == [
         PartPlan(0, 0, 0, 2), PartPlan(0, 1, 2, 2), PartPlan(0, 2, 4, 1), PartPlan(2, 0, 5, 2), PartPlan(2, 1, 7, 1),
     ]  # fmt: skip
-    assert [plan.name for plan in plan_parts(dataclasses.replace(source, read_batch_size=1000))] == [
+    larger = dataclasses.replace(source, options=dataclasses.replace(source.options, read_batch_size=1000))
+    assert [plan.name for plan in plan_parts(larger)] == [
         "rg00000_rb00000.parquet",
         "rg00002_rb00000.parquet",
     ]
@@ -122,16 +124,16 @@ def test_a_part_written_while_another_process_counts_is_counted(tmp_path, source
     appending, plans = make_appending(tmp_path / "out", source)
     other, _ = make_appending(tmp_path / "out", source)
     appending.write_part(plans[0], make_content(plans[0]))
-    plain = appending_module.write_json
+    plain = dataset_module.write_json
 
     def finish_a_part_first(path, content):
-        monkeypatch.setattr(appending_module, "write_json", plain)
+        monkeypatch.setattr(dataset_module, "write_json", plain)
         for plan in plans[1:]:
             other.write_part(plan, make_content(plan))
         other.write_state()
         plain(path, content)
 
-    monkeypatch.setattr(appending_module, "write_json", finish_a_part_first)
+    monkeypatch.setattr(dataset_module, "write_json", finish_a_part_first)
     assert appending.write_state()["complete"] is True
     assert read_state(appending)["complete"] is True
 

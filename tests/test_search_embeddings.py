@@ -188,7 +188,7 @@ def test_a_compact_copy_has_the_same_rows_and_says_its_recall(export, tmp_path, 
     table = pq.read_table(folder / "parts")
     assert table["year"].to_pylist() == list(range(300))
     restored = np.concatenate(
-        [export_embeddings.expand(pq.read_table(one)) for one in sorted((folder / "parts").iterdir())]
+        [export_embeddings.expand(pq.read_table(one), kind) for one in sorted((folder / "parts").iterdir())]
     )
     assert np.abs(restored - embeddings).max() < error
     expected = [set(line) - {row} for row, line in enumerate(sort_rows(embeddings, embeddings, 11))]
@@ -217,4 +217,4 @@ def test_a_rerun_of_an_export_makes_what_is_missing(export, tmp_path):
 
 def test_an_embedding_of_zeros_survives_int8():
     table = pa.table({"OSMID": [1], "embedding": pa.array([[0.0, 0.0]], pa.list_(pa.float32(), 2))})
-    assert export_embeddings.expand(export_embeddings.compress(table, "int8")).tolist() == [[0.0, 0.0]]
+    assert export_embeddings.expand(export_embeddings.compress(table, "int8"), "int8").tolist() == [[0.0, 0.0]]

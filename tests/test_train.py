@@ -138,15 +138,6 @@ def test_no_hidden_layer_and_a_distance_and_few_anchors_work(workspace: Path) ->
     assert set(history[1]["learning_rates"]) == {"shortcut"}
 
 
-def test_training_on_a_sample_of_the_buildings_reads_these_alone(
-    workspace: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO", "spatial_building_embeddings"):
-        run(workspace, "training.sample_buildings=11", "training.num_epochs=1")
-    assert "11 of 30 buildings" in caplog.text
-    assert read_checkpoints(workspace)["checkpoint_best.pt"]["settings"]["training"]["sample_buildings"] == 11
-
-
 def test_the_log_shows_the_table_and_warns_of_a_projector_that_is_not_worth_publishing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -154,7 +154,7 @@ def test_ids_that_are_not_those_of_the_input_are_seen_with_the_input_alone(verif
     content = part.read_content()
     ids = pa.array(["way/999", *content.embedded["OSMID"].to_pylist()[1:]])
     embedded = content.embedded.set_column(0, content.embedded.schema.field(0), ids)
-    changed = type(content)(embedded, content.rejects, content.skipped, content.hashes, content.reasons)
+    changed = type(content)(embedded, content.rejects, content.skipped, content.image_hashes)
     part.rewrite(changed)
     assert verify(dataset).code == 0
     check_seen(verify(dataset, "--input", tmp_path / "in.parquet"), "its ids are not those of the input's rows")

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,22 +11,21 @@ import pyarrow as pa
 from pipeline.embeddings_dataset import set_aside
 from pipeline.embeddings_dataset.content import PartContent, PartPlan
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.deletions import read_order, without_ids, write_order
+from pipeline.embeddings_dataset.deletions import finish_order, read_order
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, read_batches
 from pipeline.embeddings_dataset.parts import (
     STAGE,
     ModelRecord,
     Part,
-    Recipe,
     count_rows,
     list_part_files,
     plan_parts,
     read_part,
     write_part,
 )
-from pipeline.errors import DamagedError, InputError, PipelineError
+from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutputError
 from pipeline.files.tables import make_provenance
-from pipeline.files.workspace import write_json, write_json_once
+from pipeline.files.workspace import write_json_once
 from pipeline.ids import Shard
 from pipeline.log import logger
 
@@ -44,18 +43,44 @@ class PartStore:
 
     def __init__(self, dataset: EmbeddingsDataset, source: PackagedInput, model: ModelRecord) -> None:
         self.dataset, self.source = dataset, source
-        schema = [f"{field.name}: {field.type}" for field in source.schema]
-        self.recipe = Recipe(
-            source.size, schema, source.fingerprint, source.options.read_batch_size, source.options.filter_valid,
-            model.precision.mode, model.version, list(source.options.keep_columns), source.options.id_column,
-            source.options.image_column,
-        )  # fmt: skip
+        made_from = {
+            "input_size": source.size,
+            "input_schema": [f"{field.name}: {field.type}" for field in source.schema],
+            "row_group_fingerprint": source.fingerprint,
+        }
+        settings = {
+            "read_batch_size": source.options.read_batch_size,
+            "filter_valid": source.options.filter_valid,
+            "precision": model.precision.mode,
+            "embedding_version": model.version,
+            "keep_columns": list(source.options.keep_columns),
+            "id_column": source.options.id_column,
+            "image_column": source.options.image_column,
+        }
+        self.recipe = made_from | settings
         self.plans = {plan.name: plan for plan in plan_parts(source)}
-        self._fidelity = model.precision.fidelity
-        self._identity = {
-            "input_path": str(source.path), "model_id": model.model_id, **asdict(self.recipe), **self._fidelity,
+        noted = {"embedding_version": model.version, **model.precision.fidelity}
+        self._made_from = make_provenance(STAGE, [made_from], settings) | noted
+        folder = Path(model.model_id).expanduser()
+        self._first_state = {  # the names alone: a dataset that is shared shows no one's folders
+            "input_path": source.path.resolve().name, "model_id": folder.name if folder.is_dir() else model.model_id,
+            **self.recipe, **noted, "rows_total": source.num_rows, "parts_total": len(self.plans),
         }  # fmt: skip
         self._known: dict[str, tuple[tuple[int, ...], Part | None]] = {}
+
+    def check(self, found: dict[str, Any], where: Path) -> None:
+        """Raise StaleOutputError naming the first thing in which what is there was made otherwise."""
+        for key, wanted in self.recipe.items():
+            if found.get(key) != wanted:
+                was, now = (
+                    repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:97]}..."
+                    for value in (found.get(key), wanted)
+                )
+                hint = " (another model, processor, pooling or precision)" if key == "embedding_version" else ""
+                raise StaleOutputError(
+                    f"{where}: made from another input, model or setting: {key} was {was} and is now {now}{hint}: give "
+                    "another --output, or --overwrite to begin anew"
+                )
 
     def find_parts(self, names: Iterable[str] | None = None) -> dict[str, Part]:
         """Return the parts that are there (among `names`), whole or cut; a damaged one counts as missing.
@@ -87,35 +112,27 @@ class PartStore:
         except DamagedError:
             logger.warning("%s: damaged: it is made again", path)
             return None
-        self.recipe.check(part.recipe, path)
+        self.check(part.recipe, path)
         if part.plan != plan:
             logger.warning("%s: holds another part's rows: it is made again", path)
             return None
         return part
 
     def write_part(self, plan: PartPlan, content: PartContent) -> None:
-        """Write a part and its rejects, with what they are made from."""
-        recipe = asdict(self.recipe)
-        inputs = [{key: recipe.pop(key) for key in ("input_size", "input_schema", "row_group_fingerprint")}]
-        origin = {"embedding_version": self.recipe.embedding_version, "part": asdict(plan)}
-        made_from = make_provenance(STAGE, inputs, recipe) | self._fidelity | origin
-        write_part(self.dataset.folder, plan, content, made_from)
+        """Write a part and its rejects, without deleted ids."""
+        write_part(self.dataset.folder, plan, read_order(self.dataset.folder).apply(content), self._made_from)
 
     def create_state(self) -> None:
-        """Write the first state unless another process has just done so, and take over the paths of that one.
+        """Write the first state unless another process has just done so.
 
         Raises StaleOutputError where the other process has begun a dataset of another recipe.
         """
-        state = self.dataset.state
-        if state is None:
-            first, path = self._count({}), self.dataset.state_path
-            if path.exists():  # damaged
-                write_json(path, first)
-            else:
-                write_json_once(path, first)
-            state = self.dataset.state or first
-        self.recipe.check(state, self.dataset.folder)
-        self._identity |= {key: state[key] for key in ("input_path", "model_id") if key in state}
+        path = self.dataset.state_path
+        if self.dataset.state is None and path.exists():  # damaged
+            self.dataset.update_state((), self._first_state)
+        elif self.dataset.state is None:
+            write_json_once(path, self._first_state | count_rows(()) | {"complete": False})
+        self.check(self.dataset.state or self.recipe, self.dataset.folder)
 
     def write_state(self) -> dict[str, Any]:
         """Write `state.json` from the counts of the parts, and return it.
@@ -125,16 +142,9 @@ class PartStore:
         """
         while True:
             listed = list_part_files(self.dataset.folder)
-            state = self._count(self.find_parts())
-            if state != self.dataset.state:
-                write_json(self.dataset.state_path, state)
+            state = self.dataset.update_state(self.find_parts().values(), self._first_state)
             if list_part_files(self.dataset.folder) == listed:
                 return state
-
-    def _count(self, parts: dict[str, Part]) -> dict[str, Any]:
-        counted, total = count_rows(parts.values()), len(self.plans)
-        whole = {"parts_total": total, "complete": counted["parts_done"] == total}
-        return {**self._identity, "rows_total": self.source.num_rows, **counted, **whole}
 
 
 class Appending:
@@ -152,12 +162,10 @@ class Appending:
         self._limit, self._overwrite = limit, overwrite
         self._next_state = time.monotonic() + STATE_INTERVAL_SECONDS
         if begun is not None and not overwrite:
-            store.recipe.check(begun, self.dataset.folder)
-        self._order = read_order(self.dataset.folder)
-        if not (self._order.done or overwrite):
-            raise PipelineError(
-                f"{self.dataset.folder}: a deletion of ids was interrupted: run delete_ids.py again first"
-            )
+            store.check(begun, self.dataset.folder)
+        if not (overwrite or read_order(self.dataset.folder).done):
+            remedy = "run delete_ids.py again first" if list_part_files(self.dataset.folder) else "give --overwrite"
+            raise PipelineError(f"{self.dataset.folder}: a deletion of ids was interrupted: {remedy}")
         row_groups = set(shard.take(list(range(len(store.source.row_group_rows)))))
         self._own = {name: plan for name, plan in store.plans.items() if plan.row_group in row_groups}
         self.parts = {} if overwrite else store.find_parts(self._own)
@@ -174,26 +182,20 @@ class Appending:
         """Take up the dataset or begin it; with `overwrite` what is there is set aside first.
 
         Embeddings have `width` numbers. Raises StaleOutputError where another process has just begun one of another
-        recipe, PipelineError where the disk has no room beside the dataset that is replaced.
+        recipe, or a file is not ours, PipelineError where the disk has no room beside the dataset that is replaced.
         """
         folder = self.dataset.folder
         if self._overwrite:
-            self._check_space(width)
-            set_aside.move_all(folder)
-            if not self._order.done:  # the rows that the killed deletion left are gone with that
-                set_aside.discard(folder)
-                write_order(folder, replace(self._order, done=True, unmatched=frozenset()))
+            needed = self.num_rows[1] * width * BYTES_A_NUMBER
+            free = shutil.disk_usage(folder).free if folder.is_dir() else needed
+            if free < needed:
+                raise PipelineError(
+                    f"{folder}: about {needed / 1e9:.1f} GB are needed beside the dataset that is to be overwritten, "
+                    f"and {free / 1e9:.1f} GB are free: free some, or remove the dataset yourself"
+                )
+            set_aside.move_all(self.dataset)
+            finish_order(folder)
         self.store.create_state()
-
-    def _check_space(self, width: int) -> None:
-        folder = self.dataset.folder
-        needed = self.num_rows[1] * width * BYTES_A_NUMBER
-        free = shutil.disk_usage(folder).free if folder.is_dir() else needed
-        if free < needed:
-            raise PipelineError(
-                f"{folder}: about {needed / 1e9:.1f} GB are needed beside the dataset that is to be overwritten, and "
-                f"{free / 1e9:.1f} GB are free: free some, or remove the dataset yourself"
-            )
 
     def read_missing(self) -> Iterator[tuple[PartPlan, pa.Table]]:
         """Yield the rows of each missing part, row group by row group.
@@ -213,8 +215,8 @@ class Appending:
                 raise InputError(f"{source.path}: row group {row_group} ends too early: fetch the file again")
 
     def write_part(self, plan: PartPlan, content: PartContent) -> None:
-        """Write a part without deleted ids, and the state now and then: seldom enough that counting costs little."""
-        self.store.write_part(plan, without_ids(content, self._order.id_hashes))
+        """Write a part, and the state now and then: seldom enough that counting costs little."""
+        self.store.write_part(plan, content)
         started = time.monotonic()
         if started >= self._next_state:
             self.store.write_state()

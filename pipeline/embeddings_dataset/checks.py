@@ -1,7 +1,6 @@
 """Check a whole embeddings dataset: every row accounted for, nothing twice, all values as written."""
 
 import contextlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,8 @@ from pipeline.embeddings_dataset import set_aside
 from pipeline.embeddings_dataset.columns import list_values
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, PartContent
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, is_foreign_state
-from pipeline.embeddings_dataset.deletions import read_order
-from pipeline.embeddings_dataset.hashes import checksum_tables, unpack_hashes
+from pipeline.embeddings_dataset.deletions import DeletionOrder, read_order
+from pipeline.embeddings_dataset.hashes import checksum_tables
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
 from pipeline.embeddings_dataset.parts import (
     ForeignError,
@@ -30,7 +29,6 @@ from pipeline.errors import DamagedError, InputError, one_line
 from pipeline.files.tables import read_provenance
 from pipeline.log import logger
 
-CHECKS = ("state", "parts", "rows", "rejects", "input")
 # The model normalises in float32.
 NORM_TOLERANCE = 1e-3
 RECIPE_KEYS = ("input_size", "row_group_fingerprint", "read_batch_size", "filter_valid", "embedding_version")
@@ -38,31 +36,26 @@ RECIPE_KEYS = ("input_size", "row_group_fingerprint", "read_batch_size", "filter
 
 @dataclass
 class Findings:
-    """The problems by check, the files that can be set aside and made again, and those that are not ours.
+    """The problems, the files that can be set aside and made again, and those that are not ours.
 
     `sound` are the parts without a problem, in input order.
     """
 
-    problems: dict[str, list[str]] = field(default_factory=lambda: {check: [] for check in CHECKS})
+    problems: list[str] = field(default_factory=list)
     broken: set[Path] = field(default_factory=set)
     foreign: list[Path] = field(default_factory=list)
     sound: tuple[Part, ...] = ()
 
-    def add(self, check: str, path: Path, what: str, *, broken: bool = True) -> None:
+    def add(self, path: Path, what: str, *, broken: bool = True) -> None:
         """Note a problem of a file."""
-        self.problems[check].append(f"{path}: {what}")
+        self.problems.append(f"{path}: {what}")
         if broken:
             self.broken.add(path)
 
-    def add_foreign(self, check: str, path: Path) -> None:
+    def add_foreign(self, path: Path) -> None:
         """Note a file that this project did not write."""
         self.foreign.append(path)
-        self.add(check, path, "not written by this project", broken=False)
-
-    @property
-    def count(self) -> int:
-        """Number of problems."""
-        return sum(map(len, self.problems.values()))
+        self.add(path, "not written by this project", broken=False)
 
 
 def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) -> Findings:
@@ -75,65 +68,62 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     if not paths and not dataset.state_path.exists():
         raise InputError(f"{dataset.folder}: no embeddings dataset (neither state.json nor parts): correct the path")
     if is_foreign_state(dataset.state_path):
-        findings.add_foreign("state", dataset.state_path)
+        findings.add_foreign(dataset.state_path)
     elif state is None:
         what = "damaged" if dataset.state_path.exists() else "missing"
-        findings.add("state", dataset.state_path, f"{what}: stage 8 makes it again from the parts")
-    recipe = state or _find_recipe(paths)
-    parts = _open_sound(paths, recipe, findings)
+        findings.add(dataset.state_path, f"{what}: stage 8 makes it again from the parts")
+    recipe: dict[str, Any] = {}
+    with contextlib.suppress(ForeignError):
+        recipe = dataset.find_begun() or {}
+    order = read_order(dataset.folder)
+    parts = _open_sound(paths, recipe, order, findings)
     end = 0
     for part in parts:
         if part.plan.first_row < end:
-            findings.add("rows", part.path, "holds rows that another part holds too")
+            findings.add(part.path, "holds rows that another part holds too")
         end = max(end, part.plan.first_row + part.plan.num_rows)
     # A kill between the two files leaves rejects alone, and a rerun writes both.
     for path in sorted((dataset.folder / "_rejects").glob("rg*.parquet")):
         if dataset.path_of(path.name) not in paths:
-            findings.add("rejects", path, "its part is missing")
+            findings.add(path, "its part is missing")
     if input_path is not None and recipe:
-        _compare_with_input(dataset.open_input(input_path, recipe), parts, findings)
+        _compare_with_input(dataset.open_input(input_path, recipe), parts, order, findings)
     findings.sound = tuple(part for part in parts if part.path not in findings.broken)
     dataset.use_parts(findings.sound)
     if state is not None:
         _check_state(dataset, state, findings)
+    if not order.done:
+        findings.add(dataset.folder, "a deletion of ids was interrupted: run delete_ids.py again", broken=False)
     return findings
 
 
 def repair(dataset: EmbeddingsDataset, findings: Findings) -> None:
     """Set aside the broken files, each part with its rejects, and count in the state what is left."""
-    set_aside.move(dataset.folder, findings.broken)
-    dataset.update_state()
+    set_aside.move(dataset.folder, sorted(findings.broken))
+    dataset.update_state(findings.sound)
 
 
-def _find_recipe(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return what the first readable part was made from, where the state is lost."""
-    for path in paths:
-        with contextlib.suppress(DamagedError, ForeignError):
-            return read_part(path).recipe
-    return {}
-
-
-def _open_sound(paths: Sequence[Path], recipe: dict[str, Any], findings: Findings) -> list[Part]:
+def _open_sound(paths: Sequence[Path], recipe: dict[str, Any], order: DeletionOrder, findings: Findings) -> list[Part]:
     """Return the parts of this recipe that hold what they say, in input order."""
     sound = []
     for path in paths:
         try:
             part = read_part(path)
         except ForeignError:
-            findings.add_foreign("parts", path)
+            findings.add_foreign(path)
             continue
         except DamagedError as error:
             # Where nothing says whose the dataset is, a file that cannot be read may be another program's.
-            findings.add("parts", path, one_line(error).removeprefix(f"{path}: "), broken=bool(recipe))
+            findings.add(path, one_line(error).removeprefix(f"{path}: "), broken=bool(recipe))
             continue
         other = next((key for key in RECIPE_KEYS if part.recipe.get(key) != recipe.get(key)), None)
         if part.plan.name != path.name:
-            findings.add("parts", path, f"holds the rows of {part.plan.name}")
+            findings.add(path, f"holds the rows of {part.plan.name}")
         elif other is not None:
             was, wanted = part.recipe.get(other), recipe.get(other)
-            findings.add("parts", path, f"made with another {other} ({was!r}, the dataset has {wanted!r})")
-        elif (problem := _find_problem(part)) is not None:
-            findings.add("rows", path, problem)
+            findings.add(path, f"made with another {other} ({was!r}, the dataset has {wanted!r})")
+        elif (problem := _find_problem(part, order)) is not None:
+            findings.add(path, problem)
         else:
             sound.append(part)
     return sorted(sound, key=lambda part: part.plan.first_row)
@@ -142,7 +132,7 @@ def _open_sound(paths: Sequence[Path], recipe: dict[str, Any], findings: Finding
 # ------------------------------------------------------------------------------------------------ one part
 
 
-def _find_problem(part: Part) -> str | None:
+def _find_problem(part: Part, order: DeletionOrder) -> str | None:
     """Return the first problem of a part's files and content, None where there is none."""
     if not part.rejects_path.exists():
         return "its rejects are missing: no such file"
@@ -150,6 +140,8 @@ def _find_problem(part: Part) -> str | None:
         content = part.read_content()
         if read_provenance(part.rejects_path) != part.provenance:
             return "its rejects are those of another part or run"
+        if order.apply(content) is not content:
+            return "holds ids that were deleted: run delete_ids.py again"
         return _find_wrong_count(part, content) or _find_wrong_value(part, content)
     except DamagedError as error:
         return one_line(error)
@@ -158,19 +150,13 @@ def _find_problem(part: Part) -> str | None:
 
 
 def _find_wrong_count(part: Part, content: PartContent) -> str | None:
-    counts, plan = part.counts, part.plan
-    rows = content.rejects.column("row").to_numpy()
-    inside = (rows >= plan.first_row) & (rows < plan.first_row + counts["in"])
-    if content.counts != counts:
-        return f"holds {content.counts}, but says {counts}"
-    if counts["in"] > plan.num_rows:
-        return f"accounts for {counts['in']} rows of a read batch of {plan.num_rows}"
-    if not inside.all() or (np.diff(rows) <= 0).any():
+    rows, first = content.rejects.column("row").to_numpy(), part.plan.first_row
+    found = content.counts, content.reasons, len(content.image_hashes)
+    said = part.counts, part.reasons, part.counts["out"]
+    if found != said:
+        return f"holds {found}, but says {said}"
+    if not ((rows >= first) & (rows < first + part.counts["in"])).all() or (np.diff(rows) <= 0).any():
         return "its rejects list rows that are not its own, or one twice"
-    if dict(Counter(content.rejects.column("reason").to_pylist())) != part.reasons:
-        return "its rejects have other reasons than it says"
-    if unpack_hashes(content.hashes).shape[1] != counts["out"]:
-        return "its image hashes are not one for each embedding"
     return None
 
 
@@ -196,32 +182,31 @@ def _find_wrong_value(part: Part, content: PartContent) -> str | None:
 # ------------------------------------------------------------------------------------------------ the input, the state
 
 
-def _compare_with_input(source: PackagedInput, parts: Sequence[Part], findings: Findings) -> None:
+def _compare_with_input(source: PackagedInput, parts: Sequence[Part], order: DeletionOrder, findings: Findings) -> None:
     """Compare parts with their rows of the input."""
     plans = {plan.name: plan for plan in plan_parts(source)}
     wanted: dict[int, dict[int, Part]] = {}
     for part in parts:
         if plans.get(part.path.name) != part.plan:
-            findings.add("input", part.path, "stands for rows that the input does not have there")
+            findings.add(part.path, "stands for rows that the input does not have there")
         else:
             wanted.setdefault(part.plan.row_group, {})[part.plan.read_batch] = part
     for row_group, own in wanted.items():
         for read_batch, table in enumerate(read_batches(source, row_group, with_images=False)):
             if read_batch in own:
-                problem = _find_wrong_id(own[read_batch], table, source)
+                problem = _find_wrong_id(own[read_batch], table, source, order)
                 if problem is not None:
-                    findings.add("input", own[read_batch].path, problem)
+                    findings.add(own[read_batch].path, problem)
 
 
-def _find_wrong_id(part: Part, table: pa.Table, source: PackagedInput) -> str | None:
+def _find_wrong_id(part: Part, table: pa.Table, source: PackagedInput, order: DeletionOrder) -> str | None:
     """Return how a part's ids differ from those of its read batch without images, None where they do not."""
     content = part.read_content()
     table = table.slice(0, part.counts["in"])
-    if part.num_deleted:  # nothing says which rows these were
-        return None if table.num_rows == part.counts["in"] else "accounts for rows that the input lacks"
     ids = list_values(table.column(ID_COLUMN))
+    is_left = ~order.find(ids)
     rows = source.embedded_rows(table, part.plan.first_row, content.rejects)
-    if not _are_same([ids[row] for row in rows], content.embedded):
+    if not _are_same([ids[row] for row in rows[is_left[rows]]], content.embedded):
         return "its ids are not those of the input's rows"
     rejected = content.rejects.column("row").to_numpy() - part.plan.first_row
     if not _are_same([ids[row] for row in rejected], content.rejects):
@@ -240,12 +225,10 @@ def _check_state(dataset: EmbeddingsDataset, state: dict[str, Any], findings: Fi
     numbers = {key: (state.get(key, 0), value) for key, value in counted.items() if isinstance(value, int)}
     for key, (before, value) in numbers.items():
         if before > value:
-            findings.add("state", path, f"{key} is {before}, the sound parts have {value}", broken=False)
+            findings.add(path, f"{key} is {before}, the sound parts have {value}", broken=False)
     accounted = sum(part.counts["in"] for part in findings.sound)
     if state.get("complete") and accounted != state.get("rows_total"):
         what = f"complete, but {accounted} of {state.get('rows_total')} rows are accounted for"
-        findings.add("state", path, what, broken=False)
+        findings.add(path, what, broken=False)
     if any(before < value for before, value in numbers.values()):
         logger.info("%s: behind its parts: the next run of stage 8 sets it right", path)
-    if not read_order(dataset.folder).done:
-        findings.add("state", path, "a deletion of ids was interrupted: run delete_ids.py again", broken=False)

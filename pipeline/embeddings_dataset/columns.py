@@ -1,8 +1,14 @@
 """Columns of any type: their values as plain Python objects, some of their rows, and whether their text is text."""
 
+from collections import Counter
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+
+from pipeline.errors import ConfigError
 
 
 def plain_values(column: pa.Array) -> list[object]:
@@ -18,11 +24,11 @@ def plain_values(column: pa.Array) -> list[object]:
     if pa.types.is_temporal(column.type):
         column = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64())
     if pa.types.is_nested(column.type) and "[ns" in str(column.type):
-        column = column.cast(_with_numbers(column.type))
+        column = column.cast(_map_innermost(column.type, _with_numbers))
     try:
         return list(column.to_pylist())
     except (OverflowError, ValueError):
-        numbers = column.cast(_with_numbers(column.type)).to_pylist()
+        numbers = column.cast(_map_innermost(column.type, _with_numbers)).to_pylist()
         return [_plain_or(scalar, number) for scalar, number in zip(column, numbers, strict=True)]
 
 
@@ -38,18 +44,26 @@ def _plain_or(scalar: pa.Scalar, number: object) -> object:
         return number
 
 
-def _with_numbers(kind: pa.DataType) -> pa.DataType:
-    """Return a type whose innermost types are numbers where they are times."""
+def _map_innermost(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """Return a type with its innermost types changed."""
     if pa.types.is_map(kind):
-        return pa.map_(_with_numbers(kind.key_type), _with_numbers(kind.item_type))
+        return pa.map_(_map_innermost(kind.key_type, change), _map_innermost(kind.item_type, change))
     if pa.types.is_struct(kind):
         fields = (kind.field(index) for index in range(kind.num_fields))
-        return pa.struct([field.with_type(_with_numbers(field.type)) for field in fields])
+        return pa.struct([field.with_type(_map_innermost(field.type, change)) for field in fields])
     if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_with_numbers(kind.value_type)), kind.list_size)
+        return pa.list_(kind.value_field.with_type(_map_innermost(kind.value_type, change)), kind.list_size)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         make = pa.list_ if pa.types.is_list(kind) else pa.large_list
-        return make(kind.value_field.with_type(_with_numbers(kind.value_type)))
+        return make(kind.value_field.with_type(_map_innermost(kind.value_type, change)))
+    return change(kind)
+
+
+def _decoded(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _with_numbers(kind: pa.DataType) -> pa.DataType:
     if not pa.types.is_temporal(kind):
         return kind
     return pa.int32() if kind.bit_width == 32 else pa.int64()
@@ -62,14 +76,25 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def take_rows(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
-    """Return the given rows of a column of any type, its type unchanged."""
-    if pa.types.is_dictionary(column.type) and not column.type.ordered:
-        return _compact(column.take(pa.array(rows)))
+    """Return the given rows of a column of any type, its type unchanged, without dictionary entries of other rows.
+
+    A read batch carries the entries of its whole row group, and deleted ids may be among them.
+    """
+    if pa.types.is_dictionary(column.type):
+        indices = column.indices.take(pa.array(rows))
+        used = np.unique(indices.drop_null().to_numpy(zero_copy_only=False))
+        places = pc.index_in(indices, pa.array(used, indices.type)).cast(indices.type)
+        return pa.DictionaryArray.from_arrays(
+            places, column.dictionary.take(pa.array(used)), ordered=column.type.ordered
+        )
     try:
-        return column.take(pa.array(rows))
+        taken = column.take(pa.array(rows))
     except pa.ArrowNotImplementedError:  # a string_view, or a list or struct of them
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
-        return pa.concat_arrays([column.slice(int(run[0]), len(run)) for run in runs] or [column.slice(0, 0)])
+        taken = pa.concat_arrays([column.slice(int(run[0]), len(run)) for run in runs] or [column.slice(0, 0)])
+    if "dictionary<" not in str(column.type):
+        return taken
+    return taken.cast(_map_innermost(column.type, _decoded)).cast(column.type)
 
 
 def filter_rows(table: pa.Table, wanted: NDArray[np.bool_]) -> pa.Table:
@@ -79,7 +104,12 @@ def filter_rows(table: pa.Table, wanted: NDArray[np.bool_]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=table.schema)
 
 
-def _compact(column: pa.DictionaryArray) -> pa.Array:
-    """Drop the dictionary entries that no row uses: a read batch carries those of its whole row group."""
-    encoded = column.dictionary_decode().dictionary_encode()
-    return pa.DictionaryArray.from_arrays(encoded.indices.cast(column.type.index_type), encoded.dictionary)
+def check_names(where: str, made: Iterable[str], passed_on: Iterable[str]) -> None:
+    """Raise ConfigError where a tool would write two columns of one name, of those it makes and those it passes on."""
+    made = list(made)
+    twice = [name for name, count in Counter([*made, *passed_on]).items() if count > 1]
+    if twice:
+        raise ConfigError(
+            f"{where}: there would be two columns {twice[0]}: name columns once each, other than {', '.join(made)}, "
+            "which are made here"
+        )

@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import plain_values, take_rows
-from pipeline.embeddings_dataset.hashes import hash_ids, pack_hashes
+from pipeline.embeddings_dataset.columns import take_rows
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
 from pipeline.errors import Rejection
 
@@ -36,7 +35,7 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class PartContent:
-    """The rows of a part, embedded and rejected, and the packed hashes of each embedded image and its id.
+    """The rows of a part, embedded and rejected, and the hash of each embedded image.
 
     `deleted` counts the rows that delete_ids.py has taken out.
     """
@@ -44,9 +43,13 @@ class PartContent:
     embedded: pa.Table
     rejects: pa.Table
     skipped: int
-    hashes: bytes
-    reasons: dict[str, int]
+    image_hashes: NDArray[np.uint64]  # (N,)
     deleted: int = 0
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How often each reason occurs."""
+        return dict(Counter(self.rejects.column("reason").to_pylist()))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -72,10 +75,12 @@ class Outcome:
 def make_content(source: PackagedInput, plan: PartPlan, table: pa.Table, outcome: Outcome) -> PartContent:
     """Return the content of a part whose read batch is `table`."""
     ids, id_field = table.column(ID_COLUMN).combine_chunks(), table.schema.field(ID_COLUMN)
-    embedded_ids, width = take_rows(ids, outcome.rows), outcome.embeddings.shape[1]
-    values = pa.FixedSizeListArray.from_arrays(pa.array(outcome.embeddings.ravel(), pa.float32()), width)
-    schema = pa.schema([id_field, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float32(), width))])
-    embedded = pa.Table.from_arrays([embedded_ids, values], schema=schema)
+    width = outcome.embeddings.shape[1]
+    # A list's element is called so when it is read from a parquet: a part that is written again has the same bytes.
+    kind = pa.list_(pa.field("element", pa.float32()), width)
+    values = pa.FixedSizeListArray.from_arrays(pa.array(outcome.embeddings.ravel(), pa.float32()), type=kind)
+    schema = pa.schema([id_field, pa.field(EMBEDDING_COLUMN, kind)])
+    embedded = pa.Table.from_arrays([take_rows(ids, outcome.rows), values], schema=schema)
     rejected_rows = np.array([row for row, _ in outcome.rejected], dtype=np.int64)
     rejections = [rejection for _, rejection in outcome.rejected]
     rejects = [
@@ -89,6 +94,5 @@ def make_content(source: PackagedInput, plan: PartPlan, table: pa.Table, outcome
         embedded=source.carry_columns(embedded, table, outcome.rows),
         rejects=pa.Table.from_arrays(rejects, schema=schema),
         skipped=table.num_rows - len(outcome.rows) - len(rejections),
-        hashes=pack_hashes(outcome.image_hashes, hash_ids(plain_values(embedded_ids))),
-        reasons=dict(Counter(rejection.reason for rejection in rejections)),
+        image_hashes=np.array(outcome.image_hashes, np.uint64),
     )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.embeddings_dataset.columns import list_values
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.packaged_input import (
     ID_COLUMN,
@@ -18,17 +20,18 @@ from pipeline.embeddings_dataset.packaged_input import (
     read_batches,
 )
 from pipeline.embeddings_dataset.parts import (
+    ForeignError,
     Part,
     count_rows,
     embeddings_of,
     foreign,
-    hash_rows,
     list_part_files,
+    read_ids,
     read_part,
 )
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.tables import hash_json, open_parquet
-from pipeline.files.workspace import write_json
+from pipeline.files.workspace import locked, write_json
 from pipeline.log import logger
 
 # Rows that are compared with queries at a time: 64 MiB of 256 float32.
@@ -99,15 +102,17 @@ class EmbeddingsDataset:
         state = _read_json(self.state_path)
         if state.get("embedding_version"):
             return state
-        for name in list_part_files(self.folder):
+        strange = [self.state_path] if state else []
+        for path in map(self.path_of, list_part_files(self.folder)):
             try:
-                part = read_part(self.path_of(name))
-            except DamagedError:
+                part = read_part(path)
+            except (ForeignError, DamagedError) as error:
+                strange += [path] if isinstance(error, ForeignError) else []
                 continue
             logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
             return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
-        if state:
-            raise foreign(self.state_path)
+        if strange:
+            raise foreign(strange[0])
         return None
 
     @property
@@ -144,13 +149,28 @@ class EmbeddingsDataset:
         """Take these for its parts, None to look again: they have been checked, or changed."""
         self._parts = parts
 
-    def update_state(self) -> None:
-        """Write the state, where there is one, with the counts of the parts."""
-        state = self.state
-        if state is not None:
-            counted = count_rows(self.parts)
-            state = {key: value for key, value in state.items() if key != "rows_deleted"} | counted
-            write_json(self.state_path, state | {"complete": counted["parts_done"] == state["parts_total"]})
+    def update_state(self, parts: Iterable[Part], first: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Write the counts of its parts into the state and return it; `first` is one for a dataset that has none."""
+        before, counted = self.state, count_rows(parts)
+        state = {key: value for key, value in (before or first or {}).items() if key != "rows_deleted"}
+        if state:
+            state |= counted | {"complete": counted["parts_done"] == state["parts_total"]}
+        if state and state != before:
+            write_json(self.state_path, state)
+        return state
+
+    @contextmanager
+    def held(self, *, shared: bool = False) -> Iterator[None]:
+        """Keep other processes from writing to it while the block runs; `shared`, only those that need it alone.
+
+        Raises PipelineError if another process writes to it.
+        """
+        if not (shared or self.folder.is_dir()):  # a mistyped path leaves no folder behind
+            yield
+            return
+        doing = "is writing to it: wait for that one, or stop it, then run this again"
+        with locked(self.folder, doing, self.folder / ".dataset.lock", shared=shared):
+            yield
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -230,7 +250,8 @@ class EmbeddingsDataset:
             table = table.slice(0, part.counts["in"])
             embedded = source.embedded_rows(table, part.plan.first_row, part.read_content().rejects)
             if part.num_deleted:
-                known = set(hash_rows(part.read([ID_COLUMN])))
-                embedded = embedded[[value in known for value in hash_rows(table.select([ID_COLUMN]).take(embedded))]]
+                known = set(map(repr, read_ids(part.path)))
+                ids = list_values(table.column(ID_COLUMN))
+                embedded = embedded[[repr(ids[row]) in known for row in embedded]]
             images = table.column(IMAGE_COLUMN)
             yield from ((first + place, images[int(embedded[place])].as_py()) for place in places)

@@ -1,13 +1,13 @@
-"""Find images that are the same byte for byte under different ids, such as the grey tile for "no imagery"."""
+"""Find images that are the same byte for byte, such as the grey tile for "no imagery"."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.embeddings_dataset.hashes import unpack_hashes
-from pipeline.embeddings_dataset.parts import read_hashes, read_ids
+from pipeline.embeddings_dataset.parts import read_ids, read_image_hashes
 
 NUM_EXAMPLES = 3
 
@@ -16,44 +16,47 @@ NUM_EXAMPLES = 3
 class Duplicates:
     """The number of images that different ids share, the number of their pictures, and the most frequent of these.
 
-    `examples` holds (number of images, an id, another id).
+    `examples` holds (number of images, an id, another id), `repeated_ids` the id of each image that its id has already.
     """
 
     num_images: int
     num_pictures: int
     examples: list[tuple[int, str, str]]
+    repeated_ids: list[str]
 
-    def describe(self) -> str:
-        """Return it as one line."""
-        examples = "; ".join(f"{count} times, among them {one} and {other}" for count, one, other in self.examples)
-        return (
-            f"{self.num_images} images are byte for byte the same as an image of another OSMID "
-            f"({self.num_pictures} pictures): {examples}: is one of them a placeholder for missing imagery?"
-        )
+    def describe(self) -> list[str]:
+        """Return a line for each of the two kinds that is there."""
+        lines = []
+        if self.num_images:
+            examples = "; ".join(f"{count} times, among them {one} and {other}" for count, one, other in self.examples)
+            lines.append(
+                f"{self.num_images} images are byte for byte the same as an image of another OSMID "
+                f"({self.num_pictures} pictures): {examples}: is one of them a placeholder for missing imagery?"
+            )
+        if self.repeated_ids:
+            lines.append(
+                f"{len(self.repeated_ids)} images are byte for byte the same as an earlier image of their own OSMID, "
+                f"among them one of {self.repeated_ids[0]}: was it packaged twice?"
+            )
+        return lines
 
 
 def find_duplicates(part_paths: Sequence[Path]) -> Duplicates:
-    """Count the images that occur under several ids; this takes about 60 bytes an image.
+    """Count the images that occur more than once; this takes about 30 bytes an image, and the ids of those.
 
     Images are compared by 64-bit hashes: among 25 million, two different ones share one with a chance of 2e-5.
     """
-    hashes = [unpack_hashes(read_hashes(path)) for path in part_paths]
-    images, ids = np.concatenate(hashes, axis=1)  # (N,) each
-    order = np.lexsort((ids, images))  # stable: within an id, in input order
-    images, ids = images[order], ids[order]
-    bounds = np.flatnonzero(np.r_[True, images[1:] != images[:-1], True]) if len(images) else np.zeros(1, dtype=int)
-    is_shared = ids[bounds[:-1]] != ids[bounds[1:] - 1]
-    groups = []  # how many images are the same, and the first two of different ids, by their place in the dataset
-    for start, end in zip(bounds[:-1][is_shared], bounds[1:][is_shared], strict=True):
-        firsts = start + np.flatnonzero(np.r_[True, ids[start + 1 : end] != ids[start : end - 1]])  # one for each id
-        one, other = sorted(order[firsts].tolist())[:2]
-        groups.append((int(end - start), one, other))
-    groups.sort(key=lambda group: (-group[0], group[1]))
-    starts = np.cumsum([0, *(part.shape[1] for part in hashes)])
-
-    def name(place: int) -> str:
-        part = int(np.searchsorted(starts, place, side="right")) - 1
-        return str(read_ids(part_paths[part])[place - starts[part]])
-
-    examples = [(count, name(one), name(other)) for count, one, other in groups[:NUM_EXAMPLES]]
-    return Duplicates(sum(group[0] for group in groups), len(groups), examples)
+    hashes = [read_image_hashes(path) for path in part_paths]
+    images = np.sort(np.concatenate(hashes))
+    repeated = np.unique(images[1:][images[1:] == images[:-1]])
+    ids_of: dict[int, list[str]] = {}  # in input order
+    for path, own in zip(part_paths, hashes, strict=True):
+        rows = np.flatnonzero(np.isin(own, repeated))
+        ids = read_ids(path) if len(rows) else []
+        for row in rows.tolist():
+            ids_of.setdefault(int(own[row]), []).append(str(ids[row]))
+    groups = [Counter(ids) for ids in ids_of.values()]
+    shared = sorted((group for group in groups if len(group) > 1), key=lambda group: -group.total())
+    examples = [(group.total(), *list(group)[:2]) for group in shared[:NUM_EXAMPLES]]
+    repeated_ids = [one for group in groups for one, count in group.items() for _ in range(count - 1)]
+    return Duplicates(sum(group.total() for group in shared), len(shared), examples, repeated_ids)

@@ -1,35 +1,22 @@
 """Hashes of images, ids and parts, the same in every process."""
 
-import base64
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import plain_values
 
 
-def hash_bytes(data: bytes) -> int:
+def hash_bytes(data: bytes, salt: bytes = b"") -> int:
     """Return a 64-bit hash, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "little")
 
 
-def hash_ids(values: Sequence[object]) -> list[int]:
+def hash_ids(values: Sequence[object], salt: bytes = b"") -> list[int]:
     """Return the 64-bit hashes of plain Python values."""
-    return [hash_bytes(repr(value).encode("utf-8", "surrogatepass")) for value in values]
-
-
-def pack_hashes(image_hashes: Sequence[int], id_hashes: Sequence[int]) -> bytes:
-    """Write the hashes of a part's images and ids as text that fits into a parquet's footer."""
-    pairs = np.array([image_hashes, id_hashes], dtype="<u8").reshape(2, -1)
-    return base64.b64encode(pairs.tobytes())
-
-
-def unpack_hashes(text: bytes) -> NDArray[np.uint64]:
-    """Return (2, N): the hashes of a part's images, and of their ids."""
-    return np.frombuffer(base64.b64decode(text), dtype="<u8").reshape(2, -1)
+    return [hash_bytes(repr(value).encode("utf-8", "surrogatepass"), salt) for value in values]
 
 
 def checksum_tables(*tables: pa.Table) -> str:

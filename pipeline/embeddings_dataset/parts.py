@@ -1,9 +1,10 @@
 """The parts of an embeddings dataset: plan them, compare their recipes, read and write them."""
 
+import base64
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,14 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import list_values
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, PartContent, PartPlan
-from pipeline.embeddings_dataset.hashes import checksum_tables, hash_ids
-from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, PackagedInput
+from pipeline.embeddings_dataset.hashes import checksum_tables
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
 from pipeline.errors import DamagedError, InputError, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_provenance, reading, write_parquet
 from pipeline.inference.precision import Precision
 
 STAGE = "generate_embeddings_from_parquet"
 HASHES_KEY = PROVENANCE_KEY + b".image_hashes"
-# The keys of a part's provenance that describe its content, not what it was made from.
-_CONTENT_KEYS = ("cut", "counts", "reasons", "checksum")
 
 
 def plan_parts(source: PackagedInput) -> list[PartPlan]:
@@ -42,37 +41,6 @@ class ModelRecord:
     model_id: str
     version: str
     precision: Precision
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What all parts of a dataset have in common and a rerun must not change."""
-
-    input_size: int
-    input_schema: list[str]
-    row_group_fingerprint: str
-    read_batch_size: int
-    filter_valid: bool
-    precision: str
-    embedding_version: str
-    keep_columns: list[str] = field(default_factory=list)
-    id_column: str = ID_COLUMN
-    image_column: str = IMAGE_COLUMN
-
-    def check(self, found: dict[str, Any], where: Path) -> None:
-        """Raise StaleOutputError naming the first key in which what is there differs from this recipe."""
-        for key, wanted in asdict(self).items():
-            if found.get(key) != wanted:
-                hint = " (another model, processor, pooling or precision)" if key == "embedding_version" else ""
-                raise StaleOutputError(
-                    f"{where}: made from another input, model or setting: {key} was {_shorten(found.get(key))} and is "
-                    f"now {_shorten(wanted)}{hint}: give another --output, or --overwrite to begin anew"
-                )
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 # ------------------------------------------------------------------------------------------------ a part that is there
@@ -120,18 +88,16 @@ class Part:
 
         Raises InputError naming the file if it cannot be read, DamagedError if it is damaged.
         """
-        return _read_table(self.path, columns)
+        return read_table(self.path, columns)
 
     def read_content(self) -> PartContent:
         """Read all that `write_part` wrote."""
-        rejects, skipped = _read_table(self.rejects_path), self.counts["dropped"] - self.num_deleted
-        hashes = read_hashes(self.path)
-        return PartContent(as_written(self.read()), rejects, skipped, hashes, self.reasons, self.num_deleted)
+        rejects, skipped = read_table(self.rejects_path), self.counts["dropped"] - self.num_deleted
+        return PartContent(self.read(), rejects, skipped, read_image_hashes(self.path), self.num_deleted)
 
     def rewrite(self, content: PartContent) -> None:
         """Write it again with other rows and the same origin."""
-        made_from = {key: value for key, value in self.provenance.items() if key not in _CONTENT_KEYS}
-        write_part(self.path.parents[1], self.plan, content, made_from)
+        write_part(self.path.parents[1], self.plan, content, self.provenance)
 
 
 def count_rows(parts: Iterable[Part]) -> dict[str, Any]:
@@ -182,9 +148,15 @@ def read_part(path: Path) -> Part:
         recipe = {**provenance["inputs"][0], **provenance["settings"]}
         _ = recipe["embedding_version"]
         plan, checksum = PartPlan(**provenance["part"]), provenance.get("checksum")
-        return Part(path, plan, provenance, recipe, provenance["counts"], provenance["reasons"], checksum)
+        part = Part(path, plan, provenance, recipe, provenance["counts"], provenance["reasons"], checksum)
+        counted = [part.counts[key] for key in ("out", "rejected", "dropped")]
     except (LookupError, TypeError):
         raise DamagedError(f"{path}: damaged (its provenance is incomplete)") from None
+    with open_parquet(path) as file:
+        groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+    if sum(groups) != counted[0] or min(counted) < 0 or not sum(counted) == part.counts.get("in") <= plan.num_rows:
+        raise DamagedError(f"{path}: holds {sum(groups)} rows, but says {part.counts} of {plan.num_rows}")
+    return part
 
 
 def is_ours(path: Path) -> bool:
@@ -198,50 +170,38 @@ def is_ours(path: Path) -> bool:
 def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: dict[str, Any]) -> None:
     """Write a part behind its rejects, so that where the part is, both are.
 
-    `made_from` is the provenance; the keys that describe the content are added here.
+    `made_from` is the provenance; what it says of the content is set here.
     """
     provenance = made_from | {
+        "part": asdict(plan),
         "cut": content.counts["in"] < plan.num_rows,
         "counts": content.counts,
         "reasons": content.reasons,
         "checksum": checksum_tables(content.embedded, content.rejects),
     }
-    hashes = {HASHES_KEY: content.hashes}  # beside the rejects, where no reader of the data carries them along
+    # Beside the rejects, where no reader of the data carries them along.
+    hashes = {HASHES_KEY: base64.b64encode(content.image_hashes.astype("<u8").tobytes())}
     write_parquet(folder / "_rejects" / plan.name, content.rejects, provenance, hashes)
     write_parquet(folder / "parts" / plan.name, content.embedded, provenance)
 
 
-def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a part or its rejects."""
     with reading(path), open_parquet(path) as file:
         table: pa.Table = file.read(columns)
         table.validate(full=True)  # a changed byte may leave text that is none
         return table.replace_schema_metadata()
 
 
-def read_hashes(part_path: Path) -> bytes:
-    """Return the hashes that `write_part` kept for a part."""
+def read_image_hashes(part_path: Path) -> NDArray[np.uint64]:
+    """Return the hash of each image of a part, (N,)."""
     with open_parquet(rejects_beside(part_path)) as file:
-        value: bytes = (file.metadata.metadata or {}).get(HASHES_KEY, b"")
-        return value
+        return np.frombuffer(base64.b64decode((file.metadata.metadata or {}).get(HASHES_KEY, b"")), "<u8")
 
 
 def read_ids(path: Path) -> list[object]:
-    """Return the ids of a part as plain Python values."""
-    return list_values(_read_table(path, [ID_COLUMN]).column(0))
-
-
-def hash_rows(table: pa.Table) -> list[int]:
-    """Return the hash of each row's id."""
-    return hash_ids(list_values(table.column(ID_COLUMN)))
-
-
-def as_written(table: pa.Table) -> pa.Table:
-    """Name the element of the embeddings as stage 8 does, so that a part that is written again has the same bytes."""
-    place, kind = table.schema.get_field_index(EMBEDDING_COLUMN), table.schema.field(EMBEDDING_COLUMN).type
-    if not pa.types.is_fixed_size_list(kind):
-        return table
-    field = pa.field(EMBEDDING_COLUMN, pa.list_(kind.value_type, kind.list_size))
-    return table.set_column(place, field, table.column(place).cast(field.type))
+    """Return the ids of a part, or of its rejects, as plain Python values."""
+    return list_values(read_table(path, [ID_COLUMN]).column(0))
 
 
 def embeddings_of(table: pa.Table) -> NDArray[np.float32]:

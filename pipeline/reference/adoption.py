@@ -48,7 +48,7 @@ class Adoption:
                     f"{path}: no part of this input: give the --input and --read-batch-size that it was made with"
                 )
             try:
-                store.recipe.check(read_part(path).recipe, path)
+                store.check(read_part(path).recipe, path)
             except ForeignError:
                 self.foreign.append(store.plans[name])
 

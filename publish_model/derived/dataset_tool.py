@@ -16,12 +16,16 @@ def make_tool_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_tool(tool: str, output: Path, story: Callable[[EmbeddingsDataset], cli.StageResult]) -> None:
-    """Tell a story of a dataset, with its log file in the dataset.
+def run_tool(
+    tool: str, output: Path, story: Callable[[EmbeddingsDataset], cli.StageResult], *, alone: bool = False
+) -> None:
+    """Tell a story of a dataset while none that needs it `alone` runs; such a one leaves no log file in the dataset.
 
-    Raises InputError where there is no dataset.
+    Raises InputError where there is no dataset, PipelineError where another process is at it.
     """
     dataset = EmbeddingsDataset(output)
     if not dataset.folder.is_dir():
         raise InputError(f"{dataset.folder}: no embeddings dataset: run stage 8 first, or correct the path")
-    cli.run_logged(tool, lambda: story(dataset), dataset.folder / "_logs" / f"{tool}.log")
+    log_path = None if alone else dataset.folder / "_logs" / f"{tool}.log"
+    with dataset.held(shared=not alone):
+        cli.run_logged(tool, lambda: story(dataset), log_path)

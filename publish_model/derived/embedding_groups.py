@@ -12,6 +12,7 @@ from pipeline.embeddings_dataset.parts import embeddings_of
 from pipeline.files.text_tables import whole_from_floats
 
 Key = tuple[object, ...]
+MEASURED = pa.schema([("num_images", pa.int64()), ("mean_pairwise_similarity", pa.float64())])
 
 
 def keys_of(table: pa.Table, by: Sequence[str]) -> list[Key]:
@@ -88,6 +89,5 @@ class Groups:
             pa.array(means.ravel(), pa.float32()), means.shape[1], mask=pa.array(~has_direction)
         )
         keys = pa.concat_tables([self._key_schema.empty_table(), *self._keys]).unify_dictionaries()
-        measured = [pa.field("num_images", pa.int64()), pa.field("mean_pairwise_similarity", pa.float64())]
         columns = [*keys.columns, pa.array(counts), pa.array(similarity, mask=counts < 2), values]
-        return pa.Table.from_arrays(columns, schema=pa.schema([*self._key_schema, *measured, self._embedding]))
+        return pa.Table.from_arrays(columns, schema=pa.schema([*self._key_schema, *MEASURED, self._embedding]))

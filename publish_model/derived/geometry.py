@@ -2,7 +2,6 @@
 
 import json
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,22 @@ WKB_TYPES = {
     1: "Point", 2: "LineString", 3: "Polygon", 4: "MultiPoint", 5: "MultiLineString", 6: "MultiPolygon",
     7: "GeometryCollection",
 }  # fmt: skip
-EWKB_Z, EWKB_FLAGS = 0x80000000, 0xE0000000
+EWKB_Z, EWKB_SRID, EWKB_FLAGS = 0x80000000, 0x20000000, 0xE0000000
+WGS_84 = 4326
 
 
 def wkb_type(value: bytes) -> str:
     """Return a geometry's type as GeoParquet names it, ` Z` for three dimensions.
 
-    Raises ValueError if it is not well-known binary.
+    Raises ValueError if it is not well-known binary, or names another reference system than WGS 84 in itself.
     """
+    order = "<" if value[:1] == b"\1" else ">"
     if len(value) < 5 or value[0] > 1:
         raise ValueError("not well-known binary")
-    (code,) = struct.unpack("<I" if value[0] else ">I", value[1:5])
+    (code,) = struct.unpack_from(f"{order}I", value, 1)
+    srid = struct.unpack_from(f"{order}I", value.ljust(9), 5)[0] if code & EWKB_SRID else WGS_84
+    if srid != WGS_84:
+        raise ValueError(f"in the reference system EPSG:{srid}, not in EPSG:{WGS_84} (longitude, latitude)")
     has_z = bool(code & EWKB_Z) or (code & ~EWKB_FLAGS) // 1000 in (1, 3)
     kind = WKB_TYPES.get((code & ~EWKB_FLAGS) % 1000)
     if kind is None:
@@ -59,6 +63,8 @@ class GeometryFile:
             described = dict(geo.get("columns", {}).get(self.column, {}))
         except (ValueError, AttributeError, TypeError):
             raise InputError(f"{path}: its geo metadata are damaged: write the file again") from None
+        self._types: set[str] = set()
+        self._num_missing = 0
         self._kept = {key: described[key] for key in ("crs", "edges", "orientation", "epoch") if key in described}
         for name in (ID_COLUMN, self.column):
             if name not in schema.names:
@@ -76,7 +82,8 @@ class GeometryFile:
     def join(self, table: pa.Table) -> pa.Table:
         """Add the geometry of each id to a table, null where the file has none.
 
-        Raises InputError where the file has two geometries for one id.
+        Raises InputError where the file has two geometries for one id, or one that is not WKB of longitudes and
+        latitudes.
         """
         ids = [key[0] for key in keys_of(table, [ID_COLUMN])]
         wanted = set(ids) - {None}
@@ -88,24 +95,18 @@ class GeometryFile:
                 ):
                     if one in wanted and shape is not None and shapes.setdefault(one, shape) != shape:
                         raise InputError(f"{self.path}: two geometries for {one}: leave one")
-        return table.append_column(GEOMETRY_COLUMN, pa.array([shapes.get(one) for one in ids], pa.binary()))
+        try:
+            self._types |= set(map(wkb_type, shapes.values()))
+        except ValueError as error:
+            raise InputError(f"{self.path}: a geometry is {error}: write the file again") from None
+        joined = [shapes.get(one) for one in ids]
+        self._num_missing += joined.count(None)
+        return table.append_column(GEOMETRY_COLUMN, pa.array(joined, pa.binary()))
 
-    def describe(self, tables: Iterable[pa.Table]) -> bytes:
-        """Return the `geo` metadata of a file that holds these joined tables.
-
-        Raises InputError if a geometry is not well-known binary.
-        """
-        types: set[str] = set()
-        num_missing = 0
-        for table in tables:
-            shapes = table.column(GEOMETRY_COLUMN)
-            num_missing += shapes.null_count
-            try:
-                types |= {wkb_type(shape) for shape in shapes.to_pylist() if shape is not None}
-            except ValueError as error:
-                raise InputError(f"{self.path}: a geometry is {error}: write the file again") from None
-        logger.info("%d ids have no geometry in %s", num_missing, self.path)
-        column = {"encoding": "WKB", "geometry_types": sorted(types), **self._kept}
+    def describe(self) -> bytes:
+        """Return the `geo` metadata of a file that holds the joined tables."""
+        logger.info("%d ids have no geometry in %s", self._num_missing, self.path)
+        column = {"encoding": "WKB", "geometry_types": sorted(self._types), **self._kept}
         geo = {"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": {GEOMETRY_COLUMN: column}}
         return json.dumps(geo, sort_keys=True).encode()
 

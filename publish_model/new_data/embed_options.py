@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import cli
+from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, InputOptions
 from pipeline.errors import ConfigError
 from pipeline.ids import Shard
@@ -124,9 +125,9 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
-    taken = sorted(set(names) & {"OSMID", "embedding", "image_bytes"})
-    if "" in names or len(set(names)) < len(names) or taken:
-        raise argparse.ArgumentTypeError(f"{text!r} must name columns once each, other than OSMID and image_bytes")
+    check_names(f"--keep-columns {text}", ["OSMID", "image_bytes", "embedding"], names)
+    if "" in names:
+        raise argparse.ArgumentTypeError(f"{text!r} must name columns")
     return names
 
 

@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from faults.bench import Bench, Failure, expect, expect_refusal
+from faults.bench import Bench, Failure, Files, expect, expect_refusal
 from faults.disturbances import RECOVERED, REFUSED, fault
 from faults.harness import Hook, Run, count_operations, disturb, kill
 
-from publish_model import delete_ids, generate_embeddings_from_parquet, verify_embeddings
+from publish_model import (
+    aggregate_embeddings,
+    delete_ids,
+    export_embeddings,
+    generate_embeddings_from_parquet,
+    verify_embeddings,
+)
 
 TAKEN_DOWN = ("way/1", "way/2", "way/9")
 
@@ -55,6 +61,53 @@ def delete(bench: Bench) -> None:
     """Take the ids down in this process."""
     (bench.folder / "ids.txt").write_text("\n".join(TAKEN_DOWN))
     delete_ids.main([str(bench.output), "--delete-ids", str(bench.folder / "ids.txt")])
+
+
+def check_gone(bench: Bench, expected: Files, what: str) -> None:
+    """Raise Failure unless a takedown has left what it leaves undisturbed, and nothing else."""
+    left = bench.read()
+    if left != expected or not json.loads((bench.output / "_deleted" / "id_hashes.json").read_text())["done"]:
+        raise Failure(f"{what}: {sorted(name for name in left | expected if left.get(name) != expected.get(name))}")
+
+
+@fault("a takedown killed before each file operation")
+def takedown_killed(bench: Bench, tries: int) -> Iterator[str]:
+    bench.finish()
+    for tool, *options in ((aggregate_embeddings.main,), (export_embeddings.main, "--export", "int8")):
+        expect(Run(tool, [bench.output, *options]).wait(), 0)
+    shutil.copytree(bench.output / "parts", bench.output / "_removed" / "1" / "parts")
+    whole = bench.folder / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    shutil.copytree(bench.output, whole)
+    num_operations = count_operations(bench.output, lambda _: delete(bench), [])
+    expected = bench.read()
+    for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries)))):
+        bench.clear()
+        shutil.copytree(whole, bench.output)
+        expect(take_down(bench, prepare=disturb(bench.output, at, kill)).wait(), -9)
+        expect(take_down(bench).wait(), 0)
+        check_gone(bench, expected, f"killed before operation {at}")
+        yield RECOVERED
+
+
+@fault("two takedowns beside stage 8")
+def takedowns_at_once(bench: Bench, tries: int) -> Iterator[str]:
+    bench.finish()
+    expect(take_down(bench).wait(), 0)
+    expected = bench.read()
+    for _ in range(max(1, tries // 10)):
+        bench.clear()
+        expect(bench.embed("--limit", 9), 0)
+        runs = [
+            bench.start(),
+            *(take_down(bench, one.encode(), f"{number}.txt") for number, one in enumerate(TAKEN_DOWN)),
+        ]
+        for outcome in [run.wait() for run in runs]:  # done, or refused in one line
+            expect(outcome, 0) if outcome.code == 0 else expect_refusal(outcome)
+        expect(take_down(bench).wait(), 0, 1)  # 1: ids of parts that stage 8 has not made yet match nothing
+        expect(bench.embed(), 0)
+        check_gone(bench, expected, "at once")
+        yield RECOVERED
 
 
 @fault("--overwrite with a model that is none")
@@ -138,16 +191,13 @@ def not_ours(bench: Bench, tries: int) -> Iterator[str]:
             bench.verify(output=place),
             bench.verify("--repair", output=place),
             bench.embed(output=place),
+            bench.embed("--overwrite", output=place),
             Run(delete_ids.main, [place, "--delete-ids", bench.folder / "ids.txt"]).wait(),
         ):
             expect_refusal(outcome, "not written by this project")
             if read_files(place) != before:
                 raise Failure("a file that is not ours was removed or changed")
             yield REFUSED
-        expect(bench.embed("--overwrite", output=place), 0)
-        if read_files(place / "_removed" / "1_not_ours") != before:
-            raise Failure("overwritten: what is not ours is not all in _removed")
-        yield RECOVERED
 
 
 @fault("verify --repair killed before a file operation")

@@ -14,7 +14,7 @@ from faults.bench import Bench, Failure, count_rows, expect, expect_refusal, mou
 from faults.harness import Hook, Run, count_operations, disturb, fill_disk, kill, terminate
 from published_models import make_photographs, write_packaged
 
-from publish_model import aggregate_embeddings, convert_to_hf, delete_ids, export_embeddings
+from publish_model import aggregate_embeddings, convert_to_hf, export_embeddings
 
 # What a try came to, beside failing: RECOVERED (after a rerun the undisturbed dataset) or REFUSED (in one clear line).
 RECOVERED, REFUSED = "recovered", "refused"
@@ -340,14 +340,13 @@ def kill_beside(main: Callable[..., None], *arguments: object, result: str) -> F
         return files
 
     def tried(bench: Bench, tries: int) -> Iterator[str]:
-        (bench.folder / "ids.txt").write_text("way/1\nway/2\nway/9\n")
-        line = [bench.output, *(bench.folder / "ids.txt" if one == "IDS" else one for one in arguments)]
+        line = [bench.output, *arguments]
         bench.finish()
         num_operations = count_operations(bench.output, main, line)
         expected = read(bench)
         for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries // 4)))):
             bench.finish()
-            shutil.rmtree(bench.output / result, ignore_errors=True) if result else None
+            shutil.rmtree(bench.output / result, ignore_errors=True)
             expect(Run(main, line, disturb(bench.output, at, kill)).wait(), -9)
             expect(Run(main, line).wait(), 0)
             if read(bench) != expected:
@@ -357,7 +356,6 @@ def kill_beside(main: Callable[..., None], *arguments: object, result: str) -> F
     return tried
 
 
-FAULTS["delete_ids killed"] = kill_beside(delete_ids.main, "--delete-ids", "IDS", result="")
 FAULTS["aggregate_embeddings killed"] = kill_beside(aggregate_embeddings.main, result="_aggregated/OSMID")
 FAULTS["export_embeddings killed"] = kill_beside(export_embeddings.main, "--export", "int8", result="_exports")
 

@@ -1,0 +1,214 @@
+"""A takedown is done when no byte is left, and not before it says so."""
+
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from embedded_datasets import unit_rows, write_dataset
+from published_models import list_parts, read_bytes, read_dataset
+
+from pipeline.embeddings_dataset import deletions, parts
+from pipeline.embeddings_dataset.appending import PartStore
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.hashes import hash_ids
+from pipeline.embeddings_dataset.packaged_input import open_packaged
+from pipeline.embeddings_dataset.parts import ModelRecord
+from pipeline.inference.precision import Precision
+from publish_model import aggregate_embeddings, export_embeddings, verify_embeddings
+
+
+def holders(folder, text):
+    """Return the files below a folder that hold a text in whatever way: rows, dictionaries, footers, plain bytes."""
+    found = []
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as file:
+                table = file.read()
+            content += str(table.schema.metadata).encode()
+            for column in table.columns:
+                content += b"".join(bytes(one) for chunk in column.chunks for one in chunk.buffers() if one)
+                for chunk in column.chunks:
+                    content += str(chunk.flatten() if pa.types.is_nested(chunk.type) else chunk).encode()
+                    content += str(chunk.dictionary if pa.types.is_dictionary(chunk.type) else "").encode()
+        if text.encode() in content:
+            found.append(str(path.relative_to(folder)))
+    return sorted(found)
+
+
+def write_derived(output):
+    """Write all that may hold ids beside the parts, as the tools and killed runs leave it."""
+    hidden = f"{'0' * 16}.tmp"
+    for name in (
+        "_aggregated/OSMID.parquet", "_exports/int8/parts/rg00000_rb00000.parquet", "_removed/1/parts/a.parquet",
+        f"parts/.rg00000_rb00000.parquet.another_host-1-{hidden}", f"_rejects/.b.parquet.another_host-1-{hidden}",
+        f"_aggregated/.OSMID.parquet.another_host-1-{hidden}",
+    ):  # fmt: skip
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"OSMID": ["way/1"]}), output / name)
+    (output / "_logs").mkdir(exist_ok=True)
+    (output / "_logs" / "generate_embeddings_from_parquet.1of3.log").write_text("4 times, among them way/1 and way/2")
+
+
+def test_no_file_holds_a_deleted_id_any_more(delete, dataset, monkeypatch):
+    write_derived(dataset)
+    assert len(holders(dataset, "way/1")) > 8
+    assert delete(dataset, "way/1").code == 0
+    assert holders(dataset, "way/1") == []
+    assert holders(dataset, "way/2") != []
+
+
+@pytest.mark.parametrize("step", ["_remove_derived", "_rewrite", "replace"])
+@pytest.mark.parametrize("way", ["again", "overwrite"])
+def test_killed_anywhere_the_next_run_leaves_no_byte(delete, embed, dataset, tmp_path, monkeypatch, step, way):
+    """Before anything derived is removed, before the first part is rewritten, and before the order is done."""
+    write_derived(dataset)
+
+    def die(*_arguments, **_changes):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deletions, step, die)
+    if step == "replace":  # the last one, behind parts and state
+        monkeypatch.setattr(
+            deletions, step, lambda one, **changes: die() if "done" in changes else replace(one, **changes)
+        )
+    assert delete(dataset, "way/1").code == 130
+    monkeypatch.undo()
+    write_derived(dataset)  # by whoever was at it meanwhile
+    if way == "again":
+        assert delete(dataset, "way/1").code == 0
+    else:
+        assert embed(tmp_path / "in.parquet", dataset, "--overwrite").code == 0
+    (dataset / "_logs" / "generate_embeddings_from_parquet.log").unlink(missing_ok=True)
+    assert holders(dataset, "way/1") == []
+    assert deletions.read_order(dataset).done
+
+
+def test_dictionaries_keep_no_deleted_value(delete, tmp_path):
+    values = ["low", "secret", "high", "low"]
+    plain = pa.dictionary(pa.int32(), pa.string())
+    ordered = pa.DictionaryArray.from_arrays(pa.array([2, 0, 1, 2], pa.int8()), ["secret", "high", "low"], ordered=True)
+    columns = {
+        "plain": pa.array(values).dictionary_encode(),
+        "ordered": ordered,
+        "listed": pa.array([[one] for one in values], pa.list_(plain)),
+        "inside": pa.array([{"x": one} for one in values], pa.struct([("x", plain)])),
+    }
+    output = write_dataset(tmp_path / "out", pa.array(["a", "b", "c", "d"]), unit_rows(0, 4), **columns)
+    before = read_dataset(output)
+    assert len(holders(output, "secret")) == 1
+    assert delete(output, "b").code == 0
+    assert holders(output, "secret") == []
+    left = read_dataset(output)
+    assert left.schema.equals(before.schema)
+    assert left["ordered"].chunk(0).dictionary.to_pylist() == ["high", "low"]
+    for name in columns:
+        assert left[name].to_pylist() == before[name].take([0, 2, 3]).to_pylist()
+
+
+@pytest.mark.parametrize("name", ["_aggregated", "_exports", "_logs", "_removed"])
+def test_a_folder_that_is_a_link_is_named_and_the_takedown_is_not_done(delete, embed, dataset, tmp_path, name):
+    write_derived(dataset)
+    elsewhere = tmp_path / "elsewhere"
+    (dataset / name).rename(elsewhere)
+    (dataset / name).symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    outcome = delete(dataset, "way/1")
+    assert outcome.code == 1
+    assert str(dataset / name) in outcome.stderr.splitlines()[-1]
+    assert "a link" in outcome.stderr.splitlines()[-1]
+    assert "Traceback" not in outcome.stderr
+    assert sorted(elsewhere.rglob("*")) == before
+    assert not deletions.read_order(dataset).done
+    (dataset / name).unlink()
+    assert delete(dataset, "way/1").code == 0
+    assert holders(dataset, "way/1") == []
+
+
+def test_a_rerun_of_stage_8_removes_only_numbered_folders(embed, dataset, tmp_path):
+    (dataset / "_removed" / "photos").mkdir(parents=True)
+    (dataset / "_removed" / "photos" / "1.jpg").write_text("mine")
+    (dataset / "_removed" / "2").mkdir()
+    assert embed(tmp_path / "in.parquet", dataset).code == 0
+    assert [path.name for path in (dataset / "_removed").iterdir()] == ["photos"]
+    assert (dataset / "_removed" / "photos" / "1.jpg").read_text() == "mine"
+
+
+def test_nothing_is_deleted_while_another_process_writes_and_nothing_written_while_one_deletes(
+    delete, embed, run_main, dataset, tmp_path
+):
+    before, line = read_bytes(dataset), f"error: {dataset}: process "
+    with EmbeddingsDataset(dataset).held(shared=True):
+        outcome = delete(dataset, "way/1")
+        assert (outcome.code, outcome.stderr.splitlines()[-1].startswith(line)) == (1, True)
+        assert "is writing to it: wait for that one" in outcome.stderr
+        assert run_main(verify_embeddings.main, dataset, "--repair").code == 1
+        assert embed(tmp_path / "in.parquet", dataset).code == 0
+    with EmbeddingsDataset(dataset).held():
+        for outcome in (
+            delete(dataset, "way/1"),
+            embed(tmp_path / "in.parquet", dataset),
+            run_main(aggregate_embeddings.main, dataset),
+            run_main(export_embeddings.main, dataset, "--export", "int8"),
+        ):
+            assert (outcome.code, outcome.stderr.splitlines()[-1].startswith(line)) == (1, True)
+    assert read_bytes(dataset) == before
+    assert not (dataset / "_deleted").exists()
+    assert delete(dataset, "way/1").code == 0
+
+
+def test_the_order_is_read_before_each_part_is_written(delete, dataset):
+    """As where a file system lets two processes hold one lock."""
+    part = parts.read_part(list_parts(dataset)[0])
+    content = part.read_content()
+    assert "way/1" in content.embedded["OSMID"].to_pylist()
+    assert delete(dataset, "way/1").code == 0
+    source = open_packaged(dataset.parent / "in.parquet", read_batch_size=part.recipe["read_batch_size"])
+    store = PartStore(EmbeddingsDataset(dataset), source, ModelRecord("m", "v", Precision("float32")))
+    store.write_part(part.plan, content)
+    assert holders(dataset, "way/1") == []
+
+
+def test_a_part_that_holds_a_deleted_id_is_seen(delete, run_main, dataset, tmp_path):
+    path = list_parts(dataset)[0]
+    rejects = dataset / "_rejects" / path.name
+    before = path.read_bytes(), rejects.read_bytes()
+    assert delete(dataset, "way/1").code == 0
+    arguments = [verify_embeddings.main, dataset, "--input", tmp_path / "in.parquet"]
+    assert run_main(*arguments).code == 0
+    for one, data in zip((path, rejects), before, strict=True):
+        one.write_bytes(data)
+    outcome = run_main(*arguments)
+    assert outcome.code == 1
+    assert f"{path}: holds ids that were deleted: run delete_ids.py again" in outcome.stderr
+    assert delete(dataset, "way/1").code == 0
+    assert run_main(*arguments).code == 0
+    assert holders(dataset, "way/1") == []
+
+
+def test_with_the_input_a_part_that_lacks_more_than_the_deleted_ids_is_seen(delete, run_main, dataset, tmp_path):
+    assert delete(dataset, "way/1").code == 0
+    part = parts.read_part(list_parts(dataset)[1])
+    content = part.read_content()
+    ids = pa.array(["way/999", *content.embedded["OSMID"].to_pylist()[1:]])
+    part.rewrite(replace(content, embedded=content.embedded.set_column(0, content.embedded.schema.field(0), ids)))
+    outcome = run_main(verify_embeddings.main, dataset, "--input", tmp_path / "in.parquet")
+    assert (outcome.code, "its ids are not those of the input's rows" in outcome.stderr) == (1, True)
+
+
+def test_each_dataset_has_hashes_of_its_own(delete, tmp_path):
+    """A table of the hashes of all ids that can be counted through fits no dataset."""
+    contents = []
+    for name in ("one", "two"):
+        output = write_dataset(tmp_path / name, pa.array([1, 2, 3]), unit_rows(0, 3))
+        assert delete(output, "2", "3").code == 0
+        contents.append(json.loads((output / "_deleted" / "id_hashes.json").read_text()))
+    assert {len(one["salt"]) for one in contents} == {32}
+    assert contents[0]["salt"] != contents[1]["salt"]
+    assert set(contents[0]["id_hashes"]).isdisjoint(contents[1]["id_hashes"])
+    plain = {f"{value:016x}" for value in hash_ids([1, 2, 3])}
+    assert plain.isdisjoint(contents[0]["id_hashes"])
+    salted = hash_ids([2, 3], bytes.fromhex(contents[0]["salt"]))
+    assert contents[0]["id_hashes"] == sorted(f"{value:016x}" for value in salted)
