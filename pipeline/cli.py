@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import os
 import platform
 import signal
@@ -17,11 +18,12 @@ from typing import NoReturn
 
 from pipeline import VERSION
 from pipeline.config import DEFAULT_CONFIG_PATH, Config, load_config
-from pipeline.errors import ConfigError, PipelineError, Terminated, one_line
+from pipeline.errors import ConfigError, PipelineError, Terminated, escape_controls, one_line
 from pipeline.ids import Shard, decode_name
 from pipeline.log import Stopwatch, logger, logging_to
 
 INTERRUPTED, TERMINATED = 130, 143
+_STOPS: dict[signal.Signals, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,10 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     """Run a script's main and exit with its code; a failure that is no bug is one line on stderr."""
     if argv is None:  # run as a script, not from another program
         _speak_utf8()
-    signal.signal(signal.SIGTERM, _raise_terminated)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script that starts us with & has it ignored
-    sys.unraisablehook = _send_again
+    stop = _Stop()
+    for number in _STOPS:  # a script that starts us with & has SIGINT ignored
+        signal.signal(number, stop.take)
+    sys.unraisablehook = stop.send_again
     try:
         main(argv)
     except PipelineError as error:
@@ -177,24 +180,39 @@ def _speak_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
-    raise Terminated
+class _Stop:
+    """Turns the signals that ask for an end into exceptions; of those that come together only the first counts.
 
+    A terminal and a launcher both send SIGINT: the second would break off what the first one has kept.
+    """
 
-def _send_again(dropped: "sys.UnraisableHookArgs") -> None:
-    """Repeat a signal that came in a destructor or a weakref's callback, where Python drops exceptions."""
-    numbers = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
-    if dropped.exc_type not in numbers:
-        sys.__unraisablehook__(dropped)
-        return
-    repeat = threading.Timer(0.1, os.kill, [os.getpid(), numbers[dropped.exc_type]])  # once the destructor is done
-    repeat.daemon = True
-    repeat.start()
+    def __init__(self) -> None:
+        self._taken = -math.inf
+
+    def take(self, number: int, _frame: FrameType | None) -> None:
+        """Raise the signal's exception, unless one was raised within the last second."""
+        now = time.monotonic()
+        if now - self._taken > 1:
+            self._taken = now
+            raise _STOPS[signal.Signals(number)]
+
+    def send_again(self, dropped: "sys.UnraisableHookArgs") -> None:
+        """Repeat a signal that came in a destructor or a weakref's callback, where Python drops exceptions."""
+        numbers = [number for number, kind in _STOPS.items() if dropped.exc_type is kind]
+        if not numbers:
+            sys.__unraisablehook__(dropped)
+            return
+        self._taken = -math.inf
+        repeat = threading.Timer(0.1, os.kill, [os.getpid(), numbers[0]])  # once the destructor is done
+        repeat.daemon = True
+        repeat.start()
 
 
 def _exit(code: int, *lines: str) -> NoReturn:
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)  # the default, which Python sets when it ends, would change the exit code
     for line in lines:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {escape_controls(line)}", file=sys.stderr)
     sys.exit(code)
 
 

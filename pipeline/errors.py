@@ -1,6 +1,10 @@
 """The ways in which a run or an item can fail, apart from bugs."""
 
+import re
 from typing import Any, Literal
+
+# What moves a terminal's cursor, colours or turns its text, or begins a new line.
+_CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class PipelineError(Exception):
@@ -56,6 +60,11 @@ class Rejection(Exception):
 
 class Terminated(BaseException):
     """SIGTERM arrived: like KeyboardInterrupt, not an Exception, so that no handler swallows it."""
+
+
+def escape_controls(text: str) -> str:
+    """Return a text on one line, for a terminal or a log; control characters, from names in data, become `\\xNN`."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(error: BaseException) -> str:

@@ -14,13 +14,23 @@ from typing import TextIO, TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, escape_controls
 from pipeline.own_folders import open_file
 
 Item = TypeVar("Item")
 
 logger = logging.getLogger("spatial_building_embeddings")
-_LINE_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+
+
+class _LineFormat(logging.Formatter):
+    """One line a message, whatever the names in it hold; only a table of ours, behind an empty line, has several."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own)
+        text = super().formatMessage(record)
+        return "\n".join(map(escape_controls, text.split("\n") if "\n\n" in str(record.msg) else [text]))
+
+
+_LINE_FORMAT = _LineFormat("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 class _LogFile(logging.FileHandler):
@@ -80,7 +90,7 @@ class Progress:
         self._started = self._reported = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr, **_choose_bar_size())
+            self._bar = tqdm(total=total, desc=escape_controls(label), unit=unit, file=sys.stderr, **_choose_bar_size())
 
     def __enter__(self) -> "Progress":
         return self

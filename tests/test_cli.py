@@ -12,7 +12,7 @@ import pytest
 from pipeline import cli
 from pipeline.cli import Options, StageResult, add_tar_options, make_parser, options_from, parse_shard, run_guarded
 from pipeline.config import load_config
-from pipeline.errors import ConfigError, InputError, Terminated
+from pipeline.errors import ConfigError, InputError, PipelineError, Terminated
 from pipeline.ids import Shard
 
 SCRIPT = "preprocess_raw_data/process_tar.py"
@@ -94,6 +94,13 @@ def test_every_end_has_its_exit_code_and_its_line(raised, code, lines, run_main,
     assert outcome.code == code
     assert outcome.stderr.startswith(lines)
     assert "Traceback" not in outcome.stderr
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal_in_an_error(run_main):
+    def fail(_):
+        raise PipelineError("a\x1b[2J\u202e\rb: no")
+
+    assert run_main(fail).stderr == "error: a\\x1b[2J\\u202e b: no\n"
 
 
 def test_a_bug_is_not_caught():
@@ -184,8 +191,9 @@ def test_a_run_from_another_folder_writes_where_the_config_says(run_script, writ
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("times", [1, 2])  # a terminal and a launcher both send it
 def test_a_signal_in_the_midst_of_the_work_keeps_what_was_finished(
-    start_script, run_script, write_config, make_tar, tmp_path, number, code
+    start_script, run_script, write_config, make_tar, tmp_path, number, code, times
 ):
     config = write_config(tmp_path)
     make_tar(tmp_path / "raw", 1)
@@ -198,13 +206,15 @@ def test_a_signal_in_the_midst_of_the_work_keeps_what_was_finished(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.1)
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.03)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == code
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1].endswith("the same command goes on from there")
     names = {path.name for path in (tmp_path / "intermediates").iterdir()}
-    assert names == {"0001.parquet", "_rejects"}
+    assert names == {"0001.parquet", "_inputs", "_rejects"}
     (tmp_path / "raw" / "0002.tar").unlink()
     make_tar(tmp_path / "raw", 2)
     outcome = run_script(SCRIPT, "--config", config)

@@ -37,6 +37,24 @@ def test_lines_below_the_level_are_left_out(tmp_path):
     assert (tmp_path / "a.log").read_text().split(" WARNING ")[1] == "loud\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("\x1b[2Ja", r"\x1b[2Ja"),
+        ("a\n2026 INFO b", r"a\n2026 INFO b"),
+        ("\x9b1mé\u202egpj", r"\x9b1mé\u202egpj"),
+        ("é\t", "é\t"),
+    ],
+)
+def test_control_characters_of_names_reach_neither_log_nor_terminal(tmp_path, capsys, name, shown):
+    with logging_to(tmp_path / "a.log"):
+        logger.info("read %s", name)
+        logger.info("\n\n%s\n", f"table of {name}")
+    lines = (tmp_path / "a.log").read_text().split("\n")
+    assert lines[0].endswith(f"INFO read {shown}")
+    assert capsys.readouterr().err.split("\n") == lines
+
+
 def test_the_handlers_are_gone_after_a_failure(tmp_path):
     before = list(logger.handlers)
     with pytest.raises(ValueError, match="a bug"), logging_to(tmp_path / "a.log"):
