@@ -305,7 +305,7 @@ def test_identical_points_are_grouped_in_the_order_of_their_first_rows() -> None
     assert groups.points.tolist() == [[3, 1], [2, 2], [0, 0]]
     assert groups.codes.tolist() == [4, -1, 6]
     assert groups.group_of_row.tolist() == [0, 1, 0, 2, 1, 0]
-    assert [groups.rows_at(point).tolist() for point in range(3)] == [[0, 2, 5], [1, 4], [3]]
+    assert [rows.tolist() for rows in np.split(groups.rows, groups.starts[1:-1])] == [[0, 2, 5], [1, 4], [3]]
 
 
 @pytest.mark.parametrize("num_dims", [1, 2, 3, 5, 8, 31, 32])

@@ -58,10 +58,6 @@ class PointGroups:
     rows: np.ndarray  # (N,) int64, point by point, ascending within a point
     starts: np.ndarray  # (U + 1,) int64, where a point's rows begin
 
-    def rows_at(self, point: int) -> np.ndarray:
-        """Return the rows at a point, ascending."""
-        return self.rows[self.starts[point] : self.starts[point + 1]]
-
 
 def group_points(points: np.ndarray, codes: np.ndarray) -> PointGroups:
     """Group the identical rows of `points` (N, d) float32; `codes` (N,) int32 are their buildings."""
@@ -281,7 +277,7 @@ class NeighborSearch:
         for point, distance in zip(candidates, squared, strict=True):
             if np.isinf(distance) or (num_found >= k and distance > last):
                 break
-            members = self._groups.rows_at(point)[:most]
+            members = self._groups.rows[self._groups.starts[point] : self._groups.starts[point + 1]][:most]
             members = members[self._codes[members] != self._codes[anchor]]
             if self._exclusion is not None:
                 members = members[~self._exclusion.is_near(np.array([anchor]), members[None])[0]]

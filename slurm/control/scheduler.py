@@ -1,5 +1,6 @@
 """Ask SLURM's commands and give them orders."""
 
+import argparse
 import os
 import re
 import shutil
@@ -109,11 +110,11 @@ def format_shards(shards: Iterable[int]) -> str:
 
 
 def parse_shards(text: str) -> list[int]:
-    """Read what `format_shards` writes, and what squeue shows of an array, `[0-3,7%4]`; else ValueError."""
+    """Read what `format_shards` writes, and what squeue shows of an array, `[0-3,7%4]`."""
     shards: list[int] = []
     for part in re.sub(r"%\d+$", "", text.strip("[]")).split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
-            raise ValueError(f"{text!r} must read like 0-3,7")
+            raise argparse.ArgumentTypeError(f"{text!r} must read like 0-3,7")
         shards += range(int(match[1]), int(match[2] or match[1]) + 1)
     return sorted(set(shards))

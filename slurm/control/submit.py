@@ -26,14 +26,6 @@ from slurm.control.submission import Request, submit
 from slurm.control.target import Target
 
 
-def read_shards(text: str) -> list[int]:
-    """Read shard numbers as in 0-3,7."""
-    try:
-        return scheduler.parse_shards(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every submission."""
     parser.set_defaults(shards=None)
@@ -56,7 +48,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     kind = own.pop(0) if own and own[0] in ("pipeline", "stage") else "pipeline"
     if kind == "stage":
         parser.add_argument("stage", choices=tuple(BY_LABEL), metavar="STAGE", help="number of the stage, or tune")
-        parser.add_argument("--shards", type=read_shards, metavar="LIST", help="these shards only, as in 0-3,7")
+        parser.add_argument(
+            "--shards", type=scheduler.parse_shards, metavar="LIST", help="these shards only, as in 0-3,7"
+        )
     else:
         parser.set_defaults(stage=None)
         parser.add_argument("--from-stage", type=int, default=1, choices=range(1, 10), metavar="N", help="first (1)")
