@@ -284,7 +284,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         do_tars(lacking, result, True, lambda unit, provenance: embed_tar(unit, provenance, stage))
     for kept in result.kept:
         remove_leftover(kept)
-    result.check_reject_fraction(config)
+    result.check_reject_fraction(config.data.max_reject_fraction)
     return result
 
 

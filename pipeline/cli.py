@@ -73,14 +73,13 @@ class StageResult:
             f"{f' ({why})' if why else ''}; {len(self.written)} written, {len(self.kept)} kept"
         )
 
-    def check_reject_fraction(self, config: Config) -> None:
-        """Raise PipelineError if more items were rejected than `[data].max_reject_fraction` allows."""
-        allowed = config.data.max_reject_fraction
-        if self.rows_in and self.rejected / self.rows_in > allowed:
+    def check_reject_fraction(self, allowed: float, setting: str = "[data].max_reject_fraction") -> None:
+        """Raise PipelineError if a larger share of the items that were not dropped was rejected than is allowed."""
+        tried = self.rows_in - self.dropped
+        if tried and self.rejected / tried > allowed:
             error = PipelineError(
-                f"{self.stage}: {self.rejected} of {self.rows_in} items were rejected, more than "
-                f"[data].max_reject_fraction = {allowed:g} allows: read the _rejects folder beside the outputs, "
-                "correct the input path or raise the setting"
+                f"{self.stage}: {self.rejected} of {tried} items were rejected, more than {setting} = {allowed:g} "
+                "allows: read the _rejects folder beside the outputs, correct the input path or raise the setting"
             )
             error.result = self
             raise error
@@ -91,6 +90,14 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}; see --help")
 
 
+def expand_user(text: str) -> str:
+    """Expand `~` and `~user` in a path; raise ArgumentTypeError if there is no such user."""
+    expanded = os.path.expanduser(text)  # noqa: PTH111 (a hub id is no path)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r} names a user who does not exist: correct it, or write ./{text}")
+    return expanded
+
+
 def make_parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
     """Return a parser with the options that every configured stage takes."""
     parser = _Parser(
@@ -99,6 +106,7 @@ def make_parser(description: str, *, config: bool = True) -> argparse.ArgumentPa
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,  # half a word would be taken for --overwrite
     )
+    parser.register("type", Path, lambda text: Path(expand_user(text)))
     if config:
         parser.add_argument(
             "--config", type=Path, default=DEFAULT_CONFIG_PATH, metavar="PATH",

@@ -256,7 +256,7 @@ class Config(Section):
         Raises ConfigError naming `where` if a variable is not defined or the path is empty.
         """
         expanded = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 (takes any text)
-        undefined = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+        undefined = re.search(r"^~[^/]*|\$(\w+|\{[^}]*\})", expanded)
         if undefined:
             raise ConfigError(f"{self.file_path}: {where}: {undefined.group(0)} in {value!r} is not defined: export it")
         if not expanded.strip():  # else it is the configuration's own folder

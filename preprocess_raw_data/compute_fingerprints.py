@@ -211,7 +211,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
     )  # fmt: skip
     log_turned()
-    result.check_reject_fraction(config)
+    result.check_reject_fraction(config.data.max_reject_fraction)
     return result
 
 

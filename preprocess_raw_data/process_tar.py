@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
@@ -74,22 +75,17 @@ def take_inventory(
     return inventory
 
 
-def build_table(dataset_id: int, tar_name: str, views: list[View]) -> pa.Table:
-    """Return the views as a table of INTERMEDIATE_SCHEMA; the tar's name gives the dataset."""
-    rows = [
-        asdict(view.record)
-        | {
-            "dataset_id": dataset_id,
-            "building_id": building_id(dataset_id, view.record.target_id),
-            "streetview_image_id": streetview_image_id(dataset_id, view.record.patch_id),
-            "image_path": view.image.name,
-            "tar_file": tar_name,
-            "image_offset": view.image.offset,
-            "image_size": view.image.size,
-        }
-        for view in views
-    ]
-    return pa.Table.from_pylist(rows, schema=INTERMEDIATE_SCHEMA)
+def describe_view(view: View, unit: TarUnit) -> dict[str, Any]:
+    """Return a view as a row of INTERMEDIATE_SCHEMA; the tar's name gives the dataset."""
+    return asdict(view.record) | {
+        "dataset_id": unit.dataset_id,
+        "building_id": building_id(unit.dataset_id, view.record.target_id),
+        "streetview_image_id": streetview_image_id(unit.dataset_id, view.record.patch_id),
+        "image_path": view.image.name,
+        "tar_file": unit.tar_path.name,
+        "image_offset": view.image.offset,
+        "image_size": view.image.size,
+    }
 
 
 def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stopwatch) -> Provenance:
@@ -111,8 +107,8 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     write_rejects(rejects_path(unit.output_path), rejects, provenance)
     with parquet_writer(unit.output_path, INTERMEDIATE_SCHEMA, provenance) as writer:
         for start in range(0, len(views), ROW_GROUP_ROWS):
-            some = views[start : start + ROW_GROUP_ROWS]
-            writer.write_table(build_table(unit.dataset_id, unit.tar_path.name, some))
+            some = [describe_view(view, unit) for view in views[start : start + ROW_GROUP_ROWS]]
+            writer.write_table(pa.Table.from_pylist(some, schema=INTERMEDIATE_SCHEMA))
     logger.info("%s: %d views, %d rejected", unit.tar_path.name, len(views), len(rejects))
     return provenance
 
@@ -137,7 +133,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         list_units(config, options), result, options.overwrite,
         make=lambda unit, provenance: write_tar(unit, provenance, config, result.watch),
     )  # fmt: skip
-    result.check_reject_fraction(config)
+    result.check_reject_fraction(config.data.max_reject_fraction)
     return result
 
 

@@ -27,7 +27,7 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.duplicates import find_duplicates
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input
 from pipeline.embeddings_dataset.parts import STAGE, ModelRecord, plan_parts
-from pipeline.errors import ConfigError, PipelineError, StaleOutputError, Terminated
+from pipeline.errors import ConfigError, StaleOutputError, Terminated
 from pipeline.files.units import Unit
 from pipeline.files.workspace import write_failure
 from pipeline.inference import launcher
@@ -39,7 +39,6 @@ from publish_model.new_data.embed_options import EmbedOptions, parse
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
-    from publish_model.new_data.batch_embedding import BatchEmbedder
 
 
 def embed_dataset(options: EmbedOptions) -> cli.StageResult:
@@ -78,7 +77,13 @@ def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: Embedd
     if has_work and state["complete"]:
         for line in find_duplicates([dataset.path_of(name) for name in store.plans]).describe():
             logger.warning("%s", line)
-    report(result, state, options.max_reject_fraction)
+    logger.info(
+        "dataset: %d of %d parts, %d of %d rows done, %s", state["parts_done"], state["parts_total"],
+        sum(state.get(f"rows_{key}", 0) for key in ("embedded", "rejected", "skipped_invalid", "deleted")),
+        state["rows_total"],
+        "complete" if state["complete"] else "not complete yet",
+    )  # fmt: skip
+    result.check_reject_fraction(options.max_reject_fraction, "--max-reject-fraction")
     return result
 
 
@@ -98,60 +103,38 @@ def record_model(model: PublishedModel, dtype: str, source: PackagedInput, begun
 def make_missing_parts(
     appending: Appending, load: Callable[[str], "Embedder"], progress_interval_seconds: float
 ) -> EngineWatch:
-    """Load the model, make the parts and return where the time went; an interrupted run leaves its state right."""
+    """Load the model, make the parts and return where the time went; an interrupted run leaves its state right.
+
+    Two or three read batches are held at a time. Raises InputError if the input ends before the place that its footer
+    names.
+    """
     watch, store = EngineWatch(), appending.store
     with watch.measure("load"):
-        from publish_model.new_data.batch_embedding import BatchEmbedder
+        from publish_model.new_data.batch_embedding import BatchEmbedder, ReadBatch
 
         embedder = BatchEmbedder(load(str(store.recipe["precision"])), store.source, watch)
     appending.begin(embedder.width)  # a model that cannot be used has failed by now, and has left nothing behind
     rows_kept, rows = appending.num_rows
+    batches = (ReadBatch(plan, table) for plan, table in appending.read_missing())
+
+    def write(batch: ReadBatch, content: PartContent) -> None:
+        with watch.measure("write"):
+            appending.write_part(batch.plan, content)
+        progress.advance(batch.table.num_rows)
+
     try:
-        with Progress(STAGE, rows_kept + rows, interval_seconds=progress_interval_seconds) as progress:
+        with (
+            Progress(STAGE, rows_kept + rows, interval_seconds=progress_interval_seconds) as progress,
+            contextlib.closing(Background()) as writer,
+            contextlib.closing(embedder.embed_each(batches)) as parts,
+        ):
             progress.resume_at(rows_kept)
-            embed_parts(appending, embedder, progress)
+            for batch, content in parts:
+                writer.submit(partial(write, batch, content))
     except (KeyboardInterrupt, Terminated):
         store.write_state()
         raise
     return watch
-
-
-def embed_parts(appending: Appending, embedder: "BatchEmbedder", progress: Progress) -> None:
-    """Embed and write the missing parts; two or three read batches are held at a time.
-
-    Raises InputError if the input ends before the place that its footer names.
-    """
-    from publish_model.new_data.batch_embedding import ReadBatch
-
-    batches = (ReadBatch(plan, table) for plan, table in appending.read_missing())
-
-    def write(batch: ReadBatch, content: PartContent) -> None:
-        with embedder.watch.measure("write"):
-            appending.write_part(batch.plan, content)
-        progress.advance(batch.table.num_rows)
-
-    with contextlib.closing(Background()) as writer, contextlib.closing(embedder.embed_each(batches)) as parts:
-        for batch, content in parts:
-            writer.submit(partial(write, batch, content))
-
-
-def report(result: cli.StageResult, state: dict[str, Any], max_reject_fraction: float) -> None:
-    """Log how far the whole dataset is.
-
-    Raises PipelineError where more of the images were rejected than allowed.
-    """
-    logger.info(
-        "dataset: %d of %d parts, %d of %d rows done, %s", state["parts_done"], state["parts_total"],
-        sum(state.get(f"rows_{key}", 0) for key in ("embedded", "rejected", "skipped_invalid", "deleted")),
-        state["rows_total"],
-        "complete" if state["complete"] else "not complete yet",
-    )  # fmt: skip
-    tried = result.rows_out + result.rejected
-    if tried and result.rejected / tried > max_reject_fraction:
-        raise PipelineError(
-            f"{result.rejected} of {tried} images were rejected, more than --max-reject-fraction "
-            f"{max_reject_fraction:g} allows: read the _rejects folder, correct the input, or raise the fraction"
-        )
 
 
 def list_units(config: Config) -> list[Unit]:

@@ -28,7 +28,7 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import count_cores
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, InputOptions
-from pipeline.errors import InputError, PipelineError, Rejection, StaleOutputError
+from pipeline.errors import InputError, Rejection, StaleOutputError
 from pipeline.files import workspace
 from pipeline.files.tables import (
     REJECT_SCHEMA,
@@ -116,7 +116,7 @@ def name_file(folder: Path, number: int) -> Path:
 def write_file(
     path: Path,
     groups: Iterator[list[Packed]],
-    schema: pa.Schema,
+    source: ImageSource,
     provenance: dict[str, Any],
     progress: Progress,
     most_bytes: float,
@@ -125,6 +125,8 @@ def write_file(
     rejected: list[tuple[str, Rejection]] = []
     seen: list[list[int] | None] = []
     num_rows = num_bytes = 0
+    own, *kept = source.fields
+    schema = pa.schema([own, (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *kept])
     with parquet_writer(path, schema, provenance) as writer:
         for group in groups:
             rows = [{**one.image.row, IMAGE_COLUMN: one.data, VALID_COLUMN: one.data is not None} for one in group]
@@ -142,35 +144,23 @@ def write_file(
     return described
 
 
-def read_counts(path: Path, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Return what `write_file` returned for a packaged file.
+def read_finished(folder: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return for each finished file of a package what `write_file` returned.
 
-    Raises StaleOutputError where it was made from other images.
+    Raises StaleOutputError where one was made from other images.
     """
-    found = read_provenance(rejects_path(path)) or {}
-    matches(rejects_path(path), found, provenance)
-    return found
-
-
-def find_finished(folder: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the counts of each file that an interrupted run has finished; those of other images are removed."""
-    found: list[dict[str, Any]] = []
-    try:
-        while (path := name_file(folder, len(found))).is_file() and rejects_path(path).is_file():
-            found.append(read_counts(path, provenance))
-    except StaleOutputError:
-        logger.info("%s: begun with other images: begun anew", folder)
-        for old in folder.iterdir():
-            workspace.remove(old)
-        return []
-    return found
+    finished: list[dict[str, Any]] = []
+    while (path := name_file(folder, len(finished))).is_file() and rejects_path(path).is_file():
+        found = read_provenance(rejects_path(path)) or {}
+        matches(rejects_path(path), found, provenance)
+        finished.append(found)
+    return finished
 
 
 def find_package(output: Path, provenance: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
-    """Return the counts of each file of the package at `output`, none where it is to be made.
+    """Return what `read_finished` returns for the package at `output`, nothing where it is to be made.
 
-    Raises StaleOutputError where it was made from other images and `overwrite` is off, InputError where something else
-    lies there, which no option removes.
+    Raises InputError where something else lies there, which no option removes.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return []
@@ -180,8 +170,10 @@ def find_package(output: Path, provenance: dict[str, Any], overwrite: bool) -> l
         raise InputError(f"{output}: not empty, and not a package that was made here: give another --output")
     if overwrite:
         return []
-    matches(output, found, provenance)
-    return [read_counts(path, provenance) for path in sorted(output.glob("*.parquet"))]
+    finished = read_finished(output, provenance)
+    if len(finished) < len(list(output.glob("*.parquet"))):
+        raise InputError(f"{output}: some of its _rejects are gone: give --overwrite to make it again")
+    return finished
 
 
 def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[dict[str, Any]]:
@@ -189,7 +181,13 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
 
     Raises InputError where a tar is damaged or there is no image at all; what was finished before is kept.
     """
-    finished = find_finished(folder, provenance)
+    try:
+        finished = read_finished(folder, provenance)
+    except StaleOutputError:
+        logger.info("%s: begun with other images: begun anew", folder)
+        for old in folder.iterdir():
+            workspace.remove(old)
+        finished = []
     renew(folder, source, provenance, finished)
     start = sum(file["counts"]["in"] for file in finished)
     if start:
@@ -199,15 +197,10 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
         groups = group_rows(images)
         for first in groups:
             path, own = name_file(folder, len(finished)), itertools.chain([first], groups)
-            finished.append(write_file(path, own, make_schema(source), provenance, progress, FILE_BYTES))
+            finished.append(write_file(path, own, source, provenance, progress, FILE_BYTES))
     if not finished:
         raise InputError(f"{source.inputs[0]['name']}: holds no image: correct --input")
     return finished
-
-
-def make_schema(source: ImageSource) -> pa.Schema:
-    """Return the columns of a package."""
-    return pa.schema([source.fields[0], (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *source.fields[1:]])
 
 
 def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finished: list[dict[str, Any]]) -> list[Path]:
@@ -229,8 +222,7 @@ def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finishe
         if changed:
             logger.warning("%s: %d pictures have changed, as %s: made again", path, len(changed), changed[0])
             with try_images(source, start, end) as images, Progress(STAGE, end - start) as progress:
-                groups, schema = group_rows(images), make_schema(source)
-                finished[number] = write_file(path, groups, schema, provenance, progress, math.inf)
+                finished[number] = write_file(path, group_rows(images), source, provenance, progress, math.inf)
             renewed.append(path)
         else:
             finished[number] = file | {"seen": seen}
@@ -245,12 +237,8 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
     Raises InputError where the input cannot be read, StaleOutputError where the output was made of others,
     PipelineError where more images are bad than allowed.
     """
-    source = open_source(
-        InputOptions(
-            input=options.input, keep_columns=options.keep_columns, id_column=options.id_column,
-            image_column=options.image_column,
-        )
-    )  # fmt: skip
+    names = ("input", "keep_columns", "id_column", "image_column")
+    source = open_source(InputOptions(**{name: getattr(options, name) for name in names}))
     provenance = make_provenance(STAGE, source.inputs, {})
     result = cli.StageResult(STAGE)
     output = options.output.resolve()
@@ -264,14 +252,7 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
         result.written.append(options.output)
     for file in finished:
         result.add(file["counts"], file["reasons"])
-    if result.rejected / result.rows_in > options.max_reject_fraction:
-        error = PipelineError(
-            f"{result.rejected} of {result.rows_in} images cannot be used, more than --max-reject-fraction "
-            f"{options.max_reject_fraction:g} allows: read OUTPUT/_rejects, correct the input and give --overwrite, or "
-            "raise the fraction"
-        )
-        error.result = result
-        raise error
+    result.check_reject_fraction(options.max_reject_fraction, "--max-reject-fraction")
     return result
 
 

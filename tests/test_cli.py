@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from pipeline.cli import Options, StageResult, add_tar_options, make_parser, opt
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, PipelineError, Terminated
 from pipeline.ids import Shard
+from publish_model import generate_embeddings_from_parquet, package_images
 
 SCRIPT = "preprocess_raw_data/process_tar.py"
 
@@ -261,3 +263,20 @@ def test_a_reader_of_stdout_that_has_gone_is_no_traceback():
     assert process.stderr.read() == b""
     assert process.wait(timeout=30) == 1
     process.stderr.close()
+
+
+def test_a_user_who_does_not_exist_makes_no_folder_of_that_name(run_main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs").mkdir()
+    arguments = ("--input", tmp_path / "photographs", "--output", "~nosuchuser/x")
+    for main in (package_images.main, generate_embeddings_from_parquet.main):
+        outcome = run_main(main, *arguments)
+        assert (outcome.code, "'~nosuchuser/x' names a user who does not exist" in outcome.stderr) == (2, True)
+    outcome = run_main(generate_embeddings_from_parquet.main, "-i", "a", "-o", "b", "--model-id", "~nosuchuser/x")
+    assert (outcome.code, "names a user who does not exist" in outcome.stderr) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["photographs"]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    parser = cli.make_parser("x", config=False)
+    parser.add_argument("--output", type=Path)
+    assert parser.parse_args(["--output", "~/x"]).output == tmp_path / "home" / "x"
+    assert parser.parse_args(["--output", "./~x"]).output == Path("./~x")

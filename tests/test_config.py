@@ -232,15 +232,20 @@ def test_home_and_variables_expand(tmp_path, monkeypatch):
 def test_an_undefined_variable_is_an_error_only_where_the_path_is_used(tmp_path, monkeypatch):
     monkeypatch.delenv("NOWHERE", raising=False)
     config = load_config(
-        write(tmp_path, "[paths]\nraw_dir = '$NOWHERE/raw'\nmerged_dir = 'm'\nreport_dir = '${NOWHERE}'")
+        write(
+            tmp_path,
+            "[paths]\nraw_dir = '$NOWHERE/raw'\nmerged_dir = 'm'\nreport_dir = '${NOWHERE}'\n"
+            "embeddings_dir = '~nosuchuser/x'",
+        )
     )
     config.require_paths("merged_dir")
     with pytest.raises(ConfigError) as caught:
-        config.require_paths("raw_dir", "merged_dir", "report_dir", "checkpoint_dir")
+        config.require_paths("raw_dir", "merged_dir", "report_dir", "checkpoint_dir", "embeddings_dir")
     assert caught.value.problems == [
         f"{tmp_path}/config.toml: [paths].raw_dir: $NOWHERE in '$NOWHERE/raw' is not defined: export it",
         f"{tmp_path}/config.toml: [paths].report_dir: ${{NOWHERE}} in '${{NOWHERE}}' is not defined: export it",
         f"{tmp_path}/config.toml: [paths].checkpoint_dir: not set, and this stage needs it",
+        f"{tmp_path}/config.toml: [paths].embeddings_dir: ~nosuchuser in '~nosuchuser/x' is not defined: export it",
     ]
 
 

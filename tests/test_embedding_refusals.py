@@ -66,10 +66,11 @@ def test_damage_inside_the_input_is_one_line_that_names_the_row_group(embed, pac
 
 def test_too_many_rejects_fail_the_run_and_keep_what_was_made(embed, tmp_path):
     source = write_packaged(tmp_path / "in.parquet", [PHOTOGRAPHS[0], None, None, b"x"], is_valid=[True] * 4)
-    check_refused(
-        embed(source, tmp_path / "out", "--max-reject-fraction", 0.7),
-        "3 of 4 images were rejected, more than --max-reject-fraction 0.7 allows",
-    )
+    outcome = embed(source, tmp_path / "out", "--max-reject-fraction", 0.7)
+    assert outcome.code == 1
+    assert "4 in = 1 out + 3 rejected" in outcome.stderr
+    last = outcome.stderr.splitlines()[-1]
+    assert "3 of 4 items were rejected, more than --max-reject-fraction = 0.7 allows" in last
     assert read_state(tmp_path / "out")["complete"] is True
     assert embed(source, tmp_path / "out").code == 0
     assert embed(source, tmp_path / "out", "--max-reject-fraction", 0.75).code == 0

@@ -262,7 +262,7 @@ def test_a_wrong_folder_does_not_pass_for_success(run_main, folder, tmp_path):
     for _ in range(2):  # nor does a rerun
         outcome = run(run_main, tmp_path / "list.csv", tmp_path / "packaged")
         assert outcome.code == 1
-        assert "2 of 2 images cannot be used" in outcome.stderr
+        assert "2 of 2 items were rejected, more than --max-reject-fraction = 0.2 allows" in outcome.stderr
     assert run(run_main, tmp_path / "nowhere", tmp_path / "other").code == 1
     (tmp_path / "empty").mkdir()
     assert "holds neither photographs nor tars" in run(run_main, tmp_path / "empty", tmp_path / "other").stderr

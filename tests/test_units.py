@@ -167,14 +167,14 @@ def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config):
     for allowed, fails in ((0.2, True), (0.3, False), (1.0, False), (0.0, True)):
         config = load_config(write_config(tmp_path, data={"max_reject_fraction": allowed}))
         if not fails:
-            result.check_reject_fraction(config)
+            result.check_reject_fraction(config.data.max_reject_fraction)
             continue
         with pytest.raises(
             PipelineError, match=rf"stage: 3 of 10 items were rejected, .* = {allowed:g} allows"
         ) as caught:
-            result.check_reject_fraction(config)
+            result.check_reject_fraction(config.data.max_reject_fraction)
         assert caught.value.result is result
-    StageResult("stage").check_reject_fraction(config)
+    StageResult("stage").check_reject_fraction(config.data.max_reject_fraction)
 
 
 def test_tars_are_listed_by_dataset_and_what_is_none_is_counted(tmp_path, caplog, monkeypatch):

@@ -1,7 +1,7 @@
 """Read packaged images in read batches, in bounded memory: parquets of image bytes and ids, or photographs."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,10 +165,9 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
         with open_parquet(file_path) as file:
             metadata, schema = file.metadata, file.schema_arrow
             folder_values.append({key: value for key, value in values.items() if key not in schema.names})
-            used = [name for name in (options.id_column, *options.keep_columns) if name not in folder_values[-1]]
-            _check_columns(file_path, schema, options, used)
-            if UNMAPPED_KEY in (metadata.metadata or {}):
-                _check_mapped(file_path, schema, used)
+            kept = [name for name in options.keep_columns if name not in folder_values[-1]]
+            is_mapped = UNMAPPED_KEY not in (metadata.metadata or {})
+            _check_columns(file_path, schema, options, kept, is_mapped=is_mapped)
             if pa.types.is_floating(schema.field(options.id_column).type):
                 whole_from_floats(file.read([options.id_column]).column(0), options.id_column, file_path)
         footers.append(hash_footer(file_path))
@@ -227,28 +226,32 @@ def _open_photographs(files: list[Path], options: InputOptions) -> PackagedInput
     return PackagedInput(folder, options, size, schema, fingerprint, tuple(rows), images=images)
 
 
-def _check_columns(path: Path, schema: pa.Schema, options: InputOptions, used: Sequence[str]) -> None:
-    """Raise one InputError that names every column which cannot be used."""
-    problems = []
-    for name, accepts, expected in (
-        (options.id_column, lambda kind: not (pa.types.is_nested(kind) or pa.types.is_union(kind)), "a scalar type"),
-        (options.image_column, _is_image, "binary, or a struct with bytes"),
-        # A column of nulls alone has no type.
-        (VALID_COLUMN, lambda kind: pa.types.is_boolean(kind) or pa.types.is_null(kind), "bool"),
-    ):
+def _check_columns(
+    path: Path, schema: pa.Schema, options: InputOptions, kept: Sequence[str], *, is_mapped: bool
+) -> None:
+    """Raise one InputError that names every column which cannot be used.
+
+    Where the schema is not `is_mapped`, this Arrow does not know a type of it, such as Int128.
+    """
+    accepts: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+        options.id_column: ("a scalar type", lambda kind: not (pa.types.is_nested(kind) or pa.types.is_union(kind))),
+        options.image_column: ("binary, or a struct with bytes", _is_image),
+    }
+    problems = [
+        f"column {name} of --keep-columns is the id or the image, which cannot be kept"
+        for name in accepts.keys() & set(kept)
+    ]
+    if options.filter_valid and VALID_COLUMN in schema.names:  # nulls alone have no type
+        accepts[VALID_COLUMN] = ("bool", lambda kind: pa.types.is_boolean(kind) or pa.types.is_null(kind))
+    for name in dict.fromkeys([*accepts, *kept]):
+        expected, is_right = accepts.get(name, ("", lambda _: True))
         count = len(schema.get_all_field_indices(name))
-        if name == VALID_COLUMN and (not options.filter_valid or count == 0):
-            continue
         if count != 1:
-            problems.append(f"column {name} is missing" if count == 0 else f"column {name} is there {count} times")
-        elif not accepts(schema.field(name).type):
+            problems.append(f"column {name} is {'missing' if count == 0 else f'there {count} times'}")
+        elif not is_right(schema.field(name).type):
             problems.append(f"column {name} is {schema.field(name).type}, expected {expected}")
-    for name in set(options.keep_columns).intersection(used):
-        count = len(schema.get_all_field_indices(name))
-        if count != 1:
-            problems.append(f"column {name} of --keep-columns is there {count} times")
-        elif name in (options.id_column, options.image_column):
-            problems.append(f"column {name} of --keep-columns is the id or the image, which cannot be kept")
+        elif not is_mapped and "fixed_size_binary" in str(schema.field(name).type):
+            problems.append(f"column {name} is of a type that cannot be read here: write it in another type")
     if problems:
         structs = [one.name for one in schema if one.name != options.image_column and _is_image(one.type)]
         hint = f", or give --image-column {structs[0]}" if structs else ""
@@ -260,13 +263,6 @@ def _is_image(kind: pa.DataType) -> bool:
         kind = kind.field("bytes").type
     # binary_view is younger than the oldest pyarrow that is supported.
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or str(kind) == "binary_view")
-
-
-def _check_mapped(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
-    """Raise InputError for a used column whose type this Arrow may not know, such as Int128."""
-    for name in names:
-        if "fixed_size_binary" in str(schema.field(name).type):
-            raise InputError(f"{path}: column {name} is of a type that cannot be read here: write it in another type")
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -1,7 +1,7 @@
 """Pair the members of a tar, in whatever order they come, and judge each pair."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from pipeline.errors import Rejection
@@ -114,25 +114,31 @@ class TarInventory:
 def judge_item(stem: str, item: Item) -> tuple[View | None, list[Reject]]:
     """Return an item's usable view, if any, and its rejects; the reasons are tested in a fixed order.
 
-    Of several images with one stem the first usable one is the pair's. The others are rejected by their full names.
+    Of several images with one stem the first usable one is the pair's. A pair is rejected under its stem, other members
+    under their full names.
     """
-    rejects: list[Reject] = []
-    if item.not_files:
+    not_files, rejects, reason = item.not_files, [], None
+    if not_files:
         reason = Rejection("not_a_file", "a link, a device, a pipe or a sparse file: nothing is followed")
-        if not (item.images and item.metadata_name):
-            return None, list(_reject_all(stem, item, reason))
-        rejects = [(member.name, reason) for member in item.not_files]
-        item.not_files = []
-    if item.is_unsafe:
-        return None, rejects + list(_reject_all(stem, item, Rejection("unsafe_path", "absolute, or climbs with ..")))
-    if not item.images:
-        return None, [*rejects, (item.metadata_name or stem, Rejection("missing_image", "no image of this name"))]
-    if item.metadata_name is None:
-        reason = Rejection("missing_metadata", f"no {SUFFIX} of this name")
-        return None, rejects + [(image.name, reason) for image in item.images]
-    if not isinstance(item.metadata, ViewRecord):
-        assert item.metadata is not None  # every text that is not unsafe is read
-        return None, rejects + list(_reject_all(stem, item, item.metadata))
+        if item.images and item.metadata_name:  # the pair is whole without them
+            rejects, not_files, reason = [(member.name, reason) for member in not_files], [], None
+    if reason is None:
+        if item.is_unsafe:
+            reason = Rejection("unsafe_path", "absolute, or climbs with ..")
+        elif not item.images:
+            reason = Rejection("missing_image", "no image of this name")
+        elif item.metadata_name is None:
+            reason = Rejection("missing_metadata", f"no {SUFFIX} of this name")
+        elif isinstance(item.metadata, Rejection):
+            reason = item.metadata
+    if reason is not None:
+        images = [image.name for image in item.images] + [one.name for one in not_files if one.is_image_name]
+        texts = [item.metadata_name] if item.metadata_name else []
+        texts += [one.name for one in not_files if is_metadata_name(one.name)]
+        if images and texts:
+            images, texts = [stem, *images[1:]], texts[1:]
+        return None, rejects + [(name, reason) for name in images + texts]
+    assert isinstance(item.metadata, ViewRecord)  # every text that is not unsafe is read
     chosen = next((image for image in item.images if image.rejection is None), None)
     second = Rejection("duplicate_image_id", "a second image of this name")
     for image in item.images:
@@ -140,15 +146,3 @@ def judge_item(stem: str, item: Item) -> tuple[View | None, list[Reject]]:
             is_pair = chosen is None and image is item.images[0]
             rejects.append((stem if is_pair else image.name, image.rejection or second))
     return View(stem, chosen, item.metadata) if chosen else None, rejects
-
-
-def _reject_all(stem: str, item: Item, reason: Rejection) -> Iterator[Reject]:
-    """Reject all members of an item: a pair under its stem, the others under their own names."""
-    images = [image.name for image in item.images] + [m.name for m in item.not_files if m.is_image_name]
-    texts = [item.metadata_name] if item.metadata_name else []
-    texts += [member.name for member in item.not_files if is_metadata_name(member.name)]
-    if images and texts:
-        yield stem, reason
-        images, texts = images[1:], texts[1:]
-    for name in images + texts:
-        yield name, reason

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import count_cores
@@ -72,10 +71,18 @@ class BatchEmbedder:
                 rejected += done.rejected
                 if done.embeddings is not None:
                     embeddings.append(done.embeddings)
-                if isinstance(done.end, ReadBatch):
+                batch = done.end
+                if isinstance(batch, ReadBatch):
                     with self.watch.measure("write"):
-                        content = self._assemble(done.end, embedded, np.concatenate(embeddings), rejected)
-                    yield done.end, content
+                        places = [f"row {batch.plan.first_row + picture.row}" for picture in embedded]
+                        values = np.concatenate(embeddings)
+                        check_embeddings(values, places, self.width)
+                        rows = np.array([picture.row for picture in embedded], dtype=np.int64)
+                        hashes = [picture.image_hash for picture in embedded]
+                        refused = [(picture.row, rejection) for picture, rejection in rejected]
+                        outcome = Outcome(rows, values, hashes, refused)
+                        content = make_content(self._source, batch.plan, batch.table, outcome)
+                    yield batch, content
                     embedded, rejected, embeddings = [], [], embeddings[:1]
 
     def _list_pictures(self, batches: Iterable[ReadBatch]) -> Iterator[Picture | ReadBatch]:
@@ -93,16 +100,3 @@ class BatchEmbedder:
         decoded = self._embedder.decode(data)
         picture.image_hash = hash_bytes(data)
         return decoded
-
-    def _assemble(
-        self,
-        batch: ReadBatch,
-        embedded: list[Picture],
-        embeddings: NDArray[np.float32],
-        rejected: list[tuple[Picture, Rejection]],
-    ) -> PartContent:
-        check_embeddings(embeddings, [f"row {batch.plan.first_row + picture.row}" for picture in embedded], self.width)
-        rows = np.array([picture.row for picture in embedded], dtype=np.int64)
-        hashes = [picture.image_hash for picture in embedded]
-        outcome = Outcome(rows, embeddings, hashes, [(picture.row, rejection) for picture, rejection in rejected])
-        return make_content(self._source, batch.plan, batch.table, outcome)

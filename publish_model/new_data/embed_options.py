@@ -110,7 +110,7 @@ def add_column_options(parser: argparse.ArgumentParser) -> None:
 def add_model_option(parser: argparse.ArgumentParser, default: str = DEFAULT_MODEL_ID) -> None:
     """Add `--model-id`, and `--trust-remote-code` for a model that comes with code of its own."""
     parser.add_argument(
-        "--model-id", default=os.environ.get("MODEL_ID") or default, metavar="ID",
+        "--model-id", type=cli.expand_user, default=os.environ.get("MODEL_ID") or default, metavar="ID",
         help=f"published model: folder, hub id or hub id@revision (default: $MODEL_ID, else {default or 'none'})",
     )  # fmt: skip
     parser.add_argument(
