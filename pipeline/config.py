@@ -200,6 +200,9 @@ class TrainingSection(Section):
         "uniform", description="choose the negative's band uniformly or by a UCB bandit"
     )
     validation_images: int = Field(20_000, ge=2, description="largest number of images in each validation")
+    sample_buildings: PositiveInt | None = Field(
+        None, description="train on so many buildings, drawn from the seed; not set: all"
+    )
 
 
 class InfrastructureSection(Section):

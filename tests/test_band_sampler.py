@@ -62,6 +62,23 @@ def draw_many(sampler: BandSampler, count: int = 20_000) -> Batch:
     return draw_for(sampler, np.resize(sampler.anchors.numpy(), count))
 
 
+def test_images_without_a_position_may_be_negatives_whatever_the_distance(caplog: pytest.LogCaptureFixture) -> None:
+    data = make_features()
+    lat, lon = data.target_lat.copy(), data.target_lon.copy()
+    lat[[0, 3]], lon[5] = np.nan, np.inf
+    neighbors = make_neighbors(data)
+    sampler = BandSampler(replace(data, target_lat=lat, target_lon=lon), neighbors, 1, 25.0)
+    assert f"3 of {len(data)} training images are without a position" in caplog.text
+    rows = torch.arange(len(data))
+    free, near = (BandSampler(data, neighbors, 1, meters).compare(rows, rows)[1] for meters in (0.0, 25.0))
+    is_unknown = torch.isin(rows, torch.tensor([0, 3, 5]))
+    expected = torch.where(is_unknown[:, None] | is_unknown, free, near)
+    assert (expected != near).any()
+    torch.testing.assert_close(sampler.compare(rows, rows)[1], expected)
+    pairs = torch.cartesian_prod(rows, rows)
+    torch.testing.assert_close(sampler.allows(*pairs.T).view(len(data), -1), expected)
+
+
 @pytest.mark.parametrize("min_distance_m", [0.0, 25.0])
 def test_no_forbidden_negative_is_ever_drawn(min_distance_m: float) -> None:
     data = make_features()

@@ -19,7 +19,7 @@ def run_campaign(*arguments):
 def test_what_is_disturbed_is_refused_or_comes_out_as_undisturbed():
     words = [
         "SIGKILL", "SIGTERM", "two writers", "three shards", "disk full at", "a part one", "lacks", "delete_ids",
-        "another program", "stages 1 to 4",
+        "another program", "stages 1 to 4", "tuning",
     ]  # fmt: skip
     done = run_campaign("--tries", "2", "--seed", "7", *(option for word in words for option in ("--only", word)))
     assert done.returncode == 0, done.stderr

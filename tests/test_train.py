@@ -138,6 +138,15 @@ def test_no_hidden_layer_and_a_distance_and_few_anchors_work(workspace: Path) ->
     assert set(history[1]["learning_rates"]) == {"shortcut"}
 
 
+def test_training_on_a_sample_of_the_buildings_reads_these_alone(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "spatial_building_embeddings"):
+        run(workspace, "training.sample_buildings=11", "training.num_epochs=1")
+    assert "11 of 30 buildings" in caplog.text
+    assert read_checkpoints(workspace)["checkpoint_best.pt"]["settings"]["training"]["sample_buildings"] == 11
+
+
 def test_the_log_shows_the_table_and_warns_of_a_projector_that_is_not_worth_publishing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -228,8 +237,10 @@ def test_a_large_validation_split_is_cut_to_whole_buildings(workspace: Path) -> 
     chosen = choose_validation_set(val, 12, seed=1)
     assert 4 <= len(chosen.building_codes) <= 12
     sizes = np.bincount(val.building_codes)
-    for code in np.unique(chosen.building_codes):
-        assert (chosen.building_codes == code).sum() == sizes[code]
+    rows = (chosen.embeddings[:, None] == val.embeddings).all(axis=2).argmax(axis=1)
+    codes = val.building_codes[rows]
+    for code in np.unique(codes):
+        assert (codes == code).sum() == sizes[code]
     assert len(choose_validation_set(val, 1000, seed=1).building_codes) == len(val)
     assert len(np.unique(choose_validation_set(val, 2, seed=1).building_codes)) == 2
 

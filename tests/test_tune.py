@@ -1,25 +1,25 @@
 """The tuning of stage 6: its study, what it leaves, and what it refuses."""
 
-import csv
 import logging
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_data import SETTINGS, fill_workspace
+from test_metric_sinks import FakeRun
 from training_data import run as train
+from tuning_data import SMALL_SPACE, make_workspace, read_trials, search
 
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
+from pipeline.retrieval.checkpoint import load_checkpoint
 from train_specialized_embeddings import tune
 from train_specialized_embeddings.training import metric_sinks
-from train_specialized_embeddings.tune import TuneOptions
 
 optuna = pytest.importorskip("optuna", reason="the extra `tune` is not installed")
 
@@ -30,41 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = ["best.toml", "trials.csv", "history.png", "epochs.png", "settings.png"]
 
 
-# Trials as small as the data. Read by the process of a test and by the workers that it starts.
-SMALL_SPACE = """
-from optuna.distributions import IntDistribution
-from train_specialized_embeddings.tuning.search_space import SPACE
-
-SPACE["training.batch_size"] = IntDistribution(32, 128, log=True)
-SPACE["training_model.hidden_dim"] = IntDistribution(4, 16, log=True)
-"""
-
-
 @pytest.fixture
-def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let trials in this process be small."""
-    for name in SPACE:
-        monkeypatch.setitem(SPACE, name, SPACE[name])  # puts them back
-    exec(SMALL_SPACE, {})
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, small_space: None, write_config: Callable[..., Path]) -> Path:
-    """A folder with splits, a difficulty table and a configuration whose settings lie in the space."""
-    fill_workspace(tmp_path)
-    training = SETTINGS["training"] | {"num_epochs": 2, "batch_size": 64, "learning_rate": 1e-3}
-    write_config(tmp_path, training=training, training_model={"output_dim": 8, "hidden_dim": 8})
-    return tmp_path
-
-
-def search(workspace: Path, num_trials: int, *overrides: str, **options: Any) -> Any:
-    config = load_config(workspace / "config.toml", list(overrides))
-    return tune.run(config, TuneOptions(num_trials=num_trials, **options))
-
-
-def read_trials(workspace: Path) -> list[dict[str, str]]:
-    with open(workspace / "checkpoint/_tune/trials.csv", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with splits, a difficulty table and a configuration whose settings lie in a space of small trials."""
+    return make_workspace(tmp_path, monkeypatch)
 
 
 def test_a_study_may_lie_in_a_database_of_ones_own_under_its_own_name(workspace: Path) -> None:
@@ -89,24 +58,35 @@ def test_a_study_may_train_on_a_sample_of_the_buildings_which_is_another_study(
         search(workspace, 2, sample_buildings=12)
 
 
-@pytest.mark.parametrize("url", ["nowhere://someone:secret@host/x", "sqlite:////no/such/folder/x.db"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nowhere://someone:secret@host/x",
+        "sqlite:////no/such/folder/x.db",
+        "postgresql://someone:word@host:secret/x",
+        "postgresql://someone:word@[secret/x",
+        "someone:secret://x",
+    ],
+)
 def test_a_database_that_cannot_be_opened_is_named_without_its_password(workspace: Path, url: str) -> None:
-    with pytest.raises(PipelineError, match=r"--storage \w+://...: the database cannot be opened") as caught:
+    with pytest.raises(PipelineError, match=r"--storage \w*://...: the database cannot be opened") as caught:
         search(workspace, 1, storage=url)
     assert "secret" not in str(caught.value)
+    assert caught.value.__suppress_context__
 
 
-@pytest.mark.parametrize("storage", ["journal", "sqlite"])
+@pytest.mark.parametrize("storage", ["journal", "sqlite:///{}/study.db"])
 def test_a_search_leaves_its_best_settings_a_table_and_plots_and_goes_on_when_asked_for_more(
     workspace: Path, storage: str
 ) -> None:
+    storage = storage.format(workspace)
     result = search(workspace, 3, storage=storage)
     assert [path.name for path in result.written] == OUTPUTS
     assert (result.rows_in, result.rows_out) == (3, 3)
     first = read_trials(workspace)
     assert [row["trial"] for row in first] == ["0", "1", "2"]
     assert set(SPACE) < set(first[0])
-    best = max(first, key=lambda row: float(row["map"]))
+    best = max(first, key=lambda row: float(row["score"]))
     fragment = tomllib.loads((workspace / "checkpoint/_tune/best.toml").read_text())
     assert {f"{section}.{key}": str(value) for section, keys in fragment.items() for key, value in keys.items()} == {
         name: best[name] for name in SPACE
@@ -128,9 +108,9 @@ def test_the_first_trial_has_the_configured_settings_and_its_value_is_that_of_tr
     }
     train(workspace)
     log = (workspace / "checkpoint/metrics.jsonl").read_text()
-    assert float(row["map"]) == max(float(value) for value in re.findall(r'"map": ([\d.]+)', log))
+    assert float(row["score"]) == max(float(value) for value in re.findall(r'"map": ([\d.]+)', log))
     text = (workspace / "checkpoint/_tune/best.toml").read_text()
-    assert f"the settings as configured: {float(row['map']):.4f}" in text
+    assert f"the settings as configured: {float(row['score']):.4f}" in text
 
 
 def test_training_takes_the_fragment(workspace: Path) -> None:
@@ -244,14 +224,83 @@ def test_a_missing_optuna_is_one_line_that_names_the_extra(
     assert not (workspace / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--trials", "0"], ["--workers", "x"], ["--storage", "mysql"]])
+@pytest.mark.parametrize("arguments", [["--trials", "0"], ["--workers", "x"], ["--storage", "mysql:secret"]])
 def test_a_bad_command_line_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from pipeline import cli
 
     with pytest.raises(SystemExit) as exit_info:
         cli.run_guarded(tune.main, arguments)
     assert exit_info.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert arguments[0] in said
+    assert "secret" not in said
+
+
+def test_a_study_of_another_program_is_refused_and_left_as_it_is(workspace: Path) -> None:
+    url = f"sqlite:///{workspace}/own.db"
+    own = optuna.create_study(study_name="mine", storage=url, direction="maximize")
+    own.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    attributes = optuna.create_study(study_name="named", storage=url)
+    attributes.set_user_attr("owner", "me")
+    optuna.create_study(study_name="two", storage=url, directions=["maximize", "minimize"])
+    for name in ("mine", "named", "two"):
+        for overwrite in (False, True):
+            with pytest.raises(PipelineError, match=f"--study-name {name}: not a study of stage 6: give another name"):
+                search(workspace, 5, storage=url, study_name=name, overwrite=overwrite)
+    mine = optuna.load_study(study_name="mine", storage=url)
+    assert (len(mine.trials), mine.user_attrs) == (2, {})
+    assert optuna.load_study(study_name="named", storage=url).user_attrs == {"owner": "me"}
+
+
+def test_names_and_values_outside_the_space_never_reach_the_report(workspace: Path) -> None:
+    url = f"sqlite:///{workspace}/own.db"
+    search(workspace, 1, storage=url)
+    provenance = optuna.load_study(study_name="stage6", storage=url).user_attrs["provenance"]
+    study = optuna.create_study(study_name="hostile", storage=url, direction="maximize")
+    study.set_user_attr("provenance", provenance)
+    hostile = {
+        "embedding_model.trust_remote_code": True,
+        "training_model.output_dim = 3\n[x]\ny": 1,
+        "training.loss": "x\n[paths]",
+        "training_model.hidden_dim": 10**9,
+        "training_model.dropout": float("nan"),
+    }
+    only = {name: optuna.distributions.CategoricalDistribution((value,)) for name, value in hostile.items()}
+    study.add_trial(optuna.create_trial(params=hostile, distributions=only, value=9.0))
+    assert search(workspace, 1, storage=url, study_name="hostile").kept
+    fragment = workspace / "checkpoint/_tune/best.toml"
+    assert tomllib.loads(fragment.read_text()) == {"training": {}, "training_model": {}}
+    assert "trust" not in fragment.read_text() + (workspace / "checkpoint/_tune/trials.csv").read_text()
+
+
+def test_each_trial_is_a_run_of_its_own_in_weights_and_biases(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def init(**options: Any) -> FakeRun:
+        runs.append(FakeRun(options))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setattr(metric_sinks, "find_spec", lambda _: True)
+    search(workspace, 2, "logging.wandb=offline")
+    assert len({run.options["id"] for run in runs}) == len(runs) == 2
+    for run, row in zip(runs, read_trials(workspace), strict=True):
+        assert run.finished
+        assert run.options["group"] == "tune"
+        assert {name: str(run.options["config"][name]) for name in SPACE} == {name: row[name] for name in SPACE}
+        assert [step for step, _ in run.logged] == [0, 1, 2]
+
+
+def test_another_score_may_be_the_objective_and_each_trial_may_keep_its_checkpoint(workspace: Path) -> None:
+    search(workspace, 2, objective="recall_at_1", save_checkpoints=True)
+    for row in read_trials(workspace):
+        path = workspace / f"checkpoint/_tune/trial_{int(row['trial']):04d}/checkpoint_best.pt"
+        found = load_checkpoint(path)
+        assert found.metrics["val"]["projector"]["recall_at_1"] == float(row["score"])
+        assert found.provenance["settings"]["training.learning_rate"] == float(row["training.learning_rate"])
+    assert "validation recall_at_1" in (workspace / "checkpoint/_tune/best.toml").read_text()
+    with pytest.raises(StaleOutputError, match="objective was 'recall_at_1' and is now 'map'"):
+        search(workspace, 3)
 
 
 def test_every_setting_of_the_space_is_a_key_and_is_documented_with_its_range() -> None:

@@ -2,13 +2,14 @@
 
     python train_specialized_embeddings/tune.py --config config.toml --trials 200 --workers 2
 
-Reads what stage 6 reads. Writes to checkpoint_dir/_tune the study (journal.log or study.db), trials.csv, plots
+Reads what stage 6 reads. Writes to checkpoint_dir/_tune the study (journal.log), trials.csv, plots
 and best.toml, which every stage takes by --set .../best.toml; nothing else in checkpoint_dir is touched.
 A rerun goes on until the study has --trials finished trials; the same command started several times, on one machine
 or on several that share the folder, works on one study. Needs Optuna: pip install 'spatial-building-embeddings[tune]'.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.files.units import Unit
+from pipeline.retrieval.scores import SCORE_KEYS
 from pipeline.stages import TUNE
 from train_specialized_embeddings.train import describe_run, list_inputs
 from train_specialized_embeddings.training.metric_sinks import require_package
@@ -35,8 +37,10 @@ class TuneOptions:
     num_workers: int = 1
     storage: str = "journal"
     study_name: str = "stage6"
+    objective: str = "map"
+    sample_buildings: int | None = None  # of the training split; None is as configured
+    save_checkpoints: bool = False
     overwrite: bool = False
-    sample_buildings: int | None = None  # of the training split; None is all
 
 
 def list_units(config: Config) -> list[Unit]:
@@ -57,20 +61,21 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
         raise ConfigError(
             f"{config.file_path}: [training].init_checkpoint: the trials choose the architecture: leave it out"
         )
-    inputs = list_inputs(config)
-    provenance = describe_run(config, inputs)
     if options.sample_buildings is not None:
-        provenance["settings"]["sample_buildings"] = options.sample_buildings
-    from train_specialized_embeddings.tuning.study import run_study  # torch and Optuna
+        training = config.training.model_copy(update={"sample_buildings": options.sample_buildings})
+        config = config.model_copy(update={"training": training})
+    inputs = list_inputs(config)
+    provenance = describe_run(config, inputs) | {"stage": STAGE}
+    provenance["settings"]["objective"] = options.objective
+    from train_specialized_embeddings.tuning.study import Tuning, run_study  # torch and Optuna
 
-    return run_study(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune")
+    return run_study(Tuning(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the search from a command line."""
     parser = cli.make_parser(__doc__)
-    names = [field.name for field in fields(TuneOptions)]
-    parser.set_defaults(**{name: getattr(TuneOptions, name) for name in names})
+    parser.set_defaults(**{field.name: field.default for field in fields(TuneOptions)})
     parser.add_argument(
         "--trials", type=_count, dest="num_trials", metavar="N", help="finished trials in all (default: 100)"
     )
@@ -78,24 +83,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--workers", type=_count, dest="num_workers", metavar="N", help="processes at once (default: 1)"
     )
     parser.add_argument(
-        "--storage", type=_storage, metavar="{journal,sqlite,URL}",
-        help="how the study is kept; sqlite not on a network file system; URL: a database as Optuna takes it, such as\n"
-        "postgresql://host/name (default: journal)",
+        "--storage", type=_storage, metavar="{journal,URL}",
+        help="how the study is kept; URL: a database as Optuna takes it, such as postgresql://host/name; '$VARIABLES'\n"
+        "in it are expanded here, so that a password stays out of logs (default: journal)",
     )  # fmt: skip
     parser.add_argument("--study-name", metavar="NAME", help="which study of the storage (default: stage6)")
+    parser.add_argument("--objective", choices=SCORE_KEYS, help="the validation score to maximise (default: map)")
     parser.add_argument(
         "--sample-buildings", type=_count, metavar="N", help="train the trials on N buildings, drawn from [global].seed"
     )
+    parser.add_argument("--save-checkpoints", action="store_true", help="keep _tune/trial_N/checkpoint_best.pt")
     arguments = parser.parse_args(argv)
-    options = TuneOptions(**{name: getattr(arguments, name) for name in names})
+    options = TuneOptions(**{field.name: getattr(arguments, field.name) for field in fields(TuneOptions)})
     config = cli.config_from(arguments)
     cli.run_stage(STAGE, lambda config, _: run(config, options), config, cli.options_from(arguments))
 
 
 def _storage(text: str) -> str:
-    if text not in ("journal", "sqlite") and "://" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} must be journal, sqlite or a database's URL")
-    return text
+    if text != "journal" and "://" not in os.path.expandvars(text):
+        raise argparse.ArgumentTypeError("must be journal or a database's URL")
+    return os.path.expandvars(text)
 
 
 def _count(text: str) -> int:

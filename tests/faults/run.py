@@ -24,7 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import faiss  # noqa: F401
 import torch  # noqa: F401
 import transformers  # noqa: F401
-from faults import dataset_disturbances, stage_disturbances  # noqa: F401 (they enter their faults)
+from faults import dataset_disturbances, stage_disturbances, tuning_disturbances  # noqa: F401 (their faults)
 from faults.bench import Bench, Failure, Tally
 from faults.disturbances import FAULTS, RECOVERED
 from transformers import AutoImageProcessor, AutoModel, Dinov2Model  # noqa: F401

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.log import logger
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.geography import EARTH_RADIUS_M, earth_centred_m
 from train_specialized_embeddings.sampling.neighbor_table import NUM_BANDS, Neighbors
@@ -84,7 +85,15 @@ class BandSampler:
         self._ends = self._load(neighbors.ends)
         self._points = None
         if min_negative_distance_m > 0:
-            self._points = self._load(earth_centred_m(features.target_lat, features.target_lon) / EARTH_RADIUS_M)
+            lat, lon = features.target_lat, features.target_lon
+            is_known = np.isfinite(lat) & np.isfinite(lon)
+            if not is_known.all():
+                logger.warning(
+                    "%d of %d training images are without a position: whatever their distance, they may be negatives",
+                    (~is_known).sum(), len(is_known),
+                )  # fmt: skip
+            lat, lon = np.where(is_known, lat, np.nan), np.where(is_known, lon, np.nan)
+            self._points = self._load(earth_centred_m(lat, lon) / EARTH_RADIUS_M)
         # Beyond half the Earth's circumference nothing is far enough.
         angle = min_negative_distance_m / EARTH_RADIUS_M
         self._min_chord = 2 * np.sin(angle / 2) if angle <= np.pi else np.inf
@@ -157,7 +166,7 @@ class BandSampler:
         allowed &= self._panoramas[anchors] != self._panoramas[negatives]
         if self._points is not None:
             steps = self._points[anchors] - self._points[negatives]
-            allowed &= steps.square().sum(dim=-1) >= self._min_chord**2
+            allowed &= ~(steps.square().sum(dim=-1) < self._min_chord**2)  # without a position it is not a number
         return allowed
 
     def compare(self, anchors: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +175,7 @@ class BandSampler:
         allowed = ~same & (self._panoramas[anchors][:, None] != self._panoramas[others])
         if self._points is not None:
             # The chord's square by a product: in float64 it is right to a tenth of a millimetre at 25 m.
-            allowed &= 2.0 - 2.0 * (self._points[anchors] @ self._points[others].T) >= self._min_chord**2
+            allowed &= ~(2.0 - 2.0 * (self._points[anchors] @ self._points[others].T) < self._min_chord**2)
         return same & (anchors[:, None] != others), allowed
 
     def _draw_by_band(self, anchors: torch.Tensor, order: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.neighbor_table import Neighbors, load_neighbors
 from train_specialized_embeddings.training import run_files
-from train_specialized_embeddings.training.metric_sinks import MetricSinks
+from train_specialized_embeddings.training.metric_sinks import sending_metrics
 from train_specialized_embeddings.training.starts import check_warm_start, fit_start, restore_start
 from train_specialized_embeddings.training.training_run import Material, TrainingRun, begin_run
 from train_specialized_embeddings.training.validation import choose_validation_set, log_verdict
@@ -40,8 +40,8 @@ def fit(
     if latest.exists():
         saved = load_checkpoint(latest)
         tables.matches(latest, saved.provenance or None, provenance)
-    with closing(MetricSinks(config.logging, folder, provenance)) as sinks, training_within_memory(config):
-        material = read_material(config, inputs, provenance, watch, saved=saved)
+    with sending_metrics(config.logging, folder, provenance) as send, training_within_memory(config):
+        material = read_material(config, inputs, provenance, watch, saved)
         counts = {"in": material.num_images, "out": material.num_images}
         provenance = provenance | {"counts": counts}
         run = begin_run(config, material, watch, provenance)
@@ -51,11 +51,11 @@ def fit(
             if saved is not None:
                 run.resume(saved.rest)
                 for record in run.history:
-                    sinks.write(record)
+                    send(record)
                 _write_outputs(run, folder)  # a kill may have come between them and the state
                 progress.resume_at(run.epoch * num_anchors)
             for record in run.run_epochs(progress):
-                sinks.write(record)
+                send(record)
                 run.log_epoch(record)
                 if run.is_periodic or time.monotonic() - saved_at > SAVE_INTERVAL_SECONDS:
                     _save(run, folder)
@@ -103,19 +103,17 @@ def read_material(
     inputs: dict[str, Path],
     provenance: dict[str, Any],
     watch: Stopwatch,
-    *,
-    num_buildings: int | None = None,
     saved: Checkpoint | None = None,
 ) -> Material:
-    """Read the splits and the difficulty table, and find the start; of the training split `num_buildings` at most.
+    """Read the splits and the difficulty table, and find the start.
 
     The start is that of a killed run (`saved`), another run's checkpoint or a fitted map. Raises InputError where an
     input cannot be trained on, PipelineError where the widths do not agree.
     """
     with watch.measure("read"):
         train, val = load_features(inputs["train"]), load_features(inputs["val"])
-        if num_buildings is not None:
-            train = sample_buildings(train, num_buildings, config.global_.seed)
+        if config.training.sample_buildings is not None:
+            train = sample_buildings(train, config.training.sample_buildings, config.global_.seed)
         check_splits(inputs, train, val, config.training_model.input_dim)
         neighbors = load_neighbors(inputs["difficulty"], train)
     warm = None
@@ -124,7 +122,7 @@ def read_material(
         check_warm_start(warm, provenance["embedded_with"])
         warm = replace(warm, architecture=warm.architecture | {"dropout": config.training_model.dropout})
     with watch.measure("start"):
-        return make_material(config, train, val, neighbors, saved=saved, warm=warm)
+        return make_material(config, train, val, neighbors, saved, warm)
 
 
 def check_splits(inputs: dict[str, Path], train: Features, val: Features, input_dim: int | str) -> None:
@@ -150,7 +148,6 @@ def make_material(
     train: Features,
     val: Features,
     neighbors: Neighbors,
-    *,
     saved: Checkpoint | None = None,
     warm: Checkpoint | None = None,
 ) -> Material:

@@ -1,5 +1,7 @@
 """Send an epoch's record to TensorBoard and Weights & Biases where `[logging]` asks for them."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,49 +12,47 @@ from pipeline.files import tables, workspace
 from train_specialized_embeddings.training.run_files import TENSORBOARD, WANDB
 
 
-class MetricSinks:
-    """All sinks that the configuration asks for; none by default.
+@contextmanager
+def sending_metrics(
+    section: LoggingSection, folder: Path, provenance: dict[str, Any]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that sends an epoch's record to the sinks that the configuration asks for; none by default.
 
-    Each process makes their folders anew and writes the whole history, so that they agree with metrics.jsonl.
+    Each process makes their folders anew and is to send the whole history, so that they agree with metrics.jsonl.
     Raises PipelineError where a package is missing.
     """
-
-    def __init__(self, section: LoggingSection, folder: Path, provenance: dict[str, Any]) -> None:
-        self._board = self._run = None
+    board = run = None
+    with ExitStack() as stack:
         if section.tensorboard:
             require_package("tensorboard", "[logging].tensorboard", "set it to false")
             from torch.utils.tensorboard import SummaryWriter
 
             workspace.discard(folder / TENSORBOARD)
-            self._board = SummaryWriter(str(folder / TENSORBOARD))
+            board = stack.enter_context(SummaryWriter(str(folder / TENSORBOARD)))
         if section.wandb != "off":
             require_package("wandb", "[logging].wandb", 'set it to "off"')
             import wandb
 
             workspace.discard(folder / WANDB)
-            (folder / WANDB).mkdir(parents=True)
+            workspace.make_folder(folder / WANDB)
             # A resumed run has the same inputs and settings, so it keeps its name.
-            self._run = wandb.init(
+            run = wandb.init(
                 project=section.wandb_project, name=section.wandb_run_name, dir=folder / WANDB, mode=section.wandb,
                 id=tables.hash_json(provenance), resume="allow", config=provenance["settings"],
+                group=provenance["stage"],
             )  # fmt: skip
+            stack.callback(run.finish)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Send the numbers of an epoch's record."""
-        numbers, epoch = flatten(record), record["epoch"]
-        if self._board:
-            for name, number in numbers.items():
-                self._board.add_scalar(name, number, epoch)
-            self._board.flush()
-        if self._run:
-            self._run.log(numbers, step=epoch)
+        def send(record: dict[str, Any]) -> None:
+            numbers, epoch = flatten(record), record["epoch"]
+            if board is not None:
+                for name, number in numbers.items():
+                    board.add_scalar(name, number, epoch)
+                board.flush()
+            if run is not None:
+                run.log(numbers, step=epoch)
 
-    def close(self) -> None:
-        """Close every sink."""
-        if self._board:
-            self._board.close()
-        if self._run:
-            self._run.finish()
+        yield send
 
 
 def require_package(name: str, where: str, otherwise: str, extra: str | None = None) -> None:

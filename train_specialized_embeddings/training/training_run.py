@@ -180,24 +180,22 @@ class TrainingRun:
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Log the last epoch, and a warning where it went wrong."""
-        training = "the start, "
+        training, spread, val = "the start, ", record["embedding_spread"], record["val"]
         if record["train_loss"] is not None:
             training = f"loss {record['train_loss']:.4f}, {record['active_share']:.1%} of banded negatives active, "
         logger.info(
             "epoch %d: %sspread %.3f, validation mAP %.4f, R@1 %.4f%s",
-            self.epoch, training, record["embedding_spread"], record["val"]["map"], record["val"]["recall_at_1"],
+            self.epoch, training, spread, val["map"], val["recall_at_1"],
             ", as good as any so far" if self.best["epoch"] == self.epoch else "",
         )  # fmt: skip
         if record["collapsed"]:
-            first, number = self.history[0], sum(record["collapsed"] for record in self.history)
-            logger.warning(
-                "epoch %d: the embeddings have collapsed (spread %.3f, at first %.3f; norm %.3g, at first %.3g): %s",
-                self.epoch, record["embedding_spread"], first["embedding_spread"],
-                record["embedding_norm"], first["embedding_norm"],
-                f"back to epoch {self.best['epoch']}, with rates of {self.trainer.rate_scale:.2g} of the configured "
-                "ones" if number <= MAX_COLLAPSES
-                else f"for the {number}rd time, training ends; lower [training].learning_rate",
-            )  # fmt: skip
+            then = "training ends; lower [training].learning_rate"
+            if not self.is_over:
+                rates = f"rates of {self.trainer.rate_scale:.2g} of the configured ones"
+                then = f"back to epoch {self.best['epoch']}, with {rates}"
+            logger.warning("epoch %d: the embeddings have collapsed (spread %.3f, norm %.3g; at first %.3f, %.3g): %s",
+                           self.epoch, spread, record["embedding_norm"], self.history[0]["embedding_spread"],
+                           self.history[0]["embedding_norm"], then)  # fmt: skip
         elif record["train_loss"] == 0.0:  # only a loss with a margin comes to that
             logger.warning("epoch %d: no triplet was active: raise [training].margin", self.epoch)
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.log import logger
-from pipeline.retrieval.features import Features
+from pipeline.retrieval.features import Features, sample_buildings
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import (
     SCORE_KEYS,
@@ -62,15 +62,11 @@ def choose_validation_set(features: Features, max_images: int, seed: int, device
 
     At least two buildings are kept, or there would be nothing to mix up.
     """
-    if len(features) <= max_images:
-        return ValidationSet(features.embeddings, features.building_codes, device)
     sizes = np.bincount(features.building_codes)
-    drawn = np.random.default_rng(seed).permutation(len(sizes))
-    fits = np.cumsum(sizes[drawn]) <= max_images
-    fits[:2] = True
-    rows = np.flatnonzero(np.isin(features.building_codes, drawn[fits]))
-    logger.info("validation: %d of %d images, %d whole buildings", len(rows), len(features), int(fits.sum()))
-    return ValidationSet(features.embeddings[rows], features.building_codes[rows], device)
+    drawn = np.random.default_rng(seed).permutation(len(sizes))  # as sample_buildings does
+    count = int((np.cumsum(sizes[drawn]) <= max_images).sum())
+    chosen = sample_buildings(features, max(2, count), seed)
+    return ValidationSet(chosen.embeddings, chosen.building_codes, device)
 
 
 def measure_spread(embeddings: Embeddings) -> float:
@@ -95,15 +91,13 @@ def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:
     """Log the table, and whether the projector beats the baselines."""
     for line in format_table(rows):
         logger.info("%s", line)
-    ahead = list_unreached(rows, rows["projector"]["map"])
-    if ahead:
+    own = rows["projector"]["map"]
+    if ahead := list_unreached(rows, own):
         logger.warning(
             "the projector of epoch %d does NOT beat %s by validation mAP: do not publish it; more training images, "
             "a lower learning rate or init = whitening may help",
             best_epoch, " and ".join(ahead),
         )  # fmt: skip
     else:
-        gains = ", ".join(
-            f"{name} {rows['projector']['map'] - row['map']:+.4f}" for name, row in rows.items() if name != "projector"
-        )
+        gains = ", ".join(f"{name} {own - row['map']:+.4f}" for name, row in rows.items() if name != "projector")
         logger.info("the projector of epoch %d in validation mAP, beside: %s", best_epoch, gains)

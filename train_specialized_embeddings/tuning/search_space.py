@@ -40,10 +40,12 @@ def apply(config: Config, values: dict[str, Any]) -> Config:
 def list_configured(config: Config) -> dict[str, Any]:
     """Return the configured values that lie in the space."""
     values = {name: getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) for name in SPACE}
-    return {name: value for name, value in values.items() if _holds(SPACE[name], value)}
+    return {name: value for name, value in values.items() if holds(name, value)}
 
 
-def _holds(distribution: Any, value: Any) -> bool:
+def holds(name: str, value: Any) -> bool:
+    """Tell whether a value of a setting lies in the space."""
+    distribution: Any = SPACE[name]
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
-    return bool(distribution.low <= value <= distribution.high)
+    return isinstance(value, int | float) and distribution.low <= value <= distribution.high

@@ -1,193 +1,232 @@
 """Run an Optuna study of stage 6's settings."""
 
 import multiprocessing
-from contextlib import suppress
+import re
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.cli import StageResult
 from pipeline.config import Config
-from pipeline.errors import PipelineError
-from pipeline.files import tables
-from pipeline.files.workspace import replacing
+from pipeline.errors import PipelineError, Terminated
+from pipeline.files import tables, workspace
 from pipeline.inference.devices import share_gpus
 from pipeline.log import Progress, Stopwatch, logger, logging_to
+from pipeline.retrieval.checkpoint import save_checkpoint
 from train_specialized_embeddings.training.fitting import read_material, training_within_memory
-from train_specialized_embeddings.training.training_run import begin_run
+from train_specialized_embeddings.training.metric_sinks import sending_metrics
+from train_specialized_embeddings.training.training_run import Material, begin_run
 from train_specialized_embeddings.tuning import search_space
 from train_specialized_embeddings.tuning.search_space import SPACE
-from train_specialized_embeddings.tuning.tuning_report import write_report
+from train_specialized_embeddings.tuning.tuning_report import list_finished, write_report
 
-FILES = {"journal": "journal.log", "sqlite": "study.db"}
-# A trial is pruned where its validation mAP is below the median of the others at the same epoch; the first trials and
-# the first epochs are not.
+JOURNAL = "journal.log"
+# A trial is pruned where its score is below the median of the others at the same epoch; the first trials and the first
+# epochs are not.
 _FREE_TRIALS, _FREE_EPOCHS = 10, 3
-# Seconds that SQLite waits while another worker writes.
-_LOCK_SECONDS = 60
+# Settings that killed their workers so often, by their memory perhaps, are tried no more.
+_MAX_RETRIES = 2
 
 
-def run_study(
-    config: Config, options: Any, inputs: dict[str, Path], provenance: dict[str, Any], folder: Path
-) -> StageResult:
-    """Run the remaining trials and write the report; an overwritten study stays until a trial is complete.
+@dataclass(frozen=True)
+class Tuning:
+    """A study with what its workers need."""
 
-    Raises StaleOutputError where the study in `folder` had other inputs or settings, PipelineError where no trial was
-    complete.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
-    earlier = [folder / name for name in FILES.values()] if options.overwrite else []
-    if options.overwrite and options.storage not in FILES:
-        earlier = []
-        with suppress(KeyError):  # there is none
-            optuna.delete_study(study_name=options.study_name, storage=_open_storage(options.storage, folder))
-    with replacing(folder, earlier):
-        study = open_study(config, options, folder, provenance)
-        has_work = _count_finished(study) < options.num_trials
-        result = StageResult("tune")
-        if has_work:
-            _run_workers(study, (config, options, inputs, provenance, folder), result.watch)
+    config: Config
+    options: Any  # TuneOptions
+    inputs: dict[str, Path]
+    provenance: dict[str, Any]
+    folder: Path
+
+    def open_study(self) -> optuna.Study:
+        """Open the study, or create it; while no trial has the configured settings, one with these is to come.
+
+        Raises StaleOutputError where it was made from other inputs, or from other settings that the trials do not
+        choose, PipelineError where it is no study of stage 6.
+        """
+        options = self.options
+        study = optuna.create_study(
+            storage=self._open_storage(), study_name=options.study_name, direction="maximize",
+            load_if_exists=True, pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
+        )  # fmt: skip
+        # Without a seed: workers that start together on several machines must not try the same.
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True)
+        fixed = {key: value for key, value in self.provenance["settings"].items() if key not in SPACE}
+        made_from = self.provenance | {"settings": fixed}
+        found = study.user_attrs.get("provenance")
+        is_new = not (study.user_attrs or study.get_trials(deepcopy=False))
+        is_ours = isinstance(found, dict) and found.get("stage") == "tune"
+        if not (is_new or is_ours) or study.directions != [StudyDirection.MAXIMIZE]:
+            raise PipelineError(
+                f"--study-name {options.study_name}: not a study of stage 6: give another name or --storage"
+            )
+        if is_ours:
+            tables.matches(self.folder / JOURNAL, found, made_from)
         else:
-            logger.info("tune: the study has its %d trials; a larger --trials goes on", options.num_trials)
-        paths = write_report(folder, study)
-    (result.written if has_work else result.kept).extend(paths)
-    states = [trial.state for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-    done, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
-    result.add({"in": len(states), "out": done, "dropped": pruned, "rejected": len(states) - done - pruned})
-    return result
+            study.set_user_attr("provenance", made_from)
+        self._retry_killed(study)
+        configured = search_space.list_configured(self.config)
+        tried = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
+        if len(list_finished(study)) < options.num_trials and not any(
+            trial.system_attrs.get("fixed_params", trial.params) == configured for trial in tried
+        ):
+            study.enqueue_trial(configured, user_attrs={"is_configured": configured.keys() == SPACE.keys()})
+        return study
 
-
-def open_study(config: Config, options: Any, folder: Path, provenance: dict[str, Any]) -> optuna.Study:
-    """Open the study, or create it with a first trial of the configured settings.
-
-    Raises StaleOutputError where it was made from other inputs, or from other settings that the trials do not choose.
-    """
-    study = optuna.create_study(
-        storage=_open_storage(options.storage, folder), study_name=options.study_name, direction="maximize",
-        load_if_exists=True, pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
-    )  # fmt: skip
-    # Without a seed: workers that start together on several machines must not try the same.
-    study.sampler = optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True)
-    fixed = {key: value for key, value in provenance["settings"].items() if key not in SPACE}
-    made_from = provenance | {"stage": "tune", "settings": fixed}
-    if "provenance" in study.user_attrs:
-        tables.matches(
-            folder / FILES.get(options.storage, options.study_name), study.user_attrs["provenance"], made_from
-        )
-    else:
-        study.set_user_attr("provenance", made_from)
-        study.enqueue_trial(search_space.list_configured(config), skip_if_exists=True)
-    return study
-
-
-def _open_storage(storage: str, folder: Path) -> Any:
-    """Open a file in the folder, or the database of a URL, which may hold a password and is not shown."""
-    if storage == "journal":
-        return optuna.storages.JournalStorage(JournalFileBackend(str(folder / FILES[storage])))
-    if storage == "sqlite":
-        engine = {"connect_args": {"timeout": _LOCK_SECONDS}}
-        return optuna.storages.RDBStorage(f"sqlite:///{folder / FILES[storage]}", engine_kwargs=engine)
-    try:
-        return optuna.storages.RDBStorage(storage)
-    except (ImportError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise PipelineError(
-            f"--storage {storage.partition('://')[0]}://...: the database cannot be opened ({type(error).__name__}): "
-            "install its driver, or correct the URL"
-        ) from None
-
-
-def _run_workers(study: optuna.Study, work: tuple[Any, ...], watch: Stopwatch) -> None:
-    """Run trials in this process and in more of them, until the study has enough."""
-    start = multiprocessing.get_context("spawn").Process  # a fork would copy locks without their threads
-    options = work[1]
-    workers = [start(target=_run_worker, args=(*work, number), daemon=True) for number in range(1, options.num_workers)]
-    for worker in workers:
-        worker.start()
-    _run_trials(study, work, watch, 0)
-    for worker in workers:
-        worker.join()
-
-
-def _run_worker(*arguments: Any) -> None:
-    """Run trials in a process of its own."""
-    *work, number = arguments
-    config, options, _, provenance, folder = work
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with logging_to(config.log_dir / f"tune.{number}.log", config.logging.level):
-        study = open_study(config, options, folder, provenance)
-        _run_trials(study, tuple(work), Stopwatch(), number)
-
-
-def _run_trials(study: optuna.Study, work: tuple[Any, ...], watch: Stopwatch, number: int) -> None:
-    """Run trials until the study has enough; with W workers it may get W - 1 more.
-
-    Workers share the GPUs, each with its part of the memory, so that a large trial fails and not its neighbour.
-    """
-    config, options, inputs, provenance, _ = work
-    if config.infrastructure.device != "cpu":
-        share_gpus(number, options.num_workers)
-    with training_within_memory(config):
-        objective = Objective(config, inputs, provenance, watch, options.sample_buildings)
-    parent = multiprocessing.parent_process()
-    while _count_finished(study) < options.num_trials and (parent is None or parent.is_alive()):
-        trial = study.ask(SPACE)
+    def _open_storage(self) -> Any:
+        """Open the journal, or the database of a URL, which may hold a password and is not shown."""
+        storage = self.options.storage
+        if storage == "journal":
+            return optuna.storages.JournalStorage(JournalFileBackend(str(self.folder / JOURNAL)))
         try:
-            outcome: dict[str, Any] = {"values": objective(trial)}
+            return optuna.storages.RDBStorage(storage)
+        except (ImportError, SQLAlchemyError, ValueError, optuna.exceptions.OptunaError) as error:
+            scheme = re.match(r"[a-z0-9+]*(?=://)", storage)
+            raise PipelineError(
+                f"--storage {scheme.group() if scheme else ''}://...: the database cannot be opened "
+                f"({type(error).__name__}): install its driver, or correct the URL"
+            ) from None
+
+    def delete_study(self) -> None:
+        """Delete the study of a database, which is one of stage 6."""
+        with suppress(KeyError):  # there is none
+            study = optuna.load_study(study_name=self.options.study_name, storage=self._open_storage())
+            if study.user_attrs.get("provenance", {}).get("stage") == "tune":
+                optuna.delete_study(study_name=self.options.study_name, storage=self._open_storage())
+
+    def run_trials(self, watch: Stopwatch, number: int) -> None:
+        """Run trials until the study has enough; with W workers it may get W - 1 more.
+
+        Workers share the GPUs, each with its part of the memory, so that a large trial fails and not its neighbour.
+        """
+        config, options = self.config, self.options
+        if config.infrastructure.device != "cpu":
+            share_gpus(number, options.num_workers)
+        study = self.open_study()
+        with training_within_memory(config):
+            material = read_material(config, self.inputs, self.provenance, watch)
+        parent = multiprocessing.parent_process()
+        while len(list_finished(study)) < options.num_trials and (parent is None or parent.is_alive()):
+            self._retry_killed(study)
+            trial = study.ask(SPACE)
+            # Another worker takes a trial back that is not locked; this one then asks for the next.
+            with suppress(PipelineError), self._holding(trial.number):
+                if study.trials[trial.number].state == TrialState.RUNNING:
+                    self._run_trial(study, trial, material, watch)
+
+    def _run_trial(self, study: optuna.Study, trial: optuna.Trial, material: Material, watch: Stopwatch) -> None:
+        """Run a trial, and tell the study what came of it; one that is interrupted is to be tried again."""
+        try:
+            outcome: dict[str, Any] = {"values": self._train(trial, material, watch)}
         except optuna.TrialPruned:
             outcome = {"state": TrialState.PRUNED}
         except PipelineError as error:
             logger.warning("trial %d failed: %s", trial.number, error)
             outcome = {"state": TrialState.FAIL}
-        _log_trial(study, study.tell(trial, **outcome))
+        except (KeyboardInterrupt, Terminated):
+            _retry(study, study.trials[trial.number])
+            raise
+        told = study.tell(trial, **outcome)
+        value, num_finished = "" if told.value is None else f" {told.value:.4f}", len(list_finished(study))
+        logger.info("trial %d: %s%s; %d finished", told.number, told.state.name.lower(), value, num_finished)
 
-
-def _log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    values = [other.values[0] for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-    found = "" if trial.value is None else f" {trial.value:.4f}"
-    best = f"{max(values):.4f}" if values else "none yet"
-    logger.info("trial %d: %s%s; %d finished, best %s", trial.number, trial.state.name.lower(), found,
-                _count_finished(study), best)  # fmt: skip
-
-
-def _count_finished(study: optuna.Study) -> int:
-    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-
-
-class Objective:
-    """The best validation mAP of a trial's settings; the data and the start are read and fitted once for all trials."""
-
-    def __init__(
-        self,
-        config: Config,
-        inputs: dict[str, Path],
-        provenance: dict[str, Any],
-        watch: Stopwatch,
-        sample_buildings: int | None,
-    ) -> None:
-        self.config, self.watch = config, watch
-        self.material = read_material(config, inputs, provenance, watch, num_buildings=sample_buildings)
-
-    def __call__(self, trial: optuna.Trial) -> float:
-        """Train with the trial's settings, an epoch at a time.
+    def _train(self, trial: optuna.Trial, material: Material, watch: Stopwatch) -> float:
+        """Train with the trial's settings, an epoch at a time, and return its score.
 
         Raises PipelineError where training diverges or the GPU cannot hold it, TrialPruned where other trials were
         better.
         """
         config = search_space.apply(self.config, trial.params)
-        interval = config.logging.progress_interval_seconds
-        with training_within_memory(config):
-            run = begin_run(config, self.material, self.watch, {})
+        interval, objective = config.logging.progress_interval_seconds, self.options.objective
+        settings = self.provenance["settings"] | trial.params
+        provenance = self.provenance | {"settings": settings, "trial": trial.number}
+        folder = self.folder / f"trial_{trial.number:04d}"
+        with training_within_memory(config), sending_metrics(config.logging, folder, provenance) as send:
+            run = begin_run(config, material, watch, provenance)
             total = config.training.num_epochs * run.trainer.num_anchors
             with Progress(f"trial {trial.number}", total, "anchor", interval) as bar:
                 for record in run.run_epochs(bar):
+                    send(record)
                     if record["epoch"]:
-                        trial.report(record["val"]["map"], record["epoch"])
+                        trial.report(record["val"][objective], record["epoch"])
                     if trial.should_prune():
                         raise optuna.TrialPruned
             run.settle()
-        return float(run.best["metrics"]["val"]["projector"]["map"])
+        if self.options.save_checkpoints:
+            save_checkpoint(folder / "checkpoint_best.pt", run.best)
+        return float(run.best["metrics"]["val"]["projector"][objective])
+
+    def _find_lock(self, number: int) -> Path:
+        return self.folder / f".trial_{number:04d}.lock"
+
+    def _holding(self, number: int) -> AbstractContextManager[None]:
+        return workspace.locked(self.folder, f"runs trial {number}", self._find_lock(number))
+
+    def _retry_killed(self, study: optuna.Study) -> None:
+        """Take back the trials of workers that have died, as their locks are free."""
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            # The workers of a database may lie on other machines, with locks in folders of their own.
+            if self.options.storage == "journal" or self._find_lock(trial.number).exists():
+                with suppress(PipelineError), self._holding(trial.number):
+                    if study.trials[trial.number].state == TrialState.RUNNING:
+                        logger.warning("trial %d: its worker was killed: tried again", trial.number)
+                        _retry(study, trial, num_killed=1)
+
+
+def _retry(study: optuna.Study, trial: FrozenTrial, num_killed: int = 0) -> None:
+    """End a trial that was stopped; another one with its settings is to come, which counts in its place."""
+    study.tell(trial.number, state=TrialState.FAIL)
+    num_killed += trial.user_attrs.get("num_killed", 0)
+    if num_killed <= _MAX_RETRIES:
+        settings = trial.system_attrs.get("fixed_params", {}) | trial.params
+        attributes = {"retry_of": trial.number, "num_killed": num_killed}
+        study.enqueue_trial(settings, user_attrs=trial.user_attrs | attributes)
+
+
+def run_study(tuning: Tuning) -> StageResult:
+    """Run the remaining trials and write the report; an overwritten study stays until a trial is complete.
+
+    Raises StaleOutputError where the study had other inputs or settings, PipelineError where no trial was complete.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options, folder = tuning.options, tuning.folder
+    workspace.make_folder(folder)
+    earlier = []
+    if options.overwrite and options.storage == "journal":
+        earlier = [folder / JOURNAL]
+    elif options.overwrite:
+        tuning.delete_study()
+    with workspace.replacing(folder, earlier):
+        study, result = tuning.open_study(), StageResult("tune")
+        has_work = len(list_finished(study)) < options.num_trials
+        if has_work:
+            start = multiprocessing.get_context("spawn").Process  # a fork would copy locks without their threads
+            numbers = range(1, options.num_workers)
+            workers = [start(target=_run_worker, args=(tuning, number), daemon=True) for number in numbers]
+            for worker in workers:
+                worker.start()
+            tuning.run_trials(result.watch, 0)
+            for worker in workers:
+                worker.join()
+        else:
+            logger.info("tune: the study has its %d trials; a larger --trials goes on", options.num_trials)
+        paths = write_report(folder, study, options.objective)
+    (result.written if has_work else result.kept).extend(paths)
+    states = [trial.state for trial in list_finished(study)]
+    done, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
+    result.add({"in": len(states), "out": done, "dropped": pruned, "rejected": len(states) - done - pruned})
+    return result
+
+
+def _run_worker(tuning: Tuning, number: int) -> None:
+    """Run trials in a process of its own."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with logging_to(tuning.config.log_dir / f"tune.{number}.log", tuning.config.logging.level):
+        tuning.run_trials(Stopwatch(), number)
