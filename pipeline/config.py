@@ -101,7 +101,9 @@ class DataSection(Section):
         "building", description="unit of the split; dataset: whole tars, to test on unseen cities"
     )
     split_cell_m: float = Field(0.0, ge=0.0, description="metres; above 0: split by geographic cells of this size")
-    split_file: str | None = Field(None, description="parquet or CSV of building_id, split; overrides the hash")
+    split_file: str | None = Field(
+        None, description="parquet or CSV of building_id, split, or old merged_dir; overrides the hash"
+    )
     max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="a run with a larger share of rejects fails")
     allow_missing_embeddings: bool = Field(False, description="stage 3 drops tars without embeddings")
     memory_mb: int = Field(1024, ge=16, description="MiB of embeddings in memory in stage 3")

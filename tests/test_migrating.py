@@ -17,7 +17,7 @@ from reference_models import ReferenceModule, write_reference_model
 from reference_projector import ReferenceProjector
 
 from generate_embeddings import generate_embeddings
-from preprocess_raw_data import compute_fingerprints, process_tar
+from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,34 +30,49 @@ def list_commands() -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-def type_command(words: list[str], run_main) -> None:
+def type_command(words: list[str], run_main) -> str:
+    """Run a command and return what it logs."""
     assert words[0] == "python"
     name, *arguments = words[2:] if words[1] == "-m" else [words[1].removesuffix(".py").replace("/", "."), *words[2:]]
     outcome = run_main(importlib.import_module(name).main, *arguments)
     assert outcome.code == 0, f"{words}: {outcome.stderr}"
+    return " ".join(outcome.stderr.split())
 
 
 def leave_old_files(folder: Path, config: Path, backbone: Path, run_main) -> tuple[ReferenceProjector, ReferenceModule]:
-    """Leave two tars embedded and fingerprinted, a third untouched, a checkpoint, a published model and pictures."""
+    """Leave two tars embedded, split and fingerprinted, a third untouched, a checkpoint, a model, pictures."""
     for dataset_id in (1, 2, 3):  # the tars have one folder, their intermediates two
         entries = [Entry(entry.name.split("/", 1)[1], entry.data) for entry in make_city(dataset_id, SIZES)]
         write_tar(folder / f"raw/dataset_unaligned/{dataset_id:04d}.tar", entries)
     for stage in (process_tar, generate_embeddings, compute_fingerprints):
         assert run_main(stage.main, "--config", config).code == 0
+    for path in folder.glob("*/0003*.parquet"):
+        path.unlink()
+    old = ("--set", "paths.merged_dir=old/merged", "--set", "global.seed=4")
+    ratios = ("--set", "data.train_ratio=0.4", "--set", "data.val_ratio=0.3", "--set", "data.test_ratio=0.3")
+    assert run_main(merge_and_split.main, "--config", config, *ratios, *old).code == 0
+    for path in (folder / "old/merged").glob("*.parquet"):
+        age(path)
     for dataset_id in (1, 2):
         age(folder / f"intermediates/{dataset_id:04d}.parquet", without=("building_id", "streetview_image_id"),
             prefix=f"{dataset_id:04d}/")  # fmt: skip
         age(folder / f"embeddings/{dataset_id:04d}_embeddings.parquet", prefix=f"{dataset_id:04d}/")
         age(folder / f"fingerprints/{dataset_id:04d}_fingerprints.parquet")
-    for path in folder.glob("*/0003*.parquet"):
-        path.unlink()
+    incomplete = folder / "embeddings/0002_embeddings.parquet"
+    pq.write_table(pq.read_table(incomplete).slice(2), incomplete)
     torch.manual_seed(1)
-    network = ReferenceProjector(24, [32, 24, 18], 256, "gelu").eval()
-    (folder / "old").mkdir()
+    network = ReferenceProjector(24, [32, 24, 18], 256, "gelu", norm=True).eval()
     (folder / "old/config.toml").write_text("[embedding_model]\npooling_type = 'cls_token'\nuse_residual = true\n")
     torch.save({"model_state_dict": network.state_dict(), "epoch": 3}, folder / "old/checkpoint_best.pt")
     write_packaged(folder / "packaged_images.parquet", list(make_photographs(5)))
     return network, write_reference_model(folder / "old_model", backbone)
+
+
+def read_places(folder: Path) -> dict[str, str]:
+    """Return the split of each building of a folder of splits."""
+    return {
+        name: path.stem for path in folder.glob("*.parquet") for name in pq.read_table(path)["building_id"].to_pylist()
+    }
 
 
 def leave_old_dataset(folder: Path) -> None:
@@ -79,14 +94,23 @@ def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone,
         difficulty={"neighbors": 5, "k0_for_local_scale": 2},
     )
     network, published = leave_old_files(tmp_path, config, toy_backbone, run_main)
-    old = [tmp_path / f"embeddings/000{dataset_id}_embeddings.parquet" for dataset_id in (1, 2)]
-    before = [path.read_bytes() for path in old]
+    before = (tmp_path / "embeddings/0001_embeddings.parquet").read_bytes()
+    with open(config, "a", encoding="utf-8") as file:
+        file.write('\n[data]\nsplit_file = "old/merged"\n')
     monkeypatch.chdir(tmp_path)
+    log = ""
     for words in list_commands():
         if "adopt_embeddings" in words[1]:
             leave_old_dataset(tmp_path)
-        type_command(words, run_main)
-    assert [path.read_bytes() for path in old] == before
+        log = type_command(words, run_main)
+    assert (tmp_path / "embeddings/0001_embeddings.parquet").read_bytes() == before
+    old, new = read_places(tmp_path / "old/merged"), read_places(tmp_path / "merged")
+    assert len(old) == 8
+    assert {building: new[building] for building in old} == old
+    doubt = (
+        "Mind: checkpoint_best.pt does not name its training buildings; the scores hold if they are the split file's"
+    )
+    assert f"{doubt}. The projector " in log
     rows = [len(pq.read_table(path)) for path in sorted((tmp_path / "embeddings").glob("*.parquet"))]
     assert rows == [11, 11, 11]
     merged = pa.concat_tables(

@@ -203,3 +203,18 @@ def test_a_building_named_twice_alike_is_no_contradiction(tmp_path):
 def test_a_byte_order_mark_before_a_split_file_is_passed_over(tmp_path):
     (tmp_path / "s.csv").write_text("building_id,split\na,val\n", encoding="utf-8-sig")
     assert read_split_file(tmp_path / "s.csv") == {"a": "val"}
+
+
+def test_a_folder_of_old_splits_is_a_split_file(tmp_path):
+    named = {"0001_1": "train", "0001_2": "train", "0001_3": "val", "0002_1": "test"}
+    for split in SPLITS:  # as the reference implementation may leave them: without composite ids, rows repeat
+        names = [name.split("_") for name, place in named.items() if place == split] * 2
+        numbers = {"dataset_id": [int(name[0]) for name in names], "target_id": [int(name[1]) for name in names]}
+        pq.write_table(pa.table(numbers), tmp_path / f"{split}.parquet")
+    assert read_split_file(tmp_path) == named
+    pq.write_table(pa.table({"dataset_id": [1], "target_id": [1]}), tmp_path / "test.parquet")
+    with pytest.raises(InputError, match="building 0001_1 is in train and in test: remove one"):
+        read_split_file(tmp_path)
+    (tmp_path / "val.parquet").unlink()
+    with pytest.raises(InputError, match="val.parquet: no such file"):
+        read_split_file(tmp_path)

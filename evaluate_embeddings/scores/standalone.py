@@ -119,10 +119,11 @@ def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.Stage
     features = load_features(test_path)
     result.rows_in = len(features)
     places = [config.path("checkpoint_dir") / CHECKPOINT_NAME, options.compare]
+    section = config.training_model.model_copy(update={"input_dim": "auto", "output_dim": "auto"})  # of any width
     embeddings, notes = [], []
     for path in places:
-        checkpoint = load_checkpoint(path, input_dim=features.width)
-        if doubt := doubt_split(checkpoint, test_path):
+        checkpoint = load_checkpoint(path, section, input_dim=features.width)
+        if doubt := doubt_split(checkpoint, test_path, features.building_ids.to_pylist()):
             notes.append(f"{doubt}.")
         device = choose_device(config.infrastructure.device)
         embeddings.append(project(build_projector(checkpoint), features.embeddings, device))

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from pipeline.config import DataSection
 from pipeline.errors import InputError
+from pipeline.files.tables import read_columns
 from pipeline.files.text_tables import read_id_table
 from pipeline.retrieval.geography import EARTH_RADIUS_M
 
 SPLITS = ("train", "val", "test")
+_ID = pa.field("building_id", pa.string())
 _STRINGS_AT_A_TIME = 65_536
 METRES_PER_DEGREE = math.radians(1) * EARTH_RADIUS_M  # of latitude
 
@@ -103,12 +105,18 @@ def hash_splits(building_ids: pa.StringArray, splits: NDArray[np.int8]) -> str:
 
 
 def read_split_file(path: Path) -> dict[str, str]:
-    """Return building_id -> split from a parquet or CSV with these two columns.
+    """Return building_id -> split from a parquet or CSV with these two columns, or from a folder of merged splits.
 
     Raises InputError if it cannot be read, lacks a column, names an unknown split or one building twice differently.
     """
-    table = read_id_table(path, ["building_id", "split"], "a split file needs the columns building_id and split")
-    pairs = zip(*(column.cast(pa.string()).to_pylist() for column in table.columns), strict=True)
+    pairs: Iterable[tuple[str, str]]
+    if path.is_dir():
+        remedy = "give the folder that stage 3, or the old program, wrote"
+        columns = {split: read_columns(path / f"{split}.parquet", [_ID], remedy)[_ID.name] for split in SPLITS}
+        pairs = [(building, split) for split, ids in columns.items() for building in ids.unique().to_pylist()]
+    else:
+        table = read_id_table(path, ["building_id", "split"], "a split file needs the columns building_id and split")
+        pairs = zip(*(column.cast(pa.string()).to_pylist() for column in table.columns), strict=True)
     named: dict[str, str] = {}
     for building, split in pairs:
         if split not in SPLITS:
