@@ -107,14 +107,6 @@ class Embedding:
                     image.data for image in read_images(unit.tar_path, index_images(read_table(unit))) if image.data
                 )
 
-    def close(self) -> None:
-        """Wait for the threads to write what they hold, and end them.
-
-        Raises PipelineError if it cannot be written.
-        """
-        self.rows.close()
-        self.outputs.close()
-
 
 def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Provenance:
     """Embed one tar's images, have them and the rejects written, and return the provenance with the counts.
@@ -143,10 +135,8 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Proven
         embedding_type = pa.list_(stored, scratch.width or stage.embedder.width)
         held.pop_all()  # the thread that writes closes it
     rejects = scratch.rejects | {row: Rejection("missing_image", f"not in {unit.tar_path.name}") for row in missing}
-    provenance = count_rejects(provenance, len(table), rejects.values()) | {
-        "precision": stage.precision.mode,
-        **stage.precision.fidelity,
-    }
+    precision = {"precision": stage.precision.mode, **stage.precision.fidelity}
+    provenance = count_rejects(provenance, len(table), rejects.values()) | precision
     if old_rows:
         provenance["taken_over"] = len(old_rows)
 
@@ -277,7 +267,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     lacking = [unit for unit in units if isinstance(options, EmbedOptions) and options.add_missing and lacks(unit)]
     all_there = all(unit.output_path.exists() for unit in units) and not (options.overwrite or lacking)
     folder = locate_backbone(config, download=not all_there)
-    with contextlib.closing(Embedding(config, units, folder, watch)) as stage:
+    stage = Embedding(config, units, folder, watch)
+    with contextlib.closing(stage.outputs), contextlib.closing(stage.rows):  # what they hold is written
         rest = [unit for unit in units if unit not in lacking]
         do_tars(rest, result, options.overwrite, lambda unit, provenance: embed_tar(unit, provenance, stage))
         stage.adds_missing = True
@@ -323,13 +314,9 @@ def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> Prov
         found = (read_provenance(unit.output_path) or {}).get("settings", {})
         model_id = found.get("model")
     section = config.embedding_model
-    settings = {
-        "model": model_id,
-        **embedding_settings(section),
-        "dtype": section.dtype,
-        "embedding_dtype": section.embedding_dtype,
-    }
-    return make_provenance(STAGE, [*unit.identify_tar(), identify(unit.intermediate_path)], settings)
+    settings = {"dtype": section.dtype, "embedding_dtype": section.embedding_dtype, **embedding_settings(section)}
+    inputs = [*unit.identify_tar(), identify(unit.intermediate_path)]
+    return make_provenance(STAGE, inputs, {"model": model_id, **settings})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

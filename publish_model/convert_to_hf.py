@@ -161,10 +161,10 @@ def check_place(folder: Path) -> None:
 
 
 def name_backbone(config: Config) -> str:
-    """Return the backbone's public name: its hub id, or a local folder's name, never its path."""
+    """Return the backbone's public name: its hub id without a revision, or a local folder's name, never its path."""
     name = config.embedding_model.model_name or ""
     folder = config.expand(name, "[embedding_model].model_name")
-    return folder.name if folder.is_dir() else name
+    return folder.name if folder.is_dir() else name.partition("@")[0]
 
 
 def check_embedded_alike(config: Config, checkpoint: "Checkpoint", backbone_id: str) -> None:

@@ -11,6 +11,7 @@ from stage7_fixtures import read_config
 import run_pipeline
 from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
+from pipeline.errors import InputError
 from pipeline.inference.model_files import identify_model, is_within
 from publish_model import convert_to_hf as stage
 from publish_model.model_folder.model_card import add_test_results
@@ -239,3 +240,12 @@ def test_overwrite_leaves_files_of_the_users_in_the_folder(published, config):
     assert (published / "notes.txt").read_text() == "mine"
     assert (published / "figures" / "a.txt").read_text() == "mine too"
     assert not (published / "LICENSE").exists()
+
+
+@pytest.mark.parametrize("card", ["---\n{\n---\n", "---\n- a\n- b\n---\n", "---\n" + "[" * 5000 + "\n---\n", "\xff"])
+def test_a_broken_card_of_the_backbone_is_one_line(toy_backbone, tmp_path, card):
+    backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
+    (backbone / "README.md").write_text(card, encoding="latin-1")
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    with pytest.raises(InputError, match=r"README\.md: its metadata cannot be read"):
+        stage.run(make_config(tmp_path, backbone), Options())

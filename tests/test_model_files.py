@@ -152,3 +152,18 @@ def test_a_model_that_cannot_be_had_is_one_line_naming_it(tmp_path, write_config
 def test_telling_models_apart_does_not_import_torch():
     code = "import sys, pipeline.inference.model_files; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_revision_of_a_hub_model_is_the_one_asked_for_and_logged(cache, monkeypatch, caplog):
+    asked = []
+
+    def snapshot_download(repo, *, revision, **_):
+        asked.append((repo, revision))
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with caplog.at_level("INFO"):
+        assert locate_hub_model("someone/toy@v1.0", download=True) == cache
+        assert locate_hub_model("someone/toy", download=True) == cache
+    assert asked == [("someone/toy", "v1.0"), ("someone/toy", None)]
+    assert f"someone/toy@v1.0: revision {cache.name} of the hub" in caplog.text

@@ -209,7 +209,7 @@ def test_a_damaged_note_is_named_with_its_remedy(tmp_path, content):
 
 def test_a_note_that_cannot_be_written_is_named_and_never_taken_for_one_that_is_there(tmp_path):
     (tmp_path / "_precision").write_text("a file where the folder belongs")
-    with pytest.raises(PipelineError, match=r"cannot write .*note\.json .*: free space or allow writing there"):
+    with pytest.raises(PipelineError, match=r"cannot write .*note\.json.*: free space or allow writing there"):
         agree_on(tmp_path / "_precision" / "note.json", lambda: Precision("tf32", pictures=1))
 
 

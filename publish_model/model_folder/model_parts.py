@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EmbeddingModelSection
+from pipeline.errors import InputError, one_line
 from pipeline.inference.loading import find_vision_config
 from pipeline.inference.model_files import LICENCE_FILES, is_within, read_settings
 from pipeline.inference.stored_weights import Tensor
@@ -70,7 +71,10 @@ class Backbone:
         from huggingface_hub.repocard_data import model_index_to_eval_results
 
         index = _read_card_metadata(self.published_in.folder).get("model-index") if self.published_in else None
-        results = model_index_to_eval_results(index)[1] if index else []
+        try:
+            results = model_index_to_eval_results(index)[1] if index else []
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            return []  # of another form
         return [f"{one.metric_name or one.metric_type}: {one.metric_value} ({one.dataset_name})" for one in results]
 
     def _list_folders(self) -> list[Path]:
@@ -88,8 +92,14 @@ class ModelParts:
 
 
 def _read_card_metadata(folder: Path) -> dict[str, Any]:
+    """Return a card's metadata, empty without any. Raises InputError where they cannot be read."""
     from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
 
     path = folder / "README.md"
-    found = metadata_load(path) if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+    try:
+        return (metadata_load(path) or {}) if path.is_file() else {}
+    except (YAMLError, ValueError, OSError, RecursionError) as error:
+        raise InputError(
+            f"{path}: its metadata cannot be read ({one_line(error)[:100]}): fetch the model again"
+        ) from None
