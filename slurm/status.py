@@ -32,9 +32,9 @@ def format_status(stages: list[dict[str, Any]]) -> str:
             lines.append(f"\nstage {stage['stage']} {stage['name']}, shard {failure['shard']}{job}: failed")
             lines.append(f"  {failure['error']}")
             lines += [f"  {failure['log']}"] if failure["log"] else []
-        lines.append(f"  retry: {stage['retry']}")
-    if failing:
-        lines.append(f"\nwhat waited for them: {failing[0]['retry_rest']}")
+        lines += [f"  retry: {stage['retry']}"] if stage["retry"] else []
+    rest = next((stage["retry_rest"] for stage in failing if stage["retry_rest"]), None)
+    lines += [f"\nwhat waited for them: {rest}"] if rest else []
     return "\n".join(lines)
 
 

@@ -326,6 +326,8 @@ def test_a_token_never_reaches_a_command_or_a_jobs_environment(monkeypatch):
     [
         ["--", "--storage", "postgresql://me:s3cret@host/db"],
         ["--", "--storage=mysql+pymysql://me:s3cret@host/db"],
+        ["--", "--storage", "postgresql://host/db?user=me&password=s3cret"],
+        ["--", "--storage", "redis://:s3cret@host/0"],
         ["--export=ALL,WANDB_API_KEY=s3cret"],
         ["--export", "NONE,PGPASSWORD=s3cret"],
     ],

@@ -20,7 +20,10 @@ from slurm.control.records import Record
 from slurm.control.target import Target
 
 # A variable that is set to a secret (--export=ALL,WANDB_API_KEY=...), and a URL with a password.
-SECRET = re.compile(r"(?:^|[=,])[A-Z0-9_]*(?:TOKEN|KEY|SECRET|PASS)[A-Z0-9_]*=|://[^/\s@]*:[^/\s]+@")
+SECRET = re.compile(
+    r"(?:^|[=,])[A-Z0-9_]*(?:TOKEN|KEY|SECRET|PASS)[A-Z0-9_]*="
+    r"|://[^/\s@]*:[^/\s]+@|://\S*[?&](?i:\w*(?:pass|token|key|secret)\w*)="
+)
 
 
 @dataclass(frozen=True)

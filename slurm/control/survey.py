@@ -100,13 +100,13 @@ class Surveyor:
         states = [shard.state for shard in shards]
         running = [shard.log for shard in shards if shard.state == RUNNING and shard.log and shard.log.items]
         failed = [shard for shard in shards if shard.state == FAILED]
+        again = [shard.shard for shard in failed if not shard.problem]  # submit refuses the others
         rest = [f"--account={own[-1].account}"] if own and own[-1].account else []
         assert self.target.config is not None
         rest += ["--config", str(self.target.config.file_path), *spell_overrides(self.target.overrides)]
         retry = [str(PROJECT_ROOT / "slurm/submit_stage.sh"), str(stage.number), *rest]
         if stage.is_array:
-            numbers = scheduler.format_shards(shard.shard for shard in failed)
-            retry += ["--array-size", str(total), "--shards", numbers]
+            retry += ["--array-size", str(total), "--shards", scheduler.format_shards(again)]
         return {
             "stage": stage.number,
             "name": stage.name,
@@ -120,8 +120,8 @@ class Surveyor:
             "items_per_second": sum(log.items_per_second for log in running) if running else None,
             "items": running[0].items if running else "",
             "failures": [shard.describe_failure() for shard in failed],
-            "retry": shlex.join(retry) if failed else None,
-            "retry_rest": shlex.join([str(PROJECT_ROOT / "slurm/submit_pipeline.sh"), *rest]) if failed else None,
+            "retry": shlex.join(retry) if again else None,
+            "retry_rest": shlex.join([str(PROJECT_ROOT / "slurm/submit_pipeline.sh"), *rest]) if again else None,
         }
 
     def judge_shard(self, stage: Stage, shard: int, states: list[UnitState], record: Record | None) -> ShardState:
