@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -30,7 +31,14 @@ class _LineFormat(logging.Formatter):
         return "\n".join(map(escape_controls, text.split("\n") if "\n\n" in str(record.msg) else [text]))
 
 
-_LINE_FORMAT = _LineFormat("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+class _SharedFormat(_LineFormat):
+    """Leave out the folders of absolute paths: whoever gets a dataset gets the logs inside it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own)
+        return re.sub(r"(?<![\w.:/~-])[~/](?:[^\s/:'\"]*/)+", "", super().formatMessage(record))
+
+
+_LINES = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"
 
 
 class _LogFile(logging.FileHandler):
@@ -67,7 +75,8 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
     logger.setLevel(level)
     logger.propagate = False
     for handler in handlers:
-        handler.setFormatter(_LINE_FORMAT)
+        is_shared = isinstance(handler, _LogFile) and Path(handler.baseFilename).parent.name == "_logs"
+        handler.setFormatter(_SharedFormat(*_LINES) if is_shared else _LineFormat(*_LINES))
         logger.addHandler(handler)
     try:
         with logging_redirect_tqdm([logger]):

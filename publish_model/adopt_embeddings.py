@@ -20,7 +20,6 @@ from pipeline import cli
 from pipeline.embeddings_dataset.appending import PartStore
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import open_packaged
-from pipeline.embeddings_dataset.parts import ModelRecord
 from pipeline.errors import InputError, Rejection
 from pipeline.files.workspace import writing_to
 from pipeline.inference.precision import Precision
@@ -80,9 +79,8 @@ def adopt(arguments: argparse.Namespace) -> cli.StageResult:
     model = find_model(
         arguments.model_id, download=True, device=arguments.device, trust_remote_code=arguments.trust_remote_code
     )
-    record = ModelRecord(model.model_id, model.name_version("float32"), Precision("float32"))
     dataset = EmbeddingsDataset(arguments.output)
-    store = PartStore(dataset, source, record)
+    store = PartStore(dataset, source, model.model_id, model.name_version("float32"), Precision("float32"))
     adoption = Adoption(store)
     result = cli.StageResult(STAGE)
     if adoption.foreign:

@@ -26,7 +26,7 @@ from pipeline.embeddings_dataset.content import PartContent
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.duplicates import find_duplicates
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input
-from pipeline.embeddings_dataset.parts import STAGE, ModelRecord, plan_parts
+from pipeline.embeddings_dataset.parts import STAGE, plan_parts
 from pipeline.errors import ConfigError, StaleOutputError, Terminated
 from pipeline.files.units import Unit
 from pipeline.files.workspace import write_failure
@@ -61,8 +61,8 @@ def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: Embedd
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     begun = None if options.overwrite else dataset.find_begun()
-    record = record_model(model, options.dtype, source, begun)
-    store = PartStore(dataset, source, record)
+    precision = choose_precision(model, options.dtype, source, begun)
+    store = PartStore(dataset, source, model.model_id, model.name_version(precision.mode), precision)
     appending = Appending(store, begun, options.shard, options.limit, overwrite=options.overwrite)
     result = cli.StageResult(STAGE)
     has_work = bool(appending.work)
@@ -87,17 +87,17 @@ def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: Embedd
     return result
 
 
-def record_model(model: PublishedModel, dtype: str, source: PackagedInput, begun: dict[str, Any] | None) -> ModelRecord:
-    """Return the model with the precision that was asked for, else the dataset's, else one that suits the device.
+def choose_precision(
+    model: PublishedModel, dtype: str, source: PackagedInput, begun: dict[str, Any] | None
+) -> Precision:
+    """Return the precision that was asked for, else the dataset's, else one that suits the device.
 
     That one is measured on the first pictures of the input, whichever of them this process embeds.
     """
     if dtype == "auto" and begun is not None and "precision" in begun:
-        precision = Precision(begun["precision"], **begun.get("fidelity", {}))
-    else:
-        load = replace(model, batch_size=NUM_PICTURES).load
-        precision = settle_precision(dtype, model.device, load, partial(list_pictures, source))
-    return ModelRecord(model.model_id, model.name_version(precision.mode), precision)
+        return Precision(begun["precision"], **begun.get("fidelity", {}))
+    load = replace(model, batch_size=NUM_PICTURES).load
+    return settle_precision(dtype, model.device, load, partial(list_pictures, source))
 
 
 def make_missing_parts(
@@ -119,7 +119,7 @@ def make_missing_parts(
 
     def write(batch: ReadBatch, content: PartContent) -> None:
         with watch.measure("write"):
-            appending.write_part(batch.plan, content)
+            appending.store.write_part(batch.plan, content)
         progress.advance(batch.table.num_rows)
 
     try:

@@ -13,7 +13,7 @@ from pipeline.embeddings_dataset.appending import Appending, PartStore
 from pipeline.embeddings_dataset.content import PartContent, PartPlan
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, resolve_dataset_dir
 from pipeline.embeddings_dataset.packaged_input import InputOptions, PackagedInput
-from pipeline.embeddings_dataset.parts import ModelRecord, plan_parts
+from pipeline.embeddings_dataset.parts import plan_parts
 from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.ids import Shard
 from pipeline.inference.precision import Precision
@@ -32,9 +32,8 @@ def source(tmp_path):
 
 
 def make_appending(folder, source, *, model="model", model_id="the/model", begin=True, dtype="float32"):
-    record = ModelRecord(model_id, name_version(model, "pooler_output", dtype), Precision(dtype))
     dataset = EmbeddingsDataset(folder)
-    store = PartStore(dataset, source, record)
+    store = PartStore(dataset, source, model_id, name_version(model, "pooler_output", dtype), Precision(dtype))
     appending = Appending(store, dataset.find_begun(), Shard(), None, overwrite=False)
     if begin:
         appending.begin()

@@ -14,7 +14,6 @@ from pipeline.embeddings_dataset.appending import PartStore
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.hashes import hash_ids
 from pipeline.embeddings_dataset.packaged_input import open_packaged
-from pipeline.embeddings_dataset.parts import ModelRecord
 from pipeline.inference.precision import Precision
 from publish_model import aggregate_embeddings, export_embeddings, verify_embeddings
 
@@ -166,7 +165,7 @@ def test_the_order_is_read_before_each_part_is_written(delete, dataset):
     assert "way/1" in content.embedded["OSMID"].to_pylist()
     assert delete(dataset, "way/1").code == 0
     source = open_packaged(dataset.parent / "in.parquet", read_batch_size=part.recipe["read_batch_size"])
-    store = PartStore(EmbeddingsDataset(dataset), source, ModelRecord("m", "v", Precision("float32")))
+    store = PartStore(EmbeddingsDataset(dataset), source, "m", "v", Precision("float32"))
     store.write_part(part.plan, content)
     assert holders(dataset, "way/1") == []
 

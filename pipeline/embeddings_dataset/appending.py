@@ -1,7 +1,7 @@
 """The parts that one run adds to an embeddings dataset: which are missing, writing them, and the state."""
 
 import shutil
-import time
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from pipeline.embeddings_dataset.deletions import finish_order, read_order
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, read_batches
 from pipeline.embeddings_dataset.parts import (
     STAGE,
-    ModelRecord,
     Part,
     count_rows,
     list_part_files,
@@ -27,12 +26,11 @@ from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutput
 from pipeline.files.tables import make_provenance
 from pipeline.files.workspace import write_json_once
 from pipeline.ids import Shard
+from pipeline.inference.precision import Precision
 from pipeline.log import logger
 
 # Float32 hardly gets smaller when it is compressed.
 BYTES_A_NUMBER = 4
-# While parts are made, counting reads the footers of what other processes have written.
-STATE_TIME_SHARE, STATE_INTERVAL_SECONDS = 0.02, 30.0
 
 
 class PartStore:
@@ -41,7 +39,10 @@ class PartStore:
     Nothing is counted on the way: the state adds up the parts' own counts, so it is right whoever finishes last.
     """
 
-    def __init__(self, dataset: EmbeddingsDataset, source: PackagedInput, model: ModelRecord) -> None:
+    def __init__(
+        self, dataset: EmbeddingsDataset, source: PackagedInput, model_id: str, version: str, precision: Precision
+    ) -> None:
+        """Look at the parts of a dataset as made by the model of an id; `version` is the short id of what computes."""
         self.dataset, self.source = dataset, source
         made_from = {
             "input_size": source.size,
@@ -51,19 +52,19 @@ class PartStore:
         settings = {
             "read_batch_size": source.options.read_batch_size,
             "filter_valid": source.options.filter_valid,
-            "precision": model.precision.mode,
-            "embedding_version": model.version,
+            "precision": precision.mode,
+            "embedding_version": version,
             "keep_columns": list(source.options.keep_columns),
             "id_column": source.options.id_column,
             "image_column": source.options.image_column,
         }
         self.recipe = made_from | settings
         self.plans = {plan.name: plan for plan in plan_parts(source)}
-        noted = {"embedding_version": model.version, **model.precision.fidelity}
+        noted = {"embedding_version": version, **precision.fidelity}
         self._made_from = make_provenance(STAGE, [made_from], settings) | noted
-        folder = Path(model.model_id).expanduser()
+        folder = Path(model_id).expanduser()
         self._first_state = {  # the names alone: a dataset that is shared shows no one's folders
-            "input_path": source.path.resolve().name, "model_id": folder.name if folder.is_dir() else model.model_id,
+            "input_path": source.path.resolve().name, "model_id": folder.name if folder.is_dir() else model_id,
             **self.recipe, **noted, "rows_total": source.num_rows, "parts_total": len(self.plans),
         }  # fmt: skip
         self._known: dict[str, tuple[tuple[int, ...], Part | None]] = {}
@@ -72,10 +73,7 @@ class PartStore:
         """Raise StaleOutputError naming the first thing in which what is there was made otherwise."""
         for key, wanted in self.recipe.items():
             if found.get(key) != wanted:
-                was, now = (
-                    repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:97]}..."
-                    for value in (found.get(key), wanted)
-                )
+                was, now = (textwrap.shorten(repr(value), 100) for value in (found.get(key), wanted))
                 hint = " (another model, processor, pooling or precision)" if key == "embedding_version" else ""
                 raise StaleOutputError(
                     f"{where}: made from another input, model or setting: {key} was {was} and is now {now}{hint}: give "
@@ -96,10 +94,9 @@ class PartStore:
         rejects = {path.name for path in (self.dataset.folder / "_rejects").glob("rg*.parquet")}
         parts = {}
         for name in found.keys() if names is None else found.keys() & set(names):
-            signature, part = self._known.get(name, ((), None))
-            if signature != found[name]:
-                part = self._read_part(self.plans[name])
-                self._known[name] = (found[name], part)
+            if self._known.get(name, (None,))[0] != found[name]:
+                self._known[name] = found[name], self._read_part(self.plans[name])
+            part = self._known[name][1]
             if part is not None and name in rejects:
                 parts[name] = part
         return parts
@@ -160,7 +157,6 @@ class Appending:
         """
         self.store, self.dataset = store, store.dataset
         self._limit, self._overwrite = limit, overwrite
-        self._next_state = time.monotonic() + STATE_INTERVAL_SECONDS
         if begun is not None and not overwrite:
             store.check(begun, self.dataset.folder)
         if not (overwrite or read_order(self.dataset.folder).done):
@@ -169,7 +165,10 @@ class Appending:
         row_groups = set(shard.take(list(range(len(store.source.row_group_rows)))))
         self._own = {name: plan for name, plan in store.plans.items() if plan.row_group in row_groups}
         self.parts = {} if overwrite else store.find_parts(self._own)
-        self.work = find_work(self._own.values(), self.parts, limit)
+        self.work: dict[int, list[PartPlan]] = {}  # the parts to make by row group
+        for name, plan in self._own.items():
+            if plan.rows_within(limit) > (self.parts[name].counts["in"] if name in self.parts else 0):
+                self.work.setdefault(plan.row_group, []).append(plan)
 
     @property
     def num_rows(self) -> tuple[int, int]:
@@ -214,15 +213,6 @@ class Appending:
             if wanted:
                 raise InputError(f"{source.path}: row group {row_group} ends too early: fetch the file again")
 
-    def write_part(self, plan: PartPlan, content: PartContent) -> None:
-        """Write a part, and the state now and then: seldom enough that counting costs little."""
-        self.store.write_part(plan, content)
-        started = time.monotonic()
-        if started >= self._next_state:
-            self.store.write_state()
-            took = time.monotonic() - started
-            self._next_state = time.monotonic() + max(STATE_INTERVAL_SECONDS, took / STATE_TIME_SHARE)
-
     def finish(self) -> dict[str, Any]:
         """Write the state and return it; what was set aside goes once the dataset is complete."""
         if self.work:
@@ -231,14 +221,3 @@ class Appending:
         if state["complete"]:
             set_aside.discard(self.dataset.folder)
         return state
-
-
-def find_work(plans: Iterable[PartPlan], parts: dict[str, Part], limit: int | None) -> dict[int, list[PartPlan]]:
-    """Return the parts to make by row group: those that are missing, or hold fewer rows than the limit now allows."""
-    work: dict[int, list[PartPlan]] = {}
-    for plan in plans:
-        rows = plan.rows_within(limit)
-        part = parts.get(plan.name)
-        if rows and (part is None or part.counts["in"] < rows):
-            work.setdefault(plan.row_group, []).append(plan)
-    return work

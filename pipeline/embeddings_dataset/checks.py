@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.embeddings_dataset import set_aside
 from pipeline.embeddings_dataset.columns import list_values
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, PartContent
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, is_foreign_state
@@ -31,7 +30,6 @@ from pipeline.log import logger
 
 # The model normalises in float32.
 NORM_TOLERANCE = 1e-3
-RECIPE_KEYS = ("input_size", "row_group_fingerprint", "read_batch_size", "filter_valid", "embedding_version")
 
 
 @dataclass
@@ -97,12 +95,6 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     return findings
 
 
-def repair(dataset: EmbeddingsDataset, findings: Findings) -> None:
-    """Set aside the broken files, each part with its rejects, and count in the state what is left."""
-    set_aside.move(dataset.folder, sorted(findings.broken))
-    dataset.update_state(findings.sound)
-
-
 def _open_sound(paths: Sequence[Path], recipe: dict[str, Any], order: DeletionOrder, findings: Findings) -> list[Part]:
     """Return the parts of this recipe that hold what they say, in input order."""
     sound = []
@@ -116,7 +108,7 @@ def _open_sound(paths: Sequence[Path], recipe: dict[str, Any], order: DeletionOr
             # Where nothing says whose the dataset is, a file that cannot be read may be another program's.
             findings.add(path, one_line(error).removeprefix(f"{path}: "), broken=bool(recipe))
             continue
-        other = next((key for key in RECIPE_KEYS if part.recipe.get(key) != recipe.get(key)), None)
+        other = next((key for key, value in part.recipe.items() if value != recipe.get(key)), None)
         if part.plan.name != path.name:
             findings.add(path, f"holds the rows of {part.plan.name}")
         elif other is not None:
@@ -167,13 +159,11 @@ def _find_wrong_value(part: Part, content: PartContent) -> str | None:
     if content.embedded.column(EMBEDDING_COLUMN).null_count:
         return "an embedding is null"
     embeddings = embeddings_of(content.embedded)  # (N, D)
-    is_finite = np.isfinite(embeddings).all(axis=1)  # (N,)
-    if not is_finite.all():
-        return f"embedding {int(np.argmin(is_finite))} is not finite"
     norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)  # a changed byte may make a number huge
-    if (np.abs(norms - 1) > NORM_TOLERANCE).any():
-        row = int(np.argmax(np.abs(norms - 1)))
-        return f"embedding {row} has norm {norms[row]:.4f}"
+    wrong = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # NaN too
+    if len(wrong):
+        norm = norms[wrong[0]]
+        return f"embedding {wrong[0]} {f'has norm {norm:.4f}' if np.isfinite(norm) else 'is not finite'}"
     if checksum_tables(content.embedded, content.rejects) != part.checksum:
         return "its data are not those of its checksum"
     return None
@@ -193,42 +183,33 @@ def _compare_with_input(source: PackagedInput, parts: Sequence[Part], order: Del
             wanted.setdefault(part.plan.row_group, {})[part.plan.read_batch] = part
     for row_group, own in wanted.items():
         for read_batch, table in enumerate(read_batches(source, row_group, with_images=False)):
-            if read_batch in own:
-                problem = _find_wrong_id(own[read_batch], table, source, order)
-                if problem is not None:
-                    findings.add(own[read_batch].path, problem)
+            if read_batch in own and not _has_ids_of(own[read_batch], table, source, order):
+                findings.add(own[read_batch].path, "its ids are not those of the input's rows")
 
 
-def _find_wrong_id(part: Part, table: pa.Table, source: PackagedInput, order: DeletionOrder) -> str | None:
-    """Return how a part's ids differ from those of its read batch without images, None where they do not."""
-    content = part.read_content()
-    table = table.slice(0, part.counts["in"])
+def _has_ids_of(part: Part, table: pa.Table, source: PackagedInput, order: DeletionOrder) -> bool:
+    """Return whether a part has the ids of its read batch, which comes without images, in order but for deleted ones.
+
+    Ids are compared as text: NaN, pandas' missing number, equals itself.
+    """
+    content, table = part.read_content(), table.slice(0, part.counts["in"])
     ids = list_values(table.column(ID_COLUMN))
-    is_left = ~order.find(ids)
-    rows = source.embedded_rows(table, part.plan.first_row, content.rejects)
-    if not _are_same([ids[row] for row in rows[is_left[rows]]], content.embedded):
-        return "its ids are not those of the input's rows"
+    embedded = source.embedded_rows(table, part.plan.first_row, content.rejects)
+    embedded = embedded[~order.find(ids)[embedded]]
     rejected = content.rejects.column("row").to_numpy() - part.plan.first_row
-    if not _are_same([ids[row] for row in rejected], content.rejects):
-        return "its rejected ids are not those of the input's rows"
-    return None
-
-
-def _are_same(ids: list[object], table: pa.Table) -> bool:
-    """Return whether ids are those of a table, in order; NaN, pandas' missing number, equals itself."""
-    return [repr(value) for value in ids] == [repr(value) for value in list_values(table.column(ID_COLUMN))]
+    held = [list_values(one.column(ID_COLUMN)) for one in (content.embedded, content.rejects)]
+    return [[repr(ids[row]) for row in rows] for rows in (embedded, rejected)] == [list(map(repr, one)) for one in held]
 
 
 def _check_state(dataset: EmbeddingsDataset, state: dict[str, Any], findings: Findings) -> None:
     """Note where the state claims more than the parts hold; the next run mends one that is behind."""
     path, counted = dataset.state_path, count_rows(findings.sound)
-    numbers = {key: (state.get(key, 0), value) for key, value in counted.items() if isinstance(value, int)}
-    for key, (before, value) in numbers.items():
-        if before > value:
-            findings.add(path, f"{key} is {before}, the sound parts have {value}", broken=False)
+    ahead = {key: state.get(key, 0) - value for key, value in counted.items() if isinstance(value, int)}
+    for key in (key for key, number in ahead.items() if number > 0):
+        findings.add(path, f"{key} is {state[key]}, the sound parts have {counted[key]}", broken=False)
     accounted = sum(part.counts["in"] for part in findings.sound)
     if state.get("complete") and accounted != state.get("rows_total"):
         what = f"complete, but {accounted} of {state.get('rows_total')} rows are accounted for"
         findings.add(path, what, broken=False)
-    if any(before < value for before, value in numbers.values()):
+    if min(ahead.values()) < 0:
         logger.info("%s: behind its parts: the next run of stage 8 sets it right", path)

@@ -18,7 +18,6 @@ from pipeline.embeddings_dataset.hashes import checksum_tables
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
 from pipeline.errors import DamagedError, InputError, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_provenance, reading, write_parquet
-from pipeline.inference.precision import Precision
 
 STAGE = "generate_embeddings_from_parquet"
 HASHES_KEY = PROVENANCE_KEY + b".image_hashes"
@@ -32,15 +31,6 @@ def plan_parts(source: PackagedInput) -> list[PartPlan]:
             plans.append(PartPlan(row_group, read_batch, first_row + start, min(read_batch_size, num_rows - start)))
         first_row += num_rows
     return plans
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """What a dataset records of the model that makes its embeddings; `version` is the short id of what computes."""
-
-    model_id: str
-    version: str
-    precision: Precision
 
 
 # ------------------------------------------------------------------------------------------------ a part that is there
