@@ -6,6 +6,7 @@ import multiprocessing
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.embeddings_dataset import dataset as dataset_module
@@ -13,8 +14,9 @@ from pipeline.embeddings_dataset.appending import Appending, PartStore
 from pipeline.embeddings_dataset.content import PartContent, PartPlan
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, resolve_dataset_dir
 from pipeline.embeddings_dataset.packaged_input import InputOptions, PackagedInput
-from pipeline.embeddings_dataset.parts import plan_parts
-from pipeline.errors import InputError, PipelineError, StaleOutputError
+from pipeline.embeddings_dataset.parts import plan_parts, read_part
+from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutputError
+from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.ids import Shard
 from pipeline.inference.precision import Precision
 from publish_model.model_folder.published_model import name_version
@@ -243,3 +245,27 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(PipelineError, match="cannot write .*state.json"):
         make_appending(tmp_path / "file" / "out", source)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"in": 10**15, "out": 10**15, "rejected": 0, "dropped": 0},
+        {"in": 2, "out": 7, "rejected": -5, "dropped": 0},
+        {"in": 1, "out": 2, "rejected": 0, "dropped": 0},
+        {"in": 5, "out": 2, "rejected": 0, "dropped": 3},
+        {"out": 2, "rejected": 0, "dropped": 0},
+        {"in": 2, "rejected": 0, "dropped": 0},
+    ],
+)
+def test_a_part_that_claims_rows_which_it_does_not_hold_is_damaged(tmp_path, source, counts):
+    store, plans = make_appending(tmp_path / "out", source)
+    store.write_part(plans[0], make_content(plans[0]))
+    path = tmp_path / "out" / "parts" / plans[0].name
+    table = pq.read_table(path)
+    claimed = json.loads(table.schema.metadata[PROVENANCE_KEY]) | {"counts": counts}
+    pq.write_table(table.replace_schema_metadata({PROVENANCE_KEY: json.dumps(claimed)}), path)
+    with pytest.raises(DamagedError):
+        read_part(path)
+    assert store.find_parts() == {}
+    assert store.write_state()["rows_embedded"] == 0

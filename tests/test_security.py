@@ -8,12 +8,13 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from published_models import make_config, write_checkpoint
 
 from pipeline.errors import InputError, PipelineError
-from publish_model import convert_to_hf
+from publish_model import aggregate_embeddings, convert_to_hf, export_embeddings
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDERS = (
@@ -120,3 +121,22 @@ def test_torch_is_new_enough_to_read_checkpoints_of_others():
     bound = next(line for line in project["dependencies"] if line.startswith("torch>="))
     assert tuple(map(int, bound.removeprefix("torch>=").split("."))) >= (2, 10)
     assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+
+def test_a_dataset_that_is_shared_names_no_folder_of_this_machine(embed, run_main, packaged, model_dir, tmp_path):
+    """A path in a log, in the state, in a footer tells strangers names of people and projects."""
+    output = tmp_path / "out"
+    damaged = output / "parts" / "rg00000_rb00000.parquet"
+    assert embed(packaged, output, "--limit", 4).code == 0
+    damaged.write_bytes(b"PAR1")
+    assert embed(packaged, output).code == 0
+    assert run_main(aggregate_embeddings.main, output).code == 0
+    assert run_main(export_embeddings.main, output, "--export", "int8").code == 0
+    assert run_main(export_embeddings.main, output, "--export", "float17").code == 2
+    assert embed(tmp_path / "none.parquet", output).code == 1
+    log = (output / "_logs" / "generate_embeddings_from_parquet.log").read_text()
+    assert "WARNING rg00000_rb00000.parquet: damaged: it is made again" in log
+    folders = [str(folder).encode() for folder in (tmp_path, model_dir.parent, REPO)]
+    for path in (path for path in output.rglob("*") if path.is_file()):
+        footer = str(pq.read_metadata(path).metadata).encode() if path.suffix == ".parquet" else b""
+        assert not any(folder in path.read_bytes() + footer for folder in folders), path
