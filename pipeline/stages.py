@@ -95,9 +95,9 @@ STAGES = {
             unit=ANCHOR, after=(4,), uses_gpu=True,
         ),
         Stage(
-            6, "train_specialized_embeddings.train", ("merged_dir", "difficulty_metadata_path"), "checkpoint_dir",
+            6, "train_specialized_embeddings.train", ("merged_dir",), "checkpoint_dir",
             ("checkpoint_best.pt", "checkpoint_final.pt", "metrics.jsonl", "provenance.json"), after=(3, 5),
-            uses_gpu=True, may_read=("training.init_checkpoint",),
+            uses_gpu=True, may_read=("difficulty_metadata_path", "training.init_checkpoint"),
         ),
         Stage(
             7, "publish_model.convert_to_hf", ("checkpoint_dir",), "published_model_dir", ("config.json",), after=(6,),
@@ -116,8 +116,8 @@ STAGES = {
 
 # Not a stage of the pipeline: the search for stage 6's settings, an array of workers on one study.
 TUNE = Stage(
-    0, "train_specialized_embeddings.tune", ("merged_dir", "difficulty_metadata_path"), "checkpoint_dir",
-    ("_tune/best.toml",), WORKER, after=(3, 5), uses_gpu=True,
+    0, "train_specialized_embeddings.tune", ("merged_dir",), "checkpoint_dir",
+    ("_tune/best.toml",), WORKER, after=(3, 5), uses_gpu=True, may_read=("difficulty_metadata_path",),
 )  # fmt: skip
 
 BY_LABEL = {stage.label: stage for stage in (*STAGES.values(), TUNE)}

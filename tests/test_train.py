@@ -25,7 +25,7 @@ from training_data import (
 )
 
 from pipeline.config import load_config
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.files import tables
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from pipeline.retrieval.scores import SCORE_KEYS, score_queries, summarize_scores
@@ -136,6 +136,20 @@ def test_no_hidden_layer_and_a_distance_and_few_anchors_work(workspace: Path) ->
     history = read_metrics(workspace)
     assert all(2 <= record["num_negatives"] <= 4 for record in history[1:])  # buildings of 2 to 4 images
     assert set(history[1]["learning_rates"]) == {"shortcut"}
+
+
+def test_without_a_difficulty_table_negatives_are_random(
+    workspace: Path, write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_config(workspace, **SETTINGS)
+    path.write_text(path.read_text().replace('difficulty_metadata_path = "difficulty.parquet"\n', ""))
+    with caplog.at_level("WARNING", "spatial_building_embeddings"):
+        run(workspace, "training.num_epochs=1")
+    assert "difficulty_metadata_path is not set: negatives are random" in caplog.text
+    assert read_metrics(workspace)[1]["band_shares"] == [0.0] * 7 + [1.0]
+    assert run(workspace, "training.num_epochs=1").kept
+    with pytest.raises(StaleOutputError, match="input difficulty.parquet was not among its inputs"):
+        run(workspace, "training.num_epochs=1", "paths.difficulty_metadata_path=difficulty.parquet")
 
 
 def test_training_on_a_sample_of_the_buildings_reads_these_alone(

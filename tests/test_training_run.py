@@ -117,6 +117,8 @@ def test_with_a_bandit_a_killed_run_goes_on_exactly_too(
     assert_same_run(workspace, undisturbed)
     bandit = read_checkpoints(workspace)["checkpoint_final.pt"]["sampler"]["bandit"]
     assert sum(bandit["pulls"]) > 100
+    means = [reward / pulls for reward, pulls in zip(bandit["rewards"], bandit["pulls"], strict=True)]
+    assert read_metrics(workspace)[-1]["bandit_rewards"] == means
 
 
 def kill_at(record: dict[str, Any], epoch: int) -> None:

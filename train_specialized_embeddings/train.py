@@ -2,7 +2,7 @@
 
     python train_specialized_embeddings/train.py --config config.toml
 
-Reads merged_dir/train.parquet and val.parquet and difficulty_metadata_path. Writes to checkpoint_dir
+Reads merged_dir/train.parquet and val.parquet and, if set, difficulty_metadata_path. Writes to checkpoint_dir
 checkpoint_best.pt (by validation mAP, the start included), checkpoint_final.pt, checkpoint_epoch_N.pt, metrics.jsonl
 and provenance.json. A rerun keeps a complete run and resumes a killed one: the weights are the same.
 """
@@ -33,13 +33,14 @@ def list_inputs(config: Config) -> dict[str, Path]:
 
     Raises ConfigError where a path is not set, or the run would replace the checkpoint that it starts from.
     """
-    config.require_paths("merged_dir", "difficulty_metadata_path", "checkpoint_dir")
+    config.require_paths("merged_dir", "checkpoint_dir")
     merged_dir = config.path("merged_dir")
     inputs = {
         "train": merged_dir / "train.parquet",
         "val": merged_dir / "val.parquet",
-        "difficulty": config.path("difficulty_metadata_path"),
     }
+    if config.paths.difficulty_metadata_path is not None:
+        inputs["difficulty"] = config.path("difficulty_metadata_path")
     if config.training.init_checkpoint is not None:
         where = "[training].init_checkpoint"
         inputs[WARM_START] = config.expand(config.training.init_checkpoint, where)

@@ -47,6 +47,10 @@ class BandBandit:
             self.pulls[band] = DISCOUNT**PULLS_PER_DRAW * self.pulls[band] + PULLS_PER_DRAW * share
             self.rewards[band] = DISCOUNT**PULLS_PER_DRAW * self.rewards[band] + PULLS_PER_DRAW * share * reward
 
+    def list_means(self) -> list[float | None]:
+        """Return the discounted share of active triplets of each band, None where it was never pulled."""
+        return [reward / pulls if pulls else None for reward, pulls in zip(self.rewards, self.pulls, strict=True)]
+
     def _upper_bound(self, band: int, pulls: list[float]) -> float:
         if pulls[band] < 1e-9:
             return math.inf

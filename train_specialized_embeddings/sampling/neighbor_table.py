@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,12 +39,16 @@ class Neighbors:
     ends: NDArray[np.int32]  # (N, NUM_BANDS)
 
 
-def load_neighbors(path: Path, features: Features) -> Neighbors:
-    """Read the table for the images of `features`, without a Python object per row.
+def load_neighbors(path: Path | None, features: Features) -> Neighbors:
+    """Read the table for the images of `features`, without a Python object per row; without a table they have none.
 
     Leaves out neighbours outside these buildings, and an image's own building; images that the table misses have none.
     Raises InputError if the file is missing, damaged or of another shape, names an image twice, or none of ours.
     """
+    starts, ends = np.zeros(len(features), np.int64), np.zeros((len(features), NUM_BANDS), np.int32)
+    if path is None:
+        logger.warning("[paths].difficulty_metadata_path is not set: negatives are random")
+        return Neighbors(np.empty(0, np.int32), starts, ends)
     tables.read_provenance(path, warn=True)
     with tables.open_parquet(path) as file, tables.reading(path):
         schema = file.schema_arrow
@@ -53,7 +58,7 @@ def load_neighbors(path: Path, features: Features) -> Neighbors:
         ("neighbor_building_ids", "text", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
         ("neighbor_bands", "whole numbers", pa.types.is_integer),
     ):
-        kind = schema.field(name).type if name in schema.names else None
+        kind: Any = schema.field(name).type if name in schema.names else None
         is_list = kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
         if not (is_list and is_right(kind.value_type)):
             found = kind or "missing"
@@ -74,7 +79,6 @@ def load_neighbors(path: Path, features: Features) -> Neighbors:
     num_threads = count_cores()
     gathered = map_in_order(lambda pair: _gather(path, *pair, features), pair_batches(), num_threads, num_threads + 1)
     rows, codes, row_ends = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
-    starts, ends = np.zeros(len(features), np.int64), np.zeros((len(features), NUM_BANDS), np.int32)
     starts[rows] = np.cumsum(row_ends[:, -1], dtype=np.int64) - row_ends[:, -1]
     ends[rows] = row_ends
     logger.info(

@@ -115,7 +115,7 @@ def read_material(
         if config.training.sample_buildings is not None:
             train = sample_buildings(train, config.training.sample_buildings, config.global_.seed)
         check_splits(inputs, train, val, config.training_model.input_dim)
-        neighbors = load_neighbors(inputs["difficulty"], train)
+        neighbors = load_neighbors(inputs.get("difficulty"), train)
     warm = None
     if "init_checkpoint" in inputs and saved is None:
         warm = load_any_checkpoint(inputs["init_checkpoint"], config.training_model, input_dim=train.width)

@@ -36,6 +36,7 @@ class EpochReport:
     band_shares: list[float] | None = None
     learning_rates: dict[str, float] | None = None  # at the epoch's last step
     num_negatives: int = 0  # banded ones
+    bandit_rewards: list[float | None] | None = None  # by band
 
 
 class Trainer:
@@ -108,7 +109,9 @@ class Trainer:
         if not math.isfinite(loss):
             raise PipelineError("training diverged (the loss is not a number): lower [training].learning_rate")
         rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        return EpochReport(loss, sum(active_by_band) / total, [count / total for count in by_band], rates, int(total))
+        rewards = self.bandit.list_means() if self.bandit else None
+        shares = [count / total for count in by_band]
+        return EpochReport(loss, sum(active_by_band) / total, shares, rates, int(total), rewards)
 
     def _set_rates(self, done: float) -> None:
         """Set the learning rates for a step of this epoch; `done` is the share of its steps before it."""
