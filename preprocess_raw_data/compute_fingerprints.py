@@ -148,56 +148,35 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     write_rejects(rejects_path(unit.output_path), sorted(rejects.values(), key=lambda reject: reject[0]), provenance)
     keep = np.ones(len(views), dtype=bool)
     keep[list(rejects)] = False
-    with watch.measure("write"):
-        write_fingerprints(unit.output_path, views, fingerprints, keep, provenance)
+    ids, width = views.select(FINGERPRINT_ID_SCHEMA.names), fingerprints.shape[1]
+    schema = pa.schema([*FINGERPRINT_ID_SCHEMA, pa.field("fingerprint", pa.list_(pa.uint8(), width))])
+    with watch.measure("write"), parquet_writer(unit.output_path, schema, provenance) as writer:
+        for start in range(0, len(views), ROWS_PER_GROUP):
+            kept = start + np.flatnonzero(keep[start : start + ROWS_PER_GROUP])
+            column = pa.FixedSizeListArray.from_arrays(pa.array(fingerprints[kept].reshape(-1)), width)
+            writer.write_table(ids.take(pa.array(kept)).append_column(schema.field("fingerprint"), column).cast(schema))
     logger.info("%s: %d images, %d rejected", unit.tar_path.name, len(views), len(rejects))
     return provenance
 
 
-def write_fingerprints(
-    path: Path, views: pa.Table, fingerprints: np.ndarray, keep: np.ndarray, provenance: Provenance
-) -> None:
-    """Write the kept rows, in the order of the views."""
-    width = fingerprints.shape[1]
-    schema = pa.schema([*FINGERPRINT_ID_SCHEMA, pa.field("fingerprint", pa.list_(pa.uint8(), width))])
-    with parquet_writer(path, schema, provenance) as writer:
-        for start in range(0, len(views), ROWS_PER_GROUP):
-            chunk = slice(start, start + ROWS_PER_GROUP)
-            ids = views.select(FINGERPRINT_ID_SCHEMA.names).slice(start, ROWS_PER_GROUP).filter(pa.array(keep[chunk]))
-            values = pa.array(fingerprints[chunk][keep[chunk]].reshape(-1))
-            column = pa.FixedSizeListArray.from_arrays(values, width)
-            writer.write_table(ids.append_column(schema.field("fingerprint"), column).cast(schema))
-
-
-def describe_output(unit: TarUnit, config: Config) -> Provenance:
-    """Return the provenance that a tar's fingerprints must have."""
-    settings = {"descriptor": DESCRIPTOR, "image_size": config.fingerprints.image_size}
-    return make_provenance(STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings)
-
-
-def take_over(unit: TarUnit, config: Config) -> tuple[dict[str, int], str]:
-    """Return the counts of fingerprints without provenance that fit the intermediate and the settings, and a note.
-
-    Raises InputError where they do not.
-    """
-    column, side = find_fingerprint(unit.output_path), config.fingerprints.image_size
-    if column.width not in (None, fingerprint_width(side)):
-        raise InputError(
-            f"{unit.output_path}: fingerprints of {column.width} values, [fingerprints].image_size = {side} gives "
-            f"{fingerprint_width(side)}: correct the setting, or move the file away to have it made again"
-        )
-    return check_foreign_output(unit, column, "--overwrite makes the whole file again")
-
-
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
     """Return the units of this shard's tars."""
-    return list_tar_units(
-        STAGES[4],
-        config,
-        options,
-        describe=lambda unit: describe_output(unit, config),
-        take_over=lambda unit: take_over(unit, config),
-    )
+    side = config.fingerprints.image_size
+
+    def describe(unit: TarUnit) -> Provenance:
+        settings = {"descriptor": DESCRIPTOR, "image_size": side}
+        return make_provenance(STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings)
+
+    def take_over(unit: TarUnit) -> tuple[dict[str, int], str]:
+        column = find_fingerprint(unit.output_path)
+        if column.width not in (None, fingerprint_width(side)):
+            raise InputError(
+                f"{unit.output_path}: fingerprints of {column.width} values, [fingerprints].image_size = {side} gives "
+                f"{fingerprint_width(side)}: correct the setting, or move the file away to have it made again"
+            )
+        return check_foreign_output(unit, column, "--overwrite makes the whole file again")
+
+    return list_tar_units(STAGES[4], config, options, describe, take_over)
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:

@@ -102,9 +102,11 @@ def list_units(config: Config) -> list[Unit]:
 
 
 def describe_output(config: Config) -> dict[str, Any]:
-    """Return the provenance that the splits must have, without the counts."""
-    embeddings = list_embeddings(config)
-    return make_provenance(STAGE, map(identify, embeddings), describe_settings(config))
+    """Return the provenance that the splits must have, without the counts; a split file counts by its content."""
+    names = {"train_ratio", "val_ratio", "test_ratio", "split_unit", "split_cell_m"}
+    split_file = hash_json(read_named(config)) if config.data.split_file else None
+    settings = config.data.model_dump(include=names) | {"seed": config.global_.seed, "split_file": split_file}
+    return make_provenance(STAGE, map(identify, list_embeddings(config)), settings)
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
@@ -131,14 +133,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     result.add(provenances[0]["counts"], provenances[0]["reasons"])
     result.written = list(unit.outputs)
     return result
-
-
-def describe_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that shape the splits; a split file counts by its content."""
-    data = config.data
-    names = {"train_ratio", "val_ratio", "test_ratio", "split_unit", "split_cell_m"}
-    split_file = hash_json(read_named(config)) if data.split_file else None
-    return data.model_dump(include=names) | {"seed": config.global_.seed, "split_file": split_file}
 
 
 def read_named(config: Config) -> dict[str, str]:
