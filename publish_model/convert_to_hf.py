@@ -12,7 +12,9 @@ With --from-model it publishes anew a folder that the reference implementation p
 config.json, without checkpoint or splits; the new folder needs no other model.
 """
 
+import glob
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,13 @@ from pipeline.files.identity import identify
 from pipeline.files.tables import make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import read_json_object, writing_folder
-from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone, names_its_backbone
+from pipeline.inference.model_files import (
+    embedding_settings,
+    identify_model,
+    is_within,
+    locate_backbone,
+    names_its_backbone,
+)
 from pipeline.log import logger
 from pipeline.reference.model_folder import open_reference
 from pipeline.stages import STAGES
@@ -130,8 +138,11 @@ def list_units(config: Config) -> list[Unit]:
 
     def describe(_: Unit) -> Provenance:
         folder = locate_backbone(config, download=False)
-        backbone_id = identify_model(folder) if folder else find_backbone_id(output)
-        return describe_published(config, checkpoint_path, backbone_id, None)
+        if folder:
+            return describe_published(config, checkpoint_path, identify_model(folder), None)
+        inputs = (read_recorded(output / CONFIG_NAME) or {}).get("inputs", [])  # on a machine without the backbone
+        found = next((item["id"] for item in inputs if item["name"] == "backbone"), None)
+        return describe_published(config, checkpoint_path, found, None)
 
     return [make_unit(output, describe)]
 
@@ -143,12 +154,6 @@ def make_unit(output: Path, describe: Callable[[Unit], Provenance]) -> Unit:
     code = [path.name for path in CODE_PATHS]
     outputs = tuple(output / name for name in (CONFIG_NAME, "preprocessor_config.json", "README.md", *code, *weights))
     return Unit(STAGE, outputs, describe, check=lambda: check_place(output), marks=outputs[:1])
-
-
-def find_backbone_id(output: Path) -> str | None:
-    """Return the id of the backbone in a published folder, for a machine that does not have the backbone itself."""
-    inputs = (read_recorded(output / CONFIG_NAME) or {}).get("inputs", [])
-    return next((found["id"] for found in inputs if found["name"] == "backbone"), None)
 
 
 def check_place(folder: Path) -> None:
@@ -202,23 +207,21 @@ def check_worth(checkpoint: "Checkpoint", force: bool) -> dict[str, dict[str, fl
     return {row: values for row, values in metrics.items() if isinstance(values, dict)}
 
 
-def describe_push(folder: Path, repo_id: str, *, public: bool) -> None:
-    """Log the files that `push_to_hub` would upload."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in paths:
-        logger.info("would upload %s (%d bytes)", path.relative_to(folder), path.stat().st_size)
-    total = sum(path.stat().st_size for path in paths) / 1e6
-    logger.info(
-        "dry run: %d files, %.1f MB, to %s (%s): nothing was uploaded",
-        len(paths), total, repo_id, "public" if public else "private",
-    )  # fmt: skip
+def push_to_hub(folder: Path, repo_id: str, *, public: bool, dry_run: bool) -> None:
+    """Upload a published folder to the hub, or log what would be; a new repository is private unless `public` is set.
 
-
-def push_to_hub(folder: Path, repo_id: str, *, public: bool) -> None:
-    """Upload a published folder to the hub; a new repository is private unless `public` is set.
-
-    The token comes from $HF_TOKEN alone. Raises PipelineError if there is none or the hub refuses.
+    Other files in the folder, and links out of it, stay here. The token comes from $HF_TOKEN alone.
+    Raises PipelineError if there is none or the hub refuses.
     """
+    names = [path.name for path in sorted(folder.iterdir()) if re.fullmatch(MADE, path.name) and is_within(path)]
+    for path in sorted(folder.iterdir()):
+        if path.name not in names:
+            logger.warning("%s: not uploaded: no file of a published model, or a link", path)
+        elif dry_run:
+            logger.info("would upload %s (%d bytes)", path.name, path.stat().st_size)
+    if dry_run:
+        logger.info("dry run, to %s (%s): nothing was uploaded", repo_id, "public" if public else "private")
+        return
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -228,7 +231,12 @@ def push_to_hub(folder: Path, repo_id: str, *, public: bool) -> None:
     try:
         api = HfApi(token=token)
         api.create_repo(repo_id, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Publish the model")
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Publish the model",
+            allow_patterns=[glob.escape(name) for name in names],
+        )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = one_line(error).replace(token, "(token)")[:200]
         raise PipelineError(
@@ -270,7 +278,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     if config.paths.report_dir is not None:
         add_test_results(output, config.path("report_dir") / "metrics.json")
     if own.push_to_hub:
-        (describe_push if own.dry_run else push_to_hub)(output, own.push_to_hub, public=own.public)
+        push_to_hub(output, own.push_to_hub, public=own.public, dry_run=own.dry_run)
     return result
 
 

@@ -104,6 +104,18 @@ def test_every_file_arrives_in_a_private_repository(push, hub, tmp_path):
     check_secret(outcome, tmp_path)
 
 
+def test_other_files_in_the_folder_and_links_out_of_it_stay_here(push, hub, tmp_path):
+    (tmp_path / "private").write_text("secret")
+    (tmp_path / "published" / "notes.txt").write_text("mine")
+    (tmp_path / "published" / "LICENSE").symlink_to(tmp_path / "private")
+    assert "LICENSE: not uploaded" in push("--dry-run").stderr
+    assert push().code == 0
+    commit = next(body for path, _, body in hub.requests if "/commit/" in path)
+    sent = {one["value"]["path"] for one in map(json.loads, commit.splitlines()) if one["key"] == "file"}
+    assert "model.safetensors" in sent
+    assert not sent & {"notes.txt", "LICENSE"}
+
+
 def test_a_dry_run_lists_the_files_and_asks_the_hub_nothing(push, hub, tmp_path):
     outcome = push("--dry-run")
     assert outcome.code == 0, outcome.stderr
