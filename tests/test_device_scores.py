@@ -96,14 +96,14 @@ def test_a_gpu_whose_memory_runs_out_is_given_smaller_tiles_and_in_the_end_an_er
     expected = score_queries(embeddings, codes)
     monkeypatch.setattr(device_scores, "BLOCK_ROWS", {"cpu": 4096})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    whole, room = device_scores._Ranking.run, 1024
+    whole, room = device_scores._rank_blocks, 1024
 
-    def run(ranking, progress):
-        if ranking._block_rows > room:
+    def rank(images, back, block_rows, progress):
+        if block_rows > room:
             raise torch.cuda.OutOfMemoryError
-        return whole(ranking, progress)
+        return whole(images, back, block_rows, progress)
 
-    monkeypatch.setattr(device_scores._Ranking, "run", run)
+    monkeypatch.setattr(device_scores, "_rank_blocks", rank)
     found = score_queries(embeddings, codes)
     assert found.first_rank.tolist() == expected.first_rank.tolist()
     assert [record.args for record in caplog.records] == [("scores", 2048), ("scores", 1024)]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,11 +60,26 @@ def rank_positives(
     Raises DeviceMemoryError where the GPU's memory does not suffice.
     """
     rows = min(BLOCK_ROWS[device.type], max(8, 2 ** (len(embeddings) - 1).bit_length()))
+    sizes = np.bincount(building_codes)[building_codes]
+    order = np.lexsort((building_codes, sizes))
+    codes = building_codes[order]
+    firsts = np.flatnonzero(np.diff(codes, prepend=codes[:1] - 1))
+    starts = np.repeat(firsts, np.diff(np.append(firsts, len(codes))))
+
+    def move(values: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
     def rank(block_rows: int) -> list[Ranked]:
+        table = torch.empty((block_rows * -(-len(order) // block_rows), embeddings.shape[1]), device=device)
+        table[len(order) :] = 0.0
+        step = max(1, _COPIED_NUMBERS // max(1, embeddings.shape[1]))
+        for first in range(0, len(order), step):
+            part = embeddings[order[first : first + step]]
+            table[first : first + len(part)] = move(part)
+        panoramas = None if panorama_codes is None else move(panorama_codes[order])
+        images = _Images(table, move(codes), panoramas, move(starts), move(sizes[order]), move(ignored))
         with full_precision():
-            ranking = _Ranking(embeddings, building_codes, ignored, panorama_codes, device, block_rows)
-            return ranking.run(progress)
+            return _rank_blocks(images, np.argsort(order), block_rows, progress)
 
     with needing_memory(
         f"{embeddings.nbytes / 1e9:.1f} GB of embeddings and a tile of their scores",
@@ -84,89 +100,51 @@ class _Images:
     ignored: torch.Tensor  # (M, 2) pairs of buildings
 
 
-class _Ranking:
-    """All blocks of rows, each against itself and the later ones."""
+def _rank_blocks(images: _Images, back: Codes, block_rows: int, progress: Callable[[int], None] | None) -> list[Ranked]:
+    """Compare each block of rows with itself and the later ones, and return the results in the rows' own order.
 
-    def __init__(
-        self,
-        embeddings: NDArray[np.float32],
-        building_codes: Codes,
-        ignored: Codes,
-        panorama_codes: Codes | None,
-        device: torch.device,
-        block_rows: int,
-    ) -> None:
-        def move(values: Codes) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(device)
+    On a CPU each core takes a tile of its own, in one thread.
+    """
+    device, own, lock = images.embeddings.device, threading.local(), threading.Lock()
 
-        sizes = np.bincount(building_codes)[building_codes]
-        self._order = order = np.lexsort((building_codes, sizes))
-        table = torch.empty((block_rows * -(-len(order) // block_rows), embeddings.shape[1]), device=device)
-        table[len(order) :] = 0.0
-        step = max(1, _COPIED_NUMBERS // max(1, embeddings.shape[1]))
-        for first in range(0, len(order), step):
-            part = embeddings[order[first : first + step]]
-            table[first : first + len(part)] = torch.from_numpy(part).to(device)
-        codes = building_codes[order]
-        firsts = np.flatnonzero(np.diff(codes, prepend=codes[:1] - 1))
-        starts = np.repeat(firsts, np.diff(np.append(firsts, len(codes))))
-        panoramas = None if panorama_codes is None else move(panorama_codes[order])
-        self._images = _Images(table, move(codes), panoramas, move(starts), move(sizes[order]), move(ignored))
-        self._device, self._block_rows = device, block_rows
-        self._own, self._lock = threading.local(), threading.Lock()
-
-    def run(self, progress: Callable[[int], None] | None) -> list[Ranked]:
-        """Look at every tile, and return the results in the rows' own order.
-
-        On a CPU each core takes a tile of its own, in one thread.
-        """
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            num_workers = 1 if self._device.type == "cuda" else num_threads
-            with threadpool_limits(1, user_api="blas"):
-                firsts = range(0, len(self._order), self._block_rows)
-                make = partial(_Block, self._images, self._block_rows)
-                blocks = list(map_in_order(make, firsts, num_workers))
-                tiles = ((block, other) for place, block in enumerate(blocks) for other in blocks[place:])
-                with closing(map_in_order(self._compare, tiles, num_workers)) as compared:
-                    for block, other in compared:
-                        if progress is not None and other is blocks[-1] and block.num_queries:
-                            progress(block.num_queries)
-        finally:
-            torch.set_num_threads(num_threads)
-        found = [block.results() for block in blocks]
-        back = np.argsort(self._order)
-        return [
-            Ranked(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*results, strict=True)))
-            for results in zip(*found, strict=True)
-        ]
-
-    def _compare(self, tile: "Tile") -> "Tile":
+    def compare(tile: Tile) -> Tile:
         """Count, for the queries of both blocks, the other block's candidates that are nearer than a positive."""
         block, other = tile
-        scores, mask = self._buffers()
+        if not hasattr(own, "scores"):  # fresh pages would cost more to fill
+            shape = block_rows, block_rows
+            own.scores = torch.empty(shape, device=device)
+            own.mask = torch.empty(shape, dtype=torch.bool, device=device)
+        scores, mask = own.scores, own.mask
         _multiply(block.rows, other.rows, scores)
         scores[:, other.count :] = -torch.inf
         for left_out in block.list_left_out(other):
             scores[left_out] = -torch.inf
-        if any([block.add(scores, 1, mask, self._lock), other is not block and other.add(scores, 0, mask, self._lock)]):
+        if any([block.add(scores, 1, mask, lock), other is not block and other.add(scores, 0, mask, lock)]):
             rows, columns = block.list_same_panorama(other)
             similarities = scores[rows, columns]
-            block.note_companions(rows, similarities, self._lock)
+            block.note_companions(rows, similarities, lock)
             if other is not block:
-                other.note_companions(columns, similarities, self._lock)
+                other.note_companions(columns, similarities, lock)
         return tile
 
-    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this thread's own tiles of similarities and of truth values: fresh pages would cost more to fill."""
-        if not hasattr(self._own, "buffers"):
-            shape = self._block_rows, self._block_rows
-            self._own.buffers = tuple(
-                torch.empty(shape, dtype=dtype, device=self._device) for dtype in (torch.float32, torch.bool)
-            )
-        found: tuple[torch.Tensor, torch.Tensor] = self._own.buffers
-        return found
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        num_workers = 1 if device.type == "cuda" else num_threads
+        with threadpool_limits(1, user_api="blas"):
+            make = partial(_Block, images, block_rows)
+            blocks = list(map_in_order(make, range(0, len(back), block_rows), num_workers))
+            tiles = ((block, other) for place, block in enumerate(blocks) for other in blocks[place:])
+            with closing(map_in_order(compare, tiles, num_workers)) as compared:
+                for block, other in compared:
+                    if progress is not None and other is blocks[-1] and block.num_queries:
+                        progress(block.num_queries)
+    finally:
+        torch.set_num_threads(num_threads)
+    return [
+        Ranked(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*results, strict=True)))
+        for results in zip(*(block.results() for block in blocks), strict=True)
+    ]
 
 
 class _Block:
@@ -253,7 +231,7 @@ class _Block:
         return found
 
 
-Tile = tuple[_Block, _Block]
+Tile = tuple["_Block", "_Block"]
 
 
 class _Labels:

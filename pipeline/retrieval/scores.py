@@ -68,21 +68,9 @@ def _check_rows(rows: Embeddings) -> Embeddings:
     return norms
 
 
-def score_queries(
-    embeddings: Embeddings,
-    building_codes: NDArray[Any],
-    *,
-    ignored: IgnoredPairs | None = None,
-    device: "torch.device | None" = None,
-    progress: Callable[[int], None] | None = None,
-) -> QueryScores:
-    """Let each L2-normalised row (N, D) query all others by cosine, in float32, on the device (None: the CPU).
-
-    Buildings that `ignored` pairs with the query's are no candidates; a row without a positive is no query. A negative
-    that ties with a positive counts as nearer. `progress` hears how many queries were done since the last call.
-    Raises InputError if a row is not finite or zero, or no row has a positive.
-    """
-    return score_queries_twice(embeddings, building_codes, None, ignored=ignored, device=device, progress=progress)[0]
+def score_queries(embeddings: Embeddings, building_codes: NDArray[Any], **options: Any) -> QueryScores:
+    """Score as `score_queries_twice` does, by one search among all candidates; the options are that function's."""
+    return score_queries_twice(embeddings, building_codes, None, **options)[0]
 
 
 def score_queries_twice(
@@ -94,9 +82,12 @@ def score_queries_twice(
     device: "torch.device | None" = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[QueryScores, QueryScores | None]:
-    """Score as `score_queries` does, and again without the candidates of the query's own panorama, by one search.
+    """Let each L2-normalised row (N, D) query all others by cosine, in float32, on the device (None: the CPU).
 
-    The second is None without panoramas, or where no image has a positive of another one.
+    The second result is without the candidates of the query's own panorama; None without panoramas, or where no image
+    has a positive of another one. Buildings that `ignored` pairs with the query's are no candidates; a row without a
+    positive is no query. A negative that ties with a positive counts as nearer. `progress` hears how many queries were
+    done since the last call. Raises InputError if a row is not finite or zero, or no row has a positive.
     """
     import torch  # which needs seconds to import
 

@@ -63,9 +63,9 @@ class LinearMap:
         mapped /= np.maximum(norms, np.finfo(np.float32).tiny)
         return mapped
 
-    def map_rows(self, embeddings: NDArray[Any], out: Float32 | None = None) -> Float32:
-        """Return the mapped rows (N, k) before they are normalised, in `out` where it is given."""
-        mapped = np.empty((len(embeddings), len(self.weight)), dtype=np.float32) if out is None else out
+    def map_rows(self, embeddings: NDArray[Any]) -> Float32:
+        """Return the mapped rows (N, k) before they are normalised."""
+        mapped = np.empty((len(embeddings), len(self.weight)), dtype=np.float32)
         step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
         for start in range(0, len(embeddings), step):
             rows: NDArray[Any] = np.asarray(embeddings[start : start + step], dtype=np.float32)
@@ -192,9 +192,8 @@ class _Sums:
         between /= self._num_rows
         between -= np.outer(mean, mean)
         within /= self._num_rows
-        return Scatter(
-            mean + origin, within, between, self._num_rows, self._num_buildings, self._power, self._device
-        )  # fmt: skip
+        counts = self._num_rows, self._num_buildings
+        return Scatter(mean + origin, within, between, *counts, self._power, self._device)
 
     def _prepare(self, rows: "torch.Tensor") -> "torch.Tensor":
         """Return rows of any float type, raised to the power."""
@@ -253,7 +252,10 @@ def whiten_within_class(
     spread, directions = decompose(root[:, None] * scatter.between_on_axes * root, scatter.device)
     rank = min(_count_positive(spread), scatter.num_buildings - 1, output_dim)
     kept = (directions[:, ::-1][:, :rank].T * root) @ axes.T  # (rank, D)
-    return _finish(kept, scatter, output_dim)
+    mean_square = float(np.einsum("ij,jk,ik->", kept, scatter.within + scatter.between, kept, optimize=True))
+    padded = np.zeros((output_dim, kept.shape[1]))
+    padded[:rank] = kept / np.sqrt(mean_square) if mean_square > 0 else kept
+    return _as_map(padded, scatter)
 
 
 def sharpen_whitening(scatter: Scatter, output_dim: int = 256, shrinkage: float = DEFAULT_SHRINKAGE) -> LinearMap:
@@ -294,14 +296,6 @@ def decompose(symmetric: Float64, device: "torch.device | None" = None) -> tuple
 def _count_positive(ascending: Float64) -> int:
     """Count the eigenvalues above rounding."""
     return int((ascending > max(ascending[-1], 0.0) * len(ascending) * np.finfo(np.float64).eps).sum())
-
-
-def _finish(kept: Float64, scatter: Scatter, output_dim: int) -> LinearMap:
-    """Scale the rows so that the outputs have mean squared norm 1, and pad with rows of zeros."""
-    mean_square = float(np.einsum("ij,jk,ik->", kept, scatter.within + scatter.between, kept, optimize=True))
-    padded = np.zeros((output_dim, kept.shape[1]))
-    padded[: len(kept)] = kept / np.sqrt(mean_square) if mean_square > 0 else kept
-    return _as_map(padded, scatter)
 
 
 def _as_map(rows: Float64, scatter: Scatter) -> LinearMap:
