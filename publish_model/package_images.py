@@ -30,6 +30,7 @@ from pipeline.config import count_cores
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, InputOptions
 from pipeline.errors import InputError, Rejection, StaleOutputError
 from pipeline.files import workspace
+from pipeline.files.identity import look_at
 from pipeline.files.tables import (
     REJECT_SCHEMA,
     count_rejects,
@@ -76,15 +77,6 @@ def try_image(image: SourceImage) -> Packed:
         return Packed(image, seen, data)
     except Rejection as rejection:
         return Packed(image, seen, rejection=rejection)
-
-
-def look_at(path: Path) -> list[int] | None:
-    """Return a file's size and time, None if there is no such file: if they are as recorded the file is too."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return [status.st_size, status.st_mtime_ns]
 
 
 def try_images(source: ImageSource, start: int, end: int | None = None) -> AbstractContextManager[Iterator[Packed]]:
@@ -139,7 +131,7 @@ def write_file(
             if num_bytes >= most_bytes:
                 break
     described = count_rejects(provenance, num_rows, (rejection for _, rejection in rejected))
-    described["seen"] = hash_json(seen)
+    described["seen"] = source.seen or hash_json(seen)
     write_rejects(rejects_path(path), rejected, described)
     return described
 
@@ -206,28 +198,35 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
 def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finished: list[dict[str, Any]]) -> list[Path]:
     """Make the files again of which a picture has changed or has come, put in their counts, and return them.
 
-    Pictures whose size and time are as recorded are not read; the others are compared with what was packaged.
+    Pictures whose size and time are as recorded are not read; the others are compared with what was packaged. Raises
+    StaleOutputError where the picture has changed inside a tar.
     """
     renewed, end = [], 0
-    for number, file in enumerate(finished):
-        start, end = end, end + file["counts"]["in"]
-        seen = hash_json([look_at(path) for path in source.locate(start, end)])
-        if seen == file["seen"]:
-            continue
-        path = name_file(folder, number)
-        with try_images(source, start, end) as images, open_parquet(path) as packaged:
-            batches = packaged.iter_batches(100, columns=[IMAGE_COLUMN])
-            old = (data for batch in batches for data in batch.column(0).to_pylist())
-            changed = [one.image.name for one, data in zip(images, old, strict=True) if one.data != data]
-        if changed:
-            logger.warning("%s: %d pictures have changed, as %s: made again", path, len(changed), changed[0])
-            with try_images(source, start, end) as images, Progress(STAGE, end - start) as progress:
-                finished[number] = write_file(path, group_rows(images), source, provenance, progress, math.inf)
-            renewed.append(path)
-        else:
-            finished[number] = file | {"seen": seen}
-            rejects = read_columns(rejects_path(path), REJECT_SCHEMA, "")
-            write_parquet(rejects_path(path), rejects, finished[number])
+    with contextlib.ExitStack() as stack:
+        images: Iterator[Packed] | None = None
+        for number, file in enumerate(finished):
+            start, end = end, end + file["counts"]["in"]
+            seen = source.seen or hash_json([look_at(path) for path in source.locate(start, end)])
+            if seen == file["seen"]:
+                images = None
+                continue
+            images = images or stack.enter_context(try_images(source, start))
+            path = name_file(folder, number)
+            with open_parquet(path) as packaged:
+                batches = packaged.iter_batches(100, columns=[IMAGE_COLUMN])
+                pairs = zip((data for batch in batches for data in batch.column(0).to_pylist()), images, strict=False)
+                changed = [one.image.name for data, one in pairs if one.data != data]
+            if not changed:
+                finished[number] = file | {"seen": seen}
+                rejects = read_columns(rejects_path(path), REJECT_SCHEMA, "")
+                write_parquet(rejects_path(path), rejects, finished[number])
+            elif source.seen:
+                raise StaleOutputError(f"{path}: {changed[0]} was another picture in its tar: give --overwrite")
+            else:
+                logger.warning("%s: %d pictures have changed, as %s: made again", path, len(changed), changed[0])
+                with try_images(source, start, end) as again, Progress(STAGE, end - start) as progress:
+                    finished[number] = write_file(path, group_rows(again), source, provenance, progress, math.inf)
+                renewed.append(path)
     return renewed
 
 

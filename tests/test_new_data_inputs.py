@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import shutil
 import subprocess
 import sys
 from decimal import Decimal
@@ -178,6 +179,26 @@ def test_photographs_resume_and_another_photograph_is_another_input(embed, photo
     assert read_bytes(tmp_path / "whole") == read_bytes(tmp_path / "out")
     (photographs / "new.jpg").write_bytes(make_photographs(1)[0])
     assert "made from another input" in embed(photographs, tmp_path / "out").stderr.splitlines()[-1]
+
+
+def test_a_photograph_that_has_changed_is_refused_by_name_and_its_part_made_again(embed, photographs, tmp_path):
+    old, new = (data.ljust(9000, b"\0") for data in make_photographs(9)[-2:])
+    (photographs / "0.jpeg").write_bytes(old)
+    assert embed(photographs, tmp_path / "out").code == 0
+    before = read_bytes(tmp_path / "out")
+    copy = shutil.copytree(photographs, tmp_path / "copy", symlinks=True, copy_function=shutil.copyfile)
+    assert "nothing redone" in embed(copy, tmp_path / "out").stderr
+    assert read_bytes(tmp_path / "out") == before
+    (copy / "0.jpeg").write_bytes(new)
+    os.utime(copy / "0.jpeg", (1_600_000_000, 1_600_000_000))
+    outcome = embed(copy, tmp_path / "out")
+    part = tmp_path / "out" / "parts" / "rg00000_rb00000.parquet"
+    assert (outcome.code, f"{copy}/0.jpeg: has changed since {part} was made: remove it" in outcome.stderr) == (1, True)
+    part.unlink()
+    assert embed(copy, tmp_path / "out").code == 0
+    after = read_bytes(tmp_path / "out")
+    assert {Path(name).name for name in before if before[name] != after[name]} == {part.name}
+    assert "nothing redone" in embed(copy, tmp_path / "out").stderr
 
 
 def test_a_name_that_is_not_utf_8_is_escaped(embed, photographs, tmp_path):

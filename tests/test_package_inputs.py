@@ -114,6 +114,26 @@ def test_a_copy_of_the_photographs_is_read_once_and_nothing_is_made_again(run_ma
     assert run(run_main, moved, output).code == 0
 
 
+def test_a_tar_of_the_same_size_with_another_picture_is_refused_by_name(run_main, tmp_path, small_files, monkeypatch):
+    output, sizes = tmp_path / "packaged", [len(data) for data in PHOTOGRAPHS]
+    members = [Entry(f"{number}.jpg", PHOTOGRAPHS[number].ljust(max(sizes), b"\0")) for number in range(5)]
+    tar = write_tar(tmp_path / "0001.tar", members)
+    assert run(run_main, tar, output).code == 0
+    overwrite(tar, tar.read_bytes())
+    before = read_states(output)
+    assert "nothing redone" in run(run_main, tar, output).stderr
+    assert read_states(output) == before
+    with monkeypatch.context() as patched:
+        patched.setattr(package_images, "try_image", None)
+        assert run(run_main, tar, output).code == 0
+    members[3] = Entry("3.jpg", PHOTOGRAPHS[6].ljust(max(sizes), b"\0"))
+    overwrite(tar, write_tar(tmp_path / "new.tar", members).read_bytes())
+    outcome = run(run_main, tar, output)
+    assert (outcome.code, "0001/3.jpg was another picture in its tar: give --overwrite" in outcome.stderr) == (1, True)
+    assert run(run_main, tar, output, "--overwrite").code == 0
+    assert read_package(output)["image_bytes"].to_pylist()[3].startswith(PHOTOGRAPHS[6])
+
+
 def test_pictures_that_change_before_an_interrupted_run_goes_on_are_the_new_ones(run_main, listed, tmp_path):
     output, options = tmp_path / "packaged", ("--max-reject-fraction", "1")
     assert run(run_main, listed / "list.csv", output, *options).code == 0

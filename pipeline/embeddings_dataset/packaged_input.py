@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import is_text, take_rows
 from pipeline.errors import DamagedError, InputError, one_line
-from pipeline.files.identity import hash_footer
+from pipeline.files.identity import hash_footer, look_at
 from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
 from pipeline.files.tables import BUFFER_BYTES, UNMAPPED_KEY, hash_json, open_parquet, read_failure
 from pipeline.files.text_tables import whole_from_floats, whole_or_text
@@ -54,7 +54,7 @@ class PackagedInput:
     """Packaged images, identified by content (size, schema and footers) and never by path.
 
     `places` holds the file of each row group and its number there, `partitions` the kept columns that a file's folders
-    name (`year=2020/`); a folder of photographs has `images` instead.
+    name (`year=2020/`); a folder of photographs has `images` instead, and `seen` tells their times.
     """
 
     path: Path
@@ -66,6 +66,7 @@ class PackagedInput:
     places: tuple[tuple[Path, int], ...] = ()
     partitions: Mapping[Path, Mapping[str, pa.Scalar]] = field(default_factory=dict)
     images: tuple[ImageFile, ...] = ()
+    seen: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -223,7 +224,8 @@ def _open_photographs(files: list[Path], options: InputOptions) -> PackagedInput
     schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
     fingerprint = hash_json([[decode_name(name), size] for name, size in images])
     size = sum(size for _, size in images)
-    return PackagedInput(folder, options, size, schema, fingerprint, tuple(rows), images=images)
+    seen = hash_json([look_at(file) for file in files])
+    return PackagedInput(folder, options, size, schema, fingerprint, tuple(rows), images=images, seen=seen)
 
 
 def _check_columns(
@@ -342,19 +344,21 @@ def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) 
     first, num_rows = row_group * IMAGES_PER_GROUP, source.row_group_rows[row_group]
     for start in range(0, num_rows, source.options.read_batch_size):
         end = min(start + source.options.read_batch_size, num_rows)
-        names = [name for name, _ in source.images[first + start : first + end]]
-        table = pa.table({ID_COLUMN: pa.array([decode_name(name) for name in names], pa.string())})
+        names = [decode_name(name) for name, _ in source.images[first + start : first + end]]
+        table = pa.table({ID_COLUMN: pa.array(names, pa.string())})
         if with_images:
-            images = [_read_bytes(source.path / name) for name in names]
-            table = table.append_column(IMAGE_COLUMN, pa.array(images, pa.large_binary()))
+            images = pa.array(read_photographs(source, first + start, first + end), pa.large_binary())
+            table = table.append_column(IMAGE_COLUMN, images)
         yield table
 
 
-def _read_bytes(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
+def read_photographs(source: PackagedInput, start: int, end: int) -> Iterator[bytes | None]:
+    """Yield some photographs; None for a file that cannot be read any more."""
+    for name, _ in source.images[start:end]:
+        try:
+            yield (source.path / name).read_bytes()
+        except OSError:
+            yield None
 
 
 def list_pictures(source: PackagedInput) -> Iterator[bytes]:

@@ -58,6 +58,15 @@ def note_digests(files: Mapping[str, Path], digests: Mapping[str, str], notes: S
     return digest
 
 
+def look_at(path: Path) -> list[int] | None:
+    """Return a file's size and time of change, None if there is none: where they are as recorded, the file is too."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # a zero byte in its name
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
 def _stamp(files: Mapping[str, Path]) -> tuple[str, int]:
     """Return a hash of the names, sizes and times of change of files, and the sum of their sizes."""
     found, size = [], 0

@@ -26,7 +26,7 @@ from pipeline.embeddings_dataset.packaged_input import (
 )
 from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
-from pipeline.files.identity import identify, identify_files
+from pipeline.files.identity import identify, look_at
 from pipeline.files.listing import TAR_SUFFIX, is_parquet
 from pipeline.files.tables import hash_json
 from pipeline.files.text_tables import read_csv, whole_or_text
@@ -53,7 +53,8 @@ class SourceImage:
 class ImageSource:
     """Images in a fixed order; `inputs` identify the list of them, `num_images` is None if it is unknown.
 
-    `stream` yields them from number `start` on; `locate` returns their own files from one number to another.
+    `stream` yields them from number `start` on; `locate` returns their own files from one number to another;
+    where they lie in tars, `seen` tells the tars' times.
     """
 
     fields: tuple[pa.Field, ...]  # OSMID and the columns that are kept
@@ -61,6 +62,7 @@ class ImageSource:
     num_images: int | None
     stream: Callable[[int], Iterator[SourceImage]]
     locate: Callable[[int, int], Sequence[Path]] = lambda _start, _end: ()
+    seen: str = ""
 
 
 def open_source(options: InputOptions) -> ImageSource:
@@ -157,8 +159,9 @@ def _open_tars(path: Path, tars: Sequence[Path]) -> ImageSource:
                     rejection = reject_repeated(name, f"{tar.name}/{member.name}", firsts)
                     yield SourceImage({ID_COLUMN: name}, name, _read_member(member, rejection))
 
-    inputs = [identify_files(tar.name, {tar.name: tar}, [], read=False) for tar in tars]
-    return ImageSource((_TEXT_ID,), inputs, None, lambda start: itertools.islice(stream_all(), start, None))
+    inputs = [{"name": tar.name, "size": tar.stat().st_size} for tar in tars]
+    seen = hash_json([look_at(tar) for tar in tars])
+    return ImageSource((_TEXT_ID,), inputs, None, lambda start: itertools.islice(stream_all(), start, None), seen=seen)
 
 
 def _is_image(member: Member) -> bool:
