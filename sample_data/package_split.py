@@ -18,8 +18,9 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
+from pipeline.files.column_types import check_columns
 from pipeline.files.identity import identify
-from pipeline.files.tables import check_columns, is_complete, make_provenance, open_parquet, parquet_writer
+from pipeline.files.tables import is_complete, make_provenance, open_parquet, parquet_writer
 from pipeline.ids import tar_name
 from pipeline.log import logging_to
 

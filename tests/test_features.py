@@ -109,8 +109,8 @@ def test_an_empty_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "problem"),
     [
-        ("building_id", "column building_id has nulls"),
-        ("street_view_id", "column street_view_id has nulls"),
+        ("building_id", "column building_id has empty values"),
+        ("street_view_id", "column street_view_id has empty values"),
         ("embedding", "column embedding: row 1 is empty"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DamagedError, InputError, PipelineError, Rejection, StaleOutputError
-from pipeline.files import identity, tables, workspace
+from pipeline.files import column_types, identity, tables, workspace
 
 PROVENANCE = {"stage": "somewhere", "version": "1", "inputs": [], "settings": {"a": 1}}
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("embedding", pa.list_(pa.float32(), 8))])
@@ -226,15 +227,50 @@ def test_damage_behind_the_footer_is_named_when_it_is_read(tmp_path):
 
 
 def test_every_missing_or_mistyped_column_is_named_at_once(tmp_path):
-    found = pa.schema([("id", pa.int32()), ("name", pa.large_string()), ("embedding", pa.list_(pa.float32()))])
+    found = pa.schema([("id", pa.bool_()), ("name", pa.large_string()), ("embedding", pa.list_(pa.float32()))])
     with pytest.raises(InputError) as caught:
-        tables.check_columns(tmp_path / "a.parquet", found, [*SCHEMA, pa.field("tar_file", pa.string())])
+        column_types.check_columns(tmp_path / "a.parquet", found, [*SCHEMA, pa.field("tar_file", pa.string())])
     kind, wanted = found.field("embedding").type, SCHEMA.field("embedding").type
     assert str(caught.value) == (
-        f"{tmp_path}/a.parquet: column id is int32, expected int64, column embedding is {kind}, expected {wanted}, "
+        f"{tmp_path}/a.parquet: column id is bool, expected int64, column embedding is {kind}, expected {wanted}, "
         "column tar_file is missing: make the file again with the stage that writes it"
     )
-    tables.check_columns(tmp_path / "a.parquet", SCHEMA, SCHEMA)
+    column_types.check_columns(tmp_path / "a.parquet", SCHEMA, SCHEMA)
+
+
+@pytest.mark.parametrize("rows", [-5, 10**15])
+def test_a_footer_that_claims_rows_the_file_cannot_hold_is_damage(tmp_path, rows):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1, 2, 3]}), path)
+    footer = identity.read_footer(path)
+    body = path.read_bytes()[: -8 - len(footer)]
+    places = [place for place in range(len(footer)) if footer[place : place + 2] == b"\x16\x06"]  # an i64 that is 3
+    zigzag, number = (rows << 1) ^ (rows >> 63), b""
+    while zigzag > 0x7F:
+        number, zigzag = number + bytes([zigzag & 0x7F | 0x80]), zigzag >> 7
+    number += bytes([zigzag])
+    found = set()
+    for place in places:
+        changed = footer[: place + 1] + number + footer[place + 2 :]
+        path.write_bytes(body + changed + len(changed).to_bytes(4, "little") + b"PAR1")
+        try:
+            found.add(tables.open_parquet(path).metadata.num_rows)
+        except InputError as error:
+            found.add(re.sub(r".*\(its", "its", str(error)).partition(")")[0])
+    assert f"its footer claims {rows} rows" in found
+    assert rows not in found
+
+
+def test_a_value_that_is_stored_once_does_not_fill_the_memory_with_its_copies(tmp_path, monkeypatch):
+    path, large = tmp_path / "a.parquet", "x" * 100_000
+    pq.write_table(pa.table({"name": [large] * 5_000 + ["y"]}), path, dictionary_pagesize_limit=2**24)
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr(tables, "BATCH_BYTES", 2**20)
+    sizes = [(batch.num_rows, batch.nbytes) for batch in tables.read_batches(path, ["name"], 1_000)]
+    assert sum(rows for rows, _ in sizes) == 5_001
+    assert max(size for _, size in sizes) < 2**20
+    monkeypatch.undo()
+    assert [batch.num_rows for batch in tables.read_batches(path, ["name"], 1_000)] == [1_000] * 5 + [1]
 
 
 # ------------------------------------------------------------------------------------------------ provenance

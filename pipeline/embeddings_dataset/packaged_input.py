@@ -16,7 +16,15 @@ from pipeline.embeddings_dataset.columns import is_text, take_rows
 from pipeline.errors import DamagedError, InputError, one_line
 from pipeline.files.identity import hash_footer, look_at
 from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
-from pipeline.files.tables import BUFFER_BYTES, UNMAPPED_KEY, hash_json, open_parquet, read_failure
+from pipeline.files.tables import (
+    BATCH_BYTES,
+    BUFFER_BYTES,
+    UNMAPPED_KEY,
+    bound_rows,
+    hash_json,
+    open_parquet,
+    read_failure,
+)
 from pipeline.files.text_tables import whole_from_floats, whole_or_text
 from pipeline.ids import decode_name
 from pipeline.log import logger
@@ -291,9 +299,17 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
         # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
         with open_parquet(path, BUFFER_BYTES) as file:
             # A batch ends early where Arrow's 2 GiB of bytes a chunk are full, so batches are put together here.
-            for batch in file.iter_batches(batch_rows, row_groups=[own_group], columns=columns):
+            group = file.metadata.row_group(own_group)
+            for batch in file.iter_batches(
+                bound_rows(path, group, batch_rows), row_groups=[own_group], columns=columns
+            ):
                 table = _as_packaged(source, path, pa.Table.from_batches([batch]))
                 held = table if held is None else pa.concat_tables([held, table])
+                if held.nbytes > max(2 * BATCH_BYTES, 2 * group.total_byte_size):
+                    raise InputError(
+                        f"{path}: {held.num_rows} rows take {held.nbytes} bytes, though the file is small: give a "
+                        "smaller --read-batch-size if that is meant"
+                    )
                 while held.num_rows >= batch_rows:
                     yield held.slice(0, batch_rows)
                     held = held.slice(batch_rows)

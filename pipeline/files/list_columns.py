@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.files.column_types import is_list
 from pipeline.files.tables import open_parquet, read_batches
 
 # The NumPy type of the stored numbers.
@@ -94,8 +95,7 @@ def _find(path: Path, name: str, kinds: Mapping[pa.DataType, str], what: str, re
         raise InputError(f"{path}: column {name} is missing: {remedy}")
     kind = schema.field(index).type
     is_fixed = pa.types.is_fixed_size_list(kind)
-    is_list = is_fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not is_list or kind.value_type not in kinds or (is_fixed and kind.list_size == 0):
+    if not is_list(kind) or kind.value_type not in kinds or (is_fixed and kind.list_size == 0):
         raise InputError(f"{path}: column {name} is {kind}, expected lists of one length of {what}: {remedy}")
     width = kind.list_size if is_fixed else None
     first = None if is_fixed else next(read_batches(path, [name], 1), None)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import VERSION
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError, one_line
+from pipeline.files.column_types import check_columns, convert_table, fill_composite_ids, stored_fields
 from pipeline.files.identity import describe_difference, read_footer
 from pipeline.files.workspace import writing_to
 from pipeline.log import logger
@@ -59,6 +59,10 @@ REJECT_SCHEMA = pa.schema([("member", pa.string()), ("reason", pa.string()), ("d
 
 # Read ahead of each column: a foreign parquet may hold all its rows in one group.
 BUFFER_BYTES = 2**20
+# What a batch may take in memory, where its file says less.
+BATCH_BYTES = 2**30
+# Rows that a byte of a file can stand for: runs of one value take next to nothing.
+_ROWS_PER_BYTE = 2**20
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -146,11 +150,20 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
         raise InputError(f"{path}: a pipe, not a parquet file: remove it, or correct the path")
     try:
         try:
-            return pq.ParquetFile(path, **options)
+            file = pq.ParquetFile(path, **options)
         except pa.ArrowNotImplementedError:  # the writer's Arrow schema has a type that this Arrow does not know
-            return pq.ParquetFile(path, metadata=_read_plain_footer(path), **options)
+            file = pq.ParquetFile(path, metadata=_read_plain_footer(path), **options)
+        _check_footer(path, file.metadata)
+        return file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise read_failure(path, error, "not a readable parquet file") from None
+
+
+def _check_footer(path: Path, footer: pq.FileMetaData) -> None:
+    """Raise ArrowInvalid if a footer claims rows that its row groups, or the file's size, do not bear out."""
+    rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != footer.num_rows or sum(rows) > path.stat().st_size * _ROWS_PER_BYTE:
+        raise pa.ArrowInvalid(f"its footer claims {footer.num_rows} rows")
 
 
 def _read_plain_footer(path: Path) -> pq.FileMetaData:
@@ -193,6 +206,35 @@ def reading(path: Path) -> Iterator[None]:
         raise read_failure(path, error) from None
 
 
+def bound_rows(path: Path, group: pq.RowGroupMetaData, batch_rows: int) -> int:
+    """Return how many of `batch_rows` to decode at once, as a value that is stored once may be in each of them.
+
+    At most BATCH_BYTES come of a dictionary then. Writers keep dictionaries below 1 MB.
+    """
+    largest = 1
+    with open(path, "rb") as file:
+        for number in range(group.num_columns):
+            chunk = group.column(number)
+            if chunk.has_dictionary_page and chunk.total_uncompressed_size * batch_rows > BATCH_BYTES:
+                file.seek(chunk.dictionary_page_offset)
+                largest = max(largest, _read_page_size(file.read(16)))
+    return max(1, min(batch_rows, BATCH_BYTES // largest))
+
+
+def _read_page_size(header: bytes) -> int:
+    """Return the unpacked size in a page's header, which begins with type and size in Thrift's compact form."""
+    values, place = [], 0
+    for _ in range(2):
+        value, shift, place = 0, 0, place + 1
+        while place < len(header):
+            value |= (header[place] & 0x7F) << shift
+            shift, place = shift + 7, place + 1
+            if header[place - 1] < 0x80:
+                break
+        values.append(value >> 1)  # no sign
+    return values[1]
+
+
 def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
     """Yield some columns of a parquet, at most `batch_rows` rows at a time.
 
@@ -201,62 +243,14 @@ def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa
     with open_parquet(path, BUFFER_BYTES) as file:
         # One reader over all row groups keeps every one's compressed bytes until it is done (seen with pyarrow 26).
         for group in range(file.num_row_groups):
-            batches = file.iter_batches(batch_rows, row_groups=[group], columns=columns)
+            bound = bound_rows(path, file.metadata.row_group(group), batch_rows)
+            batches = file.iter_batches(bound, row_groups=[group], columns=columns)
             while True:
                 with reading(path):  # only decoding: the caller's failures are no damage of this file
                     batch = next(batches, None)
                 if batch is None:
                     break
                 yield batch.select(columns).replace_schema_metadata(None)
-
-
-def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | pa.Schema) -> None:
-    """Raise InputError naming every required column that is missing or of another type; large_string is a string."""
-    problems = []
-    for field in required:
-        index = schema.get_field_index(field.name)
-        if index < 0:
-            problems.append(f"column {field.name} is missing")
-            continue
-        found = schema.field(index).type
-        if found != field.type and not (pa.types.is_string(field.type) and pa.types.is_large_string(found)):
-            problems.append(f"column {field.name} is {found}, expected {field.type}")
-    if problems:
-        raise InputError(f"{path}: {', '.join(problems)}: make the file again with the stage that writes it")
-
-
-# Columns that the reference implementation's files may lack, and those that each is made from (see pipeline/ids.py).
-_SOURCES = {
-    "dataset_id": [pa.field("tar_file", pa.string())],
-    "building_id": [pa.field("dataset_id", pa.int64()), pa.field("target_id", pa.int64())],
-    "streetview_image_id": [pa.field("dataset_id", pa.int64()), pa.field("patch_id", pa.int64())],
-}
-
-
-def stored_fields(schema: pa.Schema, fields: Iterable[pa.Field]) -> list[pa.Field]:
-    """Return the fields to read from a file: in place of an id that it lacks, the columns that it is made from."""
-    found: dict[str, pa.Field] = {}
-    for field in fields:
-        sources = [field] if field.name in schema.names else stored_fields(schema, _SOURCES.get(field.name, []))
-        is_made = sources and all(source.name in schema.names for source in sources)
-        for source in sources if is_made else [field]:
-            found.setdefault(source.name, source)
-    return list(found.values())
-
-
-def fill_composite_ids(table: pa.Table) -> pa.Table:
-    """Add the ids that a table lacks and has the columns of; a null number, or a tar of another name, gives a null."""
-    for name, sources in _SOURCES.items():
-        if name in table.column_names or not {source.name for source in sources} <= set(table.column_names):
-            continue
-        first = table[sources[0].name].cast(pa.string())
-        if name == "dataset_id":
-            ids = pc.struct_field(pc.extract_regex(first, r"(?P<id>\d+)\.tar$"), 0).cast(pa.int64())
-        else:
-            second = table[sources[1].name].cast(pa.string())
-            ids = pc.binary_join_element_wise(pc.utf8_lpad(first, 4, "0"), second, "_")
-        table = table.append_column(name, ids)
-    return table
 
 
 def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_others: bool = False) -> pa.Table:
@@ -271,13 +265,12 @@ def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_ot
         check_columns(path, file.schema_arrow, stored)
         with reading(path):
             table = file.read(columns=None if with_others else [field.name for field in stored])
-    table = fill_composite_ids(table.replace_schema_metadata(None))
+    table = fill_composite_ids(convert_table(path, table, stored))
     for name in wanted.names:
         if table[name].null_count:
             raise InputError(f"{path}: column {name} has empty values: {remedy}")
-    others = [field for field in table.schema if with_others and field.name not in wanted.names]
-    schema = pa.schema([*wanted, *others])
-    return table.select(schema.names).cast(schema)
+    others = [name for name in table.column_names if with_others and name not in wanted.names]
+    return table.select([*wanted.names, *others])
 
 
 # ------------------------------------------------------------------------------------------------ provenance

@@ -88,17 +88,11 @@ def load_features(path: Path) -> Features:
     Raises InputError if the file is missing, damaged or empty, a column is missing, of another type or has nulls,
     or an embedding is not finite or all zero (naming the image).
     """
-    with tables.open_parquet(path) as file:
-        tables.check_columns(path, file.schema_arrow, FEATURE_COLUMNS)
-        column = find_embedding(path)
-        tables.read_provenance(path, warn=True)
-        if file.metadata.num_rows == 0:
-            raise InputError(f"{path}: holds no rows: run stage 3 on more images, or change [data].*_ratio")
-        with tables.reading(path):
-            table = file.read(columns=[field.name for field in FEATURE_COLUMNS])
-    for name in table.column_names:
-        if table[name].null_count:
-            raise InputError(f"{path}: column {name} has nulls: make the file again with stage 3")
+    table = tables.read_columns(path, FEATURE_COLUMNS, "make the file again with stage 3")
+    column = find_embedding(path)
+    tables.read_provenance(path, warn=True)
+    if table.num_rows == 0:
+        raise InputError(f"{path}: holds no rows: run stage 3 on more images, or change [data].*_ratio")
     image_ids, building_ids = (
         pa.concat_arrays(table[name].cast(pa.string()).chunks) for name in ("streetview_image_id", "building_id")
     )

@@ -9,16 +9,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.files.column_types import check_columns, plain_type, stored_fields
 from pipeline.files.image_ids import read_ids
 from pipeline.files.list_columns import ListColumn, find_embedding
-from pipeline.files.tables import (
-    FILE_COLUMNS,
-    ID_COLUMNS,
-    check_columns,
-    open_parquet,
-    read_provenance,
-    stored_fields,
-)
+from pipeline.files.tables import FILE_COLUMNS, ID_COLUMNS, open_parquet, read_provenance
 from pipeline.log import logger
 from pipeline.retrieval.geography import mean_positions
 from preprocess_raw_data.merging.splits import Buildings
@@ -116,7 +110,13 @@ def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
         settings = (read_provenance(path, warn=True) or {}).get("settings")
         for field in list_fields(found, columns[-1]):
             known, other = fields.setdefault(field.name, (field, path))
-            if known.type != field.type:
+            if field.name in dict(ID_COLUMNS):
+                continue
+            if known.type == pa.null() or _is_wider(field.type, known.type):
+                fields[field.name] = (field, path)
+            elif (
+                known.type != field.type and not pa.types.is_null(field.type) and not _is_wider(known.type, field.type)
+            ):
                 raise InputError(
                     f"{path}: not the columns of {other.name} ({field.name} is {field.type}, there {known.type}): "
                     "make one of them again"
@@ -131,6 +131,14 @@ def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
     return pa.schema([*(field for field, _ in fields.values()), embedding]), columns
 
 
+def _is_wider(kind: pa.DataType, other: pa.DataType) -> bool:
+    """Whether both are floats or embeddings of one width, and the first has the larger numbers, or is not whole."""
+    if pa.types.is_fixed_size_list(kind) and pa.types.is_fixed_size_list(other):
+        is_alike = kind.list_size == other.list_size
+        return is_alike and kind.value_type.bit_width > other.value_type.bit_width
+    return bool(kind == pa.float64() and other == pa.int64())
+
+
 def list_fields(schema: pa.Schema, embedding: ListColumn) -> list[pa.Field]:
     """Return a file's columns with the types that they are merged under."""
     fields = []
@@ -138,6 +146,5 @@ def list_fields(schema: pa.Schema, embedding: ListColumn) -> list[pa.Field]:
         if field.name == embedding.name:
             fields += [pa.field(field.name, embedding.arrow_type)] if embedding.width else []
         else:
-            is_text = pa.types.is_large_string(field.type)
-            fields.append(pa.field(field.name, pa.string() if is_text else field.type))
+            fields.append(pa.field(field.name, plain_type(field.type)))
     return fields

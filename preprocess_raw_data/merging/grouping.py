@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.files.tables import fill_composite_ids, open_parquet, read_batches, stored_fields
+from pipeline.files.column_types import convert_table, fill_composite_ids, stored_fields
+from pipeline.files.tables import open_parquet, read_batches
 from pipeline.files.workspace import remove
 from preprocess_raw_data.merging.embedding_inventory import Inventory
 
@@ -83,17 +84,19 @@ def read_group(inventory: Inventory, group: list[int]) -> Iterator[pa.RecordBatc
         names = [field.name for field in stored_fields(stored, inventory.schema) if field.name in stored.names]
         for batch in read_batches(column.path, names, BATCH_ROWS):
             rows = column.read(batch.column(batch.schema.get_field_index(column.name)), start)
-            yield complete_batch(batch, rows, inventory.schema)
+            yield complete_batch(column.path, batch, rows, inventory.schema)
             start += len(batch)
 
 
-def complete_batch(batch: pa.RecordBatch, rows: NDArray[Any], schema: pa.Schema) -> pa.RecordBatch:
+def complete_batch(path: Path, batch: pa.RecordBatch, rows: NDArray[Any], schema: pa.Schema) -> pa.RecordBatch:
     """Return a file's batch with the columns and types of `schema`; `rows` (n, D) are its embeddings."""
-    table = fill_composite_ids(pa.Table.from_batches([batch]))
+    table = pa.Table.from_batches([batch]).drop_columns(["embedding"])
+    table = fill_composite_ids(convert_table(path, table, schema))
     arrays = []
     for field in schema:
         if field.name == "embedding":
-            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=field.type))
+            values = rows.astype(field.type.value_type.to_pandas_dtype(), copy=False)
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type))
         elif field.name in table.column_names:
             column = table[field.name].cast(field.type).combine_chunks()
             arrays.append(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column)

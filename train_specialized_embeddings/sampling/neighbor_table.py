@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import count_cores
 from pipeline.errors import InputError
-from pipeline.files import tables
+from pipeline.files import column_types, tables
 from pipeline.log import logger
 from pipeline.retrieval.features import Features
 from pipeline.threads import map_in_order
@@ -52,15 +52,14 @@ def load_neighbors(path: Path | None, features: Features) -> Neighbors:
     tables.read_provenance(path, warn=True)
     with tables.open_parquet(path) as file, tables.reading(path):
         schema = file.schema_arrow
-        tables.check_columns(path, schema, [pa.field("target_coord_hash", pa.string())])
+        column_types.check_columns(path, schema, [pa.field("target_coord_hash", pa.string())])
         keys = file.read(columns=["target_coord_hash"]).column(0).combine_chunks().cast(pa.string())
-    for name, what, is_right in (
-        ("neighbor_building_ids", "text", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
-        ("neighbor_bands", "whole numbers", pa.types.is_integer),
+    for name, what, wanted in (
+        ("neighbor_building_ids", "text", pa.string()),
+        ("neighbor_bands", "whole numbers", pa.int64()),
     ):
         kind: Any = schema.field(name).type if name in schema.names else None
-        is_list = kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
-        if not (is_list and is_right(kind.value_type)):
+        if kind is None or not column_types.is_list(kind) or column_types.plain_type(kind.value_type) != wanted:
             found = kind or "missing"
             raise InputError(f"{path}: column {name} is {found}, expected a list of {what}: run stage 5 again")
     places = pc.fill_null(pc.index_in(keys, value_set=features.image_ids), -1).to_numpy().astype(np.int64)
