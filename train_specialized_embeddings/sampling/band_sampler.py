@@ -67,13 +67,9 @@ class BandSampler:
     """
 
     def __init__(
-        self,
-        features: Features,
-        neighbors: Neighbors,
-        seed: int,
-        min_negative_distance_m: float = 0.0,
+        self, features: Features, neighbors: Neighbors, seed: int, min_negative_distance_m: float = 0.0,
         device: torch.device | str = "cpu",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.device = torch.device(device)
         codes = features.building_codes
         sizes = np.bincount(codes)
@@ -83,20 +79,15 @@ class BandSampler:
         self._panoramas = self._load(features.panorama_codes)
         self._codes, self._first = self._load(neighbors.codes), self._load(neighbors.starts)
         self._ends = self._load(neighbors.ends)
-        self._points = None
-        if min_negative_distance_m > 0:
-            lat, lon = features.target_lat, features.target_lon
-            is_known = np.isfinite(lat) & np.isfinite(lon)
-            if not is_known.all():
-                logger.warning(
-                    "%d of %d training images are without a position: whatever their distance, they may be negatives",
-                    (~is_known).sum(), len(is_known),
-                )  # fmt: skip
-            lat, lon = np.where(is_known, lat, np.nan), np.where(is_known, lon, np.nan)
-            self._points = self._load(earth_centred_m(lat, lon) / EARTH_RADIUS_M)
+        is_known = np.isfinite(features.target_lat) & np.isfinite(features.target_lon)
+        if not is_known.all():
+            logger.warning("%d of %d training images are without a position: they may be negatives whatever their "
+                           "distance", (~is_known).sum(), len(is_known))  # fmt: skip
+        position = np.where(is_known, [features.target_lat, features.target_lon], np.nan)
+        self._points = self._load(earth_centred_m(*position) / EARTH_RADIUS_M)
         # Beyond half the Earth's circumference nothing is far enough.
         angle = min_negative_distance_m / EARTH_RADIUS_M
-        self._min_chord = 2 * np.sin(angle / 2) if angle <= np.pi else np.inf
+        self._min_squared = (2 * np.sin(angle / 2)) ** 2 if angle <= np.pi else np.inf
         self.anchors = self._load(np.flatnonzero(sizes[codes] > 1))  # the images that have a positive
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -164,18 +155,16 @@ class BandSampler:
         """Tell whether each image may be the negative of the anchor at its place, (A,) of rows (A,), (A,)."""
         allowed = self.buildings[anchors] != self.buildings[negatives]
         allowed &= self._panoramas[anchors] != self._panoramas[negatives]
-        if self._points is not None:
-            steps = self._points[anchors] - self._points[negatives]
-            allowed &= ~(steps.square().sum(dim=-1) < self._min_chord**2)  # without a position it is not a number
-        return allowed
+        steps = self._points[anchors] - self._points[negatives]
+        return allowed & ~(steps.square().sum(dim=-1) < self._min_squared)  # without a position it is not a number
 
     def compare(self, anchors: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return for all pairs who is another image of the building, and who may be a negative, (A, C) of rows."""
         same = self.buildings[anchors][:, None] == self.buildings[others]
         allowed = ~same & (self._panoramas[anchors][:, None] != self._panoramas[others])
-        if self._points is not None:
+        if self._min_squared:
             # The chord's square by a product: in float64 it is right to a tenth of a millimetre at 25 m.
-            allowed &= ~(2.0 - 2.0 * (self._points[anchors] @ self._points[others].T) < self._min_chord**2)
+            allowed &= ~(2.0 - 2.0 * (self._points[anchors] @ self._points[others].T) < self._min_squared)
         return same & (anchors[:, None] != others), allowed
 
     def _draw_by_band(self, anchors: torch.Tensor, order: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

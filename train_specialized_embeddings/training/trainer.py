@@ -43,13 +43,9 @@ class Trainer:
     """A projector with its loss, optimiser, schedule, sampler and bandit."""
 
     def __init__(
-        self,
-        projector: Projector,
-        store: FeatureStore,
-        sampler: BandSampler,
-        section: TrainingSection,
+        self, projector: Projector, store: FeatureStore, sampler: BandSampler, section: TrainingSection,
         spread: torch.Tensor,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Take a projector of the store's rows, and their deviation within buildings (D,), for the noise."""
         self.projector, self.store, self.sampler, self.section = projector, store, sampler, section
         # The averaged weights are validated and published: one epoch's are the luck of its batches.
@@ -109,8 +105,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise PipelineError("training diverged (the loss is not a number): lower [training].learning_rate")
         rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        rewards = self.bandit.list_means() if self.bandit else None
-        shares = [count / total for count in by_band]
+        shares, rewards = [count / total for count in by_band], self.bandit and self.bandit.list_means()
         return EpochReport(loss, sum(active_by_band) / total, shares, rates, int(total), rewards)
 
     def _set_rates(self, done: float) -> None:
@@ -180,10 +175,7 @@ class Trainer:
         self.rate_scale *= rate_factor
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a saved state.
-
-        A GPU's random numbers cannot be continued on a CPU, nor the other way: they restart then, from (seed, epoch).
-        """
+        """Resume from a saved state; on another kind of device random numbers restart, from (seed, epoch)."""
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         self.epoch, self.rate_scale = state["epoch"], state["rate_scale"]
@@ -191,14 +183,12 @@ class Trainer:
             vars(self.bandit).update(copy.deepcopy(state["sampler"]["bandit"]))
         cuda, device = state["random"]["cuda"], self.store.device
         if bool(cuda) != (device.type == "cuda"):
-            seed = (self.sampler.generator.initial_seed(), self.epoch)
+            seed = np.random.SeedSequence((self.sampler.generator.initial_seed(), self.epoch)).generate_state(1)[0]
             for generator in (self.sampler.generator, torch.random):
-                generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-            logger.warning(
-                "the checkpoint is of a run on a %s, this one is on a %s: random numbers begin anew, so that the "
-                "weights will not be those of a run that was never interrupted",
-                *(("GPU", "CPU") if cuda else ("CPU", "GPU")),
-            )  # fmt: skip
+                generator.manual_seed(int(seed))
+            devices = ("GPU", "CPU") if cuda else ("CPU", "GPU")
+            logger.warning("the checkpoint is of a run on a %s, this one is on a %s: random numbers begin anew, so that "
+                           "the weights differ from those of an uninterrupted run", *devices)  # fmt: skip
             return
         self.sampler.generator.set_state(state["sampler"]["random"])
         torch.set_rng_state(state["random"]["torch"])
