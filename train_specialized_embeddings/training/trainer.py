@@ -187,8 +187,8 @@ class Trainer:
             for generator in (self.sampler.generator, torch.random):
                 generator.manual_seed(int(seed))
             devices = ("GPU", "CPU") if cuda else ("CPU", "GPU")
-            logger.warning("the checkpoint is of a run on a %s, this one is on a %s: random numbers begin anew, so that "
-                           "the weights differ from those of an uninterrupted run", *devices)  # fmt: skip
+            logger.warning("the checkpoint is of a run on a %s, this one is on a %s: random numbers begin anew, so "
+                           "that the weights differ from those of an uninterrupted run", *devices)  # fmt: skip
             return
         self.sampler.generator.set_state(state["sampler"]["random"])
         torch.set_rng_state(state["random"]["torch"])
