@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.inference.model_files import locate_backbone, locate_hub_model
+from pipeline.inference.model_files import locate_backbone, locate_model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.model_ids:
         print(locate_backbone(cli.config_from(arguments), download=True))
     for name in arguments.model_ids:
-        folder = Path(name).expanduser()
-        print(folder.resolve() if folder.is_dir() else locate_hub_model(name, download=True))
+        print(locate_model(name, "give --model-id a folder or a hub id", download=True))
 
 
 if __name__ == "__main__":

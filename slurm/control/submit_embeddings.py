@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.packaged_input import open_input
-from pipeline.errors import ConfigError, InputError
-from pipeline.inference.model_files import DEFAULT_MODEL_ID, locate_hub_model
+from pipeline.errors import ConfigError
+from pipeline.inference.model_files import locate_model
 from pipeline.stages import STAGES
 from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
 from slurm.control.submission import Request, submit
@@ -44,25 +44,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[s
     return arguments, replace(options, input=options.input.resolve(), output=options.output.resolve()), sbatch_options
 
 
-def locate_model(model_id: str, *, download: bool) -> str:
-    """Return what a job is to load: a folder's full path, or the hub id once the model is in the cache."""
-    folder = Path(model_id).expanduser()
-    if folder.is_dir() and model_id != DEFAULT_MODEL_ID:
-        return str(folder.resolve())
-    if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
-        raise InputError(f"{folder}: no such model folder: give --model-id a folder that stage 7 wrote, or a hub id")
-    if download:
-        locate_hub_model(model_id, download=True)
-    return model_id
-
-
 def run(arguments: argparse.Namespace, options: EmbedOptions, sbatch_options: list[str]) -> None:
     """Fetch the model and submit."""
-    model_id = locate_model(options.model_id, download=not arguments.dry_run)
+    remedy = "give --model-id a folder that stage 7 wrote, or a hub id"
+    folder = locate_model(options.model_id, remedy, download=not arguments.dry_run)
+    if folder is not None and folder == Path(options.model_id).expanduser():
+        options = replace(options, model_id=str(folder.resolve()))  # a job runs in another folder
     if not arguments.dry_run:
         open_input(options)  # a mistyped path leaves no folder behind
-    target = make_dataset_target(replace(options, model_id=model_id))
-    submit(Request(target, [STAGES[8]], arguments, sbatch_options, []))
+    submit(Request(make_dataset_target(options), [STAGES[8]], arguments, sbatch_options, []))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
