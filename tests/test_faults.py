@@ -18,7 +18,7 @@ def run_campaign(*arguments):
 
 def test_what_is_disturbed_is_refused_or_comes_out_as_undisturbed():
     words = [
-        "SIGKILL", "SIGTERM", "two writers", "three shards", "disk full at", "a part one", "lacks", "delete_ids",
+        "SIGKILL", "SIGTERM", "two writers", "three shards", "disk full at", "a part one", "lacks", "takedown killed",
         "another program", "stages 1 to 4", "tuning",
     ]  # fmt: skip
     done = run_campaign("--tries", "2", "--seed", "7", *(option for word in words for option in ("--only", word)))
@@ -38,8 +38,11 @@ def test_a_loss_is_noticed(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'faults')!r})\n"
         "import run\n"
         "from pipeline.embeddings_dataset import appending as stage\n"
-        "plain = stage.find_work\n"
-        "stage.find_work = lambda plans, parts, limit: {} if parts else plain(plans, parts, limit)\n"
+        "plain = stage.Appending.__init__\n"
+        "def begin_blindly(appending, *arguments, **options):\n"
+        "    plain(appending, *arguments, **options)\n"
+        "    appending.work = {} if appending.parts else appending.work\n"
+        "stage.Appending.__init__ = begin_blindly\n"
         "sys.argv = ['run.py', '--tries', '1', '--only', 'input that changes']\n"
         "sys.exit(run.main())\n"
     )

@@ -275,7 +275,7 @@ def test_it_runs_with_this_folder_and_pipeline_alone_and_writes_nothing_into_the
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(here.iterdir()) == []
-    assert read_state(tmp_path / "out")["model_id"] == str(model_dir)
+    assert read_state(tmp_path / "out")["model_id"] == model_dir.name
     log = (tmp_path / "out" / "_logs" / "generate_embeddings_from_parquet.log").read_text()
     assert "3 in = 3 out" in log.splitlines()[-1]
 

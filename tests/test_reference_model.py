@@ -58,7 +58,7 @@ def test_stage_8_gives_the_embeddings_of_the_original(artefact, pictures, tmp_pa
     assert np.abs((expected @ expected.T)[0, 1:]).max() < 0.999  # the pictures are told apart
     state = json.loads((tmp_path / "out" / "state.json").read_text())
     assert state["complete"]
-    assert state["model_id"] == str(artefact[0])
+    assert state["model_id"] == artefact[0].name
 
 
 def test_one_picture_gives_the_same(artefact, pictures):
