@@ -1,5 +1,6 @@
 """What the campaign does to the stages before: what hides rows, tars without embeddings, overwriting."""
 
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 from config_files import write_config
 from faults.bench import Bench, Failure, expect, expect_refusal
 from faults.disturbances import RECOVERED, REFUSED, fault
-from faults.harness import Outcome, Run, count_operations, disturb, kill
+from faults.harness import Outcome, Run, count_operations, disturb, interrupt_twice, kill
 from published_models import make_photographs
 from raw_tars import make_city, write_tar
 
@@ -130,3 +131,37 @@ def overwriting_stages_killed(bench: Bench, tries: int) -> Iterator[str]:
             expect(work.run(stage), 0)
             work.check()
             yield RECOVERED
+
+
+@fault("two SIGINTs at once before a file operation of stages 1 to 4")
+def interrupted_twice(bench: Bench, tries: int) -> Iterator[str]:
+    work = Workspace(bench)
+    for stage, (main, folder) in STAGES.items():
+        num_operations = count_operations(work.folder, main, work.line("--overwrite"))
+        for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries // 10)))):
+            shutil.rmtree(work.folder / folder)
+            expect(Run(main, work.line(), disturb(work.folder, at, interrupt_twice)).wait(), 130, 0)
+            expect(work.run(stage), 0)
+            work.check()
+            yield RECOVERED
+
+
+@fault("tars copied, or changed without another size, between two runs of stages 1, 2 and 4")
+def changed_tars(bench: Bench, tries: int) -> Iterator[str]:
+    work = Workspace(bench)
+    tar = work.tars[0]
+    data = tar.read_bytes()
+    for moment, name in enumerate(("copied", "changed"), start=1):
+        tar.write_bytes(data if name == "copied" else data.replace(b" -90.5 ", b" -91.5 "))
+        os.utime(tar, (moment, moment))
+        for stage in (1, 2, 4):
+            if name == "copied":
+                expect(work.run(stage), 0)
+            else:
+                expect_refusal(work.run(stage), "input 0001.tar has changed")
+        work.check()
+        yield RECOVERED if name == "copied" else REFUSED
+    tar.write_bytes(data)
+    for stage in STAGES:
+        expect(work.run(stage), 0)
+    work.check()
