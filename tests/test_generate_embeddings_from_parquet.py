@@ -104,7 +104,9 @@ def test_embeddings_equal_the_plain_loop_on_pictures_of_all_kinds(embed, model_d
         encode(make_picture(22), progressive=True), encode(make_picture(23), "PNG"), encode(make_picture(24), "WEBP"),
         encode(make_picture(25, (90, 50)), exif=_turned()),
     ]  # fmt: skip
-    assert embed(write_packaged(tmp_path / "in.parquet", files), tmp_path / "out").code == 0
+    outcome = embed(write_packaged(tmp_path / "in.parquet", files), tmp_path / "out")
+    assert outcome.code == 0
+    assert "1 pictures turned upright by their EXIF orientation" in outcome.stderr
     decoded = [open_plainly(data) for data in files]
     check_cosines(read_dataset(tmp_path / "out")["embedding"].to_pylist(), embed_plainly(model_dir, decoded))
 

@@ -116,6 +116,24 @@ def test_a_published_folders_code_is_run_only_where_it_is_trusted(run_main, host
     assert "its code is run" not in plain.stderr
 
 
+def test_code_that_the_settings_of_a_published_folder_name_is_not_run(run_main, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "evil.py").write_text(PAYLOAD.format(str(tmp_path / "ran")) + "class Evil: pass\n")
+    for name in ("config.json", "preprocessor_config.json"):
+        settings = json.loads((folder / name).read_text())
+        evil = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "evil.Evil")
+        settings["auto_map"] = evil
+        if name == "config.json":
+            settings["backbone_config"]["auto_map"] = evil
+        (folder / name).write_text(json.dumps(settings))
+    (tmp_path / "a.jpg").write_bytes(encode(make_picture(1)))
+    found, plain = (
+        run_main(embed_images.main, tmp_path / "a.jpg", "--model-id", one).stdout for one in (folder, model_dir)
+    )
+    assert found == plain != ""
+    assert not (tmp_path / "ran").exists()
+
+
 def test_no_code_is_copied_or_run_for_a_sound_published_folder(run_script, model_dir, tmp_path):
     """Nothing is written to $HF_HOME either, so that it need not be writable."""
     (tmp_path / "a.jpg").write_bytes(encode(make_picture(1)))

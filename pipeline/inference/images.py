@@ -183,7 +183,8 @@ def read_header(data: bytes) -> Image.Image:
 def read_orientation(image: Image.Image) -> int:
     """Return an opened image's EXIF orientation, 1 where there is none or it is damaged."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation
     except DECODE_ERRORS:
         return 1
 

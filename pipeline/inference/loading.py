@@ -80,7 +80,7 @@ def announce_code(folder: Path) -> None:
         raise InputError(f"{folder}: its config.json names code of another repository (auto_map), which is never run")
     for path in sorted(folder.glob("*.py")) if auto_map else []:
         logger.warning("%s: its code is run, as asked: SHA-256 %s", path, hashlib.sha256(path.read_bytes()).hexdigest())
-    dynamic_module_utils.HF_MODULES_CACHE = str(_module_cache())
+    dynamic_module_utils.HF_MODULES_CACHE = str(_module_cache())  # type: ignore[attr-defined]
 
 
 @functools.cache
