@@ -175,12 +175,12 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
     """
     try:
         finished = read_finished(folder, provenance)
+        renew(folder, source, provenance, finished)
     except StaleOutputError:
         logger.info("%s: begun with other images: begun anew", folder)
         for old in folder.iterdir():
             workspace.remove(old)
         finished = []
-    renew(folder, source, provenance, finished)
     start = sum(file["counts"]["in"] for file in finished)
     if start:
         logger.info("%s: going on behind image %d", STAGE, start)
@@ -246,7 +246,7 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
         renewed = renew(output, source, provenance, finished)
         (result.written if renewed else result.kept).append(options.output)
     else:
-        with workspace.writing_folder(output, resumable=True) as folder:
+        with workspace.writing_folder(output, resumable=True, made=r"\d{5}\.parquet|_rejects") as folder:
             finished = fill(folder, source, provenance)
         result.written.append(options.output)
     for file in finished:

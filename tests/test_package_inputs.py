@@ -130,7 +130,9 @@ def test_a_tar_of_the_same_size_with_another_picture_is_refused_by_name(run_main
     overwrite(tar, write_tar(tmp_path / "new.tar", members).read_bytes())
     outcome = run(run_main, tar, output)
     assert (outcome.code, "0001/3.jpg was another picture in its tar: give --overwrite" in outcome.stderr) == (1, True)
-    assert run(run_main, tar, output, "--overwrite").code == 0
+    output.rename(tmp_path / ".packaged.unfinished")
+    (tmp_path / ".packaged.unfinished" / "00002.parquet").unlink()
+    assert "begun anew" in run(run_main, tar, output).stderr
     assert read_package(output)["image_bytes"].to_pylist()[3].startswith(PHOTOGRAPHS[6])
 
 
@@ -201,3 +203,12 @@ def test_a_package_of_parquets_goes_on_in_the_middle_of_a_row_group(run_main, tm
             (unfinished / f"{number:05d}.parquet").unlink()
         assert run(run_main, tmp_path / "in.parquet", tmp_path / f"again{kept}").code == 0
         assert read_package(tmp_path / f"again{kept}").equals(read_package(tmp_path / "packaged"))
+
+
+def test_overwrite_keeps_the_files_that_are_the_users_own(run_main, folder, tmp_path):
+    output = tmp_path / "packaged"
+    assert run(run_main, folder, output).code == 0
+    (output / "README.md").write_text("mine")
+    assert run(run_main, folder, output, "--overwrite").code == 0
+    assert (output / "README.md").read_text() == "mine"
+    assert read_package(output).num_rows == 6
