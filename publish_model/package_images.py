@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from pipeline import cli
 from pipeline.config import count_cores
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, InputOptions
 from pipeline.errors import InputError, Rejection, StaleOutputError
 from pipeline.files import workspace
@@ -238,6 +239,10 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
     """
     names = ("input", "keep_columns", "id_column", "image_column")
     source = open_source(InputOptions(**{name: getattr(options, name) for name in names}))
+    taken = {IMAGE_COLUMN, VALID_COLUMN, EMBEDDING_COLUMN}.intersection(field.name for field in source.fields)
+    if taken:
+        problem = f"column {min(taken)} has the name of one that is made here: give it another name, or do not keep it"
+        raise InputError(f"{options.input}: {problem}")
     provenance = make_provenance(STAGE, source.inputs, {})
     result = cli.StageResult(STAGE)
     output = options.output.resolve()

@@ -186,6 +186,8 @@ def test_hugging_faces_image_column_is_packaged_and_embedded(run_main, embed, tm
     other = embed(tmp_path / "hub.parquet", tmp_path / "else", "--image-column", "image", "--id-column", "label",
                   "--keep-columns", "image")  # fmt: skip
     assert "column image of --keep-columns is the id or the image" in other.stderr
+    other = embed(tmp_path / "hub.parquet", tmp_path / "else", "--image-column", "image", "--id-column", "image")
+    assert "column image cannot be both the id and the image" in other.stderr
 
 
 def test_columns_are_named_only_where_there_are_some(run_main, folder, tmp_path):

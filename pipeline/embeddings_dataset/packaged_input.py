@@ -227,13 +227,13 @@ def _open_photographs(files: list[Path], options: InputOptions) -> PackagedInput
     folder = options.input
     if options.keep_columns:
         raise InputError(f"{folder}: photographs have no columns to keep: leave out --keep-columns")
-    images = tuple((os.path.relpath(file, folder), file.stat().st_size) for file in files)
+    looks = [look_at(file) or [0, 0] for file in files]
+    images = tuple((os.path.relpath(file, folder), size) for file, (size, _) in zip(files, looks, strict=True))
     rows = [min(IMAGES_PER_GROUP, len(images) - start) for start in range(0, len(images), IMAGES_PER_GROUP)]
     schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
     fingerprint = hash_json([[decode_name(name), size] for name, size in images])
     size = sum(size for _, size in images)
-    seen = hash_json([look_at(file) for file in files])
-    return PackagedInput(folder, options, size, schema, fingerprint, tuple(rows), images=images, seen=seen)
+    return PackagedInput(folder, options, size, schema, fingerprint, tuple(rows), images=images, seen=hash_json(looks))
 
 
 def _check_columns(
@@ -251,6 +251,8 @@ def _check_columns(
         f"column {name} of --keep-columns is the id or the image, which cannot be kept"
         for name in accepts.keys() & set(kept)
     ]
+    if options.id_column == options.image_column:
+        problems.append(f"column {options.id_column} cannot be both the id and the image")
     if options.filter_valid and VALID_COLUMN in schema.names:  # nulls alone have no type
         accepts[VALID_COLUMN] = ("bool", lambda kind: pa.types.is_boolean(kind) or pa.types.is_null(kind))
     for name in dict.fromkeys([*accepts, *kept]):

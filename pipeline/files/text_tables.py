@@ -151,8 +151,8 @@ def whole_from_floats(
     rounded = present & ~((np.abs(values) < limit) & (values == np.floor(values)))
     if rounded.any():
         raise InputError(
-            f"{place}: column {name} holds ids as floats, such as {values[rounded][0]!r}, in which two ids may have "
-            "become one: write them anew as text or as int64 (in pandas read them with dtype=str or dtype='Int64')"
+            f"{place}: column {name} holds ids as floats, such as {float(values[rounded][0])!r}, in which two ids may "
+            "have become one: write them anew as text or as int64 (in pandas read them with dtype=str or dtype='Int64')"
         )
     if not quiet:
         logger.warning("%s: column %s holds floats, which are all whole: taken as whole numbers", place, name)

@@ -17,7 +17,6 @@ from pipeline.embeddings_dataset.packaged_input import (
     PARQUETS,
     PHOTOGRAPHS,
     TARS,
-    VALID_COLUMN,
     InputOptions,
     list_data,
     open_input,
@@ -127,9 +126,6 @@ def _open_csv(path: Path) -> ImageSource:
     identity = identify(path)
     remedy = "its first line names OSMID, path and what to keep, each column once"
     texts = read_csv(path, [ID_COLUMN, PATH_COLUMN], remedy, others=True)
-    for name in (IMAGE_COLUMN, VALID_COLUMN, "embedding"):
-        if name in texts.column_names:
-            raise InputError(f"{path}: column {name} has the name of one that is made here: give it another name")
     if not texts.num_rows:
         raise InputError(f"{path}: holds no rows: correct --input")
     names = texts.column_names
@@ -211,7 +207,7 @@ def _open_parquets(options: InputOptions) -> ImageSource:
 
 
 def _require(data: bytes | None) -> bytes:
-    if data is None:
+    if not data:
         raise Rejection("missing_image", "no bytes, or is_valid is false")
     check_size(len(data))
     return data
