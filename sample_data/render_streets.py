@@ -14,11 +14,11 @@ import os
 import sys
 import tarfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,44 +43,39 @@ RENDERER_DIR = Path(__file__).with_name("renderer")
 Photograph = tuple[str, bytes, bytes]  # stem, JPEG, metadata
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The parameters that determine the bytes of the tars."""
-
-    seed: int
-    buildings: int
-    size: int
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return everything that determines the bytes: the parameters, the code and the versions of its libraries."""
-        code = hashlib.sha256()
-        for path in (Path(__file__), *sorted(RENDERER_DIR.glob("*.py"))):
-            code.update(path.read_bytes())
-        versions = {"numpy": np.__version__, "pillow": PIL.__version__}
-        return {**asdict(self), "code": code.hexdigest()[:16], **versions}
+def describe_making(city: dict[str, int]) -> dict[str, Any]:
+    """Return all that determines the bytes: the city's parameters, the code and the versions of its libraries."""
+    code = hashlib.sha256()
+    for path in (Path(__file__), *sorted(RENDERER_DIR.glob("*.py"))):
+        code.update(path.read_bytes())
+    return {**city, "code": code.hexdigest()[:16], "numpy": np.__version__, "pillow": PIL.__version__}
 
 
-def render_streets(output_dir: Path, settings: Settings, workers: int) -> list[Path]:
-    """Render the tars that are not finished yet; return the paths of all of them, kept and written."""
+def render_streets(output_dir: Path, workers: int, **city: int) -> list[Path]:
+    """Render the tars of a city (`seed`, `buildings`, `size`) that are not finished yet; return the paths of all."""
     started = time.monotonic()
-    log(f"render_streets numpy={np.__version__} pillow={PIL.__version__} workers={workers} {settings}")
-    fingerprint, marker_path = settings.fingerprint(), output_dir / MARKER_NAME
+    making, marker_path = describe_making(city), output_dir / MARKER_NAME
+    log(f"render_streets workers={workers} {making}")
     marker = read_json_object(marker_path)
-    finished: dict[str, Any] = marker["tars"] if marker.get("parameters") == fingerprint else {}
+    finished: dict[str, Any] = marker["tars"] if marker.get("parameters") == making else {}
     paths = [output_dir / f"{i + 1:04d}.tar" for i in range(NUM_DATASETS)]
-    kept = {path for path in paths if is_finished(path, finished)}
+    kept = {
+        path
+        for path in paths
+        if path.name in finished and path.is_file() and path.stat().st_size == finished[path.name]["bytes"]
+    }
     for path in sorted(kept):
         log(f"kept {path}: complete, same parameters")
     if len(kept) < len(paths):
         finished = {path.name: finished[path.name] for path in kept}
-        write_json(marker_path, {"parameters": fingerprint, "tars": finished})
-        streets = plan_city(settings.seed, settings.buildings, settings.size)
+        write_json(marker_path, {"parameters": making, "tars": finished})
+        streets = plan_city(city["seed"], city["buildings"], city["size"])
         streets = [street for street in streets if paths[street.dataset_id - 1] not in kept]
         for dataset_id, photographs in photograph_datasets(streets, workers):
             path = paths[dataset_id - 1]
-            num_bytes = write_tar(path, dataset_id, photographs, settings.seed)
+            num_bytes = write_tar(path, dataset_id, photographs, city["seed"])
             finished[path.name] = {"bytes": num_bytes, "images": len(photographs)}
-            write_json(marker_path, {"parameters": fingerprint, "tars": finished})
+            write_json(marker_path, {"parameters": making, "tars": finished})
             log(f"wrote {path}: {len(photographs)} images, {num_bytes} bytes")
     images = sum(entry["images"] for entry in finished.values())
     seconds = time.monotonic() - started
@@ -89,31 +84,26 @@ def render_streets(output_dir: Path, settings: Settings, workers: int) -> list[P
 
 
 def photograph_datasets(streets: list[Street], workers: int) -> Iterator[tuple[int, list[Photograph]]]:
-    """Photograph streets in parallel; yield each dataset's photographs as soon as its last street is done."""
+    """Photograph streets in parallel; yield each dataset's photographs when its last street is done.
+
+    A single worker is this process.
+    """
     waiting = Counter(street.dataset_id for street in streets)
-    done: dict[int, list[Photograph]] = {dataset_id: [] for dataset_id in waiting}
-    for street, photographs in photograph_streets(streets, workers):
-        done[street.dataset_id] += photographs
-        waiting[street.dataset_id] -= 1
-        if not waiting[street.dataset_id]:
-            yield street.dataset_id, sorted(done.pop(street.dataset_id))
-
-
-def photograph_streets(streets: list[Street], workers: int) -> Iterator[tuple[Street, list[Photograph]]]:
-    """Photograph streets in any order; a single worker is this process."""
-    if workers == 1:
-        yield from ((street, photograph_street(street)) for street in streets)
-        return
-    # Longest first, so that no core is idle while the last street is rendered.
-    longest_first = sorted(streets, key=lambda street: -len(street.photos))
-    # Spawned, so that no state of this process (threads, in tests) leaks into the children.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(photograph_street, street): street for street in longest_first}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    done: dict[int, list[Photograph]] = defaultdict(list)
+    with ExitStack() as stack:
+        if workers > 1:
+            # Longest first, so that no core is idle while the last street is rendered; spawned, so that no state of
+            # this process (threads, in tests) leaks into the children.
+            streets = sorted(streets, key=lambda street: -len(street.photos))
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            found = pool.map(photograph_street, streets)
+        else:
+            found = map(photograph_street, streets)
+        for street, photographs in zip(streets, found, strict=True):
+            done[street.dataset_id] += photographs
+            waiting[street.dataset_id] -= 1
+            if not waiting[street.dataset_id]:
+                yield street.dataset_id, sorted(done.pop(street.dataset_id))
 
 
 def write_tar(path: Path, dataset_id: int, photographs: list[Photograph], seed: int) -> int:
@@ -134,11 +124,6 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
-
-
-def is_finished(path: Path, finished: dict[str, Any]) -> bool:
-    """Tell whether a tar is recorded and still has the recorded size."""
-    return path.name in finished and path.is_file() and path.stat().st_size == finished[path.name]["bytes"]
 
 
 def log(line: str) -> None:
@@ -172,9 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--workers", type=bounded(1, 256), default=len(os.sched_getaffinity(0)), help="processes")
     arguments = parser.parse_args(argv)
-    settings = Settings(arguments.seed, arguments.buildings, arguments.size)
+    city = {"seed": arguments.seed, "buildings": arguments.buildings, "size": arguments.size}
     try:
-        paths = render_streets(arguments.output, settings, arguments.workers)
+        paths = render_streets(arguments.output, arguments.workers, **city)
     except BrokenProcessPool:
         raise PipelineError(
             f"{arguments.output}: a rendering process was killed: run again with fewer --workers or more memory"

@@ -62,6 +62,7 @@ def choose_drive(rng: Generator, street_azimuth_deg: float) -> Drive:
     return Drive(season, sun, sun_rgb, ambient, cloud, float(rng.uniform(6, 14)), int(rng.integers(2**31)))
 
 
+@lru_cache(maxsize=16)
 def paint_sky(drive: Drive) -> Image.Image:
     """Paint the sky by azimuth and elevation, with clouds and the far roofs and trees on the horizon."""
     rng = Generator(PCG64([drive.seed, 1]))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -104,9 +105,10 @@ def park_cars(rng: Generator, start: float, end: float, pavement_m: float) -> tu
     return tuple(cars)
 
 
-def grow_sprite(tree: Tree, drive: Drive, seed: int) -> Image.Image:
+@lru_cache(maxsize=32)
+def grow_sprite(kind: int, drive: Drive, seed: int) -> Image.Image:
     """Paint a tree (RGBA, foot at the bottom centre): branches, then leaves from the dark inside to the lit top."""
-    rng = Generator(PCG64([seed, tree.kind, drive.seed % 7]))
+    rng = Generator(PCG64([seed, kind, drive.seed % 7]))
     image = Image.new("RGBA", (SPRITE_PX, SPRITE_PX), (0, 0, 0, 0))
     brush = ImageDraw.Draw(image)
     level = float(np.mean(drive.ambient_rgb) + 0.5 * drive.sun_rgb[0])
@@ -114,10 +116,10 @@ def grow_sprite(tree: Tree, drive: Drive, seed: int) -> Image.Image:
     branch(brush, rng, (SPRITE_PX / 2, SPRITE_PX), Limb(-math.pi / 2, SPRITE_PX * 0.3, 11.0), bark)
     if not LEAVES[drive.season]:
         return image
-    rgb = LEAVES[drive.season][tree.kind]
+    rgb = LEAVES[drive.season][kind]
     count = {"summer": 3000, "autumn": 2000, "spring": 1700}[drive.season]
     turn, reach = rng.uniform(0, 2 * math.pi, count), np.sqrt(rng.uniform(0, 1, count))
-    wide, tall = ((0.4, 0.36), (0.34, 0.38), (0.45, 0.32))[tree.kind]
+    wide, tall = ((0.4, 0.36), (0.34, 0.38), (0.45, 0.32))[kind]
     reach *= 1 + 0.13 * np.sin(3 * turn + rng.uniform(0, 6)) + 0.09 * np.sin(7 * turn + rng.uniform(0, 6))
     x, y = 0.5 + wide * reach * np.cos(turn), 0.39 - tall * reach * np.sin(turn)
     sunny = np.clip(0.6 - 0.55 * (y - 0.39) / tall + 0.35 * drive.sun[0] * (x - 0.5) / wide, 0, 1.3)

@@ -12,9 +12,9 @@ from PIL import Image, ImageChops, ImageDraw
 from sample_data.renderer.canvas import Canvas, Texture
 from sample_data.renderer.city import Lot, Photo, Street
 from sample_data.renderer.house_model import HouseModel
-from sample_data.renderer.lighting import Drive, crop_sky, expose, paint_sky, to_rgb
+from sample_data.renderer.lighting import crop_sky, expose, paint_sky, to_rgb
 from sample_data.renderer.materials import lay_ground
-from sample_data.renderer.street_furniture import Tree, grow_sprite, is_ahead, paint_car, paint_lamp, paint_tree
+from sample_data.renderer.street_furniture import grow_sprite, is_ahead, paint_car, paint_lamp, paint_tree
 from sample_data.renderer.street_geometry import Array, Camera, X, Y
 
 SUPERSAMPLE = 2
@@ -54,19 +54,17 @@ class Scene:
         self.ground_density = density
         largest = max(p.camera.size for p in street.photos)
         self.noise = rng.normal(0, 2.6, (largest + 64, largest + 64, 3)).astype(np.int16)
-        self.skies: dict[int, Image.Image] = {}
         self.grounds: dict[int, Texture] = {}
-        self.sprites: dict[tuple[int, int], Image.Image] = {}
 
     def take(self, photo: Photo) -> Image.Image:
         """Paint one photograph and develop it."""
         drive = self.street.drives[photo.drive]
         large = Camera(photo.camera.position, photo.camera.target, photo.camera.size * SUPERSAMPLE)
-        if drive.seed not in self.skies:
-            self.skies[drive.seed] = paint_sky(drive)
-        canvas = Canvas(large, drive, crop_sky(self.skies[drive.seed], large, large.size))
+        canvas = Canvas(large, drive, crop_sky(paint_sky(drive), large, large.size))
         self.paint_ground(canvas)
-        self.paint_far_trees(canvas, drive)
+        for tree in self.street.trees:  # those beyond the row's ends stand behind everything else
+            if tree.y_m > 0 and is_ahead(large, tree.x_m, tree.y_m):
+                paint_tree(canvas, tree, grow_sprite(tree.kind, drive, self.street.seed))
         self.paint_houses(canvas)
         self.paint_furniture(canvas, photo.drive)
         return expose(canvas.image.reduce(SUPERSAMPLE), drive, Generator(PCG64([photo.seed])), self.noise)
@@ -125,19 +123,6 @@ class Scene:
             spread = tree.height_m * 0.33
             yield centre + spread * np.stack([np.cos(turn) * (1 + 0.2 * np.cos(5 * turn)), np.sin(turn)], axis=1)
 
-    def paint_far_trees(self, canvas: Canvas, drive: Drive) -> None:
-        """Paint the trees that stand beyond the row's ends, behind everything else."""
-        for tree in self.street.trees:
-            if tree.y_m > 0 and is_ahead(canvas.camera, tree.x_m, tree.y_m):
-                paint_tree(canvas, tree, self.sprite(tree, drive))
-
-    def sprite(self, tree: Tree, drive: Drive) -> Image.Image:
-        """Return a kind of tree in a drive's season, painting it on the first request."""
-        key = (tree.kind, drive.seed)
-        if key not in self.sprites:
-            self.sprites[key] = grow_sprite(tree, drive, self.street.seed)
-        return self.sprites[key]
-
     def paint_houses(self, canvas: Canvas) -> None:
         """Paint the row from both ends towards the camera: houses beside each other cannot hide a nearer one."""
         x = canvas.camera.position[0]
@@ -151,7 +136,8 @@ class Scene:
         things: list[tuple[float, float, Callable[[], None]]] = []
         for tree in street.trees:
             if tree.y_m < 0:
-                things.append((tree.x_m, tree.y_m, partial(paint_tree, canvas, tree, self.sprite(tree, canvas.drive))))
+                sprite = grow_sprite(tree.kind, canvas.drive, street.seed)
+                things.append((tree.x_m, tree.y_m, partial(paint_tree, canvas, tree, sprite)))
         kerb = -street.pavement_m + 0.4
         things += [(lamp, kerb, partial(paint_lamp, canvas, lamp, kerb)) for lamp in street.lamps]
         for car in street.cars[drive]:
