@@ -166,9 +166,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     ignored = resolve_pairs(pairs, features.building_ids)
     with watch.measure("score"):
         evaluation, metrics = score_split(features, embeddings, ignored, config)
-    metrics["warning"] = doubt_split(
-        checkpoint, config.path("merged_dir") / "test.parquet", features.building_ids.to_pylist()
-    )
+    metrics["warning"] = doubt_split(checkpoint, config.path("merged_dir") / "test.parquet", features.building_ids)
     if metrics["warning"]:
         logger.warning("%s: %s", STAGE, metrics["warning"])
         metrics["headline"] = f"{metrics['warning']}. {metrics['headline']}"

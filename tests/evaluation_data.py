@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from pipeline.files import tables
-from pipeline.retrieval.checkpoint import save_checkpoint
+from pipeline.retrieval.checkpoint import hash_buildings, save_checkpoint
 from pipeline.retrieval.projector import Projector
 
 WIDTH = 16
 NUM_BUILDINGS = 24
 IMAGES_PER_BUILDING = 3
-SPLIT_HASH = "feedbeef"
+SPLIT_FILE = None  # hash of the file that gave the splits
 
 
 def building_color(building):
@@ -67,12 +67,17 @@ def make_table(
 
 def write_split(folder, name, table):
     """Write a split as stage 3 does."""
-    provenance = {"stage": "merge_and_split", "split_hash": SPLIT_HASH, "settings": {}, "inputs": []}
+    provenance = {
+        "stage": "merge_and_split",
+        "split_hash": "feedbeef",
+        "settings": {"split_file": SPLIT_FILE},
+        "inputs": [],
+    }
     tables.write_parquet(folder / "merged" / f"{name}.parquet", table, provenance)
 
 
-def write_checkpoint(path, *, seed=0, width=WIDTH, history=True, split_hash="feedbeef"):
-    """Write a checkpoint of a projector with random weights, that names the split which it was trained on."""
+def write_checkpoint(path, *, seed=0, width=WIDTH, history=True, trained_on=()):
+    """Write a checkpoint of a projector with random weights, which names the buildings that it was trained on."""
     torch.manual_seed(seed)
     projector = Projector(width, output_dim=8, hidden_dim=8)
     scores = [{"epoch": epoch, "val": {"map": 0.4 + 0.01 * epoch}} for epoch in range(4)]
@@ -82,7 +87,7 @@ def write_checkpoint(path, *, seed=0, width=WIDTH, history=True, split_hash="fee
         "projector": projector.state_dict(),
         "metrics": metrics,
         "settings": {"seed": 42, "training": {"margin": 0.2}},
-        "provenance": {"split_hash": split_hash},
+        "trained_on": None if trained_on is None else hash_buildings(trained_on),
     }
     save_checkpoint(path, content)
 

@@ -179,11 +179,11 @@ def workplace(tmp_path):
 
 def test_two_checkpoints_are_compared_on_the_test_split_and_nothing_is_written(run_main, tmp_path, workplace):
     other = tmp_path / "other.pt"
-    write_checkpoint(other, seed=1, split_hash=None)
+    write_checkpoint(other, seed=1, trained_on=None)
     text = evaluate(run_main, tmp_path, "--config", workplace, "--compare", other)
     assert "A = checkpoint_best.pt" in text
     assert "B = other.pt" in text
-    assert "Mind: other.pt was trained on a split that nothing names" in text
+    assert "Mind: other.pt does not name its training buildings, and nothing tells" in text
     assert "Mind: checkpoint_best.pt" not in text
     assert re.match(r"B \(other\.pt\) (beats|is worse than|cannot be told from) A", read_verdict(text))
     assert not (workplace.parent / "report").exists()

@@ -78,7 +78,7 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
     for name, content in found.items():
         assert set(content) == {
             "architecture", "projector", "weights", "average", "coordinates", "origin", "optimizer", "loss",
-            "sampler", "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale",
+            "sampler", "random", "epoch", "start", "metrics", "settings", "provenance", "rate_scale", "trained_on",
         }  # fmt: skip
         assert content["architecture"]["input_dim"] == WIDTH
         assert content["provenance"]["split_hash"] == "abc"

@@ -13,7 +13,7 @@ from training_data import SETTINGS, WIDTH, fill_workspace, make_split, read_chec
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files import tables
-from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
+from pipeline.retrieval.checkpoint import build_projector, hash_buildings, load_checkpoint, save_checkpoint
 from pipeline.retrieval.features import load_features
 from pipeline.retrieval.scores import score_queries, summarize_scores
 from train_specialized_embeddings import tune
@@ -50,6 +50,16 @@ def test_epoch_0_is_the_checkpoints_projector_and_training_goes_on_from_it(works
     history = read_metrics(workspace)
     assert history[0]["val"] == pytest.approx(start.metrics["val"]["projector"])
     assert not torch.equal(last["projector"]["hidden.0.weight"], old.projector["hidden.0.weight"])
+    names = load_features(workspace / "merged/train.parquet").building_ids.to_pylist()
+    expected = {*hash_buildings(names).tolist(), *old.rest["trained_on"].tolist()}
+    assert set(last["trained_on"].tolist()) == expected
+
+
+def test_after_a_start_that_names_no_buildings_none_are_named(workspace: Path) -> None:
+    content = torch.load(workspace / "old/checkpoint_best.pt", weights_only=True)
+    save_checkpoint(workspace / "old/checkpoint_best.pt", {k: v for k, v in content.items() if k != "trained_on"})
+    run(workspace, OLD, "training.num_epochs=0")
+    assert load_checkpoint(workspace / "checkpoint/checkpoint_best.pt").count_trained_on(["0001_1"]) is None
 
 
 def test_the_checkpoint_counts_by_its_content_and_a_killed_run_goes_on(

@@ -123,7 +123,7 @@ def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.Stage
     embeddings, notes = [], []
     for path in places:
         checkpoint = load_checkpoint(path, section, input_dim=features.width)
-        if doubt := doubt_split(checkpoint, test_path, features.building_ids.to_pylist()):
+        if doubt := doubt_split(checkpoint, test_path, features.building_ids):
             notes.append(f"{doubt}.")
         device = choose_device(config.infrastructure.device)
         embeddings.append(project(build_projector(checkpoint), features.embeddings, device))

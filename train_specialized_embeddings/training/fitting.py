@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables, workspace
@@ -168,5 +170,8 @@ def make_material(
     map_rows = start.coordinates.linear_map.map_rows
     store = FeatureStore(map_rows(train.embeddings), device)
     validation = replace(validation, embeddings=map_rows(validation.embeddings))
-    trained_on = hash_buildings(train.building_ids.to_pylist())
+    # What an earlier run was trained on has shaped the start; None where that run does not name its buildings.
+    before = hash_buildings([]) if (earlier := saved or warm) is None else earlier.rest.get("trained_on")
+    own = hash_buildings(train.building_ids.to_pylist())
+    trained_on = None if before is None else torch.unique(torch.cat([before, own]))
     return Material(sampler, store, validation, start, len(train) + len(val), trained_on)

@@ -43,7 +43,7 @@ class Material:
     validation: ValidationSet
     start: Start
     num_images: int  # of train and val
-    trained_on: torch.Tensor  # hashes of the training buildings
+    trained_on: torch.Tensor | None  # hashes of the training buildings, an earlier run's included
 
 
 @dataclass
