@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluation_data
 import numpy as np
 import pytest
 import torch
@@ -356,37 +355,6 @@ def test_the_verdict_follows_the_interval_of_the_difference(finished):
     ):
         gain["over_raw"]["map_ci95"] = interval
         assert words in describe_verdict(metrics)
-
-
-SEEN = "Mind: checkpoint_best.pt was trained on 2 of the 24 buildings of this split"
-UNKNOWN = "Mind: checkpoint_best.pt does not name its training buildings, and nothing tells if"
-FROM_FILE = "Mind: checkpoint_best.pt does not name its training buildings; the scores hold if"
-
-
-@pytest.mark.parametrize(
-    ("trained_on", "split_file", "warning"),
-    [(["0001_0", "0002_1", "0009_9"], None, SEEN), (["0001_0", "0002_1"], "feed", SEEN), (None, None, UNKNOWN),
-     (None, "feed", FROM_FILE), (["0009_9"], None, None)],
-)  # fmt: skip
-def test_a_projector_that_may_have_seen_the_split_gets_no_clean_verdict(
-    tmp_path, run_main, monkeypatch, trained_on, split_file, warning
-):
-    monkeypatch.setattr(evaluation_data, "SPLIT_FILE", split_file)
-    config_path = make_workplace(tmp_path, photos=False)
-    write_checkpoint(tmp_path / "checkpoints" / "checkpoint_best.pt", trained_on=trained_on)
-    outcome = run_main(main, "--config", config_path, "--set", f"global.log_dir={tmp_path / 'logs'}")
-    metrics, page = read_outputs(config_path)
-    if warning is None:
-        assert metrics["warning"] is None
-        assert metrics["headline"].startswith("The projector ")
-        return
-    assert metrics["warning"].startswith(warning)
-    assert metrics["headline"].startswith(f"{metrics['warning']}. The projector ")
-    assert f"<h1>{metrics['headline']}</h1>" in page
-    assert 'class="verdict bad"' in page
-    said = " ".join(outcome.stderr.split())
-    assert f"WARNING evaluate: {warning}" in said
-    assert metrics["headline"] in said
 
 
 def test_the_table_and_the_metrics_say_the_same_headline(finished):

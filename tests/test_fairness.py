@@ -1,10 +1,15 @@
 """The warning where a checkpoint may have been trained on buildings of the split that is scored."""
 
+import html
+import json
 from pathlib import Path
 
+import evaluation_data
 import pyarrow as pa
 import pytest
+from evaluation_data import make_workplace, write_checkpoint
 
+from evaluate_embeddings.evaluate import main
 from evaluate_embeddings.scores.fairness import doubt_split
 from pipeline.files import tables
 from pipeline.retrieval.checkpoint import Checkpoint, hash_buildings
@@ -26,3 +31,35 @@ def test_the_doubt_follows_the_training_buildings_where_they_are_named(tmp_path,
         Checkpoint(Path("a.pt"), {}, {}, rest=rest), tmp_path / "test.parquet", pa.array(["0001_1", "0001_2"])
     )
     assert found is None if doubt is None else f"Mind: {doubt}" in found
+
+
+SEEN = "Mind: checkpoint_best.pt was trained on 2 of the 24 buildings of this split"
+UNKNOWN = "Mind: checkpoint_best.pt does not name its training buildings, and nothing tells if"
+FROM_FILE = "Mind: checkpoint_best.pt does not name its training buildings; the scores hold if"
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "split_file", "warning"),
+    [(["0001_0", "0002_1", "0009_9"], None, SEEN), (["0001_0", "0002_1"], "feed", SEEN), (None, None, UNKNOWN),
+     (None, "feed", FROM_FILE), (["0009_9"], None, None)],
+)  # fmt: skip
+def test_a_projector_that_may_have_seen_the_split_gets_no_clean_verdict(
+    tmp_path, run_main, monkeypatch, trained_on, split_file, warning
+):
+    monkeypatch.setattr(evaluation_data, "SPLIT_FILE", split_file)
+    config_path = make_workplace(tmp_path, photos=False)
+    write_checkpoint(tmp_path / "checkpoints" / "checkpoint_best.pt", trained_on=trained_on)
+    outcome = run_main(main, "--config", config_path, "--set", f"global.log_dir={tmp_path / 'logs'}")
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    page = (tmp_path / "report" / "report.html").read_text()
+    if warning is None:
+        assert metrics["warning"] is None
+        assert metrics["headline"].startswith("The projector ")
+        return
+    assert metrics["warning"].startswith(warning)
+    assert metrics["headline"].startswith(f"{metrics['warning']}. The projector ")
+    assert f"<h1>{metrics['headline']}</h1>" in html.unescape(page)
+    assert 'class="verdict bad"' in page
+    said = " ".join(outcome.stderr.split())
+    assert f"WARNING evaluate: {warning}" in said
+    assert metrics["headline"] in said

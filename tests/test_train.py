@@ -87,7 +87,7 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
         assert content["metrics"]["epoch"] == content["epoch"]
         assert len(content["metrics"]["history"]) == content["epoch"] + 1
         assert content["settings"]["training"]["num_epochs"] == 5
-        loaded = load_checkpoint(workspace / "checkpoint" / name, input_dim=WIDTH)
+        loaded = load_checkpoint(workspace / "checkpoint" / name)
         assert build_projector(loaded)(torch.ones(2, WIDTH)).shape == (2, 8)
 
 
