@@ -12,6 +12,7 @@ import torch
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables, workspace
+from pipeline.files.identity import describe_difference
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.reference.checkpoints import load_checkpoint as load_any_checkpoint
@@ -22,7 +23,7 @@ from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.neighbor_table import Neighbors, load_neighbors
 from train_specialized_embeddings.training import run_files
 from train_specialized_embeddings.training.metric_sinks import sending_metrics
-from train_specialized_embeddings.training.starts import check_warm_start, fit_start, restore_start
+from train_specialized_embeddings.training.starts import fit_start, restore_start
 from train_specialized_embeddings.training.training_run import Material, TrainingRun, begin_run
 from train_specialized_embeddings.training.validation import choose_validation_set, log_verdict
 
@@ -101,12 +102,9 @@ def training_within_memory(config: Config) -> AbstractContextManager[None]:
 
 
 def read_material(
-    config: Config,
-    inputs: dict[str, Path],
-    provenance: dict[str, Any],
-    watch: Stopwatch,
+    config: Config, inputs: dict[str, Path], provenance: dict[str, Any], watch: Stopwatch,
     saved: Checkpoint | None = None,
-) -> Material:
+) -> Material:  # fmt: skip
     """Read the splits and the difficulty table, and find the start.
 
     The start is that of a killed run (`saved`), another run's checkpoint or a fitted map. Raises InputError where an
@@ -121,7 +119,13 @@ def read_material(
     warm = None
     if "init_checkpoint" in inputs and saved is None:
         warm = load_any_checkpoint(inputs["init_checkpoint"], config.training_model, input_dim=train.width)
-        check_warm_start(warm, provenance["embedded_with"])
+        both = [{"settings": one.get("embedded_with")} for one in (warm.provenance, provenance)]
+        if all(isinstance(one["settings"], dict) for one in both) and (found := describe_difference(*both)):
+            raise InputError(
+                f"{warm.path}: trained on other embeddings ({found}): leave out [training].init_checkpoint, or use the "
+                "same embeddings"
+            )
+        logger.info("training starts from %s, whose architecture it keeps", warm.path)
         warm = replace(warm, architecture=warm.architecture | {"dropout": config.training_model.dropout})
     with watch.measure("start"):
         return make_material(config, train, val, neighbors, saved, warm)
@@ -146,13 +150,9 @@ def check_splits(inputs: dict[str, Path], train: Features, val: Features, input_
 
 
 def make_material(
-    config: Config,
-    train: Features,
-    val: Features,
-    neighbors: Neighbors,
-    saved: Checkpoint | None = None,
-    warm: Checkpoint | None = None,
-) -> Material:
+    config: Config, train: Features, val: Features, neighbors: Neighbors,
+    saved: Checkpoint | None = None, warm: Checkpoint | None = None,
+) -> Material:  # fmt: skip
     """Find the start, and map the images to its coordinates; the training ones go where the steps need them."""
     section, seed = config.training, config.global_.seed
     device = choose_device(config.infrastructure.device)

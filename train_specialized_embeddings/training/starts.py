@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import TrainingModelSection, TrainingSection
-from pipeline.errors import InputError
 from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint, build_projector
 from pipeline.retrieval.features import Features
@@ -133,13 +132,9 @@ class Start:
 
 
 def fit_start(
-    train: Features,
-    validation: ValidationSet,
-    output_dim: int,
-    section: TrainingSection,
-    device: torch.device | None = None,
-    warm: Checkpoint | None = None,
-) -> Start:
+    train: Features, validation: ValidationSet, output_dim: int, section: TrainingSection,
+    device: torch.device | None = None, warm: Checkpoint | None = None,
+) -> Start:  # fmt: skip
     """Fit PCA-whitening, within-class whitening (with the shrinkage that validates best) and a start.
 
     The start is that of another run's checkpoint (`warm`), where there is one.
@@ -171,10 +166,11 @@ def fit_start(
     start = pca if init == "pca" else whitening.linear_map
     if init == "sharpened":
         tried = _try(sharpen_whitening, powered, num_rows, shrinkages, validate)
-        start, chosen = _choose_start(tried, whitening, validation)
-        note["sharpened_shrinkage"] = chosen
-        if chosen is not None:
-            scatter = powered
+        note["sharpened_shrinkage"] = chosen = _choose_shrinkage(tried, whitening, validation)
+        if chosen is None:
+            logger.info("sharpened whitening validates worse than the plain one, from which training starts then")
+        else:
+            start, scatter = tried[chosen].linear_map, powered
             scores["whitening"]["map_error"] = validation.measure_error(tried[chosen].scores, whitening.scores)
     return Start(make_coordinates(start, scatter, output_dim), note, scores)
 
@@ -212,25 +208,18 @@ def _try(
     return tried
 
 
-def _choose_start(
-    tried: dict[float, Fitted], whitening: Fitted, validation: ValidationSet
-) -> tuple[LinearMap, float | None]:
-    """Return the sharpened map of the largest shrinkage within a standard error of the best, and that shrinkage.
+def _choose_shrinkage(tried: dict[float, Fitted], whitening: Fitted, validation: ValidationSet) -> float | None:
+    """Return the largest shrinkage of a sharpened map within a standard error of the best one and of the whitening.
 
     Validation buildings are from where the training ones are, and other places want more shrinkage (the
-    one-standard-error rule; Breiman et al. 1984, section 3.4.3). Returns the plain whitening and None where that is
-    better than every sharpened map.
+    one-standard-error rule; Breiman et al. 1984, section 3.4.3). Returns None where every sharpened map is worse.
     """
     best = max(tried.values(), key=lambda one: one.mean)
     allowed = [
-        key
-        for key, one in tried.items()
+        key for key, one in tried.items()
         if not any(validation.is_better(other.scores, one.scores) for other in (best, whitening))
-    ]
-    if not allowed:
-        logger.info("sharpened whitening validates worse than the plain one, from which training starts then")
-        return whitening.linear_map, None
-    return tried[max(allowed)].linear_map, max(allowed)
+    ]  # fmt: skip
+    return max(allowed, default=None)
 
 
 def make_projector(start: Start, model: TrainingModelSection, init: str) -> Projector:
@@ -272,16 +261,3 @@ def restore_start(
     assert coordinates is not None
     projector = build_projector(Checkpoint(checkpoint.path, architecture, weights)).train()
     return Start(coordinates, note, baselines, projector)
-
-
-def check_warm_start(checkpoint: Checkpoint, embedded_with: Any) -> None:
-    """Raise InputError where a checkpoint was trained on embeddings made otherwise than `embedded_with`."""
-    made_with = checkpoint.provenance.get("embedded_with")
-    if isinstance(made_with, dict) and isinstance(embedded_with, dict) and made_with != embedded_with:
-        key = min(key for key in made_with | embedded_with if made_with.get(key) != embedded_with.get(key))
-        raise InputError(
-            f"{checkpoint.path}: trained on embeddings made with {key} {made_with.get(key)!r}, these were made with "
-            f"{embedded_with.get(key)!r}: leave out [training].init_checkpoint, or use the same embeddings"
-        )
-    epoch = checkpoint.rest.get("epoch")
-    logger.info("training starts from %s of epoch %s, whose architecture it keeps", checkpoint.path, epoch)

@@ -105,7 +105,8 @@ class Trainer:
         if not math.isfinite(loss):
             raise PipelineError("training diverged (the loss is not a number): lower [training].learning_rate")
         rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        shares, rewards = [count / total for count in by_band], self.bandit and self.bandit.list_means()
+        shares = [count / total for count in by_band]
+        rewards = self.bandit.list_means() if self.bandit else None
         return EpochReport(loss, sum(active_by_band) / total, shares, rates, int(total), rewards)
 
     def _set_rates(self, done: float) -> None:
