@@ -90,6 +90,7 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
             "triplet_distance": "cosine",
             "margin": 0.2,
             "anchors_per_epoch": 5000,
+            "sample_buildings": 1000,
             "patience": 0,
             "init_checkpoint": "old/checkpoint_epoch_3.pt",
             "band_sampling": "ucb",
@@ -98,7 +99,7 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
         "logging": {"wandb": "offline", "wandb_project": "buildings"},
     }
     listed = dict(line[2:].split(": ", 1) for line in outcome.stdout.splitlines() if line.startswith("# ["))
-    fewer = "train_specialized_embeddings/tune.py --sample-buildings trains the trials on fewer buildings"
+    fewer = "[training].sample_buildings trains on fewer buildings, tune.py --sample-buildings the trials"
     validation = "every validation has mAP, MRR and Recall@k; [training].validation_images bounds it"
     assert listed == {
         "[infrastructure].batch_size": "memory is bounded by [data].memory_mb",
@@ -107,7 +108,6 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
         "[training].num_epochs": "its value 'many' does not fit: input should be a valid integer",
         "[training].sample_fraction": fewer,
         "[training].val_sample_fraction": fewer,
-        "[training].sample_buildings": fewer,
         "[training].val_sample_buildings": fewer,
         "[training].retrieval_metric_k": validation,
         "[training].best_training_metric_name": validation,

@@ -5,9 +5,10 @@ which rows of the input it holds; where some are missing, their pictures have to
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ SAMPLED_PARTS, SAMPLED_ROWS = 8, 4
 # Computing in bfloat16 costs less than this; another model's embeddings lie near 0.
 LEAST_COSINE = 0.999
 NORM_TOLERANCE = 1e-3
+T = TypeVar("T")
 
 
 class Adoption:
@@ -54,12 +56,10 @@ class Adoption:
 
     def sample(self) -> Iterator[tuple[str, bytes, NDArray[np.float32]]]:
         """Yield some pictures, spread over the parts, each with a name and the embedding (D,) that it has there."""
-        places = np.unique(np.linspace(0, len(self.foreign) - 1, SAMPLED_PARTS).astype(int))
-        for plan in [self.foreign[place] for place in places]:
+        for plan in _spread(self.foreign, SAMPLED_PARTS):
             table = next(itertools.islice(read_batches(self._source, plan.row_group), plan.read_batch, None))
             found = self._match(plan, table)
-            count = min(SAMPLED_ROWS, len(found.rows))
-            for place in np.unique(np.linspace(0, len(found.rows) - 1, count).astype(int)):
+            for place in _spread(range(len(found.rows)), SAMPLED_ROWS):
                 row = int(found.rows[place])
                 image = table.column(IMAGE_COLUMN)[row].as_py()
                 yield f"{plan.name}, row {plan.first_row + row}", image, found.embeddings[place]
@@ -72,26 +72,23 @@ class Adoption:
         for row_group, group in itertools.groupby(self.foreign, key=lambda plan: plan.row_group):
             plans = {plan.read_batch: plan for plan in group}
             for read_batch, table in enumerate(read_batches(self._source, row_group)):
-                plan = plans.get(read_batch)
-                if plan is None:
-                    continue
-                found = self._match(plan, table)
-                if not len(found.rows):
-                    found = replace(found, embeddings=np.empty((0, width), np.float32))
-                if found.embeddings.shape[1] != width:
-                    raise InputError(
-                        f"{plan.name}: its embeddings have {found.embeddings.shape[1]} numbers, not {width}"
-                    )
-                self._store.write_part(plan, make_content(self._source, plan, table, found))
-                yield plan
+                if plan := plans.get(read_batch):
+                    found = self._match(plan, table)
+                    if not len(found.rows):
+                        found = replace(found, embeddings=np.empty((0, width), np.float32))
+                    elif found.embeddings.shape[1] != width:
+                        raise InputError(f"{plan.name}: embeddings of {found.embeddings.shape[1]} numbers, not {width}")
+                    self._store.write_part(plan, make_content(self._source, plan, table, found))
+                    yield plan
 
     def _match(self, plan: PartPlan, table: pa.Table) -> Outcome:
         """Return the rows of a read batch that a part holds, and the pictures that cannot be read where some lack."""
         path = self._store.dataset.path_of(plan.name)
         found, embeddings = read_foreign(path)
         rows, rejected = self._source.wanted_rows(table), []
+        images = table.column(IMAGE_COLUMN)
         if len(rows) != len(found):
-            rejected = list(_find_unreadable(table, rows))
+            rejected = list(_find_unreadable(images, rows))
             rows = np.setdiff1d(rows, [row for row, _ in rejected])
         ids = _make_comparable(list_values(table.column(ID_COLUMN)))
         if [ids[row] for row in rows] != _make_comparable(found):
@@ -100,9 +97,14 @@ class Adoption:
                 f"{plan.first_row + plan.num_rows - 1}: give the --input and --read-batch-size that it was made with, "
                 "or move this part away, and stage 8 makes it again"
             )
-        images = table.column(IMAGE_COLUMN)
         hashes = [hash_bytes(images[int(row)].as_py() or b"") for row in rows]
         return Outcome(rows, embeddings, hashes, rejected)
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """Return so many of the items, from the first to the last."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
+    return [items[place] for place in np.unique(places)]
 
 
 def _make_comparable(ids: list[object]) -> list[str]:
@@ -111,9 +113,9 @@ def _make_comparable(ids: list[object]) -> list[str]:
     return [repr(None if repr(value) == "nan" else value) for value in whole]
 
 
-def _find_unreadable(table: pa.Table, rows: NDArray[np.int64]) -> Iterator[tuple[int, Rejection]]:
+def _find_unreadable(images: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[tuple[int, Rejection]]:
     for row in rows:
-        data = table.column(IMAGE_COLUMN)[int(row)].as_py()
+        data = images[int(row)].as_py()
         try:
             if not data:
                 raise Rejection("missing_image", "null" if data is None else "0 bytes")

@@ -15,6 +15,7 @@ from pipeline.retrieval.checkpoint import Checkpoint, StateDict, make_checkpoint
 WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
 # Prefixes that wrappers add to the names.
 PREFIXES = ("module.", "_orig_mod.", "model.", "projector.")
+PARTS = ("weight", "bias")  # of a layer; a missing bias is one of zeros
 # The reference's layers, and ours, whose `norms` follow `hidden` and `output`.
 REFERENCE_LAYERS = {
     "input_layer": "hidden.0", "input_norm": "norms.0", "output_layer": "output", "residual_proj": "shortcut",
@@ -38,11 +39,11 @@ def load_checkpoint(
 
 
 def read_weights(
-    path: Path, content: dict[str, Any], section: TrainingModelSection, activation: str | None = None
+    path: Path, content: dict[str, Any], section: TrainingModelSection, *, is_activation_known: bool = False
 ) -> dict[str, Any]:
     """Return `architecture` and `projector` as our checkpoints hold them.
 
-    Widths and depth come from the weights; dropout, and the activation where none is given, from the section.
+    Widths and depth come from the weights, dropout and activation from the section.
     Understands the names of this projector's own layers, of the reference implementation's, and of a sequence of linear
     layers, which gets a shortcut of zeros (a single layer is the shortcut itself).
     """
@@ -53,18 +54,22 @@ def read_weights(
     if {"fc1.weight", "fc2.weight"} <= weights.keys() and "fc3.weight" not in weights:
         weights = _rename_older(path, weights)
     layers = {name.partition(".")[0] for name in weights}
-    if layers & REFERENCE_LAYERS.keys():
-        weights = _rename_reference(path, weights)
-    elif "shortcut" not in layers:
+    if "shortcut" not in layers and not layers & REFERENCE_LAYERS.keys():
         weights = _rename_sequence(path, weights)
+    if "shortcut.weight" not in weights:
+        weights = _rename_reference(path, weights)
     architecture = _infer_architecture(path, weights, section)
-    if activation is None and architecture["num_hidden_layers"]:
+    if not is_activation_known and architecture["num_hidden_layers"]:
         source = "as configured" if "activation" in section.model_fields_set else "the default"
         logger.warning(
             "%s: names no activation: %s is assumed (%s of [training_model].activation); where it was another one, the "
             "embeddings are wrong", path, section.activation, source,
         )  # fmt: skip
-    return {"architecture": architecture | ({"activation": activation} if activation else {}), "projector": weights}
+    zeros = {
+        name.removesuffix("weight") + "bias": weight.new_zeros(len(weight))
+        for name, weight in weights.items() if name.endswith("weight") and weight.ndim
+    }  # fmt: skip
+    return {"architecture": architecture, "projector": zeros | weights}
 
 
 def _infer_architecture(path: Path, weights: StateDict, section: TrainingModelSection) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def _rename_reference(path: Path, weights: StateDict) -> StateDict:
     targets = REFERENCE_LAYERS | {"output_norm": f"norms.{depth + 1}"}
     for number in range(depth):
         targets |= {f"hidden_layers.{number}": f"hidden.{number + 1}", f"hidden_norms.{number}": f"norms.{number + 1}"}
-    unknown = sorted(weights.keys() - {f"{name}.{part}" for name in targets for part in ("weight", "bias")})
+    unknown = sorted(weights.keys() - {f"{name}.{part}" for name in targets for part in PARTS})
     if unknown:
         raise _not_mapped(path, f"{unknown[0]} is not known")
     has_norms = any("_norm" in name for name in weights)
@@ -139,46 +144,29 @@ def _rename_reference(path: Path, weights: StateDict) -> StateDict:
             continue
         if weight is None or weight.ndim != (1 if is_norm else 2):
             raise _not_mapped(path, f"{name}.weight is missing or no {'vector' if is_norm else 'matrix'}")
-        renamed |= _rename_layer(weights, f"{name}.", target)
-    return _add_shortcut(renamed, weights["input_layer.weight"], weights["output_layer.weight"])
+        renamed |= {f"{target}.{part}": weights[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in weights}
+    matrix = renamed["hidden.0.weight"]
+    return {"shortcut.weight": matrix.new_zeros(len(renamed["output.weight"]), matrix.shape[1])} | renamed
 
 
 def _rename_sequence(path: Path, weights: StateDict) -> StateDict:
-    """Map a plain MLP, with linear layers numbered as in nn.Sequential, onto the projector's names."""
+    """Give a plain MLP, with linear layers numbered as in nn.Sequential, the reference's names; a single layer ours."""
     # A layer's name with its dot; a single layer may have none.
     names = [key.removesuffix("weight") for key, value in weights.items() if key.endswith("weight") and value.ndim == 2]
-    known = {f"{name}{part}" for name in names for part in ("weight", "bias")}
-    others = [key for key in weights if key not in known]
+    others = [key for key in weights if key.removesuffix("weight").removesuffix("bias") not in names]
     if others:
         raise _not_mapped(path, f"{others[0]} is not part of a linear layer")
-    if len(names) == 1:
-        return _rename_layer(weights, names[0], "shortcut")
     places = [(place[1], int(place[2]), name) for name in names if (place := re.fullmatch(r"(.*?)(\d+)\.", name))]
-    if len(places) < len(names) or len({prefix for prefix, _, _ in places}) > 1:
+    if len(names) > 1 and (len(places) < len(names) or len({prefix for prefix, _, _ in places}) > 1):
         # They may be parallel: shapes do not tell.
         raise _not_mapped(path, f"{', '.join(names)}: not one numbered sequence of layers")
-    names = [name for _, _, name in sorted(places)]
-    matrices = [weights[f"{name}weight"] for name in names]
-    if any(b.shape[1] != a.shape[0] for a, b in zip(matrices[:-1], matrices[1:], strict=True)):
-        raise _not_mapped(path, "its layers do not follow one another")
-    renamed = _rename_layer(weights, names[-1], "output")
-    for number, name in enumerate(names[:-1]):
-        renamed |= _rename_layer(weights, name, f"hidden.{number}")
-    return _add_shortcut(renamed, matrices[0], matrices[-1])
-
-
-def _rename_layer(weights: StateDict, name: str, target: str) -> StateDict:
-    """Return a layer's weight and bias, or zeros as the bias, under another name."""
-    weight = weights[f"{name}weight"]
-    return {f"{target}.weight": weight, f"{target}.bias": weights.get(f"{name}bias", weight.new_zeros(len(weight)))}
-
-
-def _add_shortcut(renamed: StateDict, first: torch.Tensor, last: torch.Tensor) -> StateDict:
-    """Add a shortcut of zeros from the first layer's inputs to the last one's outputs where there is none."""
-    zeros = {
-        "shortcut.weight": first.new_zeros(last.shape[0], first.shape[1]), "shortcut.bias": first.new_zeros(len(last)),
+    targets = ["input_layer", *(f"hidden_layers.{number}" for number in range(len(names) - 2)), "output_layer"]
+    sources = [name for _, _, name in sorted(places)] if len(names) > 1 else names
+    renamed = zip(sources, targets if len(names) > 1 else ["shortcut"], strict=True)
+    return {
+        f"{target}.{part}": weights[f"{name}{part}"]
+        for name, target in renamed for part in PARTS if f"{name}{part}" in weights
     }  # fmt: skip
-    return zeros | renamed
 
 
 def _not_mapped(path: Path, why: str) -> InputError:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint
 
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
-ACTIVATION_KEYS = ("activation", "projector_activation", "activation_function", "act_fn")
 
 
 @dataclass(frozen=True)
@@ -66,17 +65,16 @@ class ReferenceModel:
         if not stored:
             raise InputError(f"{self.folder}: holds no projector weights: fetch the model again, in safetensors")
         weights = {tensor.name: tensor.read().float() for tensor in stored}
-        content = read_weights(self.folder, weights, TrainingModelSection(dropout=0.0), self._find_activation())
-        return make_checkpoint(self.folder, content)
+        section = TrainingModelSection(dropout=0.0, activation=self._find_activation())
+        return make_checkpoint(self.folder, read_weights(self.folder, weights, section, is_activation_known=True))
 
     def _find_activation(self) -> Any:
         """Return the projector's activation."""
         inner = [value for key, value in self.config.items() if isinstance(value, dict) and key != "backbone_config"]
         for settings in (self.config, *inner):
-            for key in ACTIVATION_KEYS:
-                name = str(settings.get(key, "")).lower()
-                if name in ("relu", "gelu", "silu"):
-                    return name
+            name = str(settings.get("activation", settings.get("projector_activation"))).lower()
+            if name in ("relu", "gelu", "silu"):
+                return name
         raise InputError(
             f"{self.folder / 'config.json'}: does not say the projector's activation (relu, gelu or silu): add it as "
             '"activation"'

@@ -30,22 +30,9 @@ def _map_output(section: dict[str, Any], key: str, name: str) -> tuple[Settings,
     return {("paths", SECTIONS[name][1]): section[key]}, ""
 
 
-def _map_split(section: dict[str, Any], key: str, _: str) -> tuple[Settings, str]:
-    return {("paths", "merged_dir"): str(Path(section[key]).parent)}, ""
-
-
 def _map_wandb(section: dict[str, Any], _: str, __: str) -> tuple[Settings, str]:
     mode = section.get("wandb_mode", "online") if section.get("wandb_enabled", True) else "off"
     return {("logging", "wandb"): "off" if mode == "disabled" else mode}, ""
-
-
-def _map_distance(section: dict[str, Any], key: str, _: str) -> tuple[Settings, str]:
-    return {("training", "triplet_distance"): section[key], ("training", "loss"): "triplet"}, ""
-
-
-def _map_margin(section: dict[str, Any], key: str, _: str) -> tuple[Settings, str]:
-    note = "" if "loss_distance" in section else 'idle unless [training].loss = "triplet"'
-    return {("training", "margin"): section[key]}, note
 
 
 def _map_resumed(section: dict[str, Any], key: str, _: str) -> tuple[Settings, str]:
@@ -54,41 +41,46 @@ def _map_resumed(section: dict[str, Any], key: str, _: str) -> tuple[Settings, s
     return {}, "stage 6 resumes by itself"
 
 
-def _map_bandit(section: dict[str, Any], key: str, _: str) -> tuple[Settings, str]:
-    is_on = section[key] is not False
-    return {("training", "band_sampling"): "ucb" if is_on else "uniform"}, "the bandit has no other setting here"
-
-
 # By SECTION.KEY, `*` for any: our place, the reason why there is none, or a function that returns settings and a note.
 Rule = Place | str | Callable[[dict[str, Any], str, str], tuple[Settings, str]]
-_FEWER = "train_specialized_embeddings/tune.py --sample-buildings trains the trials on fewer buildings"
+_MEMORY = "memory is bounded by [data].memory_mb"
+_FEWER = "[training].sample_buildings trains on fewer buildings, tune.py --sample-buildings the trials"
 _VALIDATION = "every validation has mAP, MRR and Recall@k; [training].validation_images bounds it"
 RULES: dict[str, Rule] = {
     "*.output_dir": _map_output,
     "*.output_parquet_path": _map_output,
-    "*.train_parquet_path": _map_split,
-    "*.val_parquet_path": _map_split,
-    "infrastructure.batch_size": "memory is bounded by [data].memory_mb",
-    "data.batch_size": "memory is bounded by [data].memory_mb",
+    "*.train_parquet_path": lambda section, key, _: ({("paths", "merged_dir"): str(Path(section[key]).parent)}, ""),
+    "*.val_parquet_path": lambda section, key, _: ({("paths", "merged_dir"): str(Path(section[key]).parent)}, ""),
+    "infrastructure.batch_size": _MEMORY,
+    "data.batch_size": _MEMORY,
     "*.sample_fraction_for_bands": ("difficulty", "sample_fraction_for_bands"),
     "*.sample_fraction": _FEWER,
     "*.val_sample_fraction": _FEWER,
-    "*.sample_buildings": _FEWER,
+    "*.sample_buildings": ("training", "sample_buildings"),
     "*.val_sample_buildings": _FEWER,
     "*.samples_per_epoch": ("training", "anchors_per_epoch"),
     "*.triplets_per_epoch": ("training", "anchors_per_epoch"),
     "*.early_stopping_patience": ("training", "patience"),
-    "*.loss_distance": _map_distance,
-    "*.margin": _map_margin,
+    "*.loss_distance": lambda section, key, _: (
+        {("training", "triplet_distance"): section[key], ("training", "loss"): "triplet"}, ""
+    ),
+    "*.margin": lambda section, key, _: (
+        {("training", "margin"): section[key]},
+        "" if "loss_distance" in section or section.get("loss") == "triplet"
+        else 'idle unless [training].loss = "triplet"',
+    ),
     "*.retrieval_metric_*": _VALIDATION,
     "*.best_training_metric_name": _VALIDATION,
     "*.resume_from_checkpoint": _map_resumed,
-    "*.ucb_*": _map_bandit,
+    "*.ucb_*": lambda section, key, _: (
+        {("training", "band_sampling"): "uniform" if section[key] is False else "ucb"},
+        "the bandit has no other setting here",
+    ),
     "*.use_residual": "the linear shortcut is always there; an old checkpoint keeps what it has",
     "*.use_layer_norm": "stage 6 trains without; an old checkpoint keeps its LayerNorms",
     "*.wandb_enabled": _map_wandb,
     "*.wandb_mode": _map_wandb,
-}
+}  # fmt: skip
 
 
 def find_rule(section: str, key: str) -> Rule | None:

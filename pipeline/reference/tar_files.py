@@ -50,28 +50,25 @@ def match_members(tar_path: Path, dataset_id: int, image_paths: list[str]) -> li
 
     Leave ambiguous paths unchanged.
     """
-    exact = set(image_paths)
-    by_key: dict[str, list[str]] = {}
+    paths_of: dict[str, list[str]] = {}
     for path in image_paths:
-        by_key.setdefault(_strip(path, dataset_id), []).append(path)
-    found: set[str] = set()
-    others: dict[str, set[str]] = {}
+        paths_of.setdefault(_strip(path, dataset_id), []).append(path)
+    members_of: dict[str, set[str]] = {}
     for member in stream_members(tar_path):
-        if member.is_file and member.name in exact:
-            found.add(member.name)
-        elif member.is_file and (key := _strip(member.name, dataset_id)) in by_key:
-            others.setdefault(key, set()).add(member.name)
-    names: dict[str, str] = {}
-    for key, members in others.items():
-        meant = [path for path in by_key[key] if path not in found]
-        if meant and len(members) > 1:
-            one, other = sorted(members)[:2]
+        if member.is_file and (key := _strip(member.name, dataset_id)) in paths_of:
+            members_of.setdefault(key, set()).add(member.name)
+    names = {path: path for path in image_paths}
+    for key, members in members_of.items():
+        others = sorted(members - names.keys())
+        meant = [path for path in paths_of[key] if path not in members]
+        if meant and len(others) > 1:
             raise InputError(
-                f"{tar_path}: image_path {meant[0]} may be {one} or {other}: make the intermediate again with stage 1"
+                f"{tar_path}: image_path {meant[0]} may be {others[0]} or {others[1]}: make the intermediate again "
+                "with stage 1"
             )
-        if len(by_key[key]) == 1 and meant:
-            names[meant[0]] = next(iter(members))
-    return [names.get(path, path) for path in image_paths]
+        if meant and others and len(paths_of[key]) == 1:
+            names[meant[0]] = others[0]
+    return [names[path] for path in image_paths]
 
 
 def read_old_rows(unit: TarUnit, column: ListColumn, image_ids: pa.Array) -> tuple[list[int], NDArray[Any]]:
