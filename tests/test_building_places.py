@@ -1,9 +1,9 @@
-"""Where stage 3 takes a building to be: at the antimeridian, and without a position."""
+"""Where stage 3 takes a building to be: its cell, at the antimeridian, and without a position."""
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from embedding_files import make_rows, place_of, write
+from embedding_files import SIZES, make_rows, place_of, read_splits, write
 
 from pipeline.config import DataSection
 from pipeline.files import tables
@@ -20,6 +20,24 @@ def stage(tmp_path, write_config, run_main):
         return run_main(merge_and_split.main, "--config", config, *options)
 
     return run
+
+
+def test_cells_hold_neighbours_together_by_their_mean_position(tmp_path, stage):
+    for dataset in (1, 2, 3):
+        write(tmp_path, dataset, make_rows(dataset, SIZES, mixed=dataset == 2))
+    assert stage("data.split_cell_m=150").code == 0
+    rows = [row for table in read_splits(tmp_path).values() for row in table.to_pylist()]
+    places = {}
+    for row in rows:
+        places.setdefault(row["building_id"], []).append((row["target_lat"], row["target_lon"]))
+    splits = {}
+    for building, split in place_of(tmp_path).items():
+        mean = np.mean(places[building], axis=0)
+        (cell,) = name_cells(mean[:1], mean[1:], 150.0)
+        splits.setdefault(cell, set()).add(split)
+        assert SPLITS[choose_split(42, cell, DataSection())] == split
+    assert len(places) > len(splits) > 20
+    assert all(len(found) == 1 for found in splits.values())
 
 
 def test_buildings_without_a_position_are_counted_and_split_by_their_ids(tmp_path, stage):

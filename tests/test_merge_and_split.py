@@ -3,7 +3,6 @@
 import shutil
 from collections import Counter
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +12,7 @@ from pipeline.config import DataSection
 from pipeline.files import tables, workspace
 from pipeline.files.workspace import UNFINISHED
 from preprocess_raw_data import merge_and_split
-from preprocess_raw_data.merging.splits import SPLITS, choose_split, name_cells
+from preprocess_raw_data.merging.splits import SPLITS, choose_split
 
 
 @pytest.fixture
@@ -109,22 +108,6 @@ def test_a_split_file_wins_for_those_it_names_and_its_hash_is_recorded(tmp_path,
     assert place_of(tmp_path) == before | moved
 
 
-def test_cells_hold_neighbours_together_by_their_mean_position(tmp_path, stage, city):
-    assert stage("data.split_cell_m=150").code == 0
-    rows = [row for table in read_splits(tmp_path).values() for row in table.to_pylist()]
-    places = {}
-    for row in rows:
-        places.setdefault(row["building_id"], []).append((row["target_lat"], row["target_lon"]))
-    splits = {}
-    for building, split in place_of(tmp_path).items():
-        mean = np.mean(places[building], axis=0)
-        (cell,) = name_cells(mean[:1], mean[1:], 150.0)
-        splits.setdefault(cell, set()).add(split)
-        assert SPLITS[choose_split(42, cell, DataSection())] == split
-    assert len(places) > len(splits) > 20
-    assert all(len(found) == 1 for found in splits.values())
-
-
 def test_a_building_over_two_files_is_one_building(tmp_path, stage):
     first, second = make_rows(1, [2, 1, 1]), make_rows(1, [1, 1, 3])
     renamed = pa.array([f"0001_{patch}" for patch in range(100, 105)])
@@ -205,8 +188,12 @@ def test_an_embedding_that_is_missing_is_refused(tmp_path, stage, where):
 @pytest.mark.parametrize(
     ("second", "settings", "complaint"),
     [
-        (make_rows(2, [3, 3], width=9), None, "not the columns of 0001_embeddings.parquet"),
-        (make_rows(2, [3, 3]).set_column(10, "heading", [["x"] * 6]), None, "(heading is string, there double)"),
+        (make_rows(2, [3, 3], width=9), None, "files before it (embeddings of 9 numbers)"),
+        (
+            make_rows(2, [3, 3]).set_column(10, "heading", [["x"] * 6]),
+            None,
+            "heading has incompatible types: double vs string",
+        ),
         (make_rows(2, [3, 3]).drop_columns("embedding"), None, "column embedding is missing"),
         (make_rows(2, [3, 3]).drop_columns("target_lat"), None, "column target_lat is missing"),
         (make_rows(2, [3, 3]), SETTINGS | {"model": "other"}, "0001_embeddings.parquet with"),

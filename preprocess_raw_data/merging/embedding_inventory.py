@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import check_columns, plain_type, stored_fields
 from pipeline.files.image_ids import read_ids
 from pipeline.files.list_columns import ListColumn, find_embedding
@@ -101,50 +101,28 @@ def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
     Raises InputError naming the first file that lacks an id, or differs from an earlier one in a type, the width or the
     model.
     """
-    fields = {field.name: (field, paths[0]) for field in pa.schema(ID_COLUMNS)}
+    ids = pa.schema(ID_COLUMNS)
     schemas = [open_parquet(path).schema_arrow.remove_metadata() for path in paths]
-    columns, model = [], None
+    merged, columns, model = ids, list[ListColumn](), None
     for path, found in zip(paths, schemas, strict=True):
-        check_columns(path, found, stored_fields(found, pa.schema(ID_COLUMNS)))
-        columns.append(find_embedding(path))
+        check_columns(path, found, stored_fields(found, ids))
+        column = find_embedding(path)
+        columns.append(column)
+        kinds = {field.name: plain_type(field.type) for field in found if field.name not in {*ids.names, column.name}}
+        kinds |= {column.name: column.arrow_type} if column.width else {}
+        try:
+            merged = pa.unify_schemas([merged, pa.schema(kinds)], promote_options="permissive")
+            if column.width and not pa.types.is_fixed_size_list(merged.field(column.name).type):
+                raise pa.ArrowTypeError(f"embeddings of {column.width} numbers")
+        except pa.ArrowTypeError as error:
+            problem = f"{path}: not the columns of the files before it ({one_line(error)})"
+            raise InputError(f"{problem}: make one of them again") from None
         settings = (read_provenance(path, warn=True) or {}).get("settings")
-        for field in list_fields(found, columns[-1]):
-            known, other = fields.setdefault(field.name, (field, path))
-            if field.name in dict(ID_COLUMNS):
-                continue
-            if known.type == pa.null() or _is_wider(field.type, known.type):
-                fields[field.name] = (field, path)
-            elif (
-                known.type != field.type and not pa.types.is_null(field.type) and not _is_wider(known.type, field.type)
-            ):
-                raise InputError(
-                    f"{path}: not the columns of {other.name} ({field.name} is {field.type}, there {known.type}): "
-                    "make one of them again"
-                )
         model = model or settings
         if settings and settings != model:
             raise InputError(f"{path}: embedded with {settings}, {paths[0].name} with {model}: make one of them again")
     for path, schema in zip(paths, schemas, strict=True):
-        if missing := fields.keys() - dict(ID_COLUMNS + FILE_COLUMNS).keys() - set(schema.names):
+        if missing := set(merged.names) - {name for name, _ in ID_COLUMNS + FILE_COLUMNS} - set(schema.names):
             logger.warning("%s has no %s: null in its rows", path.name, ", ".join(sorted(missing)))
-    embedding, _ = fields.pop("embedding", (pa.field("embedding", columns[0].arrow_type), None))
-    return pa.schema([*(field for field, _ in fields.values()), embedding]), columns
-
-
-def _is_wider(kind: pa.DataType, other: pa.DataType) -> bool:
-    """Whether both are floats or embeddings of one width, and the first has the larger numbers, or is not whole."""
-    if pa.types.is_fixed_size_list(kind) and pa.types.is_fixed_size_list(other):
-        is_alike = kind.list_size == other.list_size
-        return is_alike and kind.value_type.bit_width > other.value_type.bit_width
-    return bool(kind == pa.float64() and other == pa.int64())
-
-
-def list_fields(schema: pa.Schema, embedding: ListColumn) -> list[pa.Field]:
-    """Return a file's columns with the types that they are merged under."""
-    fields = []
-    for field in schema:
-        if field.name == embedding.name:
-            fields += [pa.field(field.name, embedding.arrow_type)] if embedding.width else []
-        else:
-            fields.append(pa.field(field.name, plain_type(field.type)))
-    return fields
+    kind = merged.field("embedding").type if "embedding" in merged.names else columns[0].arrow_type
+    return pa.schema([*(field for field in merged if field.name != "embedding"), ("embedding", kind)]), columns
