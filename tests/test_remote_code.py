@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from published_models import encode, make_picture, publish
+from published_models import encode, make_picture, publish, write_kind
 from safetensors.torch import save_file
 
 from generate_embeddings import generate_embeddings
@@ -24,6 +24,7 @@ from pipeline.inference.model_files import DEFAULT_MODEL_ID, locate_model
 from preprocess_raw_data import process_tar
 from publish_model import embed_images
 from publish_model.model_folder import model_code
+from publish_model.model_folder.published_model import find_model
 
 CODE = """
 from torch import nn
@@ -195,3 +196,14 @@ def test_two_published_folders_of_one_name_each_run_their_own_code(model_dir, tm
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     found = subprocess.check_output([sys.executable, "-c", script, first, second], env=environment, text=True)
     assert found.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov3", "lite0"])
+def test_our_own_classes_give_the_shipped_codes_values_to_the_last_bit(kind, tmp_path):
+    backbone, width = write_kind(tmp_path / "backbone", kind)
+    folder = publish(tmp_path, backbone, width)
+    own = find_model(str(folder), download=False, device="cpu").load("float32")
+    shipped = Embedder(folder, device="cpu", dtype="float32", batch_size=32, trust_remote_code=True)
+    assert type(own.model) is not type(shipped.model)
+    pictures = [own.decode(encode(make_picture(seed))) for seed in range(4)]
+    assert np.array_equal(own.embed(pictures), shipped.embed(pictures))
