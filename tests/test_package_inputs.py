@@ -157,6 +157,7 @@ def test_hugging_faces_image_column_is_packaged_and_embedded(run_main, embed, tm
     table = pa.table(
         {"image": pa.array(images, kind), "key": [float(number) for number in range(7)], "label": range(7)}
     )
+    table = table.append_column("is_valid", pa.array([True] * 7))
     pq.write_table(table, tmp_path / "hub.parquet", row_group_size=3)
     columns = ("--image-column", "image", "--id-column", "key", "--keep-columns", "label")
     outcome = run(run_main, tmp_path / "hub.parquet", tmp_path / "packaged", "--max-reject-fraction", "1", *columns)
@@ -168,6 +169,8 @@ def test_hugging_faces_image_column_is_packaged_and_embedded(run_main, embed, tm
         "label": list(range(7)),
     }  # fmt: skip
     assert read_rejects(tmp_path / "packaged") == {"2": "missing_image", "4": "missing_image"}
+    outcome = run(run_main, tmp_path / "hub.parquet", tmp_path / "else", *columns[:-1], "is_valid")
+    assert "column is_valid has the name of one that is made here" in outcome.stderr
     outcome = embed(tmp_path / "hub.parquet", tmp_path / "out", *columns)
     assert outcome.code == 0, outcome.stderr
     embedded = read_dataset(tmp_path / "out")

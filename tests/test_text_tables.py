@@ -141,3 +141,9 @@ def test_keys_of_by_that_are_floats_are_whole_numbers_or_refused(run_main, tmp_p
     outcome = run_main(aggregate_embeddings.main, output, "--by", "OSMID,zone")
     assert (outcome.code, "--by: column zone holds ids as floats, such as" in outcome.stderr) == (1, True)
     assert not (output / "_aggregated" / "OSMID_zone.parquet").exists()
+
+
+def test_an_id_of_blanks_is_one_in_a_parquet(run_main, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(["", " ", "a"]), unit_rows(0, 3))
+    assert take_out(run_main, output, tmp_path / "ids.parquet", [" "]).code == 0
+    assert read_dataset(output)["OSMID"].to_pylist() == ["", "a"]

@@ -26,7 +26,8 @@ def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
     An id that can be none of that type stands for nothing. Raises InputError if the list cannot be read or is empty, or
     an id may be another one that was rounded.
     """
-    if is_parquet(path) or path.suffix.lower() in (".csv", ".tsv"):
+    is_exact, is_table = is_parquet(path), is_parquet(path) or path.suffix.lower() in (".csv", ".tsv")
+    if is_table:
         remedy = f"name the column of ids {ID_COLUMN}, and no other"
         chunks = read_id_table(path, [ID_COLUMN], remedy, short_rows=True).column(0).chunks
     else:
@@ -35,18 +36,18 @@ def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
     num_holes = 0
     for chunk in chunks:
         for scalar, value in zip(chunk, plain_values(chunk), strict=True):
-            if not scalar.is_valid or not str(value).strip():
+            if not scalar.is_valid or not (is_exact or str(value).strip()):
                 num_holes += 1
                 continue
             text = describe_id(scalar)
-            if is_parquet(path) and chunk.type == kind:
+            if is_exact and chunk.type == kind:
                 values = [value]
             else:
                 values = _values_of(value if isinstance(value, str) else text, kind, path)
             listed.setdefault(text, []).extend(values)
     if not listed:
         raise InputError(f"{path}: holds no ids")
-    if num_holes and path.suffix.lower() != ".txt":
+    if num_holes and is_table:
         logger.warning("%s: %d rows without an id are passed over", path, num_holes)
     return listed
 
