@@ -86,21 +86,6 @@ def try_images(source: ImageSource, start: int, end: int | None = None) -> Abstr
     return contextlib.closing(map_in_order(try_image, stream, count_cores()))
 
 
-def group_rows(images: Iterator[Packed]) -> Iterator[list[Packed]]:
-    """Yield row groups: as many rows as fit into the bounds, one at least."""
-    held: list[Packed] = []
-    num_bytes = 0
-    for image in images:
-        size = len(image.data or b"")
-        if held and (len(held) == ROW_GROUP_ROWS or num_bytes + size > ROW_GROUP_BYTES):
-            yield held
-            held, num_bytes = [], 0
-        held.append(image)
-        num_bytes += size
-    if held:
-        yield held
-
-
 def name_file(folder: Path, number: int) -> Path:
     """Return where a file of a package lies."""
     return folder / f"{number:05d}.parquet"
@@ -108,29 +93,34 @@ def name_file(folder: Path, number: int) -> Path:
 
 def write_file(
     path: Path,
-    groups: Iterator[list[Packed]],
+    images: Iterator[Packed],
     source: ImageSource,
     provenance: dict[str, Any],
     progress: Progress,
     most_bytes: float,
 ) -> dict[str, Any]:
-    """Write row groups until the file is full, then its rejects, and return its counts, which the rejects carry."""
+    """Write images until the file is full, then its rejects, and return its counts, which the rejects carry."""
     rejected: list[tuple[str, Rejection]] = []
     seen: list[list[int] | None] = []
-    num_rows = num_bytes = 0
+    rows: list[dict[str, Any]] = []
+    num_rows = num_bytes = group_bytes = 0
     own, *kept = source.fields
     schema = pa.schema([own, (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *kept])
     with parquet_writer(path, schema, provenance) as writer:
-        for group in groups:
-            rows = [{**one.image.row, IMAGE_COLUMN: one.data, VALID_COLUMN: one.data is not None} for one in group]
+        for one in images:
+            rows.append({**one.image.row, IMAGE_COLUMN: one.data, VALID_COLUMN: one.data is not None})
+            rejected += [(one.image.name, one.rejection)] if one.rejection is not None else []
+            seen += [one.seen] if one.image.path else []
+            num_rows += 1
+            group_bytes += len(one.data or b"")
+            progress.advance()
+            if len(rows) == ROW_GROUP_ROWS or group_bytes >= ROW_GROUP_BYTES:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                num_bytes, group_bytes, rows = num_bytes + group_bytes, 0, []
+                if num_bytes >= most_bytes:
+                    break
+        if rows:
             writer.write_table(pa.Table.from_pylist(rows, schema))
-            rejected += [(one.image.name, one.rejection) for one in group if one.rejection is not None]
-            seen += [one.seen for one in group if one.image.path]
-            num_rows += len(group)
-            num_bytes += sum(len(one.data or b"") for one in group)
-            progress.advance(len(group))
-            if num_bytes >= most_bytes:
-                break
     described = count_rejects(provenance, num_rows, (rejection for _, rejection in rejected))
     described["seen"] = source.seen or hash_json(seen)
     write_rejects(rejects_path(path), rejected, described)
@@ -187,9 +177,8 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
         logger.info("%s: going on behind image %d", STAGE, start)
     with try_images(source, start) as images, Progress(STAGE, source.num_images) as progress:
         progress.resume_at(start)
-        groups = group_rows(images)
-        for first in groups:
-            path, own = name_file(folder, len(finished)), itertools.chain([first], groups)
+        for first in images:
+            path, own = name_file(folder, len(finished)), itertools.chain([first], images)
             finished.append(write_file(path, own, source, provenance, progress, FILE_BYTES))
     if not finished:
         raise InputError(f"{source.inputs[0]['name']}: holds no image: correct --input")
@@ -226,7 +215,7 @@ def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finishe
             else:
                 logger.warning("%s: %d pictures have changed, as %s: made again", path, len(changed), changed[0])
                 with try_images(source, start, end) as again, Progress(STAGE, end - start) as progress:
-                    finished[number] = write_file(path, group_rows(again), source, provenance, progress, math.inf)
+                    finished[number] = write_file(path, again, source, provenance, progress, math.inf)
                 renewed.append(path)
     return renewed
 
