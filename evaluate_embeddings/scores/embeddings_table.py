@@ -11,7 +11,7 @@ from pipeline.embeddings_dataset.parts import list_part_files
 from pipeline.errors import InputError, one_line
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.listing import is_parquet, list_files
-from pipeline.files.tables import open_parquet, reading
+from pipeline.files.tables import open_parquet, read_batches
 from pipeline.files.text_tables import find_columns, whole_from_floats
 from pipeline.files.workspace import read_json_object
 from pipeline.log import logger
@@ -37,7 +37,12 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
     Raises InputError if there are none, one is damaged or lacks a column, the widths differ, an id is null, or a row
     is not finite or zero.
     """
-    columns = [find_embedding(path) for path in list_parts(folder)]
+    columns, names, num_rows = [], [], 0
+    for path in list_parts(folder):  # one at a time is open: a dataset has thousands
+        with open_parquet(path) as file:
+            names += find_columns(path, file.schema_arrow.names, [ID_COLUMNS], "it must name the image")
+            num_rows += file.metadata.num_rows
+        columns.append(find_embedding(path))
     known = next((column for column in columns if column.width), columns[0])
     for column in columns:
         if column.width not in (None, known.width):
@@ -45,29 +50,20 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
                 f"{column.path}: embeddings of {column.width} numbers, {known.path.name} has {known.width}: "
                 "give one dataset"
             )
-    embeddings = np.empty((sum(count_rows(column.path) for column in columns), known.width or 0), np.float32)
+    embeddings = np.empty((num_rows, known.width or 0), np.float32)
     ids, done = [], 0
-    for column in columns:  # one at a time is open: a dataset has thousands
-        path, first = column.path, done
-        with reading(path), open_parquet(path) as file:
-            (name,) = find_columns(path, file.schema_arrow.names, [ID_COLUMNS], "it must name the image")
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name, column.name]):
-                ids.append(to_text(path, batch.column(name)))
-                embeddings[done : done + batch.num_rows] = column.read(batch.column(column.name), done - first)
-                done += batch.num_rows
+    for column, name in zip(columns, names, strict=True):
+        first = done
+        for batch in read_batches(column.path, [name, column.name], _BATCH_ROWS):
+            ids.append(to_text(column.path, batch.column(name)))
+            embeddings[done : done + batch.num_rows] = column.read(batch.column(column.name), done - first)
+            done += batch.num_rows
     if not done:
         raise InputError(f"{folder}: holds no embedding: embed some images with stage 8 first")
     try:
         return EmbeddingsTable(folder, pa.concat_arrays(ids), normalise_rows(embeddings))
     except InputError as error:
         raise InputError(f"{folder}: {one_line(error)}") from None
-
-
-def count_rows(path: Path) -> int:
-    """Return the number of rows of a parquet, from its footer."""
-    with open_parquet(path) as file:
-        num_rows: int = file.metadata.num_rows
-        return num_rows
 
 
 def list_parts(folder: Path) -> list[Path]:
