@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for path, embedding in zip(arguments.images, embeddings, strict=True):
                 print(json.dumps({"image": decode_name(str(path)), "embedding": embedding.tolist()}))
             return
-        with writing_to(arguments.npy) as temporary, open(temporary, "wb") as file:
+        with writing_to(arguments.npy.resolve()) as temporary, open(temporary, "wb") as file:  # a link stays
             np.save(file, embeddings)
         print(arguments.npy)
 

@@ -41,7 +41,7 @@ def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], image
     ]
     template = load_templates(TEMPLATES_DIR).get_template("search.html.j2")
     page = template.render(query=make_thumbnail(query.read_bytes()), found=found)
-    with writing_to(path) as temporary:
+    with writing_to(path.resolve()) as temporary:  # a link is the user's: it stays
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 

@@ -92,6 +92,7 @@ def test_the_page_shows_the_images_of_the_input(search, photographs, tmp_path, m
     plain = search_embeddings.make_thumbnail
     monkeypatch.setattr(search_embeddings, "make_thumbnail", lambda image: shown.append(image) or plain(image))
     query, page = tmp_path / "query.jpg", tmp_path / "page.html"
+    page.symlink_to(tmp_path / "elsewhere.html")
     arguments = ["--query", query, "--html", page, "--input", tmp_path / "in.parquet", "--top", 18]
     outcome = search(photographs, *arguments)
     assert outcome.code == 0
@@ -102,6 +103,8 @@ def test_the_page_shows_the_images_of_the_input(search, photographs, tmp_path, m
     for identifier, image in zip(ids, shown[:-1], strict=True):
         assert image in [row["image_bytes"] for row in images if row["OSMID"] == identifier]
     assert page.read_text().count("data:image/jpeg;base64,") == 19
+    assert page.is_symlink()
+    assert not (tmp_path / "elsewhere.html").is_symlink()
 
 
 def test_after_a_deletion_the_other_rows_keep_their_own_images(run_main, photographs, tmp_path):
