@@ -10,6 +10,7 @@ finds all parts complete merges them. A rerun keeps a complete output.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,7 +244,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage from a command line."""
-    cli.run_from_command_line(STAGE, run, __doc__, argv, lambda parser: cli.add_shard_option(parser, "20,000 images"))
+    add_options = partial(cli.add_shard_option, unit="block of 20,000 images")
+    cli.run_from_command_line(STAGE, run, __doc__, argv, add_options)
 
 
 if __name__ == "__main__":

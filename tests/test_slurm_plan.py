@@ -226,7 +226,7 @@ def test_shards_are_written_as_sbatch_reads_them(shards, text):
 
 
 def test_the_queue_is_read_task_by_task(monkeypatch):
-    monkeypatch.setattr(scheduler, "ask", lambda _command: "70|3|RUNNING\n70|4-5|PENDING\n71|N/A|PENDING\n")
+    monkeypatch.setattr(scheduler, "ask", lambda _command: "CLUSTER: a\n70|3|RUNNING\n70|4-5|PENDING\n71|N/A|PENDING\n")
     assert scheduler.list_queued() == {("70", 3): False, ("70", 4): True, ("70", 5): True, ("71", None): True}
 
 

@@ -84,6 +84,8 @@ def list_queued() -> dict[tuple[str, int | None], bool] | None:
         return None
     tasks = dict[tuple[str, int | None], bool]()
     for line in text.splitlines():
+        if line.count("|") != 2:  # with $SLURM_CLUSTERS, the cluster's name
+            continue
         job_id, task, state = (part.strip() for part in line.split("|"))
         shards: Sequence[int | None] = [None] if task in ("N/A", "") else parse_shards(task)
         tasks |= {(job_id, shard): state in WAITING_STATES for shard in shards}
