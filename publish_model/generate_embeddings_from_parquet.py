@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import VERSION, cli
 from pipeline.config import Config
 from pipeline.embeddings_dataset.appending import Appending, PartStore
+from pipeline.embeddings_dataset.columns import hash_bytes
 from pipeline.embeddings_dataset.content import PartContent
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.duplicates import find_duplicates
-from pipeline.embeddings_dataset.hashes import hash_bytes
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input, read_photographs
 from pipeline.embeddings_dataset.parts import STAGE, plan_parts
 from pipeline.errors import ConfigError, Rejection, StaleOutputError, Terminated

@@ -59,7 +59,8 @@ def search(arguments: argparse.Namespace) -> None:
     dataset = EmbeddingsDataset(arguments.output)
     recipe = dataset.recipe
     if not arguments.model_id:
-        raise ConfigError(f"--model-id: give the model that made the embeddings ({dataset.model_id!r} by its state)")
+        named = (dataset.state or {}).get("model_id", "unknown")
+        raise ConfigError(f"--model-id: give the model that made the embeddings ({named!r} by its state)")
     model = find_model(
         arguments.model_id, download=False, device=arguments.device, trust_remote_code=arguments.trust_remote_code
     )

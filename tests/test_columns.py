@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedded_datasets import unit_rows, write_dataset
 
-from pipeline.embeddings_dataset.columns import filter_rows, plain_values, take_rows
-from pipeline.embeddings_dataset.hashes import checksum_tables, hash_ids
+from pipeline.embeddings_dataset.columns import checksum_tables, filter_rows, hash_ids, plain_values, take_rows
 from pipeline.embeddings_dataset.packaged_input import open_packaged, read_batches
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.tables import open_parquet

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.embeddings_dataset.columns import hash_bytes, hash_ids
 from pipeline.embeddings_dataset.duplicates import find_duplicates
-from pipeline.embeddings_dataset.hashes import hash_bytes, hash_ids
 from pipeline.embeddings_dataset.parts import HASHES_KEY
 from pipeline.files.tables import write_parquet
 

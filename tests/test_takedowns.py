@@ -11,8 +11,8 @@ from published_models import list_parts, read_bytes, read_dataset
 
 from pipeline.embeddings_dataset import deletions, parts
 from pipeline.embeddings_dataset.appending import PartStore
+from pipeline.embeddings_dataset.columns import hash_ids
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.hashes import hash_ids
 from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.inference.precision import Precision
 from publish_model import aggregate_embeddings, export_embeddings, verify_embeddings
@@ -107,23 +107,44 @@ def test_dictionaries_keep_no_deleted_value(delete, tmp_path):
         assert left[name].to_pylist() == before[name].take([0, 2, 3]).to_pylist()
 
 
-@pytest.mark.parametrize("name", ["_aggregated", "_exports", "_logs", "_removed"])
-def test_a_folder_that_is_a_link_is_named_and_the_takedown_is_not_done(delete, embed, dataset, tmp_path, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_aggregated", "_exports", "_logs", "_removed", "_removed/1", "_exports/int8", "_aggregated/OSMID.parquet",
+        "parts", "parts/rg00000_rb00000.parquet", "_rejects/rg00000_rb00000.parquet",
+    ],
+)  # fmt: skip
+def test_a_link_is_named_and_nothing_is_deleted(delete, dataset, tmp_path, name):
     write_derived(dataset)
     elsewhere = tmp_path / "elsewhere"
     (dataset / name).rename(elsewhere)
     (dataset / name).symlink_to(elsewhere)
-    before = sorted(elsewhere.rglob("*"))
+    (tmp_path / "ids.txt").write_text("way/1")
+    before = holders(tmp_path, "way/1")
     outcome = delete(dataset, "way/1")
+    assert outcome.code == 1
+    assert f"error: {dataset / name}: a link, and what it leads to may hold the ids" in outcome.stderr.splitlines()[-1]
+    assert holders(tmp_path, "way/1") == before
+    assert not (dataset / "_deleted").exists()
+    (dataset / name).unlink()
+    elsewhere.rename(dataset / name)
+    assert delete(dataset, "way/1").code == 0
+    assert holders(dataset, "way/1") == []
+
+
+@pytest.mark.parametrize("name", ["_removed", "parts", "_rejects", "_logs"])
+def test_stage_8_neither_writes_nor_removes_through_a_link(embed, dataset, tmp_path, name):
+    (dataset / "_removed" / "1").mkdir(parents=True)
+    (dataset / "_removed" / "1" / "photo.jpg").write_text("mine")
+    (dataset / name).rename(tmp_path / "elsewhere")
+    (dataset / name).symlink_to(tmp_path / "elsewhere")
+    list_parts(dataset)[0].unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
+    outcome = embed(tmp_path / "in.parquet", dataset)
     assert outcome.code == 1
     assert str(dataset / name) in outcome.stderr.splitlines()[-1]
     assert "a link" in outcome.stderr.splitlines()[-1]
-    assert "Traceback" not in outcome.stderr
-    assert sorted(elsewhere.rglob("*")) == before
-    assert not deletions.read_order(dataset).done
-    (dataset / name).unlink()
-    assert delete(dataset, "way/1").code == 0
-    assert holders(dataset, "way/1") == []
+    assert {path: path.read_bytes() for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()} == before
 
 
 def test_a_rerun_of_stage_8_removes_only_numbered_folders(embed, dataset, tmp_path):

@@ -14,8 +14,8 @@ from published_models import list_parts, make_photographs, read_bytes, write_pac
 from stage8_fixtures import read_state
 
 from pipeline.embeddings_dataset.checks import check_dataset
+from pipeline.embeddings_dataset.columns import checksum_tables
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.hashes import checksum_tables
 from pipeline.embeddings_dataset.parts import read_part
 from publish_model import (
     aggregate_embeddings,

@@ -191,11 +191,6 @@ class EmbeddingsDataset:
         """What it was made from, and the version of the model that made it."""
         return self.parts[0].recipe
 
-    @property
-    def model_id(self) -> str:
-        """The published model that it names."""
-        return str((self.state or {}).get("model_id", ""))
-
     def open_input(self, path: Path, recipe: dict[str, Any] | None = None) -> PackagedInput:
         """Open the input that it was made from.
 

@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset import set_aside
-from pipeline.embeddings_dataset.columns import filter_rows, list_values
+from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, list_values
 from pipeline.embeddings_dataset.content import PartContent
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.hashes import hash_ids
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import Part, read_ids
-from pipeline.errors import DamagedError, InputError
+from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
 from pipeline.files.tables import read_provenance, write_parquet
 from pipeline.log import logger
@@ -92,9 +91,15 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     """Take ids out for good; return the number of rows deleted, and the listed names that no row has or had.
 
     The order comes first and derived data go next, so that a killed run is finished by the next one; the order is done
-    when no file holds one of the ids. The caller keeps others out, see `EmbeddingsDataset.held`.
+    when no file holds one of the ids. The caller keeps others out, see `EmbeddingsDataset.held`. Raises PipelineError,
+    and deletes nothing, where the dataset holds a link.
     """
     folder, before = dataset.folder, read_order(dataset.folder)
+    links = sorted(path for path in folder.rglob("*") if path.is_symlink())
+    if links:
+        raise PipelineError(
+            f"{links[0]}: a link, and what it leads to may hold the ids: remove it, then run this again"
+        )
     salt = before.salt or secrets.token_bytes(16)
     hashes = {name: frozenset(hash_ids(values, salt)) for name, values in listed.items()}
     wanted, found = before.id_hashes.union(*hashes.values()), set[int]()

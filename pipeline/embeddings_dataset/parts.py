@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import list_values
+from pipeline.embeddings_dataset.columns import checksum_tables, list_values
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, PartContent, PartPlan
-from pipeline.embeddings_dataset.hashes import checksum_tables
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
 from pipeline.errors import DamagedError, InputError, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_provenance, reading, write_parquet

@@ -15,9 +15,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.appending import PartStore
-from pipeline.embeddings_dataset.columns import list_values
+from pipeline.embeddings_dataset.columns import hash_bytes, list_values
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, Outcome, PartPlan, make_content
-from pipeline.embeddings_dataset.hashes import hash_bytes
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, read_batches
 from pipeline.embeddings_dataset.parts import ForeignError, list_part_files, read_part
 from pipeline.errors import InputError, Rejection

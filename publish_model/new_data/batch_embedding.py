@@ -9,8 +9,8 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.config import count_cores
+from pipeline.embeddings_dataset.columns import hash_bytes
 from pipeline.embeddings_dataset.content import Outcome, PartContent, PartPlan, make_content
-from pipeline.embeddings_dataset.hashes import hash_bytes
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, PackagedInput
 from pipeline.errors import InputError, Rejection
 from pipeline.inference.backbone import Decoded, Embedder, check_embeddings
