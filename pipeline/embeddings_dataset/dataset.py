@@ -152,10 +152,9 @@ class EmbeddingsDataset:
     def update_state(self, parts: Iterable[Part], first: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write the counts of its parts into the state and return it; `first` is one for a dataset that has none."""
         before, counted = self.state, count_rows(parts)
-        state = {key: value for key, value in (before or first or {}).items() if key != "rows_deleted"}
-        if state:
-            state |= counted | {"complete": counted["parts_done"] == state["parts_total"]}
-        if state and state != before:
+        state = (before or first or {}) | counted
+        state["complete"] = counted["parts_done"] == state.get("parts_total")
+        if (before or first) and state != before:
             write_json(self.state_path, state)
         return state
 

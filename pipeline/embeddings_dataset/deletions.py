@@ -143,12 +143,14 @@ def _remove_derived(folder: Path) -> None:
 def _rewrite(part: Part, order: DeletionOrder) -> int:
     """Write a part again without some ids unless it has none of them; return how many rows that takes out."""
     promised = read_provenance(part.rejects_path) or {}
-    if promised.get("part") != part.provenance["part"]:
-        raise DamagedError(f"{part.rejects_path}: of another part: run verify_embeddings.py --repair and stage 8 again")
-    if promised["checksum"] != part.checksum:
+    if promised.get("checksum") != part.checksum:
         # Killed between the rejects and their part: the rejects are the new ones, and tell what the part is to hold.
         embedded = part.read()
         kept = ~order.find(list_values(embedded.column(ID_COLUMN)))
+        if promised.get("part") != part.provenance["part"] or promised["counts"]["out"] != kept.sum():
+            raise DamagedError(
+                f"{part.rejects_path}: of another part: run verify_embeddings.py --repair and this again"
+            )
         write_parquet(part.path, filter_rows(embedded, kept), promised)
         return int(promised["counts"].get("deleted", 0)) - part.num_deleted
     content = part.read_content()

@@ -57,6 +57,6 @@ def find_duplicates(part_paths: Sequence[Path]) -> Duplicates:
             ids_of.setdefault(int(own[row]), []).append(str(ids[row]))
     groups = [Counter(ids) for ids in ids_of.values()]
     shared = sorted((group for group in groups if len(group) > 1), key=lambda group: -group.total())
-    examples = [(group.total(), *list(group)[:2]) for group in shared[:NUM_EXAMPLES]]
+    examples = [(group.total(), list(group)[0], list(group)[1]) for group in shared[:NUM_EXAMPLES]]
     repeated_ids = [one for group in groups for one, count in group.items() for _ in range(count - 1)]
     return Duplicates(sum(group.total() for group in shared), len(shared), examples, repeated_ids)

@@ -100,7 +100,7 @@ def count_rows(parts: Iterable[Part]) -> dict[str, Any]:
         "rows_embedded": sums["out"],
         "rows_rejected": sums["rejected"],
         "rows_skipped_invalid": sums["dropped"] - sums["deleted"],
-        **({"rows_deleted": sums["deleted"]} if sums["deleted"] else {}),
+        "rows_deleted": sums["deleted"],
         "rejected_by_reason": dict(sorted(reasons.items())),
         "parts_done": whole,
     }
@@ -138,12 +138,12 @@ def read_part(path: Path) -> Part:
         _ = recipe["embedding_version"]
         plan, checksum = PartPlan(**provenance["part"]), provenance.get("checksum")
         part = Part(path, plan, provenance, recipe, provenance["counts"], provenance["reasons"], checksum)
-        counted = [part.counts[key] for key in ("out", "rejected", "dropped")]
+        total, *counted = (part.counts[key] for key in ("in", "out", "rejected", "dropped"))
     except (LookupError, TypeError):
         raise DamagedError(f"{path}: damaged (its provenance is incomplete)") from None
     with open_parquet(path) as file:
         groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
-    if sum(groups) != counted[0] or min(counted) < 0 or not sum(counted) == part.counts.get("in") <= plan.num_rows:
+    if sum(groups) != counted[0] or min(counted) < 0 or not sum(counted) == total <= plan.num_rows:
         raise DamagedError(f"{path}: holds {sum(groups)} rows, but says {part.counts} of {plan.num_rows}")
     return part
 

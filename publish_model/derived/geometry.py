@@ -7,9 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.columns import is_text, plain_values
+from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
+from pipeline.files.column_types import plain_type
 from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
 from publish_model.derived.embedding_groups import keys_of
@@ -73,10 +74,10 @@ class GeometryFile:
         is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
         if not is_binary or described.get("encoding", "WKB") != "WKB":
             raise InputError(f"{path}: column {self.column} is not well-known binary (WKB): write it so")
-        if _family(schema.field(ID_COLUMN).type) != _family(id_type):
+        own_type = schema.field(ID_COLUMN).type
+        if plain_type(own_type) != plain_type(id_type):
             raise InputError(
-                f"{path}: its {ID_COLUMN} is {schema.field(ID_COLUMN).type}, that of the dataset {id_type}: "
-                "write both in one type"
+                f"{path}: its {ID_COLUMN} is {own_type}, that of the dataset {id_type}: write both in one type"
             )
 
     def join(self, table: pa.Table) -> pa.Table:
@@ -109,10 +110,3 @@ class GeometryFile:
         column = {"encoding": "WKB", "geometry_types": sorted(self._types), **self._kept}
         geo = {"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": {GEOMETRY_COLUMN: column}}
         return json.dumps(geo, sort_keys=True).encode()
-
-
-def _family(kind: pa.DataType) -> str:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_integer(kind):
-        return "integer"
-    return "string" if is_text(kind) else str(kind)
