@@ -108,8 +108,7 @@ def test_a_note_that_cannot_be_written_is_none(tmp_path, photographs):
 def test_a_digest_grows_while_a_file_is_read_with_leaps_and_steps_back(tmp_path):
     data = bytes(range(256)) * 20_000
     (tmp_path / "a").write_bytes(data)
-    with open(tmp_path / "a", "rb") as opened:
-        file = DigestingFile(opened)
+    with DigestingFile(tmp_path / "a") as file:
         for start, size in ((0, 512), (4_000_000, 100), (1_000, 512), (4_000_050, 100)):
             file.seek(start)
             assert file.read(size) == data[start : start + size]

@@ -1,6 +1,5 @@
 """Stream a raw tar, member by member, in constant memory; nothing is extracted to disk."""
 
-import contextlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,8 +84,7 @@ def stream_members(tar_path: Path, digests: dict[str, str] | None = None) -> Ite
     """
     try:
         with (
-            open(tar_path, "rb") as opened,
-            contextlib.nullcontext(opened if digests is None else DigestingFile(opened)) as file,
+            open(tar_path, "rb") if digests is None else DigestingFile(tar_path) as file,
             # The encoding is named, or a name would read differently under another locale.
             tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
         ):
@@ -97,7 +95,7 @@ def stream_members(tar_path: Path, digests: dict[str, str] | None = None) -> Ite
                 is_file = info.isreg() and not info.issparse()  # a sparse file's bytes do not lie in one piece
                 yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
             _check_end(tar_path, file, tar.offset)
-            if digests is not None:
+            if digests is not None and isinstance(file, DigestingFile):
                 digests[tar_path.name] = file.digest()
     except FileNotFoundError:
         raise InputError(f"{tar_path}: no such tar: correct the path") from None

@@ -6,11 +6,12 @@ says at which sizes and times of change which files had which digest, so that fi
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files.listing import is_parquet
@@ -90,21 +91,21 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
-class DigestingFile:
+class DigestingFile(io.BufferedReader):
     """A file that is read from its beginning to its end, and then knows its digest; what is passed over is read too."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._hash, self._done = file, hashlib.sha256(), 0
-        self.name, self.seek, self.tell = file.name, file.seek, file.tell
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._hash, self._done = hashlib.sha256(), 0
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         """Read as a file does."""
-        start = self._file.tell()
+        start = self.tell()
+        self.seek(min(self._done, start))
         while self._done < start:
-            self._file.seek(self._done)
-            self._add(self._file.read(min(start - self._done, 2**20)))
-        self._file.seek(start)
-        data = self._file.read(size)
+            self._add(super().read(min(start - self._done, 2**20)))
+        self.seek(start)
+        data = super().read(size)
         if start + len(data) > self._done:
             self._add(data[self._done - start :])
         return data
