@@ -35,8 +35,8 @@ from pipeline.files.identity import identify
 from pipeline.files.listing import list_outputs
 from pipeline.files.tables import make_provenance, parquet_writer
 from pipeline.files.units import COMPLETE, Provenance, Unit, drop_missing, find_complete, find_state, keep_complete
-from pipeline.files.workspace import discard, remove
 from pipeline.log import Progress, Stopwatch, logger
+from pipeline.own_folders import discard, remove
 from pipeline.stages import STAGES
 from pipeline.threads import prefetch
 

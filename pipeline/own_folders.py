@@ -1,4 +1,4 @@
-"""Open what this project makes in an output, never through a link.
+"""Open, move and remove what this project makes in an output, never through a link.
 
 The output itself may be a link that the user made; below it, folders with a name that only this project gives may not.
 """
@@ -6,9 +6,13 @@ The output itself may be a link that the user made; below it, folders with a nam
 import errno
 import os
 import re
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from pipeline.errors import PipelineError
 
 # Side tables, the parts of an embeddings dataset, and folders on the way to their names.
 _OWN_NAME = re.compile(r"_.+|parts|\.(.+\.)?unfinished|\..+\.(old|tmp)")
@@ -80,3 +84,74 @@ def _name(error: OSError, path: Path) -> OSError:
         return OSError(errno.ELOOP, "a link, and nothing is made or removed through one", str(path))
     error.filename = str(path)
     return error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of this project's, and those above it, unless it is there; refuse a link (OSError)."""
+    with opened_folder(folder, make=True):
+        pass
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with its content, or a link; it may be missing.
+
+    Raises OSError if something is left, or it lies behind a link.
+    """
+    with suppress(FileNotFoundError), opened_folder(path.parent) as folder:
+        while stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+            with suppress(FileNotFoundError):  # another process is removing it too
+                shutil.rmtree(path.name, dir_fd=folder)
+        os.unlink(path.name, dir_fd=folder)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder that nobody needs any more; ignore a failure."""
+    with suppress(OSError):
+        remove(path)
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename a file or folder, make the target's folder if need be, and replace a file of that name.
+
+    Raises PipelineError if it cannot be written there.
+    """
+    try:
+        with opened_folder(path.parent) as source, opened_folder(target.parent, make=True) as folder:
+            os.replace(path.name, target.name, src_dir_fd=source, dst_dir_fd=folder)
+    except OSError as error:
+        raise write_failure(target, error) from error
+
+
+def move_unless_taken(path: Path, target: Path) -> bool:
+    """Rename a file of the same folder unless something has the name, and return whether it was free."""
+    with opened_folder(path.parent) as folder:
+        try:
+            os.link(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            os.rename(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+        else:
+            os.unlink(path.name, dir_fd=folder)
+    return True
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    descriptor = open_file(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's names to the disk; some network file systems refuse this, and lose nothing by it."""
+    with opened_folder(folder) as descriptor, suppress(OSError):
+        os.fsync(descriptor)
+
+
+def write_failure(path: Path, error: OSError) -> PipelineError:
+    """Say in one line why `path` could not be written and what to do."""
+    if error.errno == errno.ELOOP:
+        return PipelineError(f"cannot write {path} ({error.filename} is {error.strerror}): remove the link")
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return PipelineError(f"cannot write {path} ({reason}): free space or allow writing there, then run this again")

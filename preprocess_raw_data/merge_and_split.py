@@ -25,8 +25,9 @@ from pipeline.files.identity import identify
 from pipeline.files.listing import list_outputs
 from pipeline.files.tables import hash_json, make_provenance, parquet_writer, read_provenance
 from pipeline.files.units import Unit, drop_missing, keep_complete
-from pipeline.files.workspace import UNFINISHED, remove, writing_together
+from pipeline.files.workspace import UNFINISHED, writing_together
 from pipeline.log import Progress, logger
+from pipeline.own_folders import remove
 from pipeline.stages import STAGES
 from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order

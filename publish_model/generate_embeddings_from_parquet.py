@@ -30,12 +30,13 @@ from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictu
 from pipeline.embeddings_dataset.parts import STAGE, plan_parts
 from pipeline.errors import ConfigError, Rejection, StaleOutputError, Terminated
 from pipeline.files.units import Unit
-from pipeline.files.workspace import read_json_object, write_failure, write_json
+from pipeline.files.workspace import read_json_object, write_json
 from pipeline.ids import decode_name
 from pipeline.inference import launcher
 from pipeline.inference.images import check_image
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
+from pipeline.own_folders import write_failure
 from pipeline.threads import Background
 from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import EmbedOptions, parse

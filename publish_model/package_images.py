@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 import pyarrow as pa
 
-from pipeline import cli
+from pipeline import cli, own_folders
 from pipeline.config import count_cores
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, InputOptions
@@ -170,7 +170,7 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
     except StaleOutputError:
         logger.info("%s: begun with other images: begun anew", folder)
         for old in folder.iterdir():
-            workspace.remove(old)
+            own_folders.remove(old)
         finished = []
     start = sum(file["counts"]["in"] for file in finished)
     if start:

@@ -9,16 +9,8 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.files import workspace
-from pipeline.files.workspace import (
-    clear_temporaries,
-    locked,
-    move_unless_taken,
-    remove,
-    remove_made,
-    temporary_path,
-    writing_folder,
-    writing_to,
-)
+from pipeline.files.workspace import clear_temporaries, locked, remove_made, temporary_path, writing_folder, writing_to
+from pipeline.own_folders import move_unless_taken, remove
 
 BUSY = "is at it: wait for that one"
 

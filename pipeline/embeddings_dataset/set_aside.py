@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline import own_folders
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.parts import foreign, list_part_files, read_part, rejects_beside
 from pipeline.errors import DamagedError
@@ -19,7 +20,7 @@ def move(folder: Path, doomed: Iterable[Path]) -> None:
     numbers = [int(path.name) for path in (folder / FOLDER).glob("*") if path.name.isdecimal()]
     target = folder / FOLDER / str(max(numbers, default=0) + 1)
     for path in dict.fromkeys(path for path in listed if path.exists()):
-        workspace.move(path, target / path.relative_to(folder))
+        own_folders.move(path, target / path.relative_to(folder))
         logger.info("%s: moved to %s", path, target)
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, Rejection
-from pipeline.files.workspace import lock_path, locked, remove, write_failure, write_json
+from pipeline.files.workspace import lock_path, locked, write_json
 from pipeline.log import logger
-from pipeline.own_folders import open_file
+from pipeline.own_folders import open_file, remove, write_failure
 
 # How much work a killed node may lose, against a sync of the file each time.
 SECONDS_BETWEEN_SAVES = 30.0

@@ -1,8 +1,8 @@
 """Work in a folder: keep others out, set old output aside until the new is whole, clear up behind killed runs.
 
-Only this module locks, renames and removes files (tests/test_layering.py holds that), never through a link (see
-pipeline/own_folders.py). An unfinished output has a hidden name beside its place, which no one can guess and which is
-made anew; renaming it makes it appear in one piece.
+Only this module locks, and pipeline/own_folders.py alone renames and removes, never through a link
+(tests/test_layering.py holds that). An unfinished output has a hidden name beside its place, which no one can guess and
+which is made anew; renaming it makes it appear in one piece.
 """
 
 import atexit
@@ -14,9 +14,7 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +23,18 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.log import logger
-from pipeline.own_folders import list_names, open_file, opened_folder
+from pipeline.own_folders import (
+    discard,
+    list_names,
+    make_folder,
+    move,
+    move_unless_taken,
+    open_file,
+    remove,
+    sync_file,
+    sync_folder,
+    write_failure,
+)
 
 # The folder for files that appear together, when all are complete.
 UNFINISHED = ".unfinished"
@@ -35,83 +44,6 @@ REPLACED = "_replaced"
 _HOLDER = r"(\w+)-(\d+)-[0-9a-f]{16}"
 # Names by which this process holds locks; another name with its number is of one that died, as in containers.
 _HELD: set[str] = set()
-
-
-# ------------------------------------------------------------------------------------------------ moving and removing
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a folder with its content, or a link; it may be missing.
-
-    Raises OSError if something is left, or it lies behind a link.
-    """
-    with contextlib.suppress(FileNotFoundError), opened_folder(path.parent) as folder:
-        while stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
-            with contextlib.suppress(FileNotFoundError):  # another process is removing it too
-                shutil.rmtree(path.name, dir_fd=folder)
-        os.unlink(path.name, dir_fd=folder)
-
-
-def remove_made(folder: Path, names: str) -> None:
-    """Remove what this project has made in a folder: all whose name `names`, a pattern, matches; then an empty folder.
-
-    Other names are the user's: they stay, and a warning names one. Raises OSError if something is left, or the folder
-    is a link.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        listed = list_names(folder)
-        ours = [name for name in listed if re.fullmatch(names, name)]
-        for name in ours:
-            remove(folder / name)
-        if others := sorted(set(listed) - set(ours)):
-            logger.warning("%s: not written by this project: move it away", folder / others[0])
-        else:
-            remove(folder)
-
-
-def discard(path: Path) -> None:
-    """Remove a file or folder that nobody needs any more; ignore a failure."""
-    with contextlib.suppress(OSError):
-        remove(path)
-
-
-def move(path: Path, target: Path) -> None:
-    """Rename a file or folder, make the target's folder if need be, and replace a file of that name.
-
-    Raises PipelineError if it cannot be written there.
-    """
-    try:
-        with opened_folder(path.parent) as source, opened_folder(target.parent, make=True) as folder:
-            os.replace(path.name, target.name, src_dir_fd=source, dst_dir_fd=folder)
-    except OSError as error:
-        raise write_failure(target, error) from error
-
-
-def move_unless_taken(path: Path, target: Path) -> bool:
-    """Rename a file of the same folder unless something has the name, and return whether it was free."""
-    with opened_folder(path.parent) as folder:
-        try:
-            os.link(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without hard links
-            os.rename(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder)
-        else:
-            os.unlink(path.name, dir_fd=folder)
-    return True
-
-
-def sync_file(path: Path) -> None:
-    """Force a file's bytes to the disk."""
-    descriptor = open_file(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's names to the disk; some network file systems refuse this, and lose nothing by it."""
-    with opened_folder(folder) as descriptor, contextlib.suppress(OSError):
-        os.fsync(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------ temporary names
@@ -263,12 +195,6 @@ def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> 
             _bring_back(old, path, made)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder of this project's, and those above it, unless it is there; refuse a link (OSError)."""
-    with opened_folder(folder, make=True):
-        pass
-
-
 def _bring_back(old: Path, path: Path, made: str) -> None:
     """Give the old folder its name again if that is free; else move the user's files out of it, and remove it."""
     with contextlib.suppress(FileNotFoundError):
@@ -300,6 +226,23 @@ def writing_together(folder: Path, names: list[str]) -> Iterator[Path]:
         sync_folder(folder)
     finally:
         discard(unfinished)
+
+
+def remove_made(folder: Path, names: str) -> None:
+    """Remove what this project has made in a folder: all whose name `names`, a pattern, matches; then an empty folder.
+
+    Other names are the user's: they stay, and a warning names one. Raises OSError if something is left, or the folder
+    is a link.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        listed = list_names(folder)
+        ours = [name for name in listed if re.fullmatch(names, name)]
+        for name in ours:
+            remove(folder / name)
+        if others := sorted(set(listed) - set(ours)):
+            logger.warning("%s: not written by this project: move it away", folder / others[0])
+        else:
+            remove(folder)
 
 
 @contextmanager
@@ -338,14 +281,6 @@ def naming_failures(path: Path) -> Iterator[None]:
         if not is_near and error.errno != errno.ELOOP:
             raise  # something else that the block touched
         raise write_failure(path, error) from error
-
-
-def write_failure(path: Path, error: OSError) -> PipelineError:
-    """Say in one line why `path` could not be written and what to do."""
-    if error.errno == errno.ELOOP:
-        return PipelineError(f"cannot write {path} ({error.filename} is {error.strerror}): remove the link")
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return PipelineError(f"cannot write {path} ({reason}): free space or allow writing there, then run this again")
 
 
 # ------------------------------------------------------------------------------------------------ writing a file

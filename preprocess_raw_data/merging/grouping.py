@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.files.column_types import convert_table, fill_composite_ids, stored_fields
 from pipeline.files.tables import open_parquet, read_batches
-from pipeline.files.workspace import remove
+from pipeline.own_folders import remove
 from preprocess_raw_data.merging.embedding_inventory import Inventory
 
 BATCH_ROWS = 1024

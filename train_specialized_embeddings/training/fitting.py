@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipeline import own_folders
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables, workspace
@@ -69,7 +70,7 @@ def fit(
         save_checkpoint(folder / run_files.BEST, run.best)
         best = {"best_epoch": run.best["epoch"], "val": run.best["metrics"]["val"]}
         workspace.write_json(folder / run_files.PROVENANCE, provenance | best)
-        workspace.remove(latest)
+        own_folders.remove(latest)
         log_verdict(best["val"], best["best_epoch"])
     return counts
 

@@ -6,9 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipeline import own_folders
 from pipeline.config import LoggingSection
 from pipeline.errors import PipelineError
-from pipeline.files import tables, workspace
+from pipeline.files import tables
 from train_specialized_embeddings.training.run_files import TENSORBOARD, WANDB
 
 
@@ -27,14 +28,14 @@ def sending_metrics(
             require_package("tensorboard", "[logging].tensorboard", "set it to false")
             from torch.utils.tensorboard import SummaryWriter
 
-            workspace.discard(folder / TENSORBOARD)
+            own_folders.discard(folder / TENSORBOARD)
             board = stack.enter_context(SummaryWriter(str(folder / TENSORBOARD)))
         if section.wandb != "off":
             require_package("wandb", "[logging].wandb", 'set it to "off"')
             import wandb
 
-            workspace.discard(folder / WANDB)
-            workspace.make_folder(folder / WANDB)
+            own_folders.discard(folder / WANDB)
+            own_folders.make_folder(folder / WANDB)
             # A resumed run has the same inputs and settings, so it keeps its name.
             run = wandb.init(
                 project=section.wandb_project, name=section.wandb_run_name, dir=folder / WANDB, mode=section.wandb,

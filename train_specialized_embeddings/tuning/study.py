@@ -13,6 +13,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline import own_folders
 from pipeline.cli import StageResult
 from pipeline.config import Config
 from pipeline.errors import PipelineError, Terminated
@@ -197,7 +198,7 @@ def run_study(tuning: Tuning) -> StageResult:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     options, folder = tuning.options, tuning.folder
-    workspace.make_folder(folder)
+    own_folders.make_folder(folder)
     earlier = []
     if options.overwrite and options.storage == "journal":
         earlier = [folder / JOURNAL]
