@@ -42,7 +42,7 @@ from publish_model.model_folder.published_model import PublishedModel, find_mode
 from publish_model.new_data.embed_options import EmbedOptions, parse
 
 # Tells the times of the photographs that the dataset was made from.
-SEEN_NAME = "_photographs.json"
+SEEN_NAME = "_inputs/photographs.json"
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
