@@ -130,6 +130,11 @@ def test_float_ids_are_whole_numbers_or_refused_before_anything_is_made(embed, t
     outcome = embed(source, tmp_path / "other")
     assert (outcome.code, "write them anew as text or as int64" in outcome.stderr) == (1, True)
     assert not (tmp_path / "other").exists()
+    with open(source, "r+b") as file:
+        file.seek(pq.ParquetFile(source).metadata.row_group(1).column(0).data_page_offset)
+        file.write(b"\xff" * 20)
+    outcome = embed(source, tmp_path / "other")
+    assert (outcome.code, f"error: {source}: " in outcome.stderr.splitlines()[-1]) == (1, True)
 
 
 # ------------------------------------------------------------------------------------------------ photographs
@@ -277,10 +282,10 @@ def test_columns_are_carried_along_row_by_row_whatever_their_type(embed, run_mai
     ("names", "code", "text"),
     [
         ("none", 1, "column none is missing"),
-        ("OSMID", 2, "other than OSMID and image_bytes"),
-        ("embedding", 2, "must name columns once each"),
-        ("year,year", 2, "must name columns once each"),
-        ("", 2, "must name columns once each"),
+        ("OSMID", 2, "other than OSMID, image_bytes"),
+        ("embedding", 2, "name columns once each"),
+        ("year,year", 2, "name columns once each"),
+        ("", 2, "must name columns"),
     ],
 )
 def test_columns_that_cannot_be_kept_are_one_line(embed, packaged, tmp_path, names, code, text):

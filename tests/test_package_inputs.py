@@ -36,6 +36,8 @@ def test_a_folder_with_data_of_several_kinds_is_refused_with_their_counts(run_ma
     for outcome in (run(run_main, folder, tmp_path / "packaged"), embed(folder, tmp_path / "out")):
         assert outcome.code == 1
         assert f"{folder}: holds 6 photographs and 1 tars: give a folder with data of one kind" in outcome.stderr
+    (folder / "north" / "backup.tar").rename(folder / "_backup.tar")
+    assert "holds 6 photographs and 1 tars" in run(run_main, folder, tmp_path / "packaged").stderr
     write_packaged(folder / "old.parquet", PHOTOGRAPHS)
     assert "holds 1 parquet files and 6 photographs and 1 tars" in embed(folder, tmp_path / "out").stderr
     assert not (tmp_path / "out" / "parts").exists()
@@ -193,9 +195,11 @@ def test_hugging_faces_image_column_is_packaged_and_embedded(run_main, embed, tm
     assert "column image cannot be both the id and the image" in other.stderr
 
 
-def test_columns_are_named_only_where_there_are_some(run_main, folder, tmp_path):
+def test_columns_are_named_only_where_there_are_some(run_main, embed, folder, tmp_path):
     outcome = run(run_main, folder, tmp_path / "packaged", "--id-column", "key")
     assert (outcome.code, "belong to an --input of parquets" in outcome.stderr) == (1, True)
+    outcome = embed(folder, tmp_path / "out", "--id-column", "key")
+    assert (outcome.code, "photographs have no columns to keep or to name" in outcome.stderr) == (1, True)
 
 
 def test_a_package_of_parquets_goes_on_in_the_middle_of_a_row_group(run_main, tmp_path, small_files, monkeypatch):

@@ -24,6 +24,7 @@ from pipeline.files.tables import (
     hash_json,
     open_parquet,
     read_failure,
+    reading,
 )
 from pipeline.files.text_tables import whole_from_floats, whole_or_text
 from pipeline.ids import decode_name
@@ -131,7 +132,7 @@ def list_data(folder: Path) -> tuple[str, list[Path]]:
     for entry in walk_files(folder):
         name = os.path.relpath(entry.path, folder).replace(os.sep, "/")
         kind = next((one for one, endings in _SUFFIXES.items() if name.lower().endswith(endings)), "")
-        if kind != PHOTOGRAPHS and any(part.startswith("_") for part in name.split("/")):
+        if kind in ("", PARQUETS) and any(part.startswith("_") for part in name.split("/")):
             continue  # side tables
         if kind == PHOTOGRAPHS and entry.is_symlink():  # nothing outside the folders that are named is opened
             num_links += 1
@@ -171,7 +172,7 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
     for file_path in files:
         pairs = [part.partition("=") for part in file_path.relative_to(path).parts[:-1]]  # Hive: year=2020/
         values = {key: "" if value == _NO_PARTITION else unquote(value) for key, is_pair, value in pairs if is_pair}
-        with open_parquet(file_path) as file:
+        with open_parquet(file_path) as file, reading(file_path):
             metadata, schema = file.metadata, file.schema_arrow
             folder_values.append({key: value for key, value in values.items() if key not in schema.names})
             kept = [name for name in options.keep_columns if name not in folder_values[-1]]
@@ -225,8 +226,11 @@ def _name_type(schema: pa.Schema, name: str) -> str:
 
 def _open_photographs(files: list[Path], options: InputOptions) -> PackagedInput:
     folder = options.input
-    if options.keep_columns:
-        raise InputError(f"{folder}: photographs have no columns to keep: leave out --keep-columns")
+    if options.keep_columns or (options.id_column, options.image_column) != (ID_COLUMN, IMAGE_COLUMN):
+        raise InputError(
+            f"{folder}: photographs have no columns to keep or to name: leave out --keep-columns, --id-column and "
+            "--image-column"
+        )
     looks = [look_at(file) or [0, 0] for file in files]
     images = tuple((os.path.relpath(file, folder), size) for file, (size, _) in zip(files, looks, strict=True))
     rows = [min(IMAGES_PER_GROUP, len(images) - start) for start in range(0, len(images), IMAGES_PER_GROUP)]

@@ -182,28 +182,20 @@ def _read_member(member: Member, rejection: Rejection | None) -> Callable[[], by
 
 def _open_parquets(options: InputOptions) -> ImageSource:
     source = open_input(options)
+    groups = range(len(source.row_group_rows))
     columns = [ID_COLUMN, *options.keep_columns]
 
-    def stream(start: int) -> Iterator[SourceImage]:
-        first = 0
-        for row_group, num_rows in enumerate(source.row_group_rows):
-            first += num_rows
-            if first <= start:
-                continue
-            skipped = max(0, start - (first - num_rows))
-            for table in read_batches(source, row_group):
-                rows = zip(table.select(columns).to_pylist(), valid_rows(table), table[IMAGE_COLUMN], strict=True)
-                for row, is_valid, image in itertools.islice(rows, min(skipped, table.num_rows), None):
-                    data = image.as_py() if is_valid else None
-                    yield SourceImage(row, str(row[ID_COLUMN]), partial(_require, data))
-                skipped = max(0, skipped - table.num_rows)
+    def stream_all() -> Iterator[SourceImage]:
+        for table in itertools.chain.from_iterable(read_batches(source, group) for group in groups):
+            rows = zip(table.select(columns).to_pylist(), valid_rows(table), table[IMAGE_COLUMN], strict=True)
+            for row, is_valid, image in rows:
+                yield SourceImage(row, str(row[ID_COLUMN]), partial(_require, image.as_py() if is_valid else None))
 
-    sample = next(
-        t for group in range(len(source.row_group_rows)) for t in read_batches(source, group, with_images=False)
-    )
+    sample = next(table for group in groups for table in read_batches(source, group, with_images=False))
     described = hash_json([source.fingerprint, options.id_column, options.image_column, columns])
     inputs = [{"name": source.path.name, "size": source.size, "hash": described}]
-    return ImageSource(tuple(sample.schema.field(name) for name in columns), inputs, source.num_rows, stream)
+    fields = tuple(sample.schema.field(name) for name in columns)
+    return ImageSource(fields, inputs, source.num_rows, lambda start: itertools.islice(stream_all(), start, None))
 
 
 def _require(data: bytes | None) -> bytes:
