@@ -47,13 +47,14 @@ def migrate(old: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Notes]:
     try:
         Config.model_validate(tables)
     except ValidationError as error:
-        problems = {tuple(map(str, details["loc"][:2])): details["msg"] for details in error.errors()}
-        for place, reason in problems.items():
-            if place in origins:
-                value = tables[place[0]].pop(place[1])
-                notes.append((origins[place], f"its value {value!r} does not fit: {reason[:1].lower()}{reason[1:]}"))
+        problems = {(*map(str, details["loc"][:2]), ""): details["msg"] for details in error.errors()}
+        for (section, key, *_), reason in problems.items():
+            if (section, key) in origins:
+                value = tables[section].pop(key)
+                text = f"its value {value!r} does not fit: {reason[:1].lower()}{reason[1:]}"
+                notes.append((origins[section, key], text))
             else:  # a rule across keys: whoever runs a stage is told again
-                notes.append((f"[{place[0]}]", reason.removeprefix("Value error, ")))
+                notes.append((f"[{section}]", reason.removeprefix("Value error, ")))
     return tables, notes
 
 

@@ -111,7 +111,8 @@ def test_training_starts_from_a_projector_of_the_reference_implementation(
     torch.manual_seed(1)
     network = ReferenceProjector(WIDTH, [24, 18], 8, "gelu", norm=norm, residual=residual).eval()
     torch.save({"model_state_dict": network.state_dict(), "epoch": 3}, workspace / "old.pt")
-    run(workspace, "training.init_checkpoint=old.pt", "training.num_epochs=2")
+    run(workspace, "training.init_checkpoint=old.pt", "training.num_epochs=2", "training.patience=0")  # 0: off
+    assert len(read_metrics(workspace)) == 3
     found = read_checkpoints(workspace)["checkpoint_final.pt"]
     assert found["start"]["init"] == "checkpoint"
     assert set(found["metrics"]["val"]) == {"raw", "pca_whitened", "whitening", "projector"}
