@@ -168,6 +168,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ({"architecture": {"input_dim": 12, "num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000"),
         ({"architecture": {"input_dim": 12, "hidden_dim": 10**9, "output_dim": 10**9}}, "size mismatch"),
         ({"architecture": {"input_dim": 12}}, "size mismatch"),
+        ({"architecture": {"input_dim": 12, "input_power": "x"}}, "could not convert string to float"),
         (
             {"projector": {"shortcut.weight": torch.zeros(1).expand(10**9, 10**9)}},
             "claims more numbers",

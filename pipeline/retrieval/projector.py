@@ -72,7 +72,7 @@ class Projector(nn.Module):
             "layer_norm": layer_norm,
         }  # fmt: skip
         widths = [input_dim, *([hidden_dim] * num_hidden_layers if hidden_dims is None else hidden_dims)]
-        self.input_power = input_power
+        self.input_power = float(input_power)
         self.shortcut = Linear(input_dim, output_dim)
         self.hidden = nn.ModuleList(Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.activation = ACTIVATIONS[activation]()
