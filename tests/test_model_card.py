@@ -61,6 +61,16 @@ def test_every_snippet_of_the_card_runs(published, monkeypatch):
     assert len(names["embedding"]) == 256
 
 
+def test_a_start_from_another_checkpoint_may_have_seen_the_validation_split(config, published, tmp_path):
+    clean = "No building of the split was trained on."
+    assert clean in (published / "README.md").read_text()
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", start={"init": "checkpoint"})
+    stage.run(config, Options(overwrite=True))
+    card = (published / "README.md").read_text()
+    assert "may have been trained on buildings of the split" in card
+    assert clean not in card
+
+
 @pytest.mark.parametrize("name", ["LICENSE", "LICENSE.md", "LICENCE.txt", "NOTICE", "COPYING", "license.txt"])
 def test_licence_texts_of_the_backbone_travel_and_the_card_names_them(toy_backbone, tmp_path, name):
     backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")

@@ -55,6 +55,15 @@ def test_epoch_0_is_the_checkpoints_projector_and_training_goes_on_from_it(works
     assert set(last["trained_on"].tolist()) == expected
 
 
+def test_validation_buildings_that_the_checkpoint_was_trained_on_are_counted(
+    workspace: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting.logger, "propagate", True)
+    tables.write_parquet(workspace / "merged/val.parquet", make_split(9, 1), *NEW_SPLIT)
+    run(workspace, OLD, "training.num_epochs=0")
+    assert "checkpoint_best.pt: trained on 9 of the validation buildings, which flatter it" in caplog.text
+
+
 def test_after_a_start_that_names_no_buildings_none_are_named(workspace: Path) -> None:
     content = torch.load(workspace / "old/checkpoint_best.pt", weights_only=True)
     save_checkpoint(workspace / "old/checkpoint_best.pt", {k: v for k, v in content.items() if k != "trained_on"})

@@ -127,6 +127,8 @@ def read_material(
                 "same embeddings"
             )
         logger.info("training starts from %s, whose architecture it keeps", warm.path)
+        if seen := warm.count_trained_on(val.building_ids.to_pylist()):
+            logger.warning("%s: trained on %d of the validation buildings, which flatter it", warm.path, seen)
         warm = replace(warm, architecture=warm.architecture | {"dropout": config.training_model.dropout})
     with watch.measure("start"):
         return make_material(config, train, val, neighbors, saved, warm)
