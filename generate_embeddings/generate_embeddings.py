@@ -281,9 +281,10 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 def lacks(unit: TarUnit) -> bool:
     """Tell whether another program wrote a tar's embeddings and left images out."""
-    if not unit.output_path.exists() or read_provenance(unit.output_path) is not None:
-        return False
-    return check_foreign_output(unit, find_embedding(unit.output_path), "")[0]["dropped"] > 0
+    with contextlib.suppress(InputError):  # a damaged one fails when its turn comes
+        if unit.output_path.exists() and read_provenance(unit.output_path) is None:
+            return check_foreign_output(unit, find_embedding(unit.output_path), REMEDY)[0]["dropped"] > 0
+    return False
 
 
 def load_embedder(folder: Path, config: Config, mode: str | None = None) -> "Embedder":

@@ -139,7 +139,7 @@ def test_embeddings_without_provenance_are_kept_and_the_other_tars_embedded(tmp_
 def test_embeddings_of_other_images_are_refused_and_the_other_tars_done(stage, workplace, change, problem):
     pq.write_table(change(pq.read_table(workplace[1])), workplace[1])
     before = workplace[1].read_bytes()
-    outcome = stage("generate_embeddings")
+    outcome = stage("generate_embeddings", "--add-missing")
     assert outcome.code == 1
     error = outcome.stderr.splitlines()[-1]
     assert error.startswith(f"error: 1 of 3 tars failed, the others are done: {workplace[1]}: ")
