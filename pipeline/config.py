@@ -102,7 +102,7 @@ class DataSection(Section):
     )
     split_cell_m: float = Field(0.0, ge=0.0, description="metres; above 0: split by geographic cells of this size")
     split_file: str | None = Field(
-        None, description="parquet or CSV of building_id, split, or old merged_dir; overrides the hash"
+        None, description="table of building_id, split, or old merged_dir; wins over the hash"
     )
     max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="a run with a larger share of rejects fails")
     allow_missing_embeddings: bool = Field(False, description="stage 3 drops tars without embeddings")
@@ -174,9 +174,7 @@ class TrainingSection(Section):
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
     loss: Literal["multi_similarity", "supcon", "triplet"] = Field("multi_similarity", description="loss function")
     margin: float = Field(0.1, gt=0.0, description="triplet margin, in units of triplet_distance")
-    triplet_distance: Literal["euclidean", "cosine"] = Field(
-        "euclidean", description="distance of the triplet loss; cosine: 1 - cosine"
-    )
+    triplet_distance: Literal["euclidean", "cosine"] = Field("euclidean", description="of triplets; cosine: 1 - cosine")
     temperature: float = Field(0.1, gt=0.0, description="temperature of supcon")
     input_noise: float = Field(1.2, ge=0.0, description="noise on the inputs, in within-building standard deviations")
     init: Literal["sharpened", "whitening", "pca", "random"] = Field(
@@ -196,15 +194,11 @@ class TrainingSection(Section):
     )
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
     anchors_per_epoch: PositiveInt | Literal["auto"] = Field(
-        "auto", description="auto: one per training image, at least 16 batches"
+        "auto", description="auto: every image, 16 batches or more"
     )
-    band_sampling: Literal["uniform", "ucb"] = Field(
-        "uniform", description="choose the negative's band uniformly or by a UCB bandit"
-    )
+    band_sampling: Literal["uniform", "ucb"] = Field("uniform", description="a negative's band: uniform or UCB bandit")
     validation_images: int = Field(20_000, ge=2, description="largest number of images in each validation")
-    sample_buildings: PositiveInt | None = Field(
-        None, description="train on so many buildings, drawn from the seed; not set: all"
-    )
+    sample_buildings: PositiveInt | None = Field(None, description="train on so many buildings, drawn from the seed")
 
 
 class InfrastructureSection(Section):
