@@ -1,9 +1,10 @@
 """Read packaged images in read batches, in bounded memory: parquets of image bytes and ids, or photographs."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import is_text, take_rows
+from pipeline.embeddings_dataset.columns import take_rows
 from pipeline.errors import DamagedError, InputError, one_line
 from pipeline.files.identity import hash_footer, look_at
 from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
@@ -33,7 +34,9 @@ from pipeline.log import logger
 ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN = "OSMID", "image_bytes", "is_valid"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PARQUETS, PHOTOGRAPHS, TARS = "parquet files", "photographs", "tars"
-_SUFFIXES = {PARQUETS: PARQUET_SUFFIXES, PHOTOGRAPHS: IMAGE_SUFFIXES, TARS: (TAR_SUFFIX,)}
+_KINDS = {
+    **dict.fromkeys(PARQUET_SUFFIXES, PARQUETS), **dict.fromkeys(IMAGE_SUFFIXES, PHOTOGRAPHS), TAR_SUFFIX: TARS,
+}  # fmt: skip
 # Only these tables' own readers know which of their files are live.
 _TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi", "metadata/*.metadata.json": "Iceberg"}
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -112,26 +115,26 @@ def open_input(options: InputOptions) -> PackagedInput:
     Raises InputError naming the file if it is missing, damaged, empty, or a column is missing or of a wrong type.
     """
     path = options.input
-    kind, files = list_data(path) if path.is_dir() else (PARQUETS, [path])
+    kind, names = list_data(path) if path.is_dir() else (PARQUETS, [""])
     if kind == PARQUETS:
-        return _open_parquets(files, options)
+        return _open_parquets([path / name for name in names], options)
     if kind == PHOTOGRAPHS:
-        return _open_photographs(files, options)
-    found = f"{len(files)} tars: package them first" if files else "neither parquet files nor photographs"
+        return _open_photographs(names, options)
+    found = f"{len(names)} tars: package them first" if names else "neither parquet files nor photographs"
     raise InputError(f"{path}: holds {found}: correct the path")
 
 
-def list_data(folder: Path) -> tuple[str, list[Path]]:
-    """Return the kind of the data below a folder and its files by path; count the other files in the log.
+def list_data(folder: Path) -> tuple[str, list[str]]:
+    """Return the kind of the data below a folder and the paths of its files there; count the other files in the log.
 
     Links to folders are followed; links to photographs and names that begin with a dot are passed over. Raises
     InputError if the folder cannot be read, holds several kinds, or is a table of Delta, Hudi or Iceberg.
     """
-    found: dict[str, list[str]] = {kind: [] for kind in _SUFFIXES}
+    found: dict[str, list[str]] = {kind: [] for kind in (PARQUETS, PHOTOGRAPHS, TARS)}
     others, num_links = [], 0
     for entry in walk_files(folder):
-        name = os.path.relpath(entry.path, folder).replace(os.sep, "/")
-        kind = next((one for one, endings in _SUFFIXES.items() if name.lower().endswith(endings)), "")
+        name = entry.path.removeprefix(os.path.join(folder, ""))  # noqa: PTH118 (a million of them)
+        kind = _KINDS.get(os.path.splitext(name)[1].lower(), "")  # noqa: PTH122
         if kind in ("", PARQUETS) and any(part.startswith("_") for part in name.split("/")):
             continue  # side tables
         if kind == PHOTOGRAPHS and entry.is_symlink():  # nothing outside the folders that are named is opened
@@ -145,18 +148,18 @@ def list_data(folder: Path) -> tuple[str, list[Path]]:
         counts = " and ".join(f"{len(found[kind])} {kind}" for kind in kinds)
         raise InputError(f"{folder}: holds {counts}: give a folder with data of one kind")
     kind = kinds[0] if kinds else ""
-    files = [folder / name for name in sorted(found.get(kind, []), key=decode_name)]
+    names = sorted(found.get(kind, []), key=decode_name)
     if kind == PARQUETS:
-        _refuse_table_formats(folder, files)
+        _refuse_table_formats(folder, names)
     if num_links:
         logger.warning("%s: %d links are passed over: copy the files there", folder, num_links)
     if kinds:
         warn_of_others(folder, others, kind)
-    return kind, files
+    return kind, names
 
 
-def _refuse_table_formats(folder: Path, files: list[Path]) -> None:
-    places = {parent for file in files for parent in file.parents if parent.is_relative_to(folder)}
+def _refuse_table_formats(folder: Path, names: list[str]) -> None:
+    places = {folder / parent for name in names for parent in PurePosixPath(name).parents}
     for place in sorted({folder.parent, *places}):
         for mark, name in _TABLE_FORMATS.items():
             if any(place.glob(mark)):
@@ -187,7 +190,8 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
     if not sum(rows):
         raise InputError(f"{path}: holds no rows: package images first, or correct the path")
     for name in (options.id_column, options.image_column, VALID_COLUMN, *options.keep_columns):
-        first, *others = (_name_type(schema, name) for schema in schemas)
+        types = [str(schema.field(name).type) if name in schema.names else "missing" for schema in schemas]
+        first, *others = (re.sub("large_|_view", "", kind) for kind in types)
         for file_path, kind in zip(files[1:], others, strict=True):
             if kind != first:
                 raise InputError(
@@ -217,22 +221,15 @@ def _keep_partitions(
     return {key: whole_or_text(column) for key, column in texts.items()}
 
 
-def _name_type(schema: pa.Schema, name: str) -> str:
-    if name not in schema.names:
-        return "missing"
-    kind = schema.field(name).type
-    return "string" if is_text(kind) else str(kind)
-
-
-def _open_photographs(files: list[Path], options: InputOptions) -> PackagedInput:
+def _open_photographs(names: list[str], options: InputOptions) -> PackagedInput:
     folder = options.input
     if options.keep_columns or (options.id_column, options.image_column) != (ID_COLUMN, IMAGE_COLUMN):
         raise InputError(
             f"{folder}: photographs have no columns to keep or to name: leave out --keep-columns, --id-column and "
             "--image-column"
         )
-    looks = [look_at(file) or [0, 0] for file in files]
-    images = tuple((os.path.relpath(file, folder), size) for file, (size, _) in zip(files, looks, strict=True))
+    looks = [look_at(folder / name) or [0, 0] for name in names]
+    images = tuple((name, size) for name, (size, _) in zip(names, looks, strict=True))
     rows = [min(IMAGES_PER_GROUP, len(images) - start) for start in range(0, len(images), IMAGES_PER_GROUP)]
     schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
     fingerprint = hash_json([[decode_name(name), size] for name, size in images])
@@ -345,7 +342,7 @@ def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table
             column.validate(full=True)
         except pa.ArrowInvalid as error:
             raise _not_text(path, name, error) from None
-        if is_text(column.type):
+        if column.type != source.schema.field(name).type:  # large_string beside string
             column = column.cast(source.schema.field(name).type)
         if name == source.options.id_column:
             columns[ID_COLUMN] = whole_from_floats(column, name, path, quiet=True)

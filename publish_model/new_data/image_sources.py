@@ -70,32 +70,36 @@ def open_source(options: InputOptions) -> ImageSource:
     Raises InputError where it is none of these, or cannot be read.
     """
     path = options.input
-    kind, files = list_data(path) if path.is_dir() else ("", [path])
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder: correct --input")
+    kind, names = list_data(path) if path.is_dir() else ("", [path.name])
+    folder = path if path.is_dir() else path.parent
     if kind == PARQUETS or is_parquet(path):
         return _open_parquets(options)
     if options != InputOptions(input=path):
         raise InputError(f"{path}: --id-column, --image-column and --keep-columns belong to an --input of parquets")
     if kind == TARS or (path.suffix.lower() == TAR_SUFFIX and not path.is_dir()):
-        return _open_tars(path, files)
+        return _open_tars(folder, names)
     if kind == PHOTOGRAPHS:
-        return _open_photographs(path, files)
+        return _open_photographs(folder, names)
     if path.suffix.lower() == ".csv" and not path.is_dir():
         return _open_csv(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder: correct --input")
     what = "holds neither photographs nor tars nor parquets" if path.is_dir() else "neither .csv, .tar nor .parquet"
     raise InputError(f"{path}: {what}: correct --input")
 
 
-def _open_photographs(folder: Path, files: Sequence[Path]) -> ImageSource:
+def _open_photographs(folder: Path, names: Sequence[str]) -> ImageSource:
     def stream(start: int) -> Iterator[SourceImage]:
-        for file in files[start:]:
-            name = decode_name(file.relative_to(folder).as_posix())
-            yield SourceImage({ID_COLUMN: name}, name, partial(read_file, file), file)
+        for name in names[start:]:
+            file, shown = folder / name, decode_name(name)
+            yield SourceImage({ID_COLUMN: shown}, shown, partial(read_file, file), file)
 
-    names = hash_json([decode_name(file.relative_to(folder).as_posix()) for file in files])
-    inputs = [{"name": folder.name, "size": len(files), "hash": names}]
-    return ImageSource((_TEXT_ID,), inputs, len(files), stream, lambda start, end: files[start:end])
+    inputs = [{"name": folder.name, "size": len(names), "hash": hash_json(list(map(decode_name, names)))}]
+
+    def locate(start: int, end: int) -> Sequence[Path]:
+        return [folder / name for name in names[start:end]]
+
+    return ImageSource((_TEXT_ID,), inputs, len(names), stream, locate)
 
 
 def read_file(path: Path) -> bytes:
@@ -143,20 +147,22 @@ def _open_csv(path: Path) -> ImageSource:
     return ImageSource(tuple(table.schema), [identity], table.num_rows, stream, locate)
 
 
-def _open_tars(path: Path, tars: Sequence[Path]) -> ImageSource:
+def _open_tars(folder: Path, names: Sequence[str]) -> ImageSource:
+    def cut(name: str) -> str:
+        return decode_name(name.rpartition(".")[0])
+
     def stream_all() -> Iterator[SourceImage]:
-        by_stem = itertools.groupby(sorted(tars, key=lambda tar: tar.with_suffix("")), lambda tar: tar.with_suffix(""))
-        for stem, same in by_stem:
-            prefix = decode_name(stem.relative_to(path).as_posix() if path.is_dir() else stem.name)
+        for prefix, same in itertools.groupby(sorted(names, key=cut), cut):
             firsts: dict[Hashable, str] = {}
-            for tar in same:
-                for member in filter(_is_image, stream_members(tar)):
+            for tar_name in same:
+                for member in filter(_is_image, stream_members(folder / tar_name)):
                     name = f"{prefix}/{member.name}"
-                    rejection = reject_repeated(name, f"{tar.name}/{member.name}", firsts)
+                    rejection = reject_repeated(name, f"{decode_name(tar_name)}/{member.name}", firsts)
                     yield SourceImage({ID_COLUMN: name}, name, _read_member(member, rejection))
 
-    inputs = [{"name": tar.name, "size": tar.stat().st_size} for tar in tars]
-    seen = hash_json([look_at(tar) for tar in tars])
+    looks = [look_at(folder / name) or [0, 0] for name in names]
+    inputs = [{"name": decode_name(name), "size": size} for name, (size, _) in zip(names, looks, strict=True)]
+    seen = hash_json(looks)
     return ImageSource((_TEXT_ID,), inputs, None, lambda start: itertools.islice(stream_all(), start, None), seen=seen)
 
 
