@@ -10,7 +10,7 @@ import pytest
 from generate_embeddings import generate_embeddings
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError
-from pipeline.inference.model_files import identify_model, locate_backbone, locate_hub_model
+from pipeline.inference.model_files import identify_model, locate_backbone, locate_model
 from preprocess_raw_data import process_tar
 
 
@@ -106,9 +106,9 @@ def test_a_model_in_the_hub_cache_is_used_without_the_hub(cache, monkeypatch):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *a, **k: snapshot_download(*a, cache_dir=cache.parents[2], **k)
     )
-    assert locate_hub_model("someone/toy", download=False) == cache
-    assert locate_hub_model("someone/toy", download=True) == cache
-    assert locate_hub_model("someone/else", download=False) is None
+    assert locate_model("someone/toy", "", download=False) == cache
+    assert locate_model("someone/toy", "", download=True) == cache
+    assert locate_model("someone/else", "", download=False) is None
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_a_snapshot_whose_fetch_was_interrupted_is_fetched_again(cache, monkeypa
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     (cache / missing).unlink()
-    assert locate_hub_model("someone/toy", download=False) is None
-    assert locate_hub_model("someone/toy", download=True) == cache
+    assert locate_model("someone/toy", "", download=False) is None
+    assert locate_model("someone/toy", "", download=True) == cache
     assert asked == [True, True, False]
-    assert locate_hub_model("someone/toy", download=True) == cache
+    assert locate_model("someone/toy", "", download=True) == cache
     assert asked == [True, True, False, True]
 
 
@@ -163,7 +163,15 @@ def test_the_revision_of_a_hub_model_is_the_one_asked_for_and_logged(cache, monk
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with caplog.at_level("INFO"):
-        assert locate_hub_model("someone/toy@v1.0", download=True) == cache
-        assert locate_hub_model("someone/toy", download=True) == cache
+        assert locate_model("someone/toy@v1.0", "", download=True) == cache
+        assert locate_model("someone/toy", "", download=True) == cache
     assert asked == [("someone/toy", "v1.0"), ("someone/toy", None)]
     assert f"someone/toy@v1.0: revision {cache.name} of the hub" in caplog.text
+
+
+def test_a_folder_in_the_current_folder_is_not_taken_for_the_configured_hub_model(cache, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    make_model(tmp_path / "elsewhere" / "someone" / "other")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(cache))
+    assert locate(tmp_path, "someone/other") == cache

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,8 @@ def announce_code(folder: Path) -> None:
         raise InputError(f"{folder}: its config.json names code of another repository (auto_map), which is never run")
     for path in sorted(folder.glob("*.py")) if auto_map else []:
         logger.warning("%s: its code is run, as asked: SHA-256 %s", path, hashlib.sha256(path.read_bytes()).hexdigest())
-    dynamic_module_utils.HF_MODULES_CACHE = str(_module_cache())  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _module_cache() -> Path:
-    return private_folder("spatial-embeddings-modules-")
+    if "transformers_modules" not in sys.modules:  # else a place is taken, from which all later code is imported
+        dynamic_module_utils.HF_MODULES_CACHE = str(private_folder("models-code-"))  # type: ignore[attr-defined]
 
 
 def _cannot_load(folder: Path, error: Exception) -> InputError:

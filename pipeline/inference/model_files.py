@@ -43,45 +43,38 @@ def locate_backbone(config: Config, *, download: bool) -> Path | None:
     name = config.embedding_model.model_name
     if name is None:
         raise ConfigError(f"{config.file_path}: [embedding_model].model_name: not set, and this stage needs it")
-    expanded = config.expand(name, "[embedding_model].model_name")
-    name = str(expanded) if expanded.is_dir() or name.startswith("$") else name
-    return locate_model(name, "set [embedding_model].model_name to a model folder or a hub id", download=download)
+    folder = config.expand(name, "[embedding_model].model_name")
+    remedy = "set [embedding_model].model_name to a model folder or a hub id"
+    return locate_model(name, remedy, download=download, folder=folder)
 
 
-def locate_model(name: str, remedy: str, *, download: bool) -> Path | None:
+def locate_model(name: str, remedy: str, *, download: bool, folder: Path | None = None) -> Path | None:
     """Return a model's folder: the one named so, else the hub's snapshot of `OWNER/MODEL` or `OWNER/MODEL@REVISION`.
 
-    Without `download` only this machine is searched, and None returned if the model is not here. A folder that happens
-    to be called as the default model does not take its place. Raises InputError where the model cannot be found.
+    `folder` is what the name means as a path, if not the current folder's. Without `download` only this machine is
+    searched, and None returned if the model is not here. A folder that happens to be called as the default model does
+    not take its place. Raises InputError where the model cannot be found.
     """
-    folder = Path(name).expanduser()
+    folder = folder or Path(name).expanduser()
     if name and name != DEFAULT_MODEL_ID and folder.is_dir():
         return folder
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if not name or name.startswith(("/", ".", "~", "$")) or name.count("/") > 1:
         if not download:
             return None
         raise InputError(f"{folder}: no such model folder: {remedy}")
-    return locate_hub_model(name, download=download)
-
-
-def locate_hub_model(repo_id: str, *, download: bool) -> Path | None:
-    """Return the local snapshot of a hub model, of the revision named behind an @ if any; fetch it first if allowed.
-
-    Raises InputError where it is to be fetched and cannot be.
-    """
-    folder, problem = _take_snapshot(repo_id, MODEL_FILES, lambda found: not find_missing_files(found), download)
-    if folder is None:
+    snapshot, problem = _take_snapshot(name, MODEL_FILES, lambda found: not find_missing_files(found), download)
+    if snapshot is None:
         if not download:
             return None
         raise InputError(
-            f"{repo_id}: the model is neither a local folder nor in the hub cache, and cannot be fetched "
+            f"{name}: the model is neither a local folder nor in the hub cache, and cannot be fetched "
             f"({problem}): correct the name, or fetch it where there is internet "
-            f"(slurm/prepare.sh --model-id {repo_id})"
+            f"(slurm/prepare.sh --model-id {name})"
         )
-    logger.info("%s: revision %s of the hub", repo_id, folder.name)
-    if download and names_its_backbone(folder):  # a later job without internet needs that too
-        locate_backbone_settings(folder, download=True)
-    return folder
+    logger.info("%s: revision %s of the hub", name, snapshot.name)
+    if download and names_its_backbone(snapshot):  # a later job without internet needs that too
+        locate_backbone_settings(snapshot, download=True)
+    return snapshot
 
 
 def _take_snapshot(
