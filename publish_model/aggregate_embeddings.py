@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -84,29 +83,22 @@ def aggregate(
     if is_complete(path, provenance, overwrite):
         result.kept.append(path)
     else:
-        write_groups(path, dataset, by, geometry, provenance)
+        with contextlib.ExitStack() as stack:
+            num_passes = choose_num_passes(dataset, by)
+            for number in range(num_passes):
+                table = group_pass(dataset, by, number, num_passes).to_table()
+                table = geometry.join(table) if geometry else table
+                if not number:
+                    writer = stack.enter_context(parquet_writer(path, table.schema, provenance))
+                writer.write_table(table)
+            if geometry:
+                writer.add_key_value_metadata({GEO_KEY: geometry.describe()})
         result.written.append(path)
     with open_parquet(path) as file:
         num_images = sum(int(batch.column(0).to_numpy().sum()) for batch in file.iter_batches(columns=["num_images"]))
         logger.info("%d groups of %d images", file.metadata.num_rows, num_images)
     result.add({"in": dataset.num_rows, "out": num_images, "dropped": dataset.num_rows - num_images})
     return result
-
-
-def write_groups(
-    path: Path, dataset: EmbeddingsDataset, by: Sequence[str], geometry: GeometryFile | None, provenance: dict[str, Any]
-) -> None:
-    """Write the groups pass by pass."""
-    num_passes = choose_num_passes(dataset, by)
-    with contextlib.ExitStack() as stack:
-        for number in range(num_passes):
-            table = group_pass(dataset, by, number, num_passes).to_table()
-            table = geometry.join(table) if geometry else table
-            if not number:
-                writer = stack.enter_context(parquet_writer(path, table.schema, provenance))
-            writer.write_table(table)
-        if geometry:
-            writer.add_key_value_metadata({GEO_KEY: geometry.describe()})
 
 
 def parse_columns(text: str) -> list[str]:

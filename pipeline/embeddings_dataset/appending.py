@@ -29,9 +29,6 @@ from pipeline.ids import Shard
 from pipeline.inference.precision import Precision
 from pipeline.log import logger
 
-# Float32 hardly gets smaller when it is compressed.
-BYTES_A_NUMBER = 4
-
 
 class PartStore:
     """The parts of a dataset that is made from one input by one model; several processes may write at once.
@@ -185,7 +182,7 @@ class Appending:
         """
         folder = self.dataset.folder
         if self._overwrite:
-            needed = self.num_rows[1] * width * BYTES_A_NUMBER
+            needed = self.num_rows[1] * width * 4  # bytes: float32 hardly gets smaller when it is compressed
             free = shutil.disk_usage(folder).free if folder.is_dir() else needed
             if free < needed:
                 raise PipelineError(

@@ -15,34 +15,19 @@ from pipeline.errors import ConfigError
 def plain_values(column: pa.Array) -> list[object]:
     """Return the values as Python objects that are equal where the ids are, whatever the column's type.
 
-    Times are numbers, as nanoseconds have no place in Python's datetime; so are those inside lists and structs which
-    Python cannot hold (nanoseconds, years beyond 9999, unknown time zones).
+    Times are numbers, as Python has no place for nanoseconds, years beyond 9999 and unknown time zones.
     """
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_temporal(column.type):
-        column = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64())
-    if pa.types.is_nested(column.type) and "[ns" in str(column.type):
-        column = column.cast(_map_innermost(column.type, _with_numbers))
-    try:
-        return list(column.to_pylist())
-    except (OverflowError, ValueError):
-        numbers = column.cast(_map_innermost(column.type, _with_numbers)).to_pylist()
-        return [_plain_or(scalar, number) for scalar, number in zip(column, numbers, strict=True)]
+    kind = _map_innermost(column.type, _with_numbers)
+    return list((column if kind == column.type else column.cast(kind)).to_pylist())
 
 
 def list_values(column: pa.ChunkedArray) -> list[object]:
     """Return the values of a column in chunks as `plain_values` does."""
     return [value for chunk in column.chunks for value in plain_values(chunk)]
-
-
-def _plain_or(scalar: pa.Scalar, number: object) -> object:
-    try:
-        return scalar.as_py()
-    except (OverflowError, ValueError):
-        return number
 
 
 def _map_innermost(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:

@@ -24,7 +24,6 @@ from pipeline.embeddings_dataset.parts import (
     Part,
     count_rows,
     embeddings_of,
-    foreign,
     list_part_files,
     read_ids,
     read_part,
@@ -112,7 +111,7 @@ class EmbeddingsDataset:
             logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
             return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
         if strange:
-            raise foreign(strange[0])
+            raise ForeignError(strange[0])
         return None
 
     @property

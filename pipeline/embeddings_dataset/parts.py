@@ -38,13 +38,11 @@ def plan_parts(source: PackagedInput) -> list[PartPlan]:
 class ForeignError(StaleOutputError):
     """A sound file that this project did not write: it is never removed or replaced."""
 
-
-def foreign(path: Path) -> ForeignError:
-    """Return the error for a file that is not ours."""
-    return ForeignError(
-        f"{path}: not written by this project (it does not say what it was made from): adopt the dataset with "
-        "adopt_embeddings.py, or give another path"
-    )
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path}: not written by this project (it does not say what it was made from): adopt the dataset with "
+            "adopt_embeddings.py, or give another path"
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def read_part(path: Path) -> Part:
         # A changed byte in a part's footer hides its origin; its rejects then still tell it.
         if is_ours(rejects_beside(path)):
             raise DamagedError(f"{path}: damaged (it does not say what it was made from, but its rejects do)")
-        raise foreign(path)
+        raise ForeignError(path)
     try:
         recipe = {**provenance["inputs"][0], **provenance["settings"]}
         _ = recipe["embedding_version"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import own_folders
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.parts import foreign, list_part_files, read_part, rejects_beside
+from pipeline.embeddings_dataset.parts import ForeignError, list_part_files, read_part, rejects_beside
 from pipeline.errors import DamagedError
 from pipeline.files import workspace
 from pipeline.log import logger
@@ -31,7 +31,7 @@ def move_all(dataset: EmbeddingsDataset) -> None:
     """
     parts = [dataset.path_of(name) for name in list_part_files(dataset.folder)]
     if dataset.find_begun() is None and parts:  # all are damaged, and nothing says whose they are
-        raise foreign(parts[0])
+        raise ForeignError(parts[0])
     for path in parts:
         with contextlib.suppress(DamagedError):
             read_part(path)
