@@ -12,7 +12,7 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError
 from pipeline.files import listing
 from pipeline.files.identity import identify
-from pipeline.files.listing import list_tars
+from pipeline.files.listing import find_tars
 from pipeline.files.tables import make_provenance, write_parquet
 from pipeline.files.units import (
     ABSENT,
@@ -181,15 +181,15 @@ def test_tars_are_listed_by_dataset_and_what_is_none_is_counted(tmp_path, caplog
     for name in ("0010.tar", "0002.tar", ".0003.tar", "12345.tar", "0004.tar.aria2"):
         (tmp_path / name).touch()
     monkeypatch.setattr(listing.logger, "propagate", True)
-    assert [path.name for path in list_tars(tmp_path)] == ["0002.tar", "0010.tar", "12345.tar"]
+    assert [path.name for _, path in sorted(find_tars(tmp_path).items())] == ["0002.tar", "0010.tar", "12345.tar"]
     assert "1 files are not *.tar and are passed over (.aria2 1), as 0004.tar.aria2" in caplog.text
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere: no such folder: set \[paths\]\.raw_dir"):
-        list_tars(tmp_path / "nowhere")
+        find_tars(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"holds no \.tar file"):
-        list_tars(tmp_path)
+        find_tars(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["backup.tar", "0002.TAR"])
@@ -197,7 +197,7 @@ def test_a_wrongly_named_tar_in_the_folder_is_refused(tmp_path, name):
     (tmp_path / "0001.tar").touch()
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=rf"{name}: a raw tar must be named NNNN\.tar"):
-        list_tars(tmp_path)
+        find_tars(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ the state of a unit

@@ -4,7 +4,6 @@ This project writes fixed_size_list. Lists of other types, such as the reference
 converted batch by batch.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.files.column_types import is_list
+from pipeline.files.column_types import is_list, plain_type
 from pipeline.files.tables import open_parquet, read_batches
-
-# The NumPy type of the stored numbers.
-_EMBEDDING_TYPES = {pa.float16(): "f2", pa.float32(): "f4", pa.float64(): "f4"}
-_FINGERPRINT_TYPES = dict.fromkeys(
-    (pa.uint8(), pa.int8(), pa.uint16(), pa.int16(), pa.uint32(), pa.int32(), pa.uint64(), pa.int64()), "u1"
-)
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ def find_embedding(path: Path) -> ListColumn:
 
     Raises InputError if the file is missing or damaged, or the column is missing or no list of floats.
     """
-    return _find(path, "embedding", _EMBEDDING_TYPES, "floats", "make the file again with stage 2")
+    return _find(path, "embedding", pa.float64(), "make the file again with stage 2")
 
 
 def find_fingerprint(path: Path) -> ListColumn:
@@ -84,10 +77,10 @@ def find_fingerprint(path: Path) -> ListColumn:
 
     Raises InputError if the file is missing or damaged, or the column is missing or no list of whole numbers.
     """
-    return _find(path, "fingerprint", _FINGERPRINT_TYPES, "whole numbers", "make the file again with stage 4")
+    return _find(path, "fingerprint", pa.int64(), "make the file again with stage 4")
 
 
-def _find(path: Path, name: str, kinds: Mapping[pa.DataType, str], what: str, remedy: str) -> ListColumn:
+def _find(path: Path, name: str, wanted: pa.DataType, remedy: str) -> ListColumn:
     with open_parquet(path) as file:
         schema = file.schema_arrow
     index = schema.get_field_index(name)
@@ -95,7 +88,8 @@ def _find(path: Path, name: str, kinds: Mapping[pa.DataType, str], what: str, re
         raise InputError(f"{path}: column {name} is missing: {remedy}")
     kind = schema.field(index).type
     is_fixed = pa.types.is_fixed_size_list(kind)
-    if not is_list(kind) or kind.value_type not in kinds or (is_fixed and kind.list_size == 0):
+    if not is_list(kind) or plain_type(kind.value_type) != wanted or (is_fixed and kind.list_size == 0):
+        what = "whole numbers" if wanted == pa.int64() else "floats"
         raise InputError(f"{path}: column {name} is {kind}, expected lists of one length of {what}: {remedy}")
     width = kind.list_size if is_fixed else None
     first = None if is_fixed else next(read_batches(path, [name], 1), None)
@@ -103,4 +97,5 @@ def _find(path: Path, name: str, kinds: Mapping[pa.DataType, str], what: str, re
         width = pc.list_value_length(first.column(0))[0].as_py()
         if not width:
             raise InputError(f"{path}: column {name}: row 0 is empty: {remedy}")
-    return ListColumn(path, name, width, np.dtype(kinds[kind.value_type]), remedy)
+    stored = "u1" if wanted == pa.int64() else "f2" if kind.value_type == pa.float16() else "f4"
+    return ListColumn(path, name, width, np.dtype(stored), remedy)

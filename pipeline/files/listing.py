@@ -71,22 +71,6 @@ def find_tar_dir(raw_dir: Path) -> Path:
     return places[0] if places else raw_dir
 
 
-def list_tars(raw_dir: Path) -> list[Path]:
-    """Return the raw tars of a folder by dataset id, and count other files in the log.
-
-    Raises InputError if the folder is missing, cannot be read, or holds no tar or one that is not named NNNN.tar.
-    """
-    if not raw_dir.is_dir():
-        raise InputError(f"{raw_dir}: no such folder: set [paths].raw_dir to the folder of the NNNN.tar files")
-    raw_dir = find_tar_dir(raw_dir)
-    files = list_files(raw_dir)
-    tars = [path for path in files if path.suffix.lower() == TAR_SUFFIX]
-    warn_of_others(raw_dir, (path.name for path in files if path not in set(tars)), "*.tar")
-    if not tars:
-        raise InputError(f"{raw_dir}: holds no .tar file: set [paths].raw_dir to the folder of the NNNN.tar files")
-    return sorted(tars, key=parse_dataset_id)
-
-
 def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
     """Return stage 1's outputs by dataset id; none if there is no such folder.
 
@@ -99,20 +83,23 @@ def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
     return {dataset_id: path for path, dataset_id in ids.items() if dataset_id is not None}
 
 
-def find_tars(raw_dir: Path, intermediates: dict[int, Path]) -> dict[int, Path]:
+def find_tars(raw_dir: Path, intermediates: Iterable[int] = ()) -> dict[int, Path]:
     """Return the tars by dataset id: those of raw_dir, and those of intermediates whose tar is gone.
 
-    Raises InputError if there is none.
+    Counts other files in the log. Raises InputError if there is none, the folder cannot be read, or a tar is not named
+    NNNN.tar.
     """
-    tar_dir = find_tar_dir(raw_dir)
-    known = {dataset_id: tar_dir / tar_name(dataset_id) for dataset_id in intermediates}
-    if not known or raw_dir.is_dir():
-        try:
-            known |= {parse_dataset_id(path): path for path in list_tars(raw_dir)}
-        except InputError:
-            if not known:
-                raise
-    return known
+    place, tars = find_tar_dir(raw_dir), list[Path]()
+    if raw_dir.is_dir():
+        files = list_files(place)
+        tars = [path for path in files if path.suffix.lower() == TAR_SUFFIX]
+        warn_of_others(place, (path.name for path in set(files) - set(tars)), "*.tar")
+    found = {dataset_id: place / tar_name(dataset_id) for dataset_id in intermediates}
+    found |= {parse_dataset_id(path): path for path in tars}
+    if not found:
+        problem = "holds no .tar file" if raw_dir.is_dir() else "no such folder"
+        raise InputError(f"{raw_dir}: {problem}: set [paths].raw_dir to the folder of the NNNN.tar files")
+    return found
 
 
 def walk_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> Iterator[os.DirEntry[str]]:
