@@ -316,8 +316,8 @@ def repeat_first_path(table: pa.Table) -> pa.Table:
     [
         (lambda table: table.drop_columns(["image_path"]), "column image_path is missing"),
         (
-            lambda table: table.set_column(4, "target_lat", table["target_lat"].cast(pa.float32())),
-            "column target_lat is float, expected double",
+            lambda table: table.set_column(4, "target_lat", table["target_lat"].cast(pa.string())),
+            "column target_lat is string, expected double",
         ),
         (
             lambda table: table.set_column(6, "building_id", pa.nulls(len(table), pa.string())),

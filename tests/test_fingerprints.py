@@ -49,7 +49,7 @@ def with_row(values: list[int | None]) -> Callable[[pa.Table], pa.Table]:
     [
         (without("building_id"), "column building_id is missing"),
         (without("fingerprint"), "column fingerprint is missing"),
-        (cast("target_lat", pa.float32()), "column target_lat is float, expected double"),
+        (cast("target_lat", pa.string()), "column target_lat is string, expected double"),
         (cast("fingerprint", pa.list_(pa.float32())), "column fingerprint is list<"),
         (cast("fingerprint", pa.list_(pa.float64())), "expected lists of one length of whole numbers"),
         (with_row([0] * (WIDTH - 1)), f"row 3 has not {WIDTH} numbers"),

@@ -46,6 +46,8 @@ class ListColumn:
         if column.null_count:
             self._refuse_first(column.is_null().to_numpy(zero_copy_only=False), first_row, "is empty")
         values = column.flatten()
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
         if values.null_count:
             holes = values.is_null().to_numpy(zero_copy_only=False).reshape(-1, width).any(axis=1)
             self._refuse_first(holes, first_row, "holds an empty value")
