@@ -113,7 +113,25 @@ def test_a_digest_grows_while_a_file_is_read_with_leaps_and_steps_back(tmp_path)
             file.seek(start)
             assert file.read(size) == data[start : start + size]
         file.read()
-    assert file.digest() == identity.digest_file(tmp_path / "a")
+        assert file.digest() == identity.digest_file(tmp_path / "a")
+        (tmp_path / "b").write_bytes(b"x" * len(data))
+        os.utime(tmp_path / "b", (1, 1))
+        (tmp_path / "b").replace(tmp_path / "a")
+        with pytest.raises(InputError, match=r"a: changed while it was read: run this again"):
+            file.digest()
+
+
+def test_files_that_change_while_they_are_read_are_not_noted_as_they_were(tmp_path, photographs, monkeypatch):
+    read = identity.digest_file
+
+    def read_and_change(path):
+        digest = read(path)
+        os.utime(path, (1, 1))
+        return digest
+
+    monkeypatch.setattr(identity, "digest_file", read_and_change)
+    with pytest.raises(InputError, match="photographs: changed while it was read"):
+        photographs()
 
 
 # ------------------------------------------------------------------------------------------------ stages

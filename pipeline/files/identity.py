@@ -47,7 +47,10 @@ def identify_files(name: str, files: Mapping[str, Path], notes: Sequence[Path], 
     digest = next((note["digest"] for note in map(read_json_object, notes) if note.get("stamp") == stamp), None)
     if digest is None and read:
         logger.info("%s: its time is not the recorded one: %d bytes are read to see what it holds", name, size)
-        digest = note_digests(files, {key: digest_file(path) for key, path in files.items()}, notes)
+        digests = {key: digest_file(path) for key, path in files.items()}
+        if _stamp(files)[0] != stamp:
+            raise InputError(f"{name}: changed while it was read: run this again")
+        digest = note_digests(files, digests, notes)
     return {"name": name, "size": size, **({"digest": digest} if digest else {})}
 
 
@@ -97,6 +100,7 @@ class DigestingFile(io.BufferedReader):
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
         self._hash, self._done = hashlib.sha256(), 0
+        self._seen, self._path = look_at(path), path
 
     def read(self, size: int | None = -1) -> bytes:
         """Read as a file does."""
@@ -115,7 +119,12 @@ class DigestingFile(io.BufferedReader):
         self._done += len(data)
 
     def digest(self) -> str:
-        """Return the digest of all that lies before the last byte that was read."""
+        """Return the digest of all that lies before the last byte that was read.
+
+        Raises InputError if the file has changed since it was opened.
+        """
+        if look_at(self._path) != self._seen:
+            raise InputError(f"{self._path}: changed while it was read: run this again")
         return self._hash.hexdigest()[:32]
 
 
