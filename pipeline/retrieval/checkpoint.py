@@ -166,20 +166,16 @@ def _list_tensors(content: Any) -> Iterator[torch.Tensor]:
 
 
 def _check_widths(checkpoint: Checkpoint, section: TrainingModelSection | None, input_dim: int | None) -> None:
-    found_in, found_out = checkpoint.architecture["input_dim"], checkpoint.architecture["output_dim"]
-    if input_dim is not None and input_dim != found_in:
+    found = checkpoint.architecture
+    if input_dim not in (None, found["input_dim"]):
         raise InputError(
-            f"{checkpoint.path}: its projector takes embeddings of {found_in} numbers, these have {input_dim}: "
-            "use the backbone that it was trained on, or train again"
+            f"{checkpoint.path}: its projector takes embeddings of {found['input_dim']} numbers, these have "
+            f"{input_dim}: use the backbone that it was trained on, or train again"
         )
-    if section is None:
-        return
-    for key, found, asked in (
-        ("input_dim", found_in, section.input_dim),
-        ("output_dim", found_out, section.output_dim),
-    ):
-        if asked not in ("auto", found):
+    for key in ("input_dim", "output_dim"):
+        asked = getattr(section, key, "auto")
+        if asked not in ("auto", found[key]):
             raise InputError(
-                f"{checkpoint.path}: its {key} is {found}, [training_model].{key} asks for {asked}: "
+                f"{checkpoint.path}: its {key} is {found[key]}, [training_model].{key} asks for {asked}: "
                 "correct the setting, or train again"
             )
