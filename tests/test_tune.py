@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_training_takes_the_fragment(workspace: Path) -> None:
 
 def test_a_fragment_that_cannot_be_read_is_a_bad_command_line(workspace: Path) -> None:
     (workspace / "bad.toml").write_text("[training\n")
-    for name, message in (("gone.toml", "cannot read it"), ("bad.toml", "not valid TOML")):
+    for name, message in (("gone.toml", "cannot read the configuration"), ("bad.toml", "not valid TOML")):
         with pytest.raises(ConfigError, match=rf"--set .*{name}: {message}"):
             load_config(workspace / "config.toml", [str(workspace / name)])
 
@@ -210,30 +211,23 @@ def test_a_study_without_any_complete_trial_says_so(workspace: Path) -> None:
 
 
 def test_a_missing_optuna_is_one_line_that_names_the_extra(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., Any]
 ) -> None:
-    from pipeline import cli
-
     monkeypatch.setattr(metric_sinks, "find_spec", lambda _: None)
-    with pytest.raises(SystemExit) as exit_info:
-        cli.run_guarded(tune.main, ["--config", str(workspace / "config.toml")])
-    assert exit_info.value.code == 1
-    last = capsys.readouterr().err.splitlines()[-1]
+    done = run_main(tune.main, "--config", workspace / "config.toml")
+    assert done.code == 1
+    last = done.stderr.splitlines()[-1]
     assert last.startswith("error: tune.py: the package optuna is not installed: pip install ")
     assert "'spatial-building-embeddings[tune]'" in last
     assert not (workspace / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--trials", "0"], ["--workers", "x"], ["--storage", "mysql:secret"]])
-def test_a_bad_command_line_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline import cli
-
-    with pytest.raises(SystemExit) as exit_info:
-        cli.run_guarded(tune.main, arguments)
-    assert exit_info.value.code == 2
-    said = capsys.readouterr().err
-    assert arguments[0] in said
-    assert "secret" not in said
+def test_a_bad_command_line_ends_with_2(arguments: list[str], run_main: Callable[..., Any]) -> None:
+    done = run_main(tune.main, *arguments)
+    assert done.code == 2
+    assert arguments[0] in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_a_study_of_another_program_is_refused_and_left_as_it_is(workspace: Path) -> None:

@@ -23,7 +23,7 @@ _PLOTS = {"history.png": "optimization_history", "epochs.png": "intermediate_val
 def list_finished(study: optuna.Study) -> list[FrozenTrial]:
     """Return the finished trials, without those that were stopped and tried again."""
     trials = study.get_trials(deepcopy=False)
-    retried = {trial.user_attrs.get("retry_of") for trial in trials}
+    retried = [trial.user_attrs.get("retry_of") for trial in trials]
     return [trial for trial in trials if trial.state.is_finished() and trial.number not in retried]
 
 
