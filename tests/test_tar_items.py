@@ -88,6 +88,7 @@ def test_bytes_that_are_not_utf8_do_not_hide_the_d_line():
         (change(7, "1,5"), "'1,5' is not a finite number"),
         (change(7, "٣"), "'٣' is not a finite number"),
         (change(1, "7.5"), "'7.5' is not an id"),
+        (change(1, "9007199254740993.0"), "'9007199254740993.0' is not an id"),
         (change(2, "9223372036854775808"), "'9223372036854775808' is not an id"),
         ("d 1 2\n" + change(4, "nan"), "2 fields behind the d, expected 17"),
         (LINE.encode("utf-16"), "no line that begins with d"),

@@ -71,8 +71,8 @@ def _parse_number(word: str) -> float:
 
 
 def _parse_id(word: str) -> int:
-    """Return an id, also of 12.0."""
+    """Return an id, also of 12.0; floats from 2^53 on may be rounded ids."""
     value = int(word) if word.lstrip("+-").isdecimal() else float(word)
-    if value != int(value) or abs(value) > _MAX_ID:
+    if value != int(value) or abs(value) > (_MAX_ID if isinstance(value, int) else 2**53 - 1):
         raise ValueError(f"{word[:40]!r} is not an id")
     return int(value)
