@@ -201,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="score this embeddings dataset of stage 8 instead; needs no checkpoint and no split",
     )  # fmt: skip
     parser.add_argument(
-        "--labels", type=Path, metavar="PARQUET",
-        help="building_id of each OSMID or streetview_image_id of --embeddings (default: the OSMID itself)",
+        "--labels", type=Path, metavar="FILE",
+        help="parquet or CSV: building_id of each OSMID or streetview_image_id (default: the OSMID itself)",
     )  # fmt: skip
     parser.add_argument(
         "--compare", type=Path, metavar="OTHER",
