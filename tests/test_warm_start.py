@@ -135,6 +135,8 @@ def test_training_starts_from_a_projector_of_the_reference_implementation(
     with torch.no_grad():
         torch.testing.assert_close(start(rows), network(rows), atol=1e-6, rtol=0)
     assert found["projector"].keys() == start.state_dict().keys()
+    for name, weight in start.state_dict().items():  # the norms learn too
+        assert name.startswith("shortcut") or not torch.equal(found["projector"][name], weight), name
 
 
 def test_a_checkpoint_names_its_training_buildings(workspace: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.config import TrainingSection
 from pipeline.errors import PipelineError
 from pipeline.log import Progress, logger
-from pipeline.retrieval.projector import Projector
+from pipeline.retrieval.projector import Norm, Projector
 from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch
 from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
@@ -210,17 +210,19 @@ def group_parameters(
 ) -> list[dict[str, Any]]:
     """Return the optimiser's groups of weights, with `share` of the configured rates at their peak.
 
-    A layer's rate is divided by the root of its inputs, so that one rate serves every width. The shortcut and the loss
-    have no weight decay: it would only shrink vectors that are normalised.
+    A layer's rate is divided by the root of its inputs, so that one rate serves every width. The shortcut, the
+    norms and the loss have no weight decay: it would only shrink vectors that are normalised.
     """
     layers: dict[str, tuple[Any, float]] = {"shortcut": (projector.shortcut, section.shortcut_learning_rate)}
     layers |= {f"hidden.{number}": (layer, section.learning_rate) for number, layer in enumerate(projector.hidden)}
     if projector.output is not None:
         layers["output"] = (projector.output, section.learning_rate)
+    norms = [norm for norm in projector.norms if isinstance(norm, Norm)]
+    layers |= {f"norms.{number}": (norm, section.learning_rate) for number, norm in enumerate(norms)}
     groups: list[dict[str, Any]] = []
     for name, (layer, rate) in layers.items():
-        decay = 0.0 if name == "shortcut" else section.weight_decay
-        peak = share * rate / layer.weight.shape[1] ** 0.5
+        decay = 0.0 if name.startswith(("shortcut", "norms")) else section.weight_decay
+        peak = share * rate / layer.weight.shape[-1] ** 0.5
         groups.append({"name": name, "params": list(layer.parameters()), "peak_lr": peak, "weight_decay": decay})
     if own := list(loss.parameters()):
         groups.append({"name": "loss", "params": own, "peak_lr": share * section.learning_rate, "weight_decay": 0.0})
