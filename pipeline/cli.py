@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from pipeline import VERSION
 from pipeline.config import DEFAULT_CONFIG_PATH, Config, load_config
+from pipeline.crashes import noting_decoders
 from pipeline.errors import ConfigError, PipelineError, Terminated, escape_controls, one_line
 from pipeline.ids import Shard, decode_name
 from pipeline.log import Stopwatch, logger, logging_to
@@ -262,7 +263,7 @@ def log_name(stage: str, shard: Shard) -> str:
 
 def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path | None, level: str = "INFO") -> StageResult:
     """Run a story with its log file and last log line, and print the paths that it wrote."""
-    with logging_to(log_path, level):
+    with logging_to(log_path, level), noting_decoders(log_path):
         started = time.monotonic()
         try:
             result = story()

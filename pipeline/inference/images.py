@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
 
+from pipeline.crashes import guarded
 from pipeline.errors import Rejection
 from pipeline.log import logger
 
@@ -57,6 +58,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 warnings.filterwarnings("ignore", module=r"PIL\..*")
 
 
+@guarded
 def decode_rgb(data: bytes) -> Image.Image:
     """Decode a whole image to RGB, upright by its EXIF orientation.
 
@@ -65,6 +67,7 @@ def decode_rgb(data: bytes) -> Image.Image:
     return load_upright(open_image(data))
 
 
+@guarded
 def check_image(data: bytes) -> None:
     """Raise the Rejection that `decode_rgb` would raise, at a tenth of its cost for a sound JPEG.
 
@@ -141,6 +144,7 @@ def read_plain_header(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+@guarded
 def decode_rgb_small(data: bytes, choose_scale: Callable[[int, int], int]) -> tuple[Image.Image, tuple[float, float]]:
     """Decode a JPEG to RGB at 1/`choose_scale(width, height)` of its size (1, 2, 4 or 8), others as `decode_rgb` does.
 

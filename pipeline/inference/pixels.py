@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.crashes import guarded
 from pipeline.inference.images import (
     MAX_PIXELS,
     decode_rgb,
@@ -27,6 +28,7 @@ MAX_DEVICE_PIXELS = 1 << 20
 MAX_DEVICE_RATIO = 8
 
 
+@guarded
 def decode_pixels(data: bytes) -> torch.Tensor:
     """Decode a whole image to RGB pixels (3, H, W) uint8, the same as those of `decode_rgb`.
 

@@ -1,0 +1,101 @@
+"""Reject a picture whose decoder crashed an earlier run, instead of crashing on it again.
+
+Each thread notes in a file what it decodes, and Python's faulthandler writes there which thread a fatal signal met: the
+next run puts the two together. A killed process leaves notes too, but names no thread, so that nothing is rejected.
+"""
+
+import faulthandler
+import functools
+import itertools
+import os
+import re
+import struct
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar, Concatenate, ParamSpec, TypeVar
+
+from pipeline.errors import Rejection
+from pipeline.log import logger
+from pipeline.own_folders import discard, open_file
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+# A thread, and the picture: its length, and sums of its first and last bytes, which cost less than one of all.
+_NOTE = struct.Struct("=QQII")
+_SUMMED = 4_096
+_THREAD = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
+
+
+class _Notes:
+    descriptor: int | None = None  # of the file, while a stage runs
+    crashed: ClassVar[set[tuple[int, int, int]]] = set()
+    places = itertools.count()
+    own = threading.local()
+
+
+def guarded(
+    decode: Callable[Concatenate[bytes, _Arguments], _Result],
+) -> Callable[Concatenate[bytes, _Arguments], _Result]:
+    """Have a decoder note its picture while a stage runs, and raise Rejection for one that crashed an earlier run."""
+
+    @functools.wraps(decode)
+    def guard(data: bytes, /, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        own, descriptor = _Notes.own, _Notes.descriptor
+        if descriptor is None or getattr(own, "is_noted", False):  # or a decoder that another one calls
+            return decode(data, *arguments, **options)
+        picture = len(data), zlib.crc32(data[:_SUMMED]), zlib.crc32(data[-_SUMMED:])
+        if picture in _Notes.crashed:
+            raise Rejection("unreadable_image", "its decoder crashed an earlier run")
+        if not hasattr(own, "place"):
+            own.place = next(_Notes.places) * _NOTE.size
+        os.pwrite(descriptor, _NOTE.pack(threading.get_ident(), *picture), own.place)
+        own.is_noted = True
+        try:
+            return decode(data, *arguments, **options)
+        finally:
+            own.is_noted = False
+            os.pwrite(descriptor, bytes(_NOTE.size), own.place)
+
+    return guard
+
+
+@contextmanager
+def noting_decoders(log_path: Path | None) -> Iterator[None]:
+    """Keep the notes beside a stage's log while the block runs, and read those of an earlier run that crashed."""
+    if log_path is None or _Notes.descriptor is not None:
+        yield
+        return
+    notes, fault, known = (log_path.with_name(f".{log_path.name}.{end}") for end in ("decoding", "fault", "crashed"))
+    _Notes.crashed = _learn(notes, fault, known)
+    with open(open_file(fault, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
+        was_enabled = faulthandler.is_enabled()
+        descriptor = open_file(notes, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        _Notes.descriptor = descriptor
+        faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+            if was_enabled and sys.__stderr__ is not None:
+                faulthandler.enable(sys.__stderr__)
+            _Notes.descriptor = None
+            os.close(descriptor)
+            discard(notes)
+            discard(fault)
+
+
+def _learn(notes: Path, fault: Path, known: Path) -> set[tuple[int, int, int]]:
+    """Return the pictures that crashed earlier runs, and add that of the last one to those known."""
+    listed = known.read_bytes() if known.exists() else b""
+    thread = _THREAD.search(fault.read_text(encoding="utf-8", errors="replace")) if fault.exists() else None
+    for note in _NOTE.iter_unpack(notes.read_bytes()) if thread and notes.exists() else ():
+        if thread and note[0] == int(thread[1], 16):
+            listed += _NOTE.pack(*note)
+            with open(open_file(known, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
+                file.write(_NOTE.pack(*note))
+            logger.warning("an earlier run crashed on a picture of %d bytes, which is rejected now", note[1])
+    return {note[1:] for note in _NOTE.iter_unpack(listed)}
