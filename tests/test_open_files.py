@@ -51,7 +51,7 @@ def test_a_tool_on_a_dataset_of_many_parts_keeps_few_files_open(
 
 def test_scoring_a_dataset_of_many_parts_keeps_few_files_open(parts, few_files, tmp_path):
     assert len(read_embeddings(parts).embeddings) == NUM_PARTS
-    assert write_atlas_table(parts, None, tmp_path / "atlas.parquet") == (NUM_PARTS, False)
+    assert write_atlas_table(parts, None, tmp_path / "atlas.parquet") == NUM_PARTS
 
 
 def test_a_folder_of_many_inputs_keeps_few_files_open(tmp_path, few_files):
