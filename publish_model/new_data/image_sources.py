@@ -32,7 +32,6 @@ from pipeline.files.text_tables import read_csv, whole_or_text
 from pipeline.ids import decode_name, reject_repeated
 
 PATH_COLUMN = "path"
-_TEXT_ID = pa.field(ID_COLUMN, pa.string())
 
 
 @dataclass(frozen=True)
@@ -89,17 +88,24 @@ def open_source(options: InputOptions) -> ImageSource:
 
 
 def _open_photographs(folder: Path, names: Sequence[str]) -> ImageSource:
-    def stream(start: int) -> Iterator[SourceImage]:
-        for name in names[start:]:
-            file, shown = folder / name, decode_name(name)
-            yield SourceImage({ID_COLUMN: shown}, shown, partial(read_file, file), file)
+    ids = list(map(decode_name, names))
+    inputs = [{"name": folder.name, "size": len(names), "hash": hash_json(ids)}]
+    return _list_files(folder, names, pa.table([pa.array(ids, pa.string())], [ID_COLUMN]), inputs)
 
-    inputs = [{"name": folder.name, "size": len(names), "hash": hash_json(list(map(decode_name, names)))}]
+
+def _list_files(folder: Path, names: Sequence[str], table: pa.Table, inputs: list[dict[str, Any]]) -> ImageSource:
+    """Return the images of files below a folder, whose rows are those of a table."""
+
+    def stream(start: int) -> Iterator[SourceImage]:
+        batches = table.slice(start).to_batches(1000)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for row, name in zip(rows, itertools.islice(names, start, None), strict=True):
+            yield SourceImage(row, decode_name(name), partial(read_file, folder / name), folder / name)
 
     def locate(start: int, end: int) -> Sequence[Path]:
         return [folder / name for name in names[start:end]]
 
-    return ImageSource((_TEXT_ID,), inputs, len(names), stream, locate)
+    return ImageSource(tuple(table.schema), inputs, table.num_rows, stream, locate)
 
 
 def read_file(path: Path) -> bytes:
@@ -132,19 +138,9 @@ def _open_csv(path: Path) -> ImageSource:
     texts = read_csv(path, [ID_COLUMN, PATH_COLUMN], remedy, others=True)
     if not texts.num_rows:
         raise InputError(f"{path}: holds no rows: correct --input")
-    names = texts.column_names
-    table = pa.table({name: texts[name] if name == PATH_COLUMN else whole_or_text(texts[name]) for name in names})
-
-    def stream(start: int) -> Iterator[SourceImage]:
-        for batch in table.slice(start).to_batches(1000):
-            for row in batch.to_pylist():
-                file = path.parent / row[PATH_COLUMN]
-                yield SourceImage(row, row[PATH_COLUMN], partial(read_file, file), file)
-
-    def locate(start: int, end: int) -> Sequence[Path]:
-        return [path.parent / name for name in table[PATH_COLUMN].slice(start, end - start).to_pylist()]
-
-    return ImageSource(tuple(table.schema), [identity], table.num_rows, stream, locate)
+    columns = {name: whole_or_text(texts[name]) for name in texts.column_names if name != PATH_COLUMN}
+    names = texts[PATH_COLUMN].to_pylist()
+    return _list_files(path.parent, names, pa.table(columns | {PATH_COLUMN: texts[PATH_COLUMN]}), [identity])
 
 
 def _open_tars(folder: Path, names: Sequence[str]) -> ImageSource:
@@ -162,8 +158,8 @@ def _open_tars(folder: Path, names: Sequence[str]) -> ImageSource:
 
     looks = [look_at(folder / name) or [0, 0] for name in names]
     inputs = [{"name": decode_name(name), "size": size} for name, (size, _) in zip(names, looks, strict=True)]
-    seen = hash_json(looks)
-    return ImageSource((_TEXT_ID,), inputs, None, lambda start: itertools.islice(stream_all(), start, None), seen=seen)
+    seen, fields = hash_json(looks), (pa.field(ID_COLUMN, pa.string()),)
+    return ImageSource(fields, inputs, None, lambda start: itertools.islice(stream_all(), start, None), seen=seen)
 
 
 def _is_image(member: Member) -> bool:
