@@ -14,7 +14,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, Concatenate, ParamSpec, TypeVar
 
@@ -52,15 +52,21 @@ def guarded(
             raise Rejection("unreadable_image", "its decoder crashed an earlier run")
         if not hasattr(own, "place"):
             own.place = next(_Notes.places) * _NOTE.size
-        os.pwrite(descriptor, _NOTE.pack(threading.get_ident(), *picture), own.place)
+        _write(descriptor, _NOTE.pack(threading.get_ident(), *picture), own.place)
         own.is_noted = True
         try:
             return decode(data, *arguments, **options)
         finally:
             own.is_noted = False
-            os.pwrite(descriptor, bytes(_NOTE.size), own.place)
+            _write(descriptor, bytes(_NOTE.size), own.place)
 
     return guard
+
+
+def _write(descriptor: int, note: bytes, place: int) -> None:
+    """Write a note; a full disk stops no decoder."""
+    with suppress(OSError):
+        os.pwrite(descriptor, note, place)
 
 
 @contextmanager
@@ -70,32 +76,40 @@ def noting_decoders(log_path: Path | None) -> Iterator[None]:
         yield
         return
     notes, fault, known = (log_path.with_name(f".{log_path.name}.{end}") for end in ("decoding", "fault", "crashed"))
-    _Notes.crashed = _learn(notes, fault, known)
-    with open(open_file(fault, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
-        was_enabled = faulthandler.is_enabled()
-        descriptor = open_file(notes, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        _Notes.descriptor = descriptor
-        faulthandler.enable(file)
-        try:
-            yield
-        finally:
-            faulthandler.disable()
-            if was_enabled and sys.__stderr__ is not None:
-                faulthandler.enable(sys.__stderr__)
-            _Notes.descriptor = None
-            os.close(descriptor)
-            discard(notes)
-            discard(fault)
+    with ExitStack() as held:
+        with suppress(OSError):  # without room for notes the stage runs all the same
+            _Notes.crashed = _learn(notes, fault, known)
+            file = held.enter_context(open(open_file(fault, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb"))
+            _Notes.descriptor = open_file(notes, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            held.callback(_stop, _Notes.descriptor, notes, fault, is_enabled=faulthandler.is_enabled())
+            faulthandler.enable(file)
+        yield
+
+
+def _stop(descriptor: int, *paths: Path, is_enabled: bool) -> None:
+    faulthandler.disable()
+    if is_enabled and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
+    _Notes.descriptor = None
+    os.close(descriptor)
+    for path in paths:
+        discard(path)
 
 
 def _learn(notes: Path, fault: Path, known: Path) -> set[tuple[int, int, int]]:
     """Return the pictures that crashed earlier runs, and add that of the last one to those known."""
-    listed = known.read_bytes() if known.exists() else b""
-    thread = _THREAD.search(fault.read_text(encoding="utf-8", errors="replace")) if fault.exists() else None
-    for note in _NOTE.iter_unpack(notes.read_bytes()) if thread and notes.exists() else ():
-        if thread and note[0] == int(thread[1], 16):
-            listed += _NOTE.pack(*note)
-            with open(open_file(known, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
-                file.write(_NOTE.pack(*note))
-            logger.warning("an earlier run crashed on a picture of %d bytes, which is rejected now", note[1])
-    return {note[1:] for note in _NOTE.iter_unpack(listed)}
+    listed = _read(known)
+    if fault.exists() and (thread := _THREAD.search(fault.read_text(encoding="utf-8", errors="replace"))):
+        met = [note for note in _read(notes) if note[0] == int(thread[1], 16)]
+        listed += met
+        with open(open_file(known, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
+            file.writelines(_NOTE.pack(*note) for note in met)
+        for _, length, *_ in met:
+            logger.warning("an earlier run crashed on a picture of %d bytes, which is rejected now", length)
+    return {note[1:] for note in listed}
+
+
+def _read(path: Path) -> list[tuple[int, int, int, int]]:
+    """Return the whole notes of a file, none if it is missing."""
+    content = path.read_bytes() if path.exists() else b""
+    return list(_NOTE.iter_unpack(content[: len(content) // _NOTE.size * _NOTE.size]))
