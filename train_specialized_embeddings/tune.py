@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Terminated
 from pipeline.files.units import Unit
 from pipeline.retrieval.scores import SCORE_KEYS
 from pipeline.stages import TUNE
@@ -69,7 +69,13 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
     provenance["settings"]["objective"] = options.objective
     from train_specialized_embeddings.tuning.study import Tuning, run_study  # torch and Optuna
 
-    return run_study(Tuning(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune"))
+    try:
+        return run_study(Tuning(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune"))
+    except (OSError, RuntimeError) as error:
+        found: BaseException | None = error  # Optuna's file lock may hide an interruption behind an error of its own
+        while found is not None and not isinstance(found, KeyboardInterrupt | Terminated):
+            found = found.__context__
+        raise found or error  # noqa: B904
 
 
 def main(argv: Sequence[str] | None = None) -> None:
