@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.embeddings_dataset.columns import plain_values, take_rows
 from pipeline.embeddings_dataset.packaged_input import open_packaged, read_batches, valid_rows
+from pipeline.errors import InputError
 
 
 def write(path, num_rows, row_group_size, batch_rows):
@@ -90,3 +91,12 @@ def test_plain_values_are_equal_where_the_ids_are():
     assert plain_values(nanoseconds) == [1577836800000000001, None]
     assert plain_values(pa.array(["a", "b", "a"]).dictionary_encode()) == ["a", "b", "a"]
     assert plain_values(pa.array([3], pa.date32())) == [3]
+
+
+def test_a_small_file_whose_dictionary_unfolds_beyond_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.embeddings_dataset.packaged_input.BATCH_BYTES", 1_000_000)
+    ids = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array(["A" * 100_000]))
+    pq.write_table(pa.table({"OSMID": ids, "image_bytes": [b"x"] * 200}), tmp_path / "ids.parquet")
+
+    with pytest.raises(InputError, match=r"ids\.parquet: 200 rows take 20\d+ bytes, though the file is small"):
+        next(read_batches(open_packaged(tmp_path / "ids.parquet"), 0))
