@@ -89,7 +89,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path, monkeypatch):
     from pipeline.files.workspace import temporary_path
 
     own = temporary_path(tmp_path / "lite0").name
-    left = tmp_path / own.replace(f"-{os.getpid()}.", f"-{int(done.stdout)}.")
+    left = tmp_path / own.replace(f"-{os.getpid()}-", f"-{int(done.stdout)}-")
     left.mkdir()
     (left / "model.safetensors").write_text("half")
     convert_lite0.run(tmp_path / "lite0")

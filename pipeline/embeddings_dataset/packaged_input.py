@@ -1,6 +1,5 @@
 """Read packaged images in read batches, in bounded memory: parquets of image bytes and ids, or photographs."""
 
-import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from pipeline.files.tables import (
     open_parquet,
     read_failure,
     reading,
+    unfolded_bytes,
 )
 from pipeline.files.text_tables import whole_from_floats, whole_or_text
 from pipeline.ids import decode_name
@@ -309,7 +309,7 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
             ):
                 table = _as_packaged(source, path, pa.Table.from_batches([batch]))
                 held = table if held is None else pa.concat_tables([held, table])
-                if (num_bytes := _unfolded_bytes(held)) > max(2 * BATCH_BYTES, 2 * group.total_byte_size):
+                if (num_bytes := unfolded_bytes(held)) > max(2 * BATCH_BYTES, 2 * group.total_byte_size):
                     raise InputError(
                         f"{path}: {held.num_rows} rows take {num_bytes} bytes, though the file is small: give a "
                         "smaller --read-batch-size if that is meant"
@@ -327,19 +327,6 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
         raise failure from None
     if held is not None and held.num_rows:
         yield held
-
-
-def _unfolded_bytes(table: pa.Table) -> int:
-    """Return the bytes that a table takes as plain values: a dictionary's one value may stand in every row."""
-    num_bytes = table.nbytes
-    for column in table.columns:
-        if not pa.types.is_dictionary(column.type):
-            continue
-        with contextlib.suppress(pa.ArrowNotImplementedError):  # values of one length, such as numbers
-            for chunk in column.chunks:
-                lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
-                num_bytes += pc.sum(lengths.take(chunk.indices)).as_py() or 0
-    return num_bytes
 
 
 def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table:

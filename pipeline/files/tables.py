@@ -6,11 +6,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import VERSION
@@ -233,6 +234,19 @@ def _read_page_size(header: bytes) -> int:
                 break
         values.append(value >> 1)  # no sign
     return values[1]
+
+
+def unfolded_bytes(table: pa.Table) -> int:
+    """Return the bytes that a table takes as plain values: a dictionary's one value may stand in every row."""
+    num_bytes = table.nbytes
+    for column in table.columns:
+        if not pa.types.is_dictionary(column.type):
+            continue
+        with suppress(pa.ArrowNotImplementedError):  # values of one length, such as numbers
+            for chunk in column.chunks:
+                lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
+                num_bytes += pc.sum(lengths.take(chunk.indices)).as_py() or 0
+    return num_bytes
 
 
 def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
