@@ -99,10 +99,18 @@ def toy_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run_main(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
-    """Run a script's main in this process, under its run guard."""
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """Undo what the run guard leaves behind: the processes of later tests would inherit ignored signals."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run_main(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a script's main in this process, under its run guard."""
 
     def run(main: Callable[..., None], *arguments: object) -> Outcome:
         capsys.readouterr()
@@ -110,9 +118,7 @@ def run_main(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outco
             cli.run_guarded(main, [str(argument) for argument in arguments])
         return Outcome(int(stop.value.code or 0), *capsys.readouterr())
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture
