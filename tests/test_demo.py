@@ -82,12 +82,3 @@ def test_the_readmes_snippets_run(tree):
     (command,) = (block for block in read_blocks("bash") if "generate_embeddings_from_parquet" in block)
     run(copy, ["bash", "-c", command])
     assert json.loads((copy / "demo_output" / "my_embeddings" / "state.json").read_text())["complete"] is True
-
-
-@pytest.mark.slow
-def test_one_image_can_be_followed_through_every_stages_file(tree):
-    copy, _ = tree
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    shown = run(copy, [sys.executable, "-c", text.split("```python\n")[1].split("```")[0]]).stdout
-    for name in ("intermediates", "embeddings", "merged", "fingerprints", "difficulty_metadata"):
-        assert f"demo_output/{name}" in shown
