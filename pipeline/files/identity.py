@@ -95,37 +95,65 @@ def digest_file(path: Path) -> str:
 
 
 class DigestingFile(io.BufferedReader):
-    """A file that is read from its beginning to its end, and then knows its digest; what is passed over is read too."""
+    """A file that knows its digest once it was read from its beginning on; what is passed over is read too."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self._hash, self._done = hashlib.sha256(), 0
+        self._digested = _DigestedBytes(path)
+        super().__init__(self._digested)
         self._seen, self._path = look_at(path), path
 
-    def read(self, size: int | None = -1) -> bytes:
-        """Read as a file does."""
-        start = self.tell()
-        self.seek(min(self._done, start))
-        while self._done < start:
-            self._add(super().read(min(start - self._done, 2**20)))
-        self.seek(start)
-        data = super().read(size)
-        if start + len(data) > self._done:
-            self._add(data[self._done - start :])
-        return data
-
-    def _add(self, data: bytes) -> None:
-        self._hash.update(data)
-        self._done += len(data)
-
     def digest(self) -> str:
-        """Return the digest of all that lies before the last byte that was read.
+        """Read what is left, and return the digest of the whole file.
 
         Raises InputError if the file has changed since it was opened.
         """
+        self.seek(0, os.SEEK_END)
+        self._digested.read_to(self.tell())
         if look_at(self._path) != self._seen:
             raise InputError(f"{self._path}: changed while it was read: run this again")
-        return self._hash.hexdigest()[:32]
+        return self._digested.hash.hexdigest()[:32]
+
+
+class _DigestedBytes(io.RawIOBase):
+    """Adds all bytes to a hash in their order, whatever is asked for: buffering above spares a call for each read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self.name, self.hash = io.FileIO(path), str(path), hashlib.sha256()
+        self._place = self._done = 0  # of the next read, and where the hash ends
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = self._file.seek(offset, whence)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        self.read_to(self._place)
+        count = self._file.readinto(buffer)
+        self._add(memoryview(buffer)[:count][self._done - self._place :], self._place + count)
+        self._place += count
+        return count
+
+    def read_to(self, end: int) -> None:
+        """Add the bytes before `end` that were passed over."""
+        while self._done < end and (data := os.pread(self._file.fileno(), min(end - self._done, 2**20), self._done)):
+            self._add(data, self._done + len(data))
+
+    def _add(self, data: bytes | memoryview, end: int) -> None:
+        if end > self._done:
+            self.hash.update(data)
+            self._done = end
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 # ------------------------------------------------------------------------------------------------ parquet
