@@ -112,7 +112,7 @@ class DataSection(Section):
     def _one_whole_split(self) -> "DataSection":
         total = self.train_ratio + self.val_ratio + self.test_ratio
         if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"train_ratio, val_ratio, test_ratio: must sum to 1, they sum to {total:g}")
+            raise ValueError(f"train_ratio, val_ratio, test_ratio: must sum to 1, they sum to {round(total, 9)}")
         if self.split_unit == "dataset" and self.split_cell_m > 0:
             raise ValueError('split_unit, split_cell_m: "dataset" holds out whole tars, so split_cell_m must be 0')
         return self

@@ -16,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import cli
 from pipeline.config import Config
+from pipeline.errors import InputError
 from pipeline.files.identity import identify
 from pipeline.files.listing import list_outputs
 from pipeline.files.tables import hash_json, make_provenance, parquet_writer, read_provenance
@@ -142,6 +144,22 @@ def read_named(config: Config) -> dict[str, str]:
     return read_split_file(config.expand(path, "[data].split_file")) if path else {}
 
 
+def _compare_named(split_file: str, named: dict[str, str], building_ids: pa.StringArray) -> None:
+    """Warn of named buildings that are not among the embeddings; raise InputError if none is."""
+    names = pa.array(named, pa.string())
+    strangers = names.filter(pc.invert(pc.is_in(names, value_set=building_ids)))
+    what = f"{len(strangers)} of {len(names)} buildings that the split file names are not among the embeddings"
+    if len(strangers):
+        what += f", such as {strangers[0].as_py()!r}"
+    if len(strangers) == len(names):
+        raise InputError(
+            f"{split_file}: {what}: write them as in the embeddings, such as {building_ids[0].as_py()!r} (the "
+            "dataset's id in four digits, _, the building's id), or leave out [data].split_file"
+        )
+    if len(strangers):
+        logger.warning("%s: %s", split_file, what)
+
+
 def plan_splits(
     inventory: Inventory, wanted: dict[str, Any], config: Config
 ) -> tuple[NDArray[np.int8], list[dict[str, Any]]]:
@@ -150,7 +168,10 @@ def plan_splits(
     kept = np.flatnonzero(images >= 2)  # a building with one image has no positive
     buildings = inventory.buildings.take(kept)
     splits = np.full(len(images), -1, np.int8)
-    splits[kept] = assign_splits(buildings, config.data, config.global_.seed, read_named(config))
+    named = read_named(config)
+    if config.data.split_file:
+        _compare_named(config.data.split_file, named, inventory.buildings.ids)
+    splits[kept] = assign_splits(buildings, config.data, config.global_.seed, named)
     leakage = measure_leakage(inventory, splits)
     log_leakage(leakage)
     total, dropped = int(images.sum()), int((images < 2).sum())

@@ -1,6 +1,7 @@
 """Means by id: against a loop, in bounded memory, with geometries."""
 
 import json
+import math
 import struct
 import tracemalloc
 from itertools import combinations
@@ -12,7 +13,7 @@ import pytest
 from embedded_datasets import WIDTH, unit_rows, write_dataset
 
 from publish_model import aggregate_embeddings, export_embeddings
-from publish_model.derived.geometry import wkb_type
+from publish_model.derived.geometry import check_degrees, wkb_type
 
 IDS = [f"{kind}/{number}" for number in range(7) for kind in ("way", "relation")]
 
@@ -241,6 +242,9 @@ def test_geometries_are_joined_by_id_into_a_geoparquet(aggregate, rows, tmp_path
         (["way/1", "way/1"], [point(0, 0), point(1, 1)], "two geometries for way/1"),
         (["way/1"], [b"POINT (1 2)"], "not well-known binary"),
         (["way/1"], [ewkb_point(25832, 691000.0, 5334000.0)], "in the reference system EPSG:25832, not in EPSG:4326"),
+        (["way/1"], [point(500000, 5200000)], "of way/1 is at (500000.0, 5200000.0), no longitude and latitude"),
+        (["way/1"], [point(7, -200)], "in degrees: write the file again, in EPSG:4326 (in geopandas to_crs(4326))"),
+        (["way/1"], [point(1, 2)[:-1]], "not well-known binary"),
     ],
 )
 def test_geometries_that_cannot_be_joined_are_one_line(aggregate, rows, tmp_path, ids, shapes, text):
@@ -272,3 +276,49 @@ def test_a_geometry_in_another_reference_system_is_refused_by_name(order):
             wkb_type(ewkb_point(srid, 1.0, 2.0, order))
     with pytest.raises(ValueError, match="reference system"):
         wkb_type(ewkb_point(4326, 11.5, 48.1, order)[:7])
+
+
+def shape(kind, *members, count=None, order="<"):
+    """Return a geometry of WKB members, or of points; those of a polygon are rings."""
+    body = b"".join(one if isinstance(one, bytes) else struct.pack(f"{order}{len(one)}d", *one) for one in members)
+    num = b"" if (kind & 0xFFFF) % 1000 == 1 else struct.pack(f"{order}I", len(members) if count is None else count)
+    return struct.pack(f"{order}BI", order == "<", kind) + num + body
+
+
+def ring(*points):
+    return struct.pack("<I", len(points)) + b"".join(struct.pack(f"<{len(one)}d", *one) for one in points)
+
+
+FAR = (7.0, 91.0)
+
+
+@pytest.mark.parametrize("last", [(180.0, -90.0), FAR])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda last: shape(1, last),
+        lambda last: shape(2, (0.0, 0.0), last, order=">"),
+        lambda last: shape(3, ring((1.0, 2.0), (3.0, 4.0)), ring(), ring((1.0, 2.0), last)),
+        lambda last: shape(1003, ring((1.0, 2.0, 999.0), (*last, 999.0))),
+        lambda last: shape(0xC0000001, (*last, 999.0, -999.0)),
+        lambda last: shape(7, shape(6, shape(3, ring((1.0, 2.0)))), shape(4), shape(5, shape(3002, (*last, 5e5, 5e5)))),
+        lambda last: shape(4, shape(1, (math.nan, math.nan)), ewkb_point(4326, *last, ">")),
+    ],
+)  # fmt: skip
+def test_every_point_of_a_geometry_has_to_be_on_earth(make, last):
+    if last is not FAR:
+        check_degrees(make(last))
+        for end in range(len(make(last))):
+            with pytest.raises(ValueError, match="not well-known binary"):
+                check_degrees(make(last)[:end])
+        return
+    with pytest.raises(ValueError, match=r"at \(7\.0, 91\.0\), no longitude and latitude"):
+        check_degrees(make(last))
+
+
+def test_a_geometry_of_a_named_reference_system_may_be_in_metres(aggregate, rows, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(rows[0]), rows[2])
+    described = {"encoding": "WKB", "crs": {"type": "ProjectedCRS", "name": "ETRS89 / UTM zone 32N"}}
+    geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": described}}
+    source = write_geometry(tmp_path / "g.parquet", ["way/1"], [point(5e5, 5.2e6)], {"geo": json.dumps(geo)})
+    assert aggregate(output, "--geometry", source).code == 0

@@ -61,8 +61,20 @@ def test_a_building_on_both_sides_of_the_antimeridian_has_its_cell_there(tmp_pat
     west = np.tile([179.99999, -179.99999], 30)
     write(tmp_path, 1, table.set_column(5, "target_lon", pa.array(west)))
     assert stage("data.split_cell_m=200").code == 0
-    places = [(lat, 180.0) for lat in table["target_lat"].to_numpy().reshape(30, 2).mean(axis=1)]
+    places = [(lat, -180.0) for lat in table["target_lat"].to_numpy().reshape(30, 2).mean(axis=1)]
     cells = name_cells(*(np.array(values) for values in zip(*places, strict=True)), 200.0)
     expected = [SPLITS[choose_split(42, cell, DataSection())] for cell in cells]
     found = place_of(tmp_path)
     assert [found[f"0001_{number}"] for number in range(1, 31)] == expected
+
+
+def test_buildings_at_one_spot_go_together_on_whichever_side_of_the_antimeridian(tmp_path, stage):
+    table = make_rows(1, [2] * 40)
+    lat, lon = np.repeat(10 + 0.01 * np.arange(20), 4), np.tile([180.0, 180.0, -180.0, -180.0], 20)
+    table = table.set_column(4, "target_lat", pa.array(lat)).set_column(5, "target_lon", pa.array(lon))
+    write(tmp_path, 1, table)
+    assert stage("data.split_cell_m=100").code == 0
+    found = place_of(tmp_path)
+    for number in range(1, 41, 2):
+        assert found[f"0001_{number}"] == found[f"0001_{number + 1}"]
+    assert len(set(found.values())) == 3

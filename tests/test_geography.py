@@ -26,7 +26,7 @@ def test_the_mean_of_places_on_both_sides_of_the_antimeridian_lies_between_them(
     lat = np.linspace(-4, 4, 9)
     mean_lat, mean_lon = mean_positions(codes, lat, lon, 4)
     assert mean_lat.tolist() == [lat[codes == group].mean() for group in range(4)]
-    assert mean_lon == pytest.approx([-179.9999, 180.0, 34 / 3, 1.0], abs=1e-9)
+    assert mean_lon == pytest.approx([-179.9999, -180.0, 34 / 3, 1.0], abs=1e-9)
 
 
 def test_means_away_from_the_antimeridian_are_the_plain_ones_to_the_last_bit() -> None:

@@ -100,3 +100,16 @@ def test_a_small_file_whose_dictionary_unfolds_beyond_memory_is_refused(tmp_path
 
     with pytest.raises(InputError, match=r"ids\.parquet: 200 rows take 20\d+ bytes, though the file is small"):
         next(read_batches(open_packaged(tmp_path / "ids.parquet"), 0))
+
+
+@pytest.mark.parametrize("floats_first", [False, True])
+def test_whole_numbers_are_one_column_with_those_that_pandas_made_floats(tmp_path, floats_first):
+    columns = [pa.array([1, 2**60], pa.int64()), pa.array([3.0, None, float("nan")], pa.float64())]
+    for name, ids in zip("ba" if floats_first else "ab", columns, strict=True):
+        table = pa.table({"OSMID": ids, "image_bytes": pa.array([b"x"] * len(ids))})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    source = open_packaged(tmp_path)
+    found = [table["OSMID"] for group in range(2) for table in read_batches(source, group)]
+    assert {source.schema.field("OSMID").type, *(ids.type for ids in found)} == {pa.int64()}
+    expected = [[1, 2**60], [3, None, None]]
+    assert [ids.to_pylist() for ids in found] == (expected[::-1] if floats_first else expected)

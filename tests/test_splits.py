@@ -172,7 +172,8 @@ def test_a_split_file_is_read_from_parquet_and_csv(tmp_path, kind):
         ("", "no column building_id: a split file needs the columns building_id and split"),
         ("building_id,other\na,b\n", "no column split: a split file needs"),
         ("building_id,split\na,holdout\n", "building a has split 'holdout': it must be one of train, val, test"),
-        ("building_id,split\na,\n", "building a has split ''"),
+        ("building_id,split\na,\n", "row 1 has no split: give it one, or remove the row"),
+        ("building_id,split\na,val\n \t,val\n", "row 2 has no building_id: give it one, or remove the row"),
         ("building_id,split\na,train\na,val\n", "building a is in train and in val: remove one"),
     ],
 )

@@ -105,6 +105,32 @@ def test_labels_join_by_osmid_whatever_its_type_and_what_they_do_not_know_is_cou
     assert "36 in = 33 out + 0 rejected + 3 dropped (no_label 3)" in text
 
 
+@pytest.mark.parametrize("blank", ["", " \t"])
+def test_a_blank_label_is_none_and_a_blank_id_is_passed_over(run_main, tmp_path, labelled, blank):
+    folder, path = labelled
+    expected = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", path)
+    rows = [(row, f"b{building}" if row < 33 else blank) for row, building in enumerate(BUILDINGS)]
+    lines = [f"{row},{building}" for row, building in [*rows, (blank, "a"), (blank, "b"), (blank, blank)]]
+    (tmp_path / "l.csv").write_text("\n".join(["OSMID,building_id", *lines]))
+    text = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", tmp_path / "l.csv")
+    assert "l.csv: 3 rows without an id are passed over" in text
+    assert "36 in = 33 out + 0 rejected + 3 dropped (no_label 3)" in text
+    assert read_verdict(text) == read_verdict(expected)
+    columns = {"OSMID": [row for row, _ in rows], "building_id": [building for _, building in rows]}
+    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
+    text = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", tmp_path / "l.parquet")
+    assert "3 dropped (no_label 3)" in text
+    (tmp_path / "l.csv").write_text("\n".join(["OSMID,building_id", *(f"{row},{blank}" for row in range(36))]))
+    text = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", tmp_path / "l.csv", code=1)
+    assert "names none of the images" in text.splitlines()[-1]
+
+
+def test_an_id_that_is_not_a_number_is_no_image(tmp_path):
+    folder = write_dataset(tmp_path / "one", pa.array([*BUILDINGS[:-1], float("nan")], pa.float64()), make_vectors(0.5))
+    with pytest.raises(InputError, match="an id is null: give every image one"):
+        read_embeddings(folder)
+
+
 def test_a_merged_split_will_do_for_labels(tmp_path):
     split = make_table(2, num_buildings=4)
     tables.write_parquet(tmp_path / "test.parquet", split, {})

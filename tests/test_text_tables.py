@@ -22,10 +22,10 @@ def test_what_an_int64_does_not_print_keeps_the_whole_column_text(tmp_path, text
     assert (column.type, column.to_pylist()) == (pa.string(), ["8", text, "-12"])
 
 
-def test_whole_numbers_as_an_int64_prints_them_are_int64_and_empty_ones_null(tmp_path):
-    (tmp_path / "x.csv").write_text("OSMID,a\n-9223372036854775808,\n9223372036854775807,1\n,2\n0,3\n")
+def test_whole_numbers_as_an_int64_prints_them_are_int64_and_blank_ones_null(tmp_path):
+    (tmp_path / "x.csv").write_text("OSMID,a\n-9223372036854775808,\n9223372036854775807,1\n,2\n \t,2\n0,3\n")
     column = whole_or_text(read_csv(tmp_path / "x.csv", ["OSMID"], "")["OSMID"])
-    assert (column.type, column.to_pylist()) == (pa.int64(), [-(2**63), 2**63 - 1, None, 0])
+    assert (column.type, column.to_pylist()) == (pa.int64(), [-(2**63), 2**63 - 1, None, None, 0])
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

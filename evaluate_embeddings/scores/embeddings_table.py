@@ -88,9 +88,10 @@ def to_text(path: Path, column: pa.Array) -> pa.StringArray:
 
     Raises InputError if one is null or they cannot be text.
     """
+    column = whole_from_floats(column, "of ids", path)
     if column.null_count:
         raise InputError(f"{path}: an id is null: give every image one")
     try:
-        return whole_from_floats(column, "of ids", path).cast(pa.string())
+        return column.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{path}: ids of type {column.type} cannot be compared ({one_line(error)[:100]})") from None

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.embeddings_table import ID_COLUMNS, to_text
 from pipeline.errors import InputError
-from pipeline.files.text_tables import read_id_table
+from pipeline.files.text_tables import null_blanks, read_id_table
 from pipeline.log import logger
 from pipeline.retrieval.candidates import IgnoredPairs
 
@@ -20,7 +20,7 @@ Rows = NDArray[np.int64]
 
 
 def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
-    """Return the building of each id, (N,), null if the labels do not have it; without labels the id itself.
+    """Return the building of each id, (N,), null without one or with a blank one; without labels the id itself.
 
     Raises InputError if the labels are damaged, lack a column, or give an id two buildings.
     """
@@ -28,8 +28,11 @@ def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
         return ids
     table = read_id_table(labels_path, [ID_COLUMNS, LABEL_COLUMN], "labels say which building each image shows")
     name = table.column_names[0]
-    known = to_text(labels_path, table[name].combine_chunks())
-    buildings = table[LABEL_COLUMN].combine_chunks().cast(pa.string())
+    if num_holes := table[name].null_count:
+        logger.warning("%s: %d rows without an id are passed over", labels_path, num_holes)
+    labels = null_blanks(table[LABEL_COLUMN].cast(pa.string()))
+    table = table.set_column(1, LABEL_COLUMN, labels).drop_null()
+    known, buildings = to_text(labels_path, table[name].combine_chunks()), table[LABEL_COLUMN].combine_chunks()
     pairs = pa.table({"id": known, "building": buildings}).group_by(["id", "building"]).aggregate([])
     if pairs.num_rows != len(known.unique()):
         counts = pairs["id"].value_counts()

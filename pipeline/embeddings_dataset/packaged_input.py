@@ -184,6 +184,8 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
             _check_columns(file_path, schema, options, kept, is_mapped=is_mapped)
             if pa.types.is_floating(schema.field(options.id_column).type):
                 whole_from_floats(file.read([options.id_column]).column(0), options.id_column, file_path)
+                place = schema.get_field_index(options.id_column)
+                schema = schema.set(place, pa.field(options.id_column, pa.int64()))
         footers.append(hash_footer(file_path))
         schemas.append(schema)
         rows += [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
@@ -343,12 +345,11 @@ def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table
             column.validate(full=True)
         except pa.ArrowInvalid as error:
             raise _not_text(path, name, error) from None
+        is_id = name == source.options.id_column
+        column = whole_from_floats(column, name, path, quiet=True) if is_id else column
         if column.type != source.schema.field(name).type:  # large_string beside string
             column = column.cast(source.schema.field(name).type)
-        if name == source.options.id_column:
-            columns[ID_COLUMN] = whole_from_floats(column, name, path, quiet=True)
-        else:
-            columns[name] = column
+        columns[ID_COLUMN if is_id else name] = column
     columns |= {name: pa.repeat(value, table.num_rows) for name, value in source.partitions[path].items()}
     return pa.table(columns)
 

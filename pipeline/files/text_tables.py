@@ -72,7 +72,8 @@ def read_csv(
         names = [name.strip() for name in next(rows, [])]
         wanted = find_columns(path, names, required, remedy)
         if others and (len(set(names)) < len(names) or "" in names):
-            raise InputError(f"{path}: its first line has to name each column once: correct it")
+            problem = "a column's name is blank" if "" in names else "it has to name each column once"
+            raise InputError(f"{path}: its first line: {problem}: correct it")
         if others:
             wanted += [name for name in names if name not in wanted]
         places = [names.index(name) for name in wanted]
@@ -96,10 +97,12 @@ def read_id_table(
 ) -> pa.Table:
     """Return the required columns of a parquet or CSV: a CSV's as text, a parquet's in their types, floats as int64.
 
-    Raises InputError where the file cannot be read, lacks a column, or has ids that are floats and may be rounded.
+    A CSV's blank values are null. Raises InputError where the file cannot be read, lacks a column, or has ids that are
+    floats and may be rounded.
     """
     if not is_parquet(path):
-        return read_csv(path, required, remedy, short_rows=short_rows)
+        texts = read_csv(path, required, remedy, short_rows=short_rows)
+        return pa.table({name: null_blanks(texts[name]) for name in texts.column_names})
     with reading(path), open_parquet(path) as file:
         names = find_columns(path, file.schema_arrow.names, required, remedy)
         table = file.read(columns=names).select(names)
@@ -123,12 +126,17 @@ def find_columns(path: Path, names: Sequence[str], required: Sequence[str | tupl
     return found
 
 
+def null_blanks(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Return a column of text with null where it is empty or white space alone."""
+    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), pa.scalar(None, pa.string()), column)
+
+
 def whole_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a CSV's column as int64 if each value is written as an int64 prints, else as it stands; empty is null.
+    """Return a CSV's column as int64 if each value is written as an int64 prints, else as it stands; blank is null.
 
     So 007, +5, 1.0 and 1e5 are text, and so are all the others beside them.
     """
-    column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+    column = null_blanks(column)
     if pc.all(pc.match_substring_regex(column, r"^(0|-?[1-9][0-9]{0,18})$"), min_count=0).as_py():
         with contextlib.suppress(pa.ArrowInvalid):  # beyond int64
             return column.cast(pa.int64())

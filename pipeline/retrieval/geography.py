@@ -31,7 +31,8 @@ def mean_positions(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the mean latitude and longitude (B,) in degrees of each group's points (N,), NaN for a group without any.
 
-    Points that are not finite do not count. A group on both sides of the antimeridian has its mean near there.
+    Points that are not finite do not count. A group on both sides of the antimeridian has its mean near there; a mean
+    of 180 degrees is -180, the same meridian.
     """
     is_known = np.isfinite(lat) & np.isfinite(lon)
     codes, lat, lon = codes[is_known], lat[is_known], lon[is_known]
@@ -43,4 +44,4 @@ def mean_positions(
     with np.errstate(invalid="ignore"):
         mean_lat, mean_lon = (np.bincount(codes, values, num_groups) / np.bincount(codes, minlength=num_groups)
                               for values in (lat, lon))  # fmt: skip
-    return mean_lat, np.where(mean_lon > 180, mean_lon - 360, mean_lon)
+    return mean_lat, np.where(mean_lon >= 180, mean_lon - 360, mean_lon)

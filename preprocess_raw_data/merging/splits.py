@@ -107,7 +107,8 @@ def hash_splits(building_ids: pa.StringArray, splits: NDArray[np.int8]) -> str:
 def read_split_file(path: Path) -> dict[str, str]:
     """Return building_id -> split from a parquet or CSV with these two columns, or from a folder of merged splits.
 
-    Raises InputError if it cannot be read, lacks a column, names an unknown split or one building twice differently.
+    Raises InputError if it cannot be read, lacks a column or a value, names an unknown split or one building twice
+    differently.
     """
     pairs: Iterable[tuple[str, str]]
     if path.is_dir():
@@ -118,7 +119,10 @@ def read_split_file(path: Path) -> dict[str, str]:
         table = read_id_table(path, ["building_id", "split"], "a split file needs the columns building_id and split")
         pairs = zip(*(column.cast(pa.string()).to_pylist() for column in table.columns), strict=True)
     named: dict[str, str] = {}
-    for building, split in pairs:
+    for number, (building, split) in enumerate(pairs, 1):
+        if building is None or split is None:
+            missing = "building_id" if building is None else "split"
+            raise InputError(f"{path}: row {number} has no {missing}: give it one, or remove the row")
         if split not in SPLITS:
             raise InputError(f"{path}: building {building} has split {split!r}: it must be one of {', '.join(SPLITS)}")
         if named.setdefault(building, split) != split:

@@ -58,7 +58,7 @@ def _parse_fields(words: list[str]) -> ViewRecord:
     numbers = [_parse_number(word) for word in words]
     for name, (latitude, longitude) in {"target": numbers[4:6], "street": numbers[10:12]}.items():
         if not (-90 <= latitude <= 90 and -180 <= longitude <= 180):
-            raise ValueError(f"{name} position {latitude:g}, {longitude:g} is not on Earth")
+            raise ValueError(f"{name} position {latitude!r}, {longitude!r} is not on Earth")
     ids = [_parse_id(word) for word in words[:4]]
     return ViewRecord(*ids, *numbers[4:6], *numbers[10:12], *numbers[13:16])
 

@@ -2,10 +2,13 @@
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
@@ -24,7 +27,7 @@ WKB_TYPES = {
     1: "Point", 2: "LineString", 3: "Polygon", 4: "MultiPoint", 5: "MultiLineString", 6: "MultiPolygon",
     7: "GeometryCollection",
 }  # fmt: skip
-EWKB_Z, EWKB_SRID, EWKB_FLAGS = 0x80000000, 0x20000000, 0xE0000000
+EWKB_Z, EWKB_M, EWKB_SRID, EWKB_FLAGS = 0x80000000, 0x40000000, 0x20000000, 0xE0000000
 WGS_84 = 4326
 
 
@@ -45,6 +48,50 @@ def wkb_type(value: bytes) -> str:
     if kind is None:
         raise ValueError(f"not well-known binary (type {code})")
     return f"{kind} Z" if has_z else kind
+
+
+def read_points(value: bytes) -> Iterator[NDArray[np.float64]]:
+    """Yield the points of each line, ring and point of a geometry in well-known binary, (N, 2) x and y.
+
+    Raises ValueError, IndexError or struct.error if it is damaged.
+    """
+    place, num_left = 0, 1
+    while num_left:  # the members of a collection stand one after the other
+        num_left -= 1
+        order = "<" if value[place] else ">"
+        (code,) = struct.unpack_from(f"{order}I", value, place + 1)
+        place += 9 if code & EWKB_SRID else 5
+        axes, kind = divmod(code & ~EWKB_FLAGS, 1000)
+        width = 2 + (bool(code & EWKB_Z) or axes in (1, 3)) + (bool(code & EWKB_M) or axes in (2, 3))
+        if kind not in WKB_TYPES:
+            raise ValueError(f"type {code}")
+        count = 1
+        if WKB_TYPES[kind] not in ("Point", "LineString"):
+            (count,) = struct.unpack_from(f"{order}I", value, place)
+            place += 4
+        if kind > 3:
+            num_left += count
+            continue
+        for _ in range(count):
+            num_points = 1
+            if WKB_TYPES[kind] != "Point":
+                (num_points,) = struct.unpack_from(f"{order}I", value, place)
+                place += 4
+            yield np.frombuffer(value, f"{order}f8", num_points * width, place).reshape(-1, width)[:, :2]
+            place += 8 * width * num_points
+
+
+def check_degrees(value: bytes) -> None:
+    """Raise ValueError if a geometry is damaged or has points that are no longitude and latitude in degrees."""
+    try:
+        lines = list(read_points(value))
+    except (ValueError, IndexError, struct.error):
+        raise ValueError("not well-known binary") from None
+    for points in lines:
+        outside = (np.abs(points) > (180, 90)).any(axis=1)  # an empty point is NaN
+        if outside.any():
+            x, y = points[outside][0].tolist()
+            raise ValueError(f"at ({x!r}, {y!r}), no longitude and latitude in degrees")
 
 
 class GeometryFile:
@@ -96,10 +143,16 @@ class GeometryFile:
                 ):
                     if one in wanted and shape is not None and shapes.setdefault(one, shape) != shape:
                         raise InputError(f"{self.path}: two geometries for {one}: leave one")
-        try:
-            self._types |= set(map(wkb_type, shapes.values()))
-        except ValueError as error:
-            raise InputError(f"{self.path}: a geometry is {error}: write the file again") from None
+        for one, shape in shapes.items():
+            try:
+                self._types.add(wkb_type(shape))
+                if "crs" not in self._kept:  # which means degrees
+                    check_degrees(shape)
+            except ValueError as error:
+                raise InputError(
+                    f"{self.path}: the geometry of {one} is {error}: write the file again, in EPSG:{WGS_84} (in "
+                    f"geopandas to_crs({WGS_84}))"
+                ) from None
         joined = [shapes.get(one) for one in ids]
         self._num_missing += joined.count(None)
         return table.append_column(GEOMETRY_COLUMN, pa.array(joined, pa.binary()))
