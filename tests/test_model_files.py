@@ -44,16 +44,21 @@ def test_weights_settings_and_code_tell_models_apart(tmp_path, change):
     assert identify_model(make_model(tmp_path / "a")) != identify_model(make_model(tmp_path / "b", **change))
 
 
-def test_of_large_weights_only_pieces_are_read_and_a_retrained_one_differs(tmp_path):
+def test_every_byte_of_large_weights_counts_also_after_a_change_in_place(tmp_path):
     weights = os.urandom(3 * 2**20)
-    first = identify_model(make_model(tmp_path / "a", weights))
+    folder = make_model(tmp_path / "a", weights)
+    first = identify_model(folder)
     assert identify_model(make_model(tmp_path / "same", weights)) == first
-    for name, place in (("start", 0), ("end", len(weights) - 1)):
+    assert identify_model(folder.rename(tmp_path / "moved")) == first
+    changed_in_place = tmp_path / "same" / "model.safetensors"
+    for place in (0, 5000, 2**20 + 7, len(weights) - 1):  # alone, between any pieces that a sample would take
         changed = bytearray(weights)
         changed[place] ^= 1
-        assert identify_model(make_model(tmp_path / name, bytes(changed))) != first
-    retrained = bytes(byte ^ (number % 5000 == 0) for number, byte in enumerate(weights))
-    assert identify_model(make_model(tmp_path / "retrained", retrained)) != first
+        assert identify_model(make_model(tmp_path / f"at_{place}", bytes(changed))) != first
+        changed_in_place.write_bytes(changed)
+        assert identify_model(tmp_path / "same") != first
+    changed_in_place.write_bytes(weights)
+    assert identify_model(tmp_path / "same") == first
 
 
 def test_a_folder_without_config_is_no_model(tmp_path):

@@ -1,5 +1,6 @@
 """Find a model's files and tell models apart by content, without importing torch."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, one_line
+from pipeline.files.identity import digest_file
 from pipeline.log import logger
 
 # The published model of the tools that take no configuration.
@@ -22,8 +24,6 @@ SETTINGS_FILES = ["config.json", "*processor_config.json", *LICENCE_FILES, "READ
 # Only files that change the embeddings count: no model card, notes on training images or settings of other libraries.
 _IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
 _NO_IDENTITY = {"training_similarity.json", "modules.json", "sentence_bert_config.json"}
-# 256 pieces of 4 KiB of each weight file are hashed, in a second for 27 GB: retraining changes nearly every tensor.
-_NUM_PIECES, _PIECE_BYTES = 256, 4096
 
 
 def embedding_settings(section: EmbeddingModelSection) -> dict[str, Any]:
@@ -177,17 +177,12 @@ def identify_model(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in _IDENTITY_SUFFIXES and path.name not in _NO_IDENTITY and path.is_file():
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            _hash_pieces(path, digest)
+            size, changed = path.stat().st_size, path.stat().st_mtime_ns
+            digest.update(f"{path.name}\0{size}\0{_digest_once(path, size, changed)}\0".encode())
     return digest.hexdigest()[:16]
 
 
-def _hash_pieces(path: Path, digest: "hashlib._Hash") -> None:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if size <= _NUM_PIECES * _PIECE_BYTES:
-            digest.update(file.read())
-            return
-        for piece in range(_NUM_PIECES):
-            file.seek((size - _PIECE_BYTES) * piece // (_NUM_PIECES - 1))
-            digest.update(file.read(_PIECE_BYTES))
+@functools.lru_cache(maxsize=1024)
+def _digest_once(path: Path, _size: int, _changed: int) -> str:
+    """Return the digest of all bytes of a file; this process reads it once as long as size and time stay."""
+    return digest_file(path)
