@@ -25,6 +25,7 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.identity import identify
+from pipeline.files.outputs import check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, open_parquet, parquet_writer
 from pipeline.log import Progress, logger
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
@@ -71,12 +72,13 @@ def aggregate(
     Raises InputError for a dataset or geometries that cannot be used, StaleOutputError where the output was made of
     others.
     """
+    name = re.sub(r"[^\w-]", "_", "_".join(by))
+    path = target or dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry_path else ''}.parquet"
+    check_replaceable(path, STAGE, [geometry_path], own="_aggregated")
     missing = [name for name in by if name not in dataset.schema.names]
     if missing:
         raise InputError(f"{dataset.folder}: has no column {missing[0]}: run stage 8 with --keep-columns {missing[0]}")
     geometry = GeometryFile(geometry_path, dataset.schema.field(ID_COLUMN).type) if geometry_path else None
-    name = re.sub(r"[^\w-]", "_", "_".join(by))
-    path = target or dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry else ''}.parquet"
     inputs = [dataset.identify(), *([identify(geometry_path)] if geometry_path else [])]
     provenance = make_provenance(STAGE, inputs, {"by": list(by)})
     result = cli.StageResult(STAGE)

@@ -27,6 +27,7 @@ from pipeline import cli
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, PipelineError, one_line
 from pipeline.files.identity import identify
+from pipeline.files.outputs import check_outside_datasets
 from pipeline.files.tables import make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import read_json_object, writing_folder
@@ -158,6 +159,7 @@ def make_unit(output: Path, describe: Callable[[Unit], Provenance]) -> Unit:
 
 def check_place(folder: Path) -> None:
     """Raise InputError if something else than a folder of ours lies in its place; no option removes that."""
+    check_outside_datasets(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     is_ours = read_json_object(folder / CONFIG_NAME).get("model_type") == MODEL_TYPE

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError, Rejection
+from pipeline.files.outputs import check_replaceable
 from pipeline.files.workspace import writing_to
 from pipeline.ids import decode_name
 from pipeline.inference.images import log_turned
@@ -35,6 +36,7 @@ from publish_model.new_data.image_sources import read_file
 
 # Decoded at a time; larger inputs are stage 8's.
 BLOCK_IMAGES = 32
+NPY_MAGIC = b"\x93NUMPY"
 
 
 def embed_images(
@@ -99,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     with logging_to(None):
+        if arguments.npy is not None:
+            check_replaceable(arguments.npy, NPY_MAGIC, arguments.images)
         embeddings = embed_images(
             arguments.images, arguments.model_id, device=arguments.device, dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,

@@ -22,6 +22,7 @@ from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, gather_blocks
 from pipeline.embeddings_dataset.parts import embeddings_of, read_table
+from pipeline.files.outputs import check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, write_parquet
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
@@ -89,9 +90,11 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
     check_names(f"--export {kind}", [SCALE_COLUMN] if kind == "int8" else [], dataset.schema.names)
     folder = target or dataset.folder / "_exports" / kind
     result = cli.StageResult(STAGE)
-    paths = []
-    for part in dataset.parts:
-        path = folder / "parts" / part.path.name
+    summary_path, paths = folder / "export.json", [folder / "parts" / part.path.name for part in dataset.parts]
+    check_replaceable(summary_path, '"recall_at_10"', own="_exports")
+    for path in paths:
+        check_replaceable(path, STAGE, own="_exports")
+    for part, path in zip(dataset.parts, paths, strict=True):
         source = {"name": part.path.name, "checksum": part.checksum}
         provenance = make_provenance(STAGE, [source], {"export": kind})
         if not is_complete(path, provenance, overwrite):
@@ -99,10 +102,8 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
             result.written.append(path)
         else:
             result.kept.append(path)
-        paths.append(path)
         result.add({"in": part.counts["out"], "out": part.counts["out"]})
     before, after = (sum(path.stat().st_size for path in own) for own in ([part.path for part in dataset.parts], paths))
-    summary_path = folder / "export.json"
     wanted = {"export": kind, "source": dataset.identify()}
     if result.written or read_json_object(summary_path).get("source") != wanted["source"]:
         recall, num_queries = measure_recall(dataset, paths, kind)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import ConfigError, escape_controls
+from pipeline.files.outputs import check_replaceable
 from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
@@ -31,6 +32,7 @@ from publish_model.new_data.id_lists import describe_id
 
 THUMBNAIL_PX = 224
 TEMPLATES_DIR = Path(__file__).parent / "templates"
+PAGE_MARK = '<meta name="generator" content="search_embeddings">'  # by which a page may be replaced
 
 
 def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], images: Sequence[bytes | None]) -> None:
@@ -55,6 +57,8 @@ def search(arguments: argparse.Namespace) -> None:
 
     Raises InputError for a dataset, model or photograph that cannot be used or do not belong together.
     """
+    if arguments.html is not None:
+        check_replaceable(arguments.html, PAGE_MARK, [arguments.query, arguments.input])
     import_faiss()
     dataset = EmbeddingsDataset(arguments.output)
     recipe = dataset.recipe

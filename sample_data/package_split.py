@@ -20,6 +20,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.files.column_types import check_columns
 from pipeline.files.identity import identify
+from pipeline.files.outputs import check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, open_parquet, parquet_writer
 from pipeline.ids import tar_name
 from pipeline.log import logging_to
@@ -56,6 +57,7 @@ def package_split(config: Config, split: str, output_path: Path, overwrite: bool
     Raises InputError if the split or a tar is missing.
     """
     split_path = config.path("merged_dir") / f"{split}.parquet"
+    check_replaceable(output_path, "package_split", [split_path])
     provenance = make_provenance("package_split", [identify(split_path)], {"split": split})
     if is_complete(output_path, provenance, overwrite):
         return False

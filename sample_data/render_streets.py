@@ -31,7 +31,7 @@ if __package__ in (None, ""):  # run by path: Python put this folder, not the on
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import cli
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.files.workspace import read_json_object, write_json, writing_to
 from sample_data.renderer.city import MAX_BUILDINGS, NUM_DATASETS, SINGLETONS, Street, plan_city
 from sample_data.renderer.street_scene import photograph_street
@@ -59,6 +59,8 @@ def render_streets(output_dir: Path, workers: int, **city: int) -> list[Path]:
     marker = read_json_object(marker_path)
     finished: dict[str, Any] = marker["tars"] if marker.get("parameters") == making else {}
     paths = [output_dir / f"{i + 1:04d}.tar" for i in range(NUM_DATASETS)]
+    if not marker and (others := [path for path in paths if path.exists()]):
+        raise ConfigError(f"{others[0]}: not rendered here, so it stays: give another --output")
     kept = {
         path
         for path in paths

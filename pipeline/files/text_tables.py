@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import csv
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,11 +36,11 @@ def reading_text(path: Path) -> Iterator[TextIO]:
     Raises InputError where it, or the CSV in it, cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-        encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
-        with open(path, encoding=encoding, newline="") as text:
-            yield text
+        with open(path, "rb") as file:  # once, as a pipe's content can be read
+            start = file.peek(4)
+            encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
+            with io.TextIOWrapper(file, encoding=encoding, newline="") as text:
+                yield text
     except OSError as error:
         problem = error.strerror or one_line(error)
         raise InputError(f"{path}: cannot be read ({problem}): correct the path, or put that right") from None

@@ -10,6 +10,7 @@ from pipeline import cli
 from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, InputOptions
 from pipeline.errors import ConfigError
+from pipeline.files.outputs import check_outside_datasets
 from pipeline.ids import Shard
 from pipeline.inference.launcher import add_processes_option, parse_count
 from pipeline.inference.model_files import DEFAULT_MODEL_ID
@@ -50,7 +51,8 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
 
 
 def check_places(input_path: Path, output: Path) -> None:
-    """Raise ConfigError where the output lies in the input folder."""
+    """Raise ConfigError where the output lies in the input folder, or in a dataset's own folders."""
+    check_outside_datasets(output)
     if output.resolve().is_relative_to(input_path.resolve()) and input_path.is_dir():
         raise ConfigError(f"--output {output}: lies in the input folder and would become part of the input")
 

@@ -1,0 +1,54 @@
+"""Check where an output is to go: it replaces only what the same tool wrote, and stays out of a dataset's folders."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.files.tables import read_provenance
+from pipeline.files.workspace import read_json_object
+
+# What an embeddings dataset makes in its folder.
+_OF_DATASETS = re.compile(r"_.*|\..*|parts|state\.json")
+_LOOKED_AT = 2**20  # bytes in which a mark stands, unless the file is a parquet
+
+
+def check_replaceable(path: Path, mark: str | bytes, inputs: Iterable[Path | None] = (), *, own: str = "") -> None:
+    """Raise ConfigError unless `path` is free, or holds a file that carries the tool's mark, and is no input.
+
+    The mark of a parquet is the stage in its provenance; other files contain theirs. See `check_outside_datasets`.
+    """
+    check_outside_datasets(path, own=own)
+    if any(one is not None and one.resolve() == path.resolve() for one in inputs):
+        raise ConfigError(f"{path}: an input, which the output would replace: give another path for the output")
+    if path.exists() and not (path.is_file() and _carries(path, mark)):
+        raise ConfigError(f"{path}: not written by this tool, so it stays: give another path for the output")
+
+
+def _carries(path: Path, mark: str | bytes) -> bool:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_LOOKED_AT)
+        if start.startswith(b"PAR1"):
+            return (read_provenance(path) or {}).get("stage") == mark
+    except (OSError, InputError):
+        return False
+    return (mark.encode() if isinstance(mark, str) else mark) in start
+
+
+def check_outside_datasets(path: Path, *, own: str = "") -> None:
+    """Raise ConfigError if `path` lies below a file, or in a folder that a dataset has for itself, except its `own`."""
+    place = path.resolve()
+    for folder in place.parents:
+        if folder.is_file():
+            raise ConfigError(f"{folder}: a file, where a folder is to be written: give another path for the output")
+        name = place.relative_to(folder).parts[0]
+        if name != own and _OF_DATASETS.fullmatch(name) and _is_dataset(folder):
+            raise ConfigError(
+                f"{path}: {folder} is an embeddings dataset, and {name} its own: give another path for the output"
+            )
+
+
+def _is_dataset(folder: Path) -> bool:
+    has_state = "embedding_version" in read_json_object(folder / "state.json")
+    return has_state or ((folder / "parts").is_dir() and (folder / "_rejects").is_dir())
