@@ -184,8 +184,6 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
             _check_columns(file_path, schema, options, kept, is_mapped=is_mapped)
             if pa.types.is_floating(schema.field(options.id_column).type):
                 whole_from_floats(file.read([options.id_column]).column(0), options.id_column, file_path)
-                place = schema.get_field_index(options.id_column)
-                schema = schema.set(place, pa.field(options.id_column, pa.int64()))
         footers.append(hash_footer(file_path))
         schemas.append(schema)
         rows += [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
@@ -194,6 +192,8 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
         raise InputError(f"{path}: holds no rows: package images first, or correct the path")
     for name in (options.id_column, options.image_column, VALID_COLUMN, *options.keep_columns):
         types = [str(schema.field(name).type) if name in schema.names else "missing" for schema in schemas]
+        if name == options.id_column:  # read as whole numbers
+            types = ["int64" if kind in ("halffloat", "float", "double") else kind for kind in types]
         first, *others = (re.sub("large_|_view", "", kind) for kind in types)
         for file_path, kind in zip(files[1:], others, strict=True):
             if kind != first:
@@ -347,8 +347,9 @@ def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table
             raise _not_text(path, name, error) from None
         is_id = name == source.options.id_column
         column = whole_from_floats(column, name, path, quiet=True) if is_id else column
-        if column.type != source.schema.field(name).type:  # large_string beside string
-            column = column.cast(source.schema.field(name).type)
+        kind = source.schema.field(name).type
+        if column.type != kind and not (is_id and pa.types.is_floating(kind)):  # large_string beside string
+            column = column.cast(kind)
         columns[ID_COLUMN if is_id else name] = column
     columns |= {name: pa.repeat(value, table.num_rows) for name, value in source.partitions[path].items()}
     return pa.table(columns)
