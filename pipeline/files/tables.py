@@ -238,7 +238,7 @@ def _read_page_size(header: bytes) -> int:
 
 def unfolded_bytes(table: pa.Table) -> int:
     """Return the bytes that a table takes as plain values: a dictionary's one value may stand in every row."""
-    num_bytes = table.nbytes
+    num_bytes: int = table.nbytes
     for column in table.columns:
         if not pa.types.is_dictionary(column.type):
             continue
