@@ -86,6 +86,15 @@ def test_a_model_that_is_not_there_is_said_in_one_line(run_main, pictures, tmp_p
     assert "no such model folder" in outcome.stderr
 
 
+def test_a_backbone_is_no_published_model(run_main, pictures, toy_backbone, tmp_path):
+    outcome = run_main(
+        embed_images.main, pictures / "01.jpg", "--model-id", toy_backbone, "--npy", tmp_path / "vectors.npy"
+    )
+    assert outcome.code == 1
+    assert "its embeddings are not L2-normalised: give a model that stage 7 has published" in outcome.stderr
+    assert not (tmp_path / "vectors.npy").exists()
+
+
 def test_help_comes_without_torch(run_script):
     outcome = run_script("publish_model/embed_images.py", "--help")
     assert outcome.code == 0

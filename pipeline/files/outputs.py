@@ -37,11 +37,9 @@ def _carries(path: Path, mark: str | bytes) -> bool:
 
 
 def check_outside_datasets(path: Path, *, own: str = "") -> None:
-    """Raise ConfigError if `path` lies below a file, or in a folder that a dataset has for itself, except its `own`."""
+    """Raise ConfigError if `path` lies in a folder that a dataset has for itself, except its `own`."""
     place = path.resolve()
     for folder in place.parents:
-        if folder.is_file():
-            raise ConfigError(f"{folder}: a file, where a folder is to be written: give another path for the output")
         name = place.relative_to(folder).parts[0]
         if name != own and _OF_DATASETS.fullmatch(name) and _is_dataset(folder):
             raise ConfigError(

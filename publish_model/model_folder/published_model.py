@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError
 from pipeline.files.tables import hash_json
@@ -43,8 +46,10 @@ class PublishedModel:
     def load(self, dtype: str) -> "Embedder":
         """Load its weights into this project's classes, or trusted ones, to compute in a type.
 
-        A model of the reference implementation is rebuilt for this process first.
+        A model of the reference implementation is rebuilt for this process first. Raises InputError if the embedding of
+        a grey picture is not L2-normalised.
         """
+        from PIL import Image
         from transformers import AutoModel
 
         from pipeline.inference.backbone import Embedder
@@ -55,7 +60,7 @@ class PublishedModel:
             model_class = self.reference.make_class(SpatialEmbeddingsModel)
         else:
             folder, model_class = self.folder, SpatialEmbeddingsModel if has_own_code(self.folder) else AutoModel
-        return Embedder(
+        embedder = Embedder(
             folder,
             device=self.device,
             dtype=dtype,
@@ -63,6 +68,13 @@ class PublishedModel:
             trust_remote_code=self.trust_remote_code,
             model_class=model_class,
         )
+        (trial,) = embedder.embed([embedder.prepare(Image.new("RGB", (256, 256), (128, 128, 128)))])
+        if abs(float(np.linalg.norm(trial)) - 1.0) > NORM_TOLERANCE:
+            raise InputError(
+                "--model-id: its embeddings are not L2-normalised: give a model that stage 7 has published, "
+                "not a backbone"
+            )
+        return embedder
 
     def check_made(self, dataset: EmbeddingsDataset) -> None:
         """Raise InputError if another model made a dataset's embeddings."""

@@ -6,19 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from pipeline.config import count_cores
 from pipeline.embeddings_dataset.columns import hash_bytes
 from pipeline.embeddings_dataset.content import Outcome, PartContent, PartPlan, make_content
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, PackagedInput
-from pipeline.errors import InputError, Rejection
+from pipeline.errors import Rejection
 from pipeline.inference.backbone import Decoded, Embedder, check_embeddings
 from pipeline.inference.engine import End, embed_stream
 from pipeline.log import EngineWatch
-
-# The projector normalises in float32; another kind of model gives norms further from 1.
-NORM_TOLERANCE = 1e-3
 
 
 @dataclass
@@ -42,18 +38,8 @@ class BatchEmbedder:
     """The published model, ready for read batches; `watch` adds up where the time went."""
 
     def __init__(self, embedder: Embedder, source: PackagedInput, watch: EngineWatch) -> None:
-        """Try the model on a grey image.
-
-        Raises InputError if it does not give L2-normalised embeddings.
-        """
         self._embedder, self._source, self.watch = embedder, source, watch
-        trial = self._embedder.embed([self._embedder.prepare(Image.new("RGB", (256, 256), (128, 128, 128)))])
         self.width = embedder.width
-        if abs(float(np.linalg.norm(trial[0])) - 1.0) > NORM_TOLERANCE:
-            raise InputError(
-                "--model-id: its embeddings are not L2-normalised: give a model that stage 7 has published, "
-                "not a backbone"
-            )
 
     def embed_each(self, batches: Iterable[ReadBatch]) -> Generator[tuple[ReadBatch, PartContent], None, None]:
         """Yield the content of each read batch's part, in order; the next ones are read and decoded meanwhile.
