@@ -13,7 +13,14 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, dynamic_module_ut
 from pipeline.errors import InputError, one_line
 from pipeline.files.workspace import private_folder
 from pipeline.inference.model_files import read_settings
+from pipeline.inference.settings_check import check_folder
 from pipeline.log import logger
+
+# What transformers raises for settings or weights that make no sense.
+_PROBLEMS = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError,
+    MemoryError, SafetensorError,
+)  # fmt: skip
 
 
 def load_model(
@@ -31,7 +38,7 @@ def load_model(
     trust = {"trust_remote_code": trust_remote_code} if model_class is AutoModel else {}
     try:
         model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **trust)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _PROBLEMS as error:
         raise _cannot_load(folder, error) from None
     unused = None if pooling_type == "pooler_output" else "pooler."
     missing = [key for key in info["missing_keys"] if not (unused and key.startswith(unused))]
@@ -49,13 +56,16 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False, model_clas
     With a `model_class` of this project, the folder's own code is neither run nor trusted.
     Raises InputError for a model that takes no pictures, or a configuration that cannot be loaded.
     """
+    check_folder(folder, trust_remote_code)
     try:
         if model_class is not AutoModel:
             return model_class.config_class.from_pretrained(folder)
         if trust_remote_code:
             announce_code(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except InputError:
+        raise
+    except _PROBLEMS as error:
         raise _cannot_load(folder, error) from None
     if type(config) not in MODEL_MAPPING or _takes_pictures(config):  # unmapped: it brings its own code
         return config

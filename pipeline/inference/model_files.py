@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def locate_model(name: str, remedy: str, *, download: bool, folder: Path | None 
     searched, and None returned if the model is not here. A folder that happens to be called as the default model does
     not take its place. Raises InputError where the model cannot be found.
     """
+    if "://" in name:  # may hold a password
+        raise InputError(f"{re.sub('//.*@', '//', name)}: an address, no model's name: {remedy}")
     folder = folder or Path(name).expanduser()
     if name and name != DEFAULT_MODEL_ID and folder.is_dir():
         return folder
@@ -106,7 +109,7 @@ def find_missing_files(folder: Path) -> list[str]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except FileNotFoundError:
         names = {"model.safetensors"}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [index.name]
     missing = sorted(name for name in names | {"config.json"} if not (folder / name).is_file())
     has_processor = any(folder.glob("*processor_config.json")) or names_its_backbone(folder)
@@ -120,7 +123,7 @@ def read_settings(path: Path, remedy: str = "fetch the model again") -> dict[str
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path.parent}: not a model folder ({path.name}: {one_line(error)}): {remedy}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path.parent}: not a model folder ({path.name} holds no settings): {remedy}")
@@ -138,7 +141,7 @@ def names_its_backbone(folder: Path) -> bool:
     """Whether the reference implementation published a folder: its backbone's settings lie elsewhere."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     is_named = isinstance(config, dict) and isinstance(config.get("backbone_model_name"), str)
     return is_named and not isinstance(config.get("backbone_config"), dict)

@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from pipeline.errors import InputError, one_line
 from pipeline.inference.loading import find_vision_config
+from pipeline.inference.settings_check import check_index
 
 # The format's names of the types that weights may have.
 _TYPES = {
@@ -56,6 +57,7 @@ def locate_weights(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     try:
         if index_path.is_file():
+            check_index(index_path)
             names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             names = [name for name in ("model.safetensors",) if (folder / name).is_file()]

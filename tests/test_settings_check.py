@@ -1,0 +1,87 @@
+"""Model folders whose settings would choose code, read other files, or build without end are one clear line."""
+
+import json
+import shutil
+
+import pytest
+from published_models import publish
+
+from pipeline.errors import InputError
+from pipeline.inference.backbone import Embedder
+from pipeline.inference.loading import find_vision_config
+from pipeline.inference.model_files import locate_model, read_settings
+from pipeline.inference.stored_weights import locate_weights
+from publish_model.model_folder.published_model import find_model
+
+
+@pytest.fixture(scope="module")
+def published(toy_backbone, tmp_path_factory):
+    return publish(tmp_path_factory.mktemp("published"), toy_backbone)
+
+
+@pytest.fixture
+def folder(published, tmp_path):
+    return shutil.copytree(published, tmp_path / "model")
+
+
+def change(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+CHOICES = [
+    {"attn_implementation": "evil/kernel"}, {"_attn_implementation": {"backbone_config": "evil/kernel"}},
+    {"_attn_implementation_internal": "evil/kernel"}, {"experts_implementation": "evil/kernel"},
+    {"quantization_config": {"quant_method": "fp8"}}, {"use_kernels": True}, {"backbone": "evil/model"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_settings_choose_no_code(folder, toy_backbone, tmp_path, choice):
+    backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
+    change(backbone / "config.json", **choice)
+    with pytest.raises(InputError, match="chooses code"):
+        find_vision_config(backbone)
+    nested = json.loads((folder / "config.json").read_text())["backbone_config"] | choice
+    change(folder / "config.json", backbone_config=nested)
+    with pytest.raises(InputError, match="chooses code"):
+        find_model(str(folder), download=False, device="cpu").load("float32")
+
+
+@pytest.mark.parametrize("name", ["../w.safetensors", "/w.safetensors", ".."])
+def test_weights_outside_the_folder_are_not_read(folder, name):
+    shutil.move(folder / "model.safetensors", folder.parent / "w.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    for read in (locate_weights, find_vision_config):
+        with pytest.raises(InputError, match="weights outside its folder"):
+            read(folder)
+
+
+def test_absurd_settings_are_one_line(folder):
+    sound = (folder / "config.json").read_text()
+    for settings in (
+        {"dtype": "evil"},
+        {"projector": json.loads(sound)["projector"] | {"num_hidden_layers": 10**9}},
+        {"backbone_config": json.loads(sound)["backbone_config"] | {"num_hidden_layers": 10**9}},
+    ):
+        change(folder / "config.json", **settings)
+        with pytest.raises(InputError, match=str(folder)):
+            find_model(str(folder), download=False, device="cpu").load("float32")
+        (folder / "config.json").write_text(sound)
+    change(folder / "preprocessor_config.json", size={"shortest_edge": 10**6})
+    with pytest.raises(InputError, match="over 4096 pixels"):
+        Embedder(folder.parent / "model", device="cpu", model_class=load_class())
+    (folder / "config.json").write_text("[" * 200_000)
+    with pytest.raises(InputError, match="not a model folder"):
+        read_settings(folder / "config.json")
+
+
+def load_class():
+    from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
+
+    return SpatialEmbeddingsModel
+
+
+def test_an_address_is_refused_without_its_password():
+    with pytest.raises(InputError, match="http://host/x: an address") as caught:
+        locate_model("http://user:SECRET@host/x", "give a folder", download=False)
+    assert "SECRET" not in str(caught.value)
