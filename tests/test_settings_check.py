@@ -31,7 +31,7 @@ def change(path, **settings):
 CHOICES = [
     {"attn_implementation": "evil/kernel"}, {"_attn_implementation": {"backbone_config": "evil/kernel"}},
     {"_attn_implementation_internal": "evil/kernel"}, {"experts_implementation": "evil/kernel"},
-    {"quantization_config": {"quant_method": "fp8"}}, {"use_kernels": True}, {"backbone": "evil/model"},
+    {"use_kernels": True}, {"backbone": "evil/model"},
 ]  # fmt: skip
 
 

@@ -50,10 +50,10 @@ def check_index(path: Path) -> None:
 
 
 def _chooses_code(key: str, value: Any) -> bool:
-    """Whether a setting names code, a quantiser's library or another repository."""
+    """Whether a setting names code or another repository; a quantised model needs its library."""
     if _IMPLEMENTATION.fullmatch(key):
         names = list(value.values()) if isinstance(value, dict) else [value]
         return any(name not in ATTENTIONS for name in names)
     if key in {"backbone", "architecture"}:  # a hub id, or a library's address of one
         return isinstance(value, str) and any(sign in value for sign in "/:")
-    return key in {"quantization_config", "use_kernels", "kernel_config", "checkpoint_path"} and bool(value)
+    return key in {"use_kernels", "kernel_config", "checkpoint_path"} and bool(value)
