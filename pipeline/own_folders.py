@@ -71,11 +71,11 @@ def open_file(path: Path, flags: int) -> int:
 
     Raises OSError (ELOOP) if it, or its folder where this project makes that, is a link, others as `os.open` does.
     """
-    with opened_folder(path.parent, make=bool(flags & os.O_CREAT)) as folder:
-        try:
+    try:
+        with opened_folder(path.parent, make=bool(flags & os.O_CREAT)) as folder:
             return os.open(path.name, flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
-        except OSError as error:
-            raise _name(error, path) from None
+    except OSError as error:
+        raise (_name(error, path) if path.is_symlink() else error) from None
 
 
 def _name(error: OSError, path: Path) -> OSError:

@@ -4,9 +4,10 @@
 
 Reads the ids, one a line or the column OSMID of a CSV or parquet, and rewrites the parts and rejects that hold one of
 them, each in one piece; state.json counts what is gone. Hashes of the ids are kept in OUTPUT/_deleted/, so that stage 8
-leaves them out too when it makes a part again. Aggregates, exports, logs and set-aside parts inside OUTPUT are removed.
-If an id matches nothing, the exit code is 1 (0 with --allow-missing); the others are deleted. A rerun resumes an
-interrupted run. Refused while another process writes to the dataset. It writes no log file, which would name ids.
+leaves them out too when it makes a part again. Aggregates, exports, search pages, logs and set-aside parts inside
+OUTPUT are removed. Files of others there stay and are named, and the exit code is 1. If an id matches nothing it is 1
+too (0 with --allow-missing); the others are deleted. A rerun resumes an interrupted run. Refused while another process
+writes to the dataset. It writes no log file, which would name ids.
 """
 
 import sys
@@ -17,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.deletions import delete_ids
-from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.errors import InputError
+from pipeline.embeddings_dataset.deletions import delete_ids, find_id_type
+from pipeline.errors import InputError, PipelineError
 from pipeline.log import logger
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.new_data.id_lists import read_id_list
@@ -31,11 +31,11 @@ NUM_EXAMPLES = 5
 def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> cli.StageResult:
     """Rewrite a dataset without some ids and return the counts of its rows.
 
-    Raises InputError where the dataset or the list cannot be read, and, once the others are gone, where ids match
-    nothing unless that is allowed.
+    Raises InputError where the dataset or the list cannot be read; and, once all is done, where ids match nothing
+    unless that is allowed, PipelineError where files of others may hold the ids.
     """
-    listed = read_id_list(list_path, dataset.schema.field(ID_COLUMN).type)
-    num_rows, missing = delete_ids(dataset, listed)
+    listed = read_id_list(list_path, find_id_type(dataset))
+    num_rows, missing, others = delete_ids(dataset, listed)
     result = cli.StageResult(STAGE)
     for part in dataset.parts:
         result.add(part.counts, part.reasons)
@@ -47,10 +47,19 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
             f"{list_path}: {len(missing)} of its {len(listed)} ids match nothing in {dataset.folder} ({examples}): "
             "correct them, or give --allow-missing; the others are deleted"
         )
-        if not allow_missing:
+        if not (allow_missing or others):
             problem.result = result
             raise problem
         logger.warning("%s", problem)
+    for path in others:
+        logger.warning("%s: not written by this project: it stays, and may hold the ids", path)
+    if others:
+        unknown = PipelineError(
+            f"{dataset.folder}: the ids are gone but for {len(others)} files that this project did not write (named "
+            "above), which may hold them: look at them and move them away"
+        )
+        unknown.result = result
+        raise unknown
     return result
 
 

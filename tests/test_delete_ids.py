@@ -325,11 +325,15 @@ def test_what_was_set_aside_goes_and_what_is_not_ours_stays(delete, tmp_path):
     for folder in (aside, foreign):
         folder.mkdir(parents=True)
         pq.write_table(pa.table({"OSMID": ["way/1"]}), folder / "with.parquet")
-    outcome = delete(output, "way/1")
-    assert outcome.code == 0
-    assert [path.name for path in (output / "_removed").iterdir()] == ["mine"]
-    assert (foreign / "with.parquet").exists()
-    assert f"{output / '_removed' / 'mine'}: not written by this project: move it away" in outcome.stderr
+    for _ in range(2):
+        outcome = delete(output, "way/1")
+        assert outcome.code == 1
+        assert [path.name for path in (output / "_removed").iterdir()] == ["mine"]
+        assert (foreign / "with.parquet").exists()
+        assert f"{foreign / 'with.parquet'}: not written by this project: it stays" in outcome.stderr
+        assert "the ids are gone but for 1 files that this project did not write" in outcome.stderr.splitlines()[-1]
+    (foreign / "with.parquet").unlink()
+    assert delete(output, "way/1").code == 0
 
 
 def test_overwriting_a_dataset_whose_deletion_was_killed_applies_the_deletion(delete, embed, dataset, tmp_path):

@@ -9,13 +9,13 @@ import pytest
 from embedded_datasets import unit_rows, write_dataset
 from published_models import list_parts, read_bytes, read_dataset
 
-from pipeline.embeddings_dataset import deletions, parts
+from pipeline.embeddings_dataset import deletions, parts, set_aside
 from pipeline.embeddings_dataset.appending import PartStore
 from pipeline.embeddings_dataset.columns import hash_ids
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.inference.precision import Precision
-from publish_model import aggregate_embeddings, export_embeddings, verify_embeddings
+from publish_model import aggregate_embeddings, export_embeddings, search_embeddings, verify_embeddings
 
 
 def holders(folder, text):
@@ -83,6 +83,62 @@ def test_killed_anywhere_the_next_run_leaves_no_byte(delete, embed, dataset, tmp
     (dataset / "_logs" / "generate_embeddings_from_parquet.log").unlink(missing_ok=True)
     assert holders(dataset, "way/1") == []
     assert deletions.read_order(dataset).done
+
+
+@pytest.mark.parametrize("place", ["", "_deleted", "_rejects", "_exports/other", "_aggregated/any", "_removed/any"])
+def test_what_the_tools_wrote_elsewhere_in_the_folder_goes_too(delete, run_main, dataset, tmp_path, place):
+    assert run_main(aggregate_embeddings.main, dataset, "-o", tmp_path / "means.parquet").code == 0
+    assert run_main(export_embeddings.main, dataset, "--export", "int8", "-o", tmp_path / "copy").code == 0
+    (tmp_path / "page.html").write_text(f"<head>{search_embeddings.PAGE_MARK}</head>way/1")
+    folder = dataset / place
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("means.parquet", "copy", "page.html"):
+        (tmp_path / name).rename(folder / name)
+    assert len(holders(dataset, "way/1")) > 4
+    outcome = delete(dataset, "way/1")
+    assert outcome.code == 0, outcome.stderr
+    assert "not written by this project" not in outcome.stderr
+    assert f"{dataset / '_logs'}: removed, as it was made with the ids" in outcome.stderr
+    assert holders(dataset, "way/1") == []
+    assert sorted(path.name for path in dataset.iterdir()) == ["_deleted", "_rejects", "parts", "state.json"]
+
+
+OTHERS = ["notes.txt", "user/a.parquet", ".hidden/a", "parts/notes.txt", "parts/.rg00000_rb00000.parquet.abcd.tmp"]
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "_rejects/rg00077_rb00000.parquet", "_logs/notes.txt", "export.json"])
+def test_files_of_others_stay_and_are_named(delete, dataset, name):
+    path = dataset / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('way/1 {"stage": "aggregate_embeddings"}')
+    outcome = delete(dataset, "way/1")
+    assert outcome.code == 1
+    assert f"{path}: not written by this project: it stays, and may hold the ids" in outcome.stderr
+    assert "gone but for 1 files" in outcome.stderr.splitlines()[-1]
+    path.unlink()
+    assert delete(dataset, "way/1").code == 0
+    assert holders(dataset, "way/1") == []
+
+
+def test_rejects_whose_part_was_never_written_go(delete, dataset):
+    list_parts(dataset)[0].unlink()
+    assert delete(dataset, "way/1").code == 0
+    assert holders(dataset, "way/1") == []
+
+
+def test_an_overwriting_run_killed_before_its_first_part_leaves_the_ids_deletable(delete, embed, dataset, tmp_path):
+    write_derived(dataset)
+    set_aside.move_all(EmbeddingsDataset(dataset))
+    assert not list_parts(dataset)
+    assert delete(dataset, "way/777").code == 1
+    assert (dataset / "_removed" / "2" / "parts").is_dir()
+    outcome = delete(dataset, "way/1")
+    assert outcome.code == 0, outcome.stderr
+    assert holders(dataset, "way/1") == []
+    assert deletions.read_order(dataset).done
+    assert embed(tmp_path / "in.parquet", dataset).code == 0
+    assert holders(dataset, "way/1") == []
+    assert holders(dataset, "way/2") != []
 
 
 def test_dictionaries_keep_no_deleted_value(delete, tmp_path):

@@ -8,7 +8,8 @@ from published_models import read_dataset
 
 from evaluate_embeddings.scores.labels import label_rows, read_ignore_pairs
 from pipeline.errors import InputError
-from pipeline.files.text_tables import read_csv, read_id_table, whole_or_text
+from pipeline.files import text_tables
+from pipeline.files.text_tables import read_csv, read_id_table, reading_text, whole_or_text
 from preprocess_raw_data.merging.splits import read_split_file
 from publish_model import aggregate_embeddings, delete_ids
 
@@ -147,3 +148,14 @@ def test_an_id_of_blanks_is_one_in_a_parquet(run_main, tmp_path):
     output = write_dataset(tmp_path / "out", pa.array(["", " ", "a"]), unit_rows(0, 3))
     assert take_out(run_main, output, tmp_path / "ids.parquet", [" "]).code == 0
     assert read_dataset(output)["OSMID"].to_pylist() == ["", "a"]
+
+
+def test_a_list_that_is_a_device_or_unfolds_beyond_memory_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "ids.txt").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"ids\.txt: a device"), reading_text(tmp_path / "ids.txt"):
+        pass
+    monkeypatch.setattr(text_tables, "BATCH_BYTES", 2**20)
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array(["A" * 2**16]))
+    pq.write_table(pa.table({"OSMID": values}), tmp_path / "ids.parquet")
+    with pytest.raises(InputError, match=r"ids\.parquet: 200 rows take \d+ bytes of ids"):
+        read_id_table(tmp_path / "ids.parquet", ["OSMID"], "")

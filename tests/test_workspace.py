@@ -228,7 +228,7 @@ def test_a_temporary_file_is_made_anew_under_a_name_that_nobody_guesses(tmp_path
         workspace.open_file(planted, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
 
-def test_temporary_files_go_with_their_process_or_under_a_lock_from_anywhere(tmp_path):
+def test_temporary_files_go_with_their_process(tmp_path):
     mine = temporary_path(tmp_path / "a")
     dead = tmp_path / f".a.{workspace._host()}-{2**22 + 1}-{'0' * 16}.tmp"  # above any number of a process
     elsewhere, notes = tmp_path / f".a.elsewhere-1-{'0' * 16}.tmp", tmp_path / ".notes.tmp"
@@ -236,8 +236,21 @@ def test_temporary_files_go_with_their_process_or_under_a_lock_from_anywhere(tmp
         path.touch()
     clear_temporaries(tmp_path)
     assert list_files(tmp_path) == sorted(path.name for path in (mine, elsewhere, notes))
-    clear_temporaries(tmp_path, of_all=True)
-    assert list_files(tmp_path) == [notes.name]
+    assert [bool(workspace.is_temporary(path.name)) for path in (mine, dead, elsewhere, notes)] == [True] * 3 + [False]
+
+
+def test_a_link_is_named_by_its_path_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x" / "_logs").mkdir(parents=True)
+    link = (tmp_path / "x" / "_logs" / "a.log").relative_to(tmp_path)
+    link.symlink_to("elsewhere")
+    for flags in (os.O_WRONLY, os.O_WRONLY | os.O_CREAT):
+        with pytest.raises(OSError, match="a link") as caught:
+            workspace.open_file(link, flags)
+        assert caught.value.filename == "x/_logs/a.log"
+    with pytest.raises(FileNotFoundError) as missing:
+        workspace.open_file(link.with_name("b.log"), os.O_RDONLY)
+    assert missing.value.filename == "x/_logs/b.log"
 
 
 def test_names_that_this_project_does_not_give_stay(tmp_path, caplog):

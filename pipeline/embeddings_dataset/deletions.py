@@ -1,13 +1,16 @@
 """Delete ids from an embeddings dataset for good: stage 8 leaves out ids with the same hashes too."""
 
 import json
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset import set_aside
@@ -15,14 +18,26 @@ from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, list_valu
 from pipeline.embeddings_dataset.content import PartContent
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import Part, read_ids
+from pipeline.embeddings_dataset.parts import STAGE, Part, is_ours, list_part_files, read_ids, rejects_beside
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
-from pipeline.files.tables import read_provenance, write_parquet
+from pipeline.files.outputs import carries
+from pipeline.files.tables import open_parquet, read_provenance, write_parquet
 from pipeline.log import logger
+from pipeline.own_folders import remove
 
-# The folders for what is made from a dataset, and its names there: the tools' copies, and logs, which may name ids.
-DERIVED = {"_aggregated": r".+\.parquet(\..+\.tmp)?", "_exports": "float16|int8", "_logs": r".+\.log"}
+# What is made from a dataset, in the folders for it: the tools' copies, what was set aside, and logs, which name ids.
+_DERIVED = re.compile(r"_aggregated/[^/]+\.parquet|_exports/(float16|int8)/.+|_logs/.+\.log|_removed/\d+/.+")
+_DERIVED_FOLDERS = re.compile(r"(_aggregated|_exports|_logs|_removed)(/.+)?")
+# What tells the tools' copies and pages elsewhere in the dataset's folder.
+_COPY_STAGES = ("aggregate_embeddings", "export_embeddings")
+_SUMMARY_NAME, _SUMMARY_MARK = "export.json", '"recall_at_10"'
+_PAGE_MARK = '<meta name="generator" content="search_embeddings">'
+# The dataset's own files: parts and rejects are rewritten, the others hold no ids.
+_OWN = re.compile(
+    r"(_adopted/)?state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json|_inputs/photographs\.json"
+    r"|_logs/submissions/.+|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet"
+)
 
 
 @dataclass(frozen=True)
@@ -87,9 +102,20 @@ def _order_path(folder: Path) -> Path:
     return folder / "_deleted" / "id_hashes.json"
 
 
-def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]]) -> tuple[int, list[str]]:
+def find_id_type(dataset: EmbeddingsDataset) -> pa.DataType:
+    """Return the type of a dataset's ids; where a killed run has set all parts aside it has none, and they tell it."""
+    aside = [path for path in set_aside.list_files(dataset.folder) if is_ours(path)]
+    if not aside or list_part_files(dataset.folder):
+        return dataset.schema.field(ID_COLUMN).type
+    dataset.use_parts(())
+    with open_parquet(aside[-1]) as file:
+        return file.schema_arrow.field(ID_COLUMN).type
+
+
+def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]]) -> tuple[int, list[str], list[Path]]:
     """Take ids out for good; return the number of rows deleted, and the listed names that no row has or had.
 
+    The files in its folder that this project did not write come third: they stay, and may hold the ids.
     The order comes first and derived data go next, so that a killed run is finished by the next one; the order is done
     when no file holds one of the ids. The caller keeps others out, see `EmbeddingsDataset.held`. Raises PipelineError,
     and deletes nothing, where the dataset holds a link.
@@ -104,20 +130,28 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     hashes = {name: frozenset(hash_ids(values, salt)) for name, values in listed.items()}
     wanted, found = before.id_hashes.union(*hashes.values()), set[int]()
     if not wanted:
-        return 0, list(listed)
-    for part in dataset.parts:
-        for path in (part.path, part.rejects_path):
+        return 0, list(listed), []
+    orphans = [path for path in (folder / "_rejects").glob("rg*.parquet") if not rejects_beside(path).exists()]
+    for path in [path for part in dataset.parts for path in (part.path, part.rejects_path)]:
+        found |= wanted.intersection(hash_ids(read_ids(path), salt))
+    may_hold = not before.done
+    for path in [*filter(is_ours, orphans), *set_aside.list_files(folder)]:
+        try:
             found |= wanted.intersection(hash_ids(read_ids(path), salt))
+        except (InputError, LookupError):  # damaged
+            may_hold = True
     unmatched = before.unmatched | (wanted - before.id_hashes - found)
     order = DeletionOrder(salt, wanted, unmatched, done=False)
     _write_order(folder, order)
-    if found or not before.done:
+    if found or may_hold:
         _remove_derived(folder)
     num_rows = sum(_rewrite(part, order) for part in dataset.parts)
-    dataset.use_parts(None)
+    if dataset.parts:
+        dataset.use_parts(None)
     dataset.update_state(dataset.parts)
     _write_order(folder, replace(order, done=True))
-    return num_rows, [name for name, own in hashes.items() if own <= unmatched]
+    others = [path for path, name in _list_files(folder) if not (_is_own(path, name) or _is_derived(path, name))]
+    return num_rows, [name for name, own in hashes.items() if own <= unmatched], others
 
 
 def finish_order(folder: Path) -> None:
@@ -128,16 +162,46 @@ def finish_order(folder: Path) -> None:
         _write_order(folder, replace(order, done=True))
 
 
+def _list_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield all that is no folder in a dataset's folder, each with its name from there."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            yield path, path.relative_to(folder).as_posix()
+
+
+def _is_own(path: Path, name: str) -> bool:
+    """Whether a file is one that the dataset keeps; rejects whose part was never written are not."""
+    is_orphan = name.startswith("_rejects/") and not rejects_beside(path).exists()
+    return bool(_OWN.fullmatch(name)) and not is_orphan
+
+
+def _is_derived(path: Path, name: str) -> bool:
+    """Whether a file was made from the dataset, was set aside or was left by a killed run."""
+    if _DERIVED.fullmatch(name) or workspace.is_temporary(path.name):
+        return True
+    if _is_own(path, name) or path.is_symlink() or not path.is_file():
+        return False
+    with suppress(InputError):  # no parquet
+        stage = (read_provenance(path) or {}).get("stage")
+        return stage in _COPY_STAGES or (stage == STAGE and name.startswith("_rejects/"))
+    return carries(path, _PAGE_MARK) or (path.name == _SUMMARY_NAME and carries(path, _SUMMARY_MARK))
+
+
 def _remove_derived(folder: Path) -> None:
     """Remove what was made from the dataset inside its folder, what was set aside, and what killed runs have left."""
-    for name, made in DERIVED.items():
-        if (folder / name).is_dir():
-            workspace.remove_made(folder / name, made)
-            logger.warning("%s: removed, as it was made with the ids: make it again", folder / name)
-    set_aside.discard(folder)
-    for place in (folder, folder / "parts", folder / "_rejects"):
-        if place.is_dir():
-            workspace.clear_temporaries(place, of_all=True)
+    gone = [path for path, name in _list_files(folder) if _is_derived(path, name)]
+    for path in gone:
+        remove(path)
+    emptied = {above for path in gone for above in path.parents} - {folder, folder / "parts", folder / "_rejects"}
+    for place in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        is_made = place in emptied or _DERIVED_FOLDERS.fullmatch(place.relative_to(folder).as_posix())
+        if is_made and not any(place.iterdir()):
+            remove(place)
+            gone.append(place)
+    # A folder stands for all that was in it.
+    shown = {path for path in gone if path.parent.exists() and not workspace.is_temporary(path.name)}
+    for path in sorted(shown):
+        logger.warning("%s: removed, as it was made with the ids: make it again", path)
 
 
 def _rewrite(part: Part, order: DeletionOrder) -> int:

@@ -39,6 +39,12 @@ def move_all(dataset: EmbeddingsDataset) -> None:
     move(dataset.folder, [dataset.state_path, *parts, *rejects])
 
 
+def list_files(folder: Path) -> list[Path]:
+    """Return the parts and rejects that wait there, the last set aside last."""
+    listed = (folder / FOLDER).glob("*/*/rg*.parquet")
+    return sorted((path for path in listed if path.parts[-3].isdecimal()), key=lambda path: (int(path.parts[-3]), path))
+
+
 def discard(folder: Path) -> None:
     """Remove what was set aside; other files there stay, and are named."""
     workspace.remove_made(folder / FOLDER, r"\d+")

@@ -21,11 +21,12 @@ def check_replaceable(path: Path, mark: str | bytes, inputs: Iterable[Path | Non
     check_outside_datasets(path, own=own)
     if any(one is not None and one.resolve() == path.resolve() for one in inputs):
         raise ConfigError(f"{path}: an input, which the output would replace: give another path for the output")
-    if path.exists() and not (path.is_file() and _carries(path, mark)):
+    if path.exists() and not (path.is_file() and carries(path, mark)):
         raise ConfigError(f"{path}: not written by this tool, so it stays: give another path for the output")
 
 
-def _carries(path: Path, mark: str | bytes) -> bool:
+def carries(path: Path, mark: str | bytes) -> bool:
+    """Return whether a file carries the mark of a tool."""
     try:
         with open(path, "rb") as file:
             start = file.read(_LOOKED_AT)

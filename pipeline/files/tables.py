@@ -298,7 +298,7 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
     metadata = open_parquet(path).metadata.metadata or {}
     try:
         content = json.loads(metadata.get(PROVENANCE_KEY, b"null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if isinstance(content, dict):
         return content

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.listing import is_parquet
-from pipeline.files.tables import open_parquet, reading
+from pipeline.files.tables import BATCH_BYTES, open_parquet, reading, unfolded_bytes
 from pipeline.log import logger
 
 # The longer marks first: UTF-32's begins with UTF-16's.
@@ -35,6 +35,8 @@ def reading_text(path: Path) -> Iterator[TextIO]:
 
     Raises InputError where it, or the CSV in it, cannot be read.
     """
+    if path.is_char_device() or path.is_block_device():  # /dev/zero never ends
+        raise InputError(f"{path}: a device, not a file: correct the path")
     try:
         with open(path, "rb") as file:  # once, as a pipe's content can be read
             start = file.peek(4)
@@ -107,6 +109,8 @@ def read_id_table(
     with reading(path), open_parquet(path) as file:
         names = find_columns(path, file.schema_arrow.names, required, remedy)
         table = file.read(columns=names).select(names)
+        if (num_bytes := unfolded_bytes(table)) > 2 * BATCH_BYTES:
+            raise InputError(f"{path}: {table.num_rows} rows take {num_bytes} bytes of ids: correct it")
         table.validate(full=True)
     return pa.table({name: whole_from_floats(table[name], name, path) for name in names})
 

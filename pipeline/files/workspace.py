@@ -54,11 +54,16 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{_name_holder(path)}.tmp")
 
 
-def clear_temporaries(folder: Path, *, of_all: bool = False) -> None:
-    """Remove the temporary files of killed processes of this host, or `of_all`, where a lock keeps all others out."""
+def is_temporary(name: str) -> re.Match[str] | None:
+    """Match the name of a temporary file of some process."""
+    return re.fullmatch(rf"\..+\.{_HOLDER}\.tmp", name)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Remove the temporary files of killed processes of this host."""
     for name in list_names(folder):
-        holder = re.fullmatch(rf"\..+\.{_HOLDER}\.tmp", name)
-        if holder and (of_all or _has_died(holder)):
+        holder = is_temporary(name)
+        if holder and _has_died(holder):
             discard(folder / name)
 
 
