@@ -92,7 +92,13 @@ def announce_code(folder: Path) -> None:
     for path in sorted(folder.glob("*.py")) if auto_map else []:
         logger.warning("%s: its code is run, as asked: SHA-256 %s", path, hashlib.sha256(path.read_bytes()).hexdigest())
     if "transformers_modules" not in sys.modules:  # else a place is taken, from which all later code is imported
-        dynamic_module_utils.HF_MODULES_CACHE = str(private_folder("models-code-"))  # type: ignore[attr-defined]
+        dynamic_module_utils.HF_MODULES_CACHE = str(_code_folder())  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _code_folder() -> Path:
+    """Return this process's folder for models' code: a second one would stand behind it in Python's path."""
+    return private_folder("models-code-")
 
 
 def _cannot_load(folder: Path, error: Exception) -> InputError:
