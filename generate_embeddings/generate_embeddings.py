@@ -25,14 +25,13 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection, Terminated
 from pipeline.files.archive import TarImage, read_images, require_bytes
-from pipeline.files.identity import identify
+from pipeline.files.identity import hash_json, identify
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.scratch import RowScratch, name_files, remove_leftover
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
     count_rejects,
-    hash_json,
     make_provenance,
     parquet_writer,
     read_provenance,

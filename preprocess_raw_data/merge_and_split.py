@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.files.identity import identify
+from pipeline.files.identity import hash_json, identify
 from pipeline.files.listing import list_outputs
-from pipeline.files.tables import hash_json, make_provenance, parquet_writer, read_provenance
+from pipeline.files.tables import make_provenance, parquet_writer, read_provenance
 from pipeline.files.units import Unit, drop_missing, keep_complete
 from pipeline.files.workspace import UNFINISHED, writing_together
 from pipeline.log import Progress, logger

@@ -31,11 +31,10 @@ from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, InputOptions
 from pipeline.errors import InputError, Rejection, StaleOutputError
 from pipeline.files import workspace
-from pipeline.files.identity import look_at
+from pipeline.files.identity import hash_json, look_at
 from pipeline.files.tables import (
     REJECT_SCHEMA,
     count_rejects,
-    hash_json,
     make_provenance,
     matches,
     open_parquet,

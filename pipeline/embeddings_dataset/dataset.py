@@ -29,7 +29,8 @@ from pipeline.embeddings_dataset.parts import (
     read_part,
 )
 from pipeline.errors import DamagedError, InputError
-from pipeline.files.tables import hash_json, open_parquet
+from pipeline.files.identity import hash_json
+from pipeline.files.tables import open_parquet
 from pipeline.files.workspace import locked, write_json
 from pipeline.log import logger
 

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import take_rows
 from pipeline.errors import DamagedError, InputError, one_line
-from pipeline.files.identity import hash_footer, look_at
+from pipeline.files.identity import hash_footer, hash_json, look_at
 from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
 from pipeline.files.tables import (
     BATCH_BYTES,
     BUFFER_BYTES,
     UNMAPPED_KEY,
     bound_rows,
-    hash_json,
     open_parquet,
     read_failure,
     reading,

@@ -56,7 +56,7 @@ def identify_files(name: str, files: Mapping[str, Path], notes: Sequence[Path], 
 
 def note_digests(files: Mapping[str, Path], digests: Mapping[str, str], notes: Sequence[Path]) -> str:
     """Return the digest of files together from each one's own; note it, with the times that they have now."""
-    digest = _hash(sorted(digests.items()))
+    digest = hash_json(sorted(digests.items()))
     with contextlib.suppress(PipelineError):  # the files are read once more the next time
         write_json(notes[0], {"stamp": _stamp(files)[0], "digest": digest})
     return digest
@@ -81,11 +81,12 @@ def _stamp(files: Mapping[str, Path]) -> tuple[str, int]:
             raise InputError(f"{path}: cannot be read ({error.strerror}): correct the path") from None
         found.append([name, status.st_size, status.st_mtime_ns])
         size += status.st_size
-    return _hash(found), size
+    return hash_json(found), size
 
 
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+def hash_json(content: Any) -> str:
+    """Return a short hash of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def digest_file(path: Path) -> str:

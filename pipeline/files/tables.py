@@ -1,6 +1,5 @@
 """Parquet between the stages: schemas, provenance, writing in one piece, reading with checks."""
 
-import hashlib
 import io
 import json
 import os
@@ -305,11 +304,6 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
     if warn:
         logger.warning("%s carries no provenance: taken as it is, its columns and types are checked", path)
     return None
-
-
-def hash_json(content: Any) -> str:
-    """Return a short hash of plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def is_complete(path: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
-from pipeline.files.tables import hash_json
+from pipeline.files.identity import hash_json
 from pipeline.files.workspace import private_folder
 from pipeline.inference.model_files import (
     identify_model,

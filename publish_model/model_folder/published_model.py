@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError
-from pipeline.files.tables import hash_json
+from pipeline.files.identity import hash_json
 from pipeline.inference.model_files import (
     find_missing_files,
     identify_model,

@@ -25,9 +25,8 @@ from pipeline.embeddings_dataset.packaged_input import (
 )
 from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
-from pipeline.files.identity import identify, look_at
+from pipeline.files.identity import hash_json, identify, look_at
 from pipeline.files.listing import TAR_SUFFIX, is_parquet
-from pipeline.files.tables import hash_json
 from pipeline.files.text_tables import read_csv, whole_or_text
 from pipeline.ids import decode_name, reject_repeated
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline import own_folders
 from pipeline.config import LoggingSection
 from pipeline.errors import PipelineError
-from pipeline.files import tables
+from pipeline.files.identity import hash_json
 from train_specialized_embeddings.training.run_files import TENSORBOARD, WANDB
 
 
@@ -39,7 +39,7 @@ def sending_metrics(
             # A resumed run has the same inputs and settings, so it keeps its name.
             run = wandb.init(
                 project=section.wandb_project, name=section.wandb_run_name, dir=folder / WANDB, mode=section.wandb,
-                id=tables.hash_json(provenance), resume="allow", config=provenance["settings"],
+                id=hash_json(provenance), resume="allow", config=provenance["settings"],
                 group=provenance["stage"],
             )  # fmt: skip
             stack.callback(run.finish)
