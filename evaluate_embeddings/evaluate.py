@@ -31,7 +31,7 @@ from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.identity import identify
-from pipeline.files.outputs import check_replaceable
+from pipeline.files.outputs import check_replaceable, page_mark
 from pipeline.files.tables import make_provenance, read_provenance
 from pipeline.files.units import Unit, keep_complete
 from pipeline.files.workspace import read_json_object, write_json
@@ -159,7 +159,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         gallery = read_json_object(metrics_path)["gallery"]
         result.add({"in": gallery, "out": gallery})
         return result
-    check_replaceable(report_path, '<meta name="generator" content="evaluate">')
+    check_replaceable(report_path, page_mark(STAGE))
     check_replaceable(metrics_path, f'"stage": "{STAGE}"')
     provenance = describe_inputs(config, own.ignore_pairs, not own.no_images)
     watch = Stopwatch()

@@ -22,7 +22,7 @@ from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, gather_blocks
 from pipeline.embeddings_dataset.parts import embeddings_of, read_table
-from pipeline.files.outputs import check_replaceable
+from pipeline.files.outputs import EXPORT_MARK, EXPORT_SUMMARY, check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, write_parquet
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
@@ -90,8 +90,8 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
     check_names(f"--export {kind}", [SCALE_COLUMN] if kind == "int8" else [], dataset.schema.names)
     folder = target or dataset.folder / "_exports" / kind
     result = cli.StageResult(STAGE)
-    summary_path, paths = folder / "export.json", [folder / "parts" / part.path.name for part in dataset.parts]
-    check_replaceable(summary_path, '"recall_at_10"', own="_exports")
+    summary_path, paths = folder / EXPORT_SUMMARY, [folder / "parts" / part.path.name for part in dataset.parts]
+    check_replaceable(summary_path, EXPORT_MARK, own="_exports")
     for path in paths:
         check_replaceable(path, STAGE, own="_exports")
     for part, path in zip(dataset.parts, paths, strict=True):

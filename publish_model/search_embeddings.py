@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import ConfigError, escape_controls
-from pipeline.files.outputs import check_replaceable
+from pipeline.files.outputs import check_replaceable, page_mark
 from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
@@ -32,7 +32,7 @@ from publish_model.new_data.id_lists import describe_id
 
 THUMBNAIL_PX = 224
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-PAGE_MARK = '<meta name="generator" content="search_embeddings">'  # by which a page may be replaced
+PAGE_MARK = page_mark("search_embeddings")
 
 
 def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], images: Sequence[bytes | None]) -> None:

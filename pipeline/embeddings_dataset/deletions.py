@@ -21,7 +21,7 @@ from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import STAGE, Part, is_ours, list_part_files, read_ids, rejects_beside
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
-from pipeline.files.outputs import carries
+from pipeline.files.outputs import EXPORT_MARK, EXPORT_SUMMARY, carries, page_mark
 from pipeline.files.tables import open_parquet, read_provenance, write_parquet
 from pipeline.log import logger
 from pipeline.own_folders import remove
@@ -31,8 +31,7 @@ _DERIVED = re.compile(r"_aggregated/[^/]+\.parquet|_exports/(float16|int8)/.+|_l
 _DERIVED_FOLDERS = re.compile(r"(_aggregated|_exports|_logs|_removed)(/.+)?")
 # What tells the tools' copies and pages elsewhere in the dataset's folder.
 _COPY_STAGES = ("aggregate_embeddings", "export_embeddings")
-_SUMMARY_NAME, _SUMMARY_MARK = "export.json", '"recall_at_10"'
-_PAGE_MARK = '<meta name="generator" content="search_embeddings">'
+_PAGE_MARK = page_mark("search_embeddings")
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.
 _OWN = re.compile(
     r"(_adopted/)?state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json|_inputs/photographs\.json"
@@ -184,7 +183,7 @@ def _is_derived(path: Path, name: str) -> bool:
     with suppress(InputError):  # no parquet
         stage = (read_provenance(path) or {}).get("stage")
         return stage in _COPY_STAGES or (stage == STAGE and name.startswith("_rejects/"))
-    return carries(path, _PAGE_MARK) or (path.name == _SUMMARY_NAME and carries(path, _SUMMARY_MARK))
+    return carries(path, _PAGE_MARK) or (path.name == EXPORT_SUMMARY and carries(path, EXPORT_MARK))
 
 
 def _remove_derived(folder: Path) -> None:

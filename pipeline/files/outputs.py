@@ -11,6 +11,13 @@ from pipeline.files.workspace import read_json_object
 # What an embeddings dataset makes in its folder.
 _OF_DATASETS = re.compile(r"_.*|\..*|parts|state\.json")
 _LOOKED_AT = 2**20  # bytes in which a mark stands, unless the file is a parquet
+# What export_embeddings.py writes beside its parts, and how it is told.
+EXPORT_SUMMARY, EXPORT_MARK = "export.json", '"recall_at_10"'
+
+
+def page_mark(tool: str) -> str:
+    """Return the line in a page's head, by which the tool that wrote it may replace it."""
+    return f'<meta name="generator" content="{tool}">'
 
 
 def check_replaceable(path: Path, mark: str | bytes, inputs: Iterable[Path | None] = (), *, own: str = "") -> None:
