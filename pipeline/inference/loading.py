@@ -63,8 +63,6 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False, model_clas
         if trust_remote_code:
             announce_code(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except InputError:
-        raise
     except _PROBLEMS as error:
         raise _cannot_load(folder, error) from None
     if type(config) not in MODEL_MAPPING or _takes_pictures(config):  # unmapped: it brings its own code

@@ -180,8 +180,9 @@ def identify_model(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in _IDENTITY_SUFFIXES and path.name not in _NO_IDENTITY and path.is_file():
-            size, changed = path.stat().st_size, path.stat().st_mtime_ns
-            digest.update(f"{path.name}\0{size}\0{_digest_once(path, size, changed)}\0".encode())
+            status = path.stat()
+            content = _digest_once(path, status.st_size, status.st_mtime_ns)
+            digest.update(f"{path.name}\0{status.st_size}\0{content}\0".encode())
     return digest.hexdigest()[:16]
 
 

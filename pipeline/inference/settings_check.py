@@ -19,7 +19,7 @@ _LAYERS = re.compile(r"layers?$|depths?$|repeats?$|blocks?$|depth_coefficient$")
 def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
     """Raise InputError for a folder that must not reach transformers; a trusted one may choose code."""
     for path in folder.glob("*.index.json"):
-        check_index(path)
+        read_index(path)
     settings = read_settings(folder / "config.json")
     if not trust_remote_code and (folder / "adapter_config.json").exists():
         raise InputError(f"{folder}: an adapter of another model (adapter_config.json): take the whole model")
@@ -38,15 +38,19 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
                 raise InputError(f"{folder}: {key} in its config.json is over {MOST_LAYERS}: fetch the model again")
 
 
-def check_index(path: Path) -> None:
-    """Raise InputError where an index of weights is damaged or names a file outside its folder."""
+def read_index(path: Path) -> set[str]:
+    """Return the files that an index of weights names.
+
+    Raises InputError where it is damaged or names a file outside its folder.
+    """
     try:
-        names = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        outside = [name for name in names if name != Path(name).name or name == ".."]
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = sorted(name for name in names if name != Path(name).name or name == "..")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({one_line(error)}): fetch it again") from None
     if outside:
         raise InputError(f"{path}: names weights outside its folder ({one_line(outside[0])[:100]}): fetch it again")
+    return names
 
 
 def _chooses_code(key: str, value: Any) -> bool:

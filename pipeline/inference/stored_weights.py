@@ -1,6 +1,5 @@
 """Read the tensors of a model folder's safetensors files one at a time: a backbone may be larger than the memory."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from transformers import AutoModel
 
 from pipeline.errors import InputError, one_line
 from pipeline.inference.loading import find_vision_config
-from pipeline.inference.settings_check import check_index
+from pipeline.inference.settings_check import read_index
 
 # The format's names of the types that weights may have.
 _TYPES = {
@@ -57,8 +56,7 @@ def locate_weights(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     try:
         if index_path.is_file():
-            check_index(index_path)
-            names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(read_index(index_path))
         else:
             names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
         for name in names:
