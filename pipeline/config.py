@@ -286,7 +286,6 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
     """
     path = Path(path)
     tables = read_toml(path)
-    is_old = any(_is_old(section, content) for section, content in tables.items())
     problems = [problem for override in overrides or [] if (problem := apply_override(tables, override))]
     if "file_path" in tables:  # a field of Config, but not a section
         problems.append(f"{path}: [file_path]: unknown section{suggest(list_keys(), 'file_path')}")
@@ -297,7 +296,7 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
         for details in error.errors():
             by_place.setdefault(details["loc"][:2], []).append(details)
         problems += [_describe(path, found) for found in by_place.values()]
-        if is_old:
+        if any(_is_old(section, content) for section, content in read_toml(path).items()):  # without the overrides
             problems.append(
                 f"{path}: has keys of the reference implementation: python -m pipeline.migrate {path} maps them"
             )

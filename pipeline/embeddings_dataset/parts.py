@@ -16,7 +16,7 @@ from pipeline.embeddings_dataset.columns import checksum_tables, list_values
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, PartContent, PartPlan
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
 from pipeline.errors import DamagedError, InputError, StaleOutputError
-from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_provenance, reading, write_parquet
+from pipeline.files.tables import PROVENANCE_KEY, open_parquet, provenance_of, read_provenance, reading, write_parquet
 
 STAGE = "generate_embeddings_from_parquet"
 HASHES_KEY = PROVENANCE_KEY + b".image_hashes"
@@ -125,7 +125,9 @@ def read_part(path: Path) -> Part:
     Raises ForeignError if this project did not write it, DamagedError if it is not as it was written, InputError if it
     cannot be read.
     """
-    provenance = read_provenance(path)
+    with open_parquet(path) as file:
+        footer = file.metadata
+    provenance = provenance_of(footer)
     if provenance is None or provenance.get("stage") != STAGE:
         # A changed byte in a part's footer hides its origin; its rejects then still tell it.
         if is_ours(rejects_beside(path)):
@@ -139,10 +141,8 @@ def read_part(path: Path) -> Part:
         total, *counted = (part.counts[key] for key in ("in", "out", "rejected", "dropped"))
     except (LookupError, TypeError):
         raise DamagedError(f"{path}: damaged (its provenance is incomplete)") from None
-    with open_parquet(path) as file:
-        groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
-    if sum(groups) != counted[0] or min(counted) < 0 or not sum(counted) == total <= plan.num_rows:
-        raise DamagedError(f"{path}: holds {sum(groups)} rows, but says {part.counts} of {plan.num_rows}")
+    if footer.num_rows != counted[0] or min(counted) < 0 or not sum(counted) == total <= plan.num_rows:
+        raise DamagedError(f"{path}: holds {footer.num_rows} rows, but says {part.counts} of {plan.num_rows}")
     return part
 
 

@@ -294,16 +294,19 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
 
     Raises InputError if the file is missing or damaged.
     """
-    metadata = open_parquet(path).metadata.metadata or {}
-    try:
-        content = json.loads(metadata.get(PROVENANCE_KEY, b"null"))
-    except (ValueError, RecursionError):
-        content = None
-    if isinstance(content, dict):
-        return content
-    if warn:
+    found = provenance_of(open_parquet(path).metadata)
+    if found is None and warn:
         logger.warning("%s carries no provenance: taken as it is, its columns and types are checked", path)
-    return None
+    return found
+
+
+def provenance_of(footer: pq.FileMetaData) -> dict[str, Any] | None:
+    """Return the provenance in a parquet's footer, None where there is none."""
+    try:
+        content = json.loads((footer.metadata or {}).get(PROVENANCE_KEY, b"null"))
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def is_complete(path: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:
