@@ -36,13 +36,17 @@ def decode_name(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def reject_second(name: str, first: str) -> Rejection:
+    """Return why an item is rejected where another one was first: that one wins."""
+    return Rejection("duplicate_image_id", "a second member of this name" if first == name else f"{first} comes first")
+
+
 def reject_repeated(key: Hashable, name: str, firsts: dict[Hashable, str]) -> Rejection | None:
-    """Note a name under its key, and return why it is rejected if another one was first: that one wins."""
+    """Note a name under its key, and return why it is rejected if another one was first."""
     if key not in firsts:
         firsts[key] = name
         return None
-    first = firsts[key]
-    return Rejection("duplicate_image_id", "a second member of this name" if first == name else f"{first} comes first")
+    return reject_second(name, firsts[key])
 
 
 def building_id(dataset_id: int, target_id: int) -> str:

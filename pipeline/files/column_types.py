@@ -21,9 +21,10 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return pa.float64() if pa.types.is_floating(kind) else kind
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a type is one of lists, of one length or not."""
-    return bool(pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind))
+def is_list_of(kind: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether a type is one of lists, of one length or not, whose values are read as `wanted` (see `plain_type`)."""
+    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(is_list and plain_type(kind.value_type) == wanted)
 
 
 def convert(path: Path, column: Any, field: pa.Field) -> Any:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.files.column_types import is_list, plain_type
+from pipeline.files.column_types import is_list_of
 from pipeline.files.tables import open_parquet, read_batches
 
 
@@ -90,7 +90,7 @@ def _find(path: Path, name: str, wanted: pa.DataType, remedy: str) -> ListColumn
         raise InputError(f"{path}: column {name} is missing: {remedy}")
     kind = schema.field(index).type
     is_fixed = pa.types.is_fixed_size_list(kind)
-    if not is_list(kind) or plain_type(kind.value_type) != wanted or (is_fixed and kind.list_size == 0):
+    if not is_list_of(kind, wanted) or (is_fixed and kind.list_size == 0):
         what = "whole numbers" if wanted == pa.int64() else "floats"
         raise InputError(f"{path}: column {name} is {kind}, expected lists of one length of {what}: {remedy}")
     width = kind.list_size if is_fixed else None

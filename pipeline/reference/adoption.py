@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.appending import PartStore
+from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.columns import hash_bytes, list_values
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, Outcome, PartPlan, make_content
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, read_batches
@@ -27,7 +28,6 @@ from pipeline.inference.images import check_image
 SAMPLED_PARTS, SAMPLED_ROWS = 8, 4
 # Computing in bfloat16 costs less than this; another model's embeddings lie near 0.
 LEAST_COSINE = 0.999
-NORM_TOLERANCE = 1e-3
 T = TypeVar("T")
 
 

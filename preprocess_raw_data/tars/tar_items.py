@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import Rejection
 from pipeline.files.archive import Member
-from pipeline.ids import reject_repeated
+from pipeline.ids import reject_repeated, reject_second
 from preprocess_raw_data.tars.metadata import SUFFIX, ViewRecord, is_metadata_name, parse_metadata
 
 Reject = tuple[str, Rejection]  # the item's name, and why
@@ -71,8 +71,8 @@ class TarInventory:
         elif item.metadata_name is None:
             item.metadata_name = member.name
             return not item.is_unsafe
-        elif rejection := reject_repeated(member.stem, member.name, {member.stem: item.metadata_name}):
-            self._repeated.append((member.name, rejection))
+        else:
+            self._repeated.append((member.name, reject_second(member.name, item.metadata_name)))
         return False
 
     def add_metadata(self, member: Member, data: bytes) -> None:
@@ -86,8 +86,8 @@ class TarInventory:
     def add_image(self, member: Member, rejection: Rejection | None) -> None:
         """Note an image, in the order of the tar, and why it cannot be used, if so."""
         item = self._find(member)
-        repeated = reject_repeated(member.name, member.name, {image.name: image.name for image in item.images})
-        rejection = rejection or repeated
+        if rejection is None and any(image.name == member.name for image in item.images):
+            rejection = reject_second(member.name, member.name)
         item.images.append(FoundImage(self._num_images, member.name, member.offset, member.size, rejection))
         self._num_images += 1
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline import cli
 from pipeline.embeddings_dataset.columns import check_names
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, InputOptions
 from pipeline.errors import ConfigError
 from pipeline.files.outputs import check_outside_datasets
@@ -127,7 +128,7 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
-    check_names(f"--keep-columns {text}", ["OSMID", "image_bytes", "embedding"], names)
+    check_names(f"--keep-columns {text}", [ID_COLUMN, IMAGE_COLUMN, EMBEDDING_COLUMN], names)
     if "" in names:
         raise argparse.ArgumentTypeError(f"{text!r} must name columns")
     return names

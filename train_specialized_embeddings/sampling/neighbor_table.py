@@ -59,7 +59,7 @@ def load_neighbors(path: Path | None, features: Features) -> Neighbors:
         ("neighbor_bands", "whole numbers", pa.int64()),
     ):
         kind: Any = schema.field(name).type if name in schema.names else None
-        if kind is None or not column_types.is_list(kind) or column_types.plain_type(kind.value_type) != wanted:
+        if kind is None or not column_types.is_list_of(kind, wanted):
             found = kind or "missing"
             raise InputError(f"{path}: column {name} is {found}, expected a list of {what}: run stage 5 again")
     places = pc.fill_null(pc.index_in(keys, value_set=features.image_ids), -1).to_numpy().astype(np.int64)
