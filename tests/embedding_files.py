@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.files import tables
+from preprocess_raw_data import merge_and_split
 from preprocess_raw_data.merging.splits import SPLITS
 
 SIZES = np.random.default_rng(3).integers(1, 6, 60).tolist()
@@ -53,3 +54,13 @@ def place_of(folder, name="merged"):
     """Return the split of every building."""
     splits = read_splits(folder, name)
     return {building: split for split, table in splits.items() for building in table["building_id"].to_pylist()}
+
+
+def stage_3(run_main, config):
+    """Return a function that runs stage 3 with options and with settings written SECTION.KEY=VALUE."""
+
+    def run(*words):
+        options = [word if word.startswith("--") else f"--set={word}" for word in words]
+        return run_main(merge_and_split.main, "--config", config, *options)
+
+    return run

@@ -3,23 +3,16 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from embedding_files import SIZES, make_rows, place_of, read_splits, write
+from embedding_files import SIZES, make_rows, place_of, read_splits, stage_3, write
 
 from pipeline.config import DataSection
 from pipeline.files import tables
-from preprocess_raw_data import merge_and_split
 from preprocess_raw_data.merging.splits import SPLITS, choose_split, name_cells
 
 
 @pytest.fixture
 def stage(tmp_path, write_config, run_main):
-    config = write_config(tmp_path)
-
-    def run(*settings):
-        options = [word if word.startswith("--") else f"--set={word}" for word in settings]
-        return run_main(merge_and_split.main, "--config", config, *options)
-
-    return run
+    return stage_3(run_main, write_config(tmp_path))
 
 
 def test_cells_hold_neighbours_together_by_their_mean_position(tmp_path, stage):

@@ -9,21 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from projectors import make_projector
 
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, PipelineError
 from pipeline.reference.checkpoints import load_checkpoint
 from pipeline.retrieval.checkpoint import build_projector, hash_buildings, save_checkpoint
 from pipeline.retrieval.projector import Projector
-
-
-def make_projector(**arguments: Any) -> Projector:
-    torch.manual_seed(3)
-    projector = Projector(12, **({"output_dim": 5, "hidden_dim": 7} | arguments)).eval()
-    if projector.output is not None:
-        nn.init.normal_(projector.output.weight)
-    return projector
 
 
 def make_content(projector: Projector) -> dict[str, Any]:

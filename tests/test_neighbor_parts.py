@@ -44,6 +44,14 @@ def test_parts_come_back_as_they_were_written(monkeypatch: pytest.MonkeyPatch, t
     assert (np.concatenate([store.read(part, "rows") for part in store.parts]) == rows).all()
 
 
+def search_whole(run_main: Callable, config: Path, output: Path, *options: str) -> bytes:
+    """Return the output of a process that finds all neighbours, and remove it."""
+    assert run_main(main, "--config", config, *options).code == 0
+    whole = output.read_bytes()
+    output.unlink()
+    return whole
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch", "balltree"])
 @pytest.mark.parametrize("num_shards", [2, 3, 7])
 def test_shards_together_give_the_bytes_of_one_process(
@@ -52,9 +60,7 @@ def test_shards_together_give_the_bytes_of_one_process(
     monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 11)
     monkeypatch.setattr(compute_visual_neighbors, "MAX_NEIGHBORS_PER_GROUP", 12 * 7)
     config, output = make_run(draw_table(90))
-    assert run_main(main, "--config", config, "--set", "difficulty.backend=torch").code == 0
-    whole = output.read_bytes()
-    output.unlink()
+    whole = search_whole(run_main, config, output, "--set", "difficulty.backend=torch")
     order = np.random.default_rng(num_shards).permutation(num_shards).tolist()
     for number, index in enumerate(order):
         assert not output.exists()
@@ -75,9 +81,7 @@ def test_parts_searched_together_give_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 11)
     config, output = make_run(draw_table(90))
-    run_main(main, "--config", config)
-    whole = output.read_bytes()
-    output.unlink()
+    whole = search_whole(run_main, config, output)
     monkeypatch.setattr(compute_visual_neighbors, "PARTS_AT_ONCE", {"cpu": 3})
     assert run_main(main, "--config", config).code == 0
     assert output.read_bytes() == whole
@@ -112,9 +116,7 @@ def test_an_interrupted_search_goes_on_from_its_last_part(
 ) -> None:
     monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 10)
     config, output = make_run(draw_table(45))
-    run_main(main, "--config", config)
-    whole = output.read_bytes()
-    output.unlink()
+    whole = search_whole(run_main, config, output)
     made: list[int] = []
     limit = 2
     write = PartStore.write
@@ -140,9 +142,7 @@ def test_an_interrupted_search_goes_on_with_another_number_of_shards(
 ) -> None:
     monkeypatch.setattr(neighbor_parts, "PART_ANCHORS", 10)
     config, output = make_run(draw_table(45))
-    run_main(main, "--config", config)
-    whole = output.read_bytes()
-    output.unlink()
+    whole = search_whole(run_main, config, output)
     assert len(run_main(main, "--config", config, "--shard", "1/2").stdout.splitlines()) == 2
     outcome = run_main(main, "--config", config)
     assert "3 parts made" in outcome.stderr

@@ -2,10 +2,10 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from projectors import make_projector
 from published_models import make_config
 from reference_projector import ReferenceProjector, list_widths
 from torch import nn
@@ -15,17 +15,8 @@ from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError
 from pipeline.reference.checkpoints import load_checkpoint
 from pipeline.retrieval.checkpoint import build_projector
-from pipeline.retrieval.projector import Projector
 from publish_model import convert_to_hf
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
-
-
-def make_projector(**arguments: Any) -> Projector:
-    torch.manual_seed(3)
-    projector = Projector(12, **({"output_dim": 5, "hidden_dim": 7} | arguments)).eval()
-    if projector.output is not None:
-        nn.init.normal_(projector.output.weight)
-    return projector
 
 
 def features(width: int = 12, count: int = 4) -> torch.Tensor:

@@ -77,6 +77,10 @@ class Bench:
         self.num_operations = count_operations(self.output, generate_embeddings_from_parquet.main, self.arguments())
         self.undisturbed = self.read()
 
+    def choose_moments(self, num_operations: int, count: int) -> list[int]:
+        """Return some of a run's file operations, at least one, in their order."""
+        return sorted(self.random.sample(range(1, num_operations + 1), min(num_operations, max(1, count))))
+
     def arguments(self, *more: object, source: Path | None = None, output: Path | None = None) -> list[object]:
         """Return the command line of stage 8."""
         return [

@@ -45,7 +45,7 @@ def overwritten_deletion(bench: Bench, tries: int) -> Iterator[str]:
     bench.finish()
     num_operations = count_operations(bench.output, lambda _: delete(bench), [])
     expected = bench.read()
-    for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries // 10)))):
+    for at in bench.choose_moments(num_operations, tries // 10):
         bench.clear()
         bench.finish()
         expect(take_down(bench, prepare=disturb(bench.output, at, kill)).wait(), -9)
@@ -81,7 +81,7 @@ def takedown_killed(bench: Bench, tries: int) -> Iterator[str]:
     shutil.copytree(bench.output, whole)
     num_operations = count_operations(bench.output, lambda _: delete(bench), [])
     expected = bench.read()
-    for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries)))):
+    for at in bench.choose_moments(num_operations, tries):
         bench.clear()
         shutil.copytree(whole, bench.output)
         expect(take_down(bench, prepare=disturb(bench.output, at, kill)).wait(), -9)
@@ -127,7 +127,7 @@ def overwriting_killed(bench: Bench, tries: int) -> Iterator[str]:
     num_operations = count_operations(
         bench.output, generate_embeddings_from_parquet.main, bench.arguments("--overwrite")
     )
-    for at in sorted(bench.random.sample(range(1, num_operations), min(num_operations - 1, max(1, tries // 4)))):
+    for at in bench.choose_moments(num_operations - 1, tries // 4):
         bench.clear()
         bench.finish()
         old = {name: data for name, data in read_files(bench.output).items() if name.endswith(".parquet")}

@@ -344,7 +344,7 @@ def kill_beside(main: Callable[..., None], *arguments: object, result: str) -> F
         bench.finish()
         num_operations = count_operations(bench.output, main, line)
         expected = read(bench)
-        for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries // 4)))):
+        for at in bench.choose_moments(num_operations, tries // 4):
             bench.finish()
             shutil.rmtree(bench.output / result, ignore_errors=True)
             expect(Run(main, line, disturb(bench.output, at, kill)).wait(), -9)
@@ -375,7 +375,7 @@ def publishing_killed(bench: Bench, tries: int) -> Iterator[str]:
 
     num_operations = count_operations(place, convert_to_hf.main, line)
     expected = read()
-    for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries // 10)))):
+    for at in bench.choose_moments(num_operations, tries // 10):
         shutil.rmtree(place)
         expect(Run(convert_to_hf.main, line, disturb(place, at, kill)).wait(), -9)
         expect(Run(convert_to_hf.main, line).wait(), 0)

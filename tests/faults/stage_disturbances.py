@@ -124,7 +124,7 @@ def overwriting_stages_killed(bench: Bench, tries: int) -> Iterator[str]:
     work = Workspace(bench)
     for stage, (main, folder) in STAGES.items():
         num_operations = count_operations(work.folder, main, work.line("--overwrite"))
-        for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries // 10)))):
+        for at in bench.choose_moments(num_operations, tries // 10):
             expect(Run(main, work.line("--overwrite"), disturb(work.folder, at, kill)).wait(), -9)
             for path in (work.folder / folder).glob("*.parquet"):  # each is the old one or the new one, and whole
                 pq.read_table(path)
@@ -138,7 +138,7 @@ def interrupted_twice(bench: Bench, tries: int) -> Iterator[str]:
     work = Workspace(bench)
     for stage, (main, folder) in STAGES.items():
         num_operations = count_operations(work.folder, main, work.line("--overwrite"))
-        for at in sorted(bench.random.sample(range(1, num_operations + 1), min(num_operations, max(1, tries // 10)))):
+        for at in bench.choose_moments(num_operations, tries // 10):
             shutil.rmtree(work.folder / folder)
             expect(Run(main, work.line(), disturb(work.folder, at, interrupt_twice)).wait(), 130, 0)
             expect(work.run(stage), 0)
