@@ -5,9 +5,9 @@
 Reads the ids, one a line or the column OSMID of a CSV or parquet, and rewrites the parts and rejects that hold one of
 them, each in one piece; state.json counts what is gone. Hashes of the ids are kept in OUTPUT/_deleted/, so that stage 8
 leaves them out too when it makes a part again. Aggregates, exports, search pages, logs and set-aside parts inside
-OUTPUT are removed. Files of others there stay and are named, and the exit code is 1. If an id matches nothing it is 1
-too (0 with --allow-missing); the others are deleted. A rerun resumes an interrupted run. Refused while another process
-writes to the dataset. It writes no log file, which would name ids.
+OUTPUT are removed. Files of others and other datasets there stay and are named, and the exit code is 1. If an id
+matches nothing it is 1 too (0 with --allow-missing); the others are deleted. A rerun resumes an interrupted run.
+Refused while another process writes to the dataset. It writes no log file, which would name ids.
 """
 
 import sys
@@ -52,11 +52,12 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
             raise problem
         logger.warning("%s", problem)
     for path in others:
-        logger.warning("%s: not written by this project: it stays, and may hold the ids", path)
+        whose = "another embeddings dataset" if path.is_dir() else "not written by this project"
+        logger.warning("%s: %s: it stays, and may hold the ids", path, whose)
     if others:
         unknown = PipelineError(
-            f"{dataset.folder}: the ids are gone but for {len(others)} files that this project did not write (named "
-            "above), which may hold them: look at them and move them away"
+            f"{dataset.folder}: the ids are gone but for {len(others)} files or datasets that are not its own (named "
+            "above), which may hold them: delete the ids there too and move them away"
         )
         unknown.result = result
         raise unknown

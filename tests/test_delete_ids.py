@@ -331,7 +331,7 @@ def test_what_was_set_aside_goes_and_what_is_not_ours_stays(delete, tmp_path):
         assert [path.name for path in (output / "_removed").iterdir()] == ["mine"]
         assert (foreign / "with.parquet").exists()
         assert f"{foreign / 'with.parquet'}: not written by this project: it stays" in outcome.stderr
-        assert "the ids are gone but for 1 files that this project did not write" in outcome.stderr.splitlines()[-1]
+        assert "the ids are gone but for 1 files or datasets that are not its own" in outcome.stderr.splitlines()[-1]
     (foreign / "with.parquet").unlink()
     assert delete(output, "way/1").code == 0
 

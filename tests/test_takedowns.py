@@ -1,6 +1,9 @@
 """A takedown is done when no byte is left, and not before it says so."""
 
+import errno
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import pyarrow as pa
@@ -118,6 +121,52 @@ def test_files_of_others_stay_and_are_named(delete, dataset, name):
     path.unlink()
     assert delete(dataset, "way/1").code == 0
     assert holders(dataset, "way/1") == []
+
+
+@pytest.mark.parametrize(
+    "place", ["second", "deep/er", "_exports/mine", "_exports/int8/mine", "_removed/mine", "parts/x"]
+)
+def test_a_second_dataset_inside_is_one_other_and_stays(delete, run_main, dataset, tmp_path, place):
+    """It holds the same ids, and all that tools make, a link and an empty folder too."""
+    second = tmp_path / "apart"
+    shutil.copytree(dataset, second)
+    assert run_main(aggregate_embeddings.main, second).code == 0
+    assert run_main(export_embeddings.main, second, "--export", "int8").code == 0
+    (second / "page.html").write_text(f"<head>{search_embeddings.PAGE_MARK}</head>way/1")
+    write_derived(second)
+    (second / "_exports" / "empty").mkdir()
+    (second / "link").symlink_to(tmp_path)
+    (dataset / place).parent.mkdir(parents=True, exist_ok=True)
+    second = second.rename(dataset / place)
+    before = sorted(second.rglob("*")), read_bytes(second)
+    outcome = delete(dataset, "way/1")
+    assert outcome.code == 1
+    assert f"{second}: another embeddings dataset: it stays, and may hold the ids" in outcome.stderr
+    assert outcome.stderr.count("it stays, and may hold the ids") == 1
+    assert "gone but for 1 files or datasets that are not its own" in outcome.stderr.splitlines()[-1]
+    assert (sorted(second.rglob("*")), read_bytes(second)) == before
+    second = second.rename(tmp_path / "apart")
+    assert holders(dataset, "way/1") == []
+    (second / "link").unlink()
+    assert delete(second, "way/1").code == 0
+    assert holders(second, "way/1") == []
+
+
+def test_a_folder_that_cannot_be_read_stops_a_takedown_before_it_begins(delete, dataset, monkeypatch):
+    closed, listed, before = dataset / "closed", os.scandir, read_bytes(dataset)
+    closed.mkdir()
+
+    def scandir(place):
+        if str(place) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    outcome = delete(dataset, "way/1")
+    monkeypatch.undo()
+    assert outcome.code == 1
+    assert f"error: cannot use {closed} (Permission denied)" in outcome.stderr.splitlines()[-1]
+    assert read_bytes(dataset) == before
 
 
 def test_rejects_whose_part_was_never_written_go(delete, dataset):

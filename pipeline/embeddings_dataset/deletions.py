@@ -1,9 +1,10 @@
 """Delete ids from an embeddings dataset for good: stage 8 leaves out ids with the same hashes too."""
 
 import json
+import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import STAGE, Part, is_ours, list_part_files, read_ids, rejects_beside
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
-from pipeline.files.outputs import EXPORT_MARK, EXPORT_SUMMARY, carries, page_mark
+from pipeline.files.outputs import EXPORT_MARK, EXPORT_SUMMARY, carries, is_dataset, page_mark
 from pipeline.files.tables import open_parquet, read_provenance, write_parquet
 from pipeline.log import logger
 from pipeline.own_folders import remove
@@ -29,6 +30,8 @@ from pipeline.own_folders import remove
 # What is made from a dataset, in the folders for it: the tools' copies, what was set aside, and logs, which name ids.
 _DERIVED = re.compile(r"_aggregated/[^/]+\.parquet|_exports/(float16|int8)/.+|_logs/.+\.log|_removed/\d+/.+")
 _DERIVED_FOLDERS = re.compile(r"(_aggregated|_exports|_logs|_removed)(/.+)?")
+# What was set aside looks like a dataset.
+_SET_ASIDE = re.compile(rf"{set_aside.FOLDER}/\d+")
 # What tells the tools' copies and pages elsewhere in the dataset's folder.
 _COPY_STAGES = ("aggregate_embeddings", "export_embeddings")
 _PAGE_MARK = page_mark("search_embeddings")
@@ -114,13 +117,13 @@ def find_id_type(dataset: EmbeddingsDataset) -> pa.DataType:
 def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]]) -> tuple[int, list[str], list[Path]]:
     """Take ids out for good; return the number of rows deleted, and the listed names that no row has or had.
 
-    The files in its folder that this project did not write come third: they stay, and may hold the ids.
+    What in its folder is not its own comes third: other datasets and files of others stay, and may hold the ids.
     The order comes first and derived data go next, so that a killed run is finished by the next one; the order is done
     when no file holds one of the ids. The caller keeps others out, see `EmbeddingsDataset.held`. Raises PipelineError,
     and deletes nothing, where the dataset holds a link.
     """
     folder, before = dataset.folder, read_order(dataset.folder)
-    links = sorted(path for path in folder.rglob("*") if path.is_symlink())
+    links = [path for path in _walk(folder)[0] if path.is_symlink()]
     if links:
         raise PipelineError(
             f"{links[0]}: a link, and what it leads to may hold the ids: remove it, then run this again"
@@ -149,7 +152,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
         dataset.use_parts(None)
     dataset.update_state(dataset.parts)
     _write_order(folder, replace(order, done=True))
-    others = [path for path, name in _list_files(folder) if not (_is_own(path, name) or _is_derived(path, name))]
+    others = [path for path in _walk(folder)[0] if not (_is_own(folder, path) or _is_derived(folder, path))]
     return num_rows, [name for name, own in hashes.items() if own <= unmatched], others
 
 
@@ -161,24 +164,46 @@ def finish_order(folder: Path) -> None:
         _write_order(folder, replace(order, done=True))
 
 
-def _list_files(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield all that is no folder in a dataset's folder, each with its name from there."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_dir():
-            yield path, path.relative_to(folder).as_posix()
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files and the folders in a dataset's folder; a link and a dataset in it are each one of the files.
+
+    Raises OSError where a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    files, folders = list[Path](), list[Path]()
+    for place, below, names in os.walk(folder, onerror=refuse):
+        files += (Path(place, name) for name in names)
+        closed = [name for name in below if _is_closed(folder, Path(place, name))]
+        files += (Path(place, name) for name in closed)
+        below[:] = [name for name in below if name not in closed]
+        folders += (Path(place, name) for name in below)
+    return sorted(files), sorted(folders)
 
 
-def _is_own(path: Path, name: str) -> bool:
+def _is_closed(folder: Path, place: Path) -> bool:
+    """Whether a folder is a link or another dataset, into which nothing of this one looks."""
+    is_aside = _SET_ASIDE.fullmatch(place.relative_to(folder).as_posix())
+    return place.is_symlink() or (not is_aside and is_dataset(place))
+
+
+def _is_own(folder: Path, path: Path) -> bool:
     """Whether a file is one that the dataset keeps; rejects whose part was never written are not."""
+    name = path.relative_to(folder).as_posix()
     is_orphan = name.startswith("_rejects/") and not rejects_beside(path).exists()
     return bool(_OWN.fullmatch(name)) and not is_orphan
 
 
-def _is_derived(path: Path, name: str) -> bool:
+def _is_derived(folder: Path, path: Path) -> bool:
     """Whether a file was made from the dataset, was set aside or was left by a killed run."""
+    name = path.relative_to(folder).as_posix()
+    if path.is_dir():
+        return False
     if _DERIVED.fullmatch(name) or workspace.is_temporary(path.name):
         return True
-    if _is_own(path, name) or path.is_symlink() or not path.is_file():
+    if _is_own(folder, path) or path.is_symlink() or not path.is_file():
         return False
     with suppress(InputError):  # no parquet
         stage = (read_provenance(path) or {}).get("stage")
@@ -188,11 +213,12 @@ def _is_derived(path: Path, name: str) -> bool:
 
 def _remove_derived(folder: Path) -> None:
     """Remove what was made from the dataset inside its folder, what was set aside, and what killed runs have left."""
-    gone = [path for path, name in _list_files(folder) if _is_derived(path, name)]
+    files, folders = _walk(folder)
+    gone = [path for path in files if _is_derived(folder, path)]
     for path in gone:
         remove(path)
     emptied = {above for path in gone for above in path.parents} - {folder, folder / "parts", folder / "_rejects"}
-    for place in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+    for place in reversed(folders):
         is_made = place in emptied or _DERIVED_FOLDERS.fullmatch(place.relative_to(folder).as_posix())
         if is_made and not any(place.iterdir()):
             remove(place)

@@ -49,12 +49,13 @@ def check_outside_datasets(path: Path, *, own: str = "") -> None:
     place = path.resolve()
     for folder in place.parents:
         name = place.relative_to(folder).parts[0]
-        if name != own and _OF_DATASETS.fullmatch(name) and _is_dataset(folder):
+        if name != own and _OF_DATASETS.fullmatch(name) and is_dataset(folder):
             raise ConfigError(
                 f"{path}: {folder} is an embeddings dataset, and {name} its own: give another path for the output"
             )
 
 
-def _is_dataset(folder: Path) -> bool:
+def is_dataset(folder: Path) -> bool:
+    """Return whether a folder holds an embeddings dataset, begun or complete."""
     has_state = "embedding_version" in read_json_object(folder / "state.json")
     return has_state or ((folder / "parts").is_dir() and (folder / "_rejects").is_dir())
