@@ -1,18 +1,16 @@
 """Geometries by id, and the metadata that make a parquet a GeoParquet 1.1 (https://geoparquet.org/releases/v1.1.0)."""
 
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import shapely
 
 from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import plain_type
 from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
@@ -22,76 +20,31 @@ GEO_KEY = b"geo"
 VERSION = "1.1.0"
 GEOMETRY_COLUMN = "geometry"
 BATCH_ROWS = 65_536
-# OGC's codes of well-known binary.
-WKB_TYPES = {
-    1: "Point", 2: "LineString", 3: "Polygon", 4: "MultiPoint", 5: "MultiLineString", 6: "MultiPolygon",
-    7: "GeometryCollection",
-}  # fmt: skip
-EWKB_Z, EWKB_M, EWKB_SRID, EWKB_FLAGS = 0x80000000, 0x40000000, 0x20000000, 0xE0000000
 WGS_84 = 4326
+_HAS_SRID = 0x20000000  # in the type of PostGIS's extended well-known binary
 
 
-def wkb_type(value: bytes) -> str:
-    """Return a geometry's type as GeoParquet names it, ` Z` for three dimensions.
+def describe_shape(value: bytes, *, in_degrees: bool) -> str:
+    """Return the type of a geometry as GeoParquet names it, ` Z` for three dimensions.
 
-    Raises ValueError if it is not well-known binary, or names another reference system than WGS 84 in itself.
+    Raises ValueError if it is not well-known binary, names another reference system than WGS 84 in itself, or is to be
+    `in_degrees` and has points that are no longitude and latitude.
     """
-    order = "<" if value[:1] == b"\1" else ">"
-    if len(value) < 5 or value[0] > 1:
-        raise ValueError("not well-known binary")
-    (code,) = struct.unpack_from(f"{order}I", value, 1)
-    srid = struct.unpack_from(f"{order}I", value.ljust(9), 5)[0] if code & EWKB_SRID else WGS_84
-    if srid != WGS_84:
-        raise ValueError(f"in the reference system EPSG:{srid}, not in EPSG:{WGS_84} (longitude, latitude)")
-    has_z = bool(code & EWKB_Z) or (code & ~EWKB_FLAGS) // 1000 in (1, 3)
-    kind = WKB_TYPES.get((code & ~EWKB_FLAGS) % 1000)
-    if kind is None:
-        raise ValueError(f"not well-known binary (type {code})")
-    return f"{kind} Z" if has_z else kind
-
-
-def read_points(value: bytes) -> Iterator[NDArray[np.float64]]:
-    """Yield the points of each line, ring and point of a geometry in well-known binary, (N, 2) x and y.
-
-    Raises ValueError, IndexError or struct.error if it is damaged.
-    """
-    place, num_left = 0, 1
-    while num_left:  # the members of a collection stand one after the other
-        num_left -= 1
-        order = "<" if value[place] else ">"
-        (code,) = struct.unpack_from(f"{order}I", value, place + 1)
-        place += 9 if code & EWKB_SRID else 5
-        axes, kind = divmod(code & ~EWKB_FLAGS, 1000)
-        width = 2 + (bool(code & EWKB_Z) or axes in (1, 3)) + (bool(code & EWKB_M) or axes in (2, 3))
-        if kind not in WKB_TYPES:
-            raise ValueError(f"type {code}")
-        count = 1
-        if WKB_TYPES[kind] not in ("Point", "LineString"):
-            (count,) = struct.unpack_from(f"{order}I", value, place)
-            place += 4
-        if kind > 3:
-            num_left += count
-            continue
-        for _ in range(count):
-            num_points = 1
-            if WKB_TYPES[kind] != "Point":
-                (num_points,) = struct.unpack_from(f"{order}I", value, place)
-                place += 4
-            yield np.frombuffer(value, f"{order}f8", num_points * width, place).reshape(-1, width)[:, :2]
-            place += 8 * width * num_points
-
-
-def check_degrees(value: bytes) -> None:
-    """Raise ValueError if a geometry is damaged or has points that are no longitude and latitude in degrees."""
     try:
-        lines = list(read_points(value))
-    except (ValueError, IndexError, struct.error):
-        raise ValueError("not well-known binary") from None
-    for points in lines:
-        outside = (np.abs(points) > (180, 90)).any(axis=1)  # an empty point is NaN
-        if outside.any():
-            x, y = points[outside][0].tolist()
-            raise ValueError(f"at ({x!r}, {y!r}), no longitude and latitude in degrees")
+        shape = shapely.from_wkb(value)
+    except (shapely.errors.GEOSException, NotImplementedError) as error:  # the latter for curves
+        raise ValueError(f"not well-known binary ({one_line(error)})") from None
+    names_system = int.from_bytes(value[1:5], "little" if value[0] else "big") & _HAS_SRID
+    if names_system and shapely.get_srid(shape) != WGS_84:
+        raise ValueError(
+            f"in the reference system EPSG:{shapely.get_srid(shape)}, not in EPSG:{WGS_84} (longitude, latitude)"
+        )
+    points = shapely.get_coordinates(shape)  # (N, 2), an empty point is left out or NaN
+    outside = points[(np.abs(points) > (180, 90)).any(axis=1)]
+    if in_degrees and len(outside):
+        x, y = outside[0].tolist()
+        raise ValueError(f"at ({x!r}, {y!r}), no longitude and latitude in degrees")
+    return f"{shape.geom_type} Z" if shape.has_z else str(shape.geom_type)
 
 
 class GeometryFile:
@@ -145,9 +98,7 @@ class GeometryFile:
                         raise InputError(f"{self.path}: two geometries for {one}: leave one")
         for one, shape in shapes.items():
             try:
-                self._types.add(wkb_type(shape))
-                if "crs" not in self._kept:  # which means degrees
-                    check_degrees(shape)
+                self._types.add(describe_shape(shape, in_degrees="crs" not in self._kept))
             except ValueError as error:
                 raise InputError(
                     f"{self.path}: the geometry of {one} is {error}: write the file again, in EPSG:{WGS_84} (in "
