@@ -27,7 +27,7 @@ from pipeline.files.tables import is_complete, make_provenance, write_parquet
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
-from publish_model.derived.similarity_search import find_nearest, import_faiss
+from publish_model.derived.similarity_search import find_nearest
 
 STAGE = "export_embeddings"
 SCALE_COLUMN = "scale"
@@ -86,7 +86,6 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
 
     Raises InputError for a dataset that cannot be read, StaleOutputError for a copy of another one.
     """
-    import_faiss()
     check_names(f"--export {kind}", [SCALE_COLUMN] if kind == "int8" else [], dataset.schema.names)
     folder = target or dataset.folder / "_exports" / kind
     result = cli.StageResult(STAGE)

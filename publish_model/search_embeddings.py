@@ -24,7 +24,7 @@ from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
 from pipeline.pages import load_templates, shrink, to_data_uri
 from publish_model.derived.dataset_tool import make_tool_parser
-from publish_model.derived.similarity_search import find_nearest, import_faiss
+from publish_model.derived.similarity_search import find_nearest
 from publish_model.embed_images import embed_photographs
 from publish_model.model_folder.published_model import find_model
 from publish_model.new_data.embed_options import add_device_option, add_model_option, whole_number
@@ -59,7 +59,6 @@ def search(arguments: argparse.Namespace) -> None:
     """
     if arguments.html is not None:
         check_replaceable(arguments.html, PAGE_MARK, [arguments.query, arguments.input])
-    import_faiss()
     dataset = EmbeddingsDataset(arguments.output)
     recipe = dataset.recipe
     if not arguments.model_id:

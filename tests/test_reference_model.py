@@ -75,7 +75,6 @@ def dino(tmp_path_factory):
 
 
 def test_search_and_verify_take_its_dataset(run_main, dino, pictures, tmp_path):
-    pytest.importorskip("faiss")
     packaged = write_packaged(tmp_path / "packaged.parquet", PHOTOGRAPHS, OSMID=[f"way/{n}" for n in range(12)])
     embed(dino[0], packaged, tmp_path / "out")
     query = ("--query", pictures / "07.jpg", "--top", 1, "--model-id", dino[0])

@@ -34,8 +34,8 @@ from pipeline.files.tables import open_parquet
 from pipeline.files.workspace import locked, write_json
 from pipeline.log import logger
 
-# Rows that are compared with queries at a time: 64 MiB of 256 float32.
-BLOCK_ROWS = 65_536
+# Rows that are compared with queries at a time: 1,000 queries have 32 MiB of similarities to them.
+BLOCK_ROWS = 8_192
 
 
 def resolve_dataset_dir(output: Path) -> Path:

@@ -21,7 +21,6 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="faults-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Imported once, here, so that a forked run begins at once. Nothing may compute in this process.
-import faiss  # noqa: F401
 import torch  # noqa: F401
 import transformers  # noqa: F401
 from faults import dataset_disturbances, stage_disturbances, tuning_disturbances  # noqa: F401 (their faults)
