@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
-from raw_tars import Entry, draw_view, encode, make_city, make_view, write_tar
+from raw_tars import Entry, draw_view, encode, make_city, make_view, replace_tar, write_tar
 
 from pipeline.files.archive import stream_members
 from preprocess_raw_data import process_tar
@@ -217,7 +217,7 @@ def test_a_tar_that_is_gone_leaves_its_fingerprints_valid(city: Path, run_main: 
 
 def break_tar(config: Path, change: Callable[[list[Entry]], list[Entry]]) -> None:
     """Change the first tar's members after stage 1 has read them."""
-    write_tar(config.parent / "raw" / "0001.tar", change(make_city(1, TARS[1])))
+    replace_tar(config.parent / "raw" / "0001.tar", change(make_city(1, TARS[1])))
 
 
 def test_an_image_that_is_no_longer_in_the_tar_is_rejected(city: Path, run_main: Callable) -> None:

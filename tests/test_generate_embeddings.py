@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from plain_loop import embed_plainly, smallest_cosine
-from raw_tars import draw_view, encode, make_city, make_view, write_tar
+from raw_tars import draw_view, encode, make_city, make_view, replace_tar, write_tar
 
 from generate_embeddings import generate_embeddings
 from pipeline.errors import Terminated
@@ -124,8 +124,7 @@ def test_the_class_token_is_another_embedding_and_refused_as_such(tmp_path, city
     outcome = stage("embedding_model.pooling_type=cls_token")
     assert outcome.code == 1
     assert "pooling_type was 'pooler_output' and is now 'cls_token'" in outcome.stderr.splitlines()[-1]
-    outcome = stage("embedding_model.pooling_type=cls_token", "paths.embeddings_dir=other")
-    assert outcome.code == 0
+    assert stage("embedding_model.pooling_type=cls_token", "paths.embeddings_dir=other").code == 0
     assert read(tmp_path, where="other").schema.equals(read(tmp_path).schema)
 
 
@@ -144,7 +143,7 @@ def test_images_that_are_gone_or_spoiled_since_are_rejected_with_their_reasons(t
     kept = [
         entry if entry.name != spoiled else type(entry)(spoiled, b"\xff\xd8") for entry in entries if entry.name != gone
     ]
-    write_tar(city, kept)
+    replace_tar(city, kept)
     outcome = stage()
     assert outcome.code == 0
     rejects = pq.read_table(tmp_path / "embeddings" / "_rejects" / "0001_embeddings.parquet").to_pylist()
@@ -215,6 +214,7 @@ def test_another_model_or_intermediate_is_refused_by_name(
     (folder / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text() + " ")
     assert "(model was " in stage("embedding_model.model_name=copy").stderr
     make_tar(tmp_path / "raw", 1, (2, 2))
+    assert f"{city}: not the one that 0001.parquet was made from" in stage("--overwrite").stderr
     assert run_main(process_tar.main, "--config", config, "--overwrite").code == 0
     assert "(input 0001.parquet has changed)" in stage().stderr
     assert stage("--overwrite").code == 0
@@ -333,7 +333,7 @@ def test_an_interrupted_tar_is_gone_on_from_with_its_rejects(tmp_path, city, sta
 
     entries = make_city(1, SIZES)
     spoiled = entries[2].name
-    write_tar(city, [entry if entry.name != spoiled else type(entry)(spoiled, b"") for entry in entries])
+    replace_tar(city, [entry if entry.name != spoiled else type(entry)(spoiled, b"") for entry in entries])
     launch = Embedder.launch
     left = [3]
 

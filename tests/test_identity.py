@@ -7,7 +7,7 @@ import tarfile
 
 import pyarrow as pa
 import pytest
-from raw_tars import make_city, write_tar
+from raw_tars import make_city, replace_tar, write_tar
 
 from pipeline.errors import InputError
 from pipeline.files import identity, tables
@@ -171,10 +171,34 @@ def test_a_tar_fetched_again_with_other_metadata_and_the_same_size_is_refused(tm
     assert "0001.parquet: made from other inputs or settings (input 0001.tar has changed)" in outcome.stderr
     fingerprints = run_main(compute_fingerprints.main, "--config", tmp_path / "config.toml")
     assert "0001_fingerprints.parquet: made from other inputs" in fingerprints.stderr
+    source = tmp_path / "intermediates" / "0001.parquet"
+    refused = f"{tar}: not the one that {source.name} was made from: run stage 1 again"
+    assert refused in run_main(compute_fingerprints.main, "--config", tmp_path / "config.toml", "--overwrite").stderr
     assert stages("--overwrite").code == 0
     assert stages().code == 0
-    values = tables.open_parquet(tmp_path / "intermediates" / "0001.parquet").read()["heading"].to_pylist()
+    values = tables.open_parquet(source).read()["heading"].to_pylist()
     assert values == [-91.5] * 5
+
+
+def test_what_was_never_made_is_not_made_of_another_tar_than_stage_1_read(tmp_path, stages, run_main):
+    outputs, tar = tmp_path / "fingerprints", tmp_path / "raw" / "0001.tar"
+    shutil.rmtree(outputs)
+    first = tar.read_bytes()
+    correct_metadata(tar)
+    main, config = compute_fingerprints.main, tmp_path / "config.toml"
+    for _ in range(2):
+        outcome = run_main(main, "--config", config)
+        assert outcome.code == 1
+        assert f"{tar}: not the one that 0001.parquet was made from: run stage 1 again" in outcome.stderr
+        assert not list(outputs.glob("*.parquet"))
+    tar.write_bytes(first)  # at another time
+    assert run_main(main, "--config", config).code == 0
+
+
+def test_an_intermediate_that_names_no_tar_takes_any(tmp_path, stages, run_main):
+    shutil.rmtree(tmp_path / "fingerprints")
+    replace_tar(tmp_path / "raw" / "0001.tar", make_city(1, (3, 2, 2)))
+    assert run_main(compute_fingerprints.main, "--config", tmp_path / "config.toml").code == 0
 
 
 def test_a_copied_or_moved_tar_costs_one_read_and_nothing_is_made_again(tmp_path, stages, monkeypatch):

@@ -176,6 +176,14 @@ class TarUnit(Unit):
         name, is_made = self.tar_path.name, self.intermediate_path.exists()
         return [identify_files(name, {name: self.tar_path}, self.notes, read=is_made)]
 
+    def check_tar(self, provenance: Provenance) -> None:
+        """Raise InputError if the tar is not the one that the intermediate of this provenance was made from."""
+        recorded = {one.get("digest") for one in provenance.get("inputs", [])} - {None}
+        if recorded and any(found["digest"] not in recorded for found in self.identify_tar()):
+            raise InputError(
+                f"{self.tar_path}: not the one that {self.intermediate_path.name} was made from: run stage 1 again"
+            )
+
 
 def list_tar_units(
     stage: Stage,

@@ -26,8 +26,8 @@ def read_intermediate(unit: TarUnit, fields: Iterable[pa.Field], *, with_others:
     """Return columns of a tar's intermediate, `image_path` among them; `with_others` all of them.
 
     The reference's image paths may begin with NNNN/ more or less often than the tar's members do: return the members'
-    names. Raises InputError if the tar or the intermediate is damaged, lacks a column or a value, names an image twice,
-    or has a path that could be either of two members.
+    names. Raises InputError if the tar or the intermediate is damaged, the tar is not the one that it was made from, or
+    it lacks a column or a value, names an image twice, or has a path that could be either of two members.
     """
     source = unit.intermediate_path
     provenance = read_provenance(source, warn=True)
@@ -37,6 +37,7 @@ def read_intermediate(unit: TarUnit, fields: Iterable[pa.Field], *, with_others:
         (twice, _), *_ = Counter(paths).most_common(1)
         raise InputError(f"{source}: image_path {twice} is there twice: make the file again with stage 1")
     if provenance is not None:
+        unit.check_tar(provenance)
         return table
     names = match_members(unit.tar_path, unit.dataset_id, paths)
     num_changed = sum(name != path for name, path in zip(names, paths, strict=True))
