@@ -2,10 +2,9 @@
 
     python publish_model/generate_embeddings_from_parquet.py --input packaged_images.parquet --output embeddings
 
-Reads a parquet of image_bytes and OSMID (is_valid false rows are skipped), a folder of such, or a folder of photographs
-whose paths become the OSMID. Writes OUTPUT/parts/*.parquet with OSMID and embedding, OUTPUT/_rejects/ with the images
-that cannot be read, OUTPUT/state.json and OUTPUT/_logs/. A rerun keeps the parts that are done. Takes no configuration:
-it needs the published model alone.
+Reads a parquet of image_bytes and OSMID (is_valid false rows are skipped), or a folder of such. Writes
+OUTPUT/parts/*.parquet with OSMID and embedding, OUTPUT/_rejects/ with the images that cannot be read, OUTPUT/state.json
+and OUTPUT/_logs/. A rerun keeps the parts that are done. Takes no configuration: it needs the published model alone.
 """
 
 import contextlib
@@ -22,27 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import VERSION, cli
 from pipeline.config import Config
 from pipeline.embeddings_dataset.appending import Appending, PartStore
-from pipeline.embeddings_dataset.columns import hash_bytes
 from pipeline.embeddings_dataset.content import PartContent
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.duplicates import find_duplicates
-from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input, read_photographs
+from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input
 from pipeline.embeddings_dataset.parts import STAGE, plan_parts
-from pipeline.errors import ConfigError, Rejection, StaleOutputError, Terminated
+from pipeline.errors import ConfigError, StaleOutputError, Terminated
 from pipeline.files.units import Unit
-from pipeline.files.workspace import read_json_object, write_json
-from pipeline.ids import decode_name
 from pipeline.inference import launcher
-from pipeline.inference.images import check_image
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
 from pipeline.own_folders import write_failure
 from pipeline.threads import Background
 from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import EmbedOptions, parse
-
-# Tells the times of the photographs that the dataset was made from.
-SEEN_NAME = "_inputs/photographs.json"
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
@@ -70,8 +62,6 @@ def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: Embedd
     begun = None if options.overwrite else dataset.find_begun()
     precision = choose_precision(model, options.dtype, source, begun)
     store = PartStore(dataset, source, model.model_id, model.name_version(precision.mode), precision)
-    if not options.overwrite:
-        check_photographs(store)
     appending = Appending(store, begun, options.shard, options.limit, overwrite=options.overwrite)
     result = cli.StageResult(STAGE)
     has_work = bool(appending.work)
@@ -80,8 +70,6 @@ def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: Embedd
     else:
         appending.begin()
     state = appending.finish()
-    if source.seen:
-        write_json(dataset.folder / SEEN_NAME, {"seen": source.seen})
     (result.written if has_work else result.kept).append(dataset.folder)
     for part in appending.parts.values():
         result.add(part.counts, part.reasons)
@@ -96,31 +84,6 @@ def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: Embedd
     )  # fmt: skip
     result.check_reject_fraction(options.max_reject_fraction, "--max-reject-fraction")
     return result
-
-
-def check_photographs(store: PartStore) -> None:
-    """Raise StaleOutputError for a photograph that has changed since a part was made from it.
-
-    Photographs are read again and compared where their times are not those of the last run.
-    """
-    source, folder = store.source, store.dataset.folder
-    if not source.seen or read_json_object(folder / SEEN_NAME).get("seen") == source.seen:
-        return
-    for part in store.find_parts().values():
-        content, first, changed = part.read_content(), part.plan.first_row, []
-        known, rejected = set(content.image_hashes.tolist()), set(content.rejects.column("row").to_pylist())
-        for row, data in enumerate(read_photographs(source, first, first + part.counts["in"]), first):
-            if row not in rejected and hash_bytes(data or b"") not in known:
-                changed.append(row)
-            elif row in rejected:
-                with contextlib.suppress(Rejection):
-                    check_image(data or b"")
-                    changed.append(row)
-        if len(changed) > part.num_deleted:
-            raise StaleOutputError(
-                f"{source.path / decode_name(source.images[changed[-1]][0])}: has changed since {part.path} was made: "
-                "remove it, and it is made again"
-            )
 
 
 def choose_precision(

@@ -1,8 +1,7 @@
-"""What stage 8 takes beside one parquet file: folders of parquets or photographs; columns to keep; memory."""
+"""What stage 8 takes beside one parquet file: folders of parquets; photographs once packaged; columns; memory."""
 
 import datetime
 import os
-import shutil
 import subprocess
 import sys
 from decimal import Decimal
@@ -11,10 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from package_fixtures import read_package
+from package_fixtures import read_rejects as read_package_rejects
+from package_fixtures import run as run_package
 from published_models import list_parts, make_photographs, read_bytes, read_dataset, read_rejects, write_packaged
 from stage8_fixtures import read_state
 
-from pipeline.embeddings_dataset.packaged_input import open_packaged
+from pipeline.embeddings_dataset.packaged_input import list_data, open_packaged
 from pipeline.files import listing
 from publish_model import verify_embeddings
 
@@ -155,61 +157,31 @@ def photographs(tmp_path):
     return folder
 
 
-def test_the_path_below_the_folder_becomes_the_id(embed, run_main, photographs, tmp_path):
+def test_photographs_are_packaged_first_and_the_path_below_the_folder_becomes_the_id(
+    embed, run_main, photographs, tmp_path
+):
     outcome = embed(photographs, tmp_path / "out")
+    assert (outcome.code, "holds 9 photographs: package them first" in outcome.stderr.splitlines()[-1]) == (1, True)
+    outcome = run_package(run_main, photographs, tmp_path / "packaged", "--max-reject-fraction", 1)
     assert outcome.code == 0
     assert "1 links are passed over" in outcome.stderr
     assert "1 files are not photographs and are passed over (.txt 1), as notes.txt" in outcome.stderr
     names = sorted(
         str(path.relative_to(photographs)) for path in photographs.rglob("*.[jJ]*") if path.name[0] not in ".l"
     )
-    table = read_dataset(tmp_path / "out")
-    assert table["OSMID"].to_pylist() == names
+    assert embed(tmp_path / "packaged", tmp_path / "out").code == 0
+    assert read_dataset(tmp_path / "out")["OSMID"].to_pylist() == names
     assert len(names) == 7
-    reasons = [pq.read_table(path).to_pylist() for path in (tmp_path / "out" / "_rejects").iterdir()]
-    found = {row["OSMID"]: row["reason"] for rows in reasons for row in rows}
-    assert found == {"bad.png": "unreadable_image", "empty.webp": "missing_image"}
-    assert run_main(verify_embeddings.main, tmp_path / "out", "-i", photographs).code == 0
-    packaged = write_packaged(tmp_path / "p.parquet", [(photographs / one).read_bytes() for one in names], OSMID=names)
-    assert embed(packaged, tmp_path / "packaged").code == 0
-    for one, other in zip(table.to_pylist(), read_dataset(tmp_path / "packaged").to_pylist(), strict=True):
-        assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-5)
+    assert read_package_rejects(tmp_path / "packaged") == {
+        "bad.png": "unreadable_image", "empty.webp": "unreadable_image"
+    }  # fmt: skip
+    assert run_main(verify_embeddings.main, tmp_path / "out", "-i", tmp_path / "packaged").code == 0
 
 
-def test_photographs_resume_and_another_photograph_is_another_input(embed, photographs, tmp_path):
-    assert embed(photographs, tmp_path / "out", "--limit", 5).code == 0
-    assert embed(photographs, tmp_path / "out").code == 0
-    assert read_state(tmp_path / "out")["complete"] is True
-    assert embed(photographs, tmp_path / "whole").code == 0
-    assert read_bytes(tmp_path / "whole") == read_bytes(tmp_path / "out")
-    (photographs / "new.jpg").write_bytes(make_photographs(1)[0])
-    assert "made from another input" in embed(photographs, tmp_path / "out").stderr.splitlines()[-1]
-
-
-def test_a_photograph_that_has_changed_is_refused_by_name_and_its_part_made_again(embed, photographs, tmp_path):
-    old, new = (data.ljust(9000, b"\0") for data in make_photographs(9)[-2:])
-    (photographs / "0.jpeg").write_bytes(old)
-    assert embed(photographs, tmp_path / "out").code == 0
-    before = read_bytes(tmp_path / "out")
-    copy = shutil.copytree(photographs, tmp_path / "copy", symlinks=True, copy_function=shutil.copyfile)
-    assert "nothing redone" in embed(copy, tmp_path / "out").stderr
-    assert read_bytes(tmp_path / "out") == before
-    (copy / "0.jpeg").write_bytes(new)
-    os.utime(copy / "0.jpeg", (1_600_000_000, 1_600_000_000))
-    outcome = embed(copy, tmp_path / "out")
-    part = tmp_path / "out" / "parts" / "rg00000_rb00000.parquet"
-    assert (outcome.code, f"{copy}/0.jpeg: has changed since {part} was made: remove it" in outcome.stderr) == (1, True)
-    part.unlink()
-    assert embed(copy, tmp_path / "out").code == 0
-    after = read_bytes(tmp_path / "out")
-    assert {Path(name).name for name in before if before[name] != after[name]} == {part.name}
-    assert "nothing redone" in embed(copy, tmp_path / "out").stderr
-
-
-def test_a_name_that_is_not_utf_8_is_escaped(embed, photographs, tmp_path):
+def test_a_name_that_is_not_utf_8_is_escaped(run_main, photographs, tmp_path):
     (Path(str(photographs)) / b"caf\xe9.jpg".decode("utf-8", "surrogateescape")).write_bytes(make_photographs(1)[0])
-    assert embed(photographs, tmp_path / "out").code == 0
-    assert "caf\\xe9.jpg" in read_dataset(tmp_path / "out")["OSMID"].to_pylist()
+    assert run_package(run_main, photographs, tmp_path / "packaged", "--max-reject-fraction", 1).code == 0
+    assert "caf\\xe9.jpg" in read_package(tmp_path / "packaged")["OSMID"].to_pylist()
 
 
 def test_linked_folders_of_photographs_are_followed_once_and_a_pipe_is_not_waited_for(photographs, tmp_path):
@@ -219,7 +191,7 @@ def test_linked_folders_of_photographs_are_followed_once_and_a_pipe_is_not_waite
     (elsewhere / "back").symlink_to(photographs)
     (photographs / "linked").symlink_to(elsewhere)
     os.mkfifo(photographs / "pipe.jpg")
-    names = [name for name, _ in open_packaged(photographs).images]
+    names = list_data(photographs)[1]
     assert "linked/far.jpg" in names
     assert len(names) == 10
     assert "pipe.jpg" not in names

@@ -195,11 +195,9 @@ def test_hugging_faces_image_column_is_packaged_and_embedded(run_main, embed, tm
     assert "column image cannot be both the id and the image" in other.stderr
 
 
-def test_columns_are_named_only_where_there_are_some(run_main, embed, folder, tmp_path):
+def test_columns_are_named_only_where_there_are_some(run_main, folder, tmp_path):
     outcome = run(run_main, folder, tmp_path / "packaged", "--id-column", "key")
     assert (outcome.code, "belong to an --input of parquets" in outcome.stderr) == (1, True)
-    outcome = embed(folder, tmp_path / "out", "--id-column", "key")
-    assert (outcome.code, "photographs have no columns to keep or to name" in outcome.stderr) == (1, True)
 
 
 def test_a_package_of_parquets_goes_on_in_the_middle_of_a_row_group(run_main, tmp_path, small_files, monkeypatch):

@@ -37,7 +37,7 @@ _COPY_STAGES = ("aggregate_embeddings", "export_embeddings")
 _PAGE_MARK = page_mark("search_embeddings")
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.
 _OWN = re.compile(
-    r"(_adopted/)?state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json|_inputs/photographs\.json"
+    r"(_adopted/)?state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json"
     r"|_logs/submissions/.+|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet"
 )
 

@@ -1,4 +1,4 @@
-"""Read packaged images in read batches, in bounded memory: parquets of image bytes and ids, or photographs."""
+"""Read packaged images, parquets of image bytes and ids, in read batches and in bounded memory."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import take_rows
 from pipeline.errors import DamagedError, InputError, one_line
-from pipeline.files.identity import hash_footer, hash_json, look_at
+from pipeline.files.identity import hash_footer, hash_json
 from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
 from pipeline.files.tables import (
     BATCH_BYTES,
@@ -40,9 +40,6 @@ _KINDS = {
 # Only these tables' own readers know which of their files are live.
 _TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi", "metadata/*.metadata.json": "Iceberg"}
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-# Photographs of one row group, which is what `--shard` deals out.
-IMAGES_PER_GROUP = 1000
-ImageFile = tuple[str, int]  # path below the folder, bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +63,7 @@ class PackagedInput:
     """Packaged images, identified by content (size, schema and footers) and never by path.
 
     `places` holds the file of each row group and its number there, `partitions` the kept columns that a file's folders
-    name (`year=2020/`); a folder of photographs has `images` instead, and `seen` tells their times.
+    name (`year=2020/`).
     """
 
     path: Path
@@ -77,8 +74,6 @@ class PackagedInput:
     row_group_rows: tuple[int, ...]
     places: tuple[tuple[Path, int], ...] = ()
     partitions: Mapping[Path, Mapping[str, pa.Scalar]] = field(default_factory=dict)
-    images: tuple[ImageFile, ...] = ()
-    seen: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -110,7 +105,7 @@ def open_packaged(path: Path, **options: Any) -> PackagedInput:
 
 
 def open_input(options: InputOptions) -> PackagedInput:
-    """Read the footers of a packaged parquet or of a folder of them, or list a folder of photographs.
+    """Read the footers of a packaged parquet or of a folder of them.
 
     Raises InputError naming the file if it is missing, damaged, empty, or a column is missing or of a wrong type.
     """
@@ -118,10 +113,9 @@ def open_input(options: InputOptions) -> PackagedInput:
     kind, names = list_data(path) if path.is_dir() else (PARQUETS, [""])
     if kind == PARQUETS:
         return _open_parquets([path / name for name in names], options)
-    if kind == PHOTOGRAPHS:
-        return _open_photographs(names, options)
-    found = f"{len(names)} tars: package them first" if names else "neither parquet files nor photographs"
-    raise InputError(f"{path}: holds {found}: correct the path")
+    if names:
+        raise InputError(f"{path}: holds {len(names)} {kind}: package them first, with package_images.py")
+    raise InputError(f"{path}: holds no parquet files: correct the path")
 
 
 def list_data(folder: Path) -> tuple[str, list[str]]:
@@ -223,22 +217,6 @@ def _keep_partitions(
     return {key: whole_or_text(column) for key, column in texts.items()}
 
 
-def _open_photographs(names: list[str], options: InputOptions) -> PackagedInput:
-    folder = options.input
-    if options.keep_columns or (options.id_column, options.image_column) != (ID_COLUMN, IMAGE_COLUMN):
-        raise InputError(
-            f"{folder}: photographs have no columns to keep or to name: leave out --keep-columns, --id-column and "
-            "--image-column"
-        )
-    looks = [look_at(folder / name) or [0, 0] for name in names]
-    images = tuple((name, size) for name, (size, _) in zip(names, looks, strict=True))
-    rows = [min(IMAGES_PER_GROUP, len(images) - start) for start in range(0, len(images), IMAGES_PER_GROUP)]
-    schema = pa.schema([(ID_COLUMN, pa.string()), (IMAGE_COLUMN, pa.large_binary())])
-    fingerprint = hash_json([[decode_name(name), size] for name, size in images])
-    size = sum(size for _, size in images)
-    return PackagedInput(folder, options, size, schema, fingerprint, tuple(rows), images=images, seen=hash_json(looks))
-
-
 def _check_columns(
     path: Path, schema: pa.Schema, options: InputOptions, kept: Sequence[str], *, is_mapped: bool
 ) -> None:
@@ -288,9 +266,6 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
 
     Without images this takes seconds for millions of rows. Raises InputError if a file cannot be read.
     """
-    if source.images:
-        yield from _read_photographs(source, row_group, with_images)
-        return
     options, batch_rows = source.options, source.options.read_batch_size
     path, own_group = source.places[row_group]
     columns = [options.id_column, *(name for name in options.keep_columns if name not in source.partitions[path])]
@@ -358,28 +333,6 @@ def _not_text(path: Path, name: str, error: BaseException) -> InputError:
     return InputError(
         f"{path}: column {name}: text that is not UTF-8 ({one_line(error)[:200]}): write it in UTF-8, or as binary"
     )
-
-
-def _read_photographs(source: PackagedInput, row_group: int, with_images: bool) -> Iterator[pa.Table]:
-    """Yield photographs as packaged rows; a file that cannot be read any more has null bytes."""
-    first, num_rows = row_group * IMAGES_PER_GROUP, source.row_group_rows[row_group]
-    for start in range(0, num_rows, source.options.read_batch_size):
-        end = min(start + source.options.read_batch_size, num_rows)
-        names = [decode_name(name) for name, _ in source.images[first + start : first + end]]
-        table = pa.table({ID_COLUMN: pa.array(names, pa.string())})
-        if with_images:
-            images = pa.array(read_photographs(source, first + start, first + end), pa.large_binary())
-            table = table.append_column(IMAGE_COLUMN, images)
-        yield table
-
-
-def read_photographs(source: PackagedInput, start: int, end: int) -> Iterator[bytes | None]:
-    """Yield some photographs; None for a file that cannot be read any more."""
-    for name, _ in source.images[start:end]:
-        try:
-            yield (source.path / name).read_bytes()
-        except OSError:
-            yield None
 
 
 def list_pictures(source: PackagedInput) -> Iterator[bytes]:

@@ -90,7 +90,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--input", "-i", type=Path, required=True, metavar="PATH",
-        help="packaged images (image_bytes, OSMID): a parquet, a folder of them, or a folder of photographs",
+        help="packaged images (image_bytes, OSMID): a parquet, or a folder of them",
     )  # fmt: skip
     add("--no-filter-valid", action="store_false", dest="filter_valid", help="embed rows with is_valid false too")
     add("--read-batch-size", type=whole_number, default=1000, metavar="N", help="rows of a part (1000)")

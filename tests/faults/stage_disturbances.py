@@ -15,6 +15,7 @@ from raw_tars import make_city, write_tar
 
 from generate_embeddings import generate_embeddings
 from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
+from publish_model import package_images
 
 SECTIONS = {"embedding_model": {"model_name": "../backbone"}, "infrastructure": {"device": "cpu", "num_workers": 1}}
 STAGES: dict[int, tuple[Callable[..., None], str]] = {
@@ -94,9 +95,10 @@ def hidden_photographs(bench: Bench, tries: int) -> Iterator[str]:
     def forbid() -> None:
         raise PermissionError(13, "Permission denied", str(place / "below"))
 
-    expect_refusal(bench.embed(source=place, output=output, prepare=disturb(place / "below", 1, forbid)), "below")
-    expect(bench.embed(source=place, output=output), 0)
-    ids = pq.read_table(output / "parts")["OSMID"].to_pylist()
+    arguments = ["--input", place, "--output", output]
+    expect_refusal(Run(package_images.main, arguments, disturb(place / "below", 1, forbid)).wait(), "below")
+    expect(Run(package_images.main, arguments).wait(), 0)
+    ids = pq.read_table(output)["OSMID"].to_pylist()
     if ids != ["0.jpg", "3.jpg", "below/1.jpg", "below/4.jpg", "linked/2.jpg", "linked/5.jpg"]:
         raise Failure(f"photographs are missing or twice there: {ids}")
     yield REFUSED
