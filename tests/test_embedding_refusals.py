@@ -34,7 +34,7 @@ def test_an_input_that_cannot_be_read_is_one_line_and_leaves_nothing_behind(embe
     check_refused(embed(source, tmp_path / "out"), f"{source}: not a readable parquet file")
     empty = tmp_path / "empty"
     empty.mkdir()
-    check_refused(embed(empty, tmp_path / "out"), f"{empty}: holds neither parquet files nor photographs")
+    check_refused(embed(empty, tmp_path / "out"), f"{empty}: holds no parquet files: correct the path")
     write_packaged(source, [])
     check_refused(embed(source, tmp_path / "out"), f"{source}: holds no rows")
     assert not (tmp_path / "out").exists()

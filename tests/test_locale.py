@@ -67,8 +67,8 @@ def test_the_ids_of_photographs_are_their_names_as_utf_8(tmp_path, latin1):
         (tmp_path / name).write_bytes(b"x")
     code = (
         "import sys; from pathlib import Path; from pipeline.ids import decode_name\n"
-        "from pipeline.embeddings_dataset.packaged_input import open_packaged\n"
-        "print(ascii([decode_name(name) for name, _ in open_packaged(Path(sys.argv[1])).images]))"
+        "from pipeline.embeddings_dataset.packaged_input import list_data\n"
+        "print(ascii([decode_name(name) for name in list_data(Path(sys.argv[1]))[1]]))"
     )
     code, stdout, _ = run(latin1, sys.executable, "-c", code, tmp_path)
     assert (code, stdout) == (0, ascii(["Straße.jpg", "caf\\xe9.jpg", "Ж.jpg"]) + "\n")
