@@ -37,7 +37,7 @@ from pipeline.files.units import Unit, keep_complete
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.candidates import IgnoredPairs
-from pipeline.retrieval.features import Features, load_features
+from pipeline.retrieval.features import Features, check_one_run, load_features
 from pipeline.retrieval.scores import Embeddings, normalise_rows, score_queries_twice
 from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatters, whiten_by_pca, whiten_within_class
 from pipeline.stages import STAGES
@@ -77,6 +77,7 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
     from pipeline.retrieval.checkpoint import build_projector, project
 
     train_path, test_path = (config.path("merged_dir") / f"{split}.parquet" for split in ("train", "test"))
+    check_one_run(train_path, test_path)
     features = load_features(test_path)
     if len(features) == len(features.building_ids):
         raise InputError(f"{test_path}: every building has one image, so that nothing can be found: give more images")

@@ -32,6 +32,7 @@ from pipeline.files.tables import make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import read_json_object, writing_folder
 from pipeline.inference.model_files import (
+    compare_embedded,
     embedding_settings,
     identify_model,
     is_within,
@@ -178,16 +179,11 @@ def check_embedded_alike(config: Config, checkpoint: "Checkpoint", backbone_id: 
     """Raise InputError, naming the difference, if the checkpoint was trained on embeddings of another backbone or of
     other settings than are published; a checkpoint of the reference implementation does not say."""
     wanted = {"model": backbone_id, **embedding_settings(config.embedding_model)}
-    found = checkpoint.provenance.get("embedded_with")
-    if not isinstance(found, dict):
-        return
-    compared = set(wanted) | set(found) - {"dtype", "embedding_dtype"}
-    for key in sorted(compared):
-        if found.get(key) != wanted.get(key):
-            raise InputError(
-                f"{checkpoint.path}: trained on embeddings made with {key} {found.get(key)!r}, the configuration says "
-                f"{wanted.get(key)!r}: set [embedding_model] as it was, or run stages 2, 3 and 6 again"
-            )
+    if difference := compare_embedded(checkpoint.provenance.get("embedded_with"), wanted):
+        raise InputError(
+            f"{checkpoint.path}: trained on other embeddings than the configuration's ({difference}): set "
+            "[embedding_model] as it was, or run stages 2, 3 and 6 again"
+        )
 
 
 def check_worth(checkpoint: "Checkpoint", force: bool) -> dict[str, dict[str, float]]:

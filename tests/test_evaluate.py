@@ -32,6 +32,7 @@ from evaluate_embeddings.scores.standalone import EvaluateOptions
 from evaluate_embeddings.scores.tables import describe_verdict, format_metrics_table
 from pipeline.config import load_config
 from pipeline.errors import InputError, PipelineError, StaleOutputError
+from pipeline.files import tables
 from pipeline.retrieval.checkpoint import save_checkpoint
 from pipeline.retrieval.features import load_features
 from pipeline.retrieval.scores import SCORE_KEYS, normalise_rows, score_queries, score_queries_twice, summarize_scores
@@ -262,6 +263,13 @@ def test_an_empty_split_is_an_error(workplace):
 def test_splits_of_two_widths_are_an_error(workplace):
     write_split(workplace.parent, "train", make_table(1, width=WIDTH + 1))
     with pytest.raises(InputError, match=r"train\.parquet: embeddings of 17 numbers, those of test\.parquet have 16"):
+        evaluate(workplace)
+
+
+def test_splits_of_two_runs_are_an_error(workplace):
+    tables.write_parquet(workplace.parent / "merged" / "train.parquet", make_table(1), {"stage": "merge_and_split"})
+    tables.write_parquet(workplace.parent / "merged" / "test.parquet", make_table(2), {"settings": {"seed": 2}})
+    with pytest.raises(InputError, match=r"test\.parquet: not of the same run as train\.parquet"):
         evaluate(workplace)
 
 

@@ -33,6 +33,25 @@ def test_the_doubt_follows_the_training_buildings_where_they_are_named(tmp_path,
     assert found is None if doubt is None else f"Mind: {doubt}" in found
 
 
+@pytest.mark.parametrize(
+    ("embedded_with", "doubt"),
+    [
+        ({"image_size": 448}, "(image_size was 448 and is now 224)"),
+        ({"image_size": 224, "model": "b"}, "(model was 'b' and is now 'a')"),
+        ({"image_size": 224, "dtype": "bfloat16", "embedding_dtype": "float16"}, None),
+        (None, None),
+    ],
+)
+def test_the_doubt_names_the_setting_by_which_the_split_was_embedded_otherwise(tmp_path, embedded_with, doubt):
+    made_by = {"embedded_with": {"model": "a", "image_size": 224, "dtype": "auto", "embedding_dtype": "float32"}}
+    tables.write_parquet(tmp_path / "test.parquet", pa.table({"a": [1]}), made_by)
+    provenance = {"embedded_with": embedded_with and {"model": "a"} | embedded_with}
+    rest = {"trained_on": hash_buildings([])}
+    checkpoint = Checkpoint(Path("a.pt"), {}, {}, provenance=provenance, rest=rest)
+    found = doubt_split(checkpoint, tmp_path / "test.parquet", pa.array(["0001_1"]))
+    assert found == (doubt and f"Mind: a.pt was trained on other embeddings than this split's {doubt}")
+
+
 SEEN = "Mind: checkpoint_best.pt was trained on 2 of the 24 buildings of this split"
 UNKNOWN = "Mind: checkpoint_best.pt does not name its training buildings, and nothing tells if"
 FROM_FILE = "Mind: checkpoint_best.pt does not name its training buildings; the scores hold if"

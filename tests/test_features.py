@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.files.tables import read_batches
+from pipeline.files.tables import make_provenance, read_batches, write_parquet
 from pipeline.retrieval import features
-from pipeline.retrieval.features import load_features
+from pipeline.retrieval.features import check_one_run, load_features
 
 BUILDINGS = ["0001_9", "0001_9", "0001_2", "0002_9", "0002_9", "0001_2"]
 
@@ -79,6 +79,23 @@ def test_a_file_without_provenance_is_taken_and_said_so(tmp_path: Path, caplog: 
     with caplog.at_level("WARNING", "spatial_building_embeddings"):
         load_features(write(tmp_path, make_table()))
     assert "carries no provenance" in caplog.text
+
+
+def test_splits_of_two_runs_of_stage_3_do_not_go_together(tmp_path: Path) -> None:
+    paths = [tmp_path / "train.parquet", tmp_path / "val.parquet"]
+    made_by = make_provenance("merge_and_split", [{"name": "a", "footer": "1"}], {"seed": 1})
+    for path, rows in zip(paths, (4, 6), strict=True):
+        write_parquet(path, make_table(rows), made_by | {"rows": rows})
+    check_one_run(*paths)
+    for changes, difference in (
+        ({"settings": {"seed": 2}}, "seed was 1 and is now 2"),
+        ({"inputs": [{"name": "a", "footer": "2"}]}, "input a has changed"),
+    ):
+        write_parquet(paths[1], make_table(), made_by | changes)
+        with pytest.raises(InputError, match=rf"val\.parquet: not of the same run as train\.parquet \({difference}\)"):
+            check_one_run(*paths)
+    pq.write_table(make_table(), paths[1])
+    check_one_run(*paths)  # it may be anybody's
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])

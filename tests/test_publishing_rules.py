@@ -141,10 +141,10 @@ def test_a_rerun_keeps_the_folder_without_loading_torch(config_file, run_main, r
     [
         ({}, None),
         ({"dtype": "bfloat16"}, None),  # another precision of the same features
-        ({"image_size": 384}, "made with image_size 384, the configuration says 'auto': set"),
-        ({"scales": [224, 384]}, "made with scales [224, 384], the configuration says []: set"),
-        ({"pooling_type": "cls_mean"}, "made with pooling_type 'cls_mean', the configuration says 'pooler_output'"),
-        ({"model": "0123"}, "made with model '0123', the configuration says"),
+        ({"image_size": 384}, "(image_size was 384 and is now 'auto'): set"),
+        ({"scales": [224, 384]}, "(scales was [224, 384] and is now []): set"),
+        ({"pooling_type": "cls_mean"}, "(pooling_type was 'cls_mean' and is now 'pooler_output')"),
+        ({"model": "0123"}, "(model was '0123' and is now "),
     ],
 )
 def test_a_checkpoint_trained_on_embeddings_made_otherwise_is_refused(

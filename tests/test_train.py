@@ -295,9 +295,25 @@ def test_splits_that_cannot_be_trained_on_are_refused_with_a_remedy(workspace: P
     tables.write_parquet(workspace / "merged/val.parquet", make_split(12, 2).slice(0, 0), {})
     with pytest.raises(InputError, match="val.parquet: holds no rows"):
         run(workspace)
+    for split, seed in (("train", 1), ("val", 2)):
+        made_by = {"stage": "merge_and_split", "settings": {"seed": seed}}
+        tables.write_parquet(workspace / f"merged/{split}.parquet", make_split(30, 1), made_by)
+    with pytest.raises(
+        InputError, match=r"val.parquet: not of the same run as train.parquet \(seed was 1 and is now 2"
+    ):
+        run(workspace)
     tables.write_parquet(workspace / "merged/val.parquet", make_split(12, 2, width=13), {})
     with pytest.raises(PipelineError, match="val.parquet: its embeddings have 13 numbers, those of train.parquet 12"):
         run(workspace)
+
+
+def test_validation_buildings_that_are_trained_on_are_counted(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables.write_parquet(workspace / "merged/val.parquet", make_split(12, 1), {})
+    with caplog.at_level("WARNING", "spatial_building_embeddings"):
+        run(workspace)
+    assert f"{workspace}/merged/val.parquet: 12 of its buildings are trained on, which flatter the run" in caplog.text
 
 
 def test_another_input_width_is_refused_naming_both(workspace: Path) -> None:

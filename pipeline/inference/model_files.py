@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, one_line
-from pipeline.files.identity import digest_file
+from pipeline.files.identity import describe_difference, digest_file
 from pipeline.log import logger
 
 # The published model of the tools that take no configuration.
@@ -33,6 +33,19 @@ def embedding_settings(section: EmbeddingModelSection) -> dict[str, Any]:
         "pooling_type": section.pooling_type, "image_size": section.image_size, "scales": sorted(section.scales),
         "flip": section.flip, "trust_remote_code": section.trust_remote_code,
     }  # fmt: skip
+
+
+def compare_embedded(old: Any, new: Any) -> str | None:
+    """Name the first setting in which the settings of two embeddings differ; None if they agree or one is not known.
+
+    Precision is no difference: a projector serves embeddings of any.
+    """
+    both = [
+        {"settings": {key: value for key, value in one.items() if key not in ("dtype", "embedding_dtype")}}
+        for one in (old, new)
+        if isinstance(one, dict)
+    ]
+    return describe_difference(*both) if len(both) == 2 else None
 
 
 def locate_backbone(config: Config, *, download: bool) -> Path | None:

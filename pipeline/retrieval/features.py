@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files import tables
+from pipeline.files.identity import describe_difference
 from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.log import logger
 
@@ -107,6 +108,14 @@ def load_features(path: Path) -> Features:
         target_lat=table["target_lat"].to_numpy(),
         target_lon=table["target_lon"].to_numpy(),
     )
+
+
+def check_one_run(first: Path, second: Path) -> None:
+    """Raise InputError if two splits come from different runs of stage 3; one without provenance may be anybody's."""
+    both = [tables.read_provenance(path) for path in (first, second)]
+    difference = describe_difference(both[0], both[1]) if both[0] and both[1] else None
+    if difference:
+        raise InputError(f"{second}: not of the same run as {first.name} ({difference}): run stage 3 again")
 
 
 def _read_embeddings(column: ListColumn, image_ids: pa.StringArray) -> NDArray[Any]:

@@ -7,18 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 
 from pipeline import own_folders
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables, workspace
-from pipeline.files.identity import describe_difference
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
+from pipeline.inference.model_files import compare_embedded
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.reference.checkpoints import load_checkpoint as load_any_checkpoint
 from pipeline.retrieval.checkpoint import Checkpoint, hash_buildings, load_checkpoint, save_checkpoint
-from pipeline.retrieval.features import Features, load_features, sample_buildings
+from pipeline.retrieval.features import Features, check_one_run, load_features, sample_buildings
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.neighbor_table import Neighbors, load_neighbors
@@ -120,8 +121,7 @@ def read_material(
     warm = None
     if "init_checkpoint" in inputs and saved is None:
         warm = load_any_checkpoint(inputs["init_checkpoint"], config.training_model, input_dim=train.width)
-        both = [{"settings": one.get("embedded_with")} for one in (warm.provenance, provenance)]
-        if all(isinstance(one["settings"], dict) for one in both) and (found := describe_difference(*both)):
+        if found := compare_embedded(*(one.get("embedded_with") for one in (warm.provenance, provenance))):
             raise InputError(
                 f"{warm.path}: trained on other embeddings ({found}): leave out [training].init_checkpoint, or use the "
                 "same embeddings"
@@ -135,7 +135,12 @@ def read_material(
 
 
 def check_splits(inputs: dict[str, Path], train: Features, val: Features, input_dim: int | str) -> None:
-    """Raise InputError where there is nothing to tell apart, PipelineError where the widths do not agree."""
+    """Warn if the splits share buildings.
+
+    Raises InputError where they come from two runs of stage 3 or there is nothing to tell apart, PipelineError where
+    the widths do not agree.
+    """
+    check_one_run(inputs["train"], inputs["val"])
     if len(train.building_ids) < 2:
         raise InputError(f"{inputs['train']}: holds one building, training needs two: give more tars to the split")
     if len(train) == len(train.building_ids):
@@ -150,6 +155,8 @@ def check_splits(inputs: dict[str, Path], train: Features, val: Features, input_
             f"{inputs['val']}: its embeddings have {val.width} numbers, those of {inputs['train'].name} "
             f"{train.width}: run stage 3 again"
         )
+    if shared := int(pc.sum(pc.is_in(val.building_ids, value_set=train.building_ids)).as_py()):
+        logger.warning("%s: %d of its buildings are trained on, which flatter the run", inputs["val"], shared)
 
 
 def make_material(
