@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from published_models import encode, make_picture, publish, read_dataset, write_backbone
+from published_models import encode, make_picture, publish, read_dataset, write_backbone, write_packaged
 
 from publish_model import embed_images, generate_embeddings_from_parquet
 
@@ -30,9 +30,12 @@ def pictures(tmp_path_factory):
 def expected(model, pictures, tmp_path_factory):
     """What stage 8 makes of the same pictures."""
     output = tmp_path_factory.mktemp("output") / "embeddings"
+    packaged = write_packaged(
+        output.parent / "packaged.parquet", [path.read_bytes() for path in sorted(pictures.iterdir())]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEL_ID", str(model))
-        generate_embeddings_from_parquet.main(["--input", str(pictures), "--output", str(output)])
+        generate_embeddings_from_parquet.main(["--input", str(packaged), "--output", str(output)])
     return np.stack(read_dataset(output).column("embedding").to_numpy())
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import Watched, open_browser
+from package_fixtures import run as run_package
 from PIL import Image
 from published_models import read_dataset, write_packaged
 from raw_tars import encode
@@ -94,12 +95,13 @@ def test_of_too_many_images_a_random_sample_is_shown_with_its_own_thumbnails(dat
     assert_shown(dataset, tmp_path / "a.parquet", sorted(rows))
 
 
-def test_a_folder_of_photographs_is_read_by_name_and_gaps_stay_gaps(embed, tmp_path):
+def test_packaged_photographs_are_read_by_name_and_gaps_stay_gaps(embed, run_main, tmp_path):
     (tmp_path / "photos" / "a").mkdir(parents=True)
     for row, name in enumerate(("a/1.jpg", "a/2.jpg", "broken.jpg")):
         (tmp_path / "photos" / name).write_bytes(make_photo(row) if row < 2 else b"\xff\xd8")
-    assert embed(tmp_path / "photos", tmp_path / "o").code == 0
-    write_atlas_table(tmp_path / "o", tmp_path / "photos", tmp_path / "a.parquet")
+    assert run_package(run_main, tmp_path / "photos", tmp_path / "packaged", "--max-reject-fraction", 1).code == 0
+    assert embed(tmp_path / "packaged", tmp_path / "o").code == 0
+    write_atlas_table(tmp_path / "o", tmp_path / "packaged", tmp_path / "a.parquet")
     ids, _, photos = read_table(tmp_path / "a.parquet")
     assert ids == ["a/1.jpg", "a/2.jpg"]
     for row, photo in enumerate(photos):
@@ -119,10 +121,9 @@ def test_no_path_that_the_dataset_names_is_opened(dataset, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../secret.jpg", "pipe.jpg", "link.jpg"])
-def test_ids_and_what_is_no_regular_file_of_the_folder_are_not_opened(embed, tmp_path, run_main, name):
+def test_ids_are_not_opened_as_files(embed, tmp_path, name):
     photos = tmp_path / "photos"
-    photos.mkdir()
-    (photos / "1.jpg").write_bytes(make_photo(1))
+    write_packaged(photos / "1.parquet", [make_photo(1)])
     (tmp_path / "secret.jpg").write_bytes(make_photo(9))
     if name.startswith(("pipe", "link")):
         (photos / name).symlink_to(tmp_path / "secret.jpg") if name[0] == "l" else os.mkfifo(photos / name)
