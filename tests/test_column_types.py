@@ -33,9 +33,11 @@ def test_every_type_that_means_the_same_is_read_as_one(tmp_path, text, whole, po
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        (pa.array([1.0, 2.5]), "column id holds double where int64 is expected"),
-        (pa.array([1.0, 2.0**53]), "a float of 2^53 or more, which may be rounded"),
-        (pa.array([1.0, float("inf")]), "a float of 2^53 or more"),
+        (pa.array([1.0, 2.5]), "column id holds ids as floats, such as 2.5, in which two ids may have become one"),
+        (pa.array([1.0, 2.0**53]), "column id holds ids as floats, such as 9007199254740992.0, in which"),
+        (pa.array([2.0**24], pa.float32()), "column id holds ids as floats, such as 16777216.0, in which"),
+        (pa.array([2.0**53]).dictionary_encode(), "column id holds ids as floats, such as 9007199254740992.0, in"),
+        (pa.array([1.0, float("inf")]), "column id holds ids as floats, such as inf, in which"),
         (pa.array([1, 2**64 - 1], pa.uint64()), "column id holds uint64 where int64 is expected"),
         (pa.array([1.0, None]), "column id has empty values: make it again"),
         (pa.array([1.0, float("nan")]), "column id has empty values: make it again"),

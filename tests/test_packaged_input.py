@@ -102,9 +102,11 @@ def test_a_small_file_whose_dictionary_unfolds_beyond_memory_is_refused(tmp_path
         next(read_batches(open_packaged(tmp_path / "ids.parquet"), 0))
 
 
+@pytest.mark.parametrize("encoded", [False, True])
 @pytest.mark.parametrize("floats_first", [False, True])
-def test_whole_numbers_are_one_column_with_those_that_pandas_made_floats(tmp_path, floats_first):
-    columns = [pa.array([1, 2**60], pa.int64()), pa.array([3.0, None, float("nan")], pa.float64())]
+def test_whole_numbers_are_one_column_with_those_that_pandas_made_floats(tmp_path, floats_first, encoded):
+    floats = pa.array([3.0, None, float("nan")], pa.float64())
+    columns = [pa.array([1, 2**60], pa.int64()), floats.dictionary_encode() if encoded else floats]
     for name, ids in zip("ba" if floats_first else "ab", columns, strict=True):
         table = pa.table({"OSMID": ids, "image_bytes": pa.array([b"x"] * len(ids))})
         pq.write_table(table, tmp_path / f"{name}.parquet")

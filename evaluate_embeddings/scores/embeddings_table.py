@@ -9,10 +9,11 @@ import pyarrow as pa
 from pipeline.embeddings_dataset.dataset import resolve_dataset_dir
 from pipeline.embeddings_dataset.parts import list_part_files
 from pipeline.errors import InputError, one_line
+from pipeline.files.column_types import whole_from_floats
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.listing import is_parquet, list_files
 from pipeline.files.tables import open_parquet, read_batches
-from pipeline.files.text_tables import find_columns, whole_from_floats
+from pipeline.files.text_tables import find_columns
 from pipeline.files.workspace import read_json_object
 from pipeline.log import logger
 from pipeline.retrieval.scores import Embeddings, normalise_rows

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import take_rows
 from pipeline.errors import DamagedError, InputError, one_line
+from pipeline.files.column_types import plain_type, whole_from_floats
 from pipeline.files.identity import hash_footer, hash_json
 from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
 from pipeline.files.tables import (
@@ -27,7 +28,7 @@ from pipeline.files.tables import (
     reading,
     unfolded_bytes,
 )
-from pipeline.files.text_tables import whole_from_floats, whole_or_text
+from pipeline.files.text_tables import whole_or_text
 from pipeline.ids import decode_name
 from pipeline.log import logger
 
@@ -175,7 +176,7 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
             kept = [name for name in options.keep_columns if name not in folder_values[-1]]
             is_mapped = UNMAPPED_KEY not in (metadata.metadata or {})
             _check_columns(file_path, schema, options, kept, is_mapped=is_mapped)
-            if pa.types.is_floating(schema.field(options.id_column).type):
+            if plain_type(schema.field(options.id_column).type) == pa.float64():
                 whole_from_floats(file.read([options.id_column]).column(0), options.id_column, file_path)
         footers.append(hash_footer(file_path))
         schemas.append(schema)
@@ -185,8 +186,8 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
         raise InputError(f"{path}: holds no rows: package images first, or correct the path")
     for name in (options.id_column, options.image_column, VALID_COLUMN, *options.keep_columns):
         types = [str(schema.field(name).type) if name in schema.names else "missing" for schema in schemas]
-        if name == options.id_column:  # read as whole numbers
-            types = ["int64" if kind in ("halffloat", "float", "double") else kind for kind in types]
+        if name == options.id_column:  # floats are read as whole numbers
+            types = ["int64" if re.search("halffloat|float|double", kind) else kind for kind in types]
         first, *others = (re.sub("large_|_view", "", kind) for kind in types)
         for file_path, kind in zip(files[1:], others, strict=True):
             if kind != first:
@@ -322,7 +323,7 @@ def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table
         is_id = name == source.options.id_column
         column = whole_from_floats(column, name, path, quiet=True) if is_id else column
         kind = source.schema.field(name).type
-        if column.type != kind and not (is_id and pa.types.is_floating(kind)):  # large_string beside string
+        if column.type != kind and not (is_id and plain_type(kind) == pa.float64()):  # large_string beside string
             column = column.cast(kind)
         columns[ID_COLUMN if is_id else name] = column
     columns |= {name: pa.repeat(value, table.num_rows) for name, value in source.partitions[path].items()}

@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import InputError, one_line
+from pipeline.log import logger
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -28,19 +30,43 @@ def is_list_of(kind: pa.DataType, wanted: pa.DataType) -> bool:
 
 
 def convert(path: Path, column: Any, field: pa.Field) -> Any:
-    """Return a column in a field's type; whole numbers that pandas made doubles, as one was missing, are whole again.
+    """Return a column in a field's type, whole numbers that are floats as `whole_from_floats` does.
 
     Raises InputError if a value does not fit the type.
     """
+    if field.type == pa.int64():
+        column = whole_from_floats(column, field.name, path, quiet=True)
     try:
-        if plain_type(column.type) == pa.float64() and field.type == pa.int64():
-            column = pc.if_else(pc.is_nan(column), None, column)
-            if (pc.max(pc.abs(column)).as_py() or 0) >= 2**53:
-                raise pa.ArrowInvalid("a float of 2^53 or more, which may be rounded")
         return column.cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         problem = f"{column.type} where {field.type} is expected ({one_line(error)[:200]})"
         raise InputError(f"{path}: column {field.name} holds {problem}: make the file again") from None
+
+
+def whole_from_floats(
+    column: pa.Array | pa.ChunkedArray, name: str, place: Path | str, *, quiet: bool = False
+) -> pa.Array | pa.ChunkedArray:
+    """Return ids that are floats as int64, other ids unchanged: with one id missing pandas makes floats of them all.
+
+    NaN becomes null; a warning says it unless `quiet`. Raises InputError where an id is not whole, or so large that
+    several ids may have become one.
+    """
+    if plain_type(column.type) != pa.float64():
+        return column
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    values = np.asarray(column)
+    present = ~np.isnan(values)
+    limit = 2.0 ** (np.finfo(values.dtype).nmant + 1)  # 2^53 for doubles
+    rounded = present & ~((np.abs(values) < limit) & (values == np.floor(values)))
+    if rounded.any():
+        raise InputError(
+            f"{place}: column {name} holds ids as floats, such as {float(values[rounded][0])!r}, in which two ids may "
+            "have become one: write them anew as text or as int64 (in pandas read them with dtype=str or dtype='Int64')"
+        )
+    if not quiet:
+        logger.warning("%s: column %s holds floats, which are all whole: taken as whole numbers", place, name)
+    return pa.array(np.where(present, values, 0).astype(np.int64), mask=~present)
 
 
 def convert_table(path: Path, table: pa.Table, fields: Iterable[pa.Field]) -> pa.Table:

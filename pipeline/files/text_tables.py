@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.column_types import whole_from_floats
 from pipeline.files.listing import is_parquet
 from pipeline.files.tables import BATCH_BYTES, open_parquet, reading, unfolded_bytes
-from pipeline.log import logger
 
 # The longer marks first: UTF-32's begins with UTF-16's.
 _MARKS = (
@@ -146,27 +145,3 @@ def whole_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
         with contextlib.suppress(pa.ArrowInvalid):  # beyond int64
             return column.cast(pa.int64())
     return column
-
-
-def whole_from_floats(
-    column: pa.Array | pa.ChunkedArray, name: str, place: Path | str, *, quiet: bool = False
-) -> pa.Array | pa.ChunkedArray:
-    """Return ids that are floats as int64, other ids unchanged: with one id missing pandas makes floats of them all.
-
-    NaN becomes null; a warning says it unless `quiet`. Raises InputError where an id is not whole, or so large that
-    several ids may have become one.
-    """
-    if not pa.types.is_floating(column.type):
-        return column
-    values = np.asarray(column)
-    present = ~np.isnan(values)
-    limit = 2.0 ** (np.finfo(values.dtype).nmant + 1)  # 2^53 for doubles
-    rounded = present & ~((np.abs(values) < limit) & (values == np.floor(values)))
-    if rounded.any():
-        raise InputError(
-            f"{place}: column {name} holds ids as floats, such as {float(values[rounded][0])!r}, in which two ids may "
-            "have become one: write them anew as text or as int64 (in pandas read them with dtype=str or dtype='Int64')"
-        )
-    if not quiet:
-        logger.warning("%s: column %s holds floats, which are all whole: taken as whole numbers", place, name)
-    return pa.array(np.where(present, values, 0).astype(np.int64), mask=~present)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pipeline.embeddings_dataset.columns import plain_values, take_rows
 from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.parts import embeddings_of
-from pipeline.files.text_tables import whole_from_floats
+from pipeline.files.column_types import whole_from_floats
 
 Key = tuple[object, ...]
 MEASURED = pa.schema([("num_images", pa.int64()), ("mean_pairwise_similarity", pa.float64())])

@@ -11,8 +11,9 @@ import pyarrow as pa
 from pipeline.embeddings_dataset.columns import is_text, plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
+from pipeline.files.column_types import whole_from_floats
 from pipeline.files.listing import is_parquet
-from pipeline.files.text_tables import read_id_table, reading_text, whole_from_floats
+from pipeline.files.text_tables import read_id_table, reading_text
 from pipeline.log import logger
 
 # Byte-order marks stand inside a list that was put together from several; the other is a web page's.
