@@ -109,7 +109,7 @@ STAGES = {
         ),
         Stage(
             9, "evaluate_embeddings.evaluate", ("merged_dir", "checkpoint_dir"), "report_dir",
-            ("metrics.json", "report.html"), after=(3, 6),
+            ("metrics.json", "report.html"), after=(3, 6), uses_gpu=True,
         ),
     )
 }  # fmt: skip

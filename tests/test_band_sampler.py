@@ -198,12 +198,12 @@ def test_groups_are_whole_buildings_or_even_parts_of_them_each_image_once() -> N
 def test_batches_are_whole_groups_and_no_larger_than_asked_for(batch_size: int) -> None:
     data = make_features()
     groups = BandSampler(data, make_neighbors(data), 5).draw_groups(200)
-    start, firsts = 0, set(groups.firsts.tolist())
+    start, ends = 0, set(groups.ends.tolist())
     for part in groups.split(batch_size):
         assert part.ends[-1] == len(part.rows)
         assert len(part.rows) <= batch_size or len(part.ends) == 1
         assert part.rows.equal(groups.rows[start : start + len(part.rows)])
-        assert {start + first for first in part.firsts.tolist()} <= firsts
+        assert {start + end for end in part.ends.tolist()} <= ends
         start += len(part.rows)
     assert start == len(groups.rows)
 
@@ -217,13 +217,14 @@ def test_each_group_gets_the_negative_of_its_first_image_whatever_the_batches() 
             parts,
             [
                 Groups(
-                    torch.cat([part.rows[part.firsts] for part in parts]),
+                    torch.cat([part.rows[np.append(0, part.ends[:-1])] for part in parts]),
                     np.arange(1, 1 + sum(len(part.ends) for part in parts)),
                 )
             ],
         )
     )
     assert [batch.anchors for batch in batches] == parts
+    assert all((batch.firsts.numpy() == np.append(0, batch.anchors.ends[:-1])).all() for batch in batches)
     assert torch.cat([batch.negatives for batch in batches]).equal(whole.negatives)
     assert batches[0].rows.tolist() == [*parts[0].rows.tolist(), *batches[0].negatives.tolist()]
 

@@ -14,7 +14,7 @@ from projectors import make_projector
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, PipelineError
 from pipeline.reference.checkpoints import load_checkpoint
-from pipeline.retrieval.checkpoint import build_projector, hash_buildings, save_checkpoint
+from pipeline.retrieval.checkpoint import build_projector, hash_buildings, project, save_checkpoint
 from pipeline.retrieval.projector import Projector
 
 
@@ -45,6 +45,17 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     rebuilt = build_projector(found)
     assert not rebuilt.training
     torch.testing.assert_close(rebuilt(features()), projector(features()))
+
+
+def test_rows_are_projected_in_float32_whatever_the_environment_says() -> None:
+    projector, seen = make_projector(), set()
+    projector.shortcut.register_forward_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        project(projector, features().numpy(), torch.device("cpu"))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {"highest"}
 
 
 def test_the_same_content_gives_the_same_bytes_under_any_name(tmp_path: Path) -> None:

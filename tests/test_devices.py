@@ -8,7 +8,13 @@ import torch
 
 from pipeline.errors import DeviceMemoryError
 from pipeline.inference import devices
-from pipeline.inference.devices import halve_until_it_fits, measure_free_memory, needing_memory, share_gpus
+from pipeline.inference.devices import (
+    choose_device,
+    halve_until_it_fits,
+    measure_free_memory,
+    needing_memory,
+    share_gpus,
+)
 from pipeline.log import logging_to
 
 GB = 2**30
@@ -18,11 +24,11 @@ class FakeGpus:
     """Two GPUs of 80 GB, of the first of which 50 are free once torch has given back what it keeps for later."""
 
     def __init__(self, monkeypatch):
-        self.calls, self.kept = [], 20 * GB
+        self.calls, self.kept, self.current = [], 20 * GB, 0
         monkeypatch.setattr(devices, "_own_share", 1.0)
         for name in (
-            "is_available", "device_count", "set_device", "set_per_process_memory_fraction", "empty_cache",
-            "mem_get_info", "memory_reserved",
+            "is_available", "device_count", "current_device", "set_device", "set_per_process_memory_fraction",
+            "empty_cache", "mem_get_info", "memory_reserved",
         ):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
@@ -32,7 +38,11 @@ class FakeGpus:
     def device_count(self):
         return 2
 
+    def current_device(self):
+        return self.current
+
     def set_device(self, number):
+        self.current = number
         self.calls.append(("device", number))
 
     def set_per_process_memory_fraction(self, fraction):
@@ -73,6 +83,13 @@ def test_processes_take_the_gpus_in_turn_and_the_share_is_said(gpus, tmp_path, i
         share_gpus(index, count)
     assert gpus.calls == [("device", gpu), ("fraction", pytest.approx(share))]
     assert f"process {index} of {count}: GPU {gpu}, {share:.2f} of its memory" in (tmp_path / "a.log").read_text()
+
+
+def test_a_process_hands_out_its_own_gpu_by_number(gpus):
+    """A thread begins on GPU 0, so "cuda" alone would be that one there."""
+    share_gpus(1, 2)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_one_process_has_all_of_it(gpus):

@@ -181,9 +181,13 @@ class Kernel(TiledEngine):
         return torch.arange(len(self._points)).flip(0)
 
 
+# Longer than what the warning has room for.
+KERNEL_ERROR = "ptxas exited with error code 127" + " and more" * 40 + ", at the end why"
+
+
 class FailingKernel(Kernel):
     def search(self, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise RuntimeError("ptxas exited with error code 127")
+        raise RuntimeError(KERNEL_ERROR)
 
 
 class LyingKernel(Kernel):
@@ -209,9 +213,11 @@ def test_a_kernel_is_tried_before_it_searches_and_tiles_take_its_place_where_it_
     monkeypatch.setattr(NeighborSearch, "_make_engine", lambda self: kernel(self._points, self._point_codes))
     search = NeighborSearch(points, codes, 20, "torch", CPU)
     assert type(search._engine) is (Kernel if warning is None else TiledEngine)
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(messages) == (warning is not None)
     assert warning is None or re.match(warning, messages[0])
+    whole = [record.getMessage() for record in caplog.records if getattr(record, "file_only", False)]
+    assert [line.endswith(KERNEL_ERROR) for line in whole] == [True] * (kernel is FailingKernel)
     monkeypatch.undo()
     rows, distances = search.find(np.arange(len(points)))
     expected_rows, expected_distances = NeighborSearch(points, codes, 20, "torch", CPU).find(np.arange(len(points)))

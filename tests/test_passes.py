@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from plain_loop import embed_plainly, smallest_cosine
+from published_models import write_kind
 from raw_tars import draw_view, encode
 from test_backbone import PHOTOGRAPHS, embed_ours, make_convnext, make_dinov3
 
@@ -105,6 +106,17 @@ def test_the_blocks_are_what_is_compiled(models, monkeypatch):
     compiled.clear()
     assert compile_blocks(torch.nn.Linear(2, 2)) == 1
     assert compiled == ["Linear"]
+
+
+def test_a_model_of_more_kinds_of_block_than_torch_compiles_is_compiled_as_a_whole(tmp_path, monkeypatch):
+    """Lite0 has 16 blocks of 14 kinds: torch compiled the first 8, and the log said 16."""
+    folder, compile_with = write_kind(tmp_path / "lite0", "lite0")[0], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *rest, **more: compile_with(*rest, backend="eager", **more))
+    torch._dynamo.reset()
+    with logging_to(tmp_path / "a.log"):
+        embedder = Embedder(folder, device="cpu", batch_size=2, compile_model=True)
+    assert embedder.num_graphs == 1
+    assert "compiled 1 blocks as 1 graphs in " in (tmp_path / "a.log").read_text()
 
 
 def test_pictures_travel_together_and_arrive_as_they_were(models, monkeypatch):

@@ -1,14 +1,21 @@
 """The model's input made on a device: the same as the model's own processor makes it, for every family."""
 
+import tarfile
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
+from published_models import write_kind
 from raw_tars import draw_view
+from torchvision.transforms.v2.functional import _geometry as geometry
 
 from pipeline.inference import preprocessing
-from pipeline.inference.pixels import to_pixels
+from pipeline.inference.backbone import Embedder
+from pipeline.inference.pixels import decode_pixels, to_pixels
+from pipeline.inference.precision import measure_cosines
 from pipeline.inference.preprocessing import (
     DEVICE_CHUNK,
     DeviceProcessor,
@@ -83,6 +90,44 @@ def test_each_family_passes_the_probe(family, tmp_path):
     assert isinstance(find_device_processor(tmp_path, processor, CPU), DeviceProcessor)
 
 
+class OtherResizing(DeviceProcessor):
+    """Resizes bytes as floats, as torchvision does on a GPU."""
+
+    def __call__(self, pixels):
+        with patch.object(geometry, "_do_native_uint8_resize_on_cpu", lambda _: False):
+            return super().__call__(pixels)
+
+
+@pytest.mark.parametrize("kind", ["lite0", "dinov3"])
+def test_the_devices_resizing_is_judged_by_the_embeddings(kind, tmp_path, shared_dir):
+    """On 64 photographs the device's way is as near as asked for, or the CPU resizes them."""
+    folder = write_kind(tmp_path / kind, kind)[0]
+    if kind == "dinov3":  # whose processor resizes floats on a CPU too
+        make_processor("dinov3").save_pretrained(folder)
+    photographs = read_photographs(shared_dir, 64)
+    embedder = Embedder(folder, device="cpu")
+    embedder.device_processor = other = OtherResizing(embedder.processor, CPU)
+    with logging_to(tmp_path / "a.log"):
+        embedder._judge_resizing()
+    decoded = [decode_pixels(data) for data in photographs]
+    found = embedder.embed([embedder.decode(data) for data in photographs])
+    expected = embedder.embed([embedder.prepare(pixels) for pixels in decoded])
+    assert measure_cosines(found, expected).min() >= 0.9999
+    assert (embedder.device_processor is None) == (kind == "lite0")
+    if kind == "lite0":  # a fifth of a grey level is too much
+        line = (
+            "pictures are resized on the CPU: on the GPU they differ by 0.19 grey levels on average, and an embedding"
+        )
+        assert line in (tmp_path / "a.log").read_text()
+        assert measure_cosines(embedder.embed(other(decoded)), expected).min() < 0.999
+
+
+def read_photographs(shared_dir, count):
+    with tarfile.open(next(iter(sorted((shared_dir / "data" / "raw").glob("*.tar"))))) as tar:
+        names = [name for name in tar.getnames() if name.endswith(".jpg")][:count]
+        return [tar.extractfile(name).read() for name in names]
+
+
 def test_the_probe_measures_in_grey_levels():
     processor = make_processor("dinov2")
 
@@ -93,13 +138,13 @@ def test_the_probe_measures_in_grey_levels():
     assert measure_difference(processor, lambda pixels: [pixels[0][:, :5].float()], CPU) == float("inf")
 
 
-def test_a_processor_that_differs_on_the_device_is_run_on_the_cpu_and_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing, "measure_difference", lambda *_: 0.7)
+def test_a_processor_that_makes_another_size_on_the_device_is_run_on_the_cpu_and_said(tmp_path):
+    embedder = Embedder(write_kind(tmp_path / "dinov3", "dinov3")[0], device="cpu")
+    embedder.device_processor = lambda pixels: [torch.zeros(3, 5, 5)] * len(pixels)
     with logging_to(tmp_path / "a.log"):
-        assert find_device_processor(tmp_path, make_processor("vit"), CPU) is None
-    line = (tmp_path / "a.log").read_text()
-    assert "pictures are resized on the CPU: " in line
-    assert "differs there by 0.70 grey levels on average" in line
+        embedder._judge_resizing()
+    assert embedder.device_processor is None
+    assert "pictures are resized on the CPU: on the GPU they differ by inf" in (tmp_path / "a.log").read_text()
 
 
 class Homemade:

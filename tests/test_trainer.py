@@ -172,6 +172,32 @@ def test_few_images_are_passed_over_until_there_are_enough_steps() -> None:
     assert 16 <= count_steps(trainer) <= 19  # batches are of whole groups
 
 
+@pytest.mark.parametrize("batch_size", [8, 20])
+def test_places_are_copied_to_the_device_once_a_draw(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    trainer, _ = make_trainer(batch_size=batch_size, anchors_per_epoch=20 * batch_size)
+    monkeypatch.setattr(trainer_module, "_MIN_ANCHORS_PER_DRAW", 1)
+    copies: list[int] = []
+    copy_from, draw = torch.from_numpy, trainer.sampler.add_negatives
+    monkeypatch.setattr(torch, "from_numpy", lambda array: copies.append(len(array)) or copy_from(array))
+    monkeypatch.setattr(trainer.sampler, "add_negatives", lambda *rest: draws.append(len(rest[0])) or draw(*rest))
+    draws: list[int] = []
+    trainer.run_epoch(Progress("train", None))
+    assert sum(draws) >= 20 > len(draws) == len(copies)
+
+
+def test_products_are_in_float32_whatever_the_environment_says() -> None:
+    trainer, _ = make_trainer()
+    seen = set()
+    trainer.projector.shortcut.register_forward_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        trainer.run_epoch(Progress("train", None))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {"highest"}
+
+
 def test_noise_is_drawn_in_units_of_the_spread_within_buildings(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, data = make_trainer()
     spread = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0, 0.0])

@@ -84,6 +84,22 @@ def test_one_pass_sums_up_every_power_of_the_rows(mean: float, monkeypatch: pyte
         assert scatter.input_power == power
 
 
+@pytest.mark.parametrize("pinned", [True, False])
+def test_rows_for_a_gpu_are_written_to_pinned_memory_once(monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
+    """Pinning memory that is there already would copy it."""
+    asked, make = [], torch.empty
+
+    def note(*shape: object, pin_memory: bool, **rest: object) -> torch.Tensor:
+        asked.append(pin_memory)
+        return make(*shape, **rest)
+
+    monkeypatch.setattr(torch, "empty", note)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+    values = np.arange(12, dtype=np.float16).reshape(3, 4)
+    assert whitening.copy_rows(values, pinned=pinned).equal(torch.from_numpy(values))
+    assert asked == [pinned]
+
+
 def test_the_gpus_product_and_numpys_give_the_same_sums() -> None:
     rows, codes = make_rows(300, 40)
     scatter = collect_scatter(rows, codes)

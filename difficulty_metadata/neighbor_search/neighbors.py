@@ -176,6 +176,7 @@ class NeighborSearch:
         except _kernel_errors() as error:
             logger.warning("the GPU's kernel failed in a trial, so torch's tiles search, which is slower: %s",
                            one_line(error)[:300])  # fmt: skip
+            logger.info("the kernel's failure, whole: %s", one_line(error), extra={"file_only": True})
             return False
         tiles = TiledEngine(self._points, self._point_codes, torch.float64)
         expected = self._search(tiles, anchors, num_candidates)

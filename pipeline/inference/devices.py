@@ -21,6 +21,8 @@ NVIDIA_DEVICE = Path("/dev/nvidia0")
 SHARED_MEMORY = 0.9
 # Raised by a failing or missing compiler; torch's own exceptions are RuntimeErrors.
 COMPILE_ERRORS = (RuntimeError, ImportError, OSError, AssertionError, subprocess.SubprocessError)
+# torch compiles a layer's code for so many kinds of layer, and runs any more of them uncompiled (recompile_limit).
+MOST_KINDS = 8
 
 _own_share = 1.0  # this process's share of the GPU's memory
 
@@ -28,6 +30,7 @@ _own_share = 1.0  # this process's share of the GPU's memory
 def choose_device(wanted: str) -> torch.device:
     """Return the device that `auto`, `cpu` or `cuda` stands for on this machine.
 
+    A GPU has its number: without it, a thread that `share_gpus` did not run in would take the first one.
     Raises PipelineError if `cuda` is asked for and there is none.
     """
     available = torch.cuda.is_available()
@@ -37,7 +40,7 @@ def choose_device(wanted: str) -> torch.device:
         logger.warning("a GPU is present but not used: the device is set to cpu")
     if not available and NVIDIA_DEVICE.exists():
         logger.warning("a GPU is present but not used: torch %s cannot use it; see nvidia-smi", torch.__version__)
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if available and wanted != "cpu" else torch.device("cpu")
 
 
 def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -144,10 +147,13 @@ def full_precision(*, tf32: bool = False) -> Iterator[None]:
 def compile_blocks(model: torch.nn.Module) -> int:
     """Mark a model's blocks to be compiled at their first call, and return their number.
 
-    Blocks of one class share the compiled code. A model whose blocks transformers does not name is compiled as a whole.
+    Blocks of one structure share the compiled code. A model whose blocks transformers does not name, or that are of
+    more than MOST_KINDS structures, is compiled as a whole.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names] or [model]
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not 0 < len({str(block) for block in blocks}) <= MOST_KINDS:
+        blocks = [model]
     for block in blocks:
         block.compile(dynamic=False)
     return len(blocks)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files import workspace
-from pipeline.inference.devices import needing_memory
+from pipeline.inference.devices import full_precision, needing_memory
 from pipeline.retrieval.projector import Projector
 
 StateDict = dict[str, torch.Tensor]
@@ -124,7 +124,7 @@ def project(projector: Projector, embeddings: NDArray[np.float32], device: torch
     projector.eval()
     with needing_memory("the projector and a block of images", "or set [infrastructure].device to cpu"):
         projector.to(device)
-        with torch.inference_mode():
+        with torch.inference_mode(), full_precision():  # whatever the environment says: the shortcut centres
             blocks = [
                 # A copy, because torch warns of rows that cannot be written to.
                 projector(torch.from_numpy(np.array(embeddings[start : start + BLOCK_ROWS])).to(device)).cpu()

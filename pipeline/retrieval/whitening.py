@@ -136,12 +136,9 @@ def collect_scatters(
 
     def read(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
         rows, starts = block
-        values = embeddings[rows]
         # A thread copies ahead, so that the device does not wait for rows mapped from disk.
-        copied = torch.from_numpy(np.empty(values.shape, values.dtype))
-        copied = copied.pin_memory() if device.type == "cuda" else copied
-        np.copyto(copied.numpy(), values)
-        return copied, torch.from_numpy(np.diff(np.append(starts, len(values))))
+        copied = copy_rows(embeddings[rows], pinned=device.type == "cuda")
+        return copied, torch.from_numpy(np.diff(np.append(starts, len(copied))))
 
     blocks = _building_blocks(building_codes, max(1, _BLOCK_NUMBERS // embeddings.shape[1]))
     with closing(map_in_order(read, blocks, _READERS, in_flight=_READERS)) as parts:
@@ -150,6 +147,15 @@ def collect_scatters(
             for each in sums:
                 each.add(moved, moved_sizes)
     return [each.finish() for each in sums]
+
+
+def copy_rows(values: NDArray[Any], *, pinned: bool) -> "torch.Tensor":
+    """Return a copy of rows in memory that a GPU can copy from without a wait, if `pinned`."""
+    import torch
+
+    copied = torch.empty(values.shape, dtype=torch.from_numpy(np.empty(0, values.dtype)).dtype, pin_memory=pinned)
+    np.copyto(copied.numpy(), values)
+    return copied
 
 
 class _Sums:

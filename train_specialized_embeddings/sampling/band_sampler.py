@@ -26,11 +26,6 @@ class Groups:
     rows: torch.Tensor  # (T,)
     ends: NDArray[np.int64]  # (G,) where each group ends, on the host
 
-    @property
-    def firsts(self) -> torch.Tensor:
-        """The place of each group's first image, (G,)."""
-        return torch.from_numpy(np.append(0, self.ends[:-1])).to(self.rows.device)
-
     def split(self, size: int) -> list["Groups"]:
         """Cut into parts of whole groups, each of at most `size` images unless a single group has more."""
         parts, group, start = [], 0, 0
@@ -47,6 +42,7 @@ class Batch:
     """The anchors of a step in groups, and a negative for each group's first image."""
 
     anchors: Groups
+    firsts: torch.Tensor  # (G,) the place of each group's first image
     negatives: torch.Tensor  # (G,) rows; where nothing was found, the anchor itself
     bands: torch.Tensor  # (G,) of the negatives, RANDOM_BAND where it may be any image
     found: torch.Tensor  # (G,) bool
@@ -123,8 +119,13 @@ class BandSampler:
         `preference` (P, NUM_BANDS) holds orders of the bands: the groups are cut into P shares, and each share takes
         the first band of its order that is not empty.
         """
-        drawn = self._draw_negatives(torch.cat([part.rows[part.firsts] for part in parts]), preference)
-        columns = (values.split([len(part.ends) for part in parts]) for values in drawn)
+        starts = [np.append(0, part.ends[:-1]) for part in parts]
+        sizes, counts = [len(part.rows) for part in parts], [len(part.ends) for part in parts]
+        # One copy to the device a draw: each is a wait.
+        firsts, begins = self._load(np.stack([np.concatenate(starts), np.repeat(np.cumsum([0, *sizes[:-1]]), counts)]))
+        rows = torch.cat([part.rows for part in parts])
+        drawn = firsts, *self._draw_negatives(rows[begins + firsts], preference)
+        columns = (values.split(counts) for values in drawn)
         return [Batch(*fields) for fields in zip(parts, *columns, strict=True)]
 
     def _draw_negatives(self, anchors: torch.Tensor, preference: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.config import TrainingSection
 from pipeline.errors import PipelineError
+from pipeline.inference.devices import full_precision
 from pipeline.log import Progress, logger
 from pipeline.retrieval.projector import Norm, Projector
 from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch
@@ -69,6 +70,7 @@ class Trainer:
             "optimizer": self.optimizer,
         }  # fmt: skip
 
+    @full_precision()  # of what autocast leaves in float32, whatever the environment says: the shortcut centres
     def run_epoch(self, progress: Progress) -> EpochReport:
         """Train on one epoch's anchors; raise PipelineError where there is no negative or the loss is not a number."""
         self.projector.train()
@@ -150,7 +152,7 @@ class Trainer:
 
     def _find_active(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
         """Tell which banded negatives (G,) are nearer to their anchor than a positive and the margin."""
-        firsts, measure = batch.anchors.firsts, DISTANCES[self.section.triplet_distance]
+        firsts, measure = batch.firsts, DISTANCES[self.section.triplet_distance]
         anchors, positives = embeddings[firsts], embeddings[firsts + 1]
         negatives = embeddings[len(batch.anchors.rows) :]
         return batch.found & (measure(anchors, positives) - measure(anchors, negatives) + self.section.margin > 0)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.inference.devices import full_precision
 from pipeline.log import logger
 from pipeline.retrieval.features import Features, sample_buildings
 from pipeline.retrieval.projector import Projector
@@ -76,7 +77,7 @@ def measure_spread(embeddings: Embeddings) -> float:
 
 def measure_norm(projector: Projector, embeddings: Embeddings, device: torch.device) -> float:
     """Return the mean norm of the first NORM_ROWS images' outputs before they are normalised."""
-    with torch.inference_mode():
+    with torch.inference_mode(), full_precision():
         return float(projector.map(torch.from_numpy(embeddings[:NORM_ROWS]).to(device)).norm(dim=1).mean())
 
 
