@@ -23,10 +23,9 @@ import pyarrow.parquet as pq
 
 from evaluate_embeddings.scores.embeddings_table import to_text
 from pipeline import cli
-from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import embeddings_of
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, embeddings_of
 from pipeline.errors import InputError, PipelineError, Rejection
 from pipeline.inference.images import decode_rgb
 from pipeline.log import Progress, logger, logging_to

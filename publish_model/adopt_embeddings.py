@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 import numpy as np
 
 from pipeline import cli
-from pipeline.embeddings_dataset.appending import PartStore
+from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.errors import InputError, Rejection
@@ -80,7 +80,7 @@ def adopt(arguments: argparse.Namespace) -> cli.StageResult:
         arguments.model_id, download=True, device=arguments.device, trust_remote_code=arguments.trust_remote_code
     )
     dataset = EmbeddingsDataset(arguments.output)
-    store = PartStore(dataset, source, model.model_id, model.name_version("float32"), Precision("float32"))
+    store = Appending(dataset, source, model.model_id, model.name_version("float32"), Precision("float32"))
     adoption = Adoption(store)
     result = cli.StageResult(STAGE)
     if adoption.foreign:

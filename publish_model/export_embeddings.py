@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.columns import check_names
-from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, gather_blocks
-from pipeline.embeddings_dataset.parts import embeddings_of, read_table
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, embeddings_of, read_table
 from pipeline.files.outputs import EXPORT_MARK, EXPORT_SUMMARY, check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, write_parquet
 from pipeline.files.workspace import read_json_object, write_json

@@ -20,12 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import VERSION, cli
 from pipeline.config import Config
-from pipeline.embeddings_dataset.appending import Appending, PartStore
-from pipeline.embeddings_dataset.content import PartContent
+from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.duplicates import find_duplicates
+from pipeline.embeddings_dataset.duplicates import describe_duplicates
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input
-from pipeline.embeddings_dataset.parts import STAGE, plan_parts
+from pipeline.embeddings_dataset.parts import STAGE, PartContent, plan_parts
 from pipeline.errors import ConfigError, StaleOutputError, Terminated
 from pipeline.files.units import Unit
 from pipeline.inference import launcher
@@ -61,8 +60,8 @@ def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: Embedd
     )  # fmt: skip
     begun = None if options.overwrite else dataset.find_begun()
     precision = choose_precision(model, options.dtype, source, begun)
-    store = PartStore(dataset, source, model.model_id, model.name_version(precision.mode), precision)
-    appending = Appending(store, begun, options.shard, options.limit, overwrite=options.overwrite)
+    appending = Appending(dataset, source, model.model_id, model.name_version(precision.mode), precision)
+    appending.find_work(begun, options.shard, options.limit, overwrite=options.overwrite)
     result = cli.StageResult(STAGE)
     has_work = bool(appending.work)
     if has_work:
@@ -74,7 +73,7 @@ def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: Embedd
     for part in appending.parts.values():
         result.add(part.counts, part.reasons)
     if has_work and state["complete"]:
-        for line in find_duplicates([dataset.path_of(name) for name in store.plans]).describe():
+        for line in describe_duplicates([dataset.path_of(name) for name in appending.plans]):
             logger.warning("%s", line)
     logger.info(
         "dataset: %d of %d parts, %d of %d rows done, %s", state["parts_done"], state["parts_total"],
@@ -107,31 +106,31 @@ def make_missing_parts(
     Two or three read batches are held at a time. Raises InputError if the input ends before the place that its footer
     names.
     """
-    watch, store = EngineWatch(), appending.store
+    watch = EngineWatch()
     with watch.measure("load"):
-        from publish_model.new_data.batch_embedding import BatchEmbedder, ReadBatch
+        from publish_model.new_data.batch_embedding import ReadBatch, embed_batches
 
-        embedder = BatchEmbedder(load(str(store.recipe["precision"])), store.source, watch)
+        embedder = load(str(appending.recipe["precision"]))
     appending.begin(embedder.width)  # a model that cannot be used has failed by now, and has left nothing behind
     rows_kept, rows = appending.num_rows
     batches = (ReadBatch(plan, table) for plan, table in appending.read_missing())
 
     def write(batch: ReadBatch, content: PartContent) -> None:
         with watch.measure("write"):
-            appending.store.write_part(batch.plan, content)
+            appending.write_part(batch.plan, content)
         progress.advance(batch.table.num_rows)
 
     try:
         with (
             Progress(STAGE, rows_kept + rows, interval_seconds=progress_interval_seconds) as progress,
             contextlib.closing(Background()) as writer,
-            contextlib.closing(embedder.embed_each(batches)) as parts,
+            contextlib.closing(embed_batches(embedder, appending.source, batches, watch)) as parts,
         ):
             progress.resume_at(rows_kept)
             for batch, content in parts:
                 writer.submit(partial(write, batch, content))
     except (KeyboardInterrupt, Terminated):
-        store.write_state()
+        appending.write_state()
         raise
     return watch
 

@@ -27,8 +27,8 @@ import pyarrow as pa
 
 from pipeline import cli, own_folders
 from pipeline.config import count_cores
-from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, InputOptions
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import InputError, Rejection, StaleOutputError
 from pipeline.files import workspace
 from pipeline.files.identity import hash_json, look_at

@@ -18,7 +18,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.embeddings_dataset import set_aside
 from pipeline.embeddings_dataset.checks import Findings, check_dataset
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.parts import count_rows
@@ -93,7 +92,7 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
         logger.info("%s: %s", dataset.folder, done)
         return
     if repairing:
-        set_aside.move(dataset.folder, sorted(findings.broken))
+        dataset.set_aside(sorted(findings.broken))
         dataset.update_state(findings.sound)
         logger.info("%s: %d broken files set aside: run stage 8 again", dataset.folder, len(findings.broken))
     if findings.foreign:

@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.content import PartContent, PartPlan
-from pipeline.embeddings_dataset.parts import count_rows, read_part, write_part
+from pipeline.embeddings_dataset.parts import PartContent, PartPlan, count_rows, read_part, write_part
 
 WIDTH = 8
 VERSION = "0123456789abcdef"

@@ -27,7 +27,7 @@ SCRIPT = "publish_model/generate_embeddings_from_parquet.py"
 def test_a_rerun_is_a_no_op_and_loads_no_model(embed, packaged, tmp_path, monkeypatch):
     embed(packaged, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
-    monkeypatch.setattr("publish_model.new_data.batch_embedding.BatchEmbedder.__init__", None)
+    monkeypatch.setattr("publish_model.new_data.batch_embedding.embed_batches", None)
     outcome = embed(packaged, tmp_path / "out")
     assert outcome.code == 0
     assert outcome.stdout == ""

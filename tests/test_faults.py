@@ -38,11 +38,11 @@ def test_a_loss_is_noticed(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'faults')!r})\n"
         "import run\n"
         "from pipeline.embeddings_dataset import appending as stage\n"
-        "plain = stage.Appending.__init__\n"
+        "plain = stage.Appending.find_work\n"
         "def begin_blindly(appending, *arguments, **options):\n"
         "    plain(appending, *arguments, **options)\n"
         "    appending.work = {} if appending.parts else appending.work\n"
-        "stage.Appending.__init__ = begin_blindly\n"
+        "stage.Appending.find_work = begin_blindly\n"
         "sys.argv = ['run.py', '--tries', '1', '--only', 'input that changes']\n"
         "sys.exit(run.main())\n"
     )

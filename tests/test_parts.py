@@ -10,11 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.embeddings_dataset import dataset as dataset_module
-from pipeline.embeddings_dataset.appending import Appending, PartStore
-from pipeline.embeddings_dataset.content import PartContent, PartPlan
+from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, resolve_dataset_dir
 from pipeline.embeddings_dataset.packaged_input import InputOptions, PackagedInput
-from pipeline.embeddings_dataset.parts import plan_parts, read_part
+from pipeline.embeddings_dataset.parts import PartContent, PartPlan, plan_parts, read_part
 from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.ids import Shard
@@ -35,11 +34,11 @@ def source(tmp_path):
 
 def make_appending(folder, source, *, model="model", model_id="the/model", begin=True, dtype="float32"):
     dataset = EmbeddingsDataset(folder)
-    store = PartStore(dataset, source, model_id, name_version(model, "pooler_output", dtype), Precision(dtype))
-    appending = Appending(store, dataset.find_begun(), Shard(), None, overwrite=False)
+    appending = Appending(dataset, source, model_id, name_version(model, "pooler_output", dtype), Precision(dtype))
+    appending.find_work(dataset.find_begun(), Shard(), None, overwrite=False)
     if begin:
         appending.begin()
-    return store if begin else appending, plan_parts(source)
+    return appending, plan_parts(source)
 
 
 def make_content(plan, rejected=0, skipped=0):

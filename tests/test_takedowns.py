@@ -12,8 +12,8 @@ import pytest
 from embedded_datasets import unit_rows, write_dataset
 from published_models import list_parts, read_bytes, read_dataset
 
-from pipeline.embeddings_dataset import deletions, parts, set_aside
-from pipeline.embeddings_dataset.appending import PartStore
+from pipeline.embeddings_dataset import deletions, parts
+from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.columns import hash_ids
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import open_packaged
@@ -177,7 +177,7 @@ def test_rejects_whose_part_was_never_written_go(delete, dataset):
 
 def test_an_overwriting_run_killed_before_its_first_part_leaves_the_ids_deletable(delete, embed, dataset, tmp_path):
     write_derived(dataset)
-    set_aside.move_all(EmbeddingsDataset(dataset))
+    EmbeddingsDataset(dataset).set_all_aside()
     assert not list_parts(dataset)
     assert delete(dataset, "way/777").code == 1
     assert (dataset / "_removed" / "2" / "parts").is_dir()
@@ -291,7 +291,7 @@ def test_the_order_is_read_before_each_part_is_written(delete, dataset):
     assert "way/1" in content.embedded["OSMID"].to_pylist()
     assert delete(dataset, "way/1").code == 0
     source = open_packaged(dataset.parent / "in.parquet", read_batch_size=part.recipe["read_batch_size"])
-    store = PartStore(EmbeddingsDataset(dataset), source, "m", "v", Precision("float32"))
+    store = Appending(EmbeddingsDataset(dataset), source, "m", "v", Precision("float32"))
     store.write_part(part.plan, content)
     assert holders(dataset, "way/1") == []
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.embeddings_dataset import set_aside
-from pipeline.embeddings_dataset.content import PartContent, PartPlan
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.deletions import finish_order, read_order
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, read_batches
 from pipeline.embeddings_dataset.parts import (
     STAGE,
     Part,
+    PartContent,
+    PartPlan,
     count_rows,
     list_part_files,
     plan_parts,
@@ -30,10 +30,11 @@ from pipeline.inference.precision import Precision
 from pipeline.log import logger
 
 
-class PartStore:
-    """The parts of a dataset that is made from one input by one model; several processes may write at once.
+class Appending:
+    """The parts of a dataset that is made from one input by one model, and the `work` that one run has with them.
 
-    Nothing is counted on the way: the state adds up the parts' own counts, so it is right whoever finishes last.
+    Several processes may write at once. Nothing is counted on the way: the state adds up the parts' own counts, so it
+    is right whoever finishes last.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class PartStore:
             "input_path": source.path.resolve().name, "model_id": folder.name if folder.is_dir() else model_id,
             **self.recipe, **noted, "rows_total": source.num_rows, "parts_total": len(self.plans),
         }  # fmt: skip
-        self._known: dict[str, tuple[tuple[int, ...], Part | None]] = {}
+        self.parts: dict[str, Part] = {}  # this run's, as they are there
+        self.work: dict[int, list[PartPlan]] = {}  # the parts to make by row group
 
     def check(self, found: dict[str, Any], where: Path) -> None:
         """Raise StaleOutputError naming the first thing in which what is there was made otherwise."""
@@ -91,42 +93,22 @@ class PartStore:
         rejects = {path.name for path in (self.dataset.folder / "_rejects").glob("rg*.parquet")}
         parts = {}
         for name in found.keys() if names is None else found.keys() & set(names):
-            if self._known.get(name, (None,))[0] != found[name]:
-                self._known[name] = found[name], self._read_part(self.plans[name])
-            part = self._known[name][1]
-            if part is not None and name in rejects:
+            path = self.dataset.path_of(name)
+            try:
+                part = read_part(path)
+            except DamagedError:
+                logger.warning("%s: damaged: it is made again", path)
+                continue
+            self.check(part.recipe, path)
+            if part.plan != self.plans[name]:
+                logger.warning("%s: holds another part's rows: it is made again", path)
+            elif name in rejects:
                 parts[name] = part
         return parts
-
-    def _read_part(self, plan: PartPlan) -> Part | None:
-        """Return a part, None where it is damaged or lies under another's name."""
-        path = self.dataset.path_of(plan.name)
-        try:
-            part = read_part(path)
-        except DamagedError:
-            logger.warning("%s: damaged: it is made again", path)
-            return None
-        self.check(part.recipe, path)
-        if part.plan != plan:
-            logger.warning("%s: holds another part's rows: it is made again", path)
-            return None
-        return part
 
     def write_part(self, plan: PartPlan, content: PartContent) -> None:
         """Write a part and its rejects, without deleted ids."""
         write_part(self.dataset.folder, plan, read_order(self.dataset.folder).apply(content), self._made_from)
-
-    def create_state(self) -> None:
-        """Write the first state unless another process has just done so.
-
-        Raises StaleOutputError where the other process has begun a dataset of another recipe.
-        """
-        path = self.dataset.state_path
-        if self.dataset.state is None and path.exists():  # damaged
-            self.dataset.update_state((), self._first_state)
-        elif self.dataset.state is None:
-            write_json_once(path, self._first_state | count_rows(()) | {"complete": False})
-        self.check(self.dataset.state or self.recipe, self.dataset.folder)
 
     def write_state(self) -> dict[str, Any]:
         """Write `state.json` from the counts of the parts, and return it.
@@ -140,29 +122,21 @@ class PartStore:
             if list_part_files(self.dataset.folder) == listed:
                 return state
 
-
-class Appending:
-    """The parts that one run of stage 8 makes."""
-
-    def __init__(
-        self, store: PartStore, begun: dict[str, Any] | None, shard: Shard, limit: int | None, *, overwrite: bool
-    ) -> None:
-        """Find the parts that are missing from a dataset (see `find_begun`); nothing is written before `begin`.
+    def find_work(self, begun: dict[str, Any] | None, shard: Shard, limit: int | None, *, overwrite: bool) -> None:
+        """Find the parts of a shard that are missing (see `find_begun`); nothing is written before `begin`.
 
         Raises StaleOutputError, naming the difference, where the dataset is of another recipe or not ours,
         PipelineError where a deletion of ids was interrupted. With `overwrite` neither matters.
         """
-        self.store, self.dataset = store, store.dataset
-        self._limit, self._overwrite = limit, overwrite
+        folder, self._limit, self._overwrite = self.dataset.folder, limit, overwrite
         if begun is not None and not overwrite:
-            store.check(begun, self.dataset.folder)
-        if not (overwrite or read_order(self.dataset.folder).done):
-            remedy = "run delete_ids.py again first" if list_part_files(self.dataset.folder) else "give --overwrite"
-            raise PipelineError(f"{self.dataset.folder}: a deletion of ids was interrupted: {remedy}")
-        row_groups = set(shard.take(list(range(len(store.source.row_group_rows)))))
-        self._own = {name: plan for name, plan in store.plans.items() if plan.row_group in row_groups}
-        self.parts = {} if overwrite else store.find_parts(self._own)
-        self.work: dict[int, list[PartPlan]] = {}  # the parts to make by row group
+            self.check(begun, folder)
+        if not (overwrite or read_order(folder).done):
+            remedy = "run delete_ids.py again first" if list_part_files(folder) else "give --overwrite"
+            raise PipelineError(f"{folder}: a deletion of ids was interrupted: {remedy}")
+        row_groups = set(shard.take(list(range(len(self.source.row_group_rows)))))
+        self._own = {name: plan for name, plan in self.plans.items() if plan.row_group in row_groups}
+        self.parts = {} if overwrite else self.find_parts(self._own)
         for name, plan in self._own.items():
             if plan.rows_within(limit) > (self.parts[name].counts["in"] if name in self.parts else 0):
                 self.work.setdefault(plan.row_group, []).append(plan)
@@ -189,32 +163,35 @@ class Appending:
                     f"{folder}: about {needed / 1e9:.1f} GB are needed beside the dataset that is to be overwritten, "
                     f"and {free / 1e9:.1f} GB are free: free some, or remove the dataset yourself"
                 )
-            set_aside.move_all(self.dataset)
+            self.dataset.set_all_aside()
             finish_order(folder)
-        self.store.create_state()
+        if self.dataset.state is None and self.dataset.state_path.exists():  # damaged
+            self.dataset.update_state((), self._first_state)
+        elif self.dataset.state is None:  # unless another process has just written it
+            write_json_once(self.dataset.state_path, self._first_state | count_rows(()) | {"complete": False})
+        self.check(self.dataset.state or self.recipe, folder)
 
     def read_missing(self) -> Iterator[tuple[PartPlan, pa.Table]]:
         """Yield the rows of each missing part, row group by row group.
 
         Raises InputError if the input ends before the place that its footer names.
         """
-        source = self.store.source
         for row_group, plans in self.work.items():
             wanted = {plan.read_batch: plan for plan in plans}
-            for read_batch, table in enumerate(read_batches(source, row_group)):
+            for read_batch, table in enumerate(read_batches(self.source, row_group)):
                 plan = wanted.pop(read_batch, None)
                 if plan is not None:
                     yield plan, table.slice(0, plan.rows_within(self._limit))
                 if not wanted:
                     break
             if wanted:
-                raise InputError(f"{source.path}: row group {row_group} ends too early: fetch the file again")
+                raise InputError(f"{self.source.path}: row group {row_group} ends too early: fetch the file again")
 
     def finish(self) -> dict[str, Any]:
         """Write the state and return it; what was set aside goes once the dataset is complete."""
         if self.work:
-            self.parts = self.store.find_parts(self._own)
-        state = self.store.write_state()
+            self.parts = self.find_parts(self._own)
+        state = self.write_state()
         if state["complete"]:
-            set_aside.discard(self.dataset.folder)
+            self.dataset.discard_set_aside()
         return state

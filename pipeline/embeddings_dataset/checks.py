@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.embeddings_dataset.columns import checksum_tables, list_values
-from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, PartContent
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, is_foreign_state
 from pipeline.embeddings_dataset.deletions import DeletionOrder, read_order
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
 from pipeline.embeddings_dataset.parts import (
+    EMBEDDING_COLUMN,
     ForeignError,
     Part,
+    PartContent,
     count_rows,
     embeddings_of,
     list_part_files,

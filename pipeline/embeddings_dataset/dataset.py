@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import list_values
-from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.packaged_input import (
     ID_COLUMN,
     IMAGE_COLUMN,
@@ -20,6 +19,7 @@ from pipeline.embeddings_dataset.packaged_input import (
     read_batches,
 )
 from pipeline.embeddings_dataset.parts import (
+    EMBEDDING_COLUMN,
     ForeignError,
     Part,
     count_rows,
@@ -27,15 +27,19 @@ from pipeline.embeddings_dataset.parts import (
     list_part_files,
     read_ids,
     read_part,
+    rejects_beside,
 )
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.identity import hash_json
 from pipeline.files.tables import open_parquet
-from pipeline.files.workspace import locked, write_json
+from pipeline.files.workspace import locked, remove_made, write_json
 from pipeline.log import logger
+from pipeline.own_folders import move
 
 # Rows that are compared with queries at a time: 1,000 queries have 32 MiB of similarities to them.
 BLOCK_ROWS = 8_192
+# Replaced and damaged files wait in a numbered folder there until the dataset is complete again.
+SET_ASIDE = "_removed"
 
 
 def resolve_dataset_dir(output: Path) -> Path:
@@ -170,6 +174,41 @@ class EmbeddingsDataset:
         doing = "is writing to it: wait for that one, or stop it, then run this again"
         with locked(self.folder, doing, self.folder / ".dataset.lock", shared=shared):
             yield
+
+    # ------------------------------------------------------------------------------------------ setting aside
+
+    def set_aside(self, doomed: Iterable[Path]) -> None:
+        """Move parts, each with its rejects, rejects and the state to a new folder in `_removed/`."""
+        numbers = [int(path.name) for path in (self.folder / SET_ASIDE).glob("*") if path.name.isdecimal()]
+        target = self.folder / SET_ASIDE / str(max(numbers, default=0) + 1)
+        for one in doomed:
+            for path in (one, rejects_beside(one)) if one.parent.name == "parts" else (one,):
+                if path.exists():
+                    move(path, target / path.relative_to(self.folder))
+                    logger.info("%s: moved to %s", path, target)
+
+    def set_all_aside(self) -> None:
+        """Set the state aside first, so that what a kill leaves still tells its origin, then all parts and rejects.
+
+        Raises ForeignError, and moves nothing, where this project did not write the state or a part.
+        """
+        parts = [self.path_of(name) for name in list_part_files(self.folder)]
+        if self.find_begun() is None and parts:  # all are damaged, and nothing says whose they are
+            raise ForeignError(parts[0])
+        for path in parts:
+            with suppress(DamagedError):
+                read_part(path)
+        self.set_aside([self.state_path, *parts, *sorted((self.folder / "_rejects").glob("rg*.parquet"))])
+
+    def list_set_aside(self) -> list[Path]:
+        """Return the parts and rejects that were set aside, the last ones last."""
+        folders = [path for path in (self.folder / SET_ASIDE).glob("*") if path.name.isdecimal()]
+        folders.sort(key=lambda path: int(path.name))
+        return [path for folder in folders for path in sorted(folder.glob("*/rg*.parquet"))]
+
+    def discard_set_aside(self) -> None:
+        """Remove what was set aside; other files there stay, and are named."""
+        remove_made(self.folder / SET_ASIDE, r"\d+")
 
     # ------------------------------------------------------------------------------------------ reading
 

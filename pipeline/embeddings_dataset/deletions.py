@@ -14,12 +14,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset import set_aside
 from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, list_values
-from pipeline.embeddings_dataset.content import PartContent
-from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import STAGE, Part, is_ours, list_part_files, read_ids, rejects_beside
+from pipeline.embeddings_dataset.parts import (
+    STAGE,
+    Part,
+    PartContent,
+    is_ours,
+    list_part_files,
+    read_ids,
+    rejects_beside,
+)
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
 from pipeline.files.outputs import EXPORT_MARK, EXPORT_SUMMARY, carries, is_dataset, page_mark
@@ -31,7 +37,7 @@ from pipeline.own_folders import remove
 _DERIVED = re.compile(r"_aggregated/[^/]+\.parquet|_exports/(float16|int8)/.+|_logs/.+\.log|_removed/\d+/.+")
 _DERIVED_FOLDERS = re.compile(r"(_aggregated|_exports|_logs|_removed)(/.+)?")
 # What was set aside looks like a dataset.
-_SET_ASIDE = re.compile(rf"{set_aside.FOLDER}/\d+")
+_SET_ASIDE = re.compile(rf"{SET_ASIDE}/\d+")
 # What tells the tools' copies and pages elsewhere in the dataset's folder.
 _COPY_STAGES = ("aggregate_embeddings", "export_embeddings")
 _PAGE_MARK = page_mark("search_embeddings")
@@ -106,7 +112,7 @@ def _order_path(folder: Path) -> Path:
 
 def find_id_type(dataset: EmbeddingsDataset) -> pa.DataType:
     """Return the type of a dataset's ids; where a killed run has set all parts aside it has none, and they tell it."""
-    aside = [path for path in set_aside.list_files(dataset.folder) if is_ours(path)]
+    aside = [path for path in dataset.list_set_aside() if is_ours(path)]
     if not aside or list_part_files(dataset.folder):
         return dataset.schema.field(ID_COLUMN).type
     dataset.use_parts(())
@@ -137,7 +143,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     for path in [path for part in dataset.parts for path in (part.path, part.rejects_path)]:
         found |= wanted.intersection(hash_ids(read_ids(path), salt))
     may_hold = not before.done
-    for path in [*filter(is_ours, orphans), *set_aside.list_files(folder)]:
+    for path in [*filter(is_ours, orphans), *dataset.list_set_aside()]:
         try:
             found |= wanted.intersection(hash_ids(read_ids(path), salt))
         except (InputError, LookupError):  # damaged

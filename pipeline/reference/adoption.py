@@ -14,12 +14,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.appending import PartStore
+from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.columns import hash_bytes, list_values
-from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN, Outcome, PartPlan, make_content
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, read_batches
-from pipeline.embeddings_dataset.parts import ForeignError, list_part_files, read_part
+from pipeline.embeddings_dataset.parts import (
+    EMBEDDING_COLUMN,
+    ForeignError,
+    Outcome,
+    PartPlan,
+    list_part_files,
+    make_content,
+    read_part,
+)
 from pipeline.errors import InputError, Rejection
 from pipeline.files.tables import open_parquet, reading
 from pipeline.inference.images import check_image
@@ -34,7 +41,7 @@ T = TypeVar("T")
 class Adoption:
     """The parts of a dataset that are to be taken over."""
 
-    def __init__(self, store: PartStore) -> None:
+    def __init__(self, store: Appending) -> None:
         """Find the parts that are not ours.
 
         Raises InputError for a file that is no part of this input, StaleOutputError for a part of ours that is of

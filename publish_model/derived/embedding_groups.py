@@ -7,8 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import plain_values, take_rows
-from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
-from pipeline.embeddings_dataset.parts import embeddings_of
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, embeddings_of
 from pipeline.files.column_types import whole_from_floats
 
 Key = tuple[object, ...]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline import cli
 from pipeline.embeddings_dataset.columns import check_names
-from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, InputOptions
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import ConfigError
 from pipeline.files.outputs import check_outside_datasets
 from pipeline.ids import Shard
