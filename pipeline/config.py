@@ -198,6 +198,14 @@ class TrainingSection(Section):
     )
     band_sampling: Literal["uniform", "ucb"] = Field("uniform", description="a negative's band: uniform or UCB bandit")
     validation_images: int = Field(20_000, ge=2, description="largest number of images in each validation")
+    validate_every_n_epochs: int = Field(
+        1,
+        ge=1,
+        description="epochs between validations; the last one and those with a periodic checkpoint have one too",
+    )
+    recall_ranks: list[PositiveInt] = Field(
+        [], description="further k of the validation's Recall@k, beside 1, 5, 10, 100"
+    )
     sample_buildings: PositiveInt | None = Field(None, description="train on so many buildings, drawn from the seed")
 
 
@@ -217,6 +225,7 @@ class LoggingSection(Section):
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level to log")
     progress_interval_seconds: float = Field(30.0, gt=0.0, description="seconds between progress lines off a terminal")
+    step_losses: bool = Field(False, description="metrics.jsonl and the two below get the loss of every step")
     tensorboard: bool = Field(False, description="also write checkpoint_dir/_tensorboard")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases: checkpoint_dir/_wandb too")
     wandb_project: str = Field("spatial-building-embeddings", min_length=1, description="its project")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_data import OUTPUTS, read_metrics, run
+from training_data import OUTPUTS, read_checkpoints, read_metrics, run, simplify
 
 from pipeline.errors import PipelineError
 from train_specialized_embeddings.training import fitting, metric_sinks
@@ -40,8 +40,43 @@ def test_tensorboard_gets_every_epoch_once_after_a_kill_too(workspace: Path, mon
         assert [event.step for event in events.Scalars(name)] == [0, 1, 2, 3, 4, 5]
         assert [event.value for event in events.Scalars(name)] == pytest.approx(expected)
     assert len(events.Scalars("train_loss")) == 5
+    assert "step_loss" not in events.Tags()["scalars"]
     run(workspace, overwrite=True)
     assert sorted(path.name for path in (workspace / "checkpoint").iterdir()) == OUTPUTS
+
+
+def test_tensorboard_gets_the_loss_of_every_step_after_a_kill_too(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(workspace)
+    plain, weights = read_metrics(workspace), read_checkpoints(workspace)
+    overrides = ("logging.tensorboard=true", "logging.step_losses=true", "training.band_sampling=ucb")
+    monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "log_epoch", lambda _, record: 1 / (3 - record["epoch"]))
+        with pytest.raises(ZeroDivisionError):
+            run(workspace, *overrides, overwrite=True)
+    run(workspace, *overrides)
+    events = EventAccumulator(str(workspace / "checkpoint/_tensorboard"), {"scalars": 0}).Reload()
+    losses = [loss for record in read_metrics(workspace)[1:] for loss in record["step_losses"]]
+    assert [event.value for event in events.Scalars("step_loss")] == pytest.approx(losses)
+    assert [event.step for event in events.Scalars("step_loss")] == list(range(1, len(losses) + 1))
+    # The bandit's statistics: how often it took a band, and its reward there.
+    for name in ("band_shares", "bandit_rewards"):
+        expected = [record[name][0] for record in read_metrics(workspace)[1:]]
+        assert [event.value for event in events.Scalars(f"{name}/0")] == pytest.approx(expected)
+    run(workspace, "logging.step_losses=true", overwrite=True)
+    without = [
+        {key: value for key, value in record.items() if key != "step_losses"} for record in read_metrics(workspace)
+    ]
+    assert simplify(without) == simplify(plain)
+    assert simplify(read_checkpoints(workspace)) == simplify(weights)
+    epoch = read_metrics(workspace)[1]
+    assert len(epoch["step_losses"]) >= 16
+    assert sum(epoch["step_losses"]) / len(epoch["step_losses"]) == pytest.approx(epoch["train_loss"], rel=0.05)
 
 
 class FakeRun:
@@ -87,6 +122,24 @@ def test_weights_and_biases_gets_settings_and_every_epoch_under_one_id(
     assert [numbers["val/map"] for _, numbers in first.logged] == [
         record["val"]["map"] for record in read_metrics(workspace)
     ]
+
+
+def test_weights_and_biases_counts_steps_where_it_gets_the_loss_of_each(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[FakeRun] = []
+    fake = types.SimpleNamespace(init=lambda **options: runs.append(FakeRun(options)) or runs[-1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(metric_sinks, "find_spec", lambda _: True)
+    run(workspace, "logging.wandb=offline", "logging.step_losses=true", "training.num_epochs=2")
+    steps = [step for step, _ in runs[0].logged]
+    first, second = (len(record["step_losses"]) for record in read_metrics(workspace)[1:])
+    assert steps == sorted(steps)  # it drops what comes with a smaller one
+    assert [(step, numbers["epoch"]) for step, numbers in runs[0].logged if "epoch" in numbers] == [
+        (0, 0), (first, 1), (first + second, 2)
+    ]  # fmt: skip
+    losses = [loss for record in read_metrics(workspace)[1:] for loss in record["step_losses"]]
+    assert [numbers["step_loss"] for _, numbers in runs[0].logged if "step_loss" in numbers] == losses
 
 
 @pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "offline")])

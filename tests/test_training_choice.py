@@ -1,6 +1,7 @@
 """Stage 6: which epoch is kept, and how much of its way from the start is published."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,13 @@ def test_the_last_epoch_that_validates_as_well_as_the_best_is_kept(
     assert read_metrics(workspace)[-1]["epoch"] == epochs
 
 
+def test_patience_ends_a_run_at_a_validation_only(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingRun, "_score", score_as((0.60, 0.50)))
+    monkeypatch.setattr(TrainingRun, "settle", lambda _: None)
+    run(workspace, "training.patience=2", "training.validate_every_n_epochs=3", "training.save_every_n_epochs=99")
+    assert read_metrics(workspace)[-1]["epoch"] == 3
+
+
 @pytest.mark.parametrize(
     ("maps", "whitening", "share"),
     [
@@ -103,3 +111,20 @@ def test_the_least_of_the_training_that_validates_as_well_is_published(
     assert best["start"]["share"] == share
     assert best["epoch"] == (5 if share else 0)
     assert best["metrics"]["val"]["projector"]["map"] == pytest.approx(maps[(0.0, *SHARES).index(share)])
+
+
+def test_recall_is_measured_at_further_ranks(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="spatial_building_embeddings"):
+        run(workspace, "training.recall_ranks=[2,3]")
+    best = read_checkpoints(workspace)["checkpoint_best.pt"]
+    val = make_split(12, 2)
+    embeddings = np.stack(val["embedding"].to_numpy()).astype(np.float32)
+    unit = build_projector(load_checkpoint(workspace / "checkpoint/checkpoint_best.pt"))(torch.from_numpy(embeddings))
+    names = np.array(val["building_id"].to_pylist())
+    similarity = (unit @ unit.T).detach().fill_diagonal_(-2).numpy()
+    nearest = names[np.argsort(-similarity, axis=1)]
+    for k in (2, 3):
+        expected = np.mean([name in row[:k] for name, row in zip(names, nearest, strict=True)])
+        assert best["metrics"]["val"]["projector"][f"recall_at_{k}"] == pytest.approx(expected)
+    assert all({"recall_at_2", "recall_at_1"} <= row.keys() for row in best["metrics"]["val"].values())
+    assert re.search(r"validation +R@2 +R@3 +R@1 ", caplog.text)

@@ -234,3 +234,41 @@ def test_a_complete_run_that_lost_a_file_is_trained_again(workspace: Path) -> No
     (workspace / "checkpoint/checkpoint_best.pt").unlink()
     assert run(workspace).written
     assert simplify(read_checkpoints(workspace)) == before
+
+
+# ------------------------------------------------------------------------------------------------ fewer validations
+
+
+def test_fewer_validations_give_the_same_weights_and_every_checkpoint_that_is_kept_has_one(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(workspace)
+    every_epoch, before = read_metrics(workspace), read_checkpoints(workspace)
+    with caplog.at_level("INFO", logger="spatial_building_embeddings"):
+        run(workspace, "training.validate_every_n_epochs=3", overwrite=True)
+    records, found = read_metrics(workspace), read_checkpoints(workspace)
+    assert [record["epoch"] for record in records if record["val"]] == [0, 2, 3, 4, 5]  # 2 and 4 leave a checkpoint
+    for one, other in zip(records, every_epoch, strict=True):
+        assert one["val"] in (other["val"], None)
+        assert one["train_loss"] == other["train_loss"]
+    for name in ("checkpoint_epoch_2.pt", "checkpoint_final.pt"):
+        assert simplify(found[name]["projector"]) == simplify(before[name]["projector"])
+        assert found[name]["metrics"]["val"] == before[name]["metrics"]["val"]
+    assert re.search(r"epoch 1: loss .*, not validated", caplog.text)
+
+
+def test_a_run_killed_between_two_validations_goes_on_to_the_same_bits(
+    workspace: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
+    rarely = ("training.validate_every_n_epochs=4",)
+    undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
+    fill_workspace(undisturbed)
+    run(undisturbed, *rarely)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "log_epoch", lambda _, record: record["epoch"] < 2 or kill())
+        with pytest.raises(KilledError):
+            run(workspace, *rarely)
+    assert read_metrics(workspace)[1]["val"] is None
+    run(workspace, *rarely)
+    assert_same_run(workspace, undisturbed)

@@ -75,7 +75,8 @@ def read_training_curve(path: Path, training: Mapping[str, Any]) -> Curve | None
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         records = [json.loads(line) for line in lines] or training["history"]
-        epochs, values = [int(record["epoch"]) for record in records], [float(r["val"]["map"]) for r in records]
+        validated = [record for record in records if record["val"] is not None]
+        epochs, values = [int(one["epoch"]) for one in validated], [float(one["val"]["map"]) for one in validated]
         baselines = {kind: float(training["val"][kind]["map"]) for kind in BASELINES if kind in training.get("val", {})}
         own = training.get("val", {}).get("projector")
         published = (int(training["epoch"]), float(own["map"])) if own and "epoch" in training else None

@@ -5,7 +5,7 @@ a query's positives, of the precision at each one's rank, and mAP its mean over 
 1 / rank of the nearest positive (Manning et al., Introduction to Information Retrieval, chapter 8).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +123,10 @@ def similarity_rows(embeddings: Embeddings, queries: Codes) -> Iterator[tuple[in
 # ------------------------------------------------------------------------------------------------ means, intervals
 
 
-def summarize_scores(scores: QueryScores) -> dict[str, float]:
-    """Return the mean over queries of each of SCORE_KEYS."""
-    return dict(zip(SCORE_KEYS, scores.values().mean(axis=0).tolist(), strict=True))
+def summarize_scores(scores: QueryScores, further_ranks: Iterable[int] = ()) -> dict[str, float]:
+    """Return the mean over queries of each of SCORE_KEYS, and Recall@k at further k."""
+    means = dict(zip(SCORE_KEYS, scores.values().mean(axis=0).tolist(), strict=True))
+    return {f"recall_at_{k}": float((scores.first_rank <= k).mean()) for k in further_ranks} | means
 
 
 def list_unreached(rows: Mapping[str, Mapping[str, float]], own: float, tolerance: float = 0.0) -> list[str]:

@@ -172,6 +172,7 @@ def make_material(
         len(train), len(train.building_ids), train.width, describe_device(device),
     )  # fmt: skip
     validation = choose_validation_set(val, section.validation_images, seed, device)
+    validation = replace(validation, recall_ranks=section.recall_ranks)
     if saved is not None:
         scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
         start = restore_start(saved, saved.rest["start"], scores)

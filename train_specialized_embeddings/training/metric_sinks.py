@@ -22,7 +22,7 @@ def sending_metrics(
     Each process makes their folders anew and is to send the whole history, so that they agree with metrics.jsonl.
     Raises PipelineError where a package is missing.
     """
-    board = run = None
+    board, run, num_steps = None, None, 0
     with ExitStack() as stack:
         if section.tensorboard:
             require_package("tensorboard", "[logging].tensorboard", "set it to false")
@@ -45,13 +45,21 @@ def sending_metrics(
             stack.callback(run.finish)
 
         def send(record: dict[str, Any]) -> None:
-            numbers, epoch = flatten(record), record["epoch"]
+            epoch, losses = record["epoch"], record.get("step_losses") or []
+            numbers = flatten({key: value for key, value in record.items() if key != "step_losses"})
+            nonlocal num_steps
+            steps = list(enumerate(losses, num_steps + 1))
+            num_steps = num_steps + len(losses) if losses else epoch
             if board is not None:
                 for name, number in numbers.items():
                     board.add_scalar(name, number, epoch)
+                for step, loss in steps:
+                    board.add_scalar("step_loss", loss, step)
                 board.flush()
             if run is not None:
-                run.log(numbers, step=epoch)
+                for step, loss in steps:
+                    run.log({"step_loss": loss}, step=step)
+                run.log(numbers, step=num_steps)
 
         yield send
 

@@ -19,7 +19,7 @@ from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint, build_projector
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
-from pipeline.retrieval.scores import QueryScores, normalise_rows, summarize_scores
+from pipeline.retrieval.scores import QueryScores, normalise_rows
 from pipeline.retrieval.whitening import (
     INPUT_POWER,
     SHRINKAGES,
@@ -157,8 +157,8 @@ def fit_start(
     whitening = tried[shrinkage]
     scores = {
         "raw": validation.score(normalise_rows(validation.embeddings)),
-        "pca_whitened": summarize_scores(validate(pca)),
-        "whitening": summarize_scores(whitening.scores),
+        "pca_whitened": validation.summarize(validate(pca)),
+        "whitening": validation.summarize(whitening.scores),
     }
     note: dict[str, Any] = {"init": init, "shrinkage": shrinkage}
     if warm:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class EpochReport:
     learning_rates: dict[str, float] | None = None  # at the epoch's last step
     num_negatives: int = 0  # banded ones
     bandit_rewards: list[float | None] | None = None  # by band
+    step_losses: list[float] | None = None  # means over the anchors of each step
 
 
 class Trainer:
@@ -78,6 +79,7 @@ class Trainer:
         batches = self.sampler.draw_groups(self.num_anchors).split(section.batch_size)
         steps_per_draw = max(_STEPS_PER_DRAW, -(-_MIN_ANCHORS_PER_DRAW // section.batch_size))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        sums: list[torch.Tensor] = []  # of each step's losses; they stay on the device
         totals = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=device)  # negatives, active ones, by band
         for first in range(0, len(batches), steps_per_draw):
             drawn = batches[first : first + steps_per_draw]
@@ -85,7 +87,8 @@ class Trainer:
             counts = torch.zeros_like(totals)
             for number, batch in enumerate(self.sampler.add_negatives(drawn, preference), first):
                 self._set_rates(number / len(batches))
-                loss_sum += self._take_step(batch, counts)
+                sums.append(self._take_step(batch, counts))
+                loss_sum += sums[-1]
             if self.bandit:
                 self.bandit.learn(*counts[:, :RANDOM_BAND].tolist())
             totals += counts
@@ -94,7 +97,9 @@ class Trainer:
         with torch.no_grad():
             for mean, weight in zip(self.average.parameters(), self.projector.parameters(), strict=True):
                 mean.lerp_(weight, 1 - _AVERAGE_DECAY)
-        return self._report(float(loss_sum) / sum(len(part.rows) for part in batches), totals.tolist())
+        step_losses = [loss / len(part.rows) for loss, part in zip(torch.stack(sums).tolist(), batches, strict=True)]
+        loss = float(loss_sum) / sum(len(part.rows) for part in batches)
+        return replace(self._report(loss, totals.tolist()), step_losses=step_losses)
 
     def _report(self, loss: float, totals: list[list[float]]) -> EpochReport:
         by_band, active_by_band = totals

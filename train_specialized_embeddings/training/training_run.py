@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.projector import Projector
-from pipeline.retrieval.scores import QueryScores, list_unreached, summarize_scores
+from pipeline.retrieval.scores import QueryScores, list_unreached
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.starts import Start, make_projector
@@ -71,7 +71,8 @@ class TrainingRun:
         section = self.config.training
         if sum(record["collapsed"] for record in self.history) > MAX_COLLAPSES:
             return True
-        return self.epoch >= section.num_epochs or 0 < section.patience <= self.epoch - self.best["epoch"]
+        has_lost = self.history[-1]["val"] is not None and 0 < section.patience <= self.epoch - self.best["epoch"]
+        return self.epoch >= section.num_epochs or has_lost
 
     @property
     def is_periodic(self) -> bool:
@@ -105,7 +106,7 @@ class TrainingRun:
             mixed[share] = {name: start[name].lerp(trained[name], share) for name in trained}
             projector.load_state_dict(mixed[share])
             scores[share] = self._score(projector)[1]
-        tried = {share: summarize_scores(each) for share, each in scores.items()}
+        tried = {share: self.material.validation.summarize(each) for share, each in scores.items()}
         unreached = {
             share: set(list_unreached(self.material.start.baselines, row["map"])) for share, row in tried.items()
         }
@@ -151,24 +152,28 @@ class TrainingRun:
         return self.describe() | {"best": self.best, "history": self.history, "peak": peak}
 
     def _add_epoch(self, report: EpochReport, started: float) -> dict[str, Any]:
-        """Validate, add the epoch's record and return it, and keep its checkpoint if it is as good as any."""
-        projector = self.trainer.average
-        embeddings, each = self._score(projector)
-        scores = summarize_scores(each)
-        record: dict[str, Any] = {
-            "epoch": len(self.history),
-            **asdict(report),
-            "embedding_spread": measure_spread(embeddings),
-            "embedding_norm": measure_norm(projector, self.material.validation.embeddings, self.trainer.store.device),
-            "val": scores,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        record["collapsed"] = self._has_collapsed(record)
+        """Validate if it is time, add the epoch's record and return it; keep its checkpoint if none is better."""
+        epoch, section = len(self.history), self.config.training
+        record: dict[str, Any] = {"epoch": epoch, **asdict(report)}
+        if not self.config.logging.step_losses:
+            del record["step_losses"]
+        each = None
+        if epoch == section.num_epochs or 0 in (
+            epoch % section.validate_every_n_epochs, epoch % section.save_every_n_epochs
+        ):  # fmt: skip
+            embeddings, each = self._score(self.trainer.average)
+            images, device = self.material.validation.embeddings, self.trainer.store.device
+            record["embedding_spread"] = measure_spread(embeddings)
+            record["embedding_norm"] = measure_norm(self.trainer.average, images, device)
+        validation = self.material.validation
+        record["val"] = None if each is None else validation.summarize(each)
+        record["seconds"] = round(time.monotonic() - started, 3)
+        record["collapsed"] = each is not None and self._has_collapsed(record)
         self.history.append(record)
-        if not record["collapsed"]:
-            if self.peak is None or summarize_scores(self.peak)["map"] < scores["map"]:
+        if each is not None and not record["collapsed"]:
+            if self.peak is None or validation.summarize(self.peak)["map"] < record["val"]["map"]:
                 self.peak = each
-            if not self.material.validation.is_better(self.peak, each, EPOCH_ERRORS):
+            if not validation.is_better(self.peak, each, EPOCH_ERRORS):
                 self.best = self.describe()
         return record
 
@@ -180,14 +185,14 @@ class TrainingRun:
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Log the last epoch, and a warning where it went wrong."""
-        training, spread, val = "the start, ", record["embedding_spread"], record["val"]
+        training, spread, val = "the start", record.get("embedding_spread"), record["val"]
         if record["train_loss"] is not None:
-            training = f"loss {record['train_loss']:.4f}, {record['active_share']:.1%} of banded negatives active, "
-        logger.info(
-            "epoch %d: %sspread %.3f, validation mAP %.4f, R@1 %.4f%s",
-            self.epoch, training, spread, val["map"], val["recall_at_1"],
-            ", as good as any so far" if self.best["epoch"] == self.epoch else "",
-        )  # fmt: skip
+            training = f"loss {record['train_loss']:.4f}, {record['active_share']:.1%} of banded negatives active"
+        validated = ", not validated"
+        if val is not None:
+            validated = f", spread {spread:.3f}, validation mAP {val['map']:.4f}, R@1 {val['recall_at_1']:.4f}"
+        is_good = ", as good as any so far" if self.best["epoch"] == self.epoch else ""
+        logger.info("epoch %d: %s%s%s", self.epoch, training, validated, is_good)
         if record["collapsed"]:
             then = "training ends; lower [training].learning_rate"
             if not self.is_over:
@@ -203,8 +208,9 @@ class TrainingRun:
         """Return the checkpoint of the last epoch, with all that its readers and the next epoch need."""
         config = self.config
         folded = self.material.start.coordinates.fold(self.trainer.average)
-        # Without the seconds: the same training gives the same checkpoint, whatever else the machine was doing.
-        history = [{key: value for key, value in record.items() if key != "seconds"} for record in self.history]
+        # Without these the same training gives the same checkpoint, whatever else the machine did or the log gets.
+        left_out = ("seconds", "step_losses")
+        history = [{key: value for key, value in record.items() if key not in left_out} for record in self.history]
         return self.trainer.state() | {
             "architecture": dict(folded.architecture),
             "projector": dict(folded.state_dict()),

@@ -1,5 +1,6 @@
 """Score a projector and its baselines by retrieval on the validation split."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +34,15 @@ class ValidationSet:
     embeddings: Embeddings  # (N, D)
     building_codes: NDArray[np.int32]  # (N,)
     device: torch.device = CPU  # of the search
+    recall_ranks: Sequence[int] = ()  # further k of Recall@k
 
     def score(self, embeddings: Embeddings) -> Scores:
-        """Return recall_at_1/5/10/100, map and mrr of L2-normalised embeddings (N, k) of these images."""
-        return summarize_scores(self.score_each(embeddings))
+        """Return recall_at_k, map and mrr of L2-normalised embeddings (N, k) of these images."""
+        return self.summarize(self.score_each(embeddings))
+
+    def summarize(self, scores: QueryScores) -> Scores:
+        """Return recall_at_k, map and mrr: the means over queries."""
+        return summarize_scores(scores, self.recall_ranks)
 
     def score_each(self, embeddings: Embeddings) -> QueryScores:
         """Return the score of each image that has a positive."""
@@ -83,9 +89,10 @@ def measure_norm(projector: Projector, embeddings: Embeddings, device: torch.dev
 
 def format_table(rows: dict[str, Scores]) -> list[str]:
     """Return the lines of a table of scores, one row a method."""
-    head = " ".join(f"{key.replace('recall_at_', 'R@'):>7}" for key in SCORE_KEYS)
+    keys = [key for key in next(iter(rows.values())) if key in SCORE_KEYS or key.startswith("recall_at_")]
+    head = " ".join(f"{key.replace('recall_at_', 'R@'):>7}" for key in keys)
     lines = [f"{'validation':<14}{head}"]
-    return lines + [f"{name:<14}" + " ".join(f"{row[key]:7.4f}" for key in SCORE_KEYS) for name, row in rows.items()]
+    return lines + [f"{name:<14}" + " ".join(f"{row[key]:7.4f}" for key in keys) for name, row in rows.items()]
 
 
 def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:

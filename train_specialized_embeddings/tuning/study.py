@@ -155,7 +155,7 @@ class Tuning:
             with Progress(f"trial {trial.number}", total, "anchor", interval) as bar:
                 for record in run.run_epochs(bar):
                     send(record)
-                    if record["epoch"]:
+                    if record["epoch"] and record["val"]:
                         trial.report(record["val"][objective], record["epoch"])
                     if trial.should_prune():
                         raise optuna.TrialPruned
