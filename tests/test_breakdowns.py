@@ -64,7 +64,7 @@ def test_every_query_is_in_one_group_of_each_kind_and_scored_among_the_whole_gal
         assert found["queries"] == chosen.sum() > 0
         assert found["raw"]["map"] == pytest.approx(scores.average_precision[chosen].mean())
     page = (workplace / "report" / "report.html").read_text()
-    assert "Recall@1 by change of heading, degrees, of the projector 15-30:" in page
+    assert ">change of heading, degrees</th>" in page
 
 
 def test_a_split_without_camera_columns_says_so_and_one_with_nulls_leaves_them_out(tmp_path):

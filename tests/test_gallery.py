@@ -1,14 +1,12 @@
-"""What the gallery finds to show beyond right and wrong answers: suspected label errors, the map."""
+"""What the gallery finds to show beyond right and wrong answers: suspected label errors."""
 
 import numpy as np
 import pytest
 from evaluation_data import make_workplace
 
 from evaluate_embeddings.evaluate import embed_split, score_split
-from evaluate_embeddings.page import embedding_map, gallery
-from evaluate_embeddings.page.embedding_map import project_to_plane
-from evaluate_embeddings.page.gallery import Gallery, find_suspects
-from evaluate_embeddings.page.report import render
+from evaluate_embeddings.page import gallery
+from evaluate_embeddings.page.gallery import find_suspects
 from pipeline.config import load_config
 from pipeline.retrieval.candidates import IgnoredPairs
 
@@ -70,33 +68,3 @@ def test_of_many_images_a_sample_is_looked_at(evaluation, monkeypatch):
     whole = {suspect.rows for suspect in find_suspects(evaluation, 99, seed=0)}
     assert len(whole) <= 10
     assert whole == {suspect.rows for suspect in find_suspects(evaluation, 99, seed=0)}
-
-
-# ------------------------------------------------------------------------------------------------ map
-
-
-class NoPhotos:
-    def read_thumbnails(self, *_):
-        return {}
-
-
-def test_the_map_shows_the_two_leading_components_of_numpys_svd(evaluation):
-    rows = evaluation.embeddings["projector"]
-    coordinates, variance = project_to_plane(rows, np.arange(len(rows)), np.random.default_rng(0))
-    centred = rows - rows.mean(axis=0)
-    _, values, axes = np.linalg.svd(centred.astype(np.float64), full_matrices=False)
-    np.testing.assert_allclose(np.abs(coordinates), np.abs(centred @ axes[:2].T), atol=1e-4)
-    np.testing.assert_allclose(variance, values[:2] ** 2 / (values**2).sum(), atol=1e-5)
-    marks = embedding_map.build_map(evaluation, NoPhotos(), 100, seed=0).marks
-    assert [mark.row for mark in marks] == list(range(len(rows)))
-    assert [mark.is_right for mark in marks] == (evaluation.scores["projector"].first_rank == 1).tolist()
-
-
-def test_a_large_split_is_sampled_and_the_page_says_so(evaluation, monkeypatch):
-    monkeypatch.setattr(embedding_map, "MAX_POINTS", 20)
-    monkeypatch.setattr(embedding_map, "MAX_FIT_ROWS", 30)
-    shown = embedding_map.build_map(evaluation, NoPhotos(), 100, seed=0)
-    assert len(shown.marks) == len({mark.row for mark in shown.marks}) == 20
-    page = render("sections/map.html.j2", map=shown, gallery=Gallery(evaluation))
-    assert "a random 20 of the test images" in page
-    assert page.count("data-mark=") == 20

@@ -89,12 +89,11 @@ def workplace(tmp_path):
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def test_the_page_asks_nothing_of_the_network_and_runs_nothing_but_its_own_script(pictured):
+def test_the_page_asks_nothing_of_the_network_and_runs_no_script(pictured):
     _, page = pictured
     reader = PageReader(page)
     names = {tag for tag, _ in reader.tags}
-    assert [set(attributes) for attributes in reader.find("script")] == [{"type", "id"}, set()]
-    assert not names & {"link", "iframe", "object", "embed", "base", "form", "video", "audio"}
+    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form", "video", "audio"}
     for tag, attributes in reader.tags:
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
@@ -111,13 +110,12 @@ def test_the_page_has_its_sections_and_every_picture_and_drawing_has_an_alternat
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
         "Scores", "Recall", "Same building or not", "What makes it hard", "Harder and fixed conditions", "By dataset",
-        "Training", "Map", "Worst failures", "Hard successes", "Suspected label errors", "Ledger",
-        "Provenance and settings",
+        "Training", "Worst failures", "Hard successes", "Suspected label errors", "Provenance and settings",
     ]  # fmt: skip
     assert "viewport" in str(reader.find("meta"))
     assert all(len(image["alt"]) > 10 for image in reader.find("img"))
     drawings = reader.find("svg")
-    assert len(drawings) == 9
+    assert len(drawings) == 2
     links = re.findall(r'<a href="#([^"]+)">', page)
     assert links == [section["id"] for section in reader.find("section")]
     assert len(page.encode()) < 15_000_000
@@ -141,7 +139,7 @@ def test_whatever_the_data_say_is_text(workplace):
     pairs_path.write_text("building_id_a,building_id_b\n")
     page = make_report(workplace, ignore_pairs=pairs_path)
     reader = PageReader(page)
-    assert len(reader.find("script")) == 2
+    assert not reader.find("script")
     assert "<script>alert" not in page
     assert HOSTILE in "".join(reader.text)
     assert "<b>pairs.csv" in "".join(reader.text)
@@ -229,7 +227,6 @@ def test_thumbnails_shrink_until_they_fit_and_are_left_out_where_they_never_do(p
     assert sum(len(fitted[row]) for row in rows) < whole
     assert list(photos.read_thumbnails(rows, len(fitted[0]))) == [0]
     assert photos.read_thumbnails(rows, 10) == {}
-    assert max(mean_color(uri)[0][0] for uri in photos.read_thumbnails(rows, 10**9, max_side=64).values()) == 64
 
 
 def test_a_page_without_images_has_none_says_so_and_never_passes_for_one_with_them(tmp_path):
@@ -338,7 +335,7 @@ def test_without_a_training_curve_the_page_says_so(workplace):
     write_checkpoint(workplace.parent / "checkpoints" / "checkpoint_best.pt", history=False)
     page = make_report(workplace)
     assert "No training curve" in page
-    assert len(PageReader(page).find("svg")) == 8
+    assert len(PageReader(page).find("svg")) == 1
 
 
 def test_a_split_in_which_every_query_succeeds_has_no_failures_to_show(workplace):
@@ -355,4 +352,4 @@ def test_a_split_in_which_every_query_succeeds_has_no_failures_to_show(workplace
 
 def test_a_split_of_one_building_makes_a_page_all_the_same(workplace):
     write_split(workplace.parent, "test", make_table(2, num_buildings=1, images=4))
-    assert "two buildings: no pair" in make_report(workplace)
+    assert "There are no pairs of two buildings" in make_report(workplace)

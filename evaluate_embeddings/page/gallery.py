@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.pair_similarity import RECOMMENDED_RATE
-from pipeline.ids import dataset_name
 from pipeline.retrieval.candidates import TIE_TOLERANCE, Candidates
 from pipeline.retrieval.geography import distances_m
 from pipeline.retrieval.scores import similarity_rows
@@ -85,10 +84,6 @@ class Gallery:
     def describe(self, *rows: int) -> str:
         """Name images and their buildings."""
         return ", ".join(f"{self.image(row)} of building {self.building(row)}" for row in rows)
-
-    def list_datasets(self, *rows: int) -> str:
-        """Return the datasets of images, each once."""
-        return " ".join(sorted({dataset_name(int(self.evaluation.features.dataset_ids[row])) for row in rows}))
 
     def take_pictures(self, photos: PhotoSource, max_characters: int) -> None:
         """Fetch the pictures, small enough to fit the limit together, and note what is missing."""

@@ -41,7 +41,7 @@ class PhotoSource:
             except InputError as error:
                 self.problem = self.problem or one_line(error)
 
-    def read_thumbnails(self, rows: list[int], max_characters: int, max_side: int = 224) -> dict[int, str]:
+    def read_thumbnails(self, rows: list[int], max_characters: int) -> dict[int, str]:
         """Return a JPEG as a data URI for each row whose picture can be read, and count the other rows.
 
         A row that is asked for twice is on the page twice. Side and quality are lowered until all pictures together
@@ -52,7 +52,7 @@ class PhotoSource:
         images: dict[int, Image.Image] = {}
         for row in dict.fromkeys(rows):
             try:
-                images[row] = shrink(self._read(row), max_side)
+                images[row] = shrink(self._read(row), THUMBNAIL_LEVELS[0][0])
             except (Rejection, OSError):  # a tar that is gone, cut or changed leaves a gap, never a failure
                 self.num_missing += 1
         times, kept = Counter(rows), dict[int, str]()

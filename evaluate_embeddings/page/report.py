@@ -6,24 +6,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from evaluate_embeddings.page.embedding_map import build_map
 from evaluate_embeddings.page.gallery import choose_gallery
-from evaluate_embeddings.page.ledger import find_path, read_ledger
 from evaluate_embeddings.page.photos import PhotoSource
-from evaluate_embeddings.page.plots import BREAKDOWNS, draw_figures, read_training_curve
+from evaluate_embeddings.page.plots import plot_recall_curves, plot_training, read_training_curve
 from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, judge
 from evaluate_embeddings.scores.tables import describe_verdict
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from pipeline.files.workspace import writing_to
-from pipeline.ids import dataset_name
 from pipeline.log import logger
 from pipeline.pages import load_templates
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 # The page must stay under 15 MB, to be sent by mail. A character of a data URI is a byte of the page.
-MAX_GALLERY_CHARACTERS, MAX_MAP_CHARACTERS = 7_500_000, 4_500_000
+MAX_GALLERY_CHARACTERS = 12_000_000
+
+BREAKDOWNS = {
+    "by_views": "images of the building",
+    "by_viewpoint_change": "change of heading, degrees",
+    "by_distance": "distance of the camera, metres",
+}
 
 
 def format_distance(metres: float) -> str:
@@ -55,22 +57,26 @@ def write_report(
 
     `training` holds the checkpoint's metrics; without `images` the page has no photograph.
     """
-    seed = config.global_.seed
-    photos = PhotoSource(config.path("merged_dir") / "test.parquet", find_path(config, "raw_dir"), wanted=images)
-    gallery = choose_gallery(evaluation, seed)
-    shown_map = build_map(evaluation, photos, MAX_MAP_CHARACTERS, seed)
+    photos = PhotoSource(config.path("merged_dir") / "test.parquet", _find_raw_dir(config), wanted=images)
+    gallery = choose_gallery(evaluation, config.global_.seed)
     gallery.take_pictures(photos, MAX_GALLERY_CHARACTERS)
     curve = read_training_curve(config.path("checkpoint_dir") / "metrics.jsonl", training)
     page = render(
         "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_verdict(metrics),
         kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS, breakdowns=BREAKDOWNS,
-        pairs=evaluation.pairs, drawings=draw_figures(evaluation, metrics, curve), map=shown_map, gallery=gallery,
-        datasets=list(map(dataset_name, np.unique(evaluation.features.dataset_ids).tolist())),
-        ledger=read_ledger(config),
+        pairs=evaluation.pairs, recall=plot_recall_curves(evaluation.scores),
+        training=plot_training(curve) if curve else None, gallery=gallery,
     )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     logger.info("%s: %.1f MB", path.name, path.stat().st_size / 1e6)
+
+
+def _find_raw_dir(config: Config) -> Path | None:
+    try:
+        return config.path("raw_dir")
+    except ConfigError:  # not set, or of an undefined variable: the page does without photographs
+        return None
 
 
 def render(name: str, **content: Any) -> str:
