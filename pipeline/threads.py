@@ -1,14 +1,19 @@
 """Bounded work in threads that keeps its order."""
 
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from pipeline.errors import PipelineError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# What the items in flight may take together, but for one: some hundreds of pictures of Street View.
+HELD_BYTES = 2**27
 
 
 def map_in_order(
@@ -17,16 +22,18 @@ def map_in_order(
     num_workers: int,
     in_flight: int | None = None,
     initializer: Callable[[], None] | None = None,
+    weigh: Callable[[Item], int] = lambda _: 0,
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item in order, computed by threads, with at most `in_flight` items held.
 
-    Threads suffice because the decoders release the interpreter lock. `items` is consumed in the calling thread. An
-    exception of `function` is raised here; a PipelineError of `items`, such as a damaged tar, after the results of the
-    items before it. Each thread calls `initializer` first. A caller that may stop early closes the generator, and with
-    it `items`.
+    `weigh` tells the bytes of an item: a new one is taken only while those held are at most HELD_BYTES. Threads suffice
+    because the decoders release the interpreter lock. `items` is consumed in the calling thread. An exception of
+    `function` is raised here; a PipelineError of `items`, such as a damaged tar, after the results of the items before
+    it. Each thread calls `initializer` first. A caller that may stop early closes the generator, and with it `items`.
     """
     in_flight = in_flight or 4 * num_workers
     pending: deque[Future[Result]] = deque()
+    weights: deque[int] = deque()
     failure: PipelineError | None = None
     with ThreadPoolExecutor(num_workers, initializer=initializer) as pool:
         try:
@@ -39,8 +46,11 @@ def map_in_order(
                 except PipelineError as error:
                     failure = error
                     break
+                weights.append(weigh(item))
                 pending.append(pool.submit(function, item))
-                if len(pending) >= in_flight:
+                del item
+                while len(pending) >= in_flight or sum(weights) > HELD_BYTES:
+                    weights.popleft()
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -70,6 +80,27 @@ def prefetch(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, Non
                 future.cancel()
             if isinstance(iterator, Generator):
                 pool.submit(iterator.close).result()
+
+
+class Budget:
+    """What threads may use up together; one that asks for more than all of it has it alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._used, self._change = total, 0, threading.Condition()
+
+    @contextmanager
+    def spending(self, amount: int) -> Iterator[None]:
+        """Wait until the amount is free, and keep it while the block runs; a thread may not ask twice."""
+        amount = min(amount, self._total)
+        with self._change:
+            self._change.wait_for(lambda: self._used + amount <= self._total)
+            self._used += amount
+        try:
+            yield
+        finally:
+            with self._change:
+                self._used -= amount
+                self._change.notify_all()
 
 
 class Background:

@@ -69,7 +69,8 @@ def take_inventory(
             return member, rejection
         return member, None
 
-    for member, rejection in map_in_order(check, read_wanted(), num_workers):
+    images = map_in_order(check, read_wanted(), num_workers, weigh=lambda found: len(found[1] or b""))
+    for member, rejection in images:
         inventory.add_image(member, rejection)
         progress.advance()
     return inventory

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -219,3 +221,39 @@ def test_overwrite_keeps_the_files_that_are_the_users_own(run_main, folder, tmp_
     assert run(run_main, folder, output, "--overwrite").code == 0
     assert (output / "README.md").read_text() == "mine"
     assert read_package(output).num_rows == 6
+
+
+_PACKAGING = """
+from pathlib import Path
+from publish_model import package_images
+from pipeline import threads
+megabytes = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+package_images.count_cores = lambda: 8
+package_images.main(["--input", "few.csv", "--output", "few"])
+before = megabytes()
+threads.HELD_BYTES = package_images.ROW_GROUP_BYTES = 2**22
+package_images.main(["--input", INPUT, "--output", "packaged"])
+print(megabytes() - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["many.csv", "many.tar", "many.parquet"])
+def test_memory_is_bounded_by_bytes_however_large_the_pictures_are(tmp_path, kind):
+    """Forty pictures of 8 MiB, of which 32 would be in flight: one in flight, one row group and their copies fit."""
+    comments = (b"\xff\xfe\xff\xff" + bytes(range(256)) * 255 + bytes(253)) * 128
+    large = PHOTOGRAPHS[0][:2] + comments + PHOTOGRAPHS[0][2:]
+    (tmp_path / "large.jpg").write_bytes(large)
+    (tmp_path / "small.jpg").write_bytes(PHOTOGRAPHS[0])
+    (tmp_path / "few.csv").write_text("OSMID,path\n1,small.jpg\n")
+    (tmp_path / "many.csv").write_text("OSMID,path\n" + "".join(f"{row},large.jpg\n" for row in range(40)))
+    write_tar(tmp_path / "many.tar", [Entry(f"{row}.jpg", large) for row in range(40)])
+    table = pa.table({"OSMID": list(range(40)), "image_bytes": pa.array([large] * 40, pa.binary())})
+    pq.write_table(table, tmp_path / "many.parquet", dictionary_pagesize_limit=2**30)
+    del table
+    run = subprocess.run(
+        [sys.executable, "-c", _PACKAGING.replace("INPUT", repr(kind))],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "40 in = 40 out + 0 rejected" in run.stderr
+    grown = float(run.stdout.splitlines()[-1])
+    assert grown < 200, f"{grown:.0f} MB"

@@ -12,7 +12,7 @@ from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 # No 100-megapixel JPEG, PNG or WebP of a camera comes near this; larger members are not read.
-MAX_IMAGE_BYTES = 512 * 1024**2
+MAX_IMAGE_BYTES = 256 * 1024**2
 # tar pads to its record, 10 KiB by default; with the largest that tape drives take it stays below this.
 MAX_PADDING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20

@@ -76,10 +76,11 @@ def parquet_writer(
     metadata: Mapping[bytes, bytes] | None = None,
     *,
     raw: bool = False,
+    **others: Any,
 ) -> Iterator[pq.ParquetWriter]:
     """Yield a writer of a parquet that appears under `path` only when complete; `metadata` goes into its footer too.
 
-    `raw` is for temporary files: not encoded, but with checksums.
+    `raw` is for temporary files: not encoded, but with checksums. `others` are options of ParquetWriter.
     """
     described = schema.with_metadata({**(metadata or {}), PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)})
     options = choose_encodings(schema)
@@ -88,7 +89,7 @@ def parquet_writer(
             "compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True,
         }  # fmt: skip
     with writing_to(path) as temporary:
-        writer = pq.ParquetWriter(temporary, described, **options)
+        writer = pq.ParquetWriter(temporary, described, **(options | others))
         try:
             yield writer
         finally:

@@ -13,9 +13,12 @@ from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
 from pipeline.crashes import guarded
 from pipeline.errors import Rejection
 from pipeline.log import logger
+from pipeline.threads import Budget
 
 # The limit by the header: a decompression bomb is never decoded.
 MAX_PIXELS = 100_000_000
+# Pixels that are decoded at once take up to 8 bytes each.
+_PIXELS = Budget(MAX_PIXELS)
 # A scan takes as long as the pixels that it refines: 0.1 s for MAX_PIXELS. Encoders write 4 to 20.
 MAX_SCANS = 100
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -78,7 +81,10 @@ def check_image(data: bytes) -> None:
     structure = strip_scans(data) if image.format in _JPEGS else None
     if structure is not None:
         try:
-            with JpegImagePlugin.JpegImageFile(io.BytesIO(structure)) as empty:
+            with (
+                _PIXELS.spending(image.width * image.height),  # a progressive one has all its coefficients in memory
+                JpegImagePlugin.JpegImageFile(io.BytesIO(structure)) as empty,
+            ):
                 empty.draft("L", (max(1, empty.width // 8), max(1, empty.height // 8)))
                 empty.load()
                 return
@@ -97,7 +103,8 @@ def strip_scans(data: bytes) -> bytes | None:
     """
     if data[:2] != _START_OF_IMAGE:
         return None
-    kept, position, num_scans = [_START_OF_IMAGE], 2, 0
+    kept: list[bytes | memoryview] = [_START_OF_IMAGE]
+    position, num_scans, view = 2, 0, memoryview(data)
     while data[position : position + 1] == b"\xff" and position + 1 < len(data):
         marker = data[position + 1]
         if marker == _END_OF_IMAGE:
@@ -105,7 +112,7 @@ def strip_scans(data: bytes) -> bytes | None:
         if marker not in _SEGMENTS:
             return None
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        kept.append(data[position:end])
+        kept.append(view[position:end])
         if marker == _START_OF_SCAN:
             found = _MARKER.search(data, end)
             num_scans += 1
@@ -222,12 +229,14 @@ def load_rgb(image: Image.Image) -> Image.Image:
     Raises Rejection `unreadable_image`.
     """
     try:
-        image.load()
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        elif image.mode == "F":
-            raise Rejection("unreadable_image", "grey floats, whose white nobody knows")
-        return image if image.mode == "RGB" else image.convert("RGB")
+        with _PIXELS.spending(image.width * image.height):
+            image.load()
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+                upper = np.asarray(image) >> 8
+                image = Image.fromarray(upper.clip(0, 255, out=upper).astype(np.uint8))
+            elif image.mode == "F":
+                raise Rejection("unreadable_image", "grey floats, whose white nobody knows")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except DECODE_ERRORS as error:
         raise Rejection("unreadable_image", _explain(error)) from None
 

@@ -3,7 +3,7 @@
 import itertools
 import stat
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,23 @@ from pipeline.files.text_tables import read_csv, whole_or_text
 from pipeline.ids import decode_name, reject_repeated
 
 PATH_COLUMN = "path"
+# Rows of a parquet that are read at once: each may be a picture of MAX_IMAGE_BYTES, and Arrow takes thrice their bytes.
+READ_ROWS = 1
 
 
 @dataclass(frozen=True)
 class SourceImage:
     """One image to package: its row without the bytes, its name for people, and its file if it has one of its own.
 
-    `read` raises Rejection.
+    `read` raises Rejection. `size` is that of its bytes, `seen` how its own file looks before it is read.
     """
 
     row: dict[str, Any]
     name: str
     read: Callable[[], bytes]
+    size: int
     path: Path | None = None
+    seen: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,9 @@ def _list_files(folder: Path, names: Sequence[str], table: pa.Table, inputs: lis
         batches = table.slice(start).to_batches(1000)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         for row, name in zip(rows, itertools.islice(names, start, None), strict=True):
-            yield SourceImage(row, decode_name(name), partial(read_file, folder / name), folder / name)
+            path = folder / name
+            seen = look_at(path)
+            yield SourceImage(row, decode_name(name), partial(read_file, path), seen[0] if seen else 0, path, seen)
 
     def locate(start: int, end: int) -> Sequence[Path]:
         return [folder / name for name in names[start:end]]
@@ -153,7 +159,7 @@ def _open_tars(folder: Path, names: Sequence[str]) -> ImageSource:
                 for member in filter(_is_image, stream_members(folder / tar_name)):
                     name = f"{prefix}/{member.name}"
                     rejection = reject_repeated(name, f"{decode_name(tar_name)}/{member.name}", firsts)
-                    yield SourceImage({ID_COLUMN: name}, name, _read_member(member, rejection))
+                    yield SourceImage({ID_COLUMN: name}, name, _read_member(member, rejection), member.size)
 
     looks = [look_at(folder / name) or [0, 0] for name in names]
     inputs = [{"name": decode_name(name), "size": size} for name, (size, _) in zip(names, looks, strict=True)]
@@ -182,7 +188,7 @@ def _read_member(member: Member, rejection: Rejection | None) -> Callable[[], by
 
 
 def _open_parquets(options: InputOptions) -> ImageSource:
-    source = open_input(options)
+    source = open_input(replace(options, read_batch_size=READ_ROWS))
     groups = range(len(source.row_group_rows))
     columns = [ID_COLUMN, *options.keep_columns]
 
@@ -190,7 +196,8 @@ def _open_parquets(options: InputOptions) -> ImageSource:
         for table in itertools.chain.from_iterable(read_batches(source, group) for group in groups):
             rows = zip(table.select(columns).to_pylist(), valid_rows(table), table[IMAGE_COLUMN], strict=True)
             for row, is_valid, image in rows:
-                yield SourceImage(row, str(row[ID_COLUMN]), partial(_require, image.as_py() if is_valid else None))
+                data = image.as_py() if is_valid else None
+                yield SourceImage(row, str(row[ID_COLUMN]), partial(_require, data), len(data or b""))
 
     sample = next(table for group in groups for table in read_batches(source, group, with_images=False))
     described = hash_json([source.fingerprint, options.id_column, options.image_column, columns])
