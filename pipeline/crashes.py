@@ -7,6 +7,7 @@ next run puts the two together. A killed process leaves notes too, but names no 
 import faulthandler
 import functools
 import itertools
+import mmap
 import os
 import re
 import struct
@@ -27,11 +28,13 @@ _Result = TypeVar("_Result")
 # A thread, and the picture: its length, and sums of its first and last bytes, which cost less than one of all.
 _NOTE = struct.Struct("=QQII")
 _SUMMED = 4_096
+# Threads that have a place of their own in the file; it lies in memory, as calls of the system would take turns.
+_NUM_PLACES = 1_024
 _THREAD = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 
 
 class _Notes:
-    descriptor: int | None = None  # of the file, while a stage runs
+    shared: mmap.mmap | None = None  # the file, while a stage runs
     crashed: ClassVar[set[tuple[int, int, int]]] = set()
     places = itertools.count()
     own = threading.local()
@@ -44,35 +47,29 @@ def guarded(
 
     @functools.wraps(decode)
     def guard(data: bytes, /, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-        own, descriptor = _Notes.own, _Notes.descriptor
-        if descriptor is None or getattr(own, "is_noted", False):  # or a decoder that another one calls
+        own, shared = _Notes.own, _Notes.shared
+        if shared is None or getattr(own, "is_noted", False):  # or a decoder that another one calls
             return decode(data, *arguments, **options)
         picture = len(data), zlib.crc32(data[:_SUMMED]), zlib.crc32(data[-_SUMMED:])
         if picture in _Notes.crashed:
             raise Rejection("unreadable_image", "its decoder crashed an earlier run")
         if not hasattr(own, "place"):
-            own.place = next(_Notes.places) * _NOTE.size
-        _write(descriptor, _NOTE.pack(threading.get_ident(), *picture), own.place)
+            own.place = next(_Notes.places) % _NUM_PLACES * _NOTE.size
+        _NOTE.pack_into(shared, own.place, threading.get_ident(), *picture)
         own.is_noted = True
         try:
             return decode(data, *arguments, **options)
         finally:
             own.is_noted = False
-            _write(descriptor, bytes(_NOTE.size), own.place)
+            _NOTE.pack_into(shared, own.place, 0, 0, 0, 0)
 
     return guard
-
-
-def _write(descriptor: int, note: bytes, place: int) -> None:
-    """Write a note; a full disk stops no decoder."""
-    with suppress(OSError):
-        os.pwrite(descriptor, note, place)
 
 
 @contextmanager
 def noting_decoders(log_path: Path | None) -> Iterator[None]:
     """Keep the notes beside a stage's log while the block runs, and read those of an earlier run that crashed."""
-    if log_path is None or _Notes.descriptor is not None:
+    if log_path is None or _Notes.shared is not None:
         yield
         return
     notes, fault, known = (log_path.with_name(f".{log_path.name}.{end}") for end in ("decoding", "fault", "crashed"))
@@ -80,18 +77,20 @@ def noting_decoders(log_path: Path | None) -> Iterator[None]:
         with suppress(OSError):  # without room for notes the stage runs all the same
             _Notes.crashed = _learn(notes, fault, known)
             file = held.enter_context(open(open_file(fault, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb"))
-            _Notes.descriptor = open_file(notes, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            held.callback(_stop, _Notes.descriptor, notes, fault, is_enabled=faulthandler.is_enabled())
+            descriptor = open_file(notes, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            held.callback(os.close, descriptor)
+            os.posix_fallocate(descriptor, 0, _NUM_PLACES * _NOTE.size)  # a full disk fails here, not at a note
+            _Notes.shared = mmap.mmap(descriptor, _NUM_PLACES * _NOTE.size)
+            held.callback(_stop, notes, fault, is_enabled=faulthandler.is_enabled())
             faulthandler.enable(file)
         yield
 
 
-def _stop(descriptor: int, *paths: Path, is_enabled: bool) -> None:
+def _stop(*paths: Path, is_enabled: bool) -> None:
     faulthandler.disable()
     if is_enabled and sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)
-    _Notes.descriptor = None
-    os.close(descriptor)
+    _Notes.shared = None
     for path in paths:
         discard(path)
 

@@ -27,9 +27,8 @@ from pipeline.files.identity import hash_json, identify
 from pipeline.files.listing import list_outputs
 from pipeline.files.tables import make_provenance, parquet_writer, read_provenance
 from pipeline.files.units import Unit, drop_missing, keep_complete
-from pipeline.files.workspace import UNFINISHED, writing_together
 from pipeline.log import Progress, logger
-from pipeline.own_folders import remove
+from pipeline.own_folders import discard, make_folder, remove
 from pipeline.stages import STAGES
 from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
@@ -40,6 +39,8 @@ STAGE = "merge_and_split"
 # Rows of one row group of the output: at 4,096 dimensions 64 MB.
 ROW_GROUP_ROWS = 4096
 SINGLE = "single_image"
+# The folder in merged_dir for rows that do not fit into memory.
+SPILL = ".unfinished"
 
 
 def list_embeddings(config: Config) -> list[Path]:
@@ -73,30 +74,31 @@ class SplitWriter:
 
 
 def write_splits(
-    inventory: Inventory,
-    splits: NDArray[np.int8],
-    merged_dir: Path,
-    provenances: list[dict[str, Any]],
-    config: Config,
+    inventory: Inventory, splits: NDArray[np.int8], provenances: list[dict[str, Any]], config: Config
 ) -> None:
     """Write the three files; `splits` gives each building's, -1 for those that are dropped."""
-    schema, names = inventory.schema, [f"{split}.parquet" for split in SPLITS]
+    schema, paths, spill_dir = inventory.schema, STAGES[3].list_outputs(config), config.path("merged_dir") / SPILL
     rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
     interval = config.logging.progress_interval_seconds
-    with writing_together(merged_dir, names) as scratch_dir, contextlib.ExitStack() as stack:
+    remove(spill_dir)  # of a killed run
+    make_folder(spill_dir)
+    with contextlib.ExitStack() as stack:
+        stack.callback(discard, spill_dir)
         writers = [
-            SplitWriter(stack.enter_context(parquet_writer(scratch_dir / name, schema, provenance)), schema)
-            for name, provenance in zip(names, provenances, strict=True)
+            SplitWriter(stack.enter_context(parquet_writer(path, schema, provenance)), schema)
+            for path, provenance in zip(paths, provenances, strict=True)
         ]
         progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes)), interval_seconds=interval))
         for group in inventory.find_groups():
-            for piece, order, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time, scratch_dir):
+            for piece, order, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time, spill_dir):
                 for split, writer in enumerate(writers):
                     writer.add(piece, order[splits[codes] == split])
                 progress.advance(len(order))
                 del piece  # before the next one is read
         for writer in writers:
             writer.finish()
+        for path in paths:  # a kill before the last new one is there leaves a gap, never a mixture
+            remove(path)
 
 
 def list_units(config: Config) -> list[Unit]:
@@ -126,13 +128,13 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     )  # fmt: skip
     (unit,) = list_units(config)
     if keep_complete(unit, result, options.overwrite):
-        remove(config.path("merged_dir") / UNFINISHED)  # of a run that was killed behind the last rename
+        remove(config.path("merged_dir") / SPILL)  # of a run that was killed behind the last rename
         return result
     inventory = take_inventory(paths)
     embedded_with = next(filter(None, ((read_provenance(path) or {}).get("settings") for path in paths)), None)
     wanted = describe_output(config) | {"embedded_with": embedded_with}
     splits, provenances = plan_splits(inventory, wanted, config)
-    write_splits(inventory, splits, config.path("merged_dir"), provenances, config)
+    write_splits(inventory, splits, provenances, config)
     result.add(provenances[0]["counts"], provenances[0]["reasons"])
     result.written = list(unit.outputs)
     return result

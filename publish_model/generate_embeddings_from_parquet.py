@@ -49,32 +49,27 @@ def embed_dataset(options: EmbedOptions) -> cli.StageResult:
     if dataset.folder != options.output:
         logger.info("%s is a file or was written so before: %s is used instead", options.output, dataset.folder)
     with dataset.held(shared=not options.overwrite):
-        return extend_dataset(options, source, dataset)
-
-
-def extend_dataset(options: EmbedOptions, source: PackagedInput, dataset: EmbeddingsDataset) -> cli.StageResult:
-    """Embed as `embed_dataset` does, into a dataset that no other process has alone."""
-    model = find_model(
-        options.model_id, download=True, device=options.device, batch_size=options.batch_size,
-        trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
-    begun = None if options.overwrite else dataset.find_begun()
-    precision = choose_precision(model, options.dtype, source, begun)
-    appending = Appending(dataset, source, model.model_id, model.name_version(precision.mode), precision)
-    appending.find_work(begun, options.shard, options.limit, overwrite=options.overwrite)
-    result = cli.StageResult(STAGE)
-    has_work = bool(appending.work)
-    if has_work:
-        result.watch = make_missing_parts(appending, model.load, options.progress_interval_seconds)
-    else:
-        appending.begin()
-    state = appending.finish()
-    (result.written if has_work else result.kept).append(dataset.folder)
-    for part in appending.parts.values():
-        result.add(part.counts, part.reasons)
-    if has_work and state["complete"]:
-        for line in describe_duplicates([dataset.path_of(name) for name in appending.plans]):
-            logger.warning("%s", line)
+        model = find_model(
+            options.model_id, download=True, device=options.device, batch_size=options.batch_size,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+        begun = None if options.overwrite else dataset.find_begun()
+        precision = choose_precision(model, options.dtype, source, begun)
+        appending = Appending(dataset, source, model.model_id, model.name_version(precision.mode), precision)
+        appending.find_work(begun, options.shard, options.limit, overwrite=options.overwrite)
+        result = cli.StageResult(STAGE)
+        has_work = bool(appending.work)
+        if has_work:
+            result.watch = make_missing_parts(appending, model.load, options.progress_interval_seconds)
+        else:
+            appending.begin()
+        state = appending.finish()
+        (result.written if has_work else result.kept).append(dataset.folder)
+        for part in appending.parts.values():
+            result.add(part.counts, part.reasons)
+        if has_work and state["complete"]:
+            for line in describe_duplicates([dataset.path_of(name) for name in appending.plans]):
+                logger.warning("%s", line)
     logger.info(
         "dataset: %d of %d parts, %d of %d rows done, %s", state["parts_done"], state["parts_total"],
         sum(state.get(f"rows_{key}", 0) for key in ("embedded", "rejected", "skipped_invalid", "deleted")),

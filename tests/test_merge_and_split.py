@@ -10,7 +10,7 @@ from embedding_files import SETTINGS, SIZES, make_rows, place_of, read_splits, s
 
 from pipeline.config import DataSection
 from pipeline.files import tables, workspace
-from pipeline.files.workspace import UNFINISHED
+from preprocess_raw_data.merge_and_split import SPILL
 from preprocess_raw_data.merging.splits import SPLITS, choose_split
 
 
@@ -279,7 +279,7 @@ def test_a_run_killed_between_the_renames_is_completed(tmp_path, stage, city, mo
 
     def die_at_the_second(name, target, **folders):
         renamed.append(target)
-        if len(renamed) == 5:  # each has had its name in the unfinished folder before
+        if len(renamed) == 2:
             raise SystemExit(9)
         return replace(name, target, **folders)
 
@@ -298,7 +298,7 @@ def test_a_run_killed_between_the_renames_is_completed(tmp_path, stage, city, mo
 
 
 def test_what_a_killed_run_has_spilled_is_cleared_away(tmp_path, stage, city):
-    shutil.copytree(tmp_path / "embeddings", tmp_path / "merged" / UNFINISHED)
+    shutil.copytree(tmp_path / "embeddings", tmp_path / "merged" / SPILL)
     assert stage().code == 0
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == sorted(f"{s}.parquet" for s in SPLITS)
 

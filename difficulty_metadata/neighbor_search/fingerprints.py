@@ -8,9 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.files.image_ids import read_ids
 from pipeline.files.list_columns import ListColumn, find_fingerprint
-from pipeline.files.tables import FINGERPRINT_ID_SCHEMA, read_batches, read_provenance
+from pipeline.files.tables import FINGERPRINT_ID_SCHEMA, read_batches, read_ids, read_provenance
 
 # Fingerprints decoded at a time: 1.5 times as fast as 20 times as many, which leave the cache.
 _BLOCK_ROWS = 1_024

@@ -36,8 +36,6 @@ from pipeline.own_folders import (
     write_failure,
 )
 
-# The folder for files that appear together, when all are complete.
-UNFINISHED = ".unfinished"
 # The folder for old output until its successor is complete.
 REPLACED = "_replaced"
 # The host and the process in a name.
@@ -211,26 +209,6 @@ def _bring_back(old: Path, path: Path, made: str) -> None:
             if not re.fullmatch(made, name) and not (path / name).exists():
                 move(old / name, path / name)
         discard(old)
-
-
-@contextmanager
-def writing_together(folder: Path, names: list[str]) -> Iterator[Path]:
-    """Yield a hidden folder to write files of these names in; when the block ends well, move them to `folder`.
-
-    Earlier files stay until then; a kill while they are replaced leaves a gap, never a mixture of old and new.
-    """
-    unfinished = folder / UNFINISHED
-    remove(unfinished)  # of a killed run
-    try:
-        make_folder(unfinished)
-        yield unfinished
-        for name in names:
-            remove(folder / name)
-        for name in names:
-            move(unfinished / name, folder / name)
-        sync_folder(folder)
-    finally:
-        discard(unfinished)
 
 
 def remove_made(folder: Path, names: str) -> None:

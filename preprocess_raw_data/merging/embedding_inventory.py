@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import check_columns, plain_type, stored_fields
-from pipeline.files.image_ids import read_ids
 from pipeline.files.list_columns import ListColumn, find_embedding
-from pipeline.files.tables import FILE_COLUMNS, ID_COLUMNS, open_parquet, read_provenance
+from pipeline.files.tables import FILE_COLUMNS, ID_COLUMNS, open_parquet, read_ids, read_provenance
 from pipeline.log import logger
 from pipeline.retrieval.geography import mean_positions
 from preprocess_raw_data.merging.splits import Buildings

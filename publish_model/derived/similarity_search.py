@@ -23,6 +23,7 @@ def find_nearest(
         similarities = np.concatenate([similarities, queries @ block.T], axis=1)
         rows = np.concatenate([rows, own], axis=1)
         best = np.argpartition(similarities, -min(num_nearest, rows.shape[1]), axis=1)[:, -num_nearest:]
-        similarities, rows = (np.take_along_axis(one, best, axis=1) for one in (similarities, rows))
+        similarities = np.take_along_axis(similarities, best, axis=1)
+        rows = np.take_along_axis(rows, best, axis=1)
     order = np.lexsort((rows, -similarities), axis=1)
     return np.take_along_axis(similarities, order, axis=1), np.take_along_axis(rows, order, axis=1)
