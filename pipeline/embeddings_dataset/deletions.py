@@ -34,12 +34,15 @@ from pipeline.log import logger
 from pipeline.own_folders import remove
 
 # What is made from a dataset, in the folders for it: the tools' copies, what was set aside, and logs, which name ids.
-_DERIVED = re.compile(r"_aggregated/[^/]+\.parquet|_exports/(float16|int8)/.+|_logs/.+\.log|_removed/\d+/.+")
-_DERIVED_FOLDERS = re.compile(r"(_aggregated|_exports|_logs|_removed)(/.+)?")
+_DERIVED = re.compile(
+    r"_aggregated/[^/]+\.parquet|_clusters/(clusters|look_alike)\.(parquet|json|html)|_exports/(float16|int8)/.+"
+    r"|_logs/.+\.log|_removed/\d+/.+"
+)
+_DERIVED_FOLDERS = re.compile(r"(_aggregated|_clusters|_exports|_logs|_removed)(/.+)?")
 # What was set aside looks like a dataset.
 _SET_ASIDE = re.compile(rf"{SET_ASIDE}/\d+")
 # What tells the tools' copies and pages elsewhere in the dataset's folder.
-_COPY_STAGES = ("aggregate_embeddings", "export_embeddings")
+_COPY_STAGES = ("aggregate_embeddings", "cluster_embeddings", "export_embeddings")
 _PAGE_MARK = page_mark("search_embeddings")
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.
 _OWN = re.compile(

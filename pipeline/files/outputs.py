@@ -13,6 +13,8 @@ _OF_DATASETS = re.compile(r"_.*|\..*|parts|state\.json")
 _LOOKED_AT = 2**20  # bytes in which a mark stands, unless the file is a parquet
 # What export_embeddings.py writes beside its parts, and how it is told.
 EXPORT_SUMMARY, EXPORT_MARK = "export.json", '"recall_at_10"'
+# Where cluster_embeddings.py writes, and how its summary is told.
+CLUSTERS_FOLDER, CLUSTERS_MARK = "_clusters", '"cluster_embeddings"'
 
 
 def page_mark(tool: str) -> str:

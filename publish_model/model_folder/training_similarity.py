@@ -3,14 +3,21 @@
 The published folder carries a sample of the training embeddings, without ids, and quantiles of the similarity between
 validation images, whose buildings were not trained on, and their nearest neighbours in the sample. Of new images of the
 same kind, 1 % fall below the first percentile of similarity, which is the 99th of distance.
+
+It also carries a table for grouping images without labels: how many pairs of validation images reach a cosine, of two
+buildings and of one, and how good the groups are that average linkage makes at that cosine. What carries over to more
+images is the number of wrong partners that an image has by chance: a rate a pair, times the number of images.
 """
 
 import base64
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.config import Config
@@ -19,16 +26,26 @@ from pipeline.files.identity import identify
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import open_parquet, reading
 from pipeline.log import logger
+from pipeline.retrieval.geography import earth_centred_m
+from pipeline.retrieval.group_scores import measure_groups
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint
 
 FILE_NAME = "training_similarity.json"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-# 2,000 vectors of 256 float16 are 1 MB; of 2,000 queries 20 lie below the first percentile.
-NUM_REFERENCE = NUM_QUERIES = 2000
+# 2,000 vectors of 256 float16 are 1 MB.
+NUM_REFERENCE = 2000
+# 4,000 images make 8 million pairs: rates down to 1e-7, and an average linkage of a few seconds.
+NUM_QUERIES = 4000
 # A sample is read from so many row groups: a split of 5.8 million images has 95 GB.
 NUM_ROW_GROUPS = 16
+
+# Wrong partners that an image has by chance: the rows of the table.
+PARTNERS = 2.0 ** np.arange(9, -10.5, -0.5)
+# Pairs that stand nearer than this are counted by themselves: they are the candidates where positions are known.
+NEAR_M = 150.0
+POSITION_COLUMNS = ("street_lat", "street_lon")
 
 Embeddings = NDArray[np.float32]
 
@@ -39,8 +56,59 @@ def nearest_similarity(queries: Embeddings, reference: Embeddings) -> NDArray[np
     return np.concatenate([block.max(axis=1) for block in blocks]) if blocks else np.empty(0, dtype=np.float32)
 
 
-def describe_training(reference: Embeddings, queries: Embeddings) -> dict[str, Any]:
-    """Return the content of the file: the sample (R, D) and the quantiles of similarity to it."""
+def describe_pairs(
+    embeddings: Embeddings, buildings: NDArray[Any], positions: NDArray[np.float64] | None = None
+) -> dict[str, list[dict[str, float]]]:
+    """Return a table of all pairs of images (N,) and, with positions (N, 2) in degrees, one of those that stand near.
+
+    Each row has a cosine, the share of the pairs of two buildings (`false_rate`) and of one (`same_rate`) that reach
+    it, `partners` (wrong ones by chance, of an image), and the scores of average linkage that is cut there. Ascending
+    by cosine; empty without pairs of both kinds.
+    """
+    from scipy.spatial.distance import pdist
+
+    rows, columns = np.triu_indices(len(embeddings), 1)
+    cosines = (embeddings @ embeddings.T)[rows, columns]  # (P,)
+    is_same = buildings[rows] == buildings[columns]
+    tables = {"all": _tabulate(cosines, is_same, buildings)}
+    if positions is not None:
+        is_near = pdist(earth_centred_m(*positions.T)) <= NEAR_M
+        # A pair that is no candidate parts its groups.
+        tables["near"] = _tabulate(np.where(is_near, cosines, -1), is_same, buildings, is_near)
+    return tables
+
+
+def _tabulate(
+    cosines: NDArray[np.float32], is_same: NDArray[np.bool_], buildings: NDArray[Any],
+    is_candidate: NDArray[np.bool_] | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Return one of the tables of `describe_pairs`, of the candidates among the pairs (P,)."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    chosen = np.ones_like(is_same) if is_candidate is None else is_candidate
+    different, same = (np.sort(cosines[chosen & kind]) for kind in (~is_same, is_same))
+    if not len(different) or not len(same):
+        return []
+    tree = linkage(np.clip(1 - cosines.astype(np.float64), 0, 2), "average")
+    table = []
+    for partners in PARTNERS:
+        count = round(partners * len(buildings) / 2)  # pairs of two buildings
+        if not 0 < count < len(different):
+            continue
+        cosine = float(different[-count])
+        scores = measure_groups(fcluster(tree, 1 - cosine, "distance"), buildings)
+        table.append({
+            "cosine": cosine, "partners": 2 * count / len(buildings), "false_rate": count / len(different),
+            "same_rate": float(np.mean(same >= cosine)), "bcubed_f1": scores["bcubed_f1"],
+            "wrong_pair_share": scores["wrong_pair_share"],
+        })  # fmt: skip
+    return [row for place, row in enumerate(table) if not place or row["cosine"] > table[place - 1]["cosine"]]
+
+
+def describe_training(
+    reference: Embeddings, queries: Embeddings, pairs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the content of the file: the sample (R, D), the quantiles of similarity to it, and the tables of pairs."""
     stored = reference.astype("<f2")
     similarity = nearest_similarity(queries, stored.astype(np.float32))
     return {
@@ -49,6 +117,7 @@ def describe_training(reference: Embeddings, queries: Embeddings) -> dict[str, A
         "num_queries": len(queries),
         "reference_shape": list(stored.shape),
         "reference_float16": base64.b64encode(stored.tobytes()).decode("ascii"),
+        "pairs": pairs or {},
     }
 
 
@@ -65,18 +134,89 @@ def read_training(folder: Path) -> tuple[dict[str, float], Embeddings]:
         raise InputError(f"{folder / FILE_NAME}: damaged: publish the model again") from None
 
 
-def sample_rows(path: Path, num_rows: int) -> NDArray[np.float32]:
-    """Return (N, D) backbone features of about `num_rows` rows, evenly spaced within some row groups of a split."""
+@dataclass(frozen=True)
+class PairTable:
+    """What validation says of pairs of images, by cosine; columns are (T,), and `cosine` ascends.
+
+    Beyond its ends a rate follows the line through the last decade of rates: `is_beyond` tells.
+    """
+
+    columns: dict[str, NDArray[np.float64]]
+
+    def threshold_at(self, rate: float) -> float:
+        """Return the cosine that a share of the pairs of two buildings reaches."""
+        cosines, logs = self.columns["cosine"], np.log(self.columns["false_rate"])
+        wanted = np.log(rate)
+        if logs[-1] <= wanted <= logs[0]:
+            return float(np.interp(-wanted, -logs, cosines))
+        ends = slice(0, 2) if wanted > logs[0] else np.flatnonzero(logs <= logs[-1] + np.log(10))[[0, -1]]
+        (first, last), (low, high) = cosines[ends], logs[ends]
+        slope = (last - first) / (low - high) if low > high else 0.0
+        end, log = (cosines[0], logs[0]) if wanted > logs[0] else (cosines[-1], logs[-1])
+        return float(np.clip(end + slope * (log - wanted), -1, 1))
+
+    def rate_at(self, cosine: float) -> float:
+        """Return the share of the pairs of two buildings that reach a cosine."""
+        return float(np.exp(np.interp(cosine, self.columns["cosine"], np.log(self.columns["false_rate"]))))
+
+    def is_beyond(self, rate: float) -> bool:
+        """Return whether a rate is outside what was measured."""
+        return not self.columns["false_rate"][-1] <= rate <= self.columns["false_rate"][0]
+
+    @property
+    def best_partners(self) -> float:
+        """Wrong partners of an image by chance at the best B-cubed F1 of validation."""
+        return float(self.columns["partners"][np.argmax(self.columns["bcubed_f1"])])
+
+    def wrong_share_at(self, partners: float) -> float:
+        """Return the share of wrong pairs in validation's groups with so many wrong partners by chance."""
+        order = np.argsort(self.columns["partners"])
+        return float(np.interp(partners, self.columns["partners"][order], self.columns["wrong_pair_share"][order]))
+
+
+def read_pairs(folder: Path, kind: str) -> PairTable:
+    """Return the table of `all` or `near` pairs that a published folder carries.
+
+    Raises InputError if it has none.
+    """
+    remedy = "publish the model again with stage 7 beside its splits, or give --threshold"
+    try:
+        rows = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["pairs"][kind]
+        columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+        table = PairTable(columns)
+        is_sound = len(rows) > 1 and all(np.isfinite(values).all() for values in columns.values())
+        is_sound = is_sound and bool(
+            (np.diff(columns["cosine"]) > 0).all() and (np.diff(columns["false_rate"]) < 0).all()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        is_sound = False
+    if not is_sound:
+        raise InputError(f"{folder / FILE_NAME}: no rates of false pairs by cosine ({kind}): {remedy}")
+    return table
+
+
+def sample_rows(
+    path: Path, num_rows: int, names: Sequence[str] = (), *, spread: bool = True
+) -> tuple[NDArray[np.float32], pa.Table]:
+    """Return (N, D) backbone features of about `num_rows` rows of a split, and further columns.
+
+    Some row groups are read; the rows in each are evenly spaced, or, not `spread`, those that follow one another, which
+    are of whole buildings.
+    """
     column = find_embedding(path)
     with reading(path), open_parquet(path) as file:
         groups = np.unique(np.linspace(0, file.num_row_groups - 1, NUM_ROW_GROUPS).astype(int))
-        taken = []
+        names = [name for name in names if name in file.schema_arrow.names]
+        features, others = [], []
         for group in groups:
-            table = file.read_row_group(int(group), columns=[column.name])
+            table = file.read_row_group(int(group), columns=[column.name, *names])
             wanted = min(table.num_rows, -(-num_rows // len(groups)))
-            rows = table.take(np.linspace(0, table.num_rows - 1, wanted).astype(np.int64)).combine_chunks()
-            taken += [column.read(chunk, 0).astype(np.float32) for chunk in rows[column.name].chunks]
-        return np.concatenate(taken)
+            if spread:
+                table = table.take(np.linspace(0, table.num_rows - 1, wanted).astype(np.int64))
+            rows = table.slice(0, wanted).combine_chunks()
+            features += [column.read(chunk, 0).astype(np.float32) for chunk in rows[column.name].chunks]
+            others.append(rows.select(names))
+        return np.concatenate(features), pa.concat_tables(others)
 
 
 def measure_training(config: Config, checkpoint: "Checkpoint") -> dict[str, Any] | None:
@@ -91,12 +231,21 @@ def measure_training(config: Config, checkpoint: "Checkpoint") -> dict[str, Any]
     trained_on = {item.get("name"): item for item in checkpoint.provenance.get("inputs", [])}
     if config.paths.merged_dir is None:
         return None
-    samples = []
-    for name, num_rows in (("train.parquet", NUM_REFERENCE), ("val.parquet", NUM_QUERIES)):
-        path = config.path("merged_dir") / name
+    paths = [config.path("merged_dir") / name for name in ("train.parquet", "val.parquet")]
+    for path in paths:
+        name = path.name
         if not path.is_file() or identify(path) != trained_on.get(name):
             logger.info("%s: not what the checkpoint was trained on: no likeness to the training images is kept", path)
             return None
-        features = sample_rows(path, num_rows)
-        samples.append(project(build_projector(checkpoint), features, torch.device("cpu")))
-    return describe_training(*samples)
+    projector = build_projector(checkpoint)
+    reference, _ = sample_rows(paths[0], NUM_REFERENCE)
+    queries, columns = sample_rows(paths[1], NUM_QUERIES, ["building_id", *POSITION_COLUMNS], spread=False)
+    reference, queries = (project(projector, rows, torch.device("cpu")) for rows in (reference, queries))
+    if "building_id" not in columns.column_names:
+        return describe_training(reference, queries)
+    buildings = columns["building_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    positions = None
+    if set(POSITION_COLUMNS) <= set(columns.column_names):
+        positions = np.stack([columns[name].to_numpy() for name in POSITION_COLUMNS], axis=1).astype(np.float64)
+        positions = positions if np.isfinite(positions).all() else None
+    return describe_training(reference, queries, describe_pairs(queries, buildings, positions))

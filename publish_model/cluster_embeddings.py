@@ -1,0 +1,321 @@
+"""Group the images of an embeddings dataset: those of one building, or buildings that look alike.
+
+    python publish_model/cluster_embeddings.py OUTPUT --model-id published
+
+Reads what stage 8 wrote. Writes OUTPUT/_clusters/clusters.parquet, sorted by cluster: OSMID, kept columns, cluster (0
+is the largest), similarity (cosine to the cluster's medoid), is_medoid, row of the dataset; and clusters.json. Every
+image is in one cluster, alone if need be. They are made by average linkage, cut at a --threshold, at the share of
+--false-pairs, or where the model's validation images were grouped best. --positions LAT,LON compares images that stand
+within --max-distance-m alone, and adds a geometry. --labels measures the clusters. A rerun keeps what is there.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
+
+from pipeline import cli
+from pipeline.embeddings_dataset.columns import check_names
+from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
+from pipeline.errors import ConfigError, InputError
+from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, check_replaceable
+from pipeline.files.tables import is_complete, make_provenance, reading, write_parquet
+from pipeline.files.text_tables import null_blanks, read_id_table
+from pipeline.files.workspace import read_json_object, write_json
+from pipeline.log import logger
+from pipeline.retrieval.group_scores import measure_groups
+from publish_model.derived.dataset_tool import make_tool_parser, run_tool
+from publish_model.derived.group_table import CLUSTER_COLUMN, MADE_COLUMNS, describe_geometry, make_group_table
+from publish_model.derived.image_groups import count_pairs, group_images
+from publish_model.derived.similarity_search import import_faiss
+from publish_model.model_folder.published_model import find_model
+from publish_model.model_folder.training_similarity import PairTable, read_pairs
+from publish_model.new_data.embed_options import add_model_option
+
+STAGE = "cluster_embeddings"
+LABEL_COLUMN = "building_id"
+# A unit vector's length; others are damaged.
+NORM_TOLERANCE = 1e-3
+# A group of more images than this, and than this share of all, is named: a threshold too low makes one of nearly all.
+GIANT_IMAGES, GIANT_SHARE = 50, 0.05
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """The options of the command line."""
+
+    model_id: str = ""
+    threshold: float | None = None
+    false_pairs: float | None = None
+    positions: tuple[str, str] | None = None
+    max_distance_m: float = 150.0
+    look_alike: int | None = None
+    labels: Path | None = None
+    html: bool = False
+    input: Path | None = None
+    overwrite: bool = False
+
+    @property
+    def name(self) -> str:
+        return "look_alike" if self.look_alike else "clusters"
+
+
+def read_rows(dataset: EmbeddingsDataset) -> tuple[pa.Table, NDArray[np.float32]]:
+    """Return the columns of all embedded images but the embeddings, and these (N, D).
+
+    Raises InputError where one is not finite or not of unit length.
+    """
+    names = [name for name in dataset.schema.names if name != EMBEDDING_COLUMN]
+    width = dataset.schema.field(EMBEDDING_COLUMN).type.list_size
+    embeddings = np.empty((dataset.num_rows, width), np.float32)
+    for first, block in dataset.read_blocks():
+        if not (np.abs(np.linalg.norm(block, axis=1) - 1) <= NORM_TOLERANCE).all():
+            raise InputError(
+                f"{dataset.folder}: holds embeddings that are not finite or not of unit length: run "
+                "verify_embeddings.py --repair, then stage 8 again"
+            )
+        embeddings[first : first + len(block)] = block
+    columns = pa.concat_tables([part.read(names) for part in dataset.parts]).unify_dictionaries()
+    return columns, embeddings
+
+
+def read_positions(columns: pa.Table, names: tuple[str, str]) -> NDArray[np.float64]:
+    """Return the latitude and longitude of each row (N, 2) in degrees, NaN where one is missing.
+
+    Raises InputError where a column is missing, holds no numbers, or no degrees.
+    """
+    values = []
+    for name, limit in zip(names, (90, 180), strict=True):
+        if name not in columns.column_names:
+            raise InputError(f"--positions: the dataset has no column {name}: run stage 8 with --keep-columns {name}")
+        kind = columns[name].type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
+            raise InputError(f"--positions: column {name} holds {kind}, no degrees: give columns of numbers")
+        degrees = columns[name].cast(pa.float64()).to_numpy()
+        outside = np.abs(degrees) > limit
+        if outside.any():
+            raise InputError(
+                f"--positions: column {name} holds {degrees[outside][0]:g}, beyond {limit} degrees: give LAT,LON"
+            )
+        values.append(degrees)
+    positions = np.stack(values, axis=1)
+    positions[~np.isfinite(positions).all(axis=1)] = np.nan
+    return positions
+
+
+class Threshold:
+    """The cosine at which groups are cut, and what validation says of it."""
+
+    def __init__(self, dataset: EmbeddingsDataset, options: ClusterOptions, num_pairs: int) -> None:
+        """Choose it for so many pairs of images; a given threshold needs no model.
+
+        Raises ConfigError without model and threshold, InputError where the model has no table or is another one.
+        """
+        self._table: PairTable | None = None
+        self._pairs_an_image = 2 * num_pairs / max(1, dataset.num_rows)
+        self._is_given = options.threshold is not None
+        self.rate: float | None = None
+        if not options.model_id and options.threshold is None:
+            raise ConfigError("--model-id: give the model that made the embeddings, or a --threshold")
+        if options.model_id:
+            model = find_model(options.model_id, download=False)
+            model.check_made(dataset)
+            table = self._table = read_pairs(model.folder, "near" if options.positions else "all")
+            if options.threshold is not None:
+                self.rate = table.rate_at(options.threshold)
+            else:
+                self.rate = options.false_pairs or min(0.5, table.best_partners / max(1.0, self._pairs_an_image))
+                if table.is_beyond(self.rate):
+                    logger.warning("%.2g false pairs a pair: beyond what validation measured, extrapolated", self.rate)
+        if options.threshold is not None:
+            self.cosine = options.threshold
+        elif self._table is not None and self.rate is not None:
+            self.cosine = round(self._table.threshold_at(self.rate), 6)
+
+    def describe(self, pairs_in_groups: float) -> dict[str, Any]:
+        """Return where the threshold is from, and the wrong pairs to be expected at the validation's rate."""
+        described = {"threshold": self.cosine, "threshold_from": "given" if self._is_given else "validation"}
+        if self._table is None or self.rate is None:
+            return described
+        partners = self._pairs_an_image * self.rate
+        share = self._table.wrong_share_at(partners)
+        return described | {
+            "false_pairs": self.rate, "wrong_partners_by_chance": partners,
+            "expected_wrong_pair_share": share, "expected_wrong_pairs": share * pairs_in_groups,
+        }  # fmt: skip
+
+
+def read_labels(columns: pa.Table, labels_path: Path) -> pa.Array:
+    """Return the building of each row as text, null where the labels do not name its id.
+
+    Raises InputError where the labels cannot be read, or give an id two buildings.
+    """
+    remedy = f"--labels takes a parquet or CSV with {ID_COLUMN} and {LABEL_COLUMN}"
+    table = read_id_table(labels_path, [ID_COLUMN, LABEL_COLUMN], remedy)
+    try:
+        known, buildings, ids = (
+            null_blanks(column.cast(pa.string())).combine_chunks()
+            for column in (table[ID_COLUMN], table[LABEL_COLUMN], columns[ID_COLUMN])
+        )
+    except pa.ArrowException:
+        raise InputError(f"{labels_path}: {ID_COLUMN} or {LABEL_COLUMN} is no number or text: {remedy}") from None
+    pairs = pa.table({"id": known, "building": buildings}).drop_null().group_by(["id", "building"]).aggregate([])
+    if pairs.num_rows > len(pairs["id"].unique()):
+        raise InputError(f"{labels_path}: an {ID_COLUMN} has two buildings: give each one")
+    return pairs["building"].combine_chunks().take(pc.index_in(ids, value_set=pairs["id"].combine_chunks()))
+
+
+def summarize(table: pa.Table, threshold: Threshold | None) -> dict[str, Any]:
+    """Return the counts and sizes of groups, and name a giant one."""
+    clusters = table[CLUSTER_COLUMN].to_numpy()
+    sizes = np.bincount(clusters)
+    edges = 2 ** np.arange(int(sizes.max(initial=1)).bit_length())
+    named = {
+        f"{low}" if low == 1 else f"{low}-{2 * low - 1}": int(((sizes >= low) & (sizes < 2 * low)).sum())
+        for low in edges
+    }
+    summary: dict[str, Any] = {
+        "images": len(clusters), "clusters": len(sizes), "alone": int((sizes == 1).sum()),
+        "largest": int(sizes.max(initial=0)), "clusters_by_size": named,
+    }  # fmt: skip
+    if sizes.max(initial=0) > max(GIANT_IMAGES, GIANT_SHARE * len(clusters)):
+        summary["giant"] = {"cluster": 0, "images": int(sizes[0])}
+        logger.warning(
+            "cluster 0 holds %d of %d images: copies of one picture, or a threshold that is too low",
+            sizes[0],
+            len(clusters),
+        )
+    if threshold is not None:
+        summary |= threshold.describe(float((sizes * (sizes - 1.0) / 2).sum()))
+    return summary
+
+
+def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageResult:
+    """Write the groups with their summary, and return the counts of the images.
+
+    Raises InputError for a dataset, model or columns that cannot be used, StaleOutputError for groups of another one.
+    """
+    import_faiss()
+    folder = dataset.folder / CLUSTERS_FOLDER
+    path, summary_path = (folder / f"{options.name}.{suffix}" for suffix in ("parquet", "json"))
+    check_replaceable(path, STAGE, own=CLUSTERS_FOLDER)
+    check_replaceable(summary_path, CLUSTERS_MARK, own=CLUSTERS_FOLDER)
+    columns, embeddings = read_rows(dataset)
+    check_names("the dataset's kept columns", MADE_COLUMNS, columns.column_names)
+    positions = read_positions(columns, options.positions) if options.positions else None
+    threshold = Threshold(dataset, options, count_pairs(len(embeddings), positions, options.max_distance_m))
+    settings = {"threshold": threshold.cosine}
+    if options.positions:
+        settings |= {"positions": list(options.positions), "max_distance_m": options.max_distance_m}
+    provenance = make_provenance(STAGE, [dataset.identify()], settings)
+    result = cli.StageResult(STAGE)
+    recall = read_json_object(summary_path).get("search_recall", 1.0)
+    if is_complete(path, provenance, options.overwrite):
+        result.kept.append(path)
+        with reading(path):
+            table = pq.read_table(path)
+    else:
+        grouping = group_images(embeddings, threshold.cosine, positions, options.max_distance_m)
+        table, recall = make_group_table(columns, embeddings, grouping.groups, positions), grouping.recall
+        write_parquet(path, table, provenance, describe_geometry(table))
+        result.written.append(path)
+    summary = {"tool": STAGE} | summarize(table, threshold) | {"search_recall": recall}
+    if options.labels is not None:
+        labels = read_labels(table, options.labels)
+        rows = np.flatnonzero(labels.is_valid().to_numpy(zero_copy_only=False))
+        summary["labelled_images"] = len(rows)
+        if len(rows):
+            codes = labels.take(pa.array(rows)).dictionary_encode().indices.to_numpy()
+            summary["measures"] = measure_groups(table[CLUSTER_COLUMN].to_numpy()[rows], codes)
+    if read_json_object(summary_path) != summary:
+        write_json(summary_path, summary)
+    log_summary(summary)
+    result.add({"in": len(embeddings), "out": table.num_rows})
+    return result
+
+
+def log_summary(summary: dict[str, Any]) -> None:
+    """Log the counts, the threshold, what is to be expected, and what was measured."""
+    logger.info(
+        "%(images)d images in %(clusters)d clusters, %(alone)d alone, the largest of %(largest)d; "
+        "threshold %(threshold).4f (%(threshold_from)s)", summary,
+    )  # fmt: skip
+    if "expected_wrong_pair_share" in summary:
+        logger.info(
+            "expected share of wrong pairs in clusters, by validation: %(expected_wrong_pair_share).3f", summary
+        )
+    if summary["search_recall"] < 1:
+        logger.info("the search is approximate: it found %.2f %% of the pairs", 100 * summary["search_recall"])
+    if "measures" in summary:
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in summary["measures"].items())
+        logger.info("%d labelled images: %s", summary["labelled_images"], figures)
+
+
+def parse_positions(text: str) -> tuple[str, str]:
+    """Read the names of `--positions`.
+
+    Raises ArgumentTypeError unless there are two.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: give two kept columns, LAT,LON")
+    return names[0], names[1]
+
+
+def number_within(low: float, high: float) -> Any:
+    """Return a reader of numbers above `low`, up to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low < value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number above {low:g}, up to {high:g}")
+        return value
+
+    return read
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_tool_parser(__doc__ or "")
+    add_model_option(parser, default="")
+    add = parser.add_argument
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument(
+        "--threshold", type=number_within(-1, 1), metavar="COSINE", help="mean cosine of groups that merge"
+    )
+    cut.add_argument(
+        "--false-pairs", type=number_within(0, 0.5), metavar="RATE",
+        help="share of pairs of two buildings that reach the cosine (default: by validation and number of images)",
+    )  # fmt: skip
+    add(
+        "--positions",
+        type=parse_positions,
+        metavar="LAT,LON",
+        help="kept columns in degrees: compare near images alone",
+    )
+    add("--max-distance-m", type=number_within(0, 30_000), default=150.0, metavar="M", help="how far that is (150)")
+    add("--labels", type=Path, metavar="FILE", help=f"parquet or CSV of {ID_COLUMN} and {LABEL_COLUMN}, to measure by")
+    add("--overwrite", action="store_true", help="make again what is there already")
+    arguments = vars(parser.parse_args(argv))
+    arguments.pop("trust_remote_code")
+    output = arguments.pop("output")
+    run_tool(STAGE, output, lambda dataset: cluster(dataset, ClusterOptions(**arguments)))
+
+
+if __name__ == "__main__":
+    cli.run_guarded(main)

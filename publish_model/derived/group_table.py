@@ -1,0 +1,72 @@
+"""The table of groups: a row for each image with its group, its likeness to the group's medoid, and its position."""
+
+import json
+import struct
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.embeddings_dataset.columns import take_rows
+from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, VERSION
+from publish_model.derived.image_groups import Embeddings, Rows
+
+CLUSTER_COLUMN, ROW_COLUMN = "cluster", "row"
+MADE_COLUMNS = (CLUSTER_COLUMN, "similarity", "is_medoid", ROW_COLUMN, GEOMETRY_COLUMN)
+_BLOCK_ROWS = 65_536
+_WKB_POINT = struct.Struct("<BIdd")
+
+
+def find_medoids(embeddings: Embeddings, groups: Rows) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return each row's cosine to its group's medoid (N,), and which rows are medoids.
+
+    A medoid is the image most similar to all of its group as a mean, of equal ones the first.
+    """
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    sums = np.add.reduceat(embeddings[order], starts) if len(starts) else embeddings  # (G, D)
+    to_sum = _multiply_rows(embeddings, sums, groups)
+    ranked = np.lexsort((-to_sum, groups))
+    medoids = ranked[np.flatnonzero(np.diff(groups[ranked], prepend=-1))]
+    is_medoid = np.zeros(len(groups), dtype=bool)
+    is_medoid[medoids] = True
+    return np.minimum(_multiply_rows(embeddings, embeddings[medoids], groups), np.float32(1)), is_medoid
+
+
+def _multiply_rows(embeddings: Embeddings, others: Embeddings, places: Rows) -> NDArray[np.float32]:
+    """Return the dot product of each row (N, D) with the row of `others` at its place (N,)."""
+    products = np.empty(len(embeddings), np.float32)
+    for start in range(0, len(embeddings), _BLOCK_ROWS):
+        own = slice(start, start + _BLOCK_ROWS)
+        np.einsum("nd,nd->n", embeddings[own], others[places[own]], out=products[own])
+    return products
+
+
+def make_group_table(
+    columns: pa.Table, embeddings: Embeddings, groups: Rows, positions: NDArray[np.float64] | None = None
+) -> pa.Table:
+    """Return the columns of images (N,) with what was found, sorted by group and then by likeness to the medoid."""
+    similarity, is_medoid = find_medoids(embeddings, groups)
+    order = np.lexsort((np.arange(len(groups)), -similarity, ~is_medoid, groups))
+    taken = [take_rows(column.combine_chunks(), order) for column in columns.columns]
+    table = pa.Table.from_arrays(taken, schema=columns.schema)
+    made = (groups.astype(np.int64), similarity, is_medoid, np.arange(len(groups)))
+    for name, values in zip(MADE_COLUMNS, made, strict=False):
+        table = table.append_column(name, pa.array(values[order]))
+    if positions is None:
+        return table
+    known = np.isfinite(positions).all(axis=1)
+    points = [_WKB_POINT.pack(1, 1, *positions[row, ::-1]) if known[row] else None for row in order]
+    return table.append_column(GEOMETRY_COLUMN, pa.array(points, pa.binary()))
+
+
+def describe_geometry(table: pa.Table) -> dict[bytes, bytes]:
+    """Return the metadata that make a parquet of a table with positions a GeoParquet."""
+    if GEOMETRY_COLUMN not in table.column_names:
+        return {}
+    column = {"encoding": "WKB", "geometry_types": ["Point"]}
+    return {
+        GEO_KEY: json.dumps(
+            {"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": {GEOMETRY_COLUMN: column}}
+        ).encode()
+    }

@@ -1,0 +1,253 @@
+"""Clusters of an embeddings dataset: the tool, its threshold by validation, and what it writes."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from embedded_datasets import unit_rows, write_dataset
+from published_models import read_dataset
+
+from publish_model import cluster_embeddings, delete_ids
+from publish_model.model_folder import training_similarity
+
+
+@pytest.fixture
+def cluster(run_main):
+    return lambda output, *arguments: run_main(cluster_embeddings.main, output, *arguments)
+
+
+def draw_buildings(seed, num_buildings, num_images, noise=0.15, width=8):
+    """Return unit vectors around as many centres, and the building of each."""
+    buildings = np.repeat(np.arange(num_buildings), num_images)
+    rows = unit_rows(seed, num_buildings, width)[buildings] + noise * unit_rows(seed + 1, len(buildings), width)
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), buildings
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """40 images of 10 buildings, 10 m apart within a street of 2 km."""
+    embeddings, buildings = draw_buildings(3, 10, 4, 0.3)
+    generator = np.random.default_rng(0)
+    lat = 52.2 + buildings * 0.002 + generator.normal(size=40) * 1e-5
+    ids = pa.array([f"image {row}" for row in range(40)])
+    return write_dataset(tmp_path / "out", ids, embeddings, lat=lat, lon=np.full(40, 0.1), year=[2020] * 40)
+
+
+def read(output, name="clusters"):
+    return pq.read_table(output / "_clusters" / f"{name}.parquet"), json.loads(
+        (output / "_clusters" / f"{name}.json").read_text()
+    )
+
+
+def test_each_image_is_in_one_cluster_with_its_columns_and_the_likeness_to_a_medoid(cluster, dataset):
+    outcome = cluster(dataset, "--threshold", "0.8")
+    assert (outcome.code, outcome.stdout) == (0, f"{dataset / '_clusters' / 'clusters.parquet'}\n")
+    assert "40 in = 40 out" in outcome.stderr
+    table, summary = read(dataset)
+    assert table.column_names == ["OSMID", "lat", "lon", "year", "cluster", "similarity", "is_medoid", "row"]
+    embedded = read_dataset(dataset)
+    assert sorted(table["row"].to_pylist()) == list(range(40))
+    assert table["OSMID"].to_pylist() == [f"image {row}" for row in table["row"].to_pylist()]
+    clusters = table["cluster"].to_numpy()
+    assert (np.diff(clusters) >= 0).all()
+    assert table["cluster"].type == pa.int64()
+    sizes = np.bincount(clusters)
+    assert (np.diff(sizes) <= 0).all()
+    vectors = np.array(embedded["embedding"].to_pylist(), np.float32)[table["row"].to_numpy()]
+    for number in range(len(sizes)):
+        own = np.flatnonzero(clusters == number)
+        assert table["is_medoid"].to_numpy()[own].tolist() == [True] + [False] * (len(own) - 1)
+        medoid = max(own, key=lambda row: sum(float(vectors[row] @ vectors[other]) for other in own))
+        assert medoid == own[0]
+        assert np.allclose(table["similarity"].to_numpy()[own], vectors[own] @ vectors[own[0]], atol=1e-6)
+    assert summary["images"] == 40
+    assert summary["clusters"] == len(sizes)
+    assert summary["alone"] == int((sizes == 1).sum())
+    assert sum(summary["clusters_by_size"].values()) == len(sizes)
+    assert (summary["threshold"], summary["threshold_from"]) == (0.8, "given")
+
+
+def test_a_rerun_keeps_the_clusters_and_another_threshold_is_refused(cluster, dataset):
+    path = dataset / "_clusters" / "clusters.parquet"
+    assert cluster(dataset, "--threshold", "0.8").code == 0
+    before = path.stat().st_mtime_ns, (dataset / "_clusters" / "clusters.json").stat().st_mtime_ns
+    outcome = cluster(dataset, "--threshold", "0.8")
+    assert (outcome.code, outcome.stdout) == (0, "")
+    assert "1 kept" in outcome.stderr
+    assert (path.stat().st_mtime_ns, (dataset / "_clusters" / "clusters.json").stat().st_mtime_ns) == before
+    outcome = cluster(dataset, "--threshold", "0.7")
+    assert outcome.code == 1
+    assert "threshold" in outcome.stderr.splitlines()[-1]
+    assert cluster(dataset, "--threshold", "0.7", "--overwrite").code == 0
+
+
+def test_what_is_not_ours_stays(cluster, dataset):
+    path = dataset / "_clusters" / "clusters.parquet"
+    path.parent.mkdir()
+    path.write_text("mine")
+    outcome = cluster(dataset, "--threshold", "0.8")
+    assert outcome.code == 2
+    assert "not written by this tool" in outcome.stderr
+    assert path.read_text() == "mine"
+
+
+def test_labels_measure_the_clusters(cluster, dataset, tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("OSMID,building_id\n" + "".join(f"image {row},{row // 4}\n" for row in range(36)))
+    assert cluster(dataset, "--threshold", "0.8", "--labels", labels).code == 0
+    _, summary = read(dataset)
+    assert summary["labelled_images"] == 36
+    assert 0.5 < summary["measures"]["bcubed_f1"] <= 1
+    labels.write_text("OSMID,building_id\nimage 1,a\nimage 1,b\n")
+    outcome = cluster(dataset, "--threshold", "0.8", "--labels", labels)
+    assert outcome.code == 1
+    assert "has two buildings" in outcome.stderr
+
+
+def test_with_positions_far_images_stay_apart_and_the_file_is_a_geoparquet(cluster, dataset):
+    assert cluster(dataset, "--threshold", "-0.9", "--positions", "lat,lon").code == 0
+    table, _ = read(dataset)
+    for number in set(table["cluster"].to_pylist()):
+        own = {row // 4 for row in table.filter(pa.compute.equal(table["cluster"], number))["row"].to_pylist()}
+        assert len(own) == 1
+    geo = json.loads(table.schema.metadata[b"geo"])
+    assert geo["columns"]["geometry"] == {"encoding": "WKB", "geometry_types": ["Point"]}
+    geopandas = pytest.importorskip("geopandas")
+    read_back = geopandas.read_parquet(dataset / "_clusters" / "clusters.parquet")
+    assert np.allclose(read_back.geometry.x, 0.1)
+    assert np.allclose(read_back.geometry.y, read_back["lat"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--threshold", "0.8", "--positions", "lat,length"], "has no column length"),
+        (["--threshold", "0.8", "--positions", "lat,OSMID"], "no degrees"),
+        (["--threshold", "0.8", "--positions", "year,lon"], "beyond 90 degrees"),
+    ],
+)
+def test_positions_that_cannot_be_used_are_refused(cluster, dataset, arguments, text):
+    outcome = cluster(dataset, *arguments)
+    assert outcome.code == 1
+    assert text in outcome.stderr.splitlines()[-1]
+    assert not (dataset / "_clusters").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--threshold", "nan"], ["--threshold", "2"], ["--threshold", "0.5", "--false-pairs", "0.1"],
+                  ["--threshold", "0.5", "--positions", "lat"]],
+)  # fmt: skip
+def test_bad_options_have_exit_code_2(cluster, dataset, arguments):
+    outcome = cluster(dataset, *arguments)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_damaged_embedding_is_refused(cluster, tmp_path):
+    embeddings = unit_rows(0, 5)
+    embeddings[3, 2] = np.nan
+    output = write_dataset(tmp_path / "out", pa.array(range(5)), embeddings)
+    outcome = cluster(output, "--threshold", "0.8")
+    assert outcome.code == 1
+    assert "not finite or not of unit length" in outcome.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("num_rows", "num_clusters"), [(1, 1), (300, 1)])
+def test_one_image_and_copies_of_one_are_one_cluster_and_a_giant_is_named(cluster, tmp_path, num_rows, num_clusters):
+    output = write_dataset(tmp_path / "out", pa.array(range(num_rows)), np.repeat(unit_rows(0, 1), num_rows, axis=0))
+    outcome = cluster(output, "--threshold", "0.9")
+    assert outcome.code == 0
+    _, summary = read(output)
+    assert summary["clusters"] == num_clusters
+    assert ("giant" in summary) == (num_rows > 50) == ("cluster 0 holds 300 of 300 images" in outcome.stderr)
+
+
+def test_a_takedown_removes_the_clusters(cluster, run_main, dataset, tmp_path):
+    assert cluster(dataset, "--threshold", "0.8").code == 0
+    (tmp_path / "ids.txt").write_text("image 7\n")
+    outcome = run_main(delete_ids.main, dataset, "--delete-ids", tmp_path / "ids.txt")
+    assert outcome.code == 0, outcome.stderr
+    assert not (dataset / "_clusters").exists()
+    assert cluster(dataset, "--threshold", "0.8").code == 0
+    assert "image 7" not in read(dataset)[0]["OSMID"].to_pylist()
+
+
+# ------------------------------------------------------------------------------------------------ by validation
+
+
+def test_the_table_of_pairs_holds_the_rates_of_a_loop():
+    embeddings, buildings = draw_buildings(5, 12, 3, 0.6)
+    positions = np.stack([52 + buildings * 0.0008, np.zeros(36)], axis=1)  # 89 m apart
+    tables = training_similarity.describe_pairs(embeddings, buildings, positions)
+    for kind, reach in (("all", 99), ("near", 1)):
+        pairs = [
+            (float(embeddings[a] @ embeddings[b]), buildings[a] == buildings[b])
+            for a in range(36) for b in range(a) if abs(buildings[a] - buildings[b]) <= reach
+        ]  # fmt: skip
+        different, same = ([cosine for cosine, is_same in pairs if is_same == kind] for kind in (False, True))
+        assert len(tables[kind]) > 5
+        for row in tables[kind]:
+            reached = sum(cosine >= row["cosine"] - 1e-6 for cosine in different)
+            assert row["false_rate"] == pytest.approx(reached / len(different))
+            assert row["partners"] == pytest.approx(2 * reached / 36)
+            assert row["same_rate"] == pytest.approx(np.mean([cosine >= row["cosine"] - 1e-6 for cosine in same]))
+
+
+def test_one_building_or_one_image_of_each_gives_no_table():
+    embeddings = unit_rows(0, 6)
+    for buildings in (np.zeros(6, int), np.arange(6)):
+        assert training_similarity.describe_pairs(embeddings, buildings) == {"all": []}
+
+
+@pytest.fixture
+def calibrated(model_dir, tmp_path):
+    """A model with a table of pairs that 200 images have given."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    embeddings, buildings = draw_buildings(5, 50, 4, 0.6, 256)
+    pairs = training_similarity.describe_pairs(embeddings, buildings)
+    content = training_similarity.describe_training(embeddings, embeddings, pairs)
+    (model / training_similarity.FILE_NAME).write_text(json.dumps(content))
+    return model
+
+
+def test_the_threshold_comes_from_the_models_validation_and_follows_the_number_of_images(
+    cluster, embed, packaged, calibrated, tmp_path
+):
+    assert embed(packaged, tmp_path / "out", model=calibrated).code == 0
+    outcome = cluster(tmp_path / "out", "--model-id", calibrated)
+    assert outcome.code == 0, outcome.stderr
+    _, summary = read(tmp_path / "out")
+    table = training_similarity.read_pairs(calibrated, "all")
+    assert summary["threshold_from"] == "validation"
+    assert summary["false_pairs"] == pytest.approx(min(0.5, table.best_partners / 36))
+    assert summary["threshold"] == pytest.approx(table.threshold_at(summary["false_pairs"]), abs=1e-6)
+    assert summary["expected_wrong_pair_share"] == pytest.approx(table.wrong_share_at(table.best_partners), abs=1e-3)
+    outcome = cluster(tmp_path / "out", "--model-id", calibrated, "--false-pairs", "1e-3", "--overwrite")
+    assert outcome.code == 0
+    assert read(tmp_path / "out")[1]["threshold"] > summary["threshold"]
+    outcome = cluster(tmp_path / "out", "--model-id", calibrated, "--positions", "lat,lon")
+    assert outcome.code == 1
+
+
+def test_a_model_without_the_table_needs_a_threshold(cluster, embed, packaged, model_dir, tmp_path):
+    assert embed(packaged, tmp_path / "out").code == 0
+    outcome = cluster(tmp_path / "out", "--model-id", model_dir)
+    assert outcome.code == 1
+    assert "or give --threshold" in outcome.stderr.splitlines()[-1]
+
+
+def test_rates_between_the_rows_are_interpolated_and_beyond_them_the_line_goes_on():
+    table = training_similarity.PairTable({
+        "cosine": np.array([0.2, 0.4, 0.6]), "false_rate": np.array([1e-1, 1e-2, 1e-3]),
+        "partners": np.array([10, 1, 0.1]), "bcubed_f1": np.array([0.3, 0.8, 0.5]),
+        "wrong_pair_share": np.array([0.9, 0.4, 0.1]),
+    })  # fmt: skip
+    for rate, cosine in ((1e-1, 0.2), (10**-1.5, 0.3), (1e-3, 0.6), (1e-4, 0.8), (0.5, 0.2 - 0.2 * np.log10(5))):
+        assert table.threshold_at(rate) == pytest.approx(cosine)
+    assert [table.is_beyond(rate) for rate in (0.5, 1e-1, 1e-2, 1e-3, 1e-4)] == [True, False, False, False, True]
+    assert table.best_partners == 1
+    assert table.rate_at(0.5) == pytest.approx(10**-2.5)
+    assert table.wrong_share_at(5.5) == pytest.approx(0.65)
