@@ -177,8 +177,11 @@ class TrainingSection(Section):
     triplet_distance: Literal["euclidean", "cosine"] = Field("euclidean", description="of triplets; cosine: 1 - cosine")
     temperature: float = Field(0.1, gt=0.0, description="temperature of supcon")
     input_noise: float = Field(1.2, ge=0.0, description="noise on the inputs, in within-building standard deviations")
+    use_residual: bool = Field(
+        True, description="add the linear shortcut; false: the MLP branch alone, if there is one"
+    )
     init: Literal["sharpened", "whitening", "pca", "random"] = Field(
-        "sharpened", description="start of the linear shortcut; sharpened: sharpened or plain whitening, by validation"
+        "sharpened", description="start of the projector; sharpened: sharpened or plain whitening, by validation"
     )
     init_checkpoint: str | None = Field(None, description="start from this checkpoint instead of init")
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(

@@ -26,7 +26,10 @@ def make_projector(**settings: object) -> Projector:
 ROWS = np.random.default_rng(1).standard_normal((20, 10)).astype(np.float32)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_hidden_layers": 0}, {"num_hidden_layers": 2}, {"hidden_dims": [7, 3]}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_hidden_layers": 0}, {"num_hidden_layers": 2}, {"hidden_dims": [7, 3]}, {"use_residual": False}],
+)
 @pytest.mark.parametrize("power", [1.0, 0.8])
 def test_the_folded_projector_of_features_equals_the_one_of_coordinates(
     settings: dict[str, object], power: float

@@ -32,6 +32,7 @@ hidden_dim = 384
 num_hidden_layers = 3
 hidden_dim_multiplier = 1.25
 use_layer_norm = true
+use_residual = false
 [triplet_training]
 batch_size = 256
 [training]
@@ -86,6 +87,7 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
         "training": {
             "batch_size": 256,
             "learning_rate": 0.001,
+            "use_residual": False,
             "loss": "triplet",
             "triplet_distance": "cosine",
             "margin": 0.2,
@@ -100,7 +102,7 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
     }
     listed = dict(line[2:].split(": ", 1) for line in outcome.stdout.splitlines() if line.startswith("# ["))
     fewer = "[training].sample_buildings trains on fewer buildings, tune.py --sample-buildings the trials"
-    validation = "every validation has mAP, MRR and Recall@k; [training].validation_images bounds it"
+    validation = "every validation has mAP, MRR and Recall@k, [training].recall_ranks adds k"
     assert listed == {
         "[infrastructure].batch_size": "memory is bounded by [data].memory_mb",
         "[data].batch_size": "memory is bounded by [data].memory_mb",

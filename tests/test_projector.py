@@ -39,6 +39,35 @@ def test_the_output_is_the_normalised_sum_of_shortcut_and_branch(activation: str
     torch.testing.assert_close(projector(inputs), expected)
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_without_a_residual_the_output_is_the_branch_alone(layer_norm: bool) -> None:
+    projector = randomised(output_dim=5, hidden_dim=7, layer_norm=layer_norm, use_residual=False)
+    assert not [name for name in projector.state_dict() if name.startswith("shortcut")]
+
+    def norm(rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(rows, rows.shape[1:]) if layer_norm else rows
+
+    hidden = torch.nn.functional.gelu(norm(projector.hidden[0](features())))
+    expected = torch.nn.functional.normalize(norm(projector.output(hidden)), dim=1)
+    torch.testing.assert_close(projector(features()), expected)
+
+
+def test_without_hidden_layers_the_linear_map_is_all_there_is() -> None:
+    projector = Projector(12, 5, num_hidden_layers=0, use_residual=False)
+    assert projector.state_dict().keys() == {"shortcut.weight", "shortcut.bias"}
+
+
+def test_autocast_does_not_round_a_branch_that_centres() -> None:
+    projector = randomised(output_dim=5, hidden_dim=7, use_residual=False)
+    rows = features(64) * 0.05 + 40
+    with torch.no_grad():
+        projector.hidden[0].bias.copy_(-projector.hidden[0].weight @ rows.mean(dim=0))
+        expected = projector(rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = projector(rows)
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_widths_of_the_hidden_layers_may_differ() -> None:
     projector = Projector(12, 5, hidden_dims=[9, 4])
     assert [tuple(layer.weight.shape) for layer in projector.hidden] == [(9, 12), (4, 9)]

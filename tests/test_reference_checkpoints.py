@@ -38,6 +38,14 @@ def test_bare_weights_of_this_projector_tell_their_widths_and_depth(
     torch.testing.assert_close(build_projector(found)(features()), projector(features()))
 
 
+def test_bare_weights_without_a_shortcut_are_the_branch_alone(tmp_path: Path) -> None:
+    projector = make_projector(num_hidden_layers=2, use_residual=False)
+    torch.save(projector.state_dict(), tmp_path / "old.pt")
+    found = load_checkpoint(tmp_path / "old.pt")
+    assert found.architecture == projector.architecture
+    torch.testing.assert_close(build_projector(found)(features()), projector(features()))
+
+
 def test_a_shortcut_alone_has_no_hidden_layers(tmp_path: Path) -> None:
     projector = make_projector(num_hidden_layers=0)
     torch.save(projector.state_dict(), tmp_path / "old.pt")
@@ -46,7 +54,7 @@ def test_a_shortcut_alone_has_no_hidden_layers(tmp_path: Path) -> None:
     torch.testing.assert_close(build_projector(found)(features()), projector(features()))
 
 
-def test_a_plain_mlp_without_a_shortcut_gets_one_of_zeros(tmp_path: Path) -> None:
+def test_a_plain_mlp_has_no_shortcut(tmp_path: Path) -> None:
     torch.manual_seed(0)
     mlp = nn.Sequential(
         nn.Linear(12, 7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 7, bias=False), nn.ReLU(), nn.Linear(7, 5)
@@ -56,6 +64,7 @@ def test_a_plain_mlp_without_a_shortcut_gets_one_of_zeros(tmp_path: Path) -> Non
     )
     found = load_checkpoint(tmp_path / "o.pt", TrainingModelSection(output_dim=5, activation="relu"))
     assert (found.architecture["hidden_dim"], found.architecture["num_hidden_layers"]) == (7, 2)
+    assert found.architecture["use_residual"] is False
     expected = nn.functional.normalize(mlp(features()), dim=1)
     torch.testing.assert_close(build_projector(found)(features()), expected)
 
@@ -217,12 +226,15 @@ def test_other_names_among_the_references_are_refused(
         load_checkpoint(tmp_path / "o.pt")
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_a_reference_checkpoint_is_published_exactly(tmp_path: Path, toy_backbone: Path, norm: bool) -> None:
+@pytest.mark.parametrize(("norm", "residual"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_reference_checkpoint_is_published_exactly(
+    tmp_path: Path, toy_backbone: Path, norm: bool, residual: bool
+) -> None:
     torch.manual_seed(1)
-    network = ReferenceProjector(24, [384, 288, 216], 256, "gelu", norm=norm).eval()
+    network = ReferenceProjector(24, [384, 288, 216], 256, "gelu", norm=norm, residual=residual).eval()
     save_reference(tmp_path / "checkpoint" / "checkpoint_best.pt", network)
     convert_to_hf.run(make_config(tmp_path, toy_backbone), Options())
     model = SpatialEmbeddingsModel.from_pretrained(tmp_path / "published").eval()
+    assert (model.projector.shortcut is not None) == residual
     with torch.no_grad():
         torch.testing.assert_close(model.projector(features(24, 64)), network(features(24, 64)), atol=1e-6, rtol=0)

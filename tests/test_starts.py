@@ -101,7 +101,7 @@ def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(
     assert fitted.note["init"] == "sharpened"
     assert fitted.note["shrinkage"] == 0.5
     model = TrainingModelSection(output_dim=6, hidden_dim=8)
-    projector = fitted.coordinates.fold(make_projector(fitted, model, section.init))
+    projector = fitted.coordinates.fold(make_projector(fitted, model, section))
     assert fitted.note["sharpened_shrinkage"] == 0.5
     assert 0 < fitted.baselines["whitening"]["map_error"] < 0.2
     np.testing.assert_allclose(
@@ -124,7 +124,9 @@ def test_the_other_starts_score_as_their_baseline(init: str, row: str) -> None:
     section = TrainingSection(init=init)
     fitted = fit_start(train, validation, 6, section)
     assert "sharpened_shrinkage" not in fitted.note
-    projector = fitted.coordinates.fold(make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=8), init))
+    projector = fitted.coordinates.fold(
+        make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=8), section)
+    )
     found = validation.score(projector(torch.from_numpy(val.embeddings)).detach().numpy())
     assert found["map"] == pytest.approx(fitted.baselines[row]["map"], abs=1e-6)
 
@@ -133,7 +135,7 @@ def test_random_weights_start_from_nothing() -> None:
     train, val = make_split(1), make_split(2)
     section = TrainingSection(init="random")
     fitted = fit_start(train, ValidationSet(val.embeddings, val.building_codes), 6, section)
-    projector = make_projector(fitted, TrainingModelSection(output_dim=6), "random")
+    projector = make_projector(fitted, TrainingModelSection(output_dim=6), section)
     assert float(projector.shortcut.weight.detach().abs().max()) < 1.0
     assert len(projector.shortcut.weight.unique()) > 6
     assert fitted.coordinates.fold(projector).architecture["input_power"] == 1.0
@@ -151,3 +153,47 @@ def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse() -> None:
     found = starts._try(fit, None, 1, SHRINKAGES, validate)
     assert list(found) == [0.7, 0.5, 0.3, 0.2, 0.1]
     assert list(starts._try(fit, None, 1, (0.05,), validate)) == [0.05]
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize(("num_layers", "multiplier"), [(1, 1.0), (2, 1.25), (3, 0.75)])
+def test_without_a_shortcut_the_branch_starts_as_the_whitening(
+    activation: Any, num_layers: int, multiplier: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, val = make_split(1), make_split(2)
+    section = TrainingSection(init="whitening", use_residual=False)
+    fitted = fit_start(train, ValidationSet(val.embeddings, val.building_codes), 6, section)
+    model = TrainingModelSection(
+        output_dim=6, hidden_dim=24, num_hidden_layers=num_layers, hidden_dim_multiplier=multiplier,
+        activation=activation,
+    )  # fmt: skip
+    projector = make_projector(fitted, model, section).eval()
+    assert projector.shortcut is None
+    rows = torch.from_numpy(fitted.coordinates.linear_map.map_rows(val.embeddings))
+    expected = torch.nn.functional.normalize(rows[:, :6], dim=1)
+    torch.testing.assert_close(projector(rows), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fitted.coordinates.fold(projector)(torch.from_numpy(val.embeddings)), expected)
+    assert not caplog.text
+    projector(rows).sum().backward()  # nothing is stuck
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in projector.parameters())
+
+
+def test_narrow_layers_without_a_shortcut_carry_the_leading_coordinates_and_say_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train, val = make_split(1), make_split(2)
+    section = TrainingSection(init="whitening", use_residual=False)
+    fitted = fit_start(train, ValidationSet(val.embeddings, val.building_codes), 6, section)
+    projector = make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=9), section).eval()
+    rows = torch.from_numpy(fitted.coordinates.linear_map.map_rows(val.embeddings))
+    kept = rows[:, :6] * torch.tensor([1.0, 1, 1, 1, 0, 0])
+    torch.testing.assert_close(projector.map(rows), kept, atol=1e-5, rtol=0)
+    assert "the start keeps 4 of 6 numbers: hidden layers of at least 12 keep all" in caplog.text
+
+
+def test_without_a_shortcut_random_weights_are_not_zero() -> None:
+    train, val = make_split(1), make_split(2)
+    section = TrainingSection(init="random", use_residual=False)
+    fitted = fit_start(train, ValidationSet(val.embeddings, val.building_codes), 6, section)
+    projector = make_projector(fitted, TrainingModelSection(output_dim=6), section)
+    assert float(projector.map(torch.from_numpy(val.embeddings)).detach().norm(dim=1).min()) > 0.01

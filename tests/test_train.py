@@ -24,7 +24,7 @@ from training_data import (
     run,
 )
 
-from pipeline.config import load_config
+from pipeline.config import TrainingSection, load_config
 from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.files import tables
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
@@ -267,7 +267,7 @@ def test_the_start_equals_the_whitening_and_its_branch_reads_inputs_of_variance_
     whitening = whiten_within_class(scatter, WIDTH)
     start = make_coordinates(whitening, scatter, 8)
     section = load_config(workspace / "config.toml").training_model.model_copy(update={"hidden_dim": 400})
-    projector = make_projector(Start(start, {}, {}), section, "sharpened").eval()
+    projector = make_projector(Start(start, {}, {}), section, TrainingSection()).eval()
     rows, coordinates = data.embeddings * 50, start.linear_map.map_rows(data.embeddings * 50)
     expected = whitening.take_leading(8).apply(rows)
     np.testing.assert_allclose(projector(torch.from_numpy(coordinates)).detach().numpy(), expected, atol=1e-5)

@@ -272,3 +272,28 @@ def test_a_run_killed_between_two_validations_goes_on_to_the_same_bits(
     assert read_metrics(workspace)[1]["val"] is None
     run(workspace, *rarely)
     assert_same_run(workspace, undisturbed)
+
+
+def test_without_a_shortcut_training_starts_from_the_whitening_and_resumes_to_the_same_bits(
+    workspace: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("training.use_residual=false", "training.init=whitening", "training_model.hidden_dim=20")
+    monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
+    undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
+    fill_workspace(undisturbed)
+    run(undisturbed, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "log_epoch", lambda _, record: record["epoch"] < 2 or kill())
+        with pytest.raises(KilledError):
+            run(workspace, *options)
+    run(workspace, *options)
+    assert_same_run(workspace, undisturbed)
+    start, best = read_metrics(workspace)[0]["val"], read_checkpoints(workspace)["checkpoint_best.pt"]
+    assert start["map"] == pytest.approx(best["metrics"]["val"]["whitening"]["map"], abs=1e-6)
+    assert best["architecture"]["use_residual"] is False
+    assert not [name for name in best["projector"] if name.startswith("shortcut")]
+    assert best["metrics"]["val"]["projector"]["map"] >= start["map"] - 0.02
+    final = read_checkpoints(workspace)["checkpoint_final.pt"]["projector"]
+    assert not final["output.weight"].equal(
+        read_checkpoints(workspace)["checkpoint_epoch_2.pt"]["projector"]["output.weight"]
+    )

@@ -45,7 +45,7 @@ def read_weights(
 
     Widths and depth come from the weights, dropout and activation from the section.
     Understands the names of this projector's own layers, of the reference implementation's, and of a sequence of linear
-    layers, which gets a shortcut of zeros (a single layer is the shortcut itself).
+    layers (a single layer is the shortcut itself).
     """
     tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor) and value.numel()}
     weights = _strip_prefixes(tensors)
@@ -54,9 +54,9 @@ def read_weights(
     if {"fc1.weight", "fc2.weight"} <= weights.keys() and "fc3.weight" not in weights:
         weights = _rename_older(path, weights)
     layers = {name.partition(".")[0] for name in weights}
-    if "shortcut" not in layers and not layers & REFERENCE_LAYERS.keys():
+    if not layers & {"shortcut", "output", *REFERENCE_LAYERS}:
         weights = _rename_sequence(path, weights)
-    if "shortcut.weight" not in weights:
+    if not {"shortcut.weight", "output.weight"} & weights.keys():
         weights = _rename_reference(path, weights)
     architecture = _infer_architecture(path, weights, section)
     if not is_activation_known and architecture["num_hidden_layers"]:
@@ -76,17 +76,19 @@ def _infer_architecture(path: Path, weights: StateDict, section: TrainingModelSe
     """Infer the projector's constructor arguments from its weights."""
     depth = sum(bool(re.fullmatch(r"hidden\.\d+\.weight", name)) for name in weights)
     hidden = [f"hidden.{number}.weight" for number in range(depth)]
-    for name in ("shortcut.weight", *hidden):
+    has_shortcut = "shortcut.weight" in weights
+    ends = ("shortcut.weight", "shortcut.weight") if has_shortcut else ("hidden.0.weight", "output.weight")
+    for name in (*ends, *hidden):
         if name not in weights or weights[name].ndim != 2:
             raise _not_mapped(path, f"{name} is missing or no matrix")
-    output_dim, input_dim = weights["shortcut.weight"].shape
+    input_dim, output_dim = weights[ends[0]].shape[1], len(weights[ends[1]])
     widths = [len(weights[name]) for name in hidden]
     return {
-        "input_dim": int(input_dim), "output_dim": int(output_dim),
+        "input_dim": input_dim, "output_dim": output_dim,
         "hidden_dim": widths[0] if widths else section.hidden_dim,
         "num_hidden_layers": len(widths), "dropout": section.dropout, "activation": section.activation,
         "input_power": 1.0, "hidden_dims": widths if len(set(widths)) > 1 else None,
-        "layer_norm": "norms.0.weight" in weights,
+        "layer_norm": "norms.0.weight" in weights, "use_residual": has_shortcut,
     }  # fmt: skip
 
 
@@ -145,8 +147,7 @@ def _rename_reference(path: Path, weights: StateDict) -> StateDict:
         if weight is None or weight.ndim != (1 if is_norm else 2):
             raise _not_mapped(path, f"{name}.weight is missing or no {'vector' if is_norm else 'matrix'}")
         renamed |= {f"{target}.{part}": weights[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in weights}
-    matrix = renamed["hidden.0.weight"]
-    return {"shortcut.weight": matrix.new_zeros(len(renamed["output.weight"]), matrix.shape[1])} | renamed
+    return renamed
 
 
 def _rename_sequence(path: Path, weights: StateDict) -> StateDict:

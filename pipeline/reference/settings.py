@@ -49,7 +49,7 @@ def _map_resumed(section: dict[str, Any], key: str, _: str) -> tuple[Settings, s
 Rule = Place | str | Callable[[dict[str, Any], str, str], tuple[Settings, str]]
 _MEMORY = "memory is bounded by [data].memory_mb"
 _FEWER = "[training].sample_buildings trains on fewer buildings, tune.py --sample-buildings the trials"
-_VALIDATION = "every validation has mAP, MRR and Recall@k; [training].validation_images bounds it"
+_VALIDATION = "every validation has mAP, MRR and Recall@k, [training].recall_ranks adds k"
 RULES: dict[str, Rule] = {
     "*.output_dir": _map_output,
     "*.output_parquet_path": _map_output,
@@ -80,7 +80,7 @@ RULES: dict[str, Rule] = {
         {("training", "band_sampling"): "uniform" if section[key] is False else "ucb"},
         "the bandit has no other setting here",
     ),
-    "*.use_residual": "the linear shortcut is always there; an old checkpoint keeps what it has",
+    "*.use_residual": ("training", "use_residual"),
     "*.use_layer_norm": "stage 6 trains without; an old checkpoint keeps its LayerNorms",
     "*.wandb_enabled": _map_wandb,
     "*.wandb_mode": _map_wandb,

@@ -47,7 +47,7 @@ class Projector(nn.Module):
     The branch's last layer starts at zero, so a new projector equals its shortcut. With `num_hidden_layers` 0 there
     is no branch. Shortcut and branch read the features raised to `input_power` with their signs kept. `hidden_dims`,
     for hidden layers of different widths, replaces `hidden_dim` and `num_hidden_layers`. With `layer_norm` a LayerNorm
-    follows each layer of the branch, before the activation.
+    follows each layer of the branch, before the activation. Without `use_residual` the branch is all, if there is one.
     """
 
     def __init__(  # noqa: PLR0917 (the published configuration's names, in its order)
@@ -61,6 +61,7 @@ class Projector(nn.Module):
         input_power: float = 1.0,
         hidden_dims: list[int] | None = None,
         layer_norm: bool = False,
+        use_residual: bool = True,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -69,18 +70,18 @@ class Projector(nn.Module):
             "input_dim": input_dim, "output_dim": output_dim, "hidden_dim": hidden_dim,
             "num_hidden_layers": num_hidden_layers, "dropout": dropout, "activation": activation,
             "input_power": input_power, "hidden_dims": None if hidden_dims is None else list(hidden_dims),
-            "layer_norm": layer_norm,
+            "layer_norm": layer_norm, "use_residual": use_residual,
         }  # fmt: skip
         widths = [input_dim, *([hidden_dim] * num_hidden_layers if hidden_dims is None else hidden_dims)]
         self.input_power = float(input_power)
-        self.shortcut = Linear(input_dim, output_dim)
+        self.shortcut = Linear(input_dim, output_dim) if use_residual or len(widths) == 1 else None
         self.hidden = nn.ModuleList(Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
         self.output = Linear(widths[-1], output_dim) if len(widths) > 1 else None
         norm_dims = [*widths[1:], output_dim]
         self.norms = nn.ModuleList(Norm(width) if layer_norm else nn.Identity() for width in norm_dims)
-        if self.output is not None:
+        if self.output is not None and self.shortcut is not None:
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
 
@@ -96,12 +97,20 @@ class Projector(nn.Module):
         if self.input_power != 1.0:
             # At 0 the power's slope is infinite, which would make the backbone's gradients NaN.
             inputs = inputs.sign() * inputs.abs().clamp_min(torch.finfo(inputs.dtype).tiny) ** self.input_power
-        # In float32 under autocast too, because the shortcut centres.
-        with torch.autocast("cuda" if inputs.is_cuda else "cpu", enabled=False):
+        # In float32 under autocast too, because the shortcut centres; without one the branch does.
+        exact = torch.autocast("cuda" if inputs.is_cuda else "cpu", enabled=False)
+        if self.shortcut is None:
+            with exact:
+                return self._map_branch(inputs).float()
+        with exact:
             outputs: torch.Tensor = self.shortcut(inputs)  # (B, output_dim)
         if self.output is not None:
-            hidden = inputs
-            for layer, norm in zip(self.hidden, self.norms, strict=False):  # the last norm is the output's
-                hidden = self.dropout(self.activation(norm(layer(hidden))))
-            outputs = outputs + self.norms[-1](self.output(hidden))
+            outputs = outputs + self._map_branch(inputs)
         return outputs.float()
+
+    def _map_branch(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer, norm in zip(self.hidden, self.norms, strict=False):  # the last norm is the output's
+            hidden = self.dropout(self.activation(norm(layer(hidden))))
+        assert self.output is not None
+        outputs: torch.Tensor = self.norms[-1](self.output(hidden))
+        return outputs

@@ -222,28 +222,56 @@ def _choose_shrinkage(tried: dict[float, Fitted], whitening: Fitted, validation:
     return max(allowed, default=None)
 
 
-def make_projector(start: Start, model: TrainingModelSection, init: str) -> Projector:
+def make_projector(start: Start, model: TrainingModelSection, section: TrainingSection) -> Projector:
     """Return the projector of the coordinates that training starts from; random weights come from torch's state.
 
     The branch's first layer mixes the coordinates at random, so that every hidden unit has inputs of variance 1.
+    Without a shortcut, the branch carries the leading coordinates (see `carry_coordinates`).
     """
     if start.projector is not None:
         return start.projector
     coordinates = start.coordinates
     projector = Projector(
         len(coordinates.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,
-        model.activation, hidden_dims=model.hidden_dims,
+        model.activation, hidden_dims=model.hidden_dims, use_residual=section.use_residual,
     )  # fmt: skip
-    if init == "random":
+    if section.init == "random":
         return projector
     with torch.no_grad():
-        torch.nn.init.eye_(projector.shortcut.weight)
-        projector.shortcut.bias.zero_()
         if len(projector.hidden):
             first: Any = projector.hidden[0]
             first.weight.normal_(std=1 / max(coordinates.length, 1e-6))
             first.bias.zero_()
+        if projector.shortcut is None:
+            carry_coordinates(projector)
+        else:
+            torch.nn.init.eye_(projector.shortcut.weight)
+            projector.shortcut.bias.zero_()
     return projector
+
+
+def carry_coordinates(projector: Projector) -> None:
+    """Make the branch map inputs to their leading numbers, as a shortcut would at the start.
+
+    Two hidden units of opposite signs carry a number: f(x) - f(-x) = x for ReLU, GELU and SiLU. So half the narrowest
+    layer's width are kept; the other outputs start at 0, the other units as they are.
+    """
+    layers: list[Any] = [*projector.hidden, projector.output]
+    kept = min(len(layers[-1].weight), layers[0].weight.shape[1], *(len(layer.weight) // 2 for layer in layers[:-1]))
+    if kept < len(layers[-1].weight):
+        logger.warning(
+            "without [training].use_residual the start keeps %d of %d numbers: hidden layers of at least %d keep all",
+            kept, len(layers[-1].weight), 2 * len(layers[-1].weight),
+        )  # fmt: skip
+    one, pair = torch.eye(kept), torch.cat([torch.eye(kept), -torch.eye(kept)])
+    for layer in layers:
+        rows = one if layer is layers[-1] else pair
+        block = rows if layer is layers[0] else rows @ pair.T
+        layer.weight[: len(rows)] = 0.0
+        layer.weight[: len(rows), : block.shape[1]] = block
+        layer.bias[: len(rows)] = 0.0
+    layers[-1].weight[kept:] = 0.0
+    layers[-1].bias[kept:] = 0.0
 
 
 def restore_start(

@@ -220,7 +220,9 @@ def group_parameters(
     A layer's rate is divided by the root of its inputs, so that one rate serves every width. The shortcut, the
     norms and the loss have no weight decay: it would only shrink vectors that are normalised.
     """
-    layers: dict[str, tuple[Any, float]] = {"shortcut": (projector.shortcut, section.shortcut_learning_rate)}
+    layers: dict[str, tuple[Any, float]] = {}
+    if projector.shortcut is not None:
+        layers["shortcut"] = (projector.shortcut, section.shortcut_learning_rate)
     layers |= {f"hidden.{number}": (layer, section.learning_rate) for number, layer in enumerate(projector.hidden)}
     if projector.output is not None:
         layers["output"] = (projector.output, section.learning_rate)

@@ -236,7 +236,7 @@ def begin_run(config: Config, material: Material, watch: Stopwatch, provenance: 
     """Return a run at its start; all that it draws comes from the seed."""
     torch.manual_seed(config.global_.seed)
     material.sampler.generator.manual_seed(config.global_.seed)
-    projector = make_projector(material.start, config.training_model, config.training.init)
+    projector = make_projector(material.start, config.training_model, config.training)
     trainer = Trainer(
         projector.to(material.store.device), material.store, material.sampler, config.training,
         torch.from_numpy(material.start.coordinates.spread),
