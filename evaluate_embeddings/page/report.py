@@ -8,7 +8,7 @@ from typing import Any
 
 from evaluate_embeddings.page.gallery import choose_gallery
 from evaluate_embeddings.page.photos import PhotoSource
-from evaluate_embeddings.page.plots import plot_recall_curves, plot_training, read_training_curve
+from evaluate_embeddings.page.training_curve import read_training_curve
 from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, judge
 from evaluate_embeddings.scores.tables import describe_verdict
 from pipeline.config import Config
@@ -64,8 +64,7 @@ def write_report(
     page = render(
         "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_verdict(metrics),
         kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS, breakdowns=BREAKDOWNS,
-        pairs=evaluation.pairs, recall=plot_recall_curves(evaluation.scores),
-        training=plot_training(curve) if curve else None, gallery=gallery,
+        pairs=evaluation.pairs, curve=curve, gallery=gallery,
     )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
