@@ -28,7 +28,7 @@ from pipeline.files.listing import list_outputs
 from pipeline.files.tables import make_provenance, parquet_writer, read_provenance
 from pipeline.files.units import Unit, drop_missing, keep_complete
 from pipeline.log import Progress, logger
-from pipeline.own_folders import discard, make_folder, remove
+from pipeline.own_folders import discard, make_folder, move, remove, sync_folder
 from pipeline.stages import STAGES
 from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
@@ -39,7 +39,7 @@ STAGE = "merge_and_split"
 # Rows of one row group of the output: at 4,096 dimensions 64 MB.
 ROW_GROUP_ROWS = 4096
 SINGLE = "single_image"
-# The folder in merged_dir for rows that do not fit into memory.
+# The folder in merged_dir for the splits until all are complete, and for rows that do not fit into memory.
 SPILL = ".unfinished"
 
 
@@ -81,24 +81,29 @@ def write_splits(
     rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
     interval = config.logging.progress_interval_seconds
     remove(spill_dir)  # of a killed run
-    make_folder(spill_dir)
-    with contextlib.ExitStack() as stack:
-        stack.callback(discard, spill_dir)
-        writers = [
-            SplitWriter(stack.enter_context(parquet_writer(path, schema, provenance)), schema)
-            for path, provenance in zip(paths, provenances, strict=True)
-        ]
-        progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes)), interval_seconds=interval))
-        for group in inventory.find_groups():
-            for piece, order, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time, spill_dir):
-                for split, writer in enumerate(writers):
-                    writer.add(piece, order[splits[codes] == split])
-                progress.advance(len(order))
-                del piece  # before the next one is read
-        for writer in writers:
-            writer.finish()
-        for path in paths:  # a kill before the last new one is there leaves a gap, never a mixture
+    try:
+        make_folder(spill_dir)
+        with contextlib.ExitStack() as stack:
+            writers = [
+                SplitWriter(stack.enter_context(parquet_writer(spill_dir / path.name, schema, provenance)), schema)
+                for path, provenance in zip(paths, provenances, strict=True)
+            ]
+            progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes)), interval_seconds=interval))
+            for group in inventory.find_groups():
+                for piece, order, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time, spill_dir):
+                    for split, writer in enumerate(writers):
+                        writer.add(piece, order[splits[codes] == split])
+                    progress.advance(len(order))
+                    del piece  # before the next one is read
+            for writer in writers:
+                writer.finish()
+        for path in paths:  # earlier files stay until now; a kill leaves a gap, never a mixture of old and new
             remove(path)
+        for path in paths:
+            move(spill_dir / path.name, path)
+        sync_folder(spill_dir.parent)
+    finally:
+        discard(spill_dir)
 
 
 def list_units(config: Config) -> list[Unit]:
