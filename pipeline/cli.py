@@ -19,7 +19,7 @@ from typing import NoReturn
 from pipeline import VERSION
 from pipeline.config import DEFAULT_CONFIG_PATH, Config, load_config
 from pipeline.crashes import noting_decoders
-from pipeline.errors import ConfigError, PipelineError, Terminated, escape_controls, one_line
+from pipeline.errors import ConfigError, PipelineError, Terminated, one_line, printable
 from pipeline.ids import Shard, decode_name
 from pipeline.log import Stopwatch, logger, logging_to
 
@@ -221,7 +221,7 @@ def _exit(code: int, *lines: str) -> NoReturn:
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)  # the default, which Python sets when it ends, would change the exit code
     for line in lines:
-        print(f"error: {escape_controls(line)}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -3,6 +3,8 @@
 import re
 from typing import Any, Literal
 
+# A name and a password before a host, with a scheme or without; passwords with a scheme may hold an @.
+_CREDENTIALS = re.compile(r"(?<=://)[^\s'\"]+(?=@)|(?<![^\s'\"=(,/])[^\s'\"/:@=(,]+:[^\s'\"/@]+(?=@)")
 # What moves a terminal's cursor, colours or turns its text, or begins a new line.
 _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -62,9 +64,19 @@ class Terminated(BaseException):
     """SIGTERM arrived: like KeyboardInterrupt, not an Exception, so that no handler swallows it."""
 
 
+def printable(text: str) -> str:
+    """Return a text for a terminal or a log: on one line, and without passwords."""
+    return escape_controls(hide_credentials(text))
+
+
 def escape_controls(text: str) -> str:
-    """Return a text on one line, for a terminal or a log; control characters, from names in data, become `\\xNN`."""
+    """Return a text on one line; control characters, from names in data, become `\\xNN`."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def hide_credentials(text: str) -> str:
+    """Return a text with `***` for the name and password in `NAME:PASSWORD@HOST`."""
+    return _CREDENTIALS.sub("***", text)
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pipeline.errors import PipelineError, escape_controls
+from pipeline.errors import PipelineError, printable
 from pipeline.own_folders import open_file
 
 Item = TypeVar("Item")
@@ -29,7 +29,7 @@ class _LineFormat(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own)
         text = super().formatMessage(record)
-        return "\n".join(map(escape_controls, text.split("\n") if "\n\n" in str(record.msg) else [text]))
+        return "\n".join(map(printable, text.split("\n") if "\n\n" in str(record.msg) else [text]))
 
 
 class _SharedFormat(_LineFormat):
@@ -100,7 +100,7 @@ class Progress:
         self._started = self._reported = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=escape_controls(label), unit=unit, file=sys.stderr, **_choose_bar_size())
+            self._bar = tqdm(total=total, desc=printable(label), unit=unit, file=sys.stderr, **_choose_bar_size())
 
     def __enter__(self) -> "Progress":
         return self

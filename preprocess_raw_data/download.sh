@@ -6,8 +6,13 @@
 # $ARIA2C_OPTIONS goes to aria2c.
 set -euo pipefail
 
+# Shows no name and password of a host.
+hide() {
+    sed -u -E -e 's#://[^[:space:]]*@#://***@#g' -e 's#(^|[[:space:]'"'"'])[^[:space:]:/@]+:[^[:space:]/@]+@#\1***@#g'
+}
+
 fail() {
-    echo "error: $2" >&2
+    echo "error: $2" | hide >&2
     exit "$1"
 }
 
@@ -26,7 +31,7 @@ read -r -a options <<<"${ARIA2C_OPTIONS:-}"
 fetch() {
     aria2c --dir="$1" --out="$2" --file-allocation=none --auto-file-renaming=false --allow-overwrite=true \
         --follow-torrent=false --follow-metalink=false --max-connection-per-server=4 --max-tries=5 --retry-wait=5 \
-        --console-log-level=warn --summary-interval=30 ${options[@]+"${options[@]}"} "${@:4}" -- "$3" </dev/null >&2
+        --console-log-level=warn --summary-interval=30 ${options[@]+"${options[@]}"} "${@:4}" -- "$3" </dev/null 2>&1 | hide >&2
 }
 trap 'exit 130' INT # aria2c answers it by itself, and the next tar would begin
 

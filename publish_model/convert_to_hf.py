@@ -151,8 +151,8 @@ def list_units(config: Config) -> list[Unit]:
 
 def make_unit(output: Path, describe: Callable[[Unit], Provenance]) -> Unit:
     """Return a published folder as a unit; its index, if there is one, names the files of its weights."""
-    index = read_json_object(output / "model.safetensors.index.json")
-    weights = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+    named = read_json_object(output / "model.safetensors.index.json").get("weight_map")
+    weights = sorted(set(map(str, named.values()))) if isinstance(named, dict) else ["model.safetensors"]
     code = [path.name for path in CODE_PATHS]
     outputs = tuple(output / name for name in (CONFIG_NAME, "preprocessor_config.json", "README.md", *code, *weights))
     return Unit(STAGE, outputs, describe, check=lambda: check_place(output), marks=outputs[:1])
@@ -260,15 +260,12 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     result = cli.StageResult(STAGE)
     result.add(COUNTS)
     unit = make_unit(output, lambda _: provenance)
-    missing = [path.name for path in unit.outputs if not path.exists()]
     if find_complete(unit, own.overwrite):
         logger.info("%s: kept %s, which is complete", STAGE, output)
         result.kept.append(output)
     else:
         from publish_model.model_folder.published_folder import fill_folder
 
-        if 0 < len(missing) < len(unit.outputs):
-            logger.warning("%s: %s is missing: the folder is written again", output, missing[0])
         model = read_parts()
         with writing_folder(output, made=MADE) as folder:
             fill_folder(folder, model, own.dtype, provenance)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.embeddings_dataset.checks import Findings, check_dataset
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.deletions import read_order
 from pipeline.embeddings_dataset.parts import count_rows
 from pipeline.errors import InputError, PipelineError, one_line
 from pipeline.log import logger, logging_to
@@ -80,6 +81,11 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
     Raises PipelineError if a problem remains.
     """
     dataset = EmbeddingsDataset(output)
+    if repairing and not read_order(dataset.folder).done:
+        raise PipelineError(
+            f"{dataset.folder}: a deletion of ids was interrupted, so nothing is set aside: finish it with "
+            f"delete_ids.py {dataset.folder} --delete-ids FILE, then run this again"
+        )
     findings = check_dataset(dataset, input_path)
     report(dataset, findings)
     if dataset.parts:

@@ -132,7 +132,7 @@ def test_a_line_that_names_no_tar_is_refused(line: str, tmp_path: Path) -> None:
 
 def test_without_aria2c_the_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    for name in ("bash", "env"):
+    for name in ("bash", "env", "sed"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name) or "")
     run = download(tmp_path / "raw", "urls.txt", PATH=str(tmp_path / "bin"))
     assert run.returncode == 1
@@ -145,3 +145,14 @@ def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
     run = download(*arguments, TAR_LIST="")
     assert (run.returncode, run.stdout) == (2, "")
     assert "RAW_DIR and LIST: both are needed" in run.stderr
+
+
+@needs_aria2c
+@pytest.mark.parametrize(
+    "address", ["ftp://alice:s3cr3t@127.0.0.1/0001.zip", "http://alice:s3cr3t@127.0.0.1:9/0001.tar"]
+)
+def test_no_message_shows_the_password_of_an_address(tmp_path: Path, address: str) -> None:
+    (tmp_path / "urls.txt").write_text(f"{address}\n")
+    run = download(tmp_path / "raw", tmp_path / "urls.txt", ARIA2C_OPTIONS="--max-tries=1 --connect-timeout=1")
+    assert run.returncode == 1
+    assert "s3cr3t" not in run.stdout + run.stderr

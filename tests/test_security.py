@@ -14,6 +14,7 @@ import torch
 from published_models import make_config, write_checkpoint
 
 from pipeline.errors import InputError, PipelineError
+from pipeline.files.workspace import parse_json, read_json_object
 from publish_model import aggregate_embeddings, convert_to_hf, export_embeddings
 
 REPO = Path(__file__).resolve().parents[1]
@@ -60,6 +61,17 @@ def test_arrays_are_loaded_without_pickle():
 )  # fmt: skip
 def test_nothing_that_could_run_data_is_called(name):
     assert [str(path) for path, _ in calls(name)] == []
+
+
+def test_one_function_reads_json_so_that_no_depth_of_it_is_a_traceback(tmp_path):
+    found = {
+        path.name for name in ("json.loads", "json.load") for path, _ in calls(name) if "benchmarks" not in str(path)
+    }
+    assert found == {"workspace.py", "run_demo.py"}  # the latter reads what it wrote
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    assert read_json_object(tmp_path / "deep.json") == {}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 100_000)
 
 
 def test_no_shell_runs_a_command_line():

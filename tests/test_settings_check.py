@@ -31,7 +31,7 @@ def change(path, **settings):
 CHOICES = [
     {"attn_implementation": "evil/kernel"}, {"_attn_implementation": {"backbone_config": "evil/kernel"}},
     {"_attn_implementation_internal": "evil/kernel"}, {"experts_implementation": "evil/kernel"},
-    {"use_kernels": True}, {"backbone": "evil/model"},
+    {"attn_implementation": "flash_attention_2"}, {"use_kernels": True}, {"backbone": "evil/model"},
 ]  # fmt: skip
 
 
@@ -82,6 +82,6 @@ def load_class():
 
 
 def test_an_address_is_refused_without_its_password():
-    with pytest.raises(InputError, match="http://host/x: an address") as caught:
+    with pytest.raises(InputError, match=r"http://\*\*\*@host/x: an address") as caught:
         locate_model("http://user:SECRET@host/x", "give a folder", download=False)
     assert "SECRET" not in str(caught.value)

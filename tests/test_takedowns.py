@@ -313,6 +313,33 @@ def test_a_part_that_holds_a_deleted_id_is_seen(delete, run_main, dataset, tmp_p
     assert holders(dataset, "way/1") == []
 
 
+@pytest.mark.parametrize("stop_at", range(1, 5))
+def test_a_repair_between_a_killed_takedown_and_its_rerun_touches_nothing(
+    delete, run_main, dataset, monkeypatch, stop_at
+):
+    written, plain = [], parts.write_parquet
+
+    def write(*arguments):
+        written.append(arguments[0])
+        if len(written) == stop_at:
+            raise KeyboardInterrupt
+        plain(*arguments)
+
+    monkeypatch.setattr(parts, "write_parquet", write)
+    assert delete(dataset, "way/1", "way/9").code == 130
+    monkeypatch.undo()
+    before = {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()}
+    outcome = run_main(verify_embeddings.main, dataset, "--repair")
+    assert outcome.code == 1
+    last = outcome.stderr.splitlines()[-1]
+    assert "a deletion of ids was interrupted" in last
+    assert f"delete_ids.py {dataset} --delete-ids FILE" in last
+    assert {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()} == before
+    assert delete(dataset, "way/1", "way/9").code == 0
+    assert run_main(verify_embeddings.main, dataset, "--repair").code == 0
+    assert holders(dataset, "way/1") == []
+
+
 def test_with_the_input_a_part_that_lacks_more_than_the_deleted_ids_is_seen(delete, run_main, dataset, tmp_path):
     assert delete(dataset, "way/1").code == 0
     part = parts.read_part(list_parts(dataset)[1])

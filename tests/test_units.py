@@ -21,6 +21,7 @@ from pipeline.files.units import (
     UNFINISHED,
     Unit,
     do_tars,
+    find_complete,
     find_state,
     list_tar_units,
     measure_progress,
@@ -205,6 +206,17 @@ def test_a_wrongly_named_tar_in_the_folder_is_refused(tmp_path, name):
 
 def provenance(**settings):
     return make_provenance("stage", [], settings) | {"counts": {"in": 2, "out": 2}, "reasons": {}}
+
+
+def test_what_is_missing_of_a_complete_unit_is_named(tmp_path, caplog):
+    unit = Unit("a", (tmp_path / "a.parquet", tmp_path / "b.pt"), lambda _: provenance())
+    assert find_complete(unit, overwrite=False) is None
+    assert not caplog.records
+    write_parquet(unit.outputs[0], pa.table({"a": [1]}), provenance())
+    assert find_complete(unit, overwrite=False) is None
+    assert f"{unit.outputs[1]}: missing" in caplog.text
+    unit.outputs[1].touch()
+    assert find_complete(unit, overwrite=False) is not None
 
 
 @pytest.mark.parametrize("kind", ["parquet", "json"])

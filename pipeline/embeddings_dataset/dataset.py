@@ -1,6 +1,5 @@
 """Read an embeddings dataset: `parts/`, `_rejects/` and `state.json` of a folder."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +31,7 @@ from pipeline.embeddings_dataset.parts import (
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.identity import hash_json
 from pipeline.files.tables import open_parquet
-from pipeline.files.workspace import locked, remove_made, write_json
+from pipeline.files.workspace import locked, parse_json, remove_made, write_json
 from pipeline.log import logger
 from pipeline.own_folders import move
 
@@ -58,7 +57,7 @@ def is_foreign_state(path: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,6 +1,5 @@
 """Delete ids from an embeddings dataset for good: stage 8 leaves out ids with the same hashes too."""
 
-import json
 import os
 import re
 import secrets
@@ -30,6 +29,7 @@ from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
 from pipeline.files.outputs import EXPORT_MARK, EXPORT_SUMMARY, carries, is_dataset, page_mark
 from pipeline.files.tables import open_parquet, read_provenance, write_parquet
+from pipeline.files.workspace import parse_json
 from pipeline.log import logger
 from pipeline.own_folders import remove
 
@@ -94,7 +94,7 @@ def read_order(folder: Path) -> DeletionOrder:
     """
     path = _order_path(folder)
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = parse_json(path.read_text(encoding="utf-8"))
         hashes, unmatched = (frozenset(int(text, 16) for text in content[key]) for key in ("id_hashes", "unmatched"))
         return DeletionOrder(bytes.fromhex(content["salt"]), hashes, unmatched, bool(content["done"]))
     except (FileNotFoundError, NotADirectoryError):

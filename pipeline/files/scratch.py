@@ -1,7 +1,6 @@
 """Rows of floats kept on disk while they are computed, so that an interrupted run goes on from there."""
 
 import contextlib
-import json
 import os
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, Rejection
-from pipeline.files.workspace import lock_path, locked, write_json
+from pipeline.files.workspace import lock_path, locked, parse_json, write_json
 from pipeline.log import logger
 from pipeline.own_folders import open_file, remove, write_failure
 
@@ -68,7 +67,7 @@ class RowScratch:
     def _load(self) -> None:
         """Take up the rows of the same run, else begin anew."""
         try:
-            progress = json.loads(self._progress_path.read_text(encoding="utf-8"))
+            progress = parse_json(self._progress_path.read_text(encoding="utf-8"))
             is_whole = os.fstat(self._descriptor).st_size >= progress["num_bytes"]  # unless someone has removed it
             if is_whole and progress["identity"] == self.identity and progress["num_rows"] == self.num_rows:
                 self.seen, self.width = progress["seen"], progress["width"]

@@ -17,7 +17,7 @@ from pipeline import VERSION
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError, one_line
 from pipeline.files.column_types import check_columns, convert_table, fill_composite_ids, stored_fields
 from pipeline.files.identity import describe_difference, read_footer
-from pipeline.files.workspace import writing_to
+from pipeline.files.workspace import parse_json, writing_to
 from pipeline.log import logger
 
 # Where Arrow keeps its schema in a footer, and the key that hides it.
@@ -322,8 +322,8 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
 def provenance_of(footer: pq.FileMetaData) -> dict[str, Any] | None:
     """Return the provenance in a parquet's footer, None where there is none."""
     try:
-        content = json.loads((footer.metadata or {}).get(PROVENANCE_KEY, b"null"))
-    except (ValueError, RecursionError):
+        content = parse_json((footer.metadata or {}).get(PROVENANCE_KEY, b"null"))
+    except ValueError:
         return None
     return content if isinstance(content, dict) else None
 

@@ -98,7 +98,12 @@ def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
     state = find_state(unit)
     if state.status == STALE:
         raise StaleOutputError(state.problem)
-    return state if state.status == COMPLETE else None
+    if state.status == COMPLETE:
+        return state
+    missing = [path for path in unit.outputs if not path.exists()]
+    if 0 < len(missing) < len(unit.outputs):
+        logger.warning("%s: missing, so it and what belongs to it are made again", missing[0])
+    return None
 
 
 def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:

@@ -310,7 +310,18 @@ def write_json_once(path: Path, content: Any) -> bool:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return a JSON file's object, empty if the file is missing, damaged or holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value that JSON stands for.
+
+    Raises ValueError if it is none, or one inside another without end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

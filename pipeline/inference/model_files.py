@@ -2,15 +2,14 @@
 
 import functools
 import hashlib
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, EmbeddingModelSection
-from pipeline.errors import ConfigError, InputError, one_line
+from pipeline.errors import ConfigError, InputError, hide_credentials, one_line
 from pipeline.files.identity import describe_difference, digest_file
+from pipeline.files.workspace import parse_json
 from pipeline.log import logger
 
 # The published model of the tools that take no configuration.
@@ -69,8 +68,8 @@ def locate_model(name: str, remedy: str, *, download: bool, folder: Path | None 
     searched, and None returned if the model is not here. A folder that happens to be called as the default model does
     not take its place. Raises InputError where the model cannot be found.
     """
-    if "://" in name:  # may hold a password
-        raise InputError(f"{re.sub('//.*@', '//', name)}: an address, no model's name: {remedy}")
+    if "://" in name:
+        raise InputError(f"{hide_credentials(name)}: an address, no model's name: {remedy}")
     folder = folder or Path(name).expanduser()
     if name and name != DEFAULT_MODEL_ID and folder.is_dir():
         return folder
@@ -119,10 +118,10 @@ def find_missing_files(folder: Path) -> list[str]:
     """Return the files that a model folder lacks, for instance after an interrupted fetch."""
     index = folder / "model.safetensors.index.json"
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
     except FileNotFoundError:
         names = {"model.safetensors"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [index.name]
     missing = sorted(name for name in names | {"config.json"} if not (folder / name).is_file())
     has_processor = any(folder.glob("*processor_config.json")) or names_its_backbone(folder)
@@ -135,8 +134,8 @@ def read_settings(path: Path, remedy: str = "fetch the model again") -> dict[str
     Raises InputError if it is missing or damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path.parent}: not a model folder ({path.name}: {one_line(error)}): {remedy}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path.parent}: not a model folder ({path.name} holds no settings): {remedy}")
@@ -153,8 +152,8 @@ def is_within(path: Path) -> bool:
 def names_its_backbone(folder: Path) -> bool:
     """Whether the reference implementation published a folder: its backbone's settings lie elsewhere."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
     is_named = isinstance(config, dict) and isinstance(config.get("backbone_model_name"), str)
     return is_named and not isinstance(config.get("backbone_config"), dict)
@@ -165,7 +164,7 @@ def locate_backbone_settings(folder: Path, download: bool) -> Path:
 
     Raises InputError where they are neither here nor, with `download`, to be had.
     """
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["backbone_model_name"]
+    name = parse_json((folder / "config.json").read_text(encoding="utf-8"))["backbone_model_name"]
     local = Path(name).expanduser()
     if local.is_dir():
         return local

@@ -1,15 +1,15 @@
 """Refuse a model folder whose settings would choose code, read other files, or build a model without end."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.workspace import parse_json
 from pipeline.inference.model_files import read_settings
 
-# Other names are code that transformers fetches from the hub.
-ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2")
+# For other names transformers imports a library, or fetches code from the hub.
+ATTENTIONS = (None, "eager", "sdpa")
 # No vision model has as many layers; transformers would build them one by one.
 MOST_LAYERS = 1000
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
@@ -44,9 +44,9 @@ def read_index(path: Path) -> set[str]:
     Raises InputError where it is damaged or names a file outside its folder.
     """
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(parse_json(path.read_text(encoding="utf-8"))["weight_map"].values())
         outside = sorted(name for name in names if name != Path(name).name or name == "..")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({one_line(error)}): fetch it again") from None
     if outside:
         raise InputError(f"{path}: names weights outside its folder ({one_line(outside[0])[:100]}): fetch it again")

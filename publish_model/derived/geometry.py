@@ -13,6 +13,7 @@ from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import plain_type
 from pipeline.files.tables import open_parquet, reading
+from pipeline.files.workspace import parse_json
 from pipeline.log import logger
 from publish_model.derived.embedding_groups import keys_of
 
@@ -59,7 +60,7 @@ class GeometryFile:
         with open_parquet(path) as file:
             schema, metadata = file.schema_arrow, file.metadata.metadata or {}
         try:
-            geo: Any = json.loads(metadata.get(GEO_KEY, b"{}"))
+            geo: Any = parse_json(metadata.get(GEO_KEY, b"{}"))
             self.column = str(geo.get("primary_column", GEOMETRY_COLUMN))
             described = dict(geo.get("columns", {}).get(self.column, {}))
         except (ValueError, AttributeError, TypeError):

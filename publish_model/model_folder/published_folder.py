@@ -11,6 +11,7 @@ import torch
 
 from pipeline.errors import InputError, PipelineError
 from pipeline.files.tables import PROVENANCE_KEY
+from pipeline.files.workspace import parse_json
 from pipeline.inference.backbone import check_embeddings
 from pipeline.inference.model_files import read_settings
 from pipeline.inference.stored_weights import tensors_of
@@ -112,7 +113,7 @@ def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> 
     if (backbone_dir / name).is_file():
         settings = read_settings(backbone_dir / name)
     else:
-        settings = json.loads(processor.to_json_string())
+        settings = parse_json(processor.to_json_string())
     settings.pop("auto_map", None)
     if image_size is not None:
         settings |= size_settings(processor.to_dict(), image_size)

@@ -10,7 +10,6 @@ images is the number of wrong partners that an image has by chance: a rate a pai
 """
 
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from pipeline.errors import InputError
 from pipeline.files.identity import identify
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import open_parquet, reading
+from pipeline.files.workspace import parse_json
 from pipeline.log import logger
 from pipeline.retrieval.geography import earth_centred_m
 from pipeline.retrieval.group_scores import measure_groups
@@ -124,7 +124,7 @@ def describe_training(
 def read_training(folder: Path) -> tuple[dict[str, float], Embeddings]:
     """Return the quantiles and the sample (R, D) that a published folder carries."""
     try:
-        content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        content = parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))
         values = np.frombuffer(base64.b64decode(content["reference_float16"]), dtype="<f2")
         reference = values.reshape(content["reference_shape"]).astype(np.float32)
         return {str(key): float(value) for key, value in content["quantiles"].items()}, reference
