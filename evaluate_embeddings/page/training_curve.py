@@ -1,12 +1,12 @@
 """Read how a projector came about: its validation mAP by epoch."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluate_embeddings.scores.metrics import BASELINES
+from pipeline.files.workspace import parse_json
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ def read_training_curve(path: Path, training: Mapping[str, Any]) -> Curve | None
     """Return the validation mAP by epoch, from metrics.jsonl or else from the checkpoint; None if neither has one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        records = [json.loads(line) for line in lines] or training["history"]
+        records = [parse_json(line) for line in lines] or training["history"]
         validated = [record for record in records if record["val"] is not None]
         epochs, values = [int(one["epoch"]) for one in validated], [float(one["val"]["map"]) for one in validated]
         baselines = {kind: float(training["val"][kind]["map"]) for kind in BASELINES if kind in training.get("val", {})}

@@ -181,7 +181,7 @@ def read_pairs(folder: Path, kind: str) -> PairTable:
     """
     remedy = "publish the model again with stage 7 beside its splits, or give --threshold"
     try:
-        rows = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["pairs"][kind]
+        rows = parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))["pairs"][kind]
         columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
         table = PairTable(columns)
         is_sound = len(rows) > 1 and all(np.isfinite(values).all() for values in columns.values())
