@@ -59,14 +59,6 @@ def check_sample(adoption: Adoption, model: PublishedModel, folder: Path) -> int
     return embedder.width
 
 
-def keep_state(dataset: EmbeddingsDataset) -> None:
-    """Keep the state that another program wrote, which is replaced at the end."""
-    kept = dataset.folder / "_adopted" / "state.json"
-    if dataset.state_path.is_file() and dataset.state is None and not kept.exists():
-        with writing_to(kept) as temporary:
-            temporary.write_bytes(dataset.state_path.read_bytes())
-
-
 def adopt(arguments: argparse.Namespace) -> cli.StageResult:
     """Adopt the dataset and return the counts of all of it.
 
@@ -85,7 +77,10 @@ def adopt(arguments: argparse.Namespace) -> cli.StageResult:
     result = cli.StageResult(STAGE)
     if adoption.foreign:
         width = check_sample(adoption, model, dataset.folder)
-        keep_state(dataset)
+        kept = dataset.folder / "_adopted" / "state.json"
+        if dataset.state_path.is_file() and dataset.state is None and not kept.exists():  # another program's
+            with writing_to(kept) as temporary:
+                temporary.write_bytes(dataset.state_path.read_bytes())
         with Progress(STAGE, sum(plan.num_rows for plan in adoption.foreign)) as progress:
             for plan in adoption.adopt(width):
                 progress.advance(plan.num_rows)

@@ -8,7 +8,7 @@ each row with its `scale` (embedding = scale * int8). A rerun keeps the parts th
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +56,6 @@ def expand(table: pa.Table, kind: str) -> NDArray[np.float32]:
     return embeddings if kind == "float16" else embeddings * table.column(SCALE_COLUMN).to_numpy()[:, None]
 
 
-def read_compact_blocks(paths: Sequence[Path], kind: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield the embeddings of compact parts in blocks, each with the number of its first row."""
-    columns = [EMBEDDING_COLUMN] if kind == "float16" else [EMBEDDING_COLUMN, SCALE_COLUMN]
-    return gather_blocks(expand(read_table(path, columns), kind) for path in paths)
-
-
 def measure_recall(dataset: EmbeddingsDataset, paths: Sequence[Path], kind: str) -> tuple[float, int]:
     """Return the share of the 10 nearest that the compact copy finds too, and the number of queries.
 
@@ -69,8 +63,10 @@ def measure_recall(dataset: EmbeddingsDataset, paths: Sequence[Path], kind: str)
     """
     step = max(1, -(-dataset.num_rows // NUM_QUERIES))
     rows = np.arange(0, dataset.num_rows, step)
-    found = []
-    for blocks in (dataset.read_blocks, lambda: read_compact_blocks(paths, kind)):
+    columns, found = [EMBEDDING_COLUMN, *([SCALE_COLUMN] if kind == "int8" else [])], []
+    for blocks in (
+        dataset.read_blocks, lambda: gather_blocks(expand(read_table(path, columns), kind) for path in paths)
+    ):  # fmt: skip
         queries = np.concatenate([block[(-first) % step :: step] for first, block in blocks()])
         _, nearest = find_nearest(queries, blocks(), NUM_NEAREST + 1)
         found.append(

@@ -27,10 +27,11 @@ from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictu
 from pipeline.embeddings_dataset.parts import STAGE, PartContent, plan_parts
 from pipeline.errors import ConfigError, StaleOutputError, Terminated
 from pipeline.files.units import Unit
+from pipeline.files.workspace import naming_failures
 from pipeline.inference import launcher
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
-from pipeline.own_folders import write_failure
+from pipeline.own_folders import make_folder
 from pipeline.threads import Background
 from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import EmbedOptions, parse
@@ -39,13 +40,13 @@ if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
 
 
-def embed_dataset(options: EmbedOptions) -> cli.StageResult:
+def embed_dataset(options: EmbedOptions, source: PackagedInput) -> cli.StageResult:
     """Embed the rows that have no embedding yet and return the counts of this process's share of the dataset.
 
     Raises InputError for an input or a model that cannot be used, StaleOutputError where the output was made from
     others, PipelineError where more images are bad than allowed, or another process needs the dataset alone.
     """
-    source, dataset = open_input(options), EmbeddingsDataset(options.output)
+    dataset = EmbeddingsDataset(options.output)
     if dataset.folder != options.output:
         logger.info("%s is a file or was written so before: %s is used instead", options.output, dataset.folder)
     with dataset.held(shared=not options.overwrite):
@@ -177,19 +178,18 @@ def read_options(config: Config, overwrite: bool = False) -> EmbedOptions:
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Embed `[new_data].input` into `[new_data].output` with the model that stage 7 has published."""
-    return embed_dataset(read_options(config, options.overwrite))
+    own = read_options(config, options.overwrite)
+    return embed_dataset(own, open_input(own))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", argv)
-    open_input(options)  # a mistyped path leaves no folder behind
+    source = open_input(options)  # a mistyped path leaves no folder behind
     if launcher.launch(__file__, argv, options.processes, is_sharded=not options.shard.is_whole):
         return
     folder = EmbeddingsDataset(options.output).folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_failure(folder, error) from None
+    with naming_failures(folder):
+        make_folder(folder)
 
     def tell() -> cli.StageResult:
         logger.info(
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             STAGE, VERSION, platform.python_version(),
             *(cli.installed_version(package) for package in ("pyarrow", "torch", "transformers")), options.device,
         )  # fmt: skip
-        return embed_dataset(options)
+        return embed_dataset(options, source)
 
     cli.run_logged(STAGE, tell, folder / "_logs" / cli.log_name(STAGE, options.shard))
 

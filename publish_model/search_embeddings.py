@@ -21,13 +21,14 @@ from pipeline.errors import ConfigError, escape_controls
 from pipeline.files.outputs import check_replaceable, page_mark
 from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
+from pipeline.inference.launcher import whole_number
 from pipeline.log import logger, logging_to
 from pipeline.pages import load_templates, shrink, to_data_uri
 from publish_model.derived.dataset_tool import make_tool_parser
 from publish_model.derived.similarity_search import find_nearest
 from publish_model.embed_images import embed_photographs
 from publish_model.model_folder.published_model import find_model
-from publish_model.new_data.embed_options import add_device_option, add_model_option, whole_number
+from publish_model.new_data.embed_options import add_device_option, add_model_option
 from publish_model.new_data.id_lists import describe_id
 
 THUMBNAIL_PX = 224

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.embeddings_dataset.columns import checksum_tables, list_values
-from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, is_foreign_state
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, read_state
 from pipeline.embeddings_dataset.deletions import DeletionOrder, read_order
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
 from pipeline.embeddings_dataset.parts import (
@@ -65,7 +65,7 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     paths = [dataset.path_of(name) for name in list_part_files(dataset.folder)]
     if not paths and not dataset.state_path.exists():
         raise InputError(f"{dataset.folder}: no embeddings dataset (neither state.json nor parts): correct the path")
-    if is_foreign_state(dataset.state_path):
+    if state is None and read_state(dataset.state_path):
         findings.add_foreign(dataset.state_path)
     elif state is None:
         what = "damaged" if dataset.state_path.exists() else "missing"

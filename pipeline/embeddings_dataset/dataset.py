@@ -49,13 +49,8 @@ def resolve_dataset_dir(output: Path) -> Path:
     return output
 
 
-def is_foreign_state(path: Path) -> bool:
-    """Return whether a `state.json` is sound and another program's; one that is damaged or empty may be replaced."""
-    state = _read_json(path)
-    return bool(state) and not state.get("embedding_version")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what a `state.json` says, nothing for one that is missing or damaged, and may be replaced."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -90,7 +85,7 @@ class EmbeddingsDataset:
     @property
     def state(self) -> dict[str, Any] | None:
         """What `state.json` says, None where it is missing, damaged or not ours."""
-        state = _read_json(self.state_path)
+        state = read_state(self.state_path)
         return state if state.get("embedding_version") else None
 
     def path_of(self, name: str) -> Path:
@@ -102,7 +97,7 @@ class EmbeddingsDataset:
 
         None stands for a dataset that has not begun. Raises ForeignError for one that this project did not write.
         """
-        state = _read_json(self.state_path)
+        state = read_state(self.state_path)
         if state.get("embedding_version"):
             return state
         strange = [self.state_path] if state else []

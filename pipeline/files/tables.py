@@ -152,25 +152,17 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
     try:
         try:
             file = pq.ParquetFile(path, **options)
-        except pa.ArrowNotImplementedError:  # the writer's Arrow schema has a type that this Arrow does not know
-            file = pq.ParquetFile(path, metadata=_read_plain_footer(path), **options)
-        _check_footer(path, file.metadata)
+        except pa.ArrowNotImplementedError:  # this Arrow does not know a type: columns then have Parquet's own types
+            plain = read_footer(path).replace(_ARROW_SCHEMA_KEY, UNMAPPED_KEY)
+            copy = b"PAR1" + plain + len(plain).to_bytes(4, "little") + b"PAR1"
+            file = pq.ParquetFile(path, metadata=pq.read_metadata(io.BytesIO(copy)), **options)
+        footer = file.metadata
+        rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+        if min(rows, default=0) < 0 or sum(rows) != footer.num_rows or sum(rows) > path.stat().st_size * _ROWS_PER_BYTE:
+            raise pa.ArrowInvalid(f"its footer claims {footer.num_rows} rows")
         return file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise read_failure(path, error, "not a readable parquet file") from None
-
-
-def _check_footer(path: Path, footer: pq.FileMetaData) -> None:
-    """Raise ArrowInvalid if a footer claims rows that its row groups, or the file's size, do not bear out."""
-    rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-    if min(rows, default=0) < 0 or sum(rows) != footer.num_rows or sum(rows) > path.stat().st_size * _ROWS_PER_BYTE:
-        raise pa.ArrowInvalid(f"its footer claims {footer.num_rows} rows")
-
-
-def _read_plain_footer(path: Path) -> pq.FileMetaData:
-    """Return a parquet's footer without its Arrow schema, so that columns have Parquet's own types."""
-    footer = read_footer(path).replace(_ARROW_SCHEMA_KEY, UNMAPPED_KEY)
-    return pq.read_metadata(io.BytesIO(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"))
 
 
 def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> InputError:

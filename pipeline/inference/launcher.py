@@ -22,10 +22,13 @@ def add_processes_option(parser: argparse.ArgumentParser) -> None:
 
 def parse_count(text: str) -> int | str:
     """Read a number above 0, or `auto`; raise ArgumentTypeError for anything else."""
-    if text == "auto":
-        return text
+    return text if text == "auto" else whole_number(text, ", or auto")
+
+
+def whole_number(text: str, others: str = "") -> int:
+    """Read a number above 0; raise ArgumentTypeError, which names the `others` that are valid, for anything else."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0, or auto")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0{others}")
     return int(text)
 
 

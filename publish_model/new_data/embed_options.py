@@ -13,7 +13,7 @@ from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import ConfigError
 from pipeline.files.outputs import check_outside_datasets
 from pipeline.ids import Shard
-from pipeline.inference.launcher import add_processes_option, parse_count
+from pipeline.inference.launcher import add_processes_option, parse_count, whole_number
 from pipeline.inference.model_files import DEFAULT_MODEL_ID
 
 
@@ -132,16 +132,6 @@ def _names(text: str) -> tuple[str, ...]:
     if "" in names:
         raise argparse.ArgumentTypeError(f"{text!r} must name columns")
     return names
-
-
-def whole_number(text: str) -> int:
-    """Read a whole number above 0.
-
-    Raises ArgumentTypeError if it is none.
-    """
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    return int(text)
 
 
 def fraction(text: str) -> float:

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.inference.launcher import whole_number
 from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, TUNE, Stage, check_paths, choose_stages
-from publish_model.new_data.embed_options import whole_number
 from slurm.control import scheduler
 from slurm.control.submission import Request, submit
 from slurm.control.target import Target
