@@ -38,4 +38,13 @@ def be_killed(findings: Findings) -> None:
 
 def hang(findings: Findings) -> None:
     findings.note(reached=1)
-    subprocess.run([sys.executable, "-c", "import time; time.sleep(600)", str(findings.work_dir)], check=True)
+    with findings.part("a part"):
+        sleep = "import time; time.sleep(600)"
+        subprocess.run([sys.executable, "-c", sleep, str(findings.work_dir)], check=True)
+
+
+def work_on(findings: Findings) -> None:
+    findings.note(reached=1)
+    with findings.part("a part"):
+        while True:
+            pass

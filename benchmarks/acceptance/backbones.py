@@ -18,6 +18,8 @@ SHAPES = {
     "vit-7b": (4096, 40, 32, 8192),
 }
 TOY_SHAPE = (96, 2, 4, 192)
+# Standard deviation of a ViT-B's weights; narrower inputs take larger ones, so that a sum of products keeps its size.
+DEVIATION, DEVIATION_WIDTH = 0.02, 768
 PIXELS, TOY_PIXELS = 224, 64
 SHARD_SIZE, TOY_SHARD_SIZE = "5GB", "200KB"
 
@@ -48,10 +50,24 @@ def _make_vit(name: str, device: torch.device, *, is_toy: bool) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            torch.manual_seed(0)
-            return DINOv3ViTModel(config).eval()
+            model = DINOv3ViTModel(config).eval()
+            draw_weights(model, DEVIATION * (DEVIATION_WIDTH / width) ** 0.5)
+            return model
     finally:
         torch.set_default_dtype(previous)
+
+
+def draw_weights(model: torch.nn.Module, deviation: float) -> None:
+    """Draw every matrix and token anew from a normal distribution.
+
+    transformers takes trunc_normal_, which torch 2.11 gets wrong in bfloat16: 0.4 % of the weights become 2 or -2, and
+    embeddings in bfloat16 then lie far from those in float32.
+    """
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=deviation)
 
 
 def _make_lite0(pixels: int) -> Any:

@@ -1,4 +1,4 @@
-"""Phases 0 and 1: what the GPU is, and whether what the stages compute on it is what a CPU computes."""
+"""Phases 0, 1 and 9: what the GPU is, and whether what the stages compute on it is what a CPU computes."""
 
 import os
 import shutil
@@ -10,13 +10,17 @@ from numpy.typing import NDArray
 
 from benchmarks import synthetic
 from benchmarks.acceptance.findings import Findings
-from benchmarks.harness import describe_machine, measure_product, time_call, time_steady
+from benchmarks.harness import describe_machine, measure_product, run_steady, time_call, time_steady
 from pipeline.inference.devices import full_precision
+from pipeline.retrieval.candidates import TIE_TOLERANCE
+from pipeline.retrieval.device_scores import rank_positives
 from pipeline.retrieval.scores import normalise_rows, score_queries
 from pipeline.retrieval.whitening import INPUT_POWER, Scatter, collect_scatters, decompose, whiten_within_class
 
 CPU = torch.device("cpu")
 OUTPUT_DIM = 256
+TEST_IMAGES = 866_000  # of the first city
+BRUTE_QUERIES = 300
 
 
 def measure_device(findings: Findings) -> None:
@@ -143,3 +147,30 @@ def _check_decomposition(findings: Findings, scatter: Scatter) -> None:
     findings.check("eigen-decomposition: residual", float(residual), at_most=1e-10)
     turned = np.abs(vectors.T @ vectors - np.eye(len(vectors))).max()
     findings.check("eigen-decomposition: orthogonality", float(turned), at_most=1e-10)
+
+
+def rank_many(findings: Findings) -> None:
+    """Rank the positives of many images at a backbone's width, and check some by brute force."""
+    count, width = (500, 64) if findings.is_toy else (200_000, 4_096)
+    with findings.part("the phase's own data"):
+        codes = synthetic.draw_buildings(np.random.default_rng(0), count)
+        values = synthetic.draw_values(np.random.default_rng(1), codes, width)
+        values += np.random.default_rng(2).standard_normal(width, np.float32) / 8
+        rows = normalise_rows(values)
+    with findings.part("ranks"):
+        no_pairs = np.empty((0, 2), np.int64)
+        seconds, [found] = run_steady(lambda: rank_positives(rows, codes, no_pairs, None, findings.device), rounds=1)
+        findings.note(rank_s=seconds, rank_s_of_all_images=seconds * (TEST_IMAGES / count) ** 2)
+    with findings.part("brute force"):
+        all_rows, all_codes = torch.from_numpy(rows).to(findings.device).double(), torch.from_numpy(codes)
+        num_wrong = 0
+        asked = np.flatnonzero(found.has_positive)
+        for query in np.random.default_rng(3).choice(asked, min(BRUTE_QUERIES, len(asked)), replace=False).tolist():
+            similarities = (all_rows @ all_rows[query]).cpu()
+            same = all_codes == all_codes[query]
+            own = same.clone()
+            own[query] = False
+            nearest, others = similarities[own].max(), similarities[~same]
+            least, most = (1 + int((others > nearest - sign * 2 * TIE_TOLERANCE).sum()) for sign in (-1, 1))
+            num_wrong += not least <= found.first_rank[query] <= most
+        findings.check(f"wrong of {BRUTE_QUERIES} ranks by brute force", num_wrong, at_most=0)

@@ -1,6 +1,8 @@
-"""Phases 4 to 7: stage 2's engine on every path, and backbones of every size from tar to parquet."""
+"""Phases 4 to 7 and 2-on-1: stage 2's engine on every path, and backbones of every size from tar to parquet."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -17,14 +19,14 @@ from benchmarks import plain_loops, synthetic
 from benchmarks.acceptance.backbones import write_backbone
 from benchmarks.acceptance.findings import Findings
 from benchmarks.fidelity import LEAST_COSINE, check_paths, embed_plainly, smallest_cosine
-from benchmarks.harness import ROUNDS, measure_product, time_steady
+from benchmarks.harness import ROUNDS, measure_product, time_call, time_steady
 from benchmarks.inference import count_operations, run_stage, time_model
 from benchmarks.memory import read_peak
 from benchmarks.synthetic import draw_picture, draw_pictures
 from generate_embeddings import generate_embeddings
 from pipeline.config import count_cores, load_config
 from pipeline.inference.backbone import Embedder
-from pipeline.inference.devices import full_precision
+from pipeline.inference.devices import full_precision, uncompile
 from pipeline.inference.engine import embed_stream, use_one_thread
 from pipeline.inference.images import decode_rgb
 from pipeline.inference.modes import MODES
@@ -77,14 +79,24 @@ class Backbone:
             embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
         return embedder
 
-    def embed_plainly(self, pictures: Sequence[bytes]) -> NDArray[np.float64]:
+    def choose_mode(self, pictures: Sequence[bytes]) -> str:
+        """Return the mode that stage 2 chooses by these pictures; note how near each that it tries comes to float32."""
+        chosen = choose_precision(partial(self.load, compile=False, batch_size=NUM_PICTURES), pictures)
+        name = self.name
+        self.findings.note(**{f"{name}, chosen mode": chosen.mode, f"{name}, cosines of modes tried": chosen.cosines})
+        return chosen.mode
+
+    def embed_plainly(
+        self, pictures: Sequence[bytes], loaded: tuple[object, torch.nn.Module] | None = None
+    ) -> NDArray[np.float64]:
         """Return what transformers makes of pictures, one at a time, in float32; (N, D).
 
-        Checks that the random weights tell them apart, or nearly everything would be near enough.
+        `loaded` holds the processor and the model, if they are there. Checks that the random weights tell the pictures
+        apart, or nearly everything would be near enough.
         """
         torch.backends.cudnn.allow_tf32 = False  # which is torch's default for convolutions
         with full_precision():
-            expected = embed_plainly(*plain_loops.load(self.folder, self.findings.device), pictures)
+            expected = embed_plainly(*(loaded or plain_loops.load(self.folder, self.findings.device)), pictures)
         release()
         unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
         alike = float((unit @ unit.T - 2 * np.eye(len(unit))).max())
@@ -106,6 +118,12 @@ class Backbone:
                 watch: Any = run_stage(generate_embeddings, self.config_path).watch
                 rates.append(watch.images / watch.wall_seconds)
         return max(rates[1:]), watch.describe_parts()
+
+    def run_script(self, processes: str) -> None:
+        """Run stage 2's script anew by so many processes."""
+        script, options = generate_embeddings.__file__, ("--overwrite", "--processes", processes)
+        command = [sys.executable, str(script), "--config", str(self.config_path), *options]
+        subprocess.run(command, check=True, stdout=sys.stderr)
 
     def read_output(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the embeddings (N, D) that stage 2 wrote, and which of the pictures each is of (N,)."""
@@ -135,6 +153,8 @@ def check_engine(findings: Findings) -> None:
                 for path, cosine in check_paths(embedder, group, rows).items():
                     what = f"{dtype}, {subsampling}, {path}: least cosine"
                     findings.check(what, cosine, at_least=LEAST_COSINE[embedder.dtype])
+    with findings.part("the ladder of modes"):
+        backbone.choose_mode(pictures)
     with findings.part("stream under stress"):
         _stress_stream(findings, embedder, pictures, expected)
     with findings.part("out of memory"):
@@ -203,80 +223,105 @@ def _check_rows(
 def measure_large(findings: Findings) -> None:
     """Measure ViT-L."""
     backbone = Backbone("vit-l", findings, 40 if findings.is_toy else 8_192)
-    rate, _ = measure(backbone, backbone.embed_plainly(backbone.pictures))
-    findings.aim("ViT-L from tar to parquet, img/s", rate, at_least=2_700)
+    measure(backbone, {"ViT-L from tar to parquet, img/s": 2_700})
 
 
 def measure_largest(findings: Findings) -> None:
-    """Measure ViT-7B, and how near each way to compute it comes to float32."""
+    """Measure ViT-7B, loaded once, and how near each way to compute it comes to float32."""
     backbone = Backbone("vit-7b", findings, 40 if findings.is_toy else 1_024, batch_size=LARGEST_BATCH)
-    expected = backbone.embed_plainly(backbone.pictures)
-    with findings.part("from tar to parquet"):
-        rate, alone = measure(backbone, expected)
-        findings.aim("ViT-7B from tar to parquet, img/s", rate, at_least=205)
-        findings.aim("ViT-7B, share of the model alone", rate / alone, at_least=SHARE_OF_LIMIT)
-    release()
-    with findings.part("fidelity of each mode"):
-        _measure_modes(backbone, expected)
-
-
-def _measure_modes(backbone: Backbone, expected: NDArray[np.float64]) -> None:
-    """Note how near each mode comes to the float32 loop; those with weights in float32 take turns with one model."""
-    for weights in ("bfloat16", "float32"):
-        embedder = backbone.load(weights, compile=False, batch_size=8)
-        decoded = [embedder.decode(data) for data in backbone.pictures]
-        for name, mode in MODES.items():
-            if mode.weights == weights:
-                embedder.mode = mode
-                found = summarize(measure_cosines(embedder.embed(decoded), expected))
-                backbone.findings.note(**{f"cosine to the float32 loop, {name}": found})
-        del embedder
-        release()
+    measure(backbone, {"ViT-7B from tar to parquet, img/s": 205}, SHARE_OF_LIMIT)
 
 
 def measure_small(findings: Findings) -> None:
-    """Measure Lite0 and ViT-B beside the plain loop, and what the cores decode."""
-    ceiling = _measure_decoding(draw_pictures(64 if findings.is_toy else 640))
-    findings.note(decoding_ceiling_per_s=ceiling)
-    for name in ("lite0", "vit-b"):
-        with findings.part(f"{name} beside the plain loop"):
-            backbone = Backbone(name, findings, 40 if findings.is_toy else 8_192)
-            plain = _time_plain_loop(backbone, 8 if findings.is_toy else 1_024)
-            rate, _ = measure(backbone, backbone.embed_plainly(backbone.pictures))
-            findings.note(**{f"{name}, plain loop, img/s": plain, f"{name}, of the plain loop": rate / plain})
+    """Measure ViT-B and Lite0, then the plain loop and what the cores decode."""
+    with findings.part("decoding"):
+        ceiling = _measure_decoding(draw_pictures(64 if findings.is_toy else 640))
+        findings.note(decoding_ceiling_per_s=ceiling)
+    backbones = {}
+    for name in ("vit-b", "lite0"):
+        with findings.part(name):
+            backbones[name] = Backbone(name, findings, 40 if findings.is_toy else 8_192)
+            least = min(6_000, SHARE_OF_LIMIT * ceiling)
             if name == "vit-b":
-                least = min(6_000, SHARE_OF_LIMIT * ceiling)
-                findings.aim("ViT-B from tar to parquet, img/s", rate, at_least=least)
+                measure(backbones[name], {"ViT-B from tar to parquet, img/s": least})
+            else:
+                # A CPU convolves slowly in bfloat16.
+                mode = "float32" if findings.is_toy else backbones[name].choose_mode(backbones[name].pictures)
+                measure(backbones[name], {}, mode=mode)
+    for name, backbone in backbones.items():
+        with findings.part(f"{name}, the plain loop"):
+            plain = _time_plain_loop(backbone, 8 if findings.is_toy else 512)
+            ours = findings.figures[f"{name}, tar to parquet, img/s"]
+            findings.note(**{f"{name}, plain loop, img/s": plain, f"{name}, of the plain loop": ours / plain})
 
 
-def measure(backbone: Backbone, expected: NDArray[np.float64]) -> tuple[float, float]:
-    """Choose a mode, load a backbone and embed its tars as stage 2 does; check the file by what is `expected`.
+def measure(backbone: Backbone, targets: dict[str, float], share: float | None = None, mode: str = "bfloat16") -> None:
+    """Load a backbone once, and embed its tars as stage 2 does; then judge what it wrote.
 
-    Returns the images/s from tar to parquet, and of the model alone on inputs that are there.
+    `share` is the least of the model alone that stage 2 has to reach. The loop in float32 that judges runs the same
+    weights, widened.
     """
     findings, name = backbone.findings, backbone.name
-    with findings.part(f"{name}, choosing a mode"):
-        chosen = choose_precision(partial(backbone.load, compile=False, batch_size=NUM_PICTURES), backbone.pictures)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew (proc(5))
     with findings.part(f"{name}, loading"):  # and compiling
-        embedder = backbone.load(chosen.mode)
-    findings.note(**{f"{name}, peak_host_gb": read_peak() / 1e9, f"{name}, mode": chosen.mode,
-                     f"{name}, cosines of the modes tried": chosen.cosines,
-                     f"{name}, images a pass": embedder.micro_batch})  # fmt: skip
-    alone = time_model(embedder, max(2, backbone.num_images // embedder.micro_batch // 2))
-    in_bfloat16 = chosen.mode.startswith("bfloat16")  # by autocast or altogether
-    kind = torch.bfloat16 if in_bfloat16 else torch.float32
-    product = measure_product(findings.device, kind, 128 if findings.is_toy else 8_192)
-    operations = count_operations(embedder)
-    rate, parts = backbone.run_stage_2(embedder, chosen)
+        embedder = backbone.load(mode)
+    path = "the GPU" if embedder.device_processor else "the CPU"
     findings.note(**{
-        f"{name}, model alone, img/s": alone, f"{name}, tflop an image": operations / 1e12,
-        f"{name}, model alone, share of the product": alone * operations / product,
-        f"{name}, tar to parquet, img/s": rate, f"{name}, where the time went": parts,
+        f"{name}, mode": mode, f"{name}, compiled graphs": embedder.num_graphs,
+        f"{name}, pictures resized on": path, f"{name}, images a pass": embedder.micro_batch,
+        f"{name}, attention": str(getattr(embedder.model.config, "_attn_implementation", None)),
+        f"{name}, peak_host_gb": read_peak() / 1e9,
     })  # fmt: skip
+    findings.check(f"{name}: compiled", float(embedder.compile_model or findings.is_toy), at_least=1)
+    with findings.part(f"{name}, from tar to parquet"):
+        rate, parts = backbone.run_stage_2(embedder, Precision(mode))
+        findings.note(**{f"{name}, tar to parquet, img/s": rate, f"{name}, where the time went": parts})
+        for what, least in targets.items():
+            findings.aim(what, rate, at_least=least)
+    with findings.part(f"{name}, the model alone"):
+        alone = time_model(embedder, max(2, backbone.num_images // embedder.micro_batch // 2))
+        kind = torch.bfloat16 if mode.startswith("bfloat16") else torch.float32
+        product = measure_product(findings.device, kind, 128 if findings.is_toy else 8_192)
+        operations = count_operations(embedder)
+        findings.note(**{
+            f"{name}, model alone, img/s": alone, f"{name}, tflop an image": operations / 1e12,
+            f"{name}, model alone, share of the product": alone * operations / product,
+        })  # fmt: skip
+        if share is not None:
+            findings.aim(f"{name}, share of the model alone", rate / alone, at_least=share)
+    with findings.part(f"{name}, beside float32"):
+        _compare_modes(backbone, embedder, mode)
+
+
+def _compare_modes(backbone: Backbone, embedder: Embedder, loaded: str) -> None:
+    """Judge the parquet by a loop in float32, and note how near each mode comes to that; the weights end in float32."""
+    findings, name = backbone.findings, backbone.name
+    decoded = [embedder.decode(data) for data in backbone.pictures]
+    uncompile(embedder.model)
+    embedder.compile_model = False
+    found = {loaded: embedder.embed(decoded)}
+    embedder.model.float()
+    embedder.dtype = torch.float32
+    expected = backbone.embed_plainly(backbone.pictures, (embedder.processor, embedder.model))
     _check_rows(findings, f"{name}, parquet", *backbone.read_output(), expected)
-    return rate, alone
+    for mode, settings in MODES.items():
+        if settings.weights == "float32":
+            embedder.mode = settings
+            found[mode] = embedder.embed(decoded)
+    cosines = {mode: summarize(measure_cosines(rows, expected)) for mode, rows in found.items()}
+    findings.note(**{f"{name}, cosines to the float32 loop": cosines})
+
+
+def share_one_gpu(findings: Findings) -> None:
+    """Run stage 2 by two processes at once on one GPU: both have to end, with what one process writes."""
+    backbone = Backbone("vit-s", findings, 40 if findings.is_toy else 4_096, compile=False, dtype="bfloat16")
+    alone = time_call(lambda: backbone.run_script("1"))
+    expected, _ = backbone.read_output()
+    both = time_call(lambda: backbone.run_script("2"))
+    found, _ = backbone.read_output()
+    findings.note(one_process_s=alone, two_processes_s=both)
+    findings.check("two processes: least cosine", smallest_cosine(found, expected.astype(np.float64)), at_least=0.999)
 
 
 def _time_plain_loop(backbone: Backbone, count: int) -> float:

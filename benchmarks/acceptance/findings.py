@@ -30,6 +30,7 @@ class Findings:
         self.checks: list[Entry] = []
         self.targets: list[Entry] = []
         self.errors: list[Entry] = []
+        self.under_way: list[str] = []  # parts, for a phase that does not come to its end
         self._save()
 
     @property
@@ -61,16 +62,20 @@ class Findings:
     def part(self, name: str) -> Iterator[None]:
         """Time a part of the phase; note its exception and let the next part run."""
         started = time.monotonic()
+        self.under_way.append(name)
+        self._save()
         try:
             yield
         except Exception as error:  # noqa: BLE001 (a bug on a GPU is what the acceptance is there to find)
             logger.exception("%s failed", name)
             last = traceback.format_exception_only(error)[-1].strip()
             self.errors.append({"part": name, "error": last[:2000]})
+        self.under_way.remove(name)
         self.note(**{f"{name}: seconds": time.monotonic() - started})
 
     def _save(self) -> None:
-        write_json(self._path, {key: getattr(self, key) for key in ("figures", "checks", "targets", "errors")})
+        names = ("figures", "checks", "targets", "errors", "under_way")
+        write_json(self._path, {key: getattr(self, key) for key in names})
 
 
 def is_sound(content: dict[str, Any]) -> bool:

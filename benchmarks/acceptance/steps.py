@@ -1,7 +1,13 @@
-"""Phase 3: stage 6's steps on a table beyond 2^31 numbers: draws, triplets a second, resuming from a checkpoint."""
+"""Phases 3 and 3-start: stage 6's steps on a table beyond 2^31 numbers, resuming from a checkpoint, and the start."""
+
+import time
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.acceptance.findings import Findings
 from benchmarks.harness import time_call, time_steady
@@ -10,14 +16,19 @@ from pipeline.config import TrainingSection
 from pipeline.log import Progress
 from pipeline.retrieval.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.retrieval.projector import Projector
+from pipeline.retrieval.whitening import Scatter, collect_scatters
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
+from train_specialized_embeddings.training import starts
 from train_specialized_embeddings.training.starts import NUM_COORDINATES
 from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.validation import choose_validation_set
 
 # The first columns hold the row's number, in digits that bfloat16 represents exactly.
 DIGITS, BASE = 3, 128
 STEPS, TOY_STEPS = 64, 8  # of an epoch
+LONGEST = 10  # operators of a profile
+TRAINING_IMAGES = 4_060_000  # of the first city
 
 
 class Bench:
@@ -60,8 +71,9 @@ def train_steps(findings: Findings) -> None:
             findings.note(**{f"triplets_per_s_at_{batch_size}": rate})
             if batch_size == batches[-1]:
                 findings.aim(f"triplets/s at batch {batch_size:,}, resident", rate, at_least=1.5e6)
-    with findings.part("the default objective"):
-        _time_default(findings, bench, batches[0])
+    for batch_size in (TrainingSection().batch_size, batches[0]):
+        with findings.part(f"the default objective at {batch_size}"):
+            _time_default(findings, bench, batch_size)
     with findings.part("save and resume"):
         _check_resume(findings, bench, batches[0])
 
@@ -89,13 +101,34 @@ def _time_triplets(bench: Bench, batch_size: int) -> float:
 
 
 def _time_default(findings: Findings, bench: Bench, batch_size: int) -> None:
-    """Note the anchors a second of stage 6's own objective, in coordinates."""
+    """Note the anchors a second of stage 6's own objective, in coordinates, and where the time of a step goes."""
     width = min(NUM_COORDINATES, bench.features.width)
     store = FeatureStore(np.ascontiguousarray(bench.features.embeddings[:, :width]), bench.device)
     section = TrainingSection(batch_size=batch_size, anchors_per_epoch=bench.steps * batch_size)
     trainer = bench.make_trainer(store, width, section)
     seconds = time_steady(lambda: trainer.run_epoch(Progress("train", None)))
-    findings.note(**{f"default_anchors_per_s_at_{batch_size}": trainer.num_anchors / seconds})
+    findings.note(**{f"default_anchors_per_s_at_{batch_size}": trainer.num_anchors / seconds,
+                     f"seconds_a_step_at_{batch_size}": seconds / trainer.steps_per_epoch,
+                     f"profile_at_{batch_size}": profile_epoch(trainer)})  # fmt: skip
+
+
+def profile_epoch(trainer: Trainer) -> dict[str, Any]:
+    """Return the operators and launches of a step, and the ten operators or kernels that take longest in an epoch."""
+    on_gpu = trainer.store.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+        trainer.run_epoch(Progress("train", None))
+    events: list[Any] = list(profiler.key_averages())
+    kind = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    longest = sorted(events, key=lambda event: -getattr(event, kind))[:LONGEST]
+    counts = {
+        "operators": sum(event.count for event in events if event.key.startswith("aten::")),
+        "launches": sum(event.count for event in events if "LaunchKernel" in event.key or "GraphLaunch" in event.key),
+        "waits": sum(event.count for event in events if "Synchronize" in event.key),
+    }
+    return {
+        **{f"{name} a step": count / trainer.steps_per_epoch for name, count in counts.items()},
+        "longest": {event.key[:80]: f"{event.count} x, {getattr(event, kind) / 1e3:.3f} ms" for event in longest},
+    }
 
 
 def _check_resume(findings: Findings, bench: Bench, batch_size: int) -> None:
@@ -119,3 +152,37 @@ def _check_resume(findings: Findings, bench: Bench, batch_size: int) -> None:
                           for state in (expected, found, saved))  # fmt: skip
     difference = float((one - other).norm() / (one - before).norm())
     findings.check("its weights: difference, of an epoch's way", difference, at_most=0.0 if bench.is_toy else 0.05)
+
+
+def measure_start(findings: Findings) -> None:
+    """Time the start of training at full width, and scale what grows with the images to the first city's."""
+    count, width = (600, 48) if findings.is_toy else (2**20, 4_096)
+    section, seconds = TrainingSection(), {"scatter": 0.0}
+    with findings.part("the phase's own data"):
+        features = make_features(count, width)
+        validation = choose_validation_set(make_features(count // 64, width), section.validation_images, 0)
+
+    def collect(*arguments: Any) -> list[Scatter]:
+        started = time.perf_counter()
+        found = collect_scatters(*arguments)
+        seconds["scatter"] += time.perf_counter() - started
+        return found
+
+    with findings.part("the start"), patch.object(starts, "collect_scatters", collect):
+        begun = time.perf_counter()
+        start = starts.fit_start(features, validation, min(256, width), section, findings.device)
+        seconds["maps"] = time.perf_counter() - begun - seconds["scatter"]
+        seconds["coordinates"] = time_call(lambda: store_coordinates(start, features.embeddings, findings.device))
+        growing = seconds["scatter"] + seconds["coordinates"]
+        findings.note(start_s=seconds, start_s_of_all_images=growing * TRAINING_IMAGES / count + seconds["maps"])
+    with findings.part("coordinates"):
+        store = store_coordinates(start, features.embeddings[:1_000], findings.device)
+        found = store.gather(torch.arange(len(features.embeddings[:1_000]))).float().cpu().numpy()
+        expected = start.coordinates.linear_map.map_rows(features.embeddings[:1_000])
+        error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+        findings.check("coordinates, relative difference", error, at_most=1e-2)  # of bfloat16
+
+
+def store_coordinates(start: starts.Start, embeddings: NDArray[np.float32], device: torch.device) -> FeatureStore:
+    """Return the store of rows in the start's coordinates, as stage 6 makes it."""
+    return FeatureStore(start.coordinates.linear_map.map_rows(embeddings), device)
