@@ -34,3 +34,17 @@ def slurmless(tmp_path):
     for name in ("bash", "env", "readlink", "dirname", "cat", "make"):
         (folder / name).symlink_to(shutil.which(name))
     return str(folder)
+
+
+@pytest.fixture
+def dry_run_here(run_main, monkeypatch, slurmless):
+    """Return the sbatch commands of a submission as `dry_run` does, in this process."""
+
+    def run(main, *arguments, **environment):
+        for name, value in {"PATH": slurmless, **environment}.items():
+            monkeypatch.setenv(name, value)
+        outcome = run_main(main, *arguments, "--dry-run")
+        assert outcome.code == 0, outcome.stderr
+        return [shlex.split(line) for line in outcome.stdout.splitlines()]
+
+    return run

@@ -246,10 +246,10 @@ def test_a_dry_run_needs_no_slurm_no_tars_and_no_torch(slurmless, tmp_path):
     assert sum("--dependency" in " ".join(command) for command in commands) == 7
 
 
-def test_sizes_and_unknown_options_reach_every_sbatch_line(slurmless):
-    commands = dry_run(
-        "--array-size", "64", "--max-concurrent", "8", "--from-stage", "2", "--to-stage", "4", "--qos=high",
-        "--partition", "gpu", PATH=slurmless, SBATCH_OPTIONS="--mail-type=FAIL", SBATCH_OPTIONS_2="--time=9:00:00",
+def test_sizes_and_unknown_options_reach_every_sbatch_line(dry_run_here):
+    commands = dry_run_here(
+        submit.main, "pipeline", "--array-size", 64, "--max-concurrent", 8, "--from-stage", 2, "--to-stage", 4,
+        "--qos=high", "--partition", "gpu", SBATCH_OPTIONS="--mail-type=FAIL", SBATCH_OPTIONS_2="--time=9:00:00",
     )  # fmt: skip
     assert [word for command in commands for word in command if word.startswith("--array")] == ["--array=0-63%8"] * 2
     for command in commands:
@@ -258,7 +258,7 @@ def test_sizes_and_unknown_options_reach_every_sbatch_line(slurmless):
     assert ["--time=9:00:00" in command for command in commands] == [True, False, False]
 
 
-def test_options_behind_two_dashes_go_to_the_stage(slurmless):
+def test_options_behind_two_dashes_go_to_the_stage(slurmless):  # by way of the script, which passes them on
     (command,) = dry_run("7", "--time=5", "--", "--force", script="slurm/submit_stage.sh", PATH=slurmless)
     script = next(number for number, word in enumerate(command) if word.endswith("convert_to_hf.sbatch"))
     assert command.index("--time=5") < script < command.index("--force")
@@ -276,18 +276,15 @@ def test_another_environment_runs_the_submission_and_the_jobs(slurmless, tmp_pat
     assert (tmp_path / "seen").read_text() == f"{python}\n"  # exported, so that the jobs find it too
 
 
-def test_tuning_is_submitted_by_its_name(slurmless):
-    options = ["tune", "--array-size", "4", "--", "--trials", "200"]
-    (command,) = dry_run(*options, script="slurm/submit_stage.sh", PATH=slurmless, SBATCH_OPTIONS_tune="--time=9")
+def test_tuning_is_submitted_by_its_name(dry_run_here):
+    (command,) = dry_run_here(submit.main, "stage", "tune", "--array-size", "4", SBATCH_OPTIONS_tune="--time=9")
     script = next(number for number, word in enumerate(command) if word.endswith("tune.sbatch"))
     assert {"--array=0-3", "--time=9"} < set(command[:script])
     assert command[script + 1 : script + 3] == ["--shards", "4"]
-    assert command[-2:] == ["--trials", "200"]
 
 
-def test_log_folders_with_percent_signs_and_spaces_are_no_patterns(tmp_path, write_config, slurmless):
-    path = write_config(tmp_path / "100% mine")
-    (command,) = dry_run("3", "--config", path, script="slurm/submit_stage.sh", PATH=slurmless)
+def test_log_folders_with_percent_signs_and_spaces_are_no_patterns(tmp_path, write_config, dry_run_here):
+    (command,) = dry_run_here(submit.main, "stage", "3", "--config", write_config(tmp_path / "100% mine"))
     assert f"--output={tmp_path}/100%% mine/logs/slurm/merge_and_split-%j.log" in command
 
 

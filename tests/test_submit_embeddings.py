@@ -26,7 +26,7 @@ def test_a_dry_run_for_new_data_prints_one_array(slurmless, tmp_path):
     assert text.endswith("--batch-size 64 --limit 10")
 
 
-def test_every_option_of_stage_8_goes_to_the_stage_and_none_to_sbatch(slurmless, tmp_path):
+def test_every_option_of_stage_8_goes_to_the_stage_and_none_to_sbatch(dry_run_here, tmp_path):
     values = {
         "batch_size": "auto", "device": "cpu", "dtype": "float32", "limit": 7, "filter_valid": False,
         "read_batch_size": 5, "max_reject_fraction": 0.5, "processes": 2, "keep_columns": ("year", "a b"),
@@ -37,27 +37,18 @@ def test_every_option_of_stage_8_goes_to_the_stage_and_none_to_sbatch(slurmless,
     assert {field.name for field in fields(EmbedOptions)} - others == {"input", "output", "model_id", *values}
     words = spell_options(wanted)
     assert parse_embed_options("", words) == wanted
-    (command,) = dry_run(
-        *words, "--qos=high", script="publish_model/slurm/submit_embeddings_from_parquet.sh", PATH=slurmless
-    )
+    (command,) = dry_run_here(submit_embeddings.main, *words, "--qos=high")
     place = next(number for number, word in enumerate(command) if word.endswith(".sbatch"))
     assert command[place + 1 :] == ["--shards", "1", *words]
     assert "--qos=high" in command[:place]
 
 
-def test_folders_are_submitted_by_their_row_groups(slurmless, tmp_path):
-    photos, parquets = tmp_path / "photos", tmp_path / "parquets"
-    photos.mkdir()
-    for number in range(1001):  # a thousand make a row group
-        (photos / f"{number}.jpg").touch()
+def test_a_folder_is_submitted_by_its_row_groups(dry_run_here, tmp_path):
     for name in ("a.parquet", "b.pq"):
-        write_packaged(parquets / name, [b"x"] * 3, row_group_size=1, OSMID=range(3))
-    for folder, shards in ((photos, "0-1"), (parquets, "0-5")):
-        (command,) = dry_run(
-            "--input", folder, "--output", tmp_path / "out", "--model-id", "x/y", "--array-size", "99",
-            script="publish_model/slurm/submit_embeddings_from_parquet.sh", PATH=slurmless,
-        )  # fmt: skip
-        assert f"--array={shards}" in command
+        write_packaged(tmp_path / "packaged" / name, [b"x"] * 3, row_group_size=1, OSMID=range(3))
+    arguments = ["--input", tmp_path / "packaged", "--output", tmp_path / "out", "--model-id", "x/y"]
+    (command,) = dry_run_here(submit_embeddings.main, *arguments, "--array-size", 99)
+    assert "--array=0-5" in command
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,12 @@ from train_specialized_embeddings.training import metric_sinks
 
 optuna = pytest.importorskip("optuna", reason="the extra `tune` is not installed")
 
-from train_specialized_embeddings.tuning import search_space  # noqa: E402
+from train_specialized_embeddings.tuning import search_space, tuning_report  # noqa: E402
 from train_specialized_embeddings.tuning.search_space import SPACE  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUTS = ["best.toml", "trials.csv", "history.png", "epochs.png", "settings.png"]
+PLOTS = tuning_report._PLOTS
+OUTPUTS = ["best.toml", "trials.csv", *PLOTS]
 
 
 @pytest.fixture
@@ -76,12 +77,11 @@ def test_a_database_that_cannot_be_opened_is_named_without_its_password(workspac
     assert caught.value.__suppress_context__
 
 
-@pytest.mark.parametrize("storage", ["journal", "sqlite:///{}/study.db"])
 def test_a_search_leaves_its_best_settings_a_table_and_plots_and_goes_on_when_asked_for_more(
-    workspace: Path, storage: str
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = storage.format(workspace)
-    result = search(workspace, 3, storage=storage)
+    monkeypatch.setattr(tuning_report, "_PLOTS", PLOTS)
+    result = search(workspace, 3)
     assert [path.name for path in result.written] == OUTPUTS
     assert (result.rows_in, result.rows_out) == (3, 3)
     first = read_trials(workspace)
@@ -95,9 +95,9 @@ def test_a_search_leaves_its_best_settings_a_table_and_plots_and_goes_on_when_as
     for name in OUTPUTS[2:]:
         assert (workspace / "checkpoint/_tune" / name).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (workspace / "checkpoint").iterdir()} == {"_tune"}
-    kept = search(workspace, 3, storage=storage)
+    kept = search(workspace, 3)
     assert (kept.written, len(kept.kept)) == ([], 5)
-    assert search(workspace, 5, storage=storage).rows_in == 5
+    assert search(workspace, 5).rows_in == 5
     assert read_trials(workspace)[:3] == first
 
 
