@@ -159,7 +159,7 @@ def test_a_wrappers_prefix_makes_no_difference(tmp_path: Path, prefix: str) -> N
 @pytest.mark.parametrize("names", [("norm1", "norm2"), ("layer_norm1", "layer_norm2"), ("input_norm", "output_norm")])
 @pytest.mark.parametrize(("norm", "residual"), [(False, False), (False, True), (True, False), (True, True)])
 def test_the_older_names_of_its_layers_are_taken_over(
-    tmp_path: Path, norm: bool, residual: bool, names: tuple[str, str]
+    tmp_path: Path, norm: bool, residual: bool, names: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(1)
     network = ReferenceProjector(48, [32], 256, "gelu", residual=residual, norm=norm).eval()
@@ -172,6 +172,18 @@ def test_the_older_names_of_its_layers_are_taken_over(
     found = load_checkpoint(tmp_path / "o.pt")
     with torch.no_grad():
         torch.testing.assert_close(build_projector(found)(features(48)), network(features(48)), atol=1e-6, rtol=0)
+    for name, layer in zip(names, ("fc1", "fc2"), strict=True):
+        is_guessed = norm and name not in older
+        assert (f"{name} is assumed to be a LayerNorm directly behind {layer}" in caplog.text) == is_guessed
+
+
+@pytest.mark.parametrize("name", ["bn1", "gate", "norm3", "fc1.norm", "hidden_layers.0", "ln_1.scale"])
+def test_another_layout_of_the_older_projector_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    layers = {"fc1": nn.Linear(48, 32), "fc2": nn.Linear(32, 256)}
+    weights = nn.ModuleDict(layers).state_dict() | {f"{name}.weight": torch.ones(32)}
+    torch.save(weights, tmp_path / "o.pt")
+    with pytest.raises(InputError, match=rf"cannot be mapped onto the projector \({name}.weight is "):
+        load_checkpoint(tmp_path / "o.pt")
 
 
 def test_a_norm_that_may_belong_to_either_layer_is_refused(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class TuneOptions:
     objective: str = "map"
     sample_buildings: int | None = None  # of the training split; None is as configured
     save_checkpoints: bool = False
+    from_wandb_project: str | None = None
     overwrite: bool = False
 
 
@@ -68,9 +69,13 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
     provenance = describe_run(config, inputs) | {"stage": STAGE}
     provenance["settings"]["objective"] = options.objective
     from train_specialized_embeddings.tuning.study import Tuning, run_study  # torch and Optuna
+    from train_specialized_embeddings.tuning.wandb_runs import report_runs
 
+    tuning = Tuning(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune")
+    if options.from_wandb_project is not None:
+        return report_runs(tuning, options.from_wandb_project)
     try:
-        return run_study(Tuning(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune"))
+        return run_study(tuning)
     except (OSError, RuntimeError) as error:
         found: BaseException | None = error  # Optuna's file lock may hide an interruption behind an error of its own
         while found is not None and not isinstance(found, KeyboardInterrupt | Terminated):
@@ -98,6 +103,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--sample-buildings", type=_count, metavar="N", help="train the trials on N buildings, drawn from [global].seed"
     )
+    parser.add_argument(
+        "--from-wandb-project", metavar="[ENTITY/]PROJECT",
+        help="run no trial: write _tune/wandb/best.toml from the project's finished runs",
+    )  # fmt: skip
     parser.add_argument("--save-checkpoints", action="store_true", help="keep _tune/trial_N/checkpoint_best.pt")
     arguments = parser.parse_args(argv)
     options = TuneOptions(**{field.name: getattr(arguments, field.name) for field in fields(TuneOptions)})

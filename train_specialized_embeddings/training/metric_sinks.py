@@ -39,8 +39,8 @@ def sending_metrics(
             # A resumed run has the same inputs and settings, so it keeps its name.
             run = wandb.init(
                 project=section.wandb_project, name=section.wandb_run_name, dir=folder / WANDB, mode=section.wandb,
-                id=hash_json(provenance), resume="allow", config=provenance["settings"],
-                group=provenance["stage"],
+                id=hash_json(provenance), resume="allow", group=provenance["stage"],
+                config=provenance["settings"] | {"split_hash": provenance["split_hash"]},
             )  # fmt: skip
             stack.callback(run.finish)
 

@@ -48,4 +48,5 @@ def holds(name: str, value: Any) -> bool:
     distribution: Any = SPACE[name]
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
-    return isinstance(value, int | float) and distribution.low <= value <= distribution.high
+    kinds = int if isinstance(distribution, IntDistribution) else int | float
+    return isinstance(value, kinds) and distribution.low <= value <= distribution.high

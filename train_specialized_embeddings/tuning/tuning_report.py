@@ -59,9 +59,11 @@ def list_settings(trial: FrozenTrial) -> dict[str, Any]:
 
 def _render_toml(ranked: list[FrozenTrial], objective: str) -> bytes:
     best = ranked[0]
-    lines = [
-        f"# Trial {best.number}, the best of {len(ranked)} complete ones: validation {objective} {_value(best):.4f}"
-    ]
+    run = best.user_attrs.get("wandb_run")
+    name = (
+        f"Trial {best.number}" if run is None else f"Run {json.dumps(run)}"
+    )  # a line break in it must not end the comment
+    lines = [f"# {name}, the best of {len(ranked)} complete ones: validation {objective} {_value(best):.4f}"]
     configured = [trial for trial in ranked if trial.user_attrs.get("is_configured")]
     if configured:
         lines[0] += f"; the settings as configured: {_value(configured[0]):.4f}"
