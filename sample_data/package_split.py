@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Rejection
+from pipeline.files.archive import read_placed
 from pipeline.files.column_types import check_columns
 from pipeline.files.identity import identify
 from pipeline.files.outputs import check_replaceable
@@ -36,19 +37,16 @@ BATCH_ROWS = 256
 def read_images(raw_dir: Path, batch: pa.RecordBatch) -> Iterator[bytes]:
     """Yield each row's image bytes from its tar.
 
-    Raises InputError if a tar is gone or shorter than the row says.
+    Raises InputError if a tar is gone or has changed.
     """
     for row in batch.select(["dataset_id", "image_offset", "image_size"]).to_pylist():
         tar_path = raw_dir / tar_name(row["dataset_id"])
         try:
-            with open(tar_path, "rb") as file:
-                file.seek(row["image_offset"])
-                data = file.read(row["image_size"])
+            yield read_placed(tar_path, row["image_offset"] or 0, row["image_size"] or 0)
         except FileNotFoundError:
             raise InputError(f"{tar_path}: no such tar: set [paths].raw_dir to where the tars are") from None
-        if len(data) < row["image_size"]:
-            raise InputError(f"{tar_path}: shorter than when it was read: fetch the tar again")
-        yield data
+        except Rejection as rejection:
+            raise InputError(f"{tar_path}: an image is {rejection.detail}: run the stages again from stage 1") from None
 
 
 def package_split(config: Config, split: str, output_path: Path, overwrite: bool = False) -> bool:

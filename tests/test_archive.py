@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from raw_tars import Entry, find_member, make_city, write_tar
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Rejection
 from pipeline.files import archive
-from pipeline.files.archive import stream_members
+from pipeline.files.archive import read_placed, stream_members
 from preprocess_raw_data import compute_fingerprints, process_tar
 from preprocess_raw_data.tars.metadata import is_metadata_name
 
@@ -47,6 +47,22 @@ def test_an_offset_says_where_the_bytes_lie(tmp_path):
     whole = path.read_bytes()
     for member, entry in zip(stream_members(path), ENTRIES, strict=True):
         assert whole[member.offset : member.offset + member.size] == entry.data
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_place_counts_only_where_a_member_of_its_size_begins(tmp_path, tar_format):
+    name = "ü" * (40 if tar_format == tarfile.USTAR_FORMAT else 200)
+    path = write_tar(tmp_path / "0001.tar", [*ENTRIES, Entry(name, b"w" * 800)], tar_format)
+    for member in stream_members(path):
+        if member.size:
+            assert read_placed(path, member.offset, member.size) == member.read()
+        for offset, size in ((0, -1), (0, 1), (BLOCK, 0), (-BLOCK, 0)):
+            with pytest.raises(Rejection, match=r"not at byte \d+ any more|no place is known"):
+                read_placed(path, member.offset + offset, member.size + size)
+    with open(path, "r+b") as file:
+        file.truncate(member.offset + 700)
+    with pytest.raises(Rejection):
+        read_placed(path, member.offset, member.size)
 
 
 def test_files_folders_links_and_devices_are_told_apart(tmp_path):

@@ -117,6 +117,23 @@ def test_a_building_over_two_files_is_one_building(tmp_path, stage):
         assert len(set(buildings)) == sum(1 for a, b in zip([None, *buildings], buildings, strict=False) if a != b)
 
 
+def test_one_tar_under_two_numbers_is_said(tmp_path, stage, city):
+    assert "copy of its tar" not in stage().stderr
+    copy = make_rows(1, [2, 2])
+    write(tmp_path, 8, copy)
+    names = {"dataset_id": pa.array([9] * 4)} | {
+        name: pa.array([one.replace("0001_", "0009_") for one in copy[name].to_pylist()])
+        for name in ("building_id", "streetview_image_id")
+    }
+    for name, column in names.items():
+        copy = copy.set_column(copy.schema.get_field_index(name), name, column)
+    write(tmp_path, 9, copy)
+    for number in (1, 2, 3):
+        (tmp_path / "embeddings" / f"{number:04d}_embeddings.parquet").unlink(missing_ok=True)
+    said = stage("--overwrite").stderr
+    assert "0009_embeddings.parquet: has the views of 0008_embeddings.parquet, which is a copy of its tar then" in said
+
+
 def test_embeddings_are_split_by_byte_in_the_file(tmp_path, stage, city):
     stage()
     metadata = pq.read_metadata(tmp_path / "merged" / "train.parquet")

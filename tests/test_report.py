@@ -317,6 +317,8 @@ def test_the_training_curve_comes_from_metrics_jsonl_or_from_the_checkpoint(tmp_
     training = {"history": [{"epoch": 0, "val": {"map": 0.25}}], "val": {"raw": {"map": 0.2}, "projector": {"map": 1}}}
     assert read_training_curve(path, training) == Curve([0], [0.25], {"raw": 0.2}, (0, 0.25))
     path.write_text('{"epoch": 0, "val": {"map": 0.5}}\n{"epoch": 1, "val": {"map": 0.6}}\n')
+    assert read_training_curve(path, training) == Curve([0], [0.25], {"raw": 0.2}, (0, 0.25))  # it is another run's
+    training["history"][0]["val"]["map"] = 0.5
     assert read_training_curve(path, training) == Curve([0, 1], [0.5, 0.6], {"raw": 0.2}, (1, 0.6))
     for broken in ("{", '{"epoch": 0}\n', "[]\n", '{"epoch": 0, "val": null}\n'):
         path.write_text(broken)

@@ -7,7 +7,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.errors import InputError, Rejection, one_line
-from pipeline.files.archive import MAX_IMAGE_BYTES
+from pipeline.files.archive import read_placed
 from pipeline.files.listing import find_tar_dir
 from pipeline.files.tables import PLACE_COLUMNS, open_parquet
 from pipeline.ids import tar_name
@@ -69,8 +69,4 @@ class PhotoSource:
 
     def _read(self, row: int) -> Image.Image:
         dataset_id, offset, size = (self._places.column(i)[row].as_py() for i in range(3))
-        if offset is None or size is None or offset < 0 or not 0 < size <= MAX_IMAGE_BYTES:
-            raise Rejection("missing_image", "no place is known")
-        with open(self._tar_dir / tar_name(dataset_id), "rb") as tar:
-            tar.seek(offset)
-            return decode_rgb(tar.read(size))
+        return decode_rgb(read_placed(self._tar_dir / tar_name(dataset_id), offset or 0, size or 0))

@@ -20,10 +20,16 @@ class Curve:
 
 
 def read_training_curve(path: Path, training: Mapping[str, Any]) -> Curve | None:
-    """Return the validation mAP by epoch, from metrics.jsonl or else from the checkpoint; None if neither has one."""
+    """Return the validation mAP by epoch, None if there is none.
+
+    It comes from metrics.jsonl where that goes on from the checkpoint's own epochs, else from the checkpoint.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        records = [parse_json(line) for line in lines] or training["history"]
+        records, known = [parse_json(line) for line in lines], training.get("history", [])
+        begun = records[: len(known)]
+        if [(one["epoch"], one["val"]) for one in begun] != [(one["epoch"], one["val"]) for one in known]:
+            records = known  # the file is another run's
         validated = [record for record in records if record["val"] is not None]
         epochs, values = [int(one["epoch"]) for one in validated], [float(one["val"]["map"]) for one in validated]
         baselines = {kind: float(training["val"][kind]["map"]) for kind in BASELINES if kind in training.get("val", {})}

@@ -1,5 +1,6 @@
 """Stream a raw tar, member by member, in constant memory; nothing is extracted to disk."""
 
+import contextlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,6 +131,23 @@ def read_images(tar_path: Path, rows: dict[str, int], num_seen: int = 0) -> Iter
             found += 1
             if found > num_seen:
                 yield TarImage(row, member.name, member.size, member.read_image())
+
+
+def read_placed(tar_path: Path, offset: int, size: int) -> bytes:
+    """Return the bytes of the member of a size at a place in a tar.
+
+    Raises Rejection `missing_image` where no such member begins there, OSError where the tar cannot be read.
+    """
+    if not 0 < size <= MAX_IMAGE_BYTES or offset < tarfile.BLOCKSIZE:
+        raise Rejection("missing_image", "no place is known")
+    with open(tar_path, "rb") as file:
+        file.seek(offset - tarfile.BLOCKSIZE)
+        header = file.read(tarfile.BLOCKSIZE)
+        data = file.read(size)
+    with contextlib.suppress(tarfile.HeaderError):
+        if tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace").size == len(data) == size:
+            return data
+    raise Rejection("missing_image", f"not at byte {offset} any more")
 
 
 def require_bytes(data: bytes | None, size: int) -> bytes:

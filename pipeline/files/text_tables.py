@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_csv(
     # pandas fills short rows without a word, and pyarrow takes a quote that is never closed for text.
     csv.field_size_limit(_MAX_FIELD)
     with reading_text(path) as file:
-        header = file.readline()
+        header = re.sub(r'"[^"]*"', "", file.readline())  # a quoted name may hold any of them
         file.seek(0)
         reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
         rows = (row for row in reader if row)

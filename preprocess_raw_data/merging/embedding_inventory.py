@@ -1,5 +1,6 @@
 """Read the ids and positions of all embedding files, without the embeddings."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def take_inventory(paths: list[Path]) -> Inventory:
     tables = read_ids(paths, fields, "make the file again with stage 2")
     if not any(map(len, tables)):
         raise InputError(f"{paths[0].parent}: its {len(paths)} files hold no rows: see the rejects of stages 1 and 2")
+    _warn_of_copies(paths, tables)
     ids = pa.concat_tables(tables)
     building_ids, codes = encode(ids["building_id"])
     rows = {name: ids[name].to_numpy() for name in ("dataset_id", "street_view_id", "target_lat", "target_lon")}
@@ -75,6 +77,21 @@ def take_inventory(paths: list[Path]) -> Inventory:
         kind.list_size * kind.value_type.bit_width // 8 + BYTES_BESIDE_EMBEDDING,
         pa.schema([field for field in schema if field.name not in dropped]),
     )
+
+
+def _warn_of_copies(paths: list[Path], tables: list[pa.Table]) -> None:
+    """Warn of files with the same views under the ids of several datasets: one tar was taken for several."""
+    found: dict[bytes, Path] = {}
+    for path, table in zip(paths, tables, strict=True):
+        views = hashlib.sha256()
+        for name in ("street_view_id", "target_lat", "target_lon"):
+            views.update(table[name].to_numpy().tobytes())
+        first = found.setdefault(views.digest(), path) if len(table) else path
+        if first != path:
+            logger.warning(
+                "%s: has the views of %s, which is a copy of its tar then: buildings of both may be in two splits",
+                path, first.name,
+            )  # fmt: skip
 
 
 def encode(column: pa.ChunkedArray) -> tuple[pa.StringArray, NDArray[np.int32]]:
