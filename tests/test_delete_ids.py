@@ -240,6 +240,16 @@ def test_a_composed_list_meets_decomposed_names(delete, tmp_path, stored, listed
     assert read_dataset(output)["OSMID"].to_pylist() == ["x"]
 
 
+def test_a_name_is_another_form_only_where_no_row_is_called_so(delete, tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Caf\u00e9.jpg") for form in ("NFC", "NFD"))
+    output = write_strings(tmp_path / "out", composed, decomposed, " 7", "7", "\\n", "\n")
+    for _ in range(2):  # a rerun takes no more
+        assert delete(output, decomposed, " 7", "\\n").code == 0
+        assert read_dataset(output)["OSMID"].to_pylist() == [composed, "7", "\n"]
+    assert delete(output, "7", composed).code == 0
+    assert read_dataset(output)["OSMID"].to_pylist() == ["\n"]
+
+
 def test_ids_with_line_breaks_of_any_kind_are_deleted(run_main, tmp_path):
     ids = ["a\u2028b", "c\u0085d", "e\nf", " g", "x"]
     output = write_strings(tmp_path / "out", *ids)

@@ -29,6 +29,11 @@ def test_whole_numbers_as_an_int64_prints_them_are_int64_and_blank_ones_null(tmp
     assert (column.type, column.to_pylist()) == (pa.int64(), [-(2**63), 2**63 - 1, None, None, 0])
 
 
+def test_a_quoted_name_says_nothing_of_the_separator(tmp_path):
+    (tmp_path / "x.csv").write_text('OSMID;path;"a,b,c,d"\n1;x;y\n')
+    assert read_csv(tmp_path / "x.csv", ["OSMID"], "", others=True).column_names == ["OSMID", "path", "a,b,c,d"]
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_blanks_around_names_and_fields_of_megabytes_are_read(tmp_path, delimiter):
     lines = [["OSMID", " path "], ["1", "x" * 3_000_000], ["2", '"a\nb"']]

@@ -126,6 +126,7 @@ def find_id_type(dataset: EmbeddingsDataset) -> pa.DataType:
 def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]]) -> tuple[int, list[str], list[Path]]:
     """Take ids out for good; return the number of rows deleted, and the listed names that no row has or had.
 
+    Of the values that a name may stand for, the first counts, and where no row has or had it the next that one has.
     What in its folder is not its own comes third: other datasets and files of others stay, and may hold the ids.
     The order comes first and derived data go next, so that a killed run is finished by the next one; the order is done
     when no file holds one of the ids. The caller keeps others out, see `EmbeddingsDataset.held`. Raises PipelineError,
@@ -138,7 +139,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
             f"{links[0]}: a link, and what it leads to may hold the ids: remove it, then run this again"
         )
     salt = before.salt or secrets.token_bytes(16)
-    hashes = {name: frozenset(hash_ids(values, salt)) for name, values in listed.items()}
+    hashes = {name: list(hash_ids(values, salt)) for name, values in listed.items()}
     wanted, found = before.id_hashes.union(*hashes.values()), set[int]()
     if not wanted:
         return 0, list(listed), []
@@ -151,6 +152,10 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
             found |= wanted.intersection(hash_ids(read_ids(path), salt))
         except (InputError, LookupError):  # damaged
             may_hold = True
+    known = found | (before.id_hashes - before.unmatched)
+    meant = {name: _choose(values, known) for name, values in hashes.items()}
+    wanted = before.id_hashes.union(*meant.values())
+    found &= wanted
     unmatched = before.unmatched | (wanted - before.id_hashes - found)
     order = DeletionOrder(salt, wanted, unmatched, done=False)
     _write_order(folder, order)
@@ -162,7 +167,12 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     dataset.update_state(dataset.parts)
     _write_order(folder, replace(order, done=True))
     others = [path for path in _walk(folder)[0] if not (_is_own(folder, path) or _is_derived(folder, path))]
-    return num_rows, [name for name, own in hashes.items() if own <= unmatched], others
+    return num_rows, [name for name, own in meant.items() if own <= unmatched], others
+
+
+def _choose(hashes: list[int], known: set[int]) -> frozenset[int]:
+    """Return the first of a name's hashes and the first that a row has or had; all of them where no row has one."""
+    return frozenset([*hashes[:1], *([one for one in hashes if one in known][:1] or hashes)])
 
 
 def finish_order(folder: Path) -> None:

@@ -172,6 +172,11 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
         values = {key: "" if value == _NO_PARTITION else unquote(value) for key, is_pair, value in pairs if is_pair}
         with open_parquet(file_path) as file, reading(file_path):
             metadata, schema = file.metadata, file.schema_arrow
+            if options.filter_valid and VALID_COLUMN in values.keys() - set(schema.names):
+                raise InputError(
+                    f"{file_path}: {VALID_COLUMN} has to be a column, not a folder's name: give the folder of the valid "
+                    "images alone, or --no-filter-valid"
+                )
             folder_values.append({key: value for key, value in values.items() if key not in schema.names})
             kept = [name for name in options.keep_columns if name not in folder_values[-1]]
             is_mapped = UNMAPPED_KEY not in (metadata.metadata or {})

@@ -22,7 +22,8 @@ _WHOLE = re.compile(r"(0|-?[1-9][0-9]*)(\.0+)?")
 
 
 def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
-    """Return each id of a list, as text, with the plain values of the dataset's type that it may stand for.
+    """Return each id of a list, as text, with the plain values of the dataset's type that it may stand for, the nearest
+    first.
 
     An id that can be none of that type stands for nothing. Raises InputError if the list cannot be read or is empty, or
     an id may be another one that was rounded.
@@ -40,12 +41,8 @@ def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
             if not scalar.is_valid or not (is_exact or str(value).strip()):
                 num_holes += 1
                 continue
-            text = describe_id(scalar)
-            if is_exact and chunk.type == kind:
-                values = [value]
-            else:
-                values = _values_of(value if isinstance(value, str) else text, kind, path)
-            listed.setdefault(text, []).extend(values)
+            text = value if isinstance(value, str) else describe_id(scalar)
+            listed[text] = [value] if is_exact and chunk.type == kind else _values_of(text, kind, path)
     if not listed:
         raise InputError(f"{path}: holds no ids")
     if num_holes and is_table:
