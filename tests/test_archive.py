@@ -11,7 +11,7 @@ import tracemalloc
 
 import pyarrow.parquet as pq
 import pytest
-from raw_tars import Entry, find_member, make_city, write_tar
+from raw_tars import Entry, find_member, make_city, replace_tar, write_tar
 
 from pipeline.errors import InputError, Rejection
 from pipeline.files import archive
@@ -293,6 +293,10 @@ def test_a_tar_with_data_behind_its_end_fails_alone_in_every_stage_that_reads_ta
     outcome = run_main(process_tar.main, "--config", config, "--overwrite")
     assert outcome.code == 1
     assert outcome.stderr.splitlines()[-1].startswith(f"error: 1 of 2 tars failed, the others are done: {complaint}")
+    refused = run_main(compute_fingerprints.main, "--config", config).stderr
+    assert f"{first}: not the one that 0001.parquet was made from: run stage 1 again" in refused
+    replace_tar(first, [])
+    first.write_bytes(second.read_bytes() * 2)
     outcome = run_main(compute_fingerprints.main, "--config", config)
     assert outcome.code == 1
     assert complaint in outcome.stderr.splitlines()[-1]

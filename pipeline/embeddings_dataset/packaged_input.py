@@ -174,7 +174,7 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
             metadata, schema = file.metadata, file.schema_arrow
             if options.filter_valid and VALID_COLUMN in values.keys() - set(schema.names):
                 raise InputError(
-                    f"{file_path}: {VALID_COLUMN} has to be a column, not a folder's name: give the folder of the valid "
+                    f"{file_path}: {VALID_COLUMN} has to be a column, not a folder's name: give the folder of valid "
                     "images alone, or --no-filter-valid"
                 )
             folder_values.append({key: value for key, value in values.items() if key not in schema.names})
