@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import Config, EmbeddingModelSection
-from pipeline.errors import ConfigError, InputError, PipelineError, one_line
+from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError, one_line
 from pipeline.files.identity import identify
 from pipeline.files.outputs import check_outside_datasets
 from pipeline.files.tables import make_provenance
@@ -34,6 +34,7 @@ from pipeline.files.workspace import read_json_object, writing_folder
 from pipeline.inference.model_files import (
     compare_embedded,
     embedding_settings,
+    has_own_weights,
     identify_model,
     is_within,
     locate_backbone,
@@ -261,6 +262,11 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     result.add(COUNTS)
     unit = make_unit(output, lambda _: provenance)
     if find_complete(unit, own.overwrite):
+        if not has_own_weights(output):
+            raise StaleOutputError(
+                f"{output}: its weights are not those that it was published with: give --overwrite to publish it "
+                "again, or another --output"
+            )
         logger.info("%s: kept %s, which is complete", STAGE, output)
         result.kept.append(output)
     else:

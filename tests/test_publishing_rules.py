@@ -18,6 +18,7 @@ from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from publish_model import convert_to_hf as stage
 from publish_model.convert_to_hf import PublishOptions
 from publish_model.model_folder.model_card import is_measured, worse_than
+from publish_model.model_folder.published_model import find_model
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
@@ -161,6 +162,23 @@ def test_a_checkpoint_trained_on_embeddings_made_otherwise_is_refused(
         stage.run(config, Options())
     assert message in str(caught.value)
     assert not (tmp_path / "published").exists()
+
+
+def test_weights_of_another_model_do_not_pass_for_those_that_were_published(config, tmp_path, caplog):
+    stage.run(config, Options())
+    path = tmp_path / "published" / "model.safetensors"
+    own = path.read_bytes()
+    path.write_bytes(own[:-1] + bytes([own[-1] ^ 1]))
+    with pytest.raises(StaleOutputError, match="published: its weights are not those that it was published with"):
+        stage.run(config, Options())
+    with caplog.at_level("WARNING", "spatial_building_embeddings"):
+        find_model(str(tmp_path / "published"), download=False).load("float32")
+    assert "its weights are not those that it was published with: changed since, or another model's" in caplog.text
+    path.write_bytes(own)
+    caplog.clear()
+    assert stage.run(config, Options()).kept
+    find_model(str(tmp_path / "published"), download=False).load("float32")
+    assert "its weights" not in caplog.text
 
 
 def test_moved_and_touched_inputs_change_nothing(config, toy_backbone, tmp_path):

@@ -1,4 +1,4 @@
-"""The lock that keeps two trainings out of one folder."""
+"""The files of a training run: the lock that keeps two out of one folder, and what passes for a run's own."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from training_data import SETTINGS, fill_workspace, run
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StaleOutputError
 from train_specialized_embeddings.train import lock
 
 HOLDER = """
@@ -72,3 +72,17 @@ def test_where_the_file_system_has_no_flock_a_second_training_is_refused_too(
     with lock(tmp_path), pytest.raises(PipelineError, match="is training there"), lock(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_another_run_do_not_pass_for_those_of_this_one(workspace: Path) -> None:
+    run(workspace)
+    for name in ("checkpoint_best.pt", "checkpoint_final.pt", "metrics.jsonl"):
+        path = workspace / "checkpoint" / name
+        own = path.read_bytes()
+        path.write_bytes(own + b" ")
+        with pytest.raises(StaleOutputError, match=f"{name}: not the one that this run wrote: put that back"):
+            run(workspace)
+        path.write_bytes(own)
+    assert run(workspace).kept
+    path.write_bytes(b"")
+    assert run(workspace, overwrite=True).written

@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files import identity, tables
 from pipeline.files.units import Unit, keep_complete
-from pipeline.files.workspace import locked, replacing
+from pipeline.files.workspace import locked, read_json_object, replacing
 from pipeline.stages import STAGES
 from train_specialized_embeddings.training import run_files
 
@@ -82,6 +82,13 @@ def list_units(config: Config) -> list[Unit]:
                 f"{found[0]}: nothing beside it says what it was made from: give --overwrite to train over it, or set "
                 "another [paths].checkpoint_dir"
             )
+
+        made = read_json_object(folder / run_files.PROVENANCE).get("outputs", {})
+        for name, digest in run_files.digest_outputs(folder).items() if made else ():
+            if made.get(name, digest) != digest:
+                raise StaleOutputError(
+                    f"{folder / name}: not the one that this run wrote: put that back, or give --overwrite"
+                )
 
     return [
         Unit(

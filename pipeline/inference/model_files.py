@@ -9,7 +9,8 @@ from typing import Any
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, hide_credentials, one_line
 from pipeline.files.identity import describe_difference, digest_file
-from pipeline.files.workspace import parse_json
+from pipeline.files.tables import PROVENANCE_KEY
+from pipeline.files.workspace import parse_json, read_json_object
 from pipeline.log import logger
 
 # The published model of the tools that take no configuration.
@@ -196,6 +197,19 @@ def identify_model(folder: Path) -> str:
             content = _digest_once(path, status.st_size, status.st_mtime_ns)
             digest.update(f"{path.name}\0{status.st_size}\0{content}\0".encode())
     return digest.hexdigest()[:16]
+
+
+def digest_weights(folder: Path) -> dict[str, str]:
+    """Return the digest of each file of weights in a model folder."""
+    files = {path.name: (path, path.stat()) for path in sorted(folder.glob("*.safetensors"))}
+    return {name: _digest_once(path, one.st_size, one.st_mtime_ns) for name, (path, one) in files.items()}
+
+
+def has_own_weights(folder: Path) -> bool:
+    """Whether a published folder's weights are those that it was published with, as far as its config.json says."""
+    published = read_json_object(folder / "config.json").get(PROVENANCE_KEY.decode())
+    recorded = published.get("weights") if isinstance(published, dict) else None
+    return recorded is None or recorded == digest_weights(folder)
 
 
 @functools.lru_cache(maxsize=1024)

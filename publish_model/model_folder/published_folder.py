@@ -13,7 +13,7 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.files.workspace import parse_json
 from pipeline.inference.backbone import check_embeddings
-from pipeline.inference.model_files import read_settings
+from pipeline.inference.model_files import digest_weights, read_settings
 from pipeline.inference.stored_weights import tensors_of
 from pipeline.log import logger
 from publish_model.model_folder import training_similarity
@@ -51,7 +51,8 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
         backbone.name, backbone.read_config(), backbone.section.pooling_type, model.checkpoint.architecture
     )
     views = {"scales": backbone.section.scales, "flip": backbone.section.flip}
-    config = described | views | {"dtype": stored, PROVENANCE_KEY.decode(): provenance}
+    made = provenance | {"weights": digest_weights(folder)}
+    config = described | views | {"dtype": stored, PROVENANCE_KEY.decode(): made}
     for name, content in {"config.json": config, **SENTENCE_TRANSFORMERS_FILES}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, code in read_code().items():

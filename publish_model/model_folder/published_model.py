@@ -12,10 +12,12 @@ from pipeline.errors import InputError
 from pipeline.files.identity import hash_json
 from pipeline.inference.model_files import (
     find_missing_files,
+    has_own_weights,
     identify_model,
     locate_model,
     read_settings,
 )
+from pipeline.log import logger
 from pipeline.reference.model_folder import ReferenceModel, open_reference
 from publish_model.model_folder.model_code import describe_model, has_own_code
 
@@ -55,6 +57,11 @@ class PublishedModel:
         from pipeline.inference.backbone import Embedder
         from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
+        if not has_own_weights(self.folder):
+            logger.warning(
+                "%s: its weights are not those that it was published with: changed since, or another model's",
+                self.folder,
+            )
         if self.reference:
             folder = self.reference.build_folder(describe_model)
             model_class = self.reference.make_class(SpatialEmbeddingsModel)

@@ -70,7 +70,8 @@ def fit(
         run.settle()
         save_checkpoint(folder / run_files.BEST, run.best)
         best = {"best_epoch": run.best["epoch"], "val": run.best["metrics"]["val"]}
-        workspace.write_json(folder / run_files.PROVENANCE, provenance | best)
+        digests = {"outputs": run_files.digest_outputs(folder)}
+        workspace.write_json(folder / run_files.PROVENANCE, provenance | best | digests)
         own_folders.remove(latest)
         log_verdict(best["val"], best["best_epoch"])
     return counts

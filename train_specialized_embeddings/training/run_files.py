@@ -8,6 +8,8 @@ Importing this needs no torch: a complete run is kept without it.
 import re
 from pathlib import Path
 
+from pipeline.files.identity import digest_file
+
 BEST, FINAL = "checkpoint_best.pt", "checkpoint_final.pt"  # what is published; the last epoch
 PERIODIC = "checkpoint_epoch_{}.pt"
 METRICS = "metrics.jsonl"  # one JSON object an epoch
@@ -15,6 +17,12 @@ LATEST = ".checkpoint_latest.pt"  # the state of an unfinished run
 PROVENANCE = "provenance.json"  # the inputs, settings and counts of a complete run
 LOG_FOLDERS = TENSORBOARD, WANDB = "_tensorboard", "_wandb"
 _OUTPUT = re.compile(r"checkpoint_(best|final|epoch_\d+)\.pt|metrics\.jsonl")
+
+
+def digest_outputs(folder: Path) -> dict[str, str]:
+    """Return the digests of what other stages read of a complete run."""
+    paths = [folder / name for name in (BEST, FINAL, METRICS)]
+    return {path.name: digest_file(path) for path in paths if path.exists()}
 
 
 def list_outputs(folder: Path) -> list[Path]:
