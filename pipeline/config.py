@@ -164,19 +164,21 @@ class TrainingModelSection(Section):
 class TrainingSection(Section):
     """`[training]`"""
 
-    num_epochs: int = Field(60, ge=0, description="epochs at most")
-    batch_size: int = Field(512, ge=1, description="anchors a step")
-    # Loss, rates, temperature and noise: chosen on 300 to 3,000 buildings; docs/training.md has the tables.
-    learning_rate: float = Field(
-        1e-2, gt=0.0, description="peak rate (AdamW) of the MLP branch, before scaling by width and passes an epoch"
+    num_epochs: int = Field(200, ge=0, description="epochs at most")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="anchors a step; auto: a fiftieth of the images, from 32 to 512"
     )
-    shortcut_learning_rate: float = Field(1e-2, ge=0.0, description="the same for the linear shortcut")
+    # Batch, rates and noise: chosen on 100 to 840 buildings; docs/measurements.md has the tables.
+    learning_rate: float = Field(
+        5e-3, gt=0.0, description="rate (AdamW) of the MLP branch, before scaling by width and below 1,600 images"
+    )
+    shortcut_learning_rate: float = Field(5e-3, ge=0.0, description="the same for the linear shortcut")
     weight_decay: float = Field(1e-4, ge=0.0, description="AdamW weight decay")
     loss: Literal["multi_similarity", "supcon", "triplet"] = Field("multi_similarity", description="loss function")
     margin: float = Field(0.1, gt=0.0, description="triplet margin, in units of triplet_distance")
     triplet_distance: Literal["euclidean", "cosine"] = Field("euclidean", description="of triplets; cosine: 1 - cosine")
     temperature: float = Field(0.1, gt=0.0, description="temperature of supcon")
-    input_noise: float = Field(1.2, ge=0.0, description="noise on the inputs, in within-building standard deviations")
+    input_noise: float = Field(1.8, ge=0.0, description="noise on the inputs, in within-building standard deviations")
     use_residual: bool = Field(
         True, description="add the linear shortcut; false: the MLP branch alone, if there is one"
     )
@@ -192,13 +194,9 @@ class TrainingSection(Section):
     )
     warmup_epochs: float = Field(1.0, ge=0.0, description="epochs of linear warm-up")
     grad_clip: float = Field(1.0, gt=0.0, description="largest gradient norm")
-    patience: int = Field(
-        10, ge=0, description="consecutive epochs two standard errors below the best before training stops; 0: never"
-    )
+    patience: int = Field(8, ge=0, description="epochs without a better validation mAP before training stops; 0: never")
     save_every_n_epochs: int = Field(10, ge=1, description="epochs between periodic checkpoints")
-    anchors_per_epoch: PositiveInt | Literal["auto"] = Field(
-        "auto", description="auto: every image, 16 batches or more"
-    )
+    anchors_per_epoch: PositiveInt | Literal["auto"] = Field("auto", description="auto: every image")
     band_sampling: Literal["uniform", "ucb"] = Field("uniform", description="a negative's band: uniform or UCB bandit")
     validation_images: int = Field(20_000, ge=2, description="largest number of images in each validation")
     validate_every_n_epochs: int = Field(

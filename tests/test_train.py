@@ -33,7 +33,7 @@ from pipeline.retrieval.whitening import whiten_within_class
 from train_specialized_embeddings import train
 from train_specialized_embeddings.training.losses import LOSSES
 from train_specialized_embeddings.training.starts import Start, make_coordinates, make_projector
-from train_specialized_embeddings.training.trainer import Trainer, rate_factor
+from train_specialized_embeddings.training.trainer import Trainer
 from train_specialized_embeddings.training.training_run import TrainingRun
 from train_specialized_embeddings.training.validation import (
     choose_validation_set,
@@ -60,7 +60,7 @@ def test_a_run_leaves_checkpoints_metrics_and_its_provenance(workspace: Path) ->
         assert record["train_loss"] > 0
         assert 0 < record["active_share"] <= 1
         assert sum(record["band_shares"]) == pytest.approx(1)
-        assert record["num_negatives"] == pytest.approx(16 * 16 / (make_split(30, 1).num_rows / 30), rel=0.1)
+        assert record["num_negatives"] == 30  # one a building
         assert not record["collapsed"]
         assert 0 < record["embedding_spread"] <= 1
         assert set(record["learning_rates"]) == {"shortcut", "hidden.0", "output"}
@@ -217,13 +217,6 @@ def test_a_run_that_collapses_goes_back_lowers_the_rates_and_says_so_and_ends_af
     best = read_checkpoints(workspace)["checkpoint_best.pt"]
     assert best["metrics"]["val"]["projector"]["map"] >= history[0]["val"]["map"]
     assert read_checkpoints(workspace)["checkpoint_final.pt"]["rate_scale"] <= 0.011
-
-
-def test_the_learning_rate_warms_up_and_falls_as_a_half_cosine() -> None:
-    factors = [rate_factor(step, 12, 4) for step in range(13)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors[4:] == pytest.approx([0.5 * (1 + np.cos(np.pi * step / 8)) for step in range(9)])
-    assert rate_factor(0, 5, 0) == 1.0
 
 
 def test_the_scale_of_the_features_changes_nothing_but_rounding(

@@ -18,7 +18,7 @@ from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training import trainer as trainer_module
 from train_specialized_embeddings.training.losses import LOSSES, Pairs
-from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.trainer import Trainer, choose_batch_size
 
 
 def make_trainer(**settings: Any) -> tuple[Trainer, Features]:
@@ -165,11 +165,29 @@ def test_every_image_is_an_anchor_and_every_building_has_a_banded_negative(loss:
     assert report.train_loss > 0
 
 
-def test_few_images_are_passed_over_until_there_are_enough_steps() -> None:
-    trainer, data = make_trainer(anchors_per_epoch="auto")
-    assert trainer.num_anchors == 16 * 20 > len(data)
+@pytest.mark.parametrize(
+    ("num_images", "expected"), [(2, 32), (1_599, 32), (3_400, 68), (25_600, 512), (6_000_000, 512)]
+)
+def test_a_step_takes_a_fiftieth_of_the_images_within_limits(num_images: int, expected: int) -> None:
+    assert choose_batch_size(num_images) == expected
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [("auto", 32), (20, 20)])
+def test_an_epoch_is_a_pass_over_the_images_that_have_a_positive(batch_size: int | str, expected: int) -> None:
+    trainer, _ = make_trainer(anchors_per_epoch="auto", batch_size=batch_size)
     trainer.run_epoch(Progress("train", None))
-    assert 16 <= count_steps(trainer) <= 19  # batches are of whole groups
+    assert (trainer.num_anchors, trainer.batch_size) == (76, expected)
+    assert -(-76 // expected) <= count_steps(trainer) <= -(-76 // (expected - 3))  # batches are of whole groups
+
+
+def test_the_learning_rate_warms_up_and_stays() -> None:
+    trainer, _ = make_trainer(warmup_epochs=1.5, anchors_per_epoch=76)
+    peak, bar = trainer.optimizer.param_groups[0]["peak_lr"], Progress("train", None)
+    rates = [trainer.run_epoch(bar).learning_rates["shortcut"] / peak for _ in range(3)]
+    assert rates == pytest.approx([1 / 1.5, 1.0, 1.0])
+    first, _ = make_trainer(warmup_epochs=0.0)
+    first._set_rates(0.1)
+    assert first.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["peak_lr"]
 
 
 @pytest.mark.parametrize("batch_size", [8, 20])
@@ -245,15 +263,12 @@ def test_going_back_takes_the_averaged_weights_and_lowers_the_rates_but_not_the_
     assert trainer.run_epoch(bar).learning_rates["shortcut"] == pytest.approx(10 * before)
 
 
-@pytest.mark.parametrize(("num_anchors", "share"), [(60, 1.0), (304, 0.25), ("auto", 76 / (16 * 20))])
-def test_a_layers_rate_is_the_configured_one_over_the_root_of_its_width_and_the_passes_of_an_epoch(
-    num_anchors: int | str, share: float
-) -> None:
-    trainer, data = make_trainer(learning_rate=0.5, shortcut_learning_rate=0.3, anchors_per_epoch=num_anchors)
+def test_a_layers_rate_is_the_configured_one_over_the_root_of_its_width_and_less_for_few_images() -> None:
+    trainer, data = make_trainer(learning_rate=0.5, shortcut_learning_rate=0.3)
     assert len(trainer.sampler.anchors) == 76 < len(data.building_codes)  # those that have a positive
     rates = {group["name"]: group["peak_lr"] for group in trainer.optimizer.param_groups}
     expected = {"shortcut": 0.3 / 6**0.5, "hidden.0": 0.5 / 6**0.5, "output": 0.5 / 8**0.5}
-    assert rates == pytest.approx({name: share * rate for name, rate in expected.items()})
+    assert rates == pytest.approx({name: 76 / 1_600 * rate for name, rate in expected.items()})
 
 
 @pytest.mark.parametrize("settings", [{}, {"band_sampling": "ucb"}, {"loss": "multi_similarity"}])

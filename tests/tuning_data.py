@@ -17,7 +17,6 @@ SMALL_SPACE = """
 from optuna.distributions import IntDistribution
 from train_specialized_embeddings.tuning.search_space import SPACE
 
-SPACE["training.batch_size"] = IntDistribution(32, 128, log=True)
 SPACE["training_model.hidden_dim"] = IntDistribution(4, 16, log=True)
 """
 

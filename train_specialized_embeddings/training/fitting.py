@@ -100,7 +100,7 @@ def training_within_memory(config: Config) -> AbstractContextManager[None]:
     """
     return needing_memory(
         f"training with [training].batch_size = {config.training.batch_size}",
-        "lower that and begin anew (--overwrite), or go on with [infrastructure].device set to cpu",
+        "set a smaller number and begin anew (--overwrite), or go on with [infrastructure].device set to cpu",
     )
 
 

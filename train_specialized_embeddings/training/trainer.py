@@ -21,7 +21,8 @@ from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_
 
 # Negatives are drawn for this many steps and anchors at once: the host waits for the device once a draw.
 _STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
-_MIN_STEPS_PER_EPOCH = 16
+# Steps in a pass over the images where the batch follows the data, and the batches allowed.
+_STEPS_PER_PASS, _MIN_BATCH, _MAX_BATCH = 50, 32, 512
 # Anchors that are compared with each other at a time: a batch of 16,384 would need billions of cosines.
 TILE = 1024
 # The averaged weights keep this share of themselves each epoch: they are the mean of about the last five.
@@ -58,13 +59,11 @@ class Trainer:
         self.noise = section.input_noise * spread.to(store.device)
         self.epoch = 0
         self.rate_scale = 1.0  # lowered by a collapse
-        # Few images are passed over several times an epoch: what training needs is steps.
-        self.num_anchors = max(len(sampler.anchors), _MIN_STEPS_PER_EPOCH * section.batch_size)
-        if section.anchors_per_epoch != "auto":
-            self.num_anchors = section.anchors_per_epoch
-        self.steps_per_epoch = math.ceil(self.num_anchors / section.batch_size)
-        # An image that an epoch passes over k times moves the weights as far as one that it passes over once.
-        share = min(1.0, len(sampler.anchors) / self.num_anchors)
+        num_images = len(sampler.anchors)
+        self.num_anchors = num_images if section.anchors_per_epoch == "auto" else section.anchors_per_epoch
+        self.batch_size = choose_batch_size(num_images) if section.batch_size == "auto" else section.batch_size
+        # Fewer images than that have less to teach: steps are smaller, so that a plateau is seen in time.
+        share = min(1.0, num_images / (_STEPS_PER_PASS * _MIN_BATCH))
         self.optimizer = torch.optim.AdamW(group_parameters(projector, self.loss, section, share), fused=True)
         self._parts: dict[str, Any] = {
             "weights": projector, "average": self.average, "origin": self.origin, "loss": self.loss,
@@ -75,9 +74,9 @@ class Trainer:
     def run_epoch(self, progress: Progress) -> EpochReport:
         """Train on one epoch's anchors; raise PipelineError where there is no negative or the loss is not a number."""
         self.projector.train()
-        section, device = self.section, self.store.device
-        batches = self.sampler.draw_groups(self.num_anchors).split(section.batch_size)
-        steps_per_draw = max(_STEPS_PER_DRAW, -(-_MIN_ANCHORS_PER_DRAW // section.batch_size))
+        device = self.store.device
+        batches = self.sampler.draw_groups(self.num_anchors).split(self.batch_size)
+        steps_per_draw = max(_STEPS_PER_DRAW, -(-_MIN_ANCHORS_PER_DRAW // self.batch_size))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         sums: list[torch.Tensor] = []  # of each step's losses; they stay on the device
         totals = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=device)  # negatives, active ones, by band
@@ -85,8 +84,8 @@ class Trainer:
             drawn = batches[first : first + steps_per_draw]
             preference = torch.tensor(self.bandit.rank_bands(), device=device) if self.bandit else None
             counts = torch.zeros_like(totals)
-            for number, batch in enumerate(self.sampler.add_negatives(drawn, preference), first):
-                self._set_rates(number / len(batches))
+            for number, batch in enumerate(self.sampler.add_negatives(drawn, preference), first + 1):
+                self._set_rates(self.epoch + number / len(batches))
                 sums.append(self._take_step(batch, counts))
                 loss_sum += sums[-1]
             if self.bandit:
@@ -116,11 +115,10 @@ class Trainer:
         rewards = self.bandit.list_means() if self.bandit else None
         return EpochReport(loss, sum(active_by_band) / total, shares, rates, int(total), rewards)
 
-    def _set_rates(self, done: float) -> None:
-        """Set the learning rates for a step of this epoch; `done` is the share of its steps before it."""
-        steps, section = self.steps_per_epoch, self.section
-        place = self.epoch * steps + round(done * steps)
-        factor = rate_factor(place, section.num_epochs * steps, round(section.warmup_epochs * steps))
+    def _set_rates(self, place: float) -> None:
+        """Set the learning rates for the step that ends so many epochs after the start: constant after a warm-up."""
+        warmup = self.section.warmup_epochs
+        factor = place / warmup if place < warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor * self.rate_scale
 
@@ -204,12 +202,9 @@ class Trainer:
             torch.cuda.set_rng_state(cuda[0], device)
 
 
-def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
-    """Return the factor of the learning rates at a step, counted from 0: linear warm-up, then a half cosine."""
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    done = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+def choose_batch_size(num_images: int) -> int:
+    """Return the number of anchors in a step: the more images, the more of them tell a step something new."""
+    return min(max(num_images // _STEPS_PER_PASS, _MIN_BATCH), _MAX_BATCH)
 
 
 def group_parameters(

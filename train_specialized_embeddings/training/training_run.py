@@ -26,8 +26,6 @@ from train_specialized_embeddings.training.validation import ValidationSet, meas
 COLLAPSED_SHARE = 0.25
 # A collapse multiplies the rates by this, and the run is given up after so many.
 RATE_AFTER_COLLAPSE, MAX_COLLAPSES = 0.1, 2
-# An epoch is as good as the best one within so many standard errors: the best of many is ahead by chance.
-EPOCH_ERRORS = 2.0
 # Steps from the start to the trained weights that may be published; docs/training.md has the scores of each.
 SHARES = (0.5, 0.75, 1.0)
 
@@ -67,11 +65,13 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has all its epochs, has not been as good as ever for `patience`, or collapses repeatedly."""
+        """Whether the run has all its epochs, has not become better for `patience` of them, or collapses repeatedly."""
         section = self.config.training
         if sum(record["collapsed"] for record in self.history) > MAX_COLLAPSES:
             return True
-        has_lost = self.history[-1]["val"] is not None and 0 < section.patience <= self.epoch - self.best["epoch"]
+        scored = [record for record in self.history if record["val"] and not record["collapsed"]]
+        peak = max(scored, key=lambda record: record["val"]["map"])
+        has_lost = self.history[-1]["val"] is not None and 0 < section.patience <= self.epoch - peak["epoch"]
         return self.epoch >= section.num_epochs or has_lost
 
     @property
@@ -173,7 +173,7 @@ class TrainingRun:
         if each is not None and not record["collapsed"]:
             if self.peak is None or validation.summarize(self.peak)["map"] < record["val"]["map"]:
                 self.peak = each
-            if not validation.is_better(self.peak, each, EPOCH_ERRORS):
+            if not validation.is_better(self.peak, each):
                 self.best = self.describe()
         return record
 
@@ -241,4 +241,5 @@ def begin_run(config: Config, material: Material, watch: Stopwatch, provenance: 
         projector.to(material.store.device), material.store, material.sampler, config.training,
         torch.from_numpy(material.start.coordinates.spread),
     )  # fmt: skip
+    logger.info("%d anchors an epoch, %d a step", trainer.num_anchors, trainer.batch_size)
     return TrainingRun(config, material, trainer, watch, provenance, material.start.note)

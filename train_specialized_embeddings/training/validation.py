@@ -48,10 +48,10 @@ class ValidationSet:
         """Return the score of each image that has a positive."""
         return score_queries(embeddings, self.building_codes, device=self.device)
 
-    def is_better(self, one: QueryScores, other: QueryScores, num_errors: float = 1.0) -> bool:
-        """Tell whether the first mAP is higher by more than `num_errors` standard errors of the difference."""
+    def is_better(self, one: QueryScores, other: QueryScores) -> bool:
+        """Tell whether the first mAP is higher by more than a standard error of the difference."""
         gains = one.average_precision - other.average_precision
-        return bool(gains.mean() > num_errors * self.measure_error(one, other))
+        return bool(gains.mean() > self.measure_error(one, other))
 
     def measure_error(self, one: QueryScores, other: QueryScores) -> float:
         """Return the standard error of the difference of two mAPs.

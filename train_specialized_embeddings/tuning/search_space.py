@@ -20,7 +20,6 @@ SPACE: dict[str, BaseDistribution] = {
     "training.temperature": FloatDistribution(0.02, 0.5, log=True),
     "training.input_noise": FloatDistribution(0.0, 3.0),
     "training.warmup_epochs": FloatDistribution(0.0, 3.0),
-    "training.batch_size": IntDistribution(64, 16_384, log=True),
     "training.band_sampling": CategoricalDistribution(("uniform", "ucb")),
     "training_model.hidden_dim": IntDistribution(128, 2048, log=True),
     "training_model.num_hidden_layers": IntDistribution(0, 2),
