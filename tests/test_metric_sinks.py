@@ -75,7 +75,7 @@ def test_tensorboard_gets_the_loss_of_every_step_after_a_kill_too(
     assert simplify(without) == simplify(plain)
     assert simplify(read_checkpoints(workspace)) == simplify(weights)
     epoch = read_metrics(workspace)[1]
-    assert len(epoch["step_losses"]) >= 16
+    assert len(epoch["step_losses"]) >= 90 / 16  # a pass over 90 images
     assert sum(epoch["step_losses"]) / len(epoch["step_losses"]) == pytest.approx(epoch["train_loss"], rel=0.05)
 
 

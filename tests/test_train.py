@@ -93,7 +93,8 @@ def test_every_checkpoint_holds_all_that_its_readers_need(workspace: Path) -> No
 
 def test_the_best_checkpoint_is_the_best_epoch_by_validation_and_never_below_the_start(workspace: Path) -> None:
     # A rate that spoils the projector at once: the start must win.
-    run(workspace, "training.learning_rate=1.0", "training.shortcut_learning_rate=1.0", "training.init=whitening")
+    run(workspace, "training.learning_rate=300.0", "training.shortcut_learning_rate=300.0", "training.init=whitening",
+        "training.warmup_epochs=0", "training.num_epochs=1")  # fmt: skip
     history = read_metrics(workspace)
     best = read_checkpoints(workspace)["checkpoint_best.pt"]
     maps = [record["val"]["map"] for record in history]
@@ -204,7 +205,7 @@ def test_a_run_that_collapses_goes_back_lowers_the_rates_and_says_so_and_ends_af
     workspace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("WARNING", "spatial_building_embeddings"):
-        run(workspace, "training.learning_rate=30.0", "training.shortcut_learning_rate=30.0",
+        run(workspace, "training.learning_rate=300.0", "training.shortcut_learning_rate=300.0",
             "training.warmup_epochs=0", "training.num_epochs=50")  # fmt: skip
     history = read_metrics(workspace)
     collapses = [record["epoch"] for record in history if record["collapsed"]]
