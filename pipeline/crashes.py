@@ -30,6 +30,7 @@ _NOTE = struct.Struct("=QQII")
 _SUMMED = 4_096
 # Threads that have a place of their own in the file; it lies in memory, as calls of the system would take turns.
 _NUM_PLACES = 1_024
+_SIZE = _NUM_PLACES * _NOTE.size
 _THREAD = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 
 
@@ -79,10 +80,10 @@ def noting_decoders(log_path: Path | None) -> Iterator[None]:
             file = held.enter_context(open(open_file(fault, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb"))
             descriptor = open_file(notes, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             held.callback(os.close, descriptor)
-            os.posix_fallocate(descriptor, 0, _NUM_PLACES * _NOTE.size)  # a full disk fails here, not at a note
-            _Notes.shared = mmap.mmap(descriptor, _NUM_PLACES * _NOTE.size)
-            held.callback(_stop, notes, fault, is_enabled=faulthandler.is_enabled())
-            faulthandler.enable(file)
+            if os.write(descriptor, bytes(_SIZE)) == _SIZE:  # a full disk fails here, not at a note
+                _Notes.shared = mmap.mmap(descriptor, _SIZE)
+                held.callback(_stop, notes, fault, is_enabled=faulthandler.is_enabled())
+                faulthandler.enable(file)
         yield
 
 

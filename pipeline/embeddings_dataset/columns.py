@@ -55,12 +55,6 @@ def _with_numbers(kind: pa.DataType) -> pa.DataType:
     return pa.int32() if kind.bit_width == 32 else pa.int64()
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column's type is text."""
-    # string_view is younger than the oldest pyarrow that is supported.
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view")
-
-
 def take_rows(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
     """Return the given rows of a column of any type, its type unchanged, without dictionary entries of other rows.
 

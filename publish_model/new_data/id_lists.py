@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.columns import is_text, plain_values
+from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
-from pipeline.files.column_types import whole_from_floats
+from pipeline.files.column_types import plain_type, whole_from_floats
 from pipeline.files.listing import is_parquet
 from pipeline.files.text_tables import read_id_table, reading_text
 from pipeline.log import logger
@@ -69,7 +69,7 @@ def _values_of(text: str, kind: pa.DataType, path: Path) -> list[object]:
     bare = text.strip().strip(_INVISIBLE).strip()
     unquoted = bare[1:-1].replace('""', '"') if len(bare) > 1 and bare[0] == bare[-1] == '"' else bare
     forms = list(dict.fromkeys((text, bare, unquoted)))
-    if is_text(kind):
+    if plain_type(kind) == pa.string():
         composed = [unicodedata.normalize(how, form) for form in forms for how in ("NFC", "NFD")]
         return list(dict.fromkeys([*forms, *composed]))
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
