@@ -40,7 +40,6 @@ from pipeline.retrieval.group_scores import measure_groups
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.group_table import CLUSTER_COLUMN, MADE_COLUMNS, describe_geometry, make_group_table
 from publish_model.derived.image_groups import count_pairs, group_images
-from publish_model.derived.similarity_search import import_faiss
 from publish_model.model_folder.published_model import find_model
 from publish_model.model_folder.training_similarity import PairTable, read_pairs
 from publish_model.new_data.embed_options import add_model_option
@@ -208,7 +207,6 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
 
     Raises InputError for a dataset, model or columns that cannot be used, StaleOutputError for groups of another one.
     """
-    import_faiss()
     folder = dataset.folder / CLUSTERS_FOLDER
     path, summary_path = (folder / f"{options.name}.{suffix}" for suffix in ("parquet", "json"))
     check_replaceable(path, STAGE, own=CLUSTERS_FOLDER)

@@ -8,13 +8,13 @@ survey of recent advances in hierarchical clustering algorithms, 1983).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.dataset import BLOCK_ROWS
+from pipeline.errors import PipelineError
 from pipeline.retrieval.geography import earth_centred_m
-from publish_model.derived.similarity_search import find_nearest, import_faiss
 
 # Neighbours that are looked for at a time; a group that all of them may join is searched again after it has grown.
 NUM_NEAREST = 64
@@ -23,6 +23,7 @@ EXACT_ROWS = 500_000
 NUM_PROBES, NUM_RECALL_QUERIES = 64, 1_000
 # Products that are held at a time, and pairs whose numbers are gathered.
 _MAX_PRODUCTS, _BLOCK_PAIRS = 1 << 23, 16_384
+_TILE = 1_024, 8_192
 # A search's float32 product may differ by this from the one that decides.
 _SLACK = 1e-5
 
@@ -200,24 +201,21 @@ def _find_best(left: Rows, right: Rows, cosines: NDArray[np.float64], num_groups
 def _search(sums: _Sums, asked: Rows, threshold: float, max_distance_m: float, grouping: Grouping) -> Found:
     """Return pairs of groups whose means reach the threshold, up to NUM_NEAREST for each group that is asked."""
     if sums.points is not None:
-        return _concatenate(list(_search_places(sums, asked, threshold, max_distance_m)))
-    means = sums.means
-    blocks = [(start, means[start : start + BLOCK_ROWS]) for start in range(0, len(means), BLOCK_ROWS)]
-    index = _train_index(means) if len(means) > EXACT_ROWS else None
-    found = []
-    for start in range(0, len(asked), BLOCK_ROWS):
-        own = asked[start : start + BLOCK_ROWS]
-        if index is None:
-            cosines, others = find_nearest(means[own], blocks, NUM_NEAREST + 1)
-        else:
-            cosines, others = index.search(means[own], NUM_NEAREST + 1)
-        found.append(_list_passing(own, others, cosines, threshold))
-    if index is not None:
-        grouping.recall = min(grouping.recall, _measure_recall(means, blocks, index, threshold))
-    return _concatenate(found)
-
-
-def _concatenate(found: list[Found]) -> Found:
+        found = list(_search_places(sums, asked, threshold, max_distance_m))
+    elif len(sums.counts) <= EXACT_ROWS:
+        found = list(_search_all(sums.means, asked, threshold))
+    else:
+        means = sums.means
+        index, found = _train_index(means), []
+        for start in range(0, len(asked), _BLOCK_PAIRS):
+            found.append(_search_index(index, means, asked[start : start + _BLOCK_PAIRS], threshold))
+        spread = np.linspace(0, len(means) - 1, NUM_RECALL_QUERIES).astype(np.int64)
+        exact, approximate = (
+            np.unique(np.concatenate([left * len(means) + right for left, right, _ in pairs]))
+            for pairs in (_search_all(means, spread, threshold), [_search_index(index, means, spread, threshold)])
+        )
+        recall = float(np.isin(exact, approximate).mean()) if len(exact) else 1.0
+        grouping.recall = min(grouping.recall, recall)
     empty = np.empty(0, np.int64)
     left, right, capped = (
         (np.concatenate([empty, *parts]) for parts in zip(*found, strict=True)) if found else [empty] * 3
@@ -225,15 +223,53 @@ def _concatenate(found: list[Found]) -> Found:
     return left, right, capped
 
 
-def _list_passing(own: Rows, others: Rows, cosines: Embeddings, threshold: float) -> Found:
-    """Return the pairs that pass among the nearest (Q, k) of groups (Q,)."""
-    passing = (cosines >= threshold) & (others != own[:, None]) & (others >= 0)
-    rows, places = np.nonzero(passing)
-    return own[rows], others[rows, places], own[passing.sum(axis=1) >= NUM_NEAREST]
+def _search_all(means: Embeddings, asked: Rows, threshold: float) -> Iterator[Found]:
+    """Yield what `_search` returns by comparing groups with all, tile by tile."""
+    for start in range(0, len(asked), _TILE[0]):
+        own = asked[start : start + _TILE[0]]
+        queries, tiles = means[own], []
+        for first in range(0, len(means), _TILE[1]):
+            others = np.arange(first, min(first + _TILE[1], len(means)))
+            tiles.append(_list_passing(own, others, queries @ means[others[0] : others[-1] + 1].T, threshold))
+        yield _join(own, tiles)
 
 
-def _train_index(means: Embeddings) -> "object":
-    faiss = import_faiss()
+def _list_passing(
+    own: Rows, others: Rows, cosines: Embeddings, threshold: float, handicaps: Points | None = None
+) -> tuple[Rows, Rows, Embeddings]:
+    """Return the places in `own` (Q,), the others and the cosines of the pairs that pass in a tile (Q, R).
+
+    If most pass, those are the NUM_NEAREST of each row, by cosine less the handicaps.
+    """
+    cosines[own[:, None] == others] = -np.inf
+    flat = np.flatnonzero(cosines >= threshold)
+    if len(flat) > NUM_NEAREST * len(own) and len(others) > NUM_NEAREST:
+        ranks = -cosines if handicaps is None else handicaps - cosines
+        best = np.argpartition(ranks, NUM_NEAREST - 1, axis=1)[:, :NUM_NEAREST]
+        flat = (np.arange(len(own))[:, None] * len(others) + best).ravel()
+        flat = flat[cosines.ravel()[flat] >= threshold]
+    rows, columns = np.divmod(flat, max(1, len(others)))
+    return rows, others[columns], cosines.ravel()[flat]
+
+
+def _join(own: Rows, tiles: list[tuple[Rows, Rows, Embeddings]]) -> Found:
+    """Return the pairs of tiles with the same rows `own`, NUM_NEAREST at most for each, and the rows with as many."""
+    rows, others, cosines = (np.concatenate(parts) for parts in zip(*tiles, strict=True))
+    order = np.lexsort((-cosines, rows))
+    counts = np.bincount(rows, minlength=len(own))
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    kept = order[places < NUM_NEAREST]
+    return own[rows[kept]], others[kept], own[counts >= NUM_NEAREST]
+
+
+def _train_index(means: Embeddings) -> Any:
+    """Return faiss's inverted file of rows; raise PipelineError where it is not installed."""
+    try:
+        import faiss
+    except ImportError:
+        raise PipelineError(
+            f"faiss: not installed, and over {EXACT_ROWS} images need it: pip install faiss-cpu (the extra `faiss`)"
+        ) from None
     num_cells = int(4 * len(means) ** 0.5)
     index = faiss.index_factory(means.shape[1], f"IVF{num_cells},Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(means[:: max(1, len(means) // (64 * num_cells))])
@@ -242,19 +278,10 @@ def _train_index(means: Embeddings) -> "object":
     return index
 
 
-def _measure_recall(
-    means: Embeddings, blocks: list[tuple[int, Embeddings]], index: "object", threshold: float
-) -> float:
-    """Return the share of the pairs that pass that an index finds, for rows spread over all."""
-    own = np.linspace(0, len(means) - 1, NUM_RECALL_QUERIES).astype(np.int64)
-    exact, approximate = (
-        set(zip(*(part.tolist() for part in _list_passing(own, others, cosines, threshold)[:2]), strict=True))
-        for cosines, others in (
-            find_nearest(means[own], blocks, NUM_NEAREST + 1),
-            index.search(means[own], NUM_NEAREST + 1),
-        )
-    )
-    return len(exact & approximate) / len(exact) if exact else 1.0
+def _search_index(index: Any, means: Embeddings, own: Rows, threshold: float) -> Found:
+    cosines, others = index.search(means[own], NUM_NEAREST + 1)
+    rows, columns = np.nonzero((cosines >= threshold) & (others != own[:, None]) & (others >= 0))
+    return _join(own, [(rows, others[rows, columns], cosines[rows, columns])])
 
 
 def _search_places(sums: _Sums, asked: Rows, threshold: float, max_distance_m: float) -> Iterator[Found]:
@@ -263,13 +290,14 @@ def _search_places(sums: _Sums, asked: Rows, threshold: float, max_distance_m: f
     from scipy.spatial.distance import cdist
 
     means, centres = sums.means, sums.centres
+    assert centres is not None
     tree = cKDTree(centres)
     cells = np.floor(centres[asked] / max_distance_m).astype(np.int64)
     order = np.lexsort(cells.T)
     starts = np.flatnonzero(np.r_[True, np.diff(cells[order], axis=0).any(axis=1)]) if len(order) else order
+    reach = max_distance_m * (1 + 3**0.5 / 2)  # from a cell's centre
     for first, last in zip(starts, np.append(starts[1:], len(order)), strict=True):
         corner = cells[order[first]] * max_distance_m
-        reach = max_distance_m * (1 + 3**0.5 / 2)
         near = np.sort(np.asarray(tree.query_ball_point(corner + max_distance_m / 2, reach), np.int64))
         step = max(1, _MAX_PRODUCTS // len(near))
         for start in range(first, last, step):
@@ -277,7 +305,5 @@ def _search_places(sums: _Sums, asked: Rows, threshold: float, max_distance_m: f
             distances = cdist(centres[own], centres[near])
             cosines = means[own] @ means[near].T
             cosines[distances > max_distance_m] = -np.inf
-            count = min(NUM_NEAREST + 1, len(near))
             # Of copies the nearest: all would choose the same ones.
-            best = np.argpartition(distances * 1e-9 - cosines, count - 1, axis=1)[:, :count]
-            yield _list_passing(own, near[best], np.take_along_axis(cosines, best, axis=1), threshold)
+            yield _join(own, [_list_passing(own, near, cosines, threshold, distances * 1e-9)])
