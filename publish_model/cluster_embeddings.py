@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.columns import check_names
-from pipeline.embeddings_dataset.content import EMBEDDING_COLUMN
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, reading, write_parquet
