@@ -7,6 +7,9 @@ is the largest), similarity (cosine to the cluster's medoid), is_medoid, row of 
 image is in one cluster, alone if need be. They are made by average linkage, cut at a --threshold, at the share of
 --false-pairs, or where the model's validation images were grouped best. --positions LAT,LON compares images that stand
 within --max-distance-m alone, and adds a geometry. --labels measures the clusters. A rerun keeps what is there.
+
+--look-alike N makes N groups of ids (the means of their images) by k-means instead, in look_alike.parquet. --html
+writes a page beside it, with the photographs of --input.
 """
 
 import argparse
@@ -31,18 +34,20 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, check_replaceable
-from pipeline.files.tables import is_complete, make_provenance, reading, write_parquet
+from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, check_replaceable, page_mark
+from pipeline.files.tables import is_complete, make_provenance, read_provenance, reading, write_parquet
 from pipeline.files.text_tables import null_blanks, read_id_table
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
 from pipeline.retrieval.group_scores import measure_groups
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
+from publish_model.derived.group_page import list_rows, write_page
 from publish_model.derived.group_table import CLUSTER_COLUMN, MADE_COLUMNS, describe_geometry, make_group_table
 from publish_model.derived.image_groups import count_pairs, group_images
+from publish_model.derived.look_alike import COUNT_COLUMN, average_ids, find_types
 from publish_model.model_folder.published_model import find_model
 from publish_model.model_folder.training_similarity import PairTable, read_pairs
-from publish_model.new_data.embed_options import add_model_option
+from publish_model.new_data.embed_options import add_model_option, whole_number
 
 STAGE = "cluster_embeddings"
 LABEL_COLUMN = "building_id"
@@ -211,51 +216,88 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
     path, summary_path = (folder / f"{options.name}.{suffix}" for suffix in ("parquet", "json"))
     check_replaceable(path, STAGE, own=CLUSTERS_FOLDER)
     check_replaceable(summary_path, CLUSTERS_MARK, own=CLUSTERS_FOLDER)
+    page_path = folder / f"{options.name}.html"
+    if options.html:
+        check_replaceable(page_path, page_mark(STAGE), own=CLUSTERS_FOLDER)
+    source = dataset.open_input(options.input) if options.input is not None else None
     columns, embeddings = read_rows(dataset)
-    check_names("the dataset's kept columns", MADE_COLUMNS, columns.column_names)
+    num_rows = len(embeddings)
     positions = read_positions(columns, options.positions) if options.positions else None
-    threshold = Threshold(dataset, options, count_pairs(len(embeddings), positions, options.max_distance_m))
-    settings = {"threshold": threshold.cosine}
+    rows, threshold, settings = None, None, dict[str, Any]()
+    if options.look_alike:
+        columns, embeddings, positions, rows = average_ids(columns, embeddings, positions)
+        if options.look_alike > len(embeddings):
+            raise InputError(f"{dataset.folder}: has {len(embeddings)} ids: give --look-alike no more than that")
+        settings["look_alike"] = options.look_alike
+    else:
+        threshold = Threshold(dataset, options, count_pairs(num_rows, positions, options.max_distance_m))
+        settings["threshold"] = threshold.cosine
+    check_names("the dataset's kept columns", MADE_COLUMNS, columns.column_names)
     if options.positions:
         settings |= {"positions": list(options.positions), "max_distance_m": options.max_distance_m}
     provenance = make_provenance(STAGE, [dataset.identify()], settings)
     result = cli.StageResult(STAGE)
-    recall = read_json_object(summary_path).get("search_recall", 1.0)
     if is_complete(path, provenance, options.overwrite):
         result.kept.append(path)
-        with reading(path):
-            table = pq.read_table(path)
     else:
-        grouping = group_images(embeddings, threshold.cosine, positions, options.max_distance_m)
-        table, recall = make_group_table(columns, embeddings, grouping.groups, positions), grouping.recall
-        write_parquet(path, table, provenance, describe_geometry(table))
+        groups, noted = find_groups(embeddings, positions, threshold, options)
+        made = make_group_table(columns, embeddings, groups, positions, rows)
+        write_parquet(path, made, provenance | {"noted": noted}, describe_geometry(made))
         result.written.append(path)
-    summary = {"tool": STAGE} | summarize(table, threshold) | {"search_recall": recall}
+    with reading(path):
+        table = pq.read_table(path)
+    summary = {"tool": STAGE} | summarize(table, threshold) | (read_provenance(path) or {}).get("noted", {})
     if options.labels is not None:
-        labels = read_labels(table, options.labels)
-        rows = np.flatnonzero(labels.is_valid().to_numpy(zero_copy_only=False))
-        summary["labelled_images"] = len(rows)
-        if len(rows):
-            codes = labels.take(pa.array(rows)).dictionary_encode().indices.to_numpy()
-            summary["measures"] = measure_groups(table[CLUSTER_COLUMN].to_numpy()[rows], codes)
+        summary |= measure_by_labels(table, options.labels)
     if read_json_object(summary_path) != summary:
         write_json(summary_path, summary)
     log_summary(summary)
-    result.add({"in": len(embeddings), "out": table.num_rows})
+    if options.html:
+        images = dict(dataset.read_images(source, list_rows(table))) if source else {}
+        write_page(page_path, table, summary, images, "buildings" if options.look_alike else "images")
+        result.written.append(page_path)
+    num_out = int(columns[COUNT_COLUMN].to_numpy().sum()) if options.look_alike else num_rows
+    result.add({"in": num_rows, "out": num_out, "dropped": num_rows - num_out})
     return result
+
+
+def find_groups(
+    embeddings: NDArray[np.float32],
+    positions: NDArray[np.float64] | None,
+    threshold: Threshold | None,
+    options: ClusterOptions,
+) -> tuple[NDArray[np.int64], dict[str, float]]:
+    """Return the group of each row, and how exact the search or how stable k-means was."""
+    if threshold is None:
+        groups, stability = find_types(embeddings, options.look_alike or 1)
+        return groups, {"adjusted_rand_between_starts": stability}
+    grouping = group_images(embeddings, threshold.cosine, positions, options.max_distance_m)
+    return grouping.groups, {"search_recall": grouping.recall}
+
+
+def measure_by_labels(table: pa.Table, labels_path: Path) -> dict[str, Any]:
+    """Return the number of rows whose id the labels name, and the scores of their clusters."""
+    labels = read_labels(table, labels_path)
+    rows = np.flatnonzero(labels.is_valid().to_numpy(zero_copy_only=False))
+    if not len(rows):
+        raise InputError(f"{labels_path}: names none of the ids: give the labels of this dataset")
+    codes = labels.take(pa.array(rows)).dictionary_encode().indices.to_numpy()
+    measures = measure_groups(table[CLUSTER_COLUMN].to_numpy()[rows], codes)
+    return {"labelled_images": len(rows), "measures": measures}
 
 
 def log_summary(summary: dict[str, Any]) -> None:
     """Log the counts, the threshold, what is to be expected, and what was measured."""
-    logger.info(
-        "%(images)d images in %(clusters)d clusters, %(alone)d alone, the largest of %(largest)d; "
-        "threshold %(threshold).4f (%(threshold_from)s)", summary,
-    )  # fmt: skip
+    logger.info("%(images)d in %(clusters)d clusters, %(alone)d alone, the largest of %(largest)d", summary)
+    if "threshold" in summary:
+        logger.info("threshold %(threshold).4f (%(threshold_from)s)", summary)
+    else:
+        logger.info("adjusted Rand score between starts: %(adjusted_rand_between_starts).3f", summary)
     if "expected_wrong_pair_share" in summary:
         logger.info(
             "expected share of wrong pairs in clusters, by validation: %(expected_wrong_pair_share).3f", summary
         )
-    if summary["search_recall"] < 1:
+    if summary.get("search_recall", 1) < 1:
         logger.info("the search is approximate: it found %.2f %% of the pairs", 100 * summary["search_recall"])
     if "measures" in summary:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in summary["measures"].items())
@@ -308,9 +350,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--max-distance-m", type=number_within(0, 30_000), default=150.0, metavar="M", help="how far that is (150)")
     add("--labels", type=Path, metavar="FILE", help=f"parquet or CSV of {ID_COLUMN} and {LABEL_COLUMN}, to measure by")
+    add("--look-alike", type=whole_number, metavar="N", help="make N groups of ids that look alike, by k-means")
+    add("--html", action="store_true", help="write a page too")
+    add("--input", "-i", type=Path, metavar="PATH", help="packaged images, for the page's photographs")
     add("--overwrite", action="store_true", help="make again what is there already")
     arguments = vars(parser.parse_args(argv))
     arguments.pop("trust_remote_code")
+    if arguments["look_alike"] and (arguments["threshold"] or arguments["false_pairs"]):
+        raise ConfigError("--look-alike: takes no --threshold and no --false-pairs: leave them out")
     output = arguments.pop("output")
     run_tool(STAGE, output, lambda dataset: cluster(dataset, ClusterOptions(**arguments)))
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import Watched, open_browser
 from embedded_datasets import unit_rows, write_dataset
 from published_models import read_dataset
 
@@ -251,3 +252,57 @@ def test_rates_between_the_rows_are_interpolated_and_beyond_them_the_line_goes_o
     assert table.best_partners == 1
     assert table.rate_at(0.5) == pytest.approx(10**-2.5)
     assert table.wrong_share_at(5.5) == pytest.approx(0.65)
+
+
+# ------------------------------------------------------------------------------------------------ look alike, the page
+
+
+def test_ids_that_look_alike_are_grouped_by_their_means(cluster, tmp_path):
+    embeddings, _ = draw_buildings(9, 3, 8, 0.2)
+    ids = pa.array([f"way/{row // 2}" for row in range(24)])
+    output = write_dataset(tmp_path / "out", ids, embeddings, lat=np.arange(24) * 1.0, lon=np.full(24, 0.5))
+    outcome = cluster(output, "--look-alike", "3", "--positions", "lat,lon")
+    assert outcome.code == 0, outcome.stderr
+    table, summary = read(output, "look_alike")
+    assert table.column_names == ["OSMID", "num_images", "cluster", "similarity", "is_medoid", "row", "geometry"]
+    assert set(table["num_images"].to_pylist()) == {2}
+    found = dict(zip(table["OSMID"].to_pylist(), table["cluster"].to_pylist(), strict=True))
+    assert len(found) == 12
+    assert [len({found[f"way/{number}"] for number in range(first, first + 4)}) for first in (0, 4, 8)] == [1, 1, 1]
+    assert sorted(table["row"].to_pylist()) == list(range(0, 24, 2))
+    assert summary["clusters"] == 3
+    assert 0 < summary["adjusted_rand_between_starts"] <= 1
+    assert cluster(output, "--look-alike", "13").code == 1
+    assert cluster(output, "--look-alike", "3", "--threshold", "0.5").code == 2
+
+
+def test_the_page_escapes_ids_and_shows_the_photographs_of_the_input(cluster, embed, packaged, tmp_path):
+    assert embed(packaged, tmp_path / "out").code == 0
+    arguments = [tmp_path / "out", "--threshold", "0.1", "--html", "--input", packaged]
+    assert cluster(*arguments).code == 0
+    path = tmp_path / "out" / "_clusters" / "clusters.html"
+    page = path.read_text()
+    assert page.count("data:image/jpeg;base64,") > 2
+    assert "http" not in page.split("</style>")[1]
+    assert "way/" in page
+    table, summary = read(tmp_path / "out")
+    hostile = table.set_column(0, "OSMID", pa.array(["<script>alert(1)</script>"] * table.num_rows))
+    cluster_embeddings.write_page(path, hostile, summary, {}, "images")
+    assert "<script>" not in path.read_text()
+    assert "&lt;script&gt;" in path.read_text()
+    assert cluster(*arguments).code == 0  # it replaces its own page
+    path.write_text("mine")
+    assert cluster(*arguments).code == 2
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_opens_from_disk_and_fits(cluster, embed, packaged, tmp_path, width):
+    with open_browser() as browser:
+        assert embed(packaged, tmp_path / "out").code == 0
+        assert cluster(tmp_path / "out", "--threshold", "0.1", "--html", "--input", packaged).code == 0
+        watched = Watched(browser, width)
+        watched.page.goto((tmp_path / "out" / "_clusters" / "clusters.html").as_uri())
+        assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert watched.problems == []
+        assert [url for url in watched.requests if not url.startswith(("file:", "data:"))] == []

@@ -43,14 +43,21 @@ def _multiply_rows(embeddings: Embeddings, others: Embeddings, places: Rows) -> 
 
 
 def make_group_table(
-    columns: pa.Table, embeddings: Embeddings, groups: Rows, positions: NDArray[np.float64] | None = None
+    columns: pa.Table,
+    embeddings: Embeddings,
+    groups: Rows,
+    positions: NDArray[np.float64] | None = None,
+    rows: Rows | None = None,
 ) -> pa.Table:
-    """Return the columns of images (N,) with what was found, sorted by group and then by likeness to the medoid."""
+    """Return the columns of images (N,) with what was found, sorted by group and then by likeness to the medoid.
+
+    `rows` are the images' rows of the dataset, if they are not all of them.
+    """
     similarity, is_medoid = find_medoids(embeddings, groups)
     order = np.lexsort((np.arange(len(groups)), -similarity, ~is_medoid, groups))
     taken = [take_rows(column.combine_chunks(), order) for column in columns.columns]
     table = pa.Table.from_arrays(taken, schema=columns.schema)
-    made = (groups.astype(np.int64), similarity, is_medoid, np.arange(len(groups)))
+    made = (groups, similarity, is_medoid, np.arange(len(groups)) if rows is None else rows)
     for name, values in zip(MADE_COLUMNS, made, strict=False):
         table = table.append_column(name, pa.array(values[order]))
     if positions is None:

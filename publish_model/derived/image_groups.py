@@ -42,7 +42,7 @@ class Grouping:
 
 
 @dataclass
-class _Sums:
+class Sums:
     """What stands for each of the groups (G,)."""
 
     embeddings: Embeddings  # (G, D)
@@ -75,8 +75,8 @@ class _Sums:
         if self.points is not None:
             self.points[into] += self.points[other]
 
-    def take(self, rows: Rows) -> "_Sums":
-        return _Sums(self.embeddings[rows], None if self.points is None else self.points[rows], self.counts[rows])
+    def take(self, rows: Rows) -> "Sums":
+        return Sums(self.embeddings[rows], None if self.points is None else self.points[rows], self.counts[rows])
 
 
 def group_images(
@@ -96,7 +96,7 @@ def group_images(
     grouping = Grouping(groups)
     # Copies are one point, or thousands of them would fill each other's neighbours.
     groups[rows] = _find_copies(embeddings[rows], points)
-    sums = _sum_groups(embeddings[rows], points, groups[rows])
+    sums = sum_groups(embeddings[rows], points, groups[rows])
     asked = np.arange(len(sums.counts))
     while len(asked):
         left, right, capped = _search(sums, asked, threshold - _SLACK, max_distance_m, grouping)
@@ -107,7 +107,7 @@ def group_images(
         sums = sums.take(kept)
     alone = groups < 0
     groups[alone] = len(sums.counts) + np.arange(alone.sum())
-    grouping.groups = _number_by_size(groups)
+    grouping.groups = number_by_size(groups)
     return grouping
 
 
@@ -124,7 +124,7 @@ def count_pairs(num_rows: int, positions: Points | None, max_distance_m: float) 
     return (int(tree.count_neighbors(tree, max_distance_m)) - len(points)) // 2
 
 
-def _number_by_size(groups: Rows) -> Rows:
+def number_by_size(groups: Rows) -> Rows:
     """Return the groups numbered from the largest; of equal ones the one with the first row comes first."""
     _, firsts, codes, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     numbers = np.empty(len(sizes), np.int64)
@@ -139,17 +139,18 @@ def _find_copies(embeddings: Embeddings, points: Points | None) -> Rows:
     return np.unique(keys.view(np.dtype((np.void, keys.shape[1])))[:, 0], return_inverse=True)[1].astype(np.int64)
 
 
-def _sum_groups(embeddings: Embeddings, points: Points | None, groups: Rows) -> _Sums:
+def sum_groups(embeddings: Embeddings, points: Points | None, groups: Rows) -> Sums:
+    """Return the sums of rows (N,) by their groups, which are numbered from 0 without gaps."""
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     if len(starts) == len(order):
-        return _Sums(embeddings[order], None if points is None else points[order], np.ones(len(order), np.int64))
+        return Sums(embeddings[order], None if points is None else points[order], np.ones(len(order), np.int64))
     sums, places = (None if part is None else np.add.reduceat(part[order], starts) for part in (embeddings, points))
     assert sums is not None
-    return _Sums(sums, places, np.diff(np.append(starts, len(order))))
+    return Sums(sums, places, np.diff(np.append(starts, len(order))))
 
 
-def _merge(sums: _Sums, left: Rows, right: Rows, threshold: float, max_distance_m: float) -> Rows:
+def _merge(sums: Sums, left: Rows, right: Rows, threshold: float, max_distance_m: float) -> Rows:
     """Merge groups along pairs (E,) that may pass, and return for each group the one (G,) that holds its sums now."""
     num_groups = len(sums.counts)
     target = np.arange(num_groups)
@@ -198,7 +199,7 @@ def _find_best(left: Rows, right: Rows, cosines: NDArray[np.float64], num_groups
 # ------------------------------------------------------------------------------------------------ candidates
 
 
-def _search(sums: _Sums, asked: Rows, threshold: float, max_distance_m: float, grouping: Grouping) -> Found:
+def _search(sums: Sums, asked: Rows, threshold: float, max_distance_m: float, grouping: Grouping) -> Found:
     """Return pairs of groups whose means reach the threshold, up to NUM_NEAREST for each group that is asked."""
     if sums.points is not None:
         found = list(_search_places(sums, asked, threshold, max_distance_m))
@@ -284,7 +285,7 @@ def _search_index(index: Any, means: Embeddings, own: Rows, threshold: float) ->
     return _join(own, [(rows, others[rows, columns], cosines[rows, columns])])
 
 
-def _search_places(sums: _Sums, asked: Rows, threshold: float, max_distance_m: float) -> Iterator[Found]:
+def _search_places(sums: Sums, asked: Rows, threshold: float, max_distance_m: float) -> Iterator[Found]:
     """Yield what `_search` returns for the groups of one cell of the ground after another."""
     from scipy.spatial import cKDTree
     from scipy.spatial.distance import cdist

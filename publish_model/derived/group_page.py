@@ -1,0 +1,82 @@
+"""A page of groups: their sizes, and examples of the largest, the least sure and the most alike."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.files.workspace import writing_to
+from pipeline.inference.images import decode_rgb
+from pipeline.pages import load_templates, shrink, to_data_uri
+from publish_model.derived.group_table import CLUSTER_COLUMN, ROW_COLUMN
+from publish_model.new_data.id_lists import describe_id
+
+TEMPLATES_DIR = Path(__file__).resolve().parents[1] / "templates"
+SHOWN_CLUSTERS, SHOWN_MEMBERS, THUMBNAIL_PX = 8, 4, 160
+
+
+def choose_examples(table: pa.Table) -> dict[str, list[list[int]]]:
+    """Return by title lists of places in a table of groups, each of one cluster with its medoid first."""
+    clusters, similarity = (table[name].to_numpy() for name in (CLUSTER_COLUMN, "similarity"))
+    sizes = np.bincount(clusters)
+    starts = np.cumsum(sizes) - sizes
+    several = np.flatnonzero(sizes > 1)
+    if not len(several):
+        return {}
+    means = (np.add.reduceat(similarity, starts) - 1) / np.maximum(sizes - 1, 1)
+    nearest = similarity[np.minimum(starts + 1, len(similarity) - 1)]
+
+    def take(numbers: Any, last: bool) -> list[list[int]]:
+        """Return the medoid with the members least like it, or with the one most like it."""
+        chosen = []
+        for number in numbers[:SHOWN_CLUSTERS].tolist():
+            first, end = int(starts[number]), int(starts[number] + sizes[number])
+            least = range(max(first + 1, end - SHOWN_MEMBERS + 1), end)
+            chosen.append([first, *(least if last else [first + 1])])
+        return chosen
+
+    return {
+        "The largest, with their least similar images": take(several, True),
+        "The least sure": take(several[np.argsort(means[several], kind="stable")], True),
+        "The most alike": take(several[np.argsort(-nearest[several], kind="stable")], False),
+    }
+
+
+def list_rows(table: pa.Table) -> list[int]:
+    """Return the rows of the dataset whose pictures the page shows, ascending."""
+    rows = table[ROW_COLUMN].to_numpy()
+    return sorted({int(rows[place]) for lists in choose_examples(table).values() for one in lists for place in one})
+
+
+def write_page(path: Path, table: pa.Table, summary: dict[str, Any], images: Mapping[int, bytes], things: str) -> None:
+    """Write a page of groups of `things` that needs no other file; `images` are files by row of the dataset."""
+    clusters, rows = table[CLUSTER_COLUMN].to_numpy(), table[ROW_COLUMN].to_numpy()
+    sizes = np.bincount(clusters)
+
+    def describe(place: int) -> dict[str, Any]:
+        image = images.get(int(rows[place]))
+        picture = None if image is None else to_data_uri(shrink(decode_rgb(image), THUMBNAIL_PX), 80)
+        similarity = table["similarity"][place].as_py()
+        return {"picture": picture, "identifier": describe_id(table[0][place]), "similarity": similarity}
+
+    sections = [
+        {
+            "title": title,
+            "clusters": [
+                {"number": clusters[one[0]], "size": sizes[clusters[one[0]]], "members": list(map(describe, one))}
+                for one in lists
+            ],
+        }
+        for title, lists in choose_examples(table).items()
+    ]
+    skipped = ("tool", "images", "clusters", "clusters_by_size", "measures", "giant")
+    facts = {key: value for key, value in summary.items() if key not in skipped} | summary.get("measures", {})
+    shown = [
+        (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else value) for name, value in facts.items()
+    ]
+    template = load_templates(TEMPLATES_DIR).get_template("clusters.html.j2")
+    page = template.render(summary=summary, facts=shown, sections=sections, things=things)
+    with writing_to(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
