@@ -43,11 +43,6 @@ SINGLE = "single_image"
 SPILL = ".unfinished"
 
 
-def list_embeddings(config: Config) -> list[Path]:
-    """Return the embedding files by name; see `list_outputs`."""
-    return list_outputs(config.path("embeddings_dir"), 2, "_embeddings")
-
-
 class SplitWriter:
     """Writes one split's rows in row groups of a fixed size."""
 
@@ -116,7 +111,9 @@ def describe_output(config: Config) -> dict[str, Any]:
     names = {"train_ratio", "val_ratio", "test_ratio", "split_unit", "split_cell_m"}
     split_file = hash_json(read_named(config)) if config.data.split_file else None
     settings = config.data.model_dump(include=names) | {"seed": config.global_.seed, "split_file": split_file}
-    return make_provenance(STAGE, map(identify, list_embeddings(config)), settings)
+    return make_provenance(
+        STAGE, map(identify, list_outputs(config.path("embeddings_dir"), 2, "_embeddings")), settings
+    )
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
@@ -126,7 +123,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     """
     config.require_paths("embeddings_dir", "merged_dir")
     result = cli.StageResult(STAGE)
-    paths = list_embeddings(config)
+    paths = list_outputs(config.path("embeddings_dir"), 2, "_embeddings")
     drop_missing(
         result, config, paths, "embeddings",
         allowed=config.data.allow_missing_embeddings, setting="[data].allow_missing_embeddings",

@@ -78,7 +78,7 @@ def test_widths_that_differ_are_refused_naming_both_files(make_run: Callable, ru
     config, _ = make_run(draw_table(20), draw_table(20, dataset_id=2, width=27))
     outcome = run_main(main, "--config", config)
     assert outcome.code == 1
-    assert "0002_fingerprints.parquet: fingerprints of 27 values, but" in outcome.stderr
+    assert "0002_fingerprints.parquet: fingerprints of 27 numbers, " in outcome.stderr
     assert "0001_fingerprints.parquet has 48" in outcome.stderr
 
 

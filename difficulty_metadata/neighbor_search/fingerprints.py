@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.files.list_columns import ListColumn, find_fingerprint
+from pipeline.files.list_columns import ListColumn, find_fingerprint, find_width
 from pipeline.files.tables import FINGERPRINT_ID_SCHEMA, read_batches, read_ids, read_provenance
 
 # Fingerprints decoded at a time: 1.5 times as fast as 20 times as many, which leave the cache.
@@ -52,17 +52,11 @@ def read_images(paths: list[Path]) -> ImageTable:
     for path in paths:
         read_provenance(path, warn=True)
     columns = [find_fingerprint(path) for path in paths]
-    known = next((column for column in columns if column.width), columns[0])
-    for column in columns:
-        if column.width not in (None, known.width):
-            raise InputError(
-                f"{column.path}: fingerprints of {column.width} values, but {known.path} has {known.width}: "
-                "make both with one [fingerprints].image_size"
-            )
+    width = find_width(columns, "make both with one [fingerprints].image_size")
     if not len(table):
         raise InputError(f"{paths[0].parent}: the fingerprint files hold no image: look into stage 4's rejects")
     buildings = table["building_id"].combine_chunks().dictionary_encode()
     return ImageTable(
-        columns, known.width or 0, table["streetview_image_id"], buildings.dictionary, buildings.indices.to_numpy(),
+        columns, width, table["streetview_image_id"], buildings.dictionary, buildings.indices.to_numpy(),
         table["target_lat"].to_numpy(), table["target_lon"].to_numpy(),
     )  # fmt: skip

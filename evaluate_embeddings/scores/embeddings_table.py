@@ -10,7 +10,7 @@ from pipeline.embeddings_dataset.dataset import resolve_dataset_dir
 from pipeline.embeddings_dataset.parts import list_part_files
 from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import whole_from_floats
-from pipeline.files.list_columns import find_embedding
+from pipeline.files.list_columns import find_embedding, find_width
 from pipeline.files.listing import is_parquet, list_files
 from pipeline.files.tables import open_parquet, read_batches
 from pipeline.files.text_tables import find_columns
@@ -44,14 +44,7 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
             names += find_columns(path, file.schema_arrow.names, [ID_COLUMNS], "it must name the image")
             num_rows += file.metadata.num_rows
         columns.append(find_embedding(path))
-    known = next((column for column in columns if column.width), columns[0])
-    for column in columns:
-        if column.width not in (None, known.width):
-            raise InputError(
-                f"{column.path}: embeddings of {column.width} numbers, {known.path.name} has {known.width}: "
-                "give one dataset"
-            )
-    embeddings = np.empty((num_rows, known.width or 0), np.float32)
+    embeddings = np.empty((num_rows, find_width(columns, "give one dataset")), np.float32)
     ids, done = [], 0
     for column, name in zip(columns, names, strict=True):
         first = done

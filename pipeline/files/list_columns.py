@@ -82,6 +82,16 @@ def find_fingerprint(path: Path) -> ListColumn:
     return _find(path, "fingerprint", pa.int64(), "make the file again with stage 4")
 
 
+def find_width(columns: list[ListColumn], remedy: str) -> int:
+    """Return the one width of the columns of several files, 0 without any row. Raises InputError where two differ."""
+    known = next((column for column in columns if column.width), columns[0])
+    for column in columns:
+        if column.width not in (None, known.width):
+            found = f"{column.name}s of {column.width} numbers, {known.path.name} has {known.width}"
+            raise InputError(f"{column.path}: {found}: {remedy}")
+    return known.width or 0
+
+
 def _find(path: Path, name: str, wanted: pa.DataType, remedy: str) -> ListColumn:
     with open_parquet(path) as file:
         schema = file.schema_arrow

@@ -14,6 +14,7 @@ from pipeline.files.column_types import check_columns, plain_type, stored_fields
 from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.files.tables import FILE_COLUMNS, ID_COLUMNS, open_parquet, read_ids, read_provenance
 from pipeline.log import logger
+from pipeline.retrieval.features import code_panoramas
 from pipeline.retrieval.geography import mean_positions
 from preprocess_raw_data.merging.splits import Buildings
 
@@ -30,7 +31,7 @@ class Inventory:
 
     embeddings: list[ListColumn]  # of each file
     codes: list[NDArray[np.int32]]  # of each file: the building of each row, as a row of `buildings`
-    panoramas: NDArray[np.int32]  # (N,) one code per panorama, in the order of the files
+    panoramas: NDArray[np.int64]  # (N,) one code per panorama, in the order of the files
     buildings: Buildings
     row_bytes: int
     schema: pa.Schema  # of the merged rows, without the columns about the tar
@@ -100,15 +101,6 @@ def encode(column: pa.ChunkedArray) -> tuple[pa.StringArray, NDArray[np.int32]]:
     if isinstance(encoded, pa.ChunkedArray):  # of one chunk, by some versions
         encoded = encoded.chunk(0)
     return encoded.dictionary, encoded.indices.to_numpy()
-
-
-def code_panoramas(dataset_ids: NDArray[np.int64], street_view_ids: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Return one code per panorama, (N,): a street_view_id is unique only within its dataset."""
-    _, datasets = np.unique(dataset_ids, return_inverse=True)
-    labels, views = np.unique(street_view_ids, return_inverse=True)
-    pairs = datasets.reshape(-1) * len(labels) + views.reshape(-1)
-    codes: NDArray[np.int32] = np.unique(pairs, return_inverse=True)[1].reshape(-1).astype(np.int32)
-    return codes
 
 
 def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
