@@ -19,6 +19,12 @@ from pipeline.config_text import read_toml, suggest
 from pipeline.reference.settings import SECTIONS, Place, Settings, find_rule
 
 Notes = list[tuple[str, str]]  # old name, what to know
+# Folders that an old file may not name.
+NEW_PATHS = {
+    "raw_dir": "set the folder that holds the tars, or holds dataset_unaligned/ with them",
+    "published_model_dir": "set a folder for stage 7, or give it --output",
+    "report_dir": "set a folder for stage 9",
+}
 
 
 def migrate(old: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Notes]:
@@ -42,8 +48,7 @@ def migrate(old: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Notes]:
                 tables.setdefault(place[0], {})[place[1]] = value
         if note:
             notes.append((name, note))
-    if "raw_dir" not in tables.get("paths", {}):
-        notes.append(("[paths].raw_dir", "set the folder that holds the tars, or holds dataset_unaligned/ with them"))
+    notes += [(f"[paths].{key}", why) for key, why in NEW_PATHS.items() if key not in tables.get("paths", {})]
     try:
         Config.model_validate(tables)
     except ValidationError as error:

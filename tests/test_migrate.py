@@ -114,6 +114,8 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
         "[training].retrieval_metric_k": validation,
         "[training].best_training_metric_name": validation,
         "[training].ucb_alpha": "the bandit has no other setting here",
+        "[paths].published_model_dir": "set a folder for stage 7, or give it --output",
+        "[paths].report_dir": "set a folder for stage 9",
         "[training].optimizer": "nothing here has this name: docs/configuration.md lists every key",
         "[training].neighbours": (
             "nothing here has this name; did you mean [difficulty].neighbors?: docs/configuration.md lists every key"

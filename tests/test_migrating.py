@@ -17,11 +17,38 @@ from reference_models import ReferenceModule, write_reference_model
 from reference_projector import ReferenceProjector
 
 from generate_embeddings import generate_embeddings
+from pipeline import migrate
 from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (3, 2, 4, 2)
+OLD_CONFIG = """
+[paths]
+raw_dir = "raw/dataset_unaligned"
+intermediates_dir = "intermediates"
+embeddings_dir = "embeddings"
+merged_dir = "old/merged"
+fingerprints_dir = "fingerprints"
+difficulty_metadata_path = "difficulty.parquet"
+checkpoint_dir = "old"
+[embedding_model]
+model_name = "{}"
+pooling_type = "pooler_output"
+[training_model]
+hidden_dim = 32
+num_hidden_layers = 3
+hidden_dim_multiplier = 0.75
+activation = "gelu"
+use_layer_norm = true
+use_residual = true
+[difficulty]
+neighbors = 5
+k0_for_local_scale = 2
+[training]
+loss_distance = "euclidean"
+wandb_enabled = false
+"""
 
 
 def list_commands() -> list[list[str]]:
@@ -62,7 +89,7 @@ def leave_old_files(folder: Path, config: Path, backbone: Path, run_main) -> tup
     pq.write_table(pq.read_table(incomplete).slice(2), incomplete)
     torch.manual_seed(1)
     network = ReferenceProjector(24, [32, 24, 18], 256, "gelu", norm=True).eval()
-    (folder / "old/config.toml").write_text("[embedding_model]\npooling_type = 'cls_token'\nuse_residual = true\n")
+    (folder / "old/config.toml").write_text(OLD_CONFIG.format(backbone))
     torch.save({"model_state_dict": network.state_dict(), "epoch": 3}, folder / "old/checkpoint_best.pt")
     write_packaged(folder / "packaged_images.parquet", list(make_photographs(5)))
     return network, write_reference_model(folder / "old_model", backbone)
@@ -95,11 +122,16 @@ def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone,
     )
     network, published = leave_old_files(tmp_path, config, toy_backbone, run_main)
     before = (tmp_path / "embeddings/0001_embeddings.parquet").read_bytes()
-    with open(config, "a", encoding="utf-8") as file:
-        file.write('\n[data]\nsplit_file = "old/merged"\n')
     monkeypatch.chdir(tmp_path)
+    first, *commands = list_commands()
+    assert first == ["python", "-m", "pipeline.migrate", "old/config.toml"]
+    migrated = run_main(migrate.main, first[-1]).stdout
+    paths = 'merged_dir = "merged"\nreport_dir = "report"'  # what the guide says to change
+    assert 'merged_dir = "old/merged"' in migrated
+    migrated = migrated.replace('merged_dir = "old/merged"', paths).replace('"old"', '"checkpoint"')
+    config.write_text(migrated + '\n[data]\nsplit_file = "old/merged"\n', encoding="utf-8")
     log = ""
-    for words in list_commands():
+    for words in commands:
         if "adopt_embeddings" in words[1]:
             leave_old_dataset(tmp_path)
         log = type_command(words, run_main)
