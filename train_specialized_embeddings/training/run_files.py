@@ -20,8 +20,8 @@ _OUTPUT = re.compile(r"checkpoint_(best|final|epoch_\d+)\.pt|metrics\.jsonl")
 
 
 def digest_outputs(folder: Path) -> dict[str, str]:
-    """Return the digests of what other stages read of a complete run."""
-    paths = [folder / name for name in (BEST, FINAL, METRICS)]
+    """Return the digests of a complete run's checkpoints; metrics.jsonl has the seconds that it took."""
+    paths = [folder / name for name in (BEST, FINAL)]
     return {path.name: digest_file(path) for path in paths if path.exists()}
 
 
