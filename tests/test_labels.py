@@ -15,6 +15,15 @@ def test_unknown_ids_in_ignored_pairs_are_passed_over(tmp_path):
     assert len(resolve_pairs(None, pa.array(["2"])).building_a) == 0
 
 
+def test_pairs_of_which_no_id_occurs_are_a_warning(tmp_path, caplog):
+    (tmp_path / "pairs.csv").write_text("building_id_a,building_id_b\n1_2,1_3\n")
+    with caplog.at_level("WARNING", "spatial_building_embeddings"):
+        resolve_pairs(read_ignore_pairs(tmp_path / "pairs.csv"), pa.array(["0001_3", "1_3"]))
+        assert caplog.text == ""
+        resolve_pairs(read_ignore_pairs(tmp_path / "pairs.csv"), pa.array(["0001_2", "0001_3"]))
+    assert "ignore pairs: 1 read, 0 of them between buildings of the split; 2 ids do not occur in it" in caplog.text
+
+
 def test_a_byte_order_mark_before_the_pairs_is_passed_over(tmp_path):
     (tmp_path / "pairs.csv").write_text("building_id_a,building_id_b\na,b\n", encoding="utf-8-sig")
     pairs = resolve_pairs(read_ignore_pairs(tmp_path / "pairs.csv"), pa.array(["a", "b"]))

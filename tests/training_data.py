@@ -96,4 +96,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert simplify(read_checkpoints(one)) == simplify(read_checkpoints(other))
     assert simplify(read_metrics(one)) == simplify(read_metrics(other))
     marks = [json.loads((folder / "checkpoint/provenance.json").read_text()) for folder in (one, other)]
+    for mark in marks:
+        assert mark.pop("outputs").keys() == {"checkpoint_best.pt", "checkpoint_final.pt"}  # pickles of equal content
     assert marks[0] == marks[1]
