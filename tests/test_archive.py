@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import os
 import random
 import shutil
 import subprocess
@@ -323,3 +324,19 @@ def test_a_file_that_fetching_again_would_not_mend_is_named_for_what_it_is(tmp_p
     (tmp_path / "0001.tar").write_bytes(content)
     with pytest.raises(InputError, match=rf"0001\.tar: not a plain tar but a?.*{remedy}$"):
         list(stream_members(tmp_path / "0001.tar"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_headers_without_end_and_of_any_size_are_one_line(tmp_path, kind):
+    """Three thousand in a row, and one of a terabyte, of which nothing is read."""
+    body = b"12 path=abc\n" if kind in (tarfile.XHDTYPE, tarfile.XGLTYPE) else b"name\0"
+    header = tarfile.TarInfo("a")
+    header.type, header.size = kind, len(body)
+    chained = (header.tobuf(tarfile.USTAR_FORMAT) + body + bytes(512 - len(body))) * 3000
+    header.size = 2**40
+    for name, content in (("chained", chained), ("huge", header.tobuf(tarfile.GNU_FORMAT))):
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(content + tarfile.TarInfo("1.jpg").tobuf() + bytes(1024))
+        os.truncate(path, 2**36 if name == "huge" else len(content) + 1536)
+        with pytest.raises(InputError, match=f"{name}.tar: not a readable tar"):
+            list(stream_members(path))

@@ -85,3 +85,30 @@ def test_an_address_is_refused_without_its_password():
     with pytest.raises(InputError, match=r"http://\*\*\*@host/x: an address") as caught:
         locate_model("http://user:SECRET@host/x", "give a folder", download=False)
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"crop_size": {"height": -5, "width": 0}}, {"resample": 99}, {"rescale_factor": "x"}, {"image_mean": ["a"] * 3},
+    ],
+)  # fmt: skip
+def test_an_image_processor_that_fails_is_one_line(folder, setting):
+    change(folder / "preprocessor_config.json", **setting)
+    with pytest.raises(InputError, match=r"image processor can|cannot embed"):
+        find_model(str(folder), download=False, device="cpu").load("float32")
+
+
+def test_a_picture_is_not_embedded_at_sizes_without_end(folder):
+    change(folder / "config.json", scales=[56] * 17)
+    with pytest.raises(InputError, match="17 scales in its config.json, at most 16"):
+        find_model(str(folder), download=False, device="cpu").load("float32")
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/model", "a\0b"])
+def test_a_home_of_nobody_is_no_model_and_no_backbone(folder, name):
+    with pytest.raises(InputError):
+        locate_model(name, "give a folder", download=True)
+    change(folder / "config.json", backbone_model_name=name, backbone_config=None)
+    with pytest.raises(InputError, match="its backbone"):
+        find_model(str(folder), download=False, device="cpu")

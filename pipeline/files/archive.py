@@ -17,6 +17,15 @@ MAX_IMAGE_BYTES = 256 * 1024**2
 # tar pads to its record, 10 KiB by default; with the largest that tape drives take it stays below this.
 MAX_PADDING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
+# Names of any length and what else stands in a header before a member; the module reads it as a whole.
+_LONG_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+MAX_HEADER_BYTES = 1 << 20
 # The first bytes, in lower case, of other kinds of files with a tar's name.
 _OTHER_KINDS = {
     b"\x1f\x8b": "one compressed with gzip: unpack it with gunzip",
@@ -27,6 +36,16 @@ _OTHER_KINDS = {
     b"<": "a web page, such as a server sends in place of a file: look at it, then fetch the tar again",
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with git lfs pull",
 }
+
+
+class _Header(tarfile.TarInfo):
+    """A header of bounded size."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _LONG_HEADERS and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes at byte {self.offset}")
+        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        return found
 
 
 @dataclass(frozen=True)
@@ -87,7 +106,7 @@ def stream_members(tar_path: Path, digests: dict[str, str] | None = None) -> Ite
         with (
             open(tar_path, "rb") if digests is None else DigestingFile(tar_path) as file,
             # The encoding is named, or a name would read differently under another locale.
-            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace", tarinfo=_Header) as tar,
         ):
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # the module would keep every member
@@ -102,7 +121,8 @@ def stream_members(tar_path: Path, digests: dict[str, str] | None = None) -> Ite
         raise InputError(f"{tar_path}: no such tar: correct the path") from None
     except IsADirectoryError:
         raise InputError(f"{tar_path}: a folder, not a tar: correct the path") from None
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:  # also absurd sizes
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        # Also absurd sizes, and headers of headers without end.
         if kind := _name_other_kind(tar_path):
             raise InputError(f"{tar_path}: not a plain tar but {kind}") from None
         raise InputError(f"{tar_path}: not a readable tar ({one_line(error)}): fetch the tar again") from None

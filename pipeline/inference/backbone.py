@@ -118,7 +118,7 @@ class Embedder:
         self.compile_model, self.num_graphs = False, 0
         self.micro_batch = 1 if isinstance(batch_size, str) else batch_size
         if not self.on_gpu:
-            height, width = self.prepare(draw_picture((640, 640))).shape[1:]
+            height, width = self._prepare_drawn(folder).shape[1:]
             most = max(1, min(CPU_MICRO_BATCH, CPU_MICRO_BATCH_PIXELS // (height * width)))
             self.micro_batch = most if isinstance(batch_size, str) else min(batch_size, most)
         self.width = self._try(folder, image_size)
@@ -209,13 +209,23 @@ class Embedder:
         """Return the embeddings (N, D) float32, not normalised, of decoded or prepared images in order."""
         return self.launch(self.stage(images)).result()
 
+    def _prepare_drawn(self, folder: Path) -> torch.Tensor:
+        """Return a drawn picture as the model's input; raise InputError where the settings do not allow that."""
+        try:
+            return self.prepare(draw_picture((640, 640)))
+        except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
+            raise InputError(
+                f"{folder}: its image processor cannot prepare a picture ({one_line(error)[:200]}): correct "
+                "preprocessor_config.json, or fetch the model again"
+            ) from None
+
     def _try(self, folder: Path, image_size: int | None) -> int:
         """Embed a drawn picture twice and return the embedding's width.
 
         Raises InputError where that fails or the two embeddings differ.
         """
         name = type(self.model).__name__
-        prepared = self.prepare(draw_picture((640, 640)))
+        prepared = self._prepare_drawn(folder)
         if image_size is not None:
             self._check_sizes(folder, prepared, image_size)
         try:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def locate_model(name: str, remedy: str, *, download: bool, folder: Path | None 
     """
     if "://" in name:
         raise InputError(f"{hide_credentials(name)}: an address, no model's name: {remedy}")
-    folder = folder or Path(name).expanduser()
+    folder = folder or Path(os.path.expanduser(name))  # noqa: PTH111 (which fails for a user who does not exist)
     if name and name != DEFAULT_MODEL_ID and folder.is_dir():
         return folder
     if not name or name.startswith(("/", ".", "~", "$")) or name.count("/") > 1:
@@ -166,7 +167,7 @@ def locate_backbone_settings(folder: Path, download: bool) -> Path:
     Raises InputError where they are neither here nor, with `download`, to be had.
     """
     name = parse_json((folder / "config.json").read_text(encoding="utf-8"))["backbone_model_name"]
-    local = Path(name).expanduser()
+    local = Path(name)
     if local.is_dir():
         return local
     found, problem = _take_snapshot(name, SETTINGS_FILES, _has_settings, download)

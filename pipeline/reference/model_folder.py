@@ -40,7 +40,7 @@ class ReferenceModel:
     def backbone_name(self) -> str:
         """The backbone's public name: its hub id, or a local folder's name, never its path."""
         name = str(self.config["backbone_model_name"])
-        return Path(name).name if Path(name).expanduser().is_dir() else name
+        return Path(name).name if Path(name).is_dir() else name
 
     def find_processor(self) -> Path:
         """Return the file of the image processor, the model's own or the backbone's."""
