@@ -257,3 +257,10 @@ def test_memory_is_bounded_by_bytes_however_large_the_pictures_are(tmp_path, kin
     assert "40 in = 40 out + 0 rejected" in run.stderr
     grown = float(run.stdout.splitlines()[-1])
     assert grown < 200, f"{grown:.0f} MB"
+
+
+@pytest.mark.skipif(not os.access("/proc/kmsg", os.R_OK), reason="the kernel's log is closed to this user")
+def test_a_file_that_waits_for_news_is_not_waited_for(run_main, tmp_path):
+    (tmp_path / "list.csv").write_text("OSMID,path\n1,/proc/kmsg\n2,/dev/zero\n3,/proc/kcore\n4,/proc/self/environ\n")
+    assert run(run_main, tmp_path / "list.csv", tmp_path / "packaged", "--max-reject-fraction", "1").code == 0
+    assert len(read_rejects(tmp_path / "packaged")) == 4

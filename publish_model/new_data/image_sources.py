@@ -1,6 +1,7 @@
 """Stream the images to package in a fixed order: from a folder, a CSV, tars or parquets."""
 
 import itertools
+import os
 import stat
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -120,11 +121,13 @@ def read_file(path: Path) -> bytes:
     no camera makes.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
-            raise Rejection("missing_image", "not a file")
-        check_size(status.st_size)
-        return path.read_bytes()
+        # Neither a pipe nor a file of the kernel that waits for news is waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise Rejection("missing_image", "not a file")
+            check_size(status.st_size)
+            return file.read(status.st_size + 1) or b""
     except OSError as error:
         raise Rejection("missing_image", error.strerror or one_line(error)) from None
     except ValueError as error:  # a zero byte
