@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.errors import PipelineError
 
@@ -76,6 +77,11 @@ def open_file(path: Path, flags: int) -> int:
             return os.open(path.name, flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
     except OSError as error:
         raise (_name(error, path) if path.is_symlink() else error) from None
+
+
+def open_without_waiting(path: Path) -> BinaryIO:
+    """Open a file of the user's to read; nothing is waited for, be it a pipe or a file of the kernel."""
+    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 def _name(error: OSError, path: Path) -> OSError:

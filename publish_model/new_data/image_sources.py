@@ -30,6 +30,7 @@ from pipeline.files.identity import hash_json, identify, look_at
 from pipeline.files.listing import TAR_SUFFIX, is_parquet
 from pipeline.files.text_tables import read_csv, whole_or_text
 from pipeline.ids import decode_name, reject_repeated
+from pipeline.own_folders import open_without_waiting
 
 PATH_COLUMN = "path"
 # Rows of a parquet that are read at once: each may be a picture of MAX_IMAGE_BYTES, and Arrow takes thrice their bytes.
@@ -121,8 +122,7 @@ def read_file(path: Path) -> bytes:
     no camera makes.
     """
     try:
-        # Neither a pipe nor a file of the kernel that waits for news is waited for.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open_without_waiting(path) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Rejection("missing_image", "not a file")
