@@ -141,7 +141,9 @@ class Threshold:
             if options.threshold is not None:
                 self.rate = table.rate_at(options.threshold)
             else:
-                self.rate = options.false_pairs or min(0.5, table.best_partners / max(1.0, self._pairs_an_image))
+                # Among near pairs alone the best number depends on how dense the validation images stand.
+                partners = read_pairs(model.folder, "all").best_partners
+                self.rate = options.false_pairs or min(0.5, partners / max(1.0, self._pairs_an_image))
                 if table.is_beyond(self.rate):
                     logger.warning("%.2g false pairs a pair: beyond what validation measured, extrapolated", self.rate)
         if options.threshold is not None:

@@ -1,4 +1,4 @@
-"""Run the demo: render streets, convert a small backbone, run stages 1 to 9, show what came out.
+"""Run the demo: render streets, convert a small backbone, run stages 1 to 9, group the new images, show what came out.
 
     python sample_data/run_demo.py [--raw some/tars]
 
@@ -19,6 +19,9 @@ import run_pipeline
 from evaluate_embeddings.scores.tables import format_metrics_table
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config, load_config
+from pipeline.errors import InputError
+from pipeline.log import logger
+from publish_model import cluster_embeddings
 from sample_data import convert_lite0, render_streets
 from sample_data.package_split import package_split
 
@@ -63,8 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     convert_lite0.main([str(OUTPUT_DIR / "efficientnet-lite0")])
     results: list[cli.StageResult] = []
     run_pipeline.run_stages(config, options, results, 1, 7)
-    package_split(config, "test", config.expand(config.new_data.input or "", "[new_data].input"))
+    packaged = config.expand(config.new_data.input or "", "[new_data].input")
+    package_split(config, "test", packaged)
     run_pipeline.run_stages(config, options, results, 8, 9)
+    embeddings_dir = config.expand(config.new_data.output or "", "[new_data].output")
+    arguments = [embeddings_dir, "--model-id", config.path("published_model_dir"), "--html", "--input", packaged]
+    try:
+        cluster_embeddings.main(list(map(str, arguments)))
+    except InputError as error:  # a few tars of the user's own may leave validation without pairs
+        logger.warning("not grouped: %s", error)
     show_results(config, results, time.monotonic() - started)
 
 

@@ -44,7 +44,8 @@ def write_derived(output):
     """Write all that may hold ids beside the parts, as the tools and killed runs leave it."""
     hidden = f"{'0' * 16}.tmp"
     for name in (
-        "_aggregated/OSMID.parquet", "_exports/int8/parts/rg00000_rb00000.parquet", "_removed/1/parts/a.parquet",
+        "_aggregated/OSMID.parquet", "_clusters/clusters.parquet", "_clusters/look_alike.html",
+        "_exports/int8/parts/rg00000_rb00000.parquet", "_removed/1/parts/a.parquet",
         f"parts/.rg00000_rb00000.parquet.another_host-1-{hidden}", f"_rejects/.b.parquet.another_host-1-{hidden}",
         f"_aggregated/.OSMID.parquet.another_host-1-{hidden}",
     ):  # fmt: skip

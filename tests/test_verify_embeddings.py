@@ -347,6 +347,10 @@ def test_a_published_folder_carries_the_quantiles_of_its_training(
     assert list(content["quantiles"]) == ["0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99"]
     assert sorted(content["quantiles"].values()) == list(content["quantiles"].values())
     assert content["reference_shape"] == [40, 256]
+    for kind in ("all", "near"):  # 30 images of 10 buildings
+        rates = training_similarity.read_pairs(model, kind).columns["false_rate"]
+        assert len(rates) > 5
+        assert 0 < rates.min() < rates.max() < 1
     assert embed(packaged, tmp_path / "out", model=model).code == 0
     assert "not measured (give --model-id)" in verify(tmp_path / "out").stderr
     outcome = verify(tmp_path / "out", "--model-id", model)
@@ -367,7 +371,11 @@ def config_with_splits(toy_backbone, tmp_path):
         kind = pa.list_(pa.float32(), 24)
         path = tmp_path / "merged" / f"{name}.parquet"
         path.parent.mkdir(exist_ok=True)
-        pq.write_table(pa.table({"embedding": pa.array(list(generator.normal(size=(count, 24))), kind)}), path)
+        table = pa.table({"embedding": pa.array(list(generator.normal(size=(count, 24))), kind)})
+        table = table.append_column("building_id", pa.array([f"0001_{row // 3}" for row in range(count)]))
+        for column in ("street_lat", "street_lon"):
+            table = table.append_column(column, pa.array(generator.uniform(0, 1e-3, count)))
+        pq.write_table(table, path)
         inputs.append(identify(path))
     provenance = {"stage": "train", "inputs": inputs}
     write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt", provenance=provenance)
