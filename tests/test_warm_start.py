@@ -1,12 +1,12 @@
 """Stage 6 from another run's checkpoint: epoch 0 is that projector, and what does not fit is refused."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from config_files import write_config
 from reference_projector import ReferenceProjector
 from training_data import SETTINGS, WIDTH, fill_workspace, make_split, read_checkpoints, read_metrics, run
 
@@ -25,15 +25,24 @@ OLD = "training.init_checkpoint=old/checkpoint_best.pt"
 NEW_SPLIT = ({"stage": "merge_and_split", "split_hash": "new", "embedded_with": {"flip": True}},)
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an earlier run in old/, and other buildings to train on."""
-    fill_workspace(tmp_path)
-    write_config(tmp_path, **SETTINGS)
-    run(tmp_path)
-    (tmp_path / "checkpoint").rename(tmp_path / "old")
+    folder = tmp_path_factory.mktemp("earlier")
+    fill_workspace(folder)
+    write_config(folder, **SETTINGS)
+    run(folder)
+    (folder / "checkpoint").rename(folder / "old")
     for name, count, seed in (("train", 25, 1), ("val", 14, 5)):
-        tables.write_parquet(tmp_path / f"merged/{name}.parquet", make_split(count, seed), *NEW_SPLIT)
+        tables.write_parquet(folder / f"merged/{name}.parquet", make_split(count, seed), *NEW_SPLIT)
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, earlier: Path) -> Path:
+    """A copy of that folder."""
+    shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
+    write_config(tmp_path, **SETTINGS)
     return tmp_path
 
 
