@@ -32,6 +32,10 @@ def make_features(num_buildings: int = 12, seed: int = 0) -> Features:
     )
 
 
+def compare(sampler: BandSampler, rows: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return sampler.compare(sampler.place(rows), sampler.place(others))
+
+
 def make_neighbors(features: Features, seed: int = 0) -> Neighbors:
     """Give each image some buildings in each band; some bands, and some images, have none."""
     generator = np.random.default_rng(seed)
@@ -70,11 +74,11 @@ def test_images_without_a_position_may_be_negatives_whatever_the_distance(caplog
     sampler = BandSampler(replace(data, target_lat=lat, target_lon=lon), neighbors, 1, 25.0)
     assert f"3 of {len(data)} training images are without a position" in caplog.text
     rows = torch.arange(len(data))
-    free, near = (BandSampler(data, neighbors, 1, meters).compare(rows, rows)[1] for meters in (0.0, 25.0))
+    free, near = (compare(BandSampler(data, neighbors, 1, meters), rows, rows)[1] for meters in (0.0, 25.0))
     is_unknown = torch.isin(rows, torch.tensor([0, 3, 5]))
     expected = torch.where(is_unknown[:, None] | is_unknown, free, near)
     assert (expected != near).any()
-    torch.testing.assert_close(sampler.compare(rows, rows)[1], expected)
+    torch.testing.assert_close(compare(sampler, rows, rows)[1], expected)
     pairs = torch.cartesian_prod(rows, rows)
     torch.testing.assert_close(sampler.allows(*pairs.T).view(len(data), -1), expected)
 
@@ -233,7 +237,7 @@ def test_all_pairs_at_once_are_what_each_pair_is() -> None:
     data = make_features(30)
     sampler = BandSampler(data, make_neighbors(data), 3, 15.0)
     rows, others = torch.arange(0, 40, 3), torch.arange(60)
-    is_positive, is_negative = sampler.compare(rows, others)
+    is_positive, is_negative = compare(sampler, rows, others)
     for i, row in enumerate(rows.tolist()):
         for j, other in enumerate(others.tolist()):
             assert bool(is_negative[i, j]) == bool(sampler.allows(torch.tensor([row]), torch.tensor([other])))

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training import trainer as trainer_module
 from train_specialized_embeddings.training.losses import LOSSES, Pairs
+from train_specialized_embeddings.training.step_graph import FIXED_SHAPES, Inputs, StepGraph, explain_no_graph
 from train_specialized_embeddings.training.trainer import Trainer, choose_batch_size
 
 
@@ -73,8 +75,10 @@ def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_anchors(
     torch.cat(losses).mean().backward()
     expected = [weight.grad.clone() for weight in trainer.projector.parameters() if weight.grad is not None]
 
-    counts = torch.zeros(2, 8, dtype=torch.float64)
-    assert trainer._take_step(batch, counts).item() == pytest.approx(float(torch.cat(losses).detach().sum()), rel=1e-5)
+    inputs = Inputs(trainer.sampler.place(batch.rows), batch.firsts, batch.bands, batch.found)
+    judged = trainer._take_step(inputs, len(rows), partial(trainer.judge, tiles=trainer_module.list_tiles(batch)))
+    assert judged.loss_sum.item() == pytest.approx(float(torch.cat(losses).detach().sum()), rel=1e-5)
+    counts = judged.counts
     active = [0] * 8
     for (first, _), negative, band in zip(groups, negatives, batch.bands.tolist(), strict=True):
         anchor, positive, other = (embeddings[row] for row in (rows[first], rows[first + 1], negative))
@@ -85,6 +89,66 @@ def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_anchors(
     found = [weight.grad for weight in trainer.projector.parameters() if weight.grad is not None]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", FIXED_SHAPES)
+def test_padded_batches_of_compiled_code_give_the_same_losses_counts_and_gradients(loss: str) -> None:
+    trainer, _ = make_trainer(loss=loss, temperature=0.3)
+    batches = trainer.sampler.add_negatives(trainer.sampler.draw_groups(60).split(20))
+    graph = StepGraph(trainer.judge, 20, backend="eager")
+    weights = list(trainer.projector.parameters())
+    outcomes = []
+    for batch, padded in zip(batches, graph.pad(batches, trainer.sampler), strict=True):
+        inputs = Inputs(trainer.sampler.place(batch.rows), batch.firsts, batch.bands, batch.found)
+        for one, judge, count in ((inputs, trainer.judge, len(batch.anchors.rows)), (padded, graph.judge, 20)):
+            trainer.optimizer.zero_grad(set_to_none=True)
+            judged = judge(trainer.store.gather(one.places.rows), one, count)
+            judged.loss.backward()
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            outcomes.append((judged.loss, judged.loss_sum, judged.counts, *gradients))
+    assert len({len(batch.rows) for batch in batches}) > 1  # the padding differs
+    for expected, found in zip(outcomes[::2], outcomes[1::2], strict=True):
+        assert expected[2].equal(found[2])
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_an_epoch_by_compiled_code_ends_near_where_the_plain_one_does() -> None:
+    plain, compiled = (make_trainer(loss="multi_similarity", anchors_per_epoch=100)[0] for _ in range(2))
+    compiled.graph = StepGraph(compiled.judge, 20, backend="eager")
+    reports = [trainer.run_epoch(Progress("train", None)) for trainer in (plain, compiled)]
+    assert compiled.graph is not None
+    assert reports[1].num_negatives == reports[0].num_negatives
+    assert reports[1].step_losses == pytest.approx(reports[0].step_losses, rel=1e-4)
+    for one, other in zip(plain.projector.parameters(), compiled.projector.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_cannot_be_captured_is_said_and_nothing_is_spent_by_trying(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no C compiler\nwas found")
+
+    plain, failing = (make_trainer(loss="multi_similarity", input_noise=0.1)[0] for _ in range(2))
+    failing.graph = StepGraph(failing.judge, 20, backend="eager")
+    failing.graph.judge = refuse
+    for trainer in (plain, failing):
+        torch.manual_seed(1)
+        trainer.run_epoch(Progress("train", None))
+    assert failing.graph is None
+    assert "steps are not captured as graphs, which is slower: no C compiler was found" in caplog.messages
+    for one, other in zip(plain.projector.parameters(), failing.projector.parameters(), strict=True):
+        assert one.equal(other)
+
+
+def test_only_long_runs_of_small_batches_on_a_gpu_are_captured() -> None:
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert explain_no_graph(cuda, "multi_similarity", 512, 20_000) is None
+    assert explain_no_graph(cpu, "multi_similarity", 512, 20_000) == "a CPU has none"
+    assert explain_no_graph(cuda, "triplet", 512, 20_000) == "the shapes of loss triplet depend on values"
+    assert "batch_size = 4096 is not from 16 to 1024" in str(explain_no_graph(cuda, "supcon", 4096, 20_000))
+    assert explain_no_graph(cuda, "supcon", 512, 100) == "100 steps are fewer than 20000"
 
 
 class ToyProxies(torch.nn.Module):

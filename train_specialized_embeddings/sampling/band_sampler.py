@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,19 @@ class Groups:
             parts.append(Groups(self.rows[start:stop], self.ends[group:next_group] - start))
             group, start = next_group, stop
         return parts
+
+
+class Places(NamedTuple):
+    """Rows (R,) with their buildings (R,), panoramas (R,) and points on the unit sphere (R, 3)."""
+
+    rows: torch.Tensor
+    buildings: torch.Tensor
+    panoramas: torch.Tensor
+    points: torch.Tensor
+
+    def take(self, part: slice) -> "Places":
+        """Return a part of the rows."""
+        return Places(*(values[part] for values in self))
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class BandSampler:
         self._points = self._load(earth_centred_m(*position) / EARTH_RADIUS_M)
         # Beyond half the Earth's circumference nothing is far enough.
         angle = min_negative_distance_m / EARTH_RADIUS_M
-        self._min_squared = (2 * np.sin(angle / 2)) ** 2 if angle <= np.pi else np.inf
+        self._min_squared = float((2 * np.sin(angle / 2)) ** 2) if angle <= np.pi else np.inf
         self.anchors = self._load(np.flatnonzero(sizes[codes] > 1))  # the images that have a positive
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -148,8 +162,9 @@ class BandSampler:
                     images = self._below(torch.full_like(pending, len(self.buildings)))
                     image_bands = torch.full_like(pending, RANDOM_BAND)
                 allowed = self.allows(anchors[pending], images)
-                negatives[pending[allowed]], bands[pending[allowed]] = images[allowed], image_bands[allowed]
-                pending = pending[~allowed]
+                for values, drawn in ((negatives, images), (bands, image_bands)):
+                    values[pending] = torch.where(allowed, drawn, values[pending])
+                pending = pending[~allowed]  # the one wait of a try
         return negatives, bands, negatives != anchors
 
     def allows(self, anchors: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
@@ -159,14 +174,18 @@ class BandSampler:
         steps = self._points[anchors] - self._points[negatives]
         return allowed & ~(steps.square().sum(dim=-1) < self._min_squared)  # without a position it is not a number
 
-    def compare(self, anchors: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return for all pairs who is another image of the building, and who may be a negative, (A, C) of rows."""
-        same = self.buildings[anchors][:, None] == self.buildings[others]
-        allowed = ~same & (self._panoramas[anchors][:, None] != self._panoramas[others])
+    def place(self, rows: torch.Tensor) -> Places:
+        """Return what `compare` has to know of rows (R,)."""
+        return Places(rows, self.buildings[rows], self._panoramas[rows], self._points[rows])
+
+    def compare(self, anchors: Places, others: Places) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return for all pairs who is another image of the building, and who may be a negative, (A, C)."""
+        same = anchors.buildings[:, None] == others.buildings
+        allowed = ~same & (anchors.panoramas[:, None] != others.panoramas)
         if self._min_squared:
             # The chord's square by a product: in float64 it is right to a tenth of a millimetre at 25 m.
-            allowed &= ~(2.0 - 2.0 * (self._points[anchors] @ self._points[others].T) < self._min_squared)
-        return same & (anchors[:, None] != others), allowed
+            allowed &= ~(2.0 - 2.0 * (anchors.points @ others.points.T) < self._min_squared)
+        return same & (anchors.rows[:, None] != others.rows), allowed
 
     def _draw_by_band(self, anchors: torch.Tensor, order: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         ends = self._ends[anchors].long()  # (A, NUM_BANDS)

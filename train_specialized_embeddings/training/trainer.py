@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,11 @@ from pipeline.errors import PipelineError
 from pipeline.inference.devices import full_precision
 from pipeline.log import Progress, logger
 from pipeline.retrieval.projector import Norm, Projector
-from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch
+from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch, Groups, Places
 from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_loss
+from train_specialized_embeddings.training.step_graph import Inputs, Judged, StepGraph, explain_no_graph
 
 # Negatives are drawn for this many steps and anchors at once: the host waits for the device once a draw.
 _STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
@@ -65,6 +68,12 @@ class Trainer:
         # Fewer images than that have less to teach: steps are smaller, so that a plateau is seen in time.
         share = min(1.0, num_images / (_STEPS_PER_PASS * _MIN_BATCH))
         self.optimizer = torch.optim.AdamW(group_parameters(projector, self.loss, section, share), fused=True)
+        num_steps = section.num_epochs * math.ceil(self.num_anchors / self.batch_size)
+        why = explain_no_graph(store.device, section.loss, self.batch_size, num_steps)
+        self.graph = None if why else StepGraph(self.judge, self.batch_size, mode="reduce-overhead")
+        self._has_tried = False
+        if why and store.device.type == "cuda":
+            logger.info("steps are not captured as graphs: %s", why)
         self._parts: dict[str, Any] = {
             "weights": projector, "average": self.average, "origin": self.origin, "loss": self.loss,
             "optimizer": self.optimizer,
@@ -84,10 +93,12 @@ class Trainer:
             drawn = batches[first : first + steps_per_draw]
             preference = torch.tensor(self.bandit.rank_bands(), device=device) if self.bandit else None
             counts = torch.zeros_like(totals)
-            for number, batch in enumerate(self.sampler.add_negatives(drawn, preference), first + 1):
+            for number, batch in enumerate(self._draw(drawn, preference), first + 1):
                 self._set_rates(self.epoch + number / len(batches))
-                sums.append(self._take_step(batch, counts))
-                loss_sum += sums[-1]
+                judged = self._take_step(*batch)
+                sums.append(judged.loss_sum.clone())  # a graph's next run writes over its outputs
+                loss_sum += judged.loss_sum
+                counts += judged.counts
             if self.bandit:
                 self.bandit.learn(*counts[:, :RANDOM_BAND].tolist())
             totals += counts
@@ -122,43 +133,83 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor * self.rate_scale
 
-    def _take_step(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
-        """Move the weights by one batch, and add its negatives by band to `counts`; return the sum of its losses."""
-        features = self.store.gather(batch.rows)
+    def _take_step(self, inputs: Inputs, num_anchors: int, judge: Callable[..., Judged]) -> Judged:
+        """Move the weights by one batch, and return its losses and counts."""
+        judged = judge(self.store.gather(inputs.places.rows), inputs, num_anchors)
+        self.optimizer.zero_grad(set_to_none=True)
+        judged.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.section.grad_clip)
+        self.optimizer.step()
+        return judged
+
+    def _draw(
+        self, parts: Sequence[Groups], preference: torch.Tensor | None
+    ) -> Iterator[tuple[Inputs, int, Callable[..., Judged]]]:
+        """Draw negatives; yield each batch, the number of its anchors, and the function that judges it."""
+        batches = self.sampler.add_negatives(parts, preference)
+        if self.graph is not None:
+            padded = self.graph.pad(batches, self.sampler)
+            if not self._has_tried:
+                self._has_tried = True
+                features = self.store.gather(padded[0].places.rows)
+                weights = [*self.projector.parameters(), *self.loss.parameters()]
+                self.graph = self.graph if self.graph.works(features, padded[0], weights) else None
+        if self.graph is not None:
+            for inputs in padded:
+                torch.compiler.cudagraph_mark_step_begin()
+                yield inputs, self.graph.num_anchors, self.graph.judge
+            return
+        for batch in batches:
+            inputs = Inputs(self.sampler.place(batch.rows), batch.firsts, batch.bands, batch.found)
+            tiles = list_tiles(batch)
+            yield inputs, len(batch.anchors.rows), partial(self.judge, tiles=tiles)
+
+    def judge(
+        self, features: torch.Tensor, inputs: Inputs, num_anchors: int,
+        tiles: Sequence[tuple[slice, slice]] = (),
+    ) -> Judged:  # fmt: skip
+        """Compare the anchors of each tile with its negatives; without tiles, all with all."""
         features = features + self.noise * torch.randn(features.shape, device=features.device)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
             embeddings = self.projector(features)
-        losses = self._compare(batch, embeddings)  # (T,)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.section.grad_clip)
-        self.optimizer.step()
+        own = slice(0, num_anchors)
+        if len(tiles) <= 1:
+            losses = self._compare(inputs, own, inputs.places, embeddings[own], embeddings)
+        else:
+            losses = torch.cat([self._compare_tile(inputs, embeddings, *tile) for tile in tiles])
+        counts = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=features.device)
         with torch.no_grad():
-            is_active = self._find_active(batch, embeddings)
-            for line, mask in zip(counts, (batch.found, is_active), strict=True):
-                line.index_add_(0, batch.bands, mask.double())
-        return losses.detach().sum().double()
+            is_active = self._find_active(inputs, embeddings, embeddings[num_anchors:])
+            for line, mask in zip(counts, (inputs.found, is_active), strict=True):
+                line.index_add_(0, inputs.bands, mask.double())
+        if inputs.is_real is None:
+            return Judged(losses.mean(), losses.detach().sum().double(), counts)
+        loss_sum = torch.where(inputs.is_real[own], losses, 0.0).sum()
+        return Judged(loss_sum / inputs.is_real[own].sum(), loss_sum.detach().double(), counts)
 
-    def _compare(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each anchor (T,), compared with its tile's anchors and banded negatives."""
-        rows, losses = batch.rows, []
-        anchor, negative = 0, len(batch.anchors.rows)
-        for tile in batch.anchors.split(TILE):
-            own = slice(anchor, anchor + len(tile.rows))
-            banded = slice(negative, negative + len(tile.ends))
-            candidates = torch.cat([rows[own], rows[banded]])
-            masks = self.sampler.compare(rows[own], candidates)
-            both = torch.cat([embeddings[own], embeddings[banded]])
-            losses.append(self.loss(Pairs(embeddings[own], both, *masks, self.sampler.buildings[rows[own]].long())))
-            anchor, negative = own.stop, banded.stop
-        return torch.cat(losses)
+    def _compare_tile(self, inputs: Inputs, embeddings: torch.Tensor, own: slice, banded: slice) -> torch.Tensor:
+        """Return the loss of each anchor of a tile, compared with the tile's anchors and banded negatives."""
+        others = Places(*(torch.cat([values[own], values[banded]]) for values in inputs.places))
+        both = torch.cat([embeddings[own], embeddings[banded]])
+        return self._compare(inputs, own, others, embeddings[own], both)
 
-    def _find_active(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
+    def _compare(
+        self, inputs: Inputs, own: slice, others: Places, anchors: torch.Tensor, candidates: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of each of the anchors at `own` among candidates."""
+        places = inputs.places.take(own)
+        masks = self.sampler.compare(places, others)
+        if inputs.is_real is not None:
+            are_real = inputs.is_real[own, None] & inputs.is_real
+            masks = masks[0] & are_real, masks[1] & are_real
+        losses: torch.Tensor = self.loss(Pairs(anchors, candidates, *masks, places.buildings.long()))
+        return losses
+
+    def _find_active(self, inputs: Inputs, embeddings: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
         """Tell which banded negatives (G,) are nearer to their anchor than a positive and the margin."""
-        firsts, measure = batch.firsts, DISTANCES[self.section.triplet_distance]
-        anchors, positives = embeddings[firsts], embeddings[firsts + 1]
-        negatives = embeddings[len(batch.anchors.rows) :]
-        return batch.found & (measure(anchors, positives) - measure(anchors, negatives) + self.section.margin > 0)
+        measure = DISTANCES[self.section.triplet_distance]
+        anchors, positives = embeddings[inputs.firsts], embeddings[inputs.firsts + 1]
+        return inputs.found & (measure(anchors, positives) - measure(anchors, negatives) + self.section.margin > 0)
 
     def state(self) -> dict[str, Any]:
         """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""
@@ -205,6 +256,15 @@ class Trainer:
 def choose_batch_size(num_images: int) -> int:
     """Return the number of anchors in a step: the more images, the more of them tell a step something new."""
     return min(max(num_images // _STEPS_PER_PASS, _MIN_BATCH), _MAX_BATCH)
+
+
+def list_tiles(batch: Batch) -> list[tuple[slice, slice]]:
+    """Return the anchors of each tile, and the banded negatives of its groups, as places among the batch's rows."""
+    tiles, anchor, negative = [], 0, len(batch.anchors.rows)
+    for tile in batch.anchors.split(TILE):
+        tiles.append((slice(anchor, anchor + len(tile.rows)), slice(negative, negative + len(tile.ends))))
+        anchor, negative = anchor + len(tile.rows), negative + len(tile.ends)
+    return tiles
 
 
 def group_parameters(

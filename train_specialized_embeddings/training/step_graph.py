@@ -1,0 +1,107 @@
+"""Capture the forward and backward pass of a training step as graphs of a GPU, so that it does not wait for the host.
+
+A step on few hundred images takes a GPU less time than the host takes to launch its operators one by one. A graph is
+one launch; its shapes are the same each time, so that batches are padded, and what is added counts for nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.errors import one_line
+from pipeline.inference.devices import COMPILE_ERRORS
+from pipeline.log import logger
+from train_specialized_embeddings.sampling.band_sampler import BandSampler, Batch, Places
+
+# Losses whose operators' shapes do not depend on values. A loss with parameters might look at the padding.
+FIXED_SHAPES = ("multi_similarity", "supcon")
+# Larger batches keep a GPU busy without graphs; the anchors of these are compared in one tile.
+SMALLEST_BATCH, LARGEST_BATCH = 16, 1024
+# Compiling takes about a minute.
+LEAST_STEPS = 20_000
+# torch runs a graph once to warm up, then captures it, then replays it.
+TRIALS = 3
+
+
+class Judged(NamedTuple):
+    """The outcome of a batch: the loss to descend, the sum of the anchors' losses, and its negatives by band."""
+
+    loss: torch.Tensor
+    loss_sum: torch.Tensor  # float64, without a gradient
+    counts: torch.Tensor  # (2, bands) float64: the negatives found, and the active ones
+
+
+class Inputs(NamedTuple):
+    """A batch for `Trainer.judge`: anchors, then a negative for each of their groups."""
+
+    places: Places  # (T + G,)
+    firsts: torch.Tensor  # (G,)
+    bands: torch.Tensor  # (G,)
+    found: torch.Tensor  # (G,)
+    is_real: torch.Tensor | None = None  # (T + G,), where the batch is padded
+
+
+class StepGraph:
+    """Pads batches of at most `batch_size` anchors to one shape, and runs `judge` on them by compiled code."""
+
+    def __init__(self, judge: Callable[..., Judged], batch_size: int, **options: Any) -> None:
+        """Take torch.compile's `options`; `judge` is called with features, inputs and the number of anchors."""
+        self.num_anchors, self._num_groups = batch_size, batch_size // 2  # a group has two images or more
+        self.judge = torch.compile(judge, dynamic=False, fullgraph=True, **options)
+
+    def pad(self, batches: Sequence[Batch], sampler: BandSampler) -> list[Inputs]:
+        """Return the padded inputs of the batches of a draw, by one copy to the device."""
+        num_rows = self.num_anchors + self._num_groups
+        lines = np.zeros((2, len(batches), num_rows + self._num_groups), np.int64)  # where from, and whether real
+        row = group = 0
+        for line, is_real, batch in zip(*lines, batches, strict=True):
+            count, negatives = len(batch.anchors.rows), len(batch.firsts)
+            line[:count] = np.arange(row, row + count)
+            line[self.num_anchors :][:negatives] = np.arange(row + count, row + count + negatives)
+            line[num_rows:][:negatives] = np.arange(group, group + negatives)
+            for start, size in ((0, count), (self.num_anchors, negatives), (num_rows, negatives)):
+                is_real[start : start + size] = 1
+            row, group = row + count + negatives, group + negatives
+        source, real = torch.from_numpy(lines).to(sampler.device)
+        places = sampler.place(torch.cat([batch.rows for batch in batches])[source[:, :num_rows]])
+        groups = source[:, num_rows:]
+        firsts, bands, found = (
+            torch.cat([getattr(batch, name) for batch in batches])[groups] for name in ("firsts", "bands", "found")
+        )
+        found &= real[:, num_rows:].bool()
+        columns = (Places(*each) for each in zip(*places, strict=True))
+        return [Inputs(*each) for each in zip(columns, firsts, bands, found, real[:, :num_rows].bool(), strict=True)]
+
+    def works(self, features: torch.Tensor, inputs: Inputs, weights: Sequence[torch.Tensor]) -> bool:
+        """Try it forward and backward, so that nothing but the weights' gradients is spent; log why where it fails."""
+        states = torch.get_rng_state(), torch.cuda.get_rng_state(features.device) if features.is_cuda else None
+        try:
+            for _ in range(TRIALS):
+                torch.compiler.cudagraph_mark_step_begin()
+                self.judge(features, inputs, self.num_anchors).loss.backward()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except COMPILE_ERRORS as error:
+            logger.warning("steps are not captured as graphs, which is slower: %s", one_line(error)[:200])
+            logger.info("why no step was captured, whole: %s", one_line(error), extra={"file_only": True})
+            return False
+        finally:
+            for weight in weights:
+                weight.grad = None
+            torch.set_rng_state(states[0])
+            if states[1] is not None:
+                torch.cuda.set_rng_state(states[1], features.device)
+        return True
+
+
+def explain_no_graph(device: torch.device, loss: str, batch_size: int, num_steps: int) -> str | None:
+    """Return why steps are not captured; None if they are to be."""
+    if device.type != "cuda":
+        return "a CPU has none"
+    if loss not in FIXED_SHAPES:
+        return f"the shapes of loss {loss} depend on values"
+    if not SMALLEST_BATCH <= batch_size <= LARGEST_BATCH:
+        return f"[training].batch_size = {batch_size} is not from {SMALLEST_BATCH} to {LARGEST_BATCH}"
+    return f"{num_steps} steps are fewer than {LEAST_STEPS}" if num_steps < LEAST_STEPS else None
