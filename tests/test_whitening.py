@@ -84,6 +84,17 @@ def test_one_pass_sums_up_every_power_of_the_rows(mean: float, monkeypatch: pyte
         assert scatter.input_power == power
 
 
+@pytest.mark.parametrize("power", [1.0, 0.8])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_device_maps_rows_as_numpy_does(monkeypatch: pytest.MonkeyPatch, power: float, dtype: type) -> None:
+    monkeypatch.setattr(whitening, "_BLOCK_NUMBERS", 70)  # 7 rows
+    rows = (make_rows(20, 10)[0] - 3).astype(dtype)
+    generator = np.random.default_rng(1)
+    linear_map = LinearMap(generator.standard_normal((6, 10)).astype(np.float32), np.arange(6, dtype=np.float32), power)
+    found = linear_map.map_rows_on(rows, torch.device("cpu"))
+    np.testing.assert_allclose(found, linear_map.map_rows(rows), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("pinned", [True, False])
 def test_rows_for_a_gpu_are_written_to_pinned_memory_once(monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
     """Pinning memory that is there already would copy it."""

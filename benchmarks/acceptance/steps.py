@@ -21,6 +21,7 @@ from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training import starts
 from train_specialized_embeddings.training.starts import NUM_COORDINATES
+from train_specialized_embeddings.training.step_graph import LEAST_STEPS
 from train_specialized_embeddings.training.trainer import Trainer
 from train_specialized_embeddings.training.validation import choose_validation_set
 
@@ -104,11 +105,12 @@ def _time_default(findings: Findings, bench: Bench, batch_size: int) -> None:
     """Note the anchors a second of stage 6's own objective, in coordinates, and where the time of a step goes."""
     width = min(NUM_COORDINATES, bench.features.width)
     store = FeatureStore(np.ascontiguousarray(bench.features.embeddings[:, :width]), bench.device)
-    section = TrainingSection(batch_size=batch_size, anchors_per_epoch=bench.steps * batch_size)
+    section = TrainingSection(batch_size=batch_size, anchors_per_epoch=bench.steps * batch_size, num_epochs=LEAST_STEPS)
     trainer = bench.make_trainer(store, width, section)
     seconds = time_steady(lambda: trainer.run_epoch(Progress("train", None)))
     findings.note(**{f"default_anchors_per_s_at_{batch_size}": trainer.num_anchors / seconds,
                      f"seconds_a_step_at_{batch_size}": seconds / trainer.steps_per_epoch,
+                     f"captured_at_{batch_size}": trainer.graph is not None,
                      f"profile_at_{batch_size}": profile_epoch(trainer)})  # fmt: skip
 
 
@@ -185,4 +187,4 @@ def measure_start(findings: Findings) -> None:
 
 def store_coordinates(start: starts.Start, embeddings: NDArray[np.float32], device: torch.device) -> FeatureStore:
     """Return the store of rows in the start's coordinates, as stage 6 makes it."""
-    return FeatureStore(start.coordinates.linear_map.map_rows(embeddings), device)
+    return FeatureStore(start.coordinates.linear_map.map_rows_on(embeddings, device), device)

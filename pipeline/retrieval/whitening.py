@@ -74,6 +74,26 @@ class LinearMap:
             mapped[start : start + step] = rows @ self.weight.T + self.bias
         return mapped
 
+    def map_rows_on(self, embeddings: NDArray[Any], device: "torch.device") -> Float32:
+        """Return what `map_rows` does up to rounding, computed on a device; threads read ahead of it."""
+        import torch
+
+        from pipeline.inference.devices import full_precision
+
+        weight, bias = (torch.from_numpy(part).to(device) for part in (self.weight, self.bias))
+        mapped = np.empty((len(embeddings), len(weight)), dtype=np.float32)
+        step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
+
+        def read(start: int) -> tuple[int, torch.Tensor]:
+            return start, copy_rows(embeddings[start : start + step], pinned=device.type == "cuda")
+
+        starts = range(0, len(embeddings), step)
+        with closing(map_in_order(read, starts, _READERS, in_flight=_READERS)) as blocks, full_precision():
+            for start, rows in blocks:
+                moved = _raise(rows.to(device, non_blocking=True).float(), self.input_power)
+                mapped[start : start + step] = torch.addmm(bias, moved, weight.T).cpu().numpy()
+        return mapped
+
     def take_leading(self, count: int) -> "LinearMap":
         """Return the map of the first `count` rows."""
         return replace(self, weight=self.weight[:count], bias=self.bias[:count])
@@ -173,14 +193,14 @@ class _Sums:
         self._between, self._total = torch.zeros_like(self._within), torch.zeros_like(self._within[0])
         # Sums of squares around a fixed point near the data lose no digits to a large mean.
         first = torch.from_numpy(np.array(embeddings[: min(len(embeddings), 256)])).to(device)
-        self._origin = self._prepare(first).double().mean(dim=0).to(self._dtype)
+        self._origin = _raise(first, power).double().mean(dim=0).to(self._dtype)
         self._num_rows = self._num_buildings = 0
 
     def add(self, rows: "torch.Tensor", sizes: "torch.Tensor") -> None:
         """Add rows (B, D) of whole buildings, one after the other, of these sizes."""
         import torch
 
-        block = self._prepare(rows) - self._origin
+        block = _raise(rows, self._power) - self._origin
         means = torch.segment_reduce(block, "mean", lengths=sizes, axis=0, unsafe=True)
         self._total += sizes.double() @ means.double()
         block -= means.repeat_interleave(sizes, dim=0, output_size=len(block))
@@ -201,14 +221,15 @@ class _Sums:
         counts = self._num_rows, self._num_buildings
         return Scatter(mean + origin, within, between, *counts, self._power, self._device)
 
-    def _prepare(self, rows: "torch.Tensor") -> "torch.Tensor":
-        """Return rows of any float type, raised to the power."""
-        import torch
 
-        if self._power == 1.0:
-            return rows
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        return rows.abs().pow_(self._power).copysign_(rows)
+def _raise(rows: "torch.Tensor", power: float) -> "torch.Tensor":
+    """Return rows of any float type, raised to a power with their signs kept."""
+    import torch
+
+    if power == 1.0:
+        return rows
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    return rows.abs().pow_(power).copysign_(rows)
 
 
 def _add_gram(matrix: "torch.Tensor", rows: "torch.Tensor") -> None:

@@ -4,6 +4,7 @@ import json
 import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,8 @@ def make_material(
         start = restore_start(saved, saved.rest["start"], scores)
     else:
         start = fit_start(train, validation, config.training_model.output_dim, section, device, warm)
-    map_rows = start.coordinates.linear_map.map_rows
+    linear_map = start.coordinates.linear_map
+    map_rows = partial(linear_map.map_rows_on, device=device) if device.type == "cuda" else linear_map.map_rows
     store = FeatureStore(map_rows(train.embeddings), device)
     validation = replace(validation, embeddings=map_rows(validation.embeddings))
     # What an earlier run was trained on has shaped the start; None where that run does not name its buildings.
