@@ -22,7 +22,7 @@ from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training import starts
 from train_specialized_embeddings.training.starts import NUM_COORDINATES
 from train_specialized_embeddings.training.step_graph import LEAST_STEPS
-from train_specialized_embeddings.training.trainer import Trainer
+from train_specialized_embeddings.training.trainer import Trainer, choose_batch_size
 from train_specialized_embeddings.training.validation import choose_validation_set
 
 # The first columns hold the row's number, in digits that bfloat16 represents exactly.
@@ -72,7 +72,7 @@ def train_steps(findings: Findings) -> None:
             findings.note(**{f"triplets_per_s_at_{batch_size}": rate})
             if batch_size == batches[-1]:
                 findings.aim(f"triplets/s at batch {batch_size:,}, resident", rate, at_least=1.5e6)
-    for batch_size in (TrainingSection().batch_size, batches[0]):
+    for batch_size in (choose_batch_size(TRAINING_IMAGES), batches[0]):
         with findings.part(f"the default objective at {batch_size}"):
             _time_default(findings, bench, batch_size)
     with findings.part("save and resume"):
@@ -109,12 +109,12 @@ def _time_default(findings: Findings, bench: Bench, batch_size: int) -> None:
     trainer = bench.make_trainer(store, width, section)
     seconds = time_steady(lambda: trainer.run_epoch(Progress("train", None)))
     findings.note(**{f"default_anchors_per_s_at_{batch_size}": trainer.num_anchors / seconds,
-                     f"seconds_a_step_at_{batch_size}": seconds / trainer.steps_per_epoch,
+                     f"seconds_a_step_at_{batch_size}": seconds / bench.steps,
                      f"captured_at_{batch_size}": trainer.graph is not None,
-                     f"profile_at_{batch_size}": profile_epoch(trainer)})  # fmt: skip
+                     f"profile_at_{batch_size}": profile_epoch(trainer, bench.steps)})  # fmt: skip
 
 
-def profile_epoch(trainer: Trainer) -> dict[str, Any]:
+def profile_epoch(trainer: Trainer, num_steps: int) -> dict[str, Any]:
     """Return the operators and launches of a step, and the ten operators or kernels that take longest in an epoch."""
     on_gpu = trainer.store.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
@@ -128,7 +128,7 @@ def profile_epoch(trainer: Trainer) -> dict[str, Any]:
         "waits": sum(event.count for event in events if "Synchronize" in event.key),
     }
     return {
-        **{f"{name} a step": count / trainer.steps_per_epoch for name, count in counts.items()},
+        **{f"{name} a step": count / num_steps for name, count in counts.items()},
         "longest": {event.key[:80]: f"{event.count} x, {getattr(event, kind) / 1e3:.3f} ms" for event in longest},
     }
 
