@@ -91,7 +91,7 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
         config.path("checkpoint_dir") / CHECKPOINT_NAME, config.training_model, input_dim=features.width
     )
     device = choose_device(config.infrastructure.device)
-    shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # the reference's names none
+    shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # not every checkpoint names one
     with needing_memory("the scatter of the training images", "or set [infrastructure].device to cpu"):
         scatter = collect_scatters(train.embeddings, train.building_codes, device=device)[0]
         whitening = whiten_within_class(scatter, checkpoint.architecture["output_dim"], shrinkage)

@@ -44,7 +44,7 @@ class Checkpoint:
     rest: dict[str, Any] = field(default_factory=dict)  # optimiser, sampler, random state, ...
 
     def count_trained_on(self, building_ids: Iterable[str]) -> int | None:
-        """Count the buildings that it was trained on; None where it does not name them (the reference's names none)."""
+        """Count the buildings that it was trained on; None where it does not name them."""
         trained_on = self.rest.get("trained_on")
         if not isinstance(trained_on, torch.Tensor):
             return None

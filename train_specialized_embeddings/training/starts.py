@@ -279,7 +279,7 @@ def restore_start(
 ) -> Start:
     """Return the start at a checkpoint's coordinates and averaged projector.
 
-    Without coordinates, as the reference implementation writes it, its projector takes the `features`.
+    The projector of one without coordinates takes the `features`.
     """
     architecture, weights, coordinates = checkpoint.architecture, checkpoint.projector, features
     if isinstance(state := checkpoint.rest.get("coordinates"), dict):
