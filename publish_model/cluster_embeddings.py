@@ -38,6 +38,7 @@ from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, check_replace
 from pipeline.files.tables import is_complete, make_provenance, read_provenance, reading, write_parquet
 from pipeline.files.text_tables import null_blanks, read_id_table
 from pipeline.files.workspace import read_json_object, write_json
+from pipeline.inference.launcher import whole_number
 from pipeline.log import logger
 from pipeline.retrieval.group_scores import measure_groups
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
@@ -47,7 +48,7 @@ from publish_model.derived.image_groups import count_pairs, group_images
 from publish_model.derived.look_alike import COUNT_COLUMN, average_ids, find_types
 from publish_model.model_folder.published_model import find_model
 from publish_model.model_folder.training_similarity import PairTable, read_pairs
-from publish_model.new_data.embed_options import add_model_option, whole_number
+from publish_model.new_data.embed_options import add_model_option
 
 STAGE = "cluster_embeddings"
 LABEL_COLUMN = "building_id"

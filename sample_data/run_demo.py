@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     package_split(config, "test", packaged)
     run_pipeline.run_stages(config, options, results, 8, 9)
     embeddings_dir = config.expand(config.new_data.output or "", "[new_data].output")
-    arguments = [embeddings_dir, "--model-id", config.path("published_model_dir"), "--html", "--input", packaged]
+    command = [embeddings_dir, "--model-id", config.path("published_model_dir"), "--html", "--input", packaged]
     try:
-        cluster_embeddings.main(list(map(str, arguments)))
+        cluster_embeddings.main(list(map(str, command)))
     except InputError as error:  # a few tars of the user's own may leave validation without pairs
         logger.warning("not grouped: %s", error)
     show_results(config, results, time.monotonic() - started)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,12 +58,12 @@ def make_group_table(
     order = np.lexsort((np.arange(len(groups)), -similarity, ~is_medoid, groups))
     taken = [take_rows(column.combine_chunks(), order) for column in columns.columns]
     table = pa.Table.from_arrays(taken, schema=columns.schema)
-    made = (groups, similarity, is_medoid, np.arange(len(groups)) if rows is None else rows)
+    made: list[NDArray[Any]] = [groups, similarity, is_medoid, np.arange(len(groups)) if rows is None else rows]
     for name, values in zip(MADE_COLUMNS, made, strict=False):
         table = table.append_column(name, pa.array(values[order]))
     if positions is None:
         return table
-    known = np.isfinite(positions).all(axis=1)
+    known: NDArray[np.bool_] = np.isfinite(positions).all(axis=1)
     points = [_WKB_POINT.pack(1, 1, *positions[row, ::-1]) if known[row] else None for row in order]
     return table.append_column(GEOMETRY_COLUMN, pa.array(points, pa.binary()))
 

@@ -51,7 +51,7 @@ class Sums:
 
     @property
     def means(self) -> Embeddings:
-        return self.embeddings / self.counts[:, None].astype(np.float32)
+        return np.divide(self.embeddings, self.counts[:, None], dtype=np.float32)
 
     @property
     def centres(self) -> Points | None:
@@ -272,7 +272,7 @@ def _train_index(means: Embeddings) -> Any:
             f"faiss: not installed, and over {EXACT_ROWS} images need it: pip install faiss-cpu (the extra `faiss`)"
         ) from None
     num_cells = int(4 * len(means) ** 0.5)
-    index = faiss.index_factory(means.shape[1], f"IVF{num_cells},Flat", faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(means.shape[1], f"IVF{num_cells},Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(means[:: max(1, len(means) // (64 * num_cells))])
     index.add(means)
     index.nprobe = NUM_PROBES

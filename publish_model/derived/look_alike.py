@@ -35,7 +35,7 @@ def average_ids(
     ids = take_rows(columns[ID_COLUMN].combine_chunks(), firsts)
     table = pa.Table.from_arrays([ids, pa.array(sums.counts)], names=[ID_COLUMN, COUNT_COLUMN])
     if positions is not None:
-        positions = np.stack(mean_positions(codes, *positions[rows].T, len(numbers)), axis=1)
+        positions = np.stack(mean_positions(codes, positions[rows, 0], positions[rows, 1], len(numbers)), axis=1)
     return table, means.astype(np.float32), positions, firsts
 
 
