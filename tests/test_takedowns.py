@@ -170,6 +170,29 @@ def test_a_folder_that_cannot_be_read_stops_a_takedown_before_it_begins(delete, 
     assert read_bytes(dataset) == before
 
 
+def test_no_tool_sets_a_users_parquet_among_the_rejects_aside(delete, embed, run_main, dataset, tmp_path):
+    """What is set aside is removed once the dataset is complete."""
+    mine = dataset / "_rejects" / "rg00077_rb00000.parquet"
+    pq.write_table(pa.table({"mine": [1]}), mine)
+    before = mine.read_bytes()
+    for outcome in (
+        run_main(verify_embeddings.main, dataset, "--repair"),
+        embed(tmp_path / "in.parquet", dataset, "--overwrite"),
+    ):
+        assert outcome.code == 1
+        assert f"{mine}: not written by this project" in outcome.stderr
+    embed(tmp_path / "in.parquet", dataset)
+    assert mine.read_bytes() == before
+
+
+def test_notes_of_crashed_decoders_go_with_the_logs(delete, dataset):
+    (dataset / "_logs").mkdir(exist_ok=True)
+    for end in ("crashed", "decoding", "fault"):
+        (dataset / "_logs" / f".generate_embeddings_from_parquet.log.{end}").write_text("1")
+    assert delete(dataset, "way/1").code == 0
+    assert not (dataset / "_logs").exists()
+
+
 def test_rejects_whose_part_was_never_written_go(delete, dataset):
     list_parts(dataset)[0].unlink()
     assert delete(dataset, "way/1").code == 0

@@ -20,6 +20,7 @@ from pipeline.embeddings_dataset.parts import (
     PartContent,
     count_rows,
     embeddings_of,
+    is_foreign,
     list_part_files,
     plan_parts,
     read_part,
@@ -83,7 +84,10 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     # A kill between the two files leaves rejects alone, and a rerun writes both.
     for path in sorted((dataset.folder / "_rejects").glob("rg*.parquet")):
         if dataset.path_of(path.name) not in paths:
-            findings.add(path, "its part is missing")
+            if is_foreign(path):
+                findings.add_foreign(path)
+            else:
+                findings.add(path, "its part is missing")
     if input_path is not None and recipe:
         _compare_with_input(dataset.open_input(input_path, recipe), parts, order, findings)
     findings.sound = tuple(part for part in parts if part.path not in findings.broken)

@@ -23,6 +23,7 @@ from pipeline.embeddings_dataset.parts import (
     Part,
     count_rows,
     embeddings_of,
+    is_foreign,
     list_part_files,
     read_ids,
     read_part,
@@ -192,7 +193,10 @@ class EmbeddingsDataset:
         for path in parts:
             with suppress(DamagedError):
                 read_part(path)
-        self.set_aside([self.state_path, *parts, *sorted((self.folder / "_rejects").glob("rg*.parquet"))])
+        rejects = sorted((self.folder / "_rejects").glob("rg*.parquet"))
+        if strange := next(filter(is_foreign, rejects), None):
+            raise ForeignError(strange)
+        self.set_aside([self.state_path, *parts, *rejects])
 
     def list_set_aside(self) -> list[Path]:
         """Return the parts and rejects that were set aside, the last ones last."""

@@ -36,7 +36,7 @@ from pipeline.own_folders import remove
 # What is made from a dataset, in the folders for it: the tools' copies, what was set aside, and logs, which name ids.
 _DERIVED = re.compile(
     r"_aggregated/[^/]+\.parquet|_clusters/(clusters|look_alike)\.(parquet|json|html)|_exports/(float16|int8)/.+"
-    r"|_logs/.+\.log|_removed/\d+/.+"
+    r"|_logs/.+\.log(\.(crashed|decoding|fault))?|_removed/\d+/.+"
 )
 _DERIVED_FOLDERS = re.compile(r"(_aggregated|_clusters|_exports|_logs|_removed)(/.+)?")
 # What was set aside looks like a dataset.

@@ -238,6 +238,14 @@ def is_ours(path: Path) -> bool:
         return False
 
 
+def is_foreign(path: Path) -> bool:
+    """Return whether a parquet is there and readable, and stage 8 did not write it."""
+    try:
+        return (read_provenance(path) or {}).get("stage") != STAGE
+    except InputError:
+        return False
+
+
 def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: dict[str, Any]) -> None:
     """Write a part behind its rejects, so that where the part is, both are.
 
