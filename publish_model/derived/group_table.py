@@ -63,7 +63,7 @@ def make_group_table(
         table = table.append_column(name, pa.array(values[order]))
     if positions is None:
         return table
-    known: NDArray[np.bool_] = np.isfinite(positions).all(axis=1)
+    known = np.asarray(np.isfinite(positions).all(axis=1))
     points = [_WKB_POINT.pack(1, 1, *positions[row, ::-1]) if known[row] else None for row in order]
     return table.append_column(GEOMETRY_COLUMN, pa.array(points, pa.binary()))
 
