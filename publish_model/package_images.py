@@ -123,8 +123,8 @@ def write_file(
     own, *kept = source.fields
     schema = pa.schema([own, (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *kept])
     # Pages of one picture, whose least and greatest bytes nobody asks for: else a row group takes six times its bytes.
-    options: dict[str, Any] = {"write_batch_size": 1, "write_statistics": [own.name, VALID_COLUMN]}
-    with parquet_writer(path, schema, provenance, **options) as writer:
+    numbers = [own.name, VALID_COLUMN]
+    with parquet_writer(path, schema, provenance, write_batch_size=1, write_statistics=numbers) as writer:
         for one in images:
             rows.append({**one.image.row, VALID_COLUMN: one.data is not None})
             pictures.append(one.data)
