@@ -184,7 +184,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", argv)
-    source = open_input(options)  # a mistyped path leaves no folder behind
+    open_input(options)  # a mistyped path leaves no folder behind, and no log: what it warns of comes below
     if launcher.launch(__file__, argv, options.processes, is_sharded=not options.shard.is_whole):
         return
     folder = EmbeddingsDataset(options.output).folder
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             STAGE, VERSION, platform.python_version(),
             *(cli.installed_version(package) for package in ("pyarrow", "torch", "transformers")), options.device,
         )  # fmt: skip
-        return embed_dataset(options, source)
+        return embed_dataset(options, open_input(options))
 
     cli.run_logged(STAGE, tell, folder / "_logs" / cli.log_name(STAGE, options.shard))
 
