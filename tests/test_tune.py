@@ -150,6 +150,22 @@ def test_two_workers_share_one_study(workspace: Path) -> None:
     assert len({tuple(row[name] for name in SPACE) for row in rows}) == len(rows)
 
 
+def test_a_trial_that_another_worker_takes_back_while_it_is_asked_for_is_followed_by_the_next(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, taken = optuna.Study.ask, []
+
+    def ask_late(study: optuna.Study, *arguments: Any) -> optuna.Trial:
+        if not taken:
+            taken.append(study.ask.__name__)
+            raise optuna.exceptions.UpdateFinishedTrialError("Trial#0 has already finished and can not be updated.")
+        return ask(study, *arguments)
+
+    monkeypatch.setattr(optuna.Study, "ask", ask_late)
+    assert search(workspace, 1).rows_in == 1
+    assert taken
+
+
 def test_workers_share_the_gpus_unless_they_are_to_compute_on_the_cpu(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,8 +116,11 @@ class Tuning:
         parent = multiprocessing.parent_process()
         while len(list_finished(study)) < options.num_trials and (parent is None or parent.is_alive()):
             self._retry_killed(study)
-            trial = study.ask(SPACE)
-            # Another worker takes a trial back that is not locked; this one then asks for the next.
+            # Another worker takes a trial back that is not locked yet; this one then asks for the next.
+            try:
+                trial = study.ask(SPACE)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                continue
             with suppress(PipelineError), self._holding(trial.number):
                 if study.trials[trial.number].state == TrialState.RUNNING:
                     self._run_trial(study, trial, material, watch)
