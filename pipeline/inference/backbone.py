@@ -212,7 +212,10 @@ class Embedder:
     def _prepare_drawn(self, folder: Path) -> torch.Tensor:
         """Return a drawn picture as the model's input; raise InputError where the settings do not allow that."""
         try:
-            return self.prepare(draw_picture((640, 640)))
+            prepared = self.prepare(draw_picture((640, 640)))
+            if not prepared.numel():
+                raise ValueError("no pixel is left")
+            return prepared
         except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
             raise InputError(
                 f"{folder}: its image processor cannot prepare a picture ({one_line(error)[:200]}): correct "
