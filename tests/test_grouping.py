@@ -27,13 +27,13 @@ def test_through_the_disk_comes_the_same_as_in_memory(tmp_path, write_config, mo
         paths.append(write(tmp_path, 4, table))
     inventory = take_inventory(paths)
     assert inventory.find_groups() == ([[0, 1, 2, 3]] if over_two_files else [[0], [1], [2]])
-    config = load_config(write_config(tmp_path, data={"memory_mb": 16}))
     results = []
     for rows_at_a_time in (10_000, 100, 20, 1):
         folder = tmp_path / str(rows_at_a_time)
+        config = load_config(write_config(tmp_path, paths={"merged_dir": str(folder)}, data={"memory_mb": 16}))
         sized = dataclasses.replace(inventory, row_bytes=16 * 1024**2 // rows_at_a_time)
         splits, provenances = merge_and_split.plan_splits(sized, {"stage": "x"}, config)
-        merge_and_split.write_splits(sized, splits, folder, provenances, config)
+        merge_and_split.write_splits(sized, splits, provenances, config)
         assert sorted(path.name for path in folder.iterdir()) == ["test.parquet", "train.parquet", "val.parquet"]
         results.append([(folder / f"{split}.parquet").read_bytes() for split in SPLITS])
     assert all(result == results[0] for result in results[1:])
@@ -73,7 +73,8 @@ def test_only_files_that_share_a_building_are_merged_together(tmp_path):
 @pytest.mark.parametrize("num_files", [1, 8])
 def test_memory_does_not_grow_with_the_number_of_embeddings(tmp_path, write_config, monkeypatch, num_files):
     monkeypatch.setattr(merge_and_split, "ROW_GROUP_ROWS", 500)
-    config = load_config(write_config(tmp_path, data={"memory_mb": 16}))
+    merged = str(tmp_path / "merged")
+    config = load_config(write_config(tmp_path, paths={"merged_dir": merged}, data={"memory_mb": 16}))
     peaks = []
     for count in (8_000, 32_000):  # 8 and 32 MB
         sizes = [4] * (count // 4 // num_files)
@@ -84,7 +85,7 @@ def test_memory_does_not_grow_with_the_number_of_embeddings(tmp_path, write_conf
         pa.set_memory_pool(pool)
         tracemalloc.start()
         try:
-            merge_and_split.write_splits(inventory, splits, tmp_path / "merged", provenances, config)
+            merge_and_split.write_splits(inventory, splits, provenances, config)
             peaks.append(pool.max_memory() + tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
