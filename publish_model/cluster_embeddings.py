@@ -34,12 +34,13 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, check_replaceable, page_mark
+from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, carries, check_replaceable, page_mark
 from pipeline.files.tables import is_complete, make_provenance, read_provenance, reading, write_parquet
 from pipeline.files.text_tables import null_blanks, read_id_table
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.inference.launcher import whole_number
 from pipeline.log import logger
+from pipeline.own_folders import remove
 from pipeline.retrieval.group_scores import measure_groups
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.group_page import list_rows, write_page
@@ -47,7 +48,7 @@ from publish_model.derived.group_table import CLUSTER_COLUMN, MADE_COLUMNS, desc
 from publish_model.derived.image_groups import count_pairs, group_images
 from publish_model.derived.look_alike import COUNT_COLUMN, average_ids, find_types
 from publish_model.model_folder.published_model import find_model
-from publish_model.model_folder.training_similarity import PairTable, read_pairs
+from publish_model.model_folder.training_similarity import read_pairs
 from publish_model.new_data.embed_options import add_model_option
 
 STAGE = "cluster_embeddings"
@@ -109,7 +110,7 @@ def read_positions(columns: pa.Table, names: tuple[str, str]) -> NDArray[np.floa
         kind = columns[name].type
         if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
             raise InputError(f"--positions: column {name} holds {kind}, no degrees: give columns of numbers")
-        degrees = columns[name].cast(pa.float64()).to_numpy()
+        degrees = columns[name].cast(pa.float64(), safe=False).to_numpy()
         outside = np.abs(degrees) > limit
         if outside.any():
             raise InputError(
@@ -121,48 +122,29 @@ def read_positions(columns: pa.Table, names: tuple[str, str]) -> NDArray[np.floa
     return positions
 
 
-class Threshold:
-    """The cosine at which groups are cut, and what validation says of it."""
+def choose_threshold(dataset: EmbeddingsDataset, options: ClusterOptions, num_pairs: int) -> dict[str, Any]:
+    """Return the cosine to cut at for so many pairs of images, where it is from, and the share of wrong pairs expected.
 
-    def __init__(self, dataset: EmbeddingsDataset, options: ClusterOptions, num_pairs: int) -> None:
-        """Choose it for so many pairs of images; a given threshold needs no model.
-
-        Raises ConfigError without model and threshold, InputError where the model has no table or is another one.
-        """
-        self._table: PairTable | None = None
-        self._pairs_an_image = 2 * num_pairs / max(1, dataset.num_rows)
-        self._is_given = options.threshold is not None
-        self.rate: float | None = None
-        if not options.model_id and options.threshold is None:
-            raise ConfigError("--model-id: give the model that made the embeddings, or a --threshold")
-        if options.model_id:
-            model = find_model(options.model_id, download=False)
-            model.check_made(dataset)
-            table = self._table = read_pairs(model.folder, "near" if options.positions else "all")
-            if options.threshold is not None:
-                self.rate = table.rate_at(options.threshold)
-            else:
-                # Among near pairs alone the best number depends on how dense the validation images stand.
-                partners = read_pairs(model.folder, "all").best_partners
-                self.rate = options.false_pairs or min(0.5, partners / max(1.0, self._pairs_an_image))
-                if table.is_beyond(self.rate):
-                    logger.warning("%.2g false pairs a pair: beyond what validation measured, extrapolated", self.rate)
-        if options.threshold is not None:
-            self.cosine = options.threshold
-        elif self._table is not None and self.rate is not None:
-            self.cosine = round(self._table.threshold_at(self.rate), 6)
-
-    def describe(self, pairs_in_groups: float) -> dict[str, Any]:
-        """Return where the threshold is from, and the wrong pairs to be expected at the validation's rate."""
-        described = {"threshold": self.cosine, "threshold_from": "given" if self._is_given else "validation"}
-        if self._table is None or self.rate is None:
-            return described
-        partners = self._pairs_an_image * self.rate
-        share = self._table.wrong_share_at(partners)
-        return described | {
-            "false_pairs": self.rate, "wrong_partners_by_chance": partners,
-            "expected_wrong_pair_share": share, "expected_wrong_pairs": share * pairs_in_groups,
-        }  # fmt: skip
+    A given threshold needs no model. Raises ConfigError without either, InputError where the model has no table or is
+    another one.
+    """
+    if options.threshold is not None:
+        return {"threshold": options.threshold, "threshold_from": "given"}
+    if not options.model_id:
+        raise ConfigError("--model-id: give the model that made the embeddings, or a --threshold")
+    model = find_model(options.model_id, download=False)
+    model.check_made(dataset)
+    table = read_pairs(model.folder, "near" if options.positions else "all")
+    # Among near pairs alone the best number depends on how dense the validation images stand.
+    partners = read_pairs(model.folder, "all").best_partners
+    pairs_an_image = 2 * num_pairs / max(1, dataset.num_rows)
+    rate = options.false_pairs or min(0.5, partners / max(1.0, pairs_an_image))
+    if table.is_beyond(rate):
+        logger.warning("%.2g false pairs a pair: beyond what validation measured, extrapolated", rate)
+    return {
+        "threshold": round(table.threshold_at(rate), 6), "threshold_from": "validation", "false_pairs": rate,
+        "expected_wrong_pair_share": table.wrong_share_at(pairs_an_image * rate),
+    }  # fmt: skip
 
 
 def read_labels(columns: pa.Table, labels_path: Path) -> pa.Array:
@@ -185,28 +167,31 @@ def read_labels(columns: pa.Table, labels_path: Path) -> pa.Array:
     return pairs["building"].combine_chunks().take(pc.index_in(ids, value_set=pairs["id"].combine_chunks()))
 
 
-def summarize(table: pa.Table, threshold: Threshold | None) -> dict[str, Any]:
-    """Return the counts and sizes of groups, and name a giant one."""
-    clusters = table[CLUSTER_COLUMN].to_numpy()
-    sizes = np.bincount(clusters)
-    edges = 2 ** np.arange(int(sizes.max(initial=1)).bit_length())
-    named = {
-        f"{low}" if low == 1 else f"{low}-{2 * low - 1}": int(((sizes >= low) & (sizes < 2 * low)).sum())
-        for low in edges
-    }
+def summarize(table: pa.Table, threshold: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the counts and sizes of groups, of ids without a threshold; with one, wrong pairs and a giant group."""
+    sizes = np.bincount(table[CLUSTER_COLUMN].to_numpy())
+    lows = [2**power for power in range(int(sizes.max(initial=1)).bit_length())]
     summary: dict[str, Any] = {
-        "images": len(clusters), "clusters": len(sizes), "alone": int((sizes == 1).sum()),
-        "largest": int(sizes.max(initial=0)), "clusters_by_size": named,
+        "ids" if threshold is None else "images": len(table), "clusters": len(sizes), "alone": int((sizes == 1).sum()),
+        "largest": int(sizes.max(initial=0)),
+        "clusters_by_size": {
+            f"{low}-{2 * low - 1}" if low > 1 else "1": int(((sizes >= low) & (sizes < 2 * low)).sum()) for low in lows
+        },
     }  # fmt: skip
-    if sizes.max(initial=0) > max(GIANT_IMAGES, GIANT_SHARE * len(clusters)):
-        summary["giant"] = {"cluster": 0, "images": int(sizes[0])}
+    if threshold is None:
+        return summary
+    if summary["largest"] > max(GIANT_IMAGES, GIANT_SHARE * len(table)):
+        summary["giant"] = {"cluster": 0, "images": summary["largest"]}
         logger.warning(
             "cluster 0 holds %d of %d images: copies of one picture, or a threshold that is too low",
-            sizes[0],
-            len(clusters),
+            summary["largest"],
+            len(table),
         )
-    if threshold is not None:
-        summary |= threshold.describe(float((sizes * (sizes - 1.0) / 2).sum()))
+    summary |= threshold
+    if "expected_wrong_pair_share" in threshold:
+        summary["expected_wrong_pairs"] = threshold["expected_wrong_pair_share"] * float(
+            (sizes * (sizes - 1.0) / 2).sum()
+        )
     return summary
 
 
@@ -229,12 +214,13 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
     rows, threshold, settings = None, None, dict[str, Any]()
     if options.look_alike:
         columns, embeddings, positions, rows = average_ids(columns, embeddings, positions)
-        if options.look_alike > len(embeddings):
-            raise InputError(f"{dataset.folder}: has {len(embeddings)} ids: give --look-alike no more than that")
+        num_kinds = len(np.unique(embeddings.round(5), axis=0))
+        if options.look_alike > num_kinds:
+            raise InputError(f"{dataset.folder}: has {num_kinds} ids that differ: give --look-alike no more than that")
         settings["look_alike"] = options.look_alike
     else:
-        threshold = Threshold(dataset, options, count_pairs(num_rows, positions, options.max_distance_m))
-        settings["threshold"] = threshold.cosine
+        threshold = choose_threshold(dataset, options, count_pairs(num_rows, positions, options.max_distance_m))
+        settings["threshold"] = threshold["threshold"]
     check_names("the dataset's kept columns", MADE_COLUMNS, columns.column_names)
     if options.positions:
         settings |= {"positions": list(options.positions), "max_distance_m": options.max_distance_m}
@@ -259,6 +245,8 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
         images = dict(dataset.read_images(source, list_rows(table))) if source else {}
         write_page(page_path, table, summary, images, "buildings" if options.look_alike else "images")
         result.written.append(page_path)
+    elif path in result.written and carries(page_path, page_mark(STAGE)):
+        remove(page_path)  # it shows the groups that were replaced
     num_out = int(columns[COUNT_COLUMN].to_numpy().sum()) if options.look_alike else num_rows
     result.add({"in": num_rows, "out": num_out, "dropped": num_rows - num_out})
     return result
@@ -267,14 +255,14 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
 def find_groups(
     embeddings: NDArray[np.float32],
     positions: NDArray[np.float64] | None,
-    threshold: Threshold | None,
+    threshold: dict[str, Any] | None,
     options: ClusterOptions,
 ) -> tuple[NDArray[np.int64], dict[str, float]]:
     """Return the group of each row, and how exact the search or how stable k-means was."""
     if threshold is None:
         groups, stability = find_types(embeddings, options.look_alike or 1)
         return groups, {"adjusted_rand_between_starts": stability}
-    grouping = group_images(embeddings, threshold.cosine, positions, options.max_distance_m)
+    grouping = group_images(embeddings, threshold["threshold"], positions, options.max_distance_m)
     return grouping.groups, {"search_recall": grouping.recall}
 
 
@@ -291,7 +279,7 @@ def measure_by_labels(table: pa.Table, labels_path: Path) -> dict[str, Any]:
 
 def log_summary(summary: dict[str, Any]) -> None:
     """Log the counts, the threshold, what is to be expected, and what was measured."""
-    logger.info("%(images)d in %(clusters)d clusters, %(alone)d alone, the largest of %(largest)d", summary)
+    logger.info("%(clusters)d clusters, %(alone)d alone, the largest of %(largest)d", summary)
     if "threshold" in summary:
         logger.info("threshold %(threshold).4f (%(threshold_from)s)", summary)
     else:
@@ -339,7 +327,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument(
-        "--threshold", type=number_within(-1, 1), metavar="COSINE", help="mean cosine of groups that merge"
+        "--threshold",
+        type=number_within(-1, 1),
+        metavar="COSINE",
+        help="mean cosine of groups that merge; needs no model",
     )
     cut.add_argument(
         "--false-pairs", type=number_within(0, 0.5), metavar="RATE",
@@ -351,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="LAT,LON",
         help="kept columns in degrees: compare near images alone",
     )
-    add("--max-distance-m", type=number_within(0, 30_000), default=150.0, metavar="M", help="how far that is (150)")
+    add("--max-distance-m", type=number_within(0.001, 30_000), default=150.0, metavar="M", help="how far that is (150)")
     add("--labels", type=Path, metavar="FILE", help=f"parquet or CSV of {ID_COLUMN} and {LABEL_COLUMN}, to measure by")
     add("--look-alike", type=whole_number, metavar="N", help="make N groups of ids that look alike, by k-means")
     add("--html", action="store_true", help="write a page too")
@@ -359,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="make again what is there already")
     arguments = vars(parser.parse_args(argv))
     arguments.pop("trust_remote_code")
-    if arguments["look_alike"] and (arguments["threshold"] or arguments["false_pairs"]):
+    if arguments["look_alike"] and (arguments["threshold"] is not None or arguments["false_pairs"]):
         raise ConfigError("--look-alike: takes no --threshold and no --false-pairs: leave them out")
     output = arguments.pop("output")
     run_tool(STAGE, output, lambda dataset: cluster(dataset, ClusterOptions(**arguments)))

@@ -34,7 +34,9 @@ def dataset(tmp_path):
     generator = np.random.default_rng(0)
     lat = 52.2 + buildings * 0.002 + generator.normal(size=40) * 1e-5
     ids = pa.array([f"image {row}" for row in range(40)])
-    return write_dataset(tmp_path / "out", ids, embeddings, lat=lat, lon=np.full(40, 0.1), year=[2020] * 40)
+    return write_dataset(
+        tmp_path / "out", ids, embeddings, lat=lat, lon=np.full(40, 0.1), year=[2020] * 40, way=[2**60 + 1] * 40
+    )
 
 
 def read(output, name="clusters"):
@@ -48,7 +50,7 @@ def test_each_image_is_in_one_cluster_with_its_columns_and_the_likeness_to_a_med
     assert (outcome.code, outcome.stdout) == (0, f"{dataset / '_clusters' / 'clusters.parquet'}\n")
     assert "40 in = 40 out" in outcome.stderr
     table, summary = read(dataset)
-    assert table.column_names == ["OSMID", "lat", "lon", "year", "cluster", "similarity", "is_medoid", "row"]
+    assert table.column_names == ["OSMID", "lat", "lon", "year", "way", "cluster", "similarity", "is_medoid", "row"]
     embedded = read_dataset(dataset)
     assert sorted(table["row"].to_pylist()) == list(range(40))
     assert table["OSMID"].to_pylist() == [f"image {row}" for row in table["row"].to_pylist()]
@@ -128,6 +130,7 @@ def test_with_positions_far_images_stay_apart_and_the_file_is_a_geoparquet(clust
         (["--threshold", "0.8", "--positions", "lat,length"], "has no column length"),
         (["--threshold", "0.8", "--positions", "lat,OSMID"], "no degrees"),
         (["--threshold", "0.8", "--positions", "year,lon"], "beyond 90 degrees"),
+        (["--threshold", "0.8", "--positions", "way,lon"], "beyond 90 degrees"),
     ],
 )
 def test_positions_that_cannot_be_used_are_refused(cluster, dataset, arguments, text):
@@ -139,7 +142,8 @@ def test_positions_that_cannot_be_used_are_refused(cluster, dataset, arguments, 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["--threshold", "nan"], ["--threshold", "2"], ["--threshold", "0.5", "--false-pairs", "0.1"],
-                  ["--threshold", "0.5", "--positions", "lat"]],
+                  ["--threshold", "0.5", "--positions", "lat"],
+                  ["--threshold", "0.5", "--positions", "lat,lon", "--max-distance-m", "1e-11"]],
 )  # fmt: skip
 def test_bad_options_have_exit_code_2(cluster, dataset, arguments):
     outcome = cluster(dataset, *arguments)
@@ -238,6 +242,7 @@ def test_a_model_without_the_table_needs_a_threshold(cluster, embed, packaged, m
     outcome = cluster(tmp_path / "out", "--model-id", model_dir)
     assert outcome.code == 1
     assert "or give --threshold" in outcome.stderr.splitlines()[-1]
+    assert cluster(tmp_path / "out", "--model-id", model_dir, "--threshold", "0.5").code == 0
 
 
 def test_rates_between_the_rows_are_interpolated_and_beyond_them_the_line_goes_on():
@@ -250,7 +255,6 @@ def test_rates_between_the_rows_are_interpolated_and_beyond_them_the_line_goes_o
         assert table.threshold_at(rate) == pytest.approx(cosine)
     assert [table.is_beyond(rate) for rate in (0.5, 1e-1, 1e-2, 1e-3, 1e-4)] == [True, False, False, False, True]
     assert table.best_partners == 1
-    assert table.rate_at(0.5) == pytest.approx(10**-2.5)
     assert table.wrong_share_at(5.5) == pytest.approx(0.65)
 
 
@@ -273,7 +277,35 @@ def test_ids_that_look_alike_are_grouped_by_their_means(cluster, tmp_path):
     assert summary["clusters"] == 3
     assert 0 < summary["adjusted_rand_between_starts"] <= 1
     assert cluster(output, "--look-alike", "13").code == 1
-    assert cluster(output, "--look-alike", "3", "--threshold", "0.5").code == 2
+    assert cluster(output, "--look-alike", "3", "--threshold", "0").code == 2
+
+
+def test_groups_that_look_alike_count_ids_and_none_is_a_giant(cluster, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(range(200)), unit_rows(1, 200))
+    outcome = cluster(output, "--look-alike", "2")
+    assert "threshold" not in outcome.stderr
+    summary = read(output, "look_alike")[1]
+    assert (summary["ids"], "images" in summary, "giant" in summary) == (200, False, False)
+
+
+def test_more_groups_that_look_alike_than_ids_that_differ_are_refused(cluster, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(range(9)), np.repeat(unit_rows(0, 1), 9, axis=0))
+    outcome = cluster(output, "--look-alike", "2")
+    assert outcome.code == 1
+    assert "has 1 ids that differ" in outcome.stderr.splitlines()[-1]
+    assert cluster(output, "--look-alike", "1").code == 0
+
+
+def test_a_page_of_replaced_groups_goes(cluster, dataset):
+    page = dataset / "_clusters" / "clusters.html"
+    assert cluster(dataset, "--threshold", "0.8", "--html").code == 0
+    assert cluster(dataset, "--threshold", "0.8").code == 0
+    assert page.exists()
+    assert cluster(dataset, "--threshold", "0.7", "--overwrite").code == 0
+    assert not page.exists()
+    page.write_text("mine")
+    assert cluster(dataset, "--threshold", "0.8", "--overwrite").code == 0
+    assert page.read_text() == "mine"
 
 
 def test_the_page_escapes_ids_and_shows_the_photographs_of_the_input(cluster, embed, packaged, tmp_path):

@@ -71,12 +71,12 @@ def write_page(path: Path, table: pa.Table, summary: dict[str, Any], images: Map
         }
         for title, lists in choose_examples(table).items()
     ]
-    skipped = ("tool", "images", "clusters", "clusters_by_size", "measures", "giant")
+    skipped = ("tool", "images", "ids", "clusters", "clusters_by_size", "measures", "giant")
     facts = {key: value for key, value in summary.items() if key not in skipped} | summary.get("measures", {})
     shown = [
         (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else value) for name, value in facts.items()
     ]
     template = load_templates(TEMPLATES_DIR).get_template("clusters.html.j2")
-    page = template.render(summary=summary, facts=shown, sections=sections, things=things)
+    page = template.render(summary=summary, count=len(table), facts=shown, sections=sections, things=things)
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")

@@ -300,11 +300,11 @@ def _search_places(sums: Sums, asked: Rows, threshold: float, max_distance_m: fl
     for first, last in zip(starts, np.append(starts[1:], len(order)), strict=True):
         corner = cells[order[first]] * max_distance_m
         near = np.sort(np.asarray(tree.query_ball_point(corner + max_distance_m / 2, reach), np.int64))
-        step = max(1, _MAX_PRODUCTS // len(near))
+        step, others = max(1, _MAX_PRODUCTS // len(near)), means[near]
         for start in range(first, last, step):
             own = asked[order[start : min(start + step, last)]]
             distances = cdist(centres[own], centres[near])
-            cosines = means[own] @ means[near].T
+            cosines = means[own] @ others.T
             cosines[distances > max_distance_m] = -np.inf
             # Of copies the nearest: all would choose the same ones.
             yield _join(own, [_list_passing(own, near, cosines, threshold, distances * 1e-9)])

@@ -155,10 +155,6 @@ class PairTable:
         end, log = (cosines[0], logs[0]) if wanted > logs[0] else (cosines[-1], logs[-1])
         return float(np.clip(end + slope * (log - wanted), -1, 1))
 
-    def rate_at(self, cosine: float) -> float:
-        """Return the share of the pairs of two buildings that reach a cosine."""
-        return float(np.exp(np.interp(cosine, self.columns["cosine"], np.log(self.columns["false_rate"]))))
-
     def is_beyond(self, rate: float) -> bool:
         """Return whether a rate is outside what was measured."""
         return not self.columns["false_rate"][-1] <= rate <= self.columns["false_rate"][0]
