@@ -19,7 +19,7 @@ from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training import trainer as trainer_module
 from train_specialized_embeddings.training.losses import LOSSES, Pairs
-from train_specialized_embeddings.training.step_graph import FIXED_SHAPES, Inputs, StepGraph, explain_no_graph
+from train_specialized_embeddings.training.step_graph import FIXED_SHAPES, TRIALS, Inputs, StepGraph, explain_no_graph
 from train_specialized_embeddings.training.trainer import Trainer, choose_batch_size
 
 
@@ -140,6 +140,22 @@ def test_a_step_that_cannot_be_captured_is_said_and_nothing_is_spent_by_trying(
     assert "steps are not captured as graphs, which is slower: no C compiler was found" in caplog.messages
     for one, other in zip(plain.projector.parameters(), failing.projector.parameters(), strict=True):
         assert one.equal(other)
+
+
+def test_trying_a_graph_adds_no_gradient_to_one_that_the_next_run_writes_over() -> None:
+    trainer, _ = make_trainer(loss="multi_similarity")
+    graph = StepGraph(trainer.judge, 20, backend="eager")
+    [inputs, *_] = graph.pad(trainer.sampler.add_negatives(trainer.sampler.draw_groups(20).split(20)), trainer.sampler)
+    weights, judge, are_clear = list(trainer.projector.parameters()), graph.judge, []
+
+    def look(*arguments: Any) -> Any:
+        are_clear.append(all(weight.grad is None for weight in weights))
+        return judge(*arguments)
+
+    graph.judge = look
+    assert graph.works(trainer.store.gather(inputs.places.rows), inputs, weights)
+    assert are_clear == [True] * TRIALS
+    assert all(weight.grad is None for weight in weights)
 
 
 def test_only_long_runs_of_small_batches_on_a_gpu_are_captured() -> None:

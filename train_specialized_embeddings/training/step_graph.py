@@ -75,12 +75,14 @@ class StepGraph:
         return [Inputs(*each) for each in zip(columns, firsts, bands, found, real[:, :num_rows].bool(), strict=True)]
 
     def works(self, features: torch.Tensor, inputs: Inputs, weights: Sequence[torch.Tensor]) -> bool:
-        """Try it forward and backward, so that nothing but the weights' gradients is spent; log why where it fails."""
+        """Try it forward and backward; only the gradients of `weights` are lost. Log why where it fails."""
         states = torch.get_rng_state(), torch.cuda.get_rng_state(features.device) if features.is_cuda else None
         try:
             for _ in range(TRIALS):
                 torch.compiler.cudagraph_mark_step_begin()
                 self.judge(features, inputs, self.num_anchors).loss.backward()
+                for weight in weights:  # a gradient lies in the graph's memory, where the next run writes over it
+                    weight.grad = None
         except torch.cuda.OutOfMemoryError:
             raise
         except COMPILE_ERRORS as error:
@@ -88,8 +90,6 @@ class StepGraph:
             logger.info("why no step was captured, whole: %s", one_line(error), extra={"file_only": True})
             return False
         finally:
-            for weight in weights:
-                weight.grad = None
             torch.set_rng_state(states[0])
             if states[1] is not None:
                 torch.cuda.set_rng_state(states[1], features.device)
