@@ -142,6 +142,25 @@ def test_weights_and_biases_counts_steps_where_it_gets_the_loss_of_each(
     assert [numbers["step_loss"] for _, numbers in runs[0].logged if "step_loss" in numbers] == losses
 
 
+def test_weights_and_biases_counts_on_where_a_killed_run_goes_on_without_the_loss_of_each_step(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[FakeRun] = []
+    fake = types.SimpleNamespace(init=lambda **options: runs.append(FakeRun(options)) or runs[-1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(metric_sinks, "find_spec", lambda _: True)
+    monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "log_epoch", lambda _, record: 1 / (3 - record["epoch"]))
+        with pytest.raises(ZeroDivisionError):
+            run(workspace, "logging.wandb=offline", "logging.step_losses=true")
+    run(workspace, "logging.wandb=offline")
+    num_steps = sum(len(record.get("step_losses") or []) for record in read_metrics(workspace))
+    assert num_steps > 5
+    ends = [step for step, numbers in runs[1].logged if "epoch" in numbers]
+    assert ends[2:] == [num_steps, num_steps + 1, num_steps + 2, num_steps + 3]
+
+
 @pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "offline")])
 def test_a_missing_package_is_named_with_its_extra_before_anything_is_read(
     workspace: Path, key: str, value: str, monkeypatch: pytest.MonkeyPatch

@@ -49,7 +49,7 @@ def sending_metrics(
             numbers = flatten({key: value for key, value in record.items() if key != "step_losses"})
             nonlocal num_steps
             steps = list(enumerate(losses, num_steps + 1))
-            num_steps = num_steps + len(losses) if losses else epoch
+            num_steps += len(losses) or min(epoch, 1)  # a killed run may go on without them
             if board is not None:
                 for name, number in numbers.items():
                     board.add_scalar(name, number, epoch)
