@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_data import (
     OUTPUTS,
     SETTINGS,
@@ -25,8 +26,14 @@ from training_data import (
     simplify,
 )
 
+from pipeline.cli import Options
+from pipeline.config import load_config
 from pipeline.errors import StaleOutputError
 from pipeline.files import tables
+from pipeline.inference.model_files import embedding_settings, identify_model
+from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
+from publish_model import convert_to_hf
+from publish_model.convert_to_hf import PublishOptions
 from train_specialized_embeddings import train
 from train_specialized_embeddings.training import fitting
 from train_specialized_embeddings.training.training_run import TrainingRun
@@ -297,3 +304,27 @@ def test_without_a_shortcut_training_starts_from_the_whitening_and_resumes_to_th
     assert not final["output.weight"].equal(
         read_checkpoints(workspace)["checkpoint_epoch_2.pt"]["projector"]["output.weight"]
     )
+
+
+def test_a_projector_without_a_shortcut_is_published_as_it_was_trained(workspace: Path) -> None:
+    from published_models import write_backbone
+    from transformers import AutoModel
+
+    backbone = write_backbone(workspace / "backbone", hidden_size=WIDTH)
+    options = ["training.use_residual=false", "training.init=whitening", "training_model.hidden_dim=20",
+               f"embedding_model.model_name={backbone}", "paths.published_model_dir=published"]  # fmt: skip
+    config = load_config(workspace / "config.toml", options)
+    embedded_with = {"model": identify_model(backbone), **embedding_settings(config.embedding_model)}
+    made_by = {"stage": "merge_and_split", "split_hash": "abc", "embedded_with": embedded_with}
+    for name, split in (("train", make_split(30, 1)), ("val", make_split(12, 2))):
+        tables.write_parquet(workspace / f"merged/{name}.parquet", split, made_by)
+    train.run(config, Options())
+    assert convert_to_hf.run(config, PublishOptions()).written
+    model = AutoModel.from_pretrained(workspace / "published", trust_remote_code=True)
+    assert model.config.projector["use_residual"] is False
+    checkpoint = load_checkpoint(workspace / "checkpoint/checkpoint_best.pt")
+    assert checkpoint.metrics["epoch"] > 0
+    pixels = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = build_projector(checkpoint)(model.extract(pixels)[0])
+        torch.testing.assert_close(model(pixels).embeddings, expected)

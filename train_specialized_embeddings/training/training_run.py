@@ -116,7 +116,6 @@ class TrainingRun:
             "projector": dict(self.material.start.coordinates.fold(projector).state_dict()),
             "epoch": epoch,
             "start": self.note,
-            "trained_on": self.material.trained_on,
             "metrics": metrics | {"epoch": epoch, "val": metrics["val"] | {"projector": tried[chosen]}},
         }
 
