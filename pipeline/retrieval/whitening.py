@@ -4,7 +4,7 @@ All need one pass over the rows and memory for a few D x D numbers; sums are in 
 Within-class whitening followed by the leading directions between classes is linear discriminant analysis with a
 shrunk within-class covariance (Fukunaga, Introduction to Statistical Pattern Recognition, ch. 10; shrinkage toward a
 multiple of the identity as in Ledoit and Wolf 2004). Sharpened whitening changes three of its exponents from the
-theory's 1 or 0, because the covariance of few buildings is not the true one; docs/training.md has the measurements.
+theory's 1 or 0, because the covariance of few buildings is not the true one; docs/measurements.md has them.
 """
 
 from collections.abc import Iterator, Sequence

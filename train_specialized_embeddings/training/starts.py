@@ -178,7 +178,7 @@ def fit_start(
 def is_rectified(train: Features) -> bool:
     """Tell whether the features have no negative number, as after a ReLU.
 
-    A power tames the few large ones. Signed features lose by it: docs/training.md has both.
+    A power tames the few large ones. Signed features lose by it: docs/measurements.md has both.
     """
     return bool((np.asarray(train.embeddings[:_SIGN_ROWS]) >= 0).all())
 
