@@ -84,7 +84,8 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
     if repairing and not read_order(dataset.folder).done:
         raise PipelineError(
             f"{dataset.folder}: a deletion of ids was interrupted, so nothing is set aside: finish it with "
-            f"delete_ids.py {dataset.folder} --delete-ids FILE, then run this again"
+            f"delete_ids.py {dataset.folder} --delete-ids FILE, then run this again (where it stops at a broken file, "
+            "remove that and the file of its name in parts/ or _rejects/ first)"
         )
     findings = check_dataset(dataset, input_path)
     report(dataset, findings)

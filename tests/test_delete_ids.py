@@ -11,7 +11,7 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import list_parts, read_bytes, read_dataset
 from stage8_fixtures import read_state
 
-from pipeline.embeddings_dataset import parts
+from pipeline.embeddings_dataset import deletions, parts
 from publish_model import delete_ids, verify_embeddings
 
 
@@ -106,6 +106,30 @@ def test_killed_at_each_write_a_rerun_finishes_and_stage_8_waits_for_it(delete, 
         assert delete(dataset, "way/1", "way/9").code == 0
         assert read_bytes(dataset) == undisturbed
         assert read_state(dataset)["rows_deleted"] == 4
+
+
+@pytest.mark.parametrize("damage", ["part", "rejects", "mixed"])
+def test_a_killed_takedown_of_broken_files_can_be_finished(delete, run_main, dataset, monkeypatch, damage):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deletions, "_rewrite", die)
+    assert delete(dataset, "way/1").code == 130
+    monkeypatch.undo()
+    path, other = list_parts(dataset)[:2]
+    broken = path if damage == "part" else dataset / "_rejects" / path.name
+    broken.write_bytes((dataset / "_rejects" / other.name).read_bytes() if damage == "mixed" else b"PAR1")
+    stopped = delete(dataset, "way/1")
+    assert (stopped.code, str(broken) in stopped.stderr.splitlines()[-1]) == (1, True)
+    if damage == "mixed":
+        assert f"remove it and {path}, run this again" in stopped.stderr
+    repair = run_main(verify_embeddings.main, dataset, "--repair")
+    assert "remove that and the file of its name in parts/ or _rejects/ first" in repair.stderr.splitlines()[-1]
+    path.unlink()
+    (dataset / "_rejects" / path.name).unlink()
+    assert delete(dataset, "way/1").code == 0
+    assert run_main(verify_embeddings.main, dataset, "--repair").code == 0
+    assert find_text(dataset, "way/1") == []
 
 
 def test_what_was_made_of_the_dataset_is_removed_with_them(delete, dataset):

@@ -257,7 +257,7 @@ def _rewrite(part: Part, order: DeletionOrder) -> int:
         kept = ~order.find(list_values(embedded.column(ID_COLUMN)))
         if promised.get("part") != part.provenance["part"] or promised["counts"]["out"] != kept.sum():
             raise DamagedError(
-                f"{part.rejects_path}: of another part: run verify_embeddings.py --repair and this again"
+                f"{part.rejects_path}: of another part: remove it and {part.path}, run this again, then stage 8"
             )
         write_parquet(part.path, filter_rows(embedded, kept), promised)
         return int(promised["counts"].get("deleted", 0)) - part.num_deleted
