@@ -215,6 +215,10 @@ def test_what_is_missing_of_a_complete_unit_is_named(tmp_path, caplog):
     write_parquet(unit.outputs[0], pa.table({"a": [1]}), provenance())
     assert find_complete(unit, overwrite=False) is None
     assert f"{unit.outputs[1]}: missing" in caplog.text
+    caplog.clear()
+    (tmp_path / ".latest.pt").touch()
+    assert find_complete(replace(unit, leftover=tmp_path / ".latest.pt"), overwrite=False) is None
+    assert not caplog.records  # it goes on, and makes nothing again
     unit.outputs[1].touch()
     assert find_complete(unit, overwrite=False) is not None
 

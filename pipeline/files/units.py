@@ -101,7 +101,8 @@ def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
     if state.status == COMPLETE:
         return state
     missing = [path for path in unit.outputs if not path.exists()]
-    if 0 < len(missing) < len(unit.outputs):
+    goes_on = unit.leftover is not None and unit.leftover.exists()  # an unfinished run, whose outputs stay
+    if 0 < len(missing) < len(unit.outputs) and not goes_on:
         logger.warning("%s: missing, so it and what belongs to it are made again", missing[0])
     return None
 
