@@ -219,6 +219,18 @@ def test_every_id_of_a_list_is_deleted_however_the_list_was_written(run_main, tm
     assert read_dataset(output)["OSMID"].to_pylist() == ["way/3"]
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [pa.array([1, 2, 3], pa.time64("ns")), pa.array([b"a\x01", rb"a\x01", b"b"])],
+    ids=["nanoseconds", "control characters"],
+)
+def test_ids_of_a_list_that_read_alike_are_all_deleted(run_main, tmp_path, ids):
+    output = write_dataset(tmp_path / "out", ids, unit_rows(0, 3))
+    pq.write_table(pa.table({"OSMID": ids[:2]}), tmp_path / "list.parquet")
+    assert run_main(delete_ids.main, output, "--delete-ids", tmp_path / "list.parquet").code == 0
+    assert read_dataset(output)["OSMID"].combine_chunks().equals(ids[2:])
+
+
 def test_a_list_with_two_id_columns_deletes_nothing(run_main, tmp_path):
     output = write_strings(tmp_path / "out", "way/1", "way/2")
     (tmp_path / "ids.csv").write_text("OSMID,OSMID\nway/1,way/2\n")

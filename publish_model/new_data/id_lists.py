@@ -42,7 +42,9 @@ def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
                 num_holes += 1
                 continue
             text = value if isinstance(value, str) else describe_id(scalar)
-            listed[text] = [value] if is_exact and chunk.type == kind else _values_of(text, kind, path)
+            values = [value] if is_exact and chunk.type == kind else _values_of(text, kind, path)
+            if listed.setdefault(text, values) != values:  # nanoseconds and control characters read like others
+                listed[f"{text} ({values[0]!r})"] = values
     if not listed:
         raise InputError(f"{path}: holds no ids")
     if num_holes and is_table:
