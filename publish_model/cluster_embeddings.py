@@ -43,8 +43,8 @@ from pipeline.log import logger
 from pipeline.own_folders import remove
 from pipeline.retrieval.group_scores import measure_groups
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
-from publish_model.derived.group_page import list_rows, write_page
-from publish_model.derived.group_table import CLUSTER_COLUMN, MADE_COLUMNS, describe_geometry, make_group_table
+from publish_model.derived.group_page import list_facts, write_page
+from publish_model.derived.group_table import CLUSTER_COLUMN, MADE_COLUMNS, POINTS_METADATA, make_group_table
 from publish_model.derived.image_groups import count_pairs, group_images
 from publish_model.derived.look_alike import COUNT_COLUMN, average_ids, find_types
 from publish_model.model_folder.published_model import find_model
@@ -201,15 +201,13 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
     Raises InputError for a dataset, model or columns that cannot be used, StaleOutputError for groups of another one.
     """
     folder = dataset.folder / CLUSTERS_FOLDER
-    path, summary_path = (folder / f"{options.name}.{suffix}" for suffix in ("parquet", "json"))
+    path, summary_path, page_path = (folder / f"{options.name}.{suffix}" for suffix in ("parquet", "json", "html"))
     check_replaceable(path, STAGE, own=CLUSTERS_FOLDER)
     check_replaceable(summary_path, CLUSTERS_MARK, own=CLUSTERS_FOLDER)
-    page_path = folder / f"{options.name}.html"
     if options.html:
         check_replaceable(page_path, page_mark(STAGE), own=CLUSTERS_FOLDER)
     source = dataset.open_input(options.input) if options.input is not None else None
     columns, embeddings = read_rows(dataset)
-    num_rows = len(embeddings)
     positions = read_positions(columns, options.positions) if options.positions else None
     rows, threshold, settings = None, None, dict[str, Any]()
     if options.look_alike:
@@ -219,7 +217,7 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
             raise InputError(f"{dataset.folder}: has {num_kinds} ids that differ: give --look-alike no more than that")
         settings["look_alike"] = options.look_alike
     else:
-        threshold = choose_threshold(dataset, options, count_pairs(num_rows, positions, options.max_distance_m))
+        threshold = choose_threshold(dataset, options, count_pairs(dataset.num_rows, positions, options.max_distance_m))
         settings["threshold"] = threshold["threshold"]
     check_names("the dataset's kept columns", MADE_COLUMNS, columns.column_names)
     if options.positions:
@@ -229,45 +227,35 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
     if is_complete(path, provenance, options.overwrite):
         result.kept.append(path)
     else:
-        groups, noted = find_groups(embeddings, positions, threshold, options)
+        if threshold is None:
+            groups, figure = find_types(embeddings, options.look_alike or 1)
+        else:
+            groups, figure = group_images(embeddings, threshold["threshold"], positions, options.max_distance_m)
+        noted = {"adjusted_rand_between_starts" if threshold is None else "search_recall": figure}
         made = make_group_table(columns, embeddings, groups, positions, rows)
-        write_parquet(path, made, provenance | {"noted": noted}, describe_geometry(made))
+        write_parquet(path, made, provenance | {"noted": noted}, {} if positions is None else POINTS_METADATA)
         result.written.append(path)
     with reading(path):
         table = pq.read_table(path)
-    summary = {"tool": STAGE} | summarize(table, threshold) | (read_provenance(path) or {}).get("noted", {})
-    if options.labels is not None:
-        summary |= measure_by_labels(table, options.labels)
+    noted = (read_provenance(path) or {}).get("noted", {})
+    summary = {"tool": STAGE} | summarize(table, threshold) | noted | measure_by_labels(table, options.labels)
     if read_json_object(summary_path) != summary:
         write_json(summary_path, summary)
-    log_summary(summary)
+    logger.info("%s", ", ".join(f"{name} {value}" for name, value in list_facts(summary)))
     if options.html:
-        images = dict(dataset.read_images(source, list_rows(table))) if source else {}
-        write_page(page_path, table, summary, images, "buildings" if options.look_alike else "images")
+        write_page(page_path, table, summary, lambda rows: dict(dataset.read_images(source, rows)) if source else {})
         result.written.append(page_path)
     elif path in result.written and carries(page_path, page_mark(STAGE)):
         remove(page_path)  # it shows the groups that were replaced
-    num_out = int(columns[COUNT_COLUMN].to_numpy().sum()) if options.look_alike else num_rows
-    result.add({"in": num_rows, "out": num_out, "dropped": num_rows - num_out})
+    num_out = int(columns[COUNT_COLUMN].to_numpy().sum()) if options.look_alike else dataset.num_rows
+    result.add({"in": dataset.num_rows, "out": num_out, "dropped": dataset.num_rows - num_out})
     return result
 
 
-def find_groups(
-    embeddings: NDArray[np.float32],
-    positions: NDArray[np.float64] | None,
-    threshold: dict[str, Any] | None,
-    options: ClusterOptions,
-) -> tuple[NDArray[np.int64], dict[str, float]]:
-    """Return the group of each row, and how exact the search or how stable k-means was."""
-    if threshold is None:
-        groups, stability = find_types(embeddings, options.look_alike or 1)
-        return groups, {"adjusted_rand_between_starts": stability}
-    grouping = group_images(embeddings, threshold["threshold"], positions, options.max_distance_m)
-    return grouping.groups, {"search_recall": grouping.recall}
-
-
-def measure_by_labels(table: pa.Table, labels_path: Path) -> dict[str, Any]:
-    """Return the number of rows whose id the labels name, and the scores of their clusters."""
+def measure_by_labels(table: pa.Table, labels_path: Path | None) -> dict[str, Any]:
+    """Return the number of rows whose id the labels name, and the scores of their clusters; nothing without labels."""
+    if labels_path is None:
+        return {}
     labels = read_labels(table, labels_path)
     rows = np.flatnonzero(labels.is_valid().to_numpy(zero_copy_only=False))
     if not len(rows):
@@ -275,24 +263,6 @@ def measure_by_labels(table: pa.Table, labels_path: Path) -> dict[str, Any]:
     codes = labels.take(pa.array(rows)).dictionary_encode().indices.to_numpy()
     measures = measure_groups(table[CLUSTER_COLUMN].to_numpy()[rows], codes)
     return {"labelled_images": len(rows), "measures": measures}
-
-
-def log_summary(summary: dict[str, Any]) -> None:
-    """Log the counts, the threshold, what is to be expected, and what was measured."""
-    logger.info("%(clusters)d clusters, %(alone)d alone, the largest of %(largest)d", summary)
-    if "threshold" in summary:
-        logger.info("threshold %(threshold).4f (%(threshold_from)s)", summary)
-    else:
-        logger.info("adjusted Rand score between starts: %(adjusted_rand_between_starts).3f", summary)
-    if "expected_wrong_pair_share" in summary:
-        logger.info(
-            "expected share of wrong pairs in clusters, by validation: %(expected_wrong_pair_share).3f", summary
-        )
-    if summary.get("search_recall", 1) < 1:
-        logger.info("the search is approximate: it found %.2f %% of the pairs", 100 * summary["search_recall"])
-    if "measures" in summary:
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in summary["measures"].items())
-        logger.info("%d labelled images: %s", summary["labelled_images"], figures)
 
 
 def parse_positions(text: str) -> tuple[str, str]:
@@ -327,21 +297,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument(
-        "--threshold",
-        type=number_within(-1, 1),
-        metavar="COSINE",
-        help="mean cosine of groups that merge; needs no model",
+        "--threshold", type=number_within(-1, 1), metavar="COSINE", help="mean cosine to cut at; needs no model"
     )
     cut.add_argument(
         "--false-pairs", type=number_within(0, 0.5), metavar="RATE",
         help="share of pairs of two buildings that reach the cosine (default: by validation and number of images)",
     )  # fmt: skip
-    add(
-        "--positions",
-        type=parse_positions,
-        metavar="LAT,LON",
-        help="kept columns in degrees: compare near images alone",
-    )
+    add("--positions", type=parse_positions, metavar="LAT,LON", help="kept columns in degrees: compare near images")
     add("--max-distance-m", type=number_within(0.001, 30_000), default=150.0, metavar="M", help="how far that is (150)")
     add("--labels", type=Path, metavar="FILE", help=f"parquet or CSV of {ID_COLUMN} and {LABEL_COLUMN}, to measure by")
     add("--look-alike", type=whole_number, metavar="N", help="make N groups of ids that look alike, by k-means")

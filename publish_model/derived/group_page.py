@@ -1,6 +1,6 @@
 """A page of groups: their sizes, and examples of the largest, the least sure and the most alike."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,23 @@ def choose_examples(table: pa.Table) -> dict[str, list[list[int]]]:
     }
 
 
-def list_rows(table: pa.Table) -> list[int]:
-    """Return the rows of the dataset whose pictures the page shows, ascending."""
-    rows = table[ROW_COLUMN].to_numpy()
-    return sorted({int(rows[place]) for lists in choose_examples(table).values() for one in lists for place in one})
+def list_facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the names and values of a summary as text, without sizes."""
+    facts = {key: value for key, value in summary.items() if key != "tool" and not isinstance(value, dict)}
+    return [
+        (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, value in (facts | summary.get("measures", {})).items()
+    ]
 
 
-def write_page(path: Path, table: pa.Table, summary: dict[str, Any], images: Mapping[int, bytes], things: str) -> None:
-    """Write a page of groups of `things` that needs no other file; `images` are files by row of the dataset."""
+def write_page(
+    path: Path, table: pa.Table, summary: dict[str, Any], read_images: Callable[[list[int]], Mapping[int, bytes]]
+) -> None:
+    """Write a page of groups that needs no other file; `read_images` returns image files by ascending row."""
     clusters, rows = table[CLUSTER_COLUMN].to_numpy(), table[ROW_COLUMN].to_numpy()
     sizes = np.bincount(clusters)
+    examples = choose_examples(table)
+    images = read_images(sorted({int(rows[place]) for lists in examples.values() for one in lists for place in one}))
 
     def describe(place: int) -> dict[str, Any]:
         image = images.get(int(rows[place]))
@@ -69,14 +76,11 @@ def write_page(path: Path, table: pa.Table, summary: dict[str, Any], images: Map
                 for one in lists
             ],
         }
-        for title, lists in choose_examples(table).items()
-    ]
-    skipped = ("tool", "images", "ids", "clusters", "clusters_by_size", "measures", "giant")
-    facts = {key: value for key, value in summary.items() if key not in skipped} | summary.get("measures", {})
-    shown = [
-        (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else value) for name, value in facts.items()
+        for title, lists in examples.items()
     ]
     template = load_templates(TEMPLATES_DIR).get_template("clusters.html.j2")
-    page = template.render(summary=summary, count=len(table), facts=shown, sections=sections, things=things)
+    page = template.render(
+        summary=summary, facts=list_facts(summary), sections=sections, things="images" if "images" in summary else "ids"
+    )
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")

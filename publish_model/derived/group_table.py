@@ -14,6 +14,11 @@ from publish_model.derived.image_groups import Embeddings, Rows
 
 CLUSTER_COLUMN, ROW_COLUMN = "cluster", "row"
 MADE_COLUMNS = (CLUSTER_COLUMN, "similarity", "is_medoid", ROW_COLUMN, GEOMETRY_COLUMN)
+# These make a parquet with such a column of points a GeoParquet.
+_POINTS = {GEOMETRY_COLUMN: {"encoding": "WKB", "geometry_types": ["Point"]}}
+POINTS_METADATA = {
+    GEO_KEY: json.dumps({"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": _POINTS}).encode()
+}
 _BLOCK_ROWS = 65_536
 _WKB_POINT = struct.Struct("<BIdd")
 
@@ -66,15 +71,3 @@ def make_group_table(
     known = np.asarray(np.isfinite(positions).all(axis=1))
     points = [_WKB_POINT.pack(1, 1, *positions[row, ::-1]) if known[row] else None for row in order]
     return table.append_column(GEOMETRY_COLUMN, pa.array(points, pa.binary()))
-
-
-def describe_geometry(table: pa.Table) -> dict[bytes, bytes]:
-    """Return the metadata that make a parquet of a table with positions a GeoParquet."""
-    if GEOMETRY_COLUMN not in table.column_names:
-        return {}
-    column = {"encoding": "WKB", "geometry_types": ["Point"]}
-    return {
-        GEO_KEY: json.dumps(
-            {"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": {GEOMETRY_COLUMN: column}}
-        ).encode()
-    }

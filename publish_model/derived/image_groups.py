@@ -34,14 +34,6 @@ Found = tuple[Rows, Rows, Rows]  # pairs (E,), (E,), and the groups that may hav
 
 
 @dataclass
-class Grouping:
-    """The group of each row (N,), and the recall of the search for pairs, 1 where it is exact."""
-
-    groups: Rows
-    recall: float = 1.0
-
-
-@dataclass
 class Sums:
     """What stands for each of the groups (G,)."""
 
@@ -81,8 +73,10 @@ class Sums:
 
 def group_images(
     embeddings: Embeddings, threshold: float, positions: Points | None = None, max_distance_m: float = 150.0
-) -> Grouping:
+) -> tuple[Rows, float]:
     """Group L2-normalised rows (N, D) by average linkage, cut at a mean cosine; group 0 is the largest.
+
+    Return the group of each row, and the recall of the search for pairs, 1 where it is exact.
 
     With positions (N, 2) in degrees only pairs within `max_distance_m` are compared, and groups whose centres are
     farther apart stay apart; a row without a position (NaN) stays alone.
@@ -93,13 +87,14 @@ def group_images(
     if positions is not None:
         rows = np.flatnonzero(np.isfinite(positions).all(axis=1))
         points = earth_centred_m(*positions[rows].T)
-    grouping = Grouping(groups)
+    recall = 1.0
     # Copies are one point, or thousands of them would fill each other's neighbours.
     groups[rows] = _find_copies(embeddings[rows], points)
     sums = sum_groups(embeddings[rows], points, groups[rows])
     asked = np.arange(len(sums.counts))
     while len(asked):
-        left, right, capped = _search(sums, asked, threshold - _SLACK, max_distance_m, grouping)
+        left, right, capped, found = _search(sums, asked, threshold - _SLACK, max_distance_m)
+        recall = min(recall, found)
         target = _merge(sums, left, right, threshold, max_distance_m)
         kept, numbers = np.unique(target, return_inverse=True)
         asked = np.unique(numbers[capped]) if len(kept) < len(target) else capped[:0]
@@ -107,8 +102,7 @@ def group_images(
         sums = sums.take(kept)
     alone = groups < 0
     groups[alone] = len(sums.counts) + np.arange(alone.sum())
-    grouping.groups = number_by_size(groups)
-    return grouping
+    return number_by_size(groups), recall
 
 
 def count_pairs(num_rows: int, positions: Points | None, max_distance_m: float) -> int:
@@ -199,8 +193,12 @@ def _find_best(left: Rows, right: Rows, cosines: NDArray[np.float64], num_groups
 # ------------------------------------------------------------------------------------------------ candidates
 
 
-def _search(sums: Sums, asked: Rows, threshold: float, max_distance_m: float, grouping: Grouping) -> Found:
-    """Return pairs of groups whose means reach the threshold, up to NUM_NEAREST for each group that is asked."""
+def _search(sums: Sums, asked: Rows, threshold: float, max_distance_m: float) -> tuple[Rows, Rows, Rows, float]:
+    """Return pairs of groups whose means reach the threshold, up to NUM_NEAREST for each group that is asked.
+
+    Then the groups that may have more, and the recall.
+    """
+    recall = 1.0
     if sums.points is not None:
         found = list(_search_places(sums, asked, threshold, max_distance_m))
     elif len(sums.counts) <= EXACT_ROWS:
@@ -216,12 +214,11 @@ def _search(sums: Sums, asked: Rows, threshold: float, max_distance_m: float, gr
             for pairs in (_search_all(means, spread, threshold), [_search_index(index, means, spread, threshold)])
         )
         recall = float(np.isin(exact, approximate).mean()) if len(exact) else 1.0
-        grouping.recall = min(grouping.recall, recall)
     empty = np.empty(0, np.int64)
     left, right, capped = (
         (np.concatenate([empty, *parts]) for parts in zip(*found, strict=True)) if found else [empty] * 3
     )
-    return left, right, capped
+    return left, right, capped, recall
 
 
 def _search_all(means: Embeddings, asked: Rows, threshold: float) -> Iterator[Found]:

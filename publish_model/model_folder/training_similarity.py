@@ -61,9 +61,9 @@ def describe_pairs(
 ) -> dict[str, list[dict[str, float]]]:
     """Return a table of all pairs of images (N,) and, with positions (N, 2) in degrees, one of those that stand near.
 
-    Each row has a cosine, the share of the pairs of two buildings (`false_rate`) and of one (`same_rate`) that reach
-    it, `partners` (wrong ones by chance, of an image), and the scores of average linkage that is cut there. Ascending
-    by cosine; empty without pairs of both kinds.
+    Each row has a cosine, the share of the pairs of two buildings that reach it (`false_rate`), `partners` (wrong ones
+    by chance, of an image), and the scores of average linkage that is cut there. Ascending by cosine; empty without
+    pairs of both kinds.
     """
     from scipy.spatial.distance import pdist
 
@@ -86,8 +86,8 @@ def _tabulate(
     from scipy.cluster.hierarchy import fcluster, linkage
 
     chosen = np.ones_like(is_same) if is_candidate is None else is_candidate
-    different, same = (np.sort(cosines[chosen & kind]) for kind in (~is_same, is_same))
-    if not len(different) or not len(same):
+    different = np.sort(cosines[chosen & ~is_same])
+    if not len(different) or not (chosen & is_same).any():
         return []
     tree = linkage(np.clip(1 - cosines.astype(np.float64), 0, 2), "average")
     table = []
@@ -99,8 +99,7 @@ def _tabulate(
         scores = measure_groups(fcluster(tree, 1 - cosine, "distance"), buildings)
         table.append({
             "cosine": cosine, "partners": 2 * count / len(buildings), "false_rate": count / len(different),
-            "same_rate": float(np.mean(same >= cosine)), "bcubed_f1": scores["bcubed_f1"],
-            "wrong_pair_share": scores["wrong_pair_share"],
+            "bcubed_f1": scores["bcubed_f1"], "wrong_pair_share": scores["wrong_pair_share"],
         })  # fmt: skip
     return [row for place, row in enumerate(table) if not place or row["cosine"] > table[place - 1]["cosine"]]
 
