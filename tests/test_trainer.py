@@ -158,6 +158,15 @@ def test_trying_a_graph_adds_no_gradient_to_one_that_the_next_run_writes_over() 
     assert all(weight.grad is None for weight in weights)
 
 
+def test_the_runs_of_one_process_are_all_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    for temperature in (0.1, 0.2, 0.3):
+        trainer, _ = make_trainer(loss="supcon", temperature=temperature, anchors_per_epoch=20)
+        trainer.graph = StepGraph(trainer.judge, 20, backend="eager")
+        trainer.run_epoch(Progress("train", None))
+        assert trainer.graph is not None
+
+
 def test_only_long_runs_of_small_batches_on_a_gpu_are_captured() -> None:
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     assert explain_no_graph(cuda, "multi_similarity", 512, 20_000) is None

@@ -49,6 +49,7 @@ class StepGraph:
     def __init__(self, judge: Callable[..., Judged], batch_size: int, **options: Any) -> None:
         """Take torch.compile's `options`; `judge` is called with features, inputs and the number of anchors."""
         self.num_anchors, self._num_groups = batch_size, batch_size // 2  # a group has two images or more
+        torch.compiler.reset()  # torch keeps the code of eight runs, with their graphs' memory, and refuses a ninth
         self.judge = torch.compile(judge, dynamic=False, fullgraph=True, **options)
 
     def pad(self, batches: Sequence[Batch], sampler: BandSampler) -> list[Inputs]:
