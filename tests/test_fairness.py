@@ -50,6 +50,9 @@ def test_the_doubt_names_the_setting_by_which_the_split_was_embedded_otherwise(t
     checkpoint = Checkpoint(Path("a.pt"), {}, {}, provenance=provenance, rest=rest)
     found = doubt_split(checkpoint, tmp_path / "test.parquet", pa.array(["0001_1"]))
     assert found == (doubt and f"Mind: a.pt was trained on other embeddings than this split's {doubt}")
+    checkpoint.rest["trained_on"] = hash_buildings(["0001_1"])
+    found = doubt_split(checkpoint, tmp_path / "test.parquet", pa.array(["0001_1"]))
+    assert found == "Mind: a.pt was trained on 1 of the 1 buildings of this split"
 
 
 SEEN = "Mind: checkpoint_best.pt was trained on 2 of the 24 buildings of this split"

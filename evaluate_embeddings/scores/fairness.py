@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def doubt_split(checkpoint: "Checkpoint", test_path: Path, building_ids: pa.StringArray) -> str | None:
-    """Return a warning if a checkpoint was trained on other embeddings than a split's, or on some of its buildings, or
-    does not name its own."""
+    """Return a warning if a checkpoint was trained on some of a split's buildings, or on other embeddings than its, or
+    does not name its own buildings."""
     split = read_provenance(test_path) or {}
+    name, count = checkpoint.path.name, checkpoint.count_trained_on(building_ids.to_pylist())
+    if count:  # first, as it makes the scores too good
+        return f"Mind: {name} was trained on {count:,} of the {len(building_ids):,} buildings of this split"
     difference = compare_embedded(checkpoint.provenance.get("embedded_with"), split.get("embedded_with"))
     if difference:
-        return f"Mind: {checkpoint.path.name} was trained on other embeddings than this split's ({difference})"
-    name, count = checkpoint.path.name, checkpoint.count_trained_on(building_ids.to_pylist())
-    if count:
-        return f"Mind: {name} was trained on {count:,} of the {len(building_ids):,} buildings of this split"
+        return f"Mind: {name} was trained on other embeddings than this split's ({difference})"
     if count == 0:
         return None
     if split.get("settings", {}).get("split_file"):
