@@ -183,15 +183,13 @@ def summarize(table: pa.Table, threshold: dict[str, Any] | None) -> dict[str, An
     if summary["largest"] > max(GIANT_IMAGES, GIANT_SHARE * len(table)):
         summary["giant"] = {"cluster": 0, "images": summary["largest"]}
         logger.warning(
-            "cluster 0 holds %d of %d images: copies of one picture, or a threshold that is too low",
-            summary["largest"],
-            len(table),
+            "cluster 0 holds %(largest)d of %(images)d images: copies of one picture, or a threshold that is too low",
+            summary,
         )
     summary |= threshold
     if "expected_wrong_pair_share" in threshold:
-        summary["expected_wrong_pairs"] = threshold["expected_wrong_pair_share"] * float(
-            (sizes * (sizes - 1.0) / 2).sum()
-        )
+        num_pairs = float((sizes * (sizes - 1.0) / 2).sum())
+        summary["expected_wrong_pairs"] = threshold["expected_wrong_pair_share"] * num_pairs
     return summary
 
 
@@ -266,10 +264,7 @@ def measure_by_labels(table: pa.Table, labels_path: Path | None) -> dict[str, An
 
 
 def parse_positions(text: str) -> tuple[str, str]:
-    """Read the names of `--positions`.
-
-    Raises ArgumentTypeError unless there are two.
-    """
+    """Read the names of `--positions`; raise ArgumentTypeError unless there are two."""
     names = [name.strip() for name in text.split(",")]
     if len(names) != 2 or not all(names) or names[0] == names[1]:
         raise argparse.ArgumentTypeError(f"{text!r}: give two kept columns, LAT,LON")

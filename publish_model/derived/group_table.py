@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import take_rows
 from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, VERSION
-from publish_model.derived.image_groups import Embeddings, Rows
+from publish_model.derived.image_groups import Embeddings, Rows, multiply_rows, sum_groups
 
 CLUSTER_COLUMN, ROW_COLUMN = "cluster", "row"
 MADE_COLUMNS = (CLUSTER_COLUMN, "similarity", "is_medoid", ROW_COLUMN, GEOMETRY_COLUMN)
@@ -19,7 +19,6 @@ _POINTS = {GEOMETRY_COLUMN: {"encoding": "WKB", "geometry_types": ["Point"]}}
 POINTS_METADATA = {
     GEO_KEY: json.dumps({"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": _POINTS}).encode()
 }
-_BLOCK_ROWS = 65_536
 _WKB_POINT = struct.Struct("<BIdd")
 
 
@@ -28,24 +27,13 @@ def find_medoids(embeddings: Embeddings, groups: Rows) -> tuple[NDArray[np.float
 
     A medoid is the image most similar to all of its group as a mean, of equal ones the first.
     """
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    sums = np.add.reduceat(embeddings[order], starts) if len(starts) else embeddings  # (G, D)
-    to_sum = _multiply_rows(embeddings, sums, groups)
+    rows = np.arange(len(groups))
+    to_sum = multiply_rows(embeddings, rows, sum_groups(embeddings, None, groups).embeddings, groups)
     ranked = np.lexsort((-to_sum, groups))
     medoids = ranked[np.flatnonzero(np.diff(groups[ranked], prepend=-1))]
     is_medoid = np.zeros(len(groups), dtype=bool)
     is_medoid[medoids] = True
-    return np.minimum(_multiply_rows(embeddings, embeddings[medoids], groups), np.float32(1)), is_medoid
-
-
-def _multiply_rows(embeddings: Embeddings, others: Embeddings, places: Rows) -> NDArray[np.float32]:
-    """Return the dot product of each row (N, D) with the row of `others` at its place (N,)."""
-    products = np.empty(len(embeddings), np.float32)
-    for start in range(0, len(embeddings), _BLOCK_ROWS):
-        own = slice(start, start + _BLOCK_ROWS)
-        np.einsum("nd,nd->n", embeddings[own], others[places[own]], out=products[own])
-    return products
+    return np.minimum(multiply_rows(embeddings, rows, embeddings[medoids], groups), np.float32(1)), is_medoid
 
 
 def make_group_table(

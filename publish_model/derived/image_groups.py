@@ -51,11 +51,8 @@ class Sums:
 
     def compare(self, left: Rows, right: Rows, max_distance_m: float) -> NDArray[np.float64]:
         """Return the mean cosines of pairs of groups (E,), -1 where they are too far apart."""
-        cosines = np.empty(len(left))
-        for start in range(0, len(left), _BLOCK_PAIRS):
-            a, b = left[start : start + _BLOCK_PAIRS], right[start : start + _BLOCK_PAIRS]
-            products = np.einsum("ed,ed->e", self.embeddings[a], self.embeddings[b])
-            cosines[start : start + _BLOCK_PAIRS] = products / (self.counts[a] * self.counts[b])
+        products = multiply_rows(self.embeddings, left, self.embeddings, right)
+        cosines = products / (self.counts[left] * self.counts[right])
         if (centres := self.centres) is not None:
             cosines[np.linalg.norm(centres[left] - centres[right], axis=1) > max_distance_m] = -1
         return cosines
@@ -103,6 +100,15 @@ def group_images(
     alone = groups < 0
     groups[alone] = len(sums.counts) + np.arange(alone.sum())
     return number_by_size(groups), recall
+
+
+def multiply_rows(some: Embeddings, rows: Rows, others: Embeddings, places: Rows) -> Embeddings:
+    """Return the dot products of rows of `some` with rows of `others` (E,), gathered block by block."""
+    products = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), _BLOCK_PAIRS):
+        block = slice(start, start + _BLOCK_PAIRS)
+        np.einsum("ed,ed->e", some[rows[block]], others[places[block]], out=products[block])
+    return products
 
 
 def count_pairs(num_rows: int, positions: Points | None, max_distance_m: float) -> int:
@@ -214,10 +220,7 @@ def _search(sums: Sums, asked: Rows, threshold: float, max_distance_m: float) ->
             for pairs in (_search_all(means, spread, threshold), [_search_index(index, means, spread, threshold)])
         )
         recall = float(np.isin(exact, approximate).mean()) if len(exact) else 1.0
-    empty = np.empty(0, np.int64)
-    left, right, capped = (
-        (np.concatenate([empty, *parts]) for parts in zip(*found, strict=True)) if found else [empty] * 3
-    )
+    left, right, capped = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return left, right, capped, recall
 
 
@@ -246,7 +249,7 @@ def _list_passing(
         best = np.argpartition(ranks, NUM_NEAREST - 1, axis=1)[:, :NUM_NEAREST]
         flat = (np.arange(len(own))[:, None] * len(others) + best).ravel()
         flat = flat[cosines.ravel()[flat] >= threshold]
-    rows, columns = np.divmod(flat, max(1, len(others)))
+    rows, columns = np.divmod(flat, len(others))
     return rows, others[columns], cosines.ravel()[flat]
 
 
@@ -292,7 +295,7 @@ def _search_places(sums: Sums, asked: Rows, threshold: float, max_distance_m: fl
     tree = cKDTree(centres)
     cells = np.floor(centres[asked] / max_distance_m).astype(np.int64)
     order = np.lexsort(cells.T)
-    starts = np.flatnonzero(np.r_[True, np.diff(cells[order], axis=0).any(axis=1)]) if len(order) else order
+    starts = np.flatnonzero(np.r_[True, np.diff(cells[order], axis=0).any(axis=1)])
     reach = max_distance_m * (1 + 3**0.5 / 2)  # from a cell's centre
     for first, last in zip(starts, np.append(starts[1:], len(order)), strict=True):
         corner = cells[order[first]] * max_distance_m
