@@ -13,6 +13,7 @@ goes on. Takes no configuration.
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import itertools
 import math
 import platform
@@ -35,6 +36,7 @@ from pipeline.errors import InputError, Rejection, StaleOutputError
 from pipeline.files import workspace
 from pipeline.files.identity import hash_json, look_at
 from pipeline.files.tables import (
+    PROVENANCE_KEY,
     REJECT_SCHEMA,
     count_rejects,
     make_provenance,
@@ -123,7 +125,7 @@ def write_file(
     own, *kept = source.fields
     schema = pa.schema([own, (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *kept])
     # Pages of one picture, whose least and greatest bytes nobody asks for: else a row group takes six times its bytes.
-    numbers = [own.name, VALID_COLUMN]
+    numbers, digest = [own.name, VALID_COLUMN], hashlib.sha256()
     with parquet_writer(path, schema, provenance, write_batch_size=1, write_statistics=numbers) as writer:
         for one in images:
             rows.append({**one.image.row, VALID_COLUMN: one.data is not None})
@@ -131,6 +133,7 @@ def write_file(
             rejected += [(one.image.name, one.rejection)] if one.rejection is not None else []
             seen += [one.image.seen] if one.image.path else []
             num_rows += 1
+            digest.update(hashlib.sha256(one.data or b"").digest())
             group_bytes += len(one.data or b"")
             progress.advance()
             if len(rows) == ROW_GROUP_ROWS or group_bytes >= ROW_GROUP_BYTES:
@@ -140,6 +143,8 @@ def write_file(
                     break
         if rows:
             writer.write_table(make_table(rows, pictures, schema))
+        # Stage 8 tells its input by the footer, in which a picture of the same size would be the same.
+        writer.add_key_value_metadata({PROVENANCE_KEY + b".pictures": digest.hexdigest().encode()})
     described = count_rejects(provenance, num_rows, (rejection for _, rejection in rejected))
     described["seen"] = source.seen or hash_json(seen)
     write_rejects(rejects_path(path), rejected, described)

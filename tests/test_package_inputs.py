@@ -12,6 +12,7 @@ from package_fixtures import PHOTOGRAPHS, read_package, read_rejects, run
 from published_models import read_dataset, write_packaged
 from raw_tars import Entry, write_tar
 
+from pipeline.embeddings_dataset.packaged_input import open_packaged
 from publish_model import package_images, verify_embeddings
 
 # ------------------------------------------------------------------------------------------------ nothing taken twice
@@ -102,6 +103,16 @@ def test_a_photograph_with_the_same_size_and_other_content_is_packaged_again(run
     overwrite(path, PHOTOGRAPHS[6].ljust(size, b"\0"))
     assert run(run_main, folder, output).code == 0
     assert read_package(output)["image_bytes"].to_pylist()[1].startswith(PHOTOGRAPHS[6])
+
+
+def test_a_package_with_another_picture_of_the_same_size_is_another_input_of_stage_8(run_main, tmp_path):
+    output, fingerprints = tmp_path / "packaged", set()
+    (tmp_path / "photographs").mkdir()
+    for last in (b"a", b"b"):  # behind the picture's end, where no decoder looks
+        (tmp_path / "photographs" / "a.jpg").write_bytes(PHOTOGRAPHS[0] + os.urandom(6_000)[:-1] + last)
+        assert run(run_main, tmp_path / "photographs", output, "--overwrite").code == 0
+        fingerprints.add(open_packaged(output).fingerprint)
+    assert len(fingerprints) == 2
 
 
 def test_a_copy_of_the_photographs_is_read_once_and_nothing_is_made_again(run_main, folder, tmp_path, monkeypatch):
