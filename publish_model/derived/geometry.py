@@ -58,7 +58,7 @@ def _find_end(value: bytes, place: int = 0, depth: int = 0) -> int:
     if depth > MAX_DEPTH:
         raise ValueError(f"of collections in collections, more than {MAX_DEPTH} deep")
     numbers = struct.Struct("<I" if value[place : place + 1] == b"\1" else ">I")
-    (code,) = numbers.unpack_from(value, place + 1)
+    code = int(numbers.unpack_from(value, place + 1)[0])
     dimensions, kind = divmod(code & 0xFFFF, 1000)
     if value[place] > 1 or not _POINT <= kind <= _LAST_KIND:
         raise ValueError(f"not well-known binary (byte order {value[place]}, type {code})")
@@ -66,12 +66,12 @@ def _find_end(value: bytes, place: int = 0, depth: int = 0) -> int:
     point_bytes, place = 16 + 8 * bool(has_z) + 8 * bool(has_m), place + (9 if code & _HAS_SRID else 5)
     if kind == _POINT:
         return place + point_bytes
-    (count,), place = numbers.unpack_from(value, place), place + 4
+    count, place = int(numbers.unpack_from(value, place)[0]), place + 4
     if kind in (_LINE, _CURVE):
         return place + count * point_bytes
     for _ in range(count):
         if kind == _POLYGON:
-            place += 4 + numbers.unpack_from(value, place)[0] * point_bytes
+            place += 4 + int(numbers.unpack_from(value, place)[0]) * point_bytes
         else:
             place = _find_end(value, place, depth + 1)
     return place
