@@ -184,7 +184,11 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", argv)
-    open_input(options)  # a mistyped path leaves no folder behind, and no log: what it warns of comes below
+    logger.disabled = True  # there is no log yet: the second opening gives the warnings
+    try:
+        open_input(options)  # a mistyped path leaves no folder behind
+    finally:
+        logger.disabled = False
     if launcher.launch(__file__, argv, options.processes, is_sharded=not options.shard.is_whole):
         return
     folder = EmbeddingsDataset(options.output).folder

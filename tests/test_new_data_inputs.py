@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from decimal import Decimal
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from stage8_fixtures import read_state
 
 from pipeline.embeddings_dataset.packaged_input import list_data, open_packaged
 from pipeline.files import listing
+from pipeline.log import logger
 from publish_model import verify_embeddings
 
 REPO = Path(__file__).resolve().parents[1]
@@ -100,7 +103,11 @@ def test_the_keys_of_hive_folders_are_kept_where_asked_for_and_said_else(embed, 
         ("year=2021/city=A%20b", "year=2020/city=c", "year=2020/city=__HIVE_DEFAULT_PARTITION__")
     ):
         write_packaged(folder / place / "x.parquet", make_photographs(2), OSMID=[2 * number, 2 * number + 1])
+    logger.addHandler(records := QueueHandler(SimpleQueue()))
     outcome = embed(folder, tmp_path / "none")
+    logger.removeHandler(records)
+    said = [records.queue.get().getMessage() for _ in range(records.queue.qsize())]
+    assert sum("its folders name" in line for line in said) == 1
     assert "its folders name year, city, which is not kept: give --keep-columns year,city" in outcome.stderr
     assert embed(folder, tmp_path / "out", "--keep-columns", "year,city").code == 0
     table = read_dataset(tmp_path / "out")
