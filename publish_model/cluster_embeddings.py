@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
@@ -53,8 +54,6 @@ from publish_model.new_data.embed_options import add_model_option
 
 STAGE = "cluster_embeddings"
 LABEL_COLUMN = "building_id"
-# A unit vector's length; others are damaged.
-NORM_TOLERANCE = 1e-3
 # A group of more images than this, and than this share of all, is named: a threshold too low makes one of nearly all.
 GIANT_IMAGES, GIANT_SHARE = 50, 0.05
 
