@@ -92,9 +92,8 @@ class FakeRun:
         self.finished = True
 
 
-def test_weights_and_biases_gets_settings_and_every_epoch_under_one_id(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def record_runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
+    """Put a fake in wandb's place, and return the runs that are begun there."""
     runs: list[FakeRun] = []
 
     def init(**options: Any) -> FakeRun:
@@ -103,6 +102,13 @@ def test_weights_and_biases_gets_settings_and_every_epoch_under_one_id(
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     monkeypatch.setattr(metric_sinks, "find_spec", lambda _: True)
+    return runs
+
+
+def test_weights_and_biases_gets_settings_and_every_epoch_under_one_id(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = record_runs(monkeypatch)
     run(workspace, "logging.wandb=offline")
     run(
         workspace,
@@ -127,10 +133,7 @@ def test_weights_and_biases_gets_settings_and_every_epoch_under_one_id(
 def test_weights_and_biases_counts_steps_where_it_gets_the_loss_of_each(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: list[FakeRun] = []
-    fake = types.SimpleNamespace(init=lambda **options: runs.append(FakeRun(options)) or runs[-1])
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(metric_sinks, "find_spec", lambda _: True)
+    runs = record_runs(monkeypatch)
     run(workspace, "logging.wandb=offline", "logging.step_losses=true", "training.num_epochs=2")
     steps = [step for step, _ in runs[0].logged]
     first, second = (len(record["step_losses"]) for record in read_metrics(workspace)[1:])
@@ -145,10 +148,7 @@ def test_weights_and_biases_counts_steps_where_it_gets_the_loss_of_each(
 def test_weights_and_biases_counts_on_where_a_killed_run_goes_on_without_the_loss_of_each_step(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: list[FakeRun] = []
-    fake = types.SimpleNamespace(init=lambda **options: runs.append(FakeRun(options)) or runs[-1])
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(metric_sinks, "find_spec", lambda _: True)
+    runs = record_runs(monkeypatch)
     monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "log_epoch", lambda _, record: 1 / (3 - record["epoch"]))

@@ -52,15 +52,34 @@ def write_json_and_die(path: Path, content: Any) -> None:
     raise KilledError
 
 
+@pytest.fixture
+def undisturbed(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """A workspace like the other, for a run that nothing kills."""
+    folder = write_config(tmp_path / "undisturbed", **SETTINGS).parent
+    fill_workspace(folder)
+    return folder
+
+
+def run_killed(workspace: Path, monkeypatch: pytest.MonkeyPatch, epoch: int, *settings: str) -> None:
+    """Train, and die when an epoch is to be logged."""
+
+    def log_epoch(_: TrainingRun, record: dict[str, Any]) -> None:
+        if record["epoch"] == epoch:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "log_epoch", log_epoch)
+        with pytest.raises(KilledError):
+            run(workspace, *settings)
+
+
 @pytest.mark.parametrize(
     "point", ["latest", "metrics", "best", "epoch_2", "epoch_4", "final", "settle", "mark", "after"]
 )
 def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
-    workspace: Path, tmp_path: Path, write_config: Callable[..., Path], point: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, undisturbed: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)  # save after each epoch
-    undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
-    fill_workspace(undisturbed)
     run(undisturbed)
     name = {"mark": "provenance.json", "metrics": "metrics.jsonl", "latest": ".checkpoint_latest.pt"}.get(
         point, f"checkpoint_{point}.pt"
@@ -95,10 +114,7 @@ def test_resuming_goes_on_and_does_not_begin_anew(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "log_epoch", lambda _, record: kill_at(record, 3))
-        with pytest.raises(KilledError):
-            run(workspace)
+    run_killed(workspace, monkeypatch, 3)
     caplog.clear()
     monkeypatch.setattr("train_specialized_embeddings.training.fitting.fit_start", None)  # would fail if called
     with caplog.at_level("INFO", "spatial_building_embeddings"):
@@ -109,17 +125,12 @@ def test_resuming_goes_on_and_does_not_begin_anew(
 
 @pytest.mark.parametrize("loss", ["multi_similarity", "triplet"])
 def test_with_a_bandit_a_killed_run_goes_on_exactly_too(
-    workspace: Path, tmp_path: Path, write_config: Callable[..., Path], loss: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, undisturbed: Path, loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("training.band_sampling=ucb", "training.anchors_per_epoch=500", f"training.loss={loss}")
     monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
-    undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
-    fill_workspace(undisturbed)
     run(undisturbed, *settings)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "log_epoch", lambda _, record: kill_at(record, 3))
-        with pytest.raises(KilledError):
-            run(workspace, *settings)
+    run_killed(workspace, monkeypatch, 3, *settings)
     run(workspace, *settings)
     assert_same_run(workspace, undisturbed)
     bandit = read_checkpoints(workspace)["checkpoint_final.pt"]["sampler"]["bandit"]
@@ -128,16 +139,9 @@ def test_with_a_bandit_a_killed_run_goes_on_exactly_too(
     assert read_metrics(workspace)[-1]["bandit_rewards"] == means
 
 
-def kill_at(record: dict[str, Any], epoch: int) -> None:
-    if record["epoch"] == epoch:
-        raise KilledError
-
-
 def test_sigkill_of_the_script_and_a_rerun_equal_an_undisturbed_run(
-    workspace: Path, tmp_path: Path, write_config: Callable[..., Path]
+    workspace: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
-    fill_workspace(undisturbed)
     overrides = ["training.num_epochs=40", "training.save_every_n_epochs=10"]
     arguments = [item for override in overrides for item in ("--set", override)]
     script = Path(train.__file__)
@@ -212,10 +216,7 @@ def test_changed_inputs_are_refused_by_name(workspace: Path) -> None:
 
 
 def test_a_killed_run_with_other_settings_is_refused_by_name(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "log_epoch", lambda _, record: kill_at(record, 3))
-        with pytest.raises(KilledError):
-            run(workspace)
+    run_killed(workspace, monkeypatch, 3)
     with pytest.raises(StaleOutputError, match="margin was .* and is now 0.7"):
         run(workspace, "training.margin=0.7")
 
@@ -265,34 +266,24 @@ def test_fewer_validations_give_the_same_weights_and_every_checkpoint_that_is_ke
 
 
 def test_a_run_killed_between_two_validations_goes_on_to_the_same_bits(
-    workspace: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
     rarely = ("training.validate_every_n_epochs=4",)
-    undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
-    fill_workspace(undisturbed)
     run(undisturbed, *rarely)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "log_epoch", lambda _, record: record["epoch"] < 2 or kill())
-        with pytest.raises(KilledError):
-            run(workspace, *rarely)
+    run_killed(workspace, monkeypatch, 2, *rarely)
     assert read_metrics(workspace)[1]["val"] is None
     run(workspace, *rarely)
     assert_same_run(workspace, undisturbed)
 
 
 def test_without_a_shortcut_training_starts_from_the_whitening_and_resumes_to_the_same_bits(
-    workspace: Path, tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("training.use_residual=false", "training.init=whitening", "training_model.hidden_dim=20")
     monkeypatch.setattr(fitting, "SAVE_INTERVAL_SECONDS", -1.0)
-    undisturbed = write_config(tmp_path / "undisturbed", **SETTINGS).parent
-    fill_workspace(undisturbed)
     run(undisturbed, *options)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "log_epoch", lambda _, record: record["epoch"] < 2 or kill())
-        with pytest.raises(KilledError):
-            run(workspace, *options)
+    run_killed(workspace, monkeypatch, 2, *options)
     run(workspace, *options)
     assert_same_run(workspace, undisturbed)
     start, best = read_metrics(workspace)[0]["val"], read_checkpoints(workspace)["checkpoint_best.pt"]

@@ -5,14 +5,13 @@ import re
 import subprocess
 import sys
 import tomllib
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_metric_sinks import FakeRun
+from test_metric_sinks import record_runs
 from training_data import run as train
 from tuning_data import SMALL_SPACE, make_workspace, read_trials, search
 
@@ -284,14 +283,7 @@ def test_names_and_values_outside_the_space_never_reach_the_report(workspace: Pa
 
 
 def test_each_trial_is_a_run_of_its_own_in_weights_and_biases(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = []
-
-    def init(**options: Any) -> FakeRun:
-        runs.append(FakeRun(options))
-        return runs[-1]
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    monkeypatch.setattr(metric_sinks, "find_spec", lambda _: True)
+    runs = record_runs(monkeypatch)
     search(workspace, 2, "logging.wandb=offline")
     assert len({run.options["id"] for run in runs}) == len(runs) == 2
     for run, row in zip(runs, read_trials(workspace), strict=True):
