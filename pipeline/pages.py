@@ -36,13 +36,8 @@ def shrink(image: "Image.Image", side: int) -> "Image.Image":
     return small
 
 
-def to_jpeg(image: "Image.Image", quality: int) -> bytes:
-    """Return an RGB image as a JPEG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
-
-
 def to_data_uri(image: "Image.Image", quality: int) -> str:
     """Return an RGB image as a JPEG data URI."""
-    return "data:image/jpeg;base64," + base64.b64encode(to_jpeg(image, quality)).decode("ascii")
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

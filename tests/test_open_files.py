@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 from embedded_datasets import unit_rows, write_dataset
 
-from evaluate_embeddings.explore import write_atlas_table
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.errors import DamagedError, InputError
@@ -49,9 +48,8 @@ def test_a_tool_on_a_dataset_of_many_parts_keeps_few_files_open(
     assert outcome.code == 0, outcome.stderr
 
 
-def test_scoring_a_dataset_of_many_parts_keeps_few_files_open(parts, few_files, tmp_path):
+def test_scoring_a_dataset_of_many_parts_keeps_few_files_open(parts, few_files):
     assert len(read_embeddings(parts).embeddings) == NUM_PARTS
-    assert write_atlas_table(parts, None, tmp_path / "atlas.parquet") == NUM_PARTS
 
 
 def test_a_folder_of_many_inputs_keeps_few_files_open(tmp_path, few_files):
