@@ -74,7 +74,7 @@ def aggregate(
     """
     name = re.sub(r"[^\w-]", "_", "_".join(by))
     path = target or dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry_path else ''}.parquet"
-    check_replaceable(path, STAGE, [geometry_path], own="_aggregated")
+    check_replaceable(path, STAGE, [geometry_path], is_default=target is None)
     missing = [name for name in by if name not in dataset.schema.names]
     if missing:
         raise InputError(f"{dataset.folder}: has no column {missing[0]}: run stage 8 with --keep-columns {missing[0]}")

@@ -199,10 +199,10 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
     """
     folder = dataset.folder / CLUSTERS_FOLDER
     path, summary_path, page_path = (folder / f"{options.name}.{suffix}" for suffix in ("parquet", "json", "html"))
-    check_replaceable(path, STAGE, own=CLUSTERS_FOLDER)
-    check_replaceable(summary_path, CLUSTERS_MARK, own=CLUSTERS_FOLDER)
+    check_replaceable(path, STAGE, is_default=True)
+    check_replaceable(summary_path, CLUSTERS_MARK, is_default=True)
     if options.html:
-        check_replaceable(page_path, page_mark(STAGE), own=CLUSTERS_FOLDER)
+        check_replaceable(page_path, page_mark(STAGE), is_default=True)
     source = dataset.open_input(options.input) if options.input is not None else None
     columns, embeddings = read_rows(dataset)
     positions = read_positions(columns, options.positions) if options.positions else None

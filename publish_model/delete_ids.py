@@ -4,8 +4,8 @@
 
 Reads the ids, one a line or the column OSMID of a CSV or parquet, and rewrites the parts and rejects that hold one of
 them, each in one piece; state.json counts what is gone. Hashes of the ids are kept in OUTPUT/_deleted/, so that stage 8
-leaves them out too when it makes a part again. Aggregates, clusters, exports, pages, logs and set-aside parts inside
-OUTPUT are removed. Files of others and other datasets there stay and are named, and the exit code is 1. If an id
+leaves them out too when it makes a part again. Aggregates, clusters, exports, logs and set-aside parts inside OUTPUT
+are removed. Files of others and other datasets there stay and are named, and the exit code is 1. If an id
 matches nothing it is 1 too (0 with --allow-missing); the others are deleted. A rerun resumes an interrupted run.
 Refused while another process writes to the dataset. It writes no log file, which would name ids.
 """
@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.deletions import delete_ids, find_id_type
+from pipeline.embeddings_dataset.deletions import delete_ids
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError, PipelineError
 from pipeline.log import logger
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
@@ -34,7 +35,7 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
     Raises InputError where the dataset or the list cannot be read; and, once all is done, where ids match nothing
     unless that is allowed, PipelineError where files of others may hold the ids.
     """
-    listed = read_id_list(list_path, find_id_type(dataset))
+    listed = read_id_list(list_path, dataset.schema.field(ID_COLUMN).type)
     num_rows, missing, others = delete_ids(dataset, listed)
     result = cli.StageResult(STAGE)
     for part in dataset.parts:

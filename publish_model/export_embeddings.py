@@ -21,7 +21,7 @@ from pipeline import cli
 from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, gather_blocks
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, embeddings_of, read_table
-from pipeline.files.outputs import EXPORT_MARK, EXPORT_SUMMARY, check_replaceable
+from pipeline.files.outputs import check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, write_parquet
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
@@ -30,6 +30,8 @@ from publish_model.derived.similarity_search import find_nearest
 
 STAGE = "export_embeddings"
 SCALE_COLUMN = "scale"
+# What is written beside the parts, and how it is told.
+EXPORT_SUMMARY, EXPORT_MARK = "export.json", '"recall_at_10"'
 NUM_NEAREST = 10
 # Rows whose neighbours are looked for, spread over the dataset: recall is known to about 0.002 by 1,000 x 10 of them.
 NUM_QUERIES = 1000
@@ -85,9 +87,9 @@ def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite
     folder = target or dataset.folder / "_exports" / kind
     result = cli.StageResult(STAGE)
     summary_path, paths = folder / EXPORT_SUMMARY, [folder / "parts" / part.path.name for part in dataset.parts]
-    check_replaceable(summary_path, EXPORT_MARK, own="_exports")
+    check_replaceable(summary_path, EXPORT_MARK, is_default=target is None)
     for path in paths:
-        check_replaceable(path, STAGE, own="_exports")
+        check_replaceable(path, STAGE, is_default=target is None)
     for part, path in zip(dataset.parts, paths, strict=True):
         source = {"name": part.path.name, "checksum": part.checksum}
         provenance = make_provenance(STAGE, [source], {"export": kind})

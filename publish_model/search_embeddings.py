@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.errors import ConfigError, escape_controls
+from pipeline.errors import ConfigError
 from pipeline.files.outputs import check_replaceable, page_mark
 from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
@@ -76,7 +76,7 @@ def search(arguments: argparse.Namespace) -> None:
     ids = dataset.read_ids_at(rows)
     hits = [(float(similarity), describe_id(ids[row])) for similarity, row in zip(similarities[0], rows, strict=True)]
     for rank, (similarity, identifier) in enumerate(hits, start=1):
-        print(f"{rank}\t{similarity:.6f}\t{escape_controls(str(identifier))}")
+        print(f"{rank}\t{similarity:.6f}\t{identifier}")
     logger.info("searched %d embeddings", dataset.num_rows)
     if arguments.html is not None:
         images = dict(dataset.read_images(source, rows)) if source else {}

@@ -3,8 +3,6 @@
 import json
 import math
 import struct
-import subprocess
-import sys
 import tracemalloc
 from itertools import combinations
 
@@ -15,7 +13,7 @@ import pytest
 from embedded_datasets import WIDTH, unit_rows, write_dataset
 
 from publish_model import aggregate_embeddings, export_embeddings
-from publish_model.derived.geometry import MAX_DEPTH, describe_shape
+from publish_model.derived.geometry import describe_shape
 
 IDS = [f"{kind}/{number}" for number in range(7) for kind in ("way", "relation")]
 
@@ -272,41 +270,11 @@ def test_what_is_no_geometry_is_said_so():
             describe_shape(value, in_degrees=False)
 
 
-@pytest.mark.parametrize("code", [4, 6, 7, 11, 3007, 0x20000007])
-def test_a_geometry_of_collections_in_collections_crashes_nothing(code):
-    # In a process of its own: GEOS overflows the stack.
-    program = """
-import struct, sys
-from publish_model.derived.geometry import MAX_DEPTH, describe_shape
-code = int(sys.argv[1])
-head = struct.pack("<BI", 1, code) + (struct.pack("<I", 4326) if code & 0x20000000 else b"")
-for count in (1, 2):  # nested in the first member, and in the last
-    first = struct.pack("<BIdd", 1, 1, 1, 2) if count == 2 else b""
-    try:
-        describe_shape((head + struct.pack("<I", count) + first) * 200_000, in_degrees=True)
-    except ValueError as error:
-        assert f"more than {MAX_DEPTH} deep" in str(error), error
-        print("refused")
-"""
-    run = subprocess.run([sys.executable, "-c", program, str(code)], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout.split()) == (0, ["refused", "refused"]), run.stderr
-
-
-def test_collections_in_a_few_collections_are_geometries():
-    nested = shape(1, (1.0, 2.0))
-    for _ in range(MAX_DEPTH):
-        nested = shape(7, shape(1, (3.0, 4.0)), nested)
-    assert describe_shape(nested, in_degrees=True) == "GeometryCollection"
-    with pytest.raises(ValueError, match="collections in collections"):
-        describe_shape(shape(7, nested), in_degrees=True)
-
-
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_a_geometry_in_another_reference_system_is_refused_by_name(order):
     assert describe_shape(ewkb_point(4326, 11.5, 48.1, order), in_degrees=True) == "Point"
-    for srid in (3857, 0):
-        with pytest.raises(ValueError, match=f"EPSG:{srid}"):
-            describe_shape(ewkb_point(srid, 1.0, 2.0, order), in_degrees=True)
+    with pytest.raises(ValueError, match="EPSG:3857"):
+        describe_shape(ewkb_point(3857, 1.0, 2.0, order), in_degrees=True)
 
 
 def shape(kind, *members, count=None, order="<"):

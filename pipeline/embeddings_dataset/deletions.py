@@ -4,46 +4,32 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, list_values
 from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import (
-    STAGE,
-    Part,
-    PartContent,
-    is_ours,
-    list_part_files,
-    read_ids,
-    rejects_beside,
-)
+from pipeline.embeddings_dataset.parts import Part, PartContent, is_ours, read_ids, rejects_beside
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
-from pipeline.files.outputs import EXPORT_MARK, EXPORT_SUMMARY, carries, is_dataset, page_mark
-from pipeline.files.tables import open_parquet, read_provenance, write_parquet
+from pipeline.files.outputs import is_dataset
+from pipeline.files.tables import read_provenance, write_parquet
 from pipeline.files.workspace import parse_json
 from pipeline.log import logger
 from pipeline.own_folders import remove
 
-# What is made from a dataset, in the folders for it: the tools' copies, what was set aside, and logs, which name ids.
+# What is made from a dataset: the tools' copies, what was set aside, and logs, which name ids.
 _DERIVED = re.compile(
     r"_aggregated/[^/]+\.parquet|_clusters/(clusters|look_alike)\.(parquet|json|html)|_exports/(float16|int8)/.+"
     r"|_logs/.+\.log(\.(crashed|decoding|fault))?|_removed/\d+/.+"
 )
 _DERIVED_FOLDERS = re.compile(r"(_aggregated|_clusters|_exports|_logs|_removed)(/.+)?")
-# What was set aside looks like a dataset.
 _SET_ASIDE = re.compile(rf"{SET_ASIDE}/\d+")
-# What tells the tools' copies and pages elsewhere in the dataset's folder.
-_COPY_STAGES = ("aggregate_embeddings", "cluster_embeddings", "export_embeddings")
-_PAGE_MARK = page_mark("search_embeddings")
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.
 _OWN = re.compile(
     r"(_adopted/)?state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json"
@@ -113,20 +99,9 @@ def _order_path(folder: Path) -> Path:
     return folder / "_deleted" / "id_hashes.json"
 
 
-def find_id_type(dataset: EmbeddingsDataset) -> pa.DataType:
-    """Return the type of a dataset's ids; where a killed run has set all parts aside it has none, and they tell it."""
-    aside = [path for path in dataset.list_set_aside() if is_ours(path)]
-    if not aside or list_part_files(dataset.folder):
-        return dataset.schema.field(ID_COLUMN).type
-    dataset.use_parts(())
-    with open_parquet(aside[-1]) as file:
-        return file.schema_arrow.field(ID_COLUMN).type
-
-
 def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]]) -> tuple[int, list[str], list[Path]]:
     """Take ids out for good; return the number of rows deleted, and the listed names that no row has or had.
 
-    Of the values that a name may stand for, the first counts, and where no row has or had it the next that one has.
     What in its folder is not its own comes third: other datasets and files of others stay, and may hold the ids.
     The order comes first and derived data go next, so that a killed run is finished by the next one; the order is done
     when no file holds one of the ids. The caller keeps others out, see `EmbeddingsDataset.held`. Raises PipelineError,
@@ -139,7 +114,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
             f"{links[0]}: a link, and what it leads to may hold the ids: remove it, then run this again"
         )
     salt = before.salt or secrets.token_bytes(16)
-    hashes = {name: list(hash_ids(values, salt)) for name, values in listed.items()}
+    hashes = {name: set(hash_ids(values, salt)) for name, values in listed.items()}
     wanted, found = before.id_hashes.union(*hashes.values()), set[int]()
     if not wanted:
         return 0, list(listed), []
@@ -152,27 +127,17 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
             found |= wanted.intersection(hash_ids(read_ids(path), salt))
         except (InputError, LookupError):  # damaged
             may_hold = True
-    known = found | (before.id_hashes - before.unmatched)
-    meant = {name: _choose(values, known) for name, values in hashes.items()}
-    wanted = before.id_hashes.union(*meant.values())
-    found &= wanted
     unmatched = before.unmatched | (wanted - before.id_hashes - found)
     order = DeletionOrder(salt, wanted, unmatched, done=False)
     _write_order(folder, order)
     if found or may_hold:
         _remove_derived(folder)
     num_rows = sum(_rewrite(part, order) for part in dataset.parts)
-    if dataset.parts:
-        dataset.use_parts(None)
+    dataset.use_parts(None)
     dataset.update_state(dataset.parts)
     _write_order(folder, replace(order, done=True))
     others = [path for path in _walk(folder)[0] if not (_is_own(folder, path) or _is_derived(folder, path))]
-    return num_rows, [name for name, own in meant.items() if own <= unmatched], others
-
-
-def _choose(hashes: list[int], known: set[int]) -> frozenset[int]:
-    """Return the first of a name's hashes and the first that a row has or had; all of them where no row has one."""
-    return frozenset([*hashes[:1], *([one for one in hashes if one in known][:1] or hashes)])
+    return num_rows, [name for name, own in hashes.items() if own <= unmatched], others
 
 
 def finish_order(folder: Path) -> None:
@@ -194,18 +159,17 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
     files, folders = list[Path](), list[Path]()
     for place, below, names in os.walk(folder, onerror=refuse):
-        files += (Path(place, name) for name in names)
-        closed = [name for name in below if _is_closed(folder, Path(place, name))]
-        files += (Path(place, name) for name in closed)
-        below[:] = [name for name in below if name not in closed]
-        folders += (Path(place, name) for name in below)
+        paths = [Path(place, name) for name in below]
+        closed = {path for path in paths if path.is_symlink() or (is_dataset(path) and not _is_set_aside(folder, path))}
+        files += [*(Path(place, name) for name in names), *closed]
+        folders += (path for path in paths if path not in closed)
+        below[:] = [path.name for path in paths if path not in closed]
     return sorted(files), sorted(folders)
 
 
-def _is_closed(folder: Path, place: Path) -> bool:
-    """Whether a folder is a link or another dataset, into which nothing of this one looks."""
-    is_aside = _SET_ASIDE.fullmatch(place.relative_to(folder).as_posix())
-    return place.is_symlink() or (not is_aside and is_dataset(place))
+def _is_set_aside(folder: Path, path: Path) -> bool:
+    """Whether a folder is one of those with set-aside parts, which look like a dataset."""
+    return bool(_SET_ASIDE.fullmatch(path.relative_to(folder).as_posix()))
 
 
 def _is_own(folder: Path, path: Path) -> bool:
@@ -218,16 +182,10 @@ def _is_own(folder: Path, path: Path) -> bool:
 def _is_derived(folder: Path, path: Path) -> bool:
     """Whether a file was made from the dataset, was set aside or was left by a killed run."""
     name = path.relative_to(folder).as_posix()
-    if path.is_dir():
+    if path.is_dir() or _is_own(folder, path):
         return False
-    if _DERIVED.fullmatch(name) or workspace.is_temporary(path.name):
-        return True
-    if _is_own(folder, path) or path.is_symlink() or not path.is_file():
-        return False
-    with suppress(InputError):  # no parquet
-        stage = (read_provenance(path) or {}).get("stage")
-        return stage in _COPY_STAGES or (stage == STAGE and name.startswith("_rejects/"))
-    return carries(path, _PAGE_MARK) or (path.name == EXPORT_SUMMARY and carries(path, EXPORT_MARK))
+    is_orphan = name.startswith("_rejects/") and is_ours(path)
+    return bool(_DERIVED.fullmatch(name) or workspace.is_temporary(path.name)) or is_orphan
 
 
 def _remove_derived(folder: Path) -> None:
@@ -236,10 +194,8 @@ def _remove_derived(folder: Path) -> None:
     gone = [path for path in files if _is_derived(folder, path)]
     for path in gone:
         remove(path)
-    emptied = {above for path in gone for above in path.parents} - {folder, folder / "parts", folder / "_rejects"}
     for place in reversed(folders):
-        is_made = place in emptied or _DERIVED_FOLDERS.fullmatch(place.relative_to(folder).as_posix())
-        if is_made and not any(place.iterdir()):
+        if _DERIVED_FOLDERS.fullmatch(place.relative_to(folder).as_posix()) and not any(place.iterdir()):
             remove(place)
             gone.append(place)
     # A folder stands for all that was in it.

@@ -1,6 +1,5 @@
-"""Check where an output is to go: it replaces only what the same tool wrote, and stays out of a dataset's folders."""
+"""Check where an output is to go: it replaces only what the same tool wrote, and stays out of datasets."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,11 +7,7 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.files.tables import read_provenance
 from pipeline.files.workspace import read_json_object
 
-# What an embeddings dataset makes in its folder.
-_OF_DATASETS = re.compile(r"_.*|\..*|parts|state\.json")
 _LOOKED_AT = 2**20  # bytes in which a mark stands, unless the file is a parquet
-# What export_embeddings.py writes beside its parts, and how it is told.
-EXPORT_SUMMARY, EXPORT_MARK = "export.json", '"recall_at_10"'
 # Where cluster_embeddings.py writes, and how its summary is told.
 CLUSTERS_FOLDER, CLUSTERS_MARK = "_clusters", '"cluster_embeddings"'
 
@@ -22,12 +17,16 @@ def page_mark(tool: str) -> str:
     return f'<meta name="generator" content="{tool}">'
 
 
-def check_replaceable(path: Path, mark: str | bytes, inputs: Iterable[Path | None] = (), *, own: str = "") -> None:
+def check_replaceable(
+    path: Path, mark: str | bytes, inputs: Iterable[Path | None] = (), *, is_default: bool = False
+) -> None:
     """Raise ConfigError unless `path` is free, or holds a file that carries the tool's mark, and is no input.
 
-    The mark of a parquet is the stage in its provenance; other files contain theirs. See `check_outside_datasets`.
+    The mark of a parquet is the stage in its provenance; other files contain theirs. A path that the user chose lies
+    outside datasets, too.
     """
-    check_outside_datasets(path, own=own)
+    if not is_default:
+        check_outside_datasets(path)
     if any(one is not None and one.resolve() == path.resolve() for one in inputs):
         raise ConfigError(f"{path}: an input, which the output would replace: give another path for the output")
     if path.exists() and not (path.is_file() and carries(path, mark)):
@@ -46,15 +45,11 @@ def carries(path: Path, mark: str | bytes) -> bool:
     return (mark.encode() if isinstance(mark, str) else mark) in start
 
 
-def check_outside_datasets(path: Path, *, own: str = "") -> None:
-    """Raise ConfigError if `path` lies in a folder that a dataset has for itself, except its `own`."""
-    place = path.resolve()
-    for folder in place.parents:
-        name = place.relative_to(folder).parts[0]
-        if name != own and _OF_DATASETS.fullmatch(name) and is_dataset(folder):
-            raise ConfigError(
-                f"{path}: {folder} is an embeddings dataset, and {name} its own: give another path for the output"
-            )
+def check_outside_datasets(path: Path) -> None:
+    """Raise ConfigError if `path` lies in an embeddings dataset, where a takedown would take it for another's."""
+    for folder in path.resolve().parents:
+        if is_dataset(folder):
+            raise ConfigError(f"{path}: {folder} is an embeddings dataset: give another path for the output")
 
 
 def is_dataset(folder: Path) -> bool:

@@ -1,7 +1,6 @@
 """Geometries by id, and the metadata that make a parquet a GeoParquet 1.1 (https://geoparquet.org/releases/v1.1.0)."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,6 @@ VERSION = "1.1.0"
 GEOMETRY_COLUMN = "geometry"
 BATCH_ROWS = 65_536
 WGS_84 = 4326
-_HAS_Z, _HAS_M, _HAS_SRID = 0x80000000, 0x40000000, 0x20000000  # in PostGIS's extended well-known binary
-_POINT, _LINE, _POLYGON, _CURVE, _LAST_KIND = 1, 2, 3, 8, 12
-# Shapely's GEOS calls itself for each level: 10,000 of them overflow the stack.
-MAX_DEPTH = 16
 
 
 def describe_shape(value: bytes, *, in_degrees: bool) -> str:
@@ -36,45 +31,17 @@ def describe_shape(value: bytes, *, in_degrees: bool) -> str:
     `in_degrees` and has points that are no longitude and latitude.
     """
     try:
-        _find_end(value)
         shape = shapely.from_wkb(value)
-    except (shapely.errors.GEOSException, NotImplementedError, struct.error) as error:  # the second for curves
+    except (shapely.errors.GEOSException, NotImplementedError) as error:  # the second for curves
         raise ValueError(f"not well-known binary ({one_line(error)})") from None
-    names_system = int.from_bytes(value[1:5], "little" if value[0] else "big") & _HAS_SRID
-    if names_system and shapely.get_srid(shape) != WGS_84:
-        raise ValueError(
-            f"in the reference system EPSG:{shapely.get_srid(shape)}, not in EPSG:{WGS_84} (longitude, latitude)"
-        )
+    if (system := shapely.get_srid(shape)) not in (0, WGS_84):  # PostGIS's kind of it
+        raise ValueError(f"in the reference system EPSG:{system}, not in EPSG:{WGS_84} (longitude, latitude)")
     points = shapely.get_coordinates(shape)  # (N, 2), an empty point is left out or NaN
     outside = points[(np.abs(points) > (180, 90)).any(axis=1)]
     if in_degrees and len(outside):
         x, y = outside[0].tolist()
         raise ValueError(f"at ({x!r}, {y!r}), no longitude and latitude in degrees")
     return f"{shape.geom_type} Z" if shape.has_z else str(shape.geom_type)
-
-
-def _find_end(value: bytes, place: int = 0, depth: int = 0) -> int:
-    """Return where the geometry at a place ends; raise ValueError beyond MAX_DEPTH, struct.error where it is cut."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"of collections in collections, more than {MAX_DEPTH} deep")
-    numbers = struct.Struct("<I" if value[place : place + 1] == b"\1" else ">I")
-    code = int(numbers.unpack_from(value, place + 1)[0])
-    dimensions, kind = divmod(code & 0xFFFF, 1000)
-    if value[place] > 1 or not _POINT <= kind <= _LAST_KIND:
-        raise ValueError(f"not well-known binary (byte order {value[place]}, type {code})")
-    has_z, has_m = code & _HAS_Z or dimensions in (1, 3), code & _HAS_M or dimensions in (2, 3)
-    point_bytes, place = 16 + 8 * bool(has_z) + 8 * bool(has_m), place + (9 if code & _HAS_SRID else 5)
-    if kind == _POINT:
-        return place + point_bytes
-    count, place = int(numbers.unpack_from(value, place)[0]), place + 4
-    if kind in (_LINE, _CURVE):
-        return place + count * point_bytes
-    for _ in range(count):
-        if kind == _POLYGON:
-            place += 4 + int(numbers.unpack_from(value, place)[0]) * point_bytes
-        else:
-            place = _find_end(value, place, depth + 1)
-    return place
 
 
 class GeometryFile:
