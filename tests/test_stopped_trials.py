@@ -77,7 +77,7 @@ def test_settings_that_kill_their_workers_again_and_again_are_given_up(
     tried = stop_first(monkeypatch, KilledError, times=3)
     for _ in range(3):
         with pytest.raises(KilledError):
-            search(workspace, 2, storage="journal")
+            search(workspace, 2)
     assert search(workspace, 2).rejected == 1
     assert tried[0] == tried[1] == tried[2]
 

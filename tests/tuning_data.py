@@ -22,14 +22,9 @@ SPACE["training_model.hidden_dim"] = IntDistribution(4, 16, log=True)
 
 
 def make_workspace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write splits, a difficulty table and a configuration whose settings lie in the space; make that small.
-
-    No plots are drawn, which take longer than such trials.
-    """
-    from train_specialized_embeddings.tuning import tuning_report
+    """Write splits, a difficulty table and a configuration whose settings lie in the space; make that small."""
     from train_specialized_embeddings.tuning.search_space import SPACE
 
-    monkeypatch.setattr(tuning_report, "_PLOTS", {})
     for name in SPACE:
         monkeypatch.setitem(SPACE, name, SPACE[name])  # puts them back
     exec(SMALL_SPACE, {})

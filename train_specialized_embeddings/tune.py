@@ -2,14 +2,13 @@
 
     python train_specialized_embeddings/tune.py --config config.toml --trials 200 --workers 2
 
-Reads what stage 6 reads. Writes to checkpoint_dir/_tune the study (journal.log), trials.csv, plots
-and best.toml, which every stage takes by --set .../best.toml; nothing else in checkpoint_dir is touched.
+Reads what stage 6 reads. Writes to checkpoint_dir/_tune the study (journal.log), trials.csv and best.toml, which every
+stage takes by --set .../best.toml; nothing else in checkpoint_dir is touched.
 A rerun goes on until the study has --trials finished trials; the same command started several times, on one machine
 or on several that share the folder, works on one study. Needs Optuna: pip install 'spatial-building-embeddings[tune]'.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -35,8 +34,6 @@ class TuneOptions:
 
     num_trials: int = 100
     num_workers: int = 1
-    storage: str = "journal"
-    study_name: str = "stage6"
     objective: str = "map"
     sample_buildings: int | None = None  # of the training split; None is as configured
     save_checkpoints: bool = False
@@ -93,12 +90,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--workers", type=_count, dest="num_workers", metavar="N", help="processes at once (default: 1)"
     )
-    parser.add_argument(
-        "--storage", type=_storage, metavar="{journal,URL}",
-        help="how the study is kept; URL: a database as Optuna takes it, such as postgresql://host/name; '$VARIABLES'\n"
-        "in it are expanded here, so that a password stays out of logs (default: journal)",
-    )  # fmt: skip
-    parser.add_argument("--study-name", metavar="NAME", help="which study of the storage (default: stage6)")
     parser.add_argument("--objective", choices=SCORE_KEYS, help="the validation score to maximise (default: map)")
     parser.add_argument(
         "--sample-buildings", type=_count, metavar="N", help="train the trials on N buildings, drawn from [global].seed"
@@ -112,12 +103,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = TuneOptions(**{field.name: getattr(arguments, field.name) for field in fields(TuneOptions)})
     config = cli.config_from(arguments)
     cli.run_stage(STAGE, lambda config, _: run(config, options), config, cli.options_from(arguments))
-
-
-def _storage(text: str) -> str:
-    if text != "journal" and "://" not in os.path.expandvars(text):
-        raise argparse.ArgumentTypeError("must be journal or a database's URL")
-    return os.path.expandvars(text)
 
 
 def _count(text: str) -> int:

@@ -1,7 +1,6 @@
 """Run an Optuna study of stage 6's settings."""
 
 import multiprocessing
-import re
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,7 @@ from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline import own_folders
 from pipeline.cli import StageResult
@@ -50,57 +47,29 @@ class Tuning:
         """Open the study, or create it; while no trial has the configured settings, one with these is to come.
 
         Raises StaleOutputError where it was made from other inputs, or from other settings that the trials do not
-        choose, PipelineError where it is no study of stage 6.
+        choose.
         """
-        options = self.options
         study = optuna.create_study(
-            storage=self._open_storage(), study_name=options.study_name, direction="maximize",
-            load_if_exists=True, pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
+            storage=optuna.storages.JournalStorage(JournalFileBackend(str(self.folder / JOURNAL))),
+            study_name="stage6", direction="maximize", load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
+            # Without a seed: workers that start together on several machines must not try the same.
+            sampler=optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True),
         )  # fmt: skip
-        # Without a seed: workers that start together on several machines must not try the same.
-        study.sampler = optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True)
         fixed = {key: value for key, value in self.provenance["settings"].items() if key not in SPACE}
         made_from = self.provenance | {"settings": fixed}
-        found = study.user_attrs.get("provenance")
-        is_new = not (study.user_attrs or study.get_trials(deepcopy=False))
-        is_ours = isinstance(found, dict) and found.get("stage") == "tune"
-        if not (is_new or is_ours) or study.directions != [StudyDirection.MAXIMIZE]:
-            raise PipelineError(
-                f"--study-name {options.study_name}: not a study of stage 6: give another name or --storage"
-            )
-        if is_ours:
+        if found := study.user_attrs.get("provenance"):
             tables.matches(self.folder / JOURNAL, found, made_from)
         else:
             study.set_user_attr("provenance", made_from)
         self._retry_killed(study)
         configured = search_space.list_configured(self.config)
         tried = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
-        if len(list_finished(study)) < options.num_trials and not any(
+        if len(list_finished(study)) < self.options.num_trials and not any(
             trial.system_attrs.get("fixed_params", trial.params) == configured for trial in tried
         ):
-            study.enqueue_trial(configured, user_attrs={"is_configured": configured.keys() == SPACE.keys()})
+            study.enqueue_trial(configured)
         return study
-
-    def _open_storage(self) -> Any:
-        """Open the journal, or the database of a URL, which may hold a password and is not shown."""
-        storage = self.options.storage
-        if storage == "journal":
-            return optuna.storages.JournalStorage(JournalFileBackend(str(self.folder / JOURNAL)))
-        try:
-            return optuna.storages.RDBStorage(storage)
-        except (ImportError, SQLAlchemyError, ValueError, optuna.exceptions.OptunaError) as error:
-            scheme = re.match(r"[a-z0-9+]*(?=://)", storage)
-            raise PipelineError(
-                f"--storage {scheme.group() if scheme else ''}://...: the database cannot be opened "
-                f"({type(error).__name__}): install its driver, or correct the URL"
-            ) from None
-
-    def delete_study(self) -> None:
-        """Delete the study of a database, which is one of stage 6."""
-        with suppress(KeyError):  # there is none
-            study = optuna.load_study(study_name=self.options.study_name, storage=self._open_storage())
-            if study.user_attrs.get("provenance", {}).get("stage") == "tune":
-                optuna.delete_study(study_name=self.options.study_name, storage=self._open_storage())
 
     def run_trials(self, watch: Stopwatch, number: int) -> None:
         """Run trials until the study has enough; with W workers it may get W - 1 more.
@@ -167,21 +136,16 @@ class Tuning:
             save_checkpoint(folder / "checkpoint_best.pt", run.best)
         return float(run.best["metrics"]["val"]["projector"][objective])
 
-    def _find_lock(self, number: int) -> Path:
-        return self.folder / f".trial_{number:04d}.lock"
-
     def _holding(self, number: int) -> AbstractContextManager[None]:
-        return workspace.locked(self.folder, f"runs trial {number}", self._find_lock(number))
+        return workspace.locked(self.folder, f"runs trial {number}", self.folder / f".trial_{number:04d}.lock")
 
     def _retry_killed(self, study: optuna.Study) -> None:
         """Take back the trials of workers that have died, as their locks are free."""
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            # The workers of a database may lie on other machines, with locks in folders of their own.
-            if self.options.storage == "journal" or self._find_lock(trial.number).exists():
-                with suppress(PipelineError), self._holding(trial.number):
-                    if study.trials[trial.number].state == TrialState.RUNNING:
-                        logger.warning("trial %d: its worker was killed: tried again", trial.number)
-                        _retry(study, trial, num_killed=1)
+            with suppress(PipelineError), self._holding(trial.number):
+                if study.trials[trial.number].state == TrialState.RUNNING:
+                    logger.warning("trial %d: its worker was killed: tried again", trial.number)
+                    _retry(study, trial, num_killed=1)
 
 
 def _retry(study: optuna.Study, trial: FrozenTrial, num_killed: int = 0) -> None:
@@ -190,8 +154,7 @@ def _retry(study: optuna.Study, trial: FrozenTrial, num_killed: int = 0) -> None
     num_killed += trial.user_attrs.get("num_killed", 0)
     if num_killed <= _MAX_RETRIES:
         settings = trial.system_attrs.get("fixed_params", {}) | trial.params
-        attributes = {"retry_of": trial.number, "num_killed": num_killed}
-        study.enqueue_trial(settings, user_attrs=trial.user_attrs | attributes)
+        study.enqueue_trial(settings, user_attrs={"retry_of": trial.number, "num_killed": num_killed})
 
 
 def run_study(tuning: Tuning) -> StageResult:
@@ -202,12 +165,7 @@ def run_study(tuning: Tuning) -> StageResult:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     options, folder = tuning.options, tuning.folder
     own_folders.make_folder(folder)
-    earlier = []
-    if options.overwrite and options.storage == "journal":
-        earlier = [folder / JOURNAL]
-    elif options.overwrite:
-        tuning.delete_study()
-    with workspace.replacing(folder, earlier):
+    with workspace.replacing(folder, [folder / JOURNAL] if options.overwrite else []):
         study, result = tuning.open_study(), StageResult("tune")
         has_work = len(list_finished(study)) < options.num_trials
         if has_work:
@@ -221,7 +179,7 @@ def run_study(tuning: Tuning) -> StageResult:
                 worker.join()
         else:
             logger.info("tune: the study has its %d trials; a larger --trials goes on", options.num_trials)
-        paths = write_report(folder, study, options.objective)
+        paths = write_report(folder, study, options.objective, search_space.list_configured(tuning.config))
     (result.written if has_work else result.kept).extend(paths)
     states = [trial.state for trial in list_finished(study)]
     done, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)

@@ -1,23 +1,17 @@
-"""Write the results of a study: the best settings as a TOML fragment, a table and plots of the trials."""
+"""Write the results of a study: the best settings as a TOML fragment, and a table of the trials."""
 
 import csv
-import io
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import PipelineError
 from pipeline.files import workspace
 from pipeline.log import logger
-from train_specialized_embeddings.tuning.search_space import SPACE, holds
-
-_NUM_LISTED = 5
-_PLOTS = {"history.png": "optimization_history", "epochs.png": "intermediate_values", "settings.png": "slice"}
+from train_specialized_embeddings.tuning.search_space import SPACE
 
 
 def list_finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -27,79 +21,41 @@ def list_finished(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in trials if trial.state.is_finished() and trial.number not in retried]
 
 
-def write_report(folder: Path, study: optuna.Study, objective: str) -> list[Path]:
-    """Write best.toml, trials.csv and the plots, and log the best trials; return the paths.
+def write_report(folder: Path, study: optuna.Study, objective: str, configured: dict[str, Any]) -> list[Path]:
+    """Write best.toml, which also has the score of the `configured` settings, and trials.csv; return the paths.
 
     Raises PipelineError where no trial is complete.
     """
-    trials = list_finished(study)
-    ranked = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=_value, reverse=True)
-    if not ranked:
+    paths, trials = [folder / "best.toml", folder / "trials.csv"], list_finished(study)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if not complete:
         raise PipelineError(f"{folder}: no trial was complete: train with the settings as they are and read the log")
-    contents = {"best.toml": _render_toml(ranked, objective), "trials.csv": _render_csv(trials)}
-    contents |= {name: _plot(study, kind) for name, kind in _PLOTS.items()}
-    for name, content in contents.items():
-        with workspace.writing_to(folder / name) as temporary:
-            temporary.write_bytes(content)
-    for trial in ranked[:_NUM_LISTED]:
-        settings = ", ".join(f"{key} {value}" for key, value in list_settings(trial).items())
-        logger.info("trial %4d: validation %s %.4f: %s", trial.number, objective, _value(trial), settings)
-    logger.info("to train with the best of them: train.py --set %s", folder / "best.toml")
-    return [folder / name for name in contents]
+    with workspace.writing_to(paths[0]) as temporary:
+        temporary.write_text(_render_toml(complete, objective, configured), encoding="utf-8")
+    with workspace.writing_to(paths[1]) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["trial", "state", "score", "epochs", "seconds", *SPACE])
+        for trial in trials:
+            seconds = trial.duration.total_seconds() if trial.duration else 0.0
+            epochs = max(trial.intermediate_values, default=0)
+            row = [trial.number, trial.state.name.lower(), trial.value, epochs, f"{seconds:.1f}"]
+            writer.writerow([*row, *map(trial.params.get, SPACE)])
+    logger.info("to train with the best of %d trials: train.py --set %s", len(complete), paths[0])
+    return paths
 
 
-def _value(trial: FrozenTrial) -> float:
-    return float(trial.values[0])
-
-
-def list_settings(trial: FrozenTrial) -> dict[str, Any]:
-    """Return a trial's settings; names and values outside the space, which others may have written, are left out."""
-    return {name: trial.params[name] for name in SPACE if name in trial.params and holds(name, trial.params[name])}
-
-
-def _render_toml(ranked: list[FrozenTrial], objective: str) -> bytes:
-    best = ranked[0]
+def _render_toml(complete: list[FrozenTrial], objective: str, configured: dict[str, Any]) -> str:
+    best = max(complete, key=lambda trial: trial.values[0])
     run = best.user_attrs.get("wandb_run")
-    name = (
-        f"Trial {best.number}" if run is None else f"Run {json.dumps(run)}"
-    )  # a line break in it must not end the comment
-    lines = [f"# {name}, the best of {len(ranked)} complete ones: validation {objective} {_value(best):.4f}"]
-    configured = [trial for trial in ranked if trial.user_attrs.get("is_configured")]
-    if configured:
-        lines[0] += f"; the settings as configured: {_value(configured[0]):.4f}"
+    # A line break in a run's name must not end the comment.
+    name = f"Trial {best.number}" if run is None else f"Run {json.dumps(run)}"
+    lines = [f"# {name}, the best of {len(complete)} complete ones: validation {objective} {best.values[0]:.4f}"]
+    if own := [trial.values[0] for trial in complete if trial.params == configured]:
+        lines[0] += f"; the settings as configured: {max(own):.4f}"
     else:
         lines.append("# No complete trial has the settings as configured: they may be better.")
         logger.warning("best.toml: no complete trial has the settings as configured: they may be better")
-    settings = list_settings(best)
     for section in dict.fromkeys(name.partition(".")[0] for name in SPACE):
-        own = {name.partition(".")[2]: value for name, value in settings.items() if name.startswith(section + ".")}
-        lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in own.items())]
-    return ("\n".join(lines) + "\n").encode()
-
-
-def _render_csv(trials: list[FrozenTrial]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "state", "score", "epochs", "seconds", *SPACE])
-    for trial in trials:
-        seconds = trial.duration.total_seconds() if trial.duration else 0.0
-        value = trial.value if trial.value is not None else ""
-        epochs = max(trial.intermediate_values, default=0)
-        settings = list_settings(trial)
-        row = [trial.number, trial.state.name.lower(), value, epochs, f"{seconds:.1f}"]
-        writer.writerow([*row, *(settings.get(name, "") for name in SPACE)])
-    return text.getvalue().encode()
-
-
-def _plot(study: optuna.Study, kind: str) -> bytes:
-    from matplotlib import pyplot
-
-    pyplot.switch_backend("agg")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls these plots experimental
-        drawn = getattr(optuna.visualization.matplotlib, f"plot_{kind}")(study)
-    figure = np.atleast_1d(drawn)[0].figure
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=80, bbox_inches="tight")
-    pyplot.close(figure)
-    return picture.getvalue()
+        own_keys = [name.partition(".")[2] for name in SPACE if name.startswith(section + ".") and name in best.params]
+        lines += ["", f"[{section}]", *(f"{key} = {json.dumps(best.params[f'{section}.{key}'])}" for key in own_keys)]
+    return "\n".join(lines) + "\n"

@@ -26,11 +26,10 @@ def report_runs(tuning: Tuning, project: str) -> StageResult:
         settings = {key: config[key] for key in SPACE if key in config and holds(key, config[key])}
         # A score on another split, or with another start, is no better or worse.
         if scores and settings.keys() == SPACE.keys() and not _differs(config, tuning.provenance):
-            attributes = {"wandb_run": name, "is_configured": settings == configured}
             study.add_trial(
                 optuna.trial.create_trial(
                     params=settings, distributions=SPACE, value=max(scores.values()), intermediate_values=scores,
-                    user_attrs=attributes,
+                    user_attrs={"wandb_run": name},
                 )
             )  # fmt: skip
     trials = study.get_trials(deepcopy=False)
@@ -43,7 +42,7 @@ def report_runs(tuning: Tuning, project: str) -> StageResult:
         )
     folder = tuning.folder / "wandb"
     own_folders.make_folder(folder)
-    result = StageResult("tune", written=write_report(folder, study, tuning.options.objective))
+    result = StageResult("tune", written=write_report(folder, study, tuning.options.objective, configured))
     result.add({"in": len(runs), "out": len(trials), "dropped": len(runs) - len(trials)})
     return result
 
