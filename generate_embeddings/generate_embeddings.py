@@ -39,7 +39,6 @@ from pipeline.files.tables import (
     write_rejects,
 )
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
-from pipeline.inference import launcher
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
@@ -326,13 +325,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--add-missing", action="store_true", help="embed the images that embeddings of another program lack"
     )
-    launcher.add_processes_option(parser)
     arguments = parser.parse_args(argv)
-    config = cli.config_from(arguments)  # before the processes start, so that its errors appear once
-    if launcher.launch(__file__, argv, arguments.processes, is_sharded=not arguments.shard.is_whole):
-        return
     options = EmbedOptions(**vars(cli.options_from(arguments)), add_missing=arguments.add_missing)
-    cli.run_stage(STAGE, run, config, options)
+    cli.run_stage(STAGE, run, cli.config_from(arguments), options)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,13 @@ def expand_user(text: str) -> str:
     return expanded
 
 
+def whole_number(text: str) -> int:
+    """Read a number above 0; raise ArgumentTypeError for anything else."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
 def make_parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
     """Return a parser with the options that every configured stage takes."""
     parser = _Parser(

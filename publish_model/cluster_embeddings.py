@@ -39,7 +39,6 @@ from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, carries, chec
 from pipeline.files.tables import is_complete, make_provenance, read_provenance, reading, write_parquet
 from pipeline.files.text_tables import null_blanks, read_id_table
 from pipeline.files.workspace import read_json_object, write_json
-from pipeline.inference.launcher import whole_number
 from pipeline.log import logger
 from pipeline.own_folders import remove
 from pipeline.retrieval.group_scores import measure_groups
@@ -300,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--positions", type=parse_positions, metavar="LAT,LON", help="kept columns in degrees: compare near images")
     add("--max-distance-m", type=number_within(0.001, 30_000), default=150.0, metavar="M", help="how far that is (150)")
     add("--labels", type=Path, metavar="FILE", help=f"parquet or CSV of {ID_COLUMN} and {LABEL_COLUMN}, to measure by")
-    add("--look-alike", type=whole_number, metavar="N", help="make N groups of ids that look alike, by k-means")
+    add("--look-alike", type=cli.whole_number, metavar="N", help="make N groups of ids that look alike, by k-means")
     add("--html", action="store_true", help="write a page too")
     add("--input", "-i", type=Path, metavar="PATH", help="packaged images, for the page's photographs")
     add("--overwrite", action="store_true", help="make again what is there already")

@@ -28,7 +28,6 @@ from pipeline.embeddings_dataset.parts import STAGE, PartContent, plan_parts
 from pipeline.errors import ConfigError, StaleOutputError, Terminated
 from pipeline.files.units import Unit
 from pipeline.files.workspace import naming_failures
-from pipeline.inference import launcher
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
 from pipeline.own_folders import make_folder
@@ -189,8 +188,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         open_input(options)  # a mistyped path leaves no folder behind
     finally:
         logger.disabled = False
-    if launcher.launch(__file__, argv, options.processes, is_sharded=not options.shard.is_whole):
-        return
     folder = EmbeddingsDataset(options.output).folder
     with naming_failures(folder):
         make_folder(folder)

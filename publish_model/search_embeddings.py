@@ -21,7 +21,6 @@ from pipeline.errors import ConfigError
 from pipeline.files.outputs import check_replaceable, page_mark
 from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
-from pipeline.inference.launcher import whole_number
 from pipeline.log import logger, logging_to
 from pipeline.pages import load_templates, shrink, to_data_uri
 from publish_model.derived.dataset_tool import make_tool_parser
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_tool_parser(__doc__ or "")
     add = parser.add_argument
     add("--query", type=Path, required=True, metavar="IMAGE", help="photograph to look for")
-    add("--top", type=whole_number, default=10, metavar="N", help="how many to print (10)")
+    add("--top", type=cli.whole_number, default=10, metavar="N", help="how many to print (10)")
     add_model_option(parser, default="")
     add_device_option(parser)
     add("--html", type=Path, metavar="PAGE", help="write a page with what was found")

@@ -202,19 +202,6 @@ def test_pictures_that_the_gpu_cannot_hold_are_resized_on_the_cpu_and_none_is_lo
     assert all(embedder.decode(data).dtype == torch.float32 for data in PHOTOGRAPHS.values())
 
 
-def test_on_a_gpu_the_passes_are_found_by_measurement(models, monkeypatch):
-    embedder = Embedder(models["dinov3"], device="cpu")
-    rates = {8: 100.0, 16: 180.0, 32: 181.0}
-    monkeypatch.setattr(embedder, "_measure_rate", lambda count, _: rates[count])
-    embedder._tune()
-    assert embedder.micro_batch == 16
-
-
-def test_the_rate_of_the_model_alone_is_measured(models):
-    embedder = Embedder(models["dinov3"], device="cpu")
-    assert embedder._measure_rate(4, torch.Size((3, 64, 64))) > 0
-
-
 def test_a_gpu_too_small_for_one_image_is_one_line(models, monkeypatch):
     embedder = Embedder(models["dinov3"], device="cpu")
 

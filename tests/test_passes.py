@@ -12,7 +12,6 @@ from pipeline.errors import PipelineError
 from pipeline.inference import backbone
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.devices import compile_blocks, is_convolutional, place
-from pipeline.inference.passes import BATCH_SIZES, find_batch_size
 from pipeline.inference.pixels import decode_pixels
 from pipeline.log import logging_to
 
@@ -21,28 +20,6 @@ from pipeline.log import logging_to
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("passes")
     return {"dinov3": make_dinov3(folder / "dinov3"), "convnext": make_convnext(folder / "convnext")}
-
-
-def test_the_batch_size_is_the_smallest_that_is_as_fast_as_any():
-    tried = []
-
-    def measure(size):
-        tried.append(size)
-        return 1000.0 * size / (size + 20)
-
-    assert find_batch_size(measure) == (512, pytest.approx(1000 * 512 / 532))
-    assert tried == [size for size in BATCH_SIZES if size <= 1024]
-    assert find_batch_size(lambda _: 50.0) == (BATCH_SIZES[0], 50.0)
-
-
-@pytest.mark.parametrize(("held", "found"), [(64, (64, 64.0)), (0, (BATCH_SIZES[0], 0.0))])
-def test_the_batch_size_stays_within_the_memory(held, found):
-    def measure(size):
-        if size > held:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return float(size)
-
-    assert find_batch_size(measure) == found
 
 
 @pytest.mark.parametrize("compiled", [False, True])

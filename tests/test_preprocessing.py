@@ -20,7 +20,6 @@ from pipeline.inference.preprocessing import (
     DEVICE_CHUNK,
     DeviceProcessor,
     find_device_processor,
-    measure_difference,
     prepare,
     works_on_tensors,
 )
@@ -86,7 +85,6 @@ def test_what_is_resized_at_once_is_bounded_by_its_pixels(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_passes_the_probe(family, tmp_path):
     processor = make_processor(family)
-    assert measure_difference(processor, DeviceProcessor(processor, CPU), CPU) < 0.01
     assert isinstance(find_device_processor(tmp_path, processor, CPU), DeviceProcessor)
 
 
@@ -115,9 +113,7 @@ def test_the_devices_resizing_is_judged_by_the_embeddings(kind, tmp_path, shared
     assert measure_cosines(found, expected).min() >= 0.9999
     assert (embedder.device_processor is None) == (kind == "lite0")
     if kind == "lite0":  # a fifth of a grey level is too much
-        line = (
-            "pictures are resized on the CPU: on the GPU they differ by 0.19 grey levels on average, and an embedding"
-        )
+        line = "pictures are resized on the CPU: on the GPU an embedding has a cosine of 0.99"
         assert line in (tmp_path / "a.log").read_text()
         assert measure_cosines(embedder.embed(other(decoded)), expected).min() < 0.999
 
@@ -128,23 +124,16 @@ def read_photographs(shared_dir, count):
         return [tar.extractfile(name).read() for name in names]
 
 
-def test_the_probe_measures_in_grey_levels():
-    processor = make_processor("dinov2")
-
-    def brighter(pixels):
-        return DeviceProcessor(processor, CPU)([(one.int() + 10).clamp(0, 255).to(torch.uint8) for one in pixels])
-
-    assert 9 < measure_difference(processor, brighter, CPU) <= 10.1
-    assert measure_difference(processor, lambda pixels: [pixels[0][:, :5].float()], CPU) == float("inf")
-
-
 def test_a_processor_that_makes_another_size_on_the_device_is_run_on_the_cpu_and_said(tmp_path):
     embedder = Embedder(write_kind(tmp_path / "dinov3", "dinov3")[0], device="cpu")
     embedder.device_processor = lambda pixels: [torch.zeros(3, 5, 5)] * len(pixels)
     with logging_to(tmp_path / "a.log"):
         embedder._judge_resizing()
     assert embedder.device_processor is None
-    assert "pictures are resized on the CPU: on the GPU they differ by inf" in (tmp_path / "a.log").read_text()
+    assert (
+        "pictures are resized on the CPU: on the GPU an embedding has a cosine of -1"
+        in (tmp_path / "a.log").read_text()
+    )
 
 
 class Homemade:

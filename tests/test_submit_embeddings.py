@@ -28,8 +28,8 @@ def test_a_dry_run_for_new_data_prints_one_array(slurmless, tmp_path):
 
 def test_every_option_of_stage_8_goes_to_the_stage_and_none_to_sbatch(dry_run_here, tmp_path):
     values = {
-        "batch_size": "auto", "device": "cpu", "dtype": "float32", "limit": 7, "filter_valid": False,
-        "read_batch_size": 5, "max_reject_fraction": 0.5, "processes": 2, "keep_columns": ("year", "a b"),
+        "batch_size": 7, "device": "cpu", "dtype": "float32", "limit": 7, "filter_valid": False,
+        "read_batch_size": 5, "max_reject_fraction": 0.5, "keep_columns": ("year", "a b"),
         "id_column": "id", "image_column": "image", "trust_remote_code": True,
     }  # fmt: skip
     wanted = EmbedOptions(input=tmp_path / "in", output=tmp_path / "out", model_id="x/y", **values)

@@ -29,9 +29,16 @@ from pipeline.inference.backbone import Embedder
 from pipeline.inference.devices import full_precision, uncompile
 from pipeline.inference.engine import embed_stream, use_one_thread
 from pipeline.inference.images import decode_rgb
-from pipeline.inference.modes import MODES
 from pipeline.inference.pixels import decode_pixels, to_pixels
-from pipeline.inference.precision import NUM_PICTURES, Precision, choose_precision, measure_cosines, release, summarize
+from pipeline.inference.precision import (
+    MODES,
+    NUM_PICTURES,
+    Precision,
+    choose_precision,
+    measure_cosines,
+    release,
+    summarize,
+)
 from pipeline.inference.preprocessing import DeviceProcessor
 from pipeline.log import EngineWatch
 from pipeline.threads import map_in_order
@@ -119,11 +126,14 @@ class Backbone:
                 rates.append(watch.images / watch.wall_seconds)
         return max(rates[1:]), watch.describe_parts()
 
-    def run_script(self, processes: str) -> None:
+    def run_script(self, num_processes: int) -> None:
         """Run stage 2's script anew by so many processes."""
-        script, options = generate_embeddings.__file__, ("--overwrite", "--processes", processes)
-        command = [sys.executable, str(script), "--config", str(self.config_path), *options]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        command = [sys.executable, generate_embeddings.__file__, "--config", str(self.config_path), "--overwrite"]
+        shards = [[*command, "--shard", f"{index}/{num_processes}"] for index in range(num_processes)]
+        running = [subprocess.Popen(words, stdout=sys.stderr) for words in shards]
+        for process in running:
+            if process.wait():
+                raise subprocess.CalledProcessError(process.returncode, process.args)
 
     def read_output(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the embeddings (N, D) that stage 2 wrote, and which of the pictures each is of (N,)."""
@@ -305,9 +315,9 @@ def _compare_modes(backbone: Backbone, embedder: Embedder, loaded: str) -> None:
     embedder.dtype = torch.float32
     expected = backbone.embed_plainly(backbone.pictures, (embedder.processor, embedder.model))
     _check_rows(findings, f"{name}, parquet", *backbone.read_output(), expected)
-    for mode, settings in MODES.items():
-        if settings.weights == "float32":
-            embedder.mode = settings
+    for mode in MODES:
+        if mode != "bfloat16":
+            embedder.mode = mode
             found[mode] = embedder.embed(decoded)
     cosines = {mode: summarize(measure_cosines(rows, expected)) for mode, rows in found.items()}
     findings.note(**{f"{name}, cosines to the float32 loop": cosines})
@@ -316,9 +326,9 @@ def _compare_modes(backbone: Backbone, embedder: Embedder, loaded: str) -> None:
 def share_one_gpu(findings: Findings) -> None:
     """Run stage 2 by two processes at once on one GPU: both have to end, with what one process writes."""
     backbone = Backbone("vit-s", findings, 40 if findings.is_toy else 4_096, compile=False, dtype="bfloat16")
-    alone = time_call(lambda: backbone.run_script("1"))
+    alone = time_call(lambda: backbone.run_script(1))
     expected, _ = backbone.read_output()
-    both = time_call(lambda: backbone.run_script("2"))
+    both = time_call(lambda: backbone.run_script(2))
     found, _ = backbone.read_output()
     findings.note(one_process_s=alone, two_processes_s=both)
     findings.check("two processes: least cosine", smallest_cosine(found, expected.astype(np.float64)), at_least=0.999)

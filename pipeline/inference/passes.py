@@ -1,16 +1,12 @@
-"""The passes of a model: their inputs and outputs, and how many images a pass takes."""
+"""The passes of a model: their inputs and outputs."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-BATCH_SIZES = tuple(2**exponent for exponent in range(3, 11))
-# A pass twice as large has to be faster by this share to be worth its memory.
-LEAST_GAIN = 0.03
 
 
 @dataclass(frozen=True)
@@ -37,24 +33,6 @@ class Launched:
     def gpu_seconds(self) -> float:
         """Return the seconds for which the GPU computed; call `result` first."""
         return float(sum(start.elapsed_time(end) for start, end in self.events)) / 1000.0
-
-
-def find_batch_size(measure: Callable[[int], float], sizes: tuple[int, ...] = BATCH_SIZES) -> tuple[int, float]:
-    """Return the size beyond which larger passes are hardly faster, and its images/s.
-
-    `measure` returns the images/s of a size or raises torch.cuda.OutOfMemoryError. If no size fits, the smallest is
-    returned, with rate 0.
-    """
-    best, best_rate = sizes[0], 0.0
-    for size in sizes:
-        try:
-            rate = measure(size)
-        except torch.cuda.OutOfMemoryError:
-            break
-        if rate < (1 + LEAST_GAIN) * best_rate:
-            break
-        best, best_rate = size, rate
-    return best, best_rate
 
 
 def stack_by_size(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from pipeline.errors import DeviceMemoryError, InputError, Rejection
 from pipeline.files.workspace import read_json_object, write_json_once
 from pipeline.inference.images import check_image
-from pipeline.inference.modes import MODES
 from pipeline.log import logger
 
-if TYPE_CHECKING:
-    from pipeline.inference.backbone import Embedder
-
+# What a backbone can compute in, the fastest first; TF32 has products with 10 bits of mantissa instead of 23.
+MODES = ("bfloat16", "tf32", "float32")
 # The least cosine to float32 that an embedding may have.
 LEAST_COSINE = 0.999
 NUM_PICTURES = 16
+Load = Callable[[str], Any]  # the Embedder of a mode
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Precision:
 def settle_precision(
     dtype: str,
     device: str,
-    load: Callable[[str], "Embedder"],
+    load: Load,
     pictures: Callable[[], Iterable[bytes]],
     note: Path | None = None,
 ) -> Precision:
@@ -74,7 +73,7 @@ def is_measured_on(device: str) -> bool:
     return device != "cpu" and choose_device(device).type == "cuda"
 
 
-def choose_precision(load: Callable[[str], "Embedder"], pictures: Iterable[bytes]) -> Precision:
+def choose_precision(load: Load, pictures: Iterable[bytes]) -> Precision:
     """Return the fastest mode in which the first pictures' embeddings have a cosine of LEAST_COSINE to float32's.
 
     The model is loaded for each mode after the previous one is released: its weights are never in memory twice.
@@ -93,17 +92,17 @@ def choose_precision(load: Callable[[str], "Embedder"], pictures: Iterable[bytes
         release()
         logger.warning("computing in bfloat16, not measured: in float32, %s", problem)
         return Precision("bfloat16", pictures=len(chosen))
-    for mode in MODES:  # noqa: B007 (the last one is taken)
-        if mode == "float32":
-            break
-        cosines[mode] = summarize(measure_cosines(embed_in(mode, load, chosen), expected))
-        least, median = cosines[mode].values()
+    mode = "float32"
+    for tried in MODES[:-1]:
+        cosines[tried] = summarize(measure_cosines(embed_in(tried, load, chosen), expected))
+        least, median = cosines[tried].values()
         is_near = least >= LEAST_COSINE
         (logger.info if is_near else logger.warning)(
             "%s: cosine to float32 %.6f at the least, %.6f in the median of %d pictures%s",
-            mode, least, median, len(chosen), "" if is_near else f": below {LEAST_COSINE}, so not in this",
+            tried, least, median, len(chosen), "" if is_near else f": below {LEAST_COSINE}, so not in this",
         )  # fmt: skip
         if is_near:
+            mode = tried
             break
     if mode != "bfloat16":
         logger.warning("computing in %s: slower than bfloat16", mode)
@@ -119,7 +118,7 @@ def is_readable(data: bytes) -> bool:
     return True
 
 
-def embed_in(mode: str, load: Callable[[str], "Embedder"], pictures: Sequence[bytes]) -> NDArray[np.float32]:
+def embed_in(mode: str, load: Load, pictures: Sequence[bytes]) -> NDArray[np.float32]:
     """Return the embeddings (N, D) of pictures in a mode, and release the model."""
     embedder = load(mode)
     found = embedder.embed([embedder.decode(data) for data in pictures])

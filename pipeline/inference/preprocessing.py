@@ -10,7 +10,6 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from pipeline.errors import InputError, one_line
-from pipeline.inference.pixels import to_pixels
 from pipeline.log import logger
 
 # No camera makes longer pictures. With a shorter edge of 256 pixels one takes 50 MB, and a crop keeps 0.3 % of it.
@@ -20,8 +19,6 @@ MOST_PIXELS = 4096
 # Pictures resized at once, and their pixels: 400 MB as floats. Each such group makes the host wait twice.
 DEVICE_CHUNK = 128
 DEVICE_CHUNK_PIXELS = 32 << 20
-# Grey levels by which a GPU's input may differ from the CPU's, on average over a picture, by the rounding of floats.
-ROUNDING_LEVELS = 0.001
 
 
 class DeviceProcessor:
@@ -68,18 +65,6 @@ def find_device_processor(
         logger.info("pictures are resized on the CPU: %s has no version for the GPU", name)
         return None
     return DeviceProcessor(found, device)
-
-
-def measure_difference(processor: Any, on_device: DeviceProcessor, device: torch.device) -> float:
-    """Return the mean difference in grey levels between a drawn picture's inputs from the CPU and the device."""
-    drawn = draw_picture((512, 384))
-    white, black = (prepare(processor, Image.new("RGB", (64, 64), grey)) for grey in ("white", "black"))
-    levels_per_unit = 255.0 / float((white - black).mean())
-    there = on_device([to_pixels(drawn).to(device)])[0].float().cpu()
-    here = prepare(processor, drawn)
-    if there.shape != here.shape:
-        return float("inf")
-    return float((there - here).abs().mean()) * levels_per_unit
 
 
 def draw_picture(size: tuple[int, int]) -> Image.Image:

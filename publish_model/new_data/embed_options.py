@@ -13,7 +13,6 @@ from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import ConfigError
 from pipeline.files.outputs import check_outside_datasets
 from pipeline.ids import Shard
-from pipeline.inference.launcher import add_processes_option, parse_count, whole_number
 from pipeline.inference.model_files import DEFAULT_MODEL_ID
 
 
@@ -24,13 +23,12 @@ class EmbedOptions(InputOptions):
     output: Path
     model_id: str = DEFAULT_MODEL_ID
     trust_remote_code: bool = False
-    batch_size: int | str = 32
+    batch_size: int = 32
     device: str = "auto"
     dtype: str = "auto"
     limit: int | None = None
     max_reject_fraction: float = 1.0
     shard: Shard = Shard()
-    processes: int | str = 1
     overwrite: bool = False
     progress_interval_seconds: float = 30.0
 
@@ -43,10 +41,8 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
     parser = cli.make_parser(description, config=False)
     add_options(parser)
     options = EmbedOptions(**vars(parser.parse_args(argv)))
-    if options.overwrite and not (options.shard.is_whole and options.processes == 1):
-        raise ConfigError(
-            "--overwrite with --shard or --processes would remove what the other shards write: remove OUTPUT yourself"
-        )
+    if options.overwrite and not options.shard.is_whole:
+        raise ConfigError("--overwrite with --shard would remove what the other shards write: remove OUTPUT yourself")
     check_places(options.input, options.output)
     return options
 
@@ -64,24 +60,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_input_options(parser)
     add("--output", "-o", type=Path, required=True, metavar="OUTPUT", help="dataset directory to write or resume")
     add_model_option(parser)
-    add(
-        "--batch-size", type=parse_count, default=32, metavar="N",
-        help="images in one pass at most; auto: found by measurement on a GPU (32)",
-    )  # fmt: skip
+    add("--batch-size", type=cli.whole_number, default=32, metavar="N", help="images in one pass at most (32)")
     add_device_option(parser)
     add(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="type to compute in (auto: as the dataset was begun; else float32 on CPU, on CUDA\n"
         "bfloat16 if that comes near float32 on the first pictures)",
     )  # fmt: skip
-    add("--limit", type=whole_number, metavar="N", help="embed the first N rows of the input only")
+    add("--limit", type=cli.whole_number, metavar="N", help="embed the first N rows of the input only")
     add(
         "--max-reject-fraction", type=fraction, default=1.0, metavar="X",
         help="exit 1 if a larger share of the images is rejected (1.0: never)",
     )  # fmt: skip
     add_column_options(parser)
     cli.add_shard_option(parser, "row group")
-    add_processes_option(parser)
     add("--overwrite", action="store_true", help="remove what is in OUTPUT and begin anew")
 
 
@@ -93,7 +85,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         help="packaged images (image_bytes, OSMID): a parquet, or a folder of them",
     )  # fmt: skip
     add("--no-filter-valid", action="store_false", dest="filter_valid", help="embed rows with is_valid false too")
-    add("--read-batch-size", type=whole_number, default=1000, metavar="N", help="rows of a part (1000)")
+    add("--read-batch-size", type=cli.whole_number, default=1000, metavar="N", help="rows of a part (1000)")
 
 
 def add_column_options(parser: argparse.ArgumentParser) -> None:

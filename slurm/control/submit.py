@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.inference.launcher import whole_number
 from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, TUNE, Stage, check_paths, choose_stages
 from slurm.control import scheduler
 from slurm.control.submission import Request, submit
@@ -31,9 +30,9 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(shards=None)
     add = parser.add_argument
     add("--account", metavar="A", help="account that pays (default: $SBATCH_ACCOUNT, else the cluster's own default)")
-    add("--array-size", type=whole_number, metavar="N",
+    add("--array-size", type=cli.whole_number, metavar="N",
         help="shards of an array (per-tar stages: one a tar, 64 at most; else 1)")  # fmt: skip
-    add("--max-concurrent", type=whole_number, metavar="N", help="tasks of an array that run at a time (all)")
+    add("--max-concurrent", type=cli.whole_number, metavar="N", help="tasks of an array that run at a time (all)")
     add("--venv-path", metavar="VENV", help="environment that this and the jobs run in (the project's .venv)")
     add("--dry-run", action="store_true", help="print every sbatch command and submit nothing")
 
