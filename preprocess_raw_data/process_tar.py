@@ -20,7 +20,7 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
 from pipeline.files.archive import Member, require_bytes, stream_members
-from pipeline.files.identity import note_digests
+from pipeline.files.identity import look_at, note_digest
 from pipeline.files.tables import (
     INTERMEDIATE_SCHEMA,
     count_rejects,
@@ -43,9 +43,9 @@ ROW_GROUP_ROWS = 16_384
 
 
 def take_inventory(
-    tar_path: Path, num_workers: int, digests: dict[str, str], progress: Progress, watch: Stopwatch
+    tar_path: Path, num_workers: int, digests: list[str], progress: Progress, watch: Stopwatch
 ) -> TarInventory:
-    """Read a tar once, checking its images in parallel, and put its digest into `digests`.
+    """Read a tar once, checking its images in parallel, and add its digest to `digests`.
 
     Raises InputError if the tar is damaged.
     """
@@ -94,13 +94,13 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
 
     Raises InputError if the tar is damaged or holds nothing that looks like a view.
     """
-    interval, digests = config.logging.progress_interval_seconds, dict[str, str]()
+    interval, digests, seen = config.logging.progress_interval_seconds, list[str](), look_at(unit.tar_path)
     with Progress(unit.tar_path.name, total=None, interval_seconds=interval) as progress:
         inventory = take_inventory(unit.tar_path, config.infrastructure.count_workers(), digests, progress, watch)
     views, rejects = inventory.judge()
     if not views and not rejects:
         raise InputError(f"{unit.tar_path}: holds no image and no metadata: is it a tar of the raw layout?")
-    provenance["inputs"][0]["digest"] = note_digests({unit.tar_path.name: unit.tar_path}, digests, unit.notes)
+    provenance["inputs"][0]["digest"] = note_digest(unit.tar_path, digests[0], seen, unit.notes)
     renamed = sum(view.record.dataset_id != unit.dataset_id for view in views)
     ignored = ", ".join(f"{count} {what}" for what, count in sorted(inventory.ignored.items())) or "nothing"
     logger.info("%s: ignored %s; %d views name another dataset id", unit.tar_path.name, ignored, renamed)

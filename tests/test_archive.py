@@ -1,10 +1,9 @@
 """Streaming a raw tar: what is yielded, and which damage is found."""
 
-import bz2
 import gzip
-import lzma
 import os
 import random
+import re
 import shutil
 import subprocess
 import tarfile
@@ -308,21 +307,12 @@ def test_a_tar_with_data_behind_its_end_fails_alone_in_every_stage_that_reads_ta
 
 
 @pytest.mark.parametrize(
-    ("content", "remedy"),
-    [
-        (gzip.compress(b"x" * 2000), "unpack it with gunzip"),
-        (bz2.compress(b"x" * 2000), "unpack it with bunzip2"),
-        (lzma.compress(b"x" * 2000), "unpack it with unxz"),
-        (b"\x28\xb5\x2f\xfd" + bytes(range(200)) * 9, "unpack it with unzstd"),
-        (b"PK\x03\x04" + bytes(range(200)) * 9, "make a tar of what it holds"),
-        (b"\n<!DOCTYPE html><title>403</title>" * 60, "fetch the tar again"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    ],
-    ids=["gzip", "bzip2", "xz", "zstd", "zip", "web page", "git lfs"],
+    "content", [gzip.compress(b"x" * 2000), b"\n<!DOCTYPE html><title>403</title>" * 60], ids=["gzip", "web page"]
 )
-def test_a_file_that_fetching_again_would_not_mend_is_named_for_what_it_is(tmp_path, content, remedy):
+def test_a_file_that_is_no_tar_is_shown_by_its_first_bytes(tmp_path, content):
     (tmp_path / "0001.tar").write_bytes(content)
-    with pytest.raises(InputError, match=rf"0001\.tar: not a plain tar but a?.*{remedy}$"):
+    complaint = f"it begins with {content[:16]!r}: fetch the tar again, or unpack it if it is compressed"
+    with pytest.raises(InputError, match=re.escape(complaint)):
         list(stream_members(tmp_path / "0001.tar"))
 
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from raw_tars import make_city, replace_tar, write_tar
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StaleOutputError
 from pipeline.files import identity, tables
-from pipeline.files.identity import DigestingFile, identify, identify_files, note_digests
+from pipeline.files.identity import DigestingFile, identify, identify_tar, look_at, note_digest
 from preprocess_raw_data import compute_fingerprints, process_tar
 
 TABLE = pa.table({"id": range(100)})
@@ -44,15 +44,12 @@ def test_other_files_are_told_apart_by_all_their_bytes(tmp_path):
 
 
 @pytest.fixture
-def photographs(tmp_path):
-    """Return photographs by name, and where their digest is noted."""
-    (tmp_path / "photographs").mkdir()
-    for number in range(3):
-        (tmp_path / "photographs" / f"{number}.jpg").write_bytes(bytes([number]) * 100)
+def identify_file(tmp_path):
+    """Identify a file of 300 bytes, or another one of its name, whose digest is noted."""
+    (tmp_path / "0001.tar").write_bytes(b"x" * 300)
 
-    def find(folder="photographs", **options):
-        files = {path.name: path for path in sorted((tmp_path / folder).iterdir())}
-        return identify_files("photographs", files, [tmp_path / "_inputs" / "photographs.json"], **options)
+    def find(path=tmp_path / "0001.tar", **options):
+        return identify_tar(path, [tmp_path / "_inputs" / "0001.tar.json"], **options)
 
     return find
 
@@ -64,64 +61,55 @@ def count_reads(monkeypatch):
     return reads
 
 
-def test_files_at_their_noted_times_are_not_read_again(tmp_path, photographs, monkeypatch):
+def test_a_file_at_its_noted_time_is_not_read_again(tmp_path, identify_file, monkeypatch):
     reads = count_reads(monkeypatch)
-    first = photographs()
-    assert (first["name"], first["size"], len(reads)) == ("photographs", 300, 3)
-    assert photographs() == first
-    assert len(reads) == 3
-    shutil.copytree(tmp_path / "photographs", tmp_path / "copy", copy_function=shutil.copy)
-    os.utime(tmp_path / "copy" / "1.jpg", (1, 1))
+    first = identify_file()
+    assert (first["name"], first["size"], len(reads)) == ("0001.tar", 300, 1)
+    assert identify_file() == first
+    assert len(reads) == 1
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "0001.tar", tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "0001.tar", (1, 1))
     for _ in range(2):  # one read, and the new time is noted
-        assert photographs("copy") == first
-        assert len(reads) == 6
+        assert identify_file(tmp_path / "copy" / "0001.tar") == first
+        assert len(reads) == 2
 
 
-def test_a_file_of_the_same_size_with_other_content_is_another(tmp_path, photographs):
-    first = photographs()
-    (tmp_path / "photographs" / "1.jpg").write_bytes(b"x" * 100)
-    os.utime(tmp_path / "photographs" / "1.jpg", (1, 1))
-    assert photographs() != first
-    (tmp_path / "photographs" / "1.jpg").rename(tmp_path / "photographs" / "9.jpg")
-    assert photographs()["digest"] != first["digest"]
+def test_a_file_of_the_same_size_with_other_content_is_another(tmp_path, identify_file):
+    first = identify_file()
+    (tmp_path / "0001.tar").write_bytes(b"y" * 300)
+    os.utime(tmp_path / "0001.tar", (1, 1))
+    assert identify_file() == first | {"digest": identity.digest_file(tmp_path / "0001.tar")} != first
 
 
-def test_what_its_maker_reads_anyway_is_not_read_before(tmp_path, photographs, monkeypatch):
-    reads = count_reads(monkeypatch)
-    assert photographs(read=False) == {"name": "photographs", "size": 300}
-    files = {path.name: path for path in (tmp_path / "photographs").iterdir()}
-    digests = {name: identity.hashlib.sha256(path.read_bytes()).hexdigest()[:32] for name, path in files.items()}
-    digest = note_digests(files, digests, [tmp_path / "_inputs" / "photographs.json"])
-    assert photographs(read=False) == photographs() == {"name": "photographs", "size": 300, "digest": digest}
+def test_what_its_maker_reads_anyway_is_not_read_before(tmp_path, identify_file, monkeypatch):
+    path = tmp_path / "0001.tar"
+    digest, seen, reads = identity.digest_file(path), look_at(path), count_reads(monkeypatch)
+    assert identify_file(read=False) == {"name": "0001.tar", "size": 300}
+    note_digest(path, digest, seen, [tmp_path / "_inputs" / "0001.tar.json"])
+    assert identify_file(read=False) == identify_file() == {"name": "0001.tar", "size": 300, "digest": digest}
     assert reads == []
-    (tmp_path / "_inputs" / "photographs.json").unlink()
-    assert photographs()["digest"] == digest
+    (tmp_path / "_inputs" / "0001.tar.json").unlink()
+    assert identify_file()["digest"] == digest
 
 
-def test_a_note_that_cannot_be_written_is_none(tmp_path, photographs):
+def test_a_note_that_cannot_be_written_is_none(tmp_path, identify_file):
     (tmp_path / "_inputs").write_text("a file")
-    assert photographs() == photographs()
-    with pytest.raises(InputError, match=r"gone\.jpg: cannot be read"):
-        identify_files("photographs", {"gone.jpg": tmp_path / "gone.jpg"}, [])
+    assert identify_file() == identify_file()
 
 
 def test_a_digest_grows_while_a_file_is_read_with_leaps_and_steps_back(tmp_path):
     data = bytes(range(256)) * 20_000
     (tmp_path / "a").write_bytes(data)
-    with DigestingFile(tmp_path / "a") as file:
+    raw = DigestingFile(tmp_path / "a")
+    with io.BufferedReader(raw) as file:
         for start, size in ((0, 512), (4_000_000, 100), (1_000, 512), (4_000_050, 100)):
             file.seek(start)
             assert file.read(size) == data[start : start + size]
-        file.read()
-        assert file.digest() == identity.digest_file(tmp_path / "a")
-        (tmp_path / "b").write_bytes(b"x" * len(data))
-        os.utime(tmp_path / "b", (1, 1))
-        (tmp_path / "b").replace(tmp_path / "a")
-        with pytest.raises(InputError, match=r"a: changed while it was read: run this again"):
-            file.digest()
+        assert raw.digest() == identity.digest_file(tmp_path / "a")
 
 
-def test_files_that_change_while_they_are_read_are_not_noted_as_they_were(tmp_path, photographs, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_not_noted_as_it_was(tmp_path, identify_file, monkeypatch):
     read = identity.digest_file
 
     def read_and_change(path):
@@ -130,8 +118,18 @@ def test_files_that_change_while_they_are_read_are_not_noted_as_they_were(tmp_pa
         return digest
 
     monkeypatch.setattr(identity, "digest_file", read_and_change)
-    with pytest.raises(InputError, match="photographs: changed while it was read"):
-        photographs()
+    with pytest.raises(InputError, match=r"0001\.tar: changed while it was read: run this again"):
+        identify_file()
+    assert not (tmp_path / "_inputs").exists()
+
+
+@pytest.mark.parametrize("content", [{"inputs": None}, {"inputs": ["a"]}, {"settings": 1}, {"counts": []}, ["stage"]])
+def test_what_another_program_keeps_under_our_key_is_no_provenance(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    tables.write_parquet(path, TABLE, content)
+    assert tables.read_provenance(path) is None
+    with pytest.raises(StaleOutputError, match="it does not say what it was made from"):
+        tables.is_complete(path, {"stage": "x"}, overwrite=False)
 
 
 # ------------------------------------------------------------------------------------------------ stages

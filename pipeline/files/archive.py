@@ -1,6 +1,7 @@
 """Stream a raw tar, member by member, in constant memory; nothing is extracted to disk."""
 
 import contextlib
+import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,24 +19,8 @@ MAX_IMAGE_BYTES = 256 * 1024**2
 MAX_PADDING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
 # Names of any length and what else stands in a header before a member; the module reads it as a whole.
-_LONG_HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
+_LONG_HEADERS = b"xgXLK"  # the types of POSIX, Solaris and GNU
 MAX_HEADER_BYTES = 1 << 20
-# The first bytes, in lower case, of other kinds of files with a tar's name.
-_OTHER_KINDS = {
-    b"\x1f\x8b": "one compressed with gzip: unpack it with gunzip",
-    b"bzh": "one compressed with bzip2: unpack it with bunzip2",
-    b"\xfd7zxz\0": "one compressed with xz: unpack it with unxz",
-    b"\x28\xb5\x2f\xfd": "one compressed with zstd: unpack it with unzstd",
-    b"pk\x03\x04": "a zip: make a tar of what it holds",
-    b"<": "a web page, such as a server sends in place of a file: look at it, then fetch the tar again",
-    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with git lfs pull",
-}
 
 
 class _Header(tarfile.TarInfo):
@@ -94,17 +79,17 @@ class Member:
         return self.name.startswith("/") or ".." in PurePosixPath(self.name).parts
 
 
-def stream_members(tar_path: Path, digests: dict[str, str] | None = None) -> Iterator[Member]:
+def stream_members(tar_path: Path, digests: list[str] | None = None) -> Iterator[Member]:
     """Yield the members of a plain tar in their order; bytes of a name that are not UTF-8 become `\\xNN`.
 
-    In the end the tar's digest is put into `digests`, under its name, if they are given.
+    In the end the tar's digest is added to `digests`, if they are given.
 
     Raises InputError if the tar is missing, empty, not a tar, damaged or truncated. The standard library takes a
     damaged header, or a cut between two members, for the end; here only an end-of-archive block ends a tar.
     """
     try:
         with (
-            open(tar_path, "rb") if digests is None else DigestingFile(tar_path) as file,
+            open(tar_path, "rb") if digests is None else io.BufferedReader(DigestingFile(tar_path)) as file,
             # The encoding is named, or a name would read differently under another locale.
             tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace", tarinfo=_Header) as tar,
         ):
@@ -115,17 +100,18 @@ def stream_members(tar_path: Path, digests: dict[str, str] | None = None) -> Ite
                 is_file = info.isreg() and not info.issparse()  # a sparse file's bytes do not lie in one piece
                 yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
             _check_end(tar_path, file, tar.offset)
-            if digests is not None and isinstance(file, DigestingFile):
-                digests[tar_path.name] = file.digest()
+            if digests is not None and isinstance(file.raw, DigestingFile):
+                digests.append(file.raw.digest())
     except FileNotFoundError:
         raise InputError(f"{tar_path}: no such tar: correct the path") from None
     except IsADirectoryError:
         raise InputError(f"{tar_path}: a folder, not a tar: correct the path") from None
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         # Also absurd sizes, and headers of headers without end.
-        if kind := _name_other_kind(tar_path):
-            raise InputError(f"{tar_path}: not a plain tar but {kind}") from None
-        raise InputError(f"{tar_path}: not a readable tar ({one_line(error)}): fetch the tar again") from None
+        with open(tar_path, "rb") as file:
+            start = file.read(16)
+        problem = f"not a readable tar ({one_line(error)}), it begins with {start!r}"
+        raise InputError(f"{tar_path}: {problem}: fetch the tar again, or unpack it if it is compressed") from None
     except OSError as error:
         raise _unreadable(tar_path, error) from None
 
@@ -175,16 +161,6 @@ def require_bytes(data: bytes | None, size: int) -> bytes:
     if data is None:
         raise Rejection("unreadable_image", f"{size} bytes, over {MAX_IMAGE_BYTES}")
     return data
-
-
-def _name_other_kind(path: Path) -> str:
-    """Name the kind of a file that is no tar, and the remedy; empty for an unknown kind."""
-    with open(path, "rb") as file:
-        beginning = file.read(512)
-    for mark, kind in _OTHER_KINDS.items():
-        if beginning.lstrip().lower().startswith(mark):
-            return kind
-    return ""
 
 
 def _check_end(tar_path: Path, file: IO[bytes], offset: int) -> None:

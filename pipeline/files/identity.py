@@ -36,29 +36,29 @@ def identify(path: Path) -> dict[str, Any]:
     return identity
 
 
-def identify_files(name: str, files: Mapping[str, Path], notes: Sequence[Path], *, read: bool = True) -> dict[str, Any]:
-    """Return the identity of files together, such as a tar or the photographs of a folder, each under its name.
+def identify_tar(path: Path, notes: Sequence[Path], *, read: bool = True) -> dict[str, Any]:
+    """Return a tar's identity: its name, size and digest.
 
-    The first of `notes` that knows them at these times gives the digest; else they are read, and the first note is
-    written. Without `read` the digest may be missing: for an output that is not there yet, whose maker reads the files
-    anyway and gives their digests to `note_digests`. Raises InputError if a file is missing.
+    The first of `notes` that knows it at this size and time gives the digest; else the tar is read, and the first note
+    is written. Without `read` the digest may be missing: stage 1 reads the tar anyway, and notes it.
     """
-    stamp, size = _stamp(files)
-    digest = next((note["digest"] for note in map(read_json_object, notes) if note.get("stamp") == stamp), None)
+    seen = look_at(path)
+    digest = next((note["digest"] for note in map(read_json_object, notes) if note.get("seen") == seen), None)
     if digest is None and read:
-        logger.info("%s: its time is not the recorded one: %d bytes are read to see what it holds", name, size)
-        digests = {key: digest_file(path) for key, path in files.items()}
-        if _stamp(files)[0] != stamp:
-            raise InputError(f"{name}: changed while it was read: run this again")
-        digest = note_digests(files, digests, notes)
-    return {"name": name, "size": size, **({"digest": digest} if digest else {})}
+        logger.info("%s: its time is not the recorded one: it is read to see what it holds", path.name)
+        digest = note_digest(path, digest_file(path), seen, notes)
+    return {"name": path.name, "size": (seen or [0])[0], **({"digest": digest} if digest else {})}
 
 
-def note_digests(files: Mapping[str, Path], digests: Mapping[str, str], notes: Sequence[Path]) -> str:
-    """Return the digest of files together from each one's own; note it, with the times that they have now."""
-    digest = hash_json(sorted(digests.items()))
-    with contextlib.suppress(PipelineError):  # the files are read once more the next time
-        write_json(notes[0], {"stamp": _stamp(files)[0], "digest": digest})
+def note_digest(path: Path, digest: str, seen: list[int] | None, notes: Sequence[Path]) -> str:
+    """Note the digest of a file that was `seen` (see `look_at`) before it was read, and return it.
+
+    Raises InputError if the file has changed since.
+    """
+    if look_at(path) != seen:
+        raise InputError(f"{path}: changed while it was read: run this again")
+    with contextlib.suppress(PipelineError):  # it is read once more the next time
+        write_json(notes[0], {"seen": seen, "digest": digest})
     return digest
 
 
@@ -69,19 +69,6 @@ def look_at(path: Path) -> list[int] | None:
     except (OSError, ValueError):  # a zero byte in its name
         return None
     return [status.st_size, status.st_mtime_ns]
-
-
-def _stamp(files: Mapping[str, Path]) -> tuple[str, int]:
-    """Return a hash of the names, sizes and times of change of files, and the sum of their sizes."""
-    found, size = [], 0
-    for name, path in sorted(files.items()):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}): correct the path") from None
-        found.append([name, status.st_size, status.st_mtime_ns])
-        size += status.st_size
-    return hash_json(found), size
 
 
 def hash_json(content: Any) -> str:
@@ -95,66 +82,32 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
-class DigestingFile(io.BufferedReader):
-    """A file that knows its digest once it was read from its beginning on; what is passed over is read too."""
+class DigestingFile(io.FileIO):
+    """A file that is hashed while it is read, in the order of its bytes; what is passed over is read too."""
 
     def __init__(self, path: Path) -> None:
-        self._digested = _DigestedBytes(path)
-        super().__init__(self._digested)
-        self._seen, self._path = look_at(path), path
-
-    def digest(self) -> str:
-        """Read what is left, and return the digest of the whole file.
-
-        Raises InputError if the file has changed since it was opened.
-        """
-        self.seek(0, os.SEEK_END)
-        self._digested.read_to(self.tell())
-        if look_at(self._path) != self._seen:
-            raise InputError(f"{self._path}: changed while it was read: run this again")
-        return self._digested.hash.hexdigest()[:32]
-
-
-class _DigestedBytes(io.RawIOBase):
-    """Adds all bytes to a hash in their order, whatever is asked for: buffering above spares a call for each read."""
-
-    def __init__(self, path: Path) -> None:
-        self._file, self.name, self.hash = io.FileIO(path), str(path), hashlib.sha256()
-        self._place = self._done = 0  # of the next read, and where the hash ends
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = self._file.seek(offset, whence)
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
+        super().__init__(path)
+        self._hash, self._done = hashlib.sha256(), 0
 
     def readinto(self, buffer: Any) -> int:
-        self.read_to(self._place)
-        count = self._file.readinto(buffer)
-        self._add(memoryview(buffer)[:count][self._done - self._place :], self._place + count)
-        self._place += count
+        """Read into a buffer, for a BufferedReader above."""
+        place = self.tell()
+        self._hash_until(place)
+        count = super().readinto(buffer) or 0
+        if place + count > self._done:
+            self._hash.update(memoryview(buffer)[self._done - place : count])
+            self._done = place + count
         return count
 
-    def read_to(self, end: int) -> None:
-        """Add the bytes before `end` that were passed over."""
-        while self._done < end and (data := os.pread(self._file.fileno(), min(end - self._done, 2**20), self._done)):
-            self._add(data, self._done + len(data))
+    def digest(self) -> str:
+        """Read what is left, and return the digest of the whole file."""
+        self._hash_until(os.fstat(self.fileno()).st_size)
+        return self._hash.hexdigest()[:32]
 
-    def _add(self, data: bytes | memoryview, end: int) -> None:
-        if end > self._done:
-            self.hash.update(data)
-            self._done = end
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def _hash_until(self, end: int) -> None:
+        while self._done < end and (data := os.pread(self.fileno(), min(end - self._done, 2**20), self._done)):
+            self._hash.update(data)
+            self._done += len(data)
 
 
 # ------------------------------------------------------------------------------------------------ parquet
@@ -182,6 +135,16 @@ def read_footer(path: Path) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------ comparing
+
+
+def as_provenance(content: Any) -> dict[str, Any] | None:
+    """Return what stands where provenance is kept, None if it has not the shape of this project's."""
+    if not isinstance(content, dict):
+        return None
+    parts = {"inputs": list, "settings": dict, "counts": dict, "reasons": dict}
+    is_shaped = all(isinstance(content.get(key, kind()), kind) for key, kind in parts.items())
+    is_named = is_shaped and all(isinstance(one, dict) and "name" in one for one in content.get("inputs", []))
+    return content if is_named else None
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline import VERSION
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError, one_line
 from pipeline.files.column_types import check_columns, convert_table, fill_composite_ids, stored_fields
-from pipeline.files.identity import describe_difference, read_footer
+from pipeline.files.identity import as_provenance, describe_difference, read_footer
 from pipeline.files.workspace import parse_json, writing_to
 from pipeline.log import logger
 
@@ -314,10 +314,9 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
 def provenance_of(footer: pq.FileMetaData) -> dict[str, Any] | None:
     """Return the provenance in a parquet's footer, None where there is none."""
     try:
-        content = parse_json((footer.metadata or {}).get(PROVENANCE_KEY, b"null"))
+        return as_provenance(parse_json((footer.metadata or {}).get(PROVENANCE_KEY, b"null")))
     except ValueError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 def is_complete(path: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.cli import Options, StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
-from pipeline.files.identity import identify_files
+from pipeline.files.identity import as_provenance, identify_tar
 from pipeline.files.listing import find_tars, is_parquet, list_intermediates
 from pipeline.files.tables import PROVENANCE_KEY, matches, open_parquet, read_provenance
 from pipeline.files.workspace import read_json_object
@@ -132,10 +132,9 @@ def read_recorded(path: Path) -> Provenance | None:
     if is_parquet(path):
         return read_provenance(path)
     content = read_json_object(path)
-    if "stage" in content:
-        return content
-    found = content.get(PROVENANCE_KEY.decode(), content.get("provenance"))
-    return found if isinstance(found, dict) else None
+    return as_provenance(
+        content if "stage" in content else content.get(PROVENANCE_KEY.decode(), content.get("provenance"))
+    )
 
 
 def measure_progress(unit: Unit) -> list[Any]:
@@ -179,8 +178,7 @@ class TarUnit(Unit):
         """Identify the tar by its content, unless stage 1 reads it later; one that is gone is not an input any more."""
         if not self.tar_path.is_file():
             return []
-        name, is_made = self.tar_path.name, self.intermediate_path.exists()
-        return [identify_files(name, {name: self.tar_path}, self.notes, read=is_made)]
+        return [identify_tar(self.tar_path, self.notes, read=self.intermediate_path.exists())]
 
     def check_tar(self, provenance: Provenance) -> None:
         """Raise InputError if the tar is not the one that the intermediate of this provenance was made from."""
