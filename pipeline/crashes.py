@@ -77,8 +77,10 @@ def noting_decoders(log_path: Path | None) -> Iterator[None]:
     with ExitStack() as held:
         with suppress(OSError):  # without room for notes the stage runs all the same
             _Notes.crashed = _learn(notes, fault, known)
-            file = held.enter_context(open(open_file(fault, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb"))
-            descriptor = open_file(notes, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            for path in (notes, fault):
+                discard(path)
+            file = held.enter_context(open(open_file(fault, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb"))
+            descriptor = open_file(notes, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             held.callback(os.close, descriptor)
             if os.write(descriptor, bytes(_SIZE)) == _SIZE:  # a full disk fails here, not at a note
                 _Notes.shared = mmap.mmap(descriptor, _SIZE)

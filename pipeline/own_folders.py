@@ -70,13 +70,18 @@ def list_names(folder: Path) -> list[str]:
 def open_file(path: Path, flags: int) -> int:
     """Open a file of this project's and return its descriptor; make its folder where `flags` make the file.
 
-    Raises OSError (ELOOP) if it, or its folder where this project makes that, is a link, others as `os.open` does.
+    Raises OSError (ELOOP) if it is a link, or to be written and has a second name, or its folder is a link where this
+    project makes that; others as `os.open` does.
     """
     try:
         with opened_folder(path.parent, make=bool(flags & os.O_CREAT)) as folder:
-            return os.open(path.name, flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+            descriptor = os.open(path.name, flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
     except OSError as error:
         raise (_name(error, path) if path.is_symlink() else error) from None
+    if flags & (os.O_WRONLY | os.O_RDWR) and os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise _refuse(path)
+    return descriptor
 
 
 def open_without_waiting(path: Path) -> BinaryIO:
@@ -87,9 +92,13 @@ def open_without_waiting(path: Path) -> BinaryIO:
 def _name(error: OSError, path: Path) -> OSError:
     """Return an error with the whole path, and one and the same for every link."""
     if path.is_symlink():
-        return OSError(errno.ELOOP, "a link, and nothing is made or removed through one", str(path))
+        return _refuse(path)
     error.filename = str(path)
     return error
+
+
+def _refuse(path: Path) -> OSError:
+    return OSError(errno.ELOOP, "a link, and nothing is made or removed through one", str(path))
 
 
 def make_folder(folder: Path) -> None:
@@ -128,18 +137,15 @@ def move(path: Path, target: Path) -> None:
         raise write_failure(target, error) from error
 
 
-def move_unless_taken(path: Path, target: Path) -> bool:
-    """Rename a file of the same folder unless something has the name, and return whether it was free."""
+def link(path: Path, target: Path) -> None:
+    """Give a file a second name in its folder unless something has that name."""
     with opened_folder(path.parent) as folder:
         try:
             os.link(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
         except FileExistsError:
-            return False
+            pass
         except OSError:  # a file system without hard links
             os.rename(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder)
-        else:
-            os.unlink(path.name, dir_fd=folder)
-    return True
 
 
 def sync_file(path: Path) -> None:

@@ -1,7 +1,5 @@
 """The files of a training run: the lock that keeps two out of one folder, and what passes for a run's own."""
 
-import errno
-import fcntl
 import os
 import re
 import subprocess
@@ -60,18 +58,6 @@ def test_a_killed_training_leaves_no_lock(tmp_path: Path, holder: Any) -> None:
     with lock(tmp_path / "checkpoint"):
         assert re.fullmatch(rf"process {os.getpid()} on \S+\n", (tmp_path / "checkpoint/.lock").read_text())
     assert list((tmp_path / "checkpoint").iterdir()) == []
-
-
-def test_where_the_file_system_has_no_flock_a_second_training_is_refused_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with lock(tmp_path), pytest.raises(PipelineError, match="is training there"), lock(tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_another_run_do_not_pass_for_those_of_this_one(workspace: Path) -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from pipeline.errors import PipelineError, Rejection
 from pipeline.files import scratch as scratch_module
-from pipeline.files import workspace
 from pipeline.files.scratch import RowScratch, remove_leftover
 
 ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -101,14 +100,6 @@ def test_one_process_at_a_time_holds_it(tmp_path):
     with pytest.raises(PipelineError, match=r"0001\.parquet: process \d+ on \S+ is making it: wait for that one"):
         open_scratch(tmp_path)
     first.close()
-    open_scratch(tmp_path).close()
-
-
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(workspace.fcntl, "flock", refuse)
     open_scratch(tmp_path).close()
 
 

@@ -1,16 +1,24 @@
 """Locks, unfinished folders and removal: the ways to work in a folder."""
 
 import os
-import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.files import workspace
-from pipeline.files.workspace import clear_temporaries, locked, remove_made, temporary_path, writing_folder, writing_to
-from pipeline.own_folders import move_unless_taken, remove
+from pipeline.files.workspace import (
+    clear_temporaries,
+    locked,
+    remove_made,
+    temporary_path,
+    write_json,
+    writing_folder,
+    writing_to,
+)
+from pipeline.own_folders import remove
 
 BUSY = "is at it: wait for that one"
 
@@ -77,49 +85,20 @@ def test_those_that_share_a_lock_keep_out_only_one_that_does_not(tmp_path):
         pytest.fail("both hold it")
 
 
-@pytest.fixture
-def without_flock(monkeypatch):
+def test_a_file_system_without_locks_is_no_obstacle_and_said(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(workspace.fcntl, "flock", refuse)
+    with locked(tmp_path / "out" / "a", BUSY):
+        assert "out: this file system has no locks: let one process at a time work there" in caplog.text
+    assert list_files(tmp_path / "out") == []
 
 
-@pytest.mark.usefixtures("without_flock")
-def test_a_file_system_without_flock_is_locked_by_names(tmp_path):
-    output = tmp_path / "out" / "a"
-    for _ in range(2):
-        with locked(output, BUSY):
-            (name,) = list_files(output.parent)
-            refusal = rf"out/a: process {os.getpid()} on \w+ {BUSY}; if it has died, remove \S+{re.escape(name)}$"
-            for shared in (False, True):
-                with pytest.raises(PipelineError, match=refusal), locked(output, BUSY, shared=shared):
-                    pytest.fail("both hold it")
-    with (
-        locked(output, BUSY, shared=True),
-        locked(output, BUSY, shared=True),
-        pytest.raises(PipelineError, match=BUSY),
-        locked(output, BUSY),
-    ):
-        pytest.fail("all hold it")
-    assert list_files(output.parent) == []
-
-
-@pytest.mark.usefixtures("without_flock")
-def test_without_flock_a_holder_of_this_host_that_has_died_holds_nothing(tmp_path):
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    (tmp_path / f".a.lock.{workspace._host()}-{int(gone.stdout)}-{'0' * 16}.alone").touch()
-    with locked(tmp_path / "a", BUSY):
-        pass
-    assert list_files(tmp_path) == []
-    (tmp_path / f".a.lock.elsewhere-{int(gone.stdout)}-{'0' * 16}.alone").touch()
-    with pytest.raises(PipelineError, match="on elsewhere"), locked(tmp_path / "a", BUSY):
-        pass
-
-
-def test_a_lock_that_is_a_link_is_refused(tmp_path):
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
+def test_a_lock_that_is_a_link_is_refused(tmp_path, make):
     (tmp_path / "notes").write_text("mine")
-    (tmp_path / ".a.lock").symlink_to(tmp_path / "notes")
+    make(tmp_path / ".a.lock", tmp_path / "notes")
     with pytest.raises(PipelineError, match=r"cannot write .*\.a\.lock \(.* is a link"), locked(tmp_path / "a", BUSY):
         pass
     assert (tmp_path / "notes").read_text() == "mine"
@@ -157,19 +136,18 @@ def test_a_resumable_folder_keeps_what_a_failed_block_has_made_and_is_held_by_on
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_a_name_is_given_only_where_it_is_free(tmp_path, monkeypatch, has_links):
-    def refuse(*_):
+def test_a_file_that_is_written_once_leaves_one_that_is_there(tmp_path, monkeypatch, has_links):
+    def refuse(*_, **__):
         raise OSError(95, "Operation not supported")
 
     if not has_links:
-        monkeypatch.setattr(workspace.os, "link", lambda *_, **__: refuse())
-    (tmp_path / "new").write_text("new")
-    assert move_unless_taken(tmp_path / "new", tmp_path / "name")
+        monkeypatch.setattr(workspace.os, "link", refuse)
+    write_json(tmp_path / "name", "first", once=True)
     assert list_files(tmp_path) == ["name"]
     if has_links:
-        (tmp_path / "new").write_text("other")
-        assert not move_unless_taken(tmp_path / "new", tmp_path / "name")
-        assert (tmp_path / "name").read_text() == "new"
+        write_json(tmp_path / "name", "second", once=True)
+    assert (tmp_path / "name").read_text() == '"first"\n'
+    assert list_files(tmp_path) == ["name"]
 
 
 def plant_folder(tmp_path, name):

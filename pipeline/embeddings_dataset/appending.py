@@ -24,7 +24,7 @@ from pipeline.embeddings_dataset.parts import (
 )
 from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutputError
 from pipeline.files.tables import make_provenance
-from pipeline.files.workspace import write_json_once
+from pipeline.files.workspace import write_json
 from pipeline.ids import Shard
 from pipeline.inference.precision import Precision
 from pipeline.log import logger
@@ -168,7 +168,8 @@ class Appending:
         if self.dataset.state is None and self.dataset.state_path.exists():  # damaged
             self.dataset.update_state((), self._first_state)
         elif self.dataset.state is None:  # unless another process has just written it
-            write_json_once(self.dataset.state_path, self._first_state | count_rows(()) | {"complete": False})
+            state = self._first_state | count_rows(()) | {"complete": False}
+            write_json(self.dataset.state_path, state, once=True)
         self.check(self.dataset.state or self.recipe, folder)
 
     def read_missing(self) -> Iterator[tuple[PartPlan, pa.Table]]:

@@ -143,8 +143,7 @@ def as_provenance(content: Any) -> dict[str, Any] | None:
         return None
     parts = {"inputs": list, "settings": dict, "counts": dict, "reasons": dict}
     is_shaped = all(isinstance(content.get(key, kind()), kind) for key, kind in parts.items())
-    is_named = is_shaped and all(isinstance(one, dict) and "name" in one for one in content.get("inputs", []))
-    return content if is_named else None
+    return content if is_shaped and all(isinstance(one, dict) for one in content.get("inputs", [])) else None
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -158,8 +157,7 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
         before, after = (one.get("settings", {}).get(key) for one in (old, new))
         if before != after:
             return f"{key} was {before!r} and is now {after!r}"
-    old_inputs = {item["name"]: item for item in old.get("inputs", [])}
-    new_inputs = {item["name"]: item for item in new.get("inputs", [])}
+    old_inputs, new_inputs = ({str(item.get("name")): item for item in one.get("inputs", [])} for one in (old, new))
     for name in sorted(old_inputs.keys() | new_inputs.keys()):
         if name not in old_inputs:
             return f"input {name} was not among its inputs"

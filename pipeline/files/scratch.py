@@ -9,25 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, Rejection
-from pipeline.files.workspace import lock_path, locked, parse_json, write_json
+from pipeline.files.workspace import locked, parse_json, write_json
 from pipeline.log import logger
 from pipeline.own_folders import open_file, remove, write_failure
 
 # How much work a killed node may lose, against a sync of the file each time.
 SECONDS_BETWEEN_SAVES = 30.0
+_BUSY = "is making it: wait for that one, or stop it and run this again"
 
 
 def remove_leftover(output_path: Path) -> None:
     """Remove the scratch of a complete output unless another process holds it."""
     left = name_files(output_path)
-    if any(path.exists() for path in (*left, lock_path(output_path))):
-        with contextlib.suppress(PipelineError, OSError), _locked(output_path):
+    if any(path.exists() for path in left):
+        with contextlib.suppress(PipelineError, OSError), locked(output_path, _BUSY):
             for path in left:
                 remove(path)
-
-
-def _locked(output_path: Path) -> contextlib.AbstractContextManager[None]:
-    return locked(output_path, "is making it: wait for that one, or stop it and run this again")
 
 
 def name_files(output_path: Path) -> tuple[Path, Path]:
@@ -52,7 +49,7 @@ class RowScratch:
         self._output_path = output_path
         self._rows_path, self._progress_path = name_files(output_path)
         self._held = contextlib.ExitStack()
-        self._held.enter_context(_locked(output_path))
+        self._held.enter_context(locked(output_path, _BUSY))
         try:
             self._descriptor = open_file(self._rows_path, os.O_RDWR | os.O_CREAT)
         except OSError as error:

@@ -25,10 +25,10 @@ from pipeline.errors import PipelineError
 from pipeline.log import logger
 from pipeline.own_folders import (
     discard,
+    link,
     list_names,
     make_folder,
     move,
-    move_unless_taken,
     open_file,
     remove,
     sync_file,
@@ -38,54 +38,38 @@ from pipeline.own_folders import (
 
 # The folder for old output until its successor is complete.
 REPLACED = "_replaced"
-# The host and the process in a name.
-_HOLDER = r"(\w+)-(\d+)-[0-9a-f]{16}"
-# Names by which this process holds locks; another name with its number is of one that died, as in containers.
-_HELD: set[str] = set()
-
 
 # ------------------------------------------------------------------------------------------------ temporary names
 
 
 def temporary_path(path: Path) -> Path:
     """Return a new name beside `path`, hidden, for a file or folder that this process fills and then renames."""
-    return path.with_name(f".{_name_holder(path)}.tmp")
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
 
 
 def is_temporary(name: str) -> re.Match[str] | None:
     """Match the name of a temporary file of some process."""
-    return re.fullmatch(rf"\..+\.{_HOLDER}\.tmp", name)
+    return re.fullmatch(r"\..+\.(\w+)-(\d+)-[0-9a-f]{16}\.tmp", name)
 
 
 def clear_temporaries(folder: Path) -> None:
     """Remove the temporary files of killed processes of this host."""
     for name in list_names(folder):
-        holder = is_temporary(name)
-        if holder and _has_died(holder):
-            discard(folder / name)
+        if (holder := is_temporary(name)) and holder[1] == _host():
+            try:
+                os.kill(int(holder[2]), 0)
+            except ProcessLookupError:
+                discard(folder / name)
+            except (PermissionError, OverflowError):
+                pass
 
 
 # Once a process is enough, as a dataset has many files.
 _clear_once = functools.cache(clear_temporaries)
 
 
-def _name_holder(path: Path) -> str:
-    return f"{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
-
-
 def _host() -> str:
     return re.sub(r"\W", "_", socket.gethostname())
-
-
-def _has_died(holder: re.Match[str]) -> bool:
-    """Whether a name is that of a process of this host that runs no more."""
-    try:
-        os.kill(int(holder[2]), 0)
-    except ProcessLookupError:
-        return holder[1] == _host()
-    except (PermissionError, OverflowError):
-        pass
-    return False
 
 
 def private_folder(prefix: str) -> Path:
@@ -98,19 +82,14 @@ def private_folder(prefix: str) -> Path:
 # ------------------------------------------------------------------------------------------------ locking
 
 
-def lock_path(path: Path) -> Path:
-    """Return the hidden file beside `path` that is locked while `path` is being made."""
-    return path.with_name(f".{path.name}.lock")
-
-
 @contextmanager
 def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = False) -> Iterator[None]:
     """Keep other processes from making `path` while the block runs; a killed process holds nothing.
 
-    Those that take it as `shared` keep out only those that do not. `lock` is the file to lock, `lock_path` by default.
-    Raises PipelineError "`path`: process N on HOST `doing`" if another process holds the lock.
+    Those that take it as `shared` keep out only those that do not. `lock` is the file to lock, a hidden one beside
+    `path` by default. Raises PipelineError "`path`: process N on HOST `doing`" if another process holds the lock.
     """
-    lock, is_flock = lock or lock_path(path), True
+    lock = lock or path.with_name(f".{path.name}.lock")
     while True:
         with naming_failures(lock):
             descriptor = open_file(lock, os.O_RDWR | os.O_CREAT)
@@ -120,8 +99,9 @@ def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = F
             holder = os.read(descriptor, 256).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise PipelineError(f"{path}: {holder} {doing}") from None
-        except OSError:  # a file system without flock
-            is_flock, lock = False, _hold_by_name(path, doing, lock, shared=shared)
+        except OSError:
+            logger.warning("%s: this file system has no locks: let one process at a time work there", lock.parent)
+            remove(lock)
             break
         if os.fstat(descriptor).st_nlink:  # else its last holder has removed it since it was opened
             os.ftruncate(descriptor, 0)
@@ -132,32 +112,9 @@ def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = F
         yield
     finally:
         with contextlib.suppress(OSError):  # others share it: the last of them removes it
-            if is_flock:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(lock)
         os.close(descriptor)
-
-
-def _hold_by_name(path: Path, doing: str, lock: Path, *, shared: bool) -> Path:
-    """Hold a lock by a file of this process's own name, and return it; of two that come at once both may be refused.
-
-    A holder of this host that has died is passed over; whether one of another host has, only the user can tell.
-    """
-    remove(lock)
-    own = lock.with_name(f"{_name_holder(lock)}.{'shared' if shared else 'alone'}")
-    with naming_failures(own):
-        os.close(open_file(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-    for other in sorted(lock.parent.iterdir()):
-        holder = re.fullmatch(rf"{re.escape(lock.name)}\.{_HOLDER}\.(shared|alone)", other.name)
-        if not holder or other == own or (shared and holder[3] == "shared"):
-            continue
-        if _has_died(holder) or (int(holder[2]) == os.getpid() and other.name not in _HELD):
-            discard(other)
-            continue
-        discard(own)
-        raise PipelineError(f"{path}: process {holder[2]} on {holder[1]} {doing}; if it has died, remove {other}")
-    _HELD.add(own.name)
-    return own
 
 
 # ------------------------------------------------------------------------------------------------ replacing
@@ -270,8 +227,9 @@ def naming_failures(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing_to(path: Path) -> Iterator[Path]:
-    """Yield a hidden name to write to; when the block ends well, sync it and rename it to `path`.
+def writing_to(path: Path, *, once: bool = False) -> Iterator[Path]:
+    """Yield a hidden name to write to; when the block ends well, sync it and rename it to `path`, unless `once` is set
+    and something has that name.
 
     Raises PipelineError naming `path` if the disk is full or the folder cannot be written.
     """
@@ -282,29 +240,16 @@ def writing_to(path: Path) -> Iterator[Path]:
             _clear_once(path.parent)
             yield temporary
             sync_file(temporary)
-            move(temporary, path)
+            (link if once else move)(temporary, path)
             sync_folder(path.parent)
     finally:
         discard(temporary)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one piece."""
-    with writing_to(path) as temporary:
+def write_json(path: Path, content: Any, *, once: bool = False) -> None:
+    """Write JSON in one piece; `once`, unless the file is there."""
+    with writing_to(path, once=once) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def write_json_once(path: Path, content: Any) -> bool:
-    """Write JSON in one piece unless another process has, and return whether this one did.
-
-    Raises PipelineError if the disk is full or the folder cannot be written.
-    """
-    unique = temporary_path(path)
-    write_json(unique, content)
-    try:
-        return move_unless_taken(unique, path)
-    finally:
-        discard(unique)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

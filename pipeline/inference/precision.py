@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DeviceMemoryError, InputError, Rejection
-from pipeline.files.workspace import read_json_object, write_json_once
+from pipeline.files.workspace import read_json_object, write_json
 from pipeline.inference.images import check_image
 from pipeline.log import logger
 
@@ -159,7 +159,7 @@ def agree_on(note: Path | None, choose: Callable[[], Precision]) -> Precision:
         chosen = choose()
         if note is None or not chosen.pictures:
             return chosen
-        write_json_once(note, asdict(chosen))
+        write_json(note, asdict(chosen), once=True)
     noted = read_json_object(note)
     if noted.get("mode") not in MODES or noted.keys() != {"mode", "cosines", "pictures"}:
         raise InputError(f"{note}: does not say what to compute in: remove it, and it is measured again")
