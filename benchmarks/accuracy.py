@@ -26,11 +26,11 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import make_parser, write_results
-from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from pipeline.config import Config, load_config
 from pipeline.log import Progress, Stopwatch
 from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.features import Features, load_features, take_buildings
+from pipeline.retrieval.labels import read_ignore_pairs, resolve_pairs
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_scores
 from pipeline.retrieval.whitening import collect_scatters, whiten_by_pca, whiten_within_class

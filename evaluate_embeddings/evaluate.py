@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from evaluate_embeddings.scores.breakdowns import summarize_breakdowns
 from evaluate_embeddings.scores.fairness import doubt_split
-from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from evaluate_embeddings.scores.metrics import GALLERY_SIZES, KIND_LABELS, KINDS, Evaluation, build_metrics
 from evaluate_embeddings.scores.pair_similarity import sample_similarities
 from evaluate_embeddings.scores.standalone import CHECKPOINT_NAME, STAGE, EvaluateOptions, run_standalone
@@ -38,6 +37,7 @@ from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.features import Features, check_one_run, load_features
+from pipeline.retrieval.labels import read_ignore_pairs, resolve_pairs
 from pipeline.retrieval.scores import Embeddings, normalise_rows, score_queries_twice
 from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatters, whiten_by_pca, whiten_within_class
 from pipeline.stages import STAGES

@@ -12,8 +12,6 @@ within --max-distance-m alone, and adds a geometry. --labels measures the cluste
 writes a page beside it, with the photographs of --input.
 """
 
-import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -37,14 +34,14 @@ from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, carries, check_replaceable, page_mark
 from pipeline.files.tables import is_complete, make_provenance, read_provenance, reading, write_parquet
-from pipeline.files.text_tables import null_blanks, read_id_table
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
 from pipeline.own_folders import remove
 from pipeline.retrieval.group_scores import measure_groups
+from pipeline.retrieval.labels import label_rows, to_text
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.group_page import list_facts, write_page
-from publish_model.derived.group_table import CLUSTER_COLUMN, MADE_COLUMNS, POINTS_METADATA, make_group_table
+from publish_model.derived.group_table import CLUSTER_COLUMN, MADE_COLUMNS, POINTS_METADATA, ROW_COLUMN, make_table
 from publish_model.derived.image_groups import count_pairs, group_images
 from publish_model.derived.look_alike import COUNT_COLUMN, average_ids, find_types
 from publish_model.model_folder.published_model import find_model
@@ -52,9 +49,10 @@ from publish_model.model_folder.training_similarity import read_pairs
 from publish_model.new_data.embed_options import add_model_option
 
 STAGE = "cluster_embeddings"
-LABEL_COLUMN = "building_id"
 # A group of more images than this, and than this share of all, is named: a threshold too low makes one of nearly all.
 GIANT_IMAGES, GIANT_SHARE = 50, 0.05
+# What an option is above, and at most.
+RANGES = {"threshold": (-1, 1), "false_pairs": (0, 0.5), "max_distance_m": (0.001, 30_000)}
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,13 @@ class ClusterOptions:
     model_id: str = ""
     threshold: float | None = None
     false_pairs: float | None = None
-    positions: tuple[str, str] | None = None
+    positions: tuple[str, ...] | None = None
     max_distance_m: float = 150.0
     look_alike: int | None = None
     labels: Path | None = None
     html: bool = False
     input: Path | None = None
     overwrite: bool = False
-
-    @property
-    def name(self) -> str:
-        return "look_alike" if self.look_alike else "clusters"
 
 
 def read_rows(dataset: EmbeddingsDataset) -> tuple[pa.Table, NDArray[np.float32]]:
@@ -83,39 +77,35 @@ def read_rows(dataset: EmbeddingsDataset) -> tuple[pa.Table, NDArray[np.float32]
     Raises InputError where one is not finite or not of unit length.
     """
     names = [name for name in dataset.schema.names if name != EMBEDDING_COLUMN]
-    width = dataset.schema.field(EMBEDDING_COLUMN).type.list_size
-    embeddings = np.empty((dataset.num_rows, width), np.float32)
-    for first, block in dataset.read_blocks():
-        if not (np.abs(np.linalg.norm(block, axis=1) - 1) <= NORM_TOLERANCE).all():
-            raise InputError(
-                f"{dataset.folder}: holds embeddings that are not finite or not of unit length: run "
-                "verify_embeddings.py --repair, then stage 8 again"
-            )
-        embeddings[first : first + len(block)] = block
-    columns = pa.concat_tables([part.read(names) for part in dataset.parts]).unify_dictionaries()
-    return columns, embeddings
+    if not dataset.num_rows:
+        raise InputError(f"{dataset.folder}: holds no embedded image: nothing to group")
+    embeddings = np.concatenate([block for _, block in dataset.read_blocks()])
+    if not (np.abs(np.linalg.norm(embeddings, axis=1) - 1) <= NORM_TOLERANCE).all():
+        raise InputError(
+            f"{dataset.folder}: holds embeddings that are not finite or not of unit length: run "
+            "verify_embeddings.py --repair, then stage 8 again"
+        )
+    return pa.concat_tables([part.read(names) for part in dataset.parts]).unify_dictionaries(), embeddings
 
 
-def read_positions(columns: pa.Table, names: tuple[str, str]) -> NDArray[np.float64]:
+def read_positions(columns: pa.Table, names: tuple[str, ...]) -> NDArray[np.float64]:
     """Return the latitude and longitude of each row (N, 2) in degrees, NaN where one is missing.
 
     Raises InputError where a column is missing, holds no numbers, or no degrees.
     """
-    values = []
-    for name, limit in zip(names, (90, 180), strict=True):
+    positions = np.empty((len(columns), 2))
+    for place, (name, limit) in enumerate(zip(names, (90, 180), strict=True)):
         if name not in columns.column_names:
             raise InputError(f"--positions: the dataset has no column {name}: run stage 8 with --keep-columns {name}")
-        kind = columns[name].type
-        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
-            raise InputError(f"--positions: column {name} holds {kind}, no degrees: give columns of numbers")
-        degrees = columns[name].cast(pa.float64(), safe=False).to_numpy()
-        outside = np.abs(degrees) > limit
-        if outside.any():
-            raise InputError(
-                f"--positions: column {name} holds {degrees[outside][0]:g}, beyond {limit} degrees: give LAT,LON"
-            )
-        values.append(degrees)
-    positions = np.stack(values, axis=1)
+        try:
+            degrees = columns[name].cast(pa.float64(), safe=False).to_numpy()
+        except pa.ArrowException:
+            kind = columns[name].type
+            raise InputError(f"--positions: column {name} holds {kind}, no degrees: give columns of numbers") from None
+        if (np.abs(degrees) > limit).any():
+            largest = np.nanmax(np.abs(degrees))
+            raise InputError(f"--positions: column {name} holds {largest:g}, beyond {limit} degrees: give LAT,LON")
+        positions[:, place] = degrees
     positions[~np.isfinite(positions).all(axis=1)] = np.nan
     return positions
 
@@ -145,81 +135,71 @@ def choose_threshold(dataset: EmbeddingsDataset, options: ClusterOptions, num_pa
     }  # fmt: skip
 
 
-def read_labels(columns: pa.Table, labels_path: Path) -> pa.Array:
-    """Return the building of each row as text, null where the labels do not name its id.
+def summarize(table: pa.Table, threshold: dict[str, Any] | None, labels: pa.Array | None) -> dict[str, Any]:
+    """Return the counts and sizes of groups, of ids without a threshold; with one, wrong pairs and a giant group.
 
-    Raises InputError where the labels cannot be read, or give an id two buildings.
+    With the building of each of the dataset's rows, null where it is not known, also the groups' scores.
     """
-    remedy = f"--labels takes a parquet or CSV with {ID_COLUMN} and {LABEL_COLUMN}"
-    table = read_id_table(labels_path, [ID_COLUMN, LABEL_COLUMN], remedy)
-    try:
-        known, buildings, ids = (
-            null_blanks(column.cast(pa.string())).combine_chunks()
-            for column in (table[ID_COLUMN], table[LABEL_COLUMN], columns[ID_COLUMN])
-        )
-    except pa.ArrowException:
-        raise InputError(f"{labels_path}: {ID_COLUMN} or {LABEL_COLUMN} is no number or text: {remedy}") from None
-    pairs = pa.table({"id": known, "building": buildings}).drop_null().group_by(["id", "building"]).aggregate([])
-    if pairs.num_rows > len(pairs["id"].unique()):
-        raise InputError(f"{labels_path}: an {ID_COLUMN} has two buildings: give each one")
-    return pairs["building"].combine_chunks().take(pc.index_in(ids, value_set=pairs["id"].combine_chunks()))
-
-
-def summarize(table: pa.Table, threshold: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the counts and sizes of groups, of ids without a threshold; with one, wrong pairs and a giant group."""
-    sizes = np.bincount(table[CLUSTER_COLUMN].to_numpy())
-    lows = [2**power for power in range(int(sizes.max(initial=1)).bit_length())]
+    groups = table[CLUSTER_COLUMN].to_numpy()
+    sizes = np.bincount(groups)
     summary: dict[str, Any] = {
-        "ids" if threshold is None else "images": len(table), "clusters": len(sizes), "alone": int((sizes == 1).sum()),
-        "largest": int(sizes.max(initial=0)),
-        "clusters_by_size": {
-            f"{low}-{2 * low - 1}" if low > 1 else "1": int(((sizes >= low) & (sizes < 2 * low)).sum()) for low in lows
-        },
+        "tool": STAGE, "ids" if threshold is None else "images": len(table), "clusters": len(sizes),
+        "alone": int((sizes == 1).sum()), "largest": int(sizes[0]), "clusters_by_size": {},
     }  # fmt: skip
-    if threshold is None:
-        return summary
-    if summary["largest"] > max(GIANT_IMAGES, GIANT_SHARE * len(table)):
+    for power, count in enumerate(np.bincount(np.log2(sizes).astype(int)).tolist()):
+        summary["clusters_by_size"][f"{2**power}-{2 ** (power + 1) - 1}" if power else "1"] = count
+    if threshold is not None and summary["largest"] > max(GIANT_IMAGES, GIANT_SHARE * len(table)):
         summary["giant"] = {"cluster": 0, "images": summary["largest"]}
         logger.warning(
             "cluster 0 holds %(largest)d of %(images)d images: copies of one picture, or a threshold that is too low",
             summary,
         )
-    summary |= threshold
-    if "expected_wrong_pair_share" in threshold:
+    summary |= threshold or {}
+    if "expected_wrong_pair_share" in summary:
         num_pairs = float((sizes * (sizes - 1.0) / 2).sum())
-        summary["expected_wrong_pairs"] = threshold["expected_wrong_pair_share"] * num_pairs
+        summary["expected_wrong_pairs"] = summary["expected_wrong_pair_share"] * num_pairs
+    if labels is not None:
+        own = labels.take(table[ROW_COLUMN].combine_chunks())
+        is_known = own.is_valid().to_numpy(zero_copy_only=False)
+        codes = own.drop_null().dictionary_encode().indices.to_numpy()
+        summary |= {"labelled_images": len(codes), "measures": measure_groups(groups[is_known], codes)}
     return summary
 
 
-def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageResult:
-    """Write the groups with their summary, and return the counts of the images.
+def list_outputs(dataset: EmbeddingsDataset, options: ClusterOptions) -> list[Path]:
+    """Return where the table, the summary and the page go; raise ConfigError where something else lies there."""
+    name = "look_alike" if options.look_alike else "clusters"
+    paths = [dataset.folder / CLUSTERS_FOLDER / f"{name}.{suffix}" for suffix in ("parquet", "json", "html")]
+    marks = (STAGE, CLUSTERS_MARK, page_mark(STAGE)) if options.html else (STAGE, CLUSTERS_MARK)
+    for path, mark in zip(paths, marks, strict=False):
+        check_replaceable(path, mark, is_default=True)
+    return paths
+
+
+def cluster(dataset: EmbeddingsDataset, options: ClusterOptions, result: cli.StageResult | None = None) -> pa.Table:
+    """Write the groups with their summary, return their table, and add the paths and counts to the result.
 
     Raises InputError for a dataset, model or columns that cannot be used, StaleOutputError for groups of another one.
     """
-    folder = dataset.folder / CLUSTERS_FOLDER
-    path, summary_path, page_path = (folder / f"{options.name}.{suffix}" for suffix in ("parquet", "json", "html"))
-    check_replaceable(path, STAGE, is_default=True)
-    check_replaceable(summary_path, CLUSTERS_MARK, is_default=True)
-    if options.html:
-        check_replaceable(page_path, page_mark(STAGE), is_default=True)
+    result = result or cli.StageResult(STAGE)
+    path, summary_path, page_path = list_outputs(dataset, options)
     source = dataset.open_input(options.input) if options.input is not None else None
     columns, embeddings = read_rows(dataset)
+    labels = None
+    if options.labels is not None:
+        labels = label_rows(to_text(dataset.folder, columns[ID_COLUMN].combine_chunks()), options.labels)
     positions = read_positions(columns, options.positions) if options.positions else None
-    rows, threshold, settings = None, None, dict[str, Any]()
+    rows, threshold = np.arange(dataset.num_rows), None
     if options.look_alike:
         columns, embeddings, positions, rows = average_ids(columns, embeddings, positions)
-        num_kinds = len(np.unique(embeddings.round(5), axis=0))
-        if options.look_alike > num_kinds:
-            raise InputError(f"{dataset.folder}: has {num_kinds} ids that differ: give --look-alike no more than that")
-        settings["look_alike"] = options.look_alike
+        settings: dict[str, Any] = {"look_alike": options.look_alike}
     else:
         threshold = choose_threshold(dataset, options, count_pairs(dataset.num_rows, positions, options.max_distance_m))
-        settings["threshold"] = threshold["threshold"]
+        settings = {"threshold": threshold["threshold"]}
     check_names("the dataset's kept columns", MADE_COLUMNS, columns.column_names)
     if options.positions:
         settings |= {"positions": list(options.positions), "max_distance_m": options.max_distance_m}
     provenance = make_provenance(STAGE, [dataset.identify()], settings)
-    result = cli.StageResult(STAGE)
     if is_complete(path, provenance, options.overwrite):
         result.kept.append(path)
     else:
@@ -228,13 +208,12 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
         else:
             groups, figure = group_images(embeddings, threshold["threshold"], positions, options.max_distance_m)
         noted = {"adjusted_rand_between_starts" if threshold is None else "search_recall": figure}
-        made = make_group_table(columns, embeddings, groups, positions, rows)
+        made = make_table(columns, embeddings, groups, positions, rows)
         write_parquet(path, made, provenance | {"noted": noted}, {} if positions is None else POINTS_METADATA)
         result.written.append(path)
     with reading(path):
         table = pq.read_table(path)
-    noted = (read_provenance(path) or {}).get("noted", {})
-    summary = {"tool": STAGE} | summarize(table, threshold) | noted | measure_by_labels(table, options.labels)
+    summary = summarize(table, threshold, labels) | (read_provenance(path) or {}).get("noted", {})
     if read_json_object(summary_path) != summary:
         write_json(summary_path, summary)
     logger.info("%s", ", ".join(f"{name} {value}" for name, value in list_facts(summary)))
@@ -245,43 +224,7 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> cli.StageRes
         remove(page_path)  # it shows the groups that were replaced
     num_out = int(columns[COUNT_COLUMN].to_numpy().sum()) if options.look_alike else dataset.num_rows
     result.add({"in": dataset.num_rows, "out": num_out, "dropped": dataset.num_rows - num_out})
-    return result
-
-
-def measure_by_labels(table: pa.Table, labels_path: Path | None) -> dict[str, Any]:
-    """Return the number of rows whose id the labels name, and the scores of their clusters; nothing without labels."""
-    if labels_path is None:
-        return {}
-    labels = read_labels(table, labels_path)
-    rows = np.flatnonzero(labels.is_valid().to_numpy(zero_copy_only=False))
-    if not len(rows):
-        raise InputError(f"{labels_path}: names none of the ids: give the labels of this dataset")
-    codes = labels.take(pa.array(rows)).dictionary_encode().indices.to_numpy()
-    measures = measure_groups(table[CLUSTER_COLUMN].to_numpy()[rows], codes)
-    return {"labelled_images": len(rows), "measures": measures}
-
-
-def parse_positions(text: str) -> tuple[str, str]:
-    """Read the names of `--positions`; raise ArgumentTypeError unless there are two."""
-    names = [name.strip() for name in text.split(",")]
-    if len(names) != 2 or not all(names) or names[0] == names[1]:
-        raise argparse.ArgumentTypeError(f"{text!r}: give two kept columns, LAT,LON")
-    return names[0], names[1]
-
-
-def number_within(low: float, high: float) -> Any:
-    """Return a reader of numbers above `low`, up to `high`."""
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low < value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number above {low:g}, up to {high:g}")
-        return value
-
-    return read
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -289,26 +232,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_option(parser, default="")
     add = parser.add_argument
     cut = parser.add_mutually_exclusive_group()
+    cut.add_argument("--threshold", type=float, metavar="COSINE", help="mean cosine to cut at; needs no model")
     cut.add_argument(
-        "--threshold", type=number_within(-1, 1), metavar="COSINE", help="mean cosine to cut at; needs no model"
-    )
-    cut.add_argument(
-        "--false-pairs", type=number_within(0, 0.5), metavar="RATE",
+        "--false-pairs", type=float, metavar="RATE",
         help="share of pairs of two buildings that reach the cosine (default: by validation and number of images)",
     )  # fmt: skip
-    add("--positions", type=parse_positions, metavar="LAT,LON", help="kept columns in degrees: compare near images")
-    add("--max-distance-m", type=number_within(0.001, 30_000), default=150.0, metavar="M", help="how far that is (150)")
-    add("--labels", type=Path, metavar="FILE", help=f"parquet or CSV of {ID_COLUMN} and {LABEL_COLUMN}, to measure by")
+    add("--positions", metavar="LAT,LON", help="kept columns in degrees: compare near images")
+    add("--max-distance-m", type=float, default=150.0, metavar="M", help="how far that is (150)")
+    add("--labels", type=Path, metavar="FILE", help="parquet or CSV of OSMID and building_id, to measure by")
     add("--look-alike", type=cli.whole_number, metavar="N", help="make N groups of ids that look alike, by k-means")
     add("--html", action="store_true", help="write a page too")
     add("--input", "-i", type=Path, metavar="PATH", help="packaged images, for the page's photographs")
     add("--overwrite", action="store_true", help="make again what is there already")
     arguments = vars(parser.parse_args(argv))
     arguments.pop("trust_remote_code")
+    for name, (low, high) in RANGES.items():
+        if arguments[name] is not None and not low < arguments[name] <= high:
+            raise ConfigError(f"--{name.replace('_', '-')}: give a number above {low:g}, up to {high:g}")
+    if arguments["positions"] is not None:
+        arguments["positions"] = tuple(name.strip() for name in arguments["positions"].split(","))
+        if len(set(arguments["positions"])) != 2:
+            raise ConfigError("--positions: give two kept columns, LAT,LON")
     if arguments["look_alike"] and (arguments["threshold"] is not None or arguments["false_pairs"]):
         raise ConfigError("--look-alike: takes no --threshold and no --false-pairs: leave them out")
-    output = arguments.pop("output")
-    run_tool(STAGE, output, lambda dataset: cluster(dataset, ClusterOptions(**arguments)))
+    output, result = arguments.pop("output"), cli.StageResult(STAGE)
+
+    def story(dataset: EmbeddingsDataset) -> cli.StageResult:
+        cluster(dataset, ClusterOptions(**arguments), result)
+        return result
+
+    run_tool(STAGE, output, story)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from browser import Watched, open_browser
 from embedded_datasets import unit_rows, write_dataset
 from published_models import read_dataset
 
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from publish_model import cluster_embeddings, delete_ids
 from publish_model.model_folder import training_similarity
 
@@ -104,10 +105,43 @@ def test_labels_measure_the_clusters(cluster, dataset, tmp_path):
     _, summary = read(dataset)
     assert summary["labelled_images"] == 36
     assert 0.5 < summary["measures"]["bcubed_f1"] <= 1
-    labels.write_text("OSMID,building_id\nimage 1,a\nimage 1,b\n")
-    outcome = cluster(dataset, "--threshold", "0.8", "--labels", labels)
+    labels.write_text("OSMID,building_id\n" + "".join(f"image {row},{row % 4}\n" for row in range(36)))
+    assert cluster(dataset, "--threshold", "0.8", "--labels", labels).code == 0
+    assert read(dataset)[1]["measures"]["bcubed_f1"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        ("OSMID,building_id\nimage 1,a\nimage 1,b\n", "OSMID image 1 has two buildings"),
+        ("OSMID,building_id\nimage 99,a\n", "names none of the images"),
+        ("OSMID\nimage 1\n", "no column building_id"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused_before_the_work(cluster, dataset, tmp_path, monkeypatch, lines, text):
+    monkeypatch.setattr(cluster_embeddings, "group_images", None)
+    (tmp_path / "labels.csv").write_text(lines)
+    outcome = cluster(dataset, "--threshold", "0.8", "--labels", tmp_path / "labels.csv")
     assert outcome.code == 1
-    assert "has two buildings" in outcome.stderr
+    assert text in outcome.stderr.splitlines()[-1]
+    assert not (dataset / "_clusters").exists()
+
+
+def test_the_function_returns_the_table_that_it_writes(dataset):
+    options = cluster_embeddings.ClusterOptions(threshold=0.8)
+    table = cluster_embeddings.cluster(EmbeddingsDataset(dataset), options)
+    assert table.equals(read(dataset)[0])
+
+
+def test_positions_written_as_text_in_a_csv_are_numbers(cluster, tmp_path):
+    lat, lon = ["52.2", "52.2", "10", None], ["0.1", "0.10001", "0.1", "0.1"]
+    output = write_dataset(
+        tmp_path / "out", pa.array(range(4)), np.repeat(unit_rows(0, 1), 4, axis=0), lat=lat, lon=lon
+    )
+    assert cluster(output, "--threshold", "0.8", "--positions", "lat,lon").code == 0
+    table = read(output)[0]
+    assert dict(zip(table["OSMID"].to_pylist(), table["cluster"].to_pylist(), strict=True)) == {0: 0, 1: 0, 2: 1, 3: 2}
+    assert table["geometry"].null_count == 1
 
 
 def test_with_positions_far_images_stay_apart_and_the_file_is_a_geoparquet(cluster, dataset):

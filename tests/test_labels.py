@@ -3,8 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from evaluate_embeddings.scores.labels import read_ignore_pairs, resolve_pairs
 from pipeline.errors import InputError
+from pipeline.retrieval.labels import read_ignore_pairs, resolve_pairs
 
 
 def test_unknown_ids_in_ignored_pairs_are_passed_over(tmp_path):

@@ -11,11 +11,11 @@ from evaluation_data import make_table, make_workplace, write_checkpoint, write_
 from evaluate_embeddings.evaluate import main
 from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, compare
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
-from evaluate_embeddings.scores.labels import label_rows, match_rows
 from evaluate_embeddings.scores.standalone import name_models
 from evaluate_embeddings.scores.tables import format_p
 from pipeline.errors import InputError
 from pipeline.files import tables, workspace
+from pipeline.retrieval.labels import label_rows, match_rows
 from pipeline.retrieval.scores import QueryScores, normalise_rows, score_queries, summarize_scores
 
 BUILDINGS = np.repeat(np.arange(12), 3)

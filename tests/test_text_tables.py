@@ -6,10 +6,10 @@ import pytest
 from embedded_datasets import unit_rows, write_dataset
 from published_models import read_dataset
 
-from evaluate_embeddings.scores.labels import label_rows, read_ignore_pairs
 from pipeline.errors import InputError
 from pipeline.files import text_tables
 from pipeline.files.text_tables import read_csv, read_id_table, reading_text, whole_or_text
+from pipeline.retrieval.labels import label_rows, read_ignore_pairs
 from preprocess_raw_data.merging.splits import read_split_file
 from publish_model import aggregate_embeddings, delete_ids
 

@@ -9,17 +9,15 @@ import pyarrow as pa
 from pipeline.embeddings_dataset.dataset import resolve_dataset_dir
 from pipeline.embeddings_dataset.parts import list_part_files
 from pipeline.errors import InputError, one_line
-from pipeline.files.column_types import whole_from_floats
 from pipeline.files.list_columns import find_embedding, find_width
 from pipeline.files.listing import is_parquet, list_files
 from pipeline.files.tables import open_parquet, read_batches
 from pipeline.files.text_tables import find_columns
 from pipeline.files.workspace import read_json_object
 from pipeline.log import logger
+from pipeline.retrieval.labels import ID_COLUMNS, to_text
 from pipeline.retrieval.scores import Embeddings, normalise_rows
 
-# The column that names an image, in the order of preference: stage 8's, then that of the merged splits.
-ID_COLUMNS = ("OSMID", "streetview_image_id")
 _BATCH_ROWS = 8192
 
 
@@ -38,15 +36,15 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
     Raises InputError if there are none, one is damaged or lacks a column, the widths differ, an id is null, or a row
     is not finite or zero.
     """
-    columns, names, num_rows = [], [], 0
+    columns, id_columns, num_rows = [], [], 0
     for path in list_parts(folder):  # one at a time is open: a dataset has thousands
         with open_parquet(path) as file:
-            names += find_columns(path, file.schema_arrow.names, [ID_COLUMNS], "it must name the image")
+            id_columns += find_columns(path, file.schema_arrow.names, [ID_COLUMNS], "it must name the image")
             num_rows += file.metadata.num_rows
         columns.append(find_embedding(path))
     embeddings = np.empty((num_rows, find_width(columns, "give one dataset")), np.float32)
     ids, done = [], 0
-    for column, name in zip(columns, names, strict=True):
+    for column, name in zip(columns, id_columns, strict=True):
         first = done
         for batch in read_batches(column.path, [name, column.name], _BATCH_ROWS):
             ids.append(to_text(column.path, batch.column(name)))
@@ -54,8 +52,11 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
             done += batch.num_rows
     if not done:
         raise InputError(f"{folder}: holds no embedding: embed some images with stage 8 first")
+    names = pa.concat_arrays(ids)
+    if names.null_count:
+        raise InputError(f"{folder}: an id is null: give every image one")
     try:
-        return EmbeddingsTable(folder, pa.concat_arrays(ids), normalise_rows(embeddings))
+        return EmbeddingsTable(folder, names, normalise_rows(embeddings))
     except InputError as error:
         raise InputError(f"{folder}: {one_line(error)}") from None
 
@@ -75,17 +76,3 @@ def list_parts(folder: Path) -> list[Path]:
             dataset_dir, state.get("rows_embedded"), state.get("rows_total"),
         )  # fmt: skip
     return paths
-
-
-def to_text(path: Path, column: pa.Array) -> pa.StringArray:
-    """Return ids of any scalar type as text, so that equal numbers match whatever their width.
-
-    Raises InputError if one is null or they cannot be text.
-    """
-    column = whole_from_floats(column, "of ids", path)
-    if column.null_count:
-        raise InputError(f"{path}: an id is null: give every image one")
-    try:
-        return column.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"{path}: ids of type {column.type} cannot be compared ({one_line(error)[:100]})") from None

@@ -9,13 +9,13 @@ import pyarrow as pa
 from evaluate_embeddings.scores.comparison import LabelledModels
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from evaluate_embeddings.scores.fairness import doubt_split
-from evaluate_embeddings.scores.labels import label_rows, match_rows, read_ignore_pairs, resolve_pairs
 from evaluate_embeddings.scores.tables import format_models
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.log import Progress, logger
 from pipeline.retrieval.features import load_features
+from pipeline.retrieval.labels import label_rows, match_rows, read_ignore_pairs, resolve_pairs
 from pipeline.retrieval.scores import score_queries
 
 STAGE = "evaluate"
@@ -87,8 +87,6 @@ def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResul
         places, embeddings = [first.place, other.place], [first.embeddings[rows], other.embeddings[other_rows]]
     buildings = label_rows(ids, options.labels)
     kept = np.flatnonzero(buildings.is_valid().to_numpy(zero_copy_only=False))
-    if not len(kept):
-        raise InputError(f"{options.labels}: names none of the images of {first.place}: give their labels")
     _drop(result, "no_label", len(ids) - len(kept))
     encoded = buildings.take(pa.array(kept)).dictionary_encode()
     if len(kept) == len(encoded.dictionary):

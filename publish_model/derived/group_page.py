@@ -18,29 +18,23 @@ SHOWN_CLUSTERS, SHOWN_MEMBERS, THUMBNAIL_PX = 8, 4, 160
 
 
 def choose_examples(table: pa.Table) -> dict[str, list[list[int]]]:
-    """Return by title lists of places in a table of groups, each of one cluster with its medoid first."""
-    clusters, similarity = (table[name].to_numpy() for name in (CLUSTER_COLUMN, "similarity"))
-    sizes = np.bincount(clusters)
-    starts = np.cumsum(sizes) - sizes
-    several = np.flatnonzero(sizes > 1)
+    """Return by title lists of places in a table of groups: a medoid, and the members least like it, or most."""
+    similarity, sizes = table["similarity"].to_numpy(), np.bincount(table[CLUSTER_COLUMN].to_numpy())
+    ends = np.cumsum(sizes)
+    starts, several = ends - sizes, np.flatnonzero(sizes > 1)
     if not len(several):
         return {}
-    means = (np.add.reduceat(similarity, starts) - 1) / np.maximum(sizes - 1, 1)
-    nearest = similarity[np.minimum(starts + 1, len(similarity) - 1)]
+    means = (np.add.reduceat(similarity, starts)[several] - 1) / (sizes[several] - 1)
+    alike = several[np.argsort(-similarity[starts[several] + 1], kind="stable")]
 
-    def take(numbers: Any, last: bool) -> list[list[int]]:
-        """Return the medoid with the members least like it, or with the one most like it."""
-        chosen = []
-        for number in numbers[:SHOWN_CLUSTERS].tolist():
-            first, end = int(starts[number]), int(starts[number] + sizes[number])
-            least = range(max(first + 1, end - SHOWN_MEMBERS + 1), end)
-            chosen.append([first, *(least if last else [first + 1])])
-        return chosen
+    def take(numbers: Any) -> list[list[int]]:
+        bounds = [(int(starts[number]), int(ends[number])) for number in numbers[:SHOWN_CLUSTERS]]
+        return [[first, *range(max(first + 1, end - SHOWN_MEMBERS + 1), end)] for first, end in bounds]
 
     return {
-        "The largest, with their least similar images": take(several, True),
-        "The least sure": take(several[np.argsort(means[several], kind="stable")], True),
-        "The most alike": take(several[np.argsort(-nearest[several], kind="stable")], False),
+        "The largest, with their least similar images": take(several),
+        "The least sure": take(several[np.argsort(means, kind="stable")]),
+        "The most alike": [[int(first), int(first) + 1] for first in starts[alike[:SHOWN_CLUSTERS]]],
     }
 
 
@@ -57,30 +51,22 @@ def write_page(
     path: Path, table: pa.Table, summary: dict[str, Any], read_images: Callable[[list[int]], Mapping[int, bytes]]
 ) -> None:
     """Write a page of groups that needs no other file; `read_images` returns image files by ascending row."""
-    clusters, rows = table[CLUSTER_COLUMN].to_numpy(), table[ROW_COLUMN].to_numpy()
-    sizes = np.bincount(clusters)
+    rows, sizes = table[ROW_COLUMN].to_numpy(), np.bincount(table[CLUSTER_COLUMN].to_numpy())
     examples = choose_examples(table)
     images = read_images(sorted({int(rows[place]) for lists in examples.values() for one in lists for place in one}))
 
     def describe(place: int) -> dict[str, Any]:
         image = images.get(int(rows[place]))
         picture = None if image is None else to_data_uri(shrink(decode_rgb(image), THUMBNAIL_PX), 80)
-        similarity = table["similarity"][place].as_py()
-        return {"picture": picture, "identifier": describe_id(table[0][place]), "similarity": similarity}
+        number, similarity = (table[name][place].as_py() for name in (CLUSTER_COLUMN, "similarity"))
+        return {
+            "picture": picture, "identifier": describe_id(table[0][place]), "similarity": similarity,
+            "number": number, "size": sizes[number],
+        }  # fmt: skip
 
-    sections = [
-        {
-            "title": title,
-            "clusters": [
-                {"number": clusters[one[0]], "size": sizes[clusters[one[0]]], "members": list(map(describe, one))}
-                for one in lists
-            ],
-        }
-        for title, lists in examples.items()
-    ]
+    sections = {title: [[describe(place) for place in one] for one in lists] for title, lists in examples.items()}
     template = load_templates(TEMPLATES_DIR).get_template("clusters.html.j2")
-    page = template.render(
-        summary=summary, facts=list_facts(summary), sections=sections, things="images" if "images" in summary else "ids"
-    )
+    things = "images" if "images" in summary else "ids"
+    page = template.render(summary=summary, facts=list_facts(summary), sections=sections, things=things)
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")

@@ -6,10 +6,11 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import take_rows
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
+from pipeline.errors import InputError
 from pipeline.retrieval.geography import mean_positions
 from pipeline.retrieval.group_scores import measure_groups
 from publish_model.derived.embedding_groups import keys_of
-from publish_model.derived.image_groups import Embeddings, Rows, number_by_size, sum_groups
+from publish_model.derived.image_groups import Embeddings, Rows, average_groups, number_by_size
 
 # Starts of k-means: the best is taken, and the others tell how far chance decides.
 SEEDS = (0, 1, 2, 3)
@@ -24,25 +25,30 @@ def average_ids(
     Images without an id are left out. A mean without a direction gives way to the first image.
     """
     numbers: dict[object, int] = {}
-    keys = [key[0] for key in keys_of(columns, [ID_COLUMN])]
+    keys = [key for (key,) in keys_of(columns, [ID_COLUMN])]
     rows = np.array([row for row, key in enumerate(keys) if key is not None], np.int64)
     codes = np.array([numbers.setdefault(keys[row], len(numbers)) for row in rows], np.int64)
     firsts = rows[np.unique(codes, return_index=True)[1]]
-    sums = sum_groups(embeddings[rows], None, codes)
-    lengths = np.linalg.norm(sums.embeddings, axis=1, keepdims=True)
-    has_direction = lengths > 1e-6 * sums.counts[:, None]
-    means = np.where(has_direction, sums.embeddings / np.where(has_direction, lengths, 1), embeddings[firsts])
+    (means,) = average_groups(embeddings[rows], groups=codes)
+    lengths = np.linalg.norm(means, axis=1, keepdims=True)
+    means = np.where(lengths > 1e-6, means / np.maximum(lengths, 1e-6), embeddings[firsts])
     ids = take_rows(columns[ID_COLUMN].combine_chunks(), firsts)
-    table = pa.Table.from_arrays([ids, pa.array(sums.counts)], names=[ID_COLUMN, COUNT_COLUMN])
+    table = pa.Table.from_arrays([ids, pa.array(np.bincount(codes))], names=[ID_COLUMN, COUNT_COLUMN])
     if positions is not None:
         positions = np.stack(mean_positions(codes, positions[rows, 0], positions[rows, 1], len(numbers)), axis=1)
     return table, means.astype(np.float32), positions, firsts
 
 
 def find_types(means: Embeddings, num_groups: int) -> tuple[Rows, float]:
-    """Return the group of each row (B,), 0 the largest, and the adjusted Rand score between starts: 1 is stable."""
+    """Return the group of each row (B,), 0 the largest, and the adjusted Rand score between starts: 1 is stable.
+
+    Raises InputError where fewer rows differ.
+    """
     from sklearn.cluster import KMeans
 
+    num_kinds = len(np.unique(means.round(5), axis=0))
+    if num_groups > num_kinds:
+        raise InputError(f"--look-alike {num_groups}: the dataset has {num_kinds} ids that differ: give no more")
     fits = [KMeans(num_groups, n_init=1, random_state=seed).fit(means) for seed in SEEDS]
     best = min(fits, key=lambda fit: fit.inertia_)
     scores = [measure_groups(fit.labels_, best.labels_)["adjusted_rand"] for fit in fits if fit is not best]

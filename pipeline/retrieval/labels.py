@@ -7,22 +7,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from evaluate_embeddings.scores.embeddings_table import ID_COLUMNS, to_text
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
+from pipeline.files.column_types import whole_from_floats
 from pipeline.files.text_tables import null_blanks, read_id_table
 from pipeline.log import logger
 from pipeline.retrieval.candidates import IgnoredPairs
 
+# The column that names an image, in the order of preference: stage 8's, then that of the merged splits.
+ID_COLUMNS = ("OSMID", "streetview_image_id")
 LABEL_COLUMN = "building_id"
 PAIR_COLUMNS = ("building_id_a", "building_id_b")
 
 Rows = NDArray[np.int64]
 
 
-def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
-    """Return the building of each id, (N,), null without one or with a blank one; without labels the id itself.
+def to_text(place: Path, column: pa.Array | pa.ChunkedArray) -> pa.StringArray | pa.ChunkedArray:
+    """Return ids of any scalar type as text, so that equal numbers match whatever their width.
 
-    Raises InputError if the labels are damaged, lack a column, or give an id two buildings.
+    Raises InputError if they cannot be text.
+    """
+    column = whole_from_floats(column, "of ids", place)
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{place}: ids of type {column.type} cannot be compared ({one_line(error)[:100]})") from None
+
+
+def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
+    """Return the building of each id (N,), null without one or with a blank one; without labels the id itself.
+
+    Raises InputError if the labels are damaged, lack a column, give an id two buildings, or name none of the ids.
     """
     if labels_path is None:
         return ids
@@ -30,15 +44,17 @@ def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
     name = table.column_names[0]
     if num_holes := table[name].null_count:
         logger.warning("%s: %d rows without an id are passed over", labels_path, num_holes)
-    labels = null_blanks(table[LABEL_COLUMN].cast(pa.string()))
-    table = table.set_column(1, LABEL_COLUMN, labels).drop_null()
-    known, buildings = to_text(labels_path, table[name].combine_chunks()), table[LABEL_COLUMN].combine_chunks()
-    pairs = pa.table({"id": known, "building": buildings}).group_by(["id", "building"]).aggregate([])
-    if pairs.num_rows != len(known.unique()):
+    columns = {"id": to_text(labels_path, table[name]), "building": to_text(labels_path, table[LABEL_COLUMN])}
+    columns["building"] = null_blanks(columns["building"])
+    pairs = pa.table(columns).drop_null().group_by(["id", "building"]).aggregate([]).combine_chunks()
+    if pairs.num_rows != len(pairs["id"].unique()):
         counts = pairs["id"].value_counts()
         twice = next(entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1)
         raise InputError(f"{labels_path}: {name} {twice} has two buildings: give each image one")
-    return buildings.take(pc.index_in(ids, value_set=known))
+    places = pc.index_in(ids, value_set=pairs["id"].combine_chunks())
+    if places.null_count == len(ids):
+        raise InputError(f"{labels_path}: names none of the images: give their labels")
+    return pairs["building"].combine_chunks().take(places)
 
 
 def match_rows(ids: pa.StringArray, other_ids: pa.StringArray, other_name: str) -> tuple[Rows, Rows]:
