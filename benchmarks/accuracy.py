@@ -118,7 +118,7 @@ def run_case(config: Config, features: Features, other: Features | None, pairs: 
         scores[kind] = {key: found[key] for key in SCORES}
     return {
         "case": case.name, "seed": case.seed, "fold": case.fold, "images": len(train), "cpu_seconds": round(seconds, 1),
-        "best_epoch": run.best["epoch"], "collapses": sum(record["collapsed"] for record in run.history),
+        "best_epoch": run.best["epoch"],
         "start": {key: value for key, value in run.note.items() if key != "weights"}, "scores": scores,
     }  # fmt: skip
 

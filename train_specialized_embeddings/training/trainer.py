@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -61,7 +60,6 @@ class Trainer:
         self.bandit = BandBandit() if section.band_sampling == "ucb" else None
         self.noise = section.input_noise * spread.to(store.device)
         self.epoch = 0
-        self.rate_scale = 1.0  # lowered by a collapse
         num_images = len(sampler.anchors)
         self.num_anchors = num_images if section.anchors_per_epoch == "auto" else section.anchors_per_epoch
         self.batch_size = choose_batch_size(num_images) if section.batch_size == "auto" else section.batch_size
@@ -131,7 +129,7 @@ class Trainer:
         warmup = self.section.warmup_epochs
         factor = place / warmup if place < warmup else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor * self.rate_scale
+            group["lr"] = group["peak_lr"] * factor
 
     def _take_step(self, inputs: Inputs, num_anchors: int, judge: Callable[..., Judged]) -> Judged:
         """Move the weights by one batch, and return its losses and counts."""
@@ -219,33 +217,22 @@ class Trainer:
         return {
             **{name: _copy(part.state_dict()) for name, part in self._parts.items()},
             "epoch": self.epoch,
-            "rate_scale": self.rate_scale,
             "sampler": {"random": self.sampler.generator.get_state(), "bandit": bandit},
             "random": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
 
-    def go_back(self, state: dict[str, Any], rate_factor: float) -> None:
-        """Take the averaged weights of a saved state, and continue the schedule and the draws at lower rates."""
-        self.projector.load_state_dict(state["average"])
-        for name in ("average", "loss", "optimizer"):
-            self._parts[name].load_state_dict(state[name])
-        self.rate_scale *= rate_factor
-
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a saved state; on another kind of device random numbers restart, from (seed, epoch)."""
+        """Resume from a saved state; on another kind of device random numbers begin anew from the seed."""
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
-        self.epoch, self.rate_scale = state["epoch"], state["rate_scale"]
+        self.epoch = state["epoch"]
         if self.bandit:
             vars(self.bandit).update(copy.deepcopy(state["sampler"]["bandit"]))
         cuda, device = state["random"]["cuda"], self.store.device
         if bool(cuda) != (device.type == "cuda"):
-            seed = np.random.SeedSequence((self.sampler.generator.initial_seed(), self.epoch)).generate_state(1)[0]
-            for generator in (self.sampler.generator, torch.random):
-                generator.manual_seed(int(seed))
-            devices = ("GPU", "CPU") if cuda else ("CPU", "GPU")
             logger.warning("the checkpoint is of a run on a %s, this one is on a %s: random numbers begin anew, so "
-                           "that the weights differ from those of an uninterrupted run", *devices)  # fmt: skip
+                           "that the weights differ from those of an uninterrupted run",
+                           *(("GPU", "CPU") if cuda else ("CPU", "GPU")))  # fmt: skip
             return
         self.sampler.generator.set_state(state["sampler"]["random"])
         torch.set_rng_state(state["random"]["torch"])

@@ -19,13 +19,10 @@ from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.starts import Start, make_projector
 from train_specialized_embeddings.training.trainer import EpochReport, Trainer
-from train_specialized_embeddings.training.validation import ValidationSet, measure_norm, measure_spread
+from train_specialized_embeddings.training.validation import ValidationSet, measure_spread
 
-# Embeddings have collapsed where their spread is below this share of the start's, or their norm before normalisation
-# is below this share of the start's or above its inverse: then steps of one size turn them too far, or not at all.
+# Embeddings have collapsed where their spread is below this share of the start's.
 COLLAPSED_SHARE = 0.25
-# A collapse multiplies the rates by this, and the run is given up after so many.
-RATE_AFTER_COLLAPSE, MAX_COLLAPSES = 0.1, 2
 # Shares of the way from the start to the trained weights that may be published; of equal scores the smallest.
 SHARES = (0.0, 0.5, 0.75, 1.0)
 
@@ -65,14 +62,17 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has all its epochs, has not become better for `patience` of them, or collapses repeatedly."""
+        """Whether the run has all its epochs, has not become better for `patience` of them, or has collapsed."""
         section = self.config.training
-        if sum(record["collapsed"] for record in self.history) > MAX_COLLAPSES:
-            return True
-        scored = [record for record in self.history if record["val"] and not record["collapsed"]]
-        peak = max(scored, key=lambda record: record["val"]["map"])
+        peak = max((record for record in self.history if record["val"]), key=lambda record: record["val"]["map"])
         has_lost = self.history[-1]["val"] is not None and 0 < section.patience <= self.epoch - peak["epoch"]
-        return self.epoch >= section.num_epochs or has_lost
+        return self.epoch >= section.num_epochs or has_lost or self.has_collapsed
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether the last epoch's embeddings have drawn together."""
+        spread = self.history[-1].get("embedding_spread")
+        return spread is not None and spread < COLLAPSED_SHARE * self.history[0]["embedding_spread"]
 
     @property
     def is_periodic(self) -> bool:
@@ -87,10 +87,7 @@ class TrainingRun:
             started = time.monotonic()
             with self.watch.measure("train"):
                 report = self.trainer.run_epoch(progress)
-            record = self._add_epoch(report, started)
-            if record["collapsed"]:
-                self.trainer.go_back(self.best, RATE_AFTER_COLLAPSE)
-            yield record
+            yield self._add_epoch(report, started)
 
     def settle(self) -> None:
         """Interpolate between the weights of the start and of the best epoch; publish what validates best.
@@ -149,26 +146,17 @@ class TrainingRun:
             epoch % section.validate_every_n_epochs, epoch % section.save_every_n_epochs
         ):  # fmt: skip
             embeddings, each = self._score(self.trainer.average)
-            images, device = self.material.validation.embeddings, self.trainer.store.device
             record["embedding_spread"] = measure_spread(embeddings)
-            record["embedding_norm"] = measure_norm(self.trainer.average, images, device)
         validation = self.material.validation
         record["val"] = None if each is None else validation.summarize(each)
         record["seconds"] = round(time.monotonic() - started, 3)
-        record["collapsed"] = each is not None and self._has_collapsed(record)
         self.history.append(record)
-        if each is not None and not record["collapsed"]:
+        if each is not None and not self.has_collapsed:
             if self.peak is None or validation.summarize(self.peak)["map"] < record["val"]["map"]:
                 self.peak = each
             if not validation.is_better(self.peak, each):
                 self.best = self.describe()
         return record
-
-    def _has_collapsed(self, record: dict[str, Any]) -> bool:
-        """Tell whether an epoch's embeddings have drawn together, or their norms have left those of the start."""
-        first, norm = self.history[0] if self.history else record, record["embedding_norm"]
-        is_out = norm < COLLAPSED_SHARE * first["embedding_norm"] or norm > first["embedding_norm"] / COLLAPSED_SHARE
-        return bool(is_out or record["embedding_spread"] < COLLAPSED_SHARE * first["embedding_spread"])
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Log the last epoch, and a warning where it went wrong."""
@@ -180,14 +168,9 @@ class TrainingRun:
             validated = f", spread {spread:.3f}, validation mAP {val['map']:.4f}, R@1 {val['recall_at_1']:.4f}"
         is_good = ", as good as any so far" if self.best["epoch"] == self.epoch else ""
         logger.info("epoch %d: %s%s%s", self.epoch, training, validated, is_good)
-        if record["collapsed"]:
-            then = "training ends; lower [training].learning_rate"
-            if not self.is_over:
-                rates = f"rates of {self.trainer.rate_scale:.2g} of the configured ones"
-                then = f"back to epoch {self.best['epoch']}, with {rates}"
-            logger.warning("epoch %d: the embeddings have collapsed (spread %.3f, norm %.3g; at first %.3f, %.3g): %s",
-                           self.epoch, spread, record["embedding_norm"], self.history[0]["embedding_spread"],
-                           self.history[0]["embedding_norm"], then)  # fmt: skip
+        if self.has_collapsed:
+            logger.warning("epoch %d: the embeddings have collapsed, training ends: lower [training].learning_rate",
+                           self.epoch)  # fmt: skip
         elif record["train_loss"] == 0.0:  # only a loss with a margin comes to that
             logger.warning("epoch %d: no triplet was active: raise [training].margin", self.epoch)
 

@@ -7,10 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.inference.devices import full_precision
 from pipeline.log import logger
 from pipeline.retrieval.features import Features, sample_buildings
-from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import (
     SCORE_KEYS,
     QueryScores,
@@ -19,8 +17,6 @@ from pipeline.retrieval.scores import (
     summarize_scores,
 )
 
-# Images whose norm is measured.
-NORM_ROWS = 4096
 CPU = torch.device("cpu")
 
 Scores = dict[str, float]
@@ -79,12 +75,6 @@ def choose_validation_set(features: Features, max_images: int, seed: int, device
 def measure_spread(embeddings: Embeddings) -> float:
     """Return 1 - |mean|^2 of unit vectors: their total variance, 1 where they fill the sphere, 0 where all coincide."""
     return float(1.0 - np.square(embeddings.astype(np.float64).mean(axis=0)).sum())
-
-
-def measure_norm(projector: Projector, embeddings: Embeddings, device: torch.device) -> float:
-    """Return the mean norm of the first NORM_ROWS images' outputs before they are normalised."""
-    with torch.inference_mode(), full_precision():
-        return float(projector.map(torch.from_numpy(embeddings[:NORM_ROWS]).to(device)).norm(dim=1).mean())
 
 
 def format_table(rows: dict[str, Scores]) -> list[str]:
