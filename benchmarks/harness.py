@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -76,6 +77,11 @@ def run_child(script: str, *arguments: object) -> dict[str, Any]:
         sys.exit(f"error: {' '.join(map(str, arguments))}: {done.stderr.strip().splitlines()[-1]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def read_peak() -> int:
+    """Return this process's peak resident memory in bytes (proc(5))."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
 
 
 def describe_machine() -> dict[str, Any]:

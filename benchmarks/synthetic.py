@@ -9,15 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
 
 from pipeline.config import count_cores
 from pipeline.files import tables
-from pipeline.files.archive import stream_members
-from pipeline.retrieval.checkpoint import save_checkpoint
 from pipeline.retrieval.features import Features
-from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.neighbor_table import Neighbors
 
 # Number of buildings by their number of images, counted in 320 real ones.
@@ -88,25 +84,6 @@ def draw_values(generator: np.random.Generator, buildings: np.ndarray, width: in
     centres = generator.standard_normal((int(buildings[-1]) + 1, RANK), np.float32)
     factors = centres[buildings] + 0.5 * generator.standard_normal((len(buildings), RANK), np.float32)
     return factors @ basis
-
-
-def draw_table(seed: int, dataset_id: int, count: int, width: int) -> pa.Table:
-    """Return a tar's images as stage 2 writes them; the values are bfloat16-born, as of a GPU."""
-    generator = np.random.default_rng(seed)
-    buildings = draw_buildings(generator, count)
-    table = pa.table(draw_ids(generator, dataset_id, buildings), schema=tables.INTERMEDIATE_SCHEMA)
-    values = (draw_values(generator, buildings, width).view(np.uint32) & 0xFFFF0000).view(np.float32)
-    return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width))
-
-
-def make_embeddings(folder: Path, count: int, width: int) -> None:
-    """Write `count` images as stage 2 does, one file a tar."""
-    provenance = tables.make_provenance("generate_embeddings", [], {"model": "synthetic"})
-    for dataset_id, start in enumerate(range(0, count, IMAGES_PER_TAR), start=1):
-        table = draw_table(dataset_id, dataset_id, min(IMAGES_PER_TAR, count - start), width)
-        path = folder / "embeddings" / f"{dataset_id:04d}_embeddings.parquet"
-        with tables.parquet_writer(path, table.schema, provenance) as writer:
-            writer.write_table(table, row_group_size=1024)
 
 
 def make_fingerprints(folder: Path, count: int) -> None:
@@ -193,40 +170,3 @@ def make_neighbors(features: Features) -> Neighbors:
     ends = np.array([8, 15, 30, 60, 90, 130, NEIGHBORS], np.int32)
     codes = np.random.default_rng(1).integers(0, len(features.building_ids), count * NEIGHBORS, dtype=np.int32)
     return Neighbors(codes, np.arange(count) * NEIGHBORS, np.tile(ends, (count, 1)))
-
-
-def make_evaluation(folder: Path, count: int, width: int, num_photos: int) -> Path:
-    """Write all that stage 9 reads, with a projector that was not trained, and return its configuration."""
-    make_tars(folder / "raw", draw_pictures(448), num_photos)
-    members = stream_members(folder / "raw" / "0001.tar")
-    places = np.array([(member.offset, member.size) for member in members if member.is_image_name])
-    for seed, (name, size) in enumerate({"train": min(count, 20_000), "test": count}.items()):
-        table = draw_table(seed, 1, size, width).drop_columns(["image_path", "tar_file", "image_offset", "image_size"])
-        for column, values in zip(("image_offset", "image_size"), places.T, strict=True):
-            table = table.append_column(column, pa.array(np.resize(values, size)))  # photographs take turns
-        tables.write_parquet(folder / "merged" / f"{name}.parquet", table, {})
-    torch.manual_seed(0)
-    output_dim = min(256, width)
-    projector = Projector(width, output_dim=output_dim, hidden_dim=64)
-    content = {"architecture": projector.architecture, "projector": projector.state_dict(), "metrics": {}}
-    save_checkpoint(folder / "checkpoint" / "checkpoint_best.pt", content)
-    return make_config(
-        folder,
-        paths={"checkpoint_dir": "checkpoint", "report_dir": "report"},
-        training_model={"output_dim": output_dim},
-    )
-
-
-def make_backbone(folder: Path) -> Path:
-    """Write a DINOv2 of toy size with random weights."""
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(folder / "backbone")
-    BitImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(
-        folder / "backbone"
-    )
-    return folder / "backbone"

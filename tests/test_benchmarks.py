@@ -1,13 +1,12 @@
-"""Every benchmark runs at a tiny size and writes the rows that it promises; speed does not matter here."""
+"""The benchmarks run at a tiny size and writes the rows that it promises; speed does not matter here."""
 
-import importlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import harness, inference, memory, scale, synthetic
+from benchmarks import harness, inference, synthetic
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:
@@ -54,25 +53,11 @@ def test_pictures_are_as_large_as_real_ones():
     assert all(95_000 < len(data) < 120_000 for data in synthetic.draw_pictures(640)[:4])
 
 
-@pytest.mark.slow
-def test_scale_measures_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(_script: str, module: str, *arguments: object) -> dict[str, float]:
-        importlib.import_module(module).main(list(map(str, arguments)))
-        return {"seconds": 1.0, "peak_mib": memory.read_peak() / 2**20}
-
-    monkeypatch.setattr(harness, "run_child", run_here)
-    sizes = ["--merge", "600", "--width", "16", "--search", "300", "--tars", "12", "--evaluate", "300"]
-    scale.main([*sizes, "--folder", str(tmp_path), "--output", str(tmp_path / "o.json")])
-    rows = read_rows(tmp_path / "o.json")
-    assert [row["what"] for row in rows] == [f"stage {number}" for number in (3, 5, 1, 2, 4, 9)]
-    assert all(row["peak_mib"] > 1 for row in rows)
-    assert list(tmp_path.iterdir()) == [tmp_path / "o.json"]
-
-
 def test_a_measurement_that_fails_says_why(tmp_path: Path) -> None:
-    synthetic.make_config(tmp_path)
-    with pytest.raises(SystemExit, match=r"error: .*merge_and_split.*embeddings: no such folder: run stage 2"):
-        scale.measure(3, tmp_path, 7)
+    script = tmp_path / "fails.py"
+    script.write_text("raise SystemExit('error: no such folder')")
+    with pytest.raises(SystemExit, match="^error: seven: error: no such folder$"):
+        harness.run_child(str(script), "seven")
 
 
 def test_drawn_buildings_have_real_numbers_of_images() -> None:

@@ -381,6 +381,7 @@ def test_a_job_file_asks_for_what_it_must_and_holds_no_logic(path):
     assert len(text.splitlines()) <= 25
 
 
+@pytest.mark.slow
 def test_every_shell_file_passes_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")

@@ -19,9 +19,8 @@ from benchmarks import plain_loops, synthetic
 from benchmarks.acceptance.backbones import write_backbone
 from benchmarks.acceptance.findings import Findings
 from benchmarks.fidelity import LEAST_COSINE, check_paths, embed_plainly, smallest_cosine
-from benchmarks.harness import ROUNDS, measure_product, time_call, time_steady
+from benchmarks.harness import ROUNDS, measure_product, read_peak, time_call, time_steady
 from benchmarks.inference import count_operations, run_stage, time_model
-from benchmarks.memory import read_peak
 from benchmarks.synthetic import draw_picture, draw_pictures
 from generate_embeddings import generate_embeddings
 from pipeline.config import count_cores, load_config

@@ -1,5 +1,6 @@
 """Phase 2: stage 5's exact engines on hard points, and the whole stage from fingerprints to the output file."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,10 @@ from numpy.typing import NDArray
 
 from benchmarks import synthetic
 from benchmarks.acceptance.findings import Findings
-from benchmarks.harness import ROUNDS, run_steady
-from benchmarks.memory import read_peak
+from benchmarks.harness import ROUNDS, read_peak, run_steady
 from benchmarks.synthetic import NEIGHBORS, make_points
 from difficulty_metadata import compute_visual_neighbors as stage5
 from difficulty_metadata.neighbor_search import neighbors
-from difficulty_metadata.neighbor_search.engines import TiledEngine
 from difficulty_metadata.neighbor_search.neighbors import SPARE_CANDIDATES, NeighborSearch
 from pipeline import cli
 from pipeline.config import load_config
@@ -74,7 +73,7 @@ def make_tiled_search(points: Points, num_neighbors: int, device: torch.device) 
     """Return a search by torch's tiles, whatever the device has; on a CPU, where the stage takes them, by BallTree."""
     if device.type == "cpu":
         return NeighborSearch(*points, num_neighbors, "balltree", device)
-    with patch.object(neighbors, "make_gpu_engine", TiledEngine):
+    with patch.object(neighbors, "_MIN_TRITON_POINTS", math.inf):
         return NeighborSearch(*points, num_neighbors, "torch", device)
 
 
