@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.config import Config, EmbeddingModelSection
+from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError, one_line
 from pipeline.files.identity import identify
 from pipeline.files.outputs import check_outside_datasets
-from pipeline.files.tables import make_provenance
+from pipeline.files.tables import PROVENANCE_KEY, make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import read_json_object, writing_folder
 from pipeline.inference.model_files import (
@@ -38,13 +38,13 @@ from pipeline.inference.model_files import (
     identify_model,
     is_within,
     locate_backbone,
-    names_its_backbone,
+    read_settings,
 )
 from pipeline.log import logger
-from pipeline.reference.model_folder import open_reference
+from pipeline.reference.model_folder import in_own_format
 from pipeline.stages import STAGES
 from publish_model.model_folder.model_card import add_test_results, is_measured, worse_than
-from publish_model.model_folder.model_code import CODE_PATHS, MODEL_TYPE
+from publish_model.model_folder.model_code import CODE_PATHS, describe_model
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint
@@ -88,39 +88,63 @@ def plan_checkpoint(config: Config, options: PublishOptions) -> "tuple[Provenanc
     backbone_id = identify_model(backbone_dir)
 
     def read_parts() -> "ModelParts":
-        from pipeline.reference.checkpoints import load_checkpoint
-        from publish_model.model_folder.model_parts import Backbone, ModelParts
-        from publish_model.model_folder.training_similarity import measure_training
+        import torch
 
+        from pipeline.inference.loading import find_vision_config, load_model
+        from pipeline.reference.checkpoints import load_checkpoint
+        from pipeline.retrieval.checkpoint import build_projector
+        from publish_model.model_folder.model_parts import ModelParts
+        from publish_model.model_folder.training_similarity import measure_training
+        from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel as Model
+
+        section, settings = config.embedding_model, read_settings(backbone_dir / "config.json")
         checkpoint = load_checkpoint(checkpoint_path, config.training_model)
         check_embedded_alike(config, checkpoint, backbone_id)
         metrics = check_worth(checkpoint, options.force)
-        backbone = Backbone(backbone_dir, name_backbone(config), config.embedding_model)
-        return ModelParts(backbone, checkpoint, metrics, measure_training(config, checkpoint))
+        vision = find_vision_config(backbone_dir)
+        settings = vision.to_dict() if "vision_config" in settings else settings
+
+        described = describe_model(name_backbone(config), settings, section, checkpoint.architecture)
+
+        def load(dtype: str) -> Model:
+            with torch.device("meta"):
+                model = Model(Model.config_class(**described))
+            model.backbone = load_model(backbone_dir, vision, dtype, section.pooling_type)
+            model.projector = build_projector(checkpoint)
+            return model
+
+        training = measure_training(config, checkpoint)
+        return ModelParts(backbone_dir, described, load, checkpoint, section.input_size, metrics, training)
 
     return describe_published(config, checkpoint_path, backbone_id, options.dtype), read_parts
 
 
-def plan_reference(source: Path, options: PublishOptions) -> "tuple[Provenance, Callable[[], ModelParts]]":
-    """Return the provenance of a model of the reference implementation that is published anew, and how it is read.
+def plan_model(source: Path, options: PublishOptions) -> "tuple[Provenance, Callable[[], ModelParts]]":
+    """Return the provenance of a model that is published anew in our format, and how it is read.
 
     Raises InputError if `source` is of another kind, or cannot be read.
     """
-    reference = open_reference(source, download=True)
-    if reference is None:
+    folder = in_own_format(source, describe_model, download=True)
+    if folder == source:
         raise InputError(
             f"{source}: not a model that the reference implementation published (a config.json that names its backbone "
             "without settings of it): --from-model takes nothing else, a model of this project is whole as it is"
         )
 
     def read_parts() -> "ModelParts":
-        from publish_model.model_folder.model_parts import Backbone, ModelParts
+        from pipeline.inference.loading import find_vision_config, load_model
+        from pipeline.retrieval.checkpoint import Checkpoint
+        from publish_model.model_folder.model_parts import ModelParts
+        from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel as Model
 
-        section = EmbeddingModelSection(pooling_type=reference.find_pooling())
-        backbone = Backbone(reference.backbone_dir, reference.backbone_name, section, reference)
-        return ModelParts(backbone, reference.read_projector())
+        def load(dtype: str) -> Any:
+            vision = find_vision_config(folder, model_class=Model)
+            return load_model(folder, vision, dtype, config["pooling_type"], model_class=Model)
 
-    return make_folder_provenance([{"name": "model", "id": reference.identify()}], {}, options.dtype), read_parts
+        config = read_settings(folder / "config.json")
+        return ModelParts(folder, config, load, Checkpoint(source, config["projector"], {}))
+
+    return make_folder_provenance([{"name": "model", "id": identify_model(folder)}], {}, options.dtype), read_parts
 
 
 def describe_published(config: Config, checkpoint_path: Path, backbone_id: str | None, dtype: str | None) -> Provenance:
@@ -164,8 +188,7 @@ def check_place(folder: Path) -> None:
     check_outside_datasets(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    is_ours = read_json_object(folder / CONFIG_NAME).get("model_type") == MODEL_TYPE
-    if not is_ours or names_its_backbone(folder):  # the latter is somebody's only copy of it
+    if PROVENANCE_KEY.decode() not in read_json_object(folder / CONFIG_NAME):
         raise InputError(f"{folder}: not empty, and not a model that was published here: give another --output")
 
 
@@ -254,7 +277,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     own = options if isinstance(options, PublishOptions) else PublishOptions(overwrite=options.overwrite)
     output = (own.output or config.path("published_model_dir")).resolve()
     if own.from_model:
-        provenance, read_parts = plan_reference(own.from_model.resolve(), own)
+        provenance, read_parts = plan_model(own.from_model.resolve(), own)
     else:
         provenance, read_parts = plan_checkpoint(config, own)
     check_place(output)

@@ -15,11 +15,10 @@ from stage7_fixtures import read_all_text, read_config
 
 from pipeline.cli import Options
 from pipeline.errors import InputError
-from pipeline.inference.stored_weights import list_stored, tensors_of
 from pipeline.retrieval.checkpoint import load_checkpoint
 from publish_model import convert_to_hf as stage
 from publish_model.convert_to_hf import PublishOptions
-from publish_model.model_folder import weights
+from publish_model.model_folder import published_folder
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
@@ -144,7 +143,7 @@ def test_a_backbone_stored_in_bfloat16_stays_so(tmp_path):
 
 
 def test_a_large_model_is_cut_into_shards_that_load(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights.write_weights, "__defaults__", (20_000,))
+    monkeypatch.setattr(published_folder, "MAX_SHARD_BYTES", 20_000)
     stage.run(config, Options())
     folder = tmp_path / "published"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -156,25 +155,6 @@ def test_a_large_model_is_cut_into_shards_that_load(config, tmp_path, monkeypatc
     assert stage.run(config, Options()).kept == [folder]
     (folder / shards[1]).unlink()
     assert stage.run(config, Options()).written == [folder]
-
-
-def test_written_weights_are_what_the_library_itself_reads(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        "a.float": torch.randn(3, 5, generator=generator), "b.half": torch.randn(7, generator=generator).half(),
-        "c.bfloat": torch.randn(2, 2, 2, generator=generator).bfloat16(), "d.count": torch.tensor(5),
-        "e.flags": torch.tensor([True, False, True]), "f.empty": torch.empty(0, 4), "g.view": torch.arange(12.0)[::2],
-    }  # fmt: skip
-    weights.write_weights(tmp_path, tensors_of(state))
-    found = load_file(tmp_path / "model.safetensors")
-    assert found.keys() == state.keys()
-    for name, tensor in state.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
-    listed = {tensor.name: tensor for tensor in list_stored(tmp_path)}
-    assert listed["c.bfloat"].shape == (2, 2, 2)
-    assert listed["c.bfloat"].num_bytes == 16
-    assert torch.equal(listed["g.view"].read(), state["g.view"])
 
 
 def test_a_backbone_with_a_head_on_top_is_published_without_it(tmp_path):

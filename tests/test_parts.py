@@ -18,7 +18,6 @@ from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutput
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.ids import Shard
 from pipeline.inference.precision import Precision
-from publish_model.model_folder.published_model import name_version
 
 ID = pa.field("OSMID", pa.int64())
 EMBEDDED = pa.schema([ID, pa.field("embedding", pa.list_(pa.float32(), 2))])
@@ -34,7 +33,7 @@ def source(tmp_path):
 
 def make_appending(folder, source, *, model="model", model_id="the/model", begin=True, dtype="float32"):
     dataset = EmbeddingsDataset(folder)
-    appending = Appending(dataset, source, model_id, name_version(model, "pooler_output", dtype), Precision(dtype))
+    appending = Appending(dataset, source, model_id, f"{model}, {dtype}", Precision(dtype))
     appending.find_work(dataset.find_begun(), Shard(), None, overwrite=False)
     if begin:
         appending.begin()
@@ -190,17 +189,6 @@ def test_another_input_is_refused_by_what_differs(tmp_path, source, change, diff
         make_appending(tmp_path / "out", dataclasses.replace(source, **change))
     assert difference in str(caught.value)
     assert "give another --output, or --overwrite to begin anew" in str(caught.value)
-
-
-def test_the_version_tells_weights_pooling_and_precision_apart():
-    versions = {
-        name_version(model, pooling, precision)
-        for model in ("a", "b")
-        for pooling in ("pooler_output", "cls_token")
-        for precision in ("float32", "bfloat16")
-    }
-    assert len(versions) == 8
-    assert all(len(version) == 16 for version in versions)
 
 
 def test_parts_of_another_model_are_found_even_if_the_state_says_otherwise(tmp_path, source):

@@ -281,7 +281,7 @@ def test_damaged_backbone_weights_are_one_line(config_file, run_main, toy_backbo
     broken = shutil.copytree(toy_backbone, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
     outcome = run_main(stage.main, "--config", config_file, "--set", f"embedding_model.model_name={broken}")
-    check_refused(outcome, f"{broken}: its weights cannot be read")
+    check_refused(outcome, f"{broken}: the model cannot be loaded")
     assert not (tmp_path / "published_model").exists()
 
 

@@ -31,11 +31,14 @@ def load_model(
     trust_remote_code: bool = False,
     model_class: Any = AutoModel,
 ) -> torch.nn.Module:
-    """Load a vision model whose configuration `find_vision_config` gave.
+    """Load a vision model whose configuration `find_vision_config` gave; `dtype` auto is the type of its weights.
 
-    Raises InputError where weights are missing, which would be random numbers.
+    A pooler that is missing and not used is zero. Raises InputError where other weights are missing, which would be
+    random numbers.
     """
     trust = {"trust_remote_code": trust_remote_code} if model_class is AutoModel else {}
+    if dtype == "auto":
+        config.dtype = None  # what the configuration says may be another one
     try:
         model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **trust)
     except _PROBLEMS as error:
@@ -47,6 +50,8 @@ def load_model(
             f"{folder}: {len(missing)} weights are missing ({sorted(missing)[0]}, ...): fetch the model again, "
             "or set [embedding_model].pooling_type to cls_token if only its pooler is missing"
         )
+    for key in info["missing_keys"]:
+        torch.nn.init.zeros_(model.get_parameter(key))
     return model  # type: ignore[no-any-return]
 
 

@@ -21,8 +21,6 @@ DEFAULT_MODEL_ID = "alexwaolson/spatial-building-embeddings"
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "notice*"]
 # The files of a model: settings, weights, remote code and licence, without flax and onnx copies.
 MODEL_FILES = ["*.json", "*.safetensors", "*.py", *LICENCE_FILES, "README.md"]
-# The files of a backbone without its weights, which may take 27 GB.
-SETTINGS_FILES = ["config.json", "*processor_config.json", *LICENCE_FILES, "README.md"]
 # Only files that change the embeddings count: no model card, notes on training images or settings of other libraries.
 _IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
 _NO_IDENTITY = {"training_similarity.json", "modules.json", "sentence_bert_config.json"}
@@ -63,12 +61,19 @@ def locate_backbone(config: Config, *, download: bool) -> Path | None:
     return locate_model(name, remedy, download=download, folder=folder)
 
 
-def locate_model(name: str, remedy: str, *, download: bool, folder: Path | None = None) -> Path | None:
+def locate_model(
+    name: str,
+    remedy: str,
+    *,
+    download: bool,
+    folder: Path | None = None,
+    is_whole: Callable[[Path], bool] = lambda found: not find_missing_files(found),
+) -> Path | None:
     """Return a model's folder: the one named so, else the hub's snapshot of `OWNER/MODEL` or `OWNER/MODEL@REVISION`.
 
     `folder` is what the name means as a path, if not the current folder's. Without `download` only this machine is
     searched, and None returned if the model is not here. A folder that happens to be called as the default model does
-    not take its place. Raises InputError where the model cannot be found.
+    not take its place. A snapshot is fetched again unless it `is_whole`. Raises InputError where there is none.
     """
     if "://" in name:
         raise InputError(f"{hide_credentials(name)}: an address, no model's name: {remedy}")
@@ -79,7 +84,7 @@ def locate_model(name: str, remedy: str, *, download: bool, folder: Path | None 
         if not download:
             return None
         raise InputError(f"{folder}: no such model folder: {remedy}")
-    snapshot, problem = _take_snapshot(name, MODEL_FILES, lambda found: not find_missing_files(found), download)
+    snapshot, problem = take_snapshot(name, MODEL_FILES, is_whole, download)
     if snapshot is None:
         if not download:
             return None
@@ -89,12 +94,10 @@ def locate_model(name: str, remedy: str, *, download: bool, folder: Path | None 
             f"(slurm/prepare.sh --model-id {name})"
         )
     logger.info("%s: revision %s of the hub", name, snapshot.name)
-    if download and names_its_backbone(snapshot):  # a later job without internet needs that too
-        locate_backbone_settings(snapshot, download=True)
     return snapshot
 
 
-def _take_snapshot(
+def take_snapshot(
     repo_id: str, patterns: list[str], is_whole: Callable[[Path], bool], download: bool
 ) -> tuple[Path | None, str]:
     """Return a hub repository's whole local snapshot, else a fetched one where allowed, else None and the reason."""
@@ -126,7 +129,7 @@ def find_missing_files(folder: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         return [index.name]
     missing = sorted(name for name in names | {"config.json"} if not (folder / name).is_file())
-    has_processor = any(folder.glob("*processor_config.json")) or names_its_backbone(folder)
+    has_processor = any(folder.glob("*processor_config.json"))
     return missing + ([] if has_processor else ["preprocessor_config.json"])
 
 
@@ -149,39 +152,6 @@ def is_within(path: Path) -> bool:
     place, folder = path.resolve(), path.parent.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     return place.is_relative_to(folder) or place.is_relative_to(blobs)
-
-
-def names_its_backbone(folder: Path) -> bool:
-    """Whether the reference implementation published a folder: its backbone's settings lie elsewhere."""
-    try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    is_named = isinstance(config, dict) and isinstance(config.get("backbone_model_name"), str)
-    return is_named and not isinstance(config.get("backbone_config"), dict)
-
-
-def locate_backbone_settings(folder: Path, download: bool) -> Path:
-    """Return the folder with the configuration and image processor of the backbone that a published folder names.
-
-    Raises InputError where they are neither here nor, with `download`, to be had.
-    """
-    name = parse_json((folder / "config.json").read_text(encoding="utf-8"))["backbone_model_name"]
-    local = Path(name)
-    if local.is_dir():
-        return local
-    found, problem = _take_snapshot(name, SETTINGS_FILES, _has_settings, download)
-    if found is not None and _has_settings(found):
-        return found
-    raise InputError(
-        f"{folder}: its backbone {name!r} is no folder here, and its settings are not to be had "
-        f"({problem or 'config.json or preprocessor_config.json is missing there'}): correct "
-        "backbone_model_name in its config.json, or fetch the model where there is internet"
-    )
-
-
-def _has_settings(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*processor_config.json"))
 
 
 def identify_model(folder: Path) -> str:

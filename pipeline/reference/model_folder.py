@@ -1,4 +1,4 @@
-"""Read a model that the reference implementation published, and rebuild it with our own code.
+"""Rebuild a model that the reference implementation published, in our own format.
 
 Its folder has weights under `backbone.` and `projector.`, and a config.json that names the backbone; the backbone's own
 folder has the configuration and the image processor. The model's code, which would fetch the backbone, is never run.
@@ -7,145 +7,189 @@ folder has the configuration and the image processor. The model's code, which wo
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config import TrainingModelSection
+from pipeline.config import EmbeddingModelSection, TrainingModelSection
 from pipeline.errors import InputError, one_line
-from pipeline.files.identity import hash_json
-from pipeline.files.workspace import private_folder
+from pipeline.files.workspace import private_folder, read_json_object
 from pipeline.inference.model_files import (
-    identify_model,
-    locate_backbone_settings,
-    names_its_backbone,
+    LICENCE_FILES,
+    find_missing_files,
+    is_within,
+    locate_model,
     read_settings,
+    take_snapshot,
 )
+from pipeline.inference.settings_check import read_index
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint
 
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
+# The files of a backbone without its weights, which may take 27 GB.
+SETTINGS_FILES = ["config.json", "*processor_config.json", *LICENCE_FILES, "README.md"]
 
 
-@dataclass(frozen=True)
-class ReferenceModel:
-    """A folder that the reference implementation published, and the folder of its backbone's settings."""
-
-    folder: Path
-    config: dict[str, Any]
-    backbone_dir: Path
-
-    @property
-    def backbone_name(self) -> str:
-        """The backbone's public name: its hub id, or a local folder's name, never its path."""
-        name = str(self.config["backbone_model_name"])
-        return Path(name).name if Path(name).is_dir() else name
-
-    def find_processor(self) -> Path:
-        """Return the file of the image processor, the model's own or the backbone's."""
-        for folder in (self.folder, self.backbone_dir):
-            for name in PROCESSOR_NAMES:
-                if (folder / name).is_file():
-                    return folder / name
-        raise InputError(f"{self.backbone_dir}: {PROCESSOR_NAMES[0]} is missing: fetch the backbone's files again")
-
-    def identify(self) -> str:
-        """Return a short id of everything that determines the embeddings, wherever the folders lie."""
-        settings = [read_settings(path) for path in (self.backbone_dir / "config.json", self.find_processor())]
-        return hash_json([identify_model(self.folder), *settings])[:16]
-
-    def read_projector(self) -> "Checkpoint":
-        """Return the projector with the names and the architecture of our own."""
-        from pipeline.inference.stored_weights import list_stored
-        from pipeline.reference.checkpoints import read_weights
-        from pipeline.retrieval.checkpoint import make_checkpoint
-
-        stored = [tensor for tensor in list_stored(self.folder) if tensor.name.startswith("projector.")]
-        if not stored:
-            raise InputError(f"{self.folder}: holds no projector weights: fetch the model again, in safetensors")
-        weights = {tensor.name: tensor.read().float() for tensor in stored}
-        section = TrainingModelSection(dropout=0.0, activation=self._find_activation())
-        return make_checkpoint(self.folder, read_weights(self.folder, weights, section, is_activation_known=True))
-
-    def _find_activation(self) -> Any:
-        """Return the projector's activation."""
-        inner = [value for key, value in self.config.items() if isinstance(value, dict) and key != "backbone_config"]
-        for settings in (self.config, *inner):
-            name = str(settings.get("activation", settings.get("projector_activation"))).lower()
-            if name in ("relu", "gelu", "silu"):
-                return name
-        raise InputError(
-            f"{self.folder / 'config.json'}: does not say the projector's activation (relu, gelu or silu): add it as "
-            '"activation"'
-        )
-
-    def find_pooling(self) -> Literal["cls_token", "pooler_output"]:
-        """Return the backbone output that the model's code takes: `pooler_output` if there is one, else `cls_token`.
-
-        The backbone is built on the meta device and run without numbers, to see its outputs.
-        """
-        import torch
-
-        from pipeline.inference.stored_weights import build_empty
-
-        config, model = build_empty(self.backbone_dir)
-        size = getattr(config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        try:
-            with torch.inference_mode():
-                pixels = torch.empty(1, getattr(config, "num_channels", 3), height, width, device="meta")
-                outputs = model.eval()(pixel_values=pixels)
-        except (TypeError, RuntimeError) as error:
-            raise InputError(
-                f"{self.backbone_dir}: this backbone cannot be run ({one_line(error)[:200]}): use a version of "
-                "transformers that knows it"
-            ) from None
-        return "cls_token" if getattr(outputs, "pooler_output", None) is None else "pooler_output"
-
-    def make_class(self, base: type) -> Any:
-        """Return a published model's class that ignores the projector under the reference's names.
-
-        The linked files of `build_folder` hold it; ours is read from another file.
-        """
-        return type(base.__name__, (base,), {"_keys_to_ignore_on_load_unexpected": [r"^projector\."]})
-
-    def build_folder(self, describe: Callable[..., dict[str, Any]]) -> Path:
-        """Make a folder in our own format for as long as this process runs; link the backbone's weights.
-
-        `describe` makes its config.json.
-        """
-        from safetensors.torch import save_file
-
-        from pipeline.inference.stored_weights import locate_weights
-
-        checkpoint = self.read_projector()
-        folder = private_folder("spatial-embeddings-model-")
-        paths = {name: path for name, path in locate_weights(self.folder).items() if name.startswith("backbone.")}
-        for path in set(paths.values()):  # under other names: a model.safetensors would be read alone
-            (folder / f"linked-{path.name}").symlink_to(path.resolve())
-        weight_map = {name: f"linked-{path.name}" for name, path in paths.items()}
-        projector = {f"projector.{name}": tensor.contiguous() for name, tensor in checkpoint.projector.items()}
-        save_file(projector, folder / "projector.safetensors", {"format": "pt"})
-        weight_map |= dict.fromkeys(projector, "projector.safetensors")
-        config = describe(
-            self.backbone_name,
-            read_settings(self.backbone_dir / "config.json"),
-            self.find_pooling(),
-            checkpoint.architecture,
-        )
-        contents = {"config.json": config, "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map}}
-        for name, content in contents.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(self.find_processor(), folder / self.find_processor().name)
-        return folder
+def locate_published(name: str, remedy: str, *, download: bool) -> Path | None:
+    """Return a published model's folder as `locate_model` does; with `download` all that it needs is here then."""
+    folder = locate_model(
+        name, remedy, download=download, is_whole=lambda found: _is_foreign(found) or not find_missing_files(found)
+    )
+    if folder is not None and download and _is_foreign(folder):  # a later job has no internet
+        _locate_settings(folder, download=True)
+    return folder
 
 
-def open_reference(folder: Path, *, download: bool) -> ReferenceModel | None:
-    """Return the model in a folder of the reference implementation, None for any other folder.
+def in_own_format(folder: Path, describe: Callable[..., dict[str, Any]], *, download: bool) -> Path:
+    """Return a published folder; one of the reference implementation is rebuilt, for as long as this process runs.
 
-    Raises InputError if the backbone's settings are not on this machine and cannot be downloaded.
+    The backbone's weights are linked. `describe` makes the config.json. Raises InputError where the backbone's settings
+    are neither here nor, with `download`, to be had, or a weight is missing.
     """
-    if not names_its_backbone(folder):
-        return None
-    return ReferenceModel(folder, read_settings(folder / "config.json"), locate_backbone_settings(folder, download))
+    if not _is_foreign(folder):
+        return folder
+    config, settings_dir, paths = (
+        read_settings(folder / "config.json"),
+        _locate_settings(folder, download),
+        _map(folder),
+    )
+    projector = _read_projector(folder, config, paths)
+    rebuilt = private_folder("spatial-embeddings-model-")
+    weight_map = _write_weights(rebuilt, paths, projector.projector)
+    name = str(config["backbone_model_name"])
+    described = describe(
+        Path(name).name if Path(name).is_dir() else name,  # a hub id, never a path
+        read_settings(settings_dir / "config.json"),
+        EmbeddingModelSection(pooling_type=_find_pooling(settings_dir)),
+        projector.architecture,
+    )
+    contents = {"config.json": described, "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map}}
+    for file_name, content in contents.items():
+        (rebuilt / file_name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _copy_others(folder, settings_dir, rebuilt)
+    return rebuilt
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether the reference implementation published a folder: its backbone's settings lie elsewhere."""
+    config = read_json_object(folder / "config.json")
+    return isinstance(config.get("backbone_model_name"), str) and not isinstance(config.get("backbone_config"), dict)
+
+
+def _locate_settings(folder: Path, download: bool) -> Path:
+    """Return the folder with the configuration and image processor of the backbone that a published folder names."""
+
+    def is_whole(found: Path) -> bool:
+        return (found / "config.json").is_file() and any((found / name).is_file() for name in PROCESSOR_NAMES)
+
+    name = read_settings(folder / "config.json")["backbone_model_name"]
+    if Path(name).is_dir():
+        return Path(name)
+    found, problem = take_snapshot(name, SETTINGS_FILES, is_whole, download)
+    if found is not None and is_whole(found):
+        return found
+    raise InputError(
+        f"{folder}: its backbone {name!r} is no folder here, and its settings are not to be had "
+        f"({problem or 'config.json or preprocessor_config.json is missing there'}): correct "
+        "backbone_model_name in its config.json, or fetch the model where there is internet"
+    )
+
+
+def _map(folder: Path) -> dict[str, Path]:
+    """Return the safetensors file of each weight."""
+    from safetensors import SafetensorError, safe_open
+
+    index, found = folder / "model.safetensors.index.json", {}
+    for name in sorted(read_index(index)) if index.is_file() else ["model.safetensors"]:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: {name} is missing: fetch or copy the model folder again")
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), folder / name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(
+                f"{folder}: its weights cannot be read ({one_line(error)[:200]}): fetch the model again"
+            ) from None
+    return found
+
+
+def _read_projector(folder: Path, config: dict[str, Any], paths: dict[str, Path]) -> "Checkpoint":
+    """Return the projector with the names and the architecture of our own."""
+    from safetensors import safe_open
+
+    from pipeline.reference.checkpoints import read_weights
+    from pipeline.retrieval.checkpoint import make_checkpoint
+
+    weights = {}
+    for name, path in paths.items():
+        if name.startswith("projector."):
+            with safe_open(path, framework="pt") as file:
+                weights[name] = file.get_tensor(name).float()
+    if not weights:
+        raise InputError(f"{folder}: holds no projector weights: fetch the model again, in safetensors")
+    section = TrainingModelSection(dropout=0.0, activation=_find_activation(folder, config))
+    return make_checkpoint(folder, read_weights(folder, weights, section, is_activation_known=True))
+
+
+def _find_activation(folder: Path, config: dict[str, Any]) -> Any:
+    """Return the projector's activation."""
+    inner = [value for key, value in config.items() if isinstance(value, dict) and key != "backbone_config"]
+    for settings in (config, *inner):
+        name = str(settings.get("activation", settings.get("projector_activation"))).lower()
+        if name in ("relu", "gelu", "silu"):
+            return name
+    raise InputError(
+        f"{folder / 'config.json'}: does not say the projector's activation (relu, gelu or silu): add it as "
+        '"activation"'
+    )
+
+
+def _find_pooling(settings_dir: Path) -> Any:
+    """Return the backbone output that the model's code takes: `pooler_output` if there is one, else `cls_token`.
+
+    The backbone is built on the meta device and run without numbers, to see its outputs.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from pipeline.inference.loading import find_vision_config
+
+    config = find_vision_config(settings_dir)
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = AutoModel.from_config(config, trust_remote_code=False).eval()
+            outputs = model(pixel_values=torch.empty(1, getattr(config, "num_channels", 3), height, width))
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{settings_dir}: this backbone cannot be run ({one_line(error)[:200]}): use a version of transformers "
+            "that knows it"
+        ) from None
+    return "cls_token" if getattr(outputs, "pooler_output", None) is None else "pooler_output"
+
+
+def _write_weights(rebuilt: Path, paths: dict[str, Path], projector: dict[str, Any]) -> dict[str, str]:
+    """Link the backbone's weights, write the projector's, and return the file of each for the index."""
+    from safetensors.torch import save_file
+
+    found = {name: path for name, path in paths.items() if name.startswith("backbone.")}
+    for path in set(found.values()):  # under other names: a model.safetensors would be read alone
+        (rebuilt / f"linked-{path.name}").symlink_to(path.resolve())
+    weights = {f"projector.{name}": tensor.contiguous() for name, tensor in projector.items()}
+    save_file(weights, rebuilt / "projector.safetensors", {"format": "pt"})
+    linked = {name: f"linked-{path.name}" for name, path in found.items()}
+    return linked | dict.fromkeys(weights, "projector.safetensors")
+
+
+def _copy_others(folder: Path, settings_dir: Path, rebuilt: Path) -> None:
+    """Copy the image processor, the model's own or the backbone's, and the backbone's card and licence or else its."""
+    found = [place / name for place in (folder, settings_dir) for name in PROCESSOR_NAMES if (place / name).is_file()]
+    if not found:
+        raise InputError(f"{settings_dir}: {PROCESSOR_NAMES[0]} is missing: fetch the backbone's files again")
+    shutil.copyfile(found[0], rebuilt / found[0].name)
+    for place in (folder, settings_dir):
+        for path in (path for pattern in (*LICENCE_FILES, "README.md") for path in place.glob(pattern)):
+            if path.is_file() and is_within(path):
+                shutil.copyfile(path, rebuilt / path.name)

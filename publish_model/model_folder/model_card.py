@@ -11,7 +11,7 @@ from pipeline.pages import load_templates
 from pipeline.retrieval.scores import list_unreached
 
 if TYPE_CHECKING:
-    from publish_model.model_folder.model_parts import Backbone, ModelParts
+    from publish_model.model_folder.model_parts import ModelParts
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[1] / "templates"
 NAME = "Spatial building embeddings"
@@ -52,20 +52,21 @@ def write_card(folder: Path, model: "ModelParts", dtype: str) -> None:
     """Write README.md; `dtype` is the type of the published backbone weights."""
     from huggingface_hub import ModelCard
 
-    backbone = model.backbone
-    licence, licence_files = backbone.read_licence(), [path.name for path in backbone.list_licences()]
+    licence, licence_files = model.read_licence(), [path.name for path in model.list_licences()]
+    backbone_name = model.config["backbone_model_name"]
     text = _render(
-        "model_card.md.j2", metadata=_make_metadata(backbone, model.metrics, licence, licence_files), name=NAME,
-        backbone=backbone, checkpoint=model.checkpoint, metrics=model.metrics, dtype=dtype, licence=licence,
+        "model_card.md.j2", metadata=_make_metadata(backbone_name, model.metrics, licence, licence_files), name=NAME,
+        config=model.config, image_size=model.image_size, checkpoint=model.checkpoint, metrics=model.metrics,
+        dtype=dtype, licence=licence,
         unreached={row: ROWS[row] for row in worse_than(model.metrics)} if model.metrics else {},
-        old_results=backbone.read_results(), licence_files=licence_files,
+        licence_files=licence_files,
         num_training_samples=model.training["reference_shape"][0] if model.training else 0,
         versions={package: installed_version(package) for package in ("torch", "transformers")},
     )  # fmt: skip
     ModelCard(text + "\n").save(folder / "README.md")
 
 
-def _make_metadata(backbone: "Backbone", metrics: Metrics, licence: Mapping[str, Any], licence_files: list[str]) -> str:
+def _make_metadata(backbone_name: str, metrics: Metrics, licence: Mapping[str, Any], licence_files: list[str]) -> str:
     """Return the card's YAML, which the hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -88,7 +89,7 @@ def _make_metadata(backbone: "Backbone", metrics: Metrics, licence: Mapping[str,
         **named,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
-        base_model=backbone.name if backbone.name.count("/") == 1 else None,  # else it is no hub id
+        base_model=backbone_name if backbone_name.count("/") == 1 else None,  # else it is no hub id
         tags=["image-retrieval", "place-recognition", "street-view", "buildings"],
         model_name=NAME if results else None,
         eval_results=results or None,

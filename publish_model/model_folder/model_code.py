@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import EmbeddingModelSection
 from pipeline.inference.model_files import read_settings
 from pipeline.log import logger
 
@@ -48,7 +49,7 @@ def has_own_code(folder: Path) -> bool:
 
 
 def describe_model(
-    backbone_name: str, backbone_config: dict[str, Any], pooling_type: str, architecture: dict[str, Any]
+    backbone_name: str, backbone_config: dict[str, Any], section: EmbeddingModelSection, architecture: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the published config.json without the weights' type; it contains no path of this machine."""
     return {
@@ -57,7 +58,9 @@ def describe_model(
         "model_type": MODEL_TYPE,
         "backbone_model_name": backbone_name,
         "backbone_config": {key: value for key, value in backbone_config.items() if key not in STORAGE_KEYS},
-        "pooling_type": pooling_type,
+        "pooling_type": section.pooling_type,
+        "scales": section.scales,
+        "flip": section.flip,
         "projector": architecture,
         "embedding_dim": architecture["output_dim"],
     }

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,10 @@ from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.files.workspace import parse_json
 from pipeline.inference.backbone import check_embeddings
 from pipeline.inference.model_files import digest_weights, read_settings
-from pipeline.inference.stored_weights import tensors_of
-from pipeline.log import logger
 from publish_model.model_folder import training_similarity
 from publish_model.model_folder.model_card import write_card
-from publish_model.model_folder.model_code import describe_model, read_code
+from publish_model.model_folder.model_code import read_code
 from publish_model.model_folder.model_parts import ModelParts
-from publish_model.model_folder.weights import stored_type, write_weights
 
 # With these SentenceTransformer (6 or newer) loads the same weights.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -33,9 +28,8 @@ SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
         "module_output_name": "sentence_embedding",
     },
 }
-# Larger models are not loaded for a trial: a machine that publishes 27 GB may not have the memory for them.
-TRIAL_BYTES = 5_000_000_000
-_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of one file; the hub takes up to 50 GB.
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: dict[str, Any]) -> None:
@@ -44,62 +38,27 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     `dtype` is the type of the published backbone weights, None keeps the stored one. Raises InputError if backbone and
     projector do not fit, or the backbone cannot be read.
     """
-    check_width(model)
-    backbone = model.backbone
-    stored, num_bytes = write_all_weights(folder, model, dtype)
-    described = describe_model(
-        backbone.name, backbone.read_config(), backbone.section.pooling_type, model.checkpoint.architecture
-    )
-    views = {"scales": backbone.section.scales, "flip": backbone.section.flip}
+    stored = write_weights(folder, model, dtype or "auto")
     made = provenance | {"weights": digest_weights(folder)}
-    config = described | views | {"dtype": stored, PROVENANCE_KEY.decode(): made}
+    config = model.config | {"dtype": stored, PROVENANCE_KEY.decode(): made}
     for name, content in {"config.json": config, **SENTENCE_TRANSFORMERS_FILES}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, code in read_code().items():
         (folder / name).write_bytes(code)
-    for path in backbone.list_licences():
+    for path in model.list_licences():
         shutil.copyfile(path, folder / path.name)
-    copy_processor(backbone.processor_dir, folder, backbone.section.input_size)
+    copy_processor(model.folder, folder, model.image_size)
     if model.training is not None:
         (folder / training_similarity.FILE_NAME).write_text(json.dumps(model.training) + "\n", encoding="utf-8")
     write_card(folder, model, stored)
-    if num_bytes <= TRIAL_BYTES:
-        try_model(folder, model)
-    else:
-        logger.info("the model takes %.1f GB: loading it was not tried", num_bytes / 1e9)
+    try_model(folder, model)
 
 
-def check_width(model: ModelParts, width: int | None = None) -> None:
-    """Raise InputError if the projector takes another number of features than the backbone gives.
-
-    Without `width`, compare with the backbone's configuration, if that names its width.
-    """
-    config = model.backbone.read_config()
-    if width is None:
-        sizes = config.get("hidden_sizes")
-        width = sizes[-1] if sizes else config.get("hidden_size", config.get("hidden_dim"))
-        if isinstance(width, int) and model.backbone.section.pooling_type == "cls_mean":
-            width *= 2
-    expected = model.checkpoint.architecture["input_dim"]
-    if isinstance(width, int) and width != expected:
-        raise InputError(
-            f"{model.checkpoint.path}: its projector takes {expected} features, the backbone {model.backbone.name} "
-            f"gives {width}: set [embedding_model].model_name to the backbone it was trained on, or train again"
-        )
-
-
-def write_all_weights(folder: Path, model: ModelParts, dtype: str | None) -> tuple[str, int]:
-    """Write `backbone.*` and `projector.*`; return the type of the backbone's floats and the size of all in bytes."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
-        tensors = [
-            replace(tensor.cast(_TYPES[dtype] if dtype else None), name=f"backbone.{tensor.name}")
-            for tensor in model.backbone.list_tensors(Path(scratch))
-        ]
-        stored = str(stored_type(tensors)).removeprefix("torch.")
-        projector = model.checkpoint.projector
-        tensors += tensors_of({f"projector.{name}": weight.float() for name, weight in projector.items()})
-        write_weights(folder, tensors)
-    return stored, sum(tensor.num_bytes for tensor in tensors)
+def write_weights(folder: Path, model: ModelParts, dtype: str) -> str:
+    """Write `backbone.*` and `projector.*`, and return the type of the backbone's floats."""
+    loaded = model.load(dtype)
+    loaded.save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES)
+    return str(loaded.backbone.dtype).removeprefix("torch.")
 
 
 def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> None:
@@ -138,7 +97,7 @@ def try_model(folder: Path, model: ModelParts) -> None:
     wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind])
     if wrong:
         raise PipelineError(
-            f"{model.backbone.folder}: this transformers cannot load it as part of a model ({len(wrong)} weights do "
+            f"{model.folder}: this transformers cannot load it as part of a model ({len(wrong)} weights do "
             f"not fit, {wrong[0]}, ...): use another version of transformers"
         )
     network.eval()
@@ -146,6 +105,12 @@ def try_model(folder: Path, model: ModelParts) -> None:
     pixels = processor(images=[Image.new("RGB", (256, 256), (128, 128, 128))], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         features, _ = network.extract(pixels)
-        check_width(model, features.shape[1])
+        width, expected = features.shape[1], model.config["projector"]["input_dim"]
+        if width != expected:
+            raise InputError(
+                f"{model.checkpoint.path}: its projector takes {expected} features, the backbone "
+                f"{model.config['backbone_model_name']} gives {width}: set [embedding_model].model_name to the "
+                "backbone it was trained on, or train again"
+            )
         embedding = network.projector(features).numpy()
-    check_embeddings(embedding, ["a grey image"], model.checkpoint.architecture["output_dim"])
+    check_embeddings(embedding, ["a grey image"], model.config["embedding_dim"])

@@ -14,11 +14,10 @@ from pipeline.inference.model_files import (
     find_missing_files,
     has_own_weights,
     identify_model,
-    locate_model,
     read_settings,
 )
 from pipeline.log import logger
-from pipeline.reference.model_folder import ReferenceModel, open_reference
+from pipeline.reference.model_folder import in_own_format, locate_published
 from publish_model.model_folder.model_code import describe_model, has_own_code
 
 if TYPE_CHECKING:
@@ -29,27 +28,23 @@ if TYPE_CHECKING:
 class PublishedModel:
     """A published model's folder, the id under which it was asked for, and how it is to run.
 
-    `reference` is there where another program published it. Its own code is run only if `trust_remote_code` is set.
+    Its own code is run only if `trust_remote_code` is set.
     """
 
     model_id: str
     folder: Path
-    pooling: str
-    reference: ReferenceModel | None
     device: str
     batch_size: int | str
     trust_remote_code: bool
 
     def name_version(self, precision: str) -> str:
-        """Return a short id of everything that determines the embeddings: files, pooling and precision."""
-        files = self.reference.identify() if self.reference else identify_model(self.folder)
-        return name_version(files, self.pooling, precision)
+        """Return a short id of everything that determines the embeddings: files (pooling included) and precision."""
+        return hash_json({"model": identify_model(self.folder), "precision": precision})[:16]
 
     def load(self, dtype: str) -> "Embedder":
         """Load its weights into this project's classes, or trusted ones, to compute in a type.
 
-        A model of the reference implementation is rebuilt for this process first. Raises InputError if the embedding of
-        a grey picture is not L2-normalised.
+        Raises InputError if the embedding of a grey picture is not L2-normalised.
         """
         from PIL import Image
         from transformers import AutoModel
@@ -62,18 +57,13 @@ class PublishedModel:
                 "%s: its weights are not those that it was published with: changed since, or another model's",
                 self.folder,
             )
-        if self.reference:
-            folder = self.reference.build_folder(describe_model)
-            model_class = self.reference.make_class(SpatialEmbeddingsModel)
-        else:
-            folder, model_class = self.folder, SpatialEmbeddingsModel if has_own_code(self.folder) else AutoModel
         embedder = Embedder(
-            folder,
+            self.folder,
             device=self.device,
             dtype=dtype,
             batch_size=self.batch_size,
             trust_remote_code=self.trust_remote_code,
-            model_class=model_class,
+            model_class=SpatialEmbeddingsModel if has_own_code(self.folder) else AutoModel,
         )
         (trial,) = embedder.embed([embedder.prepare(Image.new("RGB", (256, 256), (128, 128, 128)))])
         if abs(float(np.linalg.norm(trial)) - 1.0) > NORM_TOLERANCE:
@@ -87,12 +77,7 @@ class PublishedModel:
         """Raise InputError if another model made a dataset's embeddings."""
         recipe = dataset.recipe
         if self.name_version(str(recipe["precision"])) != recipe["embedding_version"]:
-            raise InputError(f"{self.folder}: not the model that the embeddings of {dataset.folder} were made with")
-
-
-def name_version(files: str, pooling: str, precision: str) -> str:
-    """Return the short id of a model's files, pooling and precision together."""
-    return hash_json({"model": files, "pooling": pooling, "precision": precision})[:16]
+            raise InputError(f"{self.model_id}: not the model that the embeddings of {dataset.folder} were made with")
 
 
 def find_model(
@@ -107,14 +92,12 @@ def find_model(
 
     Raises InputError if there is none, or a file of it is missing.
     """
-    located = locate_model(model_id, "give --model-id a folder that stage 7 wrote, or a hub id", download=download)
+    located = locate_published(model_id, "give --model-id a folder that stage 7 wrote, or a hub id", download=download)
     if located is None:
         raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
-    folder = located.resolve()
-    config = read_settings(folder / "config.json", "correct --model-id")
+    read_settings(located / "config.json", "correct --model-id")
+    folder = in_own_format(located.resolve(), describe_model, download=download)
     missing = find_missing_files(folder)
     if missing:  # found before a dataset is begun that bears the broken model's id
         raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
-    reference = open_reference(folder, download=download)
-    pooling = str(config.get("pooling_type", "pooler_output"))
-    return PublishedModel(model_id, folder, pooling, reference, device, batch_size, trust_remote_code)
+    return PublishedModel(model_id, folder, device, batch_size, trust_remote_code)

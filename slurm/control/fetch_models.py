@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.inference.model_files import locate_backbone, locate_model
+from pipeline.inference.model_files import locate_backbone
+from pipeline.reference.model_folder import locate_published
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.model_ids:
         print(locate_backbone(cli.config_from(arguments), download=True))
     for name in arguments.model_ids:
-        print(locate_model(name, "give --model-id a folder or a hub id", download=True))
+        print(locate_published(name, "give --model-id a folder or a hub id", download=True))
 
 
 if __name__ == "__main__":

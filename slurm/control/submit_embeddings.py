@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.embeddings_dataset.packaged_input import open_input
 from pipeline.errors import ConfigError
-from pipeline.inference.model_files import locate_model
+from pipeline.reference.model_folder import locate_published
 from pipeline.stages import STAGES
 from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
 from slurm.control.submission import Request, submit
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[s
 def run(arguments: argparse.Namespace, options: EmbedOptions, sbatch_options: list[str]) -> None:
     """Fetch the model and submit."""
     remedy = "give --model-id a folder that stage 7 wrote, or a hub id"
-    folder = locate_model(options.model_id, remedy, download=not arguments.dry_run)
+    folder = locate_published(options.model_id, remedy, download=not arguments.dry_run)
     if folder is not None and folder == Path(options.model_id).expanduser():
         options = replace(options, model_id=str(folder.resolve()))  # a job runs in another folder
     if not arguments.dry_run:
