@@ -59,6 +59,10 @@ class Rejection(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
+    def without_frames(self) -> "Rejection":
+        """Return one to keep: where one was raised its traceback holds the picture."""
+        return Rejection(self.reason, self.detail)
+
 
 class Terminated(BaseException):
     """SIGTERM arrived: like KeyboardInterrupt, not an Exception, so that no handler swallows it."""

@@ -121,7 +121,7 @@ def compute_tar(
         try:
             return image, compute_fingerprint(require_bytes(image.data, image.size), config.fingerprints.image_size)
         except Rejection as rejection:
-            return image, rejection
+            return image, rejection.without_frames()
 
     images = watch.measure_each("read", read_images(tar_path, rows))
     with Progress(tar_path.name, len(rows), interval_seconds=config.logging.progress_interval_seconds) as progress:

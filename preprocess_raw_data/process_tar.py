@@ -66,7 +66,7 @@ def take_inventory(
         try:
             check_image(require_bytes(data, member.size))
         except Rejection as rejection:
-            return member, rejection
+            return member, rejection.without_frames()
         return member, None
 
     images = map_in_order(check, read_wanted(), num_workers, weigh=lambda found: len(found[1] or b""))

@@ -20,7 +20,6 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,9 @@ from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUM
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import InputError, Rejection, StaleOutputError
 from pipeline.files import workspace
-from pipeline.files.identity import hash_json, look_at
+from pipeline.files.identity import hash_json
 from pipeline.files.tables import (
+    BUFFER_BYTES,
     PROVENANCE_KEY,
     REJECT_SCHEMA,
     count_rejects,
@@ -62,26 +62,20 @@ ROW_GROUP_ROWS, ROW_GROUP_BYTES = 1000, 128 * 2**20
 FILE_BYTES = 2**29
 
 
-@dataclass
-class Packed:
-    """An image that was tried: its bytes, or why it has none."""
-
-    image: SourceImage
-    data: bytes | None = None
-    rejection: Rejection | None = None
-
-
-def try_image(image: SourceImage) -> Packed:
+def try_image(image: SourceImage) -> SourceImage:
     """Read an image and see whether it can be decoded."""
     try:
         data = image.read()
         check_image(data)
-        return Packed(image, data)
+        image.data = data
     except Rejection as rejection:
-        return Packed(image, rejection=rejection)
+        image.rejection = rejection.without_frames()
+    return image
 
 
-def try_images(source: ImageSource, start: int, end: int | None = None) -> AbstractContextManager[Iterator[Packed]]:
+def try_images(
+    source: ImageSource, start: int, end: int | None = None
+) -> AbstractContextManager[Iterator[SourceImage]]:
     """Try the images from one number to another in parallel, in order."""
     stream = itertools.islice(source.stream(start), None if end is None else end - start)
     return contextlib.closing(map_in_order(try_image, stream, count_cores(), weigh=lambda image: image.size))
@@ -92,60 +86,73 @@ def name_file(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.parquet"
 
 
-def make_table(rows: list[dict[str, Any]], images: list[bytes | None], schema: pa.Schema) -> pa.Table:
-    """Return rows of a package with their images, which are not copied."""
-    kind = schema.field(IMAGE_COLUMN).type
+def gather_groups(images: Iterator[SourceImage]) -> Iterator[list[SourceImage]]:
+    """Yield the images in row groups, in one list that is emptied before it is filled again."""
+    group: list[SourceImage] = []
+    num_bytes = 0
+    for image in images:
+        group.append(image)
+        num_bytes += image.size
+        del image
+        if len(group) == ROW_GROUP_ROWS or num_bytes >= ROW_GROUP_BYTES:
+            yield group
+            group.clear()
+            num_bytes = 0
+    if group:
+        yield group
+
+
+def make_table(group: list[SourceImage], schema: pa.Schema) -> pa.Table:
+    """Return the rows of a package with these images, which are not copied."""
+    table = pa.Table.from_pylist([{**one.row, VALID_COLUMN: one.data is not None} for one in group], schema)
+    kind = pa.binary()
     columns = [
         pa.nulls(1, kind)
-        if data is None
+        if one.data is None
         else pa.Array.from_buffers(
-            kind, 1, [None, *pa.array([0, len(data)], pa.int32()).buffers()[1:], pa.py_buffer(data)]
+            kind, 1, [None, *pa.array([0, len(one.data)], pa.int32()).buffers()[1:], pa.py_buffer(one.data)]
         )
-        for data in images
+        for one in group
     ]
-    table = pa.Table.from_pylist(rows, schema)
     place = schema.get_field_index(IMAGE_COLUMN)
     return table.set_column(place, schema.field(place), pa.chunked_array(columns, kind))
 
 
 def write_file(
     path: Path,
-    images: Iterator[Packed],
+    groups: Iterator[list[SourceImage]],
     source: ImageSource,
     provenance: dict[str, Any],
     progress: Progress,
     most_bytes: float,
 ) -> dict[str, Any]:
-    """Write images until the file is full, then its rejects, and return its counts, which the rejects carry."""
+    """Write row groups until the file is full, then its rejects, and return its counts, which the rejects carry."""
     rejected: list[tuple[str, Rejection]] = []
     seen: list[list[int] | None] = []
-    rows: list[dict[str, Any]] = []
-    pictures: list[bytes | None] = []
-    num_rows = num_bytes = group_bytes = 0
     own, *kept = source.fields
     schema = pa.schema([own, (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *kept])
-    # Pages of one picture, whose least and greatest bytes nobody asks for: else a row group takes six times its bytes.
-    numbers, digest = [own.name, VALID_COLUMN], hashlib.sha256()
-    with parquet_writer(path, schema, provenance, write_batch_size=1, write_statistics=numbers) as writer:
-        for one in images:
-            rows.append({**one.image.row, VALID_COLUMN: one.data is not None})
-            pictures.append(one.data)
-            rejected += [(one.image.name, one.rejection)] if one.rejection is not None else []
-            seen += [one.image.seen] if one.image.path else []
-            num_rows += 1
-            digest.update(hashlib.sha256(one.data or b"").digest())
-            group_bytes += len(one.data or b"")
-            progress.advance()
-            if len(rows) == ROW_GROUP_ROWS or group_bytes >= ROW_GROUP_BYTES:
-                writer.write_table(make_table(rows, pictures, schema))
-                num_bytes, group_bytes, rows, pictures = num_bytes + group_bytes, 0, [], []
-                if num_bytes >= most_bytes:
-                    break
-        if rows:
-            writer.write_table(make_table(rows, pictures, schema))
+    others, digest = [field.name for field in schema if field.name != IMAGE_COLUMN], hashlib.sha256()
+    # A picture is a page as it stands: statistics, a dictionary or compression would each be a copy of it.
+    options = {
+        "write_batch_size": 1, "write_statistics": [own.name, VALID_COLUMN], "use_dictionary": others,
+        "compression": {IMAGE_COLUMN: "none", **dict.fromkeys(others, "zstd")},
+    }  # fmt: skip
+    with parquet_writer(path, schema, provenance, **options) as writer:
+        for group in groups:
+            writer.write_table(make_table(group, schema))
+            pa.default_memory_pool().release_unused()  # copies of the largest picture
+            rejected += [(one.name, one.rejection) for one in group if one.rejection is not None]
+            seen += [one.seen for one in group]
+            for one in group:
+                digest.update(hashlib.sha256(one.data or b"").digest())
+                most_bytes -= one.size
+            progress.advance(len(group))
+            del one
+            if most_bytes <= 0:
+                break
         # Stage 8 tells its input by the footer, in which a picture of the same size would be the same.
         writer.add_key_value_metadata({PROVENANCE_KEY + b".pictures": digest.hexdigest().encode()})
-    described = count_rejects(provenance, num_rows, (rejection for _, rejection in rejected))
+    described = count_rejects(provenance, len(seen), (rejection for _, rejection in rejected))
     described["seen"] = source.seen or hash_json(seen)
     write_rejects(rejects_path(path), rejected, described)
     return described
@@ -201,35 +208,36 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
         logger.info("%s: going on behind image %d", STAGE, start)
     with try_images(source, start) as images, Progress(STAGE, source.num_images) as progress:
         progress.resume_at(start)
-        for first in images:
-            path, own = name_file(folder, len(finished)), itertools.chain([first], images)
+        groups = gather_groups(images)
+        for first in groups:
+            path, own = name_file(folder, len(finished)), itertools.chain([first], groups)
             finished.append(write_file(path, own, source, provenance, progress, FILE_BYTES))
     if not finished:
         raise InputError(f"{source.inputs[0]['name']}: holds no image: correct --input")
     return finished
 
 
-def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finished: list[dict[str, Any]]) -> list[Path]:
-    """Make the files again of which a picture has changed or has come, put in their counts, and return them.
+def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finished: list[dict[str, Any]]) -> bool:
+    """Make the files again of which a picture has changed or has come, put in their counts; return whether any has.
 
     Pictures whose size and time are as recorded are not read; the others are compared with what was packaged. Raises
     StaleOutputError where the picture has changed inside a tar.
     """
-    renewed, end = [], 0
+    has_renewed, end = False, 0
     with contextlib.ExitStack() as stack:
-        images: Iterator[Packed] | None = None
+        images: Iterator[SourceImage] | None = None  # one for all files in a row, as a tar is read from its start
         for number, file in enumerate(finished):
             start, end = end, end + file["counts"]["in"]
-            seen = source.seen or hash_json([look_at(path) for path in source.locate(start, end)])
+            seen = source.seen or hash_json([one.seen for one in itertools.islice(source.stream(start), end - start)])
             if seen == file["seen"]:
                 images = None
                 continue
             images = images or stack.enter_context(try_images(source, start))
             path = name_file(folder, number)
-            with open_parquet(path) as packaged:
-                batches = packaged.iter_batches(100, columns=[IMAGE_COLUMN])
-                pairs = zip((data for batch in batches for data in batch.column(0).to_pylist()), images, strict=False)
-                changed = [one.image.name for data, one in pairs if one.data != data]
+            with open_parquet(path, BUFFER_BYTES) as packaged:
+                batches = packaged.iter_batches(1, columns=[IMAGE_COLUMN])
+                pairs = zip((batch[0][0].as_py() for batch in batches), images, strict=False)
+                changed = [one.name for data, one in pairs if one.data != data]
             if not changed:
                 finished[number] = file | {"seen": seen}
                 rejects = read_columns(rejects_path(path), REJECT_SCHEMA, "")
@@ -239,9 +247,9 @@ def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finishe
             else:
                 logger.warning("%s: %d pictures have changed, as %s: made again", path, len(changed), changed[0])
                 with try_images(source, start, end) as again, Progress(STAGE, end - start) as progress:
-                    finished[number] = write_file(path, again, source, provenance, progress, math.inf)
-                renewed.append(path)
-    return renewed
+                    finished[number] = write_file(path, gather_groups(again), source, provenance, progress, math.inf)
+                has_renewed = True
+    return has_renewed
 
 
 def give_back_memory() -> None:
@@ -267,8 +275,8 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
     output = options.output.resolve()
     finished = find_package(output, provenance, options.overwrite)
     if finished:
-        renewed = renew(output, source, provenance, finished)
-        (result.written if renewed else result.kept).append(options.output)
+        has_renewed = renew(output, source, provenance, finished)
+        (result.written if has_renewed else result.kept).append(options.output)
     else:
         with workspace.writing_folder(output, resumable=True, made=r"\d{5}\.parquet|_rejects") as folder:
             finished = fill(folder, source, provenance)

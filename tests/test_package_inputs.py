@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +13,11 @@ from package_fixtures import PHOTOGRAPHS, read_package, read_rejects, run
 from published_models import read_dataset, write_packaged
 from raw_tars import Entry, write_tar
 
+from pipeline import threads
 from pipeline.embeddings_dataset.packaged_input import open_packaged
 from publish_model import package_images, verify_embeddings
+from publish_model.new_data import image_sources
+from publish_model.new_data.image_sources import SourceImage
 
 # ------------------------------------------------------------------------------------------------ nothing taken twice
 
@@ -248,26 +252,64 @@ print(megabytes() - before)
 """
 
 
-@pytest.mark.parametrize("kind", ["many.csv", "many.tar", "many.parquet"])
-def test_memory_is_bounded_by_bytes_however_large_the_pictures_are(tmp_path, kind):
+def test_memory_is_bounded_by_bytes_however_large_the_pictures_are(tmp_path):
     """Forty pictures of 8 MiB, of which 32 would be in flight: one in flight, one row group and their copies fit."""
     comments = (b"\xff\xfe\xff\xff" + bytes(range(256)) * 255 + bytes(253)) * 128
     large = PHOTOGRAPHS[0][:2] + comments + PHOTOGRAPHS[0][2:]
-    (tmp_path / "large.jpg").write_bytes(large)
     (tmp_path / "small.jpg").write_bytes(PHOTOGRAPHS[0])
     (tmp_path / "few.csv").write_text("OSMID,path\n1,small.jpg\n")
-    (tmp_path / "many.csv").write_text("OSMID,path\n" + "".join(f"{row},large.jpg\n" for row in range(40)))
-    write_tar(tmp_path / "many.tar", [Entry(f"{row}.jpg", large) for row in range(40)])
     table = pa.table({"OSMID": list(range(40)), "image_bytes": pa.array([large] * 40, pa.binary())})
     pq.write_table(table, tmp_path / "many.parquet", dictionary_pagesize_limit=2**30)
     del table
     run = subprocess.run(
-        [sys.executable, "-c", _PACKAGING.replace("INPUT", repr(kind))],
+        [sys.executable, "-c", _PACKAGING.replace("INPUT", repr("many.parquet"))],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "40 in = 40 out + 0 rejected" in run.stderr
     grown = float(run.stdout.splitlines()[-1])
     assert grown < 200, f"{grown:.0f} MB"
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_the_bytes_in_flight_are_a_row_group_and_the_pictures_that_are_tried(run_main, tmp_path, monkeypatch, kind):
+    size = 2**16
+    large, path = PHOTOGRAPHS[0].ljust(size, b"\0"), tmp_path / kind
+    damaged = b"no picture".ljust(size, b"\0")
+    pictures = [large, damaged, large, large] * 15
+    if kind == "folder":
+        path.mkdir()
+        for number, data in enumerate(pictures):
+            (path / f"{number:02d}.jpg").write_bytes(data)
+    elif kind == "tar":
+        path = write_tar(tmp_path / "a.tar", [Entry(f"{number}.jpg", data) for number, data in enumerate(pictures)])
+    else:
+        path = write_packaged(tmp_path / "in.parquet", pictures, OSMID=range(60))
+    held = most = 0
+
+    def forget():
+        nonlocal held
+        held -= size
+
+    def make(*values):
+        nonlocal held, most
+        image = SourceImage(*values)
+        weakref.finalize(image, forget)
+        held += size
+        most = max(most, held)
+        return image
+
+    monkeypatch.setattr(image_sources, "SourceImage", make)
+    monkeypatch.setattr(package_images, "count_cores", lambda: 8)
+    monkeypatch.setattr(package_images, "ROW_GROUP_BYTES", 4 * size)
+    monkeypatch.setattr(package_images, "FILE_BYTES", 9 * size)
+    monkeypatch.setattr(threads, "HELD_BYTES", 2 * size)
+    outcome = run(run_main, path, tmp_path / "packaged", "--max-reject-fraction", "1")
+    assert "60 in = 45 out + 15 rejected" in outcome.stderr
+    assert read_package(tmp_path / "packaged")["image_bytes"].to_pylist() == [
+        data if data == large else None for data in pictures
+    ]
+    assert held == 0
+    assert 4 * size < most <= 8 * size  # each bound is passed by a picture, and one has just been read
 
 
 @pytest.mark.skipif(not os.access("/proc/kmsg", os.R_OK), reason="the kernel's log is closed to this user")

@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 from collections import Counter
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import pytest
 from raw_tars import Entry, draw_view, encode, find_member, make_city, make_view, write_d_line, write_tar
 
 from pipeline.files.tables import INTERMEDIATE_SCHEMA, PROVENANCE_KEY, REJECT_SCHEMA
+from pipeline.log import Stopwatch
 from preprocess_raw_data import process_tar
 
 CONTRACT_COLUMNS = dict.fromkeys(("dataset_id", "target_id", "patch_id", "street_view_id"), pa.int64())
@@ -195,6 +197,14 @@ def test_a_tar_with_every_defect_gives_each_item_its_place(tmp_path, stage, tar_
     total = f"{len(rows) + len(rejects)} in = {len(rows)} out + {len(rejects)} rejected + 0 dropped"
     assert total in outcome.stderr.splitlines()[-1]
     assert path.exists()
+
+
+def test_the_bytes_of_what_is_rejected_do_not_stay_in_memory(tmp_path):
+    tar = write_tar(tmp_path / "0001.tar", [Entry(f"{number}.jpg", b"no picture") for number in range(3)])
+    progress = SimpleNamespace(advance=lambda: None)
+    inventory = process_tar.take_inventory(tar, 1, {}, progress, Stopwatch())
+    kept = [image.rejection for item in inventory._items.values() for image in item.images]
+    assert [(one.reason, one.__traceback__, one.__context__) for one in kept] == [("unreadable_image", None, None)] * 3
 
 
 def test_a_tar_in_which_everything_is_bad_gives_no_rows_and_a_failed_run(tmp_path, stage):

@@ -97,7 +97,7 @@ def _gather(
         try:
             outcome: Decoded | Rejection = decode(item)
         except Rejection as rejection:
-            outcome = rejection
+            outcome = rejection.without_frames()
         return item, outcome, time.monotonic() - started
 
     reader = watch.measure_each("read", items)

@@ -37,34 +37,35 @@ PATH_COLUMN = "path"
 READ_ROWS = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class SourceImage:
-    """One image to package: its row without the bytes, its name for people, and its file if it has one of its own.
+    """One image to package: its row without the bytes, its name for people, and the size of its bytes.
 
-    `read` raises Rejection. `size` is that of its bytes, `seen` how its own file looks before it is read.
+    `read` raises Rejection; `seen` tells how its own file looks before it is read, where it has one. `data` and
+    `rejection` are what came of it.
     """
 
     row: dict[str, Any]
     name: str
     read: Callable[[], bytes]
     size: int
-    path: Path | None = None
     seen: list[int] | None = None
+    data: bytes | None = None
+    rejection: Rejection | None = None
 
 
 @dataclass(frozen=True)
 class ImageSource:
     """Images in a fixed order; `inputs` identify the list of them, `num_images` is None if it is unknown.
 
-    `stream` yields them from number `start` on; `locate` returns their own files from one number to another;
-    where they lie in tars, `seen` tells the tars' times.
+    `stream` yields them from number `start` on. Where they have no files of their own `seen` tells their state: the
+    times of tars, the footers of parquets.
     """
 
     fields: tuple[pa.Field, ...]  # OSMID and the columns that are kept
     inputs: list[dict[str, Any]]
     num_images: int | None
     stream: Callable[[int], Iterator[SourceImage]]
-    locate: Callable[[int, int], Sequence[Path]] = lambda _start, _end: ()
     seen: str = ""
 
 
@@ -107,12 +108,9 @@ def _list_files(folder: Path, names: Sequence[str], table: pa.Table, inputs: lis
         for row, name in zip(rows, itertools.islice(names, start, None), strict=True):
             path = folder / name
             seen = look_at(path)
-            yield SourceImage(row, decode_name(name), partial(read_file, path), seen[0] if seen else 0, path, seen)
+            yield SourceImage(row, decode_name(name), partial(read_file, path), seen[0] if seen else 0, seen)
 
-    def locate(start: int, end: int) -> Sequence[Path]:
-        return [folder / name for name in names[start:end]]
-
-    return ImageSource(tuple(table.schema), inputs, table.num_rows, stream, locate)
+    return ImageSource(tuple(table.schema), inputs, table.num_rows, stream)
 
 
 def read_file(path: Path) -> bytes:
@@ -206,7 +204,9 @@ def _open_parquets(options: InputOptions) -> ImageSource:
     described = hash_json([source.fingerprint, options.id_column, options.image_column, columns])
     inputs = [{"name": source.path.name, "size": source.size, "hash": described}]
     fields = tuple(sample.schema.field(name) for name in columns)
-    return ImageSource(fields, inputs, source.num_rows, lambda start: itertools.islice(stream_all(), start, None))
+    return ImageSource(
+        fields, inputs, source.num_rows, lambda start: itertools.islice(stream_all(), start, None), described
+    )
 
 
 def _require(data: bytes | None) -> bytes:
