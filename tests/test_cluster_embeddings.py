@@ -12,6 +12,7 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import read_dataset
 
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.retrieval import pair_table
 from publish_model import cluster_embeddings, delete_ids
 from publish_model.model_folder import training_similarity
 
@@ -220,7 +221,7 @@ def test_a_takedown_removes_the_clusters(cluster, run_main, dataset, tmp_path):
 def test_the_table_of_pairs_holds_the_rates_of_a_loop():
     embeddings, buildings = draw_buildings(5, 12, 3, 0.6)
     positions = np.stack([52 + buildings * 0.0008, np.zeros(36)], axis=1)  # 89 m apart
-    tables = training_similarity.describe_pairs(embeddings, buildings, positions)
+    tables = pair_table.describe_pairs(embeddings, buildings, positions)
     for kind, reach in (("all", 99), ("near", 1)):
         pairs = [
             (float(embeddings[a] @ embeddings[b]), buildings[a] == buildings[b])
@@ -237,7 +238,7 @@ def test_the_table_of_pairs_holds_the_rates_of_a_loop():
 def test_one_building_or_one_image_of_each_gives_no_table():
     embeddings = unit_rows(0, 6)
     for buildings in (np.zeros(6, int), np.arange(6)):
-        assert training_similarity.describe_pairs(embeddings, buildings) == {"all": []}
+        assert pair_table.describe_pairs(embeddings, buildings) == {"all": []}
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def calibrated(model_dir, tmp_path):
     """A model with a table of pairs that 200 images have given."""
     model = shutil.copytree(model_dir, tmp_path / "model")
     embeddings, buildings = draw_buildings(5, 50, 4, 0.6, 256)
-    pairs = training_similarity.describe_pairs(embeddings, buildings)
+    pairs = pair_table.describe_pairs(embeddings, buildings)
     content = training_similarity.describe_training(embeddings, embeddings, pairs)
     (model / training_similarity.FILE_NAME).write_text(json.dumps(content))
     return model
@@ -279,7 +280,7 @@ def test_a_model_without_the_table_needs_a_threshold(cluster, embed, packaged, m
 
 
 def test_rates_between_the_rows_are_interpolated_and_beyond_them_the_line_goes_on():
-    table = training_similarity.PairTable({
+    table = pair_table.PairTable({
         "cosine": np.array([0.2, 0.4, 0.6]), "false_rate": np.array([1e-1, 1e-2, 1e-3]),
         "partners": np.array([10, 1, 0.1]), "bcubed_f1": np.array([0.3, 0.8, 0.5]),
         "wrong_pair_share": np.array([0.9, 0.4, 0.1]),
