@@ -101,7 +101,7 @@ def _stop(*paths: Path, is_enabled: bool) -> None:
 def _learn(notes: Path, fault: Path, known: Path) -> set[tuple[int, int, int]]:
     """Return the pictures that crashed earlier runs, and add that of the last one to those known."""
     listed = _read(known)
-    if fault.exists() and (thread := _THREAD.search(fault.read_text(encoding="utf-8", errors="replace"))):
+    if fault.is_file() and (thread := _THREAD.search(fault.read_text(encoding="utf-8", errors="replace"))):
         met = [note for note in _read(notes) if note[0] == int(thread[1], 16)]
         listed += met
         with open(open_file(known, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
@@ -113,5 +113,5 @@ def _learn(notes: Path, fault: Path, known: Path) -> set[tuple[int, int, int]]:
 
 def _read(path: Path) -> list[tuple[int, int, int, int]]:
     """Return the whole notes of a file, none if it is missing."""
-    content = path.read_bytes() if path.exists() else b""
+    content = path.read_bytes() if path.is_file() else b""
     return list(_NOTE.iter_unpack(content[: len(content) // _NOTE.size * _NOTE.size]))

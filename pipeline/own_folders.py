@@ -70,23 +70,28 @@ def list_names(folder: Path) -> list[str]:
 def open_file(path: Path, flags: int) -> int:
     """Open a file of this project's and return its descriptor; make its folder where `flags` make the file.
 
-    Raises OSError (ELOOP) if it is a link, or to be written and has a second name, or its folder is a link where this
-    project makes that; others as `os.open` does.
+    Raises OSError (ELOOP) if it is a link, or to be written and a pipe or of a second name, or its folder is a link
+    where this project makes that; others as `os.open` does. A pipe is not waited for.
     """
     try:
         with opened_folder(path.parent, make=bool(flags & os.O_CREAT)) as folder:
-            descriptor = os.open(path.name, flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+            descriptor = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=folder)
     except OSError as error:
         raise (_name(error, path) if path.is_symlink() else error) from None
-    if flags & (os.O_WRONLY | os.O_RDWR) and os.fstat(descriptor).st_nlink > 1:
+    status = os.fstat(descriptor)
+    if flags & (os.O_WRONLY | os.O_RDWR) and (status.st_nlink > 1 or stat.S_ISFIFO(status.st_mode)):
         os.close(descriptor)
         raise _refuse(path)
     return descriptor
 
 
 def open_without_waiting(path: Path) -> BinaryIO:
-    """Open a file of the user's to read; nothing is waited for, be it a pipe or a file of the kernel."""
-    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    """Open a file to read; raise OSError for a pipe or a device, which may never end."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115 (the caller closes it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return file
 
 
 def _name(error: OSError, path: Path) -> OSError:
@@ -98,7 +103,7 @@ def _name(error: OSError, path: Path) -> OSError:
 
 
 def _refuse(path: Path) -> OSError:
-    return OSError(errno.ELOOP, "a link, and nothing is made or removed through one", str(path))
+    return OSError(errno.ELOOP, "a link or pipe, and nothing is made or removed through one", str(path))
 
 
 def make_folder(folder: Path) -> None:
@@ -164,6 +169,6 @@ def sync_folder(folder: Path) -> None:
 def write_failure(path: Path, error: OSError) -> PipelineError:
     """Say in one line why `path` could not be written and what to do."""
     if error.errno == errno.ELOOP:
-        return PipelineError(f"cannot write {path} ({error.filename} is {error.strerror}): remove the link")
+        return PipelineError(f"cannot write {path} ({error.filename} is {error.strerror}): remove it")
     reason = os.strerror(error.errno) if error.errno else str(error)
     return PipelineError(f"cannot write {path} ({reason}): free space or allow writing there, then run this again")

@@ -158,16 +158,17 @@ def test_a_full_disk_under_the_log_hides_no_error_and_shows_no_traceback(capsys)
     assert "second" in lines
 
 
-@pytest.mark.parametrize("link", ["out/_logs", "out/_logs/a.log", "hard"])
+@pytest.mark.parametrize("link", ["out/_logs", "out/_logs/a.log", "hard", "pipe"])
 def test_a_log_is_not_appended_to_what_a_link_leads_to(tmp_path, link):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "a.log").write_text("mine")
-    if link == "hard":
+    if link in ("hard", "pipe"):
         (tmp_path / "out/_logs").mkdir(parents=True)
-        (tmp_path / "out/_logs/a.log").hardlink_to(tmp_path / "theirs" / "a.log")
+        place = tmp_path / "out/_logs/a.log"
+        os.mkfifo(place) if link == "pipe" else place.hardlink_to(tmp_path / "theirs" / "a.log")
     else:
         (tmp_path / link).parent.mkdir(parents=True)
         (tmp_path / link).symlink_to(tmp_path / "theirs" / ("a.log" if link.endswith("log") else ""))
-    with pytest.raises(PipelineError, match="a link"), logging_to(tmp_path / "out/_logs/a.log"):
+    with pytest.raises(PipelineError, match="cannot write the log"), logging_to(tmp_path / "out/_logs/a.log"):
         logger.info("ours")
     assert (tmp_path / "theirs" / "a.log").read_text() == "mine"

@@ -52,6 +52,17 @@ def check_seen(outcome, *texts):
         assert text in outcome.stderr
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"read_batch_size": None}, {"keep_columns": [1]}, {"id_column": 1}, {"rows_embedded": "4"}]
+)
+def test_a_state_with_values_of_other_types_is_seen_as_damaged(verify, embed, dataset, tmp_path, wrong):
+    state = read_state(dataset)
+    (dataset / "state.json").write_text(json.dumps(state | wrong))
+    check_seen(verify(dataset, "--input", tmp_path / "in.parquet"), "state.json")
+    assert embed(tmp_path / "in.parquet", dataset).code == 0
+    assert read_state(dataset) == state
+
+
 def rewrite(path, change):
     """Change a part's rows and keep what it says of itself."""
     table = pq.read_table(path)

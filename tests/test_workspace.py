@@ -12,6 +12,8 @@ from pipeline.files import workspace
 from pipeline.files.workspace import (
     clear_temporaries,
     locked,
+    read_json,
+    read_json_object,
     remove_made,
     temporary_path,
     write_json,
@@ -95,13 +97,26 @@ def test_a_file_system_without_locks_is_no_obstacle_and_said(tmp_path, monkeypat
     assert list_files(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
-def test_a_lock_that_is_a_link_is_refused(tmp_path, make):
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to, lambda path, _: os.mkfifo(path)])
+def test_a_lock_that_is_a_link_or_pipe_is_refused(tmp_path, make):
     (tmp_path / "notes").write_text("mine")
     make(tmp_path / ".a.lock", tmp_path / "notes")
     with pytest.raises(PipelineError, match=r"cannot write .*\.a\.lock \(.* is a link"), locked(tmp_path / "a", BUSY):
         pass
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_json_is_not_waited_for_at_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    assert read_json_object(tmp_path / "a.json") == {}
+    with pytest.raises(OSError, match="not a file"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_of_absurd_length_is_not_read(tmp_path):
+    (tmp_path / "a.json").touch()
+    os.truncate(tmp_path / "a.json", 2**40)
+    assert read_json_object(tmp_path / "a.json") == {}
 
 
 def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
@@ -168,7 +183,7 @@ def test_nothing_is_made_or_removed_behind_a_link_in_an_output(tmp_path, name):
     ):
         temporary.write_text("ours")
     for removal in (lambda folder: remove(folder / "1"), lambda folder: remove_made(folder, ".*")):
-        with pytest.raises(OSError, match="a link, and nothing is made or removed through one"):
+        with pytest.raises(OSError, match="a link or pipe, and nothing is made or removed through one"):
             removal(tmp_path / "out" / name)
     assert (theirs / "1").read_text() == "mine"
     assert list_files(theirs) == ["1"]

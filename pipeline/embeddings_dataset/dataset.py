@@ -32,7 +32,7 @@ from pipeline.embeddings_dataset.parts import (
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.identity import hash_json
 from pipeline.files.tables import open_parquet
-from pipeline.files.workspace import locked, parse_json, remove_made, write_json
+from pipeline.files.workspace import locked, read_json, remove_made, write_json
 from pipeline.log import logger
 from pipeline.own_folders import move
 
@@ -40,6 +40,17 @@ from pipeline.own_folders import move
 BLOCK_ROWS = 8_192
 # Replaced and damaged files wait in a numbered folder there until the dataset is complete again.
 SET_ASIDE = "_removed"
+# A state with a value of another type is damaged.
+_COUNTS = [
+    "rows_total",
+    "rows_embedded",
+    "rows_rejected",
+    "rows_skipped_invalid",
+    "rows_deleted",
+    "parts_done",
+    "parts_total",
+]
+_EXAMPLE = dict.fromkeys(_COUNTS, 0) | {"read_batch_size": 1, "id_column": "", "image_column": "", "keep_columns": []}
 
 
 def resolve_dataset_dir(output: Path) -> Path:
@@ -53,10 +64,14 @@ def resolve_dataset_dir(output: Path) -> Path:
 def read_state(path: Path) -> dict[str, Any]:
     """Return what a `state.json` says, nothing for one that is missing or damaged, and may be replaced."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    state = _EXAMPLE | content if isinstance(content, dict) else {}
+    if not all(isinstance(state.get(key), type(value)) for key, value in _EXAMPLE.items()):
+        return {}
+    is_sound = state["read_batch_size"] > 0 and all(isinstance(name, str) for name in state["keep_columns"])
+    return content if is_sound else {}
 
 
 def gather_blocks(arrays: Iterable[NDArray[np.float32]]) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -19,7 +19,7 @@ from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
 from pipeline.files.outputs import is_dataset
 from pipeline.files.tables import read_provenance, write_parquet
-from pipeline.files.workspace import parse_json
+from pipeline.files.workspace import read_json
 from pipeline.log import logger
 from pipeline.own_folders import remove
 
@@ -80,7 +80,7 @@ def read_order(folder: Path) -> DeletionOrder:
     """
     path = _order_path(folder)
     try:
-        content: Any = parse_json(path.read_text(encoding="utf-8"))
+        content: Any = read_json(path)
         hashes, unmatched = (frozenset(int(text, 16) for text in content[key]) for key in ("id_hashes", "unmatched"))
         return DeletionOrder(bytes.fromhex(content["salt"]), hashes, unmatched, bool(content["done"]))
     except (FileNotFoundError, NotADirectoryError):

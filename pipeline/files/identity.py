@@ -17,6 +17,7 @@ from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files.listing import is_parquet
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
+from pipeline.own_folders import open_without_waiting
 
 
 def identify(path: Path) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def hash_json(content: Any) -> str:
 
 def digest_file(path: Path) -> str:
     """Return the digest of a file's content."""
-    with open(path, "rb") as file:
+    with open_without_waiting(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
@@ -123,7 +124,7 @@ def read_footer(path: Path) -> bytes:
 
     Raises DamagedError if there is none.
     """
-    with open(path, "rb") as file:
+    with open_without_waiting(path) as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 8))
         tail = file.read(8)

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.tables import read_provenance
 from pipeline.files.workspace import read_json_object
+from pipeline.own_folders import open_without_waiting
 
 _LOOKED_AT = 2**20  # bytes in which a mark stands, unless the file is a parquet
 # Where cluster_embeddings.py writes, and how its summary is told.
@@ -36,7 +37,7 @@ def check_replaceable(
 def carries(path: Path, mark: str | bytes) -> bool:
     """Return whether a file carries the mark of a tool."""
     try:
-        with open(path, "rb") as file:
+        with open_without_waiting(path) as file:
             start = file.read(_LOOKED_AT)
         if start.startswith(b"PAR1"):
             return (read_provenance(path) or {}).get("stage") == mark

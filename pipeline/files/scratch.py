@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, Rejection
-from pipeline.files.workspace import locked, parse_json, write_json
+from pipeline.files.workspace import locked, read_json, write_json
 from pipeline.log import logger
 from pipeline.own_folders import open_file, remove, write_failure
 
@@ -64,7 +64,7 @@ class RowScratch:
     def _load(self) -> None:
         """Take up the rows of the same run, else begin anew."""
         try:
-            progress = parse_json(self._progress_path.read_text(encoding="utf-8"))
+            progress = read_json(self._progress_path)
             is_whole = os.fstat(self._descriptor).st_size >= progress["num_bytes"]  # unless someone has removed it
             if is_whole and progress["identity"] == self.identity and progress["num_rows"] == self.num_rows:
                 self.seen, self.width = progress["seen"], progress["width"]

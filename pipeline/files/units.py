@@ -147,9 +147,9 @@ def _measure(path: Path) -> Any:
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
         return sorted([str(file.relative_to(path)), file.stat().st_size] for file in files)
-    if not path.exists():
+    if not path.is_file():
         return None
-    return path.read_text(encoding="utf-8") if path.suffix == ".json" else path.stat().st_size
+    return read_json_object(path) if path.suffix == ".json" else path.stat().st_size
 
 
 # ------------------------------------------------------------------------------------------------ tars

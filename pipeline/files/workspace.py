@@ -30,6 +30,7 @@ from pipeline.own_folders import (
     make_folder,
     move,
     open_file,
+    open_without_waiting,
     remove,
     sync_file,
     sync_folder,
@@ -38,6 +39,9 @@ from pipeline.own_folders import (
 
 # The folder for old output until its successor is complete.
 REPLACED = "_replaced"
+
+# Hashes of ids are the longest: 20 bytes each.
+_JSON_BYTES = 2**30
 
 # ------------------------------------------------------------------------------------------------ temporary names
 
@@ -255,10 +259,21 @@ def write_json(path: Path, content: Any, *, once: bool = False) -> None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return a JSON file's object, empty if the file is missing, damaged or holds something else."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file.
+
+    Raises OSError if it cannot be read or is a pipe, ValueError if it is damaged or absurdly long.
+    """
+    with open_without_waiting(path) as file:
+        if os.fstat(file.fileno()).st_size > _JSON_BYTES:
+            raise ValueError(f"longer than {_JSON_BYTES} bytes")
+        return parse_json(file.read())
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -11,7 +11,7 @@ from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, hide_credentials, one_line
 from pipeline.files.identity import describe_difference, digest_file
 from pipeline.files.tables import PROVENANCE_KEY
-from pipeline.files.workspace import parse_json, read_json_object
+from pipeline.files.workspace import read_json, read_json_object
 from pipeline.log import logger
 
 # The published model of the tools that take no configuration.
@@ -123,7 +123,7 @@ def find_missing_files(folder: Path) -> list[str]:
     """Return the files that a model folder lacks, for instance after an interrupted fetch."""
     index = folder / "model.safetensors.index.json"
     try:
-        names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(index)["weight_map"].values())
     except FileNotFoundError:
         names = {"model.safetensors"}
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -139,7 +139,7 @@ def read_settings(path: Path, remedy: str = "fetch the model again") -> dict[str
     Raises InputError if it is missing or damaged.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path.parent}: not a model folder ({path.name}: {one_line(error)}): {remedy}") from None
     if not isinstance(content, dict):

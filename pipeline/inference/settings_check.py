@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, one_line
-from pipeline.files.workspace import parse_json
+from pipeline.files.workspace import read_json
 from pipeline.inference.model_files import read_settings
 
 # For other names transformers imports a library, or fetches code from the hub.
@@ -20,6 +20,9 @@ _LAYERS = re.compile(r"layers?$|depths?$|repeats?$|blocks?$|depth_coefficient$")
 
 def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
     """Raise InputError for a folder that must not reach transformers; a trusted one may choose code."""
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path}: a pipe or device, not a file: fetch the model again")
     for path in folder.glob("*.index.json"):
         read_index(path)
     settings = read_settings(folder / "config.json")
@@ -48,7 +51,7 @@ def read_index(path: Path) -> set[str]:
     Raises InputError where it is damaged or names a file outside its folder.
     """
     try:
-        names = set(parse_json(path.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(path)["weight_map"].values())
         outside = sorted(name for name in names if name != Path(name).name or name == "..")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({one_line(error)}): fetch it again") from None

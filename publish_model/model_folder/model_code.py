@@ -42,7 +42,7 @@ def has_own_code(folder: Path) -> bool:
     if read_settings(folder / "config.json").get("model_type") != MODEL_TYPE:
         return False
     for name, code in read_code().items():
-        if (folder / name).exists() and (folder / name).read_bytes() != code:
+        if (folder / name).is_file() and (folder / name).read_bytes() != code:
             logger.warning("%s: not the code that this version publishes", folder / name)
             return False
     return True

@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.files.identity import identify
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import open_parquet, reading
-from pipeline.files.workspace import parse_json
+from pipeline.files.workspace import read_json
 from pipeline.log import logger
 from pipeline.retrieval.pair_table import PairTable, describe_pairs
 
@@ -67,7 +67,7 @@ def describe_training(
 def read_training(folder: Path) -> tuple[dict[str, float], Embeddings]:
     """Return the quantiles and the sample (R, D) that a published folder carries."""
     try:
-        content = parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))
+        content = read_json(folder / FILE_NAME)
         values = np.frombuffer(base64.b64decode(content["reference_float16"]), dtype="<f2")
         reference = values.reshape(content["reference_shape"]).astype(np.float32)
         return {str(key): float(value) for key, value in content["quantiles"].items()}, reference
@@ -84,7 +84,7 @@ def read_pairs(folder: Path, kind: str) -> PairTable:
     """
     remedy = "publish the model again with stage 7 beside its splits, or give --threshold"
     try:
-        rows = parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))["pairs"][kind]
+        rows = read_json(folder / FILE_NAME)["pairs"][kind]
         table = PairTable.of(rows)
         is_sound = len(rows) > 1 and all(np.isfinite(values).all() for values in table.columns.values())
         is_sound = is_sound and bool(

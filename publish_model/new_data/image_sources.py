@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import stat
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,11 +120,9 @@ def read_file(path: Path) -> bytes:
     """
     try:
         with open_without_waiting(path) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise Rejection("missing_image", "not a file")
-            check_size(status.st_size)
-            return file.read(status.st_size + 1) or b""
+            num_bytes = os.fstat(file.fileno()).st_size
+            check_size(num_bytes)
+            return file.read(num_bytes + 1)
     except OSError as error:
         raise Rejection("missing_image", error.strerror or one_line(error)) from None
     except ValueError as error:  # a zero byte

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files.workspace import locked, parse_json
+from pipeline.files.workspace import locked, read_json
 from pipeline.stages import STAGES, TUNE, Stage
 from slurm.control.scheduler import format_shards, parse_shards
 
@@ -57,7 +57,7 @@ def read_records(log_dir: Path) -> list[Record]:
     records = []
     for path in sorted(submissions_dir(log_dir).glob("[0-9]*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            records += [Record(**content) for content in parse_json(path.read_text(encoding="utf-8"))]
+            records += [Record(**content) for content in read_json(path)]
     return records
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.units import COMPLETE, STALE, UnitState
+from pipeline.own_folders import open_without_waiting
 from pipeline.stages import ANCHOR, STAGES, TAR, Stage, has_new_data
 from slurm.control import records, scheduler
 from slurm.control.records import Record
@@ -152,7 +153,7 @@ class Surveyor:
 def read_log(path: Path) -> JobLog | None:
     """Return what the end of a log says, None where there is no log."""
     try:
-        with open(path, "rb") as file:
+        with open_without_waiting(path) as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             text = file.read().decode("utf-8", "replace")
         age = time.time() - path.stat().st_mtime

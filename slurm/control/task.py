@@ -21,7 +21,7 @@ from pipeline import cli
 from pipeline.config import PROJECT_ROOT, count_cores
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files.units import measure_progress
-from pipeline.files.workspace import parse_json, write_json
+from pipeline.files.workspace import read_json, write_json
 from pipeline.ids import Shard
 from pipeline.stages import BY_LABEL, ROW_GROUP, TAR, WORKER, Stage
 from publish_model.new_data.embed_options import parse as parse_embed_options
@@ -109,7 +109,7 @@ def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> 
     path = records.submissions_dir(task.target.log_dir) / "marks" / f"{task_id}.json"
     mark = take_mark(task)
     try:
-        before = parse_json(path.read_text(encoding="utf-8"))
+        before = read_json(path)
     except (OSError, ValueError):
         before = None
     if before == mark:
