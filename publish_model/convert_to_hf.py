@@ -55,7 +55,7 @@ COUNTS = {"in": 1, "out": 1}  # models
 CONFIG_NAME = "config.json"
 # The names of files in a published folder; --overwrite leaves others alone.
 MADE = (
-    r"config\.json|preprocessor_config\.json|modules\.json|sentence_bert_config\.json|training_similarity\.json|"
+    r"config\.json|preprocessor_config\.json|modules\.json|sentence_bert_config\.json|pair_rates\.json|"
     r"README\.md|model(-.*)?\.safetensors(\.index\.json)?|(LICEN[CS]E|NOTICE|COPYING|license|notice).*|"
     + "|".join(path.name for path in CODE_PATHS)
 )
@@ -70,8 +70,6 @@ class PublishOptions(cli.Options):
     output: Path | None = None
     force: bool = False
     push_to_hub: str | None = None
-    public: bool = False
-    dry_run: bool = False
     dtype: str | None = None
 
 
@@ -94,7 +92,7 @@ def plan_checkpoint(config: Config, options: PublishOptions) -> "tuple[Provenanc
         from pipeline.reference.checkpoints import load_checkpoint
         from pipeline.retrieval.checkpoint import build_projector
         from publish_model.model_folder.model_parts import ModelParts
-        from publish_model.model_folder.training_similarity import measure_training
+        from publish_model.model_folder.pair_rates import measure_pairs
         from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel as Model
 
         section, settings = config.embedding_model, read_settings(backbone_dir / "config.json")
@@ -113,8 +111,8 @@ def plan_checkpoint(config: Config, options: PublishOptions) -> "tuple[Provenanc
             model.projector = build_projector(checkpoint)
             return model
 
-        training = measure_training(config, checkpoint)
-        return ModelParts(backbone_dir, described, load, checkpoint, section.input_size, metrics, training)
+        rates = measure_pairs(config, checkpoint)
+        return ModelParts(backbone_dir, described, load, checkpoint, section.input_size, metrics, rates)
 
     return describe_published(config, checkpoint_path, backbone_id, options.dtype), read_parts
 
@@ -229,8 +227,8 @@ def check_worth(checkpoint: "Checkpoint", force: bool) -> dict[str, dict[str, fl
     return {row: values for row, values in metrics.items() if isinstance(values, dict)}
 
 
-def push_to_hub(folder: Path, repo_id: str, *, public: bool, dry_run: bool) -> None:
-    """Upload a published folder to the hub, or log what would be; a new repository is private unless `public` is set.
+def push_to_hub(folder: Path, repo_id: str) -> None:
+    """Upload a published folder to the hub; a new repository is private.
 
     Other files in the folder, and links out of it, stay here. The token comes from $HF_TOKEN alone.
     Raises PipelineError if there is none or the hub refuses.
@@ -239,11 +237,6 @@ def push_to_hub(folder: Path, repo_id: str, *, public: bool, dry_run: bool) -> N
     for path in sorted(folder.iterdir()):
         if path.name not in names:
             logger.warning("%s: not uploaded: no file of a published model, or a link", path)
-        elif dry_run:
-            logger.info("would upload %s (%d bytes)", path.name, path.stat().st_size)
-    if dry_run:
-        logger.info("dry run, to %s (%s): nothing was uploaded", repo_id, "public" if public else "private")
-        return
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -252,7 +245,7 @@ def push_to_hub(folder: Path, repo_id: str, *, public: bool, dry_run: bool) -> N
         raise PipelineError(f"{repo_id}: no token to publish with: export HF_TOKEN, and run this again")
     try:
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=not public, exist_ok=True)
+        api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -302,7 +295,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     if config.paths.report_dir is not None:
         add_test_results(output, config.path("report_dir") / "metrics.json")
     if own.push_to_hub:
-        push_to_hub(output, own.push_to_hub, public=own.public, dry_run=own.dry_run)
+        push_to_hub(output, own.push_to_hub)
     return result
 
 
@@ -315,8 +308,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, metavar="DIR", help="folder to write (default: published_model_dir)")
     add("--force", action="store_true", help="publish a projector that retrieves worse than no training too")
     add("--push-to-hub", metavar="REPO_ID", help="upload the folder too, to a private repository ($HF_TOKEN)")
-    add("--public", action="store_true", help="with --push-to-hub: make a new repository public")
-    add("--dry-run", action="store_true", help="with --push-to-hub: list what would be uploaded, upload nothing")
     add("--dtype", choices=("float32", "bfloat16"), help="type of the published weights (default: the stored one)")
     arguments = parser.parse_args(argv)
     if arguments.checkpoint and arguments.from_model:

@@ -4,16 +4,13 @@
 
 Reads what stage 8 wrote and prints a table of what was checked; exit code 1 where something is broken. With --input the
 ids are compared with those of the input, row by row. --repair moves what is broken to OUTPUT/_removed/, so that running
-stage 8 again makes just that; files that this project did not write stay. With --model-id it also prints the
-share of images that are less similar to the training images than the first percentile of validation images.
+stage 8 again makes just that; files that this project did not write stay.
 """
 
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
@@ -22,15 +19,11 @@ from pipeline.embeddings_dataset.checks import Findings, check_dataset
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.deletions import read_order
 from pipeline.embeddings_dataset.parts import count_rows
-from pipeline.errors import InputError, PipelineError, one_line
+from pipeline.errors import PipelineError
 from pipeline.log import logger, logging_to
 from publish_model.derived.dataset_tool import make_tool_parser
-from publish_model.model_folder.published_model import find_model
-from publish_model.model_folder.training_similarity import nearest_similarity, read_training
 
 SHOWN = 20
-# Images that are compared with the training images, spread over the dataset.
-NUM_SAMPLED = 100_000
 
 
 def report(dataset: EmbeddingsDataset, findings: Findings) -> None:
@@ -52,30 +45,7 @@ def report(dataset: EmbeddingsDataset, findings: Findings) -> None:
         logger.info("%-20s %s", name, value)
 
 
-def compare_with_training(dataset: EmbeddingsDataset, model_id: str | None) -> str:
-    """Return one line with the share of images beyond the 99th percentile of distance to the training images.
-
-    Raises InputError where the model cannot be had, carries no statistics, or is not the dataset's.
-    """
-    if not model_id:
-        raise InputError("give --model-id")
-    model = find_model(model_id, download=False)
-    quantiles, reference = read_training(model.folder)
-    model.check_made(dataset)
-    step = max(1, dataset.num_rows // NUM_SAMPLED)
-    blocks = (block[-first % step :: step] for first, block in dataset.read_blocks())
-    similarity = np.concatenate([np.empty(0, np.float32), *(nearest_similarity(block, reference) for block in blocks)])
-    if not len(similarity):
-        raise InputError("the dataset holds no embeddings")
-    share = float(np.mean(similarity < quantiles["0.01"]))
-    return (
-        f"likeness to the training images: {share:.1%} of {len(similarity)} images are beyond the 99th percentile of "
-        f"distance (1 % is to be expected); median similarity {np.median(similarity):.3f}, "
-        f"held-out images {quantiles['0.5']:.3f}"
-    )
-
-
-def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model_id: str | None) -> None:
+def verify_dataset(output: Path, input_path: Path | None, repairing: bool) -> None:
     """Check a dataset, log its problems, and set broken files aside if `repairing`.
 
     Raises PipelineError if a problem remains.
@@ -89,11 +59,6 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool, model
         )
     findings = check_dataset(dataset, input_path)
     report(dataset, findings)
-    if dataset.parts:
-        try:
-            logger.info("%s", compare_with_training(dataset, model_id))
-        except InputError as error:
-            logger.info("likeness to the training images: not measured (%s)", one_line(error))
     if not findings.problems:
         done = "complete" if (dataset.state or {}).get("complete") else "sound so far, not complete yet"
         logger.info("%s: %s", dataset.folder, done)
@@ -117,10 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--input", "-i", type=Path, metavar="PATH", help="compare the ids with those of this input too")
     add("--repair", action="store_true", help="set aside what is broken, so that a rerun makes just that")
-    add("--model-id", metavar="ID", help="published model that carries the training statistics")
     arguments = parser.parse_args(argv)
     with logging_to(None), EmbeddingsDataset(arguments.output).held() if arguments.repair else nullcontext():
-        verify_dataset(arguments.output, arguments.input, arguments.repair, arguments.model_id)
+        verify_dataset(arguments.output, arguments.input, arguments.repair)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.inference.model_files import identify_model, is_within
 from publish_model import convert_to_hf as stage
 from publish_model.model_folder.model_card import add_test_results
-from publish_model.model_folder.training_similarity import FILE_NAME
+from publish_model.model_folder.pair_rates import FILE_NAME
 
 
 def snippets(folder):
@@ -181,16 +181,15 @@ def test_the_pipeline_brings_them_when_stage_9_is_done(config_file, run_main, tm
 # ---------------------------------------------------------------------------------------------------- the sample
 
 
-def test_the_sample_of_training_embeddings_is_named_and_no_part_of_the_version(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("publish_model.model_folder.training_similarity.measure_training", lambda *_: None)
+def test_the_rates_of_pairs_are_named_and_no_part_of_the_version(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("publish_model.model_folder.pair_rates.measure_pairs", lambda *_: None)
     stage.run(config, Options())
     without = identify_model(tmp_path / "published")
     assert FILE_NAME not in (tmp_path / "published" / "README.md").read_text()
-    sample = {"reference_shape": [17, 256], "quantiles": {}, "reference_float16": ""}
-    monkeypatch.setattr("publish_model.model_folder.training_similarity.measure_training", lambda *_: sample)
+    monkeypatch.setattr("publish_model.model_folder.pair_rates.measure_pairs", lambda *_: {"all": []})
     stage.run(config, Options(overwrite=True))
     card = (tmp_path / "published" / "README.md").read_text().replace("\n", " ")
-    assert f"`{FILE_NAME}` holds the embeddings of 17 images of the training split" in card
+    assert f"`{FILE_NAME}` says how often pairs of validation images reach a cosine" in card
     assert (tmp_path / "published" / FILE_NAME).is_file()
     assert identify_model(tmp_path / "published") == without
     for name in ("modules.json", "sentence_bert_config.json", FILE_NAME):

@@ -24,7 +24,7 @@ from publish_model import (
     search_embeddings,
     verify_embeddings,
 )
-from publish_model.model_folder import training_similarity
+from publish_model.model_folder import pair_rates
 
 
 @pytest.fixture
@@ -323,49 +323,11 @@ def unit(rows):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def test_the_nearest_similarity_is_that_of_a_loop():
-    generator = np.random.default_rng(0)
-    queries, reference = unit(generator.normal(size=(9, 5))), unit(generator.normal(size=(7, 5)))
-    expected = [max(float(query @ other) for other in reference) for query in queries]
-    assert np.allclose(training_similarity.nearest_similarity(queries, reference), expected, atol=1e-6)
-
-
-def test_the_share_beyond_the_99th_percentile_is_that_of_a_loop(verify, dataset, model_dir, tmp_path):
-    """The reference holds every second image of the dataset itself; held-out images lie at some distance from it."""
-    model = shutil.copytree(model_dir, tmp_path / "model")
-    embeddings = np.array(pq.read_table(dataset / "parts")["embedding"].to_pylist(), dtype=np.float32)
-    reference = embeddings[::2]
-    queries = unit(reference + np.random.default_rng(1).normal(size=reference.shape) * 1e-3)
-    (model / training_similarity.FILE_NAME).write_text(
-        json.dumps(training_similarity.describe_training(reference, queries))
-    )
-    quantiles, stored = training_similarity.read_training(model)
-    beyond = sum(max(float(one @ other) for other in stored) < quantiles["0.01"] for one in embeddings)
-    assert 0 < beyond < len(embeddings)
-    expected = f"{beyond / len(embeddings):.1%} of {len(embeddings)} images are beyond the 99th percentile of distance"
-    assert expected in verify(dataset, "--model-id", model).stderr
-    (model / "config.json").write_text((model / "config.json").read_text() + " ")  # now it is another model
-    outcome = verify(dataset, "--model-id", model)
-    assert outcome.code == 0
-    assert "not the model that the embeddings" in outcome.stderr
-
-
-def test_a_published_folder_carries_the_quantiles_of_its_training(
-    config_with_splits, verify, embed, packaged, tmp_path
-):
-    model = config_with_splits
-    content = json.loads((model / training_similarity.FILE_NAME).read_text())
-    assert list(content["quantiles"]) == ["0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99"]
-    assert sorted(content["quantiles"].values()) == list(content["quantiles"].values())
-    assert content["reference_shape"] == [40, 256]
+def test_a_published_folder_carries_the_rates_of_pairs_of_its_validation(config_with_splits):
     for kind in ("all", "near"):  # 30 images of 10 buildings
-        rates = training_similarity.read_pairs(model, kind).columns["false_rate"]
+        rates = pair_rates.read_pairs(config_with_splits, kind).columns["false_rate"]
         assert len(rates) > 5
         assert 0 < rates.min() < rates.max() < 1
-    assert embed(packaged, tmp_path / "out", model=model).code == 0
-    assert "not measured (give --model-id)" in verify(tmp_path / "out").stderr
-    outcome = verify(tmp_path / "out", "--model-id", model)
-    assert "of 37 images are beyond the 99th percentile of distance" in outcome.stderr
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ DEFAULT_MODEL_ID = "alexwaolson/spatial-building-embeddings"
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "notice*"]
 # The files of a model: settings, weights, remote code and licence, without flax and onnx copies.
 MODEL_FILES = ["*.json", "*.safetensors", "*.py", *LICENCE_FILES, "README.md"]
-# Only files that change the embeddings count: no model card, notes on training images or settings of other libraries.
+# Only files that change the embeddings count: no model card, rates of validation or settings of other libraries.
 _IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
-_NO_IDENTITY = {"training_similarity.json", "modules.json", "sentence_bert_config.json"}
+_NO_IDENTITY = {"pair_rates.json", "modules.json", "sentence_bert_config.json"}
 
 
 def embedding_settings(section: EmbeddingModelSection) -> dict[str, Any]:

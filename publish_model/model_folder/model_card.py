@@ -60,7 +60,7 @@ def write_card(folder: Path, model: "ModelParts", dtype: str) -> None:
         dtype=dtype, licence=licence,
         unreached={row: ROWS[row] for row in worse_than(model.metrics)} if model.metrics else {},
         licence_files=licence_files,
-        num_training_samples=model.training["reference_shape"][0] if model.training else 0,
+        has_pair_rates=model.pair_rates is not None,
         versions={package: installed_version(package) for package in ("torch", "transformers")},
     )  # fmt: skip
     ModelCard(text + "\n").save(folder / "README.md")

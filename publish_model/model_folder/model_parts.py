@@ -27,7 +27,7 @@ class ModelParts:
     checkpoint: Checkpoint
     image_size: int | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # of the validation split, where measured
-    training: dict[str, Any] | None = None  # the content of training_similarity.json
+    pair_rates: dict[str, Any] | None = None  # the content of pair_rates.json
 
     def list_licences(self) -> list[Path]:
         """List the licence texts that came with it; a link out of the folder could publish any file of the user's."""

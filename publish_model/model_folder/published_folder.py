@@ -12,10 +12,10 @@ from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.files.workspace import parse_json
 from pipeline.inference.backbone import check_embeddings
 from pipeline.inference.model_files import digest_weights, read_settings
-from publish_model.model_folder import training_similarity
 from publish_model.model_folder.model_card import write_card
 from publish_model.model_folder.model_code import read_code
 from publish_model.model_folder.model_parts import ModelParts
+from publish_model.model_folder.pair_rates import FILE_NAME
 
 # With these SentenceTransformer (6 or newer) loads the same weights.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -48,8 +48,8 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     for path in model.list_licences():
         shutil.copyfile(path, folder / path.name)
     copy_processor(model.folder, folder, model.image_size)
-    if model.training is not None:
-        (folder / training_similarity.FILE_NAME).write_text(json.dumps(model.training) + "\n", encoding="utf-8")
+    if model.pair_rates is not None:
+        (folder / FILE_NAME).write_text(json.dumps(model.pair_rates) + "\n", encoding="utf-8")
     write_card(folder, model, stored)
     try_model(folder, model)
 
