@@ -1,4 +1,4 @@
-"""Make tables, tars and a backbone of the real ones' shapes, from a seed."""
+"""Make tables and tars of the real ones' shapes, from a seed."""
 
 import io
 import json
@@ -51,29 +51,15 @@ def draw_buildings(generator: np.random.Generator, count: int) -> np.ndarray:
 
 
 def draw_ids(generator: np.random.Generator, dataset_id: int, buildings: np.ndarray) -> dict[str, object]:
-    """Return stage 1's columns of a tar whose buildings stand about 15 m apart; one panorama shows three buildings."""
+    """Return the ids of a tar's fingerprints; its buildings stand about 15 m apart."""
     count, num_buildings = len(buildings), int(buildings[-1]) + 1
     side = 15.0 * np.sqrt(num_buildings) / METRES_PER_DEGREE
     places = generator.uniform(0, side, (num_buildings, 2))
-    views = np.arange(count) - np.searchsorted(buildings, buildings)
     return {
-        "dataset_id": np.full(count, dataset_id),
-        "target_id": buildings,
-        "patch_id": np.arange(count),
-        "street_view_id": buildings // 3 * 7 + views,
         "target_lat": CITY[0] + dataset_id % 100 / 10 + places[buildings, 0],
         "target_lon": CITY[1] + dataset_id // 100 / 10 + places[buildings, 1],
         "building_id": [f"{dataset_id:04d}_{building}" for building in buildings],
         "streetview_image_id": [f"{dataset_id:04d}_{patch}" for patch in range(count)],
-        "image_path": [f"{dataset_id:04d}/{patch:07d}.jpg" for patch in range(count)],
-        "tar_file": [f"{dataset_id:04d}.tar"] * count,
-        "street_lat": generator.uniform(52, 53, count),
-        "street_lon": generator.uniform(0, 1, count),
-        "distance_m": generator.uniform(5, 40, count),
-        "heading": generator.uniform(-180, 180, count),
-        "pitch": generator.uniform(-20, 20, count),
-        "image_offset": np.arange(count) * 110_000,
-        "image_size": np.full(count, 109_000),
     }
 
 
@@ -98,8 +84,7 @@ def _make_fingerprint_file(folder: Path, start: int, count: int, image_size: int
     buildings = draw_buildings(generator, min(IMAGES_PER_TAR, count - start))
     values = (128 + 24 * draw_values(generator, buildings, width)).clip(0, 255).astype(np.uint8)
     ids = draw_ids(generator, dataset_id, buildings)
-    table = pa.table({name: ids[name] for name in tables.FINGERPRINT_ID_SCHEMA.names})
-    table = table.cast(tables.FINGERPRINT_ID_SCHEMA)
+    table = pa.table(ids).select(tables.FINGERPRINT_ID_SCHEMA.names).cast(tables.FINGERPRINT_ID_SCHEMA)
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
     path = folder / "fingerprints" / f"{dataset_id:04d}_fingerprints.parquet"
     provenance = tables.make_provenance("compute_fingerprints", [], {"image_size": image_size})

@@ -34,7 +34,7 @@ from pipeline.errors import InputError
 from pipeline.files.identity import identify
 from pipeline.files.listing import list_outputs
 from pipeline.files.tables import make_provenance, parquet_writer
-from pipeline.files.units import COMPLETE, Provenance, Unit, drop_missing, find_complete, find_state, keep_complete
+from pipeline.files.units import COMPLETE, Provenance, Unit, find_complete, find_state, keep_complete, refuse_missing
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.own_folders import discard, remove
 from pipeline.stages import STAGES
@@ -187,7 +187,7 @@ def describe_output(config: Config) -> dict[str, Any]:
     """Return the provenance that the output must have, but for the band edges and counts."""
     paths = list_outputs(config.path("fingerprints_dir"), 4, "_fingerprints")
     # The settings that shape the output.
-    settings = config.difficulty.model_dump(exclude={"backend", "allow_missing_fingerprints"})
+    settings = config.difficulty.model_dump(exclude={"backend"})
     return make_provenance(STAGE, [identify(source) for source in paths], settings | {"seed": config.global_.seed})
 
 
@@ -202,11 +202,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     paths = list_outputs(config.path("fingerprints_dir"), 4, "_fingerprints")
     (unit,) = list_units(config)
     result = cli.StageResult(STAGE)
-    if options.shard.index == 0:  # one shard counts for all
-        drop_missing(
-            result, config, paths, "fingerprints",
-            allowed=config.difficulty.allow_missing_fingerprints, setting="[difficulty].allow_missing_fingerprints",
-        )  # fmt: skip
+    refuse_missing(config, paths, "fingerprints")
     if keep_complete(unit, result, options.overwrite):
         return result
     with result.watch.measure("read"):

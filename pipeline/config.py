@@ -97,15 +97,11 @@ class DataSection(Section):
     train_ratio: float = Field(0.7, ge=0.0, le=1.0, description="share of the buildings")
     val_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
     test_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
-    split_unit: Literal["building", "dataset"] = Field(
-        "building", description="unit of the split; dataset: whole tars, to test on unseen cities"
-    )
     split_cell_m: float = Field(0.0, ge=0.0, description="metres; above 0: split by geographic cells of this size")
     split_file: str | None = Field(
         None, description="table of building_id, split, or old merged_dir; wins over the hash"
     )
     max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="a run with a larger share of rejects fails")
-    allow_missing_embeddings: bool = Field(False, description="stage 3 drops tars without embeddings")
     memory_mb: int = Field(1024, ge=16, description="MiB of embeddings in memory in stage 3")
 
     @model_validator(mode="after")
@@ -113,8 +109,6 @@ class DataSection(Section):
         total = self.train_ratio + self.val_ratio + self.test_ratio
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"train_ratio, val_ratio, test_ratio: must sum to 1, they sum to {round(total, 9)}")
-        if self.split_unit == "dataset" and self.split_cell_m > 0:
-            raise ValueError('split_unit, split_cell_m: "dataset" holds out whole tars, so split_cell_m must be 0')
         return self
 
 
@@ -136,7 +130,6 @@ class DifficultySection(Section):
     pca_components: int = Field(32, ge=1, description="dimensions of the search space")
     backend: Literal["auto", "balltree", "torch"] = Field("auto", description="exact search engine")
     exclude_within_m: float = Field(0.0, ge=0.0, description="metres; ignore nearer targets; 0: off")
-    allow_missing_fingerprints: bool = Field(False, description="stage 5 drops tars without fingerprints")
 
 
 class TrainingModelSection(Section):

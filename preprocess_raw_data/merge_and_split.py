@@ -26,13 +26,13 @@ from pipeline.errors import InputError
 from pipeline.files.identity import hash_json, identify
 from pipeline.files.listing import list_outputs
 from pipeline.files.tables import make_provenance, parquet_writer, read_provenance
-from pipeline.files.units import Unit, drop_missing, keep_complete
+from pipeline.files.units import Unit, keep_complete, refuse_missing
 from pipeline.log import Progress, logger
 from pipeline.own_folders import discard, make_folder, move, remove, sync_folder
 from pipeline.stages import STAGES
 from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
-from preprocess_raw_data.merging.leakage import log_leakage, measure_leakage
+from preprocess_raw_data.merging.leakage import measure_leakage
 from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, read_split_file
 
 STAGE = "merge_and_split"
@@ -108,7 +108,7 @@ def list_units(config: Config) -> list[Unit]:
 
 def describe_output(config: Config) -> dict[str, Any]:
     """Return the provenance that the splits must have, without the counts; a split file counts by its content."""
-    names = {"train_ratio", "val_ratio", "test_ratio", "split_unit", "split_cell_m"}
+    names = {"train_ratio", "val_ratio", "test_ratio", "split_cell_m"}
     split_file = hash_json(read_named(config)) if config.data.split_file else None
     settings = config.data.model_dump(include=names) | {"seed": config.global_.seed, "split_file": split_file}
     return make_provenance(
@@ -124,10 +124,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     config.require_paths("embeddings_dir", "merged_dir")
     result = cli.StageResult(STAGE)
     paths = list_outputs(config.path("embeddings_dir"), 2, "_embeddings")
-    drop_missing(
-        result, config, paths, "embeddings",
-        allowed=config.data.allow_missing_embeddings, setting="[data].allow_missing_embeddings",
-    )  # fmt: skip
+    refuse_missing(config, paths, "embeddings")
     (unit,) = list_units(config)
     if keep_complete(unit, result, options.overwrite):
         remove(config.path("merged_dir") / SPILL)  # of a run that was killed behind the last rename
@@ -176,14 +173,12 @@ def plan_splits(
     if config.data.split_file:
         _compare_named(config.data.split_file, named, inventory.buildings.ids)
     splits[kept] = assign_splits(buildings, config.data, config.global_.seed, named)
-    leakage = measure_leakage(inventory, splits)
-    log_leakage(leakage)
     total, dropped = int(images.sum()), int((images < 2).sum())
     common = wanted | {
         "counts": {"in": total, "out": total - dropped, "dropped": dropped},
         "reasons": {SINGLE: dropped} if dropped else {},
         "split_hash": hash_splits(buildings.ids, splits[kept]),
-        "leakage": {"written": leakage},
+        "leakage": measure_leakage(inventory.buildings, splits),
     }
     provenances = []
     for number, split in enumerate(SPLITS):

@@ -9,7 +9,7 @@
 if [ -n "${SCRATCH:-}" ]; then : "${HF_HOME:=$SCRATCH/huggingface}"; fi
 
 # How often a task may requeue itself after a time limit or a preemption.
-: "${MAX_REQUEUES:=20}"
+: "${MAX_REQUEUES:=8}"
 
 # 1: a GPU stage fails where torch sees no GPU. auto: only where the node has one. 0: it goes on with the CPU.
 : "${REQUIRE_GPU:=auto}"

@@ -1,14 +1,12 @@
 """Show how far the pipeline is on the cluster: every stage, what failed and why, and the commands that retry it.
 
-    python slurm/status.py [--config C] [--json] [--watch [SECONDS]]
+    python slurm/status.py [--config C] [--json]
 
 Reads the outputs, log_dir/submissions, the jobs' logs and, where it answers, squeue. Changes nothing.
 """
 
-import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from slurm.control.survey import survey
 
-HEAD = ("stage", "name", "done", "running", "failed", "not started", "of", "rate")
+HEAD = ("stage", "name", "done", "running", "failed", "not started", "of")
 
 
 def format_status(stages: list[dict[str, Any]]) -> str:
     """Return the table, the failures and the commands."""
-    line = "{:>5}  {:<32}  {:>5}  {:>7}  {:>6}  {:>11}  {:>5}  {:>12}".format
-    lines = [line(*row).rstrip() for row in (HEAD, *map(_format_row, stages))]
+    line = "{:>5}  {:<32}  {:>5}  {:>7}  {:>6}  {:>11}  {:>5}".format
+    lines = [line(*row) for row in (HEAD, *map(_format_row, stages))]
     failing = [stage for stage in stages if stage["failures"]]
     for stage in failing:
         for failure in stage["failures"]:
@@ -39,33 +37,21 @@ def format_status(stages: list[dict[str, Any]]) -> str:
 
 
 def _format_row(stage: dict[str, Any]) -> tuple[str, ...]:
-    rate = "" if stage["items_per_second"] is None else f"{stage['items_per_second']:.0f} {stage['items']}/s"
     counts = [str(stage[key]) for key in ("done", "running", "failed", "not_started")]
-    return (str(stage["stage"]), stage["name"], *counts, str(stage["total"] or "?"), rate)
-
-
-def show(arguments: argparse.Namespace) -> bool:
-    """Print the state once; return whether everything is done."""
-    config = cli.config_from(arguments)
-    stages = survey(config, arguments.overrides)
-    if arguments.json:
-        print(json.dumps({"config": str(config.file_path), "stages": stages}, indent=2), flush=True)
-    else:
-        if arguments.watch and sys.stdout.isatty():
-            print("\x1b[2J\x1b[H", end="")
-        print(format_status(stages), flush=True)
-    return all(stage["total"] and stage["done"] == stage["total"] for stage in stages)
+    return (str(stage["stage"]), stage["name"], *counts, str(stage["total"] or "?"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Show the state from a command line."""
     parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--watch", type=float, nargs="?", const=30.0, metavar="SECONDS",
-                        help="again every SECONDS (30), until all is done")  # fmt: skip
     arguments = parser.parse_args(argv)
-    while not show(arguments) and arguments.watch:
-        time.sleep(arguments.watch)
+    config = cli.config_from(arguments)
+    stages = survey(config, arguments.overrides)
+    if arguments.json:
+        print(json.dumps({"config": str(config.file_path), "stages": stages}, indent=2))
+    else:
+        print(format_status(stages))
 
 
 if __name__ == "__main__":

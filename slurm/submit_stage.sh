@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Submits one stage, or some shards of it:
-#   slurm/submit_stage.sh STAGE --account A [--config C] [--shards LIST] [--array-size N] [--dry-run] [-- OPTIONS]
+# Submits one stage, or what is left of it:
+#   slurm/submit_stage.sh STAGE --account A [--config C] [--array-size N] [--dry-run] [-- OPTIONS]
 # Every option: --help. All that it decides is decided in submit.py.
 set -euo pipefail
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)

@@ -45,7 +45,7 @@ def test_buildings_without_a_position_are_counted_and_split_by_their_ids(tmp_pat
     expected = {f"0001_{number}": SPLITS[choose_split(42, f"0001_{number}", DataSection())] for number in range(1, 16)}
     assert {building: found[building] for building in expected} == expected
     assert "15 buildings have no finite target_lat, target_lon" in outcome.stderr
-    leakage = tables.read_provenance(tmp_path / "merged" / "train.parquet")["leakage"]["written"]
+    leakage = tables.read_provenance(tmp_path / "merged" / "train.parquet")["leakage"]
     assert leakage["buildings_without_position"] == 15
 
 

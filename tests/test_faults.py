@@ -17,10 +17,7 @@ def run_campaign(*arguments):
 
 
 def test_what_is_disturbed_is_refused_or_comes_out_as_undisturbed():
-    words = [
-        "SIGKILL", "SIGTERM", "two writers", "three shards", "disk full at", "a part one", "lacks", "takedown killed",
-        "another program", "stages 1 to 4", "tuning",
-    ]  # fmt: skip
+    words = ["SIGKILL", "two writers", "disk full at", "takedown killed", "another program", "stages 1 to 4"]
     done = run_campaign("--tries", "2", "--seed", "7", *(option for word in words for option in ("--only", word)))
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()[2:] if line]

@@ -1,29 +1,25 @@
 """What the test split can see of the training split, against loops over all pairs."""
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipeline.config import DataSection
 from pipeline.retrieval.geography import distances_m
-from preprocess_raw_data.merging.embedding_inventory import Inventory
-from preprocess_raw_data.merging.leakage import RADII_M, count_near, log_leakage, measure_leakage
+from preprocess_raw_data.merging.leakage import RADII_M, measure_leakage
 from preprocess_raw_data.merging.splits import Buildings, assign_splits
 
 METRES_PER_DEGREE = 111_195.0
 
 
-def make_buildings(lat, lon, dataset_ids=None):
-    count = len(lat)
-    datasets = np.ones(count, np.int64) if dataset_ids is None else np.asarray(dataset_ids)
-    ids = pa.array([f"{dataset:04d}_{number}" for number, dataset in enumerate(datasets)])
-    return Buildings(ids, datasets, np.asarray(lat, float), np.asarray(lon, float))
+def make_buildings(lat, lon):
+    ids = pa.array([f"0001_{number}" for number in range(len(lat))])
+    return Buildings(ids, np.asarray(lat, float), np.asarray(lon, float))
 
 
-def make_inventory(buildings, codes, panoramas):
-    return Inventory([Path("a")], [np.asarray(codes, np.int32)], np.asarray(panoramas, np.int32), buildings, 1, None)
+def count_near(buildings, splits):
+    counts = measure_leakage(buildings, splits)["test_buildings_with_train_within_m"]
+    return {int(radius): count for radius, count in counts.items()}
 
 
 def near_by_hand(buildings, splits, radius):
@@ -58,33 +54,15 @@ def test_without_training_or_test_buildings_nothing_is_near(missing):
     assert count_near(buildings, splits) == {10: 0, 25: 0, 50: 0}
 
 
-def test_panoramas_and_datasets_of_several_splits_are_counted_and_dropped_buildings_are_not():
-    buildings = make_buildings([52.0, 53.0, 54.0, 55.0], [0.0] * 4, [1, 1, 2, 2])
-    splits = np.array([0, 2, 1, -1], np.int8)
-    codes = [0, 0, 1, 1, 2, 2, 3]
-    panoramas = [0, 1, 1, 2, 2, 3, 0]  # 1 in train and test, 2 in test and val, 0 in train and a dropped building
-    assert measure_leakage(make_inventory(buildings, codes, panoramas), splits) == {
-        "test_buildings": 1,
-        "test_buildings_with_train_within_m": {"10": 0, "25": 0, "50": 0},
-        "buildings_without_position": 0,
-        "panoramas": 4,
-        "panoramas_in_several_splits": 2,
-        "datasets_in_several_splits": 1,
-    }
-
-
 def test_cells_lower_the_leakage_and_the_log_tells_it(caplog):
     generator = np.random.default_rng(0)
     count = 400
     lat = 52.2 + generator.uniform(0, 600, count) / METRES_PER_DEGREE
     lon = 0.1 + generator.uniform(0, 600, count) / (METRES_PER_DEGREE * 0.613)
-    buildings = make_buildings(lat, lon, np.arange(count) // 100)
-    inventory = make_inventory(buildings, np.repeat(np.arange(count), 2), np.arange(2 * count) // 5)
+    buildings = make_buildings(lat, lon)
     splits = [assign_splits(buildings, DataSection(split_cell_m=cell_m), 1, {}) for cell_m in (0.0, 200.0)]
-    found = [measure_leakage(inventory, split) for split in splits]
-    near = [counts["test_buildings_with_train_within_m"]["25"] for counts in found]
-    assert near[0] > 2 * near[1]
     with caplog.at_level("INFO", "spatial_building_embeddings"):
-        log_leakage(found[0])
+        near = [count_near(buildings, split)[25] for split in splits]
+    assert near[0] > 2 * near[1]
     assert "leakage: of" in caplog.text
     assert f"25 m {near[0]} (" in caplog.text

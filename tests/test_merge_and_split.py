@@ -117,23 +117,6 @@ def test_a_building_over_two_files_is_one_building(tmp_path, stage):
         assert len(set(buildings)) == sum(1 for a, b in zip([None, *buildings], buildings, strict=False) if a != b)
 
 
-def test_one_tar_under_two_numbers_is_said(tmp_path, stage, city):
-    assert "copy of its tar" not in stage().stderr
-    copy = make_rows(1, [2, 2])
-    write(tmp_path, 8, copy)
-    names = {"dataset_id": pa.array([9] * 4)} | {
-        name: pa.array([one.replace("0001_", "0009_") for one in copy[name].to_pylist()])
-        for name in ("building_id", "streetview_image_id")
-    }
-    for name, column in names.items():
-        copy = copy.set_column(copy.schema.get_field_index(name), name, column)
-    write(tmp_path, 9, copy)
-    for number in (1, 2, 3):
-        (tmp_path / "embeddings" / f"{number:04d}_embeddings.parquet").unlink(missing_ok=True)
-    said = stage("--overwrite").stderr
-    assert "0009_embeddings.parquet: has the views of 0008_embeddings.parquet, which is a copy of its tar then" in said
-
-
 def test_embeddings_are_split_by_byte_in_the_file(tmp_path, stage, city):
     stage()
     metadata = pq.read_metadata(tmp_path / "merged" / "train.parquet")
@@ -141,46 +124,6 @@ def test_embeddings_are_split_by_byte_in_the_file(tmp_path, stage, city):
     (embedding,) = [column for column in columns if column.path_in_schema == "embedding.list.element"]
     assert "BYTE_STREAM_SPLIT" in embedding.encodings
     assert {column.compression for column in columns} == {"ZSTD"}
-
-
-def test_whole_tars_are_held_out_and_the_leakage_is_told(tmp_path, stage):
-    for dataset in range(1, 13):
-        write(tmp_path, dataset, make_rows(dataset, [3, 3, 2]))
-    outcome = stage("data.split_unit=dataset")
-    assert outcome.code == 0
-    split_of_tar = {}
-    for building, split in place_of(tmp_path).items():
-        split_of_tar.setdefault(building[:4], set()).add(split)
-    expected = {
-        f"{dataset:04d}": {SPLITS[choose_split(42, f"dataset:{dataset}", DataSection())]} for dataset in range(1, 13)
-    }
-    assert split_of_tar == expected
-    assert len(set.union(*expected.values())) > 1
-    provenance = tables.read_provenance(tmp_path / "merged" / "train.parquet")
-    assert provenance["settings"]["split_unit"] == "dataset"
-    leakage = provenance["leakage"]
-    assert leakage["written"]["datasets_in_several_splits"] == 0
-    assert leakage["written"]["panoramas_in_several_splits"] == 0
-    assert "leakage: of" in outcome.stderr
-    assert "(split_unit was 'dataset' and is now 'building')" in stage().stderr
-
-
-def test_whole_tars_and_cells_cannot_go_together(tmp_path, stage, city):
-    outcome = stage("data.split_unit=dataset", "data.split_cell_m=100")
-    assert outcome.code == 2
-    assert 'split_unit, split_cell_m: "dataset" holds out whole tars, so split_cell_m must be 0' in outcome.stderr
-
-
-def test_a_split_file_wins_over_whole_tars_and_the_torn_ones_are_counted(tmp_path, stage, city):
-    assert stage("data.split_unit=dataset").code == 0
-    before = place_of(tmp_path)
-    (building,) = list(before)[:1]
-    other = SPLITS[(SPLITS.index(before[building]) + 1) % 3]
-    (tmp_path / "old.csv").write_text(f"building_id,split\n{building},{other}\n")
-    assert stage("data.split_unit=dataset", "data.split_file=old.csv", "--overwrite").code == 0
-    assert place_of(tmp_path) == before | {building: other}
-    leakage = tables.read_provenance(tmp_path / "merged" / "val.parquet")["leakage"]
-    assert leakage["written"]["datasets_in_several_splits"] == 1
 
 
 @pytest.mark.parametrize("where", ["row", "number"])

@@ -127,7 +127,7 @@ def test_what_the_user_keeps_where_old_output_is_set_aside_stays(tmp_path, caplo
 
 def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, monkeypatch, run_main):
     write(tmp_path, 1, make_rows(1, SIZES))
-    config = write_config(tmp_path, data={"allow_missing_embeddings": True})
+    config = write_config(tmp_path)
     assert run_main(merge_and_split.main, "--config", config).code == 0
     before = read(tmp_path / "merged")
     plain, synced = workspace.sync_file, []

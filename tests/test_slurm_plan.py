@@ -53,9 +53,9 @@ def config(tmp_path, write_config, make_tar):
     return load_config(path)
 
 
-def plan(config, first=1, last=9, active=None, only=None, **cut):
+def plan(config, first=1, last=9, active=None, **cut):
     stages = choose_stages(config, first, last) or [TUNE]
-    return make_plan(Target(config.log_dir, config), stages, active or {}, only, **cut)
+    return make_plan(Target(config.log_dir, config), stages, active or {}, **cut)
 
 
 def summarize(found):
@@ -82,11 +82,11 @@ def test_every_stage_waits_for_what_it_reads_and_for_nothing_else(config):
 
 def test_tuning_is_an_array_of_workers_behind_what_training_reads(config):
     assert summarize(plan(config, 0, 0, array_size=4)) == [(0, "0-3", "")]
-    under_way = {3: [ActiveTask("7", 0, 1, False)], 5: [ActiveTask("8_0", 0, 1, True)]}
+    under_way = {3: [ActiveTask("7", 0, 1)], 5: [ActiveTask("8_0", 0, 1)]}
     assert summarize(plan(config, 0, 0, under_way)) == [(0, "0", "afterok:7:8_0")]
-    workers = {0: [ActiveTask("9_1", 1, 3, False)]}
+    workers = {0: [ActiveTask("9_1", 1, 3)]}
     assert summarize(plan(config, 0, 0, workers, array_size=3)) == [(0, "0,2", "")]
-    anchors = {5: [ActiveTask("9_1", 1, 3, False)]}
+    anchors = {5: [ActiveTask("9_1", 1, 3)]}
     assert summarize(plan(config, 5, 5, anchors, array_size=3)) == [(5, "0,2", "")]
 
 
@@ -96,7 +96,7 @@ def test_stage_8_is_there_where_new_data_are_set(tmp_path, write_config):
 
 
 def test_part_of_the_chain_waits_for_what_of_the_rest_is_in_the_queue(config):
-    active = {2: [ActiveTask("70_1", 1, 3, False)], 5: [ActiveTask("71_0", 0, 1, True)]}
+    active = {2: [ActiveTask("70_1", 1, 3)], 5: [ActiveTask("71_0", 0, 1)]}
     assert summarize(plan(config, 6, 7, active)) == [(6, "0", "afterok:71_0"), (7, "0", "afterok:j0")]
 
 
@@ -160,7 +160,7 @@ def test_a_shard_with_too_many_rejects_is_not_done_although_its_outputs_are_ther
 
 
 def test_what_is_in_the_queue_is_not_submitted_again_and_the_rest_waits_for_it(config):
-    active = {1: [ActiveTask(f"70_{shard}", shard, 3, False) for shard in (0, 1)], 2: [ActiveTask("71_0", 0, 3, True)]}
+    active = {1: [ActiveTask(f"70_{shard}", shard, 3) for shard in (0, 1)], 2: [ActiveTask("71_0", 0, 3)]}
     assert summarize(plan(config, 1, 3, active)) == [
         (1, "2", ""),
         (2, "1", "aftercorr:70"),
@@ -169,53 +169,31 @@ def test_what_is_in_the_queue_is_not_submitted_again_and_the_rest_waits_for_it(c
     ]
 
 
-def test_what_waits_for_a_shard_that_is_retried_is_submitted_anew(config):
-    """It would be taken out of the queue with the failed shard it waits for."""
-    active = {2: [ActiveTask("71_0", 0, 3, False)], 3: [ActiveTask("72", 0, 1, True)]}
-    process_tar.main(["--config", str(config.file_path)])
-    found = plan(config, 2, 3, active)
-    assert summarize(found) == [(2, "1-2", ""), (3, "0", "afterok:71_0:j0")]
-    assert found.replaced == ["72"]
-
-
 def test_the_queue_settles_into_how_many_shards_the_per_tar_stages_are_cut(config):
-    active = {2: [ActiveTask("71_0", 0, 2, False)]}
+    active = {2: [ActiveTask("71_0", 0, 2)]}
     assert [job.shard_count for job in plan(config, 1, 4, active).jobs] == [2, 2, 1, 2]
     with pytest.raises(ConfigError, match="cut it into 2 shards, not 3"):
         plan(config, 1, 4, active, array_size=3)
 
 
-def test_some_shards_alone_can_be_submitted(config):
-    assert summarize(plan(config, 2, 2, only=[1])) == [(2, "1", "")]
-    with pytest.raises(ConfigError, match="has shards 0 to 2"):
-        plan(config, 2, 2, only=[3])
-
-
 # ------------------------------------------------------------------------------------------------ the cut
 
 
-def test_arrays_are_cut_at_what_the_cluster_allows_and_at_the_number_of_tars():
-    assert count_shards(STAGES[1], 5000, 4000, 1001, []) == 1001
-    assert count_shards(STAGES[1], 5000, 64, 1001, []) == 64
-    assert count_shards(STAGES[1], 10, 64, 1001, []) == 10
-    assert count_shards(STAGES[2], None, 64, 1001, []) == 64
-    assert count_shards(STAGES[2], None, None, 1001, []) == 1
-    assert [count_shards(STAGES[2], tars, None, 1001, []) for tars in (4, 5000)] == [4, 64]
-    assert count_shards(STAGES[5], 1, None, 1001, []) == 1
-    assert count_shards(STAGES[5], 1, 4, 1001, []) == 4
-    assert count_shards(STAGES[8], 500, None, 1001, []) == 1
-    assert count_shards(STAGES[6], 1, 64, 1001, []) == 1
+def test_arrays_are_cut_at_the_number_of_tars():
+    assert count_shards(STAGES[1], 5000, 64, []) == 64
+    assert count_shards(STAGES[1], 10, 64, []) == 10
+    assert count_shards(STAGES[2], None, 64, []) == 64
+    assert count_shards(STAGES[2], None, None, []) == 1
+    assert [count_shards(STAGES[2], tars, None, []) for tars in (4, 5000)] == [4, 64]
+    assert count_shards(STAGES[5], 1, None, []) == 1
+    assert count_shards(STAGES[5], 1, 4, []) == 4
+    assert count_shards(STAGES[8], 500, None, []) == 1
+    assert count_shards(STAGES[6], 1, 64, []) == 1
 
 
 def test_the_array_size_of_a_chain_cuts_no_search_for_neighbours(config):
     assert [job.shard_count for job in plan(config, array_size=3).jobs if job.stage.number == 5] == [1]
     assert [job.shard_count for job in plan(config, 5, 5, array_size=3).jobs] == [3]
-
-
-def test_the_clusters_limit_is_read_from_its_configuration(monkeypatch):
-    assert scheduler.read_max_array_size() == 1001
-    monkeypatch.setattr(scheduler, "ask", lambda _command: "MaxArraySize            = 10000\nMaxJobCount = 5\n")
-    assert scheduler.read_max_array_size() == 10000
 
 
 @pytest.mark.parametrize(("shards", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([3, 1, 7, 2], "1-3,7"), ([5, 9], "5,9")])

@@ -26,7 +26,7 @@ NOWHERE = np.zeros(len(IDS))
 
 
 def make_buildings(ids=IDS, lat=NOWHERE, lon=NOWHERE):
-    return Buildings(pa.array(ids), np.array([int(name[:4]) for name in ids]), lat, lon)
+    return Buildings(pa.array(ids), lat, lon)
 
 
 def assign(ids=IDS, lat=NOWHERE, lon=NOWHERE, seed=42, named=None, **data):
@@ -114,23 +114,10 @@ def test_a_cell_is_as_wide_and_high_as_it_says_and_goes_to_one_split():
 
 def test_a_named_building_goes_where_it_is_named_whatever_the_unit():
     named = {building: SPLITS[number % 3] for number, building in enumerate(IDS[::5])}
-    for data in ({}, {"split_cell_m": 100.0}, {"split_unit": "dataset"}):
+    for data in ({}, {"split_cell_m": 100.0}):
         free, held = assign(**data), assign(named=named, **data)
         for building, before, after in zip(IDS, free, held, strict=True):
             assert after == named.get(building, before)
-
-
-def test_whole_datasets_go_where_the_hash_of_seed_and_dataset_sends_them():
-    for seed in range(3):
-        expected = [split_by_hand(seed, f"dataset:{int(name[:4])}", 0.7, 0.15) for name in IDS]
-        assert assign(seed=seed, split_unit="dataset") == expected
-        assert len(set(expected)) > 1
-
-
-def test_the_strings_are_the_same_however_many_are_taken_at_a_time(monkeypatch):
-    expected = assign()
-    monkeypatch.setattr("preprocess_raw_data.merging.splits._STRINGS_AT_A_TIME", 7)
-    assert assign() == expected
 
 
 def test_the_hash_of_a_split_depends_on_who_is_where_and_not_on_the_order():

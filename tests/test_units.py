@@ -24,7 +24,6 @@ from pipeline.files.units import (
     find_complete,
     find_state,
     list_tar_units,
-    measure_progress,
 )
 from pipeline.files.workspace import write_json
 from pipeline.ids import Shard
@@ -262,13 +261,3 @@ def test_what_a_check_finds_makes_a_unit_stale_or_is_an_error(tmp_path):
     assert find_state(Unit("a", (), check=lambda: complain(StaleOutputError("another one")))).problem == "another one"
     with pytest.raises(InputError, match="not ours"):
         find_state(Unit("a", (), check=lambda: complain(InputError("not ours"))))
-
-
-def test_progress_shows_in_outputs_and_in_what_an_unfinished_run_leaves(tmp_path):
-    unit = Unit("a", (tmp_path / "a.pt",), leftover=tmp_path / "_parts")
-    marks = [measure_progress(unit)]
-    for path in (tmp_path / "_parts" / "1.parquet", tmp_path / "_parts" / ".2.tmp", tmp_path / "a.pt"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("x")
-        marks.append(measure_progress(unit))
-    assert [mark != before for before, mark in zip(marks, marks[1:], strict=False)] == [True, False, True]

@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,6 @@ MOST_ALIKE = 0.998
 LARGEST_BATCH = 128
 # As fast as the limit: the model alone, or the cores that decode.
 SHARE_OF_LIMIT = 0.95
-# Memory left to a pass of 1,024 that needs more.
-ROOM_BYTES = 256 << 20
 
 
 class Backbone:
@@ -142,7 +140,7 @@ class Backbone:
 
 
 def check_engine(findings: Findings) -> None:
-    """Hold every path through the engine to libjpeg and the float32 loop, under stress and without memory."""
+    """Hold every path through the engine to libjpeg and the float32 loop, also under stress."""
     backbone = Backbone("vit-s", findings)
     drawn = {
         name: [draw_picture(100 * code + seed, size, subsampling=code) for seed, size in enumerate(SIZES)]
@@ -166,9 +164,6 @@ def check_engine(findings: Findings) -> None:
         backbone.choose_mode(pictures)
     with findings.part("stream under stress"):
         _stress_stream(findings, embedder, pictures, expected)
-    with findings.part("out of memory"):
-        embedder = backbone.load("bfloat16", batch_size=8 if findings.is_toy else 1_024, compile=False)
-        _exhaust_memory(findings, embedder, pictures, expected)
 
 
 def _stress_stream(
@@ -181,42 +176,6 @@ def _stress_stream(
     )
     rows = np.concatenate([done.embeddings for done in stream if done.embeddings is not None])
     _check_rows(findings, "the stream", rows, chosen, expected)
-
-
-def _exhaust_memory(
-    findings: Findings, embedder: Embedder, pictures: Sequence[bytes], expected: NDArray[np.float64]
-) -> None:
-    """Embed a pass that the memory does not hold: it has to be halved, and no row lost."""
-    wanted = embedder.micro_batch
-    chosen = np.arange(wanted) % len(pictures)
-    prepared = [embedder.prepare(decode_pixels(data)) for data in pictures]
-    with scarce_memory(embedder):
-        rows = embedder.embed([prepared[index] for index in chosen])
-    findings.check("pass after the memory ran out, of the one before", embedder.micro_batch / wanted, at_most=0.5)
-    _check_rows(findings, "out of memory", rows, chosen, expected)
-
-
-@contextmanager
-def scarce_memory(embedder: Embedder) -> Iterator[None]:
-    """Leave a GPU so little memory that a large pass does not fit; on a CPU refuse it."""
-    if not embedder.on_gpu:
-        forward = embedder.model.forward
-
-        def refuse_large(pixel_values: torch.Tensor) -> Any:
-            if len(pixel_values) > 2:
-                raise torch.cuda.OutOfMemoryError("refused by the acceptance")
-            return forward(pixel_values=pixel_values)
-
-        with patch.object(embedder.model, "forward", refuse_large):
-            yield
-        return
-    release()
-    total = torch.cuda.get_device_properties(embedder.device).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + ROOM_BYTES) / total)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def _check_rows(

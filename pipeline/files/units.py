@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files.identity import as_provenance, identify_tar
 from pipeline.files.listing import find_tars, is_parquet, list_intermediates
-from pipeline.files.tables import PROVENANCE_KEY, matches, open_parquet, read_provenance
+from pipeline.files.tables import PROVENANCE_KEY, matches, read_provenance
 from pipeline.files.workspace import read_json_object
 from pipeline.ids import dataset_name, parse_dataset_id
 from pipeline.log import logger
@@ -137,21 +137,6 @@ def read_recorded(path: Path) -> Provenance | None:
     )
 
 
-def measure_progress(unit: Unit) -> list[Any]:
-    """Return plain values that change whenever a unit gets further in a way that the next try builds on."""
-    places = [*unit.outputs, *([unit.leftover] if unit.leftover else [])]
-    return [[path.name, _measure(path)] for path in places]
-
-
-def _measure(path: Path) -> Any:
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
-        return sorted([str(file.relative_to(path)), file.stat().st_size] for file in files)
-    if not path.is_file():
-        return None
-    return read_json_object(path) if path.suffix == ".json" else path.stat().st_size
-
-
 # ------------------------------------------------------------------------------------------------ tars
 
 
@@ -235,29 +220,22 @@ def _take_named(tar_files: Iterable[Path]) -> dict[int, Path]:
     return tars
 
 
-def drop_missing(
-    result: StageResult, config: Config, outputs: Iterable[Path], what: str, *, allowed: bool, setting: str
-) -> None:
-    """Count as dropped the images of intermediates for which there is no file NNNN_`what`.parquet among `outputs`.
+def refuse_missing(config: Config, outputs: Iterable[Path], what: str) -> None:
+    """Raise InputError naming the intermediates for which there is no file NNNN_`what`.parquet among `outputs`.
 
-    Without a folder of intermediates there is nothing to compare with. Raises InputError naming those without unless
-    they are `allowed`, by `setting`.
+    Without a folder of intermediates there is nothing to compare with.
     """
     if config.paths.intermediates_dir is None:
-        logger.info("[paths].intermediates_dir is not set: no one looks whether %s are missing", what)
         return
     intermediates = list_intermediates(config.path("intermediates_dir"))
     made = {path.stem for path in outputs}
     missing = [path for path in intermediates.values() if f"{path.stem}_{what}" not in made]
-    if not missing:
-        return
-    names = ", ".join(path.stem for path in missing[:MAX_NAMED]) + (", ..." if len(missing) > MAX_NAMED else "")
-    said = f"{len(missing)} of {len(intermediates)} tars of {missing[0].parent} have no {what} ({names})"
-    if not allowed:
-        raise InputError(f"{said}: run the stage that makes them, or set {setting} = true to go on without")
-    num_images = sum(open_parquet(path).metadata.num_rows for path in missing)
-    logger.warning("%s: %d images are left out", said, num_images)
-    result.add({"in": num_images, "dropped": num_images}, {f"missing_{what}": num_images})
+    if missing:
+        names = ", ".join(path.stem for path in missing[:MAX_NAMED]) + (", ..." if len(missing) > MAX_NAMED else "")
+        raise InputError(
+            f"{len(missing)} of {len(intermediates)} tars of {missing[0].parent} have no {what} ({names}): run the "
+            "stage that makes them, or move these files away to go on without"
+        )
 
 
 def do_tars(

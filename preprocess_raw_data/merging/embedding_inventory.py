@@ -1,6 +1,5 @@
 """Read the ids and positions of all embedding files, without the embeddings."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,10 @@ from pipeline.files.column_types import check_columns, plain_type, stored_fields
 from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.files.tables import FILE_COLUMNS, ID_COLUMNS, open_parquet, read_ids, read_provenance
 from pipeline.log import logger
-from pipeline.retrieval.features import code_panoramas
 from pipeline.retrieval.geography import mean_positions
 from preprocess_raw_data.merging.splits import Buildings
 
-INVENTORY_COLUMNS = {
-    "building_id", "dataset_id", "street_view_id", "streetview_image_id", "target_lat", "target_lon",
-}  # fmt: skip
+INVENTORY_COLUMNS = {"building_id", "streetview_image_id", "target_lat", "target_lon"}
 # Ids, names and positions, roughly.
 BYTES_BESIDE_EMBEDDING = 300
 
@@ -31,7 +27,6 @@ class Inventory:
 
     embeddings: list[ListColumn]  # of each file
     codes: list[NDArray[np.int32]]  # of each file: the building of each row, as a row of `buildings`
-    panoramas: NDArray[np.int64]  # (N,) one code per panorama, in the order of the files
     buildings: Buildings
     row_bytes: int
     schema: pa.Schema  # of the merged rows, without the columns about the tar
@@ -60,39 +55,18 @@ def take_inventory(paths: list[Path]) -> Inventory:
     tables = read_ids(paths, fields, "make the file again with stage 2")
     if not any(map(len, tables)):
         raise InputError(f"{paths[0].parent}: its {len(paths)} files hold no rows: see the rejects of stages 1 and 2")
-    _warn_of_copies(paths, tables)
     ids = pa.concat_tables(tables)
     building_ids, codes = encode(ids["building_id"])
-    rows = {name: ids[name].to_numpy() for name in ("dataset_id", "street_view_id", "target_lat", "target_lon")}
-    dataset_ids = np.empty(len(building_ids), np.int64)
-    dataset_ids[codes[::-1]] = rows["dataset_id"][::-1]  # the first row's, should they differ
+    positions = (ids[name].to_numpy() for name in ("target_lat", "target_lon"))
     kind = schema.field("embedding").type
     dropped = {name for name, _ in FILE_COLUMNS}
     return Inventory(
         columns,
         np.split(codes, np.cumsum([len(table) for table in tables])[:-1]),
-        code_panoramas(rows["dataset_id"], rows["street_view_id"]),
-        Buildings(
-            building_ids, dataset_ids, *mean_positions(codes, rows["target_lat"], rows["target_lon"], len(building_ids))
-        ),
+        Buildings(building_ids, *mean_positions(codes, *positions, len(building_ids))),
         kind.list_size * kind.value_type.bit_width // 8 + BYTES_BESIDE_EMBEDDING,
         pa.schema([field for field in schema if field.name not in dropped]),
     )
-
-
-def _warn_of_copies(paths: list[Path], tables: list[pa.Table]) -> None:
-    """Warn of files with the same views under the ids of several datasets: one tar was taken for several."""
-    found: dict[bytes, Path] = {}
-    for path, table in zip(paths, tables, strict=True):
-        views = hashlib.sha256()
-        for name in ("street_view_id", "target_lat", "target_lon"):
-            views.update(table[name].to_numpy().tobytes())
-        first = found.setdefault(views.digest(), path) if len(table) else path
-        if first != path:
-            logger.warning(
-                "%s: has the views of %s, which is a copy of its tar then: buildings of both may be in two splits",
-                path, first.name,
-            )  # fmt: skip
 
 
 def encode(column: pa.ChunkedArray) -> tuple[pa.StringArray, NDArray[np.int32]]:

@@ -19,7 +19,6 @@ from pipeline.retrieval.geography import EARTH_RADIUS_M
 
 SPLITS = ("train", "val", "test")
 _ID = pa.field("building_id", pa.string())
-_STRINGS_AT_A_TIME = 65_536
 METRES_PER_DEGREE = math.radians(1) * EARTH_RADIUS_M  # of latitude
 
 
@@ -28,7 +27,6 @@ class Buildings:
     """Buildings as columns."""
 
     ids: pa.StringArray  # (B,)
-    dataset_ids: NDArray[np.int64]  # (B,)
     mean_lat: NDArray[np.float64]  # (B,) degrees, the mean over the building's images, NaN without a position
     mean_lon: NDArray[np.float64]
 
@@ -37,8 +35,7 @@ class Buildings:
 
     def take(self, rows: NDArray[np.int64]) -> "Buildings":
         """Return some of them."""
-        ids = self.ids.take(pa.array(rows))
-        return Buildings(ids, self.dataset_ids[rows], self.mean_lat[rows], self.mean_lon[rows])
+        return Buildings(self.ids.take(pa.array(rows)), self.mean_lat[rows], self.mean_lon[rows])
 
 
 def draw_unit(seed: int, unit: str) -> float:
@@ -65,22 +62,14 @@ def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float
         yield f"cell:{row:.0f}:{column:.0f}"
 
 
-def name_units(buildings: Buildings, data: DataSection) -> Iterator[str]:
-    """Name each building's unit, which goes to one split as a whole: itself, its cell if known, or its dataset."""
-    if data.split_unit == "dataset":
-        return (f"dataset:{dataset_id}" for dataset_id in buildings.dataset_ids)
-    ids = iterate_strings(buildings.ids)
-    if data.split_cell_m > 0:
-        cells = name_cells(buildings.mean_lat, buildings.mean_lon, data.split_cell_m)
-        is_known = np.isfinite(buildings.mean_lat)
-        return (cell if known else building for cell, building, known in zip(cells, ids, is_known, strict=True))
-    return ids
-
-
-def iterate_strings(column: pa.StringArray) -> Iterator[str]:
-    """Yield the strings, with a few thousand Python objects at a time."""
-    for start in range(0, len(column), _STRINGS_AT_A_TIME):
-        yield from column.slice(start, _STRINGS_AT_A_TIME).to_pylist()
+def name_units(buildings: Buildings, data: DataSection) -> Iterable[str]:
+    """Name each building's unit, which goes to one split as a whole: its cell if cells are asked for and known."""
+    ids = buildings.ids.to_pylist()
+    if not data.split_cell_m:
+        return ids
+    cells = name_cells(buildings.mean_lat, buildings.mean_lon, data.split_cell_m)
+    is_known = np.isfinite(buildings.mean_lat)
+    return (cell if known else building for cell, building, known in zip(cells, ids, is_known, strict=True))
 
 
 def assign_splits(buildings: Buildings, data: DataSection, seed: int, named: Mapping[str, str]) -> NDArray[np.int8]:
@@ -99,7 +88,7 @@ def hash_splits(building_ids: pa.StringArray, splits: NDArray[np.int8]) -> str:
     """Return a short hash of the assignment, independent of its order."""
     order = pc.array_sort_indices(building_ids)
     digest = hashlib.sha256()
-    for building, split in zip(iterate_strings(building_ids.take(order)), splits[order.to_numpy()], strict=True):
+    for building, split in zip(building_ids.take(order).to_pylist(), splits[order.to_numpy()], strict=True):
         digest.update(f"{building}\t{SPLITS[split]}\n".encode())
     return digest.hexdigest()[:32]
 

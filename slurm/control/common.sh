@@ -65,7 +65,7 @@ run_task() {
     echo "task: stage $1 shard ${SLURM_ARRAY_TASK_ID:-0} job ${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}} exit $code"
     # 143: it kept what was finished. 137: it did not answer in time, and what it wrote is whole all the same.
     if [ -n "$warned" ] && { [ "$code" = 143 ] || [ "$code" = 137 ]; }; then
-        "$PYTHON" "$root/slurm/control/task.py" requeue "$@" || code=1
+        "$PYTHON" "$root/slurm/control/task.py" requeue || code=1
     fi
     return "$code"
 }

@@ -11,8 +11,6 @@ from pathlib import Path
 from pipeline.config import PROJECT_ROOT
 from pipeline.errors import PipelineError
 
-# SLURM's own default (slurm.conf(5)), for where no SLURM answers.
-DEFAULT_MAX_ARRAY_SIZE = 1001
 # A token belongs to the login node: jobs work offline, and the accounting may keep a job's environment.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
 # These hide jobs from a query, or print them otherwise.
@@ -24,6 +22,8 @@ IGNORED = {
     for name in ("ARRAY_INX", "CLUSTERS", "DEPENDENCY", "ERROR", "OPEN_MODE", "OUTPUT", "SIGNAL", "WAIT")
 }
 QUERY_TIMEOUT_SECONDS = 60
+# Whether a task waits, by its job and its number; the number is None where the job is no array.
+Queue = dict[tuple[str, int | None], bool]
 WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
@@ -67,22 +67,12 @@ def clean_environment() -> dict[str, str]:
     }
 
 
-def read_max_array_size() -> int:
-    """Return the cluster's MaxArraySize, which is one more than the highest task number."""
-    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", re.MULTILINE)
-    # 0 stands for a cluster without arrays; an array of one still has to be asked for.
-    return max(1, int(match[1])) if match else DEFAULT_MAX_ARRAY_SIZE
-
-
-def list_queued() -> dict[tuple[str, int | None], bool] | None:
-    """Return whether each of the user's tasks in the queue waits, by job and number; None where squeue does not answer.
-
-    The number is None where the job is no array.
-    """
+def list_queued() -> Queue | None:
+    """Return the user's tasks in the queue, None where squeue does not answer."""
     text = ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T"])
     if text is None:
         return None
-    tasks = dict[tuple[str, int | None], bool]()
+    tasks: Queue = {}
     for line in text.splitlines():
         if line.count("|") != 2:  # with $SLURM_CLUSTERS, the cluster's name
             continue

@@ -15,7 +15,7 @@ from pipeline.files.workspace import write_json
 from pipeline.inference.model_files import locate_backbone
 from pipeline.stages import ROW_GROUP, STAGES, TUNE, Stage
 from slurm.control import records, scheduler
-from slurm.control.plan import ActiveTask, Plan, PlannedJob, Source, make_plan
+from slurm.control.plan import ActiveTask, Plan, PlannedJob, make_plan
 from slurm.control.records import Record
 from slurm.control.target import Target
 
@@ -57,12 +57,9 @@ def submit(request: Request) -> None:
 def plan_now(request: Request) -> Plan:
     """Plan with what is in the queue now, and say on stderr what is left alone, and why."""
     arguments = request.arguments
-    active, most = find_active(request.target), scheduler.read_max_array_size()
-    plan = make_plan(request.target, request.stages, active, arguments.shards, arguments.array_size, most)
+    plan = make_plan(request.target, request.stages, find_active(request.target), arguments.array_size)
     for note in plan.notes:
         print(note, file=sys.stderr)
-    for name in plan.replaced:
-        print(f"job {name}: cancelled and submitted anew behind what is retried", file=sys.stderr)
     environment = [option for job in plan.jobs for option in environment_options(job.stage)]
     check_secrets([*environment, *request.sbatch_options, *request.stage_options])
     return plan
@@ -77,8 +74,7 @@ def find_active(target: Target) -> dict[int, list[ActiveTask]]:
             job, task = record.job_id, shard if record.shards else None
             if (job, task) in queued:
                 name = job if task is None else f"{job}_{task}"
-                found = ActiveTask(name, shard, record.shard_count, queued[job, task])
-                active.setdefault(record.stage, []).append(found)
+                active.setdefault(record.stage, []).append(ActiveTask(name, shard, record.shard_count))
     return active
 
 
@@ -141,18 +137,11 @@ def build_command(job: PlannedJob, request: Request, ids: dict[PlannedJob, str])
 
 
 def format_dependency(job: PlannedJob, ids: dict[PlannedJob, str]) -> str:
-    """Write what a job waits for as sbatch reads it."""
-
-    def name(source: Source) -> str:
-        return ids[source] if isinstance(source, PlannedJob) else source
-
-    parts = []
-    if job.whole_after:
-        parts.append("afterok:" + ":".join(map(name, job.whole_after)))
-    if job.shards_after is not None:
-        # Task by task: one damaged tar then holds up its own shard, not the night's work of all others.
-        parts.append("aftercorr:" + name(job.shards_after))
-    return ",".join(parts)
+    """Write what a job waits for as sbatch reads it, empty for nothing."""
+    names = [ids[source] if isinstance(source, PlannedJob) else source for source in job.after]
+    # Task by task: one damaged tar then holds up its own shard, not the night's work of all others.
+    kind = "afterok" if job.stage.shard_after is None else "aftercorr"
+    return ":".join([kind, *names]) if names else ""
 
 
 def environment_options(stage: Stage) -> list[str]:
@@ -170,8 +159,6 @@ def carry_out(plan: Plan, request: Request) -> list[Record]:
     run = _print_command if dry_run else scheduler.tell
     path, submitted = records.name_record(target.log_dir), list[Record]()
     ids: dict[PlannedJob, str] = {}
-    if plan.replaced:
-        run(["scancel", *plan.replaced])
     for job in plan.jobs:
         command = build_command(job, request, ids)
         answer = run(command)

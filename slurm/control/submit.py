@@ -1,7 +1,7 @@
 """Submit the pipeline, or one stage of it, to SLURM: what is neither done nor in the queue, with its dependencies.
 
     slurm/submit_pipeline.sh --account A [--config C] [--from-stage N] [--to-stage N] [--array-size N] [--dry-run]
-    slurm/submit_stage.sh STAGE --account A [--config C] [--shards LIST] [--array-size N] [--dry-run] [-- OPTIONS]
+    slurm/submit_stage.sh STAGE --account A [--config C] [--array-size N] [--dry-run] [-- OPTIONS]
     slurm/submit_stage.sh tune --account A [--config C] [--array-size WORKERS] [--dry-run] [-- --trials N]
 
 Prints the job ids and keeps them in log_dir/submissions. Options that are not known here go to sbatch, for every job;
@@ -20,14 +20,12 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, TUNE, Stage, check_paths, choose_stages
-from slurm.control import scheduler
 from slurm.control.submission import Request, submit
 from slurm.control.target import Target
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every submission."""
-    parser.set_defaults(shards=None)
     add = parser.add_argument
     add("--account", metavar="A", help="account that pays (default: $SBATCH_ACCOUNT, else the cluster's own default)")
     add("--array-size", type=cli.whole_number, metavar="N",
@@ -47,9 +45,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     kind = own.pop(0) if own and own[0] in ("pipeline", "stage") else "pipeline"
     if kind == "stage":
         parser.add_argument("stage", choices=tuple(BY_LABEL), metavar="STAGE", help="number of the stage, or tune")
-        parser.add_argument(
-            "--shards", type=scheduler.parse_shards, metavar="LIST", help="these shards only, as in 0-3,7"
-        )
     else:
         parser.set_defaults(stage=None)
         parser.add_argument("--from-stage", type=int, default=1, choices=range(1, 10), metavar="N", help="first (1)")

@@ -1,11 +1,11 @@
 """Become the stage that a job is for: find its shard and its device, then run its script in this process.
 
     python slurm/control/task.py STAGE [--shards N] [the stage's own options]
-    python slurm/control/task.py requeue STAGE [--shards N] [the stage's own options]
+    python slurm/control/task.py requeue
 
 The shard is $SLURM_ARRAY_TASK_ID of N (by default as many as the array goes up to). With `requeue`, after SLURM's
-warning, this task goes back into the queue, unless it has been there often enough or gets no further: exit code 1, it
-stays a failure. Called by slurm/control/common.sh.
+warning, this task goes back into the queue, unless it has been there often enough: exit code 1, it stays a failure.
+Called by slurm/control/common.sh.
 """
 
 import os
@@ -13,22 +13,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, count_cores
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.files.units import measure_progress
-from pipeline.files.workspace import read_json, write_json
 from pipeline.ids import Shard
-from pipeline.stages import BY_LABEL, ROW_GROUP, TAR, WORKER, Stage
+from pipeline.stages import BY_LABEL, ROW_GROUP, WORKER, Stage
 from publish_model.new_data.embed_options import parse as parse_embed_options
-from slurm.control import records, scheduler
+from slurm.control import scheduler
 from slurm.control.target import Target, make_dataset_target
 
-DEFAULT_MAX_REQUEUES = 20
+DEFAULT_MAX_REQUEUES = 8
 
 
 @dataclass(frozen=True)
@@ -90,33 +87,15 @@ def name_task(environment: Mapping[str, str]) -> str:
     return environment["SLURM_JOB_ID"]
 
 
-def take_mark(task: Task) -> list[Any]:
-    """Return plain values that change whenever the task's shard gets further."""
-    units = task.target.list_units(task.stage)
-    own = task.shard.take(units) if task.stage.unit in (TAR, ROW_GROUP) else units
-    return [measure_progress(unit) for unit in own]
-
-
-def check_progress(task: Task, task_id: str, environment: Mapping[str, str]) -> str:
-    """Note how far this try got and return what to say of the next; PipelineError if there is none."""
+def check_tries(task_id: str, environment: Mapping[str, str]) -> str:
+    """Return what to say of the next try of a task; PipelineError if there is none."""
     tries = int(environment.get("SLURM_RESTART_COUNT") or 0)
     most = int(environment.get("MAX_REQUEUES") or DEFAULT_MAX_REQUEUES)
     if tries >= most:
         raise PipelineError(
-            f"stage {task.stage.label}, task {task_id}: begun {tries + 1} times already (MAX_REQUEUES is {most}): "
-            "give it more --time, or smaller shards"
+            f"task {task_id}: begun {tries + 1} times already (MAX_REQUEUES is {most}): give it more --time or "
+            "smaller shards"
         )
-    path = records.submissions_dir(task.target.log_dir) / "marks" / f"{task_id}.json"
-    mark = take_mark(task)
-    try:
-        before = read_json(path)
-    except (OSError, ValueError):
-        before = None
-    if before == mark:
-        raise PipelineError(
-            f"stage {task.stage.label}, task {task_id}: two tries, and the second got no further: give it more --time"
-        )
-    write_json(path, mark)
     return f"task {task_id} goes back into the queue (try {tries + 2}, {most} requeues at most)"
 
 
@@ -125,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["requeue"]:
         task_id = name_task(os.environ)
-        print(check_progress(read_task(words[1:], os.environ), task_id, os.environ), flush=True)
+        print(check_tries(task_id, os.environ), flush=True)
         scheduler.tell(["scontrol", "requeue", task_id])
         return
     command = build_command(read_task(words, os.environ), os.environ)

@@ -110,7 +110,7 @@ def missing_embeddings(bench: Bench, tries: int) -> Iterator[str]:
     lost = work.folder / "embeddings" / "0002_embeddings.parquet"
     for overwrite in ((), ("--overwrite",)):
         lost.unlink()
-        expect_refusal(work.run(3, *overwrite), "0002", "allow_missing_embeddings")
+        expect_refusal(work.run(3, *overwrite), "0002", "run the stage that makes them")
         if {name for name in work.read() if name.startswith("merged")} != {
             name for name in work.undisturbed if name.startswith("merged")
         }:
