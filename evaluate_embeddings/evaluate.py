@@ -73,8 +73,7 @@ def hash_weights(weights: "StateDict") -> str:
 def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Checkpoint"]:
     """Return the test split, its embeddings of each kind, and the projector's checkpoint."""
     from pipeline.inference.devices import choose_device, needing_memory
-    from pipeline.reference.checkpoints import load_checkpoint
-    from pipeline.retrieval.checkpoint import build_projector, project
+    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 
     train_path, test_path = (config.path("merged_dir") / f"{split}.parquet" for split in ("train", "test"))
     check_one_run(train_path, test_path)

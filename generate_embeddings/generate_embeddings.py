@@ -42,7 +42,7 @@ from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import EngineWatch, Progress, logger
-from pipeline.reference.tar_files import check_foreign_output, read_intermediate, read_old_rows
+from pipeline.reference.tar_files import check_foreign_output, lacks_images, read_intermediate, read_old_rows
 from pipeline.stages import STAGES
 from pipeline.threads import Background
 
@@ -262,7 +262,9 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     watch = EngineWatch()
     result = cli.StageResult(STAGE, watch=watch)
     units = list_units(config, options)
-    lacking = [unit for unit in units if isinstance(options, EmbedOptions) and options.add_missing and lacks(unit)]
+    lacking = [
+        unit for unit in units if isinstance(options, EmbedOptions) and options.add_missing and lacks_images(unit)
+    ]
     all_there = all(unit.output_path.exists() for unit in units) and not (options.overwrite or lacking)
     folder = locate_backbone(config, download=not all_there)
     stage = Embedding(config, units, folder, watch)
@@ -275,14 +277,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         remove_leftover(kept)
     result.check_reject_fraction(config.data.max_reject_fraction)
     return result
-
-
-def lacks(unit: TarUnit) -> bool:
-    """Tell whether another program wrote a tar's embeddings and left images out."""
-    with contextlib.suppress(InputError):  # a damaged one fails when its turn comes
-        if unit.output_path.exists() and read_provenance(unit.output_path) is None:
-            return check_foreign_output(unit, find_embedding(unit.output_path), REMEDY)[0]["dropped"] > 0
-    return False
 
 
 def load_embedder(folder: Path, config: Config, mode: str | None = None) -> "Embedder":

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.config_text import apply_override, read_toml, suggest
 from pipeline.errors import ConfigError
-from pipeline.reference.settings import SECTIONS, find_rule
+from pipeline.reference.settings import names_old_key
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
@@ -299,22 +299,12 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
         for details in error.errors():
             by_place.setdefault(details["loc"][:2], []).append(details)
         problems += [_describe(path, found) for found in by_place.values()]
-        if any(_is_old(section, content) for section, content in read_toml(path).items()):  # without the overrides
-            problems.append(
-                f"{path}: has keys of the reference implementation: python -m pipeline.migrate {path} maps them"
-            )
+        if names_old_key(read_toml(path), list_keys()):  # without the overrides
+            problems.append(f"{path}: has old keys: python -m pipeline.migrate {path} maps them")
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
     return config
-
-
-def _is_old(section: str, content: Any) -> bool:
-    """Tell whether a section, or a key in it, has a name of the reference implementation that is not valid here."""
-    valid = list_keys()
-    keys = content if isinstance(content, dict) else ()
-    is_old_section = section in SECTIONS and section not in valid
-    return is_old_section or any(key not in valid.get(section, ()) and find_rule(section, key) for key in keys)
 
 
 def _describe(path: Path, errors: list[Any]) -> str:
@@ -325,9 +315,7 @@ def _describe(path: Path, errors: list[Any]) -> str:
     key = location[1] if len(location) > 1 and location[1] not in ("int", "str", "float") else None
     where = f"{path}: [{section}]" + (f".{key}" if key else "")
     if details["type"] == "extra_forbidden":
-        rule = find_rule(section, key) if key else None
-        hint = "; it is [{}].{} now".format(*rule) if isinstance(rule, tuple) else suggest(list_keys(), section, key)
-        return f"{where}: unknown {'key' if key else 'section'}{hint}"
+        return f"{where}: unknown {'key' if key else 'section'}{suggest(list_keys(), section, key)}"
     if details["type"] == "value_error":
         return f"{where}: {details['ctx']['error']}"
     allowed = " or ".join(error["msg"][:1].lower() + error["msg"][1:] for error in errors)

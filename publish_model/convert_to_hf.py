@@ -89,8 +89,7 @@ def plan_checkpoint(config: Config, options: PublishOptions) -> "tuple[Provenanc
         import torch
 
         from pipeline.inference.loading import find_vision_config, load_model
-        from pipeline.reference.checkpoints import load_checkpoint
-        from pipeline.retrieval.checkpoint import build_projector
+        from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
         from publish_model.model_folder.model_parts import ModelParts
         from publish_model.model_folder.pair_rates import measure_pairs
         from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel as Model

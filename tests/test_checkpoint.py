@@ -13,8 +13,7 @@ from projectors import make_projector
 
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, PipelineError
-from pipeline.reference.checkpoints import load_checkpoint
-from pipeline.retrieval.checkpoint import build_projector, hash_buildings, project, save_checkpoint
+from pipeline.retrieval.checkpoint import build_projector, hash_buildings, load_checkpoint, project, save_checkpoint
 from pipeline.retrieval.projector import Projector
 
 

@@ -107,6 +107,9 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
         "[infrastructure].batch_size": "memory is bounded by [data].memory_mb",
         "[data].batch_size": "memory is bounded by [data].memory_mb",
         "[training_model].use_layer_norm": "stage 6 trains without; an old checkpoint keeps its LayerNorms",
+        "[training].learning_rate": (
+            "stage 6 divides it by the root of the number of a layer's inputs (64 at 4,096); its default is 5e-3"
+        ),
         "[training].num_epochs": "its value 'many' does not fit: input should be a valid integer",
         "[training].sample_fraction": fewer,
         "[training].val_sample_fraction": fewer,

@@ -106,8 +106,7 @@ def _drop(result: cli.StageResult, reason: str, count: int) -> None:
 def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
     """Embed the test split with the configured checkpoint and with another one."""
     from pipeline.inference.devices import choose_device
-    from pipeline.reference.checkpoints import load_checkpoint
-    from pipeline.retrieval.checkpoint import build_projector, project
+    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 
     assert options.compare is not None  # else the report is written
     if options.compare.is_dir():

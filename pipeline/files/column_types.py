@@ -91,7 +91,7 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
         raise InputError(f"{path}: {', '.join(problems)}: make the file again with the stage that writes it")
 
 
-# Columns that the reference implementation's files may lack, and those that each is made from (see pipeline/ids.py).
+# Ids that files of another program may lack, and the columns that each is made from (see pipeline/ids.py).
 _SOURCES = {
     "dataset_id": [pa.field("tar_file", pa.string())],
     "building_id": [pa.field("dataset_id", pa.int64()), pa.field("target_id", pa.int64())],

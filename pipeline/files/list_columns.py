@@ -1,7 +1,7 @@
 """Read embeddings and fingerprints: columns of lists of one length.
 
-This project writes fixed_size_list. Lists of other types, such as the reference's `list<double>`, are checked and
-converted batch by batch.
+This project writes fixed_size_list. Lists of other types, such as `list<double>`, are checked and converted batch by
+batch.
 """
 
 from dataclasses import dataclass

@@ -121,7 +121,7 @@ def is_readable(data: bytes) -> bool:
 def embed_in(mode: str, load: Load, pictures: Sequence[bytes]) -> NDArray[np.float32]:
     """Return the embeddings (N, D) of pictures in a mode, and release the model."""
     embedder = load(mode)
-    found = embedder.embed([embedder.decode(data) for data in pictures])
+    found: NDArray[np.float32] = embedder.embed([embedder.decode(data) for data in pictures])
     del embedder
     release()
     return found

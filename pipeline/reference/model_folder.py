@@ -118,7 +118,7 @@ def _read_projector(folder: Path, config: dict[str, Any], paths: dict[str, Path]
     """Return the projector with the names and the architecture of our own."""
     from safetensors import safe_open
 
-    from pipeline.reference.checkpoints import read_weights
+    from pipeline.reference.weights import read_weights
     from pipeline.retrieval.checkpoint import make_checkpoint
 
     weights = {}

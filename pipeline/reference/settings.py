@@ -81,6 +81,10 @@ RULES: dict[str, Rule] = {
         "the bandit has no other setting here",
     ),
     "*.use_residual": ("training", "use_residual"),
+    "*.learning_rate": lambda section, key, _: (
+        {("training", "learning_rate"): section[key]},
+        "stage 6 divides it by the root of the number of a layer's inputs (64 at 4,096); its default is 5e-3"
+    ),
     "*.use_layer_norm": "stage 6 trains without; an old checkpoint keeps its LayerNorms",
     "*.wandb_enabled": _map_wandb,
     "*.wandb_mode": _map_wandb,
@@ -90,3 +94,14 @@ RULES: dict[str, Rule] = {
 def find_rule(section: str, key: str) -> Rule | None:
     """Return what became of a key of the reference's configuration, None for a name that it does not have."""
     return next((rule for pattern, rule in RULES.items() if fnmatchcase(f"{section}.{key}", pattern)), None)
+
+
+def names_old_key(tables: dict[str, Any], valid: dict[str, list[str]]) -> bool:
+    """Tell whether a configuration has a section, or a key in one, of a name that is only the reference's."""
+    for section, content in tables.items():
+        if section in SECTIONS and section not in valid:
+            return True
+        keys = set(content) - set(valid.get(section, ())) if isinstance(content, dict) else ()
+        if any(find_rule(section, key) for key in keys):
+            return True
+    return False

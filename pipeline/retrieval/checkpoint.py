@@ -18,6 +18,7 @@ from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files import workspace
 from pipeline.inference.devices import full_precision, needing_memory
+from pipeline.reference.weights import read_weights
 from pipeline.retrieval.projector import Projector
 
 StateDict = dict[str, torch.Tensor]
@@ -65,21 +66,25 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         temporary.write_bytes(archive.getbuffer())
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Load a checkpoint of this project on the CPU; `pipeline.reference.checkpoints` reads others too.
+def load_checkpoint(
+    path: Path, section: TrainingModelSection | None = None, *, input_dim: int | None = None
+) -> Checkpoint:
+    """Load a checkpoint on the CPU, of this project or one that holds weights without an architecture.
 
-    Raises InputError if the file is missing, damaged, not a checkpoint, or its weights do not fit its architecture.
+    `section` gives the widths asked for, and dropout and activation where weights alone are stored; `input_dim` is the
+    width of the features, if known. Raises InputError if the file is missing, damaged or not a checkpoint, its weights
+    do not fit its architecture, or its widths are not those that are given.
     """
-    return make_checkpoint(path, read_content(path))
+    content = read_content(path)
+    if not isinstance(content.get("architecture"), dict):
+        content = read_weights(path, content, section or TrainingModelSection())
+    return make_checkpoint(path, content, section, input_dim)
 
 
 def make_checkpoint(
     path: Path, content: dict[str, Any], section: TrainingModelSection | None = None, input_dim: int | None = None
 ) -> Checkpoint:
-    """Return the checkpoint of a file's content.
-
-    Raises InputError if its weights do not fit its architecture, or its widths are not those that are given.
-    """
+    """Return the checkpoint of a file's content; see `load_checkpoint`."""
     rest = dict(content)
     parts = {
         key: found if isinstance(found := rest.pop(key, None), dict) else {}

@@ -18,7 +18,6 @@ from pipeline.files import tables, workspace
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
 from pipeline.inference.model_files import compare_embedded
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.reference.checkpoints import load_checkpoint as load_any_checkpoint
 from pipeline.retrieval.checkpoint import Checkpoint, hash_buildings, load_checkpoint, save_checkpoint
 from pipeline.retrieval.features import Features, check_one_run, load_features, sample_buildings
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
@@ -122,7 +121,7 @@ def read_material(
         neighbors = load_neighbors(inputs.get("difficulty"), train)
     warm = None
     if "init_checkpoint" in inputs and saved is None:
-        warm = load_any_checkpoint(inputs["init_checkpoint"], config.training_model, input_dim=train.width)
+        warm = load_checkpoint(inputs["init_checkpoint"], config.training_model, input_dim=train.width)
         if found := compare_embedded(*(one.get("embedded_with") for one in (warm.provenance, provenance))):
             raise InputError(
                 f"{warm.path}: trained on other embeddings ({found}): leave out [training].init_checkpoint, or use the "

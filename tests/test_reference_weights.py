@@ -13,8 +13,7 @@ from torch import nn
 from pipeline.cli import Options
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError
-from pipeline.reference.checkpoints import load_checkpoint
-from pipeline.retrieval.checkpoint import build_projector
+from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from publish_model import convert_to_hf
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 

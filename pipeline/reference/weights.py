@@ -1,4 +1,4 @@
-"""Read checkpoints of the reference implementation, and other weights without an architecture, as ours."""
+"""Map the weights of the reference implementation's projector, and others without an architecture, onto ours."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,8 @@ import torch
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError
 from pipeline.log import logger
-from pipeline.retrieval.checkpoint import Checkpoint, StateDict, make_checkpoint, read_content
+
+Weights = dict[str, torch.Tensor]
 
 # Keys of the projector's weights in checkpoints without an architecture.
 WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
@@ -22,32 +23,19 @@ REFERENCE_LAYERS = {
 }  # fmt: skip
 
 
-def load_checkpoint(
-    path: Path, section: TrainingModelSection | None = None, *, input_dim: int | None = None
-) -> Checkpoint:
-    """Load a checkpoint of this project or of the reference implementation on the CPU.
-
-    `section` gives the widths asked for, and dropout and activation where weights alone are stored; `input_dim` is the
-    width of the features, if known. Raises InputError as `retrieval.checkpoint.load_checkpoint` does.
-    """
-    content = read_content(path)
-    if not isinstance(content.get("architecture"), dict):
-        key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
-        rest = {name: value for name, value in content.items() if name != key} if key else {}
-        content = rest | read_weights(path, content[key] if key else content, section or TrainingModelSection())
-    return make_checkpoint(path, content, section, input_dim)
-
-
 def read_weights(
     path: Path, content: dict[str, Any], section: TrainingModelSection, *, is_activation_known: bool = False
 ) -> dict[str, Any]:
-    """Return `architecture` and `projector` as our checkpoints hold them.
+    """Return the content of a checkpoint without an architecture with `architecture` and `projector` as ours have them.
 
     Widths and depth come from the weights, dropout and activation from the section.
     Understands the names of this projector's own layers, of the reference implementation's, and of a sequence of linear
     layers (a single layer is the shortcut itself).
     """
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor) and value.numel()}
+    key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
+    rest = {name: value for name, value in content.items() if key and name != key}
+    stored = content[key] if key else content
+    tensors = {str(name): value for name, value in stored.items() if isinstance(value, torch.Tensor) and value.numel()}
     weights = _strip_prefixes(tensors)
     if not weights:
         raise InputError(f"{path}: holds no projector weights: make it with stage 6")
@@ -69,10 +57,10 @@ def read_weights(
         name.removesuffix("weight") + "bias": weight.new_zeros(len(weight))
         for name, weight in weights.items() if name.endswith("weight") and weight.ndim
     }  # fmt: skip
-    return {"architecture": architecture, "projector": zeros | weights}
+    return rest | {"architecture": architecture, "projector": zeros | weights}
 
 
-def _infer_architecture(path: Path, weights: StateDict, section: TrainingModelSection) -> dict[str, Any]:
+def _infer_architecture(path: Path, weights: Weights, section: TrainingModelSection) -> dict[str, Any]:
     """Infer the projector's constructor arguments from its weights."""
     depth = sum(bool(re.fullmatch(r"hidden\.\d+\.weight", name)) for name in weights)
     hidden = [f"hidden.{number}.weight" for number in range(depth)]
@@ -92,7 +80,7 @@ def _infer_architecture(path: Path, weights: StateDict, section: TrainingModelSe
     }  # fmt: skip
 
 
-def _strip_prefixes(weights: StateDict) -> StateDict:
+def _strip_prefixes(weights: Weights) -> Weights:
     """Strip the wrappers' prefixes; where some names start with `projector.`, drop the other weights."""
     while True:
         inner = {key: value for key, value in weights.items() if key.startswith("projector.")}
@@ -103,7 +91,7 @@ def _strip_prefixes(weights: StateDict) -> StateDict:
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
-def _rename_older(path: Path, weights: StateDict) -> StateDict:
+def _rename_older(path: Path, weights: Weights) -> Weights:
     """Give the reference's older projector, fc1 and fc2 with or without norms and residual, its later names.
 
     No such file with norms was seen: their names (norm1, ln_2, layer_norm2, ...) and their place behind a layer are a
@@ -127,7 +115,7 @@ def _rename_older(path: Path, weights: StateDict) -> StateDict:
     }
 
 
-def _rename_reference(path: Path, weights: StateDict) -> StateDict:
+def _rename_reference(path: Path, weights: Weights) -> Weights:
     """Map the reference implementation's projector onto this one's names.
 
     It computes y = output_layer(h) + residual_proj(x), L2-normalised: x are the features and h the result of
@@ -142,7 +130,7 @@ def _rename_reference(path: Path, weights: StateDict) -> StateDict:
     if unknown:
         raise _not_mapped(path, f"{unknown[0]} is not known")
     has_norms = any("_norm" in name for name in weights)
-    renamed: StateDict = {}
+    renamed: Weights = {}
     for name, target in targets.items():
         weight, is_norm = weights.get(f"{name}.weight"), "_norm" in name
         if weight is None and (name == "residual_proj" or (is_norm and not has_norms)):
@@ -153,7 +141,7 @@ def _rename_reference(path: Path, weights: StateDict) -> StateDict:
     return renamed
 
 
-def _rename_sequence(path: Path, weights: StateDict) -> StateDict:
+def _rename_sequence(path: Path, weights: Weights) -> Weights:
     """Give a plain MLP, with linear layers numbered as in nn.Sequential, the reference's names; a single layer ours."""
     # A layer's name with its dot; a single layer may have none.
     names = [key.removesuffix("weight") for key, value in weights.items() if key.endswith("weight") and value.ndim == 2]
