@@ -241,14 +241,16 @@ def unfolded_bytes(table: pa.Table) -> int:
     return num_bytes
 
 
-def read_batches(path: Path, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """Yield some columns of a parquet, at most `batch_rows` rows at a time.
+def read_batches(
+    path: Path, columns: list[str], batch_rows: int, groups: Iterable[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield some columns of a parquet's row groups (None: all), at most `batch_rows` rows at a time.
 
     Raises InputError if the file is missing or damaged.
     """
     with open_parquet(path, BUFFER_BYTES) as file:
         # One reader over all row groups keeps every one's compressed bytes until it is done (seen with pyarrow 26).
-        for group in range(file.num_row_groups):
+        for group in range(file.num_row_groups) if groups is None else groups:
             bound = bound_rows(path, file.metadata.row_group(group), batch_rows)
             batches = file.iter_batches(bound, row_groups=[group], columns=columns)
             while True:

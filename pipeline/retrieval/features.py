@@ -1,5 +1,6 @@
 """A merged split as arrays: one row an image, integer codes for the buildings."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.config import count_cores
 from pipeline.errors import InputError
 from pipeline.files import tables
 from pipeline.files.identity import describe_difference
 from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.log import logger
+from pipeline.threads import map_in_order
 
 # Numbers decoded at a time: 16 MiB of float32, which is 1,024 rows of a 7B backbone.
 _BATCH_NUMBERS = 2**22
+# Pieces of consecutive row groups that a core decodes: each opens the file, some of them even out the work.
+_PIECES_A_CORE = 4
 FEATURE_COLUMNS = [
     pa.field("streetview_image_id", pa.string()),
     pa.field("building_id", pa.string()),
@@ -124,20 +129,30 @@ def check_one_run(first: Path, second: Path) -> None:
 
 
 def _read_embeddings(column: ListColumn, image_ids: pa.StringArray) -> NDArray[Any]:
-    """Return the embeddings (N, D) in their stored type."""
+    """Return the embeddings (N, D) in their stored type; a thread a core decodes row groups."""
     width = column.width or 0
     embeddings = np.empty((len(image_ids), width), column.dtype)
-    start = 0
-    for batch in tables.read_batches(column.path, [column.name], max(1, _BATCH_NUMBERS // max(1, width))):
-        block = column.read(batch.column(0), start, check_finite=False)
-        is_bad = ~np.isfinite(block).all(axis=1) | ~block.any(axis=1)
-        if is_bad.any():
-            row = start + int(np.argmax(is_bad))
-            raise InputError(
-                f"{column.path}: the embedding of image {image_ids[row]} is not finite or all zero (row {row}, "
-                f"{int(is_bad.sum())} such rows near it): "
-                "run stage 2 again, with another [embedding_model].dtype if it comes back"
-            )
-        embeddings[start : start + len(block)] = block
-        start += len(block)
+    with tables.open_parquet(column.path) as file:
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+
+    def read(groups: list[int]) -> None:
+        start = sum(sizes[: groups[0]])
+        for batch in tables.read_batches(column.path, [column.name], max(1, _BATCH_NUMBERS // max(1, width)), groups):
+            block = column.read(batch.column(0), start, check_finite=False)
+            largest = np.maximum(block.max(axis=1), -block.min(axis=1))  # NaN where a number is that
+            is_bad = ~np.isfinite(largest) | (largest == 0)
+            if is_bad.any():
+                row = start + int(np.argmax(is_bad))
+                raise InputError(
+                    f"{column.path}: the embedding of image {image_ids[row]} is not finite or all zero (row {row}, "
+                    f"{int(is_bad.sum())} such rows near it): "
+                    "run stage 2 again, with another [embedding_model].dtype if it comes back"
+                )
+            embeddings[start : start + len(block)] = block
+            start += len(block)
+
+    pieces = np.array_split(np.arange(len(sizes)), min(len(sizes), _PIECES_A_CORE * count_cores()))
+    with closing(map_in_order(read, [piece.tolist() for piece in pieces], count_cores())) as done:
+        for _ in done:
+            pass
     return embeddings
