@@ -4,8 +4,8 @@
     python evaluate_embeddings/evaluate.py --compare other_checkpoint.pt
     python evaluate_embeddings/evaluate.py --embeddings OUTPUT --labels labels.parquet --compare OTHER_OUTPUT
 
-Reads merged_dir/{train,test}.parquet and checkpoint_dir/checkpoint_best.pt; for the page also metrics.jsonl beside the
-checkpoint and photographs from the tars of raw_dir, if they are there. Writes report_dir/report.html and
+Reads merged_dir/{train,val,test}.parquet and checkpoint_dir/checkpoint_best.pt; for the page also metrics.jsonl beside
+the checkpoint and photographs from the tars of raw_dir, if they are there. Writes report_dir/report.html and
 report_dir/metrics.json. A rerun keeps both if they were made from the same inputs. With --compare or --embeddings it
 scores these models instead, prints a table with the verdict last, and writes nothing.
 """
@@ -22,8 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from evaluate_embeddings.scores.breakdowns import summarize_breakdowns
 from evaluate_embeddings.scores.fairness import doubt_split
-from evaluate_embeddings.scores.metrics import GALLERY_SIZES, KIND_LABELS, KINDS, Evaluation, build_metrics
-from evaluate_embeddings.scores.pair_similarity import sample_similarities
+from evaluate_embeddings.scores.groups import MAX_IMAGES, summarize_groups
+from evaluate_embeddings.scores.metrics import (
+    GALLERY_SIZES,
+    KIND_LABELS,
+    KINDS,
+    Evaluation,
+    build_metrics,
+    sample_gallery,
+)
 from evaluate_embeddings.scores.standalone import CHECKPOINT_NAME, STAGE, EvaluateOptions, run_standalone
 from evaluate_embeddings.scores.tables import format_metrics_table
 from pipeline import cli
@@ -31,7 +38,7 @@ from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.identity import identify
 from pipeline.files.outputs import check_replaceable, page_mark
-from pipeline.files.tables import make_provenance, read_provenance
+from pipeline.files.tables import make_provenance, open_parquet, read_provenance
 from pipeline.files.units import Unit, keep_complete
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import Progress, Stopwatch, logger
@@ -124,16 +131,42 @@ def score_split(
                 raise InputError(f"{KIND_LABELS[kind]} {error}") from None
             if without is not None:
                 apart[kind] = without
-        pairs = {kind: sample_similarities(rows, codes, ignored, seed) for kind, rows in embeddings.items()}
-        evaluation = Evaluation(features, embeddings, ignored, scores, apart or None, pairs, device)
+        evaluation = Evaluation(features, embeddings, ignored, scores, apart or None, device)
         metrics = build_metrics(evaluation, seed, progress.advance)
         return evaluation, metrics | summarize_breakdowns(evaluation, config.path("merged_dir") / "test.parquet", seed)
 
 
+def group_split(evaluation: Evaluation, checkpoint: "Checkpoint", config: Config) -> dict[str, Any] | None:
+    """Measure groups of test images that are made without labels, None where there is no validation split to cut by."""
+    from pipeline.inference.devices import choose_device
+    from pipeline.retrieval.checkpoint import build_projector, project
+
+    merged_dir, seed = config.path("merged_dir"), config.global_.seed
+    if not has_validation(merged_dir):
+        return None
+    check_one_run(merged_dir / "test.parquet", merged_dir / "val.parquet")
+    val, device = load_features(merged_dir / "val.parquet"), choose_device(config.infrastructure.device)
+    rows = sample_gallery(val.building_codes, MAX_IMAGES, seed)
+    validation = project(build_projector(checkpoint), val.embeddings[rows], device), val.building_codes[rows]
+    rows = sample_gallery(evaluation.codes, MAX_IMAGES, seed)
+    return summarize_groups((evaluation.embeddings["projector"][rows], evaluation.codes[rows]), validation)
+
+
+def has_validation(merged_dir: Path) -> bool:
+    """Return whether there is a validation split with images; a small run may have none."""
+    path = merged_dir / "val.parquet"
+    if not path.is_file():
+        return False
+    with open_parquet(path) as file:
+        return bool(file.metadata.num_rows)
+
+
 def describe_inputs(config: Config, ignore_pairs: Path | None, images: bool = True) -> dict[str, Any]:
     """Return the provenance that the outputs must have."""
-    merged_dir, checkpoint_path = config.path("merged_dir"), config.path("checkpoint_dir") / CHECKPOINT_NAME
-    inputs = [identify(path) for path in (merged_dir / "train.parquet", merged_dir / "test.parquet", checkpoint_path)]
+    merged_dir = config.path("merged_dir")
+    splits = ("train", "val", "test") if has_validation(merged_dir) else ("train", "test")
+    paths = [*(merged_dir / f"{split}.parquet" for split in splits), config.path("checkpoint_dir") / CHECKPOINT_NAME]
+    inputs = [identify(path) for path in paths]
     if ignore_pairs is not None:
         inputs.append(identify(ignore_pairs) | {"name": f"--ignore-pairs {ignore_pairs.name}"})
     # A page with photographs must not pass for one without.
@@ -169,6 +202,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     ignored = resolve_pairs(pairs, features.building_ids)
     with watch.measure("score"):
         evaluation, metrics = score_split(features, embeddings, ignored, config)
+        metrics["groups"] = group_split(evaluation, checkpoint, config)
     metrics["warning"] = doubt_split(checkpoint, config.path("merged_dir") / "test.parquet", features.building_ids)
     if metrics["warning"]:
         logger.warning("%s: %s", STAGE, metrics["warning"])

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.scores.metrics import Evaluation
-from evaluate_embeddings.scores.pair_similarity import RECOMMENDED_RATE
-from pipeline.retrieval.candidates import TIE_TOLERANCE, Candidates
+from pipeline.retrieval.candidates import TIE_TOLERANCE, RowGroups, list_partners
 from pipeline.retrieval.geography import distances_m
-from pipeline.retrieval.scores import similarity_rows
 
 NUM_NEIGHBORS = 5
 NUM_EXAMPLES, NUM_SUSPECTS = 12, 24
 # Suspects are looked for among so many images: each costs a product with the whole split.
 MAX_SUSPECT_QUERIES = 20_000
+# Similarities held at a time: 2^25 float32 are 128 MiB.
+BLOCK_VALUES = 2**25
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ImagePair:
 
 @dataclass
 class Gallery:
-    """The examples of the page, chosen before any picture is read, so that all pictures share one budget."""
+    """The examples of the page."""
 
     evaluation: Evaluation
     failures: list[Example] = field(default_factory=list)
@@ -85,18 +85,18 @@ class Gallery:
         """Name images and their buildings."""
         return ", ".join(f"{self.image(row)} of building {self.building(row)}" for row in rows)
 
-    def take_pictures(self, photos: PhotoSource, max_characters: int) -> None:
-        """Fetch the pictures, small enough to fit the limit together, and note what is missing."""
+    def take_pictures(self, photos: PhotoSource) -> None:
+        """Fetch the pictures, and note what is missing."""
         rows = [row for one in self.failures + self.successes for row in (one.query, *(a.row for a in one.answers))]
         rows += [row for suspect in self.suspects for row in suspect.rows]
-        self.thumbnails = photos.read_thumbnails(rows, max_characters)
+        self.thumbnails = photos.read_thumbnails(rows)
         if photos.problem:
             self.note = f"The pictures are left out: {photos.problem}."
         elif photos.num_missing:
             self.note = f"{photos.num_missing} pictures are left out: their tars are gone or have changed."
 
 
-def choose_gallery(evaluation: Evaluation, seed: int) -> Gallery:
+def choose_gallery(evaluation: Evaluation, threshold: float, seed: int) -> Gallery:
     """Choose the examples: the worst failures, right answers on which the raw embeddings fail worst, and suspects."""
     own, raw = evaluation.scores["projector"].first_rank, evaluation.scores["raw"].first_rank
     buildings = evaluation.codes[evaluation.scores["projector"].query]
@@ -106,7 +106,7 @@ def choose_gallery(evaluation: Evaluation, seed: int) -> Gallery:
         evaluation,
         describe_examples(evaluation, failures),
         describe_examples(evaluation, successes),
-        find_suspects(evaluation, NUM_SUSPECTS, seed),
+        find_suspects(evaluation, threshold, NUM_SUSPECTS, seed),
     )
 
 
@@ -123,23 +123,23 @@ def pick_worst(
 
 def describe_examples(evaluation: Evaluation, places: list[int]) -> list[Example]:
     """Look up the projector's answers to the queries at these positions."""
-    candidates = Candidates(evaluation.codes, evaluation.ignored)
-    return [_describe_example(evaluation, candidates, place) for place in places]
+    partners = list_partners(evaluation.ignored, RowGroups(evaluation.codes))
+    return [_describe_example(evaluation, partners, place) for place in places]
 
 
-def _describe_example(evaluation: Evaluation, candidates: Candidates, place: int) -> Example:
-    scores, embeddings = evaluation.scores["projector"], evaluation.embeddings["projector"]
+def _describe_example(evaluation: Evaluation, partners: dict[int, list[int]], place: int) -> Example:
+    scores, embeddings, codes = evaluation.scores["projector"], evaluation.embeddings["projector"], evaluation.codes
     query = int(scores.query[place])
     similarities = embeddings @ embeddings[query]  # (N,)
-    positives = candidates.positives(query)
-    match = int(positives[np.argmax(similarities[positives])])
-    ordering = similarities.copy()
-    ordering[positives] -= np.float32(TIE_TOLERANCE)  # as the scores: in a tie the wrong answer comes first
-    ordering[candidates.left_out(query)] = -np.inf
+    is_right = codes == codes[query]
+    ordering = np.where(is_right, similarities - np.float32(TIE_TOLERANCE), similarities)  # as in the scores
+    ordering[np.isin(codes, partners.get(int(codes[query]), []))] = -np.inf
+    ordering[query] = -np.inf
+    match = int(np.argmax(np.where(is_right, ordering, -np.inf)))
     nearest = np.argsort(-ordering, kind="stable")[:NUM_NEIGHBORS]
 
     def answer(row: int, rank: int) -> Answer:
-        return Answer(row, rank, float(similarities[row]), row in positives, _metres(evaluation, query, row))
+        return Answer(row, rank, float(similarities[row]), bool(is_right[row]), _metres(evaluation, query, row))
 
     neighbors = [answer(row, rank) for rank, row in enumerate(nearest.tolist(), 1) if np.isfinite(ordering[row])]
     raw_rank = int(evaluation.scores["raw"].first_rank[place])
@@ -152,33 +152,24 @@ def _metres(evaluation: Evaluation, one: int, other: int) -> float:
     return float(distances_m(lat[one], lon[one], lat[other], lon[other]))
 
 
-def find_suspects(evaluation: Evaluation, limit: int, seed: int) -> list[ImagePair]:
+def find_suspects(evaluation: Evaluation, threshold: float, limit: int, seed: int) -> list[ImagePair]:
     """Return the most similar pairs of images of two buildings, one for each pair of buildings that is not ignored.
 
-    Only pairs above the recommended threshold are suspect: 1 in 1,000 pairs of two buildings passes it. If there are
-    more than MAX_SUSPECT_QUERIES images, a random sample of them is compared with all the others.
+    Only pairs that reach the threshold are suspect. If there are more than MAX_SUSPECT_QUERIES images, a random sample
+    of them is compared with all the others.
     """
     raw, own, codes = evaluation.embeddings["raw"], evaluation.embeddings["projector"], evaluation.codes
-    pairs = evaluation.pairs["projector"]
-    if not len(pairs.different):
-        return []
-    threshold = pairs.threshold_at(RECOMMENDED_RATE)
-    candidates = Candidates(codes, evaluation.ignored)
-    queries = np.arange(len(codes))
-    if len(queries) > MAX_SUSPECT_QUERIES:
-        queries = np.sort(np.random.default_rng(seed).choice(queries, MAX_SUSPECT_QUERIES, replace=False))
-    nearest, similarity = np.empty(len(queries), np.int64), np.empty(len(queries), np.float32)
-    for place, (query, row) in enumerate(similarity_rows(own, queries)):
-        row[candidates.left_out(query)] = -np.inf
-        row[candidates.positives(query)] = -np.inf
-        nearest[place] = np.argmax(row)
-        similarity[place] = row[nearest[place]]
+    partners = list_partners(evaluation.ignored, RowGroups(codes))
+    queries = np.random.default_rng(seed).permutation(len(codes))[:MAX_SUSPECT_QUERIES]
+    found = []
+    for block in np.array_split(queries, 1 + len(queries) * len(codes) // BLOCK_VALUES):
+        for query, row in zip(block.tolist(), own[block] @ own.T, strict=True):
+            row[np.isin(codes, [codes[query], *partners.get(int(codes[query]), [])])] = -np.inf
+            found.append((float(row.max()), query, int(row.argmax())))
     chosen: dict[frozenset[int], ImagePair] = {}
-    for place in np.argsort(-similarity, kind="stable").tolist():
-        one, other = int(queries[place]), int(nearest[place])
-        if similarity[place] < threshold or len(chosen) == limit:
+    for similarity, one, other in sorted(found, reverse=True):
+        if similarity < max(threshold, -1) or len(chosen) == limit:
             break
-        cosines = float(own[one] @ own[other]), float(raw[one] @ raw[other])
-        pair = ImagePair((one, other), *cosines, _metres(evaluation, one, other))
+        pair = ImagePair((one, other), similarity, float(raw[one] @ raw[other]), _metres(evaluation, one, other))
         chosen.setdefault(frozenset((int(codes[one]), int(codes[other]))), pair)
     return list(chosen.values())

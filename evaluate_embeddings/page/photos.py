@@ -1,6 +1,6 @@
 """Read a few photographs from the raw tars, by their offsets, as thumbnails for the page."""
 
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,8 +14,8 @@ from pipeline.ids import tar_name
 from pipeline.inference.images import decode_rgb
 from pipeline.pages import shrink, to_data_uri
 
-# Longest side in pixels and JPEG quality, lowered step by step until the pictures fit.
-THUMBNAIL_LEVELS = ((224, 80), (224, 65), (192, 55), (160, 50), (128, 45), (96, 40))
+# Longest side in pixels, and JPEG quality: some 200 pictures of noise would take 13 MB.
+SIDE, QUALITY = 224, 80
 
 
 class PhotoSource:
@@ -41,31 +41,15 @@ class PhotoSource:
             except InputError as error:
                 self.problem = self.problem or one_line(error)
 
-    def read_thumbnails(self, rows: list[int], max_characters: int) -> dict[int, str]:
-        """Return a JPEG as a data URI for each row whose picture can be read, and count the other rows.
-
-        A row that is asked for twice is on the page twice. Side and quality are lowered until all pictures together
-        have at most `max_characters`; if the lowest level is still too much, the last rows go without a picture.
-        """
-        if self.problem is not None:
-            return {}
-        images: dict[int, Image.Image] = {}
-        for row in dict.fromkeys(rows):
+    def read_thumbnails(self, rows: Iterable[int]) -> dict[int, str]:
+        """Return a JPEG as a data URI for each row whose picture can be read, and count the other rows."""
+        found: dict[int, str] = {}
+        for row in dict.fromkeys(rows) if self.problem is None else ():
             try:
-                images[row] = shrink(self._read(row), THUMBNAIL_LEVELS[0][0])
+                found[row] = to_data_uri(shrink(self._read(row), SIDE), QUALITY)
             except (Rejection, OSError):  # a tar that is gone, cut or changed leaves a gap, never a failure
                 self.num_missing += 1
-        times, kept = Counter(rows), dict[int, str]()
-        for side, quality in THUMBNAIL_LEVELS:
-            total, kept = 0, {}
-            for row, image in images.items():
-                uri = to_data_uri(shrink(image, side), quality)
-                total += len(uri) * times[row]
-                if total <= max_characters:
-                    kept[row] = uri
-            if total <= max_characters:
-                break
-        return kept
+        return found
 
     def _read(self, row: int) -> Image.Image:
         dataset_id, offset, size = (self._places.column(i)[row].as_py() for i in range(3))

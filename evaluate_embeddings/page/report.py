@@ -18,8 +18,6 @@ from pipeline.log import logger
 from pipeline.pages import load_templates
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-# The page must stay under 15 MB, to be sent by mail. A character of a data URI is a byte of the page.
-MAX_GALLERY_CHARACTERS = 12_000_000
 
 BREAKDOWNS = {
     "by_views": "images of the building",
@@ -58,13 +56,14 @@ def write_report(
     `training` holds the checkpoint's metrics; without `images` the page has no photograph.
     """
     photos = PhotoSource(config.path("merged_dir") / "test.parquet", _find_raw_dir(config), wanted=images)
-    gallery = choose_gallery(evaluation, config.global_.seed)
-    gallery.take_pictures(photos, MAX_GALLERY_CHARACTERS)
+    groups = metrics["groups"]
+    gallery = choose_gallery(evaluation, groups["threshold"] if groups else -1.0, config.global_.seed)
+    gallery.take_pictures(photos)
     curve = read_training_curve(config.path("checkpoint_dir") / "metrics.jsonl", training)
     page = render(
         "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_verdict(metrics),
         kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS, breakdowns=BREAKDOWNS,
-        pairs=evaluation.pairs, curve=curve, gallery=gallery,
+        curve=curve, gallery=gallery,
     )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -1,13 +1,12 @@
 """Compute the numbers of metrics.json from the embeddings of one split."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate_embeddings.scores.pair_similarity import PairSimilarities, share_of_same_pairs, summarize_pairs
 from pipeline.retrieval.candidates import IgnoredPairs, RowGroups
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import (
@@ -48,7 +47,6 @@ class Evaluation:
     ignored: IgnoredPairs
     scores: ScoresByKind
     apart: ScoresByKind | None = None  # among other panoramas; None if no query has a positive there
-    pairs: dict[str, PairSimilarities] = field(default_factory=dict)  # sampled, of each kind
     device: "torch.device | None" = None  # for searching galleries, None is the CPU
 
     @property
@@ -152,7 +150,7 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
     """Return metrics.json without its provenance."""
     features, codes = evaluation.features, evaluation.codes
     whole = summarize_kinds(evaluation.scores, codes, seed)
-    gains, share_same = compare_kinds(evaluation.scores, codes, seed), share_of_same_pairs(codes)
+    gains = compare_kinds(evaluation.scores, codes, seed)
     return {
         "split": "test",
         "queries": whole["queries"],
@@ -165,10 +163,6 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
         "by_dataset": summarize_datasets(evaluation.scores, codes, features.dataset_ids, seed),
         "without_same_panorama": evaluation.apart and summarize_kinds(evaluation.apart, codes, seed),
         "by_gallery_size": summarize_galleries(evaluation, seed, progress),
-        "verification": {
-            "share_of_same_pairs": share_same,
-            **{kind: summarize_pairs(pairs, share_same) for kind, pairs in evaluation.pairs.items()},
-        },
     }
 
 

@@ -1,4 +1,4 @@
-"""Which rows are right, wrong or no answers to a query, by building."""
+"""Rows by building, and which buildings are no answers to each other's queries."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,25 +38,6 @@ class RowGroups:
     def sizes(self) -> Codes:
         """Return the number of rows of each group."""
         return np.diff(self._starts)
-
-
-class Candidates:
-    """Tells for each query which rows are right answers and which are no candidates."""
-
-    def __init__(self, building_codes: NDArray[Any], ignored: IgnoredPairs | None) -> None:
-        self._buildings = RowGroups(building_codes)
-        self._partners = list_partners(ignored, self._buildings)
-
-    def positives(self, query: int) -> Codes:
-        """Return the other rows of the query's building."""
-        own = self._buildings.rows_of(int(self._buildings.codes[query]))
-        others: Codes = own[own != query]
-        return others
-
-    def left_out(self, query: int) -> Codes:
-        """Return the rows that are no candidates: the query itself and the ignored buildings'."""
-        partners = self._partners.get(int(self._buildings.codes[query]), ())
-        return np.concatenate([np.array([query]), *(self._buildings.rows_of(partner) for partner in partners)])
 
 
 def list_partners(ignored: IgnoredPairs | None, buildings: RowGroups) -> dict[int, list[int]]:

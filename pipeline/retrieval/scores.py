@@ -5,7 +5,7 @@ a query's positives, of the precision at each one's rank, and mAP its mean over 
 1 / rank of the nearest positive (Manning et al., Introduction to Information Retrieval, chapter 8).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 RECALL_RANKS = (1, 5, 10, 100)
 SCORE_KEYS = (*(f"recall_at_{k}" for k in RECALL_RANKS), "map", "mrr")
-# Similarities held at a time: 2^25 float32 are 128 MiB; a block has at least 16 queries, or the product is slow.
-BLOCK_VALUES, MIN_BLOCK_QUERIES = 2**25, 16
 # Resamples computed by one product, which reads the buildings' sums once and stays on one core.
 RESAMPLES_AT_A_TIME = 16
 
@@ -110,14 +108,6 @@ def score_queries_twice(
     if not len(scores[0].query):
         raise InputError("no image has another image of its building to find: give more images or another split")
     return scores[0], scores[1] if len(scores) > 1 and len(scores[1].query) else None
-
-
-def similarity_rows(embeddings: Embeddings, queries: Codes) -> Iterator[tuple[int, Embeddings]]:
-    """Yield each query with its cosines to all rows, (N,), which the caller may overwrite."""
-    num_block = max(MIN_BLOCK_QUERIES, BLOCK_VALUES // max(1, len(embeddings)))
-    for start in range(0, len(queries), num_block):
-        block = queries[start : start + num_block]
-        yield from zip(block.tolist(), embeddings[block] @ embeddings.T, strict=True)
 
 
 # ------------------------------------------------------------------------------------------------ means, intervals

@@ -22,7 +22,7 @@ NUM_NEAREST = 64
 EXACT_ROWS = 500_000
 NUM_PROBES, NUM_RECALL_QUERIES = 64, 1_000
 # Products that are held at a time (of at least so many rows, or the product is slow), and pairs that are gathered.
-_MAX_PRODUCTS, _MIN_ROWS, _BLOCK_PAIRS = 1 << 23, 64, 16_384
+_MAX_PRODUCTS, _MIN_ROWS, _BLOCK_PAIRS = 1 << 24, 64, 16_384
 # A search's float32 product may differ by this from the one that decides.
 _SLACK = 1e-5
 
@@ -207,11 +207,12 @@ def _list_passing(
     Of a row with over NUM_NEAREST they are the nearest, by cosine less the handicaps.
     """
     cosines[np.arange(len(own)), np.searchsorted(others, own)] = -np.inf
-    crowded = np.flatnonzero(np.count_nonzero(cosines >= threshold, axis=1) > NUM_NEAREST)
+    rows, columns = np.divmod(np.flatnonzero(cosines >= threshold), len(others))
+    crowded = np.flatnonzero(np.bincount(rows, minlength=len(own)) > NUM_NEAREST)
     if len(crowded):
         ranks = np.subtract(handicaps, cosines)[crowded]
         cosines[crowded[:, None], np.argpartition(ranks, NUM_NEAREST, axis=1)[:, NUM_NEAREST:]] = -np.inf
-    rows, columns = np.nonzero(cosines >= threshold)
+        rows, columns = np.nonzero(cosines >= threshold)
     return own[rows], others[columns], own[crowded]
 
 
