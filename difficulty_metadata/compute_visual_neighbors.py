@@ -8,11 +8,11 @@ finds all parts complete merges them. A rerun keeps a complete output.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
@@ -40,9 +40,6 @@ from pipeline.own_folders import discard, remove
 from pipeline.stages import STAGES
 from pipeline.threads import prefetch
 
-if TYPE_CHECKING:
-    from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
-
 STAGE = "compute_visual_neighbors"
 # The names are historical: the key is the image's id, the distances are Euclidean, between fingerprints.
 DIFFICULTY_SCHEMA = pa.schema(
@@ -67,13 +64,8 @@ BANDED_ROWS = 1_024
 def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
     """Return the images' points (N, d) float32 in the space of the leading principal components."""
     pca = fit_pca(images.stream_fingerprints(), images.width, num_components)
-    kept, share = len(pca.components), float(pca.explained_variance_ratio.sum())
-    logger.info("PCA: %d of %d dimensions hold %.1f %% of the variance", kept, images.width, 100 * share)
-    if kept < num_components:
-        logger.warning(
-            "PCA: %d components were asked for, but the fingerprints vary in %d dimensions only: used %d",
-            num_components, pca.rank, kept,
-        )  # fmt: skip
+    logger.info("PCA: %d of %d dimensions hold %.1f %% of the variance", len(pca.components), images.width,
+                100 * pca.explained_variance_ratio.sum())  # fmt: skip
     return pca.project_all(images.stream_fingerprints())
 
 
@@ -93,30 +85,17 @@ def search_parts(images: ImageTable, store: PartStore, todo: Sequence[int], conf
         )
         logger.info("searching %d images of %d buildings: %s on %s",
                     len(images), len(images.building_ids), search.backend, describe_device(device))  # fmt: skip
-        num_anchors = sum(len(store.anchors(part)) for part in todo)
+        at_once, num_anchors = PARTS_AT_ONCE[search.device.type], sum(len(store.anchors(part)) for part in todo)
         with Progress("neighbours", num_anchors, interval_seconds=config.logging.progress_interval_seconds) as progress:
-            found = watch.measure_each("search", find_parts(search, store, todo, progress.advance))
-            # On a GPU, where parts come in batches, one is written while the next is searched. On a CPU that would cost
-            # the search its time, and an interrupt would have to wait for a part.
-            is_batched = PARTS_AT_ONCE[device.type] > 1
-            with closing(prefetch(found)) if is_batched else nullcontext(found) as parts:
-                for part, rows, distances in parts:
-                    with watch.measure("write"):
-                        store.write(part, rows, distances)
+            for start in range(0, len(todo), at_once):
+                anchors = [store.anchors(part) for part in todo[start : start + at_once]]
+                with watch.measure("search"):
+                    found = search.find(np.concatenate(anchors), progress.advance)
+                ends = np.cumsum([len(part) for part in anchors])[:-1]
+                with watch.measure("write"):
+                    for part, *own in zip(todo[start:], *(np.split(values, ends) for values in found), strict=False):
+                        store.write(part, *own)
     logger.info("%d parts made, %d searches repeated with more candidates", len(todo), search.num_redone)
-
-
-def find_parts(
-    search: "NeighborSearch", store: PartStore, parts: Sequence[int], report: Callable[[int], None]
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield each part with its anchors' neighbours (A, k) and their distances (A, k)."""
-    at_once = PARTS_AT_ONCE[search.device.type]
-    for start in range(0, len(parts), at_once):
-        batch = parts[start : start + at_once]
-        anchors = [store.anchors(part) for part in batch]
-        rows, distances = search.find(np.concatenate(anchors), report)
-        ends = np.cumsum([len(part) for part in anchors])[:-1]
-        yield from zip(batch, np.split(rows, ends), np.split(distances, ends), strict=True)
 
 
 def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:

@@ -22,7 +22,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 def count_cores() -> int:
     """Return how many cores this process may use: under SLURM or taskset fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores))  # not every cluster confines its jobs
 
 
 class Section(BaseModel):

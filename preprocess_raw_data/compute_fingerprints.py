@@ -152,10 +152,9 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     ids, width = views.select(FINGERPRINT_ID_SCHEMA.names), fingerprints.shape[1]
     schema = pa.schema([*FINGERPRINT_ID_SCHEMA, pa.field("fingerprint", pa.list_(pa.uint8(), width))])
     with watch.measure("write"), parquet_writer(unit.output_path, schema, provenance) as writer:
-        for start in range(0, len(views), ROWS_PER_GROUP):
-            kept = start + np.flatnonzero(keep[start : start + ROWS_PER_GROUP])
-            column = pa.FixedSizeListArray.from_arrays(pa.array(fingerprints[kept].reshape(-1)), width)
-            writer.write_table(ids.take(pa.array(kept)).append_column(schema.field("fingerprint"), column).cast(schema))
+        column = pa.FixedSizeListArray.from_arrays(pa.array(fingerprints[keep].reshape(-1)), width)
+        table = ids.filter(pa.array(keep)).append_column(schema.field("fingerprint"), column).cast(schema)
+        writer.write_table(table, row_group_size=ROWS_PER_GROUP)
     logger.info("%s: %d images, %d rejected", unit.tar_path.name, len(views), len(rejects))
     return provenance
 

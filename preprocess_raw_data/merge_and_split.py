@@ -32,8 +32,7 @@ from pipeline.own_folders import discard, make_folder, move, remove, sync_folder
 from pipeline.stages import STAGES
 from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
-from preprocess_raw_data.merging.leakage import measure_leakage
-from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, read_split_file
+from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, measure_leakage, read_split_file
 
 STAGE = "merge_and_split"
 # Rows of one row group of the output: at 4,096 dimensions 64 MB.

@@ -268,9 +268,11 @@ def test_ratios_that_sum_to_one_but_for_rounding_are_accepted():
     assert DataSection(train_ratio=0.1 + 0.2, val_ratio=0.3, test_ratio=0.4).test_ratio == 0.4
 
 
-def test_workers_are_counted_by_the_cores_that_this_process_may_use(tmp_path):
+def test_workers_are_counted_by_the_cores_that_this_process_may_use(tmp_path, monkeypatch):
     assert load_config(write(tmp_path, "")).infrastructure.count_workers() == count_cores()
     assert count_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")  # where a cluster does not confine its jobs
+    assert count_cores() == 1
     assert load_config(write(tmp_path, "[infrastructure]\nnum_workers = 3")).infrastructure.count_workers() == 3
 
 

@@ -6,7 +6,7 @@ torch's own answers are put in its place: no GPU is needed.
 import pytest
 import torch
 
-from pipeline.errors import DeviceMemoryError
+from pipeline.errors import DeviceMemoryError, PipelineError
 from pipeline.inference import devices
 from pipeline.inference.devices import (
     choose_device,
@@ -123,3 +123,20 @@ def test_the_size_is_halved_until_it_fits_but_no_further_than_the_least():
     with pytest.raises(torch.cuda.OutOfMemoryError):
         halve_until_it_fits(compute, 100, 10, "it")
     assert tried == [100, 50, 25, 12, 6]
+
+
+@pytest.mark.parametrize(
+    ("required", "has_driver", "fails"),
+    [("1", False, True), ("auto", True, True), ("auto", False, False), ("0", True, False)],
+)
+def test_a_job_that_needs_a_gpu_does_not_go_on_without(monkeypatch, tmp_path, required, has_driver, fails):
+    """A driver that torch cannot use must not turn a night of H100 into one of CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "NVIDIA_DEVICE", tmp_path if has_driver else tmp_path / "none")
+    monkeypatch.setenv("REQUIRE_GPU", required)
+    assert choose_device("cpu").type == "cpu"
+    if fails:
+        with pytest.raises(PipelineError, match="no usable GPU: .* or REQUIRE_GPU to 0"):
+            choose_device("auto")
+    else:
+        assert choose_device("auto").type == "cpu"

@@ -6,8 +6,7 @@ import pytest
 
 from pipeline.config import DataSection
 from pipeline.retrieval.geography import distances_m
-from preprocess_raw_data.merging.leakage import RADII_M, measure_leakage
-from preprocess_raw_data.merging.splits import Buildings, assign_splits
+from preprocess_raw_data.merging.splits import RADII_M, Buildings, assign_splits, measure_leakage
 
 METRES_PER_DEGREE = 111_195.0
 

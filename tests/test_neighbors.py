@@ -202,8 +202,8 @@ class LyingKernel(Kernel):
     ("kernel", "warning"),
     [
         (Kernel, None),
-        (FailingKernel, "the GPU's kernel failed in a trial, .*: ptxas exited with error code 127"),
-        (LyingKernel, r"the GPU's kernel found other neighbours than tiles in float64 for \d+ of \d+ images"),
+        (FailingKernel, f".*: the GPU's kernel failed in a trial: .*{KERNEL_ERROR}$"),
+        (LyingKernel, r".*: the GPU's kernel found other neighbours than float64 for \d+ of \d+ images of a trial$"),
     ],
 )
 def test_a_kernel_is_tried_before_it_searches_and_tiles_take_its_place_where_it_fails_or_lies(
@@ -216,8 +216,6 @@ def test_a_kernel_is_tried_before_it_searches_and_tiles_take_its_place_where_it_
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(messages) == (warning is not None)
     assert warning is None or re.match(warning, messages[0])
-    whole = [record.getMessage() for record in caplog.records if getattr(record, "file_only", False)]
-    assert [line.endswith(KERNEL_ERROR) for line in whole] == [True] * (kernel is FailingKernel)
     monkeypatch.undo()
     rows, distances = search.find(np.arange(len(points)))
     expected_rows, expected_distances = NeighborSearch(points, codes, 20, "torch", CPU).find(np.arange(len(points)))

@@ -80,7 +80,6 @@ def test_the_largest_entry_of_a_component_is_positive() -> None:
 def test_no_more_components_than_the_fingerprints_vary_in() -> None:
     five_rows = draw_fingerprints(5, 30)
     fitted = fit_pca([[five_rows]], 30, 32)
-    assert fitted.rank == 4
     assert fitted.components.shape == (4, 30)
     assert fitted.explained_variance_ratio.sum() == pytest.approx(1.0)
 
@@ -89,7 +88,6 @@ def test_no_more_components_than_the_fingerprints_vary_in() -> None:
 def test_fingerprints_without_any_variance_are_one_point_at_the_origin(num_rows: int) -> None:
     same = np.full((num_rows, 12), 201, dtype=np.uint8)
     fitted = fit_pca([[same]], 12, 5)
-    assert fitted.rank == 0
     assert (fitted.project(same) == np.zeros((num_rows, 1), dtype=np.float32)).all()
 
 

@@ -24,8 +24,7 @@ def config_path(tmp_path, write_config, make_tar):
 
 
 def command(stage, config_path, *options, **environment):
-    found = task.read_task([str(stage), *options, "--config", str(config_path)], environment)
-    return task.build_command(found, {"REQUIRE_GPU": "0", **environment})
+    return task.build_command([str(stage), *options, "--config", str(config_path)], environment)
 
 
 # ------------------------------------------------------------------------------------------------ the task
@@ -45,22 +44,6 @@ def test_a_task_is_the_shard_of_its_number(config_path):
     assert workers[1:] == [str(REPO / "train_specialized_embeddings/tune.py"), "--config", str(config_path)]
     with pytest.raises(ConfigError, match="task 5 of an array that is cut into 4 shards"):
         command(1, config_path, "--shards", "4", SLURM_ARRAY_TASK_ID="5")
-
-
-def test_a_gpu_stage_is_told_to_insist_on_the_gpu(config_path):
-    insist = ["--set", "infrastructure.device=cuda"]
-    assert command(2, config_path, REQUIRE_GPU="1")[-2:] == insist
-    assert insist[1] not in command(2, config_path)
-    assert insist[1] not in command(1, config_path, REQUIRE_GPU="1")
-    assert insist[1] not in command(2, config_path, "--set", "infrastructure.device=cpu", REQUIRE_GPU="1")
-    found = task.read_task(["8", "--input", "i", "--output", "o"], {})
-    assert task.build_command(found, {"REQUIRE_GPU": "1"})[-2:] == ["--device", "cuda"]
-
-
-def test_a_cluster_that_does_not_confine_jobs_is_not_taken_whole(config_path, monkeypatch):
-    monkeypatch.setattr(task, "count_cores", lambda: 64)
-    assert command(1, config_path, SLURM_CPUS_PER_TASK="16")[-1] == "infrastructure.num_workers=16"
-    assert "num_workers" not in command(1, config_path, SLURM_CPUS_PER_TASK="64")[-1]
 
 
 # ------------------------------------------------------------------------------------------------ going back

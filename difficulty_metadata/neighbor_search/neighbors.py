@@ -170,22 +170,20 @@ class NeighborSearch:
         """
         anchors = np.linspace(0, len(self._codes) - 1, TRIAL_ANCHORS).astype(np.int64)
         anchors = anchors[np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")]
-        num_candidates = self._num_neighbors + SPARE_CANDIDATES
+        num_candidates, problem = self._num_neighbors + SPARE_CANDIDATES, ""
         try:
             rows, squared, is_proven = self._search(engine, anchors, num_candidates)
         except _kernel_errors() as error:
-            logger.warning("the GPU's kernel failed in a trial, so torch's tiles search, which is slower: %s",
-                           one_line(error)[:300])  # fmt: skip
-            logger.info("the kernel's failure, whole: %s", one_line(error), extra={"file_only": True})
-            return False
-        tiles = TiledEngine(self._points, self._point_codes, torch.float64)
-        expected = self._search(tiles, anchors, num_candidates)
-        is_wrong = (rows != expected[0]).any(dim=1) | (squared != expected[1]).any(dim=1)
-        num_wrong = int((is_wrong & is_proven & expected[2]).sum())
-        if num_wrong:
-            logger.warning("the GPU's kernel found other neighbours than tiles in float64 for %d of %d images of a "
-                           "trial, so torch's tiles search, which is slower", num_wrong, len(rows))  # fmt: skip
-        return num_wrong == 0
+            problem = f"failed in a trial: {one_line(error)[:1000]}"
+        else:
+            tiles = TiledEngine(self._points, self._point_codes, torch.float64)
+            expected = self._search(tiles, anchors, num_candidates)
+            is_wrong = (rows != expected[0]).any(dim=1) | (squared != expected[1]).any(dim=1)
+            if num_wrong := int((is_wrong & is_proven & expected[2]).sum()):
+                problem = f"found other neighbours than float64 for {num_wrong} of {len(rows)} images of a trial"
+        if problem:
+            logger.warning("torch's tiles search, which is slower: the GPU's kernel %s", problem)
+        return not problem
 
     def find(
         self, anchors: np.ndarray, report: Callable[[int], None] = lambda _: None

@@ -1,6 +1,7 @@
 """Choose the device that models run on, share its memory, and set how it computes."""
 
 import ctypes
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
@@ -31,11 +32,17 @@ def choose_device(wanted: str) -> torch.device:
     """Return the device that `auto`, `cpu` or `cuda` stands for on this machine.
 
     A GPU has its number: without it, a thread that `share_gpus` did not run in would take the first one.
-    Raises PipelineError if `cuda` is asked for and there is none.
+    Raises PipelineError if `cuda` is asked for and there is none. As slurm/settings.sh says, $REQUIRE_GPU makes `auto`
+    ask for it.
     """
-    available = torch.cuda.is_available()
+    available, required = torch.cuda.is_available(), os.environ.get("REQUIRE_GPU")
+    if wanted == "auto" and (required == "1" or (required == "auto" and NVIDIA_DEVICE.exists())):
+        wanted = "cuda"
     if wanted == "cuda" and not available:
-        raise PipelineError("device cuda: this machine has no usable GPU: set [infrastructure].device to auto or cpu")
+        raise PipelineError(
+            "device cuda: this machine has no usable GPU: set [infrastructure].device to auto or cpu, or REQUIRE_GPU "
+            "to 0"
+        )
     if wanted == "cpu" and available:
         logger.warning("a GPU is present but not used: the device is set to cpu")
     if not available and NVIDIA_DEVICE.exists():

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError, one_line
@@ -56,7 +55,8 @@ def take_inventory(paths: list[Path]) -> Inventory:
     if not any(map(len, tables)):
         raise InputError(f"{paths[0].parent}: its {len(paths)} files hold no rows: see the rejects of stages 1 and 2")
     ids = pa.concat_tables(tables)
-    building_ids, codes = encode(ids["building_id"])
+    encoded = ids["building_id"].cast(pa.string()).combine_chunks().dictionary_encode()
+    building_ids, codes = encoded.dictionary, encoded.indices.to_numpy()
     positions = (ids[name].to_numpy() for name in ("target_lat", "target_lon"))
     kind = schema.field("embedding").type
     dropped = {name for name, _ in FILE_COLUMNS}
@@ -67,14 +67,6 @@ def take_inventory(paths: list[Path]) -> Inventory:
         kind.list_size * kind.value_type.bit_width // 8 + BYTES_BESIDE_EMBEDDING,
         pa.schema([field for field in schema if field.name not in dropped]),
     )
-
-
-def encode(column: pa.ChunkedArray) -> tuple[pa.StringArray, NDArray[np.int32]]:
-    """Return the distinct values in order of first appearance, and each row's place among them, (N,)."""
-    encoded = pc.dictionary_encode(column.cast(pa.string())).combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):  # of one chunk, by some versions
-        encoded = encoded.chunk(0)
-    return encoded.dictionary, encoded.indices.to_numpy()
 
 
 def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:

@@ -1,10 +1,11 @@
-"""Decide which split a building belongs to."""
+"""Decide which split a building belongs to, and measure what the test split sees of the training split."""
 
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +16,12 @@ from pipeline.config import DataSection
 from pipeline.errors import InputError
 from pipeline.files.tables import read_columns
 from pipeline.files.text_tables import read_id_table
-from pipeline.retrieval.geography import EARTH_RADIUS_M
+from pipeline.log import logger
+from pipeline.retrieval.geography import EARTH_RADIUS_M, earth_centred_m
 
 SPLITS = ("train", "val", "test")
 _ID = pa.field("building_id", pa.string())
+RADII_M = (10, 25, 50)  # of leakage
 METRES_PER_DEGREE = math.radians(1) * EARTH_RADIUS_M  # of latitude
 
 
@@ -64,7 +67,7 @@ def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float
 
 def name_units(buildings: Buildings, data: DataSection) -> Iterable[str]:
     """Name each building's unit, which goes to one split as a whole: its cell if cells are asked for and known."""
-    ids = buildings.ids.to_pylist()
+    ids: list[str] = buildings.ids.to_pylist()
     if not data.split_cell_m:
         return ids
     cells = name_cells(buildings.mean_lat, buildings.mean_lon, data.split_cell_m)
@@ -91,6 +94,31 @@ def hash_splits(building_ids: pa.StringArray, splits: NDArray[np.int8]) -> str:
     for building, split in zip(building_ids.take(order).to_pylist(), splits[order.to_numpy()], strict=True):
         digest.update(f"{building}\t{SPLITS[split]}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def measure_leakage(buildings: Buildings, splits: NDArray[np.int8]) -> dict[str, Any]:
+    """Count the test buildings, and those with a training building within each of RADII_M; log it too."""
+    is_known = np.isfinite(buildings.mean_lat)
+    num_test, num_unknown = int((splits == SPLITS.index("test")).sum()), int((~is_known & (splits >= 0)).sum())
+    train, test = (np.flatnonzero((splits == SPLITS.index(name)) & is_known) for name in ("train", "test"))
+    near = dict.fromkeys(RADII_M, 0)
+    if len(train) and len(test):
+        from scipy.spatial import cKDTree  # scikit-learn's takes seconds to import
+
+        points = earth_centred_m(buildings.mean_lat, buildings.mean_lon)
+        distances, _ = cKDTree(points[train]).query(points[test], distance_upper_bound=1.01 * max(RADII_M))
+        near = {radius: int((distances <= radius).sum()) for radius in RADII_M}
+    if num_unknown:
+        logger.warning("%d buildings have no finite target_lat, target_lon: they have no cell, and none counts as near",
+                       num_unknown)  # fmt: skip
+    counts = ", ".join(f"{radius} m {count} ({100 * count / max(1, num_test):.1f} %)" for radius, count in near.items())
+    logger.info("leakage: of %d test buildings have a training building within %s; [data].split_cell_m lowers it",
+                num_test, counts)  # fmt: skip
+    return {
+        "test_buildings": num_test,
+        "test_buildings_with_train_within_m": {str(radius): count for radius, count in near.items()},
+        "buildings_without_position": num_unknown,
+    }
 
 
 def read_split_file(path: Path) -> dict[str, str]:

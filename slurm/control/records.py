@@ -1,7 +1,6 @@
 """Keep what was submitted below log_dir/submissions, so that a later command knows which jobs are this pipeline's."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +44,6 @@ def holding(log_dir: Path) -> Iterator[None]:
     with locked(folder, "is submitting: wait for it, then run this again", folder / ".lock"):
         (log_dir / "slurm").mkdir(exist_ok=True)  # without it a job dies without a log
         yield
-
-
-def name_record(log_dir: Path) -> Path:
-    """Return a new file for the records of one call; later calls sort behind it."""
-    return submissions_dir(log_dir) / f"{time.time_ns()}.json"
 
 
 def read_records(log_dir: Path) -> list[Record]:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,7 +158,8 @@ def carry_out(plan: Plan, request: Request) -> list[Record]:
     """
     target, dry_run = request.target, request.arguments.dry_run
     run = _print_command if dry_run else scheduler.tell
-    path, submitted = records.name_record(target.log_dir), list[Record]()
+    path = records.submissions_dir(target.log_dir) / f"{time.time_ns()}.json"  # later calls sort behind it
+    submitted: list[Record] = []
     ids: dict[PlannedJob, str] = {}
     for job in plan.jobs:
         command = build_command(job, request, ids)

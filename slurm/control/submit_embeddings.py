@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import open_input
 from pipeline.errors import ConfigError
 from pipeline.reference.model_folder import locate_published
@@ -24,7 +25,7 @@ from pipeline.stages import STAGES
 from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
 from slurm.control.submission import Request, submit
 from slurm.control.submit import add_common_options
-from slurm.control.target import make_dataset_target
+from slurm.control.target import Target
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[str]]:
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace, options: EmbedOptions, sbatch_options: li
         options = replace(options, model_id=str(folder.resolve()))  # a job runs in another folder
     if not arguments.dry_run:
         open_input(options)  # a mistyped path leaves no folder behind
-    submit(Request(make_dataset_target(options), [STAGES[8]], arguments, sbatch_options, []))
+    target = Target(EmbeddingsDataset(options.output).folder.resolve() / "_logs", embedding=options)
+    submit(Request(target, [STAGES[8]], arguments, sbatch_options, []))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,15 +4,13 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import InputError, StaleOutputError
 from pipeline.files.units import COMPLETE, STALE, UNFINISHED, Unit, UnitState, find_state
-from pipeline.stages import ANCHOR, ROW_GROUP, STAGES, WORKER, Stage
-
-if TYPE_CHECKING:
-    from publish_model.new_data.embed_options import EmbedOptions
+from pipeline.stages import ANCHOR, ROW_GROUP, WORKER, Stage
+from publish_model.new_data.embed_options import EmbedOptions
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Target:
     log_dir: Path
     config: Config | None = None
     overrides: tuple[str, ...] = ()
-    embedding: "EmbedOptions | None" = None
+    embedding: EmbedOptions | None = None
 
     def list_arguments(self, stage: Stage) -> list[str]:
         """Return the stage's command line, without its shard."""
@@ -86,18 +84,12 @@ def take_shard(stage: Stage, states: list[UnitState], shard: int, shard_count: i
     return states if stage.unit == ANCHOR else states[shard::shard_count]
 
 
-def make_dataset_target(options: "EmbedOptions") -> Target:
-    """Return the target of a dataset, whose logs lie in it."""
-    folder: Path = _import_stage(STAGES[8]).EmbeddingsDataset(options.output).folder
-    return Target(folder.resolve() / "_logs", embedding=options)
-
-
 def spell_overrides(overrides: Sequence[str]) -> list[str]:
     """Return overrides of the configuration as they stand on a command line."""
     return [part for override in overrides for part in ("--set", override)]
 
 
-def spell_options(options: "EmbedOptions") -> list[str]:
+def spell_options(options: EmbedOptions) -> list[str]:
     """Return stage 8's command line, without the shard."""
     words = ["--input", str(options.input), "--output", str(options.output), "--model-id", options.model_id]
     for field in fields(options):

@@ -1,4 +1,4 @@
-"""Become the stage that a job is for: find its shard and its device, then run its script in this process.
+"""Become the stage that a job is for: find its shard, then run its script in this process.
 
     python slurm/control/task.py STAGE [--shards N] [the stage's own options]
     python slurm/control/task.py requeue
@@ -11,7 +11,6 @@ Called by slurm/control/common.sh.
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
@@ -19,65 +18,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: imp
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, count_cores
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.ids import Shard
-from pipeline.stages import BY_LABEL, ROW_GROUP, WORKER, Stage
-from publish_model.new_data.embed_options import parse as parse_embed_options
+from pipeline.stages import BY_LABEL, WORKER
 from slurm.control import scheduler
-from slurm.control.target import Target, make_dataset_target
 
 DEFAULT_MAX_REQUEUES = 8
 
 
-@dataclass(frozen=True)
-class Task:
-    """A stage, the shard of it, the options it was given, and what they name."""
-
-    stage: Stage
-    shard: Shard
-    options: list[str]
-    target: Target
-
-
-def read_task(argv: Sequence[str], environment: Mapping[str, str]) -> Task:
-    """Read a task's command line and SLURM's variables."""
+def build_command(argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Return the stage's command by a task's command line and SLURM's variables."""
     parser = cli.make_parser(__doc__ or "", config=False)
     parser.add_argument("stage", choices=tuple(BY_LABEL))
     parser.add_argument("--shards", type=int, default=None)
     arguments, options = parser.parse_known_args(list(argv))
     stage = BY_LABEL[arguments.stage]
-    if stage.unit == ROW_GROUP:
-        target = make_dataset_target(parse_embed_options("", options))
-    else:
-        config = cli.config_from(cli.make_parser("").parse_known_args(options)[0])
-        target = Target(config.log_dir, config)
     index = int(environment.get("SLURM_ARRAY_TASK_ID") or 0)
     total = arguments.shards or int(environment.get("SLURM_ARRAY_TASK_MAX") or 0) + 1
     if index >= total:
         raise ConfigError(f"task {index} of an array that is cut into {total} shards: submit it with submit_stage.sh")
-    return Task(stage, Shard(index, total) if stage.is_array else Shard(), options, target)
-
-
-def build_command(task: Task, environment: Mapping[str, str]) -> list[str]:
-    """Return the stage's command, with what follows from where it runs."""
-    config, embedding = task.target.config, task.target.embedding
-    command = [sys.executable, str(PROJECT_ROOT / task.stage.script), *task.options]
-    if task.stage.is_array and task.stage.unit != WORKER:
-        command += ["--shard", f"{task.shard.index}/{task.shard.count}"]
-    if task.stage.uses_gpu and must_have_gpu(environment):
-        if embedding is not None and embedding.device == "auto":
-            command += ["--device", "cuda"]
-        if config is not None and config.infrastructure.device == "auto":
-            command += ["--set", "infrastructure.device=cuda"]
-    cores = int(environment.get("SLURM_CPUS_PER_TASK") or 0)
-    if config is not None and config.infrastructure.num_workers == "auto" and 0 < cores < count_cores():
-        command += ["--set", f"infrastructure.num_workers={cores}"]  # a cluster that does not confine jobs to theirs
+    command = [sys.executable, str(PROJECT_ROOT / stage.script), *options]
+    if stage.is_array and stage.unit != WORKER:
+        command += ["--shard", f"{index}/{total}"]
     return command
-
-
-def must_have_gpu(environment: Mapping[str, str]) -> bool:
-    """Whether the CPU will not do; a driver that torch cannot use must not turn a night of H100 into one of CPU."""
-    wanted = environment.get("REQUIRE_GPU", "auto")
-    return wanted == "1" or (wanted == "auto" and any(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def name_task(environment: Mapping[str, str]) -> str:
@@ -107,10 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(check_tries(task_id, os.environ), flush=True)
         scheduler.tell(["scontrol", "requeue", task_id])
         return
-    command = build_command(read_task(words, os.environ), os.environ)
-    cores = os.environ.get("SLURM_CPUS_PER_TASK")
-    if cores:
-        os.environ.setdefault("OMP_NUM_THREADS", str(min(int(cores), count_cores())))
+    command = build_command(words, os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
     sys.stdout.flush()
     os.execv(command[0], command)
 
