@@ -81,7 +81,7 @@ PHASES = (
     Phase("9", DECISIVE, "stage 9: scores of 200,000 x 4,096", "benchmarks.acceptance.device:rank_many", 35),
     Phase("5", THROUGHPUT, "ViT-L from tar to parquet", "benchmarks.acceptance.embedding:measure_large", 75),
     Phase("6", THROUGHPUT, "ViT-7B from shards to parquet", "benchmarks.acceptance.embedding:measure_largest", 140),
-    Phase("7", THROUGHPUT, "ViT-B, Lite0, plain loops", "benchmarks.acceptance.embedding:measure_small", 135),
+    Phase("7", THROUGHPUT, "ViT-B, decoding, a plain loop", "benchmarks.acceptance.embedding:measure_small", 135),
     Phase("2-on-1", THROUGHPUT, "two processes on one GPU", "benchmarks.acceptance.embedding:share_one_gpu", 60),
 )  # fmt: skip
 

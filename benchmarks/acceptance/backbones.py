@@ -1,14 +1,11 @@
 """Make backbones of the published shapes with random weights, on the device."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DINOv3ViTConfig, DINOv3ViTModel, EfficientNetConfig, EfficientNetModel
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from transformers.utils import logging as transformers_logging
-
-from sample_data.convert_lite0 import ARCHITECTURE, PROCESSOR
 
 # hidden size, blocks, heads, MLP width (DINOv3's model cards); the 7B's MLP is gated.
 SHAPES = {
@@ -28,13 +25,9 @@ def write_backbone(name: str, folder: Path, device: torch.device, *, is_toy: boo
     """Write a model's folder as published: settings, processor, weights in bfloat16 and shards."""
     transformers_logging.disable_progress_bar()
     pixels = TOY_PIXELS if is_toy else PIXELS
-    model = _make_lite0(pixels) if name == "lite0" else _make_vit(name, device, is_toy=is_toy)
+    model = _make_vit(name, device, is_toy=is_toy)
     model.save_pretrained(folder, max_shard_size=TOY_SHARD_SIZE if is_toy else SHARD_SIZE)
-    if name == "lite0":
-        sizes = {"size": {"shortest_edge": pixels * 8 // 7}, "crop_size": {"height": pixels, "width": pixels}}
-        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | sizes), encoding="utf-8")
-    else:
-        _make_processor(pixels).save_pretrained(folder)
+    _make_processor(pixels).save_pretrained(folder)
     return folder
 
 
@@ -68,26 +61,6 @@ def draw_weights(model: torch.nn.Module, deviation: float) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=deviation)
-
-
-def _make_lite0(pixels: int) -> Any:
-    """Return EfficientNet-Lite0 with weights that keep a picture's signal: He's initialisation, batch norms fitted.
-
-    The batch norms' statistics come from a few smooth pictures; their biases are 1, the middle of ReLU6.
-    """
-    torch.manual_seed(0)
-    model = EfficientNetModel(EfficientNetConfig(**ARCHITECTURE))
-    pictures = torch.nn.functional.interpolate(2 * torch.rand(8, 3, 8, 8) - 1, size=(pixels, pixels), mode="bicubic")
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight)
-            elif isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.fill_(1.0)
-                module.bias.fill_(1.0)  # type: ignore[union-attr]
-        for _ in range(2):  # each pass keeps 1 % of the old statistics
-            model.train()(pixel_values=pictures)
-    return model.eval()
 
 
 def _make_processor(pixels: int) -> Any:

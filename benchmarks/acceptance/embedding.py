@@ -201,29 +201,19 @@ def measure_largest(findings: Findings) -> None:
 
 
 def measure_small(findings: Findings) -> None:
-    """Measure ViT-B and Lite0, then the plain loop and what the cores decode."""
+    """Measure what the cores decode, ViT-B, and the plain loop."""
     with findings.part("decoding"):
         ceiling = _measure_decoding(draw_pictures(64 if findings.is_toy else 640))
         findings.note(decoding_ceiling_per_s=ceiling)
-    backbones = {}
-    for name in ("vit-b", "lite0"):
-        with findings.part(name):
-            backbones[name] = Backbone(name, findings, 40 if findings.is_toy else 8_192)
-            least = min(6_000, SHARE_OF_LIMIT * ceiling)
-            if name == "vit-b":
-                measure(backbones[name], {"ViT-B from tar to parquet, img/s": least})
-            else:
-                # A CPU convolves slowly in bfloat16.
-                mode = "float32" if findings.is_toy else backbones[name].choose_mode(backbones[name].pictures)
-                measure(backbones[name], {}, mode=mode)
-    for name, backbone in backbones.items():
-        with findings.part(f"{name}, the plain loop"):
-            plain = _time_plain_loop(backbone, 8 if findings.is_toy else 512)
-            ours = findings.figures[f"{name}, tar to parquet, img/s"]
-            findings.note(**{f"{name}, plain loop, img/s": plain, f"{name}, of the plain loop": ours / plain})
+    backbone = Backbone("vit-b", findings, 40 if findings.is_toy else 8_192)
+    measure(backbone, {"ViT-B from tar to parquet, img/s": min(6_000, SHARE_OF_LIMIT * ceiling)})
+    with findings.part("the plain loop"):
+        plain = _time_plain_loop(backbone, 8 if findings.is_toy else 512)
+        ours = findings.figures["vit-b, tar to parquet, img/s"]
+        findings.note(**{"vit-b, plain loop, img/s": plain, "vit-b, of the plain loop": ours / plain})
 
 
-def measure(backbone: Backbone, targets: dict[str, float], share: float | None = None, mode: str = "bfloat16") -> None:
+def measure(backbone: Backbone, targets: dict[str, float], share: float | None = None) -> None:
     """Load a backbone once, and embed its tars as stage 2 does; then judge what it wrote.
 
     `share` is the least of the model alone that stage 2 has to reach. The loop in float32 that judges runs the same
@@ -233,24 +223,23 @@ def measure(backbone: Backbone, targets: dict[str, float], share: float | None =
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew (proc(5))
     with findings.part(f"{name}, loading"):  # and compiling
-        embedder = backbone.load(mode)
+        embedder = backbone.load("bfloat16")
     path = "the GPU" if embedder.device_processor else "the CPU"
     findings.note(**{
-        f"{name}, mode": mode, f"{name}, compiled graphs": embedder.num_graphs,
+        f"{name}, mode": "bfloat16", f"{name}, compiled graphs": embedder.num_graphs,
         f"{name}, pictures resized on": path, f"{name}, images a pass": embedder.micro_batch,
         f"{name}, attention": str(getattr(embedder.model.config, "_attn_implementation", None)),
         f"{name}, peak_host_gb": read_peak() / 1e9,
     })  # fmt: skip
     findings.check(f"{name}: compiled", float(embedder.compile_model or findings.is_toy), at_least=1)
     with findings.part(f"{name}, from tar to parquet"):
-        rate, parts = backbone.run_stage_2(embedder, Precision(mode))
+        rate, parts = backbone.run_stage_2(embedder, Precision("bfloat16"))
         findings.note(**{f"{name}, tar to parquet, img/s": rate, f"{name}, where the time went": parts})
         for what, least in targets.items():
             findings.aim(what, rate, at_least=least)
     with findings.part(f"{name}, the model alone"):
         alone = time_model(embedder, max(2, backbone.num_images // embedder.micro_batch // 2))
-        kind = torch.bfloat16 if mode.startswith("bfloat16") else torch.float32
-        product = measure_product(findings.device, kind, 128 if findings.is_toy else 8_192)
+        product = measure_product(findings.device, torch.bfloat16, 128 if findings.is_toy else 8_192)
         operations = count_operations(embedder)
         findings.note(**{
             f"{name}, model alone, img/s": alone, f"{name}, tflop an image": operations / 1e12,
@@ -259,16 +248,16 @@ def measure(backbone: Backbone, targets: dict[str, float], share: float | None =
         if share is not None:
             findings.aim(f"{name}, share of the model alone", rate / alone, at_least=share)
     with findings.part(f"{name}, beside float32"):
-        _compare_modes(backbone, embedder, mode)
+        _compare_modes(backbone, embedder)
 
 
-def _compare_modes(backbone: Backbone, embedder: Embedder, loaded: str) -> None:
+def _compare_modes(backbone: Backbone, embedder: Embedder) -> None:
     """Judge the parquet by a loop in float32, and note how near each mode comes to that; the weights end in float32."""
     findings, name = backbone.findings, backbone.name
     decoded = [embedder.decode(data) for data in backbone.pictures]
     uncompile(embedder.model)
     embedder.compile_model = False
-    found = {loaded: embedder.embed(decoded)}
+    found = {"bfloat16": embedder.embed(decoded)}
     embedder.model.float()
     embedder.dtype = torch.float32
     expected = backbone.embed_plainly(backbone.pictures, (embedder.processor, embedder.model))
