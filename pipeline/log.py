@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 logger = logging.getLogger("spatial_building_embeddings")
 
 
-class _LineFormat(logging.Formatter):
+class LineFormat(logging.Formatter):
     """One line a message, whatever the names in it hold; only a table of ours, behind an empty line, has several."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own)
@@ -32,7 +32,7 @@ class _LineFormat(logging.Formatter):
         return "\n".join(map(printable, text.split("\n") if "\n\n" in str(record.msg) else [text]))
 
 
-class _SharedFormat(_LineFormat):
+class _SharedFormat(LineFormat):
     """Leave out the folders of absolute paths: whoever gets a dataset gets the logs inside it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own)
@@ -77,7 +77,7 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
     logger.propagate = False
     for handler in handlers:
         is_shared = isinstance(handler, _LogFile) and Path(handler.baseFilename).parent.name == "_logs"
-        handler.setFormatter(_SharedFormat(*_LINES) if is_shared else _LineFormat(*_LINES))
+        handler.setFormatter(_SharedFormat(*_LINES) if is_shared else LineFormat(*_LINES))
         logger.addHandler(handler)
     try:
         with logging_redirect_tqdm([logger]):

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 from published_models import publish
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.loading import find_vision_config
-from pipeline.inference.model_files import locate_model, read_settings
+from pipeline.inference.model_files import find_missing_files, locate_model, read_settings
 from publish_model.model_folder.published_model import find_model
 
 
@@ -46,7 +47,7 @@ def test_settings_choose_no_code(folder, toy_backbone, tmp_path, choice):
         find_model(str(folder), download=False, device="cpu").load("float32")
 
 
-@pytest.mark.parametrize("name", ["../w.safetensors", "/w.safetensors", ".."])
+@pytest.mark.parametrize("name", ["../w.safetensors", "/w.safetensors", "..", "w.bin"])
 def test_weights_outside_the_folder_are_not_read(folder, name):
     shutil.move(folder / "model.safetensors", folder.parent / "w.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
@@ -60,6 +61,8 @@ def test_absurd_settings_are_one_line(folder):
         {"dtype": "evil"},
         {"projector": json.loads(sound)["projector"] | {"num_hidden_layers": 10**9}},
         {"backbone_config": json.loads(sound)["backbone_config"] | {"num_hidden_layers": 10**9}},
+        {"backbone_config": json.loads(sound)["backbone_config"] | {"num_hidden_layers": "9"}},
+        {"quantization_config": {"quant_method": "torchao", "quant_type": "evil"}},
     ):
         change(folder / "config.json", **settings)
         with pytest.raises(InputError, match=str(folder)):
@@ -71,6 +74,20 @@ def test_absurd_settings_are_one_line(folder):
     (folder / "config.json").write_text("[" * 200_000)
     with pytest.raises(InputError, match="not a model folder"):
         read_settings(folder / "config.json")
+
+
+def test_names_of_weights_control_no_terminal(folder, capfd):
+    weights = load_file(folder / "model.safetensors")
+    weights["\x1b[2J\x9bevil"] = weights.pop(sorted(weights)[0])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="1 weights are missing"):
+        find_model(str(folder), download=False, device="cpu").load("float32")
+    assert not {"\x1b", "\x9b"} & set(capfd.readouterr().err)
+
+
+def test_an_index_of_numbers_is_one_line(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    assert find_missing_files(folder) == ["5"]
 
 
 def load_class():

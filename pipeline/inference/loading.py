@@ -2,11 +2,13 @@
 
 import functools
 import hashlib
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, dynamic_module_utils
 
@@ -14,13 +16,16 @@ from pipeline.errors import InputError, one_line
 from pipeline.files.workspace import private_folder
 from pipeline.inference.model_files import read_settings
 from pipeline.inference.settings_check import check_folder
-from pipeline.log import logger
+from pipeline.log import LineFormat, logger
 
 # What transformers raises for settings or weights that make no sense.
-_PROBLEMS = (
-    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, RuntimeError,
-    MemoryError, SafetensorError,
+PROBLEMS = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
+    RuntimeError, MemoryError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
+
+for _handler in logging.getLogger("transformers").handlers:  # it prints names of weights as they are
+    _handler.setFormatter(LineFormat("[transformers] %(message)s"))
 
 
 def load_model(
@@ -41,7 +46,7 @@ def load_model(
         config.dtype = None  # what the configuration says may be another one
     try:
         model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **trust)
-    except _PROBLEMS as error:
+    except PROBLEMS as error:
         raise _cannot_load(folder, error) from None
     unused = None if pooling_type == "pooler_output" else "pooler."
     missing = [key for key in info["missing_keys"] if not (unused and key.startswith(unused))]
@@ -68,7 +73,7 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False, model_clas
         if trust_remote_code:
             announce_code(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except _PROBLEMS as error:
+    except PROBLEMS as error:
         raise _cannot_load(folder, error) from None
     if type(config) not in MODEL_MAPPING or _takes_pictures(config):  # unmapped: it brings its own code
         return config

@@ -123,7 +123,7 @@ def find_missing_files(folder: Path) -> list[str]:
     """Return the files that a model folder lacks, for instance after an interrupted fetch."""
     index = folder / "model.safetensors.index.json"
     try:
-        names = set(read_json(index)["weight_map"].values())
+        names = set(map(str, read_json(index)["weight_map"].values()))
     except FileNotFoundError:
         names = {"model.safetensors"}
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from pipeline.errors import InputError, one_line
+from pipeline.inference.loading import PROBLEMS
 from pipeline.log import logger
 
 # No camera makes longer pictures. With a shorter edge of 256 pixels one takes 50 MB, and a crop keeps 0.3 % of it.
@@ -118,7 +119,7 @@ def load_processor(folder: Path, image_size: int | None = None) -> Any:
             return processor
         sizes = size_settings(settings, image_size)
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **sizes)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RecursionError) as error:
+    except PROBLEMS as error:
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"{folder}: its image processor is code of its own, which is never run: name one of transformers' in "

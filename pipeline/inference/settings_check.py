@@ -48,15 +48,16 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
 def read_index(path: Path) -> set[str]:
     """Return the files that an index of weights names.
 
-    Raises InputError where it is damaged or names a file outside its folder.
+    Raises InputError where it is damaged or names a file outside its folder, or of another kind.
     """
     try:
         names = set(read_json(path)["weight_map"].values())
-        outside = sorted(name for name in names if name != Path(name).name or name == "..")
+        outside = sorted(name for name in names if name != Path(name).name or not name.endswith(".safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({one_line(error)}): fetch it again") from None
     if outside:
-        raise InputError(f"{path}: names weights outside its folder ({one_line(outside[0])[:100]}): fetch it again")
+        what = f"names weights outside its folder or no safetensors ({one_line(outside[0])[:100]})"
+        raise InputError(f"{path}: {what}: fetch it again")
     return names
 
 
