@@ -106,7 +106,7 @@ def make_missing_parts(
         from publish_model.new_data.batch_embedding import ReadBatch, embed_batches
 
         embedder = load(str(appending.recipe["precision"]))
-    appending.begin(embedder.width)  # a model that cannot be used has failed by now, and has left nothing behind
+    appending.begin()  # a model that cannot be used has failed by now, and has left nothing behind
     rows_kept, rows = appending.num_rows
     batches = (ReadBatch(plan, table) for plan, table in appending.read_missing())
 

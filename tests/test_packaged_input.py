@@ -115,14 +115,3 @@ def test_whole_numbers_are_one_column_with_those_that_pandas_made_floats(tmp_pat
     assert {ids.type for ids in found} == {pa.int64()}
     expected = [[1, 2**60], [3, None, None]]
     assert [ids.to_pylist() for ids in found] == (expected[::-1] if floats_first else expected)
-
-
-def test_the_name_of_a_folder_does_not_say_whether_images_are_valid(tmp_path):
-    for value in ("true", "false"):
-        (tmp_path / f"is_valid={value}").mkdir()
-        table = pa.table({"OSMID": [1], "image_bytes": pa.array([b"x"])})
-        pq.write_table(table, tmp_path / f"is_valid={value}" / "x.parquet")
-    with pytest.raises(InputError, match=r"x\.parquet: is_valid has to be a column, not a folder's name"):
-        open_packaged(tmp_path)
-    assert open_packaged(tmp_path, filter_valid=False).num_rows == 2
-    assert open_packaged(tmp_path / "is_valid=true").num_rows == 1

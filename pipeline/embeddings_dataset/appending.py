@@ -1,6 +1,5 @@
 """The parts that one run adds to an embeddings dataset: which are missing, writing them, and the state."""
 
-import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -96,13 +95,13 @@ class Appending:
             path = self.dataset.path_of(name)
             try:
                 part = read_part(path)
+                self.check(part.recipe, path)
+                if part.plan != self.plans[name]:
+                    raise DamagedError(f"{path}: holds other rows")
             except DamagedError:
                 logger.warning("%s: damaged: it is made again", path)
                 continue
-            self.check(part.recipe, path)
-            if part.plan != self.plans[name]:
-                logger.warning("%s: holds another part's rows: it is made again", path)
-            elif name in rejects:
+            if name in rejects:
                 parts[name] = part
         return parts
 
@@ -148,21 +147,13 @@ class Appending:
         kept = sum(part.counts["in"] for name, part in self.parts.items() if name not in redone)
         return kept, sum(plan.rows_within(self._limit) for plan in redone.values())
 
-    def begin(self, width: int = 0) -> None:
+    def begin(self) -> None:
         """Take up the dataset or begin it; with `overwrite` what is there is set aside first.
 
-        Embeddings have `width` numbers. Raises StaleOutputError where another process has just begun one of another
-        recipe, or a file is not ours, PipelineError where the disk has no room beside the dataset that is replaced.
+        Raises StaleOutputError where another process has just begun one of another recipe, or a file is not ours.
         """
         folder = self.dataset.folder
         if self._overwrite:
-            needed = self.num_rows[1] * width * 4  # bytes: float32 hardly gets smaller when it is compressed
-            free = shutil.disk_usage(folder).free if folder.is_dir() else needed
-            if free < needed:
-                raise PipelineError(
-                    f"{folder}: about {needed / 1e9:.1f} GB are needed beside the dataset that is to be overwritten, "
-                    f"and {free / 1e9:.1f} GB are free: free some, or remove the dataset yourself"
-                )
             self.dataset.set_all_aside()
             finish_order(folder)
         if self.dataset.state is None and self.dataset.state_path.exists():  # damaged

@@ -1,7 +1,7 @@
 """Check a whole embeddings dataset: every row accounted for, nothing twice, all values as written."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from pipeline.embeddings_dataset.parts import (
     PartContent,
     count_rows,
     embeddings_of,
-    is_foreign,
-    list_part_files,
+    is_ours,
     plan_parts,
-    read_part,
+    read_parts,
+    rejects_beside,
 )
-from pipeline.errors import DamagedError, InputError, one_line
+from pipeline.errors import DamagedError, InputError, PipelineError, one_line
 from pipeline.files.tables import read_provenance
 from pipeline.log import logger
 
@@ -62,9 +62,8 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
 
     Raises InputError where there is none, or where a file or the input cannot be read now.
     """
-    findings, state = Findings(), dataset.state
-    paths = [dataset.path_of(name) for name in list_part_files(dataset.folder)]
-    if not paths and not dataset.state_path.exists():
+    findings, state, found = Findings(), dataset.state, dict(read_parts(dataset.folder))
+    if not found and not dataset.state_path.exists():
         raise InputError(f"{dataset.folder}: no embeddings dataset (neither state.json nor parts): correct the path")
     if state is None and read_state(dataset.state_path):
         findings.add_foreign(dataset.state_path)
@@ -75,23 +74,17 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     with contextlib.suppress(ForeignError):
         recipe = dataset.find_begun() or {}
     order = read_order(dataset.folder)
-    parts = _open_sound(paths, recipe, order, findings)
-    end = 0
-    for part in parts:
-        if part.plan.first_row < end:
-            findings.add(part.path, "holds rows that another part holds too")
-        end = max(end, part.plan.first_row + part.plan.num_rows)
+    parts = _find_sound(found, recipe, order, findings)
     # A kill between the two files leaves rejects alone, and a rerun writes both.
     for path in sorted((dataset.folder / "_rejects").glob("rg*.parquet")):
-        if dataset.path_of(path.name) not in paths:
-            if is_foreign(path):
+        if rejects_beside(path) not in found:
+            if is_ours(path) is False:
                 findings.add_foreign(path)
             else:
                 findings.add(path, "its part is missing")
     if input_path is not None and recipe:
         _compare_with_input(dataset.open_input(input_path, recipe), parts, order, findings)
-    findings.sound = tuple(part for part in parts if part.path not in findings.broken)
-    dataset.use_parts(findings.sound)
+    findings.sound = dataset.parts = tuple(part for part in parts if part.path not in findings.broken)
     if state is not None:
         _check_state(dataset, state, findings)
     if not order.done:
@@ -99,78 +92,71 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     return findings
 
 
-def _open_sound(paths: Sequence[Path], recipe: dict[str, Any], order: DeletionOrder, findings: Findings) -> list[Part]:
-    """Return the parts of this recipe that hold what they say, in input order."""
-    sound = []
-    for path in paths:
-        try:
-            part = read_part(path)
-        except ForeignError:
-            findings.add_foreign(path)
-            continue
-        except DamagedError as error:
-            # Where nothing says whose the dataset is, a file that cannot be read may be another program's.
-            findings.add(path, one_line(error).removeprefix(f"{path}: "), broken=bool(recipe))
-            continue
-        other = next((key for key, value in part.recipe.items() if value != recipe.get(key)), None)
-        if part.plan.name != path.name:
-            findings.add(path, f"holds the rows of {part.plan.name}")
-        elif other is not None:
-            was, wanted = part.recipe.get(other), recipe.get(other)
-            findings.add(path, f"made with another {other} ({was!r}, the dataset has {wanted!r})")
-        elif (problem := _find_problem(part, order)) is not None:
-            findings.add(path, problem)
-        else:
-            sound.append(part)
-    return sorted(sound, key=lambda part: part.plan.first_row)
-
-
 # ------------------------------------------------------------------------------------------------ one part
 
 
-def _find_problem(part: Part, order: DeletionOrder) -> str | None:
-    """Return the first problem of a part's files and content, None where there is none."""
-    if not part.rejects_path.exists():
-        return "its rejects are missing: no such file"
+def _find_sound(
+    found: Mapping[Path, Part | PipelineError], recipe: dict[str, Any], order: DeletionOrder, findings: Findings
+) -> list[Part]:
+    """Return the parts of this recipe that hold what they say, in input order."""
+    sound: list[Part] = []
+    for path, part in found.items():
+        if isinstance(part, ForeignError):
+            findings.add_foreign(path)
+        elif isinstance(part, PipelineError):
+            # Where nothing says whose the dataset is, a file that cannot be read may be another program's.
+            findings.add(path, one_line(part).removeprefix(f"{path}: "), broken=bool(recipe))
+        elif problem := next(_list_problems(part, recipe, order), None):
+            findings.add(path, problem)
+        else:
+            sound.append(part)
+    sound.sort(key=lambda part: part.plan.first_row)
+    end = 0
+    for part in sound:
+        if part.plan.first_row < end:
+            findings.add(part.path, "holds rows that another part holds too")
+        end = max(end, part.plan.first_row + part.plan.num_rows)
+    return sound
+
+
+def _list_problems(part: Part, recipe: dict[str, Any], order: DeletionOrder) -> Iterator[str]:
+    """Yield the problems of a part's origin, files and content; those behind the first one may follow from it."""
+    for other in (key for key, value in part.recipe.items() if value != recipe.get(key)):
+        yield f"made with another {other} ({part.recipe[other]!r}, the dataset has {recipe.get(other)!r})"
+    if not rejects_beside(part.path).exists():
+        yield "its rejects are missing: no such file"
     try:
         content = part.read_content()
-        if read_provenance(part.rejects_path) != part.provenance:
-            return "its rejects are those of another part or run"
+        if read_provenance(rejects_beside(part.path)) != part.provenance:
+            yield "its rejects are those of another part or run"
         if order.apply(content) is not content:
-            return "holds ids that were deleted: run delete_ids.py again"
-        return _find_wrong_count(part, content) or _find_wrong_value(part, content)
+            yield "holds ids that were deleted: run delete_ids.py again"
+        yield from _list_wrong_values(part, content)
     except DamagedError as error:
-        return one_line(error)
+        yield one_line(error)
     except (KeyError, TypeError, ValueError) as error:  # a changed byte in a column's name, a hash, a count
-        return f"damaged ({one_line(error)[:200]})"
+        yield f"damaged ({one_line(error)[:200]})"
 
 
-def _find_wrong_count(part: Part, content: PartContent) -> str | None:
-    rows, first = content.rejects.column("row").to_numpy(), part.plan.first_row
+def _list_wrong_values(part: Part, content: PartContent) -> Iterator[str]:
     found = content.counts, content.reasons, len(content.image_hashes)
     said = part.counts, part.reasons, part.counts["out"]
     if found != said:
-        return f"holds {found}, but says {said}"
+        yield f"holds {found}, but says {said}"
+    rows, first = content.rejects.column("row").to_numpy(), part.plan.first_row
     if not ((rows >= first) & (rows < first + part.counts["in"])).all() or (np.diff(rows) <= 0).any():
-        return "its rejects list rows that are not its own, or one twice"
-    return None
-
-
-def _find_wrong_value(part: Part, content: PartContent) -> str | None:
+        yield "its rejects list rows that are not its own, or one twice"
     kind = content.embedded.schema.field(EMBEDDING_COLUMN).type
     if not (pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32()):
-        return f"its embeddings are {kind}"
+        yield f"its embeddings are {kind}"
     if content.embedded.column(EMBEDDING_COLUMN).null_count:
-        return "an embedding is null"
+        yield "an embedding is null"
     embeddings = embeddings_of(content.embedded)  # (N, D)
     norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)  # a changed byte may make a number huge
-    wrong = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # NaN too
-    if len(wrong):
-        norm = norms[wrong[0]]
-        return f"embedding {wrong[0]} {f'has norm {norm:.4f}' if np.isfinite(norm) else 'is not finite'}"
+    for wrong in np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE)):  # NaN too
+        yield f"embedding {wrong} {f'has norm {norms[wrong]:.4f}' if np.isfinite(norms[wrong]) else 'is not finite'}"
     if checksum_tables(content.embedded, content.rejects) != part.checksum:
-        return "its data are not those of its checksum"
-    return None
+        yield "its data are not those of its checksum"
 
 
 # ------------------------------------------------------------------------------------------------ the input, the state

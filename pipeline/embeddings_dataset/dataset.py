@@ -1,7 +1,8 @@
 """Read an embeddings dataset: `parts/`, `_rejects/` and `state.json` of a folder."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,15 @@ from pipeline.embeddings_dataset.parts import (
     Part,
     count_rows,
     embeddings_of,
-    is_foreign,
-    list_part_files,
+    is_ours,
     read_ids,
-    read_part,
+    read_parts,
     rejects_beside,
 )
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.identity import hash_json
 from pipeline.files.tables import open_parquet
-from pipeline.files.workspace import locked, read_json, remove_made, write_json
+from pipeline.files.workspace import locked, read_json_object, remove_made, write_json
 from pipeline.log import logger
 from pipeline.own_folders import move
 
@@ -41,15 +41,9 @@ BLOCK_ROWS = 8_192
 # Replaced and damaged files wait in a numbered folder there until the dataset is complete again.
 SET_ASIDE = "_removed"
 # A state with a value of another type is damaged.
-_COUNTS = [
-    "rows_total",
-    "rows_embedded",
-    "rows_rejected",
-    "rows_skipped_invalid",
-    "rows_deleted",
-    "parts_done",
-    "parts_total",
-]
+_COUNTS = (
+    "rows_total", "rows_embedded", "rows_rejected", "rows_skipped_invalid", "rows_deleted", "parts_done", "parts_total",
+)  # fmt: skip
 _EXAMPLE = dict.fromkeys(_COUNTS, 0) | {"read_batch_size": 1, "id_column": "", "image_column": "", "keep_columns": []}
 
 
@@ -63,14 +57,10 @@ def resolve_dataset_dir(output: Path) -> Path:
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return what a `state.json` says, nothing for one that is missing or damaged, and may be replaced."""
-    try:
-        content = read_json(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    state = _EXAMPLE | content if isinstance(content, dict) else {}
-    if not all(isinstance(state.get(key), type(value)) for key, value in _EXAMPLE.items()):
-        return {}
-    is_sound = state["read_batch_size"] > 0 and all(isinstance(name, str) for name in state["keep_columns"])
+    content = read_json_object(path)
+    state = _EXAMPLE | content
+    is_sound = all(isinstance(state[key], type(value)) for key, value in _EXAMPLE.items())
+    is_sound = is_sound and state["read_batch_size"] > 0 and all(isinstance(one, str) for one in state["keep_columns"])
     return content if is_sound else {}
 
 
@@ -96,7 +86,6 @@ class EmbeddingsDataset:
     def __init__(self, output: Path) -> None:
         self.folder = resolve_dataset_dir(output)
         self.state_path = self.folder / "state.json"
-        self._parts: tuple[Part, ...] | None = None
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -117,51 +106,37 @@ class EmbeddingsDataset:
         if state.get("embedding_version"):
             return state
         strange = [self.state_path] if state else []
-        for path in map(self.path_of, list_part_files(self.folder)):
-            try:
-                part = read_part(path)
-            except (ForeignError, DamagedError) as error:
-                strange += [path] if isinstance(error, ForeignError) else []
-                continue
-            logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
-            return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
+        for path, part in read_parts(self.folder):
+            if isinstance(part, Part):
+                logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
+                return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
+            strange += [path] if isinstance(part, ForeignError) else []
         if strange:
             raise ForeignError(strange[0])
         return None
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Part, ...]:
         """Its parts in input order; an incomplete dataset is named in the log.
 
         Raises InputError where there is none or a part is damaged, ForeignError where one is not ours.
         """
-        if self._parts is not None:
-            return self._parts
-        names = list_part_files(self.folder)
-        if not names:
-            raise InputError(
-                f"{self.folder}: holds no embeddings (parts/*.parquet): run stage 8 first, or correct the path"
-            )
         parts: list[Part] = []
-        for name in names:
-            path = self.path_of(name)
-            try:
-                part = read_part(path)
-                if part.plan.name != name:
-                    raise DamagedError(name)
-            except DamagedError:
-                raise InputError(f"{path}: damaged: run verify_embeddings.py --repair and stage 8 again") from None
+        for path, part in read_parts(self.folder):
+            if isinstance(part, ForeignError):
+                raise part
+            if isinstance(part, DamagedError):
+                raise InputError(f"{path}: damaged: run verify_embeddings.py --repair and stage 8 again")
             if parts and part.recipe["embedding_version"] != parts[0].recipe["embedding_version"]:
                 raise InputError(f"{path}: made by another model than {parts[0].path.name}: run verify_embeddings.py")
             parts.append(part)
+        if not parts:
+            raise InputError(
+                f"{self.folder}: holds no embeddings (parts/*.parquet): run stage 8 first, or correct the path"
+            )
         if not (self.state or {}).get("complete"):
             logger.warning("%s: not complete: what is there is used", self.folder)
-        self._parts = tuple(sorted(parts, key=lambda part: part.plan.first_row))
-        return self._parts
-
-    def use_parts(self, parts: tuple[Part, ...] | None) -> None:
-        """Take these for its parts, None to look again: they have been checked, or changed."""
-        self._parts = parts
+        return tuple(sorted(parts, key=lambda part: part.plan.first_row))
 
     def update_state(self, parts: Iterable[Part], first: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write the counts of its parts into the state and return it; `first` is one for a dataset that has none."""
@@ -202,16 +177,15 @@ class EmbeddingsDataset:
 
         Raises ForeignError, and moves nothing, where this project did not write the state or a part.
         """
-        parts = [self.path_of(name) for name in list_part_files(self.folder)]
-        if self.find_begun() is None and parts:  # all are damaged, and nothing says whose they are
-            raise ForeignError(parts[0])
-        for path in parts:
-            with suppress(DamagedError):
-                read_part(path)
+        found = dict(read_parts(self.folder))
         rejects = sorted((self.folder / "_rejects").glob("rg*.parquet"))
-        if strange := next(filter(is_foreign, rejects), None):
-            raise ForeignError(strange)
-        self.set_aside([self.state_path, *parts, *rejects])
+        strange = [path for path, part in found.items() if isinstance(part, ForeignError)]
+        strange += [path for path in rejects if is_ours(path) is False]
+        if self.find_begun() is None:  # all are damaged, and nothing says whose they are
+            strange += found
+        if strange:
+            raise ForeignError(strange[0])
+        self.set_aside([self.state_path, *found, *rejects])
 
     def list_set_aside(self) -> list[Path]:
         """Return the parts and rejects that were set aside, the last ones last."""

@@ -119,7 +119,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     if not wanted:
         return 0, list(listed), []
     orphans = [path for path in (folder / "_rejects").glob("rg*.parquet") if not rejects_beside(path).exists()]
-    for path in [path for part in dataset.parts for path in (part.path, part.rejects_path)]:
+    for path in [path for part in dataset.parts for path in (part.path, rejects_beside(part.path))]:
         found |= wanted.intersection(hash_ids(read_ids(path), salt))
     may_hold = not before.done
     for path in [*filter(is_ours, orphans), *dataset.list_set_aside()]:
@@ -133,7 +133,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     if found or may_hold:
         _remove_derived(folder)
     num_rows = sum(_rewrite(part, order) for part in dataset.parts)
-    dataset.use_parts(None)
+    del dataset.parts  # they have changed
     dataset.update_state(dataset.parts)
     _write_order(folder, replace(order, done=True))
     others = [path for path in _walk(folder)[0] if not (_is_own(folder, path) or _is_derived(folder, path))]
@@ -184,7 +184,7 @@ def _is_derived(folder: Path, path: Path) -> bool:
     name = path.relative_to(folder).as_posix()
     if path.is_dir() or _is_own(folder, path):
         return False
-    is_orphan = name.startswith("_rejects/") and is_ours(path)
+    is_orphan = name.startswith("_rejects/") and is_ours(path) is True
     return bool(_DERIVED.fullmatch(name) or workspace.is_temporary(path.name)) or is_orphan
 
 
@@ -206,14 +206,15 @@ def _remove_derived(folder: Path) -> None:
 
 def _rewrite(part: Part, order: DeletionOrder) -> int:
     """Write a part again without some ids unless it has none of them; return how many rows that takes out."""
-    promised = read_provenance(part.rejects_path) or {}
+    rejects_path = rejects_beside(part.path)
+    promised = read_provenance(rejects_path) or {}
     if promised.get("checksum") != part.checksum:
         # Killed between the rejects and their part: the rejects are the new ones, and tell what the part is to hold.
         embedded = part.read()
         kept = ~order.find(list_values(embedded.column(ID_COLUMN)))
         if promised.get("part") != part.provenance["part"] or promised["counts"]["out"] != kept.sum():
             raise DamagedError(
-                f"{part.rejects_path}: of another part: remove it and {part.path}, run this again, then stage 8"
+                f"{rejects_path}: of another part: remove it and {part.path}, run this again, then stage 8"
             )
         write_parquet(part.path, filter_rows(embedded, kept), promised)
         return int(promised["counts"].get("deleted", 0)) - part.num_deleted

@@ -21,7 +21,6 @@ from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, war
 from pipeline.files.tables import (
     BATCH_BYTES,
     BUFFER_BYTES,
-    UNMAPPED_KEY,
     bound_rows,
     open_parquet,
     read_failure,
@@ -172,15 +171,8 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
         values = {key: "" if value == _NO_PARTITION else unquote(value) for key, is_pair, value in pairs if is_pair}
         with open_parquet(file_path) as file, reading(file_path):
             metadata, schema = file.metadata, file.schema_arrow
-            if options.filter_valid and VALID_COLUMN in values.keys() - set(schema.names):
-                raise InputError(
-                    f"{file_path}: {VALID_COLUMN} has to be a column, not a folder's name: give the folder of valid "
-                    "images alone, or --no-filter-valid"
-                )
             folder_values.append({key: value for key, value in values.items() if key not in schema.names})
-            kept = [name for name in options.keep_columns if name not in folder_values[-1]]
-            is_mapped = UNMAPPED_KEY not in (metadata.metadata or {})
-            _check_columns(file_path, schema, options, kept, is_mapped=is_mapped)
+            _check_columns(file_path, schema, options, [name for name in options.keep_columns if name not in values])
             if plain_type(schema.field(options.id_column).type) == pa.float64():
                 whole_from_floats(file.read([options.id_column]).column(0), options.id_column, file_path)
         footers.append(hash_footer(file_path))
@@ -190,10 +182,7 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
     if not sum(rows):
         raise InputError(f"{path}: holds no rows: package images first, or correct the path")
     for name in (options.id_column, options.image_column, VALID_COLUMN, *options.keep_columns):
-        types = [str(schema.field(name).type) if name in schema.names else "missing" for schema in schemas]
-        if name == options.id_column:  # floats are read as whole numbers
-            types = ["int64" if re.search("halffloat|float|double", kind) else kind for kind in types]
-        first, *others = (re.sub("large_|_view", "", kind) for kind in types)
+        first, *others = (_describe_type(schema, name, options) for schema in schemas)
         for file_path, kind in zip(files[1:], others, strict=True):
             if kind != first:
                 raise InputError(
@@ -209,27 +198,27 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
     )  # fmt: skip
 
 
+def _describe_type(schema: pa.Schema, name: str, options: InputOptions) -> str:
+    """Return a column's type as it has to be in all files; ids that are floats are read as whole numbers."""
+    if name not in schema.names:
+        return "missing"
+    kind = re.sub("large_|_view", "", str(schema.field(name).type))
+    return "int64" if name == options.id_column and re.search("float|double", kind) else kind
+
+
 def _keep_partitions(
     path: Path, folder_values: list[dict[str, str]], keep_columns: Sequence[str]
 ) -> dict[str, pa.Array]:
     """Return the kept columns that folders name, a value for each file, and say which others they name."""
     keys = dict.fromkeys(key for values in folder_values for key in values)
-    if others := [key for key in keys if key not in keep_columns]:
-        logger.warning(
-            "%s: its folders name %s, which is not kept: give --keep-columns %s to keep it as a column",
-            path, ", ".join(others), ",".join(others),
-        )  # fmt: skip
+    if others := ",".join(key for key in keys if key not in keep_columns):
+        logger.warning("%s: its folders name %s: give --keep-columns %s to keep it as a column", path, others, others)
     texts = {key: pa.array([values.get(key, "") for values in folder_values]) for key in keys if key in keep_columns}
     return {key: whole_or_text(column) for key, column in texts.items()}
 
 
-def _check_columns(
-    path: Path, schema: pa.Schema, options: InputOptions, kept: Sequence[str], *, is_mapped: bool
-) -> None:
-    """Raise one InputError that names every column which cannot be used.
-
-    Where the schema is not `is_mapped`, this Arrow does not know a type of it, such as Int128.
-    """
+def _check_columns(path: Path, schema: pa.Schema, options: InputOptions, kept: Sequence[str]) -> None:
+    """Raise one InputError that names every column which cannot be used."""
     accepts: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
         options.id_column: ("a scalar type", lambda kind: not (pa.types.is_nested(kind) or pa.types.is_union(kind))),
         options.image_column: ("binary, or a struct with bytes", _is_image),
@@ -249,8 +238,6 @@ def _check_columns(
             problems.append(f"column {name} is {'missing' if count == 0 else f'there {count} times'}")
         elif not is_right(schema.field(name).type):
             problems.append(f"column {name} is {schema.field(name).type}, expected {expected}")
-        elif not is_mapped and "fixed_size_binary" in str(schema.field(name).type):
-            problems.append(f"column {name} is of a type that cannot be read here: write it in another type")
     if problems:
         structs = [one.name for one in schema if one.name != options.image_column and _is_image(one.type)]
         hint = f", or give --image-column {structs[0]}" if structs else ""

@@ -3,7 +3,7 @@
 import base64
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,6 @@ class Part:
         """Rows that delete_ids.py has taken out."""
         return self.counts.get("deleted", 0)
 
-    @property
-    def rejects_path(self) -> Path:
-        """The file that lists its rejects."""
-        return rejects_beside(self.path)
-
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """Read its rows.
 
@@ -163,7 +158,7 @@ class Part:
 
     def read_content(self) -> PartContent:
         """Read all that `write_part` wrote."""
-        rejects, skipped = read_table(self.rejects_path), self.counts["dropped"] - self.num_deleted
+        rejects, skipped = read_table(rejects_beside(self.path)), self.counts["dropped"] - self.num_deleted
         return PartContent(self.read(), rejects, skipped, read_image_hashes(self.path), self.num_deleted)
 
     def rewrite(self, content: PartContent) -> None:
@@ -203,6 +198,16 @@ def list_part_files(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items())}
 
 
+def read_parts(folder: Path) -> Iterator[tuple[Path, "Part | ForeignError | DamagedError"]]:
+    """Yield the path of each part file of a dataset with its part, or with why it is none of ours (see `read_part`)."""
+    for name in list_part_files(folder):
+        path = folder / "parts" / name
+        try:
+            yield path, read_part(path)
+        except (ForeignError, DamagedError) as error:
+            yield path, error
+
+
 def read_part(path: Path) -> Part:
     """Return a part.
 
@@ -225,25 +230,19 @@ def read_part(path: Path) -> Part:
         total, *counted = (part.counts[key] for key in ("in", "out", "rejected", "dropped"))
     except (LookupError, TypeError):
         raise DamagedError(f"{path}: damaged (its provenance is incomplete)") from None
+    if plan.name != path.name:
+        raise DamagedError(f"{path}: holds the rows of {plan.name}")
     if footer.num_rows != counted[0] or min(counted) < 0 or not sum(counted) == total <= plan.num_rows:
         raise DamagedError(f"{path}: holds {footer.num_rows} rows, but says {part.counts} of {plan.num_rows}")
     return part
 
 
-def is_ours(path: Path) -> bool:
-    """Return whether a parquet is there, readable and written by stage 8."""
+def is_ours(path: Path) -> bool | None:
+    """Return whether stage 8 wrote a parquet, None where it cannot be read."""
     try:
         return (read_provenance(path) or {}).get("stage") == STAGE
     except InputError:
-        return False
-
-
-def is_foreign(path: Path) -> bool:
-    """Return whether a parquet is there and readable, and stage 8 did not write it."""
-    try:
-        return (read_provenance(path) or {}).get("stage") != STAGE
-    except InputError:
-        return False
+        return None
 
 
 def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Parquet between the stages: schemas, provenance, writing in one piece, reading with checks."""
 
-import io
 import json
 import os
 from collections import Counter
@@ -16,12 +15,10 @@ import pyarrow.parquet as pq
 from pipeline import VERSION
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError, one_line
 from pipeline.files.column_types import check_columns, convert_table, fill_composite_ids, stored_fields
-from pipeline.files.identity import as_provenance, describe_difference, read_footer
+from pipeline.files.identity import as_provenance, describe_difference
 from pipeline.files.workspace import parse_json, writing_to
 from pipeline.log import logger
 
-# Where Arrow keeps its schema in a footer, and the key that hides it.
-_ARROW_SCHEMA_KEY, UNMAPPED_KEY = b"ARROW:schema", b"ARROW_schema"
 PROVENANCE_KEY = b"spatial_building_embeddings"
 
 ID_COLUMNS = [
@@ -150,12 +147,7 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
     if path.is_fifo():  # opening it would never end
         raise InputError(f"{path}: a pipe, not a parquet file: remove it, or correct the path")
     try:
-        try:
-            file = pq.ParquetFile(path, **options)
-        except pa.ArrowNotImplementedError:  # this Arrow does not know a type: columns then have Parquet's own types
-            plain = read_footer(path).replace(_ARROW_SCHEMA_KEY, UNMAPPED_KEY)
-            copy = b"PAR1" + plain + len(plain).to_bytes(4, "little") + b"PAR1"
-            file = pq.ParquetFile(path, metadata=pq.read_metadata(io.BytesIO(copy)), **options)
+        file = pq.ParquetFile(path, **options)
         footer = file.metadata
         rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
         if min(rows, default=0) < 0 or sum(rows) != footer.num_rows or sum(rows) > path.stat().st_size * _ROWS_PER_BYTE:
