@@ -1,4 +1,4 @@
-"""A GPU's memory: what is said where it runs out, what is tried first, and how processes share it.
+"""A GPU's memory: what is said where it runs out, and what is tried first.
 
 torch's own answers are put in its place: no GPU is needed.
 """
@@ -13,9 +13,7 @@ from pipeline.inference.devices import (
     halve_until_it_fits,
     measure_free_memory,
     needing_memory,
-    share_gpus,
 )
-from pipeline.log import logging_to
 
 GB = 2**30
 
@@ -24,35 +22,18 @@ class FakeGpus:
     """Two GPUs of 80 GB, of the first of which 50 are free once torch has given back what it keeps for later."""
 
     def __init__(self, monkeypatch):
-        self.calls, self.kept, self.current = [], 20 * GB, 0
-        monkeypatch.setattr(devices, "_own_share", 1.0)
-        for name in (
-            "is_available", "device_count", "current_device", "set_device", "set_per_process_memory_fraction",
-            "empty_cache", "mem_get_info", "memory_reserved",
-        ):  # fmt: skip
+        self.kept, self.current = 20 * GB, 0
+        for name in ("is_available", "current_device", "empty_cache", "mem_get_info"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     def is_available(self):
         return True
 
-    def device_count(self):
-        return 2
-
     def current_device(self):
         return self.current
 
-    def set_device(self, number):
-        self.current = number
-        self.calls.append(("device", number))
-
-    def set_per_process_memory_fraction(self, fraction):
-        self.calls.append(("fraction", fraction))
-
     def empty_cache(self):
         self.kept = 0
-
-    def memory_reserved(self):
-        return 10 * GB + self.kept
 
     def mem_get_info(self, device=None):
         if isinstance(device, torch.device) and device.index is None:
@@ -69,32 +50,11 @@ def test_the_free_memory_is_that_behind_what_torch_keeps_of_the_device_in_use(gp
     assert measure_free_memory() == 50 * GB
 
 
-def test_a_process_that_shares_its_gpu_may_take_its_part_and_no_more(gpus):
-    share_gpus(2, 6)
-    assert gpus.calls == [("device", 0), ("fraction", pytest.approx(0.3))]
-    assert measure_free_memory() == pytest.approx(0.3 * 80 * GB - 10 * GB, abs=1)
-
-
-@pytest.mark.parametrize(
-    ("index", "count", "gpu", "share"), [(0, 2, 0, 0.9), (1, 2, 1, 0.9), (0, 3, 0, 0.45), (1, 3, 1, 0.9)]
-)
-def test_processes_take_the_gpus_in_turn_and_the_share_is_said(gpus, tmp_path, index, count, gpu, share):
-    with logging_to(tmp_path / "a.log"):
-        share_gpus(index, count)
-    assert gpus.calls == [("device", gpu), ("fraction", pytest.approx(share))]
-    assert f"process {index} of {count}: GPU {gpu}, {share:.2f} of its memory" in (tmp_path / "a.log").read_text()
-
-
 def test_a_process_hands_out_its_own_gpu_by_number(gpus):
     """A thread begins on GPU 0, so "cuda" alone would be that one there."""
-    share_gpus(1, 2)
+    gpus.current = 1
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
     assert choose_device("cpu") == torch.device("cpu")
-
-
-def test_one_process_has_all_of_it(gpus):
-    share_gpus(0, 1)
-    assert gpus.calls == []
 
 
 def test_memory_that_runs_out_is_one_line_with_its_remedy():

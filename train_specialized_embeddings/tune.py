@@ -1,6 +1,6 @@
 """Tune stage 6: search its settings for the best validation mAP with Optuna, by one worker or many.
 
-    python train_specialized_embeddings/tune.py --config config.toml --trials 200 --workers 2
+    python train_specialized_embeddings/tune.py --config config.toml --trials 200
 
 Reads what stage 6 reads. Writes to checkpoint_dir/_tune the study (journal.log), trials.csv and best.toml, which every
 stage takes by --set .../best.toml; nothing else in checkpoint_dir is touched.
@@ -33,7 +33,6 @@ class TuneOptions:
     """What the command line asks for."""
 
     num_trials: int = 100
-    num_workers: int = 1
     objective: str = "map"
     sample_buildings: int | None = None  # of the training split; None is as configured
     save_checkpoints: bool = False
@@ -86,9 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.set_defaults(**{field.name: field.default for field in fields(TuneOptions)})
     parser.add_argument(
         "--trials", type=_count, dest="num_trials", metavar="N", help="finished trials in all (default: 100)"
-    )
-    parser.add_argument(
-        "--workers", type=_count, dest="num_workers", metavar="N", help="processes at once (default: 1)"
     )
     parser.add_argument("--objective", choices=SCORE_KEYS, help="the validation score to maximise (default: map)")
     parser.add_argument(

@@ -18,20 +18,16 @@ Result = TypeVar("Result")
 
 # The driver makes this file for the first GPU, on Linux.
 NVIDIA_DEVICE = Path("/dev/nvidia0")
-# The share of a GPU's memory that its processes divide; CUDA itself takes half a gigabyte for each.
-SHARED_MEMORY = 0.9
 # Raised by a failing or missing compiler; torch's own exceptions are RuntimeErrors.
 COMPILE_ERRORS = (RuntimeError, ImportError, OSError, AssertionError, subprocess.SubprocessError)
 # torch compiles a layer's code for so many kinds of layer, and runs any more of them uncompiled (recompile_limit).
 MOST_KINDS = 8
 
-_own_share = 1.0  # this process's share of the GPU's memory
-
 
 def choose_device(wanted: str) -> torch.device:
     """Return the device that `auto`, `cpu` or `cuda` stands for on this machine.
 
-    A GPU has its number: without it, a thread that `share_gpus` did not run in would take the first one.
+    A GPU has its number: without it, a new thread would take the first one.
     Raises PipelineError if `cuda` is asked for and there is none. As slurm/settings.sh says, $REQUIRE_GPU makes `auto`
     ask for it.
     """
@@ -86,27 +82,10 @@ def halve_until_it_fits(compute: Callable[[int], Result], size: int, least: int,
         logger.warning("%s: the GPU's memory ran out: going on with %d rows at a time", what, size)
 
 
-def share_gpus(index: int, num_processes: int) -> None:
-    """Give process `index` of several on this machine its GPU, in turn, and a share of its memory.
-
-    A process that needs more than its share runs out of memory without harming the others.
-    """
-    global _own_share  # noqa: PLW0603 (torch's own limit is the process's too)
-    if num_processes == 1 or not torch.cuda.is_available():
-        return
-    num_gpus = torch.cuda.device_count()
-    gpu = index % num_gpus
-    _own_share = SHARED_MEMORY / len(range(gpu, num_processes, num_gpus))
-    torch.cuda.set_device(gpu)
-    torch.cuda.set_per_process_memory_fraction(_own_share)
-    logger.info("process %d of %d: GPU %d, %.2f of its memory", index, num_processes, gpu, _own_share)
-
-
 def measure_free_memory() -> int:
-    """Return the bytes of the GPU's memory that this process may still take."""
+    """Return the bytes of the GPU's memory that are free."""
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()  # of the current device: torch 2.4 takes no device without a number
-    return int(min(free, _own_share * total - torch.cuda.memory_reserved()))
+    return torch.cuda.mem_get_info()[0]  # of the current device: torch 2.4 takes no device without a number
 
 
 # ------------------------------------------------------------------------------------------------ how it computes

@@ -1,6 +1,5 @@
 """Run an Optuna study of stage 6's settings."""
 
-import multiprocessing
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from pipeline.cli import StageResult
 from pipeline.config import Config
 from pipeline.errors import PipelineError, Terminated
 from pipeline.files import tables, workspace
-from pipeline.inference.devices import share_gpus
-from pipeline.log import Progress, Stopwatch, logger, logging_to
+from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import save_checkpoint
 from train_specialized_embeddings.training.fitting import read_material, training_within_memory
 from train_specialized_embeddings.training.metric_sinks import sending_metrics
@@ -71,19 +69,11 @@ class Tuning:
             study.enqueue_trial(configured)
         return study
 
-    def run_trials(self, watch: Stopwatch, number: int) -> None:
-        """Run trials until the study has enough; with W workers it may get W - 1 more.
-
-        Workers share the GPUs, each with its part of the memory, so that a large trial fails and not its neighbour.
-        """
-        config, options = self.config, self.options
-        if config.infrastructure.device != "cpu":
-            share_gpus(number, options.num_workers)
-        study = self.open_study()
-        with training_within_memory(config):
-            material = read_material(config, self.inputs, self.provenance, watch)
-        parent = multiprocessing.parent_process()
-        while len(list_finished(study)) < options.num_trials and (parent is None or parent.is_alive()):
+    def run_trials(self, study: optuna.Study, watch: Stopwatch) -> None:
+        """Run trials until the study has enough; W workers at once may run W - 1 more."""
+        with training_within_memory(self.config):
+            material = read_material(self.config, self.inputs, self.provenance, watch)
+        while len(list_finished(study)) < self.options.num_trials:
             self._retry_killed(study)
             # Another worker takes a trial back that is not locked yet; this one then asks for the next.
             try:
@@ -169,14 +159,7 @@ def run_study(tuning: Tuning) -> StageResult:
         study, result = tuning.open_study(), StageResult("tune")
         has_work = len(list_finished(study)) < options.num_trials
         if has_work:
-            start = multiprocessing.get_context("spawn").Process  # a fork would copy locks without their threads
-            numbers = range(1, options.num_workers)
-            workers = [start(target=_run_worker, args=(tuning, number), daemon=True) for number in numbers]
-            for worker in workers:
-                worker.start()
-            tuning.run_trials(result.watch, 0)
-            for worker in workers:
-                worker.join()
+            tuning.run_trials(study, result.watch)
         else:
             logger.info("tune: the study has its %d trials; a larger --trials goes on", options.num_trials)
         paths = write_report(folder, study, options.objective, search_space.list_configured(tuning.config))
@@ -185,10 +168,3 @@ def run_study(tuning: Tuning) -> StageResult:
     done, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
     result.add({"in": len(states), "out": done, "dropped": pruned, "rejected": len(states) - done - pruned})
     return result
-
-
-def _run_worker(tuning: Tuning, number: int) -> None:
-    """Run trials in a process of its own."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with logging_to(tuning.config.log_dir / f"tune.{number}.log", tuning.config.logging.level):
-        tuning.run_trials(Stopwatch(), number)
