@@ -1,11 +1,14 @@
 """Stage 9 on anything: an embeddings dataset with labels, two models side by side, and how sure the answer is."""
 
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embedded_datasets import unit_rows
+from embedded_datasets import write_dataset as write_ours
 from evaluation_data import make_table, make_workplace, write_checkpoint, write_split
 
 from evaluate_embeddings.evaluate import main
@@ -14,7 +17,7 @@ from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from evaluate_embeddings.scores.standalone import name_models
 from evaluate_embeddings.scores.tables import format_p
 from pipeline.errors import InputError
-from pipeline.files import tables, workspace
+from pipeline.files import tables
 from pipeline.retrieval.labels import label_rows, match_rows
 from pipeline.retrieval.scores import QueryScores, normalise_rows, score_queries, summarize_scores
 
@@ -146,9 +149,24 @@ def test_ignored_pairs_are_left_out_here_too(run_main, tmp_path, dataset):
     assert "2 pairs of buildings ignored" in text
 
 
-def test_an_unfinished_dataset_is_scored_and_said_to_be_one(run_main, tmp_path, dataset):
-    workspace.write_json(dataset / "state.json", {"complete": False, "rows_embedded": 36, "rows_total": 50})
-    assert "is not complete: 36 of 50 rows are embedded" in evaluate(run_main, tmp_path, "--embeddings", dataset)
+def test_a_dataset_that_lacks_a_part_is_scored_and_said_to_be_unfinished(run_main, tmp_path):
+    ours = write_ours(tmp_path / "ours", pa.array(np.arange(20) // 4), unit_rows(1, 20))
+    (ours / "parts" / "rg00000_rb00000.parquet").unlink()
+    assert "is not complete: 10 of 20 rows are embedded" in evaluate(run_main, tmp_path, "--embeddings", ours)
+
+
+def test_a_part_of_another_dataset_or_a_copy_under_another_name_is_not_scored(tmp_path):
+    ours, other = (
+        write_ours(tmp_path / name, pa.array(np.arange(20) // 4), unit_rows(seed, 20), **columns)
+        for seed, (name, columns) in enumerate({"ours": {}, "other": {"year": np.arange(20)}}.items())
+    )
+    first, second = (ours / "parts" / f"rg00000_rb0000{number}.parquet" for number in (0, 1))
+    shutil.copy(other / "parts" / second.name, second)
+    with pytest.raises(InputError, match=f"{second.name}: made with another keep_columns than the dataset"):
+        read_embeddings(ours)
+    shutil.copy(first, second)
+    with pytest.raises(InputError, match=f"{second.name}: damaged"):
+        read_embeddings(ours)
 
 
 def test_a_dataset_beside_a_file_of_its_name_and_a_plain_folder_are_read(tmp_path, dataset):

@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.dataset import resolve_dataset_dir
-from pipeline.embeddings_dataset.parts import list_part_files
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.parts import ForeignError, list_part_files
 from pipeline.errors import InputError, one_line
 from pipeline.files.list_columns import find_embedding, find_width
 from pipeline.files.listing import is_parquet, list_files
 from pipeline.files.tables import open_parquet, read_batches
 from pipeline.files.text_tables import find_columns
-from pipeline.files.workspace import read_json_object
-from pipeline.log import logger
 from pipeline.retrieval.labels import ID_COLUMNS, to_text
 from pipeline.retrieval.scores import Embeddings, normalise_rows
 
@@ -62,17 +60,18 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
 
 
 def list_parts(folder: Path) -> list[Path]:
-    """Return the parquets of a dataset in the order of its input; warn if the dataset is incomplete."""
-    dataset_dir = resolve_dataset_dir(folder)
-    paths = [dataset_dir / "parts" / name for name in list_part_files(dataset_dir)]
-    if not paths and folder.is_dir():
+    """Return the parquets of a dataset in the order of its input."""
+    dataset = EmbeddingsDataset(folder)
+    paths = [dataset.path_of(name) for name in list_part_files(dataset.folder)]
+    try:
+        if paths:
+            return [part.path for part in dataset.parts]
+    except ForeignError:
+        if dataset.state is not None:  # a stray file among ours
+            raise
+        return paths
+    if folder.is_dir():
         paths = [path for path in list_files(folder, hidden=(".", "_")) if is_parquet(path)]
     if not paths:
         raise InputError(f"{folder}: no parts/*.parquet and no parquet: give the folder that stage 8 wrote")
-    state = read_json_object(dataset_dir / "state.json")
-    if state.get("complete") is False:
-        logger.warning(
-            "%s is not complete: %s of %s rows are embedded, and only those are scored",
-            dataset_dir, state.get("rows_embedded"), state.get("rows_total"),
-        )  # fmt: skip
     return paths

@@ -122,20 +122,26 @@ class EmbeddingsDataset:
         Raises InputError where there is none or a part is damaged, ForeignError where one is not ours.
         """
         parts: list[Part] = []
+        state = self.state or {}
         for path, part in read_parts(self.folder):
             if isinstance(part, ForeignError):
                 raise part
             if isinstance(part, DamagedError):
                 raise InputError(f"{path}: damaged: run verify_embeddings.py --repair and stage 8 again")
-            if parts and part.recipe["embedding_version"] != parts[0].recipe["embedding_version"]:
-                raise InputError(f"{path}: made by another model than {parts[0].path.name}: run verify_embeddings.py")
+            state = state or part.recipe
+            if other := next((key for key, value in part.recipe.items() if value != state.get(key)), None):
+                raise InputError(f"{path}: made with another {other} than the dataset: run verify_embeddings.py")
             parts.append(part)
         if not parts:
             raise InputError(
                 f"{self.folder}: holds no embeddings (parts/*.parquet): run stage 8 first, or correct the path"
             )
-        if not (self.state or {}).get("complete"):
-            logger.warning("%s: not complete: what is there is used", self.folder)
+        counts = count_rows(parts)
+        if counts["parts_done"] != state.get("parts_total"):
+            logger.warning(
+                "%s is not complete: %d of %s rows are embedded, and only those are used",
+                self.folder, counts["rows_embedded"], state.get("rows_total", "unknown"),
+            )  # fmt: skip
         return tuple(sorted(parts, key=lambda part: part.plan.first_row))
 
     def update_state(self, parts: Iterable[Part], first: dict[str, Any] | None = None) -> dict[str, Any]:
