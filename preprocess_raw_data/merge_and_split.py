@@ -29,6 +29,7 @@ from pipeline.files.tables import make_provenance, parquet_writer, read_provenan
 from pipeline.files.units import Unit, keep_complete, refuse_missing
 from pipeline.log import Progress, logger
 from pipeline.own_folders import discard, make_folder, move, remove, sync_folder
+from pipeline.retrieval.features import check_split_names
 from pipeline.stages import STAGES
 from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
 from preprocess_raw_data.merging.grouping import Piece, read_in_order
@@ -102,7 +103,8 @@ def write_splits(
 
 def list_units(config: Config) -> list[Unit]:
     """Return the one unit: all three splits."""
-    return [Unit(STAGE, STAGES[3].list_outputs(config), lambda _: describe_output(config))]
+    paths = STAGES[3].list_outputs(config)
+    return [Unit(STAGE, paths, lambda _: describe_output(config), check=lambda: check_split_names(paths))]
 
 
 def describe_output(config: Config) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def draw_many(sampler: BandSampler, count: int = 20_000) -> Batch:
 def test_images_without_a_position_may_be_negatives_whatever_the_distance(caplog: pytest.LogCaptureFixture) -> None:
     data = make_features()
     lat, lon = data.target_lat.copy(), data.target_lon.copy()
-    lat[[0, 3]], lon[5] = np.nan, np.inf
+    lat[[0, 3]], lon[5] = [np.nan, 139.7], np.inf
     neighbors = make_neighbors(data)
     sampler = BandSampler(replace(data, target_lat=lat, target_lon=lon), neighbors, 1, 25.0)
     assert f"3 of {len(data)} training images are without a position" in caplog.text

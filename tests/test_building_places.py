@@ -36,7 +36,8 @@ def test_cells_hold_neighbours_together_by_their_mean_position(tmp_path, stage):
 def test_buildings_without_a_position_are_counted_and_split_by_their_ids(tmp_path, stage):
     table = make_rows(1, [2] * 40)
     lat = table["target_lat"].to_numpy().copy()
-    lat[:20], lat[20:30], lat[30] = np.nan, np.inf, -np.inf  # the last one of a pair whose other image has one
+    lat[:20], lat[20:28], lat[28:30] = np.nan, np.inf, 139.7  # the last ones: longitudes
+    lat[30] = -np.inf  # of a pair whose other image has one
     write(tmp_path, 1, table.set_column(4, "target_lat", pa.array(lat)))
     outcome = stage("data.split_cell_m=1000")
     assert outcome.code == 0, outcome.stderr
@@ -44,7 +45,7 @@ def test_buildings_without_a_position_are_counted_and_split_by_their_ids(tmp_pat
     assert len(found) == 40
     expected = {f"0001_{number}": SPLITS[choose_split(42, f"0001_{number}", DataSection())] for number in range(1, 16)}
     assert {building: found[building] for building in expected} == expected
-    assert "15 buildings have no finite target_lat, target_lon" in outcome.stderr
+    assert "15 buildings have no position (target_lat, target_lon)" in outcome.stderr
     leakage = tables.read_provenance(tmp_path / "merged" / "train.parquet")["leakage"]
     assert leakage["buildings_without_position"] == 15
 

@@ -9,9 +9,11 @@ import pytest
 from embedding_files import SETTINGS, SIZES, make_rows, place_of, read_splits, stage_3, write
 
 from pipeline.config import DataSection
+from pipeline.errors import StaleOutputError
 from pipeline.files import tables, workspace
+from pipeline.retrieval.features import check_one_run
 from preprocess_raw_data.merge_and_split import SPILL
-from preprocess_raw_data.merging.splits import SPLITS, choose_split
+from preprocess_raw_data.merging.splits import SPLITS, choose_split, read_split_file
 
 
 @pytest.fixture
@@ -230,6 +232,22 @@ def test_a_rerun_keeps_and_another_setting_or_input_is_refused_by_name(tmp_path,
     assert "(input 0003_embeddings.parquet has changed)" in stage().stderr
     city["paths"][2].unlink()
     assert "(input 0003_embeddings.parquet is gone)" in stage().stderr
+
+
+def test_splits_under_each_others_names_are_named(tmp_path, stage, city):
+    stage()
+    train, test = (tmp_path / "merged" / f"{split}.parquet" for split in ("train", "test"))
+    train.rename(tmp_path / "train.parquet")
+    test.rename(train)
+    (tmp_path / "train.parquet").rename(test)
+    complaint = f"{train}: holds the split test: rename it, or run stage 3 with --overwrite"
+    assert complaint in stage().stderr
+    with pytest.raises(StaleOutputError, match=complaint):  # stages 6 and 9
+        check_one_run(train, test)
+    with pytest.raises(StaleOutputError, match=complaint):
+        read_split_file(tmp_path / "merged")
+    assert stage("--overwrite").code == 0
+    check_one_run(train, test)
 
 
 def test_a_run_killed_between_the_renames_is_completed(tmp_path, stage, city, monkeypatch):

@@ -295,9 +295,10 @@ def test_a_target_exactly_at_the_limit_stays() -> None:
     assert exclusion.is_near(np.array([0]), np.array([[0, 1]])).tolist() == [[True, False]]
 
 
-def test_a_position_that_is_not_finite_is_refused() -> None:
+@pytest.mark.parametrize("latitude", [np.nan, 139.7])
+def test_what_is_no_position_is_refused(latitude: float) -> None:
     with pytest.raises(InputError, match="exclude_within_m"):
-        Exclusion(np.array([48.0, np.nan]), np.array([2.0, 2.0]), 10.0)
+        Exclusion(np.array([48.0, latitude]), np.array([2.0, 2.0]), 10.0)
 
 
 # ------------------------------------------------------------------------------------------------ parts

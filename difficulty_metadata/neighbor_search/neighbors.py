@@ -11,7 +11,7 @@ from difficulty_metadata.neighbor_search.engines import BallTreeEngine, Engine, 
 from pipeline.errors import InputError, one_line
 from pipeline.inference.devices import COMPILE_ERRORS, halve_until_it_fits
 from pipeline.log import logger
-from pipeline.retrieval.geography import distances_m
+from pipeline.retrieval.geography import distances_m, is_position
 
 # Candidates beyond the neighbours wanted, in place of those of the own building or too near on the ground.
 SPARE_CANDIDATES = 32
@@ -95,10 +95,10 @@ class Exclusion:
     """Tells which images' targets stand nearer than `within_m` to an anchor's."""
 
     def __init__(self, latitudes: np.ndarray, longitudes: np.ndarray, within_m: float) -> None:
-        """Take the target positions of all rows, in degrees (N,). Raises InputError where one is not finite."""
-        if not (np.isfinite(latitudes).all() and np.isfinite(longitudes).all()):
+        """Take the target positions of all rows, in degrees (N,). Raises InputError where one is none."""
+        if not is_position(latitudes, longitudes).all():
             raise InputError(
-                "target_lat, target_lon: not finite for some images, which [difficulty].exclude_within_m needs: "
+                "target_lat, target_lon: no position for some images, which [difficulty].exclude_within_m needs: "
                 "correct the fingerprint files, or set it to 0"
             )
         self._latitudes = latitudes

@@ -1,5 +1,6 @@
 """A merged split as arrays: one row an image, integer codes for the buildings."""
 
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.config import count_cores
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StaleOutputError
 from pipeline.files import tables
 from pipeline.files.identity import describe_difference
 from pipeline.files.list_columns import ListColumn, find_embedding
@@ -120,8 +121,17 @@ def load_features(path: Path) -> Features:
     )
 
 
+def check_split_names(paths: Iterable[Path]) -> None:
+    """Raise StaleOutputError if a merged split lies under another one's name; without provenance it may be any."""
+    for path in paths:
+        split = (tables.read_provenance(path) or {}).get("split", path.stem) if path.is_file() else path.stem
+        if split != path.stem:
+            raise StaleOutputError(f"{path}: holds the split {split}: rename it, or run stage 3 with --overwrite")
+
+
 def check_one_run(first: Path, second: Path) -> None:
     """Raise InputError if two splits come from different runs of stage 3; one without provenance may be anybody's."""
+    check_split_names((first, second))
     both = [tables.read_provenance(path) for path in (first, second)]
     difference = describe_difference(both[0], both[1]) if both[0] and both[1] else None
     if difference:

@@ -26,15 +26,20 @@ def earth_centred_m(lat: Any, lon: Any) -> NDArray[np.float64]:
     return np.asarray(EARTH_RADIUS_M * unit)
 
 
+def is_position(lat: Any, lon: Any) -> NDArray[np.bool_]:
+    """Return which points in degrees are on Earth: no NaN, nor latitudes beyond 90; longitudes may go up to 360."""
+    return np.asarray((np.abs(lat) <= 90) & (np.abs(lon) <= 360))
+
+
 def mean_positions(
     codes: NDArray[Any], lat: NDArray[np.float64], lon: NDArray[np.float64], num_groups: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the mean latitude and longitude (B,) in degrees of each group's points (N,), NaN for a group without any.
 
-    Points that are not finite do not count. A group on both sides of the antimeridian has its mean near there; a mean
+    Points that are no position do not count. A group on both sides of the antimeridian has its mean near there; a mean
     of 180 degrees is -180, the same meridian.
     """
-    is_known = np.isfinite(lat) & np.isfinite(lon)
+    is_known = is_position(lat, lon)
     codes, lat, lon = codes[is_known], lat[is_known], lon[is_known]
     west, east = np.full(num_groups, np.inf), np.full(num_groups, -np.inf)
     np.minimum.at(west, codes, lon)

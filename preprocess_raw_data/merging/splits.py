@@ -17,6 +17,7 @@ from pipeline.errors import InputError
 from pipeline.files.tables import read_columns
 from pipeline.files.text_tables import read_id_table
 from pipeline.log import logger
+from pipeline.retrieval.features import check_split_names
 from pipeline.retrieval.geography import EARTH_RADIUS_M, earth_centred_m
 
 SPLITS = ("train", "val", "test")
@@ -109,7 +110,7 @@ def measure_leakage(buildings: Buildings, splits: NDArray[np.int8]) -> dict[str,
         distances, _ = cKDTree(points[train]).query(points[test], distance_upper_bound=1.01 * max(RADII_M))
         near = {radius: int((distances <= radius).sum()) for radius in RADII_M}
     if num_unknown:
-        logger.warning("%d buildings have no finite target_lat, target_lon: they have no cell, and none counts as near",
+        logger.warning("%d buildings have no position (target_lat, target_lon), hence no cell, and count as near none",
                        num_unknown)  # fmt: skip
     counts = ", ".join(f"{radius} m {count} ({100 * count / max(1, num_test):.1f} %)" for radius, count in near.items())
     logger.info("leakage: of %d test buildings have a training building within %s; [data].split_cell_m lowers it",
@@ -129,6 +130,7 @@ def read_split_file(path: Path) -> dict[str, str]:
     """
     pairs: Iterable[tuple[str, str]]
     if path.is_dir():
+        check_split_names(path / f"{split}.parquet" for split in SPLITS)
         remedy = "give the folder that stage 3, or the old program, wrote"
         columns = {split: read_columns(path / f"{split}.parquet", [_ID], remedy)[_ID.name] for split in SPLITS}
         pairs = [(building, split) for split, ids in columns.items() for building in ids.unique().to_pylist()]

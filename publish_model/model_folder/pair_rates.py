@@ -18,6 +18,7 @@ from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import open_parquet, reading
 from pipeline.files.workspace import read_json
 from pipeline.log import logger
+from pipeline.retrieval.geography import is_position
 from pipeline.retrieval.pair_table import PairTable, describe_pairs
 
 if TYPE_CHECKING:
@@ -91,5 +92,5 @@ def measure_pairs(config: Config, checkpoint: "Checkpoint") -> dict[str, Any] | 
     positions = None
     if set(POSITION_COLUMNS) <= set(columns.column_names):
         positions = np.stack([columns[name].to_numpy() for name in POSITION_COLUMNS], axis=1).astype(np.float64)
-        positions = positions if np.isfinite(positions).all() else None
+        positions = positions if is_position(*positions.T).all() else None
     return describe_pairs(embeddings, buildings, positions)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.log import logger
 from pipeline.retrieval.features import Features
-from pipeline.retrieval.geography import EARTH_RADIUS_M, earth_centred_m
+from pipeline.retrieval.geography import EARTH_RADIUS_M, earth_centred_m, is_position
 from train_specialized_embeddings.sampling.neighbor_table import NUM_BANDS, Neighbors
 
 # How often a negative that is not allowed is drawn again: by band, then among all training images.
@@ -89,7 +89,7 @@ class BandSampler:
         self._panoramas = self._load(features.panorama_codes)
         self._codes, self._first = self._load(neighbors.codes), self._load(neighbors.starts)
         self._ends = self._load(neighbors.ends)
-        is_known = np.isfinite(features.target_lat) & np.isfinite(features.target_lon)
+        is_known = is_position(features.target_lat, features.target_lon)
         if not is_known.all():
             logger.warning("%d of %d training images are without a position: they may be negatives whatever their "
                            "distance", (~is_known).sum(), len(is_known))  # fmt: skip
