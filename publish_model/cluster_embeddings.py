@@ -4,12 +4,8 @@
 
 Reads what stage 8 wrote. Writes OUTPUT/_clusters/clusters.parquet, sorted by cluster: OSMID, kept columns, cluster (0
 is the largest), similarity (cosine to the cluster's medoid), is_medoid, row of the dataset; and clusters.json. Every
-image is in one cluster, alone if need be. They are made by average linkage, cut at a --threshold, at the share of
---false-pairs, or where the model's validation images were grouped best. --positions LAT,LON compares images that stand
-within --max-distance-m alone, and adds a geometry. --labels measures the clusters. A rerun keeps what is there.
-
---look-alike N makes N groups of ids (the means of their images) by k-means instead, in look_alike.parquet. --html
-writes a page beside it, with the photographs of --input.
+image is in one cluster, alone if need be, by average linkage. --positions LAT,LON adds a geometry. A rerun keeps what
+is there. --look-alike N makes up to N groups of ids (the means of their images) by k-means, in look_alike.parquet.
 """
 
 import sys
@@ -20,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
@@ -30,10 +25,10 @@ from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, read_table
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, carries, check_replaceable, page_mark
-from pipeline.files.tables import is_complete, make_provenance, read_provenance, reading, write_parquet
+from pipeline.files.tables import is_complete, make_provenance, read_provenance, write_parquet
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
 from pipeline.own_folders import remove
@@ -100,8 +95,9 @@ def read_positions(columns: pa.Table, names: tuple[str, ...]) -> NDArray[np.floa
         try:
             degrees = columns[name].cast(pa.float64(), safe=False).to_numpy()
         except pa.ArrowException:
-            kind = columns[name].type
-            raise InputError(f"--positions: column {name} holds {kind}, no degrees: give columns of numbers") from None
+            raise InputError(
+                f"--positions: column {name} holds {columns[name].type}, no degrees: give numbers"
+            ) from None
         if (np.abs(degrees) > limit).any():
             largest = np.nanmax(np.abs(degrees))
             raise InputError(f"--positions: column {name} holds {largest:g}, beyond {limit} degrees: give LAT,LON")
@@ -125,7 +121,7 @@ def choose_threshold(dataset: EmbeddingsDataset, options: ClusterOptions, num_pa
     table = read_pairs(model.folder, "near" if options.positions else "all")
     # Among near pairs alone the best number depends on how dense the validation images stand.
     partners = read_pairs(model.folder, "all").best_partners
-    pairs_an_image = 2 * num_pairs / max(1, dataset.num_rows)
+    pairs_an_image = 2 * num_pairs / dataset.num_rows
     rate = options.false_pairs or min(0.5, partners / max(1.0, pairs_an_image))
     if table.is_beyond(rate):
         logger.warning("%.2g false pairs a pair: beyond what validation measured, extrapolated", rate)
@@ -136,10 +132,7 @@ def choose_threshold(dataset: EmbeddingsDataset, options: ClusterOptions, num_pa
 
 
 def summarize(table: pa.Table, threshold: dict[str, Any] | None, labels: pa.Array | None) -> dict[str, Any]:
-    """Return the counts and sizes of groups, of ids without a threshold; with one, wrong pairs and a giant group.
-
-    With the building of each of the dataset's rows, null where it is not known, also the groups' scores.
-    """
+    """Return the counts and sizes of groups, and their scores by the buildings of the dataset's rows where known."""
     groups = table[CLUSTER_COLUMN].to_numpy()
     sizes = np.bincount(groups)
     summary: dict[str, Any] = {
@@ -150,14 +143,11 @@ def summarize(table: pa.Table, threshold: dict[str, Any] | None, labels: pa.Arra
         summary["clusters_by_size"][f"{2**power}-{2 ** (power + 1) - 1}" if power else "1"] = count
     if threshold is not None and summary["largest"] > max(GIANT_IMAGES, GIANT_SHARE * len(table)):
         summary["giant"] = {"cluster": 0, "images": summary["largest"]}
-        logger.warning(
-            "cluster 0 holds %(largest)d of %(images)d images: copies of one picture, or a threshold that is too low",
-            summary,
-        )
+        cause = "copies of one picture, or a threshold that is too low"
+        logger.warning("cluster 0 holds %d of %d images: %s", summary["largest"], len(table), cause)
     summary |= threshold or {}
     if "expected_wrong_pair_share" in summary:
-        num_pairs = float((sizes * (sizes - 1.0) / 2).sum())
-        summary["expected_wrong_pairs"] = summary["expected_wrong_pair_share"] * num_pairs
+        summary["expected_wrong_pairs"] = summary["expected_wrong_pair_share"] * (sizes * (sizes - 1.0)).sum() / 2
     if labels is not None:
         own = labels.take(table[ROW_COLUMN].combine_chunks())
         is_known = own.is_valid().to_numpy(zero_copy_only=False)
@@ -166,23 +156,18 @@ def summarize(table: pa.Table, threshold: dict[str, Any] | None, labels: pa.Arra
     return summary
 
 
-def list_outputs(dataset: EmbeddingsDataset, options: ClusterOptions) -> list[Path]:
-    """Return where the table, the summary and the page go; raise ConfigError where something else lies there."""
-    name = "look_alike" if options.look_alike else "clusters"
-    paths = [dataset.folder / CLUSTERS_FOLDER / f"{name}.{suffix}" for suffix in ("parquet", "json", "html")]
-    marks = (STAGE, CLUSTERS_MARK, page_mark(STAGE)) if options.html else (STAGE, CLUSTERS_MARK)
-    for path, mark in zip(paths, marks, strict=False):
-        check_replaceable(path, mark, is_default=True)
-    return paths
-
-
-def cluster(dataset: EmbeddingsDataset, options: ClusterOptions, result: cli.StageResult | None = None) -> pa.Table:
-    """Write the groups with their summary, return their table, and add the paths and counts to the result.
+def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> tuple[pa.Table, cli.StageResult]:
+    """Write the groups with their summary, and return their table, the paths and the counts.
 
     Raises InputError for a dataset, model or columns that cannot be used, StaleOutputError for groups of another one.
     """
-    result = result or cli.StageResult(STAGE)
-    path, summary_path, page_path = list_outputs(dataset, options)
+    result = cli.StageResult(STAGE)
+    name = "look_alike" if options.look_alike else "clusters"
+    paths = [dataset.folder / CLUSTERS_FOLDER / f"{name}.{suffix}" for suffix in ("parquet", "json", "html")]
+    marks = (STAGE, CLUSTERS_MARK, page_mark(STAGE))
+    for place, mark in list(zip(paths, marks, strict=True))[: 2 + options.html]:
+        check_replaceable(place, mark, is_default=True)
+    path, summary_path, page_path = paths
     source = dataset.open_input(options.input) if options.input is not None else None
     columns, embeddings = read_rows(dataset)
     labels = None
@@ -211,8 +196,7 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions, result: cli.Sta
         made = make_table(columns, embeddings, groups, positions, rows)
         write_parquet(path, made, provenance | {"noted": noted}, {} if positions is None else POINTS_METADATA)
         result.written.append(path)
-    with reading(path):
-        table = pq.read_table(path)
+    table = read_table(path)
     summary = summarize(table, threshold, labels) | (read_provenance(path) or {}).get("noted", {})
     if read_json_object(summary_path) != summary:
         write_json(summary_path, summary)
@@ -224,7 +208,7 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions, result: cli.Sta
         remove(page_path)  # it shows the groups that were replaced
     num_out = int(columns[COUNT_COLUMN].to_numpy().sum()) if options.look_alike else dataset.num_rows
     result.add({"in": dataset.num_rows, "out": num_out, "dropped": dataset.num_rows - num_out})
-    return table
+    return table, result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -232,11 +216,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_option(parser, default="")
     add = parser.add_argument
     cut = parser.add_mutually_exclusive_group()
-    cut.add_argument("--threshold", type=float, metavar="COSINE", help="mean cosine to cut at; needs no model")
     cut.add_argument(
-        "--false-pairs", type=float, metavar="RATE",
-        help="share of pairs of two buildings that reach the cosine (default: by validation and number of images)",
-    )  # fmt: skip
+        "--threshold", type=float, metavar="COSINE", help="mean cosine to cut at (default: by the model's validation)"
+    )
+    cut.add_argument("--false-pairs", type=float, metavar="RATE", help="share of pairs of two buildings that reach it")
     add("--positions", metavar="LAT,LON", help="kept columns in degrees: compare near images")
     add("--max-distance-m", type=float, default=150.0, metavar="M", help="how far that is (150)")
     add("--labels", type=Path, metavar="FILE", help="parquet or CSV of OSMID and building_id, to measure by")
@@ -255,13 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError("--positions: give two kept columns, LAT,LON")
     if arguments["look_alike"] and (arguments["threshold"] is not None or arguments["false_pairs"]):
         raise ConfigError("--look-alike: takes no --threshold and no --false-pairs: leave them out")
-    output, result = arguments.pop("output"), cli.StageResult(STAGE)
-
-    def story(dataset: EmbeddingsDataset) -> cli.StageResult:
-        cluster(dataset, ClusterOptions(**arguments), result)
-        return result
-
-    run_tool(STAGE, output, story)
+    output = arguments.pop("output")
+    run_tool(STAGE, output, lambda dataset: cluster(dataset, ClusterOptions(**arguments))[1])
 
 
 if __name__ == "__main__":

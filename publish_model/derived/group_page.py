@@ -41,10 +41,9 @@ def choose_examples(table: pa.Table) -> dict[str, list[list[int]]]:
 def list_facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the names and values of a summary as text, without sizes."""
     facts = {key: value for key, value in summary.items() if key != "tool" and not isinstance(value, dict)}
-    return [
-        (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-        for name, value in (facts | summary.get("measures", {})).items()
-    ]
+    facts |= summary.get("measures", {})
+    texts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in facts.values())
+    return [(name.replace("_", " "), text) for name, text in zip(facts, texts, strict=True)]
 
 
 def write_page(

@@ -1,7 +1,6 @@
 """The table of groups: a row for each image with its group, its likeness to the group's medoid, and its position."""
 
 import json
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,37 +20,24 @@ POINTS_METADATA = {
 }
 
 
-def find_medoids(embeddings: Embeddings, groups: Rows) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return each row's cosine to its group's medoid (N,), and which rows are medoids.
-
-    A medoid is the image most similar to all of its group as a mean, of equal ones the first.
-    """
-    rows = np.arange(len(groups))
-    to_mean = multiply_rows(embeddings, rows, average_groups(embeddings, groups=groups)[0], groups)
-    ranked = np.lexsort((-to_mean, groups))
-    medoids = ranked[np.flatnonzero(np.diff(groups[ranked], prepend=-1))]
-    is_medoid = np.zeros(len(groups), dtype=bool)
-    is_medoid[medoids] = True
-    return np.minimum(multiply_rows(embeddings, rows, embeddings[medoids], groups), np.float32(1)), is_medoid
-
-
 def make_table(
-    columns: pa.Table,
-    embeddings: Embeddings,
-    groups: Rows,
-    positions: NDArray[np.float64] | None,
-    rows: Rows,
+    columns: pa.Table, embeddings: Embeddings, groups: Rows, positions: NDArray[np.float64] | None, rows: Rows
 ) -> pa.Table:
-    """Return the columns of images (N,) with what was found, sorted by group and then by likeness to the medoid.
+    """Return the columns of images (N,) with what was found, sorted by group and then by cosine to the medoid.
 
-    `rows` (N,) are the images' rows of the dataset.
+    A medoid is the image most similar to all of its group as a mean, of equal ones the first. `rows` (N,) are the
+    images' rows of the dataset.
     """
-    similarity, is_medoid = find_medoids(embeddings, groups)
-    order = np.lexsort((np.arange(len(groups)), -similarity, ~is_medoid, groups))
+    numbers = np.arange(len(groups))
+    to_mean = multiply_rows(embeddings, numbers, average_groups(embeddings, groups=groups)[0], groups)
+    ranked = np.lexsort((-to_mean, groups))
+    medoids = ranked[np.flatnonzero(np.diff(groups[ranked], prepend=-1))]  # (G,)
+    is_medoid = medoids[groups] == numbers
+    similarity = np.minimum(multiply_rows(embeddings, numbers, embeddings[medoids], groups), np.float32(1))
+    order = np.lexsort((numbers, -similarity, ~is_medoid, groups))
     taken = [take_rows(column.combine_chunks(), order) for column in columns.columns]
     table = pa.Table.from_arrays(taken, schema=columns.schema)
-    made: list[NDArray[Any]] = [groups, similarity, is_medoid, rows]
-    for name, values in zip(MADE_COLUMNS, made, strict=False):
+    for name, values in zip(MADE_COLUMNS, (groups, similarity, is_medoid, rows), strict=False):
         table = table.append_column(name, pa.array(values[order]))
     if positions is None:
         return table

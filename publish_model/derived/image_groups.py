@@ -23,8 +23,12 @@ EXACT_ROWS = 500_000
 NUM_PROBES, NUM_RECALL_QUERIES = 64, 1_000
 # Products that are held at a time (of at least so many rows, or the product is slow), and pairs that are gathered.
 _MAX_PRODUCTS, _MIN_ROWS, _BLOCK_PAIRS = 1 << 24, 64, 16_384
+# How far an image without a position lies from the others.
+_APART_M = 1e8
 # A search's float32 product may differ by this from the one that decides.
 _SLACK = 1e-5
+# Smaller than any difference of two float32 near 1.
+_LEAST_DIFFERENCE = 1e-9
 
 Embeddings = NDArray[np.float32]
 Points = NDArray[np.float64]
@@ -63,29 +67,29 @@ def group_images(
     With positions (N, 2) in degrees only pairs within `max_distance_m` are compared, and groups whose centres are
     farther apart stay apart; a row without a position (NaN) stays alone.
     """
-    rows, points = np.arange(len(embeddings)), np.zeros((len(embeddings), 3))
+    points = np.zeros((len(embeddings), 3))
     if positions is not None:
-        rows = np.flatnonzero(np.isfinite(positions).all(axis=1))
-        points = earth_centred_m(*positions[rows].T)
-    groups = np.full(len(embeddings), -1, np.int64)
+        nowhere = _APART_M * np.arange(1, len(embeddings) + 1)[:, None]
+        points = np.where(np.isfinite(positions).all(axis=1, keepdims=True), earth_centred_m(*positions.T), nowhere)
     # Copies are one point, or thousands of them would fill each other's neighbours.
-    groups[rows] = codes = _find_copies(embeddings[rows], points)
-    merged = Groups(*average_groups(embeddings[rows], points, groups=codes), np.bincount(codes))
+    keys = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in (embeddings, points)], axis=1)
+    groups = np.unique(keys.view(f"V{keys.shape[1]}")[:, 0], return_inverse=True)[1]
+    del keys
+    merged = Groups(*average_groups(embeddings, points, groups=groups), np.bincount(groups))
     asked, recall = np.arange(len(merged.counts)), 1.0
     while len(asked):
         if positions is None:
-            found, searched = _search_everywhere(merged.means, asked, threshold - _SLACK)
-            recall = min(recall, searched)
+            index = _train_index(merged.means) if len(merged.means) > EXACT_ROWS else None
+            found = _search_all(merged.means, asked, threshold - _SLACK, index)
+            recall = min(recall, _measure_recall(merged.means, asked, threshold - _SLACK, index))
         else:
-            found = list(_search_places(merged, asked, threshold - _SLACK, max_distance_m))
+            found = _search_places(merged, asked, threshold - _SLACK, max_distance_m)
         left, right, crowded = (np.concatenate(parts) for parts in zip(*found, strict=True))
         target = _merge(merged, left, right, threshold, max_distance_m)
         kept, numbers = np.unique(target, return_inverse=True)
         asked = np.unique(numbers[crowded]) if len(kept) < len(target) else crowded[:0]
-        groups[rows] = numbers[groups[rows]]
+        groups = numbers[groups]
         merged = Groups(merged.means[kept], merged.centres[kept], merged.counts[kept])
-    alone = groups < 0
-    groups[alone] = len(merged.counts) + np.arange(alone.sum())
     return number_by_size(groups), recall
 
 
@@ -112,12 +116,6 @@ def number_by_size(groups: Rows) -> Rows:
     """Return the groups numbered from the largest; of equal ones the one with the first row comes first."""
     _, firsts, codes, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     return np.argsort(np.lexsort((firsts, -sizes)))[codes]
-
-
-def _find_copies(embeddings: Embeddings, points: Points) -> Rows:
-    """Return a number for each row (N,), the same for rows with the same bytes."""
-    keys = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in (embeddings, points)], axis=1)
-    return np.unique(keys.view(f"V{keys.shape[1]}")[:, 0], return_inverse=True)[1]
 
 
 def average_groups(*values: NDArray[Any], groups: Rows) -> list[NDArray[Any]]:
@@ -157,38 +155,22 @@ def _merge(groups: Groups, left: Rows, right: Rows, threshold: float, max_distan
 def _find_best(left: Rows, right: Rows, cosines: NDArray[np.float64], num_groups: int) -> Rows:
     """Return each group's most similar partner (G,), -1 without one.
 
-    Of equal ones a hash of the pair decides: by number, thousands would choose the same partner, and one pair merge.
+    Chance decides between equal ones: by number, thousands would choose the same partner, and one pair merge.
     """
     ends, others = np.concatenate([left, right]), np.concatenate([right, left])
-    # A step of a multiplicative hash by the golden ratio (Knuth).
-    mixed = (left * num_groups + right).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(29)
-    order = np.lexsort((np.concatenate([mixed, mixed]), -np.concatenate([cosines, cosines]), ends))
+    ranks = _LEAST_DIFFERENCE * np.random.default_rng(0).random(len(left)) - cosines
+    order = np.lexsort((np.concatenate([ranks, ranks]), ends))
     firsts = order[np.flatnonzero(np.diff(ends[order], prepend=-1))]
     best = np.full(num_groups, -1, np.int64)
     best[ends[firsts]] = others[firsts]
     return best
 
 
-# ------------------------------------------------------------------------------------------------ candidates
-
-
-def _search_everywhere(means: Embeddings, asked: Rows, threshold: float) -> tuple[list[Found], float]:
-    """Find pairs of groups whose means reach the threshold, up to NUM_NEAREST for each group asked; and the recall."""
-    index = None if len(means) <= EXACT_ROWS else _train_index(means)
-    found = list(_search_all(means, asked, threshold, index))
-    if index is None:
-        return found, 1.0
-    spread = asked[:: max(1, len(asked) // NUM_RECALL_QUERIES)]
-    exact, approximate = (
-        np.concatenate([left * len(means) + right for left, right, _ in _search_all(means, spread, threshold, one)])
-        for one in (None, index)
-    )
-    return found, float(np.isin(exact, approximate).mean()) if len(exact) else 1.0
-
-
 def _search_all(means: Embeddings, asked: Rows, threshold: float, index: Any) -> Iterator[Found]:
-    """Yield pairs by comparing blocks of groups with all others, or with what an index of faiss finds."""
+    """Yield the pairs of groups whose means reach the threshold, up to NUM_NEAREST for each group that is asked.
+
+    Blocks of groups are compared with all others, or with what an index of faiss finds.
+    """
     num_blocks = -(-len(asked) // max(_MIN_ROWS, _MAX_PRODUCTS // len(means)))
     for own in np.array_split(asked, num_blocks):
         if index is None:
@@ -232,6 +214,18 @@ def _train_index(means: Embeddings) -> Any:
     return index
 
 
+def _measure_recall(means: Embeddings, asked: Rows, threshold: float, index: Any) -> float:
+    """Return the share of pairs that an index finds of those that `_search_all` finds without it."""
+    if index is None:
+        return 1.0
+    spread = asked[:: max(1, len(asked) // NUM_RECALL_QUERIES)]
+    exact, approximate = (
+        np.concatenate([left * len(means) + right for left, right, _ in _search_all(means, spread, threshold, one)])
+        for one in (None, index)
+    )
+    return float(np.isin(exact, approximate).mean()) if len(exact) else 1.0
+
+
 def _search_places(groups: Groups, asked: Rows, threshold: float, max_distance_m: float) -> Iterator[Found]:
     """Yield the pairs of groups that are near too, from one cell of the ground after another."""
     from scipy.spatial import cKDTree
@@ -252,4 +246,4 @@ def _search_places(groups: Groups, asked: Rows, threshold: float, max_distance_m
             cosines = means[own] @ others.T
             cosines[distances > max_distance_m] = -np.inf
             # Of copies the nearest: all would choose the same ones.
-            yield _list_passing(own, near, cosines, threshold, distances * 1e-9)
+            yield _list_passing(own, near, cosines, threshold, distances * _LEAST_DIFFERENCE)

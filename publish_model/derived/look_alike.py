@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import take_rows
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.errors import InputError
 from pipeline.retrieval.geography import mean_positions
 from pipeline.retrieval.group_scores import measure_groups
 from publish_model.derived.embedding_groups import keys_of
@@ -42,13 +41,11 @@ def average_ids(
 def find_types(means: Embeddings, num_groups: int) -> tuple[Rows, float]:
     """Return the group of each row (B,), 0 the largest, and the adjusted Rand score between starts: 1 is stable.
 
-    Raises InputError where fewer rows differ.
+    Rows that are equal share a group, so there may be fewer.
     """
     from sklearn.cluster import KMeans
 
-    num_kinds = len(np.unique(means.round(5), axis=0))
-    if num_groups > num_kinds:
-        raise InputError(f"--look-alike {num_groups}: the dataset has {num_kinds} ids that differ: give no more")
+    num_groups = min(num_groups, len(np.unique(means.round(5), axis=0)))
     fits = [KMeans(num_groups, n_init=1, random_state=seed).fit(means) for seed in SEEDS]
     best = min(fits, key=lambda fit: fit.inertia_)
     scores = [measure_groups(fit.labels_, best.labels_)["adjusted_rand"] for fit in fits if fit is not best]
