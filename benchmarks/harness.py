@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from pipeline.cli import installed_version
 from pipeline.config import count_cores
 
 Result = TypeVar("Result")
@@ -86,13 +86,14 @@ def read_peak() -> int:
 
 def describe_machine() -> dict[str, Any]:
     """Return what the figures were measured on, and when."""
+    found = {one.name: one.version for one in distributions()}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "processor": platform.machine(),
         "cores": count_cores(),
         "load": os.getloadavg()[0],
-        "versions": {name: installed_version(name) for name in _PACKAGES},
+        "versions": {name: found.get(name, "not installed") for name in _PACKAGES},
     }
 
 

@@ -219,7 +219,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
         write_report(report_path, evaluation, metrics, checkpoint.metrics, config, images=not own.no_images)
     write_json(metrics_path, metrics)
-    logger.info("%s: %s\n\n%s\n", STAGE, watch.describe(), format_metrics_table(metrics))
+    logger.info("%s%s\n\n%s\n", STAGE, watch.describe_parts(), format_metrics_table(metrics))
     result.add({"in": metrics["gallery"], "out": metrics["gallery"]})
     result.written += [report_path, metrics_path]
     return result

@@ -27,7 +27,7 @@ from pipeline.errors import InputError, Rejection, Terminated
 from pipeline.files.archive import TarImage, read_images, require_bytes
 from pipeline.files.identity import hash_json, identify
 from pipeline.files.list_columns import find_embedding
-from pipeline.files.scratch import RowScratch, name_files, remove_leftover
+from pipeline.files.scratch import RowScratch, name_files
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
@@ -273,8 +273,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         do_tars(rest, result, options.overwrite, lambda unit, provenance: embed_tar(unit, provenance, stage))
         stage.adds_missing = True
         do_tars(lacking, result, True, lambda unit, provenance: embed_tar(unit, provenance, stage))
-    for kept in result.kept:
-        remove_leftover(kept)
     result.check_reject_fraction(config.data.max_reject_fraction)
     return result
 

@@ -7,11 +7,10 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -41,10 +40,7 @@ NO_OPTIONS = Options()
 
 @dataclass
 class StageResult:
-    """The counts of a stage, and the paths that it wrote or kept.
-
-    rows_in = rows_out + rejected + dropped; `reasons` counts the rejects and drops by reason.
-    """
+    """The counts of a stage, where rows_in = rows_out + rejected + dropped, and the paths that it wrote or kept."""
 
     stage: str
     rows_in: int = 0
@@ -156,10 +152,7 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     """Run a script's main and exit with its code; a failure that is no bug is one line on stderr."""
     if argv is None:  # run as a script, not from another program
         _speak_utf8()
-    stop = _Stop()
-    for number in _STOPS:  # a script that starts us with & has SIGINT ignored
-        signal.signal(number, stop.take)
-    sys.unraisablehook = stop.send_again
+    _catch_stops()
     try:
         main(argv)
     except PipelineError as error:
@@ -184,44 +177,29 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
 
 
 def _speak_utf8() -> None:
-    """Read file names and write text as UTF-8 whatever the locale.
-
-    Python decodes names when it starts, so under a Latin-1 locale the script begins anew, in UTF-8 mode (PEP 540).
-    """
+    """Write text as UTF-8; refuse a locale under which Python does not read file names as UTF-8."""
     if sys.getfilesystemencoding() != "utf-8":
-        os.environ["PYTHONUTF8"] = "1"  # for the scripts that this one starts
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+        _exit(1, "the locale is not UTF-8, so file names would be misread: export LC_ALL=C.UTF-8, then run this again")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-class _Stop:
-    """Turns the signals that ask for an end into exceptions; of those that come together only the first counts.
+def _catch_stops() -> None:
+    """Turn the signals that ask for an end into exceptions; of those within a second only the first counts.
 
     A terminal and a launcher both send SIGINT: the second would break off what the first one has kept.
     """
+    taken = -math.inf
 
-    def __init__(self) -> None:
-        self._taken = -math.inf
-
-    def take(self, number: int, _frame: FrameType | None) -> None:
-        """Raise the signal's exception, unless one was raised within the last second."""
-        now = time.monotonic()
-        if now - self._taken > 1:
-            self._taken = now
+    def take(number: int, _frame: FrameType | None) -> None:
+        nonlocal taken
+        before, taken = taken, time.monotonic()
+        if taken - before > 1:
             raise _STOPS[signal.Signals(number)]
 
-    def send_again(self, dropped: "sys.UnraisableHookArgs") -> None:
-        """Repeat a signal that came in a destructor or a weakref's callback, where Python drops exceptions."""
-        numbers = [number for number, kind in _STOPS.items() if dropped.exc_type is kind]
-        if not numbers:
-            sys.__unraisablehook__(dropped)
-            return
-        self._taken = -math.inf
-        repeat = threading.Timer(0.1, os.kill, [os.getpid(), numbers[0]])  # once the destructor is done
-        repeat.daemon = True
-        repeat.start()
+    for number in _STOPS:  # a script that starts us with & has SIGINT ignored
+        signal.signal(number, take)
 
 
 def _exit(code: int, *lines: str) -> NoReturn:
@@ -240,7 +218,7 @@ def run_stage(
     def tell() -> StageResult:
         logger.info(
             "%s %s, Python %s, pyarrow %s, device %s, seed %d, config %s",
-            stage, VERSION, platform.python_version(), installed_version("pyarrow"), config.infrastructure.device,
+            stage, VERSION, platform.python_version(), version("pyarrow"), config.infrastructure.device,
             config.global_.seed, config.file_path,
         )  # fmt: skip
         return story(config, options)
@@ -294,14 +272,6 @@ def _report(result: StageResult, started: float) -> None:
     logger.info("%s; %.1f s%s", result.describe(), result.seconds, result.watch.describe_parts())
     for path in result.written:
         print(path, flush=True)
-
-
-def installed_version(package: str) -> str:
-    """Return a package's version without importing it."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def options_from(arguments: argparse.Namespace) -> Options:

@@ -3,14 +3,16 @@
 `tests/test_docs.py` makes docs/configuration.md from the fields.
 """
 
+import difflib
 import os
 import re
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.config_text import apply_override, read_toml, suggest
 from pipeline.errors import ConfigError
 from pipeline.reference.settings import names_old_key
 
@@ -18,6 +20,8 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
 
 PositiveInt = Annotated[int, Field(ge=1)]
+# How alike a name must be to be proposed (difflib's ratio): with 0.75 each of 340 slips of one letter found its key.
+_NEAR = 0.75
 
 
 def count_cores() -> int:
@@ -99,9 +103,7 @@ class DataSection(Section):
     val_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
     test_ratio: float = Field(0.15, ge=0.0, le=1.0, description="share of the buildings")
     split_cell_m: float = Field(0.0, ge=0.0, description="metres; above 0: split by geographic cells of this size")
-    split_file: str | None = Field(
-        None, description="table of building_id, split, or old merged_dir; wins over the hash"
-    )
+    split_file: str | None = Field(None, description="building_id, split; or old merged_dir; wins over the hash")
     max_reject_fraction: float = Field(0.2, ge=0.0, le=1.0, description="a run with a larger share of rejects fails")
     memory_mb: int = Field(1024, ge=16, description="MiB of embeddings in memory in stage 3")
 
@@ -159,9 +161,7 @@ class TrainingSection(Section):
     """`[training]`"""
 
     num_epochs: int = Field(200, ge=0, description="epochs at most")
-    batch_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="anchors a step; auto: a fiftieth of the images, from 32 to 512"
-    )
+    batch_size: PositiveInt | Literal["auto"] = Field("auto", description="anchors a step; auto: images/50, 32 to 512")
     # Batch, rates and noise: chosen on 100 to 840 buildings; docs/measurements.md has the tables.
     learning_rate: float = Field(
         5e-3, gt=0.0, description="rate (AdamW) of the MLP branch, before scaling by width and below 1,600 images"
@@ -173,9 +173,7 @@ class TrainingSection(Section):
     triplet_distance: Literal["euclidean", "cosine"] = Field("euclidean", description="of triplets; cosine: 1 - cosine")
     temperature: float = Field(0.1, gt=0.0, description="temperature of supcon")
     input_noise: float = Field(1.8, ge=0.0, description="noise on the inputs, in within-building standard deviations")
-    use_residual: bool = Field(
-        True, description="add the linear shortcut; false: the MLP branch alone, if there is one"
-    )
+    use_residual: bool = Field(True, description="add the linear shortcut; false: the MLP branch alone")
     init: Literal["sharpened", "whitening", "pca", "random"] = Field(
         "sharpened", description="start of the projector; sharpened: sharpened or plain whitening, by validation"
     )
@@ -183,9 +181,7 @@ class TrainingSection(Section):
     whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
         "auto", description="0 to 1, weight of the identity in the covariance; auto: best validation mAP"
     )
-    min_negative_distance_m: float = Field(
-        25.0, ge=0.0, description="metres; nearer targets are no negatives; 0: exclude the same panorama only"
-    )
+    min_negative_distance_m: float = Field(25.0, ge=0.0, description="metres; no nearer negatives; 0: same panorama")
     warmup_epochs: float = Field(1.0, ge=0.0, description="epochs of linear warm-up")
     grad_clip: float = Field(1.0, gt=0.0, description="largest gradient norm")
     patience: int = Field(8, ge=0, description="epochs without a better validation mAP before training stops; 0: never")
@@ -193,14 +189,8 @@ class TrainingSection(Section):
     anchors_per_epoch: PositiveInt | Literal["auto"] = Field("auto", description="auto: every image")
     band_sampling: Literal["uniform", "ucb"] = Field("uniform", description="a negative's band: uniform or UCB bandit")
     validation_images: int = Field(20_000, ge=2, description="largest number of images in each validation")
-    validate_every_n_epochs: int = Field(
-        1,
-        ge=1,
-        description="epochs between validations; the last one and those with a periodic checkpoint have one too",
-    )
-    recall_ranks: list[PositiveInt] = Field(
-        [], description="further k of the validation's Recall@k, beside 1, 5, 10, 100"
-    )
+    validate_every_n_epochs: int = Field(1, ge=1, description="epochs between; the last and saved epochs are validated")
+    recall_ranks: list[PositiveInt] = Field([], description="further k of Recall@k in validation, beside 1, 5, 10, 100")
     sample_buildings: PositiveInt | None = Field(None, description="train on so many buildings, drawn from the seed")
 
 
@@ -243,21 +233,22 @@ class Config(Section):
     logging: LoggingSection = LoggingSection()
     file_path: Path = Field(default=DEFAULT_CONFIG_PATH, exclude=True)
 
-    def path(self, key: str) -> Path:
-        """Return `[paths].key` as an absolute path.
+    def find_path(self, name: str) -> Path | None:
+        """Return the absolute path that a key of [paths], or `section.key`, gives, None where it is not set."""
+        section, _, key = name.rpartition(".")
+        value = getattr(getattr(self, section or "paths"), key)
+        return None if value is None else self.expand(value, f"[{section or 'paths'}].{key}")
 
-        Raises ConfigError if the key is not set or names an undefined variable.
-        """
-        value = getattr(self.paths, key)
-        if value is None:
-            raise ConfigError(f"{self.file_path}: [paths].{key}: not set, and this stage needs it")
-        return self.expand(value, f"[paths].{key}")
+    def path(self, name: str) -> Path:
+        """Return a path as `find_path` does; raise ConfigError if it is not set or cannot be expanded."""
+        found = self.find_path(name)
+        if found is None:
+            section, _, key = name.rpartition(".")
+            raise ConfigError(f"{self.file_path}: [{section or 'paths'}].{key}: not set, and this stage needs it")
+        return found
 
     def expand(self, value: str, where: str) -> Path:
-        """Expand `~` and `$VARIABLES` in a path and make it absolute from the configuration's folder.
-
-        Raises ConfigError naming `where` if a variable is not defined or the path is empty.
-        """
+        """Expand `~` and `$VARIABLES` in a path, from the configuration's folder; raise ConfigError naming `where`."""
         expanded = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 (takes any text)
         undefined = re.search(r"^~[^/]*|\$(\w+|\{[^}]*\})", expanded)
         if undefined:
@@ -284,10 +275,7 @@ class Config(Section):
 
 
 def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = None) -> Config:
-    """Read a configuration file and apply overrides, `SECTION.KEY=VALUE` or the name of a TOML file, in their order.
-
-    Raises ConfigError with every problem.
-    """
+    """Read a configuration and apply overrides (see `apply_override`); raise ConfigError with every problem."""
     path = Path(path)
     tables = read_toml(path)
     problems = [problem for override in overrides or [] if (problem := apply_override(tables, override))]
@@ -330,3 +318,46 @@ def list_keys() -> dict[str, list[str]]:
         for name, field in Config.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     }
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a configuration's tables; raise ConfigError if it cannot be read or is no TOML in UTF-8."""
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}): correct the path") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def apply_override(tables: dict[str, Any], override: str) -> str | None:
+    """Put `SECTION.KEY=VALUE`, or the settings of a TOML file, into the tables; return the problem, if any."""
+    if override.endswith(".toml") and "=" not in override:
+        try:
+            settings = read_toml(Path(override))
+        except ConfigError as error:
+            return f"--set {error}"
+    elif match := re.fullmatch(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)=(.*)", override, re.DOTALL):
+        section, key, text = match.groups()
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text  # a bare word: strings need no quotes on a command line
+        settings = {section: {key: value}}
+    else:
+        return f"--set {override}: must read SECTION.KEY=VALUE"
+    for section, keys in settings.items():
+        known = tables.get(section)
+        tables[section] = known | keys if isinstance(known, dict) and isinstance(keys, dict) else keys
+    return None
+
+
+def suggest(valid: Mapping[str, Sequence[str]], section: str, key: str | None = None) -> str:
+    """Return `; did you mean X?` for an unknown section or key, nothing if no `valid` name is near."""
+    found = [] if key else difflib.get_close_matches(section, valid, n=1, cutoff=_NEAR)
+    if not found:
+        names = {one for keys in valid.values() for one in keys}
+        near = difflib.get_close_matches(key or section, sorted(names), n=1, cutoff=_NEAR)
+        places = [other for other, keys in valid.items() if set(near) & set(keys)]
+        found = [f"[{other}].{near[0]}" for other in ([section] if section in places else places)]
+    return f"; did you mean {' or '.join(found)}?" if found else ""

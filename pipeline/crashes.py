@@ -11,20 +11,19 @@ import mmap
 import os
 import re
 import struct
-import sys
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from pipeline.errors import Rejection
 from pipeline.log import logger
 from pipeline.own_folders import discard, open_file
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+_Decoder = TypeVar("_Decoder", bound=Callable[..., Any])
 # A thread, and the picture: its length, and sums of its first and last bytes, which cost less than one of all.
 _NOTE = struct.Struct("=QQII")
 _SUMMED = 4_096
@@ -37,34 +36,30 @@ _THREAD = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 class _Notes:
     shared: mmap.mmap | None = None  # the file, while a stage runs
     crashed: ClassVar[set[tuple[int, int, int]]] = set()
-    places = itertools.count()
-    own = threading.local()
+    places: ClassVar[defaultdict[int, int]] = defaultdict(itertools.count().__next__)  # of each thread
 
 
-def guarded(
-    decode: Callable[Concatenate[bytes, _Arguments], _Result],
-) -> Callable[Concatenate[bytes, _Arguments], _Result]:
+def guarded(decode: _Decoder) -> _Decoder:
     """Have a decoder note its picture while a stage runs, and raise Rejection for one that crashed an earlier run."""
 
     @functools.wraps(decode)
-    def guard(data: bytes, /, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-        own, shared = _Notes.own, _Notes.shared
-        if shared is None or getattr(own, "is_noted", False):  # or a decoder that another one calls
+    def guard(data: bytes, *arguments: Any, **options: Any) -> Any:
+        shared = _Notes.shared
+        if shared is None:
             return decode(data, *arguments, **options)
         picture = len(data), zlib.crc32(data[:_SUMMED]), zlib.crc32(data[-_SUMMED:])
         if picture in _Notes.crashed:
             raise Rejection("unreadable_image", "its decoder crashed an earlier run")
-        if not hasattr(own, "place"):
-            own.place = next(_Notes.places) % _NUM_PLACES * _NOTE.size
-        _NOTE.pack_into(shared, own.place, threading.get_ident(), *picture)
-        own.is_noted = True
+        thread = threading.get_ident()
+        place = _Notes.places[thread] % _NUM_PLACES * _NOTE.size
+        before = shared[place : place + _NOTE.size]  # of a decoder that calls this one
+        _NOTE.pack_into(shared, place, thread, *picture)
         try:
             return decode(data, *arguments, **options)
         finally:
-            own.is_noted = False
-            _NOTE.pack_into(shared, own.place, 0, 0, 0, 0)
+            shared[place : place + _NOTE.size] = before
 
-    return guard
+    return cast("_Decoder", guard)
 
 
 @contextmanager
@@ -79,23 +74,15 @@ def noting_decoders(log_path: Path | None) -> Iterator[None]:
             _Notes.crashed = _learn(notes, fault, known)
             for path in (notes, fault):
                 discard(path)
+                held.callback(discard, path)
             file = held.enter_context(open(open_file(fault, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb"))
-            descriptor = open_file(notes, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            held.callback(os.close, descriptor)
-            if os.write(descriptor, bytes(_SIZE)) == _SIZE:  # a full disk fails here, not at a note
-                _Notes.shared = mmap.mmap(descriptor, _SIZE)
-                held.callback(_stop, notes, fault, is_enabled=faulthandler.is_enabled())
+            space = held.enter_context(open(open_file(notes, os.O_RDWR | os.O_CREAT | os.O_EXCL), "r+b", buffering=0))
+            if space.write(bytes(_SIZE)) == _SIZE:  # a full disk fails here, not at a note
+                _Notes.shared = mmap.mmap(space.fileno(), _SIZE)
+                held.callback(setattr, _Notes, "shared", None)
+                held.callback(faulthandler.disable)
                 faulthandler.enable(file)
         yield
-
-
-def _stop(*paths: Path, is_enabled: bool) -> None:
-    faulthandler.disable()
-    if is_enabled and sys.__stderr__ is not None:
-        faulthandler.enable(sys.__stderr__)
-    _Notes.shared = None
-    for path in paths:
-        discard(path)
 
 
 def _learn(notes: Path, fault: Path, known: Path) -> set[tuple[int, int, int]]:

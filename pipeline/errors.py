@@ -10,10 +10,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u
 
 
 class PipelineError(Exception):
-    """A run that cannot go on; the message says what is wrong, where, and what to do.
-
-    `result` is the StageResult of the work that was done, if any.
-    """
+    """A run that cannot go on: what is wrong, where, what to do; `result` is the StageResult of what was done."""
 
     exit_code = 1
     result: Any = None
@@ -86,3 +83,11 @@ def hide_credentials(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """Return an error's text without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def unreadable(place: object, error: OSError) -> InputError:
+    """Return the error for a file or a folder that the system does not let us read."""
+    return InputError(
+        f"{error.filename or place}: cannot be read ({error.strerror or one_line(error)}): "
+        "correct the path, or allow reading it"
+    )

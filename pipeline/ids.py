@@ -49,14 +49,9 @@ def reject_repeated(key: Hashable, name: str, firsts: dict[Hashable, str]) -> Re
     return reject_second(name, firsts[key])
 
 
-def building_id(dataset_id: int, target_id: int) -> str:
-    """Name a building: a target is unique only within its dataset."""
-    return f"{dataset_name(dataset_id)}_{target_id}"
-
-
-def streetview_image_id(dataset_id: int, patch_id: int) -> str:
-    """Name an image: a patch is unique only within its dataset."""
-    return f"{dataset_name(dataset_id)}_{patch_id}"
+def join_id(dataset_id: int, number: int) -> str:
+    """Name a building or an image: a target and a patch are unique only within their dataset."""
+    return f"{dataset_name(dataset_id)}_{number}"
 
 
 def dataset_name(dataset_id: int) -> str:
@@ -75,10 +70,7 @@ def parse_dataset_name(name: str) -> int | None:
 
 
 def parse_dataset_id(tar_path: Path) -> int:
-    """Return the dataset id that a tar's name gives.
-
-    Raises InputError if it is not a dataset's name.
-    """
+    """Return the dataset id that a tar's name gives; raise InputError if it gives none."""
     dataset_id = parse_dataset_name(tar_path.stem)
     if dataset_id is None or tar_path.name != tar_name(dataset_id):
         raise InputError(f"{tar_path}: a raw tar must be named NNNN.tar after its dataset id: rename or move it")

@@ -3,11 +3,12 @@
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -60,10 +61,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
-    """Send the pipeline's log lines to stderr and, appended, to `log_path` while the block runs.
-
-    Raises PipelineError if the log file cannot be written.
-    """
+    """Send log lines to stderr and, appended, to `log_path`; raise PipelineError if that cannot be written."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     handlers[0].addFilter(lambda record: not getattr(record, "file_only", False))
     if log_path is not None:
@@ -90,7 +88,7 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
                     handler.close()
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Counts items done: a bar on a terminal, elsewhere a log line every `interval_seconds` with rate and ETA."""
 
     def __init__(self, label: str, total: int | None, unit: str = "img", interval_seconds: float = 30.0) -> None:
@@ -98,32 +96,26 @@ class Progress:
         self.done = 0
         self._resumed = 0
         self._started = self._reported = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=printable(label), unit=unit, file=sys.stderr, **_choose_bar_size())
-
-    def __enter__(self) -> "Progress":
-        return self
+        size = shutil.get_terminal_size()  # tqdm draws nothing where a terminal reports 0 columns
+        self._bar = tqdm(
+            total=total, desc=printable(label), unit=unit, file=sys.stderr, ncols=size.columns, nrows=size.lines,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def resume_at(self, done: int) -> None:
         """Count `done` items that an earlier run finished; they stay out of this run's rate."""
-        self.done = self._resumed = done
-        if self._bar is not None:
-            self._bar.initial = done
-            self._bar.update(done - self._bar.n)
+        self.done = self._resumed = self._bar.initial = done
+        self._bar.update(done - self._bar.n)
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more items."""
         self.done += count
-        if self._bar is not None:
-            self._bar.update(count)
-            return
+        self._bar.update(count)
         now = time.monotonic()
-        if now - self._reported >= self.interval_seconds:
+        if self._bar.disable and now - self._reported >= self.interval_seconds:
             self._reported = now
             logger.info(self.describe(now - self._started))
 
@@ -136,22 +128,11 @@ class Progress:
         return f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, ETA {left}"
 
 
-def _choose_bar_size() -> dict[str, int]:
-    """Return a size for terminals that report 0 columns (`script`, some containers), where tqdm draws nothing."""
-    try:
-        if os.get_terminal_size(sys.stderr.fileno()).columns > 0:
-            return {}
-    except (OSError, ValueError):
-        pass
-    return {"ncols": 80, "nrows": 24}
-
-
 class Stopwatch:
     """Adds up seconds by the name of the part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._started = time.monotonic()
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -175,10 +156,6 @@ class Stopwatch:
     def add(self, part: str, seconds: float) -> None:
         """Add seconds that were measured elsewhere to `part`."""
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
-
-    def describe(self) -> str:
-        """Return the seconds since the start and those of the parts, as in `12.3 s (read 1.0, compute 10.8)`."""
-        return f"{time.monotonic() - self._started:.1f} s{self.describe_parts()}"
 
     def describe_parts(self) -> str:
         """Return the seconds of the parts, as in ` (read 1.0, compute 10.8)`."""

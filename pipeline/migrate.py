@@ -14,14 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline import cli
-from pipeline.config import Config, list_keys
-from pipeline.config_text import read_toml, suggest
+from pipeline.config import Config, list_keys, read_toml, suggest
 from pipeline.reference.settings import SECTIONS, Place, Settings, find_rule
 
 Notes = list[tuple[str, str]]  # old name, what to know
 # Folders that an old file may not name.
 NEW_PATHS = {
-    "raw_dir": "set the folder that holds the tars, or holds dataset_unaligned/ with them",
+    "raw_dir": "set the folder that holds the tars, such as dataset_unaligned/",
     "published_model_dir": "set a folder for stage 7, or give it --output",
     "report_dir": "set a folder for stage 9",
 }
@@ -81,27 +80,20 @@ def map_key(content: dict[str, Any], section: str, key: str, valid: dict[str, li
 
 
 def format_config(tables: dict[str, dict[str, Any]], notes: Notes) -> str:
-    """Return the new file."""
+    """Return the new file; TOML writes strings, numbers, truth values and lists of them as JSON does."""
     lines = ["# Relative paths start from this file's folder. Every key is in docs/configuration.md with its default."]
     for section in list_keys():
         if table := tables.get(section):
-            lines += ["", f"[{section}]", *(f"{key} = {_format(value)}" for key, value in table.items())]
+            lines += ["", f"[{section}]"]
+            lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
     if notes:
         lines += ["", f"# {len(notes)} of the old file to look at:"]
         lines += [" ".join(f"# {name}: {note}".split()) for name, note in notes]
     return "\n".join(lines)
 
 
-def _format(value: Any) -> str:
-    """Return a value in TOML: of strings, numbers, truth values and lists of them JSON is the same."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the new configuration.
-
-    Raises ConfigError if the old one cannot be read.
-    """
+    """Print the new configuration; raise ConfigError if the old one cannot be read."""
     parser = cli.make_parser(__doc__ or "", config=False)
     parser.add_argument("old", type=Path, metavar="OLD.toml", help="the configuration to map")
     print(format_config(*migrate(read_toml(parser.parse_args(argv).old))))

@@ -10,8 +10,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from pipeline.errors import PipelineError
 
@@ -22,10 +22,7 @@ _DEPTH = 4  # so deep do they lie in each other; names above are the user's
 
 @contextmanager
 def opened_folder(folder: Path, *, make: bool = False) -> Iterator[int]:
-    """Yield a folder's descriptor, for `dir_fd`; `make` it and those above if need be.
-
-    Raises OSError (ELOOP) if one that this project makes is a link, others as `os.open` does.
-    """
+    """Yield a folder's descriptor; `make` it if need be. Raises OSError (ELOOP) if one that is ours is a link."""
     parts = folder.absolute().parts
     first = max(1, len(parts) - _DEPTH)
     while first < len(parts) and not _OWN_NAME.fullmatch(parts[first]):
@@ -37,8 +34,15 @@ def opened_folder(folder: Path, *, make: bool = False) -> Iterator[int]:
     try:
         for name in parts[first:]:
             place /= name
-            above, descriptor = descriptor, _open_below(place, descriptor, make=make)
-            os.close(above)
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=descriptor)
+            try:
+                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+            except OSError as error:
+                raise _name(error, place) from None
+            os.close(descriptor)
+            descriptor = below
         yield descriptor
     except OSError as error:
         if isinstance(error.filename, str):  # the name alone, where it was used with the descriptor
@@ -48,21 +52,8 @@ def opened_folder(folder: Path, *, make: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _open_below(place: Path, above: int, *, make: bool) -> int:
-    if make:
-        with suppress(FileExistsError):
-            os.mkdir(place.name, dir_fd=above)
-    try:
-        return os.open(place.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
-    except OSError as error:
-        raise _name(error, place) from None
-
-
 def list_names(folder: Path) -> list[str]:
-    """Return the sorted names in a folder.
-
-    Raises OSError as `opened_folder` does.
-    """
+    """Return the sorted names in a folder."""
     with opened_folder(folder) as descriptor, os.scandir(descriptor) as entries:
         return sorted(entry.name for entry in entries)
 
@@ -70,8 +61,8 @@ def list_names(folder: Path) -> list[str]:
 def open_file(path: Path, flags: int) -> int:
     """Open a file of this project's and return its descriptor; make its folder where `flags` make the file.
 
-    Raises OSError (ELOOP) if it is a link, or to be written and a pipe or of a second name, or its folder is a link
-    where this project makes that; others as `os.open` does. A pipe is not waited for.
+    Raises OSError (ELOOP) if it or a folder that is ours is a link, or it is to be written and a pipe or of a second
+    name.
     """
     try:
         with opened_folder(path.parent, make=bool(flags & os.O_CREAT)) as folder:
@@ -85,7 +76,7 @@ def open_file(path: Path, flags: int) -> int:
     return descriptor
 
 
-def open_without_waiting(path: Path) -> BinaryIO:
+def open_without_waiting(path: Path) -> BufferedReader:
     """Open a file to read; raise OSError for a pipe or a device, which may never end."""
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115 (the caller closes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -113,10 +104,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with its content, or a link; it may be missing.
-
-    Raises OSError if something is left, or it lies behind a link.
-    """
+    """Remove a file, a folder with its content, or a link, if it is there; raise OSError behind a link."""
     with suppress(FileNotFoundError), opened_folder(path.parent) as folder:
         while stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
             with suppress(FileNotFoundError):  # another process is removing it too
@@ -131,10 +119,7 @@ def discard(path: Path) -> None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Rename a file or folder, make the target's folder if need be, and replace a file of that name.
-
-    Raises PipelineError if it cannot be written there.
-    """
+    """Rename a file or folder, replacing a file of that name; raise PipelineError if it cannot be written there."""
     try:
         with opened_folder(path.parent) as source, opened_folder(target.parent, make=True) as folder:
             os.replace(path.name, target.name, src_dir_fd=source, dst_dir_fd=folder)

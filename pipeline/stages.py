@@ -1,8 +1,7 @@
 """The table of stages: each one's script, paths, outputs, unit of work, and the stages it waits for.
 
-`run_pipeline.py`, `slurm/` and the stages themselves read it. A new stage is a script and one entry here; the script
-offers `run(config, options)`, which does the work, and `list_units(config)`, which names its units (see
-pipeline/files/units.py).
+A new stage is a script and one entry here; the script offers `run(config, options)`, which does the work, and
+`list_units(config)`, which names its units (see pipeline/files/units.py).
 """
 
 from collections.abc import Iterable
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
 
 # The units that `--shard I/N` counts. WORKER: processes that share the work without being told apart; WHOLE: one.
 TAR, ANCHOR, ROW_GROUP, WORKER, WHOLE = "tar", "anchor", "row group", "worker", "run"
@@ -57,14 +55,8 @@ class Stage:
         return self.unit != WHOLE
 
     def find_place(self, config: Config) -> Path:
-        """Return the folder (stage 5: the file) that it writes.
-
-        Raises ConfigError where the configuration does not name it.
-        """
-        place = _expand(config, self.writes)
-        if place is None:
-            raise ConfigError(f"{config.file_path}: {_spell(self.writes)}: not set, and this stage needs it")
-        return place
+        """Return the folder (stage 5: the file) that it writes; raise ConfigError where it is not set."""
+        return config.path(self.writes)
 
     def list_outputs(self, config: Config) -> tuple[Path, ...]:
         """Return the outputs of a stage that does not work per tar."""
@@ -138,7 +130,7 @@ def choose_stages(config: Config, first: int, last: int) -> list[Stage]:
     chosen = [stage for stage in asked if stage.number != 8 or has_new_data(config)]
     check_paths(config, chosen)
     for name in dict.fromkeys(name for stage in asked for name in (*stage.may_read, stage.writes)):
-        _expand(config, name)
+        config.find_path(name)
     return chosen
 
 
@@ -146,15 +138,3 @@ def check_paths(config: Config, stages: Iterable[Stage]) -> None:
     """Raise one ConfigError that names every key of [paths] that the stages need and the configuration lacks."""
     names = dict.fromkeys(name for stage in stages for name in (*stage.reads, stage.writes))
     config.require_paths(*(name for name in names if "." not in name))
-
-
-def _expand(config: Config, name: str) -> Path | None:
-    """Return the path that a setting gives, None where it is not set."""
-    section, _, key = name.rpartition(".")
-    value = getattr(getattr(config, section or "paths"), key)
-    return None if value is None else config.expand(value, _spell(name))
-
-
-def _spell(name: str) -> str:
-    section, _, key = name.rpartition(".")
-    return f"[{section or 'paths'}].{key}"

@@ -26,10 +26,9 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item in order, computed by threads, with at most `in_flight` items held.
 
-    `weigh` tells the bytes of an item: a new one is taken only while those held are at most HELD_BYTES. Threads suffice
-    because the decoders release the interpreter lock. `items` is consumed in the calling thread. An exception of
-    `function` is raised here; a PipelineError of `items`, such as a damaged tar, after the results of the items before
-    it. Each thread calls `initializer` first. A caller that may stop early closes the generator, and with it `items`.
+    `weigh` tells the bytes of an item: a new one is taken only while those held are at most HELD_BYTES. `items` is
+    consumed in the calling thread; a PipelineError of it, such as a damaged tar, comes after the results of the items
+    before it. A caller that may stop early closes the generator, and with it `items`.
     """
     in_flight = in_flight or 4 * num_workers
     pending: deque[Future[Result]] = deque()
@@ -64,10 +63,7 @@ def map_in_order(
 
 
 def prefetch(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, None]:
-    """Yield the items in order, made by a thread of their own that keeps at most `depth` of them ready.
-
-    An exception of `items` is raised here. A caller that may stop early closes the generator, and with it `items`.
-    """
+    """Yield the items in order, made by a thread of their own; at most `depth` are ready, and are closed with it."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
         pending = deque(pool.submit(next, iterator, end) for _ in range(depth))

@@ -30,7 +30,7 @@ from pipeline.files.tables import (
     write_rejects,
 )
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
-from pipeline.ids import building_id, streetview_image_id
+from pipeline.ids import join_id
 from pipeline.inference.images import check_image
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.stages import STAGES
@@ -80,8 +80,8 @@ def describe_view(view: View, unit: TarUnit) -> dict[str, Any]:
     """Return a view as a row of INTERMEDIATE_SCHEMA; the tar's name gives the dataset."""
     return asdict(view.record) | {
         "dataset_id": unit.dataset_id,
-        "building_id": building_id(unit.dataset_id, view.record.target_id),
-        "streetview_image_id": streetview_image_id(unit.dataset_id, view.record.patch_id),
+        "building_id": join_id(unit.dataset_id, view.record.target_id),
+        "streetview_image_id": join_id(unit.dataset_id, view.record.patch_id),
         "image_path": view.image.name,
         "tar_file": unit.tar_path.name,
         "image_offset": view.image.offset,
@@ -100,7 +100,7 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     views, rejects = inventory.judge()
     if not views and not rejects:
         raise InputError(f"{unit.tar_path}: holds no image and no metadata: is it a tar of the raw layout?")
-    provenance["inputs"][0]["digest"] = note_digest(unit.tar_path, digests[0], seen, unit.notes)
+    provenance["inputs"][0]["digest"] = note_digest(unit.tar_path, digests[0], seen, unit.note)
     renamed = sum(view.record.dataset_id != unit.dataset_id for view in views)
     ignored = ", ".join(f"{count} {what}" for what, count in sorted(inventory.ignored.items())) or "nothing"
     logger.info("%s: ignored %s; %d views name another dataset id", unit.tar_path.name, ignored, renamed)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info(
             "%s %s, Python %s, pyarrow %s, torch %s, transformers %s, device %s",
             STAGE, VERSION, platform.python_version(),
-            *(cli.installed_version(package) for package in ("pyarrow", "torch", "transformers")), options.device,
+            *(version(package) for package in ("pyarrow", "torch", "transformers")), options.device,
         )  # fmt: skip
         return embed_dataset(options, open_input(options))
 

@@ -231,27 +231,6 @@ def test_ctrl_c_also_stops_what_a_script_started_in_the_background():
     assert process.returncode == 130
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_a_destructor_is_not_lost(number, code):
-    lines = [
-        "import os, time",
-        "from pipeline import cli",
-        "class Holder:",
-        f"    def __del__(self): os.kill(os.getpid(), {int(number)}); [None for _ in range(1000)]",
-        "def main(_):",
-        "    Holder()",
-        "    print('went on', flush=True)",
-        "    time.sleep(60)",
-        "cli.run_guarded(main)",
-    ]
-    process = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], check=False, capture_output=True, text=True, timeout=30
-    )
-    assert process.stdout == "went on\n"
-    assert process.returncode == code
-    assert process.stderr.count("\n") == 1
-
-
 def test_a_reader_of_stdout_that_has_gone_is_no_traceback():
     code = "from pipeline import cli; cli.run_guarded(lambda _: [print('x' * 1000, flush=True) for _ in range(10_000)])"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

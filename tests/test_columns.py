@@ -60,9 +60,7 @@ def test_a_column_name_that_is_not_utf8_is_one_line(tmp_path):
     table = pq.read_table(path).rename_columns(["OSMID", "image_bytes", "kolumn"])
     pq.write_table(table, path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"kolumn", b"k\xe9lumn"))
-    with pytest.raises(
-        InputError, match="in.parquet: a column's name or text is not UTF-8 .*: write it again in UTF-8"
-    ):
+    with pytest.raises(InputError, match=r"in.parquet: not a readable parquet file \('utf-8' codec"):
         read(path)
 
 
@@ -71,7 +69,7 @@ def test_a_type_that_arrow_does_not_know_is_one_line(tmp_path):
     path = tmp_path / "in.parquet"
     wide = polars.Series([1, 2, 3], dtype=polars.Int128)
     polars.DataFrame({"OSMID": ["a", "b", "c"], "image_bytes": IMAGES, "k": wide}).write_parquet(path)
-    with pytest.raises(InputError, match="in.parquet: holds a type that cannot be read here .*: write it in another"):
+    with pytest.raises(InputError, match=r"in.parquet: cannot be read \(.*\): put that right"):
         read(path)
 
 
@@ -162,6 +160,6 @@ def test_only_content_is_called_damaged(tmp_path):
     path.write_bytes(b"no parquet at all")
     with pytest.raises(DamagedError, match="not a readable parquet file"):
         open_parquet(path)
-    with pytest.raises(InputError, match="a folder, not a parquet file") as caught:
+    with pytest.raises(InputError, match="a folder or a pipe, not a parquet file") as caught:
         open_parquet(tmp_path)
     assert not isinstance(caught.value, DamagedError)

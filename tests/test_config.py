@@ -66,7 +66,7 @@ def test_every_problem_is_reported_at_once_with_file_section_key_and_nearest_nam
     assert all(str(path) in problem for problem in found[1:])
     expected = [
         "--set nonsense: must read SECTION.KEY=VALUE",
-        "[global].sed: unknown key; did you mean seed?",
+        "[global].sed: unknown key; did you mean [global].seed?",
         "[dta]: unknown section; did you mean data?",
         "[embedding_model].batch_size: input should be a valid integer or input should be 'auto', not 'many'",
         "[embedding_model].dtype: input should be 'auto', 'float32' or 'bfloat16', not 'float16'",
@@ -135,7 +135,7 @@ def test_an_override_of_another_form_is_refused(tmp_path, override):
     ("override", "answer"),
     [
         ("dat.train_ratio=1", "[dat]: unknown section; did you mean data?"),
-        ("data.train_ration=1", "[data].train_ration: unknown key; did you mean train_ratio?"),
+        ("data.train_ration=1", "[data].train_ration: unknown key; did you mean [data].train_ratio?"),
         ("global_.seed=1", "[global_]: unknown section; did you mean global?"),
         ("file_path.x=1", "[file_path]: unknown section"),
         ("data.neighbors=1", "[data].neighbors: unknown key; did you mean [difficulty].neighbors?"),

@@ -165,7 +165,7 @@ def test_a_row_of_another_length_is_refused_naming_it(tmp_path: Path) -> None:
     rows = table["embedding"].to_pylist()
     rows[3] = rows[3][:3]
     table = table.set_column(table.schema.get_field_index("embedding"), "embedding", pa.array(rows))
-    with pytest.raises(InputError, match=r"train.parquet: column embedding: row 3 has not 4 numbers"):
+    with pytest.raises(InputError, match=r"train.parquet: column embedding: row 3 is empty or has not 4 numbers"):
         load_features(write(tmp_path, table))
 
 

@@ -7,18 +7,16 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.ids import (
     Shard,
-    building_id,
     dataset_name,
+    join_id,
     parse_dataset_id,
     parse_dataset_name,
-    streetview_image_id,
 )
 
 
 def test_ids_are_padded_to_four_digits_and_grow_beyond():
-    assert building_id(7, 123456) == "0007_123456"
-    assert streetview_image_id(7, 5) == "0007_5"
-    assert building_id(12345, 1) == "12345_1"
+    assert join_id(7, 123456) == "0007_123456"
+    assert join_id(12345, 1) == "12345_1"
 
 
 @pytest.mark.parametrize(

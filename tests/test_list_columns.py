@@ -42,7 +42,7 @@ def test_a_column_without_rows_has_a_width_only_if_its_type_says_so(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", [pa.float32(), pa.list_(pa.int64()), pa.list_(pa.string()), pa.list_(pa.float32(), 0)])
 def test_an_embedding_of_another_type_is_refused(tmp_path: Path, kind: pa.DataType) -> None:
-    with pytest.raises(InputError, match="expected lists of one length of floats: make the file again with stage 2"):
+    with pytest.raises(InputError, match="not lists of one length of floats: make the file again with stage 2"):
         find_embedding(write(tmp_path, kind, []))
 
 

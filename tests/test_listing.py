@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path, monkey
         return real(folder)
 
     monkeypatch.setattr(listing.os, "scandir", scan)
-    complaint = f"{closed}: cannot be read \\(Permission denied\\): allow reading it"
+    complaint = f"{closed}: cannot be read \\(Permission denied\\): correct the path, or allow reading it"
     with pytest.raises(InputError, match=complaint):
         walk(tmp_path)
     if not place:
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path, monkey
 
 def test_a_missing_folder_and_a_file_in_its_place_are_told_apart(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"nowhere: no such folder: correct the path"):
+    with pytest.raises(InputError, match=r"nowhere: cannot be read \(No such file or directory\): correct the path"):
         list_files(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"file: a file, where a folder is to be read"):
+    with pytest.raises(InputError, match=r"file: cannot be read \(Not a directory\)"):
         walk(tmp_path / "file")

@@ -102,11 +102,11 @@ def test_the_largest_whole_numbers_stay_numbers(run_main, folder, tmp_path):
         ("", "no column OSMID"),
         ("OSMID,path,path\n1,a.jpg,b.jpg\n", "more than one column path: its first line names"),
         ("OSMID,path,a,a\n1,a.jpg,b,c\n", "each column once"),
-        ("OSMID,path, \n1,a.jpg,b\n", "its first line: a column's name is blank"),
+        ("OSMID,path, \n1,a.jpg,b\n", "its first line has to name each column once"),
         ("OSMID,path,is_valid\n1,a.jpg,1\n", "column is_valid has the name of one that is made here"),
         ("OSMID,path\n1,a.jpg\n2,a,b.jpg\n", "row 2 below the names has 3 values for 2 columns"),
-        ("OSMID,path\n1,a\udcff.jpg\n", "not a CSV in UTF-8"),
-        ('OSMID,path\n1,"a.jpg\n', "not a CSV in UTF-8"),
+        ("OSMID,path\n1,a\udcff.jpg\n", "not a CSV or text in UTF-8"),
+        ('OSMID,path\n1,"a.jpg\n', "not a CSV or text in UTF-8"),
     ],
 )
 def test_a_csv_that_cannot_be_used_is_refused_by_name(run_main, tmp_path, text, problem):

@@ -210,23 +210,3 @@ def test_fingerprints_without_provenance_are_kept_where_their_size_is_the_one_as
     )
     assert outcome.code == 1
     assert "fingerprints of 768 values, [fingerprints].image_size = 8 gives 192: correct the setting" in outcome.stderr
-
-
-# ---------------------------------------------------------------------------------------------- where the tars lie
-
-
-def test_tars_in_the_downloads_folder_are_found_by_raw_dir(tmp_path, stage):
-    write_city(tmp_path / "raw" / "dataset_unaligned", 1)
-    assert stage("process_tar").code == 0
-    assert stage("generate_embeddings").code == 0
-    assert len(read(tmp_path / "embeddings/0001_embeddings.parquet")) == 9
-
-
-@pytest.mark.parametrize("name", ["process_tar", "generate_embeddings"])
-def test_tars_in_both_places_are_refused(tmp_path, stage, name):
-    write_city(tmp_path / "raw", 1)
-    assert stage("process_tar").code == 0
-    write_city(tmp_path / "raw" / "dataset_unaligned", 2)
-    outcome = stage(name)
-    assert outcome.code == 1
-    assert "raw: holds tars, and its folder dataset_unaligned does too: set [paths].raw_dir" in outcome.stderr

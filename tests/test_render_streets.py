@@ -254,7 +254,7 @@ def test_a_killed_run_leaves_no_unfinished_tar_under_its_final_name_and_the_next
     assert [path.name for path in tmp_path.glob("*.tar")] == ["0001.tar"]
     leftover = workspace.temporary_path(tmp_path / "0002.tar")
     leftover.with_name(leftover.name.replace(f"-{os.getpid()}-", "-4999999-")).write_bytes(b"what a kill -9 leaves")
-    workspace._clear_once.cache_clear()  # as in a new process
+    workspace.clear_temporaries.cache_clear()  # as in a new process
     render(tmp_path)
     assert bytes_of(tmp_path) == bytes_of(tars)
     assert sorted(path.name for path in tmp_path.iterdir()) == [render_streets.MARKER_NAME, *TARS]

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import PipelineError, Rejection
 from pipeline.files import scratch as scratch_module
-from pipeline.files.scratch import RowScratch, remove_leftover
+from pipeline.files.scratch import RowScratch
 
 ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
@@ -129,17 +129,3 @@ def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(PipelineError, match=r"cannot write .*0001\.parquet"):
         open_scratch(tmp_path)
-
-
-def test_what_a_killed_run_left_beside_a_complete_output_is_removed_unless_somebody_holds_it(tmp_path):
-    scratch = open_scratch(tmp_path)
-    scratch.write([0], ROWS[:1])
-    scratch.seen = 1
-    scratch.save()
-    output = tmp_path / "out" / "0001.parquet"
-    remove_leftover(output)
-    assert len(list_files(tmp_path)) == 3  # rows, note and lock
-    scratch.close()
-    remove_leftover(output)
-    assert list_files(tmp_path) == []
-    remove_leftover(output)  # there is none

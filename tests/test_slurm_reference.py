@@ -30,7 +30,7 @@ def config_path(tmp_path, toy_backbone, write_config, run_main, monkeypatch):
     )
     for dataset_id in (1, 2, 3):  # the tars have one folder, their intermediates two
         entries = [Entry(entry.name.split("/", 1)[1], entry.data) for entry in make_city(dataset_id, (3, 2, 4, 2))]
-        write_tar(tmp_path / f"raw/dataset_unaligned/{dataset_id:04d}.tar", entries)
+        write_tar(tmp_path / f"raw/{dataset_id:04d}.tar", entries)
     for stage in STAGES.values():
         assert run_main(stage.main, "--config", path).code == 0
     for name in ("0001", "0002", "0003"):

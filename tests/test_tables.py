@@ -92,6 +92,7 @@ def test_temporaries_of_running_processes_other_hosts_and_other_kinds_are_left_a
     for name in {f".a.bin.{host}-9999999-{token}.tmp"} | strangers:
         (tmp_path / name).touch()
     (tmp_path / f".a.bin.{host}-9999998-{token}.tmp").mkdir()
+    workspace.clear_temporaries.cache_clear()
     workspace.clear_temporaries(tmp_path)
     assert set(list_files(tmp_path)) == strangers
 
@@ -242,8 +243,9 @@ def test_every_missing_or_mistyped_column_is_named_at_once(tmp_path):
 def test_a_footer_that_claims_rows_the_file_cannot_hold_is_damage(tmp_path, rows):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [1, 2, 3]}), path)
-    footer = identity.read_footer(path)
-    body = path.read_bytes()[: -8 - len(footer)]
+    data = path.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    body, footer = data[: -8 - length], data[-8 - length : -8]
     places = [place for place in range(len(footer)) if footer[place : place + 2] == b"\x16\x06"]  # an i64 that is 3
     zigzag, number = (rows << 1) ^ (rows >> 63), b""
     while zigzag > 0x7F:
@@ -333,6 +335,6 @@ def test_a_hash_of_plain_values_does_not_depend_on_their_order():
 
 def test_an_encrypted_parquet_is_not_called_damaged(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PARE" + bytes(range(200)) + (100).to_bytes(4, "little") + b"PARE")
-    with pytest.raises(InputError, match=r"a\.parquet: is encrypted .*: write it without encryption") as caught:
+    with pytest.raises(InputError, match=r"a\.parquet: cannot be read \(.*encrypted") as caught:
         tables.open_parquet(tmp_path / "a.parquet")
     assert not isinstance(caught.value, DamagedError)

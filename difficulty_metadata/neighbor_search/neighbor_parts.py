@@ -61,7 +61,10 @@ class PartStore:
         for field, values in zip(schema, (rows, distances), strict=True):
             stored = pa.py_buffer(np.ascontiguousarray(values, _TYPES[field.name]))
             columns.append(pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, stored]))
-        with parquet_writer(self.path(part), schema, self.provenance, raw=True) as writer:
+        with parquet_writer(
+            self.path(part), schema, self.provenance,
+            compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True,
+        ) as writer:  # fmt: skip
             writer.write_table(pa.table(columns, schema=schema))
 
     def read(self, part: int, name: str) -> np.ndarray:

@@ -6,9 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.errors import InputError, Rejection, one_line
+from pipeline.errors import Rejection
 from pipeline.files.archive import read_placed
-from pipeline.files.listing import find_tar_dir
 from pipeline.files.tables import PLACE_COLUMNS, open_parquet
 from pipeline.ids import tar_name
 from pipeline.inference.images import decode_rgb
@@ -36,10 +35,7 @@ class PhotoSource:
                     self._places: pa.Table = file.read(columns=names)
                 else:
                     self.problem = f"{split_path.name} does not say where the images lie in their tars"
-            try:
-                self._tar_dir = find_tar_dir(raw_dir)
-            except InputError as error:
-                self.problem = self.problem or one_line(error)
+            self._tar_dir = raw_dir
 
     def read_thumbnails(self, rows: Iterable[int]) -> dict[int, str]:
         """Return a JPEG as a data URI for each row whose picture can be read, and count the other rows."""

@@ -1,15 +1,15 @@
 """Stream a raw tar, member by member, in constant memory; nothing is extracted to disk."""
 
 import contextlib
-import io
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from pipeline.errors import InputError, Rejection, one_line
-from pipeline.files.identity import DigestingFile
+from pipeline.errors import InputError, Rejection, one_line, unreadable
+from pipeline.files.identity import RunningDigest
 from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
@@ -45,16 +45,13 @@ class Member:
     _file: IO[bytes]
 
     def read(self, limit: int | None = None) -> bytes:
-        """Return the member's first `limit` bytes, by default all.
-
-        Raises InputError if the tar ends before the member does, or cannot be read.
-        """
+        """Return the member's first `limit` bytes, by default all; raise InputError if the tar ends before."""
         wanted = self.size if limit is None else min(self.size, limit)
         try:
             self._file.seek(self.offset)
             data = self._file.read(wanted)
         except OSError as error:
-            raise _unreadable(self._file.name, error) from None
+            raise unreadable(self._file.name, error) from None
         if len(data) < wanted:
             raise InputError(f"{self._file.name}: truncated inside {self.name}: fetch the tar again")
         return data
@@ -89,23 +86,22 @@ def stream_members(tar_path: Path, digests: list[str] | None = None) -> Iterator
     """
     try:
         with (
-            open(tar_path, "rb") if digests is None else io.BufferedReader(DigestingFile(tar_path)) as file,
+            open(tar_path, "rb") as file,
             # The encoding is named, or a name would read differently under another locale.
             tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace", tarinfo=_Header) as tar,
         ):
+            digest = RunningDigest(file)
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # the module would keep every member
                 if info.size < 0:  # older Pythons would go backwards for ever
                     raise tarfile.ReadError(f"negative size at byte {info.offset}")
                 is_file = info.isreg() and not info.issparse()  # a sparse file's bytes do not lie in one piece
                 yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
+                if digests is not None:
+                    digest.read_to(tar.offset)
             _check_end(tar_path, file, tar.offset)
-            if digests is not None and isinstance(file.raw, DigestingFile):
-                digests.append(file.raw.digest())
-    except FileNotFoundError:
-        raise InputError(f"{tar_path}: no such tar: correct the path") from None
-    except IsADirectoryError:
-        raise InputError(f"{tar_path}: a folder, not a tar: correct the path") from None
+            if digests is not None:
+                digests.append(digest.read_to(os.fstat(file.fileno()).st_size))
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         # Also absurd sizes, and headers of headers without end.
         with open(tar_path, "rb") as file:
@@ -113,7 +109,7 @@ def stream_members(tar_path: Path, digests: list[str] | None = None) -> Iterator
         problem = f"not a readable tar ({one_line(error)}), it begins with {start!r}"
         raise InputError(f"{tar_path}: {problem}: fetch the tar again, or unpack it if it is compressed") from None
     except OSError as error:
-        raise _unreadable(tar_path, error) from None
+        raise unreadable(tar_path, error) from None
 
 
 class TarImage(NamedTuple):
@@ -140,10 +136,7 @@ def read_images(tar_path: Path, rows: dict[str, int], num_seen: int = 0) -> Iter
 
 
 def read_placed(tar_path: Path, offset: int, size: int) -> bytes:
-    """Return the bytes of the member of a size at a place in a tar.
-
-    Raises Rejection `missing_image` where no such member begins there, OSError where the tar cannot be read.
-    """
+    """Return the bytes of a member of a tar; raise Rejection `missing_image` where none of that size begins there."""
     if not 0 < size <= MAX_IMAGE_BYTES or offset < tarfile.BLOCKSIZE:
         raise Rejection("missing_image", "no place is known")
     with open(tar_path, "rb") as file:
@@ -187,7 +180,3 @@ def _check_end(tar_path: Path, file: IO[bytes], offset: int) -> None:
             "Compare its size with the source's",
             tar_path, num_zeros,
         )  # fmt: skip
-
-
-def _unreadable(tar_path: Path | str, error: OSError) -> InputError:
-    return InputError(f"{tar_path}: cannot be read ({error.strerror or one_line(error)}): check disk and rights")

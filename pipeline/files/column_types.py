@@ -30,10 +30,7 @@ def is_list_of(kind: pa.DataType, wanted: pa.DataType) -> bool:
 
 
 def convert(path: Path, column: Any, field: pa.Field) -> Any:
-    """Return a column in a field's type, whole numbers that are floats as `whole_from_floats` does.
-
-    Raises InputError if a value does not fit the type.
-    """
+    """Return a column in a field's type (see `whole_from_floats`); raise InputError if a value does not fit."""
     if field.type == pa.int64():
         column = whole_from_floats(column, field.name, path, quiet=True)
     try:
@@ -48,8 +45,7 @@ def whole_from_floats(
 ) -> pa.Array | pa.ChunkedArray:
     """Return ids that are floats as int64, other ids unchanged: with one id missing pandas makes floats of them all.
 
-    NaN becomes null; a warning says it unless `quiet`. Raises InputError where an id is not whole, or so large that
-    several ids may have become one.
+    NaN becomes null. Raises InputError where an id is not whole, or so large that several may have become one.
     """
     if plain_type(column.type) != pa.float64():
         return column

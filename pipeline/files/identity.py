@@ -1,17 +1,16 @@
 """Decide whether an input is the one that an output was made from. No stage has a rule of its own.
 
-An output's provenance records what its inputs hold: a parquet's footer, other files' digests. A note beside the output
-says at which sizes and times of change which files had which digest, so that files are read again only at other times.
+An output's provenance records what its inputs hold: a parquet's footer, other files' digests. A note beside a tar's
+intermediate says at which size and time of change the tar had which digest, so that it is read again only at others.
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files.listing import is_parquet
@@ -21,10 +20,9 @@ from pipeline.own_folders import open_without_waiting
 
 
 def identify(path: Path) -> dict[str, Any]:
-    """Return a file's identity for provenance: name, size and a hash, for parquet of its footer.
+    """Return a file's identity for provenance: name, size and a hash; raise InputError if it is missing.
 
-    A footer has every column chunk's place and statistics, and the provenance. Raises InputError if the file is missing
-    or damaged.
+    A parquet's is that of its footer, which has every column chunk's place and statistics, and the provenance.
     """
     try:
         identity: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
@@ -37,29 +35,25 @@ def identify(path: Path) -> dict[str, Any]:
     return identity
 
 
-def identify_tar(path: Path, notes: Sequence[Path], *, read: bool = True) -> dict[str, Any]:
-    """Return a tar's identity: its name, size and digest.
+def identify_tar(path: Path, note: Path, *, read: bool = True) -> dict[str, Any]:
+    """Return a tar's identity: its name, size and digest, noted or read.
 
-    The first of `notes` that knows it at this size and time gives the digest; else the tar is read, and the first note
-    is written. Without `read` the digest may be missing: stage 1 reads the tar anyway, and notes it.
+    Without `read` the digest may be missing: stage 1 reads the tar anyway, and notes it.
     """
-    seen = look_at(path)
-    digest = next((note["digest"] for note in map(read_json_object, notes) if note.get("seen") == seen), None)
+    seen, noted = look_at(path), read_json_object(note)
+    digest = noted.get("digest") if noted.get("seen") == seen else None
     if digest is None and read:
         logger.info("%s: its time is not the recorded one: it is read to see what it holds", path.name)
-        digest = note_digest(path, digest_file(path), seen, notes)
+        digest = note_digest(path, digest_file(path), seen, note)
     return {"name": path.name, "size": (seen or [0])[0], **({"digest": digest} if digest else {})}
 
 
-def note_digest(path: Path, digest: str, seen: list[int] | None, notes: Sequence[Path]) -> str:
-    """Note the digest of a file that was `seen` (see `look_at`) before it was read, and return it.
-
-    Raises InputError if the file has changed since.
-    """
+def note_digest(path: Path, digest: str, seen: list[int] | None, note: Path) -> str:
+    """Note the digest of a file, and return it; raise InputError if it has changed since it was `seen`."""
     if look_at(path) != seen:
         raise InputError(f"{path}: changed while it was read: run this again")
     with contextlib.suppress(PipelineError):  # it is read once more the next time
-        write_json(notes[0], {"seen": seen, "digest": digest})
+        write_json(note, {"seen": seen, "digest": digest})
     return digest
 
 
@@ -83,47 +77,22 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
-class DigestingFile(io.FileIO):
-    """A file that is hashed while it is read, in the order of its bytes; what is passed over is read too."""
+class RunningDigest:
+    """The digest of a file that someone else reads meanwhile, so that its bytes come from the system's cache."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._hash, self._done = hashlib.sha256(), 0
+    def __init__(self, file: IO[bytes]) -> None:
+        self._descriptor, self._hash, self._done = file.fileno(), hashlib.sha256(), 0
 
-    def readinto(self, buffer: Any) -> int:
-        """Read into a buffer, for a BufferedReader above."""
-        place = self.tell()
-        self._hash_until(place)
-        count = super().readinto(buffer) or 0
-        if place + count > self._done:
-            self._hash.update(memoryview(buffer)[self._done - place : count])
-            self._done = place + count
-        return count
-
-    def digest(self) -> str:
-        """Read what is left, and return the digest of the whole file."""
-        self._hash_until(os.fstat(self.fileno()).st_size)
-        return self._hash.hexdigest()[:32]
-
-    def _hash_until(self, end: int) -> None:
-        while self._done < end and (data := os.pread(self.fileno(), min(end - self._done, 2**20), self._done)):
+    def read_to(self, end: int) -> str:
+        """Add the bytes before `end`, and return the digest of all that were added."""
+        while self._done < end and (data := os.pread(self._descriptor, min(end - self._done, 2**20), self._done)):
             self._hash.update(data)
             self._done += len(data)
-
-
-# ------------------------------------------------------------------------------------------------ parquet
+        return self._hash.hexdigest()[:32]
 
 
 def hash_footer(path: Path) -> str:
-    """Hash the Thrift footer of a parquet."""
-    return hashlib.sha256(read_footer(path)).hexdigest()[:32]
-
-
-def read_footer(path: Path) -> bytes:
-    """Return the Thrift footer of a parquet; its length stands in the last 8 bytes (Parquet's file format).
-
-    Raises DamagedError if there is none.
-    """
+    """Hash a parquet's Thrift footer, whose length stands in the last 8 bytes; raise DamagedError if there is none."""
     with open_without_waiting(path) as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 8))
@@ -132,10 +101,7 @@ def read_footer(path: Path) -> bytes:
         if tail[4:] != b"PAR1" or length > end - 12:
             raise DamagedError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
         file.seek(end - 8 - length)
-        return file.read(length)
-
-
-# ------------------------------------------------------------------------------------------------ comparing
+        return hashlib.sha256(file.read(length)).hexdigest()[:32]
 
 
 def as_provenance(content: Any) -> dict[str, Any] | None:
@@ -148,10 +114,7 @@ def as_provenance(content: Any) -> dict[str, Any] | None:
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Name the first difference of two provenances in stage, settings or inputs; None if they agree.
-
-    A tar that is gone is no difference.
-    """
+    """Name the first difference of two provenances, None if they agree; a tar that is gone is none."""
     if old.get("stage") != new.get("stage"):
         return f"it was made by {old.get('stage')}"
     for key in sorted(set(old.get("settings", {})) | set(new.get("settings", {}))):

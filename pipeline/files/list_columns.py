@@ -1,7 +1,7 @@
 """Read embeddings and fingerprints: columns of lists of one length.
 
 This project writes fixed_size_list. Lists of other types, such as `list<double>`, are checked and converted batch by
-batch.
+batch. A column that is missing or of another type raises InputError.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from pipeline.errors import InputError
 from pipeline.files.column_types import is_list_of
 from pipeline.files.tables import open_parquet, read_batches
 
+_REMEDIES = {"embedding": "make the file again with stage 2", "fingerprint": "make the file again with stage 4"}
+
 
 @dataclass(frozen=True)
 class ListColumn:
@@ -26,7 +28,6 @@ class ListColumn:
     name: str
     width: int | None
     dtype: np.dtype[Any]
-    remedy: str
 
     @property
     def arrow_type(self) -> pa.DataType:
@@ -34,17 +35,10 @@ class ListColumn:
         return pa.list_(pa.from_numpy_dtype(self.dtype), self.width or 0)
 
     def read(self, column: pa.Array, first_row: int, *, check_finite: bool = True) -> NDArray[Any]:
-        """Return the rows (n, width) of a batch that begins at the file's row `first_row`, counted from 0.
-
-        Raises InputError naming the first row that is null, of another length, or holds a null, a number that is not
-        finite, or for fingerprints no byte.
-        """
+        """Return a batch's rows (n, width), from the file's row `first_row`; raise InputError naming a bad one."""
         width = self.width or 0
-        if not pa.types.is_fixed_size_list(column.type):
-            lengths = pc.fill_null(pc.list_value_length(column), width).to_numpy(zero_copy_only=False)
-            self._refuse_first(lengths != width, first_row, f"has not {width} numbers as the first row has")
-        if column.null_count:
-            self._refuse_first(column.is_null().to_numpy(zero_copy_only=False), first_row, "is empty")
+        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+        self._refuse_first(lengths != width, first_row, f"is empty or has not {width} numbers as the first row has")
         values = column.flatten()
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
@@ -63,23 +57,17 @@ class ListColumn:
     def _refuse_first(self, is_bad: NDArray[np.bool_], first_row: int, what: str) -> None:
         if is_bad.any():
             row = first_row + int(np.argmax(is_bad))
-            raise InputError(f"{self.path}: column {self.name}: row {row} {what}: {self.remedy}")
+            raise InputError(f"{self.path}: column {self.name}: row {row} {what}: {_REMEDIES[self.name]}")
 
 
 def find_embedding(path: Path) -> ListColumn:
-    """Return a parquet's column `embedding`, float64 as float32.
-
-    Raises InputError if the file is missing or damaged, or the column is missing or no list of floats.
-    """
-    return _find(path, "embedding", pa.float64(), "make the file again with stage 2")
+    """Return a parquet's column `embedding`, float64 as float32."""
+    return _find(path, "embedding", pa.float64())
 
 
 def find_fingerprint(path: Path) -> ListColumn:
-    """Return a parquet's column `fingerprint`, as bytes.
-
-    Raises InputError if the file is missing or damaged, or the column is missing or no list of whole numbers.
-    """
-    return _find(path, "fingerprint", pa.int64(), "make the file again with stage 4")
+    """Return a parquet's column `fingerprint`, as bytes."""
+    return _find(path, "fingerprint", pa.int64())
 
 
 def find_width(columns: list[ListColumn], remedy: str) -> int:
@@ -92,22 +80,22 @@ def find_width(columns: list[ListColumn], remedy: str) -> int:
     return known.width or 0
 
 
-def _find(path: Path, name: str, wanted: pa.DataType, remedy: str) -> ListColumn:
+def _find(path: Path, name: str, wanted: pa.DataType) -> ListColumn:
     with open_parquet(path) as file:
         schema = file.schema_arrow
     index = schema.get_field_index(name)
     if index < 0:
-        raise InputError(f"{path}: column {name} is missing: {remedy}")
+        raise InputError(f"{path}: column {name} is missing: {_REMEDIES[name]}")
     kind = schema.field(index).type
     is_fixed = pa.types.is_fixed_size_list(kind)
     if not is_list_of(kind, wanted) or (is_fixed and kind.list_size == 0):
         what = "whole numbers" if wanted == pa.int64() else "floats"
-        raise InputError(f"{path}: column {name} is {kind}, expected lists of one length of {what}: {remedy}")
+        raise InputError(f"{path}: column {name} is {kind}, not lists of one length of {what}: {_REMEDIES[name]}")
     width = kind.list_size if is_fixed else None
     first = None if is_fixed else next(read_batches(path, [name], 1), None)
     if first is not None:
         width = pc.list_value_length(first.column(0))[0].as_py()
         if not width:
-            raise InputError(f"{path}: column {name}: row 0 is empty: {remedy}")
+            raise InputError(f"{path}: column {name}: row 0 is empty: {_REMEDIES[name]}")
     stored = "u1" if wanted == pa.int64() else "f2" if kind.value_type == pa.float16() else "f4"
-    return ListColumn(path, name, width, np.dtype(stored), remedy)
+    return ListColumn(path, name, width, np.dtype(stored))

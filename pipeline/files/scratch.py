@@ -8,23 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError, Rejection
-from pipeline.files.workspace import locked, read_json, write_json
+from pipeline.errors import Rejection
+from pipeline.files.workspace import locked, naming_failures, read_json, write_json
 from pipeline.log import logger
-from pipeline.own_folders import open_file, remove, write_failure
+from pipeline.own_folders import open_file, remove
 
 # How much work a killed node may lose, against a sync of the file each time.
 SECONDS_BETWEEN_SAVES = 30.0
-_BUSY = "is making it: wait for that one, or stop it and run this again"
-
-
-def remove_leftover(output_path: Path) -> None:
-    """Remove the scratch of a complete output unless another process holds it."""
-    left = name_files(output_path)
-    if any(path.exists() for path in left):
-        with contextlib.suppress(PipelineError, OSError), locked(output_path, _BUSY):
-            for path in left:
-                remove(path)
 
 
 def name_files(output_path: Path) -> tuple[Path, Path]:
@@ -36,26 +26,20 @@ def name_files(output_path: Path) -> tuple[Path, Path]:
 class RowScratch:
     """A hidden file of float32 rows beside an output, with a note of its progress; one process at a time holds it.
 
-    Rows are computed in the order of the input (`seen` counts them) and stored at their place in the output. Plain
-    writes, not a memory map: on a full disk a map ends the process with SIGBUS.
+    Rows come in the order of the input (`seen` counts them) and are stored at their place in the output. No memory
+    map: on a full disk that ends the process with SIGBUS.
     """
 
     def __init__(self, output_path: Path, num_rows: int, identity: str) -> None:
-        """Open the scratch of an output, and go on from an interrupted run of the same `identity`.
-
-        Raises PipelineError if another process is making the same output, or the folder cannot be written.
-        """
+        """Open an output's scratch, and go on from a run of the same `identity`; PipelineError if it is held."""
         self.num_rows, self.identity = num_rows, identity
         self._output_path = output_path
         self._rows_path, self._progress_path = name_files(output_path)
-        self._held = contextlib.ExitStack()
-        self._held.enter_context(locked(output_path, _BUSY))
-        try:
+        with contextlib.ExitStack() as held, naming_failures(self._rows_path):
+            held.enter_context(locked(output_path, "is making it: wait for that one, or stop it and run this again"))
             self._descriptor = open_file(self._rows_path, os.O_RDWR | os.O_CREAT)
-        except OSError as error:
-            self._held.close()
-            raise write_failure(self._rows_path, error) from error
-        self._held.callback(os.close, self._descriptor)
+            held.callback(os.close, self._descriptor)
+            self._held = held.pop_all()
         self.seen, self._saved = 0, time.monotonic()
         self.width: int | None = None
         self.rejects: dict[int, Rejection] = {}
@@ -76,25 +60,20 @@ class RowScratch:
         os.ftruncate(self._descriptor, 0)
 
     def write(self, rows: list[int], values: NDArray[np.float32]) -> None:
-        """Store values (len(rows), D) at their places.
-
-        Raises PipelineError if the disk is full.
-        """
+        """Store values (len(rows), D) at their places; raise PipelineError if the disk is full."""
         self.width = values.shape[1]
-        try:
+        with naming_failures(self._rows_path):
             for row, value in zip(rows, np.ascontiguousarray(values), strict=True):
                 data, place = value.tobytes(), row * value.nbytes
                 while data:  # a nearly full disk takes a part, and refuses the rest
                     written = os.pwrite(self._descriptor, data, place)
                     data, place = data[written:], place + written
-        except OSError as error:
-            raise write_failure(self._rows_path, error) from error
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return the rows from `start` up to `stop`, (stop - start, D); rows never written are zero."""
         width = self.width or 0
-        data = os.pread(self._descriptor, (stop - start) * width * 4, start * width * 4)
-        data += bytes((stop - start) * width * 4 - len(data))
+        size = (stop - start) * width * 4
+        data = os.pread(self._descriptor, size, start * width * 4).ljust(size, b"\0")
         return np.frombuffer(data, np.float32).reshape(stop - start, width)
 
     def advance(self, seen: int) -> None:

@@ -1,7 +1,9 @@
-"""Parquet between the stages: schemas, provenance, writing in one piece, reading with checks."""
+"""Parquet between the stages: schemas, provenance, writing in one piece, reading with checks.
+
+Readers raise InputError where a file is missing, or lacks a column or a value, DamagedError where it is damaged.
+"""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,13 +34,7 @@ ID_COLUMNS = [
     ("streetview_image_id", pa.string()),
 ]
 FILE_COLUMNS = [("image_path", pa.string()), ("tar_file", pa.string())]
-CAMERA_COLUMNS = [
-    ("street_lat", pa.float64()),
-    ("street_lon", pa.float64()),
-    ("distance_m", pa.float64()),
-    ("heading", pa.float64()),
-    ("pitch", pa.float64()),
-]
+CAMERA_COLUMNS = [(name, pa.float64()) for name in ("street_lat", "street_lon", "distance_m", "heading", "pitch")]
 # The place of the image's bytes in its tar, so that a reader need not scan terabytes for one picture.
 PLACE_COLUMNS = [("image_offset", pa.int64()), ("image_size", pa.int64())]
 
@@ -62,31 +58,18 @@ BATCH_BYTES = 2**30
 _ROWS_PER_BYTE = 2**20
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
-
 @contextmanager
 def parquet_writer(
     path: Path,
     schema: pa.Schema,
     provenance: dict[str, Any],
     metadata: Mapping[bytes, bytes] | None = None,
-    *,
-    raw: bool = False,
-    **others: Any,
+    **options: Any,
 ) -> Iterator[pq.ParquetWriter]:
-    """Yield a writer of a parquet that appears under `path` only when complete; `metadata` goes into its footer too.
-
-    `raw` is for temporary files: not encoded, but with checksums. `others` are options of ParquetWriter.
-    """
+    """Yield a writer, with options of ParquetWriter, of a parquet that appears under `path` only when complete."""
     described = schema.with_metadata({**(metadata or {}), PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)})
-    options = choose_encodings(schema)
-    if raw:
-        options = {
-            "compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True,
-        }  # fmt: skip
     with writing_to(path) as temporary:
-        writer = pq.ParquetWriter(temporary, described, **(options | others))
+        writer = pq.ParquetWriter(temporary, described, **(choose_encodings(schema) | options))
         try:
             yield writer
         finally:
@@ -134,18 +117,12 @@ def rejects_path(output_path: Path) -> Path:
     return output_path.parent / "_rejects" / output_path.name
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
-    """Open a parquet file; with a `buffer_size` read a column chunk piece by piece.
-
-    Raises InputError if it is missing or cannot be opened, DamagedError if it is no parquet.
-    """
+    """Open a parquet file; with a `buffer_size` read a column chunk piece by piece."""
     # Pre-buffering, which newer versions do by default, reads whole row groups whatever the buffer.
     options = {"buffer_size": buffer_size, "pre_buffer": not buffer_size, "page_checksum_verification": True}
-    if path.is_fifo():  # opening it would never end
-        raise InputError(f"{path}: a pipe, not a parquet file: remove it, or correct the path")
+    if path.exists() and not path.is_file():  # opening a pipe would never end
+        raise InputError(f"{path}: a folder or a pipe, not a parquet file: correct the path")
     try:
         file = pq.ParquetFile(path, **options)
         footer = file.metadata
@@ -158,28 +135,14 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
 
 
 def read_failure(path: Path, error: BaseException, damage: str = "damaged") -> InputError:
-    """Say why a parquet could not be read, and what to do: a DamagedError only where its content is to blame.
-
-    An OSError with a number is the system's (rights, too many open files, a disk that fails), Arrow's own have none.
-    """
+    """Say why a parquet could not be read: a DamagedError only where its content is to blame, not the system."""
     text = one_line(error)[:200]
     if isinstance(error, FileNotFoundError):
-        what = "no such file: run the stage that writes it, or correct the path"
-    elif path.is_dir():
-        what = "a folder, not a parquet file: correct the path"
-    elif isinstance(error, OSError) and error.errno is not None:
-        what = f"cannot be read ({os.strerror(error.errno)}): put that right, then run this again"
-    elif isinstance(error, MemoryError):
-        what = f"not enough memory to read it ({text}): free some, then run this again"
-    elif isinstance(error, pa.ArrowNotImplementedError):
-        what = f"holds a type that cannot be read here ({text}): write it in another type"
-    elif "encrypted" in text:  # Arrow has no class of its own for it
-        what = f"is encrypted ({text}): write it without encryption"
-    elif isinstance(error, UnicodeDecodeError):
-        return DamagedError(f"{path}: a column's name or text is not UTF-8 ({text}): write it again in UTF-8")
-    else:
-        return DamagedError(f"{path}: {damage} ({text}): remove it and make it again")
-    return InputError(f"{path}: {what}")
+        return InputError(f"{path}: no such file: run the stage that writes it, or correct the path")
+    is_of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+    if is_of_system or isinstance(error, pa.ArrowNotImplementedError) or "encrypted" in text:
+        return InputError(f"{path}: cannot be read ({text}): put that right, then run this again")
+    return DamagedError(f"{path}: {damage} ({text}): remove it and make it again")
 
 
 @contextmanager
@@ -208,16 +171,16 @@ def bound_rows(path: Path, group: pq.RowGroupMetaData, batch_rows: int) -> int:
 
 def _read_page_size(header: bytes) -> int:
     """Return the unpacked size in a page's header, which begins with type and size in Thrift's compact form."""
-    values, place = [], 0
+    rest, value = iter(header), 0
     for _ in range(2):
-        value, shift, place = 0, 0, place + 1
-        while place < len(header):
-            value |= (header[place] & 0x7F) << shift
-            shift, place = shift + 7, place + 1
-            if header[place - 1] < 0x80:
+        next(rest, 0)  # the field's header
+        value, shift = 0, 0
+        for byte in rest:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
                 break
-        values.append(value >> 1)  # no sign
-    return values[1]
+    return value >> 1  # no sign
 
 
 def unfolded_bytes(table: pa.Table) -> int:
@@ -236,10 +199,7 @@ def unfolded_bytes(table: pa.Table) -> int:
 def read_batches(
     path: Path, columns: list[str], batch_rows: int, groups: Iterable[int] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Yield some columns of a parquet's row groups (None: all), at most `batch_rows` rows at a time.
-
-    Raises InputError if the file is missing or damaged.
-    """
+    """Yield some columns of a parquet's row groups (None: all), at most `batch_rows` rows at a time."""
     with open_parquet(path, BUFFER_BYTES) as file:
         # One reader over all row groups keeps every one's compressed bytes until it is done (seen with pyarrow 26).
         for group in range(file.num_row_groups) if groups is None else groups:
@@ -254,11 +214,7 @@ def read_batches(
 
 
 def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_others: bool = False) -> pa.Table:
-    """Return some columns of a parquet with the given types; `with_others` the other columns follow.
-
-    Composite ids that the file lacks are made. Raises InputError if the file is missing or damaged, or a column is
-    missing, of another type or has empty values.
-    """
+    """Return some columns, none of them empty, with the given types; `with_others` the other columns follow."""
     wanted = pa.schema(fields)
     with open_parquet(path) as file:
         stored = stored_fields(file.schema_arrow, wanted)
@@ -274,10 +230,7 @@ def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_ot
 
 
 def read_ids(paths: list[Path], fields: Iterable[pa.Field], remedy: str) -> list[pa.Table]:
-    """Return some columns of each file, `streetview_image_id` among them.
-
-    Raises InputError as `read_columns` does, or if an image is there twice, naming one and its files.
-    """
+    """Return some columns of each file; raise InputError if a `streetview_image_id` is there twice."""
     tables = [read_columns(path, fields, remedy) for path in paths]
     ids = pa.chunked_array([chunk for table in tables for chunk in table["streetview_image_id"].chunks], pa.string())
     if pc.count_distinct(ids).as_py() < len(ids):
@@ -291,14 +244,8 @@ def read_ids(paths: list[Path], fields: Iterable[pa.Field], remedy: str) -> list
     return tables
 
 
-# ------------------------------------------------------------------------------------------------ provenance
-
-
 def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
-    """Return the provenance that a parquet carries, None where it carries none; an input may: `warn` of it then.
-
-    Raises InputError if the file is missing or damaged.
-    """
+    """Return the provenance that a parquet carries, else None, with a warning if asked for."""
     found = provenance_of(open_parquet(path).metadata)
     if found is None and warn:
         logger.warning("%s carries no provenance: taken as it is, its columns and types are checked", path)
@@ -314,10 +261,7 @@ def provenance_of(footer: pq.FileMetaData) -> dict[str, Any] | None:
 
 
 def is_complete(path: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `path` is there and can be kept, as it was made from these inputs with these settings.
-
-    Raises StaleOutputError, naming the difference, if it was made from others and `overwrite` is off.
-    """
+    """Whether `path` is there and can be kept (see `matches`)."""
     if overwrite or not path.exists():
         return False
     return matches(path, read_provenance(path), provenance)

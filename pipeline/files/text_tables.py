@@ -14,16 +14,12 @@ from typing import TextIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError, one_line, unreadable
 from pipeline.files.column_types import whole_from_floats
 from pipeline.files.listing import is_parquet
 from pipeline.files.tables import BATCH_BYTES, open_parquet, reading, unfolded_bytes
 
-# The longer marks first: UTF-32's begins with UTF-16's.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 # Outlines beside the ids are longer than the 128 KiB that the csv module takes by default.
 _MAX_FIELD = 2**31 - 1
 _ROWS_AT_A_TIME = 65_536
@@ -31,24 +27,17 @@ _ROWS_AT_A_TIME = 65_536
 
 @contextmanager
 def reading_text(path: Path) -> Iterator[TextIO]:
-    """Open a text in UTF-8, or in the encoding that its byte-order mark names; line ends stay as they are.
-
-    Raises InputError where it, or the CSV in it, cannot be read.
-    """
-    if path.is_char_device() or path.is_block_device():  # /dev/zero never ends
-        raise InputError(f"{path}: a device, not a file: correct the path")
+    """Open a text in UTF-8, or in the encoding that its byte-order mark names; line ends stay as they are."""
     try:
         with open(path, "rb") as file:  # once, as a pipe's content can be read
             start = file.peek(4)
-            encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
+            encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
             with io.TextIOWrapper(file, encoding=encoding, newline="") as text:
                 yield text
     except OSError as error:
-        problem = error.strerror or one_line(error)
-        raise InputError(f"{path}: cannot be read ({problem}): correct the path, or put that right") from None
+        raise unreadable(path, error) from None
     except (UnicodeDecodeError, csv.Error) as error:
-        kind = "a text" if isinstance(error, UnicodeDecodeError) and path.suffix.lower() == ".txt" else "a CSV"
-        raise InputError(f"{path}: not {kind} in UTF-8 ({one_line(error)[:200]}): save it as such") from None
+        raise InputError(f"{path}: not a CSV or text in UTF-8 ({one_line(error)[:200]}): save it as such") from None
 
 
 def read_csv(
@@ -74,10 +63,9 @@ def read_csv(
         rows = (row for row in reader if row)
         names = [name.strip() for name in next(rows, [])]
         wanted = find_columns(path, names, required, remedy)
-        if others and (len(set(names)) < len(names) or "" in names):
-            problem = "a column's name is blank" if "" in names else "it has to name each column once"
-            raise InputError(f"{path}: its first line: {problem}: correct it")
         if others:
+            if len(set(names) - {""}) < len(names):
+                raise InputError(f"{path}: its first line has to name each column once, and none blank: correct it")
             wanted += [name for name in names if name not in wanted]
         places = [names.index(name) for name in wanted]
         schema = pa.schema([(name, pa.string()) for name in wanted])
@@ -98,11 +86,7 @@ def read_csv(
 def read_id_table(
     path: Path, required: Sequence[str | tuple[str, ...]], remedy: str, *, short_rows: bool = False
 ) -> pa.Table:
-    """Return the required columns of a parquet or CSV: a CSV's as text, a parquet's in their types, floats as int64.
-
-    A CSV's blank values are null. Raises InputError where the file cannot be read, lacks a column, or has ids that are
-    floats and may be rounded.
-    """
+    """Return the required columns: of a CSV as text, blank ones null; of a parquet in their types, floats as int64."""
     if not is_parquet(path):
         texts = read_csv(path, required, remedy, short_rows=short_rows)
         return pa.table({name: null_blanks(texts[name]) for name in texts.column_names})
@@ -116,10 +100,7 @@ def read_id_table(
 
 
 def find_columns(path: Path, names: Sequence[str], required: Sequence[str | tuple[str, ...]], remedy: str) -> list[str]:
-    """Return the required columns' names; of a tuple of names the first that is there.
-
-    Raises InputError, ending with the remedy, where one is missing or there more than once.
-    """
+    """Return the required columns' names, of a tuple of names the first; raise InputError where one is not unique."""
     found = []
     for one in required:
         choice = (one,) if isinstance(one, str) else one
@@ -137,10 +118,7 @@ def null_blanks(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArra
 
 
 def whole_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a CSV's column as int64 if each value is written as an int64 prints, else as it stands; blank is null.
-
-    So 007, +5, 1.0 and 1e5 are text, and so are all the others beside them.
-    """
+    """Return a column as int64 if each value is written as an int64 prints (not 007, +5, 1.0), else as it stands."""
     column = null_blanks(column)
     if pc.all(pc.match_substring_regex(column, r"^(0|-?[1-9][0-9]{0,18})$"), min_count=0).as_py():
         with contextlib.suppress(pa.ArrowInvalid):  # beyond int64

@@ -18,21 +18,12 @@ from pipeline.stages import Stage
 
 Provenance = dict[str, Any]
 
-MAX_NAMED = 10  # of those that an error lists
-
 COMPLETE, STALE, UNFINISHED, ABSENT = "complete", "stale", "unfinished", "absent"
-
-
-# ------------------------------------------------------------------------------------------------ units
 
 
 @dataclass(frozen=True)
 class UnitState:
-    """How far a unit is.
-
-    A complete one has its `counts` and `reasons`, and a `note` where it was taken over from another program. A stale
-    one was made from other inputs or settings: `problem` says which, and what to do.
-    """
+    """How far a unit is; `note`: it was taken over from another program; `problem`: what makes it stale."""
 
     status: str
     counts: dict[str, int] = field(default_factory=dict)
@@ -45,11 +36,10 @@ class UnitState:
 class Unit:
     """One unit of a stage's work: a tar, a row group, or all of it. It is complete when all `outputs` are there.
 
-    `describe(unit)` gives the provenance that the outputs must carry; without it nothing is compared. `take_over(unit)`
-    gives the counts of an output that carries none and is kept all the same, with a note for the log, and raises
-    InputError for one that is not kept. `check()` looks at what provenance cannot tell, and raises StaleOutputError or
-    InputError. `leftover` is the file or folder that an unfinished run goes on from, `marks` are the outputs that carry
-    the provenance, if they are not parquet files.
+    `describe(unit)` gives the provenance that the outputs must carry, `take_over(unit)` the counts of an output that
+    carries none and is kept all the same, with a note for the log. `check()` looks at what provenance cannot tell.
+    `leftover` is the file or folder that an unfinished run goes on from, `marks` are the outputs that carry the
+    provenance, if they are not parquet files.
     """
 
     name: str
@@ -62,10 +52,7 @@ class Unit:
 
 
 def find_state(unit: Unit) -> UnitState:
-    """Return whether a unit is complete, stale, unfinished or absent.
-
-    Raises InputError where an input is missing, or an output is damaged or is not a stage's.
-    """
+    """Return how far a unit is; raise InputError where an input is missing or an output damaged."""
     there = [path for path in unit.outputs if path.exists()]
     marks = unit.marks or [path for path in there if is_parquet(path)]
     try:
@@ -89,29 +76,15 @@ def find_state(unit: Unit) -> UnitState:
 
 
 def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
-    """Return the state of a unit that is complete and stays, None for one that is to be made.
-
-    Raises StaleOutputError, naming the difference, where it was made from others and `overwrite` is off.
-    """
-    if overwrite:
-        return None
-    state = find_state(unit)
-    if state.status == STALE:
+    """Return the state of a complete unit that stays, else None; raise StaleOutputError where it may not stay."""
+    state = None if overwrite else find_state(unit)
+    if state is not None and state.status == STALE:
         raise StaleOutputError(state.problem)
-    if state.status == COMPLETE:
-        return state
-    missing = [path for path in unit.outputs if not path.exists()]
-    goes_on = unit.leftover is not None and unit.leftover.exists()  # an unfinished run, whose outputs stay
-    if 0 < len(missing) < len(unit.outputs) and not goes_on:
-        logger.warning("%s: missing, so it and what belongs to it are made again", missing[0])
-    return None
+    return state if state is not None and state.status == COMPLETE else None
 
 
 def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:
-    """Return whether a unit is complete and stays; it is then among what `result` counts and has kept.
-
-    Raises StaleOutputError as `find_complete` does.
-    """
+    """Return whether a unit is complete and stays, and add it to `result` then; raise StaleOutputError as above."""
     state = find_complete(unit, overwrite)
     if state is None:
         return False
@@ -125,19 +98,13 @@ def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:
 
 
 def read_recorded(path: Path) -> Provenance | None:
-    """Return the provenance that a parquet's footer or a JSON file carries, None where it carries none.
-
-    Raises InputError if a parquet is damaged.
-    """
+    """Return the provenance that a parquet's footer or a JSON file carries, None where it carries none."""
     if is_parquet(path):
         return read_provenance(path)
     content = read_json_object(path)
     return as_provenance(
         content if "stage" in content else content.get(PROVENANCE_KEY.decode(), content.get("provenance"))
     )
-
-
-# ------------------------------------------------------------------------------------------------ tars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,16 +121,15 @@ class TarUnit(Unit):
         return self.outputs[0]
 
     @property
-    def notes(self) -> list[Path]:
-        """Where the tar's digest is noted: beside the output and beside the intermediate."""
-        folders = (self.output_path.parent, self.intermediate_path.parent)
-        return [folder / "_inputs" / f"{self.tar_path.name}.json" for folder in folders]
+    def note(self) -> Path:
+        """Where the tar's digest is noted."""
+        return self.intermediate_path.parent / "_inputs" / f"{self.tar_path.name}.json"
 
     def identify_tar(self) -> list[dict[str, Any]]:
         """Identify the tar by its content, unless stage 1 reads it later; one that is gone is not an input any more."""
         if not self.tar_path.is_file():
             return []
-        return [identify_tar(self.tar_path, self.notes, read=self.intermediate_path.exists())]
+        return [identify_tar(self.tar_path, self.note, read=self.intermediate_path.exists())]
 
     def check_tar(self, provenance: Provenance) -> None:
         """Raise InputError if the tar is not the one that the intermediate of this provenance was made from."""
@@ -184,15 +150,18 @@ def list_tar_units(
 ) -> list[TarUnit]:
     """Return this shard's units for the tars named on the command line, or else all that there are.
 
-    All are the tars of raw_dir and, for the stages behind the first, also the intermediates whose tar is gone: what
-    was made of them still counts. `find_leftover` names what an unfinished run leaves beside an output.
+    For the stages behind the first these are also the intermediates whose tar is gone: what was made of them counts.
     Raises InputError where there is nothing, ConfigError where a path is not set.
     """
     needed = [name for name in (*stage.reads, stage.writes) if name != "raw_dir" or not options.tar_files]
     config.require_paths(*needed)
     intermediates_dir, place = config.path("intermediates_dir"), stage.find_place(config)
     intermediates = list_intermediates(intermediates_dir) if place != intermediates_dir else {}
-    tars = _take_named(options.tar_files) if options.tar_files else find_tars(config.path("raw_dir"), intermediates)
+    tars = {parse_dataset_id(path): path for path in options.tar_files}
+    if len(tars) < len(set(options.tar_files)):
+        raise ConfigError("--tar-file: two have one name, and so the same output: give one of them")
+    if not tars:
+        tars = find_tars(config.path("raw_dir"), intermediates)
     units = []
     for dataset_id, tar_path in sorted(tars.items()):
         name = dataset_name(dataset_id)
@@ -207,17 +176,9 @@ def list_tar_units(
                 dataset_id=dataset_id,
                 tar_path=tar_path,
                 intermediate_path=intermediates.get(dataset_id, intermediates_dir / f"{name}.parquet"),
-            )
+            )  # fmt: skip
         )
     return options.shard.take(units)
-
-
-def _take_named(tar_files: Iterable[Path]) -> dict[int, Path]:
-    tars: dict[int, Path] = {}
-    for path in tar_files:
-        if tars.setdefault(parse_dataset_id(path), path) != path:
-            raise ConfigError(f"--tar-file {path}: another one has this name too, and so the same output: give one")
-    return tars
 
 
 def refuse_missing(config: Config, outputs: Iterable[Path], what: str) -> None:
@@ -231,7 +192,7 @@ def refuse_missing(config: Config, outputs: Iterable[Path], what: str) -> None:
     made = {path.stem for path in outputs}
     missing = [path for path in intermediates.values() if f"{path.stem}_{what}" not in made]
     if missing:
-        names = ", ".join(path.stem for path in missing[:MAX_NAMED]) + (", ..." if len(missing) > MAX_NAMED else "")
+        names = ", ".join(path.stem for path in missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise InputError(
             f"{len(missing)} of {len(intermediates)} tars of {missing[0].parent} have no {what} ({names}): run the "
             "stage that makes them, or move these files away to go on without"
@@ -246,8 +207,7 @@ def do_tars(
 ) -> None:
     """Make the outputs that are not there yet, tar by tar, and add every tar's counts to `result`.
 
-    `make` writes an output and its rejects, and returns the provenance that they carry: the one given, with `counts`
-    and `reasons`. A tar that cannot be read fails alone: the others are done first.
+    `make` writes an output and its rejects, and returns their provenance: the one given, with `counts` and `reasons`.
     Raises StaleOutputError before anything is made, InputError in the end where tars failed.
     """
     planned: list[tuple[TarUnit, Provenance]] = []

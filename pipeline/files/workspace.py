@@ -1,8 +1,7 @@
 """Work in a folder: keep others out, set old output aside until the new is whole, clear up behind killed runs.
 
-Only this module locks, and pipeline/own_folders.py alone renames and removes, never through a link
-(tests/test_layering.py holds that). An unfinished output has a hidden name beside its place, which no one can guess and
-which is made anew; renaming it makes it appear in one piece.
+Only this module locks, and pipeline/own_folders.py alone renames and removes, never through a link. An unfinished
+output has a hidden name beside its place, which no one can guess; renaming it makes it appear in one piece.
 """
 
 import atexit
@@ -21,29 +20,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline import own_folders
 from pipeline.errors import PipelineError
 from pipeline.log import logger
-from pipeline.own_folders import (
-    discard,
-    link,
-    list_names,
-    make_folder,
-    move,
-    open_file,
-    open_without_waiting,
-    remove,
-    sync_file,
-    sync_folder,
-    write_failure,
-)
+from pipeline.own_folders import discard, link, make_folder, move, open_file, remove, sync_folder
 
 # The folder for old output until its successor is complete.
 REPLACED = "_replaced"
 
 # Hashes of ids are the longest: 20 bytes each.
 _JSON_BYTES = 2**30
-
-# ------------------------------------------------------------------------------------------------ temporary names
 
 
 def temporary_path(path: Path) -> Path:
@@ -56,9 +42,10 @@ def is_temporary(name: str) -> re.Match[str] | None:
     return re.fullmatch(r"\..+\.(\w+)-(\d+)-[0-9a-f]{16}\.tmp", name)
 
 
+@functools.cache  # once a process is enough, as a dataset has many files
 def clear_temporaries(folder: Path) -> None:
     """Remove the temporary files of killed processes of this host."""
-    for name in list_names(folder):
+    for name in own_folders.list_names(folder):
         if (holder := is_temporary(name)) and holder[1] == _host():
             try:
                 os.kill(int(holder[2]), 0)
@@ -66,10 +53,6 @@ def clear_temporaries(folder: Path) -> None:
                 discard(folder / name)
             except (PermissionError, OverflowError):
                 pass
-
-
-# Once a process is enough, as a dataset has many files.
-_clear_once = functools.cache(clear_temporaries)
 
 
 def _host() -> str:
@@ -83,15 +66,12 @@ def private_folder(prefix: str) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ locking
-
-
 @contextmanager
 def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = False) -> Iterator[None]:
     """Keep other processes from making `path` while the block runs; a killed process holds nothing.
 
-    Those that take it as `shared` keep out only those that do not. `lock` is the file to lock, a hidden one beside
-    `path` by default. Raises PipelineError "`path`: process N on HOST `doing`" if another process holds the lock.
+    Those that take it as `shared` keep out only those that do not. Raises PipelineError "`path`: process N on HOST
+    `doing`" if another process holds the lock.
     """
     lock = lock or path.with_name(f".{path.name}.lock")
     while True:
@@ -121,9 +101,6 @@ def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = F
         os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------------------------ replacing
-
-
 @contextmanager
 def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> Iterator[Path]:
     """Yield a hidden folder beside `path` to fill; when the block ends well, sync it and give it that name.
@@ -143,12 +120,12 @@ def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> 
             folder = temporary_path(path)
             stack.callback(discard, folder)
         make_folder(folder)
-        _clear_once(path.parent)
+        clear_temporaries(path.parent)
         _bring_back(old, path, made)  # where a run was killed between the two renames
         yield folder
         for file_path in folder.rglob("*"):
             if file_path.is_file():
-                sync_file(file_path)
+                own_folders.sync_file(file_path)
         sync_folder(folder)
         try:
             if path.exists():  # a full folder cannot be renamed over: for an instant there is neither
@@ -162,7 +139,7 @@ def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> 
 def _bring_back(old: Path, path: Path, made: str) -> None:
     """Give the old folder its name again if that is free; else move the user's files out of it, and remove it."""
     with contextlib.suppress(FileNotFoundError):
-        names = list_names(old)
+        names = own_folders.list_names(old)
         if not path.exists():
             move(old, path)
             return
@@ -175,11 +152,10 @@ def _bring_back(old: Path, path: Path, made: str) -> None:
 def remove_made(folder: Path, names: str) -> None:
     """Remove what this project has made in a folder: all whose name `names`, a pattern, matches; then an empty folder.
 
-    Other names are the user's: they stay, and a warning names one. Raises OSError if something is left, or the folder
-    is a link.
+    Other names are the user's: they stay, and a warning names one. Raises OSError behind a link.
     """
     with contextlib.suppress(FileNotFoundError):
-        listed = list_names(folder)
+        listed = own_folders.list_names(folder)
         ours = [name for name in listed if re.fullmatch(names, name)]
         for name in ours:
             remove(folder / name)
@@ -224,26 +200,22 @@ def naming_failures(path: Path) -> Iterator[None]:
         is_near = error.filename is None or Path(str(error.filename)).is_relative_to(path.parent)
         if not is_near and error.errno != errno.ELOOP:
             raise  # something else that the block touched
-        raise write_failure(path, error) from error
-
-
-# ------------------------------------------------------------------------------------------------ writing a file
+        raise own_folders.write_failure(path, error) from error
 
 
 @contextmanager
 def writing_to(path: Path, *, once: bool = False) -> Iterator[Path]:
-    """Yield a hidden name to write to; when the block ends well, sync it and rename it to `path`, unless `once` is set
-    and something has that name.
+    """Yield a hidden name to write to; when the block ends well, sync it and rename it to `path`.
 
-    Raises PipelineError naming `path` if the disk is full or the folder cannot be written.
+    With `once` a file that has that name stays. Raises PipelineError naming `path` if it cannot be written.
     """
     temporary = temporary_path(path)
     try:
         with naming_failures(path):
             os.close(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-            _clear_once(path.parent)
+            clear_temporaries(path.parent)
             yield temporary
-            sync_file(temporary)
+            own_folders.sync_file(temporary)
             (link if once else move)(temporary, path)
             sync_folder(path.parent)
     finally:
@@ -266,21 +238,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file.
-
-    Raises OSError if it cannot be read or is a pipe, ValueError if it is damaged or absurdly long.
-    """
-    with open_without_waiting(path) as file:
+    """Return the value in a JSON file; raise OSError for a pipe, ValueError if it is damaged or absurdly long."""
+    with own_folders.open_without_waiting(path) as file:
         if os.fstat(file.fileno()).st_size > _JSON_BYTES:
             raise ValueError(f"longer than {_JSON_BYTES} bytes")
         return parse_json(file.read())
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value that JSON stands for.
-
-    Raises ValueError if it is none, or one inside another without end.
-    """
+    """Return the value that JSON stands for; raise ValueError if it is none, or nested without end."""
     try:
         return json.loads(text)
     except RecursionError:

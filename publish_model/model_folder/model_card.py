@@ -1,10 +1,10 @@
 """Write the published model's README, a model card in the hub's format, and put stage 9's results on it."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import installed_version
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.files.workspace import read_json_object, writing_to
 from pipeline.pages import load_templates
@@ -61,7 +61,7 @@ def write_card(folder: Path, model: "ModelParts", dtype: str) -> None:
         unreached={row: ROWS[row] for row in worse_than(model.metrics)} if model.metrics else {},
         licence_files=licence_files,
         has_pair_rates=model.pair_rates is not None,
-        versions={package: installed_version(package) for package in ("torch", "transformers")},
+        versions={package: version(package) for package in ("torch", "transformers")},
     )  # fmt: skip
     ModelCard(text + "\n").save(folder / "README.md")
 
