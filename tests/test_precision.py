@@ -40,7 +40,8 @@ PICTURES = [encode(draw_view(number, size=(80, 70))) for number in range(20)]
 # What is added to the weights of the toy backbone, and in what it can then be computed.
 SHIFTS = {
     "sound": "bfloat16",
-    "large residuals": "tf32",  # bfloat16 keeps too little of 300 + x; LayerNorm takes the mean off again
+    "large residuals": "bfloat16_autocast",  # bfloat16 keeps too little of 300 + x; LayerNorm takes the mean off again
+    "large activations": "tf32",  # so do the products of bfloat16, here within a block
 }
 
 
@@ -50,6 +51,9 @@ def shift_weights(folder, kind):
     for name, value in weights.items():
         if kind == "large residuals" and name.endswith("position_embeddings"):
             value += 300.0  # noqa: PLW2901 (in place)
+        if kind == "large activations" and name.endswith("mlp.fc1.bias"):
+            value += 1000.0  # noqa: PLW2901 (far out on the straight side of the GELU)
+            weights[name.replace("fc1", "fc2")] -= 1000.0 * weights[name.replace("fc1.bias", "fc2.weight")].sum(1)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -101,12 +105,23 @@ def test_the_cosines_are_those_to_the_plain_loop_in_float32(models):
         assert smallest_cosine(ours, plain) == pytest.approx(cosines["least"], abs=1e-4)
 
 
+def test_autocast_leaves_weights_and_residuals_in_float32(models):
+    embedder = loader(models["sound"])("bfloat16_autocast")
+    assert {weight.dtype for weight in embedder.model.parameters()} == {torch.float32}
+    kinds = {"residual": set(), "product": set()}
+    for layer in embedder.model.encoder.layer:
+        layer.register_forward_hook(lambda _, __, output: kinds["residual"].add(output.dtype))
+        layer.mlp.fc1.register_forward_hook(lambda _, __, output: kinds["product"].add(output.dtype))
+    embedder.embed([embedder.decode(PICTURES[0])])
+    assert kinds == {"residual": {torch.float32}, "product": {torch.bfloat16}}
+
+
 def test_where_nothing_is_near_float32_it_is_float32(models, monkeypatch, tmp_path):
     monkeypatch.setattr(precision, "LEAST_COSINE", 1.1)
     with logging_to(tmp_path / "a.log"):
         found = choose_precision(loader(models["sound"]), PICTURES)
     assert found.mode == "float32"
-    assert list(found.cosines) == ["bfloat16", "tf32"]
+    assert list(found.cosines) == ["bfloat16", "bfloat16_autocast", "tf32"]
     assert "computing in float32: " in (tmp_path / "a.log").read_text()
 
 
@@ -154,11 +169,11 @@ def test_the_weights_are_never_there_twice(models):
 
     def load(mode):
         assert [one() for one in alive if one() is not None] == []
-        embedder = loader(models["large residuals"])(mode)
+        embedder = loader(models["large activations"])(mode)
         alive.extend(weakref.ref(weight) for weight in embedder.model.parameters())
         return embedder
 
-    assert len(choose_precision(load, PICTURES).cosines) == 2
+    assert len(choose_precision(load, PICTURES).cosines) == 3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -211,7 +226,7 @@ def test_tf32_is_allowed_within_and_as_before_behind():
 
 @pytest.fixture
 def stage(tmp_path, models, write_config, run_main, make_tar):
-    """Run stage 2 on two tars with the model that needs TF32."""
+    """Run stage 2 on two tars with the model that needs autocast."""
     config = write_config(tmp_path, embedding_model={"model_name": str(models["large residuals"])})
     for dataset_id in (1, 2):
         make_tar(tmp_path / "raw", dataset_id, (3, 2, 4, 2, 3, 1, 5))
@@ -234,7 +249,7 @@ def test_stage_2_notes_what_it_computed_in_and_how_near_that_is(tmp_path, stage,
     outcome = stage()
     assert outcome.code == 0, outcome.stderr
     note = read_note(tmp_path)
-    assert note["mode"] == "tf32"
+    assert note["mode"] == "bfloat16_autocast"
     for name in ("0001", "0002"):
         mode, fidelity = read_precision(tmp_path, name)
         assert {"mode": mode, **fidelity} == note
@@ -261,7 +276,7 @@ def test_a_tar_that_a_cpu_goes_on_with_is_begun_anew_in_its_precision(tmp_path, 
     launch, left = Embedder.launch, [9]
 
     def interrupt(self, staged):
-        left[0] -= hasattr(self, "width") and self.mode == "tf32"
+        left[0] -= hasattr(self, "width") and self.mode == "bfloat16_autocast"
         if not left[0]:
             raise KeyboardInterrupt
         return launch(self, staged)
@@ -284,7 +299,7 @@ def test_a_damaged_first_tar_fails_alone_and_the_next_ones_pictures_are_taken(tm
     outcome = stage()
     assert outcome.code == 1
     assert "1 of 2 tars failed" in outcome.stderr
-    assert read_precision(tmp_path, "0002")[0] == read_note(tmp_path)["mode"] == "tf32"
+    assert read_precision(tmp_path, "0002")[0] == read_note(tmp_path)["mode"] == "bfloat16_autocast"
 
 
 # -------------------------------------------------------------------------------------------------------- stage 8
@@ -302,9 +317,9 @@ def test_stage_8_keeps_what_it_measured_and_a_rerun_goes_on_in_it(embed, package
         outcome = embed(packaged, output, "--limit", 4, model=published)
         assert outcome.code == 0, outcome.stderr
     state = read_state(output)
-    assert state["precision"] == "tf32"
+    assert state["precision"] == "bfloat16_autocast"
     assert state["fidelity"]["pictures"] == NUM_PICTURES
-    assert set(state["fidelity"]["cosines"]) == {"bfloat16", "tf32"}
+    assert set(state["fidelity"]["cosines"]) == {"bfloat16", "bfloat16_autocast"}
     (output / "state.json").unlink()  # and where that is lost a part says it
     assert embed(packaged, output, model=published).code == 0
     assert read_state(output)["fidelity"] == state["fidelity"]

@@ -184,13 +184,6 @@ def test_another_layout_of_the_older_projector_is_refused_by_name(tmp_path: Path
         load_checkpoint(tmp_path / "o.pt")
 
 
-def test_a_norm_that_may_belong_to_either_layer_is_refused(tmp_path: Path) -> None:
-    layers = {"fc1": nn.Linear(48, 256), "fc2": nn.Linear(256, 256), "norm": nn.LayerNorm(256)}
-    torch.save(nn.ModuleDict(layers).state_dict(), tmp_path / "o.pt")
-    with pytest.raises(InputError, match="norm may belong to either of two layers of 256 numbers"):
-        load_checkpoint(tmp_path / "o.pt")
-
-
 @pytest.mark.parametrize(
     ("section", "said"),
     [

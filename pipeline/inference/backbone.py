@@ -86,7 +86,7 @@ class Embedder:
         The folder's own code is run where it is trusted, and never with a `model_class` of this project.
 
         `image_size` is the side of the model's input, None for the processor's own; for `scales` and `flip` see
-        `embed_views`. `dtype` is bfloat16, tf32 or float32; auto is bfloat16 on a GPU, unchecked, and float32 on a CPU.
+        `embed_views`. `dtype` is one of `precision.MODES`; auto is bfloat16 on a GPU, unchecked, and float32 on a CPU.
         Raises InputError if model or processor cannot be loaded, weights are missing, or the model cannot embed.
         """
         self.device = choose_device(device)
@@ -115,11 +115,12 @@ class Embedder:
         self.model.to(memory_format=self._layout)
         self.compile_model, self.num_graphs = False, 0
         self.micro_batch = GPU_MICRO_BATCH if isinstance(batch_size, str) else batch_size
+        prepared = self._prepare_drawn(folder)
         if not self.on_gpu:
-            height, width = self._prepare_drawn(folder).shape[1:]
+            height, width = prepared.shape[1:]
             most = max(1, min(CPU_MICRO_BATCH, CPU_MICRO_BATCH_PIXELS // (height * width)))
             self.micro_batch = min(self.micro_batch, most)
-        self.width = self._try(folder, image_size)
+        self.width = self._try(folder, prepared, image_size)
         self._judge_resizing()
         if compile_model:
             self._compile()
@@ -218,13 +219,12 @@ class Embedder:
                 "preprocessor_config.json, or fetch the model again"
             ) from None
 
-    def _try(self, folder: Path, image_size: int | None) -> int:
+    def _try(self, folder: Path, prepared: torch.Tensor, image_size: int | None) -> int:
         """Embed a drawn picture twice and return the embedding's width.
 
         Raises InputError where that fails or the two embeddings differ.
         """
         name = type(self.model).__name__
-        prepared = self._prepare_drawn(folder)
         if image_size is not None:
             self._check_sizes(folder, prepared, image_size)
         try:
@@ -275,7 +275,11 @@ class Embedder:
 
     def _extract(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the features (B, D) float32 of the model's inputs, over all views of them."""
-        with full_precision(tf32=self.mode == "tf32") if self.on_gpu else nullcontext():
+        # Without autocast's cache, which would hold a second copy of the weights.
+        autocast = torch.autocast(
+            self.device.type, torch.bfloat16, self.mode == "bfloat16_autocast", cache_enabled=False
+        )
+        with autocast, full_precision(tf32=self.mode == "tf32") if self.on_gpu else nullcontext():
             return embed_views(self.model, inputs, self.pooling_type, self.scales, self.flip)[0]
 
     def _forward(self, batch: torch.Tensor, launched: Launched) -> None:

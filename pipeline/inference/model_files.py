@@ -122,15 +122,26 @@ def take_snapshot(
 def find_missing_files(folder: Path) -> list[str]:
     """Return the files that a model folder lacks, for instance after an interrupted fetch."""
     index = folder / "model.safetensors.index.json"
-    try:
-        names = set(map(str, read_json(index)["weight_map"].values()))
-    except FileNotFoundError:
-        names = {"model.safetensors"}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return [index.name]
+    names = read_index(index) if index.is_file() else {"model.safetensors"}
     missing = sorted(name for name in names | {"config.json"} if not (folder / name).is_file())
     has_processor = any(folder.glob("*processor_config.json"))
     return missing + ([] if has_processor else ["preprocessor_config.json"])
+
+
+def read_index(path: Path) -> set[str]:
+    """Return the files that an index of weights names.
+
+    Raises InputError where it is damaged or names a file outside its folder, or of another kind.
+    """
+    try:
+        names = set(read_json(path)["weight_map"].values())
+        outside = sorted(name for name in names if name != Path(name).name or not name.endswith(".safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path.parent}: {path.name} cannot be read ({one_line(error)}): fetch it again") from None
+    if outside:
+        what = f"names weights outside its folder or no safetensors ({one_line(outside[0])[:100]})"
+        raise InputError(f"{path}: {what}: fetch it again")
+    return names
 
 
 def read_settings(path: Path, remedy: str = "fetch the model again") -> dict[str, Any]:

@@ -18,8 +18,9 @@ from pipeline.files.workspace import read_json_object, write_json
 from pipeline.inference.images import check_image
 from pipeline.log import logger
 
-# What a backbone can compute in, the fastest first; TF32 has products with 10 bits of mantissa instead of 23.
-MODES = ("bfloat16", "tf32", "float32")
+# What a backbone can compute in, the fastest first. Under autocast weights and sums stay in float32, and products alone
+# are bfloat16; TF32 has products with 10 bits of mantissa instead of 23.
+MODES = ("bfloat16", "bfloat16_autocast", "tf32", "float32")
 # The least cosine to float32 that an embedding may have.
 LEAST_COSINE = 0.999
 NUM_PICTURES = 16
@@ -83,14 +84,10 @@ def choose_precision(load: Load, pictures: Iterable[bytes]) -> Precision:
         logger.warning("computing in bfloat16, not measured: there is no picture that can be read")
         return Precision("bfloat16")
     cosines: dict[str, dict[str, float]] = {}
-    problem = None
     try:
         expected = embed_in("float32", load, chosen)
     except DeviceMemoryError as error:
-        problem = str(error)
-    if problem is not None:  # outside the handler, where the exception no longer holds the weights
-        release()
-        logger.warning("computing in bfloat16, not measured: in float32, %s", problem)
+        logger.warning("computing in bfloat16, not measured: in float32, %s", error)
         return Precision("bfloat16", pictures=len(chosen))
     mode = "float32"
     for tried in MODES[:-1]:

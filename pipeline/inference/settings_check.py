@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, one_line
-from pipeline.files.workspace import read_json
-from pipeline.inference.model_files import read_settings
+from pipeline.inference.model_files import read_index, read_settings
 
 # For other names transformers imports a library, or fetches code from the hub.
 ATTENTIONS = (None, "eager", "sdpa")
@@ -43,22 +42,6 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
             numbers = value if isinstance(value, list) else [value]
             if _LAYERS.search(key) and sum(x for x in numbers if isinstance(x, (int, float))) > MOST_LAYERS:
                 raise InputError(f"{folder}: {key} in its config.json is over {MOST_LAYERS}: fetch the model again")
-
-
-def read_index(path: Path) -> set[str]:
-    """Return the files that an index of weights names.
-
-    Raises InputError where it is damaged or names a file outside its folder, or of another kind.
-    """
-    try:
-        names = set(read_json(path)["weight_map"].values())
-        outside = sorted(name for name in names if name != Path(name).name or not name.endswith(".safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path.parent}: {path.name} cannot be read ({one_line(error)}): fetch it again") from None
-    if outside:
-        what = f"names weights outside its folder or no safetensors ({one_line(outside[0])[:100]})"
-        raise InputError(f"{path}: {what}: fetch it again")
-    return names
 
 
 def _chooses_code(key: str, value: Any) -> bool:

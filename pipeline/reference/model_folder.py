@@ -18,10 +18,10 @@ from pipeline.inference.model_files import (
     find_missing_files,
     is_within,
     locate_model,
+    read_index,
     read_settings,
     take_snapshot,
 )
-from pipeline.inference.settings_check import read_index
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint

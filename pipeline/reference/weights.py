@@ -94,25 +94,17 @@ def _strip_prefixes(weights: Weights) -> Weights:
 def _rename_older(path: Path, weights: Weights) -> Weights:
     """Give the reference's older projector, fc1 and fc2 with or without norms and residual, its later names.
 
-    No such file with norms was seen: their names (norm1, ln_2, layer_norm2, ...) and their place behind a layer are a
-    guess, which the log says. A norm without a number belongs to the layer of its width.
+    No such file with norms was seen: their names (norm1, ln_2, layer_norm2, ...) and their place behind the layer of
+    that number are a guess, which the log says.
     """
     names = {"fc1": "input_layer", "fc2": "output_layer"}
-    hidden, output = weights["fc1.weight"].shape[:1], weights["fc2.weight"].shape[:1]
-    for name, weight in weights.items():
-        layer = name.rpartition(".")[0]
-        if layer not in names and (match := re.fullmatch(r"(?:layer_?)?(?:norm|ln)_?([12]?)", layer)):
-            if not match[1] and hidden == output:
-                raise _not_mapped(path, f"{layer} may belong to either of two layers of {hidden[0]} numbers")
-            is_input = match[1] == "1" or (not match[1] and weight.shape == hidden)
-            names[layer] = "input_norm" if is_input else "output_norm"
-            logger.warning("%s: %s is assumed to be a LayerNorm directly behind %s; where it stands elsewhere, the "
-                           "embeddings are wrong", path, layer, "fc1" if is_input else "fc2")  # fmt: skip
-    return {
-        f"{names.get(layer, layer)}.{part}": weight
-        for name, weight in weights.items()
-        for layer, _, part in [name.rpartition(".")]
-    }
+    for layer in {name.rpartition(".")[0] for name in weights}:
+        if match := re.fullmatch(r"(?:layer_?)?(?:norm|ln)_?([12])", layer):
+            names[layer] = "input_norm" if match[1] == "1" else "output_norm"
+            logger.warning("%s: %s is assumed to be a LayerNorm directly behind fc%s; where it stands elsewhere, the "
+                           "embeddings are wrong", path, layer, match[1])  # fmt: skip
+    split = {name: name.rpartition(".") for name in weights}
+    return {f"{names.get(layer, layer)}.{part}": weights[name] for name, (layer, _, part) in split.items()}
 
 
 def _rename_reference(path: Path, weights: Weights) -> Weights:
