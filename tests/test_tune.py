@@ -1,6 +1,7 @@
 """The tuning of stage 6: its study, what it leaves, and what it refuses."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from training_data import run as train
 from tuning_data import SMALL_SPACE, make_workspace, read_trials, search
 
 from pipeline.config import Config, load_config
-from pipeline.errors import ConfigError, PipelineError, StaleOutputError
+from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError
 from pipeline.retrieval.checkpoint import load_checkpoint
 from train_specialized_embeddings import tune
 from train_specialized_embeddings.training import metric_sinks
@@ -171,6 +172,31 @@ def test_a_study_of_other_inputs_or_settings_is_refused_but_not_for_what_the_tri
     with pytest.raises(StaleOutputError, match=r"journal.log: .*training.num_epochs was 2 and is now 3.*--overwrite"):
         search(workspace, 1, "training.num_epochs=3")
     assert search(workspace, 1, "training.num_epochs=3", overwrite=True).written
+
+
+# A trial whose score is text.
+TEXT_SCORE = b"""{"op_code": 0, "worker_id": "w", "study_name": "stage6", "directions": [2]}
+{"op_code": 4, "worker_id": "w", "study_id": 0, "datetime_start": "2026-01-01T00:00:00"}
+{"op_code": 6, "worker_id": "w", "trial_id": 0, "state": 1, "values": ["x"], "datetime_complete": "2026-01-01T00:00:00"}
+"""
+
+
+@pytest.mark.parametrize("content", [b"\xff\n", b"[1]\n", b'{"op_code": 0}\n', b'{"a":' * 100_000, TEXT_SCORE])
+def test_a_journal_that_is_none_is_one_line(workspace: Path, content: bytes) -> None:
+    (workspace / "checkpoint/_tune").mkdir(parents=True)
+    (workspace / "checkpoint/_tune/journal.log").write_bytes(content)
+    with pytest.raises(InputError, match=r"journal\.log: damaged"):
+        search(workspace, 1)
+
+
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to, lambda path, _: os.mkfifo(path)])
+def test_no_study_is_written_through_a_link(workspace: Path, make: Callable[..., None]) -> None:
+    (workspace / "checkpoint/_tune").mkdir(parents=True)
+    (workspace / "notes").write_text("mine")
+    make(workspace / "checkpoint/_tune/journal.log", workspace / "notes")
+    with pytest.raises(OSError, match="a link or pipe"):
+        search(workspace, 1)
+    assert (workspace / "notes").read_text() == "mine"
 
 
 def test_a_study_without_any_complete_trial_says_so(workspace: Path) -> None:

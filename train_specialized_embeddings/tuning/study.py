@@ -1,5 +1,6 @@
 """Run an Optuna study of stage 6's settings."""
 
+import os
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline import own_folders
 from pipeline.cli import StageResult
 from pipeline.config import Config
-from pipeline.errors import PipelineError, Terminated
+from pipeline.errors import InputError, PipelineError, Terminated, one_line
 from pipeline.files import tables, workspace
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import save_checkpoint
@@ -45,19 +46,25 @@ class Tuning:
         """Open the study, or create it; while no trial has the configured settings, one with these is to come.
 
         Raises StaleOutputError where it was made from other inputs, or from other settings that the trials do not
-        choose.
+        choose, InputError where its journal is damaged.
         """
-        study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(JournalFileBackend(str(self.folder / JOURNAL))),
-            study_name="stage6", direction="maximize", load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
-            # Without a seed: workers that start together on several machines must not try the same.
-            sampler=optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True),
-        )  # fmt: skip
+        path = self.folder / JOURNAL
+        os.close(own_folders.open_file(path, os.O_RDWR | os.O_CREAT))  # Optuna would follow a link
+        try:
+            study = optuna.create_study(
+                storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
+                study_name="stage6", direction="maximize", load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
+                # Without a seed: workers that start together on several machines must not try the same.
+                sampler=optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True),
+            )  # fmt: skip
+            sum(trial.value or 0.0 for trial in study.get_trials(deepcopy=False))  # a score that is no number
+        except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError) as error:
+            raise InputError(f"{path}: damaged ({one_line(error)[:200]}): remove it, or give --overwrite") from None
         fixed = {key: value for key, value in self.provenance["settings"].items() if key not in SPACE}
         made_from = self.provenance | {"settings": fixed}
         if found := study.user_attrs.get("provenance"):
-            tables.matches(self.folder / JOURNAL, found, made_from)
+            tables.matches(path, found, made_from)
         else:
             study.set_user_attr("provenance", made_from)
         self._retry_killed(study)
