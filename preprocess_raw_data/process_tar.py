@@ -103,14 +103,14 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     provenance["inputs"][0]["digest"] = note_digest(unit.tar_path, digests[0], seen, unit.note)
     renamed = sum(view.record.dataset_id != unit.dataset_id for view in views)
     ignored = ", ".join(f"{count} {what}" for what, count in sorted(inventory.ignored.items())) or "nothing"
-    logger.info("%s: ignored %s; %d views name another dataset id", unit.tar_path.name, ignored, renamed)
     provenance = count_rejects(provenance, len(views) + len(rejects), (rejection for _, rejection in rejects))
     write_rejects(rejects_path(unit.output_path), rejects, provenance)
     with parquet_writer(unit.output_path, INTERMEDIATE_SCHEMA, provenance) as writer:
         for start in range(0, len(views), ROW_GROUP_ROWS):
             some = [describe_view(view, unit) for view in views[start : start + ROW_GROUP_ROWS]]
             writer.write_table(pa.Table.from_pylist(some, schema=INTERMEDIATE_SCHEMA))
-    logger.info("%s: %d views, %d rejected", unit.tar_path.name, len(views), len(rejects))
+    logger.info("%s: %d views, %d of them name another dataset id; %d rejected; ignored %s",
+                unit.tar_path.name, len(views), renamed, len(rejects), ignored)  # fmt: skip
     return provenance
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import InputError
 from pipeline.files.tables import open_parquet, parquet_writer, reading
 from pipeline.files.units import Provenance, Unit
 
@@ -71,8 +70,6 @@ class PartStore:
         """Return "rows" or "distances" (A, k) of a part. Raises InputError if it is missing or damaged."""
         path = self.path(part)
         with open_parquet(path) as file, reading(path):
-            if file.metadata.num_rows != len(self.anchors(part)):
-                raise InputError(f"{path}: {file.metadata.num_rows} rows instead of its anchors': remove it")
             column = file.read([name]).column(0).combine_chunks()
         values = np.frombuffer(column.buffers()[1], _TYPES[name]).reshape(-1, self.num_neighbors)
         return values[column.offset : column.offset + len(column)]

@@ -68,8 +68,11 @@ def read_in_order(
     for bucket, path in enumerate(spilled):
         rows_in_file = np.flatnonzero(bucket_of_row == bucket)
         wanted = order[cuts[bucket] : cuts[bucket + 1]]
-        # No name here holds the piece, or two of them would be in memory when the next one is read.
-        yield gather_spilled(path, len(rows_in_file), inventory), np.searchsorted(rows_in_file, wanted), codes[wanted]
+        with pa.OSFile(str(path)) as file:
+            piece = gather(pa.ipc.open_stream(file), len(rows_in_file), inventory)
+        remove(path)
+        yield piece, np.searchsorted(rows_in_file, wanted), codes[wanted]
+        del piece  # before the next one is read
 
 
 def read_group(inventory: Inventory, group: list[int]) -> Iterator[pa.RecordBatch]:
@@ -119,14 +122,6 @@ def gather(batches: Iterable[pa.RecordBatch], num_rows: int, inventory: Inventor
         columns.append(batch.select(names).take(pa.array(np.arange(len(batch)))))
     schema = pa.schema([inventory.schema.field(name) for name in names])
     return Piece(pa.Table.from_batches(columns, schema).combine_chunks(), embeddings)
-
-
-def gather_spilled(path: Path, num_rows: int, inventory: Inventory) -> Piece:
-    """Put the rows of a spilled file together, and remove it."""
-    with pa.OSFile(str(path)) as file:
-        piece = gather(pa.ipc.open_stream(file), num_rows, inventory)
-    remove(path)
-    return piece
 
 
 def spill(inventory: Inventory, group: list[int], bucket_of_row: NDArray[np.int64], scratch_dir: Path) -> list[Path]:

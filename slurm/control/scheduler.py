@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,8 +28,6 @@ WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL
 
 def ask(command: Sequence[str]) -> str | None:
     """Return what a SLURM command prints, None where it is missing or does not answer."""
-    if shutil.which(command[0]) is None:
-        return None
     try:
         run = _run(command, timeout=QUERY_TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):

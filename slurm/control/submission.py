@@ -156,27 +156,20 @@ def carry_out(plan: Plan, request: Request) -> list[Record]:
 
     The records are written job by job: a kill in between forgets none.
     """
-    target, dry_run = request.target, request.arguments.dry_run
-    run = _print_command if dry_run else scheduler.tell
+    target = request.target
     path = records.submissions_dir(target.log_dir) / f"{time.time_ns()}.json"  # later calls sort behind it
     submitted: list[Record] = []
     ids: dict[PlannedJob, str] = {}
     for job in plan.jobs:
         command = build_command(job, request, ids)
-        answer = run(command)
-        if dry_run:
-            same = sum(other.stage == job.stage for other in ids)
-            ids[job] = f"JOB{job.stage.label}" + (f"-{same + 1}" if same else "")
+        if request.arguments.dry_run:
+            print(shlex.join(command), flush=True)
+            ids[job] = f"JOB{job.stage.label}"
             continue
-        ids[job] = scheduler.read_job_id(answer)
+        ids[job] = scheduler.read_job_id(scheduler.tell(command))
         shards = scheduler.format_shards(job.shards) if job.stage.is_array else ""
         needs, place, account = format_dependency(job, ids), target.find_place(job.stage), request.arguments.account
         record = Record(job.stage.number, ids[job], shards, job.shard_count, needs, place, account or "")
         submitted.append(record)
         write_json(path, [asdict(record) for record in submitted])
     return submitted
-
-
-def _print_command(command: Sequence[str]) -> str:
-    print(shlex.join(command), flush=True)
-    return ""

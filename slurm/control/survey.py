@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from slurm.control.submission import is_of_target
 from slurm.control.target import Target, look_at, spell_overrides, take_shard
 
 DONE, RUNNING, FAILED, WAITING, NOT_STARTED = "done", "running", "failed", "waiting", "not started"
-# A running stage writes a progress line every 30 s; one that has been silent for so long is taken to have died.
-SILENCE_SECONDS = 15 * 60
 NO_LOG = "no log: it was cancelled, or failed before it began"
 TAIL_BYTES = 1 << 16
 EXIT_LINE = re.compile(r"^task: stage \S+ shard \d+ job \S* exit (\d+)$")
@@ -33,7 +30,6 @@ class JobLog:
     path: Path
     exit_code: int | None  # None where no line says how it ended
     last_error: str
-    age_seconds: float
 
 
 def survey(config: Config, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -120,8 +116,7 @@ def judge_shard(
         return NOT_STARTED if queued is None or record.dependency else FAILED
     if log.exit_code == 0:  # its shard is done, though perhaps not the output that all shards write together
         return DONE if stage.unit == ANCHOR else NOT_STARTED
-    is_alive = log.exit_code is None and queued is None and log.age_seconds < SILENCE_SECONDS
-    return RUNNING if is_alive else FAILED
+    return RUNNING if log.exit_code is None and queued is None else FAILED
 
 
 def read_log(path: Path) -> JobLog | None:
@@ -130,7 +125,6 @@ def read_log(path: Path) -> JobLog | None:
         with open_without_waiting(path) as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             text = file.read().decode("utf-8", "replace")
-        age = time.time() - path.stat().st_mtime
     except OSError:
         return None
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
@@ -141,9 +135,4 @@ def read_log(path: Path) -> JobLog | None:
     is_over = not behind or (len(behind) == 1 and behind[0].startswith("error: "))
     errors = [line for line in lines if re.search(r"(^|\W)error: | ERROR ", line)]
     last = lines[end - 1 : end] if is_over and end > 0 else lines[-1:]
-    return JobLog(
-        path=path,
-        exit_code=code if is_over else None,
-        last_error=(errors or last or [""])[-1],
-        age_seconds=age,
-    )
+    return JobLog(path, code if is_over else None, (errors or last or [""])[-1])
