@@ -136,8 +136,8 @@ def test_an_embedding_that_is_missing_is_refused(tmp_path, stage, where):
     write(tmp_path, 1, table.append_column("embedding", pa.array(rows, pa.list_(pa.float32(), 2))))
     outcome = stage()
     assert outcome.code == 1
-    what = "is empty" if where == "row" else "holds an empty value"
-    assert f"0001_embeddings.parquet: column embedding: row 4 {what}: make the file again" in outcome.stderr
+    what = "is empty or has not 2 numbers" if where == "row" else "holds an empty value"
+    assert f"0001_embeddings.parquet: column embedding: row 4 {what}" in outcome.stderr
 
 
 @pytest.mark.parametrize(

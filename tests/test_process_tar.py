@@ -83,7 +83,7 @@ def test_the_tars_name_wins_over_the_dataset_in_the_line_and_the_difference_is_c
     write_tar(tmp_path / "raw" / "0001.tar", entries)
     outcome = stage()
     assert set(read(tmp_path)[0]["building_id"].to_pylist()) == {"0001_1"}
-    assert "1 views name another dataset id" in outcome.stderr
+    assert "2 views, 1 of them name another dataset id; 0 rejected; ignored nothing" in outcome.stderr
 
 
 def test_the_shared_bad_tar_comes_out_as_expected(tmp_path, shared_dir, stage):
@@ -193,7 +193,7 @@ def test_a_tar_with_every_defect_gives_each_item_its_place(tmp_path, stage, tar_
     provenance = json.loads(pq.read_schema(tmp_path / "intermediates" / "0001.parquet").metadata[PROVENANCE_KEY])
     assert provenance["counts"] == {"in": len(rows) + len(rejects), "out": len(rows), "rejected": len(rejects)}
     assert provenance["reasons"] == dict(Counter(rejected.values()))
-    assert "0001.tar: ignored 1 folders, 2 other members" in outcome.stderr
+    assert "rejected; ignored 1 folders, 2 other members" in outcome.stderr
     total = f"{len(rows) + len(rejects)} in = {len(rows)} out + {len(rejects)} rejected + 0 dropped"
     assert total in outcome.stderr.splitlines()[-1]
     assert path.exists()
@@ -202,7 +202,7 @@ def test_a_tar_with_every_defect_gives_each_item_its_place(tmp_path, stage, tar_
 def test_the_bytes_of_what_is_rejected_do_not_stay_in_memory(tmp_path):
     tar = write_tar(tmp_path / "0001.tar", [Entry(f"{number}.jpg", b"no picture") for number in range(3)])
     progress = SimpleNamespace(advance=lambda: None)
-    inventory = process_tar.take_inventory(tar, 1, {}, progress, Stopwatch())
+    inventory = process_tar.take_inventory(tar, 1, [], progress, Stopwatch())
     kept = [image.rejection for item in inventory._items.values() for image in item.images]
     assert [(one.reason, one.__traceback__, one.__context__) for one in kept] == [("unreadable_image", None, None)] * 3
 
@@ -344,7 +344,7 @@ def test_only_the_named_tars_are_done_and_raw_dir_is_not_needed(tmp_path, stage,
     ("name", "code", "complaint"),
     [
         ("photos.tar", 1, "must be named NNNN.tar after its dataset id"),
-        ("0009.tar", 1, "0009.tar: no such tar: correct the path"),
+        ("0009.tar", 1, "0009.tar: cannot be read (No such file or directory): correct the path"),
     ],
 )
 def test_a_named_tar_that_is_wrong_is_one_clear_line(tmp_path, stage, name, code, complaint):
