@@ -49,28 +49,16 @@ from pipeline.files.tables import (
     write_parquet,
     write_rejects,
 )
-from pipeline.inference.images import check_image
 from pipeline.log import Progress, logger
 from pipeline.threads import map_in_order
 from publish_model.new_data.embed_options import add_column_options, check_places, fraction
-from publish_model.new_data.image_sources import ImageSource, SourceImage, open_source
+from publish_model.new_data.image_sources import ImageSource, SourceImage, open_source, try_image
 
 STAGE = "package_images"
 # A row group is what stage 8's --shard deals out and a reader may hold: 1,000 pictures of Street View take 110 MB.
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 1000, 128 * 2**20
 # What an interruption costs at most.
 FILE_BYTES = 2**29
-
-
-def try_image(image: SourceImage) -> SourceImage:
-    """Read an image and see whether it can be decoded."""
-    try:
-        data = image.read()
-        check_image(data)
-        image.data = data
-    except Rejection as rejection:
-        image.rejection = rejection.without_frames()
-    return image
 
 
 def try_images(

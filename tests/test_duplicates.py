@@ -19,9 +19,8 @@ def write_part(folder, name, rows):
     """Write a part of (id, image) rows as stage 8 does."""
     ids, images = [row[0] for row in rows], [row[1] for row in rows]
     path = folder / "parts" / f"{name}.parquet"
-    write_parquet(path, pa.table({"OSMID": pa.array(ids, pa.string())}), {})
-    hashes = np.array([hash_bytes(image) for image in images], "<u8").tobytes()
-    write_parquet(folder / "_rejects" / path.name, pa.table({"row": []}), {}, {HASHES_KEY: base64.b64encode(hashes)})
+    hashes = base64.b64encode(np.array([hash_bytes(image) for image in images], "<u8").tobytes())
+    write_parquet(path, pa.table({"OSMID": pa.array(ids, pa.string())}), {}, {HASHES_KEY: hashes})
     return path
 
 

@@ -16,6 +16,7 @@ from raw_tars import make_city, write_tar
 from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.files import workspace
 from publish_model import generate_embeddings_from_parquet, package_images
+from publish_model.new_data import image_sources
 
 
 def test_a_folder_becomes_a_package_and_bad_pictures_are_listed(run_main, folder, tmp_path):
@@ -158,7 +159,7 @@ def test_row_groups_are_bounded_in_rows_and_bytes(run_main, folder, tmp_path, sm
 
 def test_an_interrupted_run_goes_on_where_it_stood(run_main, folder, tmp_path, small_files, monkeypatch):
     tried = []
-    genuine = package_images.check_image
+    genuine = image_sources.check_image
 
     def check(data):
         tried.append(len(data))
@@ -166,7 +167,7 @@ def test_an_interrupted_run_goes_on_where_it_stood(run_main, folder, tmp_path, s
             raise KeyboardInterrupt
         genuine(data)
 
-    monkeypatch.setattr(package_images, "check_image", check)
+    monkeypatch.setattr(image_sources, "check_image", check)
     monkeypatch.setattr(package_images, "count_cores", lambda: 1)
     go_on = False
     assert run(run_main, folder, tmp_path / "packaged").code == 130
@@ -176,7 +177,7 @@ def test_an_interrupted_run_goes_on_where_it_stood(run_main, folder, tmp_path, s
     assert outcome.code == 0
     assert "going on behind image" in outcome.stderr
     assert len(tried) - before == 2
-    monkeypatch.setattr(package_images, "check_image", genuine)
+    monkeypatch.setattr(image_sources, "check_image", genuine)
     assert run(run_main, folder, tmp_path / "again").code == 0
     assert read_package(tmp_path / "packaged").equals(read_package(tmp_path / "again"))
     names = {path.name for path in tmp_path.iterdir()}

@@ -290,9 +290,9 @@ def test_the_bytes_in_flight_are_a_row_group_and_the_pictures_that_are_tried(run
         nonlocal held
         held -= size
 
-    def make(*values):
+    def make(*values, **others):
         nonlocal held, most
-        image = SourceImage(*values)
+        image = SourceImage(*values, **others)
         weakref.finalize(image, forget)
         held += size
         most = max(most, held)

@@ -89,6 +89,22 @@ def test_killed_anywhere_the_next_run_leaves_no_byte(delete, embed, dataset, tmp
     assert deletions.read_order(dataset).done
 
 
+def test_a_takedown_of_more_ids_finishes_a_killed_one(delete, run_main, dataset, tmp_path, monkeypatch):
+    plain = parts.write_parquet
+
+    def write(path, *others):
+        if path.parent.name == "parts":
+            raise KeyboardInterrupt
+        plain(path, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts, "write_parquet", write)
+        assert delete(dataset, "way/1").code == 130
+    assert delete(dataset, "way/1", "way/0").code == 0
+    assert {"way/0", "way/1"}.isdisjoint(read_dataset(dataset)["OSMID"].to_pylist())
+    assert run_main(verify_embeddings.main, dataset, "--input", tmp_path / "in.parquet").code == 0
+
+
 OTHERS = ["notes.txt", "user/a.parquet", ".hidden/a", "parts/notes.txt", "parts/.rg00000_rb00000.parquet.abcd.tmp"]
 
 

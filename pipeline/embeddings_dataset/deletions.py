@@ -18,7 +18,7 @@ from pipeline.embeddings_dataset.parts import Part, PartContent, is_ours, read_i
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
 from pipeline.files.outputs import is_dataset
-from pipeline.files.tables import read_provenance, write_parquet
+from pipeline.files.tables import read_provenance
 from pipeline.files.workspace import read_json
 from pipeline.log import logger
 from pipeline.own_folders import remove
@@ -205,21 +205,16 @@ def _remove_derived(folder: Path) -> None:
 
 
 def _rewrite(part: Part, order: DeletionOrder) -> int:
-    """Write a part again without some ids unless it has none of them; return how many rows that takes out."""
+    """Write a part again without some ids unless it has none of them; return how many rows that takes out.
+
+    Where a run was killed between the rejects and their part, the rejects lack the ids already.
+    """
     rejects_path = rejects_beside(part.path)
-    promised = read_provenance(rejects_path) or {}
-    if promised.get("checksum") != part.checksum:
-        # Killed between the rejects and their part: the rejects are the new ones, and tell what the part is to hold.
-        embedded = part.read()
-        kept = ~order.find(list_values(embedded.column(ID_COLUMN)))
-        if promised.get("part") != part.provenance["part"] or promised["counts"]["out"] != kept.sum():
-            raise DamagedError(
-                f"{rejects_path}: of another part: remove it and {part.path}, run this again, then stage 8"
-            )
-        write_parquet(part.path, filter_rows(embedded, kept), promised)
-        return int(promised["counts"].get("deleted", 0)) - part.num_deleted
-    content = part.read_content()
-    left = order.apply(content)
-    if left is not content:
-        part.rewrite(left)
-    return left.deleted - content.deleted
+    beside = read_provenance(rejects_path) or {}
+    if beside.get("part") != part.provenance["part"]:
+        raise DamagedError(f"{rejects_path}: of another part: remove it and {part.path}, run this again, then stage 8")
+    content = order.apply(part.read_content())
+    num_deleted = part.counts["in"] - content.embedded.num_rows - content.rejects.num_rows - content.skipped
+    if num_deleted != part.num_deleted or beside != part.provenance:
+        part.rewrite(replace(content, deleted=num_deleted))
+    return num_deleted - part.num_deleted

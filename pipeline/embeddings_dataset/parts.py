@@ -257,10 +257,9 @@ def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: di
         "reasons": content.reasons,
         "checksum": checksum_tables(content.embedded, content.rejects),
     }
-    # Beside the rejects, where no reader of the data carries them along.
     hashes = {HASHES_KEY: base64.b64encode(content.image_hashes.astype("<u8").tobytes())}
-    write_parquet(folder / "_rejects" / plan.name, content.rejects, provenance, hashes)
-    write_parquet(folder / "parts" / plan.name, content.embedded, provenance)
+    write_parquet(folder / "_rejects" / plan.name, content.rejects, provenance)
+    write_parquet(folder / "parts" / plan.name, content.embedded, provenance, hashes)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -273,7 +272,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 def read_image_hashes(part_path: Path) -> NDArray[np.uint64]:
     """Return the hash of each image of a part, (N,)."""
-    with open_parquet(rejects_beside(part_path)) as file:
+    with open_parquet(part_path) as file:
         return np.frombuffer(base64.b64decode((file.metadata.metadata or {}).get(HASHES_KEY, b"")), "<u8")
 
 

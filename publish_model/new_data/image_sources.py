@@ -4,7 +4,6 @@ import itertools
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from pipeline.files.identity import hash_json, identify, look_at
 from pipeline.files.listing import TAR_SUFFIX, is_parquet
 from pipeline.files.text_tables import read_csv, whole_or_text
 from pipeline.ids import decode_name, reject_repeated
+from pipeline.inference.images import check_image
 from pipeline.own_folders import open_without_waiting
 
 PATH_COLUMN = "path"
@@ -40,14 +40,13 @@ READ_ROWS = 1
 class SourceImage:
     """One image to package: its row without the bytes, its name for people, and the size of its bytes.
 
-    `read` raises Rejection; `seen` tells how its own file looks before it is read, where it has one. `data` and
-    `rejection` are what came of it.
+    An image in a file of its own is read by `try_image`; `seen` tells how the file looked before.
     """
 
     row: dict[str, Any]
     name: str
-    read: Callable[[], bytes]
     size: int
+    path: Path | None = None
     seen: list[int] | None = None
     data: bytes | None = None
     rejection: Rejection | None = None
@@ -85,17 +84,13 @@ def open_source(options: InputOptions) -> ImageSource:
     if kind == TARS or (path.suffix.lower() == TAR_SUFFIX and not path.is_dir()):
         return _open_tars(folder, names)
     if kind == PHOTOGRAPHS:
-        return _open_photographs(folder, names)
+        ids = list(map(decode_name, names))
+        inputs = [{"name": folder.name, "size": len(names), "hash": hash_json(ids)}]
+        return _list_files(folder, names, pa.table([pa.array(ids, pa.string())], [ID_COLUMN]), inputs)
     if path.suffix.lower() == ".csv" and not path.is_dir():
         return _open_csv(path)
     what = "holds neither photographs nor tars nor parquets" if path.is_dir() else "neither .csv, .tar nor .parquet"
     raise InputError(f"{path}: {what}: correct --input")
-
-
-def _open_photographs(folder: Path, names: Sequence[str]) -> ImageSource:
-    ids = list(map(decode_name, names))
-    inputs = [{"name": folder.name, "size": len(names), "hash": hash_json(ids)}]
-    return _list_files(folder, names, pa.table([pa.array(ids, pa.string())], [ID_COLUMN]), inputs)
 
 
 def _list_files(folder: Path, names: Sequence[str], table: pa.Table, inputs: list[dict[str, Any]]) -> ImageSource:
@@ -107,9 +102,24 @@ def _list_files(folder: Path, names: Sequence[str], table: pa.Table, inputs: lis
         for row, name in zip(rows, itertools.islice(names, start, None), strict=True):
             path = folder / name
             seen = look_at(path)
-            yield SourceImage(row, decode_name(name), partial(read_file, path), seen[0] if seen else 0, seen)
+            yield SourceImage(row, decode_name(name), seen[0] if seen else 0, path, seen)
 
     return ImageSource(tuple(table.schema), inputs, table.num_rows, stream)
+
+
+def try_image(image: SourceImage) -> SourceImage:
+    """Read an image if need be, and see whether it can be decoded."""
+    try:
+        if image.path is not None:
+            image.data = read_file(image.path)
+        if image.rejection is None:
+            _check_size(image.size)
+            check_image(image.data or b"")
+    except Rejection as rejection:
+        image.rejection = rejection.without_frames()
+    if image.rejection is not None:
+        image.data = None
+    return image
 
 
 def read_file(path: Path) -> bytes:
@@ -121,7 +131,7 @@ def read_file(path: Path) -> bytes:
     try:
         with open_without_waiting(path) as file:
             num_bytes = os.fstat(file.fileno()).st_size
-            check_size(num_bytes)
+            _check_size(num_bytes)
             return file.read(num_bytes + 1)
     except OSError as error:
         raise Rejection("missing_image", error.strerror or one_line(error)) from None
@@ -129,8 +139,7 @@ def read_file(path: Path) -> bytes:
         raise Rejection("missing_image", one_line(error)) from None
 
 
-def check_size(num_bytes: int) -> None:
-    """Raise Rejection `image_too_large` for a file that is not even read."""
+def _check_size(num_bytes: int) -> None:
     if num_bytes > MAX_IMAGE_BYTES:
         raise Rejection("image_too_large", f"{num_bytes} bytes, at most {MAX_IMAGE_BYTES} are read")
 
@@ -157,7 +166,10 @@ def _open_tars(folder: Path, names: Sequence[str]) -> ImageSource:
                 for member in filter(_is_image, stream_members(folder / tar_name)):
                     name = f"{prefix}/{member.name}"
                     rejection = reject_repeated(name, f"{decode_name(tar_name)}/{member.name}", firsts)
-                    yield SourceImage({ID_COLUMN: name}, name, _read_member(member, rejection), member.size)
+                    if not member.is_file:
+                        rejection = Rejection("missing_image", "a link or device, which is not followed")
+                    data = member.read_image() if rejection is None else None
+                    yield SourceImage({ID_COLUMN: name}, name, member.size, data=data, rejection=rejection)
 
     looks = [look_at(folder / name) or [0, 0] for name in names]
     inputs = [{"name": decode_name(name), "size": size} for name, (size, _) in zip(names, looks, strict=True)]
@@ -170,21 +182,6 @@ def _is_image(member: Member) -> bool:
     return member.name.lower().endswith(IMAGE_SUFFIXES) and not member.is_folder and not hidden
 
 
-def _read_member(member: Member, rejection: Rejection | None) -> Callable[[], bytes]:
-    """Read a member now, as its tar is read in order; what is wrong with it is raised when it is asked for."""
-    if not member.is_file:
-        rejection = Rejection("missing_image", "a link or device, which is not followed")
-    data = member.read() if rejection is None and member.size <= MAX_IMAGE_BYTES else b""
-
-    def give() -> bytes:
-        if rejection is not None:
-            raise rejection
-        check_size(member.size)
-        return data
-
-    return give
-
-
 def _open_parquets(options: InputOptions) -> ImageSource:
     source = open_input(replace(options, read_batch_size=READ_ROWS))
     groups = range(len(source.row_group_rows))
@@ -195,7 +192,8 @@ def _open_parquets(options: InputOptions) -> ImageSource:
             rows = zip(table.select(columns).to_pylist(), valid_rows(table), table[IMAGE_COLUMN], strict=True)
             for row, is_valid, image in rows:
                 data = image.as_py() if is_valid else None
-                yield SourceImage(row, str(row[ID_COLUMN]), partial(_require, data), len(data or b""))
+                rejection = None if data else Rejection("missing_image", "no bytes, or is_valid is false")
+                yield SourceImage(row, str(row[ID_COLUMN]), len(data or b""), data=data, rejection=rejection)
 
     sample = next(table for group in groups for table in read_batches(source, group, with_images=False))
     described = hash_json([source.fingerprint, options.id_column, options.image_column, columns])
@@ -204,10 +202,3 @@ def _open_parquets(options: InputOptions) -> ImageSource:
     return ImageSource(
         fields, inputs, source.num_rows, lambda start: itertools.islice(stream_all(), start, None), described
     )
-
-
-def _require(data: bytes | None) -> bytes:
-    if not data:
-        raise Rejection("missing_image", "no bytes, or is_valid is false")
-    check_size(len(data))
-    return data
