@@ -2,7 +2,7 @@
 
     python publish_model/aggregate_embeddings.py OUTPUT --by OSMID
 
-Reads what stage 8 wrote. Writes OUTPUT/_aggregated/OSMID.parquet (or --output): the columns of --by, num_images,
+Reads what stage 8 wrote. Writes OUTPUT/_aggregated/OSMID.parquet: the columns of --by, num_images,
 mean_pairwise_similarity (null for one image) and embedding. --by OSMID,year takes a further column that stage 8 was
 told to keep. --geometry FILE joins a parquet of OSMID and geometry (WKB), and the output is GeoParquet 1.1. Memory is
 bounded by reading the dataset several times where it has many ids.
@@ -65,7 +65,7 @@ def group_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_p
 
 
 def aggregate(
-    dataset: EmbeddingsDataset, by: Sequence[str], target: Path | None, geometry_path: Path | None, overwrite: bool
+    dataset: EmbeddingsDataset, by: Sequence[str], geometry_path: Path | None, overwrite: bool
 ) -> cli.StageResult:
     """Write the means and return the counts of the images: in, averaged, and dropped as they have no id.
 
@@ -73,8 +73,8 @@ def aggregate(
     others.
     """
     name = re.sub(r"[^\w-]", "_", "_".join(by))
-    path = target or dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry_path else ''}.parquet"
-    check_replaceable(path, STAGE, [geometry_path], is_default=target is None)
+    path = dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry_path else ''}.parquet"
+    check_replaceable(path, STAGE, [geometry_path], is_default=True)
     missing = [name for name in by if name not in dataset.schema.names]
     if missing:
         raise InputError(f"{dataset.folder}: has no column {missing[0]}: run stage 8 with --keep-columns {missing[0]}")
@@ -120,12 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--by", default=ID_COLUMN, metavar="OSMID[,COLUMN]", help="columns that make a group (OSMID)")
     add("--geometry", type=Path, metavar="FILE", help="parquet of OSMID and geometry (WKB) to join")
-    add("--output", "-o", type=Path, dest="target", metavar="FILE", help="parquet to write (in OUTPUT/_aggregated)")
     add("--overwrite", action="store_true", help="make again what is there already")
     arguments = parser.parse_args(argv)
     by = parse_columns(arguments.by)
-    options = (by, arguments.target, arguments.geometry, arguments.overwrite)
-    run_tool(STAGE, arguments.output, lambda dataset: aggregate(dataset, *options))
+    run_tool(STAGE, arguments.output, lambda dataset: aggregate(dataset, by, arguments.geometry, arguments.overwrite))
 
 
 if __name__ == "__main__":

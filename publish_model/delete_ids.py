@@ -20,7 +20,7 @@ from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.deletions import delete_ids
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.log import logger
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.new_data.id_lists import read_id_list
@@ -32,8 +32,8 @@ NUM_EXAMPLES = 5
 def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> cli.StageResult:
     """Rewrite a dataset without some ids and return the counts of its rows.
 
-    Raises InputError where the dataset or the list cannot be read; and, once all is done, where ids match nothing
-    unless that is allowed, PipelineError where files of others may hold the ids.
+    Raises InputError where the dataset or the list cannot be read; once all is done, PipelineError where ids match
+    nothing, unless that is allowed, or files of others may hold the ids.
     """
     listed = read_id_list(list_path, dataset.schema.field(ID_COLUMN).type)
     num_rows, missing, others = delete_ids(dataset, listed)
@@ -42,26 +42,27 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
         result.add(part.counts, part.reasons)
     (result.written if num_rows else result.kept).append(dataset.folder)
     logger.info("%d rows deleted; the %d ids of the list are left out from now on", num_rows, len(listed))
+    problems = []
     if missing:
         examples = ", ".join(map(repr, missing[:NUM_EXAMPLES]))
-        problem = InputError(
+        problem = (
             f"{list_path}: {len(missing)} of its {len(listed)} ids match nothing in {dataset.folder} ({examples}): "
             "correct them, or give --allow-missing; the others are deleted"
         )
-        if not (allow_missing or others):
-            problem.result = result
-            raise problem
         logger.warning("%s", problem)
+        problems += [] if allow_missing else [problem]
     for path in others:
         whose = "another embeddings dataset" if path.is_dir() else "not written by this project"
         logger.warning("%s: %s: it stays, and may hold the ids", path, whose)
     if others:
-        unknown = PipelineError(
+        problems.append(
             f"{dataset.folder}: the ids are gone but for {len(others)} files or datasets that are not its own (named "
             "above), which may hold them: delete the ids there too and move them away"
         )
-        unknown.result = result
-        raise unknown
+    if problems:
+        error = PipelineError(problems[-1])
+        error.result = result
+        raise error
     return result
 
 

@@ -2,7 +2,7 @@
 
     python publish_model/export_embeddings.py OUTPUT --export float16
 
-Reads what stage 8 wrote. Writes OUTPUT/_exports/float16/ (or int8, or --output): a part for each part, with the same
+Reads what stage 8 wrote. Writes OUTPUT/_exports/float16/ (or int8): a part for each part, with the same
 columns, and export.json with recall@10 against the exact embeddings. float16 halves the numbers; int8 quarters them,
 each row with its `scale` (embedding = scale * int8). A rerun keeps the parts that are done.
 """
@@ -78,18 +78,18 @@ def measure_recall(dataset: EmbeddingsDataset, paths: Sequence[Path], kind: str)
     return hits / max(1, sum(map(len, found[0]))), len(rows)
 
 
-def export(dataset: EmbeddingsDataset, kind: str, target: Path | None, overwrite: bool) -> cli.StageResult:
+def export(dataset: EmbeddingsDataset, kind: str, overwrite: bool) -> cli.StageResult:
     """Write the compact copy and return the counts of its rows.
 
     Raises InputError for a dataset that cannot be read, StaleOutputError for a copy of another one.
     """
     check_names(f"--export {kind}", [SCALE_COLUMN] if kind == "int8" else [], dataset.schema.names)
-    folder = target or dataset.folder / "_exports" / kind
+    folder = dataset.folder / "_exports" / kind
     result = cli.StageResult(STAGE)
     summary_path, paths = folder / EXPORT_SUMMARY, [folder / "parts" / part.path.name for part in dataset.parts]
-    check_replaceable(summary_path, EXPORT_MARK, is_default=target is None)
+    check_replaceable(summary_path, EXPORT_MARK, is_default=True)
     for path in paths:
-        check_replaceable(path, STAGE, is_default=target is None)
+        check_replaceable(path, STAGE, is_default=True)
     for part, path in zip(dataset.parts, paths, strict=True):
         source = {"name": part.path.name, "checksum": part.checksum}
         provenance = make_provenance(STAGE, [source], {"export": kind})
@@ -117,11 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_tool_parser(__doc__ or "")
     add = parser.add_argument
     add("--export", choices=("float16", "int8"), required=True, help="type of the copy's numbers")
-    add("--output", "-o", type=Path, dest="target", metavar="DIR", help="folder to write (OUTPUT/_exports/TYPE)")
     add("--overwrite", action="store_true", help="write again what is there already")
     arguments = parser.parse_args(argv)
-    options = (arguments.export, arguments.target, arguments.overwrite)
-    run_tool(STAGE, arguments.output, lambda dataset: export(dataset, *options))
+    run_tool(STAGE, arguments.output, lambda dataset: export(dataset, arguments.export, arguments.overwrite))
 
 
 if __name__ == "__main__":

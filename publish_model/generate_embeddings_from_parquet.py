@@ -145,8 +145,7 @@ def list_row_groups(options: EmbedOptions) -> list[Unit]:
 
     @cache
     def check() -> None:
-        begun = (dataset.state or {}).get("row_group_fingerprint")
-        if begun is not None and begun != source.fingerprint:
+        if (dataset.state or {}).get("row_group_fingerprint", source.fingerprint) != source.fingerprint:
             raise StaleOutputError(
                 f"{dataset.state_path}: begun from another input than {source.path}: give another output, or remove it"
             )

@@ -134,6 +134,7 @@ def test_a_killed_takedown_of_broken_files_can_be_finished(delete, run_main, dat
 
 def test_what_was_made_of_the_dataset_is_removed_with_them(delete, dataset):
     (dataset / "_exports" / "int8").mkdir(parents=True)
+    (dataset / "_exports" / "int8" / "export.json").write_text("{}")
     assert delete(dataset, "way/777").code == 1
     assert (dataset / "_exports").is_dir()
     outcome = delete(dataset, "way/1")

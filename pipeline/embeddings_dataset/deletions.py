@@ -30,6 +30,7 @@ _DERIVED = re.compile(
 )
 _DERIVED_FOLDERS = re.compile(r"(_aggregated|_clusters|_exports|_logs|_removed)(/.+)?")
 _SET_ASIDE = re.compile(rf"{SET_ASIDE}/\d+")
+_ORDER = "_deleted/id_hashes.json"
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.
 _OWN = re.compile(
     r"(_adopted/)?state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json"
@@ -78,7 +79,7 @@ def read_order(folder: Path) -> DeletionOrder:
 
     Raises InputError if it cannot be read: to go on without it would bring the rows back.
     """
-    path = _order_path(folder)
+    path = folder / _ORDER
     try:
         content: Any = read_json(path)
         hashes, unmatched = (frozenset(int(text, 16) for text in content[key]) for key in ("id_hashes", "unmatched"))
@@ -92,11 +93,7 @@ def read_order(folder: Path) -> DeletionOrder:
 def _write_order(folder: Path, order: DeletionOrder) -> None:
     hashes, unmatched = ([f"{value:016x}" for value in sorted(one)] for one in (order.id_hashes, order.unmatched))
     content = {"salt": order.salt.hex(), "id_hashes": hashes, "unmatched": unmatched, "done": order.done}
-    workspace.write_json(_order_path(folder), content)
-
-
-def _order_path(folder: Path) -> Path:
-    return folder / "_deleted" / "id_hashes.json"
+    workspace.write_json(folder / _ORDER, content)
 
 
 def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]]) -> tuple[int, list[str], list[Path]]:
@@ -108,7 +105,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     and deletes nothing, where the dataset holds a link.
     """
     folder, before = dataset.folder, read_order(dataset.folder)
-    links = [path for path in _walk(folder)[0] if path.is_symlink()]
+    links = [path for path, kind in _survey(folder).items() if kind == "link"]
     if links:
         raise PipelineError(
             f"{links[0]}: a link, and what it leads to may hold the ids: remove it, then run this again"
@@ -136,7 +133,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     del dataset.parts  # they have changed
     dataset.update_state(dataset.parts)
     _write_order(folder, replace(order, done=True))
-    others = [path for path in _walk(folder)[0] if not (_is_own(folder, path) or _is_derived(folder, path))]
+    others = [path for path, kind in _survey(folder).items() if kind == "other"]
     return num_rows, [name for name, own in hashes.items() if own <= unmatched], others
 
 
@@ -148,60 +145,47 @@ def finish_order(folder: Path) -> None:
         _write_order(folder, replace(order, done=True))
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files and the folders in a dataset's folder; a link and a dataset in it are each one of the files.
+def _survey(folder: Path) -> dict[Path, str]:
+    """Return for each file in a dataset's folder whether it is `own`, `derived`, a `link` or an `other`.
 
-    Raises OSError where a folder cannot be read.
+    Derived is what was made from the dataset, what was set aside and what killed runs have left; another dataset is
+    one `other`. Raises OSError where a folder cannot be read.
     """
 
     def refuse(error: OSError) -> None:
         raise error
 
-    files, folders = list[Path](), list[Path]()
+    kinds: dict[Path, str] = {}
     for place, below, names in os.walk(folder, onerror=refuse):
-        paths = [Path(place, name) for name in below]
-        closed = {path for path in paths if path.is_symlink() or (is_dataset(path) and not _is_set_aside(folder, path))}
-        files += [*(Path(place, name) for name in names), *closed]
-        folders += (path for path in paths if path not in closed)
-        below[:] = [path.name for path in paths if path not in closed]
-    return sorted(files), sorted(folders)
-
-
-def _is_set_aside(folder: Path, path: Path) -> bool:
-    """Whether a folder is one of those with set-aside parts, which look like a dataset."""
-    return bool(_SET_ASIDE.fullmatch(path.relative_to(folder).as_posix()))
-
-
-def _is_own(folder: Path, path: Path) -> bool:
-    """Whether a file is one that the dataset keeps; rejects whose part was never written are not."""
-    name = path.relative_to(folder).as_posix()
-    is_orphan = name.startswith("_rejects/") and not rejects_beside(path).exists()
-    return bool(_OWN.fullmatch(name)) and not is_orphan
-
-
-def _is_derived(folder: Path, path: Path) -> bool:
-    """Whether a file was made from the dataset, was set aside or was left by a killed run."""
-    name = path.relative_to(folder).as_posix()
-    if path.is_dir() or _is_own(folder, path):
-        return False
-    is_orphan = name.startswith("_rejects/") and is_ours(path) is True
-    return bool(_DERIVED.fullmatch(name) or workspace.is_temporary(path.name)) or is_orphan
+        for path in map(Path(place).joinpath, [*below, *names]):
+            name = path.relative_to(folder).as_posix()
+            is_orphan = name.startswith("_rejects/") and not rejects_beside(path).exists()
+            if path.is_symlink():
+                kinds[path] = "link"
+            elif path.name in below:
+                if is_dataset(path) and not _SET_ASIDE.fullmatch(name):
+                    kinds[path] = "other"
+            elif _OWN.fullmatch(name) and not is_orphan:
+                kinds[path] = "own"
+            else:
+                is_made = _DERIVED.fullmatch(name) or workspace.is_temporary(path.name) or (is_orphan and is_ours(path))
+                kinds[path] = "derived" if is_made else "other"
+        below[:] = [name for name in below if Path(place, name) not in kinds]
+    return dict(sorted(kinds.items()))
 
 
 def _remove_derived(folder: Path) -> None:
     """Remove what was made from the dataset inside its folder, what was set aside, and what killed runs have left."""
-    files, folders = _walk(folder)
-    gone = [path for path in files if _is_derived(folder, path)]
+    gone = {path for path, kind in _survey(folder).items() if kind == "derived"}
     for path in gone:
         remove(path)
-    for place in reversed(folders):
+    for place in sorted({above for path in gone for above in path.parents if folder in above.parents}, reverse=True):
         if _DERIVED_FOLDERS.fullmatch(place.relative_to(folder).as_posix()) and not any(place.iterdir()):
             remove(place)
-            gone.append(place)
-    # A folder stands for all that was in it.
-    shown = {path for path in gone if path.parent.exists() and not workspace.is_temporary(path.name)}
-    for path in sorted(shown):
-        logger.warning("%s: removed, as it was made with the ids: make it again", path)
+            gone.add(place)
+    for path in sorted(gone):  # a folder stands for all that was in it
+        if path.parent.exists() and not workspace.is_temporary(path.name):
+            logger.warning("%s: removed, as it was made with the ids: make it again", path)
 
 
 def _rewrite(part: Part, order: DeletionOrder) -> int:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import take_rows
-from pipeline.errors import DamagedError, InputError, one_line
+from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import plain_type, whole_from_floats
 from pipeline.files.identity import hash_footer, hash_json
 from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
@@ -23,7 +23,6 @@ from pipeline.files.tables import (
     BUFFER_BYTES,
     bound_rows,
     open_parquet,
-    read_failure,
     reading,
     unfolded_bytes,
 )
@@ -268,32 +267,21 @@ def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = T
         is_struct = pa.types.is_struct(source.schema.field(options.image_column).type)
         columns.append(f"{options.image_column}.bytes" if is_struct else options.image_column)
     held: pa.Table | None = None
-    try:
-        # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
-        with open_parquet(path, BUFFER_BYTES) as file:
-            # A batch ends early where Arrow's 2 GiB of bytes a chunk are full, so batches are put together here.
-            group = file.metadata.row_group(own_group)
-            for batch in file.iter_batches(
-                bound_rows(path, group, batch_rows), row_groups=[own_group], columns=columns
-            ):
-                table = _as_packaged(source, path, pa.Table.from_batches([batch]))
-                held = table if held is None else pa.concat_tables([held, table])
-                if (num_bytes := unfolded_bytes(held)) > max(2 * BATCH_BYTES, 2 * group.total_byte_size):
-                    raise InputError(
-                        f"{path}: {held.num_rows} rows take {num_bytes} bytes, though the file is small: give a "
-                        "smaller --read-batch-size if that is meant"
-                    )
-                while held.num_rows >= batch_rows:
-                    yield held.slice(0, batch_rows)
-                    held = held.slice(batch_rows)
-    except (pa.ArrowException, OSError) as error:
-        if "UTF8" in str(error):  # Arrow checks a dictionary's text itself
-            raise _not_text(path, f"one of {', '.join(columns)}", error) from None
-        failure = read_failure(path, error)
-        if isinstance(failure, DamagedError):
-            what = f"row group {own_group} cannot be read ({one_line(error)[:200]})"
-            failure = DamagedError(f"{path}: {what}: fetch the file again")
-        raise failure from None
+    # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
+    with reading(path), open_parquet(path, BUFFER_BYTES) as file:
+        # A batch ends early where Arrow's 2 GiB of bytes a chunk are full, so batches are put together here.
+        group = file.metadata.row_group(own_group)
+        for batch in file.iter_batches(bound_rows(path, group, batch_rows), row_groups=[own_group], columns=columns):
+            table = _as_packaged(source, path, pa.Table.from_batches([batch]))
+            held = table if held is None else pa.concat_tables([held, table])
+            if (num_bytes := unfolded_bytes(held)) > max(2 * BATCH_BYTES, 2 * group.total_byte_size):
+                raise InputError(
+                    f"{path}: {held.num_rows} rows take {num_bytes} bytes, though the file is small: give a "
+                    "smaller --read-batch-size if that is meant"
+                )
+            while held.num_rows >= batch_rows:
+                yield held.slice(0, batch_rows)
+                held = held.slice(batch_rows)
     if held is not None and held.num_rows:
         yield held
 
@@ -311,7 +299,10 @@ def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table
         try:
             column.validate(full=True)
         except pa.ArrowInvalid as error:
-            raise _not_text(path, name, error) from None
+            raise InputError(
+                f"{path}: column {name}: text that is not UTF-8 ({one_line(error)[:200]}): write it in UTF-8, or as "
+                "binary"
+            ) from None
         is_id = name == source.options.id_column
         column = whole_from_floats(column, name, path, quiet=True) if is_id else column
         kind = source.schema.field(name).type
@@ -320,12 +311,6 @@ def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table
         columns[ID_COLUMN if is_id else name] = column
     columns |= {name: pa.repeat(value, table.num_rows) for name, value in source.partitions[path].items()}
     return pa.table(columns)
-
-
-def _not_text(path: Path, name: str, error: BaseException) -> InputError:
-    return InputError(
-        f"{path}: column {name}: text that is not UTF-8 ({one_line(error)[:200]}): write it in UTF-8, or as binary"
-    )
 
 
 def list_pictures(source: PackagedInput) -> Iterator[bytes]:

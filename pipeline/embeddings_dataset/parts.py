@@ -93,24 +93,21 @@ class Outcome:
 def make_content(source: PackagedInput, plan: PartPlan, table: pa.Table, outcome: Outcome) -> PartContent:
     """Return the content of a part whose read batch is `table`."""
     ids, id_field = table.column(ID_COLUMN).combine_chunks(), table.schema.field(ID_COLUMN)
-    width = outcome.embeddings.shape[1]
     # A list's element is called so when it is read from a parquet: a part that is written again has the same bytes.
-    kind = pa.list_(pa.field("element", pa.float32()), width)
+    kind = pa.list_(pa.field("element", pa.float32()), outcome.embeddings.shape[1])
     values = pa.FixedSizeListArray.from_arrays(pa.array(outcome.embeddings.ravel(), pa.float32()), type=kind)
     schema = pa.schema([id_field, pa.field(EMBEDDING_COLUMN, kind)])
     embedded = pa.Table.from_arrays([take_rows(ids, outcome.rows), values], schema=schema)
     rejected_rows = np.array([row for row, _ in outcome.rejected], dtype=np.int64)
     rejections = [rejection for _, rejection in outcome.rejected]
-    rejects = [
-        pa.array(plan.first_row + rejected_rows, pa.int64()),
-        take_rows(ids, rejected_rows),
-        pa.array([rejection.reason for rejection in rejections], pa.string()),
-        pa.array([rejection.detail for rejection in rejections], pa.string()),
-    ]
+    columns = [
+        pa.array(plan.first_row + rejected_rows, pa.int64()), take_rows(ids, rejected_rows),
+        [rejection.reason for rejection in rejections], [rejection.detail for rejection in rejections],
+    ]  # fmt: skip
     schema = pa.schema([("row", pa.int64()), id_field, ("reason", pa.string()), ("detail", pa.string())])
     return PartContent(
         embedded=source.carry_columns(embedded, table, outcome.rows),
-        rejects=pa.Table.from_arrays(rejects, schema=schema),
+        rejects=pa.table(columns, schema=schema),
         skipped=table.num_rows - len(outcome.rows) - len(rejections),
         image_hashes=np.array(outcome.image_hashes, np.uint64),
     )

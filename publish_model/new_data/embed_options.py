@@ -34,28 +34,11 @@ class EmbedOptions(InputOptions):
 
 
 def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
-    """Read the command line.
+    """Read the command line; the names of the options are the fields of EmbedOptions.
 
     Raises ConfigError where it is wrong.
     """
     parser = cli.make_parser(description, config=False)
-    add_options(parser)
-    options = EmbedOptions(**vars(parser.parse_args(argv)))
-    if options.overwrite and not options.shard.is_whole:
-        raise ConfigError("--overwrite with --shard would remove what the other shards write: remove OUTPUT yourself")
-    check_places(options.input, options.output)
-    return options
-
-
-def check_places(input_path: Path, output: Path) -> None:
-    """Raise ConfigError where the output lies in the input folder, or in a dataset's own folders."""
-    check_outside_datasets(output)
-    if output.resolve().is_relative_to(input_path.resolve()) and input_path.is_dir():
-        raise ConfigError(f"--output {output}: lies in the input folder and would become part of the input")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add every option of the stage; their names are the fields of EmbedOptions."""
     add = parser.add_argument
     add_input_options(parser)
     add("--output", "-o", type=Path, required=True, metavar="OUTPUT", help="dataset directory to write or resume")
@@ -75,6 +58,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_column_options(parser)
     cli.add_shard_option(parser, "row group")
     add("--overwrite", action="store_true", help="remove what is in OUTPUT and begin anew")
+    options = EmbedOptions(**vars(parser.parse_args(argv)))
+    if options.overwrite and not options.shard.is_whole:
+        raise ConfigError("--overwrite with --shard would remove what the other shards write: remove OUTPUT yourself")
+    check_places(options.input, options.output)
+    return options
+
+
+def check_places(input_path: Path, output: Path) -> None:
+    """Raise ConfigError where the output lies in the input folder, or in a dataset's own folders."""
+    check_outside_datasets(output)
+    if output.resolve().is_relative_to(input_path.resolve()) and input_path.is_dir():
+        raise ConfigError(f"--output {output}: lies in the input folder and would become part of the input")
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -127,10 +122,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = float(text)  # argparse names the option where this fails
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1")
     return value
