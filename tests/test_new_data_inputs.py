@@ -108,7 +108,7 @@ def test_the_keys_of_hive_folders_are_kept_where_asked_for_and_said_else(embed, 
     logger.removeHandler(records)
     said = [records.queue.get().getMessage() for _ in range(records.queue.qsize())]
     assert sum("its folders name" in line for line in said) == 1
-    assert "its folders name year, city, which is not kept: give --keep-columns year,city" in outcome.stderr
+    assert "its folders name year,city: give --keep-columns year,city to keep it as a column" in outcome.stderr
     assert embed(folder, tmp_path / "out", "--keep-columns", "year,city").code == 0
     table = read_dataset(tmp_path / "out")
     assert (table["year"].type, table["city"].type) == (pa.int64(), pa.string())

@@ -1,29 +1,30 @@
 """The parts that one run adds to an embeddings dataset: which are missing, writing them, and the state."""
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.deletions import finish_order, read_order
-from pipeline.embeddings_dataset.packaged_input import PackagedInput, read_batches
+from pipeline.embeddings_dataset.packaged_input import SHAPING_OPTIONS, PackagedInput, read_batches
 from pipeline.embeddings_dataset.parts import (
     STAGE,
+    ForeignError,
     Part,
     PartContent,
     PartPlan,
     count_rows,
     list_part_files,
     plan_parts,
-    read_part,
+    read_parts,
     write_part,
 )
 from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutputError
 from pipeline.files.tables import make_provenance
-from pipeline.files.workspace import write_json
+from pipeline.files.workspace import remove_made, write_json
 from pipeline.ids import Shard
 from pipeline.inference.precision import Precision
 from pipeline.log import logger
@@ -46,15 +47,9 @@ class Appending:
             "input_schema": [f"{field.name}: {field.type}" for field in source.schema],
             "row_group_fingerprint": source.fingerprint,
         }
-        settings = {
-            "read_batch_size": source.options.read_batch_size,
-            "filter_valid": source.options.filter_valid,
-            "precision": precision.mode,
-            "embedding_version": version,
-            "keep_columns": list(source.options.keep_columns),
-            "id_column": source.options.id_column,
-            "image_column": source.options.image_column,
-        }
+        read_so = {name: getattr(source.options, name) for name in SHAPING_OPTIONS}
+        read_so["keep_columns"] = list(source.options.keep_columns)
+        settings = read_so | {"precision": precision.mode, "embedding_version": version}
         self.recipe = made_from | settings
         self.plans = {plan.name: plan for plan in plan_parts(source)}
         noted = {"embedding_version": version, **precision.fidelity}
@@ -78,31 +73,25 @@ class Appending:
                     "another --output, or --overwrite to begin anew"
                 )
 
-    def find_parts(self, names: Iterable[str] | None = None) -> dict[str, Part]:
-        """Return the parts that are there (among `names`), whole or cut; a damaged one counts as missing.
+    def find_parts(self) -> dict[str, Part]:
+        """Return the parts that are there, whole or cut, by name; a damaged one counts as missing.
 
         Raises StaleOutputError for a part of another recipe or not ours, InputError for a file that is no part of this
         input, or cannot be read.
         """
-        found = list_part_files(self.dataset.folder)
-        for name in sorted(found.keys() - self.plans.keys()):
-            raise InputError(
-                f"{self.dataset.path_of(name)}: no part of this input: remove it, or give another --output"
-            )
         rejects = {path.name for path in (self.dataset.folder / "_rejects").glob("rg*.parquet")}
         parts = {}
-        for name in found.keys() if names is None else found.keys() & set(names):
-            path = self.dataset.path_of(name)
-            try:
-                part = read_part(path)
+        for path, part in read_parts(self.dataset.folder):
+            if path.name not in self.plans:
+                raise InputError(f"{path}: no part of this input: remove it, or give another --output")
+            if isinstance(part, ForeignError):
+                raise part
+            if isinstance(part, Part):
                 self.check(part.recipe, path)
-                if part.plan != self.plans[name]:
-                    raise DamagedError(f"{path}: holds other rows")
-            except DamagedError:
+            if isinstance(part, DamagedError) or part.plan != self.plans[path.name]:
                 logger.warning("%s: damaged: it is made again", path)
-                continue
-            if name in rejects:
-                parts[name] = part
+            elif path.name in rejects:
+                parts[path.name] = part
         return parts
 
     def write_part(self, plan: PartPlan, content: PartContent) -> None:
@@ -135,10 +124,13 @@ class Appending:
             raise PipelineError(f"{folder}: a deletion of ids was interrupted: {remedy}")
         row_groups = set(shard.take(list(range(len(self.source.row_group_rows)))))
         self._own = {name: plan for name, plan in self.plans.items() if plan.row_group in row_groups}
-        self.parts = {} if overwrite else self.find_parts(self._own)
+        self.parts = {} if overwrite else self._find_own_parts()
         for name, plan in self._own.items():
             if plan.rows_within(limit) > (self.parts[name].counts["in"] if name in self.parts else 0):
                 self.work.setdefault(plan.row_group, []).append(plan)
+
+    def _find_own_parts(self) -> dict[str, Part]:
+        return {name: part for name, part in self.find_parts().items() if name in self._own}
 
     @property
     def num_rows(self) -> tuple[int, int]:
@@ -182,8 +174,8 @@ class Appending:
     def finish(self) -> dict[str, Any]:
         """Write the state and return it; what was set aside goes once the dataset is complete."""
         if self.work:
-            self.parts = self.find_parts(self._own)
+            self.parts = self._find_own_parts()
         state = self.write_state()
         if state["complete"]:
-            self.dataset.discard_set_aside()
+            remove_made(self.dataset.folder / SET_ASIDE, r"\d+")
         return state

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import list_values
+from pipeline.embeddings_dataset.columns import hash_bytes
 from pipeline.embeddings_dataset.packaged_input import (
     ID_COLUMN,
     IMAGE_COLUMN,
+    SHAPING_OPTIONS,
     PackagedInput,
     open_packaged,
     read_batches,
@@ -25,14 +26,14 @@ from pipeline.embeddings_dataset.parts import (
     count_rows,
     embeddings_of,
     is_ours,
-    read_ids,
+    read_image_hashes,
     read_parts,
     rejects_beside,
 )
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.identity import hash_json
 from pipeline.files.tables import open_parquet
-from pipeline.files.workspace import locked, read_json_object, remove_made, write_json
+from pipeline.files.workspace import locked, read_json_object, write_json
 from pipeline.log import logger
 from pipeline.own_folders import move
 
@@ -193,16 +194,6 @@ class EmbeddingsDataset:
             raise ForeignError(strange[0])
         self.set_aside([self.state_path, *found, *rejects])
 
-    def list_set_aside(self) -> list[Path]:
-        """Return the parts and rejects that were set aside, the last ones last."""
-        folders = [path for path in (self.folder / SET_ASIDE).glob("*") if path.name.isdecimal()]
-        folders.sort(key=lambda path: int(path.name))
-        return [path for folder in folders for path in sorted(folder.glob("*/rg*.parquet"))]
-
-    def discard_set_aside(self) -> None:
-        """Remove what was set aside; other files there stay, and are named."""
-        remove_made(self.folder / SET_ASIDE, r"\d+")
-
     # ------------------------------------------------------------------------------------------ reading
 
     @property
@@ -228,8 +219,7 @@ class EmbeddingsDataset:
         Raises InputError where it cannot be read, or is another one.
         """
         recipe = recipe or self.recipe
-        names = ("filter_valid", "read_batch_size", "keep_columns", "id_column", "image_column")
-        source = open_packaged(path, **{name: recipe[name] for name in names})
+        source = open_packaged(path, **{name: recipe[name] for name in SHAPING_OPTIONS})
         if source.fingerprint != recipe.get("row_group_fingerprint"):
             raise InputError(f"{path}: not the input that {self.folder} was made from: give that one")
         return source
@@ -248,13 +238,10 @@ class EmbeddingsDataset:
 
         Rows are counted over all parts in order; the places ascend.
         """
-        wanted, first = np.sort(np.asarray(rows, np.int64)), 0
-        for part in self.parts:
-            end = first + part.counts["out"]
-            low, high = np.searchsorted(wanted, [first, end])
-            if low < high:
-                yield part, first, (wanted[low:high] - first).tolist()
-            first = end
+        firsts = np.cumsum([0, *(part.counts["out"] for part in self.parts)]).tolist()
+        for part, first, end in zip(self.parts, firsts, firsts[1:], strict=False):
+            if places := sorted(row - first for row in rows if first <= row < end):
+                yield part, first, places
 
     def read_ids_at(self, rows: Sequence[int]) -> dict[int, Any]:
         """Return the ids of some embedded rows."""
@@ -265,7 +252,7 @@ class EmbeddingsDataset:
         return found
 
     def read_images(self, source: PackagedInput, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Yield some embedded rows, ascending, each with the image file that it was made from."""
+        """Yield some embedded rows, ascending, each with the image file that it was made from, by the hash of that."""
         row_group = -1
         batches: Iterator[tuple[int, pa.Table]] = iter(())
         for part, first, places in self.locate(rows):
@@ -273,11 +260,7 @@ class EmbeddingsDataset:
                 row_group = part.plan.row_group
                 batches = enumerate(read_batches(source, row_group))
             table = next(table for number, table in batches if number == part.plan.read_batch)
-            table = table.slice(0, part.counts["in"])
-            embedded = source.embedded_rows(table, part.plan.first_row, part.read_content().rejects)
-            if part.num_deleted:
-                known = set(map(repr, read_ids(part.path)))
-                ids = list_values(table.column(ID_COLUMN))
-                embedded = embedded[[repr(ids[row]) in known for row in embedded]]
-            images = table.column(IMAGE_COLUMN)
-            yield from ((first + place, images[int(embedded[place])].as_py()) for place in places)
+            hashes = read_image_hashes(part.path)[places].tolist()
+            images = (image.as_py() or b"" for image in table.column(IMAGE_COLUMN))
+            found = {own: image for image in images if (own := hash_bytes(image)) in hashes}
+            yield from ((first + place, found[own]) for place, own in zip(places, hashes, strict=True))

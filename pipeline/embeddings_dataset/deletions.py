@@ -119,7 +119,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     for path in [path for part in dataset.parts for path in (part.path, rejects_beside(part.path))]:
         found |= wanted.intersection(hash_ids(read_ids(path), salt))
     may_hold = not before.done
-    for path in [*filter(is_ours, orphans), *dataset.list_set_aside()]:
+    for path in [*filter(is_ours, orphans), *folder.glob(f"{SET_ASIDE}/[0-9]*/*/rg*.parquet")]:
         try:
             found |= wanted.intersection(hash_ids(read_ids(path), salt))
         except (InputError, LookupError):  # damaged

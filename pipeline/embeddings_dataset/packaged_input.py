@@ -57,6 +57,10 @@ class InputOptions:
     image_column: str = IMAGE_COLUMN
 
 
+# The options that shape what is made of an input.
+SHAPING_OPTIONS = ("filter_valid", "read_batch_size", "keep_columns", "id_column", "image_column")
+
+
 @dataclass(frozen=True)
 class PackagedInput:
     """Packaged images, identified by content (size, schema and footers) and never by path.
