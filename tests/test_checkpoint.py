@@ -1,6 +1,7 @@
 """Checkpoints: written whole, read safely, older ones mapped, wrong ones refused."""
 
 import json
+import math
 import pickle
 import resource
 from pathlib import Path
@@ -171,6 +172,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ({"architecture": {"input_dim": 12, "hidden_dim": 10**9, "output_dim": 10**9}}, "size mismatch"),
         ({"architecture": {"input_dim": 12}}, "size mismatch"),
         ({"architecture": {"input_dim": 12, "input_power": "x"}}, "could not convert string to float"),
+        ({"architecture": make_projector().architecture | {"dropout": math.nan}}, "dropout or input_power is out of"),
+        ({"architecture": make_projector().architecture | {"input_power": 10**9}}, "dropout or input_power is out of"),
         (
             {"projector": {"shortcut.weight": torch.zeros(1).expand(10**9, 10**9)}},
             "claims more numbers",

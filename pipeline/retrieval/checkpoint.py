@@ -108,6 +108,8 @@ def build_projector(checkpoint: Checkpoint) -> Projector:
             raise ValueError(f"num_hidden_layers is {architecture['num_hidden_layers']}")
         with torch.device("meta"):  # shapes are compared before memory is taken for them
             Projector(**architecture).load_state_dict(weights, strict=True, assign=True)
+        if not (0 <= architecture.get("dropout", 0.0) < 1 and 0 < architecture.get("input_power", 1.0) < 100):
+            raise ValueError("dropout or input_power is out of range")
         projector = Projector(**architecture)
         projector.load_state_dict(weights, strict=True)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
