@@ -65,7 +65,7 @@ def embed_photographs(paths: Sequence[Path], model: PublishedModel, dtype: str) 
     """
     for path in paths:  # found before a large model is loaded
         if not path.is_file():
-            raise InputError(f"{path}: no such file: correct the path")
+            raise InputError(f"{path}: not a file: give JPEG, PNG or WebP images")
     from pipeline.inference.backbone import check_embeddings
 
     embedder = model.load(dtype)

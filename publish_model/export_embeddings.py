@@ -21,10 +21,12 @@ from pipeline import cli
 from pipeline.embeddings_dataset.columns import check_names
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, gather_blocks
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, embeddings_of, read_table
+from pipeline.errors import StaleOutputError
 from pipeline.files.outputs import check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, write_parquet
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
+from pipeline.own_folders import remove
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.similarity_search import find_nearest
 
@@ -88,8 +90,11 @@ def export(dataset: EmbeddingsDataset, kind: str, overwrite: bool) -> cli.StageR
     result = cli.StageResult(STAGE)
     summary_path, paths = folder / EXPORT_SUMMARY, [folder / "parts" / part.path.name for part in dataset.parts]
     check_replaceable(summary_path, EXPORT_MARK, is_default=True)
-    for path in paths:
+    others = sorted({*(folder / "parts").glob("*.parquet")} - {*paths})
+    for path in [*paths, *others]:
         check_replaceable(path, STAGE, is_default=True)
+    if others and not overwrite:
+        raise StaleOutputError(f"{others[0]}: made of no part of this dataset: give --overwrite to make the copy again")
     for part, path in zip(dataset.parts, paths, strict=True):
         source = {"name": part.path.name, "checksum": part.checksum}
         provenance = make_provenance(STAGE, [source], {"export": kind})
@@ -99,6 +104,8 @@ def export(dataset: EmbeddingsDataset, kind: str, overwrite: bool) -> cli.StageR
         else:
             result.kept.append(path)
         result.add({"in": part.counts["out"], "out": part.counts["out"]})
+    for path in others:
+        remove(path)
     before, after = (sum(path.stat().st_size for path in own) for own in ([part.path for part in dataset.parts], paths))
     wanted = {"export": kind, "source": dataset.identify()}
     if result.written or read_json_object(summary_path).get("source") != wanted["source"]:

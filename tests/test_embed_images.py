@@ -79,7 +79,7 @@ def test_pictures_that_cannot_be_read_are_named_and_nothing_is_written(run_main,
     assert "(and 1 more of 3)" in outcome.stderr
     assert not (tmp_path / "out.npy").exists()
     gone = run_main(embed_images.main, pictures / "00.jpg", tmp_path / "gone.jpg", "--model-id", model)
-    assert gone.stderr == f"error: {tmp_path / 'gone.jpg'}: no such file: correct the path\n"
+    assert gone.stderr == f"error: {tmp_path / 'gone.jpg'}: not a file: give JPEG, PNG or WebP images\n"
 
 
 def test_a_model_that_is_not_there_is_said_in_one_line(run_main, pictures, tmp_path):

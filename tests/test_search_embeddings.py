@@ -1,6 +1,7 @@
 """Searching a dataset and copying it compactly: against brute force."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -151,7 +152,7 @@ def test_an_id_is_one_field_of_one_line_whatever_it_holds(one, text):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--query", "none.jpg"], "none.jpg: no such file"),
+        (["--query", "none.jpg"], "none.jpg: not a file"),
         (["--query", "in.parquet"], "unreadable_image"),
         (["--query", "query.jpg", "--model-id", "nobody/nothing"], "is not on this machine"),
     ],
@@ -216,6 +217,17 @@ def test_a_rerun_of_an_export_makes_what_is_missing(export, tmp_path):
     assert parts[0].stat().st_mtime_ns == before[parts[0]][1]
     write_dataset(output, pa.array(range(40)), unit_rows(1, 40))
     assert "made from other inputs" in export(output, "--export", "int8").stderr.splitlines()[-1]
+
+
+def test_an_export_keeps_no_part_of_an_earlier_dataset(export, tmp_path):
+    parts = tmp_path / "out" / "_exports" / "int8" / "parts"
+    for first, num_rows in ((0, 40), (100, 10)):
+        shutil.rmtree(tmp_path / "out" / "parts", ignore_errors=True)
+        output = write_dataset(tmp_path / "out", pa.array(range(first, first + num_rows)), unit_rows(0, num_rows))
+        assert export(output, "--export", "int8", "--overwrite").code == 0
+    assert pq.read_table(parts)["OSMID"].to_pylist() == list(range(100, 110))
+    shutil.copy(parts / "rg00000_rb00000.parquet", parts / "other.parquet")
+    assert "other.parquet: made of no part of this dataset" in export(output, "--export", "int8").stderr
 
 
 def test_an_embedding_of_zeros_survives_int8():
