@@ -3,8 +3,8 @@
     python sample_data/render_streets.py --output DIR [--seed 0] [--buildings 150] [--size 448] [--workers N]
 
 Writes DIR/0001.tar to DIR/0004.tar and DIR/.render.json, which records the parameters, the renderer's own code and the
-finished tars. A rerun with the same parameters and code keeps finished tars and renders the rest; otherwise it renders
-everything again. The same seed gives the same bytes on one machine, whatever the number of workers.
+tars' sizes. A rerun with the same parameters and code keeps the tars if all are there; otherwise it renders all again.
+The same seed gives the same bytes on one machine, whatever the number of workers.
 """
 
 import argparse
@@ -52,36 +52,26 @@ def describe_making(city: dict[str, int]) -> dict[str, Any]:
 
 
 def render_streets(output_dir: Path, workers: int, **city: int) -> list[Path]:
-    """Render the tars of a city (`seed`, `buildings`, `size`) that are not finished yet; return the paths of all."""
+    """Render the tars of a city (`seed`, `buildings`, `size`) unless all are finished; return their paths."""
     started = time.monotonic()
     making, marker_path = describe_making(city), output_dir / MARKER_NAME
     log(f"render_streets workers={workers} {making}")
     marker = read_json_object(marker_path)
-    finished: dict[str, Any] = marker["tars"] if marker.get("parameters") == making else {}
+    sizes: dict[str, int] = marker["sizes"] if marker.get("parameters") == making else {}
     paths = [output_dir / f"{i + 1:04d}.tar" for i in range(NUM_DATASETS)]
     if not marker and (others := [path for path in paths if path.exists()]):
         raise ConfigError(f"{others[0]}: not rendered here, so it stays: give another --output")
-    kept = {
-        path
-        for path in paths
-        if path.name in finished and path.is_file() and path.stat().st_size == finished[path.name]["bytes"]
-    }
-    for path in sorted(kept):
-        log(f"kept {path}: complete, same parameters")
-    if len(kept) < len(paths):
-        finished = {path.name: finished[path.name] for path in kept}
-        write_json(marker_path, {"parameters": making, "tars": finished})
-        streets = plan_city(city["seed"], city["buildings"], city["size"])
-        streets = [street for street in streets if paths[street.dataset_id - 1] not in kept]
-        for dataset_id, photographs in photograph_datasets(streets, workers):
-            path = paths[dataset_id - 1]
-            num_bytes = write_tar(path, dataset_id, photographs, city["seed"])
-            finished[path.name] = {"bytes": num_bytes, "images": len(photographs)}
-            write_json(marker_path, {"parameters": making, "tars": finished})
-            log(f"wrote {path}: {len(photographs)} images, {num_bytes} bytes")
-    images = sum(entry["images"] for entry in finished.values())
-    seconds = time.monotonic() - started
-    log(f"done: {images} images, {len(kept)} tars kept, {len(paths) - len(kept)} written, {seconds:.1f} s")
+    if all(path.is_file() and path.stat().st_size == sizes.get(path.name) for path in paths):
+        log(f"kept the tars of {output_dir}: complete, same parameters")
+        return paths
+    write_json(marker_path, {"parameters": making, "sizes": {}})
+    streets = plan_city(city["seed"], city["buildings"], city["size"])
+    for dataset_id, photographs in photograph_datasets(streets, workers):
+        path = paths[dataset_id - 1]
+        write_tar(path, dataset_id, photographs, city["seed"])
+        log(f"wrote {path}: {len(photographs)} images")
+    write_json(marker_path, {"parameters": making, "sizes": {path.name: path.stat().st_size for path in paths}})
+    log(f"done: {time.monotonic() - started:.1f} s")
     return paths
 
 
@@ -108,8 +98,8 @@ def photograph_datasets(streets: list[Street], workers: int) -> Iterator[tuple[i
                 yield street.dataset_id, sorted(done.pop(street.dataset_id))
 
 
-def write_tar(path: Path, dataset_id: int, photographs: list[Photograph], seed: int) -> int:
-    """Write one dataset with its members shuffled, and return its size in bytes."""
+def write_tar(path: Path, dataset_id: int, photographs: list[Photograph], seed: int) -> None:
+    """Write one dataset with its members shuffled."""
     folder = f"{dataset_id:04d}/{dataset_id:04d}"
     members: list[tuple[str, bytes]] = []
     for stem, jpeg, metadata in photographs:
@@ -118,7 +108,6 @@ def write_tar(path: Path, dataset_id: int, photographs: list[Photograph], seed: 
     with writing_to(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in order.tolist():
             add_member(tar, *members[i])
-    return path.stat().st_size
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

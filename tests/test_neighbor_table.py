@@ -108,7 +108,7 @@ def test_large_lists_and_null_lists_are_read_too(tmp_path: Path) -> None:
         ({"neighbor_bands": [[0] * 4, [0, 1], [0] * 5, [], [0] * 3]}, "differ in length"),
         ({"neighbor_bands": [[7] * 5, [0, 1], [0] * 5, [], [0] * 3]}, "neighbor_bands must be 0 ... 6"),
         ({"neighbor_bands": [[-1] * 5, [0, 1], [0] * 5, [], [0] * 3]}, "neighbor_bands must be 0 ... 6"),
-        ({"neighbor_bands": ["a"] * 5}, "column neighbor_bands is string, expected a list"),
+        ({"neighbor_bands": ["a"] * 5}, "column neighbor_bands is string, expected list"),
         ({"neighbor_building_ids": [[1], [1], [1], [1], [1]]}, "column neighbor_building_ids is list<.*int64>"),
         ({"target_coord_hash": [1, 2, 3, 4, 5]}, "column target_coord_hash is int64, expected string"),
     ],

@@ -80,6 +80,8 @@ def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | 
         if index < 0:
             problems.append(f"column {field.name} is missing")
             continue
+        if pa.types.is_list(field.type) and is_list_of(schema.field(index).type, field.type.value_type):
+            continue
         kinds = {plain_type(schema.field(index).type), field.type}
         if len(kinds) > 1 and kinds != {pa.int64(), pa.float64()}:
             problems.append(f"column {field.name} is {schema.field(index).type}, expected {field.type}")

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +20,14 @@ NUM_BANDS = 7  # 0 is the hardest, 6 the easiest
 # Rows that a thread works on at a time: with 150 neighbours about 300 MB. Arrow makes its hash table of the buildings
 # for each call, so that fewer rows would take longer.
 _BATCH_ROWS = 32_768
+
+_SCHEMA = pa.schema(
+    [
+        ("target_coord_hash", pa.string()),
+        ("neighbor_building_ids", pa.list_(pa.string())),
+        ("neighbor_bands", pa.list_(pa.int64())),
+    ]
+)
 
 Rows = NDArray[np.int64]
 # Rows of `features`, their usable neighbours by image and band, and the end of each image's bands.
@@ -51,17 +58,8 @@ def load_neighbors(path: Path | None, features: Features) -> Neighbors:
         return Neighbors(np.empty(0, np.int32), starts, ends)
     tables.read_provenance(path, warn=True)
     with tables.open_parquet(path) as file, tables.reading(path):
-        schema = file.schema_arrow
-        column_types.check_columns(path, schema, [pa.field("target_coord_hash", pa.string())])
+        column_types.check_columns(path, file.schema_arrow, _SCHEMA)
         keys = file.read(columns=["target_coord_hash"]).column(0).combine_chunks().cast(pa.string())
-    for name, what, wanted in (
-        ("neighbor_building_ids", "text", pa.string()),
-        ("neighbor_bands", "whole numbers", pa.int64()),
-    ):
-        kind: Any = schema.field(name).type if name in schema.names else None
-        if kind is None or not column_types.is_list_of(kind, wanted):
-            found = kind or "missing"
-            raise InputError(f"{path}: column {name} is {found}, expected a list of {what}: run stage 5 again")
     places = pc.fill_null(pc.index_in(keys, value_set=features.image_ids), -1).to_numpy().astype(np.int64)
     known = places[places >= 0]
     if len(known) == 0:
