@@ -9,7 +9,6 @@ from raw_tars import draw_view, encode
 from test_backbone import PHOTOGRAPHS, embed_ours, make_convnext, make_dinov3
 
 from pipeline.errors import PipelineError
-from pipeline.inference import backbone
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.devices import compile_blocks, is_convolutional, place
 from pipeline.inference.pixels import decode_pixels
@@ -96,8 +95,7 @@ def test_a_model_of_more_kinds_of_block_than_torch_compiles_is_compiled_as_a_who
     assert "compiled 1 blocks as 1 graphs in " in (tmp_path / "a.log").read_text()
 
 
-def test_pictures_travel_together_and_arrive_as_they_were(models, monkeypatch):
-    monkeypatch.setattr(backbone, "PINNED_BYTES", 60_000)
+def test_pictures_travel_together_and_arrive_as_they_were(models):
     embedder = Embedder(models["dinov3"], device="cpu")
     pictures = [decode_pixels(encode(draw_view(seed, size=(100 + seed, 90)))) for seed in range(7)]
     there = embedder._upload(pictures)

@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from published_models import make_photographs, read_dataset, write_backbone, write_kind, write_packaged
 from reference_models import write_reference_model
+from safetensors.torch import load_file
 
 from publish_model import embed_images, generate_embeddings_from_parquet, search_embeddings, verify_embeddings
 from publish_model.model_folder.published_model import find_model
@@ -83,6 +85,7 @@ def test_search_and_verify_take_its_dataset(run_main, dino, pictures, tmp_path):
     rank, similarity, identifier = outcome.stdout.split()
     assert (rank, identifier) == ("1", "way/7")
     assert float(similarity) > 0.9999
+    assert "UNEXPECTED" not in outcome.stderr  # as transformers calls the projector under its old names
     outcome = run_main(verify_embeddings.main, tmp_path / "out", "--input", packaged)
     assert outcome.code == 0, outcome.stderr
 
@@ -125,6 +128,15 @@ def test_a_processor_of_its_own_wins_over_the_backbones(dino, tmp_path):
     (folder / "preprocessor_config.json").write_text('{"of": "its own"}')
     model = find_model(str(folder), download=False)
     assert (model.folder / "preprocessor_config.json").read_text() == '{"of": "its own"}'
+
+
+def test_weights_in_several_files_give_the_same(dino, pictures, tmp_path):
+    folder = shutil.copytree(dino[0], tmp_path / "reference")
+    weights = load_file(folder / "model.safetensors")
+    save_torch_state_dict(weights, folder, max_shard_size=20_000)  # which removes the one file
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    found = embed_images.embed_images(sorted(pictures.iterdir()), str(folder))
+    assert (found * expected_of(dino, pictures)).sum(axis=1).min() >= 0.9999
 
 
 def test_a_backbone_without_pooled_output_gives_its_first_token(pictures, tmp_path):

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoModel
-from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import DeviceMemoryError, InputError, PipelineError, one_line
 from pipeline.inference.devices import (
@@ -48,8 +47,6 @@ CPU_MICRO_BATCH_PIXELS = 8 * 224 * 224
 # Images in one forward pass on a GPU that is given no number, halved where its memory does not hold them. An H100 does
 # 64 to 256 pictures of a ViT-7B at one rate (161 to 164 img/s).
 GPU_MICRO_BATCH = 256
-# Pinned memory that pictures travel in, many at once: the allocator rounds each buffer up to a power of two.
-PINNED_BYTES = 32 << 20
 # Least cosine between a picture's embeddings after resizing on the device and on the CPU.
 LEAST_RESIZED_COSINE = 0.9999
 # How far two embeddings of one picture may lie apart, as a share of their length: a cosine of 0.9995.
@@ -97,7 +94,6 @@ class Embedder:
         # Never float16, which breaks DINOv3.
         self.mode = dtype if dtype != "auto" else "bfloat16" if self.on_gpu else "float32"
         self.dtype = torch.bfloat16 if self.mode == "bfloat16" else torch.float32
-        transformers_logging.disable_progress_bar()
         # Refuses a text model before its image processor is missed.
         model_config = find_vision_config(folder, trust_remote_code, model_class)
         self.processor = load_processor(folder, image_size)
@@ -168,20 +164,12 @@ class Embedder:
         return list(found.values())
 
     def _upload(self, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Bring pictures (3, H, W) uint8 to the device, many in one copy."""
-        there: list[torch.Tensor] = []
-        while len(there) < len(pictures):
-            buffer = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=self.on_gpu)
-            end, shapes = 0, []
-            for picture in pictures[len(there) :]:
-                if end + picture.numel() > PINNED_BYTES:
-                    break
-                buffer[end : end + picture.numel()].view(picture.shape).copy_(picture)
-                end += picture.numel()
-                shapes.append(picture.shape)
-            pieces = buffer[:end].to(self.device, non_blocking=True).split([shape.numel() for shape in shapes])
-            there += [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-        return there
+        """Bring pictures (3, H, W) uint8 to the device in one copy."""
+        sizes = [picture.numel() for picture in pictures]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.on_gpu)
+        torch.cat([picture.flatten() for picture in pictures], out=buffer)
+        pieces = buffer.to(self.device, non_blocking=True).split(sizes)
+        return [piece.view(picture.shape) for piece, picture in zip(pieces, pictures, strict=True)]
 
     def _prepare_late(self, image: Decoded) -> torch.Tensor:
         return self.prepare(image) if image.dtype == torch.uint8 else image

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, dynamic_module_utils
+from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.workspace import private_folder
@@ -24,6 +25,9 @@ PROBLEMS = (
     RuntimeError, MemoryError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 
+# Which weights are left over or missing is judged below, and anything else is an error.
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
 for _handler in logging.getLogger("transformers").handlers:  # it prints names of weights as they are
     _handler.setFormatter(LineFormat("[transformers] %(message)s"))
 

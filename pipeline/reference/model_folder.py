@@ -55,7 +55,8 @@ def in_own_format(folder: Path, describe: Callable[..., dict[str, Any]], *, down
         _map(folder),
     )
     projector = _read_projector(folder, config, paths)
-    rebuilt = private_folder("spatial-embeddings-model-")
+    rebuilt = private_folder("spatial-embeddings-model-") / folder.name
+    rebuilt.mkdir()
     weight_map = _write_weights(rebuilt, paths, projector.projector)
     name = str(config["backbone_model_name"])
     described = describe(

@@ -87,11 +87,9 @@ def try_model(folder: Path, model: ModelParts) -> None:
     """
     from PIL import Image
     from transformers import AutoImageProcessor
-    from transformers.utils import logging as transformers_logging
 
     from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
-    transformers_logging.disable_progress_bar()
     loaded: Any = SpatialEmbeddingsModel.from_pretrained(folder, output_loading_info=True)
     network, info = loaded
     wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind])
