@@ -159,7 +159,7 @@ def merge(images: ImageTable, store: PartStore, path: Path, config: Config) -> P
 def list_units(config: Config) -> list[Unit]:
     """Return the one unit, which the shards make together."""
     (path,) = STAGES[5].list_outputs(config)
-    return [Unit(STAGE, (path,), lambda _: describe_output(config), leftover=parts_dir(path))]
+    return [Unit(STAGE, (path,), lambda _: describe_output(config))]
 
 
 def describe_output(config: Config) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from pipeline.errors import InputError, Rejection, Terminated
 from pipeline.files.archive import TarImage, read_images, require_bytes
 from pipeline.files.identity import hash_json, identify
 from pipeline.files.list_columns import find_embedding
-from pipeline.files.scratch import RowScratch, name_files
+from pipeline.files.scratch import RowScratch
 from pipeline.files.tables import (
     FILE_COLUMNS,
     ID_COLUMNS,
@@ -250,7 +250,6 @@ def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[Ta
     return list_tar_units(
         STAGES[2], config, options, lambda unit: describe_output(unit, config, find_model()),
         take_over=lambda unit: check_foreign_output(unit, find_embedding(unit.output_path), REMEDY),
-        find_leftover=lambda output: name_files(output)[1],
     )  # fmt: skip
 
 

@@ -96,7 +96,6 @@ def list_units(config: Config) -> list[Unit]:
             STAGES[6].list_outputs(config),
             lambda _: describe_run(config, list_inputs(config)),
             check=check,
-            leftover=folder / run_files.LATEST,
             marks=(folder / run_files.PROVENANCE,),
         )
     ]

@@ -42,7 +42,7 @@ class TuneOptions:
 
 def list_units(config: Config) -> list[Unit]:
     """Return the one unit: the study."""
-    return [Unit(STAGE, TUNE.list_outputs(config), leftover=config.path("checkpoint_dir") / "_tune")]
+    return [Unit(STAGE, TUNE.list_outputs(config))]
 
 
 def run(config: Config, options: TuneOptions) -> cli.StageResult:

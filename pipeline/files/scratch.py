@@ -17,12 +17,6 @@ from pipeline.own_folders import open_file, remove
 SECONDS_BETWEEN_SAVES = 30.0
 
 
-def name_files(output_path: Path) -> tuple[Path, Path]:
-    """Return the paths of an output's rows and of the note of its progress."""
-    hidden = f".{output_path.name}"
-    return output_path.with_name(f"{hidden}.rows"), output_path.with_name(f"{hidden}.progress.json")
-
-
 class RowScratch:
     """A hidden file of float32 rows beside an output, with a note of its progress; one process at a time holds it.
 
@@ -34,7 +28,9 @@ class RowScratch:
         """Open an output's scratch, and go on from a run of the same `identity`; PipelineError if it is held."""
         self.num_rows, self.identity = num_rows, identity
         self._output_path = output_path
-        self._rows_path, self._progress_path = name_files(output_path)
+        hidden = f".{output_path.name}"
+        self._rows_path = output_path.with_name(f"{hidden}.rows")
+        self._progress_path = output_path.with_name(f"{hidden}.progress.json")
         with contextlib.ExitStack() as held, naming_failures(self._rows_path):
             held.enter_context(locked(output_path, "is making it: wait for that one, or stop it and run this again"))
             self._descriptor = open_file(self._rows_path, os.O_RDWR | os.O_CREAT)

@@ -38,8 +38,7 @@ class Unit:
 
     `describe(unit)` gives the provenance that the outputs must carry, `take_over(unit)` the counts of an output that
     carries none and is kept all the same, with a note for the log. `check()` looks at what provenance cannot tell.
-    `leftover` is the file or folder that an unfinished run goes on from, `marks` are the outputs that carry the
-    provenance, if they are not parquet files.
+    `marks` are the outputs that carry the provenance, if they are not parquet files.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Unit:
     describe: Callable[[Any], Provenance] | None = None
     take_over: Callable[[Any], tuple[dict[str, int], str]] | None = None
     check: Callable[[], None] | None = None
-    leftover: Path | None = None
     marks: tuple[Path, ...] = ()
 
 
@@ -71,8 +69,7 @@ def find_state(unit: Unit) -> UnitState:
     if len(there) == len(unit.outputs):
         first = next(iter(recorded.values()), None) or {}
         return UnitState(COMPLETE, first.get("counts", {}), first.get("reasons", {}))
-    is_begun = there or (unit.leftover is not None and unit.leftover.exists())
-    return UnitState(UNFINISHED if is_begun else ABSENT)
+    return UnitState(UNFINISHED if there else ABSENT)
 
 
 def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
@@ -146,7 +143,6 @@ def list_tar_units(
     options: Options,
     describe: Callable[[TarUnit], Provenance],
     take_over: Callable[[TarUnit], tuple[dict[str, int], str]] | None = None,
-    find_leftover: Callable[[Path], Path] | None = None,
 ) -> list[TarUnit]:
     """Return this shard's units for the tars named on the command line, or else all that there are.
 
@@ -165,19 +161,12 @@ def list_tar_units(
     units = []
     for dataset_id, tar_path in sorted(tars.items()):
         name = dataset_name(dataset_id)
-        output = place / stage.outputs[0].format(name)
-        units.append(
-            TarUnit(
-                tar_path.name,
-                (output,),
-                describe,
-                take_over,
-                leftover=find_leftover(output) if find_leftover else None,
-                dataset_id=dataset_id,
-                tar_path=tar_path,
-                intermediate_path=intermediates.get(dataset_id, intermediates_dir / f"{name}.parquet"),
-            )  # fmt: skip
-        )
+        unit = TarUnit(
+            tar_path.name, (place / stage.outputs[0].format(name),), describe, take_over,
+            dataset_id=dataset_id, tar_path=tar_path,
+            intermediate_path=intermediates.get(dataset_id, intermediates_dir / f"{name}.parquet"),
+        )  # fmt: skip
+        units.append(unit)
     return options.shard.take(units)
 
 
