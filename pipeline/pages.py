@@ -29,15 +29,9 @@ def load_templates(folder: Path) -> "Environment":
     return environment
 
 
-def shrink(image: "Image.Image", side: int) -> "Image.Image":
-    """Return a copy whose longest side has at most `side` pixels."""
-    small = image.copy()
+def to_data_uri(image: "Image.Image", side: int, quality: int) -> str:
+    """Return an RGB image, its longest side at most `side` pixels, as a JPEG data URI."""
+    small, buffer = image.copy(), io.BytesIO()
     small.thumbnail((side, side))
-    return small
-
-
-def to_data_uri(image: "Image.Image", quality: int) -> str:
-    """Return an RGB image as a JPEG data URI."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    small.save(buffer, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

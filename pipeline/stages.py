@@ -54,13 +54,9 @@ class Stage:
         """Whether several processes may share its work."""
         return self.unit != WHOLE
 
-    def find_place(self, config: Config) -> Path:
-        """Return the folder (stage 5: the file) that it writes; raise ConfigError where it is not set."""
-        return config.path(self.writes)
-
     def list_outputs(self, config: Config) -> tuple[Path, ...]:
         """Return the outputs of a stage that does not work per tar."""
-        place = self.find_place(config)
+        place = config.path(self.writes)
         return tuple(place / name for name in self.outputs) or (place,)
 
 

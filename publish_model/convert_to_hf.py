@@ -158,7 +158,7 @@ def make_folder_provenance(inputs: list[dict[str, Any]], settings: dict[str, Any
 def list_units(config: Config) -> list[Unit]:
     """Return the one unit: the published folder."""
     checkpoint_path = config.path("checkpoint_dir") / "checkpoint_best.pt"
-    output = STAGES[7].find_place(config)
+    output = config.path(STAGES[7].writes)
 
     def describe(_: Unit) -> Provenance:
         folder = locate_backbone(config, download=False)

@@ -22,7 +22,7 @@ from pipeline.files.outputs import check_replaceable, page_mark
 from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
-from pipeline.pages import load_templates, shrink, to_data_uri
+from pipeline.pages import load_templates, to_data_uri
 from publish_model.derived.dataset_tool import make_tool_parser
 from publish_model.derived.similarity_search import find_nearest
 from publish_model.embed_images import embed_photographs
@@ -49,7 +49,7 @@ def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], image
 
 def make_thumbnail(image: bytes | None) -> str | None:
     """Return an image file as a small data URI."""
-    return None if image is None else to_data_uri(shrink(decode_rgb(image), THUMBNAIL_PX), 85)
+    return None if image is None else to_data_uri(decode_rgb(image), THUMBNAIL_PX, 85)
 
 
 def search(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from pipeline.files.archive import read_placed
 from pipeline.files.tables import PLACE_COLUMNS, open_parquet
 from pipeline.ids import tar_name
 from pipeline.inference.images import decode_rgb
-from pipeline.pages import shrink, to_data_uri
+from pipeline.pages import to_data_uri
 
 # Longest side in pixels, and JPEG quality: some 200 pictures of noise would take 13 MB.
 SIDE, QUALITY = 224, 80
@@ -42,7 +42,7 @@ class PhotoSource:
         found: dict[int, str] = {}
         for row in dict.fromkeys(rows) if self.problem is None else ():
             try:
-                found[row] = to_data_uri(shrink(self._read(row), SIDE), QUALITY)
+                found[row] = to_data_uri(self._read(row), SIDE, QUALITY)
             except (Rejection, OSError):  # a tar that is gone, cut or changed leaves a gap, never a failure
                 self.num_missing += 1
         return found

@@ -40,12 +40,7 @@ PLACE_COLUMNS = [("image_offset", pa.int64()), ("image_size", pa.int64())]
 
 INTERMEDIATE_SCHEMA = pa.schema(ID_COLUMNS + FILE_COLUMNS + CAMERA_COLUMNS + PLACE_COLUMNS)
 FINGERPRINT_ID_SCHEMA = pa.schema(
-    [
-        ("streetview_image_id", pa.string()),
-        ("building_id", pa.string()),
-        ("target_lat", pa.float64()),
-        ("target_lon", pa.float64()),
-    ]
+    [(name, dict(ID_COLUMNS)[name]) for name in ("streetview_image_id", "building_id", "target_lat", "target_lon")]
 )
 REJECT_SCHEMA = pa.schema([("member", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 

@@ -40,19 +40,11 @@ def reading_text(path: Path) -> Iterator[TextIO]:
         raise InputError(f"{path}: not a CSV or text in UTF-8 ({one_line(error)[:200]}): save it as such") from None
 
 
-def read_csv(
-    path: Path,
-    required: Sequence[str | tuple[str, ...]],
-    remedy: str,
-    *,
-    others: bool = False,
-    short_rows: bool = False,
-) -> pa.Table:
+def read_csv(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str, *, others: bool = False) -> pa.Table:
     """Return the required columns of a CSV as text, exactly as it stands there; with `others` all columns.
 
     Commas, semicolons or tabs separate the columns, whichever occurs most in the first line; empty lines are skipped.
-    A row with too few values is an error unless `short_rows` makes them empty. Raises InputError where the file cannot
-    be read, or lacks a column (see `find_columns`).
+    Raises InputError where the file cannot be read, lacks a column, or a row has too few or too many values.
     """
     # pandas fills short rows without a word, and pyarrow takes a quote that is never closed for text.
     csv.field_size_limit(_MAX_FIELD)
@@ -72,23 +64,21 @@ def read_csv(
         tables = [schema.empty_table()]
         while chunk := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
             for number, row in enumerate(chunk):
-                if len(row) > len(names) or (len(row) < len(names) and not short_rows):
+                if len(row) != len(names):
                     first = sum(table.num_rows for table in tables) + 1
                     raise InputError(
                         f"{path}: row {first + number} below the names has {len(row)} values for {len(names)} columns: "
                         "correct it (a comma or a line break in a value needs quotes)"
                     )
-            columns = [[row[place] if place < len(row) else "" for row in chunk] for place in places]
+            columns = [[row[place] for row in chunk] for place in places]
             tables.append(pa.Table.from_arrays([pa.array(one, pa.string()) for one in columns], schema=schema))
     return pa.concat_tables(tables)
 
 
-def read_id_table(
-    path: Path, required: Sequence[str | tuple[str, ...]], remedy: str, *, short_rows: bool = False
-) -> pa.Table:
+def read_id_table(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str) -> pa.Table:
     """Return the required columns: of a CSV as text, blank ones null; of a parquet in their types, floats as int64."""
     if not is_parquet(path):
-        texts = read_csv(path, required, remedy, short_rows=short_rows)
+        texts = read_csv(path, required, remedy)
         return pa.table({name: null_blanks(texts[name]) for name in texts.column_names})
     with reading(path), open_parquet(path) as file:
         names = find_columns(path, file.schema_arrow.names, required, remedy)

@@ -151,7 +151,7 @@ def list_tar_units(
     """
     needed = [name for name in (*stage.reads, stage.writes) if name != "raw_dir" or not options.tar_files]
     config.require_paths(*needed)
-    intermediates_dir, place = config.path("intermediates_dir"), stage.find_place(config)
+    intermediates_dir, place = config.path("intermediates_dir"), config.path(stage.writes)
     intermediates = list_intermediates(intermediates_dir) if place != intermediates_dir else {}
     tars = {parse_dataset_id(path): path for path in options.tar_files}
     if len(tars) < len(set(options.tar_files)):

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
-from pipeline.pages import load_templates, shrink, to_data_uri
+from pipeline.pages import load_templates, to_data_uri
 from publish_model.derived.group_table import CLUSTER_COLUMN, ROW_COLUMN
 from publish_model.new_data.id_lists import describe_id
 
@@ -56,7 +56,7 @@ def write_page(
 
     def describe(place: int) -> dict[str, Any]:
         image = images.get(int(rows[place]))
-        picture = None if image is None else to_data_uri(shrink(decode_rgb(image), THUMBNAIL_PX), 80)
+        picture = None if image is None else to_data_uri(decode_rgb(image), THUMBNAIL_PX, 80)
         number, similarity = (table[name][place].as_py() for name in (CLUSTER_COLUMN, "similarity"))
         return {
             "picture": picture, "identifier": describe_id(table[0][place]), "similarity": similarity,

@@ -36,7 +36,7 @@ class Target:
         if self.embedding is not None:
             return str(self.log_dir.parent)
         assert self.config is not None
-        return str(stage.find_place(self.config))
+        return str(self.config.path(stage.writes))
 
     def list_units(self, stage: Stage) -> list[Unit]:
         """Return a stage's units in the order in which shards take them; InputError if their input is missing."""
