@@ -121,7 +121,7 @@ def write_file(
     schema = pa.schema([own, (IMAGE_COLUMN, pa.binary()), (VALID_COLUMN, pa.bool_()), *kept])
     others, digest = [field.name for field in schema if field.name != IMAGE_COLUMN], hashlib.sha256()
     # A picture is a page as it stands: statistics, a dictionary or compression would each be a copy of it.
-    options = {
+    options: dict[str, Any] = {
         "write_batch_size": 1, "write_statistics": [own.name, VALID_COLUMN], "use_dictionary": others,
         "compression": {IMAGE_COLUMN: "none", **dict.fromkeys(others, "zstd")},
     }  # fmt: skip
