@@ -19,7 +19,11 @@ from pipeline.files.column_types import whole_from_floats
 from pipeline.files.listing import is_parquet
 from pipeline.files.tables import BATCH_BYTES, open_parquet, reading, unfolded_bytes
 
-_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+# The longer marks first: UTF-32's begins with UTF-16's.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 # Outlines beside the ids are longer than the 128 KiB that the csv module takes by default.
 _MAX_FIELD = 2**31 - 1
 _ROWS_AT_A_TIME = 65_536
