@@ -12,10 +12,8 @@ from embedded_datasets import write_dataset as write_ours
 from evaluation_data import make_table, make_workplace, write_checkpoint, write_split
 
 from evaluate_embeddings.evaluate import main
-from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, compare
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
-from evaluate_embeddings.scores.standalone import name_models
-from evaluate_embeddings.scores.tables import format_p
+from evaluate_embeddings.scores.tables import NUM_RESAMPLES, compare, format_p
 from pipeline.errors import InputError
 from pipeline.files import tables
 from pipeline.retrieval.labels import label_rows, match_rows
@@ -87,12 +85,12 @@ def test_without_labels_the_osmid_says_which_images_belong_together(run_main, tm
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float64())])
 def test_lists_of_one_length_are_read_as_well_and_a_row_that_does_not_fit_is_named(tmp_path, dataset, kind):
-    expected = read_embeddings(dataset).embeddings
+    expected = read_embeddings(dataset)[1]
     for path in (dataset / "parts").iterdir():
         table = pq.read_table(path)
         rows = table["embedding"].to_pylist()
         pq.write_table(table.set_column(1, "embedding", pa.array(rows, kind)), path)
-    np.testing.assert_array_equal(read_embeddings(dataset).embeddings, expected)
+    np.testing.assert_array_equal(read_embeddings(dataset)[1], expected)
     rows[4] = rows[4][:5]
     pq.write_table(table.set_column(1, "embedding", pa.array(rows, kind)), path)
     with pytest.raises(InputError, match=f"{path.name}: column embedding: row 4 has not 12 numbers"):
@@ -104,7 +102,6 @@ def test_labels_join_by_osmid_whatever_its_type_and_what_they_do_not_know_is_cou
     text = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", labels)
     expected = summarize_scores(score_queries(normalise_rows(make_vectors(0.5)[:33]), BUILDINGS[:33]))
     assert f"{expected['map']:.3f}" in text
-    assert "3 images have no label: left out of queries and gallery" in text
     assert "36 in = 33 out + 0 rejected + 3 dropped (no_label 3)" in text
 
 
@@ -172,9 +169,9 @@ def test_a_part_of_another_dataset_or_a_copy_under_another_name_is_not_scored(tm
 def test_a_dataset_beside_a_file_of_its_name_and_a_plain_folder_are_read(tmp_path, dataset):
     (tmp_path / "busy").write_text("a file")
     dataset.rename(tmp_path / "busy.parts")
-    assert len(read_embeddings(tmp_path / "busy").ids) == 36
-    plain = read_embeddings(tmp_path / "busy.parts" / "parts")
-    np.testing.assert_allclose(plain.embeddings, normalise_rows(make_vectors(0.5)), atol=1e-6)
+    assert len(read_embeddings(tmp_path / "busy")[0]) == 36
+    _, plain = read_embeddings(tmp_path / "busy.parts" / "parts")
+    np.testing.assert_allclose(plain, normalise_rows(make_vectors(0.5)), atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ two models
@@ -252,11 +249,6 @@ def test_the_interval_and_p_of_a_comparison_are_those_of_a_slow_paired_bootstrap
 def test_a_p_is_told_as_far_as_the_resamples_go():
     assert format_p(2 / (NUM_RESAMPLES + 1)) == "<0.0002"
     assert format_p(0.04321) == "0.0432"
-
-
-def test_models_are_named_by_what_tells_them_apart(tmp_path):
-    assert name_models([tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt"]) == ["a/x.pt", "b/x.pt"]
-    assert name_models([tmp_path / "x.pt"]) == ["x.pt"]
 
 
 # ------------------------------------------------------------------------------------------------ failures

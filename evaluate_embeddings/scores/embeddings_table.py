@@ -1,6 +1,5 @@
 """Read any embeddings dataset: this project's, another program's, or a folder of parquets with embeddings."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +18,8 @@ from pipeline.retrieval.scores import Embeddings, normalise_rows
 _BATCH_ROWS = 8192
 
 
-@dataclass(frozen=True)
-class EmbeddingsTable:
-    """The rows of an embeddings dataset, in its order."""
-
-    place: Path
-    ids: pa.StringArray  # (N,)
-    embeddings: Embeddings  # (N, D), L2-normalised
-
-
-def read_embeddings(folder: Path) -> EmbeddingsTable:
-    """Read OUTPUT/parts/*.parquet of stage 8, or the parquets that lie in the folder itself.
+def read_embeddings(folder: Path) -> tuple[pa.StringArray, Embeddings]:
+    """Return ids (N,) and L2-normalised embeddings (N, D) of stage 8's OUTPUT, or of the parquets in a folder.
 
     Raises InputError if there are none, one is damaged or lacks a column, the widths differ, an id is null, or a row
     is not finite or zero.
@@ -54,7 +44,7 @@ def read_embeddings(folder: Path) -> EmbeddingsTable:
     if names.null_count:
         raise InputError(f"{folder}: an id is null: give every image one")
     try:
-        return EmbeddingsTable(folder, names, normalise_rows(embeddings))
+        return names, normalise_rows(embeddings)
     except InputError as error:
         raise InputError(f"{folder}: {one_line(error)}") from None
 

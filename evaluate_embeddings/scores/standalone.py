@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from evaluate_embeddings.scores.comparison import LabelledModels
 from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from evaluate_embeddings.scores.fairness import doubt_split
-from evaluate_embeddings.scores.tables import format_models
+from evaluate_embeddings.scores.tables import LabelledModels, format_models
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
@@ -46,27 +45,15 @@ def run_standalone(config: Config, options: EvaluateOptions) -> cli.StageResult:
     for place, embeddings in zip(models.places, models.embeddings, strict=True):
         interval = config.logging.progress_interval_seconds
         with Progress(f"score {place.name}", len(models.codes), "queries", interval) as progress:
+            one = {"ignored": models.ignored, "device": device, "progress": progress.advance}
             try:
-                scores.append(
-                    score_queries(
-                        embeddings, models.codes, ignored=models.ignored, device=device, progress=progress.advance
-                    )
-                )
+                scores.append(score_queries(embeddings, models.codes, **one))
             except InputError as error:
                 raise InputError(f"{place}: {error}") from None
-    text = format_models(name_models(models.places), scores, models, config.global_.seed)
+    text = format_models(scores, models, config.global_.seed)
     result.rows_out = len(models.codes)
     logger.info("%s:\n\n%s\n", STAGE, text)
     return result
-
-
-def name_models(places: list[Path]) -> list[str]:
-    """Name each model by the shortest end of its path that the other one's differs from."""
-    for parts in range(1, max(len(place.parts) for place in places) + 1):
-        names = ["/".join(place.parts[-parts:]) for place in places]
-        if len(set(names)) == len(places):
-            return names
-    return [str(place) for place in places]  # a model beside itself
 
 
 def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
@@ -74,33 +61,28 @@ def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResul
 
     Raises InputError if one cannot be read, they have no image in common, or no two images have one label.
     """
-    first = read_embeddings(folder)
-    ids, places, embeddings = first.ids, [first.place], [first.embeddings]
-    result.rows_in = len(ids)
+    ids, rows = read_embeddings(folder)
+    places, embeddings, result.rows_in = [folder], [rows], len(ids)
     if options.compare is not None:
         if options.compare.is_file():
             raise InputError(f"{options.compare}: a file: with --embeddings, --compare takes an embeddings dataset")
-        other = read_embeddings(options.compare)
-        rows, other_rows = match_rows(ids, other.ids, str(options.compare))
-        _drop(result, "not_in_both", len(ids) - len(rows))
-        ids = ids.take(pa.array(rows))
-        places, embeddings = [first.place, other.place], [first.embeddings[rows], other.embeddings[other_rows]]
+        other_ids, other = read_embeddings(options.compare)
+        own_places, other_places = match_rows(ids, other_ids, str(options.compare))
+        if dropped := len(ids) - len(own_places):
+            result.add({"dropped": dropped}, {"not_in_both": dropped})
+        ids = ids.take(pa.array(own_places))
+        places, embeddings = [folder, options.compare], [rows[own_places], other[other_places]]
     buildings = label_rows(ids, options.labels)
     kept = np.flatnonzero(buildings.is_valid().to_numpy(zero_copy_only=False))
-    _drop(result, "no_label", len(ids) - len(kept))
+    if dropped := len(ids) - len(kept):
+        result.add({"dropped": dropped}, {"no_label": dropped})
     encoded = buildings.take(pa.array(kept)).dictionary_encode()
     if len(kept) == len(encoded.dictionary):
         remedy = "give more images" if options.labels else "every image has an OSMID of its own: give --labels"
-        raise InputError(f"{first.place}: no two images have one label, so that nothing can be found: {remedy}")
+        raise InputError(f"{folder}: no two images have one label, so that nothing can be found: {remedy}")
     ignored = resolve_pairs(read_ignore_pairs(options.ignore_pairs), encoded.dictionary)
     codes = encoded.indices.to_numpy().astype(np.int32)
-    return LabelledModels(places, [rows[kept] for rows in embeddings], codes, ignored, len(ids) - len(kept))
-
-
-def _drop(result: cli.StageResult, reason: str, count: int) -> None:
-    if count:
-        result.dropped += count
-        result.reasons[reason] = count
+    return LabelledModels(places, [one[kept] for one in embeddings], codes, ignored)
 
 
 def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:

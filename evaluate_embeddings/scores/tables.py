@@ -2,11 +2,13 @@
 
 import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from evaluate_embeddings.scores.comparison import NUM_RESAMPLES, LabelledModels, compare
 from evaluate_embeddings.scores.metrics import (
     BASELINES,
     KIND_LABELS,
@@ -16,11 +18,25 @@ from evaluate_embeddings.scores.metrics import (
     judge,
     summarize_kinds,
 )
-from pipeline.retrieval.scores import SCORE_KEYS, QueryScores
+from pipeline.retrieval.candidates import IgnoredPairs
+from pipeline.retrieval.scores import SCORE_KEYS, Embeddings, QueryScores, percentile_intervals, resample_means
 
 COLUMNS = 80
+# The smallest p of a comparison is then 0.0002.
+NUM_RESAMPLES = 10_000
 # The scores that fit into so many columns.
 TABLE_KEYS = tuple(key for key in SCORE_KEYS if key != "recall_at_100")
+
+
+@dataclass(frozen=True)
+class LabelledModels:
+    """One or two models and their embeddings of the same images, with the building of each image."""
+
+    places: list[Path]  # where each model was read from
+    embeddings: list[Embeddings]  # of each model (N, D), L2-normalised
+    codes: NDArray[np.int32]  # (N,) of the building
+    ignored: IgnoredPairs
+    notes: list[str] = field(default_factory=list)  # why the comparison may be unfair
 
 
 def format_metrics_table(metrics: Mapping[str, Any]) -> str:
@@ -31,13 +47,30 @@ def format_metrics_table(metrics: Mapping[str, Any]) -> str:
     return _finish(lines, f"{metrics['headline']}. {describe_verdict(metrics)}")
 
 
-def format_models(names: list[str], scores: list[QueryScores], models: LabelledModels, seed: int) -> str:
+def compare(
+    one: QueryScores, other: QueryScores, codes: NDArray[Any], seed: int
+) -> tuple[dict[str, float], dict[str, list[float]], dict[str, float]]:
+    """Return the gain of the second model: mean over queries, 95% interval, and p of no difference.
+
+    By a paired bootstrap over buildings; p is twice the smaller share of resamples on one side of no difference, with
+    (r + 1) / (R + 1) for a share (Davison and Hinkley, Bootstrap Methods, section 4.4.1).
+    """
+    differences = other.values() - one.values()  # (Q, 6)
+    resampled = resample_means(differences, codes[one.query], seed, NUM_RESAMPLES)
+    tails = np.stack([(resampled <= 0).sum(axis=0), (resampled >= 0).sum(axis=0)]).min(axis=0)
+    p = np.minimum(1.0, 2 * (tails + 1) / (NUM_RESAMPLES + 1))
+    gain = dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True))
+    return gain, percentile_intervals(resampled), dict(zip(SCORE_KEYS, p.tolist(), strict=True))
+
+
+def format_models(scores: list[QueryScores], models: LabelledModels, seed: int) -> str:
     """Return the scores of one model as a table, or those of two and their difference."""
+    names = [place.name for place in models.places]
+    if len(names) > len(set(names)):
+        names = [str(place) for place in models.places]
     codes, titles = models.codes, names if len(names) == 1 else ["A", "B"]
     found = summarize_kinds(dict(zip(titles, scores, strict=True)), codes, seed)
     lines = _format_counts(found["queries"], len(codes), len(np.unique(codes)), len(models.ignored.building_a))
-    if models.without_label:
-        lines.insert(-1, f"{models.without_label:,} images have no label: left out of queries and gallery")
     if len(names) == 1:
         own, (low, high) = found[names[0]], found[names[0]]["map_ci95"]
         verdict = (
