@@ -21,7 +21,7 @@ from evaluation_data import (
 from PIL import Image
 
 from evaluate_embeddings.evaluate import run
-from evaluate_embeddings.page.gallery import choose_gallery, describe_examples, pick_worst
+from evaluate_embeddings.page.gallery import choose_gallery, describe_example, pick_worst
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.report import format_distance, render
 from evaluate_embeddings.page.training_curve import Curve, read_training_curve
@@ -259,7 +259,8 @@ def test_hard_successes_are_right_answers_that_the_raw_embeddings_miss():
 def test_answers_are_the_nearest_candidates_by_a_plain_sort():
     evaluation = make_evaluation(ignored=([0, 1], [7, 3]))
     embeddings, scores = evaluation.embeddings["projector"], evaluation.scores["projector"]
-    for place, example in enumerate(describe_examples(evaluation, list(range(60)))):
+    for place in range(60):
+        example = describe_example(evaluation, place)
         query = example.query
         left_out = {0: 7, 7: 0, 1: 3, 3: 1}.get(int(evaluation.codes[query]))
         candidates = [row for row in range(60) if row != query and evaluation.codes[row] != left_out]

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.retrieval import device_scores
-from pipeline.retrieval.candidates import IgnoredPairs, RowGroups
+from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.scores import (
     SCORE_KEYS,
     QueryScores,
@@ -157,13 +157,6 @@ def test_buildings_of_one_image_are_no_queries_and_alone_an_error():
     with pytest.raises(InputError, match="no image has another image of its building"):
         score_queries(embeddings, np.arange(4))
     assert score_queries(embeddings, np.array([0, 1, 1, 2])).query.tolist() == [1, 2]
-
-
-def test_row_groups_list_each_groups_rows():
-    groups = RowGroups(np.array([30, 10, 30, 20, 10]))
-    assert groups.labels.tolist() == [10, 20, 30]
-    assert [groups.rows_of(code).tolist() for code in range(3)] == [[1, 4], [3], [0, 2]]
-    assert groups.sizes().tolist() == [2, 1, 2]
 
 
 def test_the_bootstrap_equals_a_loop_that_draws_whole_buildings():

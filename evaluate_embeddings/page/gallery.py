@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.scores.metrics import Evaluation
-from pipeline.retrieval.candidates import TIE_TOLERANCE, RowGroups, list_partners
+from pipeline.retrieval.candidates import TIE_TOLERANCE
 from pipeline.retrieval.geography import distances_m
 
 NUM_NEIGHBORS = 5
@@ -104,8 +104,8 @@ def choose_gallery(evaluation: Evaluation, threshold: float, seed: int) -> Galle
     successes = pick_worst(raw, (own == 1) & (raw > 1), buildings, NUM_EXAMPLES)
     return Gallery(
         evaluation,
-        describe_examples(evaluation, failures),
-        describe_examples(evaluation, successes),
+        [describe_example(evaluation, place) for place in failures],
+        [describe_example(evaluation, place) for place in successes],
         find_suspects(evaluation, threshold, NUM_SUSPECTS, seed),
     )
 
@@ -121,19 +121,14 @@ def pick_worst(
     return places
 
 
-def describe_examples(evaluation: Evaluation, places: list[int]) -> list[Example]:
-    """Look up the projector's answers to the queries at these positions."""
-    partners = list_partners(evaluation.ignored, RowGroups(evaluation.codes))
-    return [_describe_example(evaluation, partners, place) for place in places]
-
-
-def _describe_example(evaluation: Evaluation, partners: dict[int, list[int]], place: int) -> Example:
+def describe_example(evaluation: Evaluation, place: int) -> Example:
+    """Look up the projector's answers to the query at a position."""
     scores, embeddings, codes = evaluation.scores["projector"], evaluation.embeddings["projector"], evaluation.codes
     query = int(scores.query[place])
     similarities = embeddings @ embeddings[query]  # (N,)
     is_right = codes == codes[query]
     ordering = np.where(is_right, similarities - np.float32(TIE_TOLERANCE), similarities)  # as in the scores
-    ordering[np.isin(codes, partners.get(int(codes[query]), []))] = -np.inf
+    ordering[np.isin(codes, evaluation.ignored.partners_of(codes[query]))] = -np.inf
     ordering[query] = -np.inf
     match = int(np.argmax(np.where(is_right, ordering, -np.inf)))
     nearest = np.argsort(-ordering, kind="stable")[:NUM_NEIGHBORS]
@@ -159,12 +154,11 @@ def find_suspects(evaluation: Evaluation, threshold: float, limit: int, seed: in
     of them is compared with all the others.
     """
     raw, own, codes = evaluation.embeddings["raw"], evaluation.embeddings["projector"], evaluation.codes
-    partners = list_partners(evaluation.ignored, RowGroups(codes))
     queries = np.random.default_rng(seed).permutation(len(codes))[:MAX_SUSPECT_QUERIES]
     found = []
     for block in np.array_split(queries, 1 + len(queries) * len(codes) // BLOCK_VALUES):
         for query, row in zip(block.tolist(), own[block] @ own.T, strict=True):
-            row[np.isin(codes, [codes[query], *partners.get(int(codes[query]), [])])] = -np.inf
+            row[np.isin(codes, [codes[query], *evaluation.ignored.partners_of(codes[query])])] = -np.inf
             found.append((float(row.max()), query, int(row.argmax())))
     chosen: dict[frozenset[int], ImagePair] = {}
     for similarity, one, other in sorted(found, reverse=True):

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from evaluate_embeddings.scores.metrics import Evaluation, summarize_kinds
 from pipeline.files.tables import open_parquet, reading
-from pipeline.retrieval.candidates import RowGroups
 
 # Lower ends of the groups. Each group's end belongs to the next; the last group is open.
 EDGES: dict[str, tuple[int, ...]] = {
@@ -57,8 +56,8 @@ def summarize_breakdowns(evaluation: Evaluation, split_path: Path, seed: int) ->
     Groups that no query is in are left out.
     """
     queries = next(iter(evaluation.scores.values())).query
-    views, camera = RowGroups(evaluation.codes), load_camera(split_path)
-    values: dict[str, NDArray[Any]] = {"by_views": views.sizes()[views.codes]}
+    camera = load_camera(split_path)
+    values: dict[str, NDArray[Any]] = {"by_views": np.bincount(evaluation.codes)[evaluation.codes]}
     if camera is not None:
         values |= {"by_viewpoint_change": heading_changes(evaluation.codes, camera[0]), "by_distance": camera[1]}
     found: dict[str, Any] = dict.fromkeys(EDGES)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.retrieval.candidates import IgnoredPairs, RowGroups
+from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import (
     SCORE_KEYS,
@@ -60,9 +60,9 @@ def sample_gallery(codes: NDArray[Any], size: int, seed: int) -> NDArray[np.int6
 
     A building comes with all its images, so that queries keep their positives. Larger galleries contain smaller ones.
     """
-    buildings = RowGroups(codes)
-    place = np.random.default_rng(seed).permutation(len(buildings.labels))  # of each building in the order
-    return np.sort(np.argsort(place[buildings.codes], kind="stable")[:size])
+    codes = np.unique(codes, return_inverse=True)[1]
+    place = np.random.default_rng(seed).permutation(int(codes.max()) + 1)  # of each building in the order
+    return np.sort(np.argsort(place[codes], kind="stable")[:size])
 
 
 # ------------------------------------------------------------------------------------------------ summaries

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.retrieval.candidates import Codes, IgnoredPairs, RowGroups, list_partners
+from pipeline.retrieval.candidates import Codes, IgnoredPairs
 
 if TYPE_CHECKING:
     import torch
@@ -93,12 +93,9 @@ def score_queries_twice(
 
     if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
         raise ValueError("embeddings must be L2-normalised: see normalise_rows")
-    buildings = RowGroups(building_codes)
-    partners = list_partners(ignored, buildings)
-    pairs = [(one, other) for one, others in partners.items() for other in dict.fromkeys(others)]
-    panoramas = None if panorama_ids is None else RowGroups(panorama_ids).codes
+    pairs = np.empty((0, 2), np.int64) if ignored is None else ignored.both_ways()
     ranked = rank_positives(
-        np.asarray(embeddings, np.float32), buildings.codes, np.array(pairs, np.int64).reshape(-1, 2), panoramas,
+        np.asarray(embeddings, np.float32), np.asarray(building_codes, np.int64), pairs, panorama_ids,
         device or torch.device("cpu"), progress,
     )  # fmt: skip
     scores = []
@@ -136,10 +133,10 @@ def resample_means(
     Davison and Hinkley, Bootstrap Methods, section 3.8). Two sets of values of the same queries get the
     same draws from the same seed.
     """
-    buildings = RowGroups(codes)
-    num_buildings = len(buildings.labels)
-    columns = [np.bincount(buildings.codes, column, num_buildings) for column in values.T]
-    sums = np.stack([buildings.sizes().astype(np.float64), *columns], axis=1)  # (B, 1 + K)
+    _, codes, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    num_buildings = len(sizes)
+    columns = [np.bincount(codes, column, num_buildings) for column in values.T]
+    sums = np.stack([sizes.astype(np.float64), *columns], axis=1)  # (B, 1 + K)
     generator = np.random.default_rng(seed)
     totals = np.empty((num_resamples, sums.shape[1]))
     times = np.empty((min(num_resamples, RESAMPLES_AT_A_TIME), num_buildings))
