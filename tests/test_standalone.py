@@ -93,7 +93,7 @@ def test_lists_of_one_length_are_read_as_well_and_a_row_that_does_not_fit_is_nam
     np.testing.assert_array_equal(read_embeddings(dataset)[1], expected)
     rows[4] = rows[4][:5]
     pq.write_table(table.set_column(1, "embedding", pa.array(rows, kind)), path)
-    with pytest.raises(InputError, match=f"{path.name}: column embedding: row 4 has not 12 numbers"):
+    with pytest.raises(InputError, match=f"{path.name}: column embedding: row 4 is empty or has not 12 numbers"):
         read_embeddings(dataset)
 
 
