@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
@@ -75,9 +76,11 @@ def aggregate(
     name = re.sub(r"[^\w-]", "_", "_".join(by))
     path = dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry_path else ''}.parquet"
     check_replaceable(path, STAGE, [geometry_path], is_default=True)
-    missing = [name for name in by if name not in dataset.schema.names]
-    if missing:
-        raise InputError(f"{dataset.folder}: has no column {missing[0]}: run stage 8 with --keep-columns {missing[0]}")
+    for name in by:
+        if name not in dataset.schema.names:
+            raise InputError(f"{dataset.folder}: has no column {name}: run stage 8 with --keep-columns {name}")
+        if pa.types.is_nested(dataset.schema.field(name).type):
+            raise ConfigError(f"--by {name}: a column of lists or structs: give columns of numbers or text")
     geometry = GeometryFile(geometry_path, dataset.schema.field(ID_COLUMN).type) if geometry_path else None
     inputs = [dataset.identify(), *([identify(geometry_path)] if geometry_path else [])]
     provenance = make_provenance(STAGE, inputs, {"by": list(by)})

@@ -1,12 +1,14 @@
 """Reading packaged images."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.embeddings_dataset.columns import plain_values, take_rows
-from pipeline.embeddings_dataset.packaged_input import open_packaged, read_batches, valid_rows
+from pipeline.embeddings_dataset.packaged_input import PackagedInput, open_packaged, read_batches
 from pipeline.errors import InputError
 
 
@@ -71,9 +73,10 @@ def test_a_row_group_larger_than_memory_is_read_piece_by_piece(tmp_path):
 
 def test_null_counts_as_valid_and_false_does_not():
     table = pa.table({"is_valid": pa.chunked_array([[True, None], [False]])})
-    assert valid_rows(table).tolist() == [True, True, False]
-    assert valid_rows(pa.table({"is_valid": pa.nulls(2)})).tolist() == [True, True]
-    assert valid_rows(pa.table({"OSMID": [1, 2]})).tolist() == [True, True]
+    source = SimpleNamespace(options=SimpleNamespace(filter_valid=True))
+    assert PackagedInput.wanted_rows(source, table).tolist() == [0, 1]
+    assert PackagedInput.wanted_rows(source, pa.table({"is_valid": pa.nulls(2)})).tolist() == [0, 1]
+    assert PackagedInput.wanted_rows(source, pa.table({"OSMID": [1, 2]})).tolist() == [0, 1]
 
 
 def test_string_views_are_taken_too():

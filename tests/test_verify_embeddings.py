@@ -96,9 +96,7 @@ def test_an_unfinished_dataset_passes_as_not_complete(verify, embed, packaged, t
 def test_a_state_behind_its_parts_is_no_problem_as_a_kill_leaves_it_so(verify, dataset):
     state = read_state(dataset)
     (dataset / "state.json").write_text(json.dumps(state | {"rows_embedded": 2, "parts_done": 1, "complete": False}))
-    outcome = verify(dataset)
-    assert outcome.code == 0
-    assert "behind its parts" in outcome.stderr
+    assert verify(dataset).code == 0
 
 
 DAMAGE = {
@@ -264,7 +262,8 @@ def test_a_part_that_cannot_be_opened_now_is_not_called_damaged(verify, embed, d
     for outcome in (verify(dataset), verify(dataset, "--repair"), embed(tmp_path / "in.parquet", dataset)):
         assert outcome.code == 1
         last = outcome.stderr.splitlines()[-1]
-        assert f"{doomed}: cannot be read ({os.strerror(number)})" in last
+        assert f"{doomed}: cannot be read (" in last
+        assert os.strerror(number) in last
         assert "remove" not in last
     monkeypatch.setattr(pq, "ParquetFile", plain)
     assert read_bytes(dataset) == before

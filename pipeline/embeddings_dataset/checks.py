@@ -18,7 +18,6 @@ from pipeline.embeddings_dataset.parts import (
     ForeignError,
     Part,
     PartContent,
-    count_rows,
     embeddings_of,
     is_ours,
     plan_parts,
@@ -27,7 +26,6 @@ from pipeline.embeddings_dataset.parts import (
 )
 from pipeline.errors import DamagedError, InputError, PipelineError, one_line
 from pipeline.files.tables import read_provenance
-from pipeline.log import logger
 
 # The model normalises in float32.
 NORM_TOLERANCE = 1e-3
@@ -85,8 +83,10 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     if input_path is not None and recipe:
         _compare_with_input(dataset.open_input(input_path, recipe), parts, order, findings)
     findings.sound = dataset.parts = tuple(part for part in parts if part.path not in findings.broken)
-    if state is not None:
-        _check_state(dataset, state, findings)
+    accounted, total = sum(part.counts["in"] for part in findings.sound), (state or {}).get("rows_total")
+    if state is not None and state.get("complete") and accounted != total:
+        what = f"complete, but {accounted} of {total} rows are accounted for"
+        findings.add(dataset.state_path, what, broken=False)
     if not order.done:
         findings.add(dataset.folder, "a deletion of ids was interrupted: run delete_ids.py again", broken=False)
     return findings
@@ -110,13 +110,7 @@ def _find_sound(
             findings.add(path, problem)
         else:
             sound.append(part)
-    sound.sort(key=lambda part: part.plan.first_row)
-    end = 0
-    for part in sound:
-        if part.plan.first_row < end:
-            findings.add(part.path, "holds rows that another part holds too")
-        end = max(end, part.plan.first_row + part.plan.num_rows)
-    return sound
+    return sorted(sound, key=lambda part: part.plan.first_row)
 
 
 def _list_problems(part: Part, recipe: dict[str, Any], order: DeletionOrder) -> Iterator[str]:
@@ -159,7 +153,7 @@ def _list_wrong_values(part: Part, content: PartContent) -> Iterator[str]:
         yield "its data are not those of its checksum"
 
 
-# ------------------------------------------------------------------------------------------------ the input, the state
+# ------------------------------------------------------------------------------------------------ the input
 
 
 def _compare_with_input(source: PackagedInput, parts: Sequence[Part], order: DeletionOrder, findings: Findings) -> None:
@@ -189,17 +183,3 @@ def _has_ids_of(part: Part, table: pa.Table, source: PackagedInput, order: Delet
     rejected = content.rejects.column("row").to_numpy() - part.plan.first_row
     held = [list_values(one.column(ID_COLUMN)) for one in (content.embedded, content.rejects)]
     return [[repr(ids[row]) for row in rows] for rows in (embedded, rejected)] == [list(map(repr, one)) for one in held]
-
-
-def _check_state(dataset: EmbeddingsDataset, state: dict[str, Any], findings: Findings) -> None:
-    """Note where the state claims more than the parts hold; the next run mends one that is behind."""
-    path, counted = dataset.state_path, count_rows(findings.sound)
-    ahead = {key: state.get(key, 0) - value for key, value in counted.items() if isinstance(value, int)}
-    for key in (key for key, number in ahead.items() if number > 0):
-        findings.add(path, f"{key} is {state[key]}, the sound parts have {counted[key]}", broken=False)
-    accounted = sum(part.counts["in"] for part in findings.sound)
-    if state.get("complete") and accounted != state.get("rows_total"):
-        what = f"complete, but {accounted} of {state.get('rows_total')} rows are accounted for"
-        findings.add(path, what, broken=False)
-    if min(ahead.values()) < 0:
-        logger.info("%s: behind its parts: the next run of stage 8 sets it right", path)

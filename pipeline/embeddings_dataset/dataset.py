@@ -45,7 +45,9 @@ SET_ASIDE = "_removed"
 _COUNTS = (
     "rows_total", "rows_embedded", "rows_rejected", "rows_skipped_invalid", "rows_deleted", "parts_done", "parts_total",
 )  # fmt: skip
-_EXAMPLE = dict.fromkeys(_COUNTS, 0) | {"read_batch_size": 1, "id_column": "", "image_column": "", "keep_columns": []}
+_EXAMPLE: dict[str, Any] = {
+    **dict.fromkeys(_COUNTS, 0), "read_batch_size": 1, "id_column": "", "image_column": "", "keep_columns": [],
+}  # fmt: skip
 
 
 def resolve_dataset_dir(output: Path) -> Path:

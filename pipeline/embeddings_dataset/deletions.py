@@ -198,7 +198,7 @@ def _rewrite(part: Part, order: DeletionOrder) -> int:
     if beside.get("part") != part.provenance["part"]:
         raise DamagedError(f"{rejects_path}: of another part: remove it and {part.path}, run this again, then stage 8")
     content = order.apply(part.read_content())
-    num_deleted = part.counts["in"] - content.embedded.num_rows - content.rejects.num_rows - content.skipped
+    num_deleted = part.counts["in"] - content.counts["out"] - content.counts["rejected"] - content.skipped
     if num_deleted != part.num_deleted or beside != part.provenance:
         part.rewrite(replace(content, deleted=num_deleted))
     return num_deleted - part.num_deleted

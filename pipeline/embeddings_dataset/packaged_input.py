@@ -84,8 +84,10 @@ class PackagedInput:
         return sum(self.row_group_rows)
 
     def wanted_rows(self, table: pa.Table) -> NDArray[np.int64]:
-        """Return which rows of a read batch are to be embedded."""
-        return np.flatnonzero(valid_rows(table)) if self.options.filter_valid else np.arange(table.num_rows)
+        """Return which rows of a read batch are to be embedded; a null `is_valid` counts as true."""
+        if not self.options.filter_valid or VALID_COLUMN not in table.column_names:
+            return np.arange(table.num_rows)
+        return np.flatnonzero(table[VALID_COLUMN].cast(pa.bool_()).fill_null(True).to_numpy())
 
     def embedded_rows(self, table: pa.Table, first_row: int, rejects: pa.Table) -> NDArray[np.int64]:
         """Return which rows of a read batch have an embedding, in order: those neither skipped nor rejected."""
@@ -323,11 +325,3 @@ def list_pictures(source: PackagedInput) -> Iterator[bytes]:
         for table in read_batches(source, row_group):
             images = table.column(IMAGE_COLUMN)
             yield from (data for row in source.wanted_rows(table) if (data := images[int(row)].as_py()))
-
-
-def valid_rows(table: pa.Table) -> NDArray[np.bool_]:
-    """Return which rows are to be embedded, (N,); a null `is_valid` counts as true."""
-    if VALID_COLUMN not in table.column_names:
-        return np.ones(table.num_rows, dtype=bool)
-    column = table.column(VALID_COLUMN).cast(pa.bool_()).fill_null(True)
-    return np.asarray(column.to_numpy(), dtype=bool)

@@ -19,21 +19,10 @@ def keys_of(table: pa.Table, by: Sequence[str]) -> list[Key]:
 
     Raises InputError where a key is a float that is not a whole number.
     """
-    columns = [table.column(name).combine_chunks() for name in by]
-    columns = [
-        plain_values(whole_from_floats(column, name, "--by", quiet=True))
-        for name, column in zip(by, columns, strict=True)
-    ]
-    return [tuple(map(_hashable, row)) for row in zip(*columns, strict=True)]
-
-
-def _hashable(value: object) -> object:
-    """Return a value that can be a key: lists, structs and maps as tuples."""
-    if isinstance(value, list | tuple):
-        return tuple(map(_hashable, value))
-    if isinstance(value, dict):
-        return tuple((key, _hashable(one)) for key, one in value.items())
-    return None if value != value else value  # noqa: PLR0124
+    columns = (table.column(name).combine_chunks() for name in by)
+    columns = (whole_from_floats(one, name, "--by", quiet=True) for one, name in zip(columns, by, strict=True))
+    rows = zip(*map(plain_values, columns), strict=True)
+    return [tuple(None if value != value else value for value in row) for row in rows]  # noqa: PLR0124
 
 
 class Groups:

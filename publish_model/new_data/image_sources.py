@@ -20,7 +20,6 @@ from pipeline.embeddings_dataset.packaged_input import (
     list_data,
     open_input,
     read_batches,
-    valid_rows,
 )
 from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
@@ -189,9 +188,9 @@ def _open_parquets(options: InputOptions) -> ImageSource:
 
     def stream_all() -> Iterator[SourceImage]:
         for table in itertools.chain.from_iterable(read_batches(source, group) for group in groups):
-            rows = zip(table.select(columns).to_pylist(), valid_rows(table), table[IMAGE_COLUMN], strict=True)
-            for row, is_valid, image in rows:
-                data = image.as_py() if is_valid else None
+            wanted = source.wanted_rows(table).tolist()
+            for number, row in enumerate(table.select(columns).to_pylist()):
+                data = table[IMAGE_COLUMN][number].as_py() if number in wanted else None
                 rejection = None if data else Rejection("missing_image", "no bytes, or is_valid is false")
                 yield SourceImage(row, str(row[ID_COLUMN]), len(data or b""), data=data, rejection=rejection)
 
