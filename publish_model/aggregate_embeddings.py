@@ -5,7 +5,7 @@
 Reads what stage 8 wrote. Writes OUTPUT/_aggregated/OSMID.parquet: the columns of --by, num_images,
 mean_pairwise_similarity (null for one image) and embedding. --by OSMID,year takes a further column that stage 8 was
 told to keep. --geometry FILE joins a parquet of OSMID and geometry (WKB), and the output is GeoParquet 1.1. Memory is
-bounded by reading the dataset several times where it has many ids.
+bounded by reading the dataset once for each million images.
 """
 
 import contextlib
@@ -34,20 +34,8 @@ from publish_model.derived.embedding_groups import MEASURED, Groups, keys_of
 from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile
 
 STAGE = "aggregate_embeddings"
-# Groups of one pass over the dataset: their sums take 2 KB each at 256 numbers, so half a gigabyte.
-GROUPS_PER_PASS = 250_000
-# Groups are counted by the keys whose hash is divisible by this: an error of 1 % at a million.
-COUNT_SAMPLE = 64
-
-
-def choose_num_passes(dataset: EmbeddingsDataset, by: Sequence[str]) -> int:
-    """Return how often the dataset has to be read so that no pass holds more than GROUPS_PER_PASS groups."""
-    if dataset.num_rows <= GROUPS_PER_PASS:
-        return 1
-    sampled: set[int] = set()
-    for part in dataset.parts:
-        sampled |= {value for value in hash_ids(keys_of(part.read(list(by)), by)) if value % COUNT_SAMPLE == 0}
-    return max(1, -(-len(sampled) * COUNT_SAMPLE // GROUPS_PER_PASS))
+# Groups of one pass over the dataset, at most: their sums take 2 KB each at 256 numbers, so 2 GB.
+GROUPS_PER_PASS = 1_000_000
 
 
 def group_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_passes: int) -> Groups:
@@ -59,7 +47,7 @@ def group_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_p
             keys = keys_of(table, by)
             own = np.array([key[place] is not None for key in keys], dtype=bool)
             if num_passes > 1:
-                own &= np.array([value // COUNT_SAMPLE % num_passes == number for value in hash_ids(keys)], dtype=bool)
+                own &= np.array([value % num_passes == number for value in hash_ids(keys)], dtype=bool)
             groups.add(table, keys, np.flatnonzero(own))
             progress.advance(table.num_rows)
     return groups
@@ -89,7 +77,7 @@ def aggregate(
         result.kept.append(path)
     else:
         with contextlib.ExitStack() as stack:
-            num_passes = choose_num_passes(dataset, by)
+            num_passes = max(1, -(-dataset.num_rows // GROUPS_PER_PASS))
             for number in range(num_passes):
                 table = group_pass(dataset, by, number, num_passes).to_table()
                 table = geometry.join(table) if geometry else table

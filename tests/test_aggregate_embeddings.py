@@ -56,7 +56,6 @@ def test_the_means_are_those_of_a_loop_in_one_pass_or_in_several(
     aggregate, rows, tmp_path, monkeypatch, groups_per_pass
 ):
     monkeypatch.setattr(aggregate_embeddings, "GROUPS_PER_PASS", groups_per_pass)
-    monkeypatch.setattr(aggregate_embeddings, "COUNT_SAMPLE", 1)
     ids, years, embeddings = rows
     output = write_dataset(tmp_path / "out", pa.array(ids), embeddings, year=years)
     for by, keys in ((["OSMID"], ids), (["OSMID", "year"], list(zip(ids, years, strict=True)))):
@@ -122,7 +121,6 @@ def test_a_rerun_keeps_the_file_and_another_dataset_is_refused(aggregate, rows, 
 
 def test_an_interrupted_run_leaves_nothing(aggregate, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(aggregate_embeddings, "GROUPS_PER_PASS", 4)
-    monkeypatch.setattr(aggregate_embeddings, "COUNT_SAMPLE", 1)
     output = write_dataset(tmp_path / "out", pa.array(rows[0]), rows[2])
     plain, done = aggregate_embeddings.group_pass, []
 

@@ -33,7 +33,7 @@ from pipeline.log import logger
 ID_COLUMN, IMAGE_COLUMN, VALID_COLUMN = "OSMID", "image_bytes", "is_valid"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PARQUETS, PHOTOGRAPHS, TARS = "parquet files", "photographs", "tars"
-_KINDS = {
+FILE_KINDS = {
     **dict.fromkeys(PARQUET_SUFFIXES, PARQUETS), **dict.fromkeys(IMAGE_SUFFIXES, PHOTOGRAPHS), TAR_SUFFIX: TARS,
 }  # fmt: skip
 # Only these tables' own readers know which of their files are live.
@@ -133,7 +133,7 @@ def list_data(folder: Path) -> tuple[str, list[str]]:
     others, num_links = [], 0
     for entry in walk_files(folder):
         name = entry.path.removeprefix(os.path.join(folder, ""))  # noqa: PTH118 (a million of them)
-        kind = _KINDS.get(os.path.splitext(name)[1].lower(), "")  # noqa: PTH122
+        kind = FILE_KINDS.get(os.path.splitext(name)[1].lower(), "")  # noqa: PTH122
         if kind in ("", PARQUETS) and any(part.startswith("_") for part in name.split("/")):
             continue  # side tables
         if kind == PHOTOGRAPHS and entry.is_symlink():  # nothing outside the folders that are named is opened

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.embeddings_dataset.packaged_input import (
+    FILE_KINDS,
     ID_COLUMN,
     IMAGE_COLUMN,
     IMAGE_SUFFIXES,
@@ -24,7 +25,6 @@ from pipeline.embeddings_dataset.packaged_input import (
 from pipeline.errors import InputError, Rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
 from pipeline.files.identity import hash_json, identify, look_at
-from pipeline.files.listing import TAR_SUFFIX, is_parquet
 from pipeline.files.text_tables import read_csv, whole_or_text
 from pipeline.ids import decode_name, reject_repeated
 from pipeline.inference.images import check_image
@@ -74,21 +74,22 @@ def open_source(options: InputOptions) -> ImageSource:
     path = options.input
     if not path.exists():
         raise InputError(f"{path}: no such file or folder: correct --input")
-    kind, names = list_data(path) if path.is_dir() else ("", [path.name])
-    folder = path if path.is_dir() else path.parent
-    if kind == PARQUETS or is_parquet(path):
+    is_folder, suffix = path.is_dir(), path.suffix.lower()
+    kind, names = list_data(path) if is_folder else (FILE_KINDS.get(suffix, ""), [path.name])
+    folder = path if is_folder else path.parent
+    if kind == PARQUETS:
         return _open_parquets(options)
     if options != InputOptions(input=path):
         raise InputError(f"{path}: --id-column, --image-column and --keep-columns belong to an --input of parquets")
-    if kind == TARS or (path.suffix.lower() == TAR_SUFFIX and not path.is_dir()):
+    if kind == TARS:
         return _open_tars(folder, names)
-    if kind == PHOTOGRAPHS:
+    if kind == PHOTOGRAPHS and is_folder:
         ids = list(map(decode_name, names))
         inputs = [{"name": folder.name, "size": len(names), "hash": hash_json(ids)}]
         return _list_files(folder, names, pa.table([pa.array(ids, pa.string())], [ID_COLUMN]), inputs)
-    if path.suffix.lower() == ".csv" and not path.is_dir():
+    if suffix == ".csv" and not is_folder:
         return _open_csv(path)
-    what = "holds neither photographs nor tars nor parquets" if path.is_dir() else "neither .csv, .tar nor .parquet"
+    what = "holds neither photographs nor tars nor parquets" if is_folder else "neither .csv, .tar nor .parquet"
     raise InputError(f"{path}: {what}: correct --input")
 
 
