@@ -101,7 +101,8 @@ def _map(folder: Path) -> dict[str, Path]:
     """Return the safetensors file of each weight."""
     from safetensors import SafetensorError, safe_open
 
-    index, found = folder / "model.safetensors.index.json", {}
+    index = folder / "model.safetensors.index.json"
+    found: dict[str, Path] = {}
     for name in sorted(read_index(index)) if index.is_file() else ["model.safetensors"]:
         if not (folder / name).is_file():
             raise InputError(f"{folder}: {name} is missing: fetch or copy the model folder again")
