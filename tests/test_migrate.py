@@ -104,6 +104,7 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
     fewer = "[training].sample_buildings trains on fewer buildings, tune.py --sample-buildings the trials"
     validation = "every validation has mAP, MRR and Recall@k, [training].recall_ranks adds k"
     assert listed == {
+        "[paths].raw_dir": "it has to hold the tars themselves; the old code found them in dataset_unaligned/",
         "[infrastructure].batch_size": "memory is bounded by [data].memory_mb",
         "[data].batch_size": "memory is bounded by [data].memory_mb",
         "[training_model].use_layer_norm": "stage 6 trains without; an old checkpoint keeps its LayerNorms",

@@ -117,6 +117,7 @@ def leave_old_dataset(folder: Path) -> None:
 def test_the_commands_of_the_guide_change_a_dataset_over(tmp_path, toy_backbone, write_config, run_main, monkeypatch):
     config = write_config(
         tmp_path,
+        paths={"raw_dir": "raw/dataset_unaligned"},
         embedding_model={"model_name": str(toy_backbone)},
         difficulty={"neighbors": 5, "k0_for_local_scale": 2},
     )

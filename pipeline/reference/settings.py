@@ -51,6 +51,11 @@ _MEMORY = "memory is bounded by [data].memory_mb"
 _FEWER = "[training].sample_buildings trains on fewer buildings, tune.py --sample-buildings the trials"
 _VALIDATION = "every validation has mAP, MRR and Recall@k, [training].recall_ranks adds k"
 RULES: dict[str, Rule] = {
+    "paths.raw_dir": lambda section, key, _: (
+        {("paths", "raw_dir"): section[key]},
+        "" if Path(str(section[key])).name == "dataset_unaligned"
+        else "it has to hold the tars themselves; the old code found them in dataset_unaligned/",
+    ),
     "*.output_dir": _map_output,
     "*.output_parquet_path": _map_output,
     "*.train_parquet_path": _map_split,
