@@ -114,14 +114,10 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     return provenance
 
 
-def describe_output(unit: TarUnit) -> Provenance:
-    """Return the provenance that a tar's table must have; no setting shapes it."""
-    return make_provenance(STAGE, unit.identify_tar(), {})
-
-
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
     """Return the units of this shard's tars."""
-    return list_tar_units(STAGES[1], config, options, describe_output)
+    # No setting shapes a tar's table.
+    return list_tar_units(STAGES[1], config, options, lambda unit: make_provenance(STAGE, unit.identify_tar(), {}))
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:

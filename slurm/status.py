@@ -22,7 +22,8 @@ HEAD = ("stage", "name", "done", "running", "failed", "not started", "of")
 def format_status(stages: list[dict[str, Any]]) -> str:
     """Return the table, the failures and the commands."""
     line = "{:>5}  {:<32}  {:>5}  {:>7}  {:>6}  {:>11}  {:>5}".format
-    lines = [line(*row) for row in (HEAD, *map(_format_row, stages))]
+    counts = ("stage", "name", "done", "running", "failed", "not_started")
+    lines = [line(*HEAD), *(line(*map(stage.get, counts), stage["total"] or "?") for stage in stages)]
     failing = [stage for stage in stages if stage["failures"]]
     for stage in failing:
         for failure in stage["failures"]:
@@ -34,11 +35,6 @@ def format_status(stages: list[dict[str, Any]]) -> str:
     rest = next((stage["retry_rest"] for stage in failing if stage["retry_rest"]), None)
     lines += [f"\nwhat waited for them: {rest}"] if rest else []
     return "\n".join(lines)
-
-
-def _format_row(stage: dict[str, Any]) -> tuple[str, ...]:
-    counts = [str(stage[key]) for key in ("done", "running", "failed", "not_started")]
-    return (str(stage["stage"]), stage["name"], *counts, str(stage["total"] or "?"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
