@@ -57,13 +57,13 @@ def take_inventory(paths: list[Path]) -> Inventory:
     ids = pa.concat_tables(tables)
     encoded = ids["building_id"].cast(pa.string()).combine_chunks().dictionary_encode()
     building_ids, codes = encoded.dictionary, encoded.indices.to_numpy()
-    positions = (ids[name].to_numpy() for name in ("target_lat", "target_lon"))
+    lat, lon = ids["target_lat"].to_numpy(), ids["target_lon"].to_numpy()
     kind = schema.field("embedding").type
     dropped = {name for name, _ in FILE_COLUMNS}
     return Inventory(
         columns,
         np.split(codes, np.cumsum([len(table) for table in tables])[:-1]),
-        Buildings(building_ids, *mean_positions(codes, *positions, len(building_ids))),
+        Buildings(building_ids, *mean_positions(codes, lat, lon, len(building_ids))),
         kind.list_size * kind.value_type.bit_width // 8 + BYTES_BESIDE_EMBEDDING,
         pa.schema([field for field in schema if field.name not in dropped]),
     )

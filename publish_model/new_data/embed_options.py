@@ -39,6 +39,16 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
     Raises ConfigError where it is wrong.
     """
     parser = cli.make_parser(description, config=False)
+    add_options(parser)
+    options = EmbedOptions(**vars(parser.parse_args(argv)))
+    if options.overwrite and not options.shard.is_whole:
+        raise ConfigError("--overwrite with --shard would remove what the other shards write: remove OUTPUT yourself")
+    check_places(options.input, options.output)
+    return options
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add stage 8's options, for the stage and for who submits it."""
     add = parser.add_argument
     add_input_options(parser)
     add("--output", "-o", type=Path, required=True, metavar="OUTPUT", help="dataset directory to write or resume")
@@ -58,11 +68,6 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
     add_column_options(parser)
     cli.add_shard_option(parser, "row group")
     add("--overwrite", action="store_true", help="remove what is in OUTPUT and begin anew")
-    options = EmbedOptions(**vars(parser.parse_args(argv)))
-    if options.overwrite and not options.shard.is_whole:
-        raise ConfigError("--overwrite with --shard would remove what the other shards write: remove OUTPUT yourself")
-    check_places(options.input, options.output)
-    return options
 
 
 def check_places(input_path: Path, output: Path) -> None:
