@@ -177,7 +177,7 @@ class EmbeddingsDataset:
         target = self.folder / SET_ASIDE / str(max(numbers, default=0) + 1)
         for one in doomed:
             for path in (one, rejects_beside(one)) if one.parent.name == "parts" else (one,):
-                if path.exists():
+                if path.is_file():
                     move(path, target / path.relative_to(self.folder))
                     logger.info("%s: moved to %s", path, target)
 

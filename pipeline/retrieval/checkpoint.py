@@ -85,7 +85,7 @@ def make_checkpoint(
     path: Path, content: dict[str, Any], section: TrainingModelSection | None = None, input_dim: int | None = None
 ) -> Checkpoint:
     """Return the checkpoint of a file's content; see `load_checkpoint`."""
-    rest = dict(content)
+    rest = {key: value for key, value in content.items() if key != "start" or isinstance(value, dict)}
     parts = {
         key: found if isinstance(found := rest.pop(key, None), dict) else {}
         for key in ("architecture", "projector", "metrics", "settings", "provenance")
