@@ -173,6 +173,8 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     except OSError as error:
         place = f" {error.filename}" if error.filename else ""
         _exit(1, f"cannot use{place} ({error.strerror or one_line(error)}): correct that, then run this again")
+    except MemoryError as error:
+        _exit(1, f"out of memory ({one_line(error)[:200]}): give more of it, or smaller batches or files")
     sys.exit(0)
 
 

@@ -80,6 +80,7 @@ def test_a_results_line_adds_up():
         (ConfigError(["one", "two"]), 2, "error: one\nerror: two\n"),
         (PermissionError(13, "Permission denied", "/x"), 1, "error: cannot use /x (Permission denied): correct that"),
         (OSError("odd"), 1, "error: cannot use (odd): correct that"),
+        (MemoryError("malloc failed"), 1, "error: out of memory (malloc failed): give more of it"),
         (KeyboardInterrupt(), 130, "error: interrupted: what was finished is kept"),
         (Terminated(), 143, "error: terminated: what was finished is kept"),
         (BrokenPipeError(), 1, ""),

@@ -35,6 +35,7 @@ def test_the_folder_holds_backbone_projector_processor_code_and_card(config, toy
     folder = tmp_path / "published"
     assert (result.rows_in, result.rows_out, result.written) == (1, 1, [folder])
     assert {path.name for path in folder.iterdir()} == FILES
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # others may read all of it, or nothing
     found = load_file(folder / "model.safetensors")
     backbone = load_file(toy_backbone / "model.safetensors")
     projector = load_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt").projector

@@ -58,6 +58,8 @@ def write_weights(folder: Path, model: ModelParts, dtype: str) -> str:
     """Write `backbone.*` and `projector.*`, and return the type of the backbone's floats."""
     loaded = model.load(dtype)
     loaded.save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES)
+    for path in folder.glob("*.safetensors"):  # which only their owner may read, whatever the umask
+        path.chmod((folder / "config.json").stat().st_mode)
     return str(loaded.backbone.dtype).removeprefix("torch.")
 
 
