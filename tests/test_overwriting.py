@@ -4,6 +4,7 @@ import os
 
 import pytest
 from embedding_files import SIZES, make_rows, write
+from published_models import make_photographs, write_packaged
 from training_data import SETTINGS, fill_workspace, run
 
 from pipeline.errors import PipelineError
@@ -143,3 +144,17 @@ def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, mon
     assert outcome.code == 1
     assert "No space left" in outcome.stderr.splitlines()[-1]
     assert read(tmp_path / "merged") == before
+
+
+@pytest.mark.parametrize("name", ["state.json", "_rejects/rg00000_rb00000.parquet"])
+def test_stage_8_removes_no_folder_in_place_of_a_file(embed, tmp_path, name):
+    source, dataset = write_packaged(tmp_path / "in.parquet", make_photographs(4)), tmp_path / "out"
+    assert embed(source, dataset).code == 0
+    (dataset / name).unlink()
+    (dataset / name).mkdir()
+    (dataset / name / "notes.txt").touch()
+    for options in (["--overwrite"], []):
+        outcome = embed(source, dataset, *options)
+        assert outcome.code == 1
+        assert "Traceback" not in outcome.stderr
+    assert (dataset / name / "notes.txt").exists()

@@ -279,18 +279,6 @@ def test_stage_8_neither_writes_nor_removes_through_a_link(embed, dataset, tmp_p
     assert {path: path.read_bytes() for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["state.json", "_rejects/rg00000_rb00000.parquet"])
-def test_stage_8_removes_no_folder_in_place_of_a_file(embed, dataset, tmp_path, name):
-    (dataset / name).unlink()
-    (dataset / name).mkdir()
-    (dataset / name / "notes.txt").touch()
-    for options in (["--overwrite"], []):
-        outcome = embed(tmp_path / "in.parquet", dataset, *options)
-        assert outcome.code == 1
-        assert "Traceback" not in outcome.stderr
-    assert (dataset / name / "notes.txt").exists()
-
-
 def test_a_rerun_of_stage_8_removes_only_numbered_folders(embed, dataset, tmp_path):
     (dataset / "_removed" / "photos").mkdir(parents=True)
     (dataset / "_removed" / "photos" / "1.jpg").write_text("mine")
