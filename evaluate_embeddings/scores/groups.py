@@ -20,7 +20,7 @@ def summarize_groups(test: Labelled, validation: Labelled) -> dict[str, Any] | N
 
     Return None unless both samples have pairs of one building and of two.
     """
-    from sklearn.cluster import AgglomerativeClustering
+    from scipy.cluster.hierarchy import fcluster, linkage
 
     own, known = (describe_pairs(*sample)["all"] for sample in (test, validation))
     if not own or len(known) < 2:
@@ -28,8 +28,7 @@ def summarize_groups(test: Labelled, validation: Labelled) -> dict[str, Any] | N
     embeddings, codes = test
     table, best = PairTable.of(known), max(own, key=lambda row: row["bcubed_f1"])
     threshold = table.threshold_at(min(0.5, table.best_partners / (len(codes) - 1)))
-    linkage = AgglomerativeClustering(None, metric="cosine", linkage="average", distance_threshold=1 - threshold)
-    groups = linkage.fit_predict(embeddings)
-    found = {"images": len(codes), "groups": int(groups.max()) + 1, "threshold": threshold}
+    groups = fcluster(linkage(embeddings, "average", "cosine"), 1 - threshold, "distance")
+    found = {"images": len(codes), "groups": int(groups.max()), "threshold": threshold}
     in_hindsight = {"best_threshold": best["cosine"], "best_bcubed_f1": best["bcubed_f1"]}
     return found | measure_groups(groups, codes) | in_hindsight
