@@ -9,7 +9,7 @@ from training_data import SETTINGS, fill_workspace, run
 
 from pipeline.errors import PipelineError
 from pipeline.files import workspace
-from pipeline.files.workspace import REPLACED, replacing, writing_folder
+from pipeline.files.workspace import replacing, writing_folder
 from preprocess_raw_data import merge_and_split
 from preprocess_raw_data.merging.splits import SPLITS
 from train_specialized_embeddings.training.training_run import TrainingRun
@@ -49,23 +49,23 @@ def test_checkpoints_stay_until_the_new_run_is_complete(tmp_path, write_config, 
         patch.setattr(TrainingRun, "settle", stop)  # the last epoch is saved, the best one not chosen
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, overwrite=True)
-    assert read(tmp_path / "checkpoint" / REPLACED / "1") == before
+    assert read(tmp_path / "checkpoint" / "_replaced" / "1") == before
     run(tmp_path)
-    assert not (tmp_path / "checkpoint" / REPLACED).exists()
+    assert not (tmp_path / "checkpoint" / "_replaced").exists()
     assert read(tmp_path / "checkpoint").keys() == before.keys()
 
 
 def test_what_a_killed_run_moved_aside_is_what_comes_back(tmp_path):
     mark, log = tmp_path / "mark", tmp_path / "log"
-    (tmp_path / REPLACED / "1").mkdir(parents=True)
-    (tmp_path / REPLACED / "1" / "mark").write_text("whole")
+    (tmp_path / "_replaced" / "1").mkdir(parents=True)
+    (tmp_path / "_replaced" / "1" / "mark").write_text("whole")
     log.mkdir()
     mark.write_text("half")
     with pytest.raises(PipelineError), replacing(tmp_path, [mark, log]):
         raise PipelineError("no")
     assert mark.read_text() == "whole"
     assert not log.exists()
-    assert not (tmp_path / REPLACED).exists()
+    assert not (tmp_path / "_replaced").exists()
 
 
 def test_what_was_moved_aside_goes_when_its_successor_is_complete(tmp_path):
@@ -74,7 +74,7 @@ def test_what_was_moved_aside_goes_when_its_successor_is_complete(tmp_path):
     with replacing(tmp_path, [mark]):
         assert not mark.exists()
         mark.write_text("new")
-        assert (tmp_path / REPLACED / "1" / "mark").read_text() == "old"
+        assert (tmp_path / "_replaced" / "1" / "mark").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["mark"]
 
 
@@ -118,11 +118,11 @@ def test_what_the_user_put_into_a_replaced_folder_stays(tmp_path):
 
 
 def test_what_the_user_keeps_where_old_output_is_set_aside_stays(tmp_path, caplog):
-    (tmp_path / REPLACED / "photographs").mkdir(parents=True)
+    (tmp_path / "_replaced" / "photographs").mkdir(parents=True)
     (tmp_path / "mark").write_text("old")
     with replacing(tmp_path, [tmp_path / "mark"]):
         (tmp_path / "mark").write_text("new")
-    assert [path.name for path in (tmp_path / REPLACED).iterdir()] == ["photographs"]
+    assert [path.name for path in (tmp_path / "_replaced").iterdir()] == ["photographs"]
     assert "photographs: not written by this project" in caplog.text
 
 

@@ -17,7 +17,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg")
 MAX_IMAGE_BYTES = 256 * 1024**2
 # tar pads to its record, 10 KiB by default; with the largest that tape drives take it stays below this.
 MAX_PADDING_BYTES = 1 << 20
-_CHUNK_BYTES = 1 << 20
 # Names of any length and what else stands in a header before a member; the module reads it as a whole.
 _LONG_HEADERS = b"xgXLK"  # the types of POSIX, Solaris and GNU
 MAX_HEADER_BYTES = 1 << 20
@@ -166,7 +165,7 @@ def _check_end(tar_path: Path, file: IO[bytes], offset: int) -> None:
     if len(end) < tarfile.BLOCKSIZE or any(end):
         raise InputError(f"{tar_path}: truncated or damaged at byte {offset}: fetch the tar again")
     num_zeros = len(end)
-    while chunk := file.read(_CHUNK_BYTES):
+    while chunk := file.read(1 << 20):
         if data := chunk.lstrip(b"\0"):
             place = offset + num_zeros + len(chunk) - len(data)
             raise InputError(

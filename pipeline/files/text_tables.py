@@ -24,8 +24,6 @@ _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-# Outlines beside the ids are longer than the 128 KiB that the csv module takes by default.
-_MAX_FIELD = 2**31 - 1
 _ROWS_AT_A_TIME = 65_536
 
 
@@ -51,7 +49,7 @@ def read_csv(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str,
     Raises InputError where the file cannot be read, lacks a column, or a row has too few or too many values.
     """
     # pandas fills short rows without a word, and pyarrow takes a quote that is never closed for text.
-    csv.field_size_limit(_MAX_FIELD)
+    csv.field_size_limit(2**31 - 1)  # outlines beside the ids are longer than the 128 KiB of the module's default
     with reading_text(path) as file:
         header = re.sub(r'"[^"]*"', "", file.readline())  # a quoted name may hold any of them
         file.seek(0)

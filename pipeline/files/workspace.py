@@ -25,9 +25,6 @@ from pipeline.errors import PipelineError
 from pipeline.log import logger
 from pipeline.own_folders import discard, link, make_folder, move, open_file, remove, sync_folder
 
-# The folder for old output until its successor is complete.
-REPLACED = "_replaced"
-
 # Hashes of ids are the longest: 20 bytes each.
 _JSON_BYTES = 2**30
 
@@ -172,7 +169,7 @@ def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
     When the block ends well they are removed. When it fails before one of the files is there again they come back, else
     they wait for the run that goes on. Files that a killed run has moved there stay, as they were complete.
     """
-    aside = folder / REPLACED / "1"
+    aside = folder / "_replaced" / "1"
     keeps_earlier = aside.is_dir()
     for path in paths:
         if keeps_earlier:
