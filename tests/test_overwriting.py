@@ -131,7 +131,7 @@ def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, mon
     config = write_config(tmp_path)
     assert run_main(merge_and_split.main, "--config", config).code == 0
     before = read(tmp_path / "merged")
-    plain, synced = workspace.sync_file, []
+    plain, synced = workspace.own_folders.sync_file, []
 
     def fill_disk(path):
         synced.append(path)
@@ -139,7 +139,7 @@ def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, mon
             raise OSError(28, os.strerror(28))
         plain(path)
 
-    monkeypatch.setattr(workspace, "sync_file", fill_disk)
+    monkeypatch.setattr(workspace.own_folders, "sync_file", fill_disk)
     outcome = run_main(merge_and_split.main, "--config", config, "--overwrite")
     assert outcome.code == 1
     assert "No space left" in outcome.stderr.splitlines()[-1]
