@@ -215,6 +215,17 @@ def test_markup_in_names_settings_and_licences_stays_text(toy_backbone, tmp_path
     assert "`**note** [a](b)'<s>`" in text
 
 
+def test_a_licence_of_lists_without_end_is_not_written_out(toy_backbone, tmp_path):
+    backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
+    lists = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 40))
+    (backbone / "README.md").write_text(
+        f"---\na0: &a0 [x]\n{lists}license: *a39\nlicense_name: [mit, apache-2.0]\n---\n"
+    )
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    stage.run(make_config(tmp_path, backbone), Options())
+    assert "its licence as `mit, apache-2.0`" in (tmp_path / "published" / "README.md").read_text()
+
+
 def test_a_licence_that_links_to_a_file_elsewhere_is_not_published(toy_backbone, tmp_path, caplog):
     (tmp_path / "private").write_text("secret")
     backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")

@@ -49,7 +49,10 @@ class ModelParts:
         path = self.folder / "README.md"
         try:
             found = (metadata_load(path) or {}) if path.is_file() else {}
-            return {key: str(found[key]) for key in LICENCE_KEYS if found.get(key)}
+            listed = {key: value if isinstance(value := found.get(key), list) else [value] for key in LICENCE_KEYS}
+            # Text alone: a few lines of lists in lists, by reference, are written out without end.
+            texts = {key: ", ".join(one for one in values if isinstance(one, str)) for key, values in listed.items()}
+            return {key: text for key, text in texts.items() if text}
         except (YAMLError, ValueError, OSError, RecursionError, AttributeError) as error:
             raise InputError(
                 f"{path}: its metadata cannot be read ({one_line(error)[:100]}): fetch the model again"
