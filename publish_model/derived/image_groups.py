@@ -75,7 +75,8 @@ def group_images(
     keys = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in (embeddings, points)], axis=1)
     groups = np.unique(keys.view(f"V{keys.shape[1]}")[:, 0], return_inverse=True)[1]
     del keys
-    merged = Groups(*average_groups(embeddings, points, groups=groups), np.bincount(groups))
+    means, centres = average_groups(embeddings, points, groups=groups)
+    merged = Groups(means, centres, np.bincount(groups))
     asked, recall = np.arange(len(merged.counts)), 1.0
     while len(asked):
         if positions is None:
