@@ -112,6 +112,13 @@ def test_what_is_no_plain_jpeg_is_left_to_the_full_decode(data):
     assert strip_scans(data) is None
 
 
+@pytest.mark.parametrize("filling", [b"\xff" * 2**25, (b"\xff\xe1\xff\xfdExif\0\0" + bytes(65_525)) * 600])
+def test_a_jpeg_of_filling_is_rejected_at_once(filling):
+    data = KINDS["baseline"]
+    with pytest.raises(Rejection, match="without end"):
+        decode_rgb(data[:2] + filling + data[2:])
+
+
 @pytest.mark.parametrize("kind", ["progressive", "scan by scan"])
 def test_a_jpeg_of_very_many_scans_is_rejected_by_name_at_once(kind):
     whole = KINDS["progressive"]

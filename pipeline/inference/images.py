@@ -21,6 +21,8 @@ MAX_PIXELS = 100_000_000
 _PIXELS = Budget(MAX_PIXELS)
 # A scan takes as long as the pixels that it refines: 0.1 s for MAX_PIXELS. Encoders write 4 to 20.
 MAX_SCANS = 100
+# Pillow passes over fill bytes one by one, and copies all EXIF segments at each: this takes it a second.
+MAX_FILL = 2**20
 FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEGS = ("JPEG", "MPO")  # the latter holds several pictures
 
@@ -181,6 +183,8 @@ def read_header(data: bytes) -> Image.Image:
     """Read an image's header as `open_image` does, without counting a JPEG's scans."""
     if not data:
         raise Rejection("unreadable_image", "0 bytes")
+    if data.startswith(_START_OF_IMAGE) and (data.count(b"\xff\xff") > MAX_FILL or data.count(b"Exif\0\0") > MAX_SCANS):
+        raise Rejection("unreadable_image", "fill bytes or EXIF segments without end")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except DECODE_ERRORS as error:
