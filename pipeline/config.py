@@ -178,9 +178,6 @@ class TrainingSection(Section):
         "sharpened", description="start of the projector; sharpened: sharpened or plain whitening, by validation"
     )
     init_checkpoint: str | None = Field(None, description="start from this checkpoint instead of init")
-    whitening_shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = Field(
-        "auto", description="0 to 1, weight of the identity in the covariance; auto: best validation mAP"
-    )
     min_negative_distance_m: float = Field(25.0, ge=0.0, description="metres; no nearer negatives; 0: same panorama")
     warmup_epochs: float = Field(1.0, ge=0.0, description="epochs of linear warm-up")
     grad_clip: float = Field(1.0, gt=0.0, description="largest gradient norm")

@@ -12,7 +12,7 @@ from closed_forms import collect_scatter
 from pipeline.config import TrainingModelSection, TrainingSection
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import QueryScores
-from pipeline.retrieval.whitening import SHRINKAGES, LinearMap, sharpen_whitening
+from pipeline.retrieval.whitening import LinearMap, sharpen_whitening
 from train_specialized_embeddings.training import starts
 from train_specialized_embeddings.training.starts import Fitted, fit_start, is_rectified, make_projector
 from train_specialized_embeddings.training.validation import ValidationSet
@@ -94,7 +94,8 @@ def test_a_projector_starts_as_the_sharpened_map_and_the_note_says_how(
     if power != 1.0:
         train, val = (replace(split, embeddings=np.abs(split.embeddings)) for split in (train, val))
     validation = ValidationSet(val.embeddings, val.building_codes)
-    section = TrainingSection(whitening_shrinkage=0.5)
+    monkeypatch.setattr(starts, "SHRINKAGES", (0.5,))
+    section = TrainingSection()
     fitted = fit_start(train, validation, 6, section)
     scatter = collect_scatter(train.embeddings, train.building_codes, power)
     expected = sharpen_whitening(scatter, 12, 0.5).take_leading(6)
@@ -141,7 +142,7 @@ def test_random_weights_start_from_nothing() -> None:
     assert fitted.coordinates.fold(projector).architecture["input_power"] == 1.0
 
 
-def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse() -> None:
+def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     means = {0.7: 0.4, 0.5: 0.5, 0.3: 0.6, 0.2: 0.6, 0.1: 0.59, 0.05: 0.9}
 
     def fit(scatter: Any, count: int, shrinkage: float) -> LinearMap:
@@ -150,9 +151,9 @@ def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse() -> None:
     def validate(fitted: LinearMap) -> QueryScores:
         return make_fitted(precisions(means[float(fitted.bias[0])], 0.0)).scores
 
-    found = starts._try(fit, None, 1, SHRINKAGES, validate)
-    assert list(found) == [0.7, 0.5, 0.3, 0.2, 0.1]
-    assert list(starts._try(fit, None, 1, (0.05,), validate)) == [0.05]
+    assert list(starts._try(fit, None, 1, validate)) == [0.7, 0.5, 0.3, 0.2, 0.1]
+    monkeypatch.setattr(starts, "SHRINKAGES", (0.05,))
+    assert list(starts._try(fit, None, 1, validate)) == [0.05]
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])

@@ -30,7 +30,7 @@ from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from pipeline.retrieval.scores import SCORE_KEYS, score_queries, summarize_scores
 from pipeline.retrieval.whitening import whiten_within_class
 from train_specialized_embeddings import train
-from train_specialized_embeddings.training import training_run
+from train_specialized_embeddings.training import starts, training_run
 from train_specialized_embeddings.training.losses import LOSSES
 from train_specialized_embeddings.training.starts import Start, make_coordinates, make_projector
 from train_specialized_embeddings.training.trainer import Trainer
@@ -102,8 +102,9 @@ def test_the_best_checkpoint_is_the_best_epoch_by_validation_and_never_below_the
     assert maps[0] == pytest.approx(best["metrics"]["val"]["whitening"]["map"], abs=1e-6)
 
 
-def test_validation_scores_equal_those_computed_by_hand(workspace: Path) -> None:
-    run(workspace, "training.whitening_shrinkage=0.3", "training.num_epochs=0", "training.init=whitening")
+def test_validation_scores_equal_those_computed_by_hand(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starts, "SHRINKAGES", (0.3,))
+    run(workspace, "training.num_epochs=0", "training.init=whitening")
     training, val = make_split(30, 1), make_split(12, 2)
     rows = [np.stack(split["embedding"].to_numpy()).astype(np.float32) for split in (training, val)]
     codes = [np.unique(split["building_id"].to_pylist(), return_inverse=True)[1] for split in (training, val)]
@@ -364,7 +365,7 @@ def test_the_command_line_ends_with_the_usual_codes_and_one_line(workspace: Path
     assert run_main(train.main, "--help").stdout.startswith("Stage 6: ")
 
 
-@pytest.mark.parametrize("text", ["training.anchors_per_epoch=0", "training.whitening_shrinkage=1.5"])
+@pytest.mark.parametrize("text", ["training.anchors_per_epoch=0", "training.input_noise=-1.0"])
 def test_settings_out_of_range_are_refused(workspace: Path, text: str) -> None:
     with pytest.raises(PipelineError, match=text.partition("=")[0].rpartition(".")[2]):
         load_config(workspace / "config.toml", [text])

@@ -86,12 +86,12 @@ def test_a_run_killed_at_any_write_and_resumed_equals_an_undisturbed_one(
     )
     real, times = fitting.workspace.writing_to, 0
 
-    def writing_to(path: Path) -> Any:
+    def writing_to(path: Path, **options: Any) -> Any:
         nonlocal times
         times += path.name == name
         if path.name == name and (times == 3 or point in {"epoch_2", "epoch_4", "final", "mark"}):
             raise KilledError
-        return real(path)
+        return real(path, **options)
 
     with monkeypatch.context() as patch:
         if point == "after":

@@ -8,7 +8,6 @@ A rerun goes on until the study has --trials finished trials; the same command s
 or on several that share the folder, works on one study. Needs Optuna: pip install 'spatial-building-embeddings[tune]'.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -84,12 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__)
     parser.set_defaults(**{field.name: field.default for field in fields(TuneOptions)})
     parser.add_argument(
-        "--trials", type=_count, dest="num_trials", metavar="N", help="finished trials in all (default: 100)"
+        "--trials", type=cli.whole_number, dest="num_trials", metavar="N", help="finished trials in all (default: 100)"
     )
     parser.add_argument("--objective", choices=SCORE_KEYS, help="the validation score to maximise (default: map)")
     parser.add_argument(
-        "--sample-buildings", type=_count, metavar="N", help="train the trials on N buildings, drawn from [global].seed"
-    )
+        "--sample-buildings", type=cli.whole_number, metavar="N",
+        help="train the trials on N buildings, drawn from [global].seed",
+    )  # fmt: skip
     parser.add_argument(
         "--from-wandb-project", metavar="[ENTITY/]PROJECT",
         help="run no trial: write _tune/wandb/best.toml from the project's finished runs",
@@ -99,12 +99,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = TuneOptions(**{field.name: getattr(arguments, field.name) for field in fields(TuneOptions)})
     config = cli.config_from(arguments)
     cli.run_stage(STAGE, lambda config, _: run(config, options), config, cli.options_from(arguments))
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
-    return int(text)
 
 
 if __name__ == "__main__":

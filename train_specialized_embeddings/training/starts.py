@@ -6,7 +6,7 @@ on 4,096 numbers costs what one on 512 does. They are an affine map of the featu
 coordinates into one of features. At the start a shortcut keeps the first of them, and the MLP branch adds nothing yet.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,9 +140,6 @@ def fit_start(
     The start is that of another run's checkpoint (`warm`), where there is one.
     """
     init = "checkpoint" if warm else section.init
-    shrinkages: Sequence[float] = SHRINKAGES
-    if section.whitening_shrinkage != "auto":
-        shrinkages = (float(section.whitening_shrinkage),)
     powers = (1.0, INPUT_POWER) if init == "sharpened" and is_rectified(train) else (1.0,)
     scatters = collect_scatters(train.embeddings, train.building_codes, powers, device)
     scatter, powered = scatters[0], scatters[-1]
@@ -152,7 +149,7 @@ def fit_start(
         return validation.score_each(fitted.take_leading(output_dim).apply(validation.embeddings))
 
     pca = whiten_by_pca(scatter, num_rows)
-    tried = _try(whiten_within_class, scatter, num_rows, shrinkages, validate)
+    tried = _try(whiten_within_class, scatter, num_rows, validate)
     shrinkage = max(tried, key=lambda key: tried[key].mean)
     whitening = tried[shrinkage]
     scores = {
@@ -165,7 +162,7 @@ def fit_start(
         return restore_start(warm, note, scores, keep_features(scatter))
     start = pca if init == "pca" else whitening.linear_map
     if init == "sharpened":
-        tried = _try(sharpen_whitening, powered, num_rows, shrinkages, validate)
+        tried = _try(sharpen_whitening, powered, num_rows, validate)
         note["sharpened_shrinkage"] = chosen = _choose_shrinkage(tried, whitening, validation)
         if chosen is None:
             logger.info("sharpened whitening validates worse than the plain one, from which training starts then")
@@ -187,15 +184,14 @@ def _try(
     fit: Callable[[Scatter, int, float], LinearMap],
     scatter: Scatter,
     num_rows: int,
-    shrinkages: Sequence[float],
     validate: Callable[[LinearMap], QueryScores],
 ) -> dict[float, Fitted]:
-    """Fit a map of `num_rows` rows for each shrinkage, the largest first, and validate it.
+    """Fit a map of `num_rows` rows for each of SHRINKAGES, the largest first, and validate it.
 
     Stops at the first that validates worse than the best: the mAP has one peak, and more buildings want less.
     """
     tried: dict[float, Fitted] = {}
-    for shrinkage in shrinkages:
+    for shrinkage in SHRINKAGES:
         fitted = fit(scatter, num_rows, shrinkage)
         best = max((one.mean for one in tried.values()), default=0.0)
         tried[shrinkage] = Fitted(fitted, validate(fitted))
