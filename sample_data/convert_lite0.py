@@ -116,11 +116,14 @@ def write_model(folder: Path) -> None:
     from transformers import EfficientNetConfig, EfficientNetModel
     from transformers.utils import logging as transformers_logging
 
+    from pipeline.inference.loading import writing_weights
+
     transformers_logging.disable_progress_bar()
     model = EfficientNetModel(EfficientNetConfig(**ARCHITECTURE))
     source = torch.load(weights, map_location="cpu", weights_only=True)
     model.load_state_dict(convert(source, model.state_dict()), strict=True)
-    model.eval().save_pretrained(folder)
+    with writing_weights(folder):
+        model.eval().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(MODEL_CARD, encoding="utf-8")
     licence = distribution(PACKAGE).read_text("LICENSE") or ""

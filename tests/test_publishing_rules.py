@@ -1,5 +1,6 @@
 """What stage 7 keeps, refuses and pushes."""
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -230,13 +231,14 @@ def test_a_folder_of_something_else_is_never_removed(config, tmp_path):
     assert (tmp_path / "published" / "thesis.tex").read_text() == "mine"
 
 
-def test_what_fails_half_way_leaves_nothing(config, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device", str(tmp_path / "published"))
-
-    monkeypatch.setattr("publish_model.model_folder.published_folder.write_weights", fail)
-    with pytest.raises(PipelineError, match=r"cannot write .*published \(No space left on device\)"):
-        stage.run(config, Options())
+def test_a_disk_that_takes_only_a_part_is_one_line_and_leaves_nothing(config, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # config.json fits, the weights do not
+    try:
+        with pytest.raises(PipelineError, match=r"cannot write .*published \(File too large\): free space"):
+            stage.run(config, Options())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 

@@ -1,9 +1,13 @@
 """Load a vision model; refuse other models, missing weights, and a model's own code unless it is trusted."""
 
+import contextlib
 import functools
 import hashlib
 import logging
+import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,17 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 for _handler in logging.getLogger("transformers").handlers:  # it prints names of weights as they are
     _handler.setFormatter(LineFormat("[transformers] %(message)s"))
+
+
+@contextlib.contextmanager
+def writing_weights(path: Path) -> Iterator[None]:
+    """Raise the OSError that safetensors hides when it cannot write below `path`, as on a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def load_model(

@@ -176,11 +176,14 @@ def _write_weights(rebuilt: Path, paths: dict[str, Path], projector: dict[str, A
     """Link the backbone's weights, write the projector's, and return the file of each for the index."""
     from safetensors.torch import save_file
 
+    from pipeline.inference.loading import writing_weights
+
     found = {name: path for name, path in paths.items() if name.startswith("backbone.")}
     for path in set(found.values()):  # under other names: a model.safetensors would be read alone
         (rebuilt / f"linked-{path.name}").symlink_to(path.resolve())
     weights = {f"projector.{name}": tensor.contiguous() for name, tensor in projector.items()}
-    save_file(weights, rebuilt / "projector.safetensors", {"format": "pt"})
+    with writing_weights(rebuilt):
+        save_file(weights, rebuilt / "projector.safetensors", {"format": "pt"})
     linked = {name: f"linked-{path.name}" for name, path in found.items()}
     return linked | dict.fromkeys(weights, "projector.safetensors")
 
