@@ -4,10 +4,10 @@
     python evaluate_embeddings/evaluate.py --compare other_checkpoint.pt
     python evaluate_embeddings/evaluate.py --embeddings OUTPUT --labels labels.parquet --compare OTHER_OUTPUT
 
-Reads merged_dir/{train,val,test}.parquet and checkpoint_dir/checkpoint_best.pt; for the page also metrics.jsonl beside
-the checkpoint and photographs from the tars of raw_dir, if they are there. Writes report_dir/report.html and
-report_dir/metrics.json. A rerun keeps both if they were made from the same inputs. With --compare or --embeddings it
-scores these models instead, prints a table with the verdict last, and writes nothing.
+Reads merged_dir/{train,val,test}.parquet and checkpoint_dir/checkpoint_best.pt; for the page also photographs from the
+tars of raw_dir, if they are there. Writes report_dir/report.html and report_dir/metrics.json. A rerun keeps both if
+they were made from the same inputs. With --compare or --embeddings it scores these models instead, prints a table with
+the verdict last, and writes nothing.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 
-from evaluate_embeddings.scores.breakdowns import summarize_breakdowns
 from evaluate_embeddings.scores.fairness import doubt_split
 from evaluate_embeddings.scores.groups import MAX_IMAGES, summarize_groups
 from evaluate_embeddings.scores.metrics import (
@@ -132,8 +131,7 @@ def score_split(
             if without is not None:
                 apart[kind] = without
         evaluation = Evaluation(features, embeddings, ignored, scores, apart or None, device)
-        metrics = build_metrics(evaluation, seed, progress.advance)
-        return evaluation, metrics | summarize_breakdowns(evaluation, config.path("merged_dir") / "test.parquet", seed)
+        return evaluation, build_metrics(evaluation, seed, progress.advance)
 
 
 def group_split(evaluation: Evaluation, checkpoint: "Checkpoint", config: Config) -> dict[str, Any] | None:

@@ -38,9 +38,7 @@ def write_tar(path, buildings):
         return [(member.offset_data, member.size) for member in tar]
 
 
-def make_table(
-    seed, *, num_buildings=NUM_BUILDINGS, width=WIDTH, places=None, prefix="", images=IMAGES_PER_BUILDING, camera=False
-):
+def make_table(seed, *, num_buildings=NUM_BUILDINGS, width=WIDTH, places=None, prefix="", images=IMAGES_PER_BUILDING):
     """Return a split: buildings of two datasets by turns, embeddings near each building's own direction."""
     generator = np.random.default_rng(seed)
     building = np.repeat(np.arange(num_buildings), images)
@@ -55,9 +53,6 @@ def make_table(
         "building_id": pa.array([f"{prefix}{d:04d}_{b}" for d, b in zip(dataset, building, strict=True)]),
         "streetview_image_id": pa.array([f"{prefix}{d:04d}_{i}" for i, d in enumerate(dataset)]),
     }
-    if camera:
-        columns["heading"] = pa.array(np.arange(len(building)) * 25.0 % 360 - 180)
-        columns["distance_m"] = pa.array(5.0 + np.arange(len(building)) % 40)
     if places is not None:
         columns["image_offset"] = pa.array([place[0] for place in places], pa.int64())
         columns["image_size"] = pa.array([place[1] for place in places], pa.int64())
@@ -81,7 +76,9 @@ def write_checkpoint(path, *, seed=0, width=WIDTH, history=True, trained_on=()):
     torch.manual_seed(seed)
     projector = Projector(width, output_dim=8, hidden_dim=8)
     scores = [{"epoch": epoch, "val": {"map": 0.4 + 0.01 * epoch}} for epoch in range(4)]
-    metrics = {"val": {"raw": {"map": 0.35}, "pca_whitened": {"map": 0.38}}, "history": scores} if history else {}
+    rows = {"raw": 0.35, "pca_whitened": 0.38, "whitening": 0.4, "projector": 0.43}
+    val = {name: {"map": value} for name, value in rows.items()}
+    metrics = {"epoch": 3, "val": val, "history": scores} if history else {}
     content = {
         "architecture": projector.architecture,
         "projector": projector.state_dict(),
@@ -92,7 +89,7 @@ def write_checkpoint(path, *, seed=0, width=WIDTH, history=True, trained_on=()):
     save_checkpoint(path, content)
 
 
-def make_workplace(folder, *, photos=True, camera=False):
+def make_workplace(folder, *, photos=True):
     """Make tars, splits, a checkpoint and a configuration below `folder`; return the configuration's path."""
     folder = Path(folder)
     places = None
@@ -104,7 +101,7 @@ def make_workplace(folder, *, photos=True, camera=False):
         }
         places = [next(found[1 + building % 2]) for building in buildings]
     write_split(folder, "train", make_table(1, num_buildings=40, prefix="t"))
-    test = make_table(2, places=places, camera=camera)
+    test = make_table(2, places=places)
     write_split(folder, "test", test)
     counts = {"in": len(test), "out": len(test)}
     tables.write_parquet(folder / "difficulty.parquet", test.select(["streetview_image_id"]), {"counts": counts})

@@ -73,7 +73,7 @@ def test_metrics_have_their_fixed_keys_and_the_counts_of_the_split(finished):
     assert list(metrics) == [
         "split", "queries", "gallery", "buildings", "ignored_pairs", "raw", "pca_whitened", "whitening",
         "projector", "projector_gain", "headline", "by_dataset", "without_same_panorama", "by_gallery_size",
-        "by_views", "by_viewpoint_change", "by_distance", "groups", "warning", "provenance",
+        "groups", "warning", "provenance",
     ]  # fmt: skip
     assert metrics["split"] == "test"
     assert metrics["queries"] == metrics["gallery"] == NUM_IMAGES

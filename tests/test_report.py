@@ -21,7 +21,7 @@ from evaluation_data import (
 from PIL import Image
 
 from evaluate_embeddings.evaluate import run
-from evaluate_embeddings.page.gallery import choose_gallery, describe_example, pick_worst
+from evaluate_embeddings.page.gallery import choose_gallery, describe_example, pick_failures
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.report import format_distance, render
 from evaluate_embeddings.page.training_curve import Curve, read_training_curve
@@ -108,8 +108,8 @@ def test_the_page_has_its_sections_and_every_picture_and_drawing_has_an_alternat
     reader = PageReader(page)
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        "Scores", "Groups without labels", "What makes it hard", "Harder and fixed conditions", "By dataset",
-        "Training", "Worst failures", "Hard successes", "Suspected label errors", "Provenance and settings",
+        "Scores", "Groups without labels", "Harder and fixed conditions", "By dataset",
+        "Training", "Worst failures", "Suspected label errors", "Provenance and settings",
     ]  # fmt: skip
     assert "viewport" in str(reader.find("meta"))
     assert all(len(image["alt"]) > 10 for image in reader.find("img"))
@@ -240,18 +240,16 @@ def make_evaluation(seed=0, ignored=((), ())):
 
 def test_failures_come_worst_first_and_one_a_building():
     codes, ranks = np.array([0, 0, 1, 1, 2, 2], dtype=np.int32), np.array([9, 12, 30, 2, 1, 1])
-    assert pick_worst(ranks, ranks > 1, codes, limit=12) == [2, 1]
-    assert pick_worst(ranks, ranks > 1, codes, limit=1) == [2]
+    assert pick_failures(ranks, codes, limit=12) == [2, 1]
+    assert pick_failures(ranks, codes, limit=1) == [2]
 
 
-def test_hard_successes_are_right_answers_that_the_raw_embeddings_miss():
+def test_a_query_that_is_answered_right_is_no_failure():
     evaluation = make_evaluation()
-    own, raw = np.ones((2, 60), np.int64)
-    own[4], raw[[0, 1, 3, 4]] = 2, [3, 8, 5, 99]
-    for kind, ranks in (("projector", own), ("raw", raw)):
-        evaluation.scores[kind] = QueryScores(np.arange(60), ranks, np.ones(60))
+    ranks = np.ones(60, np.int64)
+    ranks[4] = 2
+    evaluation.scores["projector"] = QueryScores(np.arange(60), ranks, np.ones(60))
     chosen = choose_gallery(evaluation, 1.1, seed=0)
-    assert [example.query for example in chosen.successes] == [1, 3]
     assert [example.query for example in chosen.failures] == [4]
     assert chosen.suspects == []
 
@@ -297,17 +295,14 @@ def test_the_curve_is_drawn_between_its_least_and_largest_value_with_what_is_pub
     assert "60.0,280.0" in render("sections/training.html.j2", curve=Curve([0], [0.4], {}, (0, 0.4)), kinds={})
 
 
-def test_the_training_curve_comes_from_metrics_jsonl_or_from_the_checkpoint(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    training = {"history": [{"epoch": 0, "val": {"map": 0.25}}], "val": {"raw": {"map": 0.2}, "projector": {"map": 1}}}
-    assert read_training_curve(path, training) == Curve([0], [0.25], {"raw": 0.2}, (0, 0.25))
-    path.write_text('{"epoch": 0, "val": {"map": 0.5}}\n{"epoch": 1, "val": {"map": 0.6}}\n')
-    assert read_training_curve(path, training) == Curve([0], [0.25], {"raw": 0.2}, (0, 0.25))  # it is another run's
-    training["history"][0]["val"]["map"] = 0.5
-    assert read_training_curve(path, training) == Curve([0, 1], [0.5, 0.6], {"raw": 0.2}, (1, 0.6))
-    for broken in ("{", '{"epoch": 0}\n', "[]\n", '{"epoch": 0, "val": null}\n'):
-        path.write_text(broken)
-        assert read_training_curve(path, {}) is None
+def test_the_training_curve_comes_from_the_checkpoint():
+    history = [{"epoch": 0, "val": {"map": 0.5}}, {"epoch": 1, "val": None}, {"epoch": 2, "val": {"map": 0.6}}]
+    baselines = {"raw": 0.2, "pca_whitened": 0.3, "whitening": 0.4}
+    rows = {name: {"map": value} for name, value in {**baselines, "projector": 0.7}.items()}
+    training = {"epoch": 2, "history": history, "val": rows}
+    assert read_training_curve(training) == Curve([0, 2], [0.5, 0.6], baselines, (2, 0.7))
+    for broken in ({}, training | {"history": []}, training | {"val": {}}, training | {"history": [[]]}):
+        assert read_training_curve(broken) is None
 
 
 def test_without_a_training_curve_the_page_says_so(workplace):
@@ -326,7 +321,7 @@ def test_a_split_in_which_every_query_succeeds_has_no_failures_to_show(workplace
         workplace.parent, "test", table.set_column(index, "embedding", pa.FixedSizeListArray.from_arrays(values, 16))
     )
     page = make_report(workplace)
-    assert page.count("There are none.") == 2  # without a threshold the most similar pairs are suspect
+    assert page.count("There are none.") == 1  # without a threshold the most similar pairs are suspect
 
 
 def test_a_split_of_one_building_makes_a_page_all_the_same(workplace):

@@ -63,7 +63,6 @@ class Gallery:
 
     evaluation: Evaluation
     failures: list[Example] = field(default_factory=list)
-    successes: list[Example] = field(default_factory=list)
     suspects: list[ImagePair] = field(default_factory=list)
     thumbnails: Mapping[int, str] = field(default_factory=dict)
     note: str = ""
@@ -87,7 +86,7 @@ class Gallery:
 
     def take_pictures(self, photos: PhotoSource) -> None:
         """Fetch the pictures, and note what is missing."""
-        rows = [row for one in self.failures + self.successes for row in (one.query, *(a.row for a in one.answers))]
+        rows = [row for one in self.failures for row in (one.query, *(a.row for a in one.answers))]
         rows += [row for suspect in self.suspects for row in suspect.rows]
         self.thumbnails = photos.read_thumbnails(rows)
         if photos.problem:
@@ -97,25 +96,17 @@ class Gallery:
 
 
 def choose_gallery(evaluation: Evaluation, threshold: float, seed: int) -> Gallery:
-    """Choose the examples: the worst failures, right answers on which the raw embeddings fail worst, and suspects."""
-    own, raw = evaluation.scores["projector"].first_rank, evaluation.scores["raw"].first_rank
-    buildings = evaluation.codes[evaluation.scores["projector"].query]
-    failures = pick_worst(own, own > 1, buildings, NUM_EXAMPLES)
-    successes = pick_worst(raw, (own == 1) & (raw > 1), buildings, NUM_EXAMPLES)
-    return Gallery(
-        evaluation,
-        [describe_example(evaluation, place) for place in failures],
-        [describe_example(evaluation, place) for place in successes],
-        find_suspects(evaluation, threshold, NUM_SUSPECTS, seed),
-    )
+    """Choose the examples: the worst failures, and suspects."""
+    own = evaluation.scores["projector"]
+    failures = pick_failures(own.first_rank, evaluation.codes[own.query], NUM_EXAMPLES)
+    suspects = find_suspects(evaluation, threshold, NUM_SUSPECTS, seed)
+    return Gallery(evaluation, [describe_example(evaluation, place) for place in failures], suspects)
 
 
-def pick_worst(
-    ranks: NDArray[np.int64], wanted: NDArray[np.bool_], buildings: NDArray[np.int32], limit: int
-) -> list[int]:
-    """Return the positions (in `ranks`) of the wanted queries of the highest ranks, one a building, worst first."""
+def pick_failures(ranks: NDArray[np.int64], buildings: NDArray[np.int32], limit: int) -> list[int]:
+    """Return the positions (in `ranks`) of the queries of the highest ranks above 1, one a building, worst first."""
     order = np.argsort(-ranks, kind="stable")
-    order = order[wanted[order]]
+    order = order[ranks[order] > 1]
     first = np.unique(buildings[order], return_index=True)[1]
     places: list[int] = order[np.sort(first)][:limit].tolist()
     return places

@@ -1,4 +1,4 @@
-"""Write stage 9's page: the scores with their intervals, and pictures of failures and successes."""
+"""Write stage 9's page: the scores with their intervals, and pictures of failures."""
 
 import json
 import re
@@ -18,12 +18,6 @@ from pipeline.log import logger
 from pipeline.pages import load_templates
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-
-BREAKDOWNS = {
-    "by_views": "images of the building",
-    "by_viewpoint_change": "change of heading, degrees",
-    "by_distance": "distance of the camera, metres",
-}
 
 
 def format_distance(metres: float) -> str:
@@ -59,11 +53,10 @@ def write_report(
     groups = metrics["groups"]
     gallery = choose_gallery(evaluation, groups["threshold"] if groups else -1.0, config.global_.seed)
     gallery.take_pictures(photos)
-    curve = read_training_curve(config.path("checkpoint_dir") / "metrics.jsonl", training)
     page = render(
         "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_verdict(metrics),
-        kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS, breakdowns=BREAKDOWNS,
-        curve=curve, gallery=gallery,
+        kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS,
+        curve=read_training_curve(training), gallery=gallery,
     )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -113,7 +113,11 @@ class TrainingRun:
             "projector": dict(self.material.start.coordinates.fold(projector).state_dict()),
             "epoch": epoch,
             "start": self.note,
-            "metrics": metrics | {"epoch": epoch, "val": metrics["val"] | {"projector": tried[chosen]}},
+            "metrics": {
+                "epoch": epoch,
+                "val": metrics["val"] | {"projector": tried[chosen]},
+                "history": self._list_history(),
+            },
         }
 
     def _score(self, projector: Projector) -> tuple[NDArray[np.float32], QueryScores]:
@@ -174,13 +178,15 @@ class TrainingRun:
         elif record["train_loss"] == 0.0:  # only a loss with a margin comes to that
             logger.warning("epoch %d: no triplet was active: raise [training].margin", self.epoch)
 
+    def _list_history(self) -> list[dict[str, Any]]:
+        """Return what the same training gives again, whatever else the machine did or the log gets."""
+        left_out = ("seconds", "step_losses")
+        return [{key: value for key, value in record.items() if key not in left_out} for record in self.history]
+
     def describe(self) -> Content:
         """Return the checkpoint of the last epoch, with all that its readers and the next epoch need."""
         config = self.config
         folded = self.material.start.coordinates.fold(self.trainer.average)
-        # Without these the same training gives the same checkpoint, whatever else the machine did or the log gets.
-        left_out = ("seconds", "step_losses")
-        history = [{key: value for key, value in record.items() if key not in left_out} for record in self.history]
         return self.trainer.state() | {
             "architecture": dict(folded.architecture),
             "projector": dict(folded.state_dict()),
@@ -191,7 +197,7 @@ class TrainingRun:
             "metrics": {
                 "epoch": self.epoch,
                 "val": self.material.start.baselines | {"projector": self.history[-1]["val"]},
-                "history": history,
+                "history": self._list_history(),
             },
             "settings": {
                 "seed": config.global_.seed,
