@@ -103,8 +103,18 @@ def make_folder(folder: Path) -> None:
         pass
 
 
+def refuse_folder(path: Path) -> None:
+    """Raise OSError (EISDIR) for a folder without a name of this project's: it is the user's, in a file's place."""
+    if path.is_dir() and not path.is_symlink() and not any(map(_OWN_NAME.fullmatch, path.absolute().parts[-_DEPTH:])):
+        raise OSError(errno.EISDIR, "a folder of yours, where this project writes a file", str(path))
+
+
 def remove(path: Path) -> None:
-    """Remove a file, a folder with its content, or a link, if it is there; raise OSError behind a link."""
+    """Remove a file, a folder of this project's with its content, or a link, if it is there.
+
+    Raises OSError behind a link, and for a folder of the user's.
+    """
+    refuse_folder(path)
     with suppress(FileNotFoundError), opened_folder(path.parent) as folder:
         while stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
             with suppress(FileNotFoundError):  # another process is removing it too
@@ -153,7 +163,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_failure(path: Path, error: OSError) -> PipelineError:
     """Say in one line why `path` could not be written and what to do."""
-    if error.errno == errno.ELOOP:
-        return PipelineError(f"cannot write {path} ({error.filename} is {error.strerror}): remove it")
+    if error.errno in (errno.ELOOP, errno.EISDIR):
+        return PipelineError(f"cannot write {path} ({error.filename} is {error.strerror}): move it away")
     reason = os.strerror(error.errno) if error.errno else str(error)
     return PipelineError(f"cannot write {path} ({reason}): free space or allow writing there, then run this again")

@@ -250,6 +250,20 @@ def test_splits_under_each_others_names_are_named(tmp_path, stage, city):
     check_one_run(train, test)
 
 
+def test_a_folder_in_the_place_of_a_split_is_refused_and_stays(tmp_path, stage, city):
+    assert stage().code == 0
+    train, test = (tmp_path / "merged" / f"{split}.parquet" for split in ("train", "test"))
+    before = train.read_bytes()
+    test.unlink()
+    test.mkdir()
+    (test / "photograph.jpg").write_text("mine")
+    outcome = stage("--overwrite")
+    assert outcome.code == 1
+    assert f"{test} (a folder of yours, where this project writes a file)" in outcome.stderr
+    assert (test / "photograph.jpg").read_text() == "mine"
+    assert train.read_bytes() == before
+
+
 def test_a_run_killed_between_the_renames_is_completed(tmp_path, stage, city, monkeypatch):
     stage("paths.merged_dir=undisturbed")
     replace = workspace.os.replace

@@ -56,7 +56,7 @@ def test_checkpoints_stay_until_the_new_run_is_complete(tmp_path, write_config, 
 
 
 def test_what_a_killed_run_moved_aside_is_what_comes_back(tmp_path):
-    mark, log = tmp_path / "mark", tmp_path / "log"
+    mark, log = tmp_path / "mark", tmp_path / "_log"
     (tmp_path / "_replaced" / "1").mkdir(parents=True)
     (tmp_path / "_replaced" / "1" / "mark").write_text("whole")
     log.mkdir()
@@ -158,3 +158,21 @@ def test_stage_8_removes_no_folder_in_place_of_a_file(embed, tmp_path, name):
         assert outcome.code == 1
         assert "Traceback" not in outcome.stderr
     assert (dataset / name / "notes.txt").exists()
+
+
+def test_a_folder_of_the_users_in_the_place_of_a_file_stays(tmp_path):
+    theirs = tmp_path / "model" / "weights" / "photograph.jpg"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    (tmp_path / "model" / "mark").write_text("old")
+    writings = [
+        lambda: writing_folder(theirs.parent.parent, made="weights|mark"),
+        lambda: replacing(theirs.parent.parent, [theirs.parent.parent / "mark", theirs.parent]),
+    ]
+    for writing in writings:
+        with pytest.raises((PipelineError, OSError), match="a folder of yours"), writing():
+            pass
+    with pytest.raises(OSError, match="a folder of yours"):
+        workspace.own_folders.remove(theirs.parent)
+    assert theirs.read_text() == "mine"
+    assert (tmp_path / "model" / "mark").read_text() == "old"

@@ -14,6 +14,7 @@ from pipeline.files.tables import PROVENANCE_KEY, matches, read_provenance
 from pipeline.files.workspace import read_json_object
 from pipeline.ids import dataset_name, parse_dataset_id
 from pipeline.log import logger
+from pipeline.own_folders import refuse_folder
 from pipeline.stages import Stage
 
 Provenance = dict[str, Any]
@@ -73,7 +74,12 @@ def find_state(unit: Unit) -> UnitState:
 
 
 def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
-    """Return the state of a complete unit that stays, else None; raise StaleOutputError where it may not stay."""
+    """Return the state of a complete unit that stays, else None; raise StaleOutputError where it may not stay.
+
+    Raises OSError where a folder stands in the place of a parquet.
+    """
+    for path in filter(is_parquet, unit.outputs):
+        refuse_folder(path)
     state = None if overwrite else find_state(unit)
     if state is not None and state.status == STALE:
         raise StaleOutputError(state.problem)

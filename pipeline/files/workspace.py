@@ -23,7 +23,7 @@ from typing import Any
 from pipeline import own_folders
 from pipeline.errors import PipelineError
 from pipeline.log import logger
-from pipeline.own_folders import discard, link, make_folder, move, open_file, remove, sync_folder
+from pipeline.own_folders import discard, link, make_folder, move, open_file, refuse_folder, remove, sync_folder
 
 # Hashes of ids are the longest: 20 bytes each.
 _JSON_BYTES = 2**30
@@ -58,7 +58,7 @@ def _host() -> str:
 
 def private_folder(prefix: str) -> Path:
     """Return a new temporary folder, removed when this process ends."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    folder = Path(tempfile.mkdtemp(prefix=f"_{prefix}"))
     atexit.register(discard, folder)
     return folder
 
@@ -104,7 +104,7 @@ def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> 
 
     An earlier folder stays until then; files in it whose names `made`, a pattern, does not match are the user's, and
     move on to the new one. A `resumable` folder is held by one process, and keeps what a failed block put into it for
-    the next. Raises PipelineError naming `path` if it cannot be written.
+    the next. Raises PipelineError naming `path` if it cannot be written, or a folder of the user's has such a name.
     """
     if path.is_file():
         raise PipelineError(f"{path}: a file, where a folder is to be written: remove it or give another path")
@@ -119,6 +119,9 @@ def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> 
         make_folder(folder)
         clear_temporaries(path.parent)
         _bring_back(old, path, made)  # where a run was killed between the two renames
+        for name in own_folders.list_names(path) if path.exists() else []:
+            if re.fullmatch(made, name):
+                refuse_folder(path / name)
         yield folder
         for file_path in folder.rglob("*"):
             if file_path.is_file():
@@ -167,10 +170,13 @@ def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
     """Move files and folders of a folder to `_replaced/1` there while the block makes others in their place.
 
     When the block ends well they are removed. When it fails before one of the files is there again they come back, else
-    they wait for the run that goes on. Files that a killed run has moved there stay, as they were complete.
+    they wait for the run that goes on. Files that a killed run has moved there stay, as they were complete. Raises
+    OSError for a folder of the user's in a file's place.
     """
     aside = folder / "_replaced" / "1"
     keeps_earlier = aside.is_dir()
+    for path in paths:
+        refuse_folder(path)
     for path in paths:
         if keeps_earlier:
             remove(path)
