@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.nn.functional import pad
 
@@ -61,34 +62,15 @@ class PointGroups:
 
 def group_points(points: np.ndarray, codes: np.ndarray) -> PointGroups:
     """Group the identical rows of `points` (N, d) float32; `codes` (N,) int32 are their buildings."""
-    hashes = _hash_rows(points)
-    order = np.argsort(hashes, kind="stable")
-    is_new = np.ones(len(points), dtype=bool)
-    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    is_new[same + 1] = (points[order[same + 1]] != points[order[same]]).any(axis=1)
-    # Within a group `order` ascends, so its first row is its least; the groups are numbered by it.
-    firsts = order[is_new]
-    numbers = np.empty(len(firsts), dtype=np.int64)
-    numbers[np.argsort(firsts)] = np.arange(len(firsts))
-    group_of_row = np.empty(len(points), dtype=np.int64)
-    group_of_row[order] = numbers[is_new.cumsum() - 1]
+    values = np.add(points, 0, dtype=np.float32, order="C")  # -0 becomes 0
+    kind = pa.binary(values.itemsize * values.shape[1])
+    keys = pa.FixedSizeBinaryArray.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+    group_of_row = keys.dictionary_encode().indices.to_numpy().astype(np.int64)
     rows = np.argsort(group_of_row, kind="stable")
     starts = np.concatenate([[0], np.bincount(group_of_row).cumsum()])
     lowest, highest = (function.reduceat(codes[rows], starts[:-1]) for function in (np.minimum, np.maximum))
     group_codes = np.where(lowest == highest, lowest, -1).astype(np.int32)
-    distinct = points if len(firsts) == len(points) else points[rows[starts[:-1]]]
-    return PointGroups(distinct, group_codes, group_of_row, rows, starts)
-
-
-def _hash_rows(points: np.ndarray) -> np.ndarray:
-    """Return a 64-bit hash of each row, by which rows are sorted."""
-    hashes = np.zeros(len(points), dtype=np.uint64)
-    for column in range(points.shape[1]):
-        bits = (points[:, column] + np.float32(0.0)).view(np.uint32)  # -0 becomes 0
-        # A step of a multiplicative hash by the golden ratio (Knuth); uint64 wraps round.
-        hashes = (hashes ^ bits) * np.uint64(0x9E3779B97F4A7C15)
-        hashes ^= hashes >> np.uint64(29)
-    return hashes
+    return PointGroups(values[rows[starts[:-1]]], group_codes, group_of_row, rows, starts)
 
 
 class Exclusion:
