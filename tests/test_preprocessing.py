@@ -3,7 +3,6 @@
 import tarfile
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,7 +18,6 @@ from pipeline.inference.precision import measure_cosines
 from pipeline.inference.preprocessing import (
     DEVICE_CHUNK,
     DeviceProcessor,
-    find_device_processor,
     prepare,
     works_on_tensors,
 )
@@ -82,12 +80,6 @@ def test_what_is_resized_at_once_is_bounded_by_its_pixels(monkeypatch):
     assert [int(one[0, 0, 0]) for one in found] == [0, 1, 2, 9, 3, 4]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_passes_the_probe(family, tmp_path):
-    processor = make_processor(family)
-    assert isinstance(find_device_processor(tmp_path, processor, CPU), DeviceProcessor)
-
-
 class OtherResizing(DeviceProcessor):
     """Resizes bytes as floats, as torchvision does on a GPU."""
 
@@ -134,27 +126,6 @@ def test_a_processor_that_makes_another_size_on_the_device_is_run_on_the_cpu_and
         "pictures are resized on the CPU: on the GPU an embedding has a cosine of -1"
         in (tmp_path / "a.log").read_text()
     )
-
-
-class Homemade:
-    """A processor of somebody's own, which computes with NumPy."""
-
-    def __call__(self, images, **_):
-        return {"pixel_values": torch.from_numpy(np.stack([np.asarray(image.resize((8, 8))) for image in images]))}
-
-
-@pytest.mark.parametrize("outcome", ["no twin", "cannot be loaded"])
-def test_a_processor_without_torch_is_run_on_the_cpu_and_said(tmp_path, monkeypatch, outcome):
-    def load(*_, **__):
-        if outcome == "cannot be loaded":
-            raise ValueError("there is none")
-        return Homemade()
-
-    monkeypatch.setattr(preprocessing.AutoImageProcessor, "from_pretrained", load)
-    with logging_to(tmp_path / "a.log"):
-        assert find_device_processor(tmp_path, Homemade(), CPU) is None
-    said = "Homemade has no version for the GPU" if outcome == "no twin" else "there is none"
-    assert said in (tmp_path / "a.log").read_text()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -31,9 +31,9 @@ from pipeline.inference.pixels import decode_pixels, to_pixels, travels_whole
 from pipeline.inference.pooling import PoolingError, embed_views
 from pipeline.inference.precision import measure_cosines
 from pipeline.inference.preprocessing import (
+    DeviceProcessor,
     draw_faint_picture,
     draw_picture,
-    find_device_processor,
     load_processor,
     prepare,
     works_on_tensors,
@@ -99,8 +99,8 @@ class Embedder:
         self.processor = load_processor(folder, image_size)
         self._takes_pixels = works_on_tensors(self.processor)
         self.device_processor = None
-        if self.on_gpu:
-            self.device_processor = find_device_processor(folder, self.processor, self.device, image_size)
+        if self.on_gpu and self._takes_pixels:
+            self.device_processor = DeviceProcessor(self.processor, self.device)
         # High priority: what runs there is short, and would otherwise wait for a whole pass.
         self._side = torch.cuda.Stream(priority=-1) if self.on_gpu else None
         model = load_model(folder, model_config, self.dtype, pooling_type, trust_remote_code, model_class)
@@ -128,7 +128,7 @@ class Embedder:
 
     def decode(self, data: bytes) -> Decoded:
         """Decode an image, and prepare it unless the GPU does that. Raises Rejection if it cannot be used."""
-        if not self._takes_pixels and self.device_processor is None:
+        if not self._takes_pixels:
             return self.prepare(decode_rgb(data))
         pixels = decode_pixels(data)
         if self.device_processor is None or not travels_whole(*pixels.shape[1:]):

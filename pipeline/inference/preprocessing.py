@@ -49,25 +49,6 @@ def works_on_tensors(processor: Any) -> bool:
     return bool(names & {"TorchvisionBackend", "BaseImageProcessorFast"})
 
 
-def find_device_processor(
-    folder: Path, processor: Any, device: torch.device, image_size: int | None = None
-) -> DeviceProcessor | None:
-    """Return the image processor for `device`, or log why there is none."""
-    found = processor
-    if not works_on_tensors(found):  # the older kind, which uses Pillow; most have a twin on tensors
-        try:
-            sizes = size_settings(processor.to_dict(), image_size) if image_size else {}
-            found = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, use_fast=True, **sizes)
-        except (OSError, ValueError, ImportError) as error:
-            logger.info("pictures are resized on the CPU: %s", one_line(error)[:200])
-            return None
-    name = type(processor).__name__
-    if not works_on_tensors(found):
-        logger.info("pictures are resized on the CPU: %s has no version for the GPU", name)
-        return None
-    return DeviceProcessor(found, device)
-
-
 def draw_picture(size: tuple[int, int]) -> Image.Image:
     """Draw a smooth picture of many colours, (width, height) pixels, the same each time."""
     blocks = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
