@@ -1,15 +1,11 @@
 """Stage 7: publish backbone and trained projector as one folder that transformers loads, offline and alone.
 
     python publish_model/convert_to_hf.py --config config.toml
-    python publish_model/convert_to_hf.py --from-model old_model --output published
 
 Reads checkpoint_dir/checkpoint_best.pt and the backbone. Writes published_model_dir/: config, weights, image processor,
 code and model card. Refuses, without --force, a projector that retrieves worse than the backbone's features as they
 are, PCA-whitened or whitened within classes. A rerun keeps a folder that was made from the same checkpoint and
 backbone, and puts the results of stage 9 on its card, if there are any of this checkpoint.
-
-With --from-model it publishes anew a folder that the reference implementation published, from its weights and
-config.json, without checkpoint or splits; the new folder needs no other model.
 """
 
 import glob
@@ -19,13 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import ConfigError, InputError, PipelineError, StaleOutputError, one_line
+from pipeline.errors import InputError, PipelineError, StaleOutputError, one_line
 from pipeline.files.identity import identify
 from pipeline.files.outputs import check_outside_datasets
 from pipeline.files.tables import PROVENANCE_KEY, make_provenance
@@ -41,7 +37,6 @@ from pipeline.inference.model_files import (
     read_settings,
 )
 from pipeline.log import logger
-from pipeline.reference.model_folder import in_own_format
 from pipeline.stages import STAGES
 from publish_model.model_folder.model_card import add_test_results, is_measured, worse_than
 from publish_model.model_folder.model_code import CODE_PATHS, describe_model
@@ -55,7 +50,7 @@ COUNTS = {"in": 1, "out": 1}  # models
 CONFIG_NAME = "config.json"
 # The names of files in a published folder; --overwrite leaves others alone.
 MADE = (
-    r"config\.json|preprocessor_config\.json|modules\.json|sentence_bert_config\.json|pair_rates\.json|"
+    r"config\.json|preprocessor_config\.json|pair_rates\.json|"
     r"README\.md|model(-.*)?\.safetensors(\.index\.json)?|(LICEN[CS]E|NOTICE|COPYING|license|notice).*|"
     + "|".join(path.name for path in CODE_PATHS)
 )
@@ -66,93 +61,53 @@ class PublishOptions(cli.Options):
     """The command line's options beyond the configuration."""
 
     checkpoint: Path | None = None
-    from_model: Path | None = None
     output: Path | None = None
     force: bool = False
     push_to_hub: str | None = None
     dtype: str | None = None
 
 
-def plan_checkpoint(config: Config, options: PublishOptions) -> "tuple[Provenance, Callable[[], ModelParts]]":
-    """Return the provenance of a checkpoint that is published with its backbone, and how its parts are read.
+def read_parts(config: Config, checkpoint_path: Path, backbone_dir: Path, force: bool) -> "ModelParts":
+    """Return the parts of the published model.
 
-    Raises InputError if there is no checkpoint, or it does not fit the backbone.
+    Raises InputError if the checkpoint does not fit the backbone, PipelineError if its projector is worse than no
+    training and `force` is off.
     """
-    checkpoint_path = (options.checkpoint or config.path("checkpoint_dir") / "checkpoint_best.pt").resolve()
-    if not checkpoint_path.is_file():  # before a backbone of 27 GB is fetched for it
-        raise InputError(f"{checkpoint_path}: no such checkpoint: run stage 6 (train), or correct the path")
-    backbone_dir = locate_backbone(config, download=True)
-    assert backbone_dir is not None  # it was to be fetched
-    backbone_id = identify_model(backbone_dir)
+    import torch
 
-    def read_parts() -> "ModelParts":
-        import torch
+    from pipeline.inference.loading import find_vision_config, load_model
+    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
+    from publish_model.model_folder.model_parts import ModelParts
+    from publish_model.model_folder.pair_rates import measure_pairs
+    from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel as Model
 
-        from pipeline.inference.loading import find_vision_config, load_model
-        from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
-        from publish_model.model_folder.model_parts import ModelParts
-        from publish_model.model_folder.pair_rates import measure_pairs
-        from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel as Model
+    section, settings = config.embedding_model, read_settings(backbone_dir / "config.json")
+    checkpoint = load_checkpoint(checkpoint_path, config.training_model)
+    check_embedded_alike(config, checkpoint, identify_model(backbone_dir))
+    metrics = check_worth(checkpoint, force)
+    vision = find_vision_config(backbone_dir)
+    settings = vision.to_dict() if "vision_config" in settings else settings
+    described = describe_model(name_backbone(config), settings, section, checkpoint.architecture)
 
-        section, settings = config.embedding_model, read_settings(backbone_dir / "config.json")
-        checkpoint = load_checkpoint(checkpoint_path, config.training_model)
-        check_embedded_alike(config, checkpoint, backbone_id)
-        metrics = check_worth(checkpoint, options.force)
-        vision = find_vision_config(backbone_dir)
-        settings = vision.to_dict() if "vision_config" in settings else settings
+    def load(dtype: str) -> Model:
+        with torch.device("meta"):
+            model = Model(Model.config_class(**described))
+        model.backbone = load_model(backbone_dir, vision, dtype, section.pooling_type)
+        model.projector = build_projector(checkpoint)
+        return model
 
-        described = describe_model(name_backbone(config), settings, section, checkpoint.architecture)
-
-        def load(dtype: str) -> Model:
-            with torch.device("meta"):
-                model = Model(Model.config_class(**described))
-            model.backbone = load_model(backbone_dir, vision, dtype, section.pooling_type)
-            model.projector = build_projector(checkpoint)
-            return model
-
-        rates = measure_pairs(config, checkpoint)
-        return ModelParts(backbone_dir, described, load, checkpoint, section.input_size, metrics, rates)
-
-    return describe_published(config, checkpoint_path, backbone_id, options.dtype), read_parts
-
-
-def plan_model(source: Path, options: PublishOptions) -> "tuple[Provenance, Callable[[], ModelParts]]":
-    """Return the provenance of a model that is published anew in our format, and how it is read.
-
-    Raises InputError if `source` is of another kind, or cannot be read.
-    """
-    folder = in_own_format(source, describe_model, download=True)
-    if folder == source:
-        raise InputError(
-            f"{source}: not a model that the reference implementation published (a config.json that names its backbone "
-            "without settings of it): --from-model takes nothing else, a model of this project is whole as it is"
-        )
-
-    def read_parts() -> "ModelParts":
-        from pipeline.inference.loading import find_vision_config, load_model
-        from pipeline.retrieval.checkpoint import Checkpoint
-        from publish_model.model_folder.model_parts import ModelParts
-        from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel as Model
-
-        def load(dtype: str) -> Any:
-            vision = find_vision_config(folder, model_class=Model)
-            return load_model(folder, vision, dtype, config["pooling_type"], model_class=Model)
-
-        config = read_settings(folder / "config.json")
-        return ModelParts(folder, config, load, Checkpoint(source, config["projector"], {}))
-
-    return make_folder_provenance([{"name": "model", "id": identify_model(folder)}], {}, options.dtype), read_parts
+    rates = measure_pairs(config, checkpoint)
+    return ModelParts(backbone_dir, described, load, checkpoint, section.input_size, metrics, rates)
 
 
 def describe_published(config: Config, checkpoint_path: Path, backbone_id: str | None, dtype: str | None) -> Provenance:
-    """Return the folder's provenance: checkpoint and backbone by content, and the settings that shape it."""
+    """Return the folder's provenance: checkpoint and backbone by content, and the settings that shape it.
+
+    `dtype` of the weights None stands for the stored one.
+    """
     inputs = [identify(checkpoint_path), {"name": "backbone", "id": backbone_id}]
-    return make_folder_provenance(inputs, embedding_settings(config.embedding_model), dtype)
-
-
-def make_folder_provenance(inputs: list[dict[str, Any]], settings: dict[str, Any], dtype: str | None) -> Provenance:
-    """Return a folder's provenance; `dtype` of the weights None stands for the stored one."""
-    return make_provenance(STAGE, inputs, settings | {"dtype": dtype or "as stored"}) | {"counts": COUNTS}
+    settings = embedding_settings(config.embedding_model) | {"dtype": dtype or "as stored"}
+    return make_provenance(STAGE, inputs, settings) | {"counts": COUNTS}
 
 
 def list_units(config: Config) -> list[Unit]:
@@ -263,15 +218,17 @@ def push_to_hub(folder: Path, repo_id: str) -> None:
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Publish the model, and push it if that is asked for; the ledger counts one model.
 
-    Raises InputError if an input cannot be used or does not fit the others, StaleOutputError if the folder was made
-    from others, and PipelineError if the projector is worse than no training.
+    Raises InputError if an input is missing or does not fit the others, StaleOutputError if the folder was made from
+    others, and PipelineError if the projector is worse than no training.
     """
     own = options if isinstance(options, PublishOptions) else PublishOptions(overwrite=options.overwrite)
     output = (own.output or config.path("published_model_dir")).resolve()
-    if own.from_model:
-        provenance, read_parts = plan_model(own.from_model.resolve(), own)
-    else:
-        provenance, read_parts = plan_checkpoint(config, own)
+    checkpoint_path = (own.checkpoint or config.path("checkpoint_dir") / "checkpoint_best.pt").resolve()
+    if not checkpoint_path.is_file():  # before a backbone of 27 GB is fetched for it
+        raise InputError(f"{checkpoint_path}: no such checkpoint: run stage 6 (train), or correct the path")
+    backbone_dir = locate_backbone(config, download=True)
+    assert backbone_dir is not None  # it was to be fetched
+    provenance = describe_published(config, checkpoint_path, identify_model(backbone_dir), own.dtype)
     check_place(output)
     result = cli.StageResult(STAGE)
     result.add(COUNTS)
@@ -287,7 +244,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     else:
         from publish_model.model_folder.published_folder import fill_folder
 
-        model = read_parts()
+        model = read_parts(config, checkpoint_path, backbone_dir, own.force)
         with writing_folder(output, made=MADE) as folder:
             fill_folder(folder, model, own.dtype, provenance)
         result.written.append(output)
@@ -303,14 +260,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__ or "")
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="PATH", help="checkpoint (default: checkpoint_dir/checkpoint_best.pt)")
-    add("--from-model", type=Path, metavar="DIR", help="publish this model of the reference implementation anew")
     add("--output", type=Path, metavar="DIR", help="folder to write (default: published_model_dir)")
     add("--force", action="store_true", help="publish a projector that retrieves worse than no training too")
     add("--push-to-hub", metavar="REPO_ID", help="upload the folder too, to a private repository ($HF_TOKEN)")
     add("--dtype", choices=("float32", "bfloat16"), help="type of the published weights (default: the stored one)")
     arguments = parser.parse_args(argv)
-    if arguments.checkpoint and arguments.from_model:
-        raise ConfigError("--checkpoint and --from-model: two models: give one of them")
     own = {name: value for name, value in vars(arguments).items() if name not in ("config", "overrides")}
     cli.run_stage(STAGE, run, cli.config_from(arguments), PublishOptions(**own))
 

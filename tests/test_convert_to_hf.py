@@ -22,8 +22,7 @@ from publish_model.model_folder import published_folder
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
-    "configuration_spatial_embeddings.py", "pooling.py", "projector.py", "README.md", "modules.json",
-    "sentence_bert_config.json",
+    "configuration_spatial_embeddings.py", "pooling.py", "projector.py", "README.md",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from published_models import GOOD, make_config, make_picture, write_checkpoint
+from published_models import make_config, make_picture, write_checkpoint
 from stage7_fixtures import read_config
 
 import run_pipeline
@@ -47,14 +47,9 @@ def test_every_snippet_of_the_card_runs(published, monkeypatch):
     make_picture(2).save(published / "b.jpg")
     monkeypatch.chdir(published)
     blocks = snippets(published)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     names: dict = {}
     for code in blocks:
-        if "sentence_transformers" in code:  # which test_fresh_environment.py runs where it is not installed here
-            try:
-                import sentence_transformers  # noqa: F401
-            except ImportError:
-                continue
         exec(compile(code, "README.md", "exec"), names)
     assert names["embeddings"].shape == (2, 256)
     assert abs(float(names["embeddings"][0] @ names["embeddings"][0]) - 1) < 1e-5
@@ -98,7 +93,6 @@ def test_the_front_matter_is_what_the_hub_reads(published):
     data = ModelCard.load(published / "README.md").data
     assert (data.library_name, data.pipeline_tag) == ("transformers", "image-feature-extraction")
     assert {"place-recognition", "street-view"} <= set(data.tags)
-    assert {result.metric_type: result.metric_value for result in data.eval_results}["map"] == GOOD["projector"]
 
 
 def test_the_card_has_every_section_that_users_look_for(published):
@@ -192,8 +186,7 @@ def test_the_rates_of_pairs_are_named_and_no_part_of_the_version(config, tmp_pat
     assert f"`{FILE_NAME}` says how often pairs of validation images reach a cosine" in card
     assert (tmp_path / "published" / FILE_NAME).is_file()
     assert identify_model(tmp_path / "published") == without
-    for name in ("modules.json", "sentence_bert_config.json", FILE_NAME):
-        (tmp_path / "published" / name).unlink()
+    (tmp_path / "published" / FILE_NAME).unlink()
     assert identify_model(tmp_path / "published") == without
 
 

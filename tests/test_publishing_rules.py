@@ -22,8 +22,7 @@ from publish_model.model_folder.published_model import find_model
 
 FILES = {
     "config.json", "model.safetensors", "preprocessor_config.json", "modeling_spatial_embeddings.py",
-    "configuration_spatial_embeddings.py", "pooling.py", "projector.py", "README.md", "modules.json",
-    "sentence_bert_config.json",
+    "configuration_spatial_embeddings.py", "pooling.py", "projector.py", "README.md",
 }  # fmt: skip
 
 
@@ -51,7 +50,6 @@ def test_the_card_shows_the_projector_beside_both_baselines(config, toy_backbone
 
     data = ModelCard(card).data
     assert data.library_name == "transformers"
-    assert {result.metric_type: result.metric_value for result in data.eval_results}["map"] == 0.5
 
 
 def test_the_snippet_of_the_card_runs(config, tmp_path, monkeypatch, capsys):

@@ -9,8 +9,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from published_models import make_photographs, read_dataset, write_backbone, write_kind, write_packaged
 from reference_models import write_reference_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from pipeline.errors import InputError
 from publish_model import embed_images, generate_embeddings_from_parquet, search_embeddings, verify_embeddings
 from publish_model.model_folder.published_model import find_model
 
@@ -128,6 +129,22 @@ def test_a_processor_of_its_own_wins_over_the_backbones(dino, tmp_path):
     (folder / "preprocessor_config.json").write_text('{"of": "its own"}')
     model = find_model(str(folder), download=False)
     assert (model.folder / "preprocessor_config.json").read_text() == '{"of": "its own"}'
+
+
+@pytest.mark.parametrize(
+    ("removed", "problem"),
+    [
+        ("projector.", "holds no projector weights"),
+        ("backbone.encoder.layer.1.", r"weights are missing \(backbone\.encoder\.layer\.1\."),
+    ],
+)
+def test_weights_that_are_not_all_there_are_one_line(dino, tmp_path, removed, problem):
+    folder = shutil.copytree(dino[0], tmp_path / "reference")
+    path = folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(removed)}
+    save_file(kept, path, {"format": "pt"})
+    with pytest.raises(InputError, match=problem):
+        find_model(str(folder), download=False).load("float32")
 
 
 def test_weights_in_several_files_give_the_same(dino, pictures, tmp_path):

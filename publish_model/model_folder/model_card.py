@@ -55,7 +55,7 @@ def write_card(folder: Path, model: "ModelParts", dtype: str) -> None:
     licence, licence_files = model.read_licence(), [path.name for path in model.list_licences()]
     backbone_name = model.config["backbone_model_name"]
     text = _render(
-        "model_card.md.j2", metadata=_make_metadata(backbone_name, model.metrics, licence, licence_files), name=NAME,
+        "model_card.md.j2", metadata=_make_metadata(backbone_name, licence, licence_files), name=NAME,
         config=model.config, image_size=model.image_size, checkpoint=model.checkpoint, metrics=model.metrics,
         dtype=dtype, licence=licence,
         unreached={row: ROWS[row] for row in worse_than(model.metrics)} if model.metrics else {},
@@ -66,22 +66,10 @@ def write_card(folder: Path, model: "ModelParts", dtype: str) -> None:
     ModelCard(text + "\n").save(folder / "README.md")
 
 
-def _make_metadata(backbone_name: str, metrics: Metrics, licence: Mapping[str, Any], licence_files: list[str]) -> str:
+def _make_metadata(backbone_name: str, licence: Mapping[str, Any], licence_files: list[str]) -> str:
     """Return the card's YAML, which the hub reads."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    results = [
-        EvalResult(
-            task_type="image-feature-extraction",
-            dataset_type="street-view-buildings",
-            dataset_name="validation split, by building",
-            metric_type=key,
-            metric_name=title,
-            metric_value=round(metrics["projector"][key], 4),
-        )
-        for key, title in SCORES.items()
-        if metrics and key in metrics["projector"]
-    ]
     named = dict(licence) or {"license": "other", "license_name": "unknown"}
     if named.get("license") == "other" and licence_files:
         named.setdefault("license_link", licence_files[0])
@@ -91,8 +79,6 @@ def _make_metadata(backbone_name: str, metrics: Metrics, licence: Mapping[str, A
         pipeline_tag="image-feature-extraction",
         base_model=backbone_name if backbone_name.count("/") == 1 else None,  # else it is no hub id
         tags=["image-retrieval", "place-recognition", "street-view", "buildings"],
-        model_name=NAME if results else None,
-        eval_results=results or None,
     )
     return data.to_yaml()
 

@@ -18,17 +18,6 @@ from publish_model.model_folder.model_code import read_code
 from publish_model.model_folder.model_parts import ModelParts
 from publish_model.model_folder.pair_rates import FILE_NAME
 
-# With these SentenceTransformer (6 or newer) loads the same weights.
-SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
-    "modules.json": [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
-    ],
-    "sentence_bert_config.json": {
-        "transformer_task": "feature-extraction",
-        "modality_config": {"image": {"method": "forward", "method_output_name": "embeddings"}},
-        "module_output_name": "sentence_embedding",
-    },
-}
 # Of one file; the hub takes up to 50 GB.
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -42,8 +31,7 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     stored = write_weights(folder, model, dtype or "auto")
     made = provenance | {"weights": digest_weights(folder)}
     config = model.config | {"dtype": stored, PROVENANCE_KEY.decode(): made}
-    for name, content in {"config.json": config, **SENTENCE_TRANSFORMERS_FILES}.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, code in read_code().items():
         (folder / name).write_bytes(code)
     for path in model.list_licences():
