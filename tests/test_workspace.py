@@ -120,14 +120,14 @@ def test_json_of_absurd_length_is_not_read(tmp_path):
 
 
 def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    (tmp_path / "_theirs").mkdir()
+    (tmp_path / "_theirs" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "_theirs")
     remove(tmp_path / "link")
-    assert list_files(tmp_path) == ["theirs"]
-    assert list_files(tmp_path / "theirs") == ["file"]
-    remove(tmp_path / "theirs")
-    remove(tmp_path / "theirs")
+    assert list_files(tmp_path) == ["_theirs"]
+    assert list_files(tmp_path / "_theirs") == ["file"]
+    remove(tmp_path / "_theirs")
+    remove(tmp_path / "_theirs")
     assert list_files(tmp_path) == []
 
 
