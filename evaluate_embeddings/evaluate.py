@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 
@@ -41,7 +44,6 @@ from pipeline.files.tables import make_provenance, open_parquet, read_provenance
 from pipeline.files.units import Unit, keep_complete
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.features import Features, check_one_run, load_features
 from pipeline.retrieval.labels import read_ignore_pairs, resolve_pairs
 from pipeline.retrieval.scores import Embeddings, normalise_rows, score_queries_twice
@@ -111,7 +113,7 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
 
 
 def score_split(
-    features: Features, embeddings: dict[str, Embeddings], ignored: IgnoredPairs, config: Config
+    features: Features, embeddings: dict[str, Embeddings], ignored: NDArray[np.int64], config: Config
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score every kind of embedding in every way that metrics.json has."""
     from pipeline.inference.devices import choose_device

@@ -9,7 +9,6 @@ from test_scores import assert_equals_loops, score_by_loops
 
 from pipeline.errors import PipelineError
 from pipeline.retrieval import device_scores
-from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.scores import normalise_rows, score_queries, score_queries_twice
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -46,7 +45,7 @@ def test_ignored_pairs_and_panoramas_are_left_out_as_in_a_loop(seed, device, blo
     embeddings, codes = draw(sizes, seed=seed)
     panoramas = np.random.default_rng(seed).integers(0, len(codes) // 3, len(codes))
     pairs = [(1, 4), (4, 1), (7, 10), (7, 13), (16, 16), (19, 9999)]
-    ignored = IgnoredPairs(np.array([a for a, _ in pairs]), np.array([b for _, b in pairs]))
+    ignored = np.array(pairs)
     found = score_queries_twice(embeddings, codes, panoramas, ignored=ignored, device=torch.device(device))
     assert_equals_loops(found[0], score_by_loops(embeddings, codes, pairs))
     assert_equals_loops(found[1], score_by_loops(embeddings, codes, pairs, panoramas))

@@ -30,7 +30,6 @@ from evaluate_embeddings.scores.standalone import EvaluateOptions
 from pipeline.cli import Options
 from pipeline.config import load_config
 from pipeline.errors import StaleOutputError
-from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.geography import distances_m
 from pipeline.retrieval.scores import QueryScores, normalise_rows, score_queries
 
@@ -109,7 +108,7 @@ def test_the_page_has_its_sections_and_every_picture_and_drawing_has_an_alternat
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
         "Scores", "Groups without labels", "Harder and fixed conditions", "By dataset",
-        "Training", "Worst failures", "Suspected label errors", "Provenance and settings",
+        "Training", "Worst failures", "Provenance and settings",
     ]  # fmt: skip
     assert "viewport" in str(reader.find("meta"))
     assert all(len(image["alt"]) > 10 for image in reader.find("img"))
@@ -139,9 +138,7 @@ def test_whatever_the_data_say_is_text(workplace):
 def test_the_page_says_what_the_verdict_is_in_words_and_numbers(pictured):
     config_path, page = pictured
     text = "".join(PageReader(page).text)
-    assert re.search(r"The projector finds the building at first try for \d+\.\d% of the queries", text)
-    assert re.search(r"(beats|is worse than|cannot be told from) PCA-whitened", text)
-    assert "95% interval" in text
+    assert re.search(r"Its gain in mAP, with the 95% interval of the difference: [+-]0\.\d{3} over raw \(", text)
     metrics = json.loads((config_path.parent / "report" / "metrics.json").read_text())
     assert f"<h1>{metrics['headline']}</h1>" in page
 
@@ -171,7 +168,7 @@ def test_the_gallery_shows_each_query_with_its_neighbours(pictured):
     _, page = pictured
     examples = re.findall(r'<article class="example".*?</article>', page, re.DOTALL)
     examples = [example for example in examples if "first right answer" in example]
-    assert 2 <= len(examples) <= 24
+    assert 1 <= len(examples) <= 12
     for example in examples:
         assert 6 <= example.count("<img ") <= 7
         assert "✗ wrong" in example or "✓ right" in example
@@ -220,7 +217,7 @@ def test_a_page_without_images_has_none_says_so_and_never_passes_for_one_with_th
 # ------------------------------------------------------------------------------------------------ the gallery's choice
 
 
-def make_evaluation(seed=0, ignored=((), ())):
+def make_evaluation(seed=0, ignored=()):
     generator = np.random.default_rng(seed)
     codes = np.repeat(np.arange(20, dtype=np.int32), 3)
     embeddings = {
@@ -228,7 +225,7 @@ def make_evaluation(seed=0, ignored=((), ())):
         "pca_whitened": normalise_rows(generator.normal(size=(60, 6))),
         "projector": normalise_rows(np.eye(20)[codes] + 0.45 * generator.normal(size=(60, 20))),
     }
-    pairs = IgnoredPairs(np.array(ignored[0], np.int64), np.array(ignored[1], np.int64))
+    pairs = np.array(ignored, np.int64).reshape(-1, 2)
     scores = {kind: score_queries(rows, codes, ignored=pairs) for kind, rows in embeddings.items()}
 
     class Columns:
@@ -249,13 +246,12 @@ def test_a_query_that_is_answered_right_is_no_failure():
     ranks = np.ones(60, np.int64)
     ranks[4] = 2
     evaluation.scores["projector"] = QueryScores(np.arange(60), ranks, np.ones(60))
-    chosen = choose_gallery(evaluation, 1.1, seed=0)
+    chosen = choose_gallery(evaluation)
     assert [example.query for example in chosen.failures] == [4]
-    assert chosen.suspects == []
 
 
 def test_answers_are_the_nearest_candidates_by_a_plain_sort():
-    evaluation = make_evaluation(ignored=([0, 1], [7, 3]))
+    evaluation = make_evaluation(ignored=[[0, 7], [1, 3]])
     embeddings, scores = evaluation.embeddings["projector"], evaluation.scores["projector"]
     for place in range(60):
         example = describe_example(evaluation, place)
@@ -321,7 +317,7 @@ def test_a_split_in_which_every_query_succeeds_has_no_failures_to_show(workplace
         workplace.parent, "test", table.set_column(index, "embedding", pa.FixedSizeListArray.from_arrays(values, 16))
     )
     page = make_report(workplace)
-    assert page.count("There are none.") == 1  # without a threshold the most similar pairs are suspect
+    assert page.count("There are none.") == 1
 
 
 def test_a_split_of_one_building_makes_a_page_all_the_same(workplace):

@@ -5,7 +5,6 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.retrieval import device_scores
-from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.scores import (
     SCORE_KEYS,
     QueryScores,
@@ -69,7 +68,7 @@ def test_scores_equal_a_loop_over_all_candidates(seed):
 def test_scores_equal_a_loop_with_ignored_pairs():
     embeddings, codes, _ = make_views(seed=5)
     pairs = [(0, 1), (1, 0), (2, 3), (2, 4), (5, 5), (6, 999)]
-    ignored = IgnoredPairs(np.array([a for a, _ in pairs]), np.array([b for _, b in pairs]))
+    ignored = np.array(pairs)
     scores = score_queries(embeddings, codes, ignored=ignored)
     assert_equals_loops(scores, score_by_loops(embeddings, codes, ignored=pairs))
     assert scores.average_precision.mean() > score_queries(embeddings, codes).average_precision.mean()
@@ -78,7 +77,7 @@ def test_scores_equal_a_loop_with_ignored_pairs():
 def test_one_search_gives_the_scores_with_and_without_the_same_panorama():
     for seed in range(5):
         embeddings, codes, panoramas = make_views(seed=seed)
-        ignored = IgnoredPairs(np.array([0, 3]), np.array([5, 7]))
+        ignored = np.array([[0, 5], [3, 7]])
         with_all, apart = score_queries_twice(embeddings, codes, panoramas, ignored=ignored)
         expected = score_queries(embeddings, codes, ignored=ignored)
         assert with_all.query.tolist() == expected.query.tolist()

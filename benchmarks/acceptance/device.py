@@ -12,8 +12,7 @@ from benchmarks import synthetic
 from benchmarks.acceptance.findings import Findings
 from benchmarks.harness import describe_machine, measure_product, run_steady, time_call, time_steady
 from pipeline.inference.devices import full_precision
-from pipeline.retrieval.candidates import TIE_TOLERANCE
-from pipeline.retrieval.device_scores import rank_positives
+from pipeline.retrieval.device_scores import TIE_TOLERANCE, rank_positives
 from pipeline.retrieval.scores import normalise_rows, score_queries
 from pipeline.retrieval.whitening import INPUT_POWER, Scatter, collect_scatters, decompose, whiten_within_class
 

@@ -10,7 +10,7 @@ from evaluate_embeddings.page.gallery import choose_gallery
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.training_curve import read_training_curve
 from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, judge
-from evaluate_embeddings.scores.tables import describe_verdict
+from evaluate_embeddings.scores.tables import describe_gains
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.files.workspace import writing_to
@@ -50,11 +50,10 @@ def write_report(
     `training` holds the checkpoint's metrics; without `images` the page has no photograph.
     """
     photos = PhotoSource(config.path("merged_dir") / "test.parquet", _find_raw_dir(config), wanted=images)
-    groups = metrics["groups"]
-    gallery = choose_gallery(evaluation, groups["threshold"] if groups else -1.0, config.global_.seed)
+    gallery = choose_gallery(evaluation)
     gallery.take_pictures(photos)
     page = render(
-        "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_verdict(metrics),
+        "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_gains(metrics),
         kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS,
         curve=read_training_curve(training), gallery=gallery,
     )  # fmt: skip

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.retrieval.candidates import IgnoredPairs
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.scores import (
     SCORE_KEYS,
@@ -44,7 +43,7 @@ class Evaluation:
 
     features: Features
     embeddings: dict[str, Embeddings]  # (N, D of the kind), L2-normalised
-    ignored: IgnoredPairs
+    ignored: NDArray[np.int64]  # (M, 2) pairs of buildings
     scores: ScoresByKind
     apart: ScoresByKind | None = None  # among other panoramas; None if no query has a positive there
     device: "torch.device | None" = None  # for searching galleries, None is the CPU
@@ -133,15 +132,16 @@ def summarize_galleries(evaluation: Evaluation, seed: int, progress: Callable[[i
 
 
 def compare_kinds(scores: ScoresByKind, codes: NDArray[Any], seed: int) -> dict[str, Scores]:
-    """Return the gain of the projector over each baseline, with intervals.
+    """Return the gain of the last kind over each other one, with intervals.
 
     Paired: each resample of buildings is scored for both, and the differences give the interval.
     """
     gains, resampled = {}, _resample_kinds(scores, codes, seed)
-    for baseline in BASELINES:
-        differences = scores["projector"].values() - scores[baseline].values()
+    *baselines, own = scores
+    for baseline in baselines:
+        differences = scores[own].values() - scores[baseline].values()
         means = dict(zip(SCORE_KEYS, differences.mean(axis=0).tolist(), strict=True))
-        intervals = percentile_intervals(resampled["projector"] - resampled[baseline])
+        intervals = percentile_intervals(resampled[own] - resampled[baseline])
         gains[f"over_{baseline}"] = _with_intervals(means, intervals)
     return gains
 
@@ -156,7 +156,7 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
         "queries": whole["queries"],
         "gallery": len(features),
         "buildings": len(features.building_ids),
-        "ignored_pairs": len(evaluation.ignored.building_a),
+        "ignored_pairs": len(evaluation.ignored),
         **{kind: whole[kind] for kind in KINDS},
         "projector_gain": gains,
         "headline": describe_headline(gains),

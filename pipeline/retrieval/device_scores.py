@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from pipeline.inference.devices import full_precision, halve_until_it_fits, needing_memory
-from pipeline.retrieval.candidates import TIE_TOLERANCE, Codes
 from pipeline.threads import map_in_order
 
 # Rows and columns of a tile: on a CPU one of 4 MB stays in the cache, on a GPU it takes 1 GiB and its mask a quarter.
@@ -29,10 +28,15 @@ _COPIED_NUMBERS = 2**26
 # Zeros and ones that are added up in one byte each.
 _LANE_SUMS = 128
 _NO_RANK = 2**62
+# Similarities nearer than this are a tie: equal vectors differ by a few 1e-7 with the order in which a matrix
+# product adds up, so an exact comparison would break ties by chance.
+TIE_TOLERANCE = 1e-6
 # Above this share of a tile's positives all of them are compared, which takes no copy.
 _MOST_BUSY = 0.2
 # A block is multiplied by the rows of its buildings in so many parts, of at least so many rows.
 _PARTS, _LEAST_PART = 16, 64
+
+Codes = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

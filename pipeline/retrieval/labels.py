@@ -11,7 +11,6 @@ from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import whole_from_floats
 from pipeline.files.text_tables import null_blanks, read_id_table
 from pipeline.log import logger
-from pipeline.retrieval.candidates import IgnoredPairs
 
 # The column that names an image, in the order of preference: stage 8's, then that of the merged splits.
 ID_COLUMNS = ("OSMID", "streetview_image_id")
@@ -87,10 +86,10 @@ def read_ignore_pairs(path: Path | None) -> pa.Table | None:
     return table.cast(pa.schema([(name, pa.string()) for name in PAIR_COLUMNS]))
 
 
-def resolve_pairs(pairs: pa.Table | None, building_ids: pa.StringArray) -> IgnoredPairs:
-    """Return the pairs of two different buildings of the split, each once, as codes into `building_ids` (B,)."""
+def resolve_pairs(pairs: pa.Table | None, building_ids: pa.StringArray) -> NDArray[np.int64]:
+    """Return the pairs (M, 2) of two different buildings of the split, each once, as codes into `building_ids` (B,)."""
     if pairs is None:
-        return IgnoredPairs(np.empty(0, np.int64), np.empty(0, np.int64))
+        return np.empty((0, 2), np.int64)
     columns = [pairs.column(name).combine_chunks() for name in PAIR_COLUMNS]
     a, b = (
         pc.fill_null(pc.index_in(ids, value_set=building_ids), -1).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -104,4 +103,4 @@ def resolve_pairs(pairs: pa.Table | None, building_ids: pa.StringArray) -> Ignor
         "ignore pairs: %d read, %d of them between buildings of the split; %d ids do not occur in it",
         pairs.num_rows, len(keys), len(strangers.unique()),
     )  # fmt: skip
-    return IgnoredPairs(keys // len(building_ids), keys % len(building_ids))
+    return np.stack(np.divmod(keys, len(building_ids)), axis=1)

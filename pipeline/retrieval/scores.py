@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.retrieval.candidates import Codes, IgnoredPairs
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +23,7 @@ SCORE_KEYS = (*(f"recall_at_{k}" for k in RECALL_RANKS), "map", "mrr")
 RESAMPLES_AT_A_TIME = 16
 
 Embeddings = NDArray[np.float32]
+Codes = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ def score_queries_twice(
     building_codes: NDArray[Any],
     panorama_ids: NDArray[Any] | None,
     *,
-    ignored: IgnoredPairs | None = None,
+    ignored: Codes | None = None,
     device: "torch.device | None" = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[QueryScores, QueryScores | None]:
     """Let each L2-normalised row (N, D) query all others by cosine, in float32, on the device (None: the CPU).
 
     The second result is without the candidates of the query's own panorama; None without panoramas, or where no image
-    has a positive of another one. Buildings that `ignored` pairs with the query's are no candidates; a row without a
-    positive is no query. A negative that ties with a positive counts as nearer. `progress` hears how many queries were
-    done since the last call. Raises InputError if a row is not finite or zero, or no row has a positive.
+    has a positive of another one. Buildings that `ignored` (M, 2) pairs with the query's are no candidates; a row
+    without a positive is no query. A negative that ties with a positive counts as nearer. `progress` hears how many
+    queries were done since the last call. Raises InputError if a row is not finite or zero, or no row has a positive.
     """
     import torch  # which needs seconds to import
 
@@ -93,7 +93,7 @@ def score_queries_twice(
 
     if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
         raise ValueError("embeddings must be L2-normalised: see normalise_rows")
-    pairs = np.empty((0, 2), np.int64) if ignored is None else ignored.both_ways()
+    pairs = np.empty((0, 2), np.int64) if ignored is None else np.concatenate([ignored, ignored[:, ::-1]])
     ranked = rank_positives(
         np.asarray(embeddings, np.float32), np.asarray(building_codes, np.int64), pairs, panorama_ids,
         device or torch.device("cpu"), progress,

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from pipeline.log import logger
 from pipeline.retrieval.features import Features, sample_buildings
 from pipeline.retrieval.scores import (
-    SCORE_KEYS,
     QueryScores,
     list_unreached,
     score_queries,
@@ -77,25 +76,14 @@ def measure_spread(embeddings: Embeddings) -> float:
     return float(1.0 - np.square(embeddings.astype(np.float64).mean(axis=0)).sum())
 
 
-def format_table(rows: dict[str, Scores]) -> list[str]:
-    """Return the lines of a table of scores, one row a method."""
-    keys = [key for key in next(iter(rows.values())) if key in SCORE_KEYS or key.startswith("recall_at_")]
-    head = " ".join(f"{key.replace('recall_at_', 'R@'):>7}" for key in keys)
-    lines = [f"{'validation':<14}{head}"]
-    return lines + [f"{name:<14}" + " ".join(f"{row[key]:7.4f}" for key in keys) for name, row in rows.items()]
-
-
 def log_verdict(rows: dict[str, Scores], best_epoch: int) -> None:
-    """Log the table, and whether the projector beats the baselines."""
-    for line in format_table(rows):
-        logger.info("%s", line)
-    own = rows["projector"]["map"]
-    if ahead := list_unreached(rows, own):
+    """Log the scores, and whether the projector beats the baselines."""
+    for name, row in rows.items():
+        scores = (f"{key.replace('recall_at_', 'R@')} {row[key]:.4f}" for key in row if key != "map_error")
+        logger.info("validation, %s: %s", name, ", ".join(scores))
+    if ahead := list_unreached(rows, rows["projector"]["map"]):
         logger.warning(
             "the projector of epoch %d does NOT beat %s by validation mAP: do not publish it; more training images, "
             "a lower learning rate or init = whitening may help",
             best_epoch, " and ".join(ahead),
         )  # fmt: skip
-    else:
-        gains = ", ".join(f"{name} {own - row['map']:+.4f}" for name, row in rows.items() if name != "projector")
-        logger.info("the projector of epoch %d in validation mAP, beside: %s", best_epoch, gains)
