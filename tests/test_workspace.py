@@ -71,6 +71,17 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_taken_anew(tmp_path, monkey
         assert (tmp_path / ".a.lock").exists()
 
 
+def test_a_lock_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workspace.os, "write", fail)
+    with pytest.raises(PipelineError, match=r"cannot write .*\.a\.lock \(No space left"), locked(tmp_path / "a", BUSY):
+        pass
+    monkeypatch.undo()
+    assert not list_files(tmp_path)
+
+
 def test_those_that_share_a_lock_keep_out_only_one_that_does_not(tmp_path):
     output = tmp_path / "a"
     with locked(output, BUSY, shared=True):

@@ -85,11 +85,12 @@ def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = F
             remove(lock)
             break
         if os.fstat(descriptor).st_nlink:  # else its last holder has removed it since it was opened
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             break
         os.close(descriptor)
     try:
+        with naming_failures(lock):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         with contextlib.suppress(OSError):  # others share it: the last of them removes it
