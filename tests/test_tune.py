@@ -1,8 +1,10 @@
 """The tuning of stage 6: its study, what it leaves, and what it refuses."""
 
+import json
 import logging
 import os
 import re
+import resource
 import subprocess
 import sys
 import tomllib
@@ -189,12 +191,28 @@ def test_a_journal_that_is_none_is_one_line(workspace: Path, content: bytes) -> 
         search(workspace, 1)
 
 
+def test_half_a_line_that_a_full_disk_leaves_in_the_journal_does_not_end_the_study(workspace: Path) -> None:
+    journal = workspace / "checkpoint/_tune/journal.log"
+    search(workspace, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 100, limits[1]))
+    try:
+        with pytest.raises(PipelineError, match=r"cannot write .*journal\.log \(File too large\): free space"):
+            search(workspace, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not journal.read_bytes().endswith(b"\n")
+    search(workspace, 2)
+    assert len(read_trials(workspace)) == 2
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
 @pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to, lambda path, _: os.mkfifo(path)])
 def test_no_study_is_written_through_a_link(workspace: Path, make: Callable[..., None]) -> None:
     (workspace / "checkpoint/_tune").mkdir(parents=True)
     (workspace / "notes").write_text("mine")
     make(workspace / "checkpoint/_tune/journal.log", workspace / "notes")
-    with pytest.raises(OSError, match="a link or pipe"):
+    with pytest.raises(PipelineError, match="a link or pipe"):
         search(workspace, 1)
     assert (workspace / "notes").read_text() == "mine"
 

@@ -19,6 +19,7 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Terminated
 from pipeline.files.units import Unit
+from pipeline.files.workspace import naming_failures
 from pipeline.retrieval.scores import SCORE_KEYS
 from pipeline.stages import TUNE
 from train_specialized_embeddings.train import describe_run, list_inputs
@@ -63,19 +64,20 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
     inputs = list_inputs(config)
     provenance = describe_run(config, inputs) | {"stage": STAGE}
     provenance["settings"]["objective"] = options.objective
-    from train_specialized_embeddings.tuning.study import Tuning, run_study  # torch and Optuna
+    from train_specialized_embeddings.tuning.study import JOURNAL, Tuning, run_study  # torch and Optuna
     from train_specialized_embeddings.tuning.wandb_runs import report_runs
 
     tuning = Tuning(config, options, inputs, provenance, config.path("checkpoint_dir") / "_tune")
     if options.from_wandb_project is not None:
         return report_runs(tuning, options.from_wandb_project)
-    try:
-        return run_study(tuning)
-    except (OSError, RuntimeError) as error:
-        found: BaseException | None = error  # Optuna's file lock may hide an interruption behind an error of its own
-        while found is not None and not isinstance(found, KeyboardInterrupt | Terminated):
-            found = found.__context__
-        raise found or error  # noqa: B904
+    with naming_failures(tuning.folder / JOURNAL):  # Optuna's errors name no file
+        try:
+            return run_study(tuning)
+        except (OSError, RuntimeError) as error:
+            found: BaseException | None = error  # Optuna's file lock may hide an interruption behind its own error
+            while found is not None and not isinstance(found, KeyboardInterrupt | Terminated):
+                found = found.__context__
+            raise found or error  # noqa: B904
 
 
 def main(argv: Sequence[str] | None = None) -> None:
