@@ -47,7 +47,7 @@ def write_derived(output):
         "_aggregated/OSMID.parquet", "_clusters/clusters.parquet", "_clusters/look_alike.html",
         "_exports/int8/parts/rg00000_rb00000.parquet", "_removed/1/parts/a.parquet",
         f"parts/.rg00000_rb00000.parquet.another_host-1-{hidden}", f"_rejects/.b.parquet.another_host-1-{hidden}",
-        f"_aggregated/.OSMID.parquet.another_host-1-{hidden}",
+        f"_aggregated/.OSMID.parquet.another_host-1-{hidden}", "_adopted/state.json",
     ):  # fmt: skip
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"OSMID": ["way/1"]}), output / name)
@@ -167,10 +167,14 @@ def test_a_folder_that_cannot_be_read_stops_a_takedown_before_it_begins(delete, 
     assert read_bytes(dataset) == before
 
 
-def test_no_tool_sets_a_users_parquet_among_the_rejects_aside(delete, embed, run_main, dataset, tmp_path):
+@pytest.mark.parametrize("name", ["_rejects/rg00077_rb00000.parquet", "_rejects/rg1.parquet", "parts/mine.parquet"])
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_no_tool_sets_a_users_parquet_aside(delete, embed, run_main, dataset, tmp_path, name, is_damaged):
     """What is set aside is removed once the dataset is complete."""
-    mine = dataset / "_rejects" / "rg00077_rb00000.parquet"
+    mine = dataset / name
     pq.write_table(pa.table({"mine": [1]}), mine)
+    if is_damaged and "_rb" not in name:
+        mine.write_bytes(b"PAR1, but no parquet")
     before = mine.read_bytes()
     for outcome in (
         run_main(verify_embeddings.main, dataset, "--repair"),

@@ -25,15 +25,15 @@ from pipeline.own_folders import remove
 
 # What is made from a dataset: the tools' copies, what was set aside, and logs, which name ids.
 _DERIVED = re.compile(
-    r"_aggregated/[^/]+\.parquet|_clusters/(clusters|look_alike)\.(parquet|json|html)|_exports/(float16|int8)/.+"
-    r"|_logs/.+\.log(\.(crashed|decoding|fault))?|_removed/\d+/.+"
+    r"_adopted/state\.json|_aggregated/[^/]+\.parquet|_clusters/(clusters|look_alike)\.(parquet|json|html)"
+    r"|_exports/(float16|int8)/.+|_logs/.+\.log(\.(crashed|decoding|fault))?|_removed/\d+/.+"
 )
-_DERIVED_FOLDERS = re.compile(r"(_aggregated|_clusters|_exports|_logs|_removed)(/.+)?")
+_DERIVED_FOLDERS = re.compile(r"(_adopted|_aggregated|_clusters|_exports|_logs|_removed)(/.+)?")
 _SET_ASIDE = re.compile(rf"{SET_ASIDE}/\d+")
 _ORDER = "_deleted/id_hashes.json"
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.
 _OWN = re.compile(
-    r"(_adopted/)?state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json"
+    r"state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json"
     r"|_logs/submissions/.+|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet"
 )
 

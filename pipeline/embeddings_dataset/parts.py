@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from pipeline.files.tables import PROVENANCE_KEY, open_parquet, provenance_of, r
 EMBEDDING_COLUMN = "embedding"
 STAGE = "generate_embeddings_from_parquet"
 HASHES_KEY = PROVENANCE_KEY + b".image_hashes"
+_NAME = re.compile(r"rg\d{5,}_rb\d{5,}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,12 @@ def make_content(source: PackagedInput, plan: PartPlan, table: pa.Table, outcome
 
 
 class ForeignError(StaleOutputError):
-    """A sound file that this project did not write: it is never removed or replaced."""
+    """A file that this project did not write, by its name or its footer: it is never removed or replaced."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"{path}: not written by this project (it does not say what it was made from): adopt the dataset with "
-            "adopt_embeddings.py, or give another path"
+            f"{path}: not written by this project (its name or its footer does not say so): adopt the dataset with "
+            "adopt_embeddings.py, move the file away, or give another path"
         )
 
 
@@ -211,6 +213,8 @@ def read_part(path: Path) -> Part:
     Raises ForeignError if this project did not write it, DamagedError if it is not as it was written, InputError if it
     cannot be read.
     """
+    if not _NAME.fullmatch(path.name):  # damaged or a copy, it is the user's
+        raise ForeignError(path)
     with open_parquet(path) as file:
         footer = file.metadata
     provenance = provenance_of(footer)
@@ -235,7 +239,9 @@ def read_part(path: Path) -> Part:
 
 
 def is_ours(path: Path) -> bool | None:
-    """Return whether stage 8 wrote a parquet, None where it cannot be read."""
+    """Return whether stage 8 wrote a parquet, None where one with such a name cannot be read."""
+    if not _NAME.fullmatch(path.name):
+        return False
     try:
         return (read_provenance(path) or {}).get("stage") == STAGE
     except InputError:
