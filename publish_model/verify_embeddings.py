@@ -3,8 +3,8 @@
     python publish_model/verify_embeddings.py OUTPUT --input packaged_images.parquet
 
 Reads what stage 8 wrote and prints a table of what was checked; exit code 1 where something is broken. With --input the
-ids are compared with those of the input, row by row. --repair moves what is broken to OUTPUT/_removed/, so that running
-stage 8 again makes just that; files that this project did not write stay.
+ids and pictures are compared with those of the input, row by row. --repair moves what is broken to OUTPUT/_removed/, so
+that running stage 8 again makes just that; files that this project did not write stay.
 """
 
 import sys
@@ -80,7 +80,7 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool) -> No
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_tool_parser(__doc__ or "")
     add = parser.add_argument
-    add("--input", "-i", type=Path, metavar="PATH", help="compare the ids with those of this input too")
+    add("--input", "-i", type=Path, metavar="PATH", help="compare ids and pictures with those of this input too")
     add("--repair", action="store_true", help="set aside what is broken, so that a rerun makes just that")
     arguments = parser.parse_args(argv)
     with logging_to(None), EmbeddingsDataset(arguments.output).held() if arguments.repair else nullcontext():

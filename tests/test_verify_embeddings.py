@@ -17,6 +17,8 @@ from pipeline.embeddings_dataset.checks import check_dataset
 from pipeline.embeddings_dataset.columns import checksum_tables
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.parts import read_part
+from pipeline.errors import InputError
+from pipeline.files.identity import identify
 from publish_model import (
     aggregate_embeddings,
     delete_ids,
@@ -167,6 +169,20 @@ def test_ids_that_are_not_those_of_the_input_are_seen_with_the_input_alone(verif
     part.rewrite(changed)
     assert verify(dataset).code == 0
     check_seen(verify(dataset, "--input", tmp_path / "in.parquet"), "its ids are not those of the input's rows")
+
+
+def test_a_picture_that_another_program_exchanged_is_seen_with_the_input_alone(verify, embed, dataset, tmp_path):
+    """A picture of the same length takes its place: the footer stays as it was."""
+    source = tmp_path / "in.parquet"
+    footer, end = identify(source), make_photographs(5)[4][-40:]
+    assert source.read_bytes().count(end) == 1
+    source.write_bytes(source.read_bytes().replace(end, bytes([end[0] ^ 1]) + end[1:]))
+    assert identify(source) == footer
+    assert embed(source, dataset).code == 0
+    check_seen(verify(dataset, "--input", source), "rg00000_rb00001.parquet: its pictures are not those of the input's")
+    found = EmbeddingsDataset(dataset)
+    with pytest.raises(InputError, match="in.parquet: not the pictures that .*out was made from: give those"):
+        list(found.read_images(found.open_input(source), [3]))
 
 
 def test_another_input_is_refused(verify, embed, dataset, packaged):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.columns import checksum_tables, list_values
+from pipeline.embeddings_dataset.columns import checksum_tables, hash_bytes, list_values
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, read_state
 from pipeline.embeddings_dataset.deletions import DeletionOrder, read_order
-from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, PackagedInput, read_batches
 from pipeline.embeddings_dataset.parts import (
     EMBEDDING_COLUMN,
     ForeignError,
@@ -166,13 +166,14 @@ def _compare_with_input(source: PackagedInput, parts: Sequence[Part], order: Del
         else:
             wanted.setdefault(part.plan.row_group, {})[part.plan.read_batch] = part
     for row_group, own in wanted.items():
-        for read_batch, table in enumerate(read_batches(source, row_group, with_images=False)):
-            if read_batch in own and not _has_ids_of(own[read_batch], table, source, order):
-                findings.add(own[read_batch].path, "its ids are not those of the input's rows")
+        for read_batch, table in enumerate(read_batches(source, row_group)):
+            if read_batch in own:
+                for what in _list_differences(own[read_batch], table, source, order):
+                    findings.add(own[read_batch].path, f"its {what} are not those of the input's rows")
 
 
-def _has_ids_of(part: Part, table: pa.Table, source: PackagedInput, order: DeletionOrder) -> bool:
-    """Return whether a part has the ids of its read batch, which comes without images, in order but for deleted ones.
+def _list_differences(part: Part, table: pa.Table, source: PackagedInput, order: DeletionOrder) -> Iterator[str]:
+    """Yield "ids" and "pictures" where a part has others than its read batch, in order but for deleted ones.
 
     Ids are compared as text: NaN, pandas' missing number, equals itself.
     """
@@ -182,4 +183,8 @@ def _has_ids_of(part: Part, table: pa.Table, source: PackagedInput, order: Delet
     embedded = embedded[~order.find(ids)[embedded]]
     rejected = content.rejects.column("row").to_numpy() - part.plan.first_row
     held = [list_values(one.column(ID_COLUMN)) for one in (content.embedded, content.rejects)]
-    return [[repr(ids[row]) for row in rows] for rows in (embedded, rejected)] == [list(map(repr, one)) for one in held]
+    if [[repr(ids[row]) for row in rows] for rows in (embedded, rejected)] != [list(map(repr, one)) for one in held]:
+        yield "ids"
+    images = table.column(IMAGE_COLUMN)
+    if [hash_bytes(images[int(row)].as_py() or b"") for row in embedded] != content.image_hashes.tolist():
+        yield "pictures"

@@ -265,4 +265,7 @@ class EmbeddingsDataset:
             hashes = read_image_hashes(part.path)[places].tolist()
             images = (image.as_py() or b"" for image in table.column(IMAGE_COLUMN))
             found = {own: image for image in images if (own := hash_bytes(image)) in hashes}
+            if not found.keys() >= set(hashes):  # the footer does not tell all pictures apart
+                path = source.places[row_group][0]
+                raise InputError(f"{path}: not the pictures that {self.folder} was made from: give those")
             yield from ((first + place, found[own]) for place, own in zip(places, hashes, strict=True))
