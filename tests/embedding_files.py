@@ -38,9 +38,9 @@ def make_rows(dataset, images_of_buildings, width=8, kind=None, mixed=False, hea
     return pa.table(columns, schema=schema).append_column("embedding", embedding)
 
 
-def write(folder, dataset, table, settings=None):
+def write(folder, dataset, table, settings=None, inputs=()):
     path = folder / "embeddings" / f"{dataset:04d}_embeddings.parquet"
-    provenance = tables.make_provenance("generate_embeddings", [], settings or SETTINGS)
+    provenance = tables.make_provenance("generate_embeddings", inputs, settings or SETTINGS)
     with tables.parquet_writer(path, table.schema, provenance) as writer:
         writer.write_table(table, row_group_size=1024)
     return path

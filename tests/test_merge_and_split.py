@@ -11,6 +11,7 @@ from embedding_files import SETTINGS, SIZES, make_rows, place_of, read_splits, s
 from pipeline.config import DataSection
 from pipeline.errors import StaleOutputError
 from pipeline.files import tables, workspace
+from pipeline.files.identity import identify
 from pipeline.retrieval.features import check_one_run
 from preprocess_raw_data.merge_and_split import SPILL
 from preprocess_raw_data.merging.splits import SPLITS, choose_split, read_split_file
@@ -218,6 +219,24 @@ def test_a_foreign_input_is_logged_and_taken(tmp_path, stage):
     outcome = stage()
     assert outcome.code == 0
     assert "0001_embeddings.parquet carries no provenance" in outcome.stderr
+
+
+def test_embeddings_of_an_earlier_intermediate_or_of_a_tar_with_two_numbers_are_named(tmp_path, stage):
+    for dataset in (1, 2, 3):
+        source = tmp_path / f"intermediates/{dataset:04d}.parquet"
+        source.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"target_id": [dataset]}), source)
+        inputs = [{"name": f"{dataset:04d}.tar", "digest": "abc"[dataset // 2]}, identify(source)]
+        write(tmp_path, dataset, make_rows(dataset, [2, 2, 2]), inputs=inputs)
+    outcome = stage()
+    assert outcome.code == 0
+    assert outcome.stderr.count("WARNING") == 1 + outcome.stderr.count("is empty")
+    assert "0002_embeddings.parquet, 0003_embeddings.parquet: made from one tar under two numbers" in outcome.stderr
+    pq.write_table(pa.table({"target_id": [7, 8]}), tmp_path / "intermediates/0002.parquet")
+    for option in ([], ["--overwrite"]):
+        stderr = stage(*option).stderr
+        assert "0002_embeddings.parquet: made from an earlier 0002.parquet: run the stage that makes it again" in stderr
+        assert stderr.count("an earlier") == 1
 
 
 def test_a_rerun_keeps_and_another_setting_or_input_is_refused_by_name(tmp_path, stage, city):

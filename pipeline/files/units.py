@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.cli import Options, StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
-from pipeline.files.identity import as_provenance, identify_tar
+from pipeline.files.identity import as_provenance, identify, identify_tar
 from pipeline.files.listing import find_tars, is_parquet, list_intermediates
 from pipeline.files.tables import PROVENANCE_KEY, matches, read_provenance
 from pipeline.files.workspace import read_json_object
@@ -179,12 +179,13 @@ def list_tar_units(
 def refuse_missing(config: Config, outputs: Iterable[Path], what: str) -> None:
     """Raise InputError naming the intermediates for which there is no file NNNN_`what`.parquet among `outputs`.
 
-    Without a folder of intermediates there is nothing to compare with.
+    Warns of files that were made from an earlier intermediate. Without a folder of intermediates there is nothing to
+    compare with.
     """
     if config.paths.intermediates_dir is None:
         return
     intermediates = list_intermediates(config.path("intermediates_dir"))
-    made = {path.stem for path in outputs}
+    made = {path.stem: path for path in outputs}
     missing = [path for path in intermediates.values() if f"{path.stem}_{what}" not in made]
     if missing:
         names = ", ".join(path.stem for path in missing[:10]) + (", ..." if len(missing) > 10 else "")
@@ -192,6 +193,11 @@ def refuse_missing(config: Config, outputs: Iterable[Path], what: str) -> None:
             f"{len(missing)} of {len(intermediates)} tars of {missing[0].parent} have no {what} ({names}): run the "
             "stage that makes them, or move these files away to go on without"
         )
+    for source in intermediates.values():
+        output = made[f"{source.stem}_{what}"]
+        recorded = (read_provenance(output) or {}).get("inputs", [])
+        if any(one.get("name") == source.name for one in recorded) and identify(source) not in recorded:
+            logger.warning("%s: made from an earlier %s: run the stage that makes it again", output, source.name)
 
 
 def do_tars(

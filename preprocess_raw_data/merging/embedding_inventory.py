@@ -77,7 +77,7 @@ def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
     """
     ids = pa.schema(ID_COLUMNS)
     schemas = [open_parquet(path).schema_arrow.remove_metadata() for path in paths]
-    merged, columns, model = ids, list[ListColumn](), None
+    merged, columns, model, tars = ids, list[ListColumn](), None, dict[str, Path]()
     for path, found in zip(paths, schemas, strict=True):
         check_columns(path, found, stored_fields(found, ids))
         column = find_embedding(path)
@@ -91,7 +91,11 @@ def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
         except pa.ArrowTypeError as error:
             problem = f"{path}: not the columns of the files before it ({one_line(error)})"
             raise InputError(f"{problem}: make one of them again") from None
-        settings = (read_provenance(path, warn=True) or {}).get("settings")
+        provenance = read_provenance(path, warn=True) or {}
+        for digest in filter(None, (one.get("digest") for one in provenance.get("inputs", []))):
+            if (first := tars.setdefault(str(digest), path)) != path:
+                logger.warning("%s, %s: made from one tar under two numbers: remove one", first.name, path.name)
+        settings = provenance.get("settings")
         model = model or settings
         if settings and settings != model:
             raise InputError(f"{path}: embedded with {settings}, {paths[0].name} with {model}: make one of them again")
