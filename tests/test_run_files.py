@@ -12,6 +12,7 @@ import pytest
 from training_data import SETTINGS, fill_workspace, run
 
 from pipeline.errors import PipelineError, StaleOutputError
+from pipeline.retrieval.checkpoint import load_checkpoint
 from train_specialized_embeddings.train import lock
 
 HOLDER = """
@@ -60,8 +61,12 @@ def test_a_killed_training_leaves_no_lock(tmp_path: Path, holder: Any) -> None:
     assert list((tmp_path / "checkpoint").iterdir()) == []
 
 
-def test_files_of_another_run_do_not_pass_for_those_of_this_one(workspace: Path) -> None:
+def test_files_of_another_run_do_not_pass_for_those_of_this_one(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
     run(workspace)
+    caplog.clear()
     for name in ("checkpoint_best.pt", "checkpoint_final.pt"):
         path = workspace / "checkpoint" / name
         own = path.read_bytes()
@@ -70,5 +75,18 @@ def test_files_of_another_run_do_not_pass_for_those_of_this_one(workspace: Path)
             run(workspace)
         path.write_bytes(own)
     assert run(workspace).kept
+    best = workspace / "checkpoint/checkpoint_best.pt"
+    own = best.read_bytes()
+    load_checkpoint(best)
+    assert not caplog.messages
+    best.write_bytes(path.read_bytes())
+    load_checkpoint(best)
+    (workspace / "checkpoint/provenance.json").unlink()
+    (workspace / "checkpoint/.checkpoint_latest.pt").write_bytes(own)
+    load_checkpoint(best)
+    assert [message.removeprefix(f"{best}: ") for message in caplog.messages] == [
+        "not the one that the training in its folder wrote",
+        "of a training that has not finished: run stage 6 again to finish it",
+    ]
     path.write_bytes(b"")
     assert run(workspace, overwrite=True).written

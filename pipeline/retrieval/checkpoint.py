@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files import workspace
+from pipeline.files.identity import digest_file
 from pipeline.inference.devices import full_precision, needing_memory
+from pipeline.log import logger
 from pipeline.reference.weights import read_weights
 from pipeline.retrieval.projector import Projector
 
@@ -76,9 +78,19 @@ def load_checkpoint(
     do not fit its architecture, or its widths are not those that are given.
     """
     content = read_content(path)
+    _warn_of_another_run(path)
     if not isinstance(content.get("architecture"), dict):
         content = read_weights(path, content, section or TrainingModelSection())
     return make_checkpoint(path, content, section, input_dim)
+
+
+def _warn_of_another_run(path: Path) -> None:
+    """Warn where the folder's run did not write this file, or is not finished."""
+    written = workspace.read_json_object(path.with_name("provenance.json")).get("outputs")
+    if isinstance(written, dict) and path.name in written and written[path.name] != digest_file(path):
+        logger.warning("%s: not the one that the training in its folder wrote", path)
+    elif path.with_name(".checkpoint_latest.pt").exists():
+        logger.warning("%s: of a training that has not finished: run stage 6 again to finish it", path)
 
 
 def make_checkpoint(
