@@ -252,7 +252,7 @@ def test_a_list_of_pandas_with_one_id_missing_names_whole_numbers(run_main, tmp_
 
 def test_rows_of_a_csv_that_name_no_id_are_counted(run_main, tmp_path):
     output = write_strings(tmp_path / "out", "way/1", "way/2")
-    (tmp_path / "ids.csv").write_text("reason,OSMID\nx,way/1\ny,\nz,\n")
+    (tmp_path / "ids.csv").write_text("reason,OSMID\nx,way/1\ny\nz,\n")
     outcome = run_main(delete_ids.main, output, "--delete-ids", tmp_path / "ids.csv")
     assert (outcome.code, "ids.csv: row 2 below the names has 1 values for 2 columns" in outcome.stderr) == (1, True)
     (tmp_path / "ids.csv").write_text("reason,OSMID\nx,way/1\ny,\nz,\n")
