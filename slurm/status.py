@@ -2,7 +2,7 @@
 
     python slurm/status.py [--config C] [--json]
 
-Reads the outputs, log_dir/submissions, the jobs' logs and, where it answers, squeue. Changes nothing.
+Reads the outputs, the jobs' logs and, where it answers, squeue. Changes nothing.
 """
 
 import json

@@ -18,9 +18,9 @@ from pipeline.files.units import ABSENT, COMPLETE, UnitState
 from pipeline.stages import STAGES, TUNE, choose_stages
 from preprocess_raw_data import process_tar
 from slurm.control import scheduler, submit
-from slurm.control.plan import ActiveTask, count_shards, make_plan
-from slurm.control.scheduler import format_shards, parse_shards
-from slurm.control.submission import check_secrets, format_dependency, name_job_file
+from slurm.control.plan import count_shards, make_plan
+from slurm.control.scheduler import QueuedTask, format_shards
+from slurm.control.submission import check_secrets, find_active, format_dependency, name_job_file
 from slurm.control.survey import survey
 from slurm.control.target import Target
 
@@ -82,11 +82,11 @@ def test_every_stage_waits_for_what_it_reads_and_for_nothing_else(config):
 
 def test_tuning_is_an_array_of_workers_behind_what_training_reads(config):
     assert summarize(plan(config, 0, 0, array_size=4)) == [(0, "0-3", "")]
-    under_way = {3: [ActiveTask("7", 0, 1)], 5: [ActiveTask("8_0", 0, 1)]}
+    under_way = {3: [QueuedTask("7", 0, 1)], 5: [QueuedTask("8_0", 0, 1)]}
     assert summarize(plan(config, 0, 0, under_way)) == [(0, "0", "afterok:7:8_0")]
-    workers = {0: [ActiveTask("9_1", 1, 3)]}
+    workers = {0: [QueuedTask("9_1", 1, 3)]}
     assert summarize(plan(config, 0, 0, workers, array_size=3)) == [(0, "0,2", "")]
-    anchors = {5: [ActiveTask("9_1", 1, 3)]}
+    anchors = {5: [QueuedTask("9_1", 1, 3)]}
     assert summarize(plan(config, 5, 5, anchors, array_size=3)) == [(5, "0,2", "")]
 
 
@@ -96,7 +96,7 @@ def test_stage_8_is_there_where_new_data_are_set(tmp_path, write_config):
 
 
 def test_part_of_the_chain_waits_for_what_of_the_rest_is_in_the_queue(config):
-    active = {2: [ActiveTask("70_1", 1, 3)], 5: [ActiveTask("71_0", 0, 1)]}
+    active = {2: [QueuedTask("70_1", 1, 3)], 5: [QueuedTask("71_0", 0, 1)]}
     assert summarize(plan(config, 6, 7, active)) == [(6, "0", "afterok:71_0"), (7, "0", "afterok:j0")]
 
 
@@ -160,7 +160,7 @@ def test_a_shard_with_too_many_rejects_is_not_done_although_its_outputs_are_ther
 
 
 def test_what_is_in_the_queue_is_not_submitted_again_and_the_rest_waits_for_it(config):
-    active = {1: [ActiveTask(f"70_{shard}", shard, 3) for shard in (0, 1)], 2: [ActiveTask("71_0", 0, 3)]}
+    active = {1: [QueuedTask(f"70_{shard}", shard, 3) for shard in (0, 1)], 2: [QueuedTask("71_0", 0, 3)]}
     assert summarize(plan(config, 1, 3, active)) == [
         (1, "2", ""),
         (2, "1", "aftercorr:70"),
@@ -170,7 +170,7 @@ def test_what_is_in_the_queue_is_not_submitted_again_and_the_rest_waits_for_it(c
 
 
 def test_the_queue_settles_into_how_many_shards_the_per_tar_stages_are_cut(config):
-    active = {2: [ActiveTask("71_0", 0, 2)]}
+    active = {2: [QueuedTask("71_0", 0, 2)]}
     assert [job.shard_count for job in plan(config, 1, 4, active).jobs] == [2, 2, 1, 2]
     with pytest.raises(ConfigError, match="cut it into 2 shards, not 3"):
         plan(config, 1, 4, active, array_size=3)
@@ -199,13 +199,22 @@ def test_the_array_size_of_a_chain_cuts_no_search_for_neighbours(config):
 @pytest.mark.parametrize(("shards", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([3, 1, 7, 2], "1-3,7"), ([5, 9], "5,9")])
 def test_shards_are_written_as_sbatch_reads_them(shards, text):
     assert format_shards(shards) == text
-    assert parse_shards(text) == sorted(shards)
-    assert parse_shards(f"[{text}%4]") == sorted(shards)
 
 
-def test_the_queue_is_read_task_by_task(monkeypatch):
-    monkeypatch.setattr(scheduler, "ask", lambda _command: "CLUSTER: a\n70|3|RUNNING\n70|4-5|PENDING\n71|N/A|PENDING\n")
-    assert scheduler.list_queued() == {("70", 3): False, ("70", 4): True, ("70", 5): True, ("71", None): True}
+def test_the_queue_is_read_task_by_task_and_the_targets_jobs_are_told_by_their_name(config, tmp_path, monkeypatch):
+    target = Target(config.log_dir, config)
+    other = load_config(config.file_path, [f"paths.intermediates_dir={tmp_path / 'other'}"])
+    mine, others = target.name_jobs(STAGES[1]), Target(config.log_dir, other).name_jobs(STAGES[1])
+    lines = [
+        "CLUSTER: a",
+        f"70|3|RUNNING|{mine}-5",
+        f"70|4|PENDING|{mine}-5",
+        f"71|N/A|PENDING|{others}-1",
+        "72|N/A|RUNNING|jupyter",
+    ]
+    monkeypatch.setattr(scheduler, "ask", lambda _command: "\n".join(lines))
+    assert find_active(target)[1] == [QueuedTask("70_3", 3, 5, mine, False), QueuedTask("70_4", 4, 5, mine, True)]
+    assert find_active(Target(config.log_dir, other))[1] == [QueuedTask("71", 0, 1, others, True)]
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -263,7 +272,8 @@ def test_tuning_is_submitted_by_its_name(dry_run_here):
 
 def test_log_folders_with_percent_signs_and_spaces_are_no_patterns(tmp_path, write_config, dry_run_here):
     (command,) = dry_run_here(submit.main, "stage", "3", "--config", write_config(tmp_path / "100% mine"))
-    assert f"--output={tmp_path}/100%% mine/logs/slurm/merge_and_split-%j.log" in command
+    assert f"--output={tmp_path}/100%% mine/logs/slurm/%x-%j.log" in command
+    assert any(word.startswith("--job-name=merge_and_split-") and word.endswith("-1") for word in command)
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import load_config
-from pipeline.files.workspace import write_json
+from pipeline.files.workspace import locked
 from pipeline.stages import STAGES
 from preprocess_raw_data import process_tar
 from slurm import status
-from slurm.control import records, scheduler
-from slurm.control.records import Record, format_table, holding, read_records
+from slurm.control import scheduler, submit
 from slurm.control.survey import read_log, survey
 from slurm.control.target import Target
 
@@ -41,18 +39,20 @@ def config(tmp_path, write_config, make_tar):
     return load_config(path)
 
 
-def record_job(config, number, job_id, shards, shard_count=4, dependency=""):
-    place = Target(config.log_dir, config).find_place(STAGES[number])
-    record = Record(number, job_id, shards, shard_count, dependency, place, "group")
-    write_json(records.submissions_dir(config.log_dir) / f"{job_id}.json", [asdict(record)])
-    return record
+def name_log(config, job, shard, number=1, shard_count=4):
+    return f"{Target(config.log_dir, config).name_jobs(STAGES[number])}-{shard_count}-{job}_{shard}.log"
 
 
-def write_log(config, record, shard, *lines):
-    path = Path(records.log_path(config.log_dir, STAGES[record.stage], record.job_id, shard))
+def write_log(config, job, shard, *lines):
+    path = config.log_dir / "slurm" / name_log(config, job, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
+
+
+def list_queue(config, *tasks):
+    jobs = Target(config.log_dir, config).name_jobs(STAGES[1])
+    return "".join(f"{job}|{shard}|{state}|{jobs}-4\n" for job, shard, state in tasks)
 
 
 def states(config, number):
@@ -66,11 +66,15 @@ def test_without_records_the_outputs_alone_tell(config, answers):
 
 
 def test_queue_logs_and_outputs_are_put_together(config, answers):
-    record = record_job(config, 1, "70", "0-3")
-    answers["squeue"] = "70|1|RUNNING\n70|2|PENDING\n"
-    write_log(config, record, 1, f"{STAMP} 0002.tar: 5/10 img, 2.5 img/s, ETA 2 s")
+    answers["squeue"] = list_queue(config, (70, 1, "RUNNING"), (70, 2, "PENDING"))
+    write_log(config, 70, 1, f"{STAMP} 0002.tar: 5/10 img, 2.5 img/s, ETA 2 s")
     path = write_log(
-        config, record, 3, f"{STAMP} begin", "error: 0004.tar: truncated", "task: stage 1 shard 3 job 70 exit 1"
+        config,
+        70,
+        3,
+        f"{STAMP} begin",
+        "error: 0004.tar: truncated",
+        "task: stage 1 shard 3 job 70 account group exit 1",
     )
     assert states(config, 1) == ["done", "running", "waiting", "failed"]
     stage = survey(config)[0]
@@ -93,34 +97,25 @@ def test_an_output_of_other_inputs_has_failed_and_the_difference_is_named(config
 
 def test_the_last_job_of_a_shard_counts(config, answers):
     answers["squeue"] = ""
-    write_log(config, record_job(config, 1, "70", "0-3"), 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
+    write_log(config, 70, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
     assert states(config, 1)[3] == "failed"
-    record_job(config, 1, "71", "3")
-    answers["squeue"] = "71|3|PENDING\n"
+    write_log(config, 100, 3, "error: worse", "task: stage 1 shard 3 job 100 exit 1")
+    assert survey(config)[0]["failures"][0]["error"] == "error: worse"
+    answers["squeue"] = list_queue(config, (71, 3, "PENDING"))
     assert states(config, 1)[3] == "waiting"
 
 
 def test_a_job_that_ended_without_a_word_has_failed(config, answers):
     """It was killed with its keeper, by the kernel or with its node."""
-    write_log(config, record_job(config, 1, "70", "0-3"), 2, f"{STAMP} begin")
+    write_log(config, 70, 2, f"{STAMP} begin")
     assert states(config, 1)[2] == "running"  # nobody to ask
     answers["squeue"] = ""
     assert states(config, 1)[2] == "failed"
 
 
-def test_a_job_that_left_the_queue_without_a_log_has_failed_unless_it_waited_for_others(config, answers):
-    record_job(config, 1, "70", "0-3")
-    assert states(config, 1) == ["done", "not started", "not started", "not started"]  # nobody to ask
-    answers["squeue"] = ""
-    assert states(config, 1) == ["done", "failed", "failed", "failed"]
-    record_job(config, 1, "71", "0-3", dependency="afterok:7")
-    assert states(config, 1) == ["done", "not started", "not started", "not started"]
-
-
 def test_too_many_rejects_are_a_failure_although_the_output_is_there(config, answers, make_tar):
     answers["squeue"] = ""
-    record = record_job(config, 1, "70", "0-3")
-    write_log(config, record, 0, "error: too many", "task: stage 1 shard 0 job 70 exit 1")
+    write_log(config, 70, 0, "error: too many", "task: stage 1 shard 0 job 70 exit 1")
     assert states(config, 1)[0] == "done"  # a run by hand has mended it since
     strict = load_config(config.file_path, ["data.max_reject_fraction=0"])
     raw = config.path("raw_dir") / "0001.tar"
@@ -161,8 +156,7 @@ def test_a_log_is_read_from_its_end(tmp_path):
 
 
 def test_json_has_every_stage_and_no_torch_is_imported(config, write_config):
-    record = record_job(config, 1, "70", "0-3")
-    write_log(config, record, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
+    write_log(config, 70, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
     code = (
         "import sys; from slurm import status; status.main(sys.argv[1:]); "
         "assert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
@@ -180,22 +174,17 @@ def test_json_has_every_stage_and_no_torch_is_imported(config, write_config):
     assert stages[0]["failures"][0]["error"] == "error: bad"
 
 
-def test_records_are_kept_job_by_job_and_another_output_is_another_pipeline(config, tmp_path, answers):
+def test_the_logs_of_another_output_are_another_pipelines(config, tmp_path, answers):
     answers["squeue"] = ""
-    record = record_job(config, 1, "70", "0-3")
-    (records.submissions_dir(config.log_dir) / "9-broken.json").write_text("{")
-    assert read_records(config.log_dir) == [record]
-    write_log(config, record, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
+    write_log(config, 70, 3, "error: bad", "task: stage 1 shard 3 job 70 exit 1")
     elsewhere = load_config(config.file_path, [f"paths.intermediates_dir={tmp_path / 'other'}"])
     assert states(elsewhere, 1) == ["not started"] * 4
-    assert format_table([record]).splitlines()[1].split() == ["1", "process_tar", "70", "0-3", "of", "4", "-"]
 
 
-def test_two_submissions_at_a_time_are_refused(tmp_path):
-    from pipeline.errors import PipelineError
-
-    with holding(tmp_path), pytest.raises(PipelineError, match="is submitting: wait for it"), holding(tmp_path):
-        pass
-    with holding(tmp_path):
-        pass
-    assert (tmp_path / "slurm").is_dir()
+def test_two_submissions_at_a_time_are_refused(config, answers, run_main):
+    answers["squeue"] = ""
+    folder = config.log_dir / "slurm"
+    with locked(folder, "submits", folder / ".lock"):
+        outcome = run_main(submit.main, "stage", "1", "--config", config.file_path)
+    assert outcome.code == 1
+    assert "is submitting: wait for it" in outcome.stderr

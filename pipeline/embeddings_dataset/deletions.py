@@ -34,7 +34,7 @@ _ORDER = "_deleted/id_hashes.json"
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.
 _OWN = re.compile(
     r"state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json"
-    r"|_logs/submissions/.+|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet"
+    r"|_logs/slurm/\.lock|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet"
 )
 
 

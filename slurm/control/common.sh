@@ -62,7 +62,7 @@ run_task() {
     wait "$child"
     code=$?
     if [ -n "$watchdog" ]; then kill "$watchdog" 2>/dev/null; fi
-    echo "task: stage $1 shard ${SLURM_ARRAY_TASK_ID:-0} job ${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}} exit $code"
+    echo "task: stage $1 shard ${SLURM_ARRAY_TASK_ID:-0} job ${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}} ${SLURM_JOB_ACCOUNT:+account $SLURM_JOB_ACCOUNT }exit $code"
     # 143: it kept what was finished. 137: it did not answer in time, and what it wrote is whole all the same.
     if [ -n "$warned" ] && { [ "$code" = 143 ] || [ "$code" = 137 ]; }; then
         "$PYTHON" "$root/slurm/control/task.py" requeue || code=1

@@ -6,20 +6,12 @@ from dataclasses import dataclass, field
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.units import Unit
 from pipeline.stages import ROW_GROUP, STAGES, TAR, TUNE, Stage
+from slurm.control.scheduler import QueuedTask
 from slurm.control.target import Target
 
 # A task more is a model loaded once more: 64 GPUs are a large share of a cluster, and leave each of them minutes of
 # work at a million images (docs/slurm.md).
 DEFAULT_MAX_SHARDS = 64
-
-
-@dataclass(frozen=True)
-class ActiveTask:
-    """One shard of a stage that an earlier submission has in the queue; `name` is JOB, or JOB_TASK of an array."""
-
-    name: str
-    shard: int
-    shard_count: int
 
 
 @dataclass(eq=False)
@@ -44,7 +36,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def count_shards(stage: Stage, num_units: int | None, array_size: int | None, active: list[ActiveTask]) -> int:
+def count_shards(stage: Stage, num_units: int | None, array_size: int | None, active: list[QueuedTask]) -> int:
     """Return into how many shards a stage is cut; another number than that of the tasks in the queue is refused."""
     if not stage.is_array:
         return 1
@@ -65,7 +57,7 @@ def count_shards(stage: Stage, num_units: int | None, array_size: int | None, ac
 class Planner:
     """Goes through the stages in order and remembers what the later ones have to wait for."""
 
-    def __init__(self, target: Target, active: dict[int, list[ActiveTask]]) -> None:
+    def __init__(self, target: Target, active: dict[int, list[QueuedTask]]) -> None:
         self.target, self.active = target, active
         self.plan = Plan()
         # By stage and shard: what the stages behind it wait for; done shards are not among them.
@@ -128,7 +120,7 @@ def _group(stage: Stage, shard_count: int, todo: list[int], waits: dict[int, lis
 
 
 def make_plan(
-    target: Target, stages: Sequence[Stage], active: dict[int, list[ActiveTask]], array_size: int | None = None
+    target: Target, stages: Sequence[Stage], active: dict[int, list[QueuedTask]], array_size: int | None = None
 ) -> Plan:
     """Plan some stages, behind what of the others is in the queue.
 

@@ -1,10 +1,9 @@
 """Ask SLURM's commands and give them orders."""
 
-import argparse
 import os
-import re
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import PROJECT_ROOT
@@ -21,9 +20,18 @@ IGNORED = {
     for name in ("ARRAY_INX", "CLUSTERS", "DEPENDENCY", "ERROR", "OPEN_MODE", "OUTPUT", "SIGNAL", "WAIT")
 }
 QUERY_TIMEOUT_SECONDS = 60
-# Whether a task waits, by its job and its number; the number is None where the job is no array.
-Queue = dict[tuple[str, int | None], bool]
 WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+
+
+@dataclass(frozen=True)
+class QueuedTask:
+    """One of a job's shards in the queue; `name` is JOB, or JOB_TASK of an array, `jobs` as in Target.name_jobs."""
+
+    name: str
+    shard: int
+    shard_count: int
+    jobs: str = ""
+    is_waiting: bool = False
 
 
 def ask(command: Sequence[str]) -> str | None:
@@ -64,18 +72,19 @@ def clean_environment() -> dict[str, str]:
     }
 
 
-def list_queued() -> Queue | None:
+def list_queued() -> list[QueuedTask] | None:
     """Return the user's tasks in the queue, None where squeue does not answer."""
-    text = ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T"])
+    text = ask(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%j"])
     if text is None:
         return None
-    tasks: Queue = {}
+    tasks = []
     for line in text.splitlines():
-        if line.count("|") != 2:  # with $SLURM_CLUSTERS, the cluster's name
+        if line.count("|") != 3:  # with $SLURM_CLUSTERS, the cluster's name
             continue
-        job_id, task, state = (part.strip() for part in line.split("|"))
-        shards: Sequence[int | None] = [None] if task in ("N/A", "") else parse_shards(task)
-        tasks |= {(job_id, shard): state in WAITING_STATES for shard in shards}
+        job_id, task, state, job_name = (part.strip() for part in line.split("|"))
+        jobs, _, count = job_name.rpartition("-")
+        name, shard = (f"{job_id}_{task}", int(task)) if task.isdigit() else (job_id, 0)
+        tasks.append(QueuedTask(name, shard, int(count) if count.isdigit() else 1, jobs, state in WAITING_STATES))
     return tasks
 
 
@@ -96,14 +105,3 @@ def format_shards(shards: Iterable[int]) -> str:
         else:
             ranges.append([shard, shard])
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)
-
-
-def parse_shards(text: str) -> list[int]:
-    """Read what `format_shards` writes, and what squeue shows of an array, `[0-3,7%4]`."""
-    shards: list[int] = []
-    for part in re.sub(r"%\d+$", "", text.strip("[]")).split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise argparse.ArgumentTypeError(f"{text!r} must read like 0-3,7")
-        shards += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return sorted(set(shards))

@@ -1,23 +1,22 @@
-"""Turn a plan into sbatch commands, submit them and keep the records."""
+"""Turn a plan into sbatch commands and submit them."""
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from pipeline.config import PROJECT_ROOT
 from pipeline.errors import ConfigError, InputError, PipelineError
-from pipeline.files.workspace import write_json
+from pipeline.files.workspace import locked
 from pipeline.inference.model_files import locate_backbone
 from pipeline.stages import ROW_GROUP, STAGES, TUNE, Stage
-from slurm.control import records, scheduler
-from slurm.control.plan import ActiveTask, Plan, PlannedJob, make_plan
-from slurm.control.records import Record
+from slurm.control import scheduler
+from slurm.control.plan import Plan, PlannedJob, make_plan
+from slurm.control.scheduler import QueuedTask
 from slurm.control.target import Target
 
 # A variable that is set to a secret (--export=ALL,WANDB_API_KEY=...), and a URL with a password.
@@ -41,18 +40,21 @@ class Request:
 def submit(request: Request) -> None:
     """Submit what is neither done nor in the queue, or print the commands.
 
-    Raises PipelineError where SLURM is missing or refuses a job; the jobs before it stay submitted and are recorded.
+    Raises PipelineError where SLURM is missing or refuses a job; the jobs before it stay submitted.
     """
     if request.arguments.dry_run:
         carry_out(plan_now(request), request)
         return
     if scheduler.list_queued() is None:
         raise PipelineError("squeue does not answer here: submit on a login node of the cluster, or give --dry-run")
-    with records.holding(request.target.log_dir):
+    folder = request.target.log_dir / "slurm"  # without it a job dies without a log
+    # Two submissions at a time would submit the same shards.
+    with locked(folder, "is submitting: wait for it, then run this again", folder / ".lock"):
         plan = plan_now(request)
         check_weights(plan, request.target)
-        submitted = carry_out(plan, request)
-    print(records.format_table(submitted) if submitted else "nothing to submit")
+        carry_out(plan, request)
+    if not plan.jobs:
+        print("nothing to submit")
 
 
 def plan_now(request: Request) -> Plan:
@@ -66,25 +68,14 @@ def plan_now(request: Request) -> Plan:
     return plan
 
 
-def find_active(target: Target) -> dict[int, list[ActiveTask]]:
+def find_active(target: Target) -> dict[int, list[QueuedTask]]:
     """Return, by stage, the shards that earlier submissions have in the queue; none where there is no SLURM."""
-    queued = scheduler.list_queued() or {}
-    active: dict[int, list[ActiveTask]] = {}
-    for record in records.read_records(target.log_dir) if queued else []:
-        for shard in record.list_shards() if is_of_target(record, target) else []:
-            job, task = record.job_id, shard if record.shards else None
-            if (job, task) in queued:
-                name = job if task is None else f"{job}_{task}"
-                active.setdefault(record.stage, []).append(ActiveTask(name, shard, record.shard_count))
+    queued = scheduler.list_queued() or []
+    active: dict[int, list[QueuedTask]] = {}
+    for stage in (*STAGES.values(), TUNE) if queued else ():
+        with contextlib.suppress(ConfigError):  # the configuration does not say where that stage writes
+            active[stage.number] = [task for task in queued if task.jobs == target.name_jobs(stage)]
     return active
-
-
-def is_of_target(record: Record, target: Target) -> bool:
-    """Whether a job is the target's, and not another's that shares its log folder."""
-    try:
-        return record.output == target.find_place(STAGES.get(record.stage, TUNE))
-    except ConfigError:  # the configuration does not say any more where that stage writes
-        return False
 
 
 def check_weights(plan: Plan, target: Target) -> None:
@@ -126,12 +117,14 @@ def build_command(job: PlannedJob, request: Request, ids: dict[PlannedJob, str])
         most = f"%{request.arguments.max_concurrent}" if request.arguments.max_concurrent else ""
         shards = "0-0" if job.shards == [0] else scheduler.format_shards(job.shards)
         command.append(f"--array={shards}{most}")
-    log_dir = Path(str(target.log_dir).replace("%", "%%"))  # percent signs of a path are no patterns
-    command.append("--output=" + records.log_path(log_dir, stage, "%A" if stage.is_array else "%j", "%a"))
     dependency = format_dependency(job, ids)
     if dependency:
         command += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
-    command += [*environment_options(stage), *request.sbatch_options, str(PROJECT_ROOT / name_job_file(stage))]
+    command += [*environment_options(stage), *request.sbatch_options]
+    command.append(f"--job-name={target.name_jobs(stage)}-{job.shard_count}")
+    log_dir = str(target.log_dir).replace("%", "%%")  # percent signs of a path are no patterns
+    command.append(f"--output={log_dir}/slurm/%x-{'%A_%a' if stage.is_array else '%j'}.log")
+    command.append(str(PROJECT_ROOT / name_job_file(stage)))
     if stage.is_array:
         command += ["--shards", str(job.shard_count)]
     return [*command, *target.list_arguments(stage), *request.stage_options]
@@ -151,25 +144,18 @@ def environment_options(stage: Stage) -> list[str]:
     return [option for name in names for option in shlex.split(os.environ.get(name, ""))]
 
 
-def carry_out(plan: Plan, request: Request) -> list[Record]:
-    """Submit a plan's jobs and return their records, or print the commands; jobs are then called JOB and their stage.
-
-    The records are written job by job: a kill in between forgets none.
-    """
-    target = request.target
-    path = records.submissions_dir(target.log_dir) / f"{time.time_ns()}.json"  # later calls sort behind it
-    submitted: list[Record] = []
+def carry_out(plan: Plan, request: Request) -> None:
+    """Submit a plan's jobs and print a table of them, or print the commands; a job is then called JOB and its stage."""
+    line = "{:<5}  {:<32}  {:<9}  {:<14}  {}".format
+    if plan.jobs and not request.arguments.dry_run:
+        print(line("stage", "name", "job", "shards", "waits for"))
     ids: dict[PlannedJob, str] = {}
     for job in plan.jobs:
-        command = build_command(job, request, ids)
+        command, stage = build_command(job, request, ids), job.stage
         if request.arguments.dry_run:
             print(shlex.join(command), flush=True)
-            ids[job] = f"JOB{job.stage.label}"
+            ids[job] = f"JOB{stage.label}"
             continue
         ids[job] = scheduler.read_job_id(scheduler.tell(command))
-        shards = scheduler.format_shards(job.shards) if job.stage.is_array else ""
-        needs, place, account = format_dependency(job, ids), target.find_place(job.stage), request.arguments.account
-        record = Record(job.stage.number, ids[job], shards, job.shard_count, needs, place, account or "")
-        submitted.append(record)
-        write_json(path, [asdict(record) for record in submitted])
-    return submitted
+        shards = f"{scheduler.format_shards(job.shards)} of {job.shard_count}" if stage.is_array else "-"
+        print(line(stage.number or "-", stage.name, ids[job], shards, format_dependency(job, ids) or "-"), flush=True)

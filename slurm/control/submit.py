@@ -4,7 +4,7 @@
     slurm/submit_stage.sh STAGE --account A [--config C] [--array-size N] [--dry-run] [-- OPTIONS]
     slurm/submit_stage.sh tune --account A [--config C] [--array-size WORKERS] [--dry-run] [-- --trials N]
 
-Prints the job ids and keeps them in log_dir/submissions. Options that are not known here go to sbatch, for every job;
+Prints the job ids. Options that are not known here go to sbatch, for every job;
 what follows -- goes to the stage. $SBATCH_OPTIONS and, for stage N, $SBATCH_OPTIONS_N go to sbatch too (for tune,
 $SBATCH_OPTIONS_tune).
 """

@@ -3,8 +3,8 @@
     publish_model/slurm/submit_embeddings_from_parquet.sh --account A --input PARQUET --output OUTPUT --model-id ID \\
         --batch-size 32 [--array-size N] [--dry-run]
 
-Fetches the model first, because compute nodes may have no internet. Submits the row groups that are not done; logs and
-job ids are kept in OUTPUT/_logs. Every option of the stage is taken and goes to it, what is not known here goes to
+Fetches the model first, because compute nodes may have no internet. Submits the row groups that are not done; logs are
+kept in OUTPUT/_logs. Every option of the stage is taken and goes to it, what is not known here goes to
 sbatch.
 """
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import InputError, StaleOutputError
+from pipeline.files.identity import hash_json
 from pipeline.files.units import COMPLETE, STALE, UNFINISHED, Unit, UnitState, find_state
 from pipeline.stages import ANCHOR, ROW_GROUP, WORKER, Stage
 from publish_model.new_data.embed_options import EmbedOptions
@@ -31,12 +32,14 @@ class Target:
             return spell_options(_import_stage(stage).read_options(self.config))
         return ["--config", str(self.config.file_path), *spell_overrides(self.overrides)]
 
-    def find_place(self, stage: Stage) -> str:
-        """Return where the stage writes, which tells this target's jobs from another's; ConfigError if not set."""
-        if self.embedding is not None:
-            return str(self.log_dir.parent)
-        assert self.config is not None
-        return str(self.config.path(stage.writes))
+    def name_jobs(self, stage: Stage) -> str:
+        """Return the name of the stage's jobs, `-` and the number of shards left out.
+
+        Where the stage writes tells this target's jobs from another's that shares its log folder. Raises ConfigError if
+        that is not set.
+        """
+        place = self.log_dir.parent if self.config is None else self.config.path(stage.writes)
+        return f"{stage.name}-{hash_json(str(place))[:8]}"
 
     def list_units(self, stage: Stage) -> list[Unit]:
         """Return a stage's units in the order in which shards take them; InputError if their input is missing."""
