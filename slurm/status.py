@@ -24,16 +24,13 @@ def format_status(stages: list[dict[str, Any]]) -> str:
     line = "{:>5}  {:<32}  {:>5}  {:>7}  {:>6}  {:>11}  {:>5}".format
     counts = ("stage", "name", "done", "running", "failed", "not_started")
     lines = [line(*HEAD), *(line(*map(stage.get, counts), stage["total"] or "?") for stage in stages)]
-    failing = [stage for stage in stages if stage["failures"]]
-    for stage in failing:
+    for stage in stages:
         for failure in stage["failures"]:
             job = f", job {failure['job']}" if failure["job"] else ""
             lines.append(f"\nstage {stage['stage']} {stage['name']}, shard {failure['shard']}{job}: failed")
             lines.append(f"  {failure['error']}")
             lines += [f"  {failure['log']}"] if failure["log"] else []
         lines += [f"  retry: {stage['retry']}"] if stage["retry"] else []
-    rest = next((stage["retry_rest"] for stage in failing if stage["retry_rest"]), None)
-    lines += [f"\nwhat waited for them: {rest}"] if rest else []
     return "\n".join(lines)
 
 

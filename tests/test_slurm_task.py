@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError, PipelineError
-from slurm.control import scheduler, task
+from pipeline.errors import ConfigError
+from slurm.control import task
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -46,42 +46,12 @@ def test_a_task_is_the_shard_of_its_number(config_path):
         command(1, config_path, "--shards", "4", SLURM_ARRAY_TASK_ID="5")
 
 
-# ------------------------------------------------------------------------------------------------ going back
-
-
-def test_an_array_task_goes_back_by_its_own_number():
-    assert task.name_task({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "75"}) == "70_3"
-    assert task.name_task({"SLURM_JOB_ID": "75"}) == "75"
-
-
-def test_a_task_goes_back_as_often_as_it_may():
-    assert "try 2, 8 requeues" in task.check_tries("70_0", {})
-    assert "try 3" in task.check_tries("70_0", {"SLURM_RESTART_COUNT": "1"})
-    with pytest.raises(PipelineError, match=r"70_0: begun 3 times already \(MAX_REQUEUES is 2\)"):
-        task.check_tries("70_0", {"SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
-
-
-def test_scontrol_is_told_as_often_as_it_may_be(monkeypatch, run_main):
-    told = []
-    monkeypatch.setattr(scheduler, "tell", told.append)
-    monkeypatch.setenv("SLURM_JOB_ID", "75")
-    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT", "MAX_REQUEUES"):
-        monkeypatch.delenv(name, raising=False)
-    assert run_main(task.main, "requeue").code == 0
-    assert told == [["scontrol", "requeue", "75"]]
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "8")
-    outcome = run_main(task.main, "requeue")
-    assert (outcome.code, len(told)) == (1, 1)
-    assert "begun 9 times already" in outcome.stderr
-
-
 # ------------------------------------------------------------------------------------------------ the shell
 
 # A Python that stands in for the stage: it says when it runs, keeps what it has on TERM, or does not listen.
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in
     -c*) exit 0 ;;
-    *"task.py requeue"*) echo "${@:2}"; exit "${REQUEUE_CODE:-0}" ;;
 esac
 echo "stage $HF_HUB_OFFLINE ${HF_TOKEN:-no token}"
 if [ "$STUBBORN" = 1 ]; then trap '' TERM; else trap 'echo kept; exit 143' TERM; fi
@@ -91,15 +61,17 @@ exit "$CODE"
 """
 
 
-def run_job(tmp_path, number=None, stubborn=0, code=0, tenths=100, requeue_code=0):
+def run_job(tmp_path, number=None, stubborn=0, code=0, tenths=100, **variables):
     """Run common.sh's run_task with a stand-in for Python, send it a signal, and return exit code and output."""
     stand_in, ready = tmp_path / "python", tmp_path / "ready"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')
+    (tmp_path / "scontrol").chmod(0o755)
     environment = {
-        "PATH": "/usr/bin:/bin", "PYTHON": str(stand_in), "READY": str(ready), "STUBBORN": str(stubborn),
+        "PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(stand_in), "READY": str(ready), "STUBBORN": str(stubborn),
         "CODE": str(code), "TENTHS": str(tenths), "GRACE_SECONDS": "1", "HF_TOKEN": "secret", "SLURM_JOB_ID": "7",
-        "REQUEUE_CODE": str(requeue_code), "PIPELINE_MODULES": "a b",
+        "PIPELINE_MODULES": "a b", **variables,
     }  # fmt: skip
     job = subprocess.Popen(
         ["bash", "-c", f'root={REPO}; source "$root/slurm/control/common.sh" || exit 1; run_task 2 --config "a b"'],
@@ -122,18 +94,26 @@ def test_a_stages_exit_code_is_the_jobs(tmp_path):
 
 def test_a_warned_job_lets_the_stage_keep_what_it_has_and_requeues(tmp_path):
     code, output = run_job(tmp_path, signal.SIGUSR1)
-    assert output.splitlines()[1:] == ["kept", "task: stage 2 shard 0 job 7 exit 143", "requeue"]
+    assert output.splitlines()[1:] == [
+        "kept", "task: stage 2 shard 0 job 7 exit 143",
+        "task 7 goes back into the queue (try 2, 8 requeues at most)", "scontrol requeue 7",
+    ]  # fmt: skip
     assert code == 143
 
 
-def test_a_job_that_may_not_go_back_has_failed(tmp_path):
-    assert run_job(tmp_path, signal.SIGUSR1, requeue_code=1)[0] == 1
+def test_an_array_task_goes_back_by_its_own_number_as_often_as_it_may(tmp_path):
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "MAX_REQUEUES": "2"}
+    code, output = run_job(tmp_path, signal.SIGUSR1, SLURM_RESTART_COUNT="1", **array)
+    assert (code, output.splitlines()[-1]) == (143, "scontrol requeue 70_3")
+    code, output = run_job(tmp_path, signal.SIGUSR1, SLURM_RESTART_COUNT="2", **array)
+    assert (code, "scontrol" in output) == (1, False)
+    assert "error: task 70_3: begun 3 times already (MAX_REQUEUES is 2)" in output.splitlines()[-1]
 
 
 def test_a_stage_that_does_not_listen_is_killed_in_time_and_requeued(tmp_path):
     started = time.monotonic()
     code, output = run_job(tmp_path, signal.SIGUSR1, stubborn=1)
-    assert (code, output.splitlines()[-1]) == (137, "requeue")
+    assert (code, output.splitlines()[-1]) == (137, "scontrol requeue 7")
     assert time.monotonic() - started < 9
 
 

@@ -73,24 +73,28 @@ def group_points(points: np.ndarray, codes: np.ndarray) -> PointGroups:
     return PointGroups(values[rows[starts[:-1]]], group_codes, group_of_row, rows, starts)
 
 
+@dataclass(frozen=True)
 class Exclusion:
-    """Tells which images' targets stand nearer than `within_m` to an anchor's."""
+    """Tells which images' targets stand nearer than `within_m` to an anchor's; positions of all rows in degrees (N,).
 
-    def __init__(self, latitudes: np.ndarray, longitudes: np.ndarray, within_m: float) -> None:
-        """Take the target positions of all rows, in degrees (N,). Raises InputError where one is none."""
-        if not is_position(latitudes, longitudes).all():
+    Raises InputError where one is none.
+    """
+
+    latitudes: np.ndarray
+    longitudes: np.ndarray
+    within_m: float
+
+    def __post_init__(self) -> None:
+        if not is_position(self.latitudes, self.longitudes).all():
             raise InputError(
                 "target_lat, target_lon: no position for some images, which [difficulty].exclude_within_m needs: "
                 "correct the fingerprint files, or set it to 0"
             )
-        self._latitudes = latitudes
-        self._longitudes = longitudes
-        self._within_m = within_m
 
     def is_near(self, anchors: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Return whether rows `others` (A, m) are too near to the rows `anchors` (A,)."""
-        own = self._latitudes[anchors][:, None], self._longitudes[anchors][:, None]
-        is_near: np.ndarray = distances_m(*own, self._latitudes[others], self._longitudes[others]) < self._within_m
+        own = self.latitudes[anchors][:, None], self.longitudes[anchors][:, None]
+        is_near: np.ndarray = distances_m(*own, self.latitudes[others], self.longitudes[others]) < self.within_m
         return is_near
 
 

@@ -6,7 +6,6 @@ at every layer, which took five times as long on busy cores.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -25,8 +24,7 @@ from pipeline.threads import map_in_order, prefetch
 
 Item = TypeVar("Item")
 
-# Passes under way on a GPU while the previous one is fetched, and passes made ready ahead of them.
-PASSES_UNDER_WAY = 1
+# Passes made ready ahead of those that a GPU computes.
 PASSES_READY = 2
 
 
@@ -145,18 +143,18 @@ def _compute_on_gpu(
     embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], watch: EngineWatch
 ) -> Iterator[Embedded[Item]]:
     """Run the passes, starting each before the previous one's embeddings are fetched."""
-    under_way: deque[tuple[Embedded[Item], Launched]] = deque()
+    under_way: tuple[Embedded[Item], Launched] | None = None
     failure = None
     try:
         for gathered, inputs in watch.measure_each("wait", staged):
             with watch.measure("compute"):
-                under_way.append((gathered, embedder.launch(inputs)))
-            while len(under_way) > PASSES_UNDER_WAY:
-                yield _fetch(*under_way.popleft(), watch)
+                previous, under_way = under_way, (gathered, embedder.launch(inputs))
+            if previous is not None:
+                yield _fetch(*previous, watch)
     except PipelineError as error:
         failure = error
-    while under_way:
-        yield _fetch(*under_way.popleft(), watch)
+    if under_way is not None:
+        yield _fetch(*under_way, watch)
     if failure is not None:
         raise failure
 

@@ -15,8 +15,6 @@ from pipeline.log import logger
 
 # No camera makes longer pictures. With a shorter edge of 256 pixels one takes 50 MB, and a crop keeps 0.3 % of it.
 RIBBON_RATIO = 256
-# The longest side of a model's input: one picture of it takes 200 MB.
-MOST_PIXELS = 4096
 # Pictures resized at once, and their pixels: 400 MB as floats. Each such group makes the host wait twice.
 DEVICE_CHUNK = 128
 DEVICE_CHUNK_PIXELS = 32 << 20
@@ -95,7 +93,6 @@ def load_processor(folder: Path, image_size: int | None = None) -> Any:
     try:
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         settings = processor.to_dict()
-        _check_sides(settings)
         if image_size is None:
             return processor
         sizes = size_settings(settings, image_size)
@@ -109,14 +106,6 @@ def load_processor(folder: Path, image_size: int | None = None) -> Any:
         raise InputError(
             f"{folder}: no image processor can be loaded ({one_line(error)[:300]}): fetch the model again"
         ) from None
-
-
-def _check_sides(settings: dict[str, Any]) -> None:
-    for key in ("size", "crop_size", "pad_size"):
-        sides = settings.get(key)
-        numbers = sides.values() if isinstance(sides, dict) else [sides]
-        if any(isinstance(side, (int, float)) and side > MOST_PIXELS for side in numbers):
-            raise ValueError(f"its {key} is over {MOST_PIXELS} pixels")
 
 
 def size_settings(settings: dict[str, Any], image_size: int) -> dict[str, Any]:

@@ -12,8 +12,6 @@ ATTENTIONS = (None, "eager", "sdpa")
 # No vision model has as many layers; transformers would build them one by one.
 MOST_LAYERS = 1000
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-# A picture is embedded at each of these sizes.
-MOST_SCALES = 16
 _LAYERS = re.compile(r"layers?$|depths?$|repeats?$|blocks?$|depth_coefficient$")
 
 
@@ -37,8 +35,6 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
                     f"{folder}: {key} in its config.json chooses code or a library ({one_line(value)[:100]}): "
                     "remove the key there, or take another model"
                 )
-            if key == "scales" and isinstance(value, list) and len(value) > MOST_SCALES:
-                raise InputError(f"{folder}: {len(value)} scales in its config.json, at most {MOST_SCALES} are used")
             numbers = value if isinstance(value, list) else [value]
             if _LAYERS.search(key) and sum(x for x in numbers if isinstance(x, (int, float))) > MOST_LAYERS:
                 raise InputError(f"{folder}: {key} in its config.json is over {MOST_LAYERS}: fetch the model again")

@@ -4,7 +4,7 @@
 : "${root:?is to be the project}"
 # shellcheck source=slurm/settings.sh
 source "$root/slurm/settings.sh"
-export MAX_REQUEUES REQUIRE_GPU PIPELINE_ROOT="$root"
+export REQUIRE_GPU PIPELINE_ROOT="$root"
 if [ -n "${HF_HOME:-}" ]; then export HF_HOME; fi
 export PYTHONUTF8=1 # whatever a node's locale is, a path means the same file and prints the same
 
@@ -43,6 +43,19 @@ stop_child() {
     watchdog=$!
 }
 
+# Puts this task back into the queue, as often as it may. An array's own id would requeue all its tasks.
+requeue() {
+    local task=$SLURM_JOB_ID tries=${SLURM_RESTART_COUNT:-0}
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    if [ "$tries" -ge "$MAX_REQUEUES" ]; then
+        echo "error: task $task: begun $((tries + 1)) times already (MAX_REQUEUES is $MAX_REQUEUES):" \
+            "give it more --time or smaller shards"
+        return 1
+    fi
+    echo "task $task goes back into the queue (try $((tries + 2)), $MAX_REQUEUES requeues at most)"
+    scontrol requeue "$task"
+}
+
 # Runs a stage as a job: run_task STAGE [OPTIONS]. On SLURM's warning the stage keeps what is finished, and the task
 # goes back into the queue.
 run_task() {
@@ -65,7 +78,7 @@ run_task() {
     echo "task: stage $1 shard ${SLURM_ARRAY_TASK_ID:-0} job ${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}} ${SLURM_JOB_ACCOUNT:+account $SLURM_JOB_ACCOUNT }exit $code"
     # 143: it kept what was finished. 137: it did not answer in time, and what it wrote is whole all the same.
     if [ -n "$warned" ] && { [ "$code" = 143 ] || [ "$code" = 137 ]; }; then
-        "$PYTHON" "$root/slurm/control/task.py" requeue || code=1
+        requeue || code=1
     fi
     return "$code"
 }

@@ -1,7 +1,7 @@
 """Work out which jobs to submit: the shards that are neither done nor in the queue, and what each waits for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.units import Unit
@@ -28,14 +28,6 @@ class PlannedJob:
 Source = PlannedJob | str
 
 
-@dataclass
-class Plan:
-    """The jobs to submit in order, and what is left alone and why."""
-
-    jobs: list[PlannedJob] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def count_shards(stage: Stage, num_units: int | None, array_size: int | None, active: list[QueuedTask]) -> int:
     """Return into how many shards a stage is cut; another number than that of the tasks in the queue is refused."""
     if not stage.is_array:
@@ -54,12 +46,13 @@ def count_shards(stage: Stage, num_units: int | None, array_size: int | None, ac
     return array_size or (min(num_units or 1, DEFAULT_MAX_SHARDS) if stage.unit == TAR else 1)
 
 
-class Planner:
-    """Goes through the stages in order and remembers what the later ones have to wait for."""
+class Plan:
+    """The jobs to submit in order, what is left alone and why, and what later stages have to wait for."""
 
     def __init__(self, target: Target, active: dict[int, list[QueuedTask]]) -> None:
         self.target, self.active = target, active
-        self.plan = Plan()
+        self.jobs: list[PlannedJob] = []
+        self.notes: list[str] = []
         # By stage and shard: what the stages behind it wait for; done shards are not among them.
         self.pending: dict[int, dict[int, Source]] = {
             stage.number: {task.shard: task.name for task in active.get(stage.number, [])}
@@ -76,7 +69,7 @@ class Planner:
         except InputError as error:
             units = None
             if stage.unit != ROW_GROUP:
-                self.plan.notes.append(f"stage {stage.number}: {error}")
+                self.notes.append(f"stage {stage.number}: {error}")
         # All stages that are cut as this one is count: shard 3 must be the same tars.
         alike = [other for other in STAGES.values() if other.unit == TAR] if stage.unit == TAR else [stage]
         tasks = [task for other in alike for task in self.active.get(other.number, [])]
@@ -93,11 +86,11 @@ class Planner:
         num_kept = len(pending)
         todo = [shard for shard in range(shard_count) if shard not in done and shard not in pending]
         for job in _group(stage, shard_count, todo, waits):
-            self.plan.jobs.append(job)
+            self.jobs.append(job)
             pending.update(dict.fromkeys(job.shards, job))
         if num_kept or done or not todo:
             counts = f"{len(done)} done, {num_kept} in the queue, {len(todo)} to submit"
-            self.plan.notes.append(f"stage {stage.label} {stage.name}: of {shard_count}: {counts}")
+            self.notes.append(f"stage {stage.label} {stage.name}: of {shard_count}: {counts}")
 
     def _find_sources(self, stage: Stage, shard: int) -> list[Source]:
         """Return what one shard waits for."""
@@ -126,9 +119,9 @@ def make_plan(
 
     `array_size` cuts a stage that is asked for alone, else those that work by tars or row groups.
     """
-    planner = Planner(target, active)
+    plan = Plan(target, active)
     for stage in (*STAGES.values(), TUNE):
         if stage in stages:
             is_cut = len(stages) == 1 or stage.unit in (TAR, ROW_GROUP)
-            planner.add(stage, array_size if is_cut else None)
-    return planner.plan
+            plan.add(stage, array_size if is_cut else None)
+    return plan

@@ -77,17 +77,13 @@ def list_stages(config: Config, arguments: argparse.Namespace) -> list[Stage]:
     return stages
 
 
-def run(arguments: argparse.Namespace, sbatch_options: list[str], stage_options: list[str]) -> None:
-    """Plan and submit."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Submit from a command line."""
+    arguments, sbatch_options, stage_options = parse(sys.argv[1:] if argv is None else argv)
     config = cli.config_from(arguments)
     target = Target(config.log_dir, config, tuple(arguments.overrides))
     stages = list_stages(config, arguments)
     submit(Request(target, stages, arguments, sbatch_options, stage_options))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Submit from a command line."""
-    run(*parse(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[s
     return arguments, replace(options, input=options.input.resolve(), output=options.output.resolve()), sbatch_options
 
 
-def run(arguments: argparse.Namespace, options: EmbedOptions, sbatch_options: list[str]) -> None:
-    """Fetch the model and submit."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fetch the model and submit from a command line."""
+    arguments, options, sbatch_options = parse(sys.argv[1:] if argv is None else argv)
     remedy = "give --model-id a folder that stage 7 wrote, or a hub id"
     folder = locate_published(options.model_id, remedy, download=not arguments.dry_run)
     if folder is not None and folder == Path(options.model_id).expanduser():
@@ -55,11 +56,6 @@ def run(arguments: argparse.Namespace, options: EmbedOptions, sbatch_options: li
         open_input(options)  # a mistyped path leaves no folder behind
     target = Target(EmbeddingsDataset(options.output).folder.resolve() / "_logs", embedding=options)
     submit(Request(target, [STAGES[8]], arguments, sbatch_options, []))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Submit from a command line."""
-    run(*parse(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def describe_stage(target: Target, config: Config, stage: Stage, queued: list[Qu
                 "log": str(log.path) if log else None,
             })  # fmt: skip
     rest = [f"--account={accounts[-1]}"] if accounts else []
-    rest += ["--config", str(config.file_path), *spell_overrides(target.overrides)]
-    retry = [str(PROJECT_ROOT / "slurm/submit_stage.sh"), str(stage.number), *rest]
+    retry = [str(PROJECT_ROOT / "slurm/submit_stage.sh"), str(stage.number), *rest, "--config", str(config.file_path)]
+    retry += spell_overrides(target.overrides)
     retry += ["--array-size", str(total)] if stage.is_array else []
     return {
         "stage": stage.number,
@@ -95,12 +95,10 @@ def describe_stage(target: Target, config: Config, stage: Stage, queued: list[Qu
         "running": states.count(RUNNING),
         "failed": len(failures),
         "not_started": states.count(NOT_STARTED) + states.count(WAITING),
-        "waiting_in_queue": states.count(WAITING),
         "total": total,
         "shards": states,
         "failures": failures,
         "retry": shlex.join(retry) if may_retry else None,
-        "retry_rest": shlex.join([str(PROJECT_ROOT / "slurm/submit_pipeline.sh"), *rest]) if may_retry else None,
     }
 
 

@@ -25,11 +25,9 @@ class Target:
 
     def list_arguments(self, stage: Stage) -> list[str]:
         """Return the stage's command line, without its shard."""
-        if self.embedding is not None:
-            return spell_options(self.embedding)
-        assert self.config is not None
         if stage.unit == ROW_GROUP:
-            return spell_options(_import_stage(stage).read_options(self.config))
+            return spell_options(self.embedding or _import_stage(stage).read_options(self.config))
+        assert self.config is not None
         return ["--config", str(self.config.file_path), *spell_overrides(self.overrides)]
 
     def name_jobs(self, stage: Stage) -> str:
