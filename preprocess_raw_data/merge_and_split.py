@@ -39,8 +39,8 @@ STAGE = "merge_and_split"
 # Rows of one row group of the output: at 4,096 dimensions 64 MB.
 ROW_GROUP_ROWS = 4096
 SINGLE = "single_image"
-# The folder in merged_dir for the splits until all are complete, and for rows that do not fit into memory.
-SPILL = ".unfinished"
+# The folder in merged_dir for the splits until all are complete.
+UNFINISHED = ".unfinished"
 
 
 class SplitWriter:
@@ -72,20 +72,20 @@ def write_splits(
     inventory: Inventory, splits: NDArray[np.int8], provenances: list[dict[str, Any]], config: Config
 ) -> None:
     """Write the three files; `splits` gives each building's, -1 for those that are dropped."""
-    schema, paths, spill_dir = inventory.schema, STAGES[3].list_outputs(config), config.path("merged_dir") / SPILL
+    schema, paths, new_dir = inventory.schema, STAGES[3].list_outputs(config), config.path("merged_dir") / UNFINISHED
     rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
     interval = config.logging.progress_interval_seconds
-    remove(spill_dir)  # of a killed run
+    remove(new_dir)  # of a killed run
     try:
-        make_folder(spill_dir)
+        make_folder(new_dir)
         with contextlib.ExitStack() as stack:
             writers = [
-                SplitWriter(stack.enter_context(parquet_writer(spill_dir / path.name, schema, provenance)), schema)
+                SplitWriter(stack.enter_context(parquet_writer(new_dir / path.name, schema, provenance)), schema)
                 for path, provenance in zip(paths, provenances, strict=True)
             ]
             progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes)), interval_seconds=interval))
             for group in inventory.find_groups():
-                for piece, order, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time, spill_dir):
+                for piece, order, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time):
                     for split, writer in enumerate(writers):
                         writer.add(piece, order[splits[codes] == split])
                     progress.advance(len(order))
@@ -95,10 +95,10 @@ def write_splits(
         for path in paths:  # earlier files stay until now; a kill leaves a gap, never a mixture of old and new
             remove(path)
         for path in paths:
-            move(spill_dir / path.name, path)
-        sync_folder(spill_dir.parent)
+            move(new_dir / path.name, path)
+        sync_folder(new_dir.parent)
     finally:
-        discard(spill_dir)
+        discard(new_dir)
 
 
 def list_units(config: Config) -> list[Unit]:
@@ -128,7 +128,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     refuse_missing(config, paths, "embeddings")
     (unit,) = list_units(config)
     if keep_complete(unit, result, options.overwrite):
-        remove(config.path("merged_dir") / SPILL)  # of a run that was killed behind the last rename
+        remove(config.path("merged_dir") / UNFINISHED)  # of a run that was killed behind the last rename
         return result
     inventory = take_inventory(paths)
     embedded_with = next(filter(None, ((read_provenance(path) or {}).get("settings") for path in paths)), None)

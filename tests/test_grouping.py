@@ -1,4 +1,4 @@
-"""Rows of one building together, in memory and through the disk, in memory that the configuration sets."""
+"""Rows of one building together, in memory that the configuration sets."""
 
 import dataclasses
 import tracemalloc
@@ -16,7 +16,7 @@ from preprocess_raw_data.merging.splits import SPLITS
 
 
 @pytest.mark.parametrize("over_two_files", [False, True])
-def test_through_the_disk_comes_the_same_as_in_memory(tmp_path, write_config, monkeypatch, over_two_files):
+def test_in_several_passes_comes_the_same_as_in_one(tmp_path, write_config, monkeypatch, over_two_files):
     monkeypatch.setattr(merge_and_split, "ROW_GROUP_ROWS", 50)
     monkeypatch.setattr(grouping, "BATCH_ROWS", 17)
     paths = [write(tmp_path, dataset, make_rows(dataset, SIZES, mixed=True)) for dataset in (1, 2, 3)]
@@ -43,22 +43,12 @@ def test_pieces_stay_as_small_as_asked_but_for_one_building(tmp_path):
     inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
     keep = np.ones(100, bool)
     for rows_at_a_time in (1, 7, 40):
-        (tmp_path / "spill").mkdir(exist_ok=True)
-        pieces = list(grouping.read_in_order(inventory, [0], keep, rows_at_a_time, tmp_path / "spill"))
+        pieces = list(grouping.read_in_order(inventory, [0], keep, rows_at_a_time))
         assert sum(len(order) for _, order, _ in pieces) == 500
         assert max(len(piece.embeddings) for piece, _, _ in pieces) < rows_at_a_time + 5
-        assert list((tmp_path / "spill").iterdir()) == []
         for piece, order, codes in pieces:
             names = piece.take(order, inventory.schema)["building_id"].to_pylist()
             assert [inventory.buildings.ids[code].as_py() for code in codes] == names
-
-
-def test_no_more_files_are_open_at_once_than_a_process_may_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(grouping, "MAX_OPEN_FILES", 10)
-    inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
-    (tmp_path / "spill").mkdir()
-    pieces = list(grouping.read_in_order(inventory, [0], np.ones(100, bool), 1, tmp_path / "spill"))
-    assert len(pieces) <= 11
 
 
 def test_only_files_that_share_a_building_are_merged_together(tmp_path):

@@ -83,7 +83,7 @@ def test_queue_logs_and_outputs_are_put_together(config, answers):
     ]
     text = status.format_status(survey(config))
     assert "error: 0004.tar: truncated" in text
-    assert f"submit_stage.sh 1 --account=group --config '{config.file_path}' --array-size 4\n" in text
+    assert text.endswith(f"submit_stage.sh 1 --account=group --config '{config.file_path}' --array-size 4")
 
 
 def test_an_output_of_other_inputs_has_failed_and_the_difference_is_named(config, answers, make_tar):

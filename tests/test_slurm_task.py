@@ -66,6 +66,7 @@ def run_job(tmp_path, number=None, stubborn=0, code=0, tenths=100, **variables):
     stand_in, ready = tmp_path / "python", tmp_path / "ready"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
+    ready.unlink(missing_ok=True)
     (tmp_path / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')
     (tmp_path / "scontrol").chmod(0o755)
     environment = {

@@ -9,7 +9,7 @@ from slurm_fixtures import dry_run
 
 from publish_model.new_data.embed_options import EmbedOptions
 from publish_model.new_data.embed_options import parse as parse_embed_options
-from slurm.control import submit_embeddings
+from slurm.control import submit
 from slurm.control.target import spell_options
 
 
@@ -37,7 +37,7 @@ def test_every_option_of_stage_8_goes_to_the_stage_and_none_to_sbatch(dry_run_he
     assert {field.name for field in fields(EmbedOptions)} - others == {"input", "output", "model_id", *values}
     words = spell_options(wanted)
     assert parse_embed_options("", words) == wanted
-    (command,) = dry_run_here(submit_embeddings.main, *words, "--qos=high")
+    (command,) = dry_run_here(submit.main, "embeddings", *words, "--qos=high")
     place = next(number for number, word in enumerate(command) if word.endswith(".sbatch"))
     assert command[place + 1 :] == ["--shards", "1", *words]
     assert "--qos=high" in command[:place]
@@ -47,7 +47,7 @@ def test_a_folder_is_submitted_by_its_row_groups(dry_run_here, tmp_path):
     for name in ("a.parquet", "b.pq"):
         write_packaged(tmp_path / "packaged" / name, [b"x"] * 3, row_group_size=1, OSMID=range(3))
     arguments = ["--input", tmp_path / "packaged", "--output", tmp_path / "out", "--model-id", "x/y"]
-    (command,) = dry_run_here(submit_embeddings.main, *arguments, "--array-size", 99)
+    (command,) = dry_run_here(submit.main, "embeddings", *arguments, "--array-size", 99)
     assert "--array=0-5" in command
 
 
@@ -59,7 +59,7 @@ def test_a_folder_is_submitted_by_its_row_groups(dry_run_here, tmp_path):
     ],
 )
 def test_what_only_one_process_can_do_is_not_submitted(run_main, option, complaint):
-    outcome = run_main(submit_embeddings.main, "--input", "a", "--output", "b", option)
+    outcome = run_main(submit.main, "embeddings", "--input", "a", "--output", "b", option)
     assert outcome.code == 2
     assert outcome.stderr.startswith(complaint)
 
@@ -67,7 +67,7 @@ def test_what_only_one_process_can_do_is_not_submitted(run_main, option, complai
 def test_a_missing_input_for_new_data_leaves_no_folder(run_main, tmp_path):
     (tmp_path / "model").mkdir()
     arguments = ["--input", tmp_path / "no.parquet", "--output", tmp_path / "out", "--model-id", tmp_path / "model"]
-    outcome = run_main(submit_embeddings.main, *arguments)
+    outcome = run_main(submit.main, "embeddings", *arguments)
     assert outcome.code == 1
     assert "no.parquet: no such file" in outcome.stderr
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
-"""Bring the rows of a building together, in memory if they fit, else through files on disk."""
+"""Bring the rows of a building together in bounded memory."""
 
-import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 
 from pipeline.files.column_types import convert_table, fill_composite_ids, stored_fields
 from pipeline.files.tables import open_parquet, read_batches
-from pipeline.own_folders import remove
 from preprocess_raw_data.merging.embedding_inventory import Inventory
 
 BATCH_ROWS = 1024
-# Below the usual limit of 1,024; pieces get larger than memory_mb if it asks for more files.
-MAX_OPEN_FILES = 512
 
 
 @dataclass(frozen=True)
@@ -50,45 +47,41 @@ def cut_buckets(ordered_codes: NDArray[np.int32], rows_at_a_time: int) -> NDArra
 
 
 def read_in_order(
-    inventory: Inventory, group: list[int], keep: NDArray[np.bool_], rows_at_a_time: int, scratch_dir: Path
+    inventory: Inventory, group: list[int], keep: NDArray[np.bool_], rows_at_a_time: int
 ) -> Iterator[tuple[Piece, NDArray[np.int64], NDArray[np.int32]]]:
     """Yield a group's kept rows, about `rows_at_a_time` at a time, with their order by building and their codes in it.
 
-    A larger group goes once through files on disk, one for each piece.
+    A larger group, as of files that share buildings, is read once for each piece.
     """
     codes = np.concatenate([inventory.codes[number] for number in group])
     order = order_rows(codes, keep[codes])
-    if len(codes) <= rows_at_a_time:
-        yield gather(read_group(inventory, group), len(codes), inventory), order, codes[order]
-        return
-    cuts = cut_buckets(codes[order], max(rows_at_a_time, len(codes) // MAX_OPEN_FILES))
-    bucket_of_row = np.full(len(codes), -1, np.int64)
-    bucket_of_row[order] = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
-    spilled = spill(inventory, group, bucket_of_row, scratch_dir)
-    for bucket, path in enumerate(spilled):
-        rows_in_file = np.flatnonzero(bucket_of_row == bucket)
-        wanted = order[cuts[bucket] : cuts[bucket + 1]]
-        with pa.OSFile(str(path)) as file:
-            piece = gather(pa.ipc.open_stream(file), len(rows_in_file), inventory)
-        remove(path)
-        yield piece, np.searchsorted(rows_in_file, wanted), codes[wanted]
+    for start, stop in itertools.pairwise(cut_buckets(codes[order], rows_at_a_time)):
+        wanted = order[start:stop]
+        is_wanted = np.zeros(len(codes), bool)
+        is_wanted[wanted] = True
+        piece = gather(read_group(inventory, group, is_wanted), len(wanted), inventory)
+        yield piece, np.searchsorted(np.flatnonzero(is_wanted), wanted), codes[wanted]
         del piece  # before the next one is read
 
 
-def read_group(inventory: Inventory, group: list[int]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a group's files, with the columns of the inventory.
+def read_group(inventory: Inventory, group: list[int], is_wanted: NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+    """Yield the wanted rows of a group's files, with the columns of the inventory.
 
     Raises InputError if a file is damaged, or, naming the row, if an embedding is missing, of another length or not
     finite.
     """
+    done = 0
     for number in group:
         column, start = inventory.embeddings[number], 0
         stored = open_parquet(column.path).schema_arrow
         names = [field.name for field in stored_fields(stored, inventory.schema) if field.name in stored.names]
         for batch in read_batches(column.path, names, BATCH_ROWS):
             rows = column.read(batch.column(batch.schema.get_field_index(column.name)), start)
-            yield complete_batch(column.path, batch, rows, inventory.schema)
-            start += len(batch)
+            mask = is_wanted[done : done + len(batch)]
+            if mask.any():
+                whole = complete_batch(column.path, batch, rows, inventory.schema)
+                yield whole if mask.all() else whole.filter(pa.array(mask))
+            start, done = start + len(batch), done + len(batch)
 
 
 def complete_batch(path: Path, batch: pa.RecordBatch, rows: NDArray[Any], schema: pa.Schema) -> pa.RecordBatch:
@@ -118,21 +111,6 @@ def gather(batches: Iterable[pa.RecordBatch], num_rows: int, inventory: Inventor
         block = batch.column("embedding").flatten().to_numpy()
         embeddings[start : start + len(batch)] = block.reshape(len(batch), -1)
         start += len(batch)
-        # A copy: a batch from disk lies in one buffer, and its ids would keep the embeddings with them.
-        columns.append(batch.select(names).take(pa.array(np.arange(len(batch)))))
+        columns.append(batch.select(names))
     schema = pa.schema([inventory.schema.field(name) for name in names])
     return Piece(pa.Table.from_batches(columns, schema).combine_chunks(), embeddings)
-
-
-def spill(inventory: Inventory, group: list[int], bucket_of_row: NDArray[np.int64], scratch_dir: Path) -> list[Path]:
-    """Write every kept row to the file of its bucket, in one pass over the group."""
-    paths = [scratch_dir / f"{bucket:06d}.arrow" for bucket in range(int(bucket_of_row.max(initial=-1)) + 1)]
-    start = 0
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(pa.ipc.new_stream(str(path), inventory.schema)) for path in paths]
-        for batch in read_group(inventory, group):
-            buckets = bucket_of_row[start : start + len(batch)]
-            start += len(batch)
-            for bucket in np.unique(buckets[buckets >= 0]):
-                writers[bucket].write_batch(batch.filter(pa.array(buckets == bucket)))
-    return paths

@@ -3,23 +3,31 @@
     slurm/submit_pipeline.sh --account A [--config C] [--from-stage N] [--to-stage N] [--array-size N] [--dry-run]
     slurm/submit_stage.sh STAGE --account A [--config C] [--array-size N] [--dry-run] [-- OPTIONS]
     slurm/submit_stage.sh tune --account A [--config C] [--array-size WORKERS] [--dry-run] [-- --trials N]
+    publish_model/slurm/submit_embeddings_from_parquet.sh --account A --input PARQUET --output OUTPUT --model-id ID \\
+        --batch-size 32 [--array-size N] [--dry-run]
 
-Prints the job ids. Options that are not known here go to sbatch, for every job;
-what follows -- goes to the stage. $SBATCH_OPTIONS and, for stage N, $SBATCH_OPTIONS_N go to sbatch too (for tune,
+Prints the job ids. The last one submits stage 8 for somebody without a configuration: it fetches the model first, takes
+every option of the stage, and keeps the logs in OUTPUT/_logs. Options that are not known here go to sbatch, for every
+job; what follows -- goes to the stage. $SBATCH_OPTIONS and, for stage N, $SBATCH_OPTIONS_N go to sbatch too (for tune,
 $SBATCH_OPTIONS_tune).
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
 from pipeline.config import Config
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.packaged_input import open_input
 from pipeline.errors import ConfigError
-from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, TUNE, Stage, check_paths, choose_stages
+from pipeline.reference.model_folder import locate_published
+from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, STAGES, TUNE, Stage, check_paths, choose_stages
+from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
 from slurm.control.submission import Request, submit
 from slurm.control.target import Target
 
@@ -77,9 +85,43 @@ def list_stages(config: Config, arguments: argparse.Namespace) -> list[Stage]:
     return stages
 
 
+def parse_embeddings(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[str]]:
+    """Return the options of a submission of stage 8 alone, those of the stage, and the words that go to sbatch."""
+    parser = cli.make_parser(__doc__ or "", config=False)
+    add_common_options(parser)
+    own = set(vars(parser.parse_args([])))
+    add_options(parser)
+    arguments, sbatch_options = parser.parse_known_args(list(argv))
+    options = EmbedOptions(**{name: value for name, value in vars(arguments).items() if name not in own})
+    if options.overwrite:
+        raise ConfigError("--overwrite: a task that is requeued would begin anew each time: remove OUTPUT instead")
+    if not options.shard.is_whole:
+        raise ConfigError("--shard: the tasks of the array are the shards: give --array-size N")
+    check_places(options.input, options.output)
+    # Absolute paths, because a job runs in another folder.
+    return arguments, replace(options, input=options.input.resolve(), output=options.output.resolve()), sbatch_options
+
+
+def submit_embeddings(argv: Sequence[str]) -> None:
+    """Fetch the published model and submit stage 8 alone."""
+    arguments, options, sbatch_options = parse_embeddings(argv)
+    remedy = "give --model-id a folder that stage 7 wrote, or a hub id"
+    folder = locate_published(options.model_id, remedy, download=not arguments.dry_run)
+    if folder is not None and folder == Path(options.model_id).expanduser():
+        options = replace(options, model_id=str(folder.resolve()))
+    if not arguments.dry_run:
+        open_input(options)  # a mistyped path leaves no folder behind
+    target = Target(EmbeddingsDataset(options.output).folder.resolve() / "_logs", embedding=options)
+    submit(Request(target, [STAGES[8]], arguments, sbatch_options, []))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Submit from a command line."""
-    arguments, sbatch_options, stage_options = parse(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["embeddings"]:
+        submit_embeddings(words[1:])
+        return
+    arguments, sbatch_options, stage_options = parse(words)
     config = cli.config_from(arguments)
     target = Target(config.log_dir, config, tuple(arguments.overrides))
     stages = list_stages(config, arguments)
