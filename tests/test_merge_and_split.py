@@ -13,7 +13,7 @@ from pipeline.errors import StaleOutputError
 from pipeline.files import tables, workspace
 from pipeline.files.identity import identify
 from pipeline.retrieval.features import check_one_run
-from preprocess_raw_data.merge_and_split import SPILL
+from preprocess_raw_data.merge_and_split import UNFINISHED
 from preprocess_raw_data.merging.splits import SPLITS, choose_split, read_split_file
 
 
@@ -308,8 +308,8 @@ def test_a_run_killed_between_the_renames_is_completed(tmp_path, stage, city, mo
         assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == sorted(f"{s}.parquet" for s in SPLITS)
 
 
-def test_what_a_killed_run_has_spilled_is_cleared_away(tmp_path, stage, city):
-    shutil.copytree(tmp_path / "embeddings", tmp_path / "merged" / SPILL)
+def test_what_a_killed_run_has_begun_is_cleared_away(tmp_path, stage, city):
+    shutil.copytree(tmp_path / "embeddings", tmp_path / "merged" / UNFINISHED)
     assert stage().code == 0
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == sorted(f"{s}.parquet" for s in SPLITS)
 
