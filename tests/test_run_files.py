@@ -85,7 +85,7 @@ def test_files_of_another_run_do_not_pass_for_those_of_this_one(
     (workspace / "checkpoint/.checkpoint_latest.pt").write_bytes(own)
     load_checkpoint(best)
     assert [message.removeprefix(f"{best}: ") for message in caplog.messages] == [
-        "not the one that the training in its folder wrote",
+        "not the one that the training in its folder wrote: put that back",
         "of a training that has not finished: run stage 6 again to finish it",
     ]
     path.write_bytes(b"")

@@ -88,7 +88,7 @@ def _warn_of_another_run(path: Path) -> None:
     """Warn where the folder's run did not write this file, or is not finished."""
     written = workspace.read_json_object(path.with_name("provenance.json")).get("outputs")
     if isinstance(written, dict) and path.name in written and written[path.name] != digest_file(path):
-        logger.warning("%s: not the one that the training in its folder wrote", path)
+        logger.warning("%s: not the one that the training in its folder wrote: put that back", path)
     elif path.with_name(".checkpoint_latest.pt").exists():
         logger.warning("%s: of a training that has not finished: run stage 6 again to finish it", path)
 
