@@ -5,6 +5,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from evaluation_data import (
 from PIL import Image
 
 from evaluate_embeddings.evaluate import run
-from evaluate_embeddings.page.gallery import choose_gallery, describe_example, pick_failures
+from evaluate_embeddings.page.gallery import describe_example, make_gallery, pick_failures
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.report import format_distance, render
 from evaluate_embeddings.page.training_curve import Curve, read_training_curve
@@ -246,8 +247,8 @@ def test_a_query_that_is_answered_right_is_no_failure():
     ranks = np.ones(60, np.int64)
     ranks[4] = 2
     evaluation.scores["projector"] = QueryScores(np.arange(60), ranks, np.ones(60))
-    chosen = choose_gallery(evaluation)
-    assert [example.query for example in chosen.failures] == [4]
+    nowhere = PhotoSource(Path("test.parquet"), None)
+    assert [example.query for example in make_gallery(evaluation, nowhere).failures] == [4]
 
 
 def test_answers_are_the_nearest_candidates_by_a_plain_sort():

@@ -128,7 +128,7 @@ def test_the_other_starts_score_as_their_baseline(init: str, row: str) -> None:
     projector = fitted.coordinates.fold(
         make_projector(fitted, TrainingModelSection(output_dim=6, hidden_dim=8), section)
     )
-    found = validation.score(projector(torch.from_numpy(val.embeddings)).detach().numpy())
+    found = validation.summarize(validation.score_each(projector(torch.from_numpy(val.embeddings)).detach().numpy()))
     assert found["map"] == pytest.approx(fitted.baselines[row]["map"], abs=1e-6)
 
 

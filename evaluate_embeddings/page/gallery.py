@@ -1,8 +1,6 @@
 """Choose the queries that are worth looking at, look up their answers, and fetch the pictures."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,21 +34,15 @@ class Example:
     match: Answer
     raw_rank: int  # of the nearest positive by the raw embeddings
 
-    @property
-    def answers(self) -> list[Answer]:
-        """The pictures to show: the nearest neighbours, and the match if it is not among them."""
-        is_among = any(answer.row == self.match.row for answer in self.neighbors)
-        return [*self.neighbors, *([] if is_among else [self.match])]
 
-
-@dataclass
+@dataclass(frozen=True)
 class Gallery:
     """The examples of the page."""
 
     evaluation: Evaluation
-    failures: list[Example] = field(default_factory=list)
-    thumbnails: Mapping[int, str] = field(default_factory=dict)
-    note: str = ""
+    failures: list[Example]
+    thumbnails: dict[int, str]  # data URIs by row
+    note: str  # on missing pictures
 
     def image(self, row: int) -> str:
         """Return an image's id."""
@@ -60,25 +52,20 @@ class Gallery:
         """Return the id of an image's building."""
         return str(self.evaluation.features.building_ids[int(self.evaluation.codes[row])].as_py())
 
-    def describe(self, *rows: int) -> str:
-        """Name images and their buildings."""
-        return ", ".join(f"{self.image(row)} of building {self.building(row)}" for row in rows)
 
-    def take_pictures(self, photos: PhotoSource) -> None:
-        """Fetch the pictures, and note what is missing."""
-        rows = [row for one in self.failures for row in (one.query, *(a.row for a in one.answers))]
-        self.thumbnails = photos.read_thumbnails(rows)
-        if photos.problem:
-            self.note = f"The pictures are left out: {photos.problem}."
-        elif photos.num_missing:
-            self.note = f"{photos.num_missing} pictures are left out: their tars are gone or have changed."
-
-
-def choose_gallery(evaluation: Evaluation) -> Gallery:
-    """Choose the worst failures."""
+def make_gallery(evaluation: Evaluation, photos: PhotoSource) -> Gallery:
+    """Choose the worst failures and fetch their pictures; note what is missing."""
     own = evaluation.scores["projector"]
-    failures = pick_failures(own.first_rank, evaluation.codes[own.query], NUM_EXAMPLES)
-    return Gallery(evaluation, [describe_example(evaluation, place) for place in failures])
+    places = pick_failures(own.first_rank, evaluation.codes[own.query], NUM_EXAMPLES)
+    failures = [describe_example(evaluation, place) for place in places]
+    answers = [answer for one in failures for answer in (*one.neighbors, one.match)]
+    thumbnails = photos.read_thumbnails([*(one.query for one in failures), *(answer.row for answer in answers)])
+    note = ""
+    if photos.problem:
+        note = f"The pictures are left out: {photos.problem}."
+    elif photos.num_missing:
+        note = f"{photos.num_missing} pictures are left out: their tars are gone or have changed."
+    return Gallery(evaluation, failures, thumbnails, note)
 
 
 def pick_failures(ranks: NDArray[np.int64], buildings: NDArray[np.int32], limit: int) -> list[int]:
@@ -94,6 +81,7 @@ def describe_example(evaluation: Evaluation, place: int) -> Example:
     """Look up the projector's answers to the query at a position."""
     scores, embeddings, codes = evaluation.scores["projector"], evaluation.embeddings["projector"], evaluation.codes
     query = int(scores.query[place])
+    lat, lon = evaluation.features.target_lat, evaluation.features.target_lon
     similarities = embeddings @ embeddings[query]  # (N,)
     is_right = codes == codes[query]
     ordering = np.where(is_right, similarities - np.float32(TIE_TOLERANCE), similarities)  # as in the scores
@@ -104,14 +92,9 @@ def describe_example(evaluation: Evaluation, place: int) -> Example:
     nearest = np.argsort(-ordering, kind="stable")[:NUM_NEIGHBORS]
 
     def answer(row: int, rank: int) -> Answer:
-        return Answer(row, rank, float(similarities[row]), bool(is_right[row]), _metres(evaluation, query, row))
+        metres = float(distances_m(lat[query], lon[query], lat[row], lon[row]))
+        return Answer(row, rank, float(similarities[row]), bool(is_right[row]), metres)
 
     neighbors = [answer(row, rank) for rank, row in enumerate(nearest.tolist(), 1) if np.isfinite(ordering[row])]
     raw_rank = int(evaluation.scores["raw"].first_rank[place])
     return Example(query, tuple(neighbors), answer(match, int(scores.first_rank[place])), raw_rank)
-
-
-def _metres(evaluation: Evaluation, one: int, other: int) -> float:
-    lat: NDArray[Any] = evaluation.features.target_lat
-    lon: NDArray[Any] = evaluation.features.target_lon
-    return float(distances_m(lat[one], lon[one], lat[other], lon[other]))

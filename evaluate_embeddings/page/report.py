@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluate_embeddings.page.gallery import choose_gallery
+from evaluate_embeddings.page.gallery import make_gallery
 from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.training_curve import read_training_curve
 from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, judge
@@ -50,12 +50,10 @@ def write_report(
     `training` holds the checkpoint's metrics; without `images` the page has no photograph.
     """
     photos = PhotoSource(config.path("merged_dir") / "test.parquet", _find_raw_dir(config), wanted=images)
-    gallery = choose_gallery(evaluation)
-    gallery.take_pictures(photos)
     page = render(
         "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_gains(metrics),
         kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS,
-        curve=read_training_curve(training), gallery=gallery,
+        curve=read_training_curve(training), gallery=make_gallery(evaluation, photos),
     )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -14,9 +14,7 @@ from pipeline.config import EmbeddingModelSection, TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files.workspace import private_folder, read_json_object
 from pipeline.inference.model_files import (
-    LICENCE_FILES,
     find_missing_files,
-    is_within,
     locate_model,
     read_index,
     read_settings,
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
 # The files of a backbone without its weights, which may take 27 GB.
-SETTINGS_FILES = ["config.json", "*processor_config.json", *LICENCE_FILES, "README.md"]
+SETTINGS_FILES = ["config.json", "*processor_config.json"]
 
 
 def locate_published(name: str, remedy: str, *, download: bool) -> Path | None:
@@ -68,7 +66,7 @@ def in_own_format(folder: Path, describe: Callable[..., dict[str, Any]], *, down
     contents = {"config.json": described, "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map}}
     for file_name, content in contents.items():
         (rebuilt / file_name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _copy_others(folder, settings_dir, rebuilt)
+    _copy_processor(folder, settings_dir, rebuilt)
     return rebuilt
 
 
@@ -188,13 +186,9 @@ def _write_weights(rebuilt: Path, paths: dict[str, Path], projector: dict[str, A
     return linked | dict.fromkeys(weights, "projector.safetensors")
 
 
-def _copy_others(folder: Path, settings_dir: Path, rebuilt: Path) -> None:
-    """Copy the image processor, the model's own or the backbone's, and the backbone's card and licence or else its."""
+def _copy_processor(folder: Path, settings_dir: Path, rebuilt: Path) -> None:
+    """Copy the image processor, the model's own or the backbone's."""
     found = [place / name for place in (folder, settings_dir) for name in PROCESSOR_NAMES if (place / name).is_file()]
     if not found:
         raise InputError(f"{settings_dir}: {PROCESSOR_NAMES[0]} is missing: fetch the backbone's files again")
     shutil.copyfile(found[0], rebuilt / found[0].name)
-    for place in (folder, settings_dir):
-        for path in (path for pattern in (*LICENCE_FILES, "README.md") for path in place.glob(pattern)):
-            if path.is_file() and is_within(path):
-                shutil.copyfile(path, rebuilt / path.name)

@@ -153,7 +153,7 @@ def fit_start(
     shrinkage = max(tried, key=lambda key: tried[key].mean)
     whitening = tried[shrinkage]
     scores = {
-        "raw": validation.score(normalise_rows(validation.embeddings)),
+        "raw": validation.summarize(validation.score_each(normalise_rows(validation.embeddings))),
         "pca_whitened": validation.summarize(validate(pca)),
         "whitening": validation.summarize(whitening.scores),
     }

@@ -31,16 +31,12 @@ class ValidationSet:
     device: torch.device = CPU  # of the search
     recall_ranks: Sequence[int] = ()  # further k of Recall@k
 
-    def score(self, embeddings: Embeddings) -> Scores:
-        """Return recall_at_k, map and mrr of L2-normalised embeddings (N, k) of these images."""
-        return self.summarize(self.score_each(embeddings))
-
     def summarize(self, scores: QueryScores) -> Scores:
         """Return recall_at_k, map and mrr: the means over queries."""
         return summarize_scores(scores, self.recall_ranks)
 
     def score_each(self, embeddings: Embeddings) -> QueryScores:
-        """Return the score of each image that has a positive."""
+        """Return the score of each of these images that has a positive, by L2-normalised embeddings (N, k)."""
         return score_queries(embeddings, self.building_codes, device=self.device)
 
     def is_better(self, one: QueryScores, other: QueryScores) -> bool:
