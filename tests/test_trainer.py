@@ -15,7 +15,6 @@ from pipeline.log import Progress
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
-from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training import trainer as trainer_module
 from train_specialized_embeddings.training.losses import LOSSES, Pairs
 from train_specialized_embeddings.training.step_graph import FIXED_SHAPES, TRIALS, Inputs, StepGraph, explain_no_graph
@@ -31,7 +30,7 @@ def make_trainer(**settings: Any) -> tuple[Trainer, Features]:
     sampler = BandSampler(data, make_neighbors(data), 3, 15.0)
     chosen = {"loss": "triplet", "anchors_per_epoch": len(data)} | settings
     section = TrainingSection(batch_size=20, margin=0.3, input_noise=0.0).model_copy(update=chosen)
-    return Trainer(projector, FeatureStore(rows, torch.device("cpu")), sampler, section, torch.ones(6)), data
+    return Trainer(projector, torch.from_numpy(rows), sampler, section, torch.ones(6)), data
 
 
 def count_steps(trainer: Trainer) -> int:
@@ -101,7 +100,7 @@ def test_padded_batches_of_compiled_code_give_the_same_losses_counts_and_gradien
         inputs = Inputs(trainer.sampler.place(batch.rows), batch.firsts, batch.bands, batch.found)
         for one, judge, count in ((inputs, trainer.judge, len(batch.anchors.rows)), (padded, graph.judge, 20)):
             trainer.optimizer.zero_grad(set_to_none=True)
-            judged = judge(trainer.store.gather(one.places.rows), one, count)
+            judged = judge(trainer.features[one.places.rows], one, count)
             judged.loss.backward()
             gradients = [weight.grad for weight in weights if weight.grad is not None]
             outcomes.append((judged.loss, judged.loss_sum, judged.counts, *gradients))
@@ -152,7 +151,7 @@ def test_trying_a_graph_adds_no_gradient_to_one_that_the_next_run_writes_over() 
         return judge(*arguments)
 
     graph.judge = look
-    assert graph.works(trainer.store.gather(inputs.places.rows), inputs, weights)
+    assert graph.works(trainer.features[inputs.places.rows], inputs, weights)
     assert are_clear == [True] * TRIALS
     assert all(weight.grad is None for weight in weights)
 
@@ -303,7 +302,7 @@ def test_noise_is_drawn_in_units_of_the_spread_within_buildings(monkeypatch: pyt
     trainer, data = make_trainer()
     spread = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0, 0.0])
     section = trainer.section.model_copy(update={"input_noise": 1.5})
-    noisy = Trainer(trainer.projector, trainer.store, trainer.sampler, section, spread)
+    noisy = Trainer(trainer.projector, trainer.features, trainer.sampler, section, spread)
     seen, real = [], noisy.projector.map
     monkeypatch.setattr(noisy.projector, "map", lambda rows: (seen.append(rows), real(rows))[1])
     noisy.run_epoch(Progress("train", None))

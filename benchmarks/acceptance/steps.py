@@ -18,11 +18,10 @@ from pipeline.retrieval.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.whitening import Scatter, collect_scatters
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
-from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training import starts
 from train_specialized_embeddings.training.starts import NUM_COORDINATES
 from train_specialized_embeddings.training.step_graph import LEAST_STEPS
-from train_specialized_embeddings.training.trainer import Trainer, choose_batch_size
+from train_specialized_embeddings.training.trainer import Trainer, choose_batch_size, move_features
 from train_specialized_embeddings.training.validation import choose_validation_set
 
 # The first columns hold the row's number, in digits that bfloat16 represents exactly.
@@ -48,9 +47,9 @@ class Bench:
         self.sampler = BandSampler(self.features, make_neighbors(self.features), 0, 25.0, self.device)
 
     def _fill(self) -> None:
-        self.wide = FeatureStore(self.features.embeddings, self.device)
+        self.wide = move_features(self.features.embeddings, self.device)
 
-    def make_trainer(self, store: FeatureStore, width: int, section: TrainingSection) -> Trainer:
+    def make_trainer(self, store: torch.Tensor, width: int, section: TrainingSection) -> Trainer:
         """Return a trainer at its start, the same each time."""
         torch.manual_seed(0)
         self.sampler.generator.manual_seed(0)
@@ -62,7 +61,6 @@ def train_steps(findings: Findings) -> None:
     """Draw the last rows, time steps at two sizes of batch, and save and take up a run."""
     with findings.part("the table"):
         bench = Bench(findings)
-        findings.check("the table is resident", float(bench.wide.is_resident or bench.is_toy), at_least=1)
     with findings.part("draws"):
         _check_last_rows(findings, bench)
     batches = (32, 64) if bench.is_toy else (4_096, 16_384)
@@ -83,7 +81,7 @@ def _check_last_rows(findings: Findings, bench: Bench) -> None:
     """Check that the sampler returns the requested rows, up to the table's end."""
     rows = torch.arange(bench.count - 256, bench.count, device=bench.device)
     rows = torch.cat([rows, rows[:1] // 2, rows[:1] * 0]).flip(0)
-    digits = bench.wide.gather(rows)[:, :DIGITS].double().cpu()
+    digits = bench.wide[rows, :DIGITS].double().cpu()
     numbers = (digits * torch.tensor([float(BASE**digit) for digit in range(DIGITS)])).sum(dim=1)
     findings.check("last rows drawn that are others", int((numbers != rows.cpu()).sum()), at_most=0)
 
@@ -104,7 +102,7 @@ def _time_triplets(bench: Bench, batch_size: int) -> float:
 def _time_default(findings: Findings, bench: Bench, batch_size: int) -> None:
     """Note the anchors a second of stage 6's own objective, in coordinates, and where the time of a step goes."""
     width = min(NUM_COORDINATES, bench.features.width)
-    store = FeatureStore(np.ascontiguousarray(bench.features.embeddings[:, :width]), bench.device)
+    store = move_features(np.ascontiguousarray(bench.features.embeddings[:, :width]), bench.device)
     section = TrainingSection(batch_size=batch_size, anchors_per_epoch=bench.steps * batch_size, num_epochs=LEAST_STEPS)
     trainer = bench.make_trainer(store, width, section)
     seconds = time_steady(lambda: trainer.run_epoch(Progress("train", None)))
@@ -116,7 +114,7 @@ def _time_default(findings: Findings, bench: Bench, batch_size: int) -> None:
 
 def profile_epoch(trainer: Trainer, num_steps: int) -> dict[str, Any]:
     """Return the operators and launches of a step, and the ten operators or kernels that take longest in an epoch."""
-    on_gpu = trainer.store.device.type == "cuda"
+    on_gpu = trainer.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         trainer.run_epoch(Progress("train", None))
     events: list[Any] = list(profiler.key_averages())
@@ -179,12 +177,12 @@ def measure_start(findings: Findings) -> None:
         findings.note(start_s=seconds, start_s_of_all_images=growing * TRAINING_IMAGES / count + seconds["maps"])
     with findings.part("coordinates"):
         store = store_coordinates(start, features.embeddings[:1_000], findings.device)
-        found = store.gather(torch.arange(len(features.embeddings[:1_000]))).float().cpu().numpy()
+        found = store[:1_000].float().cpu().numpy()
         expected = start.coordinates.linear_map.map_rows(features.embeddings[:1_000])
         error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
         findings.check("coordinates, relative difference", error, at_most=1e-2)  # of bfloat16
 
 
-def store_coordinates(start: starts.Start, embeddings: NDArray[np.float32], device: torch.device) -> FeatureStore:
+def store_coordinates(start: starts.Start, embeddings: NDArray[np.float32], device: torch.device) -> torch.Tensor:
     """Return the store of rows in the start's coordinates, as stage 6 makes it."""
-    return FeatureStore(start.coordinates.linear_map.map_rows_on(embeddings, device), device)
+    return move_features(start.coordinates.linear_map.map_rows_on(embeddings, device), device)

@@ -21,11 +21,11 @@ from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, hash_buildings, load_checkpoint, save_checkpoint
 from pipeline.retrieval.features import Features, check_one_run, load_features, sample_buildings
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
-from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.sampling.neighbor_table import Neighbors, load_neighbors
 from train_specialized_embeddings.training import run_files
 from train_specialized_embeddings.training.metric_sinks import sending_metrics
 from train_specialized_embeddings.training.starts import fit_start, restore_start
+from train_specialized_embeddings.training.trainer import move_features
 from train_specialized_embeddings.training.training_run import Material, TrainingRun, begin_run
 from train_specialized_embeddings.training.validation import choose_validation_set, log_verdict
 
@@ -181,10 +181,10 @@ def make_material(
         start = fit_start(train, validation, config.training_model.output_dim, section, device, warm)
     linear_map = start.coordinates.linear_map
     map_rows = partial(linear_map.map_rows_on, device=device) if device.type == "cuda" else linear_map.map_rows
-    store = FeatureStore(map_rows(train.embeddings), device)
+    features = move_features(map_rows(train.embeddings), device)
     validation = replace(validation, embeddings=map_rows(validation.embeddings))
     # What an earlier run was trained on has shaped the start; None where that run does not name its buildings.
     before = hash_buildings([]) if (earlier := saved or warm) is None else earlier.rest.get("trained_on")
     own = hash_buildings(train.building_ids.to_pylist())
     trained_on = None if before is None else torch.unique(torch.cat([before, own]))
-    return Material(sampler, store, validation, start, len(train) + len(val), trained_on)
+    return Material(sampler, features, validation, start, len(train) + len(val), trained_on)

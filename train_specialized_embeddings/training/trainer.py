@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.config import TrainingSection
@@ -17,7 +19,6 @@ from pipeline.log import Progress, logger
 from pipeline.retrieval.projector import Norm, Projector
 from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch, Groups, Places
 from train_specialized_embeddings.sampling.bandit import BandBandit
-from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_loss
 from train_specialized_embeddings.training.step_graph import Inputs, Judged, StepGraph, explain_no_graph
 
@@ -48,17 +49,18 @@ class Trainer:
     """A projector with its loss, optimiser, schedule, sampler and bandit."""
 
     def __init__(
-        self, projector: Projector, store: FeatureStore, sampler: BandSampler, section: TrainingSection,
+        self, projector: Projector, features: torch.Tensor, sampler: BandSampler, section: TrainingSection,
         spread: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Take a projector of the store's rows, and their deviation within buildings (D,), for the noise."""
-        self.projector, self.store, self.sampler, self.section = projector, store, sampler, section
+        """Take a projector of features (N, D), and their deviation within buildings (D,), for the noise."""
+        self.projector, self.features, self.sampler, self.section = projector, features, sampler, section
+        self.device = features.device
         # The averaged weights are validated and published: one epoch's are the luck of its batches.
         self.average = copy.deepcopy(projector).eval()
         self.origin = copy.deepcopy(projector).eval()  # the start; the published weights keep a part of it
-        self.loss = make_loss(section, sampler.num_buildings, projector.architecture["output_dim"]).to(store.device)
+        self.loss = make_loss(section, sampler.num_buildings, projector.architecture["output_dim"]).to(features.device)
         self.bandit = BandBandit() if section.band_sampling == "ucb" else None
-        self.noise = section.input_noise * spread.to(store.device)
+        self.noise = section.input_noise * spread.to(features.device)
         self.epoch = 0
         num_images = len(sampler.anchors)
         self.num_anchors = num_images if section.anchors_per_epoch == "auto" else section.anchors_per_epoch
@@ -67,10 +69,10 @@ class Trainer:
         share = min(1.0, num_images / (_STEPS_PER_PASS * _MIN_BATCH))
         self.optimizer = torch.optim.AdamW(group_parameters(projector, self.loss, section, share), fused=True)
         num_steps = section.num_epochs * math.ceil(self.num_anchors / self.batch_size)
-        why = explain_no_graph(store.device, section.loss, self.batch_size, num_steps)
+        why = explain_no_graph(features.device, section.loss, self.batch_size, num_steps)
         self.graph = None if why else StepGraph(self.judge, self.batch_size, mode="reduce-overhead")
         self._has_tried = False
-        if why and store.device.type == "cuda":
+        if why and features.device.type == "cuda":
             logger.info("steps are not captured as graphs: %s", why)
         self._parts: dict[str, Any] = {
             "weights": projector, "average": self.average, "origin": self.origin, "loss": self.loss,
@@ -81,7 +83,7 @@ class Trainer:
     def run_epoch(self, progress: Progress) -> EpochReport:
         """Train on one epoch's anchors; raise PipelineError where there is no negative or the loss is not a number."""
         self.projector.train()
-        device = self.store.device
+        device = self.device
         batches = self.sampler.draw_groups(self.num_anchors).split(self.batch_size)
         steps_per_draw = max(_STEPS_PER_DRAW, -(-_MIN_ANCHORS_PER_DRAW // self.batch_size))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -133,7 +135,7 @@ class Trainer:
 
     def _take_step(self, inputs: Inputs, num_anchors: int, judge: Callable[..., Judged]) -> Judged:
         """Move the weights by one batch, and return its losses and counts."""
-        judged = judge(self.store.gather(inputs.places.rows), inputs, num_anchors)
+        judged = judge(self.features[inputs.places.rows], inputs, num_anchors)
         self.optimizer.zero_grad(set_to_none=True)
         judged.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.section.grad_clip)
@@ -149,7 +151,7 @@ class Trainer:
             padded = self.graph.pad(batches, self.sampler)
             if not self._has_tried:
                 self._has_tried = True
-                features = self.store.gather(padded[0].places.rows)
+                features = self.features[padded[0].places.rows]
                 weights = [*self.projector.parameters(), *self.loss.parameters()]
                 self.graph = self.graph if self.graph.works(features, padded[0], weights) else None
         if self.graph is not None:
@@ -211,7 +213,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""
-        device = self.store.device
+        device = self.device
         cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         bandit = self.bandit and _copy(vars(self.bandit))
         return {
@@ -228,7 +230,7 @@ class Trainer:
         self.epoch = state["epoch"]
         if self.bandit:
             vars(self.bandit).update(copy.deepcopy(state["sampler"]["bandit"]))
-        cuda, device = state["random"]["cuda"], self.store.device
+        cuda, device = state["random"]["cuda"], self.device
         if bool(cuda) != (device.type == "cuda"):
             logger.warning("the checkpoint is of a run on a %s, this one is on a %s: random numbers begin anew, so "
                            "that the weights differ from those of an uninterrupted run",
@@ -238,6 +240,12 @@ class Trainer:
         torch.set_rng_state(state["random"]["torch"])
         if cuda:
             torch.cuda.set_rng_state(cuda[0], device)
+
+
+def move_features(features: NDArray[np.float32], device: torch.device) -> torch.Tensor:
+    """Return rows (N, D) where the steps need them; a GPU keeps them as bfloat16, in half the memory."""
+    table = torch.from_numpy(features)
+    return table.to(device, torch.bfloat16) if device.type == "cuda" else table
 
 
 def choose_batch_size(num_images: int) -> int:

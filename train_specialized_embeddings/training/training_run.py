@@ -16,7 +16,6 @@ from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import QueryScores
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
-from train_specialized_embeddings.sampling.feature_store import FeatureStore
 from train_specialized_embeddings.training.starts import Start, make_projector
 from train_specialized_embeddings.training.trainer import EpochReport, Trainer
 from train_specialized_embeddings.training.validation import ValidationSet, measure_spread
@@ -34,7 +33,7 @@ class Material:
     """What all runs on the same splits share; the images are in the start's coordinates."""
 
     sampler: BandSampler
-    store: FeatureStore
+    features: torch.Tensor  # of the training images, on the device
     validation: ValidationSet
     start: Start
     num_images: int  # of train and val
@@ -123,7 +122,7 @@ class TrainingRun:
     def _score(self, projector: Projector) -> tuple[NDArray[np.float32], QueryScores]:
         """Return the embeddings of the validation images (N, k), and the score of each as a query."""
         with self.watch.measure("validate"):
-            embeddings = project(projector, self.material.validation.embeddings, self.trainer.store.device)
+            embeddings = project(projector, self.material.validation.embeddings, self.trainer.device)
             return embeddings, self.material.validation.score_each(embeddings)
 
     def resume(self, state: Content) -> None:
@@ -214,7 +213,7 @@ def begin_run(config: Config, material: Material, watch: Stopwatch, provenance: 
     material.sampler.generator.manual_seed(config.global_.seed)
     projector = make_projector(material.start, config.training_model, config.training)
     trainer = Trainer(
-        projector.to(material.store.device), material.store, material.sampler, config.training,
+        projector.to(material.features.device), material.features, material.sampler, config.training,
         torch.from_numpy(material.start.coordinates.spread),
     )  # fmt: skip
     logger.info("%d anchors an epoch, %d a step", trainer.num_anchors, trainer.batch_size)
