@@ -1,7 +1,6 @@
 """Stage 6: which epoch is kept, and how much of its way from the start is published."""
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
