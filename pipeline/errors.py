@@ -38,6 +38,10 @@ class StaleOutputError(PipelineError):
     """An output that exists but was made from other inputs or settings."""
 
 
+class HeldError(PipelineError):
+    """An output that another process is making."""
+
+
 class DeviceMemoryError(PipelineError):
     """A GPU with too little memory."""
 

@@ -37,6 +37,7 @@ from pipeline.inference.model_files import (
     read_settings,
 )
 from pipeline.log import logger
+from pipeline.own_folders import pin
 from pipeline.stages import STAGES
 from publish_model.model_folder.model_card import add_test_results, is_measured, worse_than
 from publish_model.model_folder.model_code import CODE_PATHS, describe_model
@@ -228,6 +229,9 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         raise InputError(f"{checkpoint_path}: no such checkpoint: run stage 6 (train), or correct the path")
     backbone_dir = locate_backbone(config, download=True)
     assert backbone_dir is not None  # it was to be fetched
+    for path in sorted(backbone_dir.iterdir()):
+        if path.suffix in (".json", ".safetensors") and not is_within(path):
+            raise InputError(f"{path}: a link out of the model's folder would be published: put the file itself there")
     provenance = describe_published(config, checkpoint_path, identify_model(backbone_dir), own.dtype)
     check_place(output)
     result = cli.StageResult(STAGE)
@@ -246,7 +250,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
         model = read_parts(config, checkpoint_path, backbone_dir, own.force)
         with writing_folder(output, made=MADE) as folder:
-            fill_folder(folder, model, own.dtype, provenance)
+            fill_folder(pin(folder), model, own.dtype, provenance)
         result.written.append(output)
     if config.paths.report_dir is not None:
         add_test_results(output, config.path("report_dir") / "metrics.json")

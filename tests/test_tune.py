@@ -28,6 +28,7 @@ optuna = pytest.importorskip("optuna", reason="the extra `tune` is not installed
 
 from train_specialized_embeddings.tuning import search_space  # noqa: E402
 from train_specialized_embeddings.tuning.search_space import SPACE  # noqa: E402
+from train_specialized_embeddings.tuning.study import Tuning  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = ["best.toml", "trials.csv"]
@@ -215,6 +216,23 @@ def test_no_study_is_written_through_a_link(workspace: Path, make: Callable[...,
     with pytest.raises(PipelineError, match="a link or pipe"):
         search(workspace, 1)
     assert (workspace / "notes").read_text() == "mine"
+
+
+def test_a_link_that_takes_the_studys_place_is_not_written_through(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mine, run_trials = workspace / "checkpoint" / "_tune", workspace / "mine", Tuning.run_trials
+    mine.mkdir()
+
+    def swap(*arguments: Any) -> None:
+        folder.rename(workspace / "moved")
+        folder.symlink_to(mine)
+        run_trials(*arguments)
+
+    monkeypatch.setattr(Tuning, "run_trials", swap)
+    with pytest.raises(PipelineError, match="cannot write .*journal.log"):
+        search(workspace, 1)
+    assert not any(mine.iterdir())
 
 
 def test_a_study_without_any_complete_trial_says_so(workspace: Path) -> None:

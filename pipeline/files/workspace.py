@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import own_folders
-from pipeline.errors import PipelineError
+from pipeline.errors import HeldError, PipelineError
 from pipeline.log import logger
 from pipeline.own_folders import discard, link, make_folder, move, open_file, refuse_folder, remove, sync_folder
 
@@ -67,7 +67,7 @@ def private_folder(prefix: str) -> Path:
 def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = False) -> Iterator[None]:
     """Keep other processes from making `path` while the block runs; a killed process holds nothing.
 
-    Those that take it as `shared` keep out only those that do not. Raises PipelineError "`path`: process N on HOST
+    Those that take it as `shared` keep out only those that do not. Raises HeldError "`path`: process N on HOST
     `doing`" if another process holds the lock.
     """
     lock = lock or path.with_name(f".{path.name}.lock")
@@ -79,7 +79,7 @@ def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = F
         except BlockingIOError:
             holder = os.read(descriptor, 256).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise PipelineError(f"{path}: {holder} {doing}") from None
+            raise HeldError(f"{path}: {holder} {doing}") from None
         except OSError:
             logger.warning("%s: this file system has no locks: let one process at a time work there", lock.parent)
             remove(lock)
@@ -201,7 +201,8 @@ def naming_failures(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_near = error.filename is None or Path(str(error.filename)).is_relative_to(path.parent)
+        places = (path.parent, "/proc")  # there is what `pin` gives
+        is_near = error.filename is None or any(map(Path(str(error.filename)).is_relative_to, places))
         if not is_near and error.errno != errno.ELOOP:
             raise  # something else that the block touched
         raise own_folders.write_failure(path, error) from error

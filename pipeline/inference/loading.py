@@ -5,6 +5,7 @@ import functools
 import hashlib
 import logging
 import os
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from pipeline.log import LineFormat, logger
 # What transformers raises for settings or weights that make no sense.
 PROBLEMS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
-    RuntimeError, MemoryError, SafetensorError, StrictDataclassError,
+    RuntimeError, MemoryError, SafetensorError, StrictDataclassError, pickle.UnpicklingError,
 )  # fmt: skip
 
 # Which weights are left over or missing is judged below, and anything else is an error.
@@ -63,10 +64,8 @@ def load_model(
     trust = {"trust_remote_code": trust_remote_code} if model_class is AutoModel else {}
     if dtype == "auto":
         config.dtype = None  # what the configuration says may be another one
-    try:
+    with naming_model(folder):
         model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **trust)
-    except PROBLEMS as error:
-        raise _cannot_load(folder, error) from None
     unused = None if pooling_type == "pooler_output" else "pooler."
     missing = [key for key in info["missing_keys"] if not (unused and key.startswith(unused))]
     if missing:
@@ -86,14 +85,12 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False, model_clas
     Raises InputError for a model that takes no pictures, or a configuration that cannot be loaded.
     """
     check_folder(folder, trust_remote_code)
-    try:
+    with naming_model(folder):
         if model_class is not AutoModel:
             return model_class.config_class.from_pretrained(folder)
         if trust_remote_code:
             announce_code(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except PROBLEMS as error:
-        raise _cannot_load(folder, error) from None
     if type(config) not in MODEL_MAPPING or _takes_pictures(config):  # unmapped: it brings its own code
         return config
     tower = getattr(config, "vision_config", None)
@@ -128,13 +125,18 @@ def _code_folder() -> Path:
     return private_folder("models-code-")
 
 
-def _cannot_load(folder: Path, error: Exception) -> InputError:
-    if "trust_remote_code" in str(error):  # as in transformers' message
-        return InputError(
-            f"{folder}: the model comes with code of its own, which is not run unasked: read it, then set "
-            "[embedding_model].trust_remote_code = true, or give --trust-remote-code to a tool"
-        )
-    return InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]}): fetch it again")
+@contextlib.contextmanager
+def naming_model(folder: Path) -> Iterator[None]:
+    """Raise InputError, naming a model's folder, where its settings or weights make no sense."""
+    try:
+        yield
+    except PROBLEMS as error:
+        if "trust_remote_code" in str(error):  # as in transformers' message
+            raise InputError(
+                f"{folder}: the model comes with code of its own, which is not run unasked: read it, then set "
+                "[embedding_model].trust_remote_code = true, or give --trust-remote-code to a tool"
+            ) from None
+        raise InputError(f"{folder}: the model cannot be loaded ({one_line(error)[:300]}): fetch it again") from None
 
 
 def _takes_pictures(config: Any) -> bool:

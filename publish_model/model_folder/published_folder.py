@@ -11,7 +11,7 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.files.workspace import parse_json
 from pipeline.inference.backbone import check_embeddings
-from pipeline.inference.loading import writing_weights
+from pipeline.inference.loading import naming_model, writing_weights
 from pipeline.inference.model_files import digest_weights, read_settings
 from publish_model.model_folder.model_card import write_card
 from publish_model.model_folder.model_code import read_code
@@ -40,12 +40,14 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     if model.pair_rates is not None:
         (folder / FILE_NAME).write_text(json.dumps(model.pair_rates) + "\n", encoding="utf-8")
     write_card(folder, model, stored)
-    try_model(folder, model)
+    with naming_model(model.folder):
+        try_model(folder, model)
 
 
 def write_weights(folder: Path, model: ModelParts, dtype: str) -> str:
     """Write `backbone.*` and `projector.*`, and return the type of the backbone's floats."""
-    loaded = model.load(dtype)
+    with naming_model(model.folder):
+        loaded = model.load(dtype)
     with writing_weights(folder):
         loaded.save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES)
     for path in folder.glob("*.safetensors"):  # which only their owner may read, whatever the umask

@@ -53,7 +53,7 @@ class Operations:
     def _is_below(self, argument: object) -> bool:
         path = os.fsdecode(argument) if isinstance(argument, str | bytes | os.PathLike) else "/"
         # A name alone is of a folder that is open: only outputs are worked on in this way.
-        return path.startswith(self._folder) or os.sep not in path
+        return path.startswith((self._folder, f"/proc/{os.getpid()}/")) or os.sep not in path
 
 
 def kill() -> None:

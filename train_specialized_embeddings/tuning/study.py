@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline import own_folders
 from pipeline.cli import StageResult
 from pipeline.config import Config
-from pipeline.errors import InputError, PipelineError, Terminated, one_line
+from pipeline.errors import HeldError, InputError, PipelineError, Terminated, one_line
 from pipeline.files import tables, workspace
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import save_checkpoint
@@ -102,7 +102,7 @@ class Tuning:
                 trial = study.ask(SPACE)
             except optuna.exceptions.UpdateFinishedTrialError:
                 continue
-            with suppress(PipelineError), self._holding(trial.number):
+            with suppress(HeldError), self._holding(trial.number):
                 if study.trials[trial.number].state == TrialState.RUNNING:
                     self._run_trial(study, trial, material, watch)
 
@@ -154,7 +154,7 @@ class Tuning:
     def _retry_killed(self, study: optuna.Study) -> None:
         """Take back the trials of workers that have died, as their locks are free."""
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            with suppress(PipelineError), self._holding(trial.number):
+            with suppress(HeldError), self._holding(trial.number):
                 if study.trials[trial.number].state == TrialState.RUNNING:
                     logger.warning("trial %d: its worker was killed: tried again", trial.number)
                     _retry(study, trial, num_killed=1)
