@@ -62,7 +62,8 @@ def embed_stream(
     started = time.monotonic()
     count_turned()  # forgets pictures that were decoded for a trial
     watch.device = "GPU" if embedder.on_gpu else "CPU"
-    num_threads, num_passes = torch.get_num_threads(), count_passes(embedder)
+    num_threads = torch.get_num_threads()  # of the caller's thread
+    num_passes = 1 if embedder.on_gpu else num_threads
     in_flight = max(2 * embedder.micro_batch * num_passes, 2 * num_workers)
     gathered = _gather(embedder, items, decode, num_workers, in_flight, watch)
     staged = prefetch(gathered, PASSES_READY if embedder.on_gpu else num_passes)
@@ -174,11 +175,6 @@ def _compute_on_cpu(
             watch.add("compute", seconds / num_passes)
             watch.busy_seconds += seconds / num_passes
             yield _fetch(gathered, launched, watch)
-
-
-def count_passes(embedder: Embedder) -> int:
-    """Return how many passes are computed at once; call it in the caller's thread."""
-    return 1 if embedder.on_gpu else torch.get_num_threads()
 
 
 def _fetch(gathered: Embedded[Item], launched: Launched, watch: EngineWatch) -> Embedded[Item]:

@@ -64,8 +64,10 @@ def read_in_order(
         del piece  # before the next one is read
 
 
-def read_group(inventory: Inventory, group: list[int], is_wanted: NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-    """Yield the wanted rows of a group's files, with the columns of the inventory.
+def read_group(
+    inventory: Inventory, group: list[int], is_wanted: NDArray[np.bool_]
+) -> Iterator[tuple[pa.RecordBatch, NDArray[np.bool_]]]:
+    """Yield the batches of a group's files with wanted rows, with the inventory's columns, and which rows these are.
 
     Raises InputError if a file is damaged, or, naming the row, if an embedding is missing, of another length or not
     finite.
@@ -79,8 +81,7 @@ def read_group(inventory: Inventory, group: list[int], is_wanted: NDArray[np.boo
             rows = column.read(batch.column(batch.schema.get_field_index(column.name)), start)
             mask = is_wanted[done : done + len(batch)]
             if mask.any():
-                whole = complete_batch(column.path, batch, rows, inventory.schema)
-                yield whole if mask.all() else whole.filter(pa.array(mask))
+                yield complete_batch(column.path, batch, rows, inventory.schema), mask
             start, done = start + len(batch), done + len(batch)
 
 
@@ -101,16 +102,17 @@ def complete_batch(path: Path, batch: pa.RecordBatch, rows: NDArray[Any], schema
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def gather(batches: Iterable[pa.RecordBatch], num_rows: int, inventory: Inventory) -> Piece:
-    """Put batches of `num_rows` rows together."""
+def gather(batches: Iterable[tuple[pa.RecordBatch, NDArray[np.bool_]]], num_rows: int, inventory: Inventory) -> Piece:
+    """Put the wanted rows of batches, `num_rows` in all, together."""
     names = [name for name in inventory.schema.names if name != "embedding"]
     kind = inventory.schema.field("embedding").type
     embeddings = np.empty((num_rows, kind.list_size), kind.value_type.to_pandas_dtype())
     columns, start = [], 0
-    for batch in batches:
-        block = batch.column("embedding").flatten().to_numpy()
-        embeddings[start : start + len(batch)] = block.reshape(len(batch), -1)
-        start += len(batch)
-        columns.append(batch.select(names))
+    for batch, mask in batches:
+        block = batch.column("embedding").flatten().to_numpy().reshape(len(batch), -1)
+        stop = start + int(mask.sum())
+        embeddings[start:stop] = block[mask]
+        columns.append(batch.select(names).filter(pa.array(mask)))
+        start = stop
     schema = pa.schema([inventory.schema.field(name) for name in names])
     return Piece(pa.Table.from_batches(columns, schema).combine_chunks(), embeddings)
