@@ -24,8 +24,7 @@ from PIL import Image
 from evaluate_embeddings.evaluate import run
 from evaluate_embeddings.page.gallery import describe_example, make_gallery, pick_failures
 from evaluate_embeddings.page.photos import PhotoSource
-from evaluate_embeddings.page.report import format_distance, render
-from evaluate_embeddings.page.training_curve import Curve, read_training_curve
+from evaluate_embeddings.page.report import Curve, format_distance, read_training_curve, render
 from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.standalone import EvaluateOptions
 from pipeline.cli import Options
