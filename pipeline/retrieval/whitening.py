@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from pipeline.config import count_cores
 from pipeline.threads import map_in_order
 
 if TYPE_CHECKING:
@@ -64,14 +65,17 @@ class LinearMap:
         return mapped
 
     def map_rows(self, embeddings: NDArray[Any]) -> Float32:
-        """Return the mapped rows (N, k) before they are normalised."""
+        """Return the mapped rows (N, k) before they are normalised; threads raise them to the power ahead."""
         mapped = np.empty((len(embeddings), len(self.weight)), dtype=np.float32)
         step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
-        for start in range(0, len(embeddings), step):
+
+        def read(start: int) -> tuple[int, NDArray[Any]]:
             rows: NDArray[Any] = np.asarray(embeddings[start : start + step], dtype=np.float32)
-            if self.input_power != 1.0:
-                rows = np.sign(rows) * np.abs(rows) ** self.input_power
-            mapped[start : start + step] = rows @ self.weight.T + self.bias
+            return start, rows if self.input_power == 1.0 else np.copysign(np.abs(rows) ** self.input_power, rows)
+
+        with closing(map_in_order(read, range(0, len(embeddings), step), count_cores(), in_flight=_READERS)) as blocks:
+            for start, rows in blocks:
+                mapped[start : start + step] = rows @ self.weight.T + self.bias
         return mapped
 
     def map_rows_on(self, embeddings: NDArray[Any], device: "torch.device") -> Float32:

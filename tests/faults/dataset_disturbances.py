@@ -143,7 +143,6 @@ def overwriting_killed(bench: Bench, tries: int) -> Iterator[str]:
 LISTS = {
     "a byte-order mark": ("ids.txt", "\ufeff" + "\n".join(TAKEN_DOWN)),
     "Windows' line ends": ("ids.txt", "\r\n".join(TAKEN_DOWN)),
-    "quotes and blanks": ("ids.txt", "\n".join(f' "{one}" ' for one in TAKEN_DOWN)),
     "CSV": ("ids.csv", "\n".join(["\ufeffOSMID;reason", *(f"{one};asked" for one in TAKEN_DOWN)])),
 }
 
