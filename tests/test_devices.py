@@ -11,48 +11,14 @@ from pipeline.inference import devices
 from pipeline.inference.devices import (
     choose_device,
     halve_until_it_fits,
-    measure_free_memory,
     needing_memory,
 )
 
-GB = 2**30
 
-
-class FakeGpus:
-    """Two GPUs of 80 GB, of the first of which 50 are free once torch has given back what it keeps for later."""
-
-    def __init__(self, monkeypatch):
-        self.kept, self.current = 20 * GB, 0
-        for name in ("is_available", "current_device", "empty_cache", "mem_get_info"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-
-    def is_available(self):
-        return True
-
-    def current_device(self):
-        return self.current
-
-    def empty_cache(self):
-        self.kept = 0
-
-    def mem_get_info(self, device=None):
-        if isinstance(device, torch.device) and device.index is None:
-            raise ValueError("Expected a torch.device with a specified index")  # as torch 2.4 does
-        return 50 * GB - self.kept, 80 * GB
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    return FakeGpus(monkeypatch)
-
-
-def test_the_free_memory_is_that_behind_what_torch_keeps_of_the_device_in_use(gpus):
-    assert measure_free_memory() == 50 * GB
-
-
-def test_a_process_hands_out_its_own_gpu_by_number(gpus):
+def test_a_process_hands_out_its_own_gpu_by_number(monkeypatch):
     """A thread begins on GPU 0, so "cuda" alone would be that one there."""
-    gpus.current = 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
     assert choose_device("cpu") == torch.device("cpu")
 

@@ -82,12 +82,6 @@ def halve_until_it_fits(compute: Callable[[int], Result], size: int, least: int,
         logger.warning("%s: the GPU's memory ran out: going on with %d rows at a time", what, size)
 
 
-def measure_free_memory() -> int:
-    """Return the bytes of the GPU's memory that are free."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]  # of the current device: torch 2.4 takes no device without a number
-
-
 # ------------------------------------------------------------------------------------------------ how it computes
 
 
