@@ -73,7 +73,8 @@ class LinearMap:
             rows: NDArray[Any] = np.asarray(embeddings[start : start + step], dtype=np.float32)
             return start, rows if self.input_power == 1.0 else np.copysign(np.abs(rows) ** self.input_power, rows)
 
-        with closing(map_in_order(read, range(0, len(embeddings), step), count_cores(), in_flight=_READERS)) as blocks:
+        starts, cores = range(0, len(embeddings), step), count_cores()
+        with closing(map_in_order(read, starts, cores, in_flight=max(_READERS, cores))) as blocks:
             for start, rows in blocks:
                 mapped[start : start + step] = rows @ self.weight.T + self.bias
         return mapped
