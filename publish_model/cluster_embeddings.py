@@ -74,7 +74,7 @@ def read_rows(dataset: EmbeddingsDataset) -> tuple[pa.Table, NDArray[np.float32]
     names = [name for name in dataset.schema.names if name != EMBEDDING_COLUMN]
     if not dataset.num_rows:
         raise InputError(f"{dataset.folder}: holds no embedded image: nothing to group")
-    embeddings = np.concatenate([block for _, block in dataset.read_blocks()])
+    embeddings = np.concatenate(list(dataset.read_blocks()))
     if not (np.abs(np.linalg.norm(embeddings, axis=1) - 1) <= NORM_TOLERANCE).all():
         raise InputError(
             f"{dataset.folder}: holds embeddings that are not finite or not of unit length: run "

@@ -4,7 +4,7 @@
 
 Reads the ids, one a line or the column OSMID of a CSV or parquet, and rewrites the parts and rejects that hold one of
 them, each in one piece; state.json counts what is gone. Hashes of the ids are kept in OUTPUT/_deleted/, so that stage 8
-leaves them out too when it makes a part again. Aggregates, clusters, exports, logs and set-aside parts inside OUTPUT
+leaves them out too when it makes a part again. Aggregates, clusters, logs and set-aside parts inside OUTPUT
 are removed. Files of others and other datasets there stay and are named, and the exit code is 1. If an id
 matches nothing it is 1 too (0 with --allow-missing); the others are deleted. A rerun resumes an interrupted run.
 Refused while another process writes to the dataset. It writes no log file, which would name ids.

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
@@ -24,7 +26,6 @@ from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
 from pipeline.pages import load_templates, to_data_uri
 from publish_model.derived.dataset_tool import make_tool_parser
-from publish_model.derived.similarity_search import find_nearest
 from publish_model.embed_images import embed_photographs
 from publish_model.model_folder.published_model import find_model
 from publish_model.new_data.embed_options import add_device_option, add_model_option
@@ -70,10 +71,10 @@ def search(arguments: argparse.Namespace) -> None:
     model.check_made(dataset)
     source = dataset.open_input(arguments.input) if arguments.input is not None else None
     embedding = embed_photographs([arguments.query], model, str(recipe["precision"]))
-    similarities, places = find_nearest(embedding, dataset.read_blocks(), arguments.top)
-    rows = places[0].tolist()
+    similarities = np.concatenate([block @ embedding[0] for block in dataset.read_blocks()])
+    rows = np.argsort(-similarities, kind="stable")[: arguments.top].tolist()
     ids = dataset.read_ids_at(rows)
-    hits = [(float(similarity), describe_id(ids[row])) for similarity, row in zip(similarities[0], rows, strict=True)]
+    hits = [(float(similarities[row]), describe_id(ids[row])) for row in rows]
     for rank, (similarity, identifier) in enumerate(hits, start=1):
         print(f"{rank}\t{similarity:.6f}\t{identifier}")
     logger.info("searched %d embeddings", dataset.num_rows)

@@ -15,7 +15,6 @@ from publish_model import (
     adopt_embeddings,
     aggregate_embeddings,
     delete_ids,
-    export_embeddings,
     generate_embeddings_from_parquet,
     search_embeddings,
     verify_embeddings,
@@ -79,7 +78,6 @@ def test_an_adopted_dataset_is_what_stage_8_would_have_made_and_every_tool_takes
     assert run_main(generate_embeddings_from_parquet.main, *stage8).code == 0
     assert read_dataset(foreign).column("OSMID").equals(read_dataset(made / "ours").column("OSMID"))
     assert run_main(aggregate_embeddings.main, foreign, "--by", "OSMID").code == 0
-    assert run_main(export_embeddings.main, foreign, "--export", "float16").code == 0
     (tmp_path / "photo.jpg").write_bytes(IMAGES[20])
     query = ("--query", tmp_path / "photo.jpg", "--top", 1, "--model-id", made / "model")
     found = run_main(search_embeddings.main, foreign, *query)
@@ -97,7 +95,6 @@ def test_without_adoption_each_tool_says_so_and_removes_nothing(run_main, made, 
     for main, arguments in (
         (generate_embeddings_from_parquet.main, stage8),
         (aggregate_embeddings.main, (foreign, "--by", "OSMID")),
-        (export_embeddings.main, (foreign, "--export", "float16")),
         (search_embeddings.main, (foreign, "--query", tmp_path / "photo.jpg")),
         (delete_ids.main, (foreign, "--delete-ids", tmp_path / "ids.txt")),
         (verify_embeddings.main, (foreign, "--repair")),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedded_datasets import WIDTH, unit_rows, write_dataset
 
-from publish_model import aggregate_embeddings, export_embeddings
+from publish_model import aggregate_embeddings
 from publish_model.derived.geometry import describe_shape
 
 IDS = [f"{kind}/{number}" for number in range(7) for kind in ("way", "relation")]
@@ -138,21 +138,15 @@ def test_an_interrupted_run_leaves_nothing(aggregate, rows, tmp_path, monkeypatc
     check_equal(pq.read_table(output / "_aggregated" / "OSMID.parquet"), ["OSMID"], loop_over(rows[0], rows[2]))
 
 
-def test_a_kept_column_never_meets_one_that_is_made_here(aggregate, run_main, tmp_path):
+def test_a_kept_column_never_meets_one_that_is_made_here(aggregate, tmp_path):
     columns = {"num_images": [1, 2, 3], "mean_pairwise_similarity": [0.5] * 3, "scale": [2.0, 3.0, 4.0]}
     output = write_dataset(tmp_path / "out", pa.array(["a", "b", "a"]), unit_rows(0, 3), **columns)
     for name in ("num_images", "mean_pairwise_similarity", "embedding", "geometry"):
         outcome = aggregate(output, "--by", f"OSMID,{name}")
         assert (outcome.code, "Traceback" in outcome.stderr) == (2, False)
         assert f"there would be two columns {name}" in outcome.stderr.splitlines()[-1]
-    outcome = run_main(export_embeddings.main, output, "--export", "int8")
-    assert (outcome.code, "there would be two columns scale" in outcome.stderr.splitlines()[-1]) == (2, True)
-    assert [path.name for path in output.iterdir() if path.name in ("_aggregated", "_exports")] == []
+    assert not (output / "_aggregated").exists()
     assert aggregate(output, "--by", "OSMID,scale").code == 0
-    outcome = run_main(export_embeddings.main, output, "--export", "float16")
-    assert outcome.code == 0
-    assert "recall@10 1.0000" in outcome.stderr
-    assert pq.read_table(output / "_exports" / "float16" / "parts")["scale"].to_pylist() == [2.0, 3.0, 4.0]
 
 
 def test_a_column_whose_name_is_a_path_does_not_leave_the_folder(aggregate, tmp_path):

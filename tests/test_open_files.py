@@ -12,7 +12,7 @@ from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from pipeline.embeddings_dataset.packaged_input import open_packaged
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.tables import open_parquet
-from publish_model import aggregate_embeddings, delete_ids, export_embeddings, verify_embeddings
+from publish_model import aggregate_embeddings, delete_ids, verify_embeddings
 
 NUM_PARTS, SPARE = 60, 25
 
@@ -35,7 +35,7 @@ def few_files():
 @pytest.mark.parametrize(
     "line",
     [
-        (verify_embeddings.main,), (aggregate_embeddings.main,), (export_embeddings.main, "--export", "float16"),
+        (verify_embeddings.main,), (aggregate_embeddings.main,),
         (delete_ids.main, "--delete-ids", "ids.txt"),
     ],
 )  # fmt: skip

@@ -1,7 +1,4 @@
-"""Searching a dataset and copying it compactly: against brute force."""
-
-import json
-import shutil
+"""Searching a dataset for a photograph."""
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +8,7 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import make_photographs, write_packaged
 
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from publish_model import delete_ids, export_embeddings, search_embeddings
-from publish_model.derived.similarity_search import find_nearest
+from publish_model import delete_ids, search_embeddings
 from publish_model.new_data.id_lists import describe_id
 
 
@@ -24,41 +20,12 @@ def search(run_main, model_dir):
     return run
 
 
-@pytest.fixture
-def export(run_main):
-    return lambda output, *arguments: run_main(export_embeddings.main, output, *arguments)
-
-
-def sort_rows(queries, embeddings, count):
-    """Return the nearest rows by a full sort, ties in order of rows."""
-    return [
-        sorted(range(len(embeddings)), key=lambda row: (-float(query @ embeddings[row]), row))[:count]
-        for query in queries
-    ]
-
-
-@pytest.mark.parametrize("block_rows", [1, 7, 25, 1000])
-@pytest.mark.parametrize("count", [1, 5, 100])
-def test_the_nearest_of_blocks_are_those_of_a_full_sort(tmp_path, monkeypatch, block_rows, count):
-    monkeypatch.setattr("pipeline.embeddings_dataset.dataset.BLOCK_ROWS", block_rows)
-    embeddings = unit_rows(0, 60)
-    dataset = EmbeddingsDataset(write_dataset(tmp_path / "out", pa.array(range(60)), embeddings))
-    queries = unit_rows(1, 4)
-    similarities, rows = find_nearest(queries, dataset.read_blocks(), count)
-    assert rows.tolist() == sort_rows(queries, embeddings, count)
-    assert np.allclose(similarities, np.take_along_axis(queries @ embeddings.T, rows, axis=1), atol=1e-6)
-
-
-def test_blocks_cover_every_row_once_and_ids_are_found_by_row(tmp_path, monkeypatch):
+def test_blocks_cover_every_row_once_and_ids_are_found_by_row(tmp_path):
     embeddings = unit_rows(0, 25)
     dataset = EmbeddingsDataset(
         write_dataset(tmp_path / "out", pa.array([f"way/{row}" for row in range(25)]), embeddings)
     )
-    for size in (1, 10, 11, 99):
-        monkeypatch.setattr("pipeline.embeddings_dataset.dataset.BLOCK_ROWS", size)
-        blocks = list(dataset.read_blocks())
-        assert np.array_equal(np.concatenate([block for _, block in blocks]), embeddings)
-        assert [first for first, _ in blocks] == [0, *np.cumsum([len(block) for _, block in blocks[:-1]])]
+    assert np.array_equal(np.concatenate(list(dataset.read_blocks())), embeddings)
     assert {row: str(one) for row, one in dataset.read_ids_at([24, 0, 10]).items()} == {
         24: "way/24",
         0: "way/0",
@@ -175,61 +142,3 @@ def test_another_model_or_input_is_refused(search, photographs, packaged, toy_ba
     query = ["--query", tmp_path / "query.jpg"]
     assert "not the model that" in search(photographs, *query, model=toy_backbone).stderr.splitlines()[-1]
     assert "not the input that" in search(photographs, *query, "--input", packaged).stderr.splitlines()[-1]
-
-
-# ------------------------------------------------------------------------------------------------ export
-
-
-@pytest.mark.parametrize(("kind", "error"), [("float16", 6e-4), ("int8", 4.1e-3)])
-def test_a_compact_copy_has_the_same_rows_and_says_its_recall(export, tmp_path, kind, error):
-    embeddings = unit_rows(0, 300)
-    output = write_dataset(
-        tmp_path / "out", pa.array([f"way/{row}" for row in range(300)]), embeddings, year=list(range(300))
-    )
-    outcome = export(output, "--export", kind)
-    folder = output / "_exports" / kind
-    assert (outcome.code, outcome.stdout) == (0, f"{folder}\n")
-    table = pq.read_table(folder / "parts")
-    assert table["year"].to_pylist() == list(range(300))
-    restored = np.concatenate(
-        [export_embeddings.expand(pq.read_table(one), kind) for one in sorted((folder / "parts").iterdir())]
-    )
-    assert np.abs(restored - embeddings).max() < error
-    expected = [set(line) - {row} for row, line in enumerate(sort_rows(embeddings, embeddings, 11))]
-    found = [set(line) - {row} for row, line in enumerate(sort_rows(restored, restored, 11))]
-    recall = sum(len(a & b) for a, b in zip(expected, found, strict=True)) / 3000
-    said = json.loads((folder / "export.json").read_text())["recall_at_10"]
-    assert said == pytest.approx(recall, abs=0.002)
-    assert f"{kind}: recall@10 {said:.4f} against exact (300 queries)" in outcome.stderr
-    assert recall > 0.9
-
-
-def test_a_rerun_of_an_export_makes_what_is_missing(export, tmp_path):
-    output = write_dataset(tmp_path / "out", pa.array(range(40)), unit_rows(0, 40))
-    assert export(output, "--export", "int8").code == 0
-    parts = sorted((output / "_exports" / "int8" / "parts").iterdir())
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in parts}
-    outcome = export(output, "--export", "int8")
-    assert (outcome.code, outcome.stdout) == (0, "")
-    parts[1].unlink()
-    assert export(output, "--export", "int8").code == 0
-    assert {path: path.read_bytes() for path in parts} == {path: data for path, (data, _) in before.items()}
-    assert parts[0].stat().st_mtime_ns == before[parts[0]][1]
-    write_dataset(output, pa.array(range(40)), unit_rows(1, 40))
-    assert "made from other inputs" in export(output, "--export", "int8").stderr.splitlines()[-1]
-
-
-def test_an_export_keeps_no_part_of_an_earlier_dataset(export, tmp_path):
-    parts = tmp_path / "out" / "_exports" / "int8" / "parts"
-    for first, num_rows in ((0, 40), (100, 10)):
-        shutil.rmtree(tmp_path / "out" / "parts", ignore_errors=True)
-        output = write_dataset(tmp_path / "out", pa.array(range(first, first + num_rows)), unit_rows(0, num_rows))
-        assert export(output, "--export", "int8", "--overwrite").code == 0
-    assert pq.read_table(parts)["OSMID"].to_pylist() == list(range(100, 110))
-    shutil.copy(parts / "rg00000_rb00000.parquet", parts / "other.parquet")
-    assert "other.parquet: made of no part of this dataset" in export(output, "--export", "int8").stderr
-
-
-def test_an_embedding_of_zeros_survives_int8():
-    table = pa.table({"OSMID": [1], "embedding": pa.array([[0.0, 0.0]], pa.list_(pa.float32(), 2))})
-    assert export_embeddings.expand(export_embeddings.compress(table, "int8"), "int8").tolist() == [[0.0, 0.0]]

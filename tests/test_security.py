@@ -15,7 +15,7 @@ from published_models import make_config, write_checkpoint
 
 from pipeline.errors import InputError, PipelineError
 from pipeline.files.workspace import parse_json, read_json_object
-from publish_model import aggregate_embeddings, convert_to_hf, export_embeddings
+from publish_model import aggregate_embeddings, convert_to_hf
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDERS = (
@@ -143,8 +143,7 @@ def test_a_dataset_that_is_shared_names_no_folder_of_this_machine(embed, run_mai
     damaged.write_bytes(b"PAR1")
     assert embed(packaged, output).code == 0
     assert run_main(aggregate_embeddings.main, output).code == 0
-    assert run_main(export_embeddings.main, output, "--export", "int8").code == 0
-    assert run_main(export_embeddings.main, output, "--export", "float17").code == 2
+    assert run_main(aggregate_embeddings.main, output, "--by", "none").code == 2
     assert embed(tmp_path / "none.parquet", output).code == 1
     log = (output / "_logs" / "generate_embeddings_from_parquet.log").read_text()
     assert "WARNING rg00000_rb00000.parquet: damaged: it is made again" in log

@@ -22,7 +22,6 @@ from pipeline.files.identity import identify
 from publish_model import (
     aggregate_embeddings,
     delete_ids,
-    export_embeddings,
     search_embeddings,
     verify_embeddings,
 )
@@ -218,7 +217,7 @@ def test_a_dataset_of_another_program_is_named_and_left_as_it_is_by_every_tool(
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     lines = [
         (verify_embeddings.main, output), (verify_embeddings.main, output, "--repair"),
-        (aggregate_embeddings.main, output), (export_embeddings.main, output, "--export", "int8"),
+        (aggregate_embeddings.main, output),
         (search_embeddings.main, output, "--query", "q.jpg"),
         (delete_ids.main, output, "--delete-ids", tmp_path / "ids.txt"),
     ]  # fmt: skip

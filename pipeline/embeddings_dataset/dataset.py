@@ -37,8 +37,6 @@ from pipeline.files.workspace import locked, read_json_object, write_json
 from pipeline.log import logger
 from pipeline.own_folders import move
 
-# Rows that are compared with queries at a time: 1,000 queries have 32 MiB of similarities to them.
-BLOCK_ROWS = 8_192
 # Replaced and damaged files wait in a numbered folder there until the dataset is complete again.
 SET_ASIDE = "_removed"
 # A state with a value of another type is damaged.
@@ -65,19 +63,6 @@ def read_state(path: Path) -> dict[str, Any]:
     is_sound = all(isinstance(state[key], type(value)) for key, value in _EXAMPLE.items())
     is_sound = is_sound and state["read_batch_size"] > 0 and all(isinstance(one, str) for one in state["keep_columns"])
     return content if is_sound else {}
-
-
-def gather_blocks(arrays: Iterable[NDArray[np.float32]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield arrays put together to blocks of about BLOCK_ROWS (N, D), each with the number of its first row."""
-    first, held, num_held = 0, [], 0
-    for array in arrays:
-        held.append(array)
-        num_held += len(array)
-        if num_held >= BLOCK_ROWS:
-            yield first, np.concatenate(held)
-            first, held, num_held = first + num_held, [], 0
-    if num_held:
-        yield first, np.concatenate(held)
 
 
 class EmbeddingsDataset:
@@ -231,9 +216,9 @@ class EmbeddingsDataset:
         version, parts = self.recipe["embedding_version"], [[part.path.name, part.checksum] for part in self.parts]
         return {"name": "parts", "hash": hash_json(parts), "rows": self.num_rows, "embedding_version": version}
 
-    def read_blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yield the embeddings in blocks of about BLOCK_ROWS (N, D), each with the number of its first row."""
-        return gather_blocks(embeddings_of(part.read([EMBEDDING_COLUMN])) for part in self.parts)
+    def read_blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the embeddings of each part (N, D)."""
+        return (embeddings_of(part.read([EMBEDDING_COLUMN])) for part in self.parts)
 
     def locate(self, rows: Sequence[int]) -> Iterator[tuple[Part, int, list[int]]]:
         """Yield each part that holds some of these embedded rows, the number of its first row, and their places in it.

@@ -16,7 +16,6 @@ from faults.harness import Hook, Run, count_operations, disturb, kill
 from publish_model import (
     aggregate_embeddings,
     delete_ids,
-    export_embeddings,
     generate_embeddings_from_parquet,
     verify_embeddings,
 )
@@ -73,8 +72,7 @@ def check_gone(bench: Bench, expected: Files, what: str) -> None:
 @fault("a takedown killed before each file operation")
 def takedown_killed(bench: Bench, tries: int) -> Iterator[str]:
     bench.finish()
-    for tool, *options in ((aggregate_embeddings.main,), (export_embeddings.main, "--export", "int8")):
-        expect(Run(tool, [bench.output, *options]).wait(), 0)
+    expect(Run(aggregate_embeddings.main, [bench.output]).wait(), 0)
     shutil.copytree(bench.output / "parts", bench.output / "_removed" / "1" / "parts")
     whole = bench.folder / "whole"
     shutil.rmtree(whole, ignore_errors=True)

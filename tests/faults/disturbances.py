@@ -14,7 +14,7 @@ from faults.bench import Bench, Failure, count_rows, expect, expect_refusal, mou
 from faults.harness import Hook, Run, count_operations, disturb, fill_disk, kill, terminate
 from published_models import make_photographs, write_packaged
 
-from publish_model import aggregate_embeddings, cluster_embeddings, convert_to_hf, export_embeddings
+from publish_model import aggregate_embeddings, cluster_embeddings, convert_to_hf
 
 # What a try came to, beside failing: RECOVERED (after a rerun the undisturbed dataset) or REFUSED (in one clear line).
 RECOVERED, REFUSED = "recovered", "refused"
@@ -360,7 +360,6 @@ FAULTS["aggregate_embeddings killed"] = kill_beside(aggregate_embeddings.main, r
 FAULTS["cluster_embeddings killed"] = kill_beside(
     cluster_embeddings.main, "--threshold", "0.9", "--html", result="_clusters"
 )
-FAULTS["export_embeddings killed"] = kill_beside(export_embeddings.main, "--export", "int8", result="_exports")
 
 
 @fault("stage 7 killed while it publishes")
