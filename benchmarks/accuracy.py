@@ -128,7 +128,7 @@ def fit_projector(config: Config, train: Features, val: Features, seed: int) -> 
     config = config.model_copy(update={"global_": config.global_.model_copy(update={"seed": seed})})
     neighbors = load_neighbors(config.path("difficulty_metadata_path"), train)
     run = begin_run(config, make_material(config, train, val, neighbors), Stopwatch(), {})
-    with Progress("train", config.training.num_epochs * run.trainer.num_anchors, "anchor", 1e9) as progress:
+    with Progress("train", config.training.num_epochs * run.trainer.num_anchors, "anchor") as progress:
         for record in run.run_epochs(progress):
             if not record["epoch"]:
                 run.note = run.note | {"weights": run.best["projector"]}

@@ -86,7 +86,7 @@ def search_parts(images: ImageTable, store: PartStore, todo: Sequence[int], conf
         logger.info("searching %d images of %d buildings: %s on %s",
                     len(images), len(images.building_ids), search.backend, describe_device(device))  # fmt: skip
         at_once, num_anchors = PARTS_AT_ONCE[search.device.type], sum(len(store.anchors(part)) for part in todo)
-        with Progress("neighbours", num_anchors, interval_seconds=config.logging.progress_interval_seconds) as progress:
+        with Progress("neighbours", num_anchors) as progress:
             for start in range(0, len(todo), at_once):
                 anchors = [store.anchors(part) for part in todo[start : start + at_once]]
                 with watch.measure("search"):

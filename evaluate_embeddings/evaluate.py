@@ -120,7 +120,7 @@ def score_split(
 
     device = choose_device(config.infrastructure.device)
     total = len(KINDS) * (len(features) + sum(size for size in GALLERY_SIZES if size <= len(features)))
-    with Progress("score", total, "queries", config.logging.progress_interval_seconds) as progress:
+    with Progress("score", total, "queries") as progress:
         codes, seed = features.building_codes, config.global_.seed
         scores, apart = {}, {}
         for kind, rows in embeddings.items():

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import InputError, Rejection, Terminated
+from pipeline.errors import InputError, Rejection
 from pipeline.files.archive import TarImage, read_images, require_bytes
 from pipeline.files.identity import hash_json, identify
 from pipeline.files.list_columns import find_embedding
@@ -41,7 +41,7 @@ from pipeline.files.tables import (
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
-from pipeline.log import EngineWatch, Progress, logger
+from pipeline.log import Progress, Stopwatch, logger
 from pipeline.reference.tar_files import check_foreign_output, lacks_images, read_intermediate, read_old_rows
 from pipeline.stages import STAGES
 from pipeline.threads import Background
@@ -70,7 +70,7 @@ class Embedding:
     While one tar's parquet is written, the next tar is embedded.
     """
 
-    def __init__(self, config: Config, units: list[TarUnit], folder: Path | None, watch: EngineWatch) -> None:
+    def __init__(self, config: Config, units: list[TarUnit], folder: Path | None, watch: Stopwatch) -> None:
         self.config, self.watch, self.adds_missing = config, watch, False
         self.rows, self.outputs = Background(), Background()
         self._units, self._folder = units, folder
@@ -123,7 +123,7 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Proven
             unit, find_embedding(unit.output_path), table["streetview_image_id"].combine_chunks()
         )
         identity |= {"taken_over": len(old_rows)}
-    scratch = RowScratch(unit.output_path, len(table), hash_json(identity))
+    scratch = RowScratch(unit.output_path, hash_json(identity))
     with contextlib.ExitStack() as held:
         held.callback(scratch.close)
         if old_rows:
@@ -193,16 +193,13 @@ def fill_scratch(
                 if done.is_full:  # a resumed run then forms the same passes, and gets the same values
                     scratch.advance(seen)
 
-    with (
-        contextlib.closing(stream) as passes,
-        Progress(tar_path.name, len(table), interval_seconds=config.logging.progress_interval_seconds) as progress,
-    ):
+    with contextlib.closing(stream) as passes, Progress(tar_path.name, len(table)) as progress:
         progress.resume_at(scratch.seen)
         try:
             for done in passes:
                 stage.rows.submit(functools.partial(store, done))
                 progress.advance(done.taken)
-        except (KeyboardInterrupt, Terminated):
+        except KeyboardInterrupt:
             stage.rows.finish()
             scratch.save()
             raise
@@ -258,7 +255,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
     Raises InputError if a tar failed, PipelineError if too many images were rejected.
     """
-    watch = EngineWatch()
+    watch = Stopwatch()
     result = cli.StageResult(STAGE, watch=watch)
     units = list_units(config, options)
     lacking = [

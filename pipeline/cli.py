@@ -22,7 +22,6 @@ from pipeline.errors import ConfigError, PipelineError, Terminated, one_line, pr
 from pipeline.ids import Shard, decode_name
 from pipeline.log import Stopwatch, logger, logging_to
 
-INTERRUPTED, TERMINATED = 130, 143
 _STOPS: dict[signal.Signals, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
@@ -158,10 +157,9 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     except PipelineError as error:
         problems = error.problems if isinstance(error, ConfigError) else [one_line(error)]
         _exit(error.exit_code, *problems)
-    except KeyboardInterrupt:
-        _exit(INTERRUPTED, "interrupted: what was finished is kept, the same command goes on from there")
-    except Terminated:
-        _exit(TERMINATED, "terminated: what was finished is kept, the same command goes on from there")
+    except KeyboardInterrupt as stop:
+        code, what = (143, "terminated") if isinstance(stop, Terminated) else (130, "interrupted")
+        _exit(code, f"{what}: what was finished is kept, the same command goes on from there")
     except BrokenPipeError:  # nobody reads our stdout any more
         sys.stdout = None
         sys.exit(1)
@@ -259,7 +257,7 @@ def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path | No
             if error.result is not None:  # outputs that were finished are kept and counted
                 _report(error.result, started)
             raise
-        except (KeyboardInterrupt, Terminated):
+        except KeyboardInterrupt:
             logger.error("%s: interrupted; what was finished is kept", stage, extra={"file_only": True})
             raise
         if result.kept and not result.written:

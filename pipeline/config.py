@@ -206,7 +206,6 @@ class LoggingSection(Section):
     """`[logging]`"""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level to log")
-    progress_interval_seconds: float = Field(30.0, gt=0.0, description="seconds between progress lines off a terminal")
     step_losses: bool = Field(False, description="metrics.jsonl and the two below get the loss of every step")
     tensorboard: bool = Field(False, description="also write checkpoint_dir/_tensorboard")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases: checkpoint_dir/_wandb too")

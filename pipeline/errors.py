@@ -65,8 +65,8 @@ class Rejection(Exception):
         return Rejection(self.reason, self.detail)
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived: like KeyboardInterrupt, not an Exception, so that no handler swallows it."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: handled as Ctrl-C is."""
 
 
 def printable(text: str) -> str:

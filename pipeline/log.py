@@ -40,6 +40,8 @@ class _SharedFormat(LineFormat):
         return re.sub(r"(?<![\w.:/~-])[~/](?:[^\s/:'\"]*/)+", "", super().formatMessage(record))
 
 
+# Between two lines of progress.
+_SECONDS_BETWEEN_LINES = 30.0
 _LINES = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"
 
 
@@ -89,12 +91,11 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Counts items done: a bar on a terminal, elsewhere a log line every `interval_seconds` with rate and ETA."""
+    """Counts items done: a bar on a terminal, elsewhere a log line every 30 seconds with rate and ETA."""
 
-    def __init__(self, label: str, total: int | None, unit: str = "img", interval_seconds: float = 30.0) -> None:
-        self.label, self.total, self.unit, self.interval_seconds = label, total, unit, interval_seconds
-        self.done = 0
-        self._resumed = 0
+    def __init__(self, label: str, total: int | None, unit: str = "img") -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self._resumed = 0
         self._started = self._reported = time.monotonic()
         size = shutil.get_terminal_size()  # tqdm draws nothing where a terminal reports 0 columns
         self._bar = tqdm(
@@ -115,7 +116,7 @@ class Progress(AbstractContextManager["Progress"]):
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
-        if self._bar.disable and now - self._reported >= self.interval_seconds:
+        if self._bar.disable and now - self._reported >= _SECONDS_BETWEEN_LINES:
             self._reported = now
             logger.info(self.describe(now - self._started))
 
@@ -129,10 +130,13 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 class Stopwatch:
-    """Adds up seconds by the name of the part."""
+    """Adds up seconds by the name of the part, from all threads, and what an engine computed."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.device, self.images = "CPU", 0
+        self.busy_seconds = self.wall_seconds = 0.0  # the device computed, the engine ran
+        self._lock = threading.Lock()
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -155,34 +159,14 @@ class Stopwatch:
 
     def add(self, part: str, seconds: float) -> None:
         """Add seconds that were measured elsewhere to `part`."""
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
-
-    def describe_parts(self) -> str:
-        """Return the seconds of the parts, as in ` (read 1.0, compute 10.8)`."""
-        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
-        return f" ({parts})" if parts else ""
-
-
-class EngineWatch(Stopwatch):
-    """Adds up an engine's seconds from all its threads, and its images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.device = "CPU"
-        self.images = 0
-        self.busy_seconds = 0.0  # the device computed
-        self.wall_seconds = 0.0  # the engine ran
-        self._lock = threading.Lock()
-
-    def add(self, part: str, seconds: float) -> None:
-        """Add seconds that were measured elsewhere to `part`."""
         with self._lock:
-            super().add(part, seconds)
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def describe_parts(self) -> str:
-        """Return the rate, the device's share of the time, and the parts."""
-        parts = super().describe_parts()
-        if not self.wall_seconds:
-            return parts
-        rate, share = self.images / self.wall_seconds, self.busy_seconds / self.wall_seconds
-        return f"; {rate:.1f} img/s, the {self.device} computed {share:.0%} of {self.wall_seconds:.2f} s{parts}"
+        """Return an engine's rate and its device's share of the time, and the parts, as in ` (read 1.0)`."""
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
+        text = f" ({parts})" if parts else ""
+        if self.wall_seconds:
+            rate, share = self.images / self.wall_seconds, self.busy_seconds / self.wall_seconds
+            text = f"; {rate:.1f} img/s, the {self.device} computed {share:.0%} of {self.wall_seconds:.2f} s{text}"
+        return text

@@ -1,10 +1,8 @@
 """Bounded work in threads that keeps its order."""
 
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 from pipeline.errors import PipelineError
@@ -76,27 +74,6 @@ def prefetch(items: Iterable[Item], depth: int = 1) -> Generator[Item, None, Non
                 future.cancel()
             if isinstance(iterator, Generator):
                 pool.submit(iterator.close).result()
-
-
-class Budget:
-    """What threads may use up together; one that asks for more than all of it has it alone."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._used, self._change = total, 0, threading.Condition()
-
-    @contextmanager
-    def spending(self, amount: int) -> Iterator[None]:
-        """Wait until the amount is free, and keep it while the block runs; a thread may not ask twice."""
-        amount = min(amount, self._total)
-        with self._change:
-            self._change.wait_for(lambda: self._used + amount <= self._total)
-            self._used += amount
-        try:
-            yield
-        finally:
-            with self._change:
-                self._used -= amount
-                self._change.notify_all()
 
 
 class Background:

@@ -124,7 +124,7 @@ def compute_tar(
             return image, rejection.without_frames()
 
     images = watch.measure_each("read", read_images(tar_path, rows))
-    with Progress(tar_path.name, len(rows), interval_seconds=config.logging.progress_interval_seconds) as progress:
+    with Progress(tar_path.name, len(rows)) as progress:
         num_workers = config.infrastructure.count_workers()
         for image, outcome in map_in_order(compute, images, num_workers, weigh=lambda image: len(image.data or b"")):
             if isinstance(outcome, Rejection):

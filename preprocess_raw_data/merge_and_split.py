@@ -74,7 +74,6 @@ def write_splits(
     """Write the three files; `splits` gives each building's, -1 for those that are dropped."""
     schema, paths, new_dir = inventory.schema, STAGES[3].list_outputs(config), config.path("merged_dir") / UNFINISHED
     rows_at_a_time = max(1, config.data.memory_mb * 1024**2 // inventory.row_bytes)
-    interval = config.logging.progress_interval_seconds
     remove(new_dir)  # of a killed run
     try:
         make_folder(new_dir)
@@ -83,7 +82,7 @@ def write_splits(
                 SplitWriter(stack.enter_context(parquet_writer(new_dir / path.name, schema, provenance)), schema)
                 for path, provenance in zip(paths, provenances, strict=True)
             ]
-            progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes)), interval_seconds=interval))
+            progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes))))
             for group in inventory.find_groups():
                 for piece, order, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time):
                     for split, writer in enumerate(writers):

@@ -94,8 +94,8 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
 
     Raises InputError if the tar is damaged or holds nothing that looks like a view.
     """
-    interval, digests, seen = config.logging.progress_interval_seconds, list[str](), look_at(unit.tar_path)
-    with Progress(unit.tar_path.name, total=None, interval_seconds=interval) as progress:
+    digests, seen = list[str](), look_at(unit.tar_path)
+    with Progress(unit.tar_path.name, total=None) as progress:
         inventory = take_inventory(unit.tar_path, config.infrastructure.count_workers(), digests, progress, watch)
     views, rejects = inventory.judge()
     if not views and not rejects:

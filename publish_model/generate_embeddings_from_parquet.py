@@ -26,11 +26,11 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.duplicates import describe_duplicates
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input
 from pipeline.embeddings_dataset.parts import STAGE, PartContent, plan_parts
-from pipeline.errors import ConfigError, StaleOutputError, Terminated
+from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files.units import Unit
 from pipeline.files.workspace import naming_failures
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
-from pipeline.log import EngineWatch, Progress, logger
+from pipeline.log import Progress, Stopwatch, logger
 from pipeline.own_folders import make_folder
 from pipeline.threads import Background
 from publish_model.model_folder.published_model import PublishedModel, find_model
@@ -61,7 +61,7 @@ def embed_dataset(options: EmbedOptions, source: PackagedInput) -> cli.StageResu
         result = cli.StageResult(STAGE)
         has_work = bool(appending.work)
         if has_work:
-            result.watch = make_missing_parts(appending, model.load, options.progress_interval_seconds)
+            result.watch = make_missing_parts(appending, model.load)
         else:
             appending.begin()
         state = appending.finish()
@@ -94,15 +94,13 @@ def choose_precision(
     return settle_precision(dtype, model.device, load, partial(list_pictures, source))
 
 
-def make_missing_parts(
-    appending: Appending, load: Callable[[str], "Embedder"], progress_interval_seconds: float
-) -> EngineWatch:
+def make_missing_parts(appending: Appending, load: Callable[[str], "Embedder"]) -> Stopwatch:
     """Load the model, make the parts and return where the time went; an interrupted run leaves its state right.
 
     Two or three read batches are held at a time. Raises InputError if the input ends before the place that its footer
     names.
     """
-    watch = EngineWatch()
+    watch = Stopwatch()
     with watch.measure("load"):
         from publish_model.new_data.batch_embedding import ReadBatch, embed_batches
 
@@ -118,14 +116,14 @@ def make_missing_parts(
 
     try:
         with (
-            Progress(STAGE, rows_kept + rows, interval_seconds=progress_interval_seconds) as progress,
+            Progress(STAGE, rows_kept + rows) as progress,
             contextlib.closing(Background()) as writer,
             contextlib.closing(embed_batches(embedder, appending.source, batches, watch)) as parts,
         ):
             progress.resume_at(rows_kept)
             for batch, content in parts:
                 writer.submit(partial(write, batch, content))
-    except (KeyboardInterrupt, Terminated):
+    except KeyboardInterrupt:
         appending.write_state()
         raise
     return watch
@@ -171,7 +169,6 @@ def read_options(config: Config, overwrite: bool = False) -> EmbedOptions:
         device=config.infrastructure.device,
         dtype=config.embedding_model.dtype,
         overwrite=overwrite,
-        progress_interval_seconds=config.logging.progress_interval_seconds,
     )
 
 

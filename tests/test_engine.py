@@ -13,7 +13,7 @@ from pipeline.inference.backbone import Embedder
 from pipeline.inference.devices import choose_device
 from pipeline.inference.engine import End, embed_stream
 from pipeline.inference.passes import Launched, Staged
-from pipeline.log import EngineWatch, logging_to
+from pipeline.log import Stopwatch, logging_to
 
 PICTURES = [encode(draw_view(seed)) for seed in range(11)]
 
@@ -56,7 +56,7 @@ def decode(number):
 
 
 def run(items, embedder=None, watch=None):
-    return embed_stream(embedder or Fake(), items, decode, 3, watch or EngineWatch())
+    return embed_stream(embedder or Fake(), items, decode, 3, watch or Stopwatch())
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -97,7 +97,7 @@ def test_what_came_before_damage_is_embedded_first(on_gpu):
 
 
 def test_a_bug_in_a_decoder_comes_out():
-    stream = embed_stream(Fake(), range(5), lambda number: number // 0, 2, EngineWatch())
+    stream = embed_stream(Fake(), range(5), lambda number: number // 0, 2, Stopwatch())
     with pytest.raises(ZeroDivisionError):
         list(stream)
 
@@ -160,7 +160,7 @@ def test_the_caller_never_decodes_and_each_core_of_a_cpu_computes_for_itself(on_
         where.setdefault("decode", set()).add((threading.get_ident(), torch.get_num_threads()))
         return decode(number)
 
-    list(embed_stream(Noting(on_gpu), [0] * 20, decode_here, 2, EngineWatch()))
+    list(embed_stream(Noting(on_gpu), [0] * 20, decode_here, 2, Stopwatch()))
     here = (threading.get_ident(), torch.get_num_threads())
     assert (here in where["compute"]) == on_gpu
     assert on_gpu or {threads for _, threads in where["compute"]} == {1}
@@ -169,7 +169,7 @@ def test_the_caller_never_decodes_and_each_core_of_a_cpu_computes_for_itself(on_
 
 
 def test_the_watch_says_rate_share_and_parts():
-    watch = EngineWatch()
+    watch = Stopwatch()
     assert watch.describe_parts() == ""
     list(run(range(14), watch=watch))
     assert set(watch.seconds) == {"read", "decode in threads", "stage", "wait", "compute"}
@@ -181,7 +181,7 @@ def test_the_watch_says_rate_share_and_parts():
 
 def test_the_real_embedder_gives_the_same_through_the_stream(toy_backbone):
     embedder = Embedder(toy_backbone, device="cpu", batch_size=4)
-    stream = embed_stream(embedder, PICTURES, embedder.decode, 3, EngineWatch())
+    stream = embed_stream(embedder, PICTURES, embedder.decode, 3, Stopwatch())
     found = np.concatenate([done.embeddings for done in stream])
     expected = embedder.embed([embedder.decode(data) for data in PICTURES])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -317,7 +317,7 @@ def test_a_kill_inside_a_tar_is_gone_on_from_and_gives_the_undisturbed_bytes(
     passes = count_passes(monkeypatch)
     outcome = stage("embedding_model.batch_size=4")
     assert outcome.code == 0
-    assert "0001_embeddings.parquet: going on behind image 8 of 20" in outcome.stderr
+    assert "0001_embeddings.parquet: going on behind image 8" in outcome.stderr
     assert passes == [4] * 3
     assert stage("embedding_model.batch_size=4", "paths.embeddings_dir=undisturbed").code == 0
     assert passes[3:] == [4] * 5
@@ -356,7 +356,7 @@ def test_an_interrupted_tar_is_gone_on_from_with_its_rejects(tmp_path, city, sta
 
 
 def test_two_processes_on_one_tar_are_one_too_many(tmp_path, city, stage):
-    other = RowScratch(tmp_path / "embeddings" / "0001_embeddings.parquet", 20, "other")
+    other = RowScratch(tmp_path / "embeddings" / "0001_embeddings.parquet", "other")
     outcome = stage()
     other.close()
     assert outcome.code == 1

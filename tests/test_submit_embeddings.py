@@ -33,7 +33,7 @@ def test_every_option_of_stage_8_goes_to_the_stage_and_none_to_sbatch(dry_run_he
         "id_column": "id", "image_column": "image", "trust_remote_code": True,
     }  # fmt: skip
     wanted = EmbedOptions(input=tmp_path / "in", output=tmp_path / "out", model_id="x/y", **values)
-    others = {"shard", "overwrite", "progress_interval_seconds"}  # the array's, refused, no option
+    others = {"shard", "overwrite"}  # the array's, refused
     assert {field.name for field in fields(EmbedOptions)} - others == {"input", "output", "model_id", *values}
     words = spell_options(wanted)
     assert parse_embed_options("", words) == wanted

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import ConfigError, Terminated
+from pipeline.errors import ConfigError
 from pipeline.files.units import Unit
 from pipeline.files.workspace import naming_failures
 from pipeline.retrieval.scores import SCORE_KEYS
@@ -75,7 +75,7 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
             return run_study(tuning)
         except (OSError, RuntimeError) as error:
             found: BaseException | None = error  # Optuna's file lock may hide an interruption behind its own error
-            while found is not None and not isinstance(found, KeyboardInterrupt | Terminated):
+            while found is not None and not isinstance(found, KeyboardInterrupt):
                 found = found.__context__
             raise found or error  # noqa: B904
 

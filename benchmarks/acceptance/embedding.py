@@ -39,7 +39,7 @@ from pipeline.inference.precision import (
     summarize,
 )
 from pipeline.inference.preprocessing import DeviceProcessor
-from pipeline.log import EngineWatch
+from pipeline.log import Stopwatch
 from pipeline.threads import map_in_order
 from preprocess_raw_data import process_tar
 
@@ -172,7 +172,7 @@ def _stress_stream(
     """Send pictures of all sizes through the engine in any order: each has to come out as itself."""
     chosen = np.random.default_rng(0).integers(0, len(pictures), 100 if findings.is_toy else 8_192)
     stream = embed_stream(
-        embedder, chosen.tolist(), lambda index: embedder.decode(pictures[index]), count_cores(), EngineWatch()
+        embedder, chosen.tolist(), lambda index: embedder.decode(pictures[index]), count_cores(), Stopwatch()
     )
     rows = np.concatenate([done.embeddings for done in stream if done.embeddings is not None])
     _check_rows(findings, "the stream", rows, chosen, expected)

@@ -43,8 +43,7 @@ def run_standalone(config: Config, options: EvaluateOptions) -> cli.StageResult:
         models = load_datasets(options.embeddings, options, result)
     scores, device = [], choose_device(config.infrastructure.device)
     for place, embeddings in zip(models.places, models.embeddings, strict=True):
-        interval = config.logging.progress_interval_seconds
-        with Progress(f"score {place.name}", len(models.codes), "queries", interval) as progress:
+        with Progress(f"score {place.name}", len(models.codes), "queries") as progress:
             one = {"ignored": models.ignored, "device": device, "progress": progress.advance}
             try:
                 scores.append(score_queries(embeddings, models.codes, **one))

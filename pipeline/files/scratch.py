@@ -1,6 +1,7 @@
 """Rows of floats kept on disk while they are computed, so that an interrupted run goes on from there."""
 
 import contextlib
+import errno
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import Rejection
-from pipeline.files.workspace import locked, naming_failures, read_json, write_json
+from pipeline.files.workspace import locked, naming_failures, read_json_object, write_json
 from pipeline.log import logger
 from pipeline.own_folders import open_file, remove
 
@@ -24,46 +25,33 @@ class RowScratch:
     map: on a full disk that ends the process with SIGBUS.
     """
 
-    def __init__(self, output_path: Path, num_rows: int, identity: str) -> None:
+    def __init__(self, output_path: Path, identity: str) -> None:
         """Open an output's scratch, and go on from a run of the same `identity`; PipelineError if it is held."""
-        self.num_rows, self.identity = num_rows, identity
-        self._output_path = output_path
-        hidden = f".{output_path.name}"
-        self._rows_path = output_path.with_name(f"{hidden}.rows")
-        self._progress_path = output_path.with_name(f"{hidden}.progress.json")
+        hidden = output_path.with_name(f".{output_path.name}")
+        self._rows_path, self._progress_path = (Path(f"{hidden}.{end}") for end in ("rows", "progress.json"))
         with contextlib.ExitStack() as held, naming_failures(self._rows_path):
             held.enter_context(locked(output_path, "is making it: wait for that one, or stop it and run this again"))
             self._descriptor = open_file(self._rows_path, os.O_RDWR | os.O_CREAT)
             held.callback(os.close, self._descriptor)
             self._held = held.pop_all()
-        self.seen, self._saved = 0, time.monotonic()
-        self.width: int | None = None
-        self.rejects: dict[int, Rejection] = {}
-        self._load()
-
-    def _load(self) -> None:
-        """Take up the rows of the same run, else begin anew."""
-        try:
-            progress = read_json(self._progress_path)
-            is_whole = os.fstat(self._descriptor).st_size >= progress["num_bytes"]  # unless someone has removed it
-            if is_whole and progress["identity"] == self.identity and progress["num_rows"] == self.num_rows:
-                self.seen, self.width = progress["seen"], progress["width"]
-                self.rejects = {row: Rejection(reason, detail) for row, reason, detail in progress["rejects"]}
-                logger.info("%s: going on behind image %d of %d", self._output_path.name, self.seen, self.num_rows)
-                return
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # no note, or one that is not ours
-        os.ftruncate(self._descriptor, 0)
+        found, size = read_json_object(self._progress_path), os.fstat(self._descriptor).st_size
+        if found.get("identity") == identity and size >= found["num_bytes"]:  # unless someone has removed the rows
+            logger.info("%s: going on behind image %d", output_path.name, found["seen"])
+        else:
+            found = {"seen": 0, "width": None, "rejects": []}
+            os.ftruncate(self._descriptor, 0)
+        self.identity, self._saved = identity, time.monotonic()
+        self.seen: int = found["seen"]
+        self.width: int | None = found["width"]
+        self.rejects = {row: Rejection(reason, detail) for row, reason, detail in found["rejects"]}
 
     def write(self, rows: list[int], values: NDArray[np.float32]) -> None:
         """Store values (len(rows), D) at their places; raise PipelineError if the disk is full."""
         self.width = values.shape[1]
         with naming_failures(self._rows_path):
             for row, value in zip(rows, np.ascontiguousarray(values), strict=True):
-                data, place = value.tobytes(), row * value.nbytes
-                while data:  # a nearly full disk takes a part, and refuses the rest
-                    written = os.pwrite(self._descriptor, data, place)
-                    data, place = data[written:], place + written
+                if os.pwrite(self._descriptor, value, row * value.nbytes) < value.nbytes:  # a part of it has found room
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return the rows from `start` up to `stop`, (stop - start, D); rows never written are zero."""
@@ -81,15 +69,9 @@ class RowScratch:
     def save(self) -> None:
         """Make what is stored so far safe against a kill, and note how far it is."""
         os.fsync(self._descriptor)
-        progress = {
-            "identity": self.identity,
-            "num_rows": self.num_rows,
-            "num_bytes": os.fstat(self._descriptor).st_size,
-            "seen": self.seen,
-            "width": self.width,
-            "rejects": [[row, rejection.reason, rejection.detail] for row, rejection in self.rejects.items()],
-        }
-        write_json(self._progress_path, progress)
+        rejects = [[row, rejection.reason, rejection.detail] for row, rejection in self.rejects.items()]
+        progress = {"identity": self.identity, "num_bytes": os.fstat(self._descriptor).st_size}
+        write_json(self._progress_path, progress | {"seen": self.seen, "width": self.width, "rejects": rejects})
         self._saved = time.monotonic()
 
     def remove(self) -> None:

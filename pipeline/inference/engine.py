@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError, Rejection
 from pipeline.inference.backbone import Decoded, Embedder
 from pipeline.inference.images import count_turned, log_turned
 from pipeline.inference.passes import Launched, Staged
-from pipeline.log import EngineWatch
+from pipeline.log import Stopwatch
 from pipeline.threads import map_in_order, prefetch
 
 Item = TypeVar("Item")
@@ -52,7 +52,7 @@ def embed_stream(
     items: Iterable[Item | End],
     decode: Callable[[Item], Decoded],
     num_workers: int,
-    watch: EngineWatch,
+    watch: Stopwatch,
 ) -> Generator[Embedded[Item], None, None]:
     """Yield the outcome of the items, in their order, pass by pass.
 
@@ -85,7 +85,7 @@ def _gather(
     decode: Callable[[Item], Decoded],
     num_workers: int,
     in_flight: int,
-    watch: EngineWatch,
+    watch: Stopwatch,
 ) -> Iterator[tuple[Embedded[Item], Staged]]:
     """Read the items, have them decoded, and bring each pass to the device."""
 
@@ -129,7 +129,7 @@ def _gather(
         raise failure
 
 
-def _stage(embedder: Embedder, ready: list[Any], watch: EngineWatch) -> Staged:
+def _stage(embedder: Embedder, ready: list[Any], watch: Stopwatch) -> Staged:
     with watch.measure("stage"):
         return embedder.stage(ready)
 
@@ -141,7 +141,7 @@ def use_one_thread() -> None:
 
 
 def _compute_on_gpu(
-    embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], watch: EngineWatch
+    embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], watch: Stopwatch
 ) -> Iterator[Embedded[Item]]:
     """Run the passes, starting each before the previous one's embeddings are fetched."""
     under_way: tuple[Embedded[Item], Launched] | None = None
@@ -161,7 +161,7 @@ def _compute_on_gpu(
 
 
 def _compute_on_cpu(
-    embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], num_passes: int, watch: EngineWatch
+    embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], num_passes: int, watch: Stopwatch
 ) -> Iterator[Embedded[Item]]:
     """Run as many passes at once as there are cores."""
 
@@ -177,7 +177,7 @@ def _compute_on_cpu(
             yield _fetch(gathered, launched, watch)
 
 
-def _fetch(gathered: Embedded[Item], launched: Launched, watch: EngineWatch) -> Embedded[Item]:
+def _fetch(gathered: Embedded[Item], launched: Launched, watch: Stopwatch) -> Embedded[Item]:
     if gathered.items:
         with watch.measure("compute"):
             gathered.embeddings = launched.result()

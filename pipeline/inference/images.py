@@ -3,9 +3,11 @@
 import io
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
@@ -13,12 +15,12 @@ from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
 from pipeline.crashes import guarded
 from pipeline.errors import Rejection
 from pipeline.log import logger
-from pipeline.threads import Budget
 
 # The limit by the header: a decompression bomb is never decoded.
 MAX_PIXELS = 100_000_000
-# Pixels that are decoded at once take up to 8 bytes each.
-_PIXELS = Budget(MAX_PIXELS)
+# Two pictures of more pixels are decoded at once, as each pixel takes up to 8 bytes.
+LARGE_PIXELS = 2**24
+_TURNS_OF_LARGE = threading.BoundedSemaphore(2)
 # A scan takes as long as the pixels that it refines: 0.1 s for MAX_PIXELS. Encoders write 4 to 20.
 MAX_SCANS = 100
 # Pillow passes over fill bytes one by one, and copies all EXIF segments at each: this takes it a second.
@@ -84,7 +86,7 @@ def check_image(data: bytes) -> None:
     if structure is not None:
         try:
             with (
-                _PIXELS.spending(image.width * image.height),  # a progressive one has all its coefficients in memory
+                _take_turn(image),  # a progressive one has all its coefficients in memory
                 JpegImagePlugin.JpegImageFile(io.BytesIO(structure)) as empty,
             ):
                 empty.draft("L", (max(1, empty.width // 8), max(1, empty.height // 8)))
@@ -227,13 +229,17 @@ def log_turned() -> None:
         logger.info("%d pictures turned upright by their EXIF orientation", count)
 
 
+def _take_turn(image: Image.Image) -> AbstractContextManager[object]:
+    return _TURNS_OF_LARGE if image.width * image.height > LARGE_PIXELS else nullcontext()
+
+
 def load_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image as it lies: the first picture, the upper 8 of 16 bits, without transparency.
 
     Raises Rejection `unreadable_image`.
     """
     try:
-        with _PIXELS.spending(image.width * image.height):
+        with _take_turn(image):
             image.load()
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
                 upper = np.asarray(image) >> 8

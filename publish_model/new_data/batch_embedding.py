@@ -14,7 +14,7 @@ from pipeline.embeddings_dataset.parts import Outcome, PartContent, PartPlan, ma
 from pipeline.errors import Rejection
 from pipeline.inference.backbone import Decoded, Embedder, check_embeddings
 from pipeline.inference.engine import End, embed_stream
-from pipeline.log import EngineWatch
+from pipeline.log import Stopwatch
 
 
 @dataclass
@@ -35,7 +35,7 @@ class ReadBatch(End):
 
 
 def embed_batches(
-    embedder: Embedder, source: PackagedInput, batches: Iterable[ReadBatch], watch: EngineWatch
+    embedder: Embedder, source: PackagedInput, batches: Iterable[ReadBatch], watch: Stopwatch
 ) -> Generator[tuple[ReadBatch, PartContent], None, None]:
     """Yield the content of each read batch's part, in order; the next ones are read and decoded meanwhile.
 

@@ -30,7 +30,6 @@ class EmbedOptions(InputOptions):
     max_reject_fraction: float = 1.0
     shard: Shard = Shard()
     overwrite: bool = False
-    progress_interval_seconds: float = 30.0
 
 
 def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:

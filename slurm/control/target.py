@@ -95,7 +95,7 @@ def spell_options(options: EmbedOptions) -> list[str]:
     words = ["--input", str(options.input), "--output", str(options.output), "--model-id", options.model_id]
     for field in fields(options):
         value = getattr(options, field.name)
-        if field.name in ("input", "output", "model_id", "progress_interval_seconds") or value == field.default:
+        if field.name in ("input", "output", "model_id") or value == field.default:
             continue
         words.append("--no-filter-valid" if field.name == "filter_valid" else f"--{field.name.replace('_', '-')}")
         if not isinstance(value, bool):

@@ -51,8 +51,7 @@ def fit(
         provenance = provenance | {"counts": counts}
         run = begin_run(config, material, watch, provenance)
         num_anchors, saved_at = run.trainer.num_anchors, time.monotonic()
-        interval = config.logging.progress_interval_seconds
-        with Progress("train", config.training.num_epochs * num_anchors, "anchor", interval) as progress:
+        with Progress("train", config.training.num_epochs * num_anchors, "anchor") as progress:
             if saved is not None:
                 run.resume(saved.rest)
                 for record in run.history:

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline import own_folders
 from pipeline.cli import StageResult
 from pipeline.config import Config
-from pipeline.errors import HeldError, InputError, PipelineError, Terminated, one_line
+from pipeline.errors import HeldError, InputError, PipelineError, one_line
 from pipeline.files import tables, workspace
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.checkpoint import save_checkpoint
@@ -115,7 +115,7 @@ class Tuning:
         except PipelineError as error:
             logger.warning("trial %d failed: %s", trial.number, error)
             outcome = {"state": TrialState.FAIL}
-        except (KeyboardInterrupt, Terminated):
+        except KeyboardInterrupt:
             _retry(study, study.trials[trial.number])
             raise
         told = study.tell(trial, **outcome)
@@ -129,14 +129,14 @@ class Tuning:
         better.
         """
         config = search_space.apply(self.config, trial.params)
-        interval, objective = config.logging.progress_interval_seconds, self.options.objective
+        objective = self.options.objective
         settings = self.provenance["settings"] | trial.params
         provenance = self.provenance | {"settings": settings, "trial": trial.number}
         folder = self.folder / f"trial_{trial.number:04d}"
         with training_within_memory(config), sending_metrics(config.logging, folder, provenance) as send:
             run = begin_run(config, material, watch, provenance)
             total = config.training.num_epochs * run.trainer.num_anchors
-            with Progress(f"trial {trial.number}", total, "anchor", interval) as bar:
+            with Progress(f"trial {trial.number}", total, "anchor") as bar:
                 for record in run.run_epochs(bar):
                     send(record)
                     if record["epoch"] and record["val"]:
