@@ -52,8 +52,7 @@ DIFFICULTY_SCHEMA = pa.schema(
 )
 # At least so many images set the band edges: 5 % of a small city are too few.
 MIN_SAMPLE = 10_000
-# Parts searched together. On a GPU more queries lie nearer together in a tile, so that it skips more points: 500,000
-# queries, whose neighbours take 1 GB.
+# Parts searched together: a GPU takes 500,000 queries, whose neighbours take 1 GB.
 PARTS_AT_ONCE = {"cpu": 1, "cuda": 25}
 # Neighbours written at a time; a row group is a part, or less of it where an image has very many.
 MAX_NEIGHBORS_PER_GROUP = 1 << 23

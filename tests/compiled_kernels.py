@@ -33,12 +33,14 @@ def compile_kernel(kernel: Any, capability: int, floats: str, constants: dict[st
     """Compile a kernel whose points are of type `floats`, and say what its PTX holds."""
     types = {"queries": floats, "points": floats} | TYPES
     signature = {name: "constexpr" if name in constants else f"*{types.get(name, 'i32')}" for name in kernel.arg_names}
+    if "num_tiles" in signature:
+        signature["num_tiles"] = "i32"
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={places[name]: value for name, value in constants.items()},
-        attrs={place: [["tt.divisibility", 16]] for name, place in places.items() if name not in constants},
+        attrs={places[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind.startswith("*")},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     product = re.search(r"^\s*(wgmma|mma)\.", compiled.asm["ptx"], re.MULTILINE)

@@ -1,5 +1,4 @@
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -171,56 +170,6 @@ def test_a_dense_cluster_is_searched_again_in_float64() -> None:
     search = NeighborSearch(points, codes, 20, "torch", CPU)
     search.find(np.arange(len(points)))
     assert search.num_redone > 0
-
-
-class Kernel(TiledEngine):
-    """What stands in for a GPU's kernel: it wants its queries in an order of its own."""
-
-    @property
-    def order(self) -> torch.Tensor:
-        return torch.arange(len(self._points)).flip(0)
-
-
-# Longer than what the warning has room for.
-KERNEL_ERROR = "ptxas exited with error code 127" + " and more" * 40 + ", at the end why"
-
-
-class FailingKernel(Kernel):
-    def search(self, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise RuntimeError(KERNEL_ERROR)
-
-
-class LyingKernel(Kernel):
-    """Passes over every seventh point, and proves too much."""
-
-    def search(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        candidates, bounds = super().search(*arguments)
-        return candidates.masked_fill(candidates % 7 == 0, -1), bounds
-
-
-@pytest.mark.parametrize(
-    ("kernel", "warning"),
-    [
-        (Kernel, None),
-        (FailingKernel, f".*: the GPU's kernel failed in a trial: .*{KERNEL_ERROR}$"),
-        (LyingKernel, r".*: the GPU's kernel found other neighbours than float64 for \d+ of \d+ images of a trial$"),
-    ],
-)
-def test_a_kernel_is_tried_before_it_searches_and_tiles_take_its_place_where_it_fails_or_lies(
-    kernel: type[Kernel], warning: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    points, codes = draw_points(3_000)
-    monkeypatch.setattr(NeighborSearch, "_make_engine", lambda self: kernel(self._points, self._point_codes))
-    search = NeighborSearch(points, codes, 20, "torch", CPU)
-    assert type(search._engine) is (Kernel if warning is None else TiledEngine)
-    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(messages) == (warning is not None)
-    assert warning is None or re.match(warning, messages[0])
-    monkeypatch.undo()
-    rows, distances = search.find(np.arange(len(points)))
-    expected_rows, expected_distances = NeighborSearch(points, codes, 20, "torch", CPU).find(np.arange(len(points)))
-    assert (rows == expected_rows).all()
-    assert (distances == expected_distances).all()
 
 
 def test_grey_tiles_cost_no_second_search() -> None:

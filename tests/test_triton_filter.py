@@ -14,10 +14,12 @@ from test_neighbors import CASES
 
 pytest.importorskip("triton", reason="the GPU's kernels need triton")
 
-from difficulty_metadata.neighbor_search import neighbors
+from triton.errors import TritonError
+
+from difficulty_metadata.neighbor_search import neighbors, triton_filter
 from difficulty_metadata.neighbor_search.engines import TiledEngine
 from difficulty_metadata.neighbor_search.neighbors import NeighborSearch
-from difficulty_metadata.neighbor_search.triton_filter import TritonEngine, order_in_space
+from difficulty_metadata.neighbor_search.triton_filter import TritonEngine
 
 OTHERS = ["lists too short", "room too small", "two levels", "wide points", "huge numbers", "tiny numbers"]
 
@@ -62,14 +64,19 @@ def test_a_list_that_overflows_has_its_query_searched_again(case: str, results: 
     assert results[case]["redone"] > 0
 
 
-def test_a_gpu_without_triton_searches_by_tiles(
+# Longer than what a short warning has room for.
+KERNEL_ERROR = "ptxas exited with error code 127" + " and more" * 40 + ", at the end why"
+
+
+def test_a_gpu_without_triton_or_whose_kernel_fails_searches_by_tiles(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(neighbors, "_MIN_TRITON_POINTS", 100)
     monkeypatch.setattr(neighbors.logger, "propagate", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(TritonEngine, "search", lambda *_: None)
     search = NeighborSearch.__new__(NeighborSearch)
-    search.backend, search.device = "torch", torch.device("cuda")
+    search.backend, search.device, search._num_neighbors = "torch", torch.device("cuda"), 5
 
     def choose(num_points: int, num_dims: int) -> type:
         search._points, search._point_codes = torch.rand(num_points, num_dims), torch.arange(num_points).int()
@@ -81,14 +88,13 @@ def test_a_gpu_without_triton_searches_by_tiles(
         assert choose(100, 5) is TiledEngine
         assert "triton is not installed" in caplog.text
 
+        def fail(*_: object) -> None:
+            raise TritonError(KERNEL_ERROR)
 
-def test_points_in_order_are_each_there_once_and_near_each_other() -> None:
-    points = torch.from_numpy(np.random.default_rng(0).random((5_000, 3), dtype=np.float32))
-    order = order_in_space(points)
-    assert sorted(order.tolist()) == list(range(5_000))
-    tiles = points[order][: 39 * 128].view(39, 128, 3)
-    widths = (tiles.amax(dim=1) - tiles.amin(dim=1)).prod(dim=1)
-    assert float(widths.mean()) < 0.1  # of the cube's volume: 2 / 39 for perfect cells cut across by a tile
+        monkeypatch.setattr(TritonEngine, "search", fail)
+        monkeypatch.setitem(sys.modules, "difficulty_metadata.neighbor_search.triton_filter", triton_filter)
+        assert choose(100, 5) is TiledEngine
+        assert f"the GPU's kernel: {KERNEL_ERROR}" in caplog.text
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, 1_000.0])

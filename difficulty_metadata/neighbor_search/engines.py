@@ -26,10 +26,6 @@ Found = tuple[torch.Tensor, torch.Tensor]
 class Engine(Protocol):
     """A search among points given at construction."""
 
-    @property
-    def order(self) -> torch.Tensor | None:
-        """The best order of queries at the points; None if it does not matter."""
-
     def search(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int, /) -> Found:
         """Return candidates (Q, m) int64, padded with -1, and bounds (Q,) float64.
 
@@ -40,8 +36,6 @@ class Engine(Protocol):
 
 class BallTreeEngine:
     """scikit-learn's BallTree, in float64: the reference."""
-
-    order = None
 
     def __init__(self, points: torch.Tensor) -> None:
         from sklearn.neighbors import BallTree
@@ -68,8 +62,6 @@ class TiledEngine:
     Of each tile it keeps the points below a query's threshold, which is guessed from a sample. A guess that is too low
     gives fewer candidates and a lower bound, but never a wrong one.
     """
-
-    order = None
 
     def __init__(self, points: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
         # (y, |y|²), so that one product with (-2x, 1) gives |x - y|² - |x|², which orders as the distance does.

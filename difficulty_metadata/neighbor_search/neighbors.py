@@ -28,22 +28,10 @@ _MIN_TRITON_POINTS = 65_536
 _MAX_TRITON_DIMS = 64
 # Ampere, the oldest architecture that Triton compiles the kernels for.
 _TRITON_CAPABILITY = (8, 0)
-# Anchors compared in the kernel's trial: a second's work in float64 at 5.8 million points.
-TRIAL_ANCHORS = 256
 # Candidates held at a time: cuts repeated searches with very many.
 _MAX_CANDIDATES = 1 << 24
 # Coordinates of candidates held at a time in float64: 8 MB on a CPU, to stay near the cache.
 _MAX_COORDINATES = {"cpu": 1 << 20, "cuda": 1 << 26}
-
-
-def _kernel_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of a compiler, a driver or a kernel, Triton's own included."""
-    errors: tuple[type[Exception], ...] = (*COMPILE_ERRORS, ValueError, TypeError, AttributeError, LookupError)
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return errors
-    return (*errors, TritonError)
 
 
 @dataclass(frozen=True)
@@ -127,13 +115,6 @@ class NeighborSearch:
         self._building_sizes = np.bincount(building_codes)
         self._engine = self._make_engine()
         self._float64_engine: Engine | None = None
-        # Each point's place in the order in which the engine prefers its queries.
-        self._places = np.arange(len(self._points))
-        if self._engine.order is not None:
-            self._places[self._engine.order.cpu().numpy()] = np.arange(len(self._points))
-            if not self._passes_trial(self._engine):
-                self._engine = TiledEngine(self._points, self._point_codes)
-                self._places = np.arange(len(self._points))
 
     def _make_engine(self) -> Engine:
         if self.backend == "balltree":
@@ -141,35 +122,20 @@ class NeighborSearch:
         is_gpu = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= _TRITON_CAPABILITY
         if is_gpu and len(self._points) >= _MIN_TRITON_POINTS and self._points.shape[1] <= _MAX_TRITON_DIMS:
             try:
+                from triton.errors import TritonError
+
                 from difficulty_metadata.neighbor_search.triton_filter import TritonEngine
             except ImportError:
                 logger.info("triton is not installed: the GPU searches by torch's tiles, which is slower")
+                return TiledEngine(self._points, self._point_codes)
+            engine = TritonEngine(self._points, self._point_codes)
+            try:  # its kernels are compiled here, by this machine's compiler and for its driver
+                engine.search(self._points[:1], self._point_codes[:1], self._num_neighbors + SPARE_CANDIDATES)
+            except (*COMPILE_ERRORS, TritonError, ValueError, TypeError, AttributeError, LookupError) as error:
+                logger.warning("torch's tiles search, which is slower: the GPU's kernel: %s", one_line(error)[:1000])
             else:
-                return TritonEngine(self._points, self._point_codes)
+                return engine
         return TiledEngine(self._points, self._point_codes)
-
-    def _passes_trial(self, engine: Engine) -> bool:
-        """Whether the engine finds the neighbours that tiles in float64 find; log why not.
-
-        Its kernel is compiled here, by this machine's compiler and for its driver. The anchors are spread over all
-        points.
-        """
-        anchors = np.linspace(0, len(self._codes) - 1, TRIAL_ANCHORS).astype(np.int64)
-        anchors = anchors[np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")]
-        num_candidates, problem = self._num_neighbors + SPARE_CANDIDATES, ""
-        try:
-            rows, squared, is_proven = self._search(engine, anchors, num_candidates)
-        except _kernel_errors() as error:
-            problem = f"failed in a trial: {one_line(error)[:1000]}"
-        else:
-            tiles = TiledEngine(self._points, self._point_codes, torch.float64)
-            expected = self._search(tiles, anchors, num_candidates)
-            is_wrong = (rows != expected[0]).any(dim=1) | (squared != expected[1]).any(dim=1)
-            if num_wrong := int((is_wrong & is_proven & expected[2]).sum()):
-                problem = f"found other neighbours than float64 for {num_wrong} of {len(rows)} images of a trial"
-        if problem:
-            logger.warning("torch's tiles search, which is slower: the GPU's kernel %s", problem)
-        return not problem
 
     def find(
         self, anchors: np.ndarray, report: Callable[[int], None] = lambda _: None
@@ -181,17 +147,16 @@ class NeighborSearch:
         """
         rows = np.empty((len(anchors), self._num_neighbors), dtype=np.int64)
         distances = np.empty(rows.shape, dtype=np.float32)
-        order = np.argsort(self._places[self._groups.group_of_row[anchors]], kind="stable")
         done = 0
         while done < len(anchors):
             self._block_anchors, (found, squared) = halve_until_it_fits(
-                lambda count: self._find_block(anchors[order[done : done + count]]),  # noqa: B023 (called at once)
+                lambda count: self._find_block(anchors[done : done + count]),  # noqa: B023 (called at once)
                 self._block_anchors, LEAST_BLOCK_ANCHORS, "the search",
             )  # fmt: skip
-            block = order[done : done + self._block_anchors]
+            block = slice(done, done + len(found))
             rows[block], distances[block] = found.cpu().numpy(), squared.sqrt().float().cpu().numpy()
-            report(len(block))
-            done += len(block)
+            report(len(found))
+            done += len(found)
         return rows, distances
 
     def _find_block(self, anchors: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,9 +14,7 @@ Stability of Numerical Algorithms, section 3.1) gives for rounding to nearest, a
 bound). |y|²/2 and the last subtraction are in float32: 2^-22 (X + Y)² is more than they can lose. All this is taken
 off the limit that scores are compared with (`_score_limits`).
 
-A tile of points is skipped where its bounding box is farther from the queries' box than every query's threshold. Points
-are ordered by halving boxes at the median of their widest side, so that boxes are small. The gap is a sum of squares,
-which float32 computes to (d + 3) 2^-24 of it; so are the second kernel's distances.
+The second kernel's distances are sums of squares, which float32 computes to (d + 3) 2^-24 of them.
 """
 
 from dataclasses import dataclass
@@ -47,22 +45,18 @@ _HALF_ROUNDOFF, _HALF_SUBNORMAL = 2.0**-11, 2.0**-25
 _LARGEST_EXPONENT = 8
 # Relative room for a float32 sum of up to 64 squared differences: (64 + 3) 2^-24 < 2^-17, and half of it to spare.
 _SUM_ROOM = 2.0**-16
-# Points of a cell that choose the direction in which it is halved.
-_CELL_SAMPLE = 64
 # Bytes of lists held at a time.
 _MAX_LIST_BYTES = 1 << 31
 
 
 @dataclass(frozen=True)
 class _Level:
-    """All points or a sample, ordered so that near ones are together, padded to whole tiles."""
+    """All points or a sample, padded to whole tiles."""
 
     points: torch.Tensor  # (M, D) float32, padding at infinity
     codes: torch.Tensor  # (M,) int32, -2 where padding
     halves: torch.Tensor  # (M, D) float16, scaled
     half_norms: torch.Tensor  # (M,) float32, |y|²/2 scaled, by the kernel's columns of a tile
-    lows: torch.Tensor  # (tiles, d) float32, the tiles' bounding boxes
-    highs: torch.Tensor  # (tiles, d) float32
 
 
 class TritonEngine:
@@ -70,12 +64,10 @@ class TritonEngine:
 
     def __init__(self, points: torch.Tensor, codes: torch.Tensor) -> None:
         """Take points (N, d) float32 and their buildings (N,) int32, on a GPU or, interpreted, on a CPU."""
-        self.order = order_in_space(points)
         self._num_dims = points.shape[1]
         self._width = max(16, triton.next_power_of_2(self._num_dims))
         largest = float(points.abs().max())
         self._scale = 2.0 ** (_LARGEST_EXPONENT - torch.tensor(largest).frexp().exponent.item()) if largest else 1.0
-        points, codes = points[self.order], codes[self.order]
         self._levels = [self._make_level(points, codes)]
         while len(points) > DENSE_POINTS or len(self._levels) == 1:
             points, codes = points[::SAMPLE_STRIDE], codes[::SAMPLE_STRIDE]
@@ -86,18 +78,15 @@ class TritonEngine:
         wide = pad(points, (0, self._width - self._num_dims))
         half_norms = pad((points.double() * self._scale).square().sum(dim=1) / 2, (0, missing), value=torch.inf)
         by_column = half_norms.float().view(-1, TILE_GROUPS, TILE_POINTS // TILE_GROUPS).transpose(1, 2)
-        tiles = pad(points, (0, 0, 0, missing), value=torch.inf).view(-1, TILE_POINTS, self._num_dims)
         return _Level(
             pad(wide, (0, 0, 0, missing), value=torch.inf),
             pad(codes, (0, missing), value=-2),
             pad((wide * self._scale).half(), (0, 0, 0, missing)),
             by_column.reshape(-1).contiguous(),
-            tiles.amin(dim=1),
-            tiles.masked_fill(tiles.isinf(), -torch.inf).amax(dim=1),
         )
 
     def search(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int) -> Found:
-        """See Engine. Queries in the order of `order` have fewer tiles to look at."""
+        """See Engine."""
         ranks = [num_candidates]
         for _ in self._levels[1:]:
             expected = ranks[-1] / SAMPLE_STRIDE
@@ -116,8 +105,7 @@ class TritonEngine:
         near, squared, is_whole = self._collect(0, queries, query_codes, thresholds, ranks[1])
         count = min(ranks[0], near.shape[1])
         best, places = squared.topk(count, dim=1, largest=False)
-        near = near.gather(1, places).masked_fill(best.isinf(), -1)
-        candidates = torch.where(near >= 0, self.order[near], -1)
+        candidates = near.gather(1, places).masked_fill(best.isinf(), -1)
         bounds = thresholds.double()
         if count == ranks[0]:
             bounds = torch.minimum(bounds, best[:, -1].double() * (1 - _SUM_ROOM))
@@ -152,7 +140,6 @@ class TritonEngine:
         limits = self._score_limits(queries, thresholds).masked_fill(~can_search, torch.inf)
         limits = pad(limits, (0, padding), value=torch.inf)
         padded = torch.cat([queries, queries[-1:].expand(padding, -1)])
-        tile_starts, tiles = _list_tiles(padded, thresholds, level)
         wide = pad(padded, (0, self._width - self._num_dims))
         expected = SAMPLE_STRIDE * rank
         capacity = 16 * -(-int(_LIST_ROOM * expected / TILE_GROUPS) // 16)
@@ -160,8 +147,9 @@ class TritonEngine:
         notes = torch.empty((len(padded), TILE_GROUPS, capacity), dtype=torch.int32, device=device)
         counts = torch.empty((len(padded), TILE_GROUPS), dtype=torch.int32, device=device)
         note_groups[(len(padded) // TILE_ROWS,)](
-            (wide * self._scale).half(), limits, level.halves, level.half_norms, tile_starts, tiles, notes, counts,
-            self._width, TILE_ROWS, TILE_POINTS, TILE_GROUPS, capacity, **(KERNEL_OPTIONS if queries.is_cuda else {}),
+            (wide * self._scale).half(), limits, level.halves, level.half_norms, len(level.points) // TILE_POINTS,
+            notes, counts, self._width, TILE_ROWS, TILE_POINTS, TILE_GROUPS, capacity,
+            **(KERNEL_OPTIONS if queries.is_cuda else {}),
         )  # fmt: skip
         near = torch.empty((num_queries, room), dtype=torch.int32, device=device)
         squared = torch.full((num_queries, room), torch.inf, device=device)
@@ -189,27 +177,6 @@ class TritonEngine:
         return limits
 
 
-def order_in_space(points: torch.Tensor) -> torch.Tensor:
-    """Return an order (N,) that keeps near points (N, d) together, by halving cells until each fits a tile.
-
-    A cell is halved at the median along the direction in which a sample of it varies most.
-    """
-    num_points, device = len(points), points.device
-    order = torch.arange(num_points, device=device)
-    num_cells = 1
-    while num_points > num_cells * TILE_POINTS:
-        starts = torch.arange(num_cells + 1, device=device) * num_points // num_cells
-        sizes = starts.diff()
-        steps = torch.arange(_CELL_SAMPLE, device=device)
-        sampled = starts[:-1, None] + steps * sizes[:, None] // _CELL_SAMPLE
-        directions = points[order[sampled]].var(dim=1).argmax(dim=1)  # (cells,)
-        cells = torch.repeat_interleave(torch.arange(num_cells, device=device), sizes)
-        by_value = points[order, directions[cells]].argsort(stable=True)
-        order = order[by_value[cells[by_value].argsort(stable=True)]]
-        num_cells *= 2
-    return order
-
-
 def _nearest_squared(queries: torch.Tensor, query_codes: torch.Tensor, level: _Level, rank: int) -> torch.Tensor:
     """Return the approximate squared distance (Q,) of each query's `rank`-th point of another building in a level."""
     points = level.points[: int((level.codes != -2).sum()), : queries.shape[1]]
@@ -218,20 +185,3 @@ def _nearest_squared(queries: torch.Tensor, query_codes: torch.Tensor, level: _L
     scores.masked_fill_(level.codes[: len(points)] == query_codes[:, None], torch.inf)
     best: torch.Tensor = scores.topk(min(rank, len(points)), dim=1, largest=False).values[:, -1]
     return (best + queries.square().sum(dim=1)).clamp(min=0.0)
-
-
-def _list_tiles(queries: torch.Tensor, thresholds: torch.Tensor, level: _Level) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where the list of each query tile starts (T + 1,), and the lists: the tiles of points near enough."""
-    boxes = queries.view(-1, TILE_ROWS, queries.shape[1])
-    lows, highs = boxes.amin(dim=1), boxes.amax(dim=1)
-    reach = pad(thresholds.masked_fill(thresholds.isinf(), -1.0), (0, len(queries) - len(thresholds)), value=-1.0)
-    farthest = reach.view(-1, TILE_ROWS).amax(dim=1, keepdim=True)  # (T, 1)
-    squared = torch.zeros((len(lows), len(level.lows)), device=queries.device)
-    for dim in range(queries.shape[1]):
-        beyond = level.lows[None, :, dim] - highs[:, None, dim]
-        before = lows[:, None, dim] - level.highs[None, :, dim]
-        squared += torch.maximum(beyond, before).clamp_(min=0.0).square_()
-    query_tiles, tiles = (squared * (1 - _SUM_ROOM) <= farthest).nonzero(as_tuple=True)
-    counts = query_tiles.bincount(minlength=len(lows))
-    starts = pad(counts.cumsum(0), (1, 0))
-    return starts.int(), tiles.int()

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def note_groups(
-    queries, limits, points, half_norms, tile_starts, tiles, notes, counts,
+    queries, limits, points, half_norms, num_tiles, notes, counts,
     width: tl.constexpr, tile_rows: tl.constexpr, tile_points: tl.constexpr, num_groups: tl.constexpr,
     capacity: tl.constexpr,
 ):  # fmt: skip
-    """Note, for each query of a tile, the groups of points in which one scores at least the query's limit.
+    """Note, for each query of a tile, the groups of all points in which one scores at least the query's limit.
 
     Group g of every tile goes to the query's g-th list, of length `capacity`; `counts` (Q, num_groups) are the numbers
     found. The columns of a tile belong to the groups in turn; in memory its points lie group by group.
@@ -34,9 +34,8 @@ def note_groups(
     limit = tl.load(limits + rows)
     lists = notes + (rows[:, None].to(tl.int64) * num_groups + groups[None, :]) * capacity
     num = tl.zeros((tile_rows, num_groups), tl.int32)
-    for place in range(tl.load(tile_starts + query_tile), tl.load(tile_starts + query_tile + 1)):
-        tile = tl.load(tiles + place)
-        first = tile.to(tl.int64) * tile_points
+    for tile in range(num_tiles):
+        first = tl.cast(tile, tl.int64) * tile_points
         y = tl.load(points + first * width + members[:, None] * width + dims[None, :])
         half_norm = tl.load(half_norms + first + columns)
         scores = tl.dot(x, tl.trans(y)) - half_norm[None, :]
