@@ -90,7 +90,7 @@ def adopt(arguments: argparse.Namespace) -> cli.StageResult:
     else:
         result.kept.append(dataset.folder)
     state = store.write_state()
-    for part in store.find_parts().values():
+    for part in store.parts.values():
         result.add(part.counts, part.reasons)
     logger.info("dataset: %d of %d parts are there", state["parts_done"], state["parts_total"])
     if not state["complete"]:

@@ -84,7 +84,8 @@ def test_a_file_that_is_no_part_of_this_input_is_refused(embed, packaged, tmp_pa
     outcome = embed(packaged, tmp_path / "out")
     assert outcome.code == 1
     assert outcome.stderr.splitlines()[-1] == (
-        f"error: {tmp_path / 'out' / 'parts' / extra}: no part of this input: remove it, or give another --output"
+        f"error: {tmp_path / 'out' / 'parts' / extra}: no part of this input: give the --input and --read-batch-size "
+        "that it was made with, or move it away"
     )
 
 

@@ -9,22 +9,24 @@ import pyarrow as pa
 
 from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.deletions import finish_order, read_order
-from pipeline.embeddings_dataset.packaged_input import SHAPING_OPTIONS, PackagedInput, read_batches
+from pipeline.embeddings_dataset.packaged_input import SHAPING_OPTIONS, PackagedInput
 from pipeline.embeddings_dataset.parts import (
     STAGE,
     ForeignError,
     Part,
     PartContent,
+    PartFiles,
     PartPlan,
-    count_rows,
+    find_parts,
     list_part_files,
     plan_parts,
-    read_parts,
+    read_planned,
+    rejects_beside,
     write_part,
 )
-from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutputError
+from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.files.tables import make_provenance
-from pipeline.files.workspace import remove_made, write_json
+from pipeline.files.workspace import remove_made
 from pipeline.ids import Shard
 from pipeline.inference.precision import Precision
 from pipeline.log import logger
@@ -59,8 +61,10 @@ class Appending:
             "input_path": source.path.resolve().name, "model_id": folder.name if folder.is_dir() else model_id,
             **self.recipe, **noted, "rows_total": source.num_rows, "parts_total": len(self.plans),
         }  # fmt: skip
+        self._own = self.plans  # this run's
         self.parts: dict[str, Part] = {}  # this run's, as they are there
-        self.work: dict[int, list[PartPlan]] = {}  # the parts to make by row group
+        self.work: list[PartPlan] = []  # the parts to make, in input order
+        self.num_rows = 0, 0  # of the input, that this run leaves as they are and that it works on
 
     def check(self, found: dict[str, Any], where: Path) -> None:
         """Raise StaleOutputError naming the first thing in which what is there was made otherwise."""
@@ -79,20 +83,33 @@ class Appending:
         Raises StaleOutputError for a part of another recipe or not ours, InputError for a file that is no part of this
         input, or cannot be read.
         """
-        rejects = {path.name for path in (self.dataset.folder / "_rejects").glob("rg*.parquet")}
-        parts = {}
-        for path, part in read_parts(self.dataset.folder):
+        files, found = self.survey(), {}
+        for path in files.foreign:
+            raise ForeignError(path)
+        for part in files.parts:
+            if part.plan == self.plans[part.path.name] and rejects_beside(part.path).exists():
+                found[part.path.name] = part
+            else:
+                logger.warning("%s: damaged, or its rejects are missing: it is made again", part.path)
+        for path in files.damaged:
+            logger.warning("%s: damaged: it is made again", path)
+        return found
+
+    def survey(self) -> PartFiles:
+        """Return the files that are there.
+
+        Raises InputError for a file that is no part of this input, StaleOutputError for a part of another recipe.
+        """
+        files = find_parts(self.dataset.folder)
+        for path in (*files.foreign, *files.damaged, *(part.path for part in files.parts)):
             if path.name not in self.plans:
-                raise InputError(f"{path}: no part of this input: remove it, or give another --output")
-            if isinstance(part, ForeignError):
-                raise part
-            if isinstance(part, Part):
-                self.check(part.recipe, path)
-            if isinstance(part, DamagedError) or part.plan != self.plans[path.name]:
-                logger.warning("%s: damaged: it is made again", path)
-            elif path.name in rejects:
-                parts[path.name] = part
-        return parts
+                raise InputError(
+                    f"{path}: no part of this input: give the --input and --read-batch-size that it was made with, or "
+                    "move it away"
+                )
+        for part in files.parts:
+            self.check(part.recipe, part.path)
+        return files
 
     def write_part(self, plan: PartPlan, content: PartContent) -> None:
         """Write a part and its rejects, without deleted ids."""
@@ -106,8 +123,10 @@ class Appending:
         """
         while True:
             listed = list_part_files(self.dataset.folder)
-            state = self.dataset.update_state(self.find_parts().values(), self._first_state)
+            found = self.find_parts()
+            state = self.dataset.update_state(found.values(), self._first_state)
             if list_part_files(self.dataset.folder) == listed:
+                self.parts = {name: part for name, part in found.items() if name in self._own}
                 return state
 
     def find_work(self, begun: dict[str, Any] | None, shard: Shard, limit: int | None, *, overwrite: bool) -> None:
@@ -124,20 +143,12 @@ class Appending:
             raise PipelineError(f"{folder}: a deletion of ids was interrupted: {remedy}")
         row_groups = set(shard.take(list(range(len(self.source.row_group_rows)))))
         self._own = {name: plan for name, plan in self.plans.items() if plan.row_group in row_groups}
-        self.parts = {} if overwrite else self._find_own_parts()
-        for name, plan in self._own.items():
-            if plan.rows_within(limit) > (self.parts[name].counts["in"] if name in self.parts else 0):
-                self.work.setdefault(plan.row_group, []).append(plan)
-
-    def _find_own_parts(self) -> dict[str, Part]:
-        return {name: part for name, part in self.find_parts().items() if name in self._own}
-
-    @property
-    def num_rows(self) -> tuple[int, int]:
-        """Rows of the input that this run leaves as they are, and rows that it works on."""
-        redone = {plan.name: plan for plans in self.work.values() for plan in plans}
-        kept = sum(part.counts["in"] for name, part in self.parts.items() if name not in redone)
-        return kept, sum(plan.rows_within(self._limit) for plan in redone.values())
+        found = {} if overwrite else self.find_parts()
+        self.parts = {name: part for name, part in found.items() if name in self._own}
+        done = {name: part.counts["in"] for name, part in self.parts.items()}
+        self.work = [plan for name, plan in self._own.items() if plan.rows_within(limit) > done.get(name, 0)]
+        kept = sum(done.values()) - sum(done.get(plan.name, 0) for plan in self.work)
+        self.num_rows = kept, sum(plan.rows_within(limit) for plan in self.work)
 
     def begin(self) -> None:
         """Take up the dataset or begin it; with `overwrite` what is there is set aside first.
@@ -148,33 +159,20 @@ class Appending:
         if self._overwrite:
             self.dataset.set_all_aside()
             finish_order(folder)
-        if self.dataset.state is None and self.dataset.state_path.exists():  # damaged
+        if self.dataset.state is None:
             self.dataset.update_state((), self._first_state)
-        elif self.dataset.state is None:  # unless another process has just written it
-            state = self._first_state | count_rows(()) | {"complete": False}
-            write_json(self.dataset.state_path, state, once=True)
         self.check(self.dataset.state or self.recipe, folder)
 
     def read_missing(self) -> Iterator[tuple[PartPlan, pa.Table]]:
-        """Yield the rows of each missing part, row group by row group.
+        """Yield the rows of each missing part, in input order.
 
         Raises InputError if the input ends before the place that its footer names.
         """
-        for row_group, plans in self.work.items():
-            wanted = {plan.read_batch: plan for plan in plans}
-            for read_batch, table in enumerate(read_batches(self.source, row_group)):
-                plan = wanted.pop(read_batch, None)
-                if plan is not None:
-                    yield plan, table.slice(0, plan.rows_within(self._limit))
-                if not wanted:
-                    break
-            if wanted:
-                raise InputError(f"{self.source.path}: row group {row_group} ends too early: fetch the file again")
+        for plan, table in read_planned(self.source, self.work):
+            yield plan, table.slice(0, plan.rows_within(self._limit))
 
     def finish(self) -> dict[str, Any]:
         """Write the state and return it; what was set aside goes once the dataset is complete."""
-        if self.work:
-            self.parts = self._find_own_parts()
         state = self.write_state()
         if state["complete"]:
             remove_made(self.dataset.folder / SET_ASIDE, r"\d+")

@@ -17,20 +17,21 @@ from pipeline.embeddings_dataset.packaged_input import (
     SHAPING_OPTIONS,
     PackagedInput,
     open_packaged,
-    read_batches,
 )
 from pipeline.embeddings_dataset.parts import (
     EMBEDDING_COLUMN,
     ForeignError,
     Part,
+    PartFiles,
     count_rows,
     embeddings_of,
+    find_parts,
     is_ours,
     read_image_hashes,
-    read_parts,
+    read_planned,
     rejects_beside,
 )
-from pipeline.errors import DamagedError, InputError
+from pipeline.errors import InputError
 from pipeline.files.identity import hash_json
 from pipeline.files.tables import open_parquet
 from pipeline.files.workspace import locked, read_json_object, write_json
@@ -90,18 +91,20 @@ class EmbeddingsDataset:
 
         None stands for a dataset that has not begun. Raises ForeignError for one that this project did not write.
         """
-        state = read_state(self.state_path)
-        if state.get("embedding_version"):
+        if (state := self.state) is not None:
             return state
-        strange = [self.state_path] if state else []
-        for path, part in read_parts(self.folder):
-            if isinstance(part, Part):
-                logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
-                return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
-            strange += [path] if isinstance(part, ForeignError) else []
-        if strange:
-            raise ForeignError(strange[0])
+        files = find_parts(self.folder)
+        for part in files.parts:
+            logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
+            return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
+        for path in self.list_foreign(files):
+            raise ForeignError(path)
         return None
+
+    def list_foreign(self, files: PartFiles) -> list[Path]:
+        """Return the state, parts and rejects that this project did not write."""
+        state = [self.state_path] if self.state is None and read_state(self.state_path) else []
+        return [*state, *files.foreign, *(path for path in files.orphans if not is_ours(path))]
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -109,28 +112,26 @@ class EmbeddingsDataset:
 
         Raises InputError where there is none or a part is damaged, ForeignError where one is not ours.
         """
-        parts: list[Part] = []
-        state = self.state or {}
-        for path, part in read_parts(self.folder):
-            if isinstance(part, ForeignError):
-                raise part
-            if isinstance(part, DamagedError):
-                raise InputError(f"{path}: damaged: run verify_embeddings.py --repair and stage 8 again")
-            state = state or part.recipe
-            if other := next((key for key, value in part.recipe.items() if value != state.get(key)), None):
-                raise InputError(f"{path}: made with another {other} than the dataset: run verify_embeddings.py")
-            parts.append(part)
-        if not parts:
+        files = find_parts(self.folder)
+        for path in files.foreign:
+            raise ForeignError(path)
+        for path in files.damaged:
+            raise InputError(f"{path}: damaged: run verify_embeddings.py --repair and stage 8 again")
+        if not files.parts:
             raise InputError(
                 f"{self.folder}: holds no embeddings (parts/*.parquet): run stage 8 first, or correct the path"
             )
-        counts = count_rows(parts)
+        state = self.state or files.parts[0].recipe
+        for part in files.parts:
+            for other in (key for key, value in part.recipe.items() if value != state.get(key)):
+                raise InputError(f"{part.path}: made with another {other} than the dataset: run verify_embeddings.py")
+        counts = count_rows(files.parts)
         if counts["parts_done"] != state.get("parts_total"):
             logger.warning(
                 "%s is not complete: %d of %s rows are embedded, and only those are used",
                 self.folder, counts["rows_embedded"], state.get("rows_total", "unknown"),
             )  # fmt: skip
-        return tuple(sorted(parts, key=lambda part: part.plan.first_row))
+        return tuple(files.parts)
 
     def update_state(self, parts: Iterable[Part], first: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write the counts of its parts into the state and return it; `first` is one for a dataset that has none."""
@@ -169,17 +170,12 @@ class EmbeddingsDataset:
     def set_all_aside(self) -> None:
         """Set the state aside first, so that what a kill leaves still tells its origin, then all parts and rejects.
 
-        Raises ForeignError, and moves nothing, where this project did not write the state or a part.
+        Raises ForeignError, and moves nothing, where this project did not write the state, a part or rejects.
         """
-        found = dict(read_parts(self.folder))
-        rejects = sorted((self.folder / "_rejects").glob("rg*.parquet"))
-        strange = [path for path, part in found.items() if isinstance(part, ForeignError)]
-        strange += [path for path in rejects if is_ours(path) is False]
-        if self.find_begun() is None:  # all are damaged, and nothing says whose they are
-            strange += found
-        if strange:
-            raise ForeignError(strange[0])
-        self.set_aside([self.state_path, *found, *rejects])
+        files = find_parts(self.folder)
+        for path in self.list_foreign(files):
+            raise ForeignError(path)
+        self.set_aside([self.state_path, *files.damaged, *(part.path for part in files.parts), *files.orphans])
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -240,17 +236,13 @@ class EmbeddingsDataset:
 
     def read_images(self, source: PackagedInput, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield some embedded rows, ascending, each with the image file that it was made from, by the hash of that."""
-        row_group = -1
-        batches: Iterator[tuple[int, pa.Table]] = iter(())
-        for part, first, places in self.locate(rows):
-            if part.plan.row_group != row_group:
-                row_group = part.plan.row_group
-                batches = enumerate(read_batches(source, row_group))
-            table = next(table for number, table in batches if number == part.plan.read_batch)
+        located = {part.plan: (part, first, places) for part, first, places in self.locate(rows)}
+        for plan, table in read_planned(source, located):
+            part, first, places = located[plan]
             hashes = read_image_hashes(part.path)[places].tolist()
             images = (image.as_py() or b"" for image in table.column(IMAGE_COLUMN))
             found = {own: image for image in images if (own := hash_bytes(image)) in hashes}
             if not found.keys() >= set(hashes):  # the footer does not tell all pictures apart
-                path = source.places[row_group][0]
+                path = source.places[plan.row_group][0]
                 raise InputError(f"{path}: not the pictures that {self.folder} was made from: give those")
             yield from ((first + place, found[own]) for place, own in zip(places, hashes, strict=True))

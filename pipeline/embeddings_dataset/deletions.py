@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, list_values
 from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import Part, PartContent, is_ours, read_ids, rejects_beside
+from pipeline.embeddings_dataset.parts import Part, PartContent, find_parts, is_ours, read_ids, rejects_beside
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
 from pipeline.files.outputs import is_dataset
@@ -105,36 +105,31 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     and deletes nothing, where the dataset holds a link.
     """
     folder, before = dataset.folder, read_order(dataset.folder)
-    links = [path for path, kind in _survey(folder).items() if kind == "link"]
-    if links:
-        raise PipelineError(
-            f"{links[0]}: a link, and what it leads to may hold the ids: remove it, then run this again"
-        )
+    for path in _survey(folder, "link"):
+        raise PipelineError(f"{path}: a link, and what it leads to may hold the ids: remove it, then run this again")
     salt = before.salt or secrets.token_bytes(16)
     hashes = {name: set(hash_ids(values, salt)) for name, values in listed.items()}
     wanted, found = before.id_hashes.union(*hashes.values()), set[int]()
     if not wanted:
         return 0, list(listed), []
-    orphans = [path for path in (folder / "_rejects").glob("rg*.parquet") if not rejects_beside(path).exists()]
-    for path in [path for part in dataset.parts for path in (part.path, rejects_beside(part.path))]:
-        found |= wanted.intersection(hash_ids(read_ids(path), salt))
-    may_hold = not before.done
-    for path in [*filter(is_ours, orphans), *folder.glob(f"{SET_ASIDE}/[0-9]*/*/rg*.parquet")]:
+    held = [path for part in dataset.parts for path in (part.path, rejects_beside(part.path))]
+    set_aside = list(folder.glob(f"{SET_ASIDE}/[0-9]*/*/rg*.parquet"))
+    for path in [*held, *filter(is_ours, find_parts(folder).orphans), *set_aside]:
         try:
             found |= wanted.intersection(hash_ids(read_ids(path), salt))
-        except (InputError, LookupError):  # damaged
-            may_hold = True
+        except (InputError, LookupError):
+            if path not in set_aside:  # where files are because they are damaged
+                raise
     unmatched = before.unmatched | (wanted - before.id_hashes - found)
     order = DeletionOrder(salt, wanted, unmatched, done=False)
     _write_order(folder, order)
-    if found or may_hold:
+    if found or set_aside or not before.done:
         _remove_derived(folder)
     num_rows = sum(_rewrite(part, order) for part in dataset.parts)
     del dataset.parts  # they have changed
     dataset.update_state(dataset.parts)
     _write_order(folder, replace(order, done=True))
-    others = [path for path, kind in _survey(folder).items() if kind == "other"]
-    return num_rows, [name for name, own in hashes.items() if own <= unmatched], others
+    return num_rows, [name for name, own in hashes.items() if own <= unmatched], _survey(folder, "other")
 
 
 def finish_order(folder: Path) -> None:
@@ -145,8 +140,8 @@ def finish_order(folder: Path) -> None:
         _write_order(folder, replace(order, done=True))
 
 
-def _survey(folder: Path) -> dict[Path, str]:
-    """Return for each file in a dataset's folder whether it is `own`, `derived`, a `link` or an `other`.
+def _survey(folder: Path, wanted: str) -> list[Path]:
+    """Return the paths in a dataset's folder of a kind: `derived`, `link`, or `other`.
 
     Derived is what was made from the dataset, what was set aside and what killed runs have left; another dataset is
     one `other`. Raises OSError where a folder cannot be read.
@@ -155,28 +150,29 @@ def _survey(folder: Path) -> dict[Path, str]:
     def refuse(error: OSError) -> None:
         raise error
 
-    kinds: dict[Path, str] = {}
+    found = []
     for place, below, names in os.walk(folder, onerror=refuse):
         for path in map(Path(place).joinpath, [*below, *names]):
             name = path.relative_to(folder).as_posix()
             is_orphan = name.startswith("_rejects/") and not rejects_beside(path).exists()
             if path.is_symlink():
-                kinds[path] = "link"
+                kind = "link"
             elif path.name in below:
-                if is_dataset(path) and not _SET_ASIDE.fullmatch(name):
-                    kinds[path] = "other"
+                kind = "other" if is_dataset(path) and not _SET_ASIDE.fullmatch(name) else "own"
             elif _OWN.fullmatch(name) and not is_orphan:
-                kinds[path] = "own"
+                kind = "own"
             else:
                 is_made = _DERIVED.fullmatch(name) or workspace.is_temporary(path.name) or (is_orphan and is_ours(path))
-                kinds[path] = "derived" if is_made else "other"
-        below[:] = [name for name in below if Path(place, name) not in kinds]
-    return dict(sorted(kinds.items()))
+                kind = "derived" if is_made else "other"
+            if kind != "own" and path.name in below:
+                below.remove(path.name)
+            found += [path] if kind == wanted else []
+    return sorted(found)
 
 
 def _remove_derived(folder: Path) -> None:
     """Remove what was made from the dataset inside its folder, what was set aside, and what killed runs have left."""
-    gone = {path for path, kind in _survey(folder).items() if kind == "derived"}
+    gone = set(_survey(folder, "derived"))
     for path in gone:
         remove(path)
     for place in sorted({above for path in gone for above in path.parents if folder in above.parents}, reverse=True):

@@ -1,10 +1,12 @@
 """The parts of an embeddings dataset: plan them, put together their content, read and write them."""
 
 import base64
+import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.columns import checksum_tables, list_values, take_rows
-from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, provenance_of, read_provenance, reading, write_parquet
 
@@ -51,6 +53,17 @@ def plan_parts(source: PackagedInput) -> list[PartPlan]:
             plans.append(PartPlan(row_group, read_batch, first_row + start, min(read_batch_size, num_rows - start)))
         first_row += num_rows
     return plans
+
+
+def read_planned(source: PackagedInput, plans: Iterable[PartPlan]) -> Iterator[tuple[PartPlan, pa.Table]]:
+    """Yield the rows of each plan, in input order; raise InputError if the input ends before its footer says so."""
+    for row_group, group in itertools.groupby(plans, key=lambda plan: plan.row_group):
+        batches = enumerate(read_batches(source, row_group))
+        for plan in group:
+            table = next((table for number, table in batches if number == plan.read_batch), None)
+            if table is None:
+                raise InputError(f"{source.path}: row group {row_group} ends too early: fetch the file again")
+            yield plan, table
 
 
 @dataclass(frozen=True)
@@ -197,14 +210,30 @@ def list_part_files(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items())}
 
 
-def read_parts(folder: Path) -> Iterator[tuple[Path, "Part | ForeignError | DamagedError"]]:
-    """Yield the path of each part file of a dataset with its part, or with why it is none of ours (see `read_part`)."""
-    for name in list_part_files(folder):
-        path = folder / "parts" / name
+@dataclass(frozen=True)
+class PartFiles:
+    """A dataset's files: the sound parts in input order, the damaged and the foreign ones, and rejects without part."""
+
+    parts: list[Part]
+    damaged: dict[Path, DamagedError]
+    foreign: list[Path]
+    orphans: list[Path]
+
+
+def find_parts(folder: Path) -> PartFiles:
+    """Read the footers of a dataset's part files; raise InputError if one cannot be read now."""
+    names = list_part_files(folder)
+    orphans = [path for path in sorted((folder / "_rejects").glob("rg*.parquet")) if path.name not in names]
+    files = PartFiles([], {}, [], orphans)
+    for path in (folder / "parts" / name for name in names):
         try:
-            yield path, read_part(path)
-        except (ForeignError, DamagedError) as error:
-            yield path, error
+            files.parts.append(read_part(path))
+        except ForeignError:
+            files.foreign.append(path)
+        except DamagedError as error:
+            files.damaged[path] = error
+    files.parts.sort(key=lambda part: part.plan.first_row)
+    return files
 
 
 def read_part(path: Path) -> Part:
@@ -213,16 +242,17 @@ def read_part(path: Path) -> Part:
     Raises ForeignError if this project did not write it, DamagedError if it is not as it was written, InputError if it
     cannot be read.
     """
-    if not _NAME.fullmatch(path.name):  # damaged or a copy, it is the user's
-        raise ForeignError(path)
-    with open_parquet(path) as file:
-        footer = file.metadata
-    provenance = provenance_of(footer)
-    if provenance is None or provenance.get("stage") != STAGE:
-        # A changed byte in a part's footer hides its origin; its rejects then still tell it.
-        if is_ours(rejects_beside(path)):
-            raise DamagedError(f"{path}: damaged (it does not say what it was made from, but its rejects do)")
-        raise ForeignError(path)
+    try:
+        with open_parquet(path) as file:
+            return _read_footer(path, file.metadata)
+    except DamagedError:
+        if is_ours(path):
+            raise
+        raise ForeignError(path) from None
+
+
+def _read_footer(path: Path, footer: Any) -> Part:
+    provenance = provenance_of(footer) or {}
     try:
         recipe = {**provenance["inputs"][0], **provenance["settings"]}
         _ = recipe["embedding_version"]
@@ -230,7 +260,7 @@ def read_part(path: Path) -> Part:
         part = Part(path, plan, provenance, recipe, provenance["counts"], provenance["reasons"], checksum)
         total, *counted = (part.counts[key] for key in ("in", "out", "rejected", "dropped"))
     except (LookupError, TypeError):
-        raise DamagedError(f"{path}: damaged (its provenance is incomplete)") from None
+        raise DamagedError(f"{path}: damaged (it does not say in full what it was made from)") from None
     if plan.name != path.name:
         raise DamagedError(f"{path}: holds the rows of {plan.name}")
     if footer.num_rows != counted[0] or min(counted) < 0 or not sum(counted) == total <= plan.num_rows:
@@ -238,14 +268,13 @@ def read_part(path: Path) -> Part:
     return part
 
 
-def is_ours(path: Path) -> bool | None:
-    """Return whether stage 8 wrote a parquet, None where one with such a name cannot be read."""
-    if not _NAME.fullmatch(path.name):
-        return False
-    try:
-        return (read_provenance(path) or {}).get("stage") == STAGE
-    except InputError:
-        return None
+def is_ours(path: Path) -> bool:
+    """Return whether stage 8 wrote a part or its rejects; the other of the two tells it of a damaged one."""
+    for one in (path, rejects_beside(path)):
+        with suppress(DamagedError):
+            if one.exists() and (read_provenance(one) or {}).get("stage") == STAGE:
+                return _NAME.fullmatch(path.name) is not None
+    return False
 
 
 def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ The reference implementation's parts hold OSMID and embedding (list<float>) and 
 which rows of the input it holds; where some are missing, their pictures have to be unreadable.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +16,8 @@ from numpy.typing import NDArray
 from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.columns import hash_bytes, list_values
-from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, read_batches
-from pipeline.embeddings_dataset.parts import (
-    EMBEDDING_COLUMN,
-    ForeignError,
-    Outcome,
-    PartPlan,
-    list_part_files,
-    make_content,
-    read_part,
-)
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, Outcome, PartPlan, make_content, read_planned
 from pipeline.errors import InputError, Rejection
 from pipeline.files.tables import open_parquet, reading
 from pipeline.inference.images import check_image
@@ -48,22 +39,11 @@ class Adoption:
         another recipe.
         """
         self._store, self._source = store, store.source
-        self.foreign: list[PartPlan] = []
-        for name in list_part_files(store.dataset.folder):
-            path = store.dataset.path_of(name)
-            if name not in store.plans:
-                raise InputError(
-                    f"{path}: no part of this input: give the --input and --read-batch-size that it was made with"
-                )
-            try:
-                store.check(read_part(path).recipe, path)
-            except ForeignError:
-                self.foreign.append(store.plans[name])
+        self.foreign = [store.plans[path.name] for path in store.survey().foreign]
 
     def sample(self) -> Iterator[tuple[str, bytes, NDArray[np.float32]]]:
         """Yield some pictures, spread over the parts, each with a name and the embedding (D,) that it has there."""
-        for plan in _spread(self.foreign, SAMPLED_PARTS):
-            table = next(itertools.islice(read_batches(self._source, plan.row_group), plan.read_batch, None))
+        for plan, table in read_planned(self._source, _spread(self.foreign, SAMPLED_PARTS)):
             found = self._match(plan, table)
             for place in _spread(range(len(found.rows)), SAMPLED_ROWS):
                 row = int(found.rows[place])
@@ -75,17 +55,14 @@ class Adoption:
 
         Raises InputError for a part that the input does not account for; those before it are taken over.
         """
-        for row_group, group in itertools.groupby(self.foreign, key=lambda plan: plan.row_group):
-            plans = {plan.read_batch: plan for plan in group}
-            for read_batch, table in enumerate(read_batches(self._source, row_group)):
-                if plan := plans.get(read_batch):
-                    found = self._match(plan, table)
-                    if not len(found.rows):
-                        found = replace(found, embeddings=np.empty((0, width), np.float32))
-                    elif found.embeddings.shape[1] != width:
-                        raise InputError(f"{plan.name}: embeddings of {found.embeddings.shape[1]} numbers, not {width}")
-                    self._store.write_part(plan, make_content(self._source, plan, table, found))
-                    yield plan
+        for plan, table in read_planned(self._source, self.foreign):
+            found = self._match(plan, table)
+            if not len(found.rows):
+                found = replace(found, embeddings=np.empty((0, width), np.float32))
+            elif found.embeddings.shape[1] != width:
+                raise InputError(f"{plan.name}: embeddings of {found.embeddings.shape[1]} numbers, not {width}")
+            self._store.write_part(plan, make_content(self._source, plan, table, found))
+            yield plan
 
     def _match(self, plan: PartPlan, table: pa.Table) -> Outcome:
         """Return the rows of a read batch that a part holds, and the pictures that cannot be read where some lack."""
