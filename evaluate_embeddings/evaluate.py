@@ -161,7 +161,7 @@ def has_validation(merged_dir: Path) -> bool:
         return bool(file.metadata.num_rows)
 
 
-def describe_inputs(config: Config, ignore_pairs: Path | None, images: bool = True) -> dict[str, Any]:
+def describe_inputs(config: Config, ignore_pairs: Path | None) -> dict[str, Any]:
     """Return the provenance that the outputs must have."""
     merged_dir = config.path("merged_dir")
     splits = ("train", "val", "test") if has_validation(merged_dir) else ("train", "test")
@@ -169,14 +169,13 @@ def describe_inputs(config: Config, ignore_pairs: Path | None, images: bool = Tr
     inputs = [identify(path) for path in paths]
     if ignore_pairs is not None:
         inputs.append(identify(ignore_pairs) | {"name": f"--ignore-pairs {ignore_pairs.name}"})
-    # A page with photographs must not pass for one without.
-    return make_provenance(STAGE, inputs, {"seed": config.global_.seed} | ({} if images else {"images": False}))
+    return make_provenance(STAGE, inputs, {"seed": config.global_.seed})
 
 
-def list_units(config: Config, ignore_pairs: Path | None = None, images: bool = True) -> list[Unit]:
+def list_units(config: Config, ignore_pairs: Path | None = None) -> list[Unit]:
     """Return the one unit: the metrics and the page."""
     outputs = STAGES[9].list_outputs(config)
-    return [Unit(STAGE, outputs, lambda _: describe_inputs(config, ignore_pairs, images), marks=outputs[:1])]
+    return [Unit(STAGE, outputs, lambda _: describe_inputs(config, ignore_pairs), marks=outputs[:1])]
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
@@ -185,7 +184,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     if own.embeddings is not None or own.compare is not None:
         return run_standalone(config, own)
     config.require_paths("merged_dir", "checkpoint_dir", "report_dir")
-    (unit,) = list_units(config, own.ignore_pairs, not own.no_images)
+    (unit,) = list_units(config, own.ignore_pairs)
     metrics_path, report_path = unit.outputs
     result = cli.StageResult(STAGE)
     if keep_complete(unit, result, own.overwrite):
@@ -194,7 +193,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         return result
     check_replaceable(report_path, page_mark(STAGE))
     check_replaceable(metrics_path, f'"stage": "{STAGE}"')
-    provenance = describe_inputs(config, own.ignore_pairs, not own.no_images)
+    provenance = describe_inputs(config, own.ignore_pairs)
     watch = Stopwatch()
     pairs = read_ignore_pairs(own.ignore_pairs)
     with watch.measure("load and embed"):
@@ -217,7 +216,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     with watch.measure("report"):
         from evaluate_embeddings.page.report import write_report
 
-        write_report(report_path, evaluation, metrics, checkpoint.metrics, config, images=not own.no_images)
+        write_report(report_path, evaluation, metrics, checkpoint.metrics, config)
     write_json(metrics_path, metrics)
     logger.info("%s%s\n\n%s\n", STAGE, watch.describe_parts(), format_metrics_table(metrics))
     result.add({"in": metrics["gallery"], "out": metrics["gallery"]})
@@ -232,7 +231,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--ignore-pairs", type=Path, metavar="CSV",
         help="pairs of buildings (building_id_a, building_id_b) that count as neither right nor wrong",
     )  # fmt: skip
-    parser.add_argument("--no-images", action="store_true", help="make a page without photographs, for sharing")
     parser.add_argument(
         "--embeddings", type=Path, metavar="DIR",
         help="score this embeddings dataset of stage 8 instead; needs no checkpoint and no split",
@@ -250,8 +248,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = EvaluateOptions(**own)
     if options.labels is not None and options.embeddings is None:
         raise ConfigError("evaluate.py: --labels belongs to --embeddings: give both, or neither")
-    if options.no_images and (options.embeddings is not None or options.compare is not None):
-        raise ConfigError("evaluate.py: --no-images is about the page, which --embeddings and --compare do not write")
     cli.run_stage(STAGE, run, cli.config_from(arguments), options)
 
 

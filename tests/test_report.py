@@ -27,9 +27,7 @@ from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.page.report import Curve, format_distance, read_training_curve, render
 from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.standalone import EvaluateOptions
-from pipeline.cli import Options
 from pipeline.config import load_config
-from pipeline.errors import StaleOutputError
 from pipeline.retrieval.geography import distances_m
 from pipeline.retrieval.scores import QueryScores, normalise_rows, score_queries
 
@@ -66,8 +64,8 @@ class PageReader(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def make_report(config_path, *overrides, ignore_pairs=None, images=True):
-    options = EvaluateOptions(overwrite=True, ignore_pairs=ignore_pairs, no_images=not images)
+def make_report(config_path, *overrides, ignore_pairs=None):
+    options = EvaluateOptions(overwrite=True, ignore_pairs=ignore_pairs)
     run(load_config(config_path, list(overrides)), options)
     return (config_path.parent / "report" / "report.html").read_text(encoding="utf-8")
 
@@ -201,17 +199,6 @@ def test_pictures_that_cannot_be_read_leave_gaps_that_are_counted(tmp_path):
     assert photos.read_thumbnails(range(8)) == {}
     assert photos.num_missing == 8
     assert "pictures are left out: their tars are gone or have changed" in make_report(config_path)
-
-
-def test_a_page_without_images_has_none_says_so_and_never_passes_for_one_with_them(tmp_path):
-    config_path = make_workplace(tmp_path)
-    page = make_report(config_path, images=False)
-    assert not PageReader(page).find("img")
-    assert "data:image" not in page
-    assert "asked for without them (--no-images)" in page
-    with pytest.raises(StaleOutputError, match="images was False and is now None"):
-        run(load_config(config_path), Options())
-    assert "data:image" in make_report(config_path)
 
 
 # ------------------------------------------------------------------------------------------------ the gallery's choice

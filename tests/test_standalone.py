@@ -7,15 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from embedded_datasets import unit_rows
-from embedded_datasets import write_dataset as write_ours
+from embedded_datasets import unit_rows, write_dataset
 from evaluation_data import make_table, make_workplace, write_checkpoint, write_split
 
 from evaluate_embeddings.evaluate import main
-from evaluate_embeddings.scores.embeddings_table import read_embeddings
-from pipeline.errors import InputError
 from pipeline.files import tables
-from pipeline.retrieval.labels import label_rows, match_rows
+from pipeline.retrieval.labels import label_rows
 from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_scores
 
 BUILDINGS = np.repeat(np.arange(12), 3)
@@ -24,16 +21,6 @@ BUILDINGS = np.repeat(np.arange(12), 3)
 def make_vectors(noise, seed=0):
     generator = np.random.default_rng(seed)
     return (np.eye(12)[BUILDINGS] + noise * generator.normal(size=(36, 12))).astype(np.float32)
-
-
-def write_dataset(folder, ids, vectors, *, name="OSMID", parts=3):
-    values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-    table = pa.table({name: ids, "embedding": values})
-    size = -(-len(table) // parts)
-    for part in range(parts):
-        path = folder / "parts" / f"rg00000_rb{part:05d}.parquet"
-        tables.write_parquet(path, table.slice(part * size, size), {})
-    return folder
 
 
 @pytest.fixture
@@ -82,20 +69,6 @@ def test_without_labels_the_osmid_says_which_images_belong_together(run_main, tm
     check_width(text)
 
 
-@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float64())])
-def test_lists_of_one_length_are_read_as_well_and_a_row_that_does_not_fit_is_named(tmp_path, dataset, kind):
-    expected = read_embeddings(dataset)[1]
-    for path in (dataset / "parts").iterdir():
-        table = pq.read_table(path)
-        rows = table["embedding"].to_pylist()
-        pq.write_table(table.set_column(1, "embedding", pa.array(rows, kind)), path)
-    np.testing.assert_array_equal(read_embeddings(dataset)[1], expected)
-    rows[4] = rows[4][:5]
-    pq.write_table(table.set_column(1, "embedding", pa.array(rows, kind)), path)
-    with pytest.raises(InputError, match=f"{path.name}: column embedding: row 4 is empty or has not 12 numbers"):
-        read_embeddings(dataset)
-
-
 def test_labels_join_by_osmid_whatever_its_type_and_what_they_do_not_know_is_counted(run_main, tmp_path, labelled):
     folder, labels = labelled
     text = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", labels)
@@ -124,12 +97,6 @@ def test_a_blank_label_is_none_and_a_blank_id_is_passed_over(run_main, tmp_path,
     assert "names none of the images" in text.splitlines()[-1]
 
 
-def test_an_id_that_is_not_a_number_is_no_image(tmp_path):
-    folder = write_dataset(tmp_path / "one", pa.array([*BUILDINGS[:-1], float("nan")], pa.float64()), make_vectors(0.5))
-    with pytest.raises(InputError, match="an id is null: give every image one"):
-        read_embeddings(folder)
-
-
 def test_a_merged_split_will_do_for_labels(tmp_path):
     split = make_table(2, num_buildings=4)
     tables.write_parquet(tmp_path / "test.parquet", split, {})
@@ -146,38 +113,29 @@ def test_ignored_pairs_are_left_out_here_too(run_main, tmp_path, dataset):
 
 
 def test_a_dataset_that_lacks_a_part_is_scored_and_said_to_be_unfinished(run_main, tmp_path):
-    ours = write_ours(tmp_path / "ours", pa.array(np.arange(20) // 4), unit_rows(1, 20))
+    ours = write_dataset(tmp_path / "ours", pa.array(np.arange(20) // 4), unit_rows(1, 20))
     (ours / "parts" / "rg00000_rb00000.parquet").unlink()
     assert "is not complete: 10 of 20 rows are embedded" in evaluate(run_main, tmp_path, "--embeddings", ours)
 
 
-def test_a_part_of_another_dataset_or_a_copy_under_another_name_is_not_scored(tmp_path):
+def test_a_part_of_another_dataset_or_a_copy_under_another_name_is_not_scored(run_main, tmp_path):
     ours, other = (
-        write_ours(tmp_path / name, pa.array(np.arange(20) // 4), unit_rows(seed, 20), **columns)
+        write_dataset(tmp_path / name, pa.array(np.arange(20) // 4), unit_rows(seed, 20), **columns)
         for seed, (name, columns) in enumerate({"ours": {}, "other": {"year": np.arange(20)}}.items())
     )
     first, second = (ours / "parts" / f"rg00000_rb0000{number}.parquet" for number in (0, 1))
     shutil.copy(other / "parts" / second.name, second)
-    with pytest.raises(InputError, match=f"{second.name}: made with another keep_columns than the dataset"):
-        read_embeddings(ours)
+    text = evaluate(run_main, tmp_path, "--embeddings", ours, code=1)
+    assert f"{second.name}: made with another keep_columns than the dataset" in text
     shutil.copy(first, second)
-    with pytest.raises(InputError, match=f"{second.name}: damaged"):
-        read_embeddings(ours)
-
-
-def test_a_dataset_beside_a_file_of_its_name_and_a_plain_folder_are_read(tmp_path, dataset):
-    (tmp_path / "busy").write_text("a file")
-    dataset.rename(tmp_path / "busy.parts")
-    assert len(read_embeddings(tmp_path / "busy")[0]) == 36
-    _, plain = read_embeddings(tmp_path / "busy.parts" / "parts")
-    np.testing.assert_allclose(plain, normalise_rows(make_vectors(0.5)), atol=1e-6)
+    assert f"{second.name}: damaged" in evaluate(run_main, tmp_path, "--embeddings", ours, code=1)
 
 
 # ------------------------------------------------------------------------------------------------ two models
 
 
 def test_a_better_model_beats_a_worse_one_and_not_the_other_way_round(run_main, tmp_path, dataset):
-    better = write_dataset(tmp_path / "two", pa.array(BUILDINGS), make_vectors(0.2, seed=5), parts=2)
+    better = write_dataset(tmp_path / "two", pa.array(BUILDINGS), make_vectors(0.2, seed=5), 18)
     text = evaluate(run_main, tmp_path, "--embeddings", dataset, "--compare", better)
     one, two = (score_queries(normalise_rows(make_vectors(*a)), BUILDINGS) for a in ((0.5, 0), (0.2, 5)))
     gain = two.average_precision.mean() - one.average_precision.mean()
@@ -193,23 +151,10 @@ def test_a_model_beside_itself_cannot_be_told_from_it(run_main, tmp_path, datase
     assert "mAP +0.000, 95% interval +0.000 to +0.000; Recall@1 +0.000." in read_verdict(text)
 
 
-def test_images_meet_by_their_id_and_those_of_one_dataset_alone_are_counted(run_main, tmp_path, labelled):
-    folder, labels = labelled
-    order = np.random.default_rng(1).permutation(36)[:30]
-    other = write_dataset(tmp_path / "shuffled", pa.array(order), make_vectors(0.5)[order])
-    text = evaluate(run_main, tmp_path, "--embeddings", folder, "--labels", labels, "--compare", other)
-    assert "mAP +0.000, 95% interval +0.000 to +0.000; Recall@1 +0.000." in read_verdict(text)
-    unlabelled = int((order >= 33).sum())
-    assert f"36 in = {30 - unlabelled} out + 0 rejected + {6 + unlabelled} dropped" in text
-
-
-def test_rows_that_cannot_be_matched_are_an_error():
-    ids = pa.array(["a", "a", "b"])
-    assert [rows.tolist() for rows in match_rows(ids, ids, "x")] == [[0, 1, 2], [0, 1, 2]]
-    with pytest.raises(InputError, match="x: ids repeat and are not the same in the same order"):
-        match_rows(ids, pa.array(["a", "b", "a"]), "x")
-    with pytest.raises(InputError, match="x: has no image in common"):
-        match_rows(pa.array(["a"]), pa.array(["b"]), "x")
+def test_datasets_of_other_images_cannot_be_compared(run_main, tmp_path, dataset):
+    other = write_dataset(tmp_path / "two", pa.array(BUILDINGS[::-1]), make_vectors(0.5))
+    text = evaluate(run_main, tmp_path, "--embeddings", dataset, "--compare", other, code=1)
+    assert f"two: its ids are not those of {dataset}: embed the same input with both models" in text
 
 
 @pytest.fixture
@@ -228,16 +173,14 @@ def test_two_checkpoints_are_compared_on_the_test_split_and_nothing_is_written(r
     assert re.match(r"B \(other\.pt\) (beats|is worse than|cannot be told from) A", read_verdict(text))
     assert not (workplace.parent / "report").exists()
     check_width(text)
+    assert "no such checkpoint" in evaluate(run_main, tmp_path, "--config", workplace, "--compare", tmp_path, code=1)
 
 
 # ------------------------------------------------------------------------------------------------ failures
 
 
 def test_options_that_do_not_go_together_are_exit_code_2(run_main, tmp_path, dataset):
-    for arguments, words in (
-        (["--labels", "x.parquet"], "--labels belongs to --embeddings"),
-        (["--embeddings", dataset, "--no-images"], "--no-images is about the page"),
-    ):
+    for arguments, words in ((["--labels", "x.parquet"], "--labels belongs to --embeddings"),):
         assert words in evaluate(run_main, tmp_path, *arguments, code=2)
 
 
@@ -248,25 +191,17 @@ def test_what_cannot_be_scored_is_exit_code_1_with_one_line(run_main, tmp_path, 
     tables.write_parquet(tmp_path / "twice.parquet", pa.table({"OSMID": [1, 1], "building_id": ["a", "b"]}), {})
     tables.write_parquet(tmp_path / "others.parquet", pa.table({"OSMID": [99], "building_id": ["a"]}), {})
     tables.write_parquet(tmp_path / "plain.parquet", pa.table({"OSMID": [1]}), {})
-    narrow = write_dataset(tmp_path / "narrow", pa.array(BUILDINGS), make_vectors(0.5))
-    tables.write_parquet(
-        narrow / "parts" / "rg00009_rb00000.parquet",
-        pa.table({"OSMID": [1], "embedding": pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0], pa.float32()), 2)}),
-        {},
-    )
     zero = write_dataset(tmp_path / "zero", pa.array(BUILDINGS), np.zeros((36, 4), np.float32))
     cases = [
-        (["--embeddings", tmp_path / "nowhere"], "nowhere: no parts/*.parquet"),
-        (["--embeddings", empty], "empty: no parts/*.parquet"),
-        (["--embeddings", narrow], "embeddings of 2 numbers, rg00000_rb00000.parquet has 12"),
+        (["--embeddings", tmp_path / "nowhere"], "nowhere: holds no embeddings (parts/*.parquet)"),
+        (["--embeddings", empty], "empty: holds no embeddings (parts/*.parquet)"),
         (["--embeddings", zero], "zero: embeddings: row 0 is not finite or all zero"),
         (["--embeddings", folder], "every image has an OSMID of its own: give --labels"),
         (["--embeddings", folder, "--labels", tmp_path / "twice.parquet"], "OSMID 1 has two buildings"),
         (["--embeddings", folder, "--labels", tmp_path / "others.parquet"], "names none of the images"),
         (["--embeddings", folder, "--labels", tmp_path / "plain.parquet"], "no column building_id"),
         (["--embeddings", folder, "--labels", tmp_path / "no.parquet"], "no.parquet: no such file"),
-        (["--embeddings", dataset, "--compare", labels], "takes an embeddings dataset"),
-        (["--compare", dataset], "a folder: without --embeddings, --compare takes another checkpoint"),
+        (["--embeddings", dataset, "--compare", labels], "holds no embeddings (parts/*.parquet)"),
     ]
     for arguments, words in cases:
         last = evaluate(run_main, tmp_path, *arguments, code=1).splitlines()[-1]

@@ -20,14 +20,12 @@ SIDE, QUALITY = 224, 80
 class PhotoSource:
     """The photographs of a split; `problem` gives the reason if there are none."""
 
-    def __init__(self, split_path: Path, raw_dir: Path | None, *, wanted: bool = True) -> None:
-        """Read the place of each row's image from the split; without `wanted` the page has no photographs."""
+    def __init__(self, split_path: Path, raw_dir: Path | None) -> None:
+        """Read the place of each row's image from the split."""
         names = ["dataset_id", *(name for name, _ in PLACE_COLUMNS)]
         self.problem: str | None = None
         self.num_missing = 0
-        if not wanted:
-            self.problem = "this page was asked for without them (--no-images)"
-        elif raw_dir is None or not raw_dir.is_dir():
+        if raw_dir is None or not raw_dir.is_dir():
             self.problem = "[paths].raw_dir is not set to a folder that is here"
         else:
             with open_parquet(split_path) as file:

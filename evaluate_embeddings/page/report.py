@@ -64,14 +64,12 @@ def write_report(
     metrics: Mapping[str, Any],
     training: Mapping[str, Any],
     config: Config,
-    *,
-    images: bool = True,
 ) -> None:
     """Write the page in one piece; it names what it lacks (pictures, training curve).
 
-    `training` holds the checkpoint's metrics; without `images` the page has no photograph.
+    `training` holds the checkpoint's metrics.
     """
-    photos = PhotoSource(config.path("merged_dir") / "test.parquet", _find_raw_dir(config), wanted=images)
+    photos = PhotoSource(config.path("merged_dir") / "test.parquet", _find_raw_dir(config))
     page = render(
         "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_gains(metrics),
         kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS,

@@ -6,16 +6,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from evaluate_embeddings.scores.embeddings_table import read_embeddings
 from evaluate_embeddings.scores.fairness import doubt_split
 from evaluate_embeddings.scores.tables import LabelledModels, format_models
 from pipeline import cli
 from pipeline.config import Config
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError
 from pipeline.log import Progress, logger
 from pipeline.retrieval.features import load_features
-from pipeline.retrieval.labels import label_rows, match_rows, read_ignore_pairs, resolve_pairs
-from pipeline.retrieval.scores import score_queries
+from pipeline.retrieval.labels import label_rows, read_ignore_pairs, resolve_pairs, to_text
+from pipeline.retrieval.scores import normalise_rows, score_queries
 
 STAGE = "evaluate"
 CHECKPOINT_NAME = "checkpoint_best.pt"
@@ -26,7 +27,6 @@ class EvaluateOptions(cli.Options):
     """The command line's options beyond the configuration."""
 
     ignore_pairs: Path | None = None
-    no_images: bool = False
     embeddings: Path | None = None
     labels: Path | None = None
     compare: Path | None = None
@@ -46,33 +46,30 @@ def run_standalone(config: Config, options: EvaluateOptions) -> cli.StageResult:
         with Progress(f"score {place.name}", len(models.codes), "queries") as progress:
             one = {"ignored": models.ignored, "device": device, "progress": progress.advance}
             try:
-                scores.append(score_queries(embeddings, models.codes, **one))
+                scores.append(score_queries(normalise_rows(embeddings), models.codes, **one))
             except InputError as error:
                 raise InputError(f"{place}: {error}") from None
-    text = format_models(scores, models, config.global_.seed)
     result.rows_out = len(models.codes)
-    logger.info("%s:\n\n%s\n", STAGE, text)
+    logger.info("%s:\n\n%s\n", STAGE, format_models(scores, models, config.global_.seed))
     return result
 
 
 def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
     """Read one or two embeddings datasets and the labels of their images, and count the images.
 
-    Raises InputError if one cannot be read, they have no image in common, or no two images have one label.
+    Raises InputError if one cannot be read, their images differ, or no two images have one label.
     """
-    ids, rows = read_embeddings(folder)
-    places, embeddings, result.rows_in = [folder], [rows], len(ids)
-    if options.compare is not None:
-        if options.compare.is_file():
-            raise InputError(f"{options.compare}: a file: with --embeddings, --compare takes an embeddings dataset")
-        other_ids, other = read_embeddings(options.compare)
-        own_places, other_places = match_rows(ids, other_ids, str(options.compare))
-        if dropped := len(ids) - len(own_places):
-            result.add({"dropped": dropped}, {"not_in_both": dropped})
-        ids = ids.take(pa.array(own_places))
-        places, embeddings = [folder, options.compare], [rows[own_places], other[other_places]]
-    buildings = label_rows(ids, options.labels)
+    places = [folder] if options.compare is None else [folder, options.compare]
+    datasets = [EmbeddingsDataset(place) for place in places]
+    ids, *others = (
+        pa.chunked_array([to_text(one.folder, part.read([ID_COLUMN]).column(0)) for part in one.parts], pa.string())
+        for one in datasets
+    )
+    if any(not ids.equals(other) for other in others):
+        raise InputError(f"{places[1]}: its ids are not those of {folder}: embed the same input with both models")
+    buildings = label_rows(ids.combine_chunks(), options.labels)
     kept = np.flatnonzero(buildings.is_valid().to_numpy(zero_copy_only=False))
+    result.rows_in = len(ids)
     if dropped := len(ids) - len(kept):
         result.add({"dropped": dropped}, {"no_label": dropped})
     encoded = buildings.take(pa.array(kept)).dictionary_encode()
@@ -80,8 +77,8 @@ def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResul
         remedy = "give more images" if options.labels else "every image has an OSMID of its own: give --labels"
         raise InputError(f"{folder}: no two images have one label, so that nothing can be found: {remedy}")
     ignored = resolve_pairs(read_ignore_pairs(options.ignore_pairs), encoded.dictionary)
-    codes = encoded.indices.to_numpy().astype(np.int32)
-    return LabelledModels(places, [one[kept] for one in embeddings], codes, ignored)
+    embeddings = [np.concatenate(list(one.read_blocks()))[kept] for one in datasets]
+    return LabelledModels(places, embeddings, encoded.indices.to_numpy().astype(np.int32), ignored)
 
 
 def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
@@ -90,8 +87,6 @@ def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.Stage
     from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 
     assert options.compare is not None  # else the report is written
-    if options.compare.is_dir():
-        raise InputError(f"{options.compare}: a folder: without --embeddings, --compare takes another checkpoint")
     config.require_paths("merged_dir", "checkpoint_dir")
     test_path = config.path("merged_dir") / "test.parquet"
     features = load_features(test_path)

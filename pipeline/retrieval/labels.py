@@ -17,8 +17,6 @@ ID_COLUMNS = ("OSMID", "streetview_image_id")
 LABEL_COLUMN = "building_id"
 PAIR_COLUMNS = ("building_id_a", "building_id_b")
 
-Rows = NDArray[np.int64]
-
 
 def to_text(place: Path, column: pa.Array | pa.ChunkedArray) -> pa.StringArray | pa.ChunkedArray:
     """Return ids of any scalar type as text, so that equal numbers match whatever their width.
@@ -54,27 +52,6 @@ def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
     if places.null_count == len(ids):
         raise InputError(f"{labels_path}: names none of the images: give their labels")
     return pairs["building"].combine_chunks().take(places)
-
-
-def match_rows(ids: pa.StringArray, other_ids: pa.StringArray, other_name: str) -> tuple[Rows, Rows]:
-    """Return the rows of two datasets that show the same images, in the order of the first dataset.
-
-    Unique ids are joined. If ids repeat (several images of one building), both datasets must have the same ids in the
-    same order. Raises InputError if they cannot be matched, or have no image in common.
-    """
-    if ids.equals(other_ids):
-        return np.arange(len(ids)), np.arange(len(ids))
-    if any(len(names.unique()) != len(names) for names in (ids, other_ids)):
-        raise InputError(
-            f"{other_name}: ids repeat and are not the same in the same order, so that images cannot be matched: "
-            "embed the same input with both models"
-        )
-    places = pc.index_in(ids, value_set=other_ids)
-    kept = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
-    if not len(kept):
-        raise InputError(f"{other_name}: has no image in common with the first: embed the same input with both models")
-    logger.info("%s: %d of %d images are in both", other_name, len(kept), len(ids))
-    return kept, places.take(pa.array(kept)).to_numpy().astype(np.int64)
 
 
 def read_ignore_pairs(path: Path | None) -> pa.Table | None:
