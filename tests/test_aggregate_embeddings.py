@@ -258,7 +258,8 @@ def test_a_geometry_has_the_type_that_its_head_names(code, order, name):
 
 def test_what_is_no_geometry_is_said_so():
     curve = shape(8, (0.0, 0.0), (1.0, 1.0), (2.0, 0.0))
-    for value in (b"", b"\x01\x00", struct.pack("<BI", 1, 99), b"POINT (0 0)", curve):
+    hexadecimal = point(1, 2).hex().encode()
+    for value in (b"", b"\x01\x00", struct.pack("<BI", 1, 99), b"POINT (0 0)", curve, hexadecimal, hexadecimal.upper()):
         with pytest.raises(ValueError, match="not well-known binary"):
             describe_shape(value, in_degrees=False)
 

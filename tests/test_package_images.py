@@ -95,6 +95,14 @@ def test_the_largest_whole_numbers_stay_numbers(run_main, folder, tmp_path):
     assert (column.type, column.to_pylist()) == (pa.int64(), ids)
 
 
+def test_a_name_that_is_not_utf8_and_its_escape_written_out_are_not_one_id(run_main, tmp_path):
+    (tmp_path / "photographs").mkdir()
+    for name, data in zip((b"p\xff.jpg", b"p\\xff.jpg"), PHOTOGRAPHS, strict=False):
+        (tmp_path / "photographs" / os.fsdecode(name)).write_bytes(data)
+    outcome = run(run_main, tmp_path / "photographs", tmp_path / "packaged")
+    assert (outcome.code, "two photographs have the id p\\xff.jpg: rename one" in outcome.stderr) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from published_models import write_packaged
 
 from pipeline.embeddings_dataset.columns import plain_values, take_rows
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, open_packaged, read_batches
@@ -77,6 +78,14 @@ def test_null_counts_as_valid_and_false_does_not():
     assert PackagedInput.wanted_rows(source, table).tolist() == [0, 1]
     assert PackagedInput.wanted_rows(source, pa.table({"is_valid": pa.nulls(2)})).tolist() == [0, 1]
     assert PackagedInput.wanted_rows(source, pa.table({"OSMID": [1, 2]})).tolist() == [0, 1]
+
+
+def test_a_column_that_is_is_valid_in_another_case_is_named(tmp_path, caplog):
+    for names, is_named in ((["Is_Valid"], True), (["is_valid"], False), (["Is_Valid", "is_valid"], False)):
+        caplog.clear()
+        write_packaged(tmp_path / "in.parquet", [b"x"], **dict.fromkeys(names, [False]))
+        open_packaged(tmp_path / "in.parquet")
+        assert (f"column {names[0]} is not read" in caplog.text) is is_named
 
 
 def test_string_views_are_taken_too():

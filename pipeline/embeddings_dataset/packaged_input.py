@@ -186,6 +186,9 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
         places += [(file_path, index) for index in range(metadata.num_row_groups)]
     if not sum(rows):
         raise InputError(f"{path}: holds no rows: package images first, or correct the path")
+    near = [name for name in schemas[0].names if name.strip().lower() == VALID_COLUMN]
+    if near and VALID_COLUMN not in near:
+        logger.warning("%s: column %s is not read: its name would have to be %s", path, near[0], VALID_COLUMN)
     for name in (options.id_column, options.image_column, VALID_COLUMN, *options.keep_columns):
         first, *others = (_describe_type(schema, name, options) for schema in schemas)
         for file_path, kind in zip(files[1:], others, strict=True):

@@ -10,6 +10,7 @@ SUFFIX = ".txt"
 MAX_BYTES = 1 << 20  # read of a text; a real one has under 200 bytes
 NUM_FIELDS = 17  # behind the d; shared by all releases of the dataset
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_ID = re.compile(r"([+-]?\d+)(\.0*)?", re.ASCII)
 _MAX_ID = 2**63 - 1
 
 
@@ -71,8 +72,8 @@ def _parse_number(word: str) -> float:
 
 
 def _parse_id(word: str) -> int:
-    """Return an id, also of 12.0; floats from 2^53 on may be rounded ids."""
-    value = int(word) if word.lstrip("+-").isdecimal() else float(word)
-    if value != int(value) or abs(value) > (_MAX_ID if isinstance(value, int) else 2**53 - 1):
+    """Return an id, also of 12.0; floats from 2^53 on may be rounded ids, and 1.23457e+06 has lost its last digits."""
+    whole = _ID.fullmatch(word)
+    if not whole or abs(int(whole[1])) > (2**53 - 1 if whole[2] else _MAX_ID):
         raise ValueError(f"{word[:40]!r} is not an id")
-    return int(value)
+    return int(whole[1])

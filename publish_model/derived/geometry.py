@@ -30,6 +30,8 @@ def describe_shape(value: bytes, *, in_degrees: bool) -> str:
     Raises ValueError if it is not well-known binary, names another reference system than WGS 84 in itself, or is to be
     `in_degrees` and has points that are no longitude and latitude.
     """
+    if value[:1] == b"0":  # shapely reads hexadecimal text too, but no reader of the output will
+        raise ValueError("not well-known binary but its hexadecimal text")
     try:
         shape = shapely.from_wkb(value)
     except (shapely.errors.GEOSException, NotImplementedError) as error:  # the second for curves

@@ -85,6 +85,9 @@ def open_source(options: InputOptions) -> ImageSource:
         return _open_tars(folder, names)
     if kind == PHOTOGRAPHS and is_folder:
         ids = list(map(decode_name, names))
+        if len(set(ids)) < len(ids):  # a byte that is no UTF-8, and its escape written out
+            twice = next(one for one, other in itertools.pairwise(ids) if one == other)
+            raise InputError(f"{path}: two photographs have the id {twice}: rename one")
         inputs = [{"name": folder.name, "size": len(names), "hash": hash_json(ids)}]
         return _list_files(folder, names, pa.table([pa.array(ids, pa.string())], [ID_COLUMN]), inputs)
     if suffix == ".csv" and not is_folder:
