@@ -190,7 +190,7 @@ def test_a_shallow_projector_and_each_activation_are_built(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"backbone_model_name": "/nowhere/backbone"}, "is no folder here"),
+        ({"backbone_model_name": "/nowhere/backbone"}, "backbone '/nowhere/backbone' are not to be had"),
         ({"activation": None}, "does not say the projector's activation"),
         ({"activation": "tanh"}, "does not say the projector's activation"),
     ],
@@ -213,4 +213,4 @@ def test_weights_that_are_missing_or_damaged_are_said(run_main, dino, pictures, 
     (folder / "model.safetensors").unlink()
     outcome = run_main(embed_images.main, pictures / "00.jpg", "--model-id", folder)
     assert outcome.code == 1
-    assert "model.safetensors is missing" in outcome.stderr
+    assert "its weights cannot be read (No such file" in outcome.stderr

@@ -47,12 +47,9 @@ def in_own_format(folder: Path, describe: Callable[..., dict[str, Any]], *, down
     """
     if not _is_foreign(folder):
         return folder
-    config, settings_dir, paths = (
-        read_settings(folder / "config.json"),
-        _locate_settings(folder, download),
-        _map(folder),
-    )
-    projector = _read_projector(folder, config, paths)
+    config, settings_dir = read_settings(folder / "config.json"), _locate_settings(folder, download)
+    paths, weights = _read_weights(folder)
+    projector = _map_projector(folder, config, weights)
     rebuilt = private_folder("spatial-embeddings-model-") / folder.name
     rebuilt.mkdir()
     weight_map = _write_weights(rebuilt, paths, projector.projector)
@@ -66,7 +63,8 @@ def in_own_format(folder: Path, describe: Callable[..., dict[str, Any]], *, down
     contents = {"config.json": described, "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map}}
     for file_name, content in contents.items():
         (rebuilt / file_name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _copy_processor(folder, settings_dir, rebuilt)
+    processor = _list_processors(folder, settings_dir)[0]  # the model's own, or the backbone's
+    shutil.copyfile(processor, rebuilt / processor.name)
     return rebuilt
 
 
@@ -80,52 +78,51 @@ def _locate_settings(folder: Path, download: bool) -> Path:
     """Return the folder with the configuration and image processor of the backbone that a published folder names."""
 
     def is_whole(found: Path) -> bool:
-        return (found / "config.json").is_file() and any((found / name).is_file() for name in PROCESSOR_NAMES)
+        return (found / "config.json").is_file() and bool(_list_processors(folder, found))
 
     name = read_settings(folder / "config.json")["backbone_model_name"]
-    if Path(name).is_dir():
-        return Path(name)
-    found, problem = take_snapshot(name, SETTINGS_FILES, is_whole, download)
+    found: Path | None = Path(name)
+    problem = ""
+    if not Path(name).is_dir():
+        found, problem = take_snapshot(name, SETTINGS_FILES, is_whole, download)
     if found is not None and is_whole(found):
         return found
     raise InputError(
-        f"{folder}: its backbone {name!r} is no folder here, and its settings are not to be had "
+        f"{folder}: the settings of its backbone {name!r} are not to be had, from a folder or the hub "
         f"({problem or 'config.json or preprocessor_config.json is missing there'}): correct "
         "backbone_model_name in its config.json, or fetch the model where there is internet"
     )
 
 
-def _map(folder: Path) -> dict[str, Path]:
-    """Return the safetensors file of each weight."""
+def _list_processors(*folders: Path) -> list[Path]:
+    return [place / name for place in folders for name in PROCESSOR_NAMES if (place / name).is_file()]
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Return the safetensors file of each weight, and the projector's weights in float32."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
-    found: dict[str, Path] = {}
-    for name in sorted(read_index(index)) if index.is_file() else ["model.safetensors"]:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: {name} is missing: fetch or copy the model folder again")
+    paths: dict[str, Path] = {}
+    weights: dict[str, Any] = {}
+    for path in map(folder.joinpath, sorted(read_index(index)) if index.is_file() else ["model.safetensors"]):
         try:
-            with safe_open(folder / name, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), folder / name)
+            with safe_open(path, framework="pt") as file:
+                paths |= dict.fromkeys(file.keys(), path)
+                own = (name for name in file.keys() if name.startswith("projector."))  # noqa: SIM118 (no dict)
+                weights |= {name: file.get_tensor(name).float() for name in own}
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(
                 f"{folder}: its weights cannot be read ({one_line(error)[:200]}): fetch the model again"
             ) from None
-    return found
+    return paths, weights
 
 
-def _read_projector(folder: Path, config: dict[str, Any], paths: dict[str, Path]) -> "Checkpoint":
+def _map_projector(folder: Path, config: dict[str, Any], weights: dict[str, Any]) -> "Checkpoint":
     """Return the projector with the names and the architecture of our own."""
-    from safetensors import safe_open
-
     from pipeline.reference.weights import read_weights
     from pipeline.retrieval.checkpoint import make_checkpoint
 
-    weights = {}
-    for name, path in paths.items():
-        if name.startswith("projector."):
-            with safe_open(path, framework="pt") as file:
-                weights[name] = file.get_tensor(name).float()
     if not weights:
         raise InputError(f"{folder}: holds no projector weights: fetch the model again, in safetensors")
     section = TrainingModelSection(dropout=0.0, activation=_find_activation(folder, config))
@@ -134,8 +131,7 @@ def _read_projector(folder: Path, config: dict[str, Any], paths: dict[str, Path]
 
 def _find_activation(folder: Path, config: dict[str, Any]) -> Any:
     """Return the projector's activation."""
-    inner = [value for key, value in config.items() if isinstance(value, dict) and key != "backbone_config"]
-    for settings in (config, *inner):
+    for settings in (config, *(value for value in config.values() if isinstance(value, dict))):
         name = str(settings.get("activation", settings.get("projector_activation"))).lower()
         if name in ("relu", "gelu", "silu"):
             return name
@@ -153,20 +149,14 @@ def _find_pooling(settings_dir: Path) -> Any:
     import torch
     from transformers import AutoModel
 
-    from pipeline.inference.loading import find_vision_config
+    from pipeline.inference.loading import find_vision_config, naming_model
 
     config = find_vision_config(settings_dir)
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    try:
-        with torch.device("meta"), torch.inference_mode():
-            model = AutoModel.from_config(config, trust_remote_code=False).eval()
-            outputs = model(pixel_values=torch.empty(1, getattr(config, "num_channels", 3), height, width))
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"{settings_dir}: this backbone cannot be run ({one_line(error)[:200]}): use a version of transformers "
-            "that knows it"
-        ) from None
+    with naming_model(settings_dir), torch.device("meta"), torch.inference_mode():
+        model = AutoModel.from_config(config, trust_remote_code=False).eval()
+        outputs = model(pixel_values=torch.empty(1, getattr(config, "num_channels", 3), height, width))
     return "cls_token" if getattr(outputs, "pooler_output", None) is None else "pooler_output"
 
 
@@ -176,19 +166,10 @@ def _write_weights(rebuilt: Path, paths: dict[str, Path], projector: dict[str, A
 
     from pipeline.inference.loading import writing_weights
 
-    found = {name: path for name, path in paths.items() if name.startswith("backbone.")}
-    for path in set(found.values()):  # under other names: a model.safetensors would be read alone
+    for path in set(paths.values()):  # under other names: a model.safetensors would be read alone
         (rebuilt / f"linked-{path.name}").symlink_to(path.resolve())
     weights = {f"projector.{name}": tensor.contiguous() for name, tensor in projector.items()}
     with writing_weights(rebuilt):
         save_file(weights, rebuilt / "projector.safetensors", {"format": "pt"})
-    linked = {name: f"linked-{path.name}" for name, path in found.items()}
+    linked = {name: f"linked-{path.name}" for name, path in paths.items() if name.startswith("backbone.")}
     return linked | dict.fromkeys(weights, "projector.safetensors")
-
-
-def _copy_processor(folder: Path, settings_dir: Path, rebuilt: Path) -> None:
-    """Copy the image processor, the model's own or the backbone's."""
-    found = [place / name for place in (folder, settings_dir) for name in PROCESSOR_NAMES if (place / name).is_file()]
-    if not found:
-        raise InputError(f"{settings_dir}: {PROCESSOR_NAMES[0]} is missing: fetch the backbone's files again")
-    shutil.copyfile(found[0], rebuilt / found[0].name)

@@ -52,35 +52,31 @@ def match_members(tar_path: Path, dataset_id: int, image_paths: list[str]) -> li
 
     Leave ambiguous paths unchanged.
     """
-    paths_of: dict[str, list[str]] = {}
+    counts = Counter(_strip(path, dataset_id) for path in image_paths)
+    files = (member.name for member in stream_members(tar_path) if member.is_file)
+    members = {name for name in files if _strip(name, dataset_id) in counts}
+    others: dict[str, list[str]] = {}  # members that no path names
+    for member in sorted(members.difference(image_paths)):
+        others.setdefault(_strip(member, dataset_id), []).append(member)
+    names = []
     for path in image_paths:
-        paths_of.setdefault(_strip(path, dataset_id), []).append(path)
-    members_of: dict[str, set[str]] = {}
-    for member in stream_members(tar_path):
-        if member.is_file and (key := _strip(member.name, dataset_id)) in paths_of:
-            members_of.setdefault(key, set()).add(member.name)
-    names = {path: path for path in image_paths}
-    for key, members in members_of.items():
-        others = sorted(members - names.keys())
-        meant = [path for path in paths_of[key] if path not in members]
-        if meant and len(others) > 1:
+        found = [] if path in members else others.get(key := _strip(path, dataset_id), [])
+        if len(found) > 1:
             raise InputError(
-                f"{tar_path}: image_path {meant[0]} may be {others[0]} or {others[1]}: make the intermediate again "
-                "with stage 1"
+                f"{tar_path}: image_path {path} may be {found[0]} or {found[1]}: make the intermediate again with "
+                "stage 1"
             )
-        if meant and others and len(paths_of[key]) == 1:
-            names[meant[0]] = others[0]
-    return [names[path] for path in image_paths]
+        names.append(found[0] if found and counts[key] == 1 else path)
+    return names
 
 
 def read_old_rows(unit: TarUnit, column: ListColumn, image_ids: pa.Array) -> tuple[list[int], NDArray[Any]]:
     """Return, of an output without provenance, each row's place among `image_ids`, and its numbers (n, width)."""
     ids = read_columns(unit.output_path, [_ID], "make the file again")[_ID.name]
-    values, start = np.empty((len(ids), column.width or 0), np.float32), 0
+    values = [np.empty((0, column.width or 0), np.float32)]
     for batch in read_batches(column.path, [column.name], _BATCH_ROWS):
-        values[start : start + len(batch)] = column.read(batch.column(0), start).astype(np.float32)
-        start += len(batch)
-    return pc.index_in(ids, value_set=image_ids).to_pylist(), values
+        values.append(column.read(batch.column(0), sum(map(len, values))).astype(np.float32))
+    return pc.index_in(ids, value_set=image_ids).to_pylist(), np.concatenate(values)
 
 
 def _strip(name: str, dataset_id: int) -> str:
@@ -109,8 +105,10 @@ def check_foreign_output(unit: TarUnit, column: ListColumn, remedy: str) -> tupl
             f"{path}: carries no provenance and does not match {source} ({problem}): move it away to have it made "
             "again, or make the intermediate again with stage 1"
         )
-    note = f"it carries no provenance, but has {len(ids)} of the {len(wanted)} images of {source.name}, "
-    note += f"{column.width} numbers each; it is taken to be made with the settings as they are"
+    note = (
+        f"it carries no provenance, but has {len(ids)} of the {len(wanted)} images of {source.name}, {column.width} "
+        "numbers each; it is taken to be made with the settings as they are"
+    )
     num_missing = len(wanted) - len(ids)
     if num_missing:
         note += f"; {num_missing} images were not embedded by whoever wrote the file: {remedy}"
