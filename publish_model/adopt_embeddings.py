@@ -19,7 +19,7 @@ import numpy as np
 from pipeline import cli
 from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.packaged_input import open_packaged
+from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
 from pipeline.errors import InputError, Rejection
 from pipeline.files.workspace import writing_to
 from pipeline.inference.precision import Precision
@@ -65,8 +65,10 @@ def adopt(arguments: argparse.Namespace) -> cli.StageResult:
     Raises InputError where it was not made from this input with this model, StaleOutputError where parts of ours
     among it are of another recipe.
     """
-    source = open_packaged(
-        arguments.input, filter_valid=arguments.filter_valid, read_batch_size=arguments.read_batch_size
+    source = open_input(
+        InputOptions(
+            input=arguments.input, filter_valid=arguments.filter_valid, read_batch_size=arguments.read_batch_size
+        )
     )
     model = find_model(
         arguments.model_id, download=True, device=arguments.device, trust_remote_code=arguments.trust_remote_code

@@ -18,7 +18,7 @@ from package_fixtures import run as run_package
 from published_models import list_parts, make_photographs, read_bytes, read_dataset, read_rejects, write_packaged
 from stage8_fixtures import read_state
 
-from pipeline.embeddings_dataset.packaged_input import list_data, open_packaged
+from pipeline.embeddings_dataset.packaged_input import InputOptions, list_data, open_input
 from pipeline.files import listing
 from pipeline.log import logger
 from publish_model import verify_embeddings
@@ -214,7 +214,7 @@ def test_parquets_of_any_ending_in_linked_folders_are_taken_and_others_counted(t
     (folder / "linked").symlink_to(elsewhere)
     (folder / "old.csv").touch()
     monkeypatch.setattr(listing.logger, "propagate", True)
-    source = open_packaged(folder, filter_valid=True)
+    source = open_input(InputOptions(input=folder, filter_valid=True))
     assert [path.name for path, _ in source.places] == ["a.PARQUET", "b.pq", "c.parquet"]
     assert "1 files are not parquet files and are passed over (.csv 1), as old.csv" in caplog.text
 
@@ -287,8 +287,8 @@ MEASURE = """
 import resource, sys
 sys.path.insert(0, {repo!r})
 from pathlib import Path
-from pipeline.embeddings_dataset.packaged_input import open_packaged, read_batches
-source = open_packaged(Path(sys.argv[1]), read_batch_size=50)
+from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input, read_batches
+source = open_input(InputOptions(input=Path(sys.argv[1]), read_batch_size=50))
 for table in read_batches(source, 0):
     del table
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

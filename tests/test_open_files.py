@@ -9,7 +9,7 @@ import pytest
 from embedded_datasets import unit_rows, write_dataset
 
 from evaluate_embeddings import evaluate
-from pipeline.embeddings_dataset.packaged_input import open_packaged
+from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
 from pipeline.errors import DamagedError, InputError
 from pipeline.files.tables import open_parquet
 from publish_model import aggregate_embeddings, delete_ids, verify_embeddings
@@ -55,7 +55,7 @@ def test_a_tool_on_a_dataset_of_many_parts_keeps_few_files_open(
 def test_a_folder_of_many_inputs_keeps_few_files_open(tmp_path, few_files):
     for number in range(NUM_PARTS):
         pq.write_table(pa.table({"OSMID": [number], "image_bytes": [b"x"]}), tmp_path / f"{number}.parquet")
-    assert open_packaged(tmp_path).num_rows == NUM_PARTS
+    assert open_input(InputOptions(input=tmp_path)).num_rows == NUM_PARTS
 
 
 def test_too_many_open_files_are_no_damage(parts, few_files):

@@ -13,7 +13,7 @@ from package_fixtures import PHOTOGRAPHS, read_package, read_rejects, run
 from published_models import publish, read_dataset, write_backbone
 from raw_tars import make_city, write_tar
 
-from pipeline.embeddings_dataset.packaged_input import open_packaged
+from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
 from pipeline.files import workspace
 from publish_model import generate_embeddings_from_parquet, package_images
 from publish_model.new_data import image_sources
@@ -286,7 +286,7 @@ def test_stage_8_embeds_a_package(run_main, folder, tmp_path):
     assert read_dataset(tmp_path / "a").num_rows == 5
     state = json.loads((tmp_path / "a" / "state.json").read_text())
     assert (state["rows_embedded"], state["rows_skipped_invalid"], state["rows_rejected"]) == (5, 1, 0)
-    source = open_packaged(tmp_path / "packaged", filter_valid=True)
+    source = open_input(InputOptions(input=tmp_path / "packaged", filter_valid=True))
     assert source.num_rows == 6
 
 

@@ -9,14 +9,14 @@ import pytest
 from published_models import write_packaged
 
 from pipeline.embeddings_dataset.columns import plain_values, take_rows
-from pipeline.embeddings_dataset.packaged_input import PackagedInput, open_packaged, read_batches
+from pipeline.embeddings_dataset.packaged_input import InputOptions, PackagedInput, open_input, read_batches
 from pipeline.errors import InputError
 
 
 def write(path, num_rows, row_group_size, batch_rows):
     images = [bytes([row % 256]) * 10 for row in range(num_rows)]
     pq.write_table(pa.table({"OSMID": range(num_rows), "image_bytes": images}), path, row_group_size=row_group_size)
-    return open_packaged(path, read_batch_size=batch_rows)
+    return open_input(InputOptions(input=path, read_batch_size=batch_rows))
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 4, 5, 100])
@@ -59,7 +59,7 @@ def test_a_row_group_larger_than_memory_is_read_piece_by_piece(tmp_path):
         use_dictionary=False, compression="none", write_batch_size=16,  # or a page would hold 1,024 images
     )  # fmt: skip
     del images
-    source = open_packaged(tmp_path / "in.parquet", read_batch_size=50)
+    source = open_input(InputOptions(input=tmp_path / "in.parquet", read_batch_size=50))
     pool = pa.proxy_memory_pool(pa.default_memory_pool())
     before = pa.default_memory_pool()
     pa.set_memory_pool(pool)
@@ -111,7 +111,7 @@ def test_a_small_file_whose_dictionary_unfolds_beyond_memory_is_refused(tmp_path
     pq.write_table(pa.table({"OSMID": ids, "image_bytes": [b"x"] * 200}), tmp_path / "ids.parquet")
 
     with pytest.raises(InputError, match=r"ids\.parquet: 200 rows take 20\d+ bytes, though the file is small"):
-        next(read_batches(open_packaged(tmp_path / "ids.parquet"), 0))
+        next(read_batches(open_input(InputOptions(input=tmp_path / "ids.parquet")), 0))
 
 
 @pytest.mark.parametrize("encoded", [False, True])
@@ -122,7 +122,7 @@ def test_whole_numbers_are_one_column_with_those_that_pandas_made_floats(tmp_pat
     for name, ids in zip("ba" if floats_first else "ab", columns, strict=True):
         table = pa.table({"OSMID": ids, "image_bytes": pa.array([b"x"] * len(ids))})
         pq.write_table(table, tmp_path / f"{name}.parquet")
-    source = open_packaged(tmp_path)
+    source = open_input(InputOptions(input=tmp_path))
     found = [table["OSMID"] for group in range(2) for table in read_batches(source, group)]
     assert {ids.type for ids in found} == {pa.int64()}
     expected = [[1, 2**60], [3, None, None]]

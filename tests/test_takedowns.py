@@ -16,7 +16,7 @@ from pipeline.embeddings_dataset import deletions, parts
 from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.columns import hash_ids
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.packaged_input import open_packaged
+from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
 from pipeline.inference.precision import Precision
 from publish_model import aggregate_embeddings, verify_embeddings
 
@@ -319,7 +319,9 @@ def test_the_order_is_read_before_each_part_is_written(delete, dataset):
     content = part.read_content()
     assert "way/1" in content.embedded["OSMID"].to_pylist()
     assert delete(dataset, "way/1").code == 0
-    source = open_packaged(dataset.parent / "in.parquet", read_batch_size=part.recipe["read_batch_size"])
+    source = open_input(
+        InputOptions(input=dataset.parent / "in.parquet", read_batch_size=part.recipe["read_batch_size"])
+    )
     store = Appending(EmbeddingsDataset(dataset), source, "m", "v", Precision("float32"))
     store.write_part(part.plan, content)
     assert holders(dataset, "way/1") == []

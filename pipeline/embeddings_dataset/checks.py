@@ -127,9 +127,9 @@ def _list_differences(part: Part, table: pa.Table, source: PackagedInput, order:
     """
     content, table = part.read_content(), table.slice(0, part.counts["in"])
     ids = list_values(table.column(ID_COLUMN))
-    embedded = source.embedded_rows(table, part.plan.first_row, content.rejects)
-    embedded = embedded[~order.find(ids)[embedded]]
     rejected = content.rejects.column("row").to_numpy() - part.plan.first_row
+    embedded = np.setdiff1d(source.wanted_rows(table), rejected)
+    embedded = embedded[~order.find(ids)[embedded]]
     held = [list_values(one.column(ID_COLUMN)) for one in (content.embedded, content.rejects)]
     if [[repr(ids[row]) for row in rows] for rows in (embedded, rejected)] != [list(map(repr, one)) for one in held]:
         yield "ids"

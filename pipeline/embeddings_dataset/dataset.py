@@ -15,8 +15,9 @@ from pipeline.embeddings_dataset.packaged_input import (
     ID_COLUMN,
     IMAGE_COLUMN,
     SHAPING_OPTIONS,
+    InputOptions,
     PackagedInput,
-    open_packaged,
+    open_input,
 )
 from pipeline.embeddings_dataset.parts import (
     EMBEDDING_COLUMN,
@@ -202,7 +203,7 @@ class EmbeddingsDataset:
         Raises InputError where it cannot be read, or is another one.
         """
         recipe = recipe or self.recipe
-        source = open_packaged(path, **{name: recipe[name] for name in SHAPING_OPTIONS})
+        source = open_input(InputOptions(input=path, **{name: recipe[name] for name in SHAPING_OPTIONS}))
         if source.fingerprint != recipe.get("row_group_fingerprint"):
             raise InputError(f"{path}: not the input that {self.folder} was made from: give that one")
         return source

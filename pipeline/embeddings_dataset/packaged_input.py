@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -13,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import take_rows
+from pipeline.embeddings_dataset.columns import check_names
 from pipeline.errors import InputError, one_line
-from pipeline.files.column_types import plain_type, whole_from_floats
+from pipeline.files.column_types import convert, plain_type, whole_from_floats
 from pipeline.files.identity import hash_footer, hash_json
 from pipeline.files.listing import PARQUET_SUFFIXES, TAR_SUFFIX, walk_files, warn_of_others
 from pipeline.files.tables import (
@@ -89,24 +88,8 @@ class PackagedInput:
             return np.arange(table.num_rows)
         return np.flatnonzero(table[VALID_COLUMN].cast(pa.bool_()).fill_null(True).to_numpy())
 
-    def embedded_rows(self, table: pa.Table, first_row: int, rejects: pa.Table) -> NDArray[np.int64]:
-        """Return which rows of a read batch have an embedding, in order: those neither skipped nor rejected."""
-        return np.setdiff1d(self.wanted_rows(table), rejects.column("row").to_numpy() - first_row)
-
-    def carry_columns(self, embedded: pa.Table, table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
-        """Add the kept columns to a part's embeddings, from these rows of its read batch."""
-        for name in self.options.keep_columns:
-            column = table.column(name).combine_chunks()
-            embedded = embedded.append_column(table.schema.field(name), take_rows(column, rows))
-        return embedded
-
 
 # ------------------------------------------------------------------------------------------------ opening
-
-
-def open_packaged(path: Path, **options: Any) -> PackagedInput:
-    """Open the input at a path; see `InputOptions` and `open_input`."""
-    return open_input(InputOptions(input=path, **options))
 
 
 def open_input(options: InputOptions) -> PackagedInput:
@@ -115,6 +98,7 @@ def open_input(options: InputOptions) -> PackagedInput:
     Raises InputError naming the file if it is missing, damaged, empty, or a column is missing or of a wrong type.
     """
     path = options.input
+    check_names("--keep-columns", [options.id_column, options.image_column], options.keep_columns)
     kind, names = list_data(path) if path.is_dir() else (PARQUETS, [""])
     if kind == PARQUETS:
         return _open_parquets([path / name for name in names], options)
@@ -231,12 +215,7 @@ def _check_columns(path: Path, schema: pa.Schema, options: InputOptions, kept: S
         options.id_column: ("a scalar type", lambda kind: not (pa.types.is_nested(kind) or pa.types.is_union(kind))),
         options.image_column: ("binary, or a struct with bytes", _is_image),
     }
-    problems = [
-        f"column {name} of --keep-columns is the id or the image, which cannot be kept"
-        for name in accepts.keys() & set(kept)
-    ]
-    if options.id_column == options.image_column:
-        problems.append(f"column {options.id_column} cannot be both the id and the image")
+    problems = []
     if options.filter_valid and VALID_COLUMN in schema.names:  # nulls alone have no type
         accepts[VALID_COLUMN] = ("bool", lambda kind: pa.types.is_boolean(kind) or pa.types.is_null(kind))
     for name in dict.fromkeys([*accepts, *kept]):
@@ -262,19 +241,18 @@ def _is_image(kind: pa.DataType) -> bool:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_batches(source: PackagedInput, row_group: int, *, with_images: bool = True) -> Iterator[pa.Table]:
+def read_batches(source: PackagedInput, row_group: int) -> Iterator[pa.Table]:
     """Yield the rows of one row group in read batches, the last one shorter, under the names of packaged images.
 
-    Without images this takes seconds for millions of rows. Raises InputError if a file cannot be read.
+    Raises InputError if a file cannot be read.
     """
     options, batch_rows = source.options, source.options.read_batch_size
     path, own_group = source.places[row_group]
-    columns = [options.id_column, *(name for name in options.keep_columns if name not in source.partitions[path])]
+    is_struct = pa.types.is_struct(source.schema.field(options.image_column).type)
+    columns = [options.id_column, f"{options.image_column}.bytes" if is_struct else options.image_column]
+    columns += [name for name in options.keep_columns if name not in source.partitions[path]]
     if options.filter_valid and VALID_COLUMN in source.schema.names and VALID_COLUMN not in columns:
         columns.append(VALID_COLUMN)
-    if with_images:
-        is_struct = pa.types.is_struct(source.schema.field(options.image_column).type)
-        columns.append(f"{options.image_column}.bytes" if is_struct else options.image_column)
     held: pa.Table | None = None
     # Without a buffer pyarrow reads a row group's whole column chunk, and a row group may hold 10^6 images.
     with reading(path), open_parquet(path, BUFFER_BYTES) as file:
@@ -312,11 +290,11 @@ def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table
                 f"{path}: column {name}: text that is not UTF-8 ({one_line(error)[:200]}): write it in UTF-8, or as "
                 "binary"
             ) from None
-        is_id = name == source.options.id_column
-        column = whole_from_floats(column, name, path, quiet=True) if is_id else column
-        kind = source.schema.field(name).type
-        if column.type != kind and not (is_id and plain_type(kind) == pa.float64()):  # large_string beside string
-            column = column.cast(kind)
+        is_id, kind = name == source.options.id_column, source.schema.field(name).type
+        if is_id and plain_type(kind) == pa.float64():
+            kind = pa.int64()
+        if column.type != kind:  # floats beside whole numbers, large_string beside string
+            column = convert(path, column, pa.field(name, kind))
         columns[ID_COLUMN if is_id else name] = column
     columns |= {name: pa.repeat(value, table.num_rows) for name, value in source.partitions[path].items()}
     return pa.table(columns)

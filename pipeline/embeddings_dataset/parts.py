@@ -120,8 +120,11 @@ def make_content(source: PackagedInput, plan: PartPlan, table: pa.Table, outcome
         [rejection.reason for rejection in rejections], [rejection.detail for rejection in rejections],
     ]  # fmt: skip
     schema = pa.schema([("row", pa.int64()), id_field, ("reason", pa.string()), ("detail", pa.string())])
+    for name in source.options.keep_columns:
+        kept = take_rows(table.column(name).combine_chunks(), outcome.rows)
+        embedded = embedded.append_column(table.schema.field(name), kept)
     return PartContent(
-        embedded=source.carry_columns(embedded, table, outcome.rows),
+        embedded=embedded,
         rejects=pa.table(columns, schema=schema),
         skipped=table.num_rows - len(outcome.rows) - len(rejections),
         image_hashes=np.array(outcome.image_hashes, np.uint64),

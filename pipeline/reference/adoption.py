@@ -86,8 +86,7 @@ class Adoption:
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
     """Return so many of the items, from the first to the last."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
-    return [items[place] for place in np.unique(places)]
+    return [items[place] for place in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
 def _make_comparable(ids: list[object]) -> list[str]:

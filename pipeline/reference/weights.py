@@ -16,7 +16,6 @@ Weights = dict[str, torch.Tensor]
 WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
 # Prefixes that wrappers add to the names.
 PREFIXES = ("module.", "_orig_mod.", "model.", "projector.")
-PARTS = ("weight", "bias")  # of a layer; a missing bias is one of zeros
 # The reference's layers, and ours, whose `norms` follow `hidden` and `output`.
 REFERENCE_LAYERS = {
     "input_layer": "hidden.0", "input_norm": "norms.0", "output_layer": "output", "residual_proj": "shortcut",
@@ -28,9 +27,9 @@ def read_weights(
 ) -> dict[str, Any]:
     """Return the content of a checkpoint without an architecture with `architecture` and `projector` as ours have them.
 
-    Widths and depth come from the weights, dropout and activation from the section.
+    Widths and depth come from the weights, dropout and activation from the section. A missing bias is one of zeros.
     Understands the names of this projector's own layers, of the reference implementation's, and of a sequence of linear
-    layers (a single layer is the shortcut itself).
+    layers (a single one is the shortcut itself). Other names stay, and the projector refuses them.
     """
     key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
     rest = {name: value for name, value in content.items() if key and name != key}
@@ -44,8 +43,8 @@ def read_weights(
     layers = {name.partition(".")[0] for name in weights}
     if not layers & {"shortcut", "output", *REFERENCE_LAYERS}:
         weights = _rename_sequence(path, weights)
-    if not {"shortcut.weight", "output.weight"} & weights.keys():
-        weights = _rename_reference(path, weights)
+    elif not layers & {"shortcut", "output"}:
+        weights = _rename_reference(weights)
     architecture = _infer_architecture(path, weights, section)
     if not is_activation_known and architecture["num_hidden_layers"]:
         source = "as configured" if "activation" in section.model_fields_set else "the default"
@@ -91,6 +90,12 @@ def _strip_prefixes(weights: Weights) -> Weights:
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
+def _rename(weights: Weights, names: dict[str, str]) -> Weights:
+    """Give layers other names, and leave those that are not listed."""
+    split = {name: name.rpartition(".") for name in weights}
+    return {f"{names.get(layer, layer)}.{part}": weights[name] for name, (layer, _, part) in split.items()}
+
+
 def _rename_older(path: Path, weights: Weights) -> Weights:
     """Give the reference's older projector, fc1 and fc2 with or without norms and residual, its later names.
 
@@ -103,11 +108,10 @@ def _rename_older(path: Path, weights: Weights) -> Weights:
             names[layer] = "input_norm" if match[1] == "1" else "output_norm"
             logger.warning("%s: %s is assumed to be a LayerNorm directly behind fc%s; where it stands elsewhere, the "
                            "embeddings are wrong", path, layer, match[1])  # fmt: skip
-    split = {name: name.rpartition(".") for name in weights}
-    return {f"{names.get(layer, layer)}.{part}": weights[name] for name, (layer, _, part) in split.items()}
+    return _rename(weights, names)
 
 
-def _rename_reference(path: Path, weights: Weights) -> Weights:
+def _rename_reference(weights: Weights) -> Weights:
     """Map the reference implementation's projector onto this one's names.
 
     It computes y = output_layer(h) + residual_proj(x), L2-normalised: x are the features and h the result of
@@ -115,42 +119,22 @@ def _rename_reference(path: Path, weights: Weights) -> Weights:
     output layer too, before activation and sum. Without residual_proj nothing is added, whatever the widths.
     """
     depth = sum(bool(re.fullmatch(r"hidden_layers\.\d+\.weight", name)) for name in weights)
-    targets = REFERENCE_LAYERS | {"output_norm": f"norms.{depth + 1}"}
+    names = REFERENCE_LAYERS | {"output_norm": f"norms.{depth + 1}"}
     for number in range(depth):
-        targets |= {f"hidden_layers.{number}": f"hidden.{number + 1}", f"hidden_norms.{number}": f"norms.{number + 1}"}
-    unknown = sorted(weights.keys() - {f"{name}.{part}" for name in targets for part in PARTS})
-    if unknown:
-        raise _not_mapped(path, f"{unknown[0]} is not known")
-    has_norms = any("_norm" in name for name in weights)
-    renamed: Weights = {}
-    for name, target in targets.items():
-        weight, is_norm = weights.get(f"{name}.weight"), "_norm" in name
-        if weight is None and (name == "residual_proj" or (is_norm and not has_norms)):
-            continue
-        if weight is None or weight.ndim != (1 if is_norm else 2):
-            raise _not_mapped(path, f"{name}.weight is missing or no {'vector' if is_norm else 'matrix'}")
-        renamed |= {f"{target}.{part}": weights[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in weights}
-    return renamed
+        names |= {f"hidden_layers.{number}": f"hidden.{number + 1}", f"hidden_norms.{number}": f"norms.{number + 1}"}
+    return _rename(weights, names)
 
 
 def _rename_sequence(path: Path, weights: Weights) -> Weights:
-    """Give a plain MLP, with linear layers numbered as in nn.Sequential, the reference's names; a single layer ours."""
-    # A layer's name with its dot; a single layer may have none.
-    names = [key.removesuffix("weight") for key, value in weights.items() if key.endswith("weight") and value.ndim == 2]
-    others = [key for key in weights if key.removesuffix("weight").removesuffix("bias") not in names]
-    if others:
-        raise _not_mapped(path, f"{others[0]} is not part of a linear layer")
-    places = [(place[1], int(place[2]), name) for name in names if (place := re.fullmatch(r"(.*?)(\d+)\.", name))]
-    if len(names) > 1 and (len(places) < len(names) or len({prefix for prefix, _, _ in places}) > 1):
+    """Give linear layers that are numbered as in nn.Sequential this projector's names."""
+    layers = {name.rpartition(".")[0] for name in weights}
+    places = [(place[1], int(place[2]), layer) for layer in layers if (place := re.fullmatch(r"(.*?)(\d+)", layer))]
+    if len(places) < len(layers) or len({prefix for prefix, _, _ in places}) > 1:
         # They may be parallel: shapes do not tell.
-        raise _not_mapped(path, f"{', '.join(names)}: not one numbered sequence of layers")
-    targets = ["input_layer", *(f"hidden_layers.{number}" for number in range(len(names) - 2)), "output_layer"]
-    sources = [name for _, _, name in sorted(places)] if len(names) > 1 else names
-    renamed = zip(sources, targets if len(names) > 1 else ["shortcut"], strict=True)
-    return {
-        f"{target}.{part}": weights[f"{name}{part}"]
-        for name, target in renamed for part in PARTS if f"{name}{part}" in weights
-    }  # fmt: skip
+        raise _not_mapped(path, f"{', '.join(sorted(layers))}: not one numbered sequence of layers")
+    *hidden, last = (layer for _, _, layer in sorted(places))
+    names = {layer: f"hidden.{number}" for number, layer in enumerate(hidden)}
+    return _rename(weights, names | {last: "output" if hidden else "shortcut"})
 
 
 def _not_mapped(path: Path, why: str) -> InputError:

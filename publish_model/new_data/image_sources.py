@@ -198,7 +198,7 @@ def _open_parquets(options: InputOptions) -> ImageSource:
                 rejection = None if data else Rejection("missing_image", "no bytes, or is_valid is false")
                 yield SourceImage(row, str(row[ID_COLUMN]), len(data or b""), data=data, rejection=rejection)
 
-    sample = next(table for group in groups for table in read_batches(source, group, with_images=False))
+    sample = next(table for group in groups for table in read_batches(source, group))
     described = hash_json([source.fingerprint, options.id_column, options.image_column, columns])
     inputs = [{"name": source.path.name, "size": source.size, "hash": described}]
     fields = tuple(sample.schema.field(name) for name in columns)
