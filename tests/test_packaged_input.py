@@ -84,7 +84,7 @@ def test_a_column_that_is_is_valid_in_another_case_is_named(tmp_path, caplog):
     for names, is_named in ((["Is_Valid"], True), (["is_valid"], False), (["Is_Valid", "is_valid"], False)):
         caplog.clear()
         write_packaged(tmp_path / "in.parquet", [b"x"], **dict.fromkeys(names, [False]))
-        open_packaged(tmp_path / "in.parquet")
+        open_input(InputOptions(input=tmp_path / "in.parquet"))
         assert (f"column {names[0]} is not read" in caplog.text) is is_named
 
 
