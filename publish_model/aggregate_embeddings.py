@@ -5,13 +5,14 @@
 Reads what stage 8 wrote. Writes OUTPUT/_aggregated/OSMID.parquet: the columns of --by, num_images,
 mean_pairwise_similarity (null for one image) and embedding. --by OSMID,year takes a further column that stage 8 was
 told to keep. --geometry FILE joins a parquet of OSMID and geometry (WKB), and the output is GeoParquet 1.1. Memory is
-bounded by reading the dataset once for each million images.
+bounded by reading the dataset once for each 500,000 images.
 """
 
 import contextlib
 import re
 import sys
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -20,37 +21,36 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.embeddings_dataset.columns import check_names, hash_ids
+from pipeline.embeddings_dataset.columns import check_names, filter_rows, hash_ids
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
+from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, read_table
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.identity import identify
 from pipeline.files.outputs import check_replaceable
-from pipeline.files.tables import is_complete, make_provenance, open_parquet, parquet_writer
-from pipeline.log import Progress, logger
+from pipeline.files.tables import is_complete, make_provenance, parquet_writer
+from pipeline.log import logger
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
-from publish_model.derived.embedding_groups import MEASURED, Groups, keys_of
+from publish_model.derived.embedding_groups import MEASURED, average_rows, keys_of
 from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile
 
 STAGE = "aggregate_embeddings"
-# Groups of one pass over the dataset, at most: their sums take 2 KB each at 256 numbers, so 2 GB.
-GROUPS_PER_PASS = 1_000_000
+# About so many images are held in a pass: with their sums they take up to 2 GB at 256 numbers.
+ROWS_PER_PASS = 500_000
 
 
-def group_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_passes: int) -> Groups:
-    """Sum the embeddings of the groups that belong to one pass by the hash of their key; rows without id have none."""
-    groups, place = Groups(dataset.schema, by), list(by).index(ID_COLUMN)
-    with Progress(f"{STAGE} {number + 1}/{num_passes}", dataset.num_rows) as progress:
-        for part in dataset.parts:
-            table = part.read([*by, EMBEDDING_COLUMN])
-            keys = keys_of(table, by)
-            own = np.array([key[place] is not None for key in keys], dtype=bool)
-            if num_passes > 1:
-                own &= np.array([value % num_passes == number for value in hash_ids(keys)], dtype=bool)
-            groups.add(table, keys, np.flatnonzero(own))
-            progress.advance(table.num_rows)
-    return groups
+def average_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_passes: int) -> pa.Table:
+    """Average the rows that belong to one pass by the hash of their key; rows without id belong to none."""
+    place, tables, keys = list(by).index(ID_COLUMN), [], []
+    for part in dataset.parts:
+        table = part.read([*by, EMBEDDING_COLUMN])
+        found = keys_of(table, by)
+        own = np.array([key[place] is not None for key in found], dtype=bool)
+        if num_passes > 1:
+            own &= np.array([value % num_passes == number for value in hash_ids(found)], dtype=bool)
+        tables.append(filter_rows(table, own))
+        keys += compress(found, own)
+    return average_rows(pa.concat_tables(tables).unify_dictionaries(), keys, by)
 
 
 def aggregate(
@@ -77,9 +77,9 @@ def aggregate(
         result.kept.append(path)
     else:
         with contextlib.ExitStack() as stack:
-            num_passes = max(1, -(-dataset.num_rows // GROUPS_PER_PASS))
+            num_passes = max(1, -(-dataset.num_rows // ROWS_PER_PASS))
             for number in range(num_passes):
-                table = group_pass(dataset, by, number, num_passes).to_table()
+                table = average_pass(dataset, by, number, num_passes)
                 table = geometry.join(table) if geometry else table
                 if not number:
                     writer = stack.enter_context(parquet_writer(path, table.schema, provenance))
@@ -87,9 +87,9 @@ def aggregate(
             if geometry:
                 writer.add_key_value_metadata({GEO_KEY: geometry.describe()})
         result.written.append(path)
-    with open_parquet(path) as file:
-        num_images = sum(int(batch.column(0).to_numpy().sum()) for batch in file.iter_batches(columns=["num_images"]))
-        logger.info("%d groups of %d images", file.metadata.num_rows, num_images)
+    counts = read_table(path, ["num_images"])["num_images"].to_numpy()
+    num_images = int(counts.sum())
+    logger.info("%d groups of %d images", len(counts), num_images)
     result.add({"in": dataset.num_rows, "out": num_images, "dropped": dataset.num_rows - num_images})
     return result
 

@@ -51,11 +51,9 @@ def check_equal(table, by, expected):
         assert np.allclose(row["embedding"], mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("groups_per_pass", [1000, 3])
-def test_the_means_are_those_of_a_loop_in_one_pass_or_in_several(
-    aggregate, rows, tmp_path, monkeypatch, groups_per_pass
-):
-    monkeypatch.setattr(aggregate_embeddings, "GROUPS_PER_PASS", groups_per_pass)
+@pytest.mark.parametrize("rows_per_pass", [1000, 13])
+def test_the_means_are_those_of_a_loop_in_one_pass_or_in_several(aggregate, rows, tmp_path, monkeypatch, rows_per_pass):
+    monkeypatch.setattr(aggregate_embeddings, "ROWS_PER_PASS", rows_per_pass)
     ids, years, embeddings = rows
     output = write_dataset(tmp_path / "out", pa.array(ids), embeddings, year=years)
     for by, keys in ((["OSMID"], ids), (["OSMID", "year"], list(zip(ids, years, strict=True)))):
@@ -120,9 +118,9 @@ def test_a_rerun_keeps_the_file_and_another_dataset_is_refused(aggregate, rows, 
 
 
 def test_an_interrupted_run_leaves_nothing(aggregate, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(aggregate_embeddings, "GROUPS_PER_PASS", 4)
+    monkeypatch.setattr(aggregate_embeddings, "ROWS_PER_PASS", 4)
     output = write_dataset(tmp_path / "out", pa.array(rows[0]), rows[2])
-    plain, done = aggregate_embeddings.group_pass, []
+    plain, done = aggregate_embeddings.average_pass, []
 
     def stop_at_the_third(*arguments):
         if len(done) == 2:
@@ -130,10 +128,10 @@ def test_an_interrupted_run_leaves_nothing(aggregate, rows, tmp_path, monkeypatc
         done.append(arguments[2])
         return plain(*arguments)
 
-    monkeypatch.setattr(aggregate_embeddings, "group_pass", stop_at_the_third)
+    monkeypatch.setattr(aggregate_embeddings, "average_pass", stop_at_the_third)
     assert aggregate(output).code == 130
     assert list((output / "_aggregated").iterdir()) == []
-    monkeypatch.setattr(aggregate_embeddings, "group_pass", plain)
+    monkeypatch.setattr(aggregate_embeddings, "average_pass", plain)
     assert aggregate(output).code == 0
     check_equal(pq.read_table(output / "_aggregated" / "OSMID.parquet"), ["OSMID"], loop_over(rows[0], rows[2]))
 
@@ -155,11 +153,12 @@ def test_a_column_whose_name_is_a_path_does_not_leave_the_folder(aggregate, tmp_
     assert [path.name for path in (output / "_aggregated").iterdir()] == ["OSMID_______x.parquet"]
 
 
-def test_memory_does_not_grow_with_the_images(aggregate, tmp_path):
+def test_memory_does_not_grow_with_the_images(aggregate, tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregate_embeddings, "ROWS_PER_PASS", 1_000)
     peaks = []
     for num_rows in (2_000, 20_000):
         output = write_dataset(
-            tmp_path / str(num_rows), pa.array(np.arange(num_rows) % 50), unit_rows(0, num_rows, 64), rows_of_part=500
+            tmp_path / str(num_rows), pa.array(np.arange(num_rows) // 2), unit_rows(0, num_rows, 64), rows_of_part=500
         )
         tracemalloc.start()
         assert aggregate(output).code == 0
