@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
@@ -28,22 +27,16 @@ from pipeline.files.tables import PROVENANCE_KEY, make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import read_json_object, writing_folder
 from pipeline.inference.model_files import (
-    compare_embedded,
     embedding_settings,
     has_own_weights,
     identify_model,
     is_within,
     locate_backbone,
-    read_settings,
 )
 from pipeline.log import logger
 from pipeline.stages import STAGES
-from publish_model.model_folder.model_card import add_test_results, is_measured, worse_than
-from publish_model.model_folder.model_code import CODE_PATHS, describe_model
-
-if TYPE_CHECKING:
-    from pipeline.retrieval.checkpoint import Checkpoint
-    from publish_model.model_folder.model_parts import ModelParts
+from publish_model.model_folder.model_card import add_test_results
+from publish_model.model_folder.model_code import CODE_PATHS
 
 STAGE = "convert_to_hf"
 COUNTS = {"in": 1, "out": 1}  # models
@@ -65,39 +58,6 @@ class PublishOptions(cli.Options):
     force: bool = False
     push_to_hub: str | None = None
     dtype: str | None = None
-
-
-def read_parts(config: Config, checkpoint_path: Path, backbone_dir: Path, force: bool) -> "ModelParts":
-    """Return the parts of the published model.
-
-    Raises InputError if the checkpoint does not fit the backbone, PipelineError if its projector is worse than no
-    training and `force` is off.
-    """
-    import torch
-
-    from pipeline.inference.loading import find_vision_config, load_model
-    from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
-    from publish_model.model_folder.model_parts import ModelParts
-    from publish_model.model_folder.pair_rates import measure_pairs
-    from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel as Model
-
-    section, settings = config.embedding_model, read_settings(backbone_dir / "config.json")
-    checkpoint = load_checkpoint(checkpoint_path, config.training_model)
-    check_embedded_alike(config, checkpoint, identify_model(backbone_dir))
-    metrics = check_worth(checkpoint, force)
-    vision = find_vision_config(backbone_dir)
-    settings = vision.to_dict() if "vision_config" in settings else settings
-    described = describe_model(name_backbone(config), settings, section, checkpoint.architecture)
-
-    def load(dtype: str) -> Model:
-        with torch.device("meta"):
-            model = Model(Model.config_class(**described))
-        model.backbone = load_model(backbone_dir, vision, dtype, section.pooling_type)
-        model.projector = build_projector(checkpoint)
-        return model
-
-    rates = measure_pairs(config, checkpoint)
-    return ModelParts(backbone_dir, described, load, checkpoint, section.input_size, metrics, rates)
 
 
 def describe_published(config: Config, checkpoint_path: Path, backbone_id: str | None, dtype: str | None) -> Provenance:
@@ -144,53 +104,16 @@ def check_place(folder: Path) -> None:
         raise InputError(f"{folder}: not empty, and not a model that was published here: give another --output")
 
 
-def name_backbone(config: Config) -> str:
-    """Return the backbone's public name: its hub id without a revision, or a local folder's name, never its path."""
-    name = config.embedding_model.model_name or ""
-    folder = config.expand(name, "[embedding_model].model_name")
-    return folder.name if folder.is_dir() else name.partition("@")[0]
-
-
-def check_embedded_alike(config: Config, checkpoint: "Checkpoint", backbone_id: str) -> None:
-    """Raise InputError, naming the difference, if the checkpoint was trained on embeddings of another backbone or of
-    other settings than are published; a checkpoint of the reference implementation does not say."""
-    wanted = {"model": backbone_id, **embedding_settings(config.embedding_model)}
-    if difference := compare_embedded(checkpoint.provenance.get("embedded_with"), wanted):
-        raise InputError(
-            f"{checkpoint.path}: trained on other embeddings than the configuration's ({difference}): set "
-            "[embedding_model] as it was, or run stages 2, 3 and 6 again"
-        )
-
-
-def check_worth(checkpoint: "Checkpoint", force: bool) -> dict[str, dict[str, float]]:
-    """Return the validation metrics of projector and baselines, empty if they were not measured.
-
-    Raises PipelineError if the projector's mAP is below a baseline's and `force` is off.
-    """
-    metrics = checkpoint.metrics.get("val")
-    if not isinstance(metrics, dict) or not is_measured(metrics):
-        logger.warning("%s: carries no validation metrics: published as not measured", checkpoint.path)
-        return {}
-    below = worse_than(metrics)
-    if below:
-        figures = ", ".join(f"{row} {metrics[row]['map']:.4f}" for row in (*below, "projector"))
-        message = f"{checkpoint.path}: its projector retrieves worse than no training (validation mAP: {figures})"
-        if not force:
-            raise PipelineError(f"{message}: train on more data or with other settings, or publish it with --force")
-        logger.warning("%s: published all the same, the model card says so", message)
-    return {row: values for row, values in metrics.items() if isinstance(values, dict)}
-
-
 def push_to_hub(folder: Path, repo_id: str) -> None:
     """Upload a published folder to the hub; a new repository is private.
 
     Other files in the folder, and links out of it, stay here. The token comes from $HF_TOKEN alone.
     Raises PipelineError if there is none or the hub refuses.
     """
-    names = [path.name for path in sorted(folder.iterdir()) if re.fullmatch(MADE, path.name) and is_within(path)]
-    for path in sorted(folder.iterdir()):
-        if path.name not in names:
-            logger.warning("%s: not uploaded: no file of a published model, or a link", path)
+    listed = sorted(folder.iterdir())
+    names = [path.name for path in listed if re.fullmatch(MADE, path.name) and is_within(path)]
+    if left := [path.name for path in listed if path.name not in names]:
+        logger.warning("%s: not uploaded: no file of a published model, or a link", ", ".join(left))
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -245,7 +168,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         logger.info("%s: kept %s, which is complete", STAGE, output)
         result.kept.append(output)
     else:
-        from publish_model.model_folder.published_folder import fill_folder
+        from publish_model.model_folder.published_folder import fill_folder, read_parts
 
         model = read_parts(config, checkpoint_path, backbone_dir, own.force)
         with writing_folder(output, made=MADE) as folder:

@@ -30,7 +30,7 @@ from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files.units import Unit
 from pipeline.files.workspace import naming_failures
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
-from pipeline.log import Progress, Stopwatch, logger
+from pipeline.log import Progress, Stopwatch, logger, logging_to
 from pipeline.own_folders import make_folder
 from pipeline.threads import Background
 from publish_model.model_folder.published_model import PublishedModel, find_model
@@ -180,11 +180,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__ or "", argv)
-    logger.disabled = True  # there is no log yet: the second opening gives the warnings
-    try:
-        open_input(options)  # a mistyped path leaves no folder behind
-    finally:
-        logger.disabled = False
+    with logging_to(None):
+        source = open_input(options)  # a mistyped path leaves no folder behind
     folder = EmbeddingsDataset(options.output).folder
     with naming_failures(folder):
         make_folder(folder)
@@ -195,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             STAGE, VERSION, platform.python_version(),
             *(version(package) for package in ("pyarrow", "torch", "transformers")), options.device,
         )  # fmt: skip
-        return embed_dataset(options, open_input(options))
+        return embed_dataset(options, source)
 
     cli.run_logged(STAGE, tell, folder / "_logs" / cli.log_name(STAGE, options.shard))
 

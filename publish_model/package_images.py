@@ -12,11 +12,9 @@ goes on. Takes no configuration.
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import itertools
 import math
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -90,22 +88,6 @@ def gather_groups(images: Iterator[SourceImage]) -> Iterator[list[SourceImage]]:
         yield group
 
 
-def make_table(group: list[SourceImage], schema: pa.Schema) -> pa.Table:
-    """Return the rows of a package with these images, which are not copied."""
-    table = pa.Table.from_pylist([{**one.row, VALID_COLUMN: one.data is not None} for one in group], schema)
-    kind = pa.binary()
-    columns = [
-        pa.nulls(1, kind)
-        if one.data is None
-        else pa.Array.from_buffers(
-            kind, 1, [None, *pa.array([0, len(one.data)], pa.int32()).buffers()[1:], pa.py_buffer(one.data)]
-        )
-        for one in group
-    ]
-    place = schema.get_field_index(IMAGE_COLUMN)
-    return table.set_column(place, schema.field(place), pa.chunked_array(columns, kind))
-
-
 def write_file(
     path: Path,
     groups: Iterator[list[SourceImage]],
@@ -127,8 +109,9 @@ def write_file(
     }  # fmt: skip
     with parquet_writer(path, schema, provenance, **options) as writer:
         for group in groups:
-            writer.write_table(make_table(group, schema))
-            pa.default_memory_pool().release_unused()  # copies of the largest picture
+            rows = [{**one.row, IMAGE_COLUMN: one.data, VALID_COLUMN: one.data is not None} for one in group]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            del rows
             rejected += [(one.name, one.rejection) for one in group if one.rejection is not None]
             seen += [one.seen for one in group]
             for one in group:
@@ -240,12 +223,6 @@ def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finishe
     return has_renewed
 
 
-def give_back_memory() -> None:
-    """Make glibc give blocks of large pictures back; else each thread keeps those of its largest one."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").mallopt(-3, 8 << 20)  # M_MMAP_THRESHOLD, malloc.h; Pillow takes blocks of 16 MiB
-
-
 def package_images(options: argparse.Namespace) -> cli.StageResult:
     """Package the images and return the counts.
 
@@ -288,7 +265,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="make a package anew that is there; the old one stays until then")
     options = parser.parse_args(argv)
     check_places(options.input, options.output)
-    give_back_memory()
     cli.run_logged(STAGE, lambda: package_images(options), None)
 
 

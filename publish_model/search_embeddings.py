@@ -21,36 +21,25 @@ from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import ConfigError
 from pipeline.files.outputs import check_replaceable, page_mark
-from pipeline.files.workspace import writing_to
-from pipeline.inference.images import decode_rgb
 from pipeline.log import logger, logging_to
-from pipeline.pages import load_templates, to_data_uri
 from publish_model.derived.dataset_tool import make_tool_parser
+from publish_model.derived.pages import make_thumbnail, write_html
 from publish_model.embed_images import embed_photographs
 from publish_model.model_folder.published_model import find_model
 from publish_model.new_data.embed_options import add_device_option, add_model_option
 from publish_model.new_data.id_lists import describe_id
 
-THUMBNAIL_PX = 224
-TEMPLATES_DIR = Path(__file__).parent / "templates"
 PAGE_MARK = page_mark("search_embeddings")
 
 
 def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], images: Sequence[bytes | None]) -> None:
-    """Write a page with the photograph and what was found, which needs no other file."""
+    """Write a page with the photograph and what was found."""
     found = [
         {"rank": rank, "picture": make_thumbnail(image), "identifier": identifier, "similarity": similarity}
         for rank, ((similarity, identifier), image) in enumerate(zip(hits, images, strict=True), start=1)
     ]
-    template = load_templates(TEMPLATES_DIR).get_template("search.html.j2")
-    page = template.render(query=make_thumbnail(query.read_bytes()), found=found)
-    with writing_to(path.resolve()) as temporary:  # a link is the user's: it stays
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-
-
-def make_thumbnail(image: bytes | None) -> str | None:
-    """Return an image file as a small data URI."""
-    return None if image is None else to_data_uri(decode_rgb(image), THUMBNAIL_PX, 85)
+    thumbnail = make_thumbnail(query.read_bytes())
+    write_html(path.resolve(), "search.html.j2", query=thumbnail, found=found)  # a link is the user's: it stays
 
 
 def search(arguments: argparse.Namespace) -> None:

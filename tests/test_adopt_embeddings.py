@@ -114,7 +114,7 @@ def test_a_dataset_of_another_model_or_other_pictures_is_refused_and_left(run_ma
         file.write(np.random.default_rng(0).normal(size=10_000).astype("<f4").tobytes())
     outcome = adopt(run_main, made, foreign, model=other)
     assert outcome.code == 1
-    assert "the cosine to what the model makes of this picture is" in outcome.stderr
+    assert "the cosine to what the model makes of it is" in outcome.stderr
     write_packaged(tmp_path / "other.parquet", make_photographs(26), OSMID=[f"node/{row}" for row in range(26)])
     outcome = adopt(run_main, made, foreign, source=tmp_path / "other.parquet")
     assert outcome.code == 1

@@ -176,11 +176,11 @@ def test_the_pipeline_brings_them_when_stage_9_is_done(config_file, run_main, tm
 
 
 def test_the_rates_of_pairs_are_named_and_no_part_of_the_version(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("publish_model.model_folder.pair_rates.measure_pairs", lambda *_: None)
+    monkeypatch.setattr("publish_model.model_folder.published_folder.measure_pairs", lambda *_: None)
     stage.run(config, Options())
     without = identify_model(tmp_path / "published")
     assert FILE_NAME not in (tmp_path / "published" / "README.md").read_text()
-    monkeypatch.setattr("publish_model.model_folder.pair_rates.measure_pairs", lambda *_: {"all": []})
+    monkeypatch.setattr("publish_model.model_folder.published_folder.measure_pairs", lambda *_: {"all": []})
     stage.run(config, Options(overwrite=True))
     card = (tmp_path / "published" / "README.md").read_text().replace("\n", " ")
     assert f"`{FILE_NAME}` says how often pairs of validation images reach a cosine" in card

@@ -102,7 +102,7 @@ def test_other_files_in_the_folder_and_links_out_of_it_stay_here(push, hub, tmp_
     (tmp_path / "published" / "notes.txt").write_text("mine")
     (tmp_path / "published" / "LICENSE").symlink_to(tmp_path / "private")
     outcome = push()
-    assert (outcome.code, "LICENSE: not uploaded" in outcome.stderr) == (0, True)
+    assert (outcome.code, "LICENSE, notes.txt: not uploaded" in outcome.stderr) == (0, True)
     commit = next(body for path, _, body in hub.requests if "/commit/" in path)
     sent = {one["value"]["path"] for one in map(json.loads, commit.splitlines()) if one["key"] == "file"}
     assert "model.safetensors" in sent

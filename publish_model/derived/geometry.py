@@ -11,7 +11,6 @@ import shapely
 from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError, one_line
-from pipeline.files.column_types import plain_type
 from pipeline.files.tables import open_parquet, reading
 from pipeline.files.workspace import parse_json
 from pipeline.log import logger
@@ -49,11 +48,8 @@ def describe_shape(value: bytes, *, in_degrees: bool) -> str:
 class GeometryFile:
     """A parquet of ids and geometries in well-known binary, GeoParquet or plain."""
 
-    def __init__(self, path: Path, id_type: pa.DataType) -> None:
-        """Read its footer.
-
-        Raises InputError if it cannot be read, or has no such columns, or its ids are not of the dataset's kind.
-        """
+    def __init__(self, path: Path) -> None:
+        """Read its footer; raise InputError if it cannot be read, or has no such columns."""
         self.path = path
         with open_parquet(path) as file:
             schema, metadata = file.schema_arrow, file.metadata.metadata or {}
@@ -73,11 +69,7 @@ class GeometryFile:
         is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
         if not is_binary or described.get("encoding", "WKB") != "WKB":
             raise InputError(f"{path}: column {self.column} is not well-known binary (WKB): write it so")
-        own_type = schema.field(ID_COLUMN).type
-        if plain_type(own_type) != plain_type(id_type):
-            raise InputError(
-                f"{path}: its {ID_COLUMN} is {own_type}, that of the dataset {id_type}: write both in one type"
-            )
+        self._id_type = schema.field(ID_COLUMN).type
 
     def join(self, table: pa.Table) -> pa.Table:
         """Add the geometry of each id to a table, null where the file has none.
@@ -110,7 +102,8 @@ class GeometryFile:
     def describe(self) -> bytes:
         """Return the `geo` metadata of a file that holds the joined tables."""
         if self._num_missing and not self._types:
-            raise InputError(f"{self.path}: names none of the ids: give their geometries")
+            what = f"names none of the ids (its {ID_COLUMN} is {self._id_type})"
+            raise InputError(f"{self.path}: {what}: give their geometries, and ids of the dataset's type")
         logger.info("%d ids have no geometry in %s", self._num_missing, self.path)
         column = {"encoding": "WKB", "geometry_types": sorted(self._types), **self._kept}
         geo = {"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": {GEOMETRY_COLUMN: column}}

@@ -1,20 +1,25 @@
 """Write the published model's README, a model card in the hub's format, and put stage 9's results on it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import InputError, one_line
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.files.workspace import read_json_object, writing_to
+from pipeline.inference.model_files import LICENCE_FILES, is_within
+from pipeline.log import logger
 from pipeline.pages import load_templates
 from pipeline.retrieval.scores import list_unreached
 
 if TYPE_CHECKING:
-    from publish_model.model_folder.model_parts import ModelParts
+    from pipeline.retrieval.checkpoint import Checkpoint
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[1] / "templates"
 NAME = "Spatial building embeddings"
+LICENCE_KEYS = ("license", "license_name", "license_link")
 ROWS = {
     "raw": "backbone alone",
     "pca_whitened": "backbone, PCA-whitened",
@@ -37,6 +42,23 @@ BEGIN, END = "<!-- test results -->", "<!-- end of test results -->"
 Metrics = Mapping[str, Mapping[str, Any]]  # by row, then by score
 
 
+@dataclass(frozen=True)
+class ModelParts:
+    """What a published model is made of.
+
+    `folder` has the backbone with its image processor, card and licence, `vision` is its configuration; `config` is
+    the published config.json without provenance.
+    """
+
+    folder: Path
+    vision: Any
+    config: dict[str, Any]
+    checkpoint: "Checkpoint"
+    image_size: int | None
+    metrics: dict[str, dict[str, float]]  # of the validation split, empty where not measured
+    pair_rates: dict[str, Any] | None  # the content of pair_rates.json
+
+
 def worse_than(metrics: Metrics) -> list[str]:
     """Return the baselines whose validation mAP the projector does not reach; see `list_unreached`."""
     return list_unreached({row: metrics[row] for row in BASELINES}, metrics["projector"]["map"], TOLERANCE)
@@ -48,11 +70,14 @@ def is_measured(metrics: Mapping[str, Any]) -> bool:
     return all(isinstance(row, dict) and isinstance(row.get("map"), int | float) for row in rows)
 
 
-def write_card(folder: Path, model: "ModelParts", dtype: str) -> None:
+def write_card(folder: Path, model: ModelParts, dtype: str) -> None:
     """Write README.md; `dtype` is the type of the published backbone weights."""
     from huggingface_hub import ModelCard
 
-    licence, licence_files = model.read_licence(), [path.name for path in model.list_licences()]
+    licence, licence_files = (
+        _read_licence(model.folder / "README.md"),
+        [path.name for path in list_licences(model.folder)],
+    )
     backbone_name = model.config["backbone_model_name"]
     text = _render(
         "model_card.md.j2", metadata=_make_metadata(backbone_name, licence, licence_files), name=NAME,
@@ -64,6 +89,33 @@ def write_card(folder: Path, model: "ModelParts", dtype: str) -> None:
         versions={package: version(package) for package in ("torch", "transformers")},
     )  # fmt: skip
     ModelCard(text + "\n").save(folder / "README.md")
+
+
+def list_licences(folder: Path) -> list[Path]:
+    """List the licence texts in a backbone's folder; a link out of it could publish any file of the user's."""
+    paths = {path for pattern in LICENCE_FILES for path in folder.glob(pattern)}
+    found = sorted(path for path in paths if path.is_file() and path.suffix != ".py")
+    for path in found:
+        if not is_within(path):
+            logger.warning("%s: a link out of the model's folder, which is not followed", path)
+    return [path for path in found if is_within(path)]
+
+
+def _read_licence(path: Path) -> dict[str, str]:
+    """Return what the backbone's card says of its licence; raise InputError where its metadata cannot be read."""
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    try:
+        found = (metadata_load(path) or {}) if path.is_file() else {}
+        listed = {key: value if isinstance(value := found.get(key), list) else [value] for key in LICENCE_KEYS}
+        # Text alone: a few lines of lists in lists, by reference, are written out without end.
+        texts = {key: ", ".join(one for one in values if isinstance(one, str)) for key, values in listed.items()}
+        return {key: text for key, text in texts.items() if text}
+    except (YAMLError, ValueError, OSError, RecursionError, AttributeError) as error:
+        raise InputError(
+            f"{path}: its metadata cannot be read ({one_line(error)[:100]}): fetch the model again"
+        ) from None
 
 
 def _make_metadata(backbone_name: str, licence: Mapping[str, Any], licence_files: list[str]) -> str:

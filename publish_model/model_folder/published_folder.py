@@ -1,4 +1,4 @@
-"""Fill a published folder: weights, configuration, image processor, code, licence, model card."""
+"""Check what a model is published from, and fill its folder: weights, settings, processor, code, licence, card."""
 
 import json
 import shutil
@@ -7,19 +7,82 @@ from typing import Any
 
 import torch
 
+from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.files.workspace import parse_json
 from pipeline.inference.backbone import check_embeddings
-from pipeline.inference.loading import naming_model, writing_weights
-from pipeline.inference.model_files import digest_weights, read_settings
-from publish_model.model_folder.model_card import write_card
-from publish_model.model_folder.model_code import read_code
-from publish_model.model_folder.model_parts import ModelParts
-from publish_model.model_folder.pair_rates import FILE_NAME
+from pipeline.inference.loading import find_vision_config, load_model, naming_model, writing_weights
+from pipeline.inference.model_files import (
+    compare_embedded,
+    digest_weights,
+    embedding_settings,
+    identify_model,
+    read_settings,
+)
+from pipeline.log import logger
+from pipeline.retrieval.checkpoint import Checkpoint, build_projector, load_checkpoint
+from publish_model.model_folder.model_card import ModelParts, is_measured, list_licences, worse_than, write_card
+from publish_model.model_folder.model_code import describe_model, read_code
+from publish_model.model_folder.pair_rates import FILE_NAME, measure_pairs
+from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 # Of one file; the hub takes up to 50 GB.
 MAX_SHARD_BYTES = 5_000_000_000
+
+
+def read_parts(config: Config, checkpoint_path: Path, backbone_dir: Path, force: bool) -> ModelParts:
+    """Return the parts of the published model.
+
+    Raises InputError if the checkpoint does not fit the backbone, PipelineError if its projector is worse than no
+    training and `force` is off.
+    """
+    section, settings = config.embedding_model, read_settings(backbone_dir / "config.json")
+    checkpoint = load_checkpoint(checkpoint_path, config.training_model)
+    check_embedded_alike(config, checkpoint, identify_model(backbone_dir))
+    metrics = check_worth(checkpoint, force)
+    vision = find_vision_config(backbone_dir)
+    settings = vision.to_dict() if "vision_config" in settings else settings
+    described = describe_model(name_backbone(config), settings, section, checkpoint.architecture)
+    rates = measure_pairs(config, checkpoint)
+    return ModelParts(backbone_dir, vision, described, checkpoint, section.input_size, metrics, rates)
+
+
+def name_backbone(config: Config) -> str:
+    """Return the backbone's public name: its hub id without a revision, or a local folder's name, never its path."""
+    name = config.embedding_model.model_name or ""
+    folder = config.expand(name, "[embedding_model].model_name")
+    return folder.name if folder.is_dir() else name.partition("@")[0]
+
+
+def check_embedded_alike(config: Config, checkpoint: Checkpoint, backbone_id: str) -> None:
+    """Raise InputError, naming the difference, if the checkpoint was trained on embeddings of another backbone or of
+    other settings than are published; a checkpoint of the reference implementation does not say."""
+    wanted = {"model": backbone_id, **embedding_settings(config.embedding_model)}
+    if difference := compare_embedded(checkpoint.provenance.get("embedded_with"), wanted):
+        raise InputError(
+            f"{checkpoint.path}: trained on other embeddings than the configuration's ({difference}): set "
+            "[embedding_model] as it was, or run stages 2, 3 and 6 again"
+        )
+
+
+def check_worth(checkpoint: Checkpoint, force: bool) -> dict[str, dict[str, float]]:
+    """Return the validation metrics of projector and baselines, empty if they were not measured.
+
+    Raises PipelineError if the projector's mAP is below a baseline's and `force` is off.
+    """
+    metrics = checkpoint.metrics.get("val")
+    if not isinstance(metrics, dict) or not is_measured(metrics):
+        logger.warning("%s: carries no validation metrics: published as not measured", checkpoint.path)
+        return {}
+    below = worse_than(metrics)
+    if below:
+        figures = ", ".join(f"{row} {metrics[row]['map']:.4f}" for row in (*below, "projector"))
+        message = f"{checkpoint.path}: its projector retrieves worse than no training (validation mAP: {figures})"
+        if not force:
+            raise PipelineError(f"{message}: train on more data or with other settings, or publish it with --force")
+        logger.warning("%s: published all the same, the model card says so", message)
+    return {row: values for row, values in metrics.items() if isinstance(values, dict)}
 
 
 def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: dict[str, Any]) -> None:
@@ -34,7 +97,7 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, code in read_code().items():
         (folder / name).write_bytes(code)
-    for path in model.list_licences():
+    for path in list_licences(model.folder):
         shutil.copyfile(path, folder / path.name)
     copy_processor(model.folder, folder, model.image_size)
     if model.pair_rates is not None:
@@ -47,7 +110,10 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
 def write_weights(folder: Path, model: ModelParts, dtype: str) -> str:
     """Write `backbone.*` and `projector.*`, and return the type of the backbone's floats."""
     with naming_model(model.folder):
-        loaded = model.load(dtype)
+        with torch.device("meta"):
+            loaded: Any = SpatialEmbeddingsModel(SpatialEmbeddingsModel.config_class(**model.config))
+        loaded.backbone = load_model(model.folder, model.vision, dtype, model.config["pooling_type"])
+        loaded.projector = build_projector(model.checkpoint)
     with writing_weights(folder):
         loaded.save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES)
     for path in folder.glob("*.safetensors"):  # which only their owner may read, whatever the umask
@@ -81,8 +147,6 @@ def try_model(folder: Path, model: ModelParts) -> None:
     """
     from PIL import Image
     from transformers import AutoImageProcessor
-
-    from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
     loaded: Any = SpatialEmbeddingsModel.from_pretrained(folder, output_loading_info=True)
     network, info = loaded

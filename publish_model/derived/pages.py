@@ -1,4 +1,4 @@
-"""A page of groups: their sizes, and examples of the largest, the least sure and the most alike."""
+"""Pages that need no other file; one of groups: their sizes, and the largest, the least sure and the most alike."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +14,19 @@ from publish_model.derived.group_table import CLUSTER_COLUMN, ROW_COLUMN
 from publish_model.new_data.id_lists import describe_id
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[1] / "templates"
-SHOWN_CLUSTERS, SHOWN_MEMBERS, THUMBNAIL_PX = 8, 4, 160
+SHOWN_CLUSTERS, SHOWN_MEMBERS, THUMBNAIL_PX = 8, 4, 224
+
+
+def write_html(path: Path, template: str, **content: Any) -> None:
+    """Write a page from a template; lone surrogates in it are escaped."""
+    page = load_templates(TEMPLATES_DIR).get_template(template).render(content)
+    with writing_to(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def make_thumbnail(image: bytes | None) -> str | None:
+    """Return an image file as a small data URI."""
+    return None if image is None else to_data_uri(decode_rgb(image), THUMBNAIL_PX, 85)
 
 
 def choose_examples(table: pa.Table) -> dict[str, list[list[int]]]:
@@ -49,23 +61,19 @@ def list_facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def write_page(
     path: Path, table: pa.Table, summary: dict[str, Any], read_images: Callable[[list[int]], Mapping[int, bytes]]
 ) -> None:
-    """Write a page of groups that needs no other file; `read_images` returns image files by ascending row."""
+    """Write a page of groups; `read_images` returns image files by ascending row."""
     rows, sizes = table[ROW_COLUMN].to_numpy(), np.bincount(table[CLUSTER_COLUMN].to_numpy())
     examples = choose_examples(table)
     images = read_images(sorted({int(rows[place]) for lists in examples.values() for one in lists for place in one}))
 
     def describe(place: int) -> dict[str, Any]:
-        image = images.get(int(rows[place]))
-        picture = None if image is None else to_data_uri(decode_rgb(image), THUMBNAIL_PX, 80)
         number, similarity = (table[name][place].as_py() for name in (CLUSTER_COLUMN, "similarity"))
         return {
-            "picture": picture, "identifier": describe_id(table[0][place]), "similarity": similarity,
-            "number": number, "size": sizes[number],
+            "picture": make_thumbnail(images.get(int(rows[place]))), "identifier": describe_id(table[0][place]),
+            "similarity": similarity, "number": number, "size": sizes[number],
         }  # fmt: skip
 
     sections = {title: [[describe(place) for place in one] for one in lists] for title, lists in examples.items()}
-    template = load_templates(TEMPLATES_DIR).get_template("clusters.html.j2")
     things = "images" if "images" in summary else "ids"
-    page = template.render(summary=summary, facts=list_facts(summary), sections=sections, things=things)
-    with writing_to(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    facts = list_facts(summary)
+    write_html(path, "clusters.html.j2", summary=summary, facts=facts, sections=sections, things=things)
