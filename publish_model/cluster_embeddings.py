@@ -93,6 +93,8 @@ def read_positions(columns: pa.Table, names: tuple[str, ...]) -> NDArray[np.floa
         if name not in columns.column_names:
             raise InputError(f"--positions: the dataset has no column {name}: run stage 8 with --keep-columns {name}")
         try:
+            if pa.types.is_boolean(columns[name].type):
+                raise pa.ArrowTypeError("casts to 0 and 1")
             degrees = columns[name].cast(pa.float64(), safe=False).to_numpy()
         except pa.ArrowException:
             raise InputError(

@@ -175,6 +175,12 @@ def test_positions_that_cannot_be_used_are_refused(cluster, dataset, arguments, 
     assert not (dataset / "_clusters").exists()
 
 
+def test_true_and_false_are_no_degrees(cluster, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(range(2)), unit_rows(0, 2), lat=[True, False], lon=[0.1, 0.1])
+    outcome = cluster(output, "--threshold", "0.8", "--positions", "lat,lon")
+    assert (outcome.code, "column lat holds bool, no degrees" in outcome.stderr) == (1, True)
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["--threshold", "nan"], ["--threshold", "2"], ["--threshold", "0.5", "--false-pairs", "0.1"],
                   ["--threshold", "0.5", "--positions", "lat"],

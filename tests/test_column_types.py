@@ -8,7 +8,7 @@ import pytest
 from embedding_files import make_rows, write
 
 from pipeline.errors import InputError
-from pipeline.files import tables
+from pipeline.files import column_types, tables
 from preprocess_raw_data import merge_and_split
 
 SPLITS = ("train", "val", "test")
@@ -47,6 +47,13 @@ def test_whole_numbers_that_may_not_be_whole_are_refused(tmp_path, values, compl
     pq.write_table(pa.table({"id": values}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=re.escape(complaint)):
         tables.read_columns(tmp_path / "a.parquet", FIELDS[:1], "make it again")
+
+
+def test_a_dataset_has_the_number_that_is_the_whole_name_of_its_tar():
+    names = ["0012.tar", "raw/0012.tar", "raw\\0012.tar", "city0012.tar", "0012.tar.gz", "00 12.tar"]
+    table = column_types.fill_composite_ids(pa.table({"tar_file": names, "target_id": [7] * 6, "patch_id": [1] * 6}))
+    assert table["dataset_id"].to_pylist() == [12, 12, 12, None, None, None]
+    assert table["building_id"].to_pylist() == ["0012_7", "0012_7", "0012_7", None, None, None]
 
 
 def widen(table, text, whole, real, *, is_fixed):

@@ -37,6 +37,15 @@ def test_bare_weights_of_this_projector_tell_their_widths_and_depth(
     torch.testing.assert_close(build_projector(found)(features()), projector(features()))
 
 
+@pytest.mark.parametrize("use_residual", [True, False])
+def test_the_weights_of_a_published_model_do_not_pass_for_a_checkpoint(tmp_path: Path, use_residual: bool) -> None:
+    weights = make_projector(input_power=0.8, use_residual=use_residual).state_dict()
+    both = {f"projector.{name}": value for name, value in weights.items()} | {"backbone.weight": torch.ones(3)}
+    torch.save(both, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model\.pt: a published model, whose power of the features these lack"):
+        load_checkpoint(tmp_path / "model.pt")
+
+
 def test_bare_weights_without_a_shortcut_are_the_branch_alone(tmp_path: Path) -> None:
     projector = make_projector(num_hidden_layers=2, use_residual=False)
     torch.save(projector.state_dict(), tmp_path / "old.pt")

@@ -115,7 +115,7 @@ def fill_composite_ids(table: pa.Table) -> pa.Table:
             continue
         first = table[sources[0].name].cast(pa.string())
         if name == "dataset_id":
-            ids = pc.struct_field(pc.extract_regex(first, r"(?P<id>\d+)\.tar$"), 0).cast(pa.int64())
+            ids = pc.struct_field(pc.extract_regex(first, r"(?:^|[/\\])(?P<id>\d+)\.tar$"), 0).cast(pa.int64())
         else:
             second = table[sources[1].name].cast(pa.string())
             ids = pc.binary_join_element_wise(pc.utf8_lpad(first, 4, "0"), second, "_")

@@ -41,6 +41,8 @@ def read_weights(
     if {"fc1.weight", "fc2.weight"} <= weights.keys() and "fc3.weight" not in weights:
         weights = _rename_older(path, weights)
     layers = {name.partition(".")[0] for name in weights}
+    if layers & {"shortcut", "output"} and any(name.startswith("backbone.") for name in tensors):
+        raise InputError(f"{path}: a published model, whose power of the features these lack: give its checkpoint")
     if not layers & {"shortcut", "output", *REFERENCE_LAYERS}:
         weights = _rename_sequence(path, weights)
     elif not layers & {"shortcut", "output"}:
