@@ -34,7 +34,7 @@ from pipeline.errors import InputError
 from pipeline.files.identity import identify
 from pipeline.files.listing import list_outputs
 from pipeline.files.tables import make_provenance, parquet_writer
-from pipeline.files.units import COMPLETE, Provenance, Unit, find_complete, find_state, keep_complete, refuse_missing
+from pipeline.files.units import Provenance, Unit, find_complete, find_state, keep_complete, refuse_missing
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.own_folders import discard, remove
 from pipeline.stages import STAGES
@@ -196,7 +196,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     if todo:
         search_parts(images, store, todo, config, result.watch)
     try:
-        if all(find_state(store.unit(part)).status == COMPLETE for part in store.parts):
+        if all(find_state(store.unit(part)).is_complete for part in store.parts):
             with result.watch.measure("merge"):
                 provenance = merge(images, store, path, config)
             discard(store.folder)

@@ -244,8 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="another checkpoint, or dataset with --embeddings: which is better on the same images, how surely",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
-    own = {name: value for name, value in vars(arguments).items() if name not in ("config", "overrides")}
-    options = EvaluateOptions(**own)
+    options = cli.options_from(arguments, EvaluateOptions)
     if options.labels is not None and options.embeddings is None:
         raise ConfigError("evaluate.py: --labels belongs to --embeddings: give both, or neither")
     cli.run_stage(STAGE, run, cli.config_from(arguments), options)

@@ -24,7 +24,7 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
-from pipeline.files.archive import TarImage, read_images, require_bytes
+from pipeline.files.archive import TarImage, read_images
 from pipeline.files.identity import hash_json, identify
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.scratch import RowScratch
@@ -176,7 +176,7 @@ def fill_scratch(
     stream = embed_stream(
         embedder,
         read_images(tar_path, left, scratch.seen),
-        lambda image: embedder.decode(require_bytes(image.data, image.size)),
+        lambda image: embedder.decode(image.data),
         config.infrastructure.count_workers(),
         stage.watch,
     )
@@ -314,8 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--add-missing", action="store_true", help="embed the images that embeddings of another program lack"
     )
     arguments = parser.parse_args(argv)
-    options = EmbedOptions(**vars(cli.options_from(arguments)), add_missing=arguments.add_missing)
-    cli.run_stage(STAGE, run, cli.config_from(arguments), options)
+    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments, EmbedOptions))
 
 
 if __name__ == "__main__":

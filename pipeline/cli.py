@@ -8,12 +8,13 @@ import platform
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from pipeline import VERSION
 from pipeline.config import DEFAULT_CONFIG_PATH, Config, load_config
@@ -31,10 +32,11 @@ class Options:
 
     overwrite: bool = False
     shard: Shard = Shard()
-    tar_files: tuple[Path, ...] = ()
+    tar_files: Sequence[Path] = ()
 
 
 NO_OPTIONS = Options()
+AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 @dataclass
@@ -46,7 +48,7 @@ class StageResult:
     rows_out: int = 0
     rejected: int = 0
     dropped: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
     written: list[Path] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)
     seconds: float = 0.0
@@ -58,8 +60,7 @@ class StageResult:
         self.rows_out += counts.get("out", 0)
         self.rejected += counts.get("rejected", 0)
         self.dropped += counts.get("dropped", 0)
-        for reason, count in (reasons or {}).items():
-            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        self.reasons.update(reasons or {})
 
     def describe(self) -> str:
         """Return the counts as one line."""
@@ -252,13 +253,11 @@ def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path | No
         started = time.monotonic()
         try:
             result = story()
-        except PipelineError as error:
-            logger.error("%s", error, extra={"file_only": True})  # stderr gets it as the last line
-            if error.result is not None:  # outputs that were finished are kept and counted
+        except (PipelineError, KeyboardInterrupt) as error:
+            text = str(error) or f"{stage}: interrupted; what was finished is kept"
+            logger.error("%s", text, extra={"file_only": True})  # stderr gets it as the last line
+            if isinstance(error, PipelineError) and error.result is not None:  # what was finished is kept and counted
                 _report(error.result, started)
-            raise
-        except KeyboardInterrupt:
-            logger.error("%s: interrupted; what was finished is kept", stage, extra={"file_only": True})
             raise
         if result.kept and not result.written:
             logger.info("%s: everything is there already and up to date: nothing redone", stage)
@@ -274,13 +273,9 @@ def _report(result: StageResult, started: float) -> None:
         print(path, flush=True)
 
 
-def options_from(arguments: argparse.Namespace) -> Options:
-    """Gather the common options of a parsed command line."""
-    return Options(
-        overwrite=arguments.overwrite,
-        shard=getattr(arguments, "shard", Shard()),
-        tar_files=tuple(getattr(arguments, "tar_files", ())),
-    )
+def options_from(arguments: argparse.Namespace, kind: type[AnyOptions] = Options) -> AnyOptions:  # type: ignore[assignment]
+    """Gather a parsed command line in a class of options: each field from the option of its name."""
+    return kind(**{name: value for name, value in vars(arguments).items() if name in kind.__dataclass_fields__})
 
 
 def config_from(arguments: argparse.Namespace) -> Config:

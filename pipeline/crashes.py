@@ -1,7 +1,7 @@
 """Reject a picture whose decoder crashed an earlier run, instead of crashing on it again.
 
-Each thread notes in a file what it decodes, and Python's faulthandler writes there which thread a fatal signal met: the
-next run puts the two together. A killed process leaves notes too, but names no thread, so that nothing is rejected.
+Each thread notes in a file what it decodes, and faulthandler writes behind the notes which thread a fatal signal met:
+the next run puts the two together. A killed process leaves notes too, but names no thread: nothing is rejected.
 """
 
 import faulthandler
@@ -24,13 +24,14 @@ from pipeline.log import logger
 from pipeline.own_folders import discard, open_file
 
 _Decoder = TypeVar("_Decoder", bound=Callable[..., Any])
-# A thread, and the picture: its length, and sums of its first and last bytes, which cost less than one of all.
+# A thread, 0 for a crash of an earlier run, and the picture: its length, and sums of its first and last bytes, which
+# cost less than one of all.
 _NOTE = struct.Struct("=QQII")
 _SUMMED = 4_096
 # Threads that have a place of their own in the file; it lies in memory, as calls of the system would take turns.
 _NUM_PLACES = 1_024
 _SIZE = _NUM_PLACES * _NOTE.size
-_THREAD = re.compile(r"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
+_THREAD = re.compile(rb"^Current thread 0x([0-9a-f]+)", re.MULTILINE)
 
 
 class _Notes:
@@ -68,37 +69,33 @@ def noting_decoders(log_path: Path | None) -> Iterator[None]:
     if log_path is None or _Notes.shared is not None:
         yield
         return
-    notes, fault, known = (log_path.with_name(f".{log_path.name}.{end}") for end in ("decoding", "fault", "crashed"))
+    path = log_path.with_name(f".{log_path.name}.decoding")
     with ExitStack() as held:
         with suppress(OSError):  # without room for notes the stage runs all the same
-            _Notes.crashed = _learn(notes, fault, known)
-            for path in (notes, fault):
-                discard(path)
+            _Notes.crashed = _learn(path)
+            discard(path)
+            file = held.enter_context(open(open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), "r+b", buffering=0))
+            if not _Notes.crashed:
                 held.callback(discard, path)
-            file = held.enter_context(open(open_file(fault, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb"))
-            space = held.enter_context(open(open_file(notes, os.O_RDWR | os.O_CREAT | os.O_EXCL), "r+b", buffering=0))
-            if space.write(bytes(_SIZE)) == _SIZE:  # a full disk fails here, not at a note
-                _Notes.shared = mmap.mmap(space.fileno(), _SIZE)
+            known = b"".join(_NOTE.pack(0, *picture) for picture in _Notes.crashed)
+            if file.write(known.ljust(_SIZE, b"\0")) == _SIZE:  # a full disk fails here, not at a note
+                _Notes.places = defaultdict(itertools.count(len(_Notes.crashed)).__next__)
+                _Notes.shared = mmap.mmap(file.fileno(), _SIZE)
                 held.callback(setattr, _Notes, "shared", None)
                 held.callback(faulthandler.disable)
                 faulthandler.enable(file)
         yield
 
 
-def _learn(notes: Path, fault: Path, known: Path) -> set[tuple[int, int, int]]:
-    """Return the pictures that crashed earlier runs, and add that of the last one to those known."""
-    listed = _read(known)
-    if fault.is_file() and (thread := _THREAD.search(fault.read_text(encoding="utf-8", errors="replace"))):
-        met = [note for note in _read(notes) if note[0] == int(thread[1], 16)]
-        listed += met
-        with open(open_file(known, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
-            file.writelines(_NOTE.pack(*note) for note in met)
-        for _, length, *_ in met:
-            logger.warning("an earlier run crashed on a picture of %d bytes, which is rejected now", length)
-    return {note[1:] for note in listed}
-
-
-def _read(path: Path) -> list[tuple[int, int, int, int]]:
-    """Return the whole notes of a file, none if it is missing."""
+def _learn(path: Path) -> set[tuple[int, int, int]]:
+    """Return the pictures that crashed earlier runs, of the last one that which its crashed thread decoded."""
     content = path.read_bytes() if path.is_file() else b""
-    return list(_NOTE.iter_unpack(content[: len(content) // _NOTE.size * _NOTE.size]))
+    met = _THREAD.search(content, _SIZE)
+    crashed = set()
+    for thread, length, first, last in _NOTE.iter_unpack(content[:_SIZE] if len(content) >= _SIZE else b""):
+        is_new = met is not None and thread == int(met[1], 16)
+        if length and (is_new or thread == 0):
+            crashed.add((length, first, last))
+        if is_new:
+            logger.warning("an earlier run crashed on a picture of %d bytes, which is rejected now", length)
+    return crashed

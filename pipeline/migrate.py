@@ -2,8 +2,7 @@
 
     python -m pipeline.migrate OLD.toml > config.toml
 
-Keys that have a counterpart are printed under its name. The others, and those whose value does not fit, are listed
-below as comments, each with the reason.
+Keys that have a counterpart are printed under its name. The others are listed below as comments, each with the reason.
 """
 
 import json
@@ -11,19 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline import cli
-from pipeline.config import Config, list_keys, read_toml, suggest
+from pipeline.config import list_keys, read_toml, suggest
 from pipeline.reference.settings import SECTIONS, Place, Settings, find_rule
 
 Notes = list[tuple[str, str]]  # old name, what to know
-# Folders that an old file may not name.
-NEW_PATHS = {
-    "raw_dir": "set the folder that holds the tars, such as dataset_unaligned/",
-    "published_model_dir": "set a folder for stage 7, or give it --output",
-    "report_dir": "set a folder for stage 9",
-}
 
 
 def migrate(old: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Notes]:
@@ -47,18 +38,6 @@ def migrate(old: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Notes]:
                 tables.setdefault(place[0], {})[place[1]] = value
         if note:
             notes.append((name, note))
-    notes += [(f"[paths].{key}", why) for key, why in NEW_PATHS.items() if key not in tables.get("paths", {})]
-    try:
-        Config.model_validate(tables)
-    except ValidationError as error:
-        problems = {(*map(str, details["loc"][:2]), ""): details["msg"] for details in error.errors()}
-        for (section, key, *_), reason in problems.items():
-            if (section, key) in origins:
-                value = tables[section].pop(key)
-                text = f"its value {value!r} does not fit: {reason[:1].lower()}{reason[1:]}"
-                notes.append((origins[section, key], text))
-            else:  # a rule across keys: whoever runs a stage is told again
-                notes.append((f"[{section}]", reason.removeprefix("Value error, ")))
     return tables, notes
 
 

@@ -33,20 +33,19 @@ def opened_folder(folder: Path, *, make: bool = False) -> Iterator[int]:
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in parts[first:]:
-            place /= name
             if make:
                 with suppress(FileExistsError):
                     os.mkdir(name, dir_fd=descriptor)
-            try:
-                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
-            except OSError as error:
-                raise _name(error, place) from None
+            below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
             os.close(descriptor)
-            descriptor = below
+            descriptor, place = below, place / name
+        place = folder  # relative, if it was
         yield descriptor
     except OSError as error:
         if isinstance(error.filename, str):  # the name alone, where it was used with the descriptor
-            error.filename = str(folder / error.filename)
+            error.filename = str(place / error.filename)
+            if Path(error.filename).is_symlink():
+                raise _refuse(error.filename) from None
         raise
     finally:
         os.close(descriptor)
@@ -64,15 +63,12 @@ def open_file(path: Path, flags: int) -> int:
     Raises OSError (ELOOP) if it or a folder that is ours is a link, or it is to be written and a pipe or of a second
     name.
     """
-    try:
-        with opened_folder(path.parent, make=bool(flags & os.O_CREAT)) as folder:
-            descriptor = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=folder)
-    except OSError as error:
-        raise (_name(error, path) if path.is_symlink() else error) from None
+    with opened_folder(path.parent, make=bool(flags & os.O_CREAT)) as folder:
+        descriptor = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=folder)
     status = os.fstat(descriptor)
     if flags & (os.O_WRONLY | os.O_RDWR) and (status.st_nlink > 1 or stat.S_ISFIFO(status.st_mode)):
         os.close(descriptor)
-        raise _refuse(path)
+        raise _refuse(str(path))
     return descriptor
 
 
@@ -85,16 +81,8 @@ def open_without_waiting(path: Path) -> BufferedReader:
     return file
 
 
-def _name(error: OSError, path: Path) -> OSError:
-    """Return an error with the whole path, and one and the same for every link."""
-    if path.is_symlink():
-        return _refuse(path)
-    error.filename = str(path)
-    return error
-
-
-def _refuse(path: Path) -> OSError:
-    return OSError(errno.ELOOP, "a link or pipe, and nothing is made or removed through one", str(path))
+def _refuse(path: str) -> OSError:
+    return OSError(errno.ELOOP, "a link or pipe, and nothing is made or removed through one", path)
 
 
 def make_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
-from pipeline.files.archive import TarImage, read_images, require_bytes
+from pipeline.files.archive import TarImage, read_images
 from pipeline.files.identity import identify
 from pipeline.files.list_columns import find_fingerprint
 from pipeline.files.tables import (
@@ -119,14 +119,14 @@ def compute_tar(
 
     def compute(image: TarImage) -> tuple[TarImage, np.ndarray | Rejection]:
         try:
-            return image, compute_fingerprint(require_bytes(image.data, image.size), config.fingerprints.image_size)
+            return image, compute_fingerprint(image.data, config.fingerprints.image_size)
         except Rejection as rejection:
             return image, rejection.without_frames()
 
     images = watch.measure_each("read", read_images(tar_path, rows))
     with Progress(tar_path.name, len(rows)) as progress:
         num_workers = config.infrastructure.count_workers()
-        for image, outcome in map_in_order(compute, images, num_workers, weigh=lambda image: len(image.data or b"")):
+        for image, outcome in map_in_order(compute, images, num_workers, weigh=lambda image: len(image.data)):
             if isinstance(outcome, Rejection):
                 rejects[image.row] = image.name, outcome
             else:

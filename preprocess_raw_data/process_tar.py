@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
-from pipeline.files.archive import Member, require_bytes, stream_members
+from pipeline.files.archive import Member, stream_members
 from pipeline.files.identity import look_at, note_digest
 from pipeline.files.tables import (
     INTERMEDIATE_SCHEMA,
@@ -51,7 +51,7 @@ def take_inventory(
     """
     inventory = TarInventory()
 
-    def read_wanted() -> Iterator[tuple[Member, bytes | None]]:
+    def read_wanted() -> Iterator[tuple[Member, bytes]]:
         for member in stream_members(tar_path, digests):
             if not inventory.wants(member):
                 continue
@@ -61,15 +61,14 @@ def take_inventory(
             else:
                 inventory.add_metadata(member, member.read(MAX_BYTES))
 
-    def check(found: tuple[Member, bytes | None]) -> tuple[Member, Rejection | None]:
-        member, data = found
+    def check(found: tuple[Member, bytes]) -> tuple[Member, Rejection | None]:
         try:
-            check_image(require_bytes(data, member.size))
+            check_image(found[1])
         except Rejection as rejection:
-            return member, rejection.without_frames()
-        return member, None
+            return found[0], rejection.without_frames()
+        return found[0], None
 
-    images = map_in_order(check, read_wanted(), num_workers, weigh=lambda found: len(found[1] or b""))
+    images = map_in_order(check, read_wanted(), num_workers, weigh=lambda found: len(found[1]))
     for member, rejection in images:
         inventory.add_image(member, rejection)
         progress.advance()

@@ -63,7 +63,7 @@ def aggregate(
     """
     name = re.sub(r"[^\w-]", "_", "_".join(by))
     path = dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry_path else ''}.parquet"
-    check_replaceable(path, STAGE, [geometry_path], is_default=True)
+    check_replaceable(path, STAGE, [geometry_path])
     for name in by:
         if name not in dataset.schema.names:
             raise InputError(f"{dataset.folder}: has no column {name}: run stage 8 with --keep-columns {name}")

@@ -168,7 +168,7 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> tuple[pa.Tab
     paths = [dataset.folder / CLUSTERS_FOLDER / f"{name}.{suffix}" for suffix in ("parquet", "json", "html")]
     marks = (STAGE, CLUSTERS_MARK, page_mark(STAGE))
     for place, mark in list(zip(paths, marks, strict=True))[: 2 + options.html]:
-        check_replaceable(place, mark, is_default=True)
+        check_replaceable(place, mark)
     path, summary_path, page_path = paths
     source = dataset.open_input(options.input) if options.input is not None else None
     columns, embeddings = read_rows(dataset)

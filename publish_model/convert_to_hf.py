@@ -191,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--push-to-hub", metavar="REPO_ID", help="upload the folder too, to a private repository ($HF_TOKEN)")
     add("--dtype", choices=("float32", "bfloat16"), help="type of the published weights (default: the stored one)")
     arguments = parser.parse_args(argv)
-    own = {name: value for name, value in vars(arguments).items() if name not in ("config", "overrides")}
-    cli.run_stage(STAGE, run, cli.config_from(arguments), PublishOptions(**own))
+    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments, PublishOptions))
 
 
 if __name__ == "__main__":

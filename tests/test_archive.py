@@ -46,7 +46,7 @@ def test_an_offset_says_where_the_bytes_lie(tmp_path):
     path = write_tar(tmp_path / "0001.tar", ENTRIES)
     whole = path.read_bytes()
     for member, entry in zip(stream_members(path), ENTRIES, strict=True):
-        assert whole[member.offset : member.offset + member.size] == entry.data
+        assert whole[member.offset_data : member.offset_data + member.size] == entry.data
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -55,14 +55,14 @@ def test_a_place_counts_only_where_a_member_of_its_size_begins(tmp_path, tar_for
     path = write_tar(tmp_path / "0001.tar", [*ENTRIES, Entry(name, b"w" * 800)], tar_format)
     for member in stream_members(path):
         if member.size:
-            assert read_placed(path, member.offset, member.size) == member.read()
+            assert read_placed(path, member.offset_data, member.size) == member.read()
         for offset, size in ((0, -1), (0, 1), (BLOCK, 0), (-BLOCK, 0)):
             with pytest.raises(Rejection, match=r"not at byte \d+ any more|no place is known"):
-                read_placed(path, member.offset + offset, member.size + size)
+                read_placed(path, member.offset_data + offset, member.size + size)
     with open(path, "r+b") as file:
-        file.truncate(member.offset + 700)
+        file.truncate(member.offset_data + 700)
     with pytest.raises(Rejection):
-        read_placed(path, member.offset, member.size)
+        read_placed(path, member.offset_data, member.size)
 
 
 def test_files_folders_links_and_devices_are_told_apart(tmp_path):
@@ -75,7 +75,7 @@ def test_files_folders_links_and_devices_are_told_apart(tmp_path):
         Entry("file.jpg"),
     ]
     found = list(stream_members(write_tar(tmp_path / "0001.tar", kinds)))
-    assert [member.is_folder for member in found] == [True] + [False] * 5
+    assert [member.isdir() for member in found] == [True] + [False] * 5
     assert [member.is_file for member in found] == [False] * 5 + [True]
 
 
@@ -102,7 +102,7 @@ def test_a_name_that_is_not_utf8_is_shown_by_its_bytes_under_any_locale(tmp_path
     ],
 )
 def test_a_name_says_what_a_member_is(name, is_image, is_metadata, stem, is_unsafe):
-    member = archive.Member(name, True, False, 0, 0, None)
+    member = archive.Member(name)
     assert member.is_image_name == is_image
     assert is_metadata_name(member.name) == is_metadata
     assert member.stem == stem

@@ -39,7 +39,7 @@ batch_size = 256
 train_parquet_path = "data/merged/train.parquet"
 val_parquet_path = "data/merged/val.parquet"
 learning_rate = 0.001
-num_epochs = "many"
+num_epochs = 90
 margin = 0.2
 loss_distance = "cosine"
 sample_fraction = 0.5
@@ -87,6 +87,7 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
         "training": {
             "batch_size": 256,
             "learning_rate": 0.001,
+            "num_epochs": 90,
             "use_residual": False,
             "loss": "triplet",
             "triplet_distance": "cosine",
@@ -111,15 +112,12 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
         "[training].learning_rate": (
             "stage 6 divides it by the root of the number of a layer's inputs (64 at 4,096); its default is 5e-3"
         ),
-        "[training].num_epochs": "its value 'many' does not fit: input should be a valid integer",
         "[training].sample_fraction": fewer,
         "[training].val_sample_fraction": fewer,
         "[training].val_sample_buildings": fewer,
         "[training].retrieval_metric_k": validation,
         "[training].best_training_metric_name": validation,
         "[training].ucb_alpha": "the bandit has no other setting here",
-        "[paths].published_model_dir": "set a folder for stage 7, or give it --output",
-        "[paths].report_dir": "set a folder for stage 9",
         "[training].optimizer": "nothing here has this name: docs/configuration.md lists every key",
         "[training].neighbours": (
             "nothing here has this name; did you mean [difficulty].neighbors?: docs/configuration.md lists every key"
@@ -144,7 +142,6 @@ def test_every_key_is_mapped_or_listed_with_the_reason(run, tmp_path):
             {"paths": {"merged_dir": "a"}},
             "[paths].merged_dir is set by [training].train_parquet_path",
         ),
-        ("", {}, "[paths].raw_dir: set the folder that holds the tars"),
     ],
 )
 def test_what_a_value_decides(run, text, expected, noted):
@@ -156,12 +153,6 @@ def test_what_a_value_decides(run, text, expected, noted):
 def test_a_file_of_ours_comes_out_as_it_went_in(run):
     text = "[data]\ntrain_ratio = 0.8\nval_ratio = 0.1\ntest_ratio = 0.1\n\n[embedding_model]\nscales = [224, 384]\n"
     assert tomllib.loads(run(text).stdout) == tomllib.loads(text)
-
-
-def test_values_that_cannot_go_together_are_listed(run):
-    outcome = run("[data]\ntrain_ratio = 0.9\n")
-    assert "# [data]: train_ratio, val_ratio, test_ratio: must sum to 1" in outcome.stdout
-    assert tomllib.loads(outcome.stdout) == {"data": {"train_ratio": 0.9}}
 
 
 def test_every_counterpart_is_a_key_that_is_there():

@@ -45,18 +45,12 @@ def test_a_file_with_the_tools_mark_is_replaced_and_no_other(tmp_path):
 
 @pytest.mark.parametrize("name", ["parts/x", "state.json/x", "_exports/x", "parts/a/b", "means.parquet"])
 def test_a_dataset_holds_no_output_that_the_user_chose(dataset, tmp_path, name):
-    checks = (
-        check_outside_datasets,
-        lambda path: check_places(tmp_path / "in", path),
-        lambda path: check_replaceable(path, "x"),
-    )
-    for check in checks:
+    for check in (check_outside_datasets, lambda path: check_places(tmp_path / "in", path)):
         with pytest.raises(ConfigError, match="is an embeddings dataset: give another path"):
             check(dataset / name)
     (dataset / "state.json").unlink()
     with pytest.raises(ConfigError):
         check_outside_datasets(dataset / name)
-    check_replaceable(dataset / "means.parquet", "x", is_default=True)
     check_outside_datasets(dataset)
 
 

@@ -14,7 +14,7 @@ from slurm_fixtures import dry_run
 from generate_embeddings import generate_embeddings
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
-from pipeline.files.units import ABSENT, COMPLETE, UnitState
+from pipeline.files.units import UnitState
 from pipeline.stages import STAGES, TUNE, choose_stages
 from preprocess_raw_data import process_tar
 from slurm.control import scheduler, submit
@@ -150,7 +150,7 @@ def test_an_output_of_the_reference_program_is_done_for_the_stage_submit_and_sta
 
 def test_a_shard_with_too_many_rejects_is_not_done_although_its_outputs_are_there(config):
     is_done = Target(config.log_dir, config).is_shard_done
-    states = [UnitState(COMPLETE, {"in": 10, "rejected": rejected}) for rejected in (1, 5, 0)] + [UnitState(ABSENT)]
+    states = [UnitState(True, {"in": 10, "rejected": rejected}) for rejected in (1, 5, 0)] + [UnitState()]
     assert [is_done([state]) for state in states] == [True, False, True, False]
     assert [is_done(states[shard::2]) for shard in (0, 1)] == [True, False]
     assert is_done(states[:3])  # 6 of 30

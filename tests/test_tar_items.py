@@ -108,8 +108,8 @@ def judge(entries, rejections=None):
     """Feed members without a tar; `rejections` says which image (by its number) cannot be used, and why."""
     inventory, images = TarInventory(), 0
     for number, entry in enumerate(entries):
-        is_file = entry.kind == tarfile.REGTYPE
-        member = Member(entry.name, is_file, entry.kind == tarfile.DIRTYPE, 512 * number, len(entry.data), None)
+        member = Member(entry.name)
+        member.type, member.offset_data, member.size = entry.kind, 512 * number, len(entry.data)
         if not inventory.wants(member):
             continue
         if member.is_image_name:

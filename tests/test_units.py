@@ -15,11 +15,8 @@ from pipeline.files.identity import identify
 from pipeline.files.listing import find_tars
 from pipeline.files.tables import make_provenance, write_parquet
 from pipeline.files.units import (
-    ABSENT,
-    COMPLETE,
-    STALE,
-    UNFINISHED,
     Unit,
+    UnitState,
     do_tars,
     find_complete,
     find_state,
@@ -188,7 +185,7 @@ def test_tars_are_listed_by_dataset_and_what_is_none_is_counted(tmp_path, caplog
 def test_a_missing_or_empty_folder_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere: no such folder: set \[paths\]\.raw_dir"):
         find_tars(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"holds no \.tar file"):
+    with pytest.raises(InputError, match=r"holds no \*\.tar"):
         find_tars(tmp_path)
 
 
@@ -218,23 +215,23 @@ def test_a_unit_that_lacks_an_output_is_made(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "json"])
-def test_a_unit_is_absent_unfinished_complete_or_stale(tmp_path, kind):
+def test_a_unit_is_complete_or_stale_or_neither(tmp_path, kind):
     outputs = (tmp_path / f"a.{kind}", tmp_path / "b.pt")
     marks = outputs[:1] if kind == "json" else ()
 
     def judge(size=1):
         return find_state(Unit("a", outputs, lambda _: provenance(size=size), marks=marks))
 
-    assert judge().status == ABSENT
+    assert judge() == UnitState()
     if kind == "json":
         write_json(outputs[0], {"value": 1, "provenance": provenance(size=1)})
     else:
         write_parquet(outputs[0], pa.table({"a": [1]}), provenance(size=1))
-    assert judge().status == UNFINISHED
+    assert judge() == UnitState()
     outputs[1].touch()
-    assert (judge().status, judge().counts) == (COMPLETE, {"in": 2, "out": 2})
+    assert (judge().is_complete, judge().counts) == (True, {"in": 2, "out": 2})
     state = judge(size=2)
-    assert state.status == STALE
+    assert not state.is_complete
     assert f"{outputs[0]}: made from other inputs or settings (size was 1 and is now 2)" in state.problem
 
 
@@ -244,7 +241,7 @@ def test_an_output_without_provenance_is_stale_unless_the_stage_takes_it_over(tm
     unit = Unit("a", (path,), lambda _: provenance())
     assert "it does not say what it was made from" in find_state(unit).problem
     state = find_state(replace(unit, take_over=lambda _: ({"in": 1, "out": 1}, "from elsewhere")))
-    assert (state.status, state.counts, state.note) == (COMPLETE, {"in": 1, "out": 1}, "from elsewhere")
+    assert (state.is_complete, state.counts, state.note) == (True, {"in": 1, "out": 1}, "from elsewhere")
 
 
 def test_what_a_check_finds_makes_a_unit_stale_or_is_an_error(tmp_path):

@@ -26,7 +26,7 @@ from pipeline.own_folders import remove
 # What is made from a dataset: the tools' copies, what was set aside, and logs, which name ids.
 _DERIVED = re.compile(
     r"_adopted/state\.json|_aggregated/[^/]+\.parquet|_clusters/(clusters|look_alike)\.(parquet|json|html)"
-    r"|_exports/(float16|int8)/.+|_logs/.+\.log(\.(crashed|decoding|fault))?|_removed/\d+/.+"
+    r"|_exports/(float16|int8)/.+|_logs/.+\.log(\.decoding)?|_removed/\d+/.+"
 )
 _DERIVED_FOLDERS = re.compile(r"(_adopted|_aggregated|_clusters|_exports|_logs|_removed)(/.+)?")
 _SET_ASIDE = re.compile(rf"{SET_ASIDE}/\d+")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -115,14 +116,15 @@ def list_data(folder: Path) -> tuple[str, list[str]]:
     """
     found: dict[str, list[str]] = {kind: [] for kind in (PARQUETS, PHOTOGRAPHS, TARS)}
     others, num_links = [], 0
-    for entry in walk_files(folder):
-        name = entry.path.removeprefix(os.path.join(folder, ""))  # noqa: PTH118 (a million of them)
+    for path in walk_files(folder):
+        name = path.removeprefix(os.path.join(folder, ""))  # noqa: PTH118 (a million of them)
         kind = FILE_KINDS.get(os.path.splitext(name)[1].lower(), "")  # noqa: PTH122
         if kind in ("", PARQUETS) and any(part.startswith("_") for part in name.split("/")):
             continue  # side tables
-        if kind == PHOTOGRAPHS and entry.is_symlink():  # nothing outside the folders that are named is opened
+        mode = os.lstat(path).st_mode if kind == PHOTOGRAPHS else stat.S_IFREG
+        if stat.S_ISLNK(mode):  # nothing outside the folders that are named is opened
             num_links += 1
-        elif kind and (kind != PHOTOGRAPHS or entry.is_file()):  # reading a pipe would never end
+        elif kind and stat.S_ISREG(mode):  # reading a pipe would never end
             found[kind].append(name)
         else:
             others.append(decode_name(name))

@@ -4,7 +4,6 @@ import contextlib
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
@@ -13,7 +12,7 @@ from pipeline.files.identity import RunningDigest
 from pipeline.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
-# No 100-megapixel JPEG, PNG or WebP of a camera comes near this; larger members are not read.
+# No 100-megapixel JPEG, PNG or WebP of a camera comes near this; of larger members no more is read.
 MAX_IMAGE_BYTES = 256 * 1024**2
 # tar pads to its record, 10 KiB by default; with the largest that tape drives take it stays below this.
 MAX_PADDING_BYTES = 1 << 20
@@ -22,42 +21,38 @@ _LONG_HEADERS = b"xgXLK"  # the types of POSIX, Solaris and GNU
 MAX_HEADER_BYTES = 1 << 20
 
 
-class _Header(tarfile.TarInfo):
-    """A header of bounded size."""
+class Member(tarfile.TarInfo):
+    """One entry of a tar, with a header of bounded size."""
 
-    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    file: IO[bytes]  # the tar
+
+    def _proc_member(self, tar: tarfile.TarFile) -> "Member":
         if self.type in _LONG_HEADERS and self.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size} bytes at byte {self.offset}")
-        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        found: Member = super()._proc_member(tar)  # type: ignore[misc]
+        found.file = tar.fileobj  # type: ignore[assignment]
         return found
 
-
-@dataclass(frozen=True)
-class Member:
-    """One entry of a tar, with the place of its bytes."""
-
-    name: str
-    is_file: bool
-    is_folder: bool
-    offset: int
-    size: int
-    _file: IO[bytes]
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a file in one piece: a sparse one's bytes lie apart."""
+        return self.isreg() and not self.issparse()
 
     def read(self, limit: int | None = None) -> bytes:
         """Return the member's first `limit` bytes, by default all; raise InputError if the tar ends before."""
         wanted = self.size if limit is None else min(self.size, limit)
         try:
-            self._file.seek(self.offset)
-            data = self._file.read(wanted)
+            self.file.seek(self.offset_data)
+            data = self.file.read(wanted)
         except OSError as error:
-            raise unreadable(self._file.name, error) from None
+            raise unreadable(self.file.name, error) from None
         if len(data) < wanted:
-            raise InputError(f"{self._file.name}: truncated inside {self.name}: fetch the tar again")
+            raise InputError(f"{self.file.name}: truncated inside {self.name}: fetch the tar again")
         return data
 
-    def read_image(self) -> bytes | None:
-        """Return the member's bytes, None if there are more than MAX_IMAGE_BYTES."""
-        return self.read() if self.size <= MAX_IMAGE_BYTES else None
+    def read_image(self) -> bytes:
+        """Return the member's bytes; those behind MAX_IMAGE_BYTES are left out, as no decoder needs them."""
+        return self.read(MAX_IMAGE_BYTES)
 
     @property
     def is_image_name(self) -> bool:
@@ -87,15 +82,14 @@ def stream_members(tar_path: Path, digests: list[str] | None = None) -> Iterator
         with (
             open(tar_path, "rb") as file,
             # The encoding is named, or a name would read differently under another locale.
-            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace", tarinfo=_Header) as tar,
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace", tarinfo=Member) as tar,
         ):
             digest = RunningDigest(file)
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # the module would keep every member
                 if info.size < 0:  # older Pythons would go backwards for ever
                     raise tarfile.ReadError(f"negative size at byte {info.offset}")
-                is_file = info.isreg() and not info.issparse()  # a sparse file's bytes do not lie in one piece
-                yield Member(info.name, is_file, info.isdir(), info.offset_data, info.size, file)
+                yield info  # type: ignore[misc]
                 if digests is not None:
                     digest.read_to(tar.offset)
             _check_end(tar_path, file, tar.offset)
@@ -112,12 +106,11 @@ def stream_members(tar_path: Path, digests: list[str] | None = None) -> Iterator
 
 
 class TarImage(NamedTuple):
-    """A wanted image of a tar; `data` is None if there are too many bytes."""
+    """A wanted image of a tar."""
 
     row: int
     name: str
-    size: int
-    data: bytes | None
+    data: bytes
 
 
 def read_images(tar_path: Path, rows: dict[str, int], num_seen: int = 0) -> Iterator[TarImage]:
@@ -131,7 +124,7 @@ def read_images(tar_path: Path, rows: dict[str, int], num_seen: int = 0) -> Iter
         if row is not None:
             found += 1
             if found > num_seen:
-                yield TarImage(row, member.name, member.size, member.read_image())
+                yield TarImage(row, member.name, member.read_image())
 
 
 def read_placed(tar_path: Path, offset: int, size: int) -> bytes:
@@ -146,13 +139,6 @@ def read_placed(tar_path: Path, offset: int, size: int) -> bytes:
         if tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace").size == len(data) == size:
             return data
     raise Rejection("missing_image", f"not at byte {offset} any more")
-
-
-def require_bytes(data: bytes | None, size: int) -> bytes:
-    """Return an image's bytes; raise Rejection `unreadable_image` if there are too many."""
-    if data is None:
-        raise Rejection("unreadable_image", f"{size} bytes, over {MAX_IMAGE_BYTES}")
-    return data
 
 
 def _check_end(tar_path: Path, file: IO[bytes], offset: int) -> None:

@@ -29,17 +29,6 @@ def is_list_of(kind: pa.DataType, wanted: pa.DataType) -> bool:
     return bool(is_list and plain_type(kind.value_type) == wanted)
 
 
-def convert(path: Path, column: Any, field: pa.Field) -> Any:
-    """Return a column in a field's type (see `whole_from_floats`); raise InputError if a value does not fit."""
-    if field.type == pa.int64():
-        column = whole_from_floats(column, field.name, path, quiet=True)
-    try:
-        return column.cast(field.type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        problem = f"{column.type} where {field.type} is expected ({one_line(error)[:200]})"
-        raise InputError(f"{path}: column {field.name} holds {problem}: make the file again") from None
-
-
 def whole_from_floats(
     column: pa.Array | pa.ChunkedArray, name: str, place: Path | str, *, quiet: bool = False
 ) -> pa.Array | pa.ChunkedArray:
@@ -65,6 +54,17 @@ def whole_from_floats(
     return pa.array(np.where(present, values, 0).astype(np.int64), mask=~present)
 
 
+def convert(path: Path, column: Any, field: pa.Field) -> Any:
+    """Return a column in a field's type (see `whole_from_floats`); raise InputError if a value does not fit."""
+    if field.type == pa.int64():
+        column = whole_from_floats(column, field.name, path, quiet=True)
+    try:
+        return column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        problem = f"{column.type} where {field.type} is expected ({one_line(error)[:200]})"
+        raise InputError(f"{path}: column {field.name} holds {problem}: make the file again") from None
+
+
 def convert_table(path: Path, table: pa.Table, fields: Iterable[pa.Field]) -> pa.Table:
     """Return a table with these fields' types, and other columns in their plain types."""
     types = {field.name: field.type for field in fields}
@@ -73,7 +73,7 @@ def convert_table(path: Path, table: pa.Table, fields: Iterable[pa.Field]) -> pa
 
 
 def check_columns(path: Path, schema: pa.Schema, required: Iterable[pa.Field] | pa.Schema) -> None:
-    """Raise InputError naming every required column that is missing, or of a type that `convert` does not take."""
+    """Raise InputError naming every required column that is missing, or of a type that is not taken."""
     problems = []
     for field in required:
         index = schema.get_field_index(field.name)

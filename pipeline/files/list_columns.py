@@ -4,6 +4,7 @@ This project writes fixed_size_list. Lists of other types, such as `list<double>
 batch. A column that is missing or of another type raises InputError.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,35 +40,23 @@ class ListColumn:
         width = self.width or 0
         lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
         self._refuse_first(lengths != width, first_row, f"is empty or has not {width} numbers as the first row has")
-        values = column.flatten()
-        if pa.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        if values.null_count:
-            holes = values.is_null().to_numpy(zero_copy_only=False).reshape(-1, width).any(axis=1)
-            self._refuse_first(holes, first_row, "holds an empty value")
-        stored = values.to_numpy().reshape(len(column), width)
+        stored = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)  # NaN for an empty value
         if self.dtype.kind == "u" and stored.dtype != self.dtype:
-            self._refuse_first(((stored < 0) | (stored > 255)).any(axis=1), first_row, "holds no byte (0 ... 255)")
+            self._refuse_first(
+                ~((stored >= 0) & (stored <= 255)).all(axis=1), first_row, "holds an empty value or no byte (0 ... 255)"
+            )
         with np.errstate(over="ignore"):  # too large a number becomes infinite, and is refused as that
             rows: NDArray[Any] = stored.astype(self.dtype, copy=False)
         if check_finite and self.dtype.kind == "f":
-            self._refuse_first(~np.isfinite(rows).all(axis=1), first_row, "holds a number that is not finite")
+            self._refuse_first(
+                ~np.isfinite(rows).all(axis=1), first_row, "holds an empty value or a number that is not finite"
+            )
         return rows
 
     def _refuse_first(self, is_bad: NDArray[np.bool_], first_row: int, what: str) -> None:
         if is_bad.any():
             row = first_row + int(np.argmax(is_bad))
             raise InputError(f"{self.path}: column {self.name}: row {row} {what}: {_REMEDIES[self.name]}")
-
-
-def find_embedding(path: Path) -> ListColumn:
-    """Return a parquet's column `embedding`, float64 as float32."""
-    return _find(path, "embedding", pa.float64())
-
-
-def find_fingerprint(path: Path) -> ListColumn:
-    """Return a parquet's column `fingerprint`, as bytes."""
-    return _find(path, "fingerprint", pa.int64())
 
 
 def find_width(columns: list[ListColumn], remedy: str) -> int:
@@ -80,7 +69,8 @@ def find_width(columns: list[ListColumn], remedy: str) -> int:
     return known.width or 0
 
 
-def _find(path: Path, name: str, wanted: pa.DataType) -> ListColumn:
+def _find(path: Path, name: str) -> ListColumn:
+    wanted, what = (pa.int64(), "whole numbers") if name == "fingerprint" else (pa.float64(), "floats")
     with open_parquet(path) as file:
         schema = file.schema_arrow
     index = schema.get_field_index(name)
@@ -89,7 +79,6 @@ def _find(path: Path, name: str, wanted: pa.DataType) -> ListColumn:
     kind = schema.field(index).type
     is_fixed = pa.types.is_fixed_size_list(kind)
     if not is_list_of(kind, wanted) or (is_fixed and kind.list_size == 0):
-        what = "whole numbers" if wanted == pa.int64() else "floats"
         raise InputError(f"{path}: column {name} is {kind}, not lists of one length of {what}: {_REMEDIES[name]}")
     width = kind.list_size if is_fixed else None
     first = None if is_fixed else next(read_batches(path, [name], 1), None)
@@ -99,3 +88,8 @@ def _find(path: Path, name: str, wanted: pa.DataType) -> ListColumn:
             raise InputError(f"{path}: column {name}: row 0 is empty: {_REMEDIES[name]}")
     stored = "u1" if wanted == pa.int64() else "f2" if kind.value_type == pa.float16() else "f4"
     return ListColumn(path, name, width, np.dtype(stored))
+
+
+# Find a parquet's column: embeddings as float32 or float16, fingerprints as bytes.
+find_embedding = functools.partial(_find, name="embedding")
+find_fingerprint = functools.partial(_find, name="fingerprint")

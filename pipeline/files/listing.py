@@ -2,8 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 
 from pipeline.errors import InputError, unreadable
@@ -19,27 +18,36 @@ def is_parquet(path: PurePath | str) -> bool:
     return str(path).lower().endswith(PARQUET_SUFFIXES)
 
 
-def list_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> list[Path]:
-    """Return the files of a folder, links to files among them, by name; skip names that begin with one of `hidden`.
+def list_files(folder: Path) -> list[Path]:
+    """Return the files of a folder, links to files among them, by name, but for those whose names begin with a dot.
 
     A folder with the name of a data file is listed too, so that its reader fails instead of missing it.
     """
-    with _naming(folder), os.scandir(folder) as entries:
-        found = [entry for entry in entries if not entry.name.startswith(hidden)]
+    try:
+        with os.scandir(folder) as entries:
+            found = [folder / entry.name for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise unreadable(folder, error) from None
     endings = (*PARQUET_SUFFIXES, TAR_SUFFIX)
-    return sorted(
-        folder / entry.name for entry in found if entry.name.lower().endswith(endings) or not _is_folder(entry)
-    )
+    return sorted(path for path in found if path.name.lower().endswith(endings) or not path.is_dir())
+
+
+def _choose(folder: Path, wanted: str, is_wanted: Callable[[Path], bool]) -> tuple[list[Path], str]:
+    """Return the wanted files of a folder, and the problem if there are none; warn of others."""
+    if not folder.is_dir():
+        return [], "no such folder"
+    files = list_files(folder)
+    found = list(filter(is_wanted, files))
+    warn_of_others(folder, (path.name for path in set(files) - set(found)), wanted)
+    return found, f"holds no {wanted}"
 
 
 def list_outputs(folder: Path, stage: int, ending: str) -> list[Path]:
     """Return a stage's parquets, NAME`ending`.parquet, by name; raise InputError if there are none."""
-    files = list_files(folder) if folder.is_dir() else []
-    found = [path for path in files if is_parquet(path) and path.stem.endswith(ending)]
+    wanted = f"*{ending}.parquet"
+    found, problem = _choose(folder, wanted, lambda path: is_parquet(path) and path.stem.endswith(ending))
     if not found:
-        problem = f"holds no *{ending}.parquet" if folder.is_dir() else "no such folder"
         raise InputError(f"{folder}: {problem}: run stage {stage}, or correct the path")
-    warn_of_others(folder, (path.name for path in set(files) - set(found)), f"*{ending}.parquet")
     return found
 
 
@@ -54,45 +62,37 @@ def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
 
 def find_tars(raw_dir: Path, intermediates: Iterable[int] = ()) -> dict[int, Path]:
     """Return the tars by dataset id, also of intermediates whose tar is gone; raise InputError if there is none."""
-    tars = list[Path]()
-    if raw_dir.is_dir():
-        files = list_files(raw_dir)
-        tars = [path for path in files if path.suffix.lower() == TAR_SUFFIX]
-        warn_of_others(raw_dir, (path.name for path in set(files) - set(tars)), "*.tar")
+    tars, problem = _choose(raw_dir, f"*{TAR_SUFFIX}", lambda path: path.suffix.lower() == TAR_SUFFIX)
     found = {dataset_id: raw_dir / tar_name(dataset_id) for dataset_id in intermediates}
     found |= {parse_dataset_id(path): path for path in tars}
     if not found:
-        problem = "holds no .tar file" if raw_dir.is_dir() else "no such folder"
         raise InputError(f"{raw_dir}: {problem}: set [paths].raw_dir to the folder of the NNNN.tar files")
     return found
 
 
-def walk_files(folder: Path, hidden: tuple[str, ...] = (".",)) -> Iterator[os.DirEntry[str]]:
-    """Yield all files in and below a folder, and behind links to folders, but for names that begin with `hidden`."""
-    places, seen, num_repeated = [os.fspath(folder)], set[str](), 0
-    root = os.path.realpath(folder)
-    while places:
-        place = places.pop()
-        real = os.path.realpath(place)
-        if real in seen or root.startswith(real.rstrip(os.sep) + os.sep):
+def walk_files(folder: Path) -> Iterator[str]:
+    """Yield the paths of all files below a folder, and behind links to folders, but for names that begin with a dot."""
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(folder, error) from None
+
+    seen, num_repeated = set[str](), 0
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = Path(place).resolve()
+        if str(real) in seen or (real != folder.resolve() and folder.resolve().is_relative_to(real)):
+            folders.clear()
             num_repeated += 1
             continue
-        seen.add(real)
-        with _naming(place), os.scandir(place) as entries:
-            found = sorted((entry for entry in entries if not entry.name.startswith(hidden)), key=lambda one: one.name)
-        for entry in found:
-            if not _is_folder(entry):
-                yield entry
-            else:  # links wait, so that a folder below is found under its own name first
-                places.insert(0 if entry.is_symlink() else len(places), entry.path)
+        seen.add(str(real))
+        # Links come last, so that a folder below is found under its own name first.
+        folders[:] = sorted(
+            (one for one in folders if one[0] != "."), key=lambda one: (Path(place, one).is_symlink(), one)
+        )
+        yield from (os.path.join(place, name) for name in sorted(names) if name[0] != ".")  # noqa: PTH118 (a million)
     if num_repeated:
         logger.warning(
             "%s: %d links lead to folders that are read already, or hold this one: passed over", folder, num_repeated
         )
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry.path).is_dir())
 
 
 def warn_of_others(folder: Path, names: Iterable[str], wanted: str) -> None:
@@ -105,11 +105,3 @@ def warn_of_others(folder: Path, names: Iterable[str], wanted: str) -> None:
             "%s: %d files are not %s and are passed over (%s), as %s",
             folder, len(listed), wanted, counts, ", ".join(listed[:3]),
         )  # fmt: skip
-
-
-@contextmanager
-def _naming(folder: Path | str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise unreadable(folder, error) from None

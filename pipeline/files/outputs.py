@@ -18,16 +18,11 @@ def page_mark(tool: str) -> str:
     return f'<meta name="generator" content="{tool}">'
 
 
-def check_replaceable(
-    path: Path, mark: str | bytes, inputs: Iterable[Path | None] = (), *, is_default: bool = False
-) -> None:
+def check_replaceable(path: Path, mark: str | bytes, inputs: Iterable[Path | None] = ()) -> None:
     """Raise ConfigError unless `path` is free, or holds a file that carries the tool's mark, and is no input.
 
-    The mark of a parquet is the stage in its provenance; other files contain theirs. A path that the user chose lies
-    outside datasets, too.
+    The mark of a parquet is the stage in its provenance; other files contain theirs.
     """
-    if not is_default:
-        check_outside_datasets(path)
     if any(one is not None and one.resolve() == path.resolve() for one in inputs):
         raise ConfigError(f"{path}: an input, which the output would replace: give another path for the output")
     if path.exists() and not (path.is_file() and carries(path, mark)):

@@ -1,9 +1,7 @@
 """Read ids from the CSVs, lists and parquets of other programs: text stays as it stands, and an id is never a float."""
 
-import codecs
 import contextlib
 import csv
-import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -19,23 +17,15 @@ from pipeline.files.column_types import whole_from_floats
 from pipeline.files.listing import is_parquet
 from pipeline.files.tables import BATCH_BYTES, open_parquet, reading, unfolded_bytes
 
-# The longer marks first: UTF-32's begins with UTF-16's.
-_MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
 _ROWS_AT_A_TIME = 65_536
 
 
 @contextmanager
 def reading_text(path: Path) -> Iterator[TextIO]:
-    """Open a text in UTF-8, or in the encoding that its byte-order mark names; line ends stay as they are."""
+    """Open a text in UTF-8, with or without a byte-order mark; line ends stay as they are."""
     try:
-        with open(path, "rb") as file:  # once, as a pipe's content can be read
-            start = file.peek(4)
-            encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
-            with io.TextIOWrapper(file, encoding=encoding, newline="") as text:
-                yield text
+        with open(path, encoding="utf-8-sig", newline="") as text:
+            yield text
     except OSError as error:
         raise unreadable(path, error) from None
     except (UnicodeDecodeError, csv.Error) as error:

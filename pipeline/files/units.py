@@ -19,14 +19,12 @@ from pipeline.stages import Stage
 
 Provenance = dict[str, Any]
 
-COMPLETE, STALE, UNFINISHED, ABSENT = "complete", "stale", "unfinished", "absent"
-
 
 @dataclass(frozen=True)
 class UnitState:
-    """How far a unit is; `note`: it was taken over from another program; `problem`: what makes it stale."""
+    """Whether a unit is complete; `note`: it was taken over from another program; `problem`: what makes it stale."""
 
-    status: str
+    is_complete: bool = False
     counts: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     note: str = ""
@@ -51,7 +49,7 @@ class Unit:
 
 
 def find_state(unit: Unit) -> UnitState:
-    """Return how far a unit is; raise InputError where an input is missing or an output damaged."""
+    """Return whether a unit is complete or stale; raise InputError where an input is missing or an output damaged."""
     there = [path for path in unit.outputs if path.exists()]
     marks = unit.marks or [path for path in there if is_parquet(path)]
     try:
@@ -60,17 +58,17 @@ def find_state(unit: Unit) -> UnitState:
         recorded = {path: read_recorded(path) for path in marks if unit.describe and path.exists()}
         if unit.take_over and None in recorded.values():
             counts, note = unit.take_over(unit)
-            return UnitState(COMPLETE, counts, note=note)
+            return UnitState(True, counts, note=note)
         if unit.describe and recorded:
             wanted = unit.describe(unit)
             for path, found in recorded.items():
                 matches(path, found, wanted)
     except StaleOutputError as error:
-        return UnitState(STALE, problem=str(error))
+        return UnitState(problem=str(error))
     if len(there) == len(unit.outputs):
         first = next(iter(recorded.values()), None) or {}
-        return UnitState(COMPLETE, first.get("counts", {}), first.get("reasons", {}))
-    return UnitState(UNFINISHED if there else ABSENT)
+        return UnitState(True, first.get("counts", {}), first.get("reasons", {}))
+    return UnitState()
 
 
 def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
@@ -80,10 +78,10 @@ def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
     """
     for path in filter(is_parquet, unit.outputs):
         refuse_folder(path)
-    state = None if overwrite else find_state(unit)
-    if state is not None and state.status == STALE:
+    state = UnitState() if overwrite else find_state(unit)
+    if state.problem:
         raise StaleOutputError(state.problem)
-    return state if state is not None and state.status == COMPLETE else None
+    return state if state.is_complete else None
 
 
 def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:
@@ -201,7 +199,7 @@ def refuse_missing(config: Config, outputs: Iterable[Path], what: str) -> None:
 
 
 def do_tars(
-    units: Iterable[TarUnit],
+    units: list[TarUnit],
     result: StageResult,
     overwrite: bool,
     make: Callable[[TarUnit, Provenance], Provenance],
@@ -221,7 +219,6 @@ def do_tars(
         except InputError as error:
             failures.append(str(error))
             logger.error("%s", error)
-    total = len(planned) + len(result.kept) + len(failures)
     for number, (unit, provenance) in enumerate(planned, start=1):
         logger.info("%s: %s (%d of %d)", result.stage, unit.tar_path.name, number, len(planned))
         try:
@@ -234,7 +231,7 @@ def do_tars(
         result.written.append(unit.output_path)
     if failures:
         more = f" (and {len(failures) - 1} more, see the log)" if len(failures) > 1 else ""
-        others = ", the others are done" if total > len(failures) else ""
-        failed = InputError(f"{len(failures)} of {total} tars failed{others}: {failures[0]}{more}")
+        others = ", the others are done" if len(units) > len(failures) else ""
+        failed = InputError(f"{len(failures)} of {len(units)} tars failed{others}: {failures[0]}{more}")
         failed.result = result
         raise failed

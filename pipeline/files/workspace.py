@@ -25,9 +25,6 @@ from pipeline.errors import HeldError, PipelineError
 from pipeline.log import logger
 from pipeline.own_folders import discard, link, make_folder, move, open_file, refuse_folder, remove, sync_folder
 
-# Hashes of ids are the longest: 20 bytes each.
-_JSON_BYTES = 2**30
-
 
 def temporary_path(path: Path) -> Path:
     """Return a new name beside `path`, hidden, for a file or folder that this process fills and then renames."""
@@ -242,10 +239,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file; raise OSError for a pipe, ValueError if it is damaged or absurdly long."""
+    """Return the value in a JSON file; raise OSError for a pipe, ValueError if it is damaged."""
     with own_folders.open_without_waiting(path) as file:
-        if os.fstat(file.fileno()).st_size > _JSON_BYTES:
-            raise ValueError(f"longer than {_JSON_BYTES} bytes")
         return parse_json(file.read())
 
 

@@ -55,7 +55,7 @@ class TarInventory:
     def wants(self, member: Member) -> bool:
         """Note a member, and return whether its bytes have to be read."""
         base_name = member.name.rpartition("/")[2]
-        if member.is_folder:
+        if member.isdir():
             self.ignored["folders"] += 1
             return False
         if base_name.startswith("._") or not (member.is_image_name or is_metadata_name(member.name)):
@@ -88,7 +88,7 @@ class TarInventory:
         item = self._find(member)
         if rejection is None and any(image.name == member.name for image in item.images):
             rejection = reject_second(member.name, member.name)
-        item.images.append(FoundImage(self._num_images, member.name, member.offset, member.size, rejection))
+        item.images.append(FoundImage(self._num_images, member.name, member.offset_data, member.size, rejection))
         self._num_images += 1
 
     def _find(self, member: Member) -> Item:

@@ -182,7 +182,7 @@ def _open_tars(folder: Path, names: Sequence[str]) -> ImageSource:
 
 def _is_image(member: Member) -> bool:
     hidden = member.name.rpartition("/")[2].startswith(".")
-    return member.name.lower().endswith(IMAGE_SUFFIXES) and not member.is_folder and not hidden
+    return member.name.lower().endswith(IMAGE_SUFFIXES) and not member.isdir() and not hidden
 
 
 def _open_parquets(options: InputOptions) -> ImageSource:

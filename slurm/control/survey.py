@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.units import COMPLETE, STALE, UnitState
+from pipeline.files.units import UnitState
 from pipeline.own_folders import open_without_waiting
 from pipeline.stages import ANCHOR, STAGES, TAR, Stage, has_new_data
 from slurm.control import scheduler
@@ -72,7 +72,7 @@ def describe_stage(target: Target, config: Config, stage: Stage, queued: list[Qu
     states, failures, may_retry, accounts = [], [], False, list[str]()
     for shard in range(total or 0):
         units, log = take_shard(stage, found, shard, total or 1), read_log(last[shard]) if shard in last else None
-        problem = next((unit.problem for unit in units if unit.status == STALE), "")
+        problem = next((unit.problem for unit in units if unit.problem), "")
         states.append(judge_shard(target, stage, units, log, tasks.get(shard), queued is not None))
         accounts += [log.account] if log and log.account else []
         if states[-1] == FAILED:
@@ -118,10 +118,10 @@ def judge_shard(
     """Return how a shard is: by the queue, else by its outputs, else by how its last job ended."""
     if task is not None:
         return WAITING if task.is_waiting else RUNNING
-    is_there = bool(units) and all(unit.status == COMPLETE for unit in units)
+    is_there = bool(units) and all(unit.is_complete for unit in units)
     if is_there and (log is None or log.exit_code == 0 or target.is_shard_done(units)):
         return DONE
-    if any(unit.status == STALE for unit in units):
+    if any(unit.problem for unit in units):
         return FAILED
     if log is None:  # not begun, or taken out of the queue when those that it waited for failed
         return NOT_STARTED

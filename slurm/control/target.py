@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.errors import InputError, StaleOutputError
 from pipeline.files.identity import hash_json
-from pipeline.files.units import COMPLETE, STALE, UNFINISHED, Unit, UnitState, find_state
+from pipeline.files.units import Unit, UnitState, find_state
 from pipeline.stages import ANCHOR, ROW_GROUP, WORKER, Stage
 from publish_model.new_data.embed_options import EmbedOptions
 
@@ -54,7 +54,7 @@ class Target:
         """
         rows, rejected = (sum(state.counts.get(key, 0) for state in states) for key in ("in", "rejected"))
         allowed = 1.0 if self.config is None else self.config.data.max_reject_fraction
-        return all(state.status == COMPLETE for state in states) and rejected <= allowed * rows
+        return all(state.is_complete for state in states) and rejected <= allowed * rows
 
     def find_done(self, stage: Stage, units: list[Unit], shard_count: int) -> list[bool]:
         """Return for each shard whether it is done.
@@ -65,7 +65,7 @@ class Target:
         """
         states = [look_at(unit) for unit in units]
         for state in states:
-            if state.status == STALE:
+            if state.problem:
                 raise StaleOutputError(state.problem)
         if stage.unit == WORKER or (self.embedding is not None and self.embedding.limit):
             return [False] * shard_count
@@ -76,8 +76,8 @@ def look_at(unit: Unit) -> UnitState:
     """Return a unit's state; one whose inputs or outputs cannot be read is for its job to report."""
     try:
         return find_state(unit)
-    except InputError as error:
-        return UnitState(UNFINISHED, problem=str(error))
+    except InputError:
+        return UnitState()
 
 
 def take_shard(stage: Stage, states: list[UnitState], shard: int, shard_count: int) -> list[UnitState]:
