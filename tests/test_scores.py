@@ -145,12 +145,6 @@ def test_a_row_that_is_not_finite_or_zero_is_refused(value):
         normalise_rows(embeddings)
 
 
-def test_rows_that_are_not_normalised_are_a_mistake_of_the_caller():
-    embeddings, codes, _ = make_views()
-    with pytest.raises(ValueError, match="L2-normalised"):
-        score_queries(embeddings * 2, codes)
-
-
 def test_buildings_of_one_image_are_no_queries_and_alone_an_error():
     embeddings = normalise_rows(np.eye(4))
     with pytest.raises(InputError, match="no image has another image of its building"):

@@ -91,7 +91,7 @@ def test_a_device_maps_rows_as_numpy_does(monkeypatch: pytest.MonkeyPatch, power
     rows = (make_rows(20, 10)[0] - 3).astype(dtype)
     generator = np.random.default_rng(1)
     linear_map = LinearMap(generator.standard_normal((6, 10)).astype(np.float32), np.arange(6, dtype=np.float32), power)
-    found = linear_map.map_rows_on(rows, torch.device("cpu"))
+    found = linear_map.map_rows(rows, torch.device("cpu"))
     np.testing.assert_allclose(found, linear_map.map_rows(rows), rtol=1e-5, atol=1e-5)
 
 

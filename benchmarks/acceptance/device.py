@@ -158,18 +158,20 @@ def rank_many(findings: Findings) -> None:
         rows = normalise_rows(values)
     with findings.part("ranks"):
         no_pairs = np.empty((0, 2), np.int64)
-        seconds, [found] = run_steady(lambda: rank_positives(rows, codes, no_pairs, None, findings.device), rounds=1)
+        seconds, [(queries, ranks, _)] = run_steady(
+            lambda: rank_positives(rows, codes, no_pairs, None, findings.device), rounds=1
+        )
         findings.note(rank_s=seconds, rank_s_of_all_images=seconds * (TEST_IMAGES / count) ** 2)
     with findings.part("brute force"):
         all_rows, all_codes = torch.from_numpy(rows).to(findings.device).double(), torch.from_numpy(codes)
         num_wrong = 0
-        asked = np.flatnonzero(found.has_positive)
-        for query in np.random.default_rng(3).choice(asked, min(BRUTE_QUERIES, len(asked)), replace=False).tolist():
+        places = np.random.default_rng(3).permutation(len(queries))[:BRUTE_QUERIES]
+        for query, rank in zip(queries[places].tolist(), ranks[places], strict=True):
             similarities = (all_rows @ all_rows[query]).cpu()
             same = all_codes == all_codes[query]
             own = same.clone()
             own[query] = False
             nearest, others = similarities[own].max(), similarities[~same]
             least, most = (1 + int((others > nearest - sign * 2 * TIE_TOLERANCE).sum()) for sign in (-1, 1))
-            num_wrong += not least <= found.first_rank[query] <= most
+            num_wrong += not least <= rank <= most
         findings.check(f"wrong of {BRUTE_QUERIES} ranks by brute force", num_wrong, at_most=0)

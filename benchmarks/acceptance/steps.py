@@ -185,4 +185,4 @@ def measure_start(findings: Findings) -> None:
 
 def store_coordinates(start: starts.Start, embeddings: NDArray[np.float32], device: torch.device) -> torch.Tensor:
     """Return the store of rows in the start's coordinates, as stage 6 makes it."""
-    return move_features(start.coordinates.linear_map.map_rows_on(embeddings, device), device)
+    return move_features(start.coordinates.linear_map.map_rows(embeddings, device), device)

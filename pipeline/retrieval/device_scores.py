@@ -37,15 +37,8 @@ _MOST_BUSY = 0.2
 _PARTS, _LEAST_PART = 16, 64
 
 Codes = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """The result of each of the rows (N,) as a query."""
-
-    has_positive: NDArray[np.bool_]
-    first_rank: Codes  # of the nearest positive
-    average_precision: NDArray[np.float64]
+# The rows that have a positive (Q,), the nearest one's rank, and the average precision.
+Ranked = tuple[Codes, Codes, NDArray[np.float64]]
 
 
 def rank_positives(
@@ -145,10 +138,12 @@ def _rank_blocks(images: _Images, back: Codes, block_rows: int, progress: Callab
                         progress(block.num_queries)
     finally:
         torch.set_num_threads(num_threads)
-    return [
-        Ranked(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*results, strict=True)))
-        for results in zip(*(block.results() for block in blocks), strict=True)
-    ]
+    found = []
+    for results in zip(*(block.results() for block in blocks), strict=True):
+        has_positive, ranks, precisions = (torch.cat(parts).cpu().numpy()[back] for parts in zip(*results, strict=True))
+        queries = np.flatnonzero(has_positive)
+        found.append((queries, ranks[queries], precisions[queries]))
+    return found
 
 
 class _Block:
@@ -227,7 +222,7 @@ class _Block:
             self._companions.index_put_((levels, places[pairs]), torch.ones_like(levels), accumulate=True)
 
     def results(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Return the values of `Ranked` for these rows, among all candidates and among those of other panoramas."""
+        """Return what `_score` does for these rows, among all candidates and among those of other panoramas."""
         nearer = self.nearer[:, : self.count]
         found = [_score(nearer, self.valid)]
         if self._panoramas is not None:

@@ -72,12 +72,8 @@ def resolve_pairs(pairs: pa.Table | None, building_ids: pa.StringArray) -> NDArr
         pc.fill_null(pc.index_in(ids, value_set=building_ids), -1).to_numpy(zero_copy_only=False).astype(np.int64)
         for ids in columns
     )
-    strangers = pa.concat_arrays([ids.filter(pa.array(codes < 0)) for ids, codes in zip(columns, (a, b), strict=True)])
     inside = (a >= 0) & (b >= 0) & (a != b)
     keys = np.unique(np.minimum(a, b)[inside] * len(building_ids) + np.maximum(a, b)[inside])
     log = logger.info if ((a >= 0) | (b >= 0)).any() else logger.warning  # written in another way, it seems
-    log(
-        "ignore pairs: %d read, %d of them between buildings of the split; %d ids do not occur in it",
-        pairs.num_rows, len(keys), len(strangers.unique()),
-    )  # fmt: skip
+    log("ignore pairs: %d read, %d of them between buildings of the split", pairs.num_rows, len(keys))
     return np.stack(np.divmod(keys, len(building_ids)), axis=1)

@@ -91,20 +91,16 @@ def score_queries_twice(
 
     from pipeline.retrieval.device_scores import rank_positives
 
-    if not np.allclose(_check_rows(embeddings), 1.0, atol=1e-3):
-        raise ValueError("embeddings must be L2-normalised: see normalise_rows")
+    _check_rows(embeddings)
     pairs = np.empty((0, 2), np.int64) if ignored is None else np.concatenate([ignored, ignored[:, ::-1]])
     ranked = rank_positives(
         np.asarray(embeddings, np.float32), np.asarray(building_codes, np.int64), pairs, panorama_ids,
         device or torch.device("cpu"), progress,
     )  # fmt: skip
-    scores = []
-    for one in ranked:
-        queries = np.flatnonzero(one.has_positive)
-        scores.append(QueryScores(queries, one.first_rank[queries], one.average_precision[queries]))
-    if not len(scores[0].query):
+    whole, *apart = (QueryScores(*one) for one in ranked)
+    if not len(whole.query):
         raise InputError("no image has another image of its building to find: give more images or another split")
-    return scores[0], scores[1] if len(scores) > 1 and len(scores[1].query) else None
+    return whole, apart[0] if apart and len(apart[0].query) else None
 
 
 # ------------------------------------------------------------------------------------------------ means, intervals

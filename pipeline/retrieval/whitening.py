@@ -45,8 +45,8 @@ _LEAST_VARIANCE = 1e-3
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-# Rows of whole buildings, and the place of each building's first row among them.
-Block = tuple[NDArray[np.int64] | slice, NDArray[np.int64]]
+# Rows of whole buildings, one after the other, and the size of each building.
+Block = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -64,40 +64,37 @@ class LinearMap:
         mapped /= np.maximum(norms, np.finfo(np.float32).tiny)
         return mapped
 
-    def map_rows(self, embeddings: NDArray[Any]) -> Float32:
-        """Return the mapped rows (N, k) before they are normalised; threads raise them to the power ahead."""
+    def map_rows(self, embeddings: NDArray[Any], device: "torch.device | None" = None) -> Float32:
+        """Return the mapped rows (N, k) before they are normalised; threads prepare blocks ahead.
+
+        NumPy computes them, or torch on a device: the same up to rounding.
+        """
         mapped = np.empty((len(embeddings), len(self.weight)), dtype=np.float32)
         step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
 
-        def read(start: int) -> tuple[int, NDArray[Any]]:
-            rows: NDArray[Any] = np.asarray(embeddings[start : start + step], dtype=np.float32)
-            return start, rows if self.input_power == 1.0 else np.copysign(np.abs(rows) ** self.input_power, rows)
+        def read(start: int) -> Any:
+            block = embeddings[start : start + step]
+            if device is not None:
+                return copy_rows(block, pinned=device.type == "cuda")
+            rows = np.asarray(block, dtype=np.float32)
+            return rows if self.input_power == 1.0 else np.copysign(np.abs(rows) ** self.input_power, rows)
 
         starts, cores = range(0, len(embeddings), step), count_cores()
         with closing(map_in_order(read, starts, cores, in_flight=max(_READERS, cores))) as blocks:
-            for start, rows in blocks:
-                mapped[start : start + step] = rows @ self.weight.T + self.bias
+            for start, rows in zip(starts, blocks, strict=True):
+                product = rows @ self.weight.T + self.bias if device is None else self._map_on(device, rows)
+                mapped[start : start + step] = product
         return mapped
 
-    def map_rows_on(self, embeddings: NDArray[Any], device: "torch.device") -> Float32:
-        """Return what `map_rows` does up to rounding, computed on a device; threads read ahead of it."""
+    def _map_on(self, device: "torch.device", rows: "torch.Tensor") -> Float32:
         import torch
 
         from pipeline.inference.devices import full_precision
 
         weight, bias = (torch.from_numpy(part).to(device) for part in (self.weight, self.bias))
-        mapped = np.empty((len(embeddings), len(weight)), dtype=np.float32)
-        step = max(1, _BLOCK_NUMBERS // max(1, embeddings.shape[1]))
-
-        def read(start: int) -> tuple[int, torch.Tensor]:
-            return start, copy_rows(embeddings[start : start + step], pinned=device.type == "cuda")
-
-        starts = range(0, len(embeddings), step)
-        with closing(map_in_order(read, starts, _READERS, in_flight=_READERS)) as blocks, full_precision():
-            for start, rows in blocks:
-                moved = _raise(rows.to(device, non_blocking=True).float(), self.input_power)
-                mapped[start : start + step] = torch.addmm(bias, moved, weight.T).cpu().numpy()
-        return mapped
+        moved = _raise(rows.to(device, non_blocking=True).float(), self.input_power)
+        with full_precision():
+            return np.asarray(torch.addmm(bias, moved, weight.T).cpu().numpy())
 
     def take_leading(self, count: int) -> "LinearMap":
         """Return the map of the first `count` rows."""
@@ -160,10 +157,9 @@ def collect_scatters(
     sums = [_Sums(embeddings, power, device) for power in input_powers]
 
     def read(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, starts = block
-        # A thread copies ahead, so that the device does not wait for rows mapped from disk.
-        copied = copy_rows(embeddings[rows], pinned=device.type == "cuda")
-        return copied, torch.from_numpy(np.diff(np.append(starts, len(copied))))
+        rows, sizes = block
+        # A thread copies ahead, so that the device does not wait.
+        return copy_rows(embeddings[rows], pinned=device.type == "cuda"), torch.from_numpy(sizes)
 
     blocks = _building_blocks(building_codes, max(1, _BLOCK_NUMBERS // embeddings.shape[1]))
     with closing(map_in_order(read, blocks, _READERS, in_flight=_READERS)) as parts:
@@ -250,16 +246,13 @@ def _add_gram(matrix: "torch.Tensor", rows: "torch.Tensor") -> None:
 
 
 def _building_blocks(codes: NDArray[np.int32], block_rows: int) -> Iterator[Block]:
-    """Yield the rows of whole buildings, about `block_rows` at a time, with the place of each building's first row."""
-    grouped = bool((np.diff(codes) >= 0).all())
-    order = None if grouped else np.argsort(codes, kind="stable")
-    ordered = codes if order is None else codes[order]
-    edges = np.append(np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1)), len(ordered))
+    """Yield the rows of whole buildings, about `block_rows` at a time."""
+    order = np.argsort(codes, kind="stable")
+    edges = np.append(np.flatnonzero(np.diff(codes[order], prepend=-1)), len(order))
     first = 0
     while first < len(edges) - 1:
         last = max(first + 1, int(np.searchsorted(edges, edges[first] + block_rows, side="right")) - 1)
-        start, stop = int(edges[first]), int(edges[last])
-        yield slice(start, stop) if order is None else order[start:stop], edges[first:last] - start
+        yield order[edges[first] : edges[last]], np.diff(edges[first : last + 1])
         first = last
 
 

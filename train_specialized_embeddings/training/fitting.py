@@ -179,7 +179,7 @@ def make_material(
     else:
         start = fit_start(train, validation, config.training_model.output_dim, section, device, warm)
     linear_map = start.coordinates.linear_map
-    map_rows = partial(linear_map.map_rows_on, device=device) if device.type == "cuda" else linear_map.map_rows
+    map_rows = partial(linear_map.map_rows, device=device if device.type == "cuda" else None)
     features = move_features(map_rows(train.embeddings), device)
     validation = replace(validation, embeddings=map_rows(validation.embeddings))
     # What an earlier run was trained on has shaped the start; None where that run does not name its buildings.
