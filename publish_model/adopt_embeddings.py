@@ -20,11 +20,12 @@ from pipeline import cli
 from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
+from pipeline.embeddings_dataset.parts import PartPlan
 from pipeline.errors import InputError, Rejection
 from pipeline.files.workspace import writing_to
 from pipeline.inference.precision import Precision
 from pipeline.log import Progress, logger
-from pipeline.reference.adoption import LEAST_COSINE, Adoption
+from pipeline.reference.adoption import LEAST_COSINE, adopt, find_foreign, sample
 from publish_model.derived.dataset_tool import make_tool_parser
 from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import add_device_option, add_input_options, add_model_option
@@ -32,14 +33,14 @@ from publish_model.new_data.embed_options import add_device_option, add_input_op
 STAGE = "adopt_embeddings"
 
 
-def check_sample(adoption: Adoption, model: PublishedModel, folder: Path) -> int:
+def check_sample(store: Appending, foreign: list[PartPlan], model: PublishedModel) -> int:
     """Return the width of the model's embeddings.
 
     Raises InputError where it makes other embeddings of a sample of the pictures than the dataset holds.
     """
     embedder = model.load("float32")
     cosines = []
-    for name, image, held in adoption.sample():
+    for name, image, held in sample(store, foreign):
         try:
             embedding = embedder.embed([embedder.decode(image)])[0]
         except Rejection as rejection:
@@ -53,12 +54,12 @@ def check_sample(adoption: Adoption, model: PublishedModel, folder: Path) -> int
                 "is expected: give the --model-id and --input that it was made with; nothing was written"
             )
     if not cosines:
-        raise InputError(f"{folder}: holds no embedding that could be compared: run stage 8 elsewhere")
+        raise InputError(f"{store.dataset.folder}: holds no embedding that could be compared: run stage 8 elsewhere")
     logger.info("%d pictures embedded again: cosine %.6f and above", len(cosines), min(cosines))
     return embedder.width
 
 
-def adopt(arguments: argparse.Namespace) -> cli.StageResult:
+def adopt_dataset(arguments: argparse.Namespace) -> cli.StageResult:
     """Adopt the dataset and return the counts of all of it.
 
     Raises InputError where it was not made from this input with this model, StaleOutputError where parts of ours
@@ -74,16 +75,16 @@ def adopt(arguments: argparse.Namespace) -> cli.StageResult:
     )
     dataset = EmbeddingsDataset(arguments.output)
     store = Appending(dataset, source, model.model_id, model.name_version("float32"), Precision("float32"))
-    adoption = Adoption(store)
+    foreign = find_foreign(store)
     result = cli.StageResult(STAGE)
-    if adoption.foreign:
-        width = check_sample(adoption, model, dataset.folder)
+    if foreign:
+        width = check_sample(store, foreign, model)
         kept = dataset.folder / "_adopted" / "state.json"
         if dataset.state_path.is_file() and dataset.state is None and not kept.exists():  # another program's
             with writing_to(kept) as temporary:
                 temporary.write_bytes(dataset.state_path.read_bytes())
-        with Progress(STAGE, sum(plan.num_rows for plan in adoption.foreign)) as progress:
-            for plan in adoption.adopt(width):
+        with Progress(STAGE, sum(plan.num_rows for plan in foreign)) as progress:
+            for plan in adopt(store, foreign, width):
                 progress.advance(plan.num_rows)
         result.written.append(dataset.folder)
     elif not store.find_parts():
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_device_option(parser)
     arguments = parser.parse_args(argv)
     with EmbeddingsDataset(arguments.output).held():
-        cli.run_logged(STAGE, lambda: adopt(arguments), None)
+        cli.run_logged(STAGE, lambda: adopt_dataset(arguments), None)
 
 
 if __name__ == "__main__":

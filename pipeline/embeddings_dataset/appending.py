@@ -49,9 +49,9 @@ class Appending:
             "input_schema": [f"{field.name}: {field.type}" for field in source.schema],
             "row_group_fingerprint": source.fingerprint,
         }
-        read_so = {name: getattr(source.options, name) for name in SHAPING_OPTIONS}
-        read_so["keep_columns"] = list(source.options.keep_columns)
-        settings = read_so | {"precision": precision.mode, "embedding_version": version}
+        settings = {name: getattr(source.options, name) for name in SHAPING_OPTIONS}
+        settings["keep_columns"] = list(source.options.keep_columns)
+        settings |= {"precision": precision.mode, "embedding_version": version}
         self.recipe = made_from | settings
         self.plans = {plan.name: plan for plan in plan_parts(source)}
         noted = {"embedding_version": version, **precision.fidelity}

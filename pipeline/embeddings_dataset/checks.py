@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.columns import checksum_tables, hash_bytes, list_values
+from pipeline.embeddings_dataset.columns import checksum_tables, hash_bytes, plain_values
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.deletions import DeletionOrder, read_order
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, PackagedInput
@@ -126,11 +126,11 @@ def _list_differences(part: Part, table: pa.Table, source: PackagedInput, order:
     Ids are compared as text: NaN, pandas' missing number, equals itself.
     """
     content, table = part.read_content(), table.slice(0, part.counts["in"])
-    ids = list_values(table.column(ID_COLUMN))
+    ids = plain_values(table.column(ID_COLUMN))
     rejected = content.rejects.column("row").to_numpy() - part.plan.first_row
     embedded = np.setdiff1d(source.wanted_rows(table), rejected)
     embedded = embedded[~order.find(ids)[embedded]]
-    held = [list_values(one.column(ID_COLUMN)) for one in (content.embedded, content.rejects)]
+    held = [plain_values(one.column(ID_COLUMN)) for one in (content.embedded, content.rejects)]
     if [[repr(ids[row]) for row in rows] for rows in (embedded, rejected)] != [list(map(repr, one)) for one in held]:
         yield "ids"
     images = table.column(IMAGE_COLUMN)

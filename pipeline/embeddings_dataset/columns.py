@@ -12,22 +12,19 @@ from numpy.typing import NDArray
 from pipeline.errors import ConfigError
 
 
-def plain_values(column: pa.Array) -> list[object]:
+def plain_values(column: pa.Array | pa.ChunkedArray) -> list[object]:
     """Return the values as Python objects that are equal where the ids are, whatever the column's type.
 
     Times are numbers, as Python has no place for nanoseconds, years beyond 9999 and unknown time zones.
     """
+    if isinstance(column, pa.ChunkedArray):
+        return [value for chunk in column.chunks for value in plain_values(chunk)]
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = _map_innermost(column.type, _with_numbers)
     return list((column if kind == column.type else column.cast(kind)).to_pylist())
-
-
-def list_values(column: pa.ChunkedArray) -> list[object]:
-    """Return the values of a column in chunks as `plain_values` does."""
-    return [value for chunk in column.chunks for value in plain_values(chunk)]
 
 
 def _map_innermost(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:

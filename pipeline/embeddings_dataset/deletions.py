@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, list_values
+from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, plain_values
 from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import Part, PartContent, find_parts, is_ours, read_ids, rejects_beside
@@ -60,7 +60,7 @@ class DeletionOrder:
     def apply(self, content: PartContent) -> PartContent:
         """Return a part's content without the rows, embedded and rejected, of the ids; itself if it has none."""
         embedded, rejects = (
-            ~self.find(list_values(table.column(ID_COLUMN))) for table in (content.embedded, content.rejects)
+            ~self.find(plain_values(table.column(ID_COLUMN))) for table in (content.embedded, content.rejects)
         )
         num_deleted = int(np.sum(~embedded) + np.sum(~rejects))
         if not num_deleted:

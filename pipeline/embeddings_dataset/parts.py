@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import checksum_tables, list_values, take_rows
+from pipeline.embeddings_dataset.columns import checksum_tables, plain_values, take_rows
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, provenance_of, read_provenance, reading, write_parquet
@@ -107,26 +107,24 @@ class Outcome:
 
 def make_content(source: PackagedInput, plan: PartPlan, table: pa.Table, outcome: Outcome) -> PartContent:
     """Return the content of a part whose read batch is `table`."""
-    ids, id_field = table.column(ID_COLUMN).combine_chunks(), table.schema.field(ID_COLUMN)
+    ids = table.column(ID_COLUMN).combine_chunks()
     # A list's element is called so when it is read from a parquet: a part that is written again has the same bytes.
     kind = pa.list_(pa.field("element", pa.float32()), outcome.embeddings.shape[1])
     values = pa.FixedSizeListArray.from_arrays(pa.array(outcome.embeddings.ravel(), pa.float32()), type=kind)
-    schema = pa.schema([id_field, pa.field(EMBEDDING_COLUMN, kind)])
-    embedded = pa.Table.from_arrays([take_rows(ids, outcome.rows), values], schema=schema)
-    rejected_rows = np.array([row for row, _ in outcome.rejected], dtype=np.int64)
-    rejections = [rejection for _, rejection in outcome.rejected]
-    columns = [
-        pa.array(plan.first_row + rejected_rows, pa.int64()), take_rows(ids, rejected_rows),
-        [rejection.reason for rejection in rejections], [rejection.detail for rejection in rejections],
-    ]  # fmt: skip
-    schema = pa.schema([("row", pa.int64()), id_field, ("reason", pa.string()), ("detail", pa.string())])
+    embedded = {ID_COLUMN: take_rows(ids, outcome.rows), EMBEDDING_COLUMN: values}
     for name in source.options.keep_columns:
-        kept = take_rows(table.column(name).combine_chunks(), outcome.rows)
-        embedded = embedded.append_column(table.schema.field(name), kept)
+        embedded[name] = take_rows(table.column(name).combine_chunks(), outcome.rows)
+    rows = np.array([row for row, _ in outcome.rejected], dtype=np.int64)
+    rejects = {
+        "row": pa.array(plan.first_row + rows, pa.int64()),
+        ID_COLUMN: take_rows(ids, rows),
+        "reason": pa.array([rejection.reason for _, rejection in outcome.rejected], pa.string()),
+        "detail": pa.array([rejection.detail for _, rejection in outcome.rejected], pa.string()),
+    }
     return PartContent(
-        embedded=embedded,
-        rejects=pa.table(columns, schema=schema),
-        skipped=table.num_rows - len(outcome.rows) - len(rejections),
+        embedded=pa.table(embedded),
+        rejects=pa.table(rejects),
+        skipped=table.num_rows - len(outcome.rows) - len(rows),
         image_hashes=np.array(outcome.image_hashes, np.uint64),
     )
 
@@ -313,7 +311,7 @@ def read_image_hashes(part_path: Path) -> NDArray[np.uint64]:
 
 def read_ids(path: Path) -> list[object]:
     """Return the ids of a part, or of its rejects, as plain Python values."""
-    return list_values(read_table(path, [ID_COLUMN]).column(0))
+    return plain_values(read_table(path, [ID_COLUMN]).column(0))
 
 
 def embeddings_of(table: pa.Table) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
-from pipeline.embeddings_dataset.columns import hash_bytes, list_values
+from pipeline.embeddings_dataset.columns import hash_bytes, plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, Outcome, PartPlan, make_content, read_planned
 from pipeline.errors import InputError, Rejection
@@ -29,59 +29,58 @@ LEAST_COSINE = 0.999
 T = TypeVar("T")
 
 
-class Adoption:
-    """The parts of a dataset that are to be taken over."""
+def find_foreign(store: Appending) -> list[PartPlan]:
+    """Return the parts that are to be taken over.
 
-    def __init__(self, store: Appending) -> None:
-        """Find the parts that are not ours.
+    Raises InputError for a file that is no part of this input, StaleOutputError for a part of ours that is of another
+    recipe.
+    """
+    return [store.plans[path.name] for path in store.survey().foreign]
 
-        Raises InputError for a file that is no part of this input, StaleOutputError for a part of ours that is of
-        another recipe.
-        """
-        self._store, self._source = store, store.source
-        self.foreign = [store.plans[path.name] for path in store.survey().foreign]
 
-    def sample(self) -> Iterator[tuple[str, bytes, NDArray[np.float32]]]:
-        """Yield some pictures, spread over the parts, each with a name and the embedding (D,) that it has there."""
-        for plan, table in read_planned(self._source, _spread(self.foreign, SAMPLED_PARTS)):
-            found = self._match(plan, table)
-            for place in _spread(range(len(found.rows)), SAMPLED_ROWS):
-                row = int(found.rows[place])
-                image = table.column(IMAGE_COLUMN)[row].as_py()
-                yield f"{plan.name}, row {plan.first_row + row}", image, found.embeddings[place]
+def sample(store: Appending, foreign: list[PartPlan]) -> Iterator[tuple[str, bytes, NDArray[np.float32]]]:
+    """Yield some pictures, spread over the parts, each with a name and the embedding (D,) that it has there."""
+    for plan, table in read_planned(store.source, _spread(foreign, SAMPLED_PARTS)):
+        found = _match(store, plan, table)
+        for place in _spread(range(len(found.rows)), SAMPLED_ROWS):
+            row = int(found.rows[place])
+            image = table.column(IMAGE_COLUMN)[row].as_py()
+            yield f"{plan.name}, row {plan.first_row + row}", image, found.embeddings[place]
 
-    def adopt(self, width: int) -> Iterator[PartPlan]:
-        """Write each part again with its provenance, in one piece, and yield its plan; embeddings have `width` numbers.
 
-        Raises InputError for a part that the input does not account for; those before it are taken over.
-        """
-        for plan, table in read_planned(self._source, self.foreign):
-            found = self._match(plan, table)
-            if not len(found.rows):
-                found = replace(found, embeddings=np.empty((0, width), np.float32))
-            elif found.embeddings.shape[1] != width:
-                raise InputError(f"{plan.name}: embeddings of {found.embeddings.shape[1]} numbers, not {width}")
-            self._store.write_part(plan, make_content(self._source, plan, table, found))
-            yield plan
+def adopt(store: Appending, foreign: list[PartPlan], width: int) -> Iterator[PartPlan]:
+    """Write each part again with its provenance, in one piece, and yield its plan; embeddings have `width` numbers.
 
-    def _match(self, plan: PartPlan, table: pa.Table) -> Outcome:
-        """Return the rows of a read batch that a part holds, and the pictures that cannot be read where some lack."""
-        path = self._store.dataset.path_of(plan.name)
-        found, embeddings = read_foreign(path)
-        rows, rejected = self._source.wanted_rows(table), []
-        images = table.column(IMAGE_COLUMN)
-        if len(rows) != len(found):
-            rejected = list(_find_unreadable(images, rows))
-            rows = np.setdiff1d(rows, [row for row, _ in rejected])
-        ids = _make_comparable(list_values(table.column(ID_COLUMN)))
-        if [ids[row] for row in rows] != _make_comparable(found):
-            raise InputError(
-                f"{path}: its ids are not those of the input's rows {plan.first_row} to "
-                f"{plan.first_row + plan.num_rows - 1}: give the --input and --read-batch-size that it was made with, "
-                "or move this part away, and stage 8 makes it again"
-            )
-        hashes = [hash_bytes(images[int(row)].as_py() or b"") for row in rows]
-        return Outcome(rows, embeddings, hashes, rejected)
+    Raises InputError for a part that the input does not account for; those before it are taken over.
+    """
+    for plan, table in read_planned(store.source, foreign):
+        found = _match(store, plan, table)
+        if not len(found.rows):
+            found = replace(found, embeddings=np.empty((0, width), np.float32))
+        elif found.embeddings.shape[1] != width:
+            raise InputError(f"{plan.name}: embeddings of {found.embeddings.shape[1]} numbers, not {width}")
+        store.write_part(plan, make_content(store.source, plan, table, found))
+        yield plan
+
+
+def _match(store: Appending, plan: PartPlan, table: pa.Table) -> Outcome:
+    """Return the rows of a read batch that a part holds, and the pictures that cannot be read where some lack."""
+    path = store.dataset.path_of(plan.name)
+    found, embeddings = read_foreign(path)
+    rows, rejected = store.source.wanted_rows(table), []
+    images = table.column(IMAGE_COLUMN)
+    if len(rows) != len(found):
+        rejected = list(_find_unreadable(images, rows))
+        rows = np.setdiff1d(rows, [row for row, _ in rejected])
+    ids = _make_comparable(plain_values(table.column(ID_COLUMN)))
+    if [ids[row] for row in rows] != _make_comparable(found):
+        raise InputError(
+            f"{path}: its ids are not those of the input's rows {plan.first_row} to "
+            f"{plan.first_row + plan.num_rows - 1}: give the --input and --read-batch-size that it was made with, "
+            "or move this part away, and stage 8 makes it again"
+        )
+    hashes = [hash_bytes(images[int(row)].as_py() or b"") for row in rows]
+    return Outcome(rows, embeddings, hashes, rejected)
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
@@ -117,11 +116,11 @@ def read_foreign(path: Path) -> tuple[list[object], NDArray[np.float32]]:
             raise InputError(f"{path}: column {sorted(missing)[0]} is missing: not an embeddings dataset")
         table = file.read([ID_COLUMN, EMBEDDING_COLUMN])
     lists = table.column(EMBEDDING_COLUMN).to_pylist()
-    widths = {len(values) if values is not None else None for values in lists}
-    if len(widths) > 1 or None in widths:
-        raise InputError(f"{path}: its embeddings are not lists of one length: move this part away")
-    embeddings = np.array(lists, dtype=np.float32).reshape(len(lists), -1 if lists else 0)
+    try:
+        embeddings = np.array(lists, dtype=np.float32).reshape(len(lists), -1 if lists else 0)
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: its embeddings are not lists of one length: move this part away") from None
     norms = np.linalg.norm(embeddings, axis=1)
     if not bool((np.abs(norms - 1.0) <= NORM_TOLERANCE).all()):  # NaN neither
         raise InputError(f"{path}: its embeddings are not of unit length: move this part away")
-    return list_values(table.column(ID_COLUMN)), embeddings
+    return plain_values(table.column(ID_COLUMN)), embeddings

@@ -102,11 +102,9 @@ def find_rule(section: str, key: str) -> Rule | None:
 
 
 def names_old_key(tables: dict[str, Any], valid: dict[str, list[str]]) -> bool:
-    """Tell whether a configuration has a section, or a key in one, of a name that is only the reference's."""
-    for section, content in tables.items():
-        if section in SECTIONS and section not in valid:
-            return True
-        keys = set(content) - set(valid.get(section, ())) if isinstance(content, dict) else ()
-        if any(find_rule(section, key) for key in keys):
-            return True
-    return False
+    """Tell whether a configuration has a key of a name that is only the reference's, or in a section of its own."""
+    return any(
+        (section in SECTIONS and section not in valid)
+        or (key not in valid.get(section, ()) and find_rule(section, key))
+        for section, content in tables.items() if isinstance(content, dict) for key in content
+    )  # fmt: skip
