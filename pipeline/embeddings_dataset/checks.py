@@ -71,8 +71,7 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
         for problem in itertools.islice(_list_problems(part, recipe, order), 1):
             findings.add(part.path, problem)
     if input_path is not None and recipe:
-        sound = [part for part in files.parts if part.path not in findings.broken]
-        _compare_with_input(dataset.open_input(input_path, recipe), sound, order, findings)
+        _compare_with_input(dataset.open_input(input_path, recipe), files.parts, order, findings)
     findings.sound = tuple(part for part in files.parts if part.path not in findings.broken)
     accounted, total = sum(part.counts["in"] for part in findings.sound), (state or {}).get("rows_total")
     if state is not None and state.get("complete") and accounted != total:
@@ -111,8 +110,8 @@ def _list_problems(part: Part, recipe: dict[str, Any], order: DeletionOrder) -> 
 
 
 def _compare_with_input(source: PackagedInput, parts: Sequence[Part], order: DeletionOrder, findings: Findings) -> None:
-    """Compare parts with their rows of the input."""
-    plans, wanted = set(plan_parts(source)), {part.plan: part for part in parts}
+    plans = set(plan_parts(source))
+    wanted = {part.plan: part for part in parts if part.path not in findings.broken}
     for plan in [plan for plan in wanted if plan not in plans]:
         findings.add(wanted.pop(plan).path, "stands for rows that the input does not have there")
     for plan, table in read_planned(source, wanted):

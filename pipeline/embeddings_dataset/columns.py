@@ -34,12 +34,11 @@ def _map_innermost(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataTyp
     if pa.types.is_struct(kind):
         fields = (kind.field(index) for index in range(kind.num_fields))
         return pa.struct([field.with_type(_map_innermost(field.type, change)) for field in fields])
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(kind.value_field.with_type(_map_innermost(kind.value_type, change)), kind.list_size)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
-        return make(kind.value_field.with_type(_map_innermost(kind.value_type, change)))
-    return change(kind)
+    is_fixed, is_large = pa.types.is_fixed_size_list(kind), pa.types.is_large_list(kind)
+    if not (is_fixed or is_large or pa.types.is_list(kind)):
+        return change(kind)
+    element = kind.value_field.with_type(_map_innermost(kind.value_type, change))
+    return pa.large_list(element) if is_large else pa.list_(element, kind.list_size if is_fixed else -1)
 
 
 def _decoded(kind: pa.DataType) -> pa.DataType:

@@ -1,7 +1,7 @@
 """Read an embeddings dataset: `parts/`, `_rejects/` and `state.json` of a folder."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -143,18 +143,15 @@ class EmbeddingsDataset:
             write_json(self.state_path, state)
         return state
 
-    @contextmanager
-    def held(self, *, shared: bool = False) -> Iterator[None]:
-        """Keep other processes from writing to it while the block runs; `shared`, only those that need it alone.
+    def held(self, *, shared: bool = False) -> AbstractContextManager[None]:
+        """Keep other processes from writing to it in a `with` block; `shared`, only those that need it alone.
 
         Raises PipelineError if another process writes to it.
         """
         if not (shared or self.folder.is_dir()):  # a mistyped path leaves no folder behind
-            yield
-            return
+            return nullcontext()
         doing = "is writing to it: wait for that one, or stop it, then run this again"
-        with locked(self.folder, doing, self.folder / ".dataset.lock", shared=shared):
-            yield
+        return locked(self.folder, doing, self.folder / ".dataset.lock", shared=shared)
 
     # ------------------------------------------------------------------------------------------ setting aside
 

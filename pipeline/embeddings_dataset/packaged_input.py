@@ -115,7 +115,7 @@ def list_data(folder: Path) -> tuple[str, list[str]]:
     InputError if the folder cannot be read, holds several kinds, or is a table of Delta, Hudi or Iceberg.
     """
     found: dict[str, list[str]] = {kind: [] for kind in (PARQUETS, PHOTOGRAPHS, TARS)}
-    others, num_links = [], 0
+    others = []
     for path in walk_files(folder):
         name = path.removeprefix(os.path.join(folder, ""))  # noqa: PTH118 (a million of them)
         kind = FILE_KINDS.get(os.path.splitext(name)[1].lower(), "")  # noqa: PTH122
@@ -123,7 +123,7 @@ def list_data(folder: Path) -> tuple[str, list[str]]:
             continue  # side tables
         mode = os.lstat(path).st_mode if kind == PHOTOGRAPHS else stat.S_IFREG
         if stat.S_ISLNK(mode):  # nothing outside the folders that are named is opened
-            num_links += 1
+            others.append(f"{decode_name(name)} (a link)")
         elif kind and stat.S_ISREG(mode):  # reading a pipe would never end
             found[kind].append(name)
         else:
@@ -136,10 +136,7 @@ def list_data(folder: Path) -> tuple[str, list[str]]:
     names = sorted(found.get(kind, []), key=decode_name)
     if kind == PARQUETS:
         _refuse_table_formats(folder, names)
-    if num_links:
-        logger.warning("%s: %d links are passed over: copy the files there", folder, num_links)
-    if kinds:
-        warn_of_others(folder, others, kind)
+    warn_of_others(folder, others, kind or "data")
     return kind, names
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.embeddings_dataset.columns import checksum_tables, plain_values, take_rows
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
+from pipeline.files.identity import look_at
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, provenance_of, read_provenance, reading, write_parquet
 
 EMBEDDING_COLUMN = "embedding"
@@ -201,14 +202,12 @@ def rejects_beside(path: Path) -> Path:
     return path.parents[1] / ("_rejects" if path.parent.name == "parts" else "parts") / path.name
 
 
-def list_part_files(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return a dataset's part files by name, each with numbers that change when the file is replaced."""
-    parts_dir = folder / "parts"
-    if not parts_dir.is_dir():
-        return {}
-    with os.scandir(parts_dir) as entries:
-        stats = {one.name: one.stat() for one in entries if one.name.endswith(".parquet") and one.name[0] not in "._"}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items())}
+def list_part_files(folder: Path) -> dict[str, list[int] | None]:
+    """Return a dataset's part files by name, each with its size and time."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / "parts") as entries:
+        names = sorted(one.name for one in entries if one.name.endswith(".parquet") and one.name[0] not in "._")
+        return {name: look_at(folder / "parts" / name) for name in names}
+    return {}
 
 
 @dataclass(frozen=True)

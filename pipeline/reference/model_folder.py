@@ -130,7 +130,6 @@ def _map_projector(folder: Path, config: dict[str, Any], weights: dict[str, Any]
 
 
 def _find_activation(folder: Path, config: dict[str, Any]) -> Any:
-    """Return the projector's activation."""
     for settings in (config, *(value for value in config.values() if isinstance(value, dict))):
         name = str(settings.get("activation", settings.get("projector_activation"))).lower()
         if name in ("relu", "gelu", "silu"):

@@ -30,10 +30,6 @@ def _map_output(section: dict[str, Any], key: str, name: str) -> tuple[Settings,
     return {("paths", SECTIONS[name][1]): section[key]}, ""
 
 
-def _map_split(section: dict[str, Any], key: str, _: str) -> tuple[Settings, str]:
-    return {("paths", "merged_dir"): str(Path(str(section[key])).parent)}, ""
-
-
 def _map_wandb(section: dict[str, Any], _: str, __: str) -> tuple[Settings, str]:
     mode = section.get("wandb_mode", "online") if section.get("wandb_enabled", True) else "off"
     return {("logging", "wandb"): "off" if mode == "disabled" else mode}, ""
@@ -58,8 +54,10 @@ RULES: dict[str, Rule] = {
     ),
     "*.output_dir": _map_output,
     "*.output_parquet_path": _map_output,
-    "*.train_parquet_path": _map_split,
-    "*.val_parquet_path": _map_split,
+    **dict.fromkeys(
+        ("*.train_parquet_path", "*.val_parquet_path"),
+        lambda section, key, _: ({("paths", "merged_dir"): str(Path(str(section[key])).parent)}, ""),
+    ),
     "infrastructure.batch_size": _MEMORY,
     "data.batch_size": _MEMORY,
     "*.sample_fraction_for_bands": ("difficulty", "sample_fraction_for_bands"),

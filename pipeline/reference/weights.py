@@ -62,7 +62,6 @@ def read_weights(
 
 
 def _infer_architecture(path: Path, weights: Weights, section: TrainingModelSection) -> dict[str, Any]:
-    """Infer the projector's constructor arguments from its weights."""
     depth = sum(bool(re.fullmatch(r"hidden\.\d+\.weight", name)) for name in weights)
     hidden = [f"hidden.{number}.weight" for number in range(depth)]
     has_shortcut = "shortcut.weight" in weights
