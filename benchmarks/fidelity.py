@@ -40,7 +40,7 @@ def check_paths(embedder: Embedder, photographs: Sequence[bytes], expected: NDAr
     The paths: whole pictures to the device, pictures prepared on the CPU, one image a pass, 64 images a pass.
     """
     paths: dict[str, list[Decoded]] = {"prepared on the CPU": [embedder.prepare(decode_pixels(d)) for d in photographs]}
-    if embedder.device_processor is not None:
+    if embedder.resizes_on_device:
         paths["resized on the device"] = [decode_pixels(data) for data in photographs]
     found = {name: smallest_cosine(embedder.embed(images), expected) for name, images in paths.items()}
     alone = np.concatenate([embedder.embed([image]) for image in paths["prepared on the CPU"]])

@@ -157,7 +157,7 @@ def count_operations(embedder: Embedder) -> int:
 
 
 def _input_shape(embedder: Embedder) -> torch.Size:
-    return embedder.prepare(Image.new("RGB", (640, 640), "grey")).shape
+    return embedder.prepare(torch.zeros((3, 640, 640), dtype=torch.uint8)).shape
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,11 +22,12 @@ from transformers import (
     DINOv3ViTModel,
 )
 
-from pipeline.errors import InputError, PipelineError, Rejection
+from pipeline.errors import DeviceMemoryError, InputError, PipelineError, Rejection
+from pipeline.inference import backbone
 from pipeline.inference.backbone import Embedder, check_embeddings
 from pipeline.inference.devices import choose_device
 from pipeline.inference.images import decode_rgb
-from pipeline.inference.preprocessing import DeviceProcessor
+from pipeline.inference.pixels import decode_pixels, to_pixels
 from pipeline.log import logging_to
 
 # What a street-view patch can look like as a file.
@@ -83,7 +84,7 @@ def models(tmp_path_factory, toy_backbone):
 
 
 def embed_ours(embedder, photographs):
-    return embedder.embed([embedder.prepare(decode_rgb(data)) for data in photographs])
+    return embedder.embed([embedder.prepare(decode_pixels(data)) for data in photographs])
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3", "convnext", "without crop"])
@@ -111,7 +112,7 @@ def test_a_ribbon_gets_the_embedding_of_the_plain_loop(models, size):
 
 
 def test_a_ribbon_takes_no_gigabytes(models):
-    prepared = Embedder(models["dinov2"], device="cpu").prepare(Image.new("RGB", (1, 50_000_000)))
+    prepared = Embedder(models["dinov2"], device="cpu").prepare(torch.zeros((3, 50_000_000, 1), dtype=torch.uint8))
     assert prepared.shape[0] == 3
     assert prepared.shape[1] == prepared.shape[2]
 
@@ -152,7 +153,7 @@ def test_bfloat16_stays_close_to_the_plain_loop(models):
 
 def test_out_of_memory_halves_the_pass_and_keeps_every_row(models, monkeypatch):
     embedder = Embedder(models["dinov3"], device="cpu", batch_size=8)
-    pixels = [embedder.prepare(draw_view(number)) for number in range(21)]
+    pixels = [embedder.prepare(to_pixels(draw_view(number))) for number in range(21)]
     expected = embedder.embed(pixels)
     sizes, forward = [], embedder.model.forward
 
@@ -168,14 +169,9 @@ def test_out_of_memory_halves_the_pass_and_keeps_every_row(models, monkeypatch):
     assert sizes[:3] == [8, 4, 2]
 
 
-def stand_in_for_a_gpu(embedder):
-    """Have the CPU do what is left to a GPU: the resizing of batches."""
-    embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
-    return embedder
-
-
 def test_what_comes_as_pixels_and_prepared_is_one_pass_in_order(models):
-    embedder = stand_in_for_a_gpu(Embedder(models["dinov3"], device="cpu"))
+    embedder = Embedder(models["dinov3"], device="cpu")
+    embedder.resizes_on_device = True  # the CPU does what is left to a GPU
     ready = [embedder.decode(data) for data in PHOTOGRAPHS.values()]
     assert {one.dtype for one in ready} == {torch.uint8}
     large = encode(draw_view(12, size=(1100, 1000)))
@@ -185,21 +181,16 @@ def test_what_comes_as_pixels_and_prepared_is_one_pass_in_order(models):
     assert smallest_cosine(ours, embed_plainly(models["dinov3"], photographs)) >= 0.9999
 
 
-def test_pictures_that_the_gpu_cannot_hold_are_resized_on_the_cpu_and_none_is_lost(models, tmp_path):
-    embedder = stand_in_for_a_gpu(Embedder(models["dinov3"], device="cpu"))
-    ready = [embedder.decode(data) for data in PHOTOGRAPHS.values()]
+def test_pictures_that_the_gpu_cannot_hold_are_one_line_with_a_remedy(models, monkeypatch):
+    embedder = Embedder(models["dinov3"], device="cpu")
+    embedder.resizes_on_device = True
 
-    def refuse(_):
+    def refuse(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    embedder.device_processor = refuse
-    with logging_to(tmp_path / "a.log"):
-        first = embedder.embed(ready)
-    assert "out of GPU memory: pictures are resized on the CPU from now on" in (tmp_path / "a.log").read_text()
-    plain = embed_plainly(models["dinov3"], PHOTOGRAPHS.values())
-    assert smallest_cosine(first, plain) >= 0.9999
-    assert smallest_cosine(embedder.embed(ready), plain) >= 0.9999  # those that were decoded before it happened
-    assert all(embedder.decode(data).dtype == torch.float32 for data in PHOTOGRAPHS.values())
+    monkeypatch.setattr(backbone, "prepare_on_device", refuse)
+    with pytest.raises(DeviceMemoryError, match="cannot hold the pictures of a pass: .*batch_size to a smaller number"):
+        embedder.embed([embedder.decode(data) for data in PHOTOGRAPHS.values()])
 
 
 def test_a_gpu_too_small_for_one_image_is_one_line(models, monkeypatch):
@@ -210,7 +201,7 @@ def test_a_gpu_too_small_for_one_image_is_one_line(models, monkeypatch):
 
     monkeypatch.setattr(embedder.model, "forward", refuse)
     with pytest.raises(PipelineError, match="the GPU cannot hold the model and one image"):
-        embedder.embed([embedder.prepare(draw_view(1))])
+        embedder.embed([embedder.prepare(to_pixels(draw_view(1)))])
 
 
 def test_a_compiled_model_sees_one_shape_only(models, monkeypatch):

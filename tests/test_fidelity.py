@@ -15,7 +15,6 @@ from benchmarks.plain_loops import load
 from benchmarks.synthetic import draw_picture
 from pipeline.errors import Rejection
 from pipeline.inference.backbone import Embedder
-from pipeline.inference.preprocessing import DeviceProcessor
 from sample_data import convert_lite0
 
 
@@ -65,7 +64,7 @@ def expected(models):
 def check(models, expected, kind, **options):
     embedder = Embedder(models[kind], **options)
     if not embedder.on_gpu:
-        embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
+        embedder.resizes_on_device = True
     found = check_paths(embedder, list(PHOTOGRAPHS.values()), expected[kind])
     assert set(found) >= {"prepared on the CPU", "resized on the device", "one image a pass", "64 a pass"}
     assert {name: cosine for name, cosine in found.items() if cosine < LEAST_COSINE[embedder.dtype]} == {}

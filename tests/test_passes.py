@@ -11,7 +11,7 @@ from test_backbone import PHOTOGRAPHS, embed_ours, make_convnext, make_dinov3
 from pipeline.errors import PipelineError
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.devices import compile_blocks, is_convolutional, place
-from pipeline.inference.pixels import decode_pixels
+from pipeline.inference.pixels import decode_pixels, to_pixels
 from pipeline.log import logging_to
 
 
@@ -25,7 +25,7 @@ def models(tmp_path_factory):
 def test_passes_that_the_memory_does_not_hold_are_halved_for_good(models, monkeypatch, compiled):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     embedder = Embedder(models["dinov3"], device="cpu", batch_size=8, compile_model=compiled)
-    pixels = [embedder.prepare(draw_view(number)) for number in range(8)]
+    pixels = [embedder.prepare(to_pixels(draw_view(number))) for number in range(8)]
     expected = embedder.embed(pixels)
     sizes, forward = [], embedder.model.forward
 

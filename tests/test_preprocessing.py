@@ -6,19 +6,18 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
-from PIL import Image
 from published_models import write_kind
 from raw_tars import draw_view
 from torchvision.transforms.v2.functional import _geometry as geometry
 
-from pipeline.inference import preprocessing
+from pipeline.inference import backbone
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.pixels import decode_pixels, to_pixels
 from pipeline.inference.precision import measure_cosines
 from pipeline.inference.preprocessing import (
     DEVICE_CHUNK,
-    DeviceProcessor,
     prepare,
+    prepare_on_device,
     works_on_tensors,
 )
 from pipeline.log import logging_to
@@ -58,56 +57,40 @@ FAMILIES = (
 def test_a_batch_on_the_device_is_what_the_processor_makes_of_each_picture(family):
     processor = make_processor(family)
     pictures = [draw_view(seed, size=size) for seed, size in enumerate(SIZES * (DEVICE_CHUNK // 4 + 1))]
-    found = DeviceProcessor(processor, CPU)([to_pixels(picture) for picture in pictures])
+    found = prepare_on_device(processor, [to_pixels(picture) for picture in pictures], CPU)
     assert len(found) == len(pictures) > DEVICE_CHUNK
     for one, picture in zip(found[:6] + found[-3:], pictures[:6] + pictures[-3:], strict=True):
         expected = processor(images=picture, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_resized_at_once_is_bounded_by_its_pixels(monkeypatch):
-    monkeypatch.setattr(preprocessing, "DEVICE_CHUNK_PIXELS", 25_000)
-    counts = []
-
-    def process(images, **_):
-        counts.append(len(images))
-        return {"pixel_values": images}
-
-    pictures = [torch.full((3, 100, 100), number, dtype=torch.uint8) for number in range(5)]
-    large = torch.full((3, 300, 100), 9, dtype=torch.uint8)
-    found = DeviceProcessor(process, CPU)([*pictures[:3], large, *pictures[3:]])
-    assert counts == [2, 1, 1, 2]
-    assert [int(one[0, 0, 0]) for one in found] == [0, 1, 2, 9, 3, 4]
-
-
-class OtherResizing(DeviceProcessor):
-    """Resizes bytes as floats, as torchvision does on a GPU."""
-
-    def __call__(self, pixels):
-        with patch.object(geometry, "_do_native_uint8_resize_on_cpu", lambda _: False):
-            return super().__call__(pixels)
+def resize_otherwise(processor, pixels, device):
+    """Resize bytes as floats, as torchvision does on a GPU."""
+    with patch.object(geometry, "_do_native_uint8_resize_on_cpu", lambda _: False):
+        return prepare_on_device(processor, pixels, device)
 
 
 @pytest.mark.parametrize("kind", ["lite0", "dinov3"])
-def test_the_devices_resizing_is_judged_by_the_embeddings(kind, tmp_path, shared_dir):
+def test_the_devices_resizing_is_judged_by_the_embeddings(kind, tmp_path, shared_dir, monkeypatch):
     """On 64 photographs the device's way is as near as asked for, or the CPU resizes them."""
     folder = write_kind(tmp_path / kind, kind)[0]
     if kind == "dinov3":  # whose processor resizes floats on a CPU too
         make_processor("dinov3").save_pretrained(folder)
     photographs = read_photographs(shared_dir, 64)
     embedder = Embedder(folder, device="cpu")
-    embedder.device_processor = other = OtherResizing(embedder.processor, CPU)
+    monkeypatch.setattr(backbone, "prepare_on_device", resize_otherwise)
+    embedder.resizes_on_device = True
     with logging_to(tmp_path / "a.log"):
         embedder._judge_resizing()
     decoded = [decode_pixels(data) for data in photographs]
     found = embedder.embed([embedder.decode(data) for data in photographs])
     expected = embedder.embed([embedder.prepare(pixels) for pixels in decoded])
     assert measure_cosines(found, expected).min() >= 0.9999
-    assert (embedder.device_processor is None) == (kind == "lite0")
+    assert embedder.resizes_on_device == (kind != "lite0")
     if kind == "lite0":  # a fifth of a grey level is too much
         line = "pictures are resized on the CPU: on the GPU an embedding has a cosine of 0.99"
         assert line in (tmp_path / "a.log").read_text()
-        assert measure_cosines(embedder.embed(other(decoded)), expected).min() < 0.999
+        assert measure_cosines(embedder.embed(decoded), expected).min() < 0.999
 
 
 def read_photographs(shared_dir, count):
@@ -116,12 +99,13 @@ def read_photographs(shared_dir, count):
         return [tar.extractfile(name).read() for name in names]
 
 
-def test_a_processor_that_makes_another_size_on_the_device_is_run_on_the_cpu_and_said(tmp_path):
+def test_a_processor_that_makes_another_size_on_the_device_is_run_on_the_cpu_and_said(tmp_path, monkeypatch):
     embedder = Embedder(write_kind(tmp_path / "dinov3", "dinov3")[0], device="cpu")
-    embedder.device_processor = lambda pixels: [torch.zeros(3, 5, 5)] * len(pixels)
+    monkeypatch.setattr(backbone, "prepare_on_device", lambda _, pixels, __: [torch.zeros(3, 5, 5)] * len(pixels))
+    embedder.resizes_on_device = True
     with logging_to(tmp_path / "a.log"):
         embedder._judge_resizing()
-    assert embedder.device_processor is None
+    assert not embedder.resizes_on_device
     assert (
         "pictures are resized on the CPU: on the GPU an embedding has a cosine of -1"
         in (tmp_path / "a.log").read_text()
@@ -131,6 +115,6 @@ def test_a_processor_that_makes_another_size_on_the_device_is_run_on_the_cpu_and
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pixels_and_pictures_give_the_same_input(family):
     processor, picture = make_processor(family), draw_view(1, size=(131, 97))
-    assert torch.equal(prepare(processor, picture), prepare(processor, to_pixels(picture)))
+    expected = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(prepare(processor, to_pixels(picture)), expected)
     assert works_on_tensors(processor)
-    assert isinstance(picture, Image.Image)

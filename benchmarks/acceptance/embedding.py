@@ -38,7 +38,6 @@ from pipeline.inference.precision import (
     release,
     summarize,
 )
-from pipeline.inference.preprocessing import DeviceProcessor
 from pipeline.log import Stopwatch
 from pipeline.threads import map_in_order
 from preprocess_raw_data import process_tar
@@ -80,7 +79,7 @@ class Backbone:
         overrides = [f"embedding_model.{key}={json.dumps(value)}" for key, value in settings.items()]
         embedder = generate_embeddings.load_embedder(self.folder, load_config(self.config_path, overrides), mode)
         if self.findings.is_toy:  # the CPU does what is left to a GPU
-            embedder.device_processor = DeviceProcessor(embedder.processor, embedder.device)
+            embedder.resizes_on_device = True
         return embedder
 
     def choose_mode(self, pictures: Sequence[bytes]) -> str:
@@ -224,7 +223,7 @@ def measure(backbone: Backbone, targets: dict[str, float], share: float | None =
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew (proc(5))
     with findings.part(f"{name}, loading"):  # and compiling
         embedder = backbone.load("bfloat16")
-    path = "the GPU" if embedder.device_processor else "the CPU"
+    path = "the GPU" if embedder.resizes_on_device else "the CPU"
     findings.note(**{
         f"{name}, mode": "bfloat16", f"{name}, compiled graphs": embedder.num_graphs,
         f"{name}, pictures resized on": path, f"{name}, images a pass": embedder.micro_batch,

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from transformers import AutoModel
 
 from pipeline.errors import DeviceMemoryError, InputError, PipelineError, one_line
@@ -21,21 +20,21 @@ from pipeline.inference.devices import (
     full_precision,
     is_convolutional,
     keep_freed_memory,
+    needing_memory,
     place,
     uncompile,
 )
-from pipeline.inference.images import decode_rgb
 from pipeline.inference.loading import find_vision_config, load_model
 from pipeline.inference.passes import Launched, Staged, fetch, record_time, stack_by_size
-from pipeline.inference.pixels import decode_pixels, to_pixels, travels_whole
+from pipeline.inference.pixels import decode_pixels, travels_whole
 from pipeline.inference.pooling import PoolingError, embed_views
 from pipeline.inference.precision import measure_cosines
 from pipeline.inference.preprocessing import (
-    DeviceProcessor,
     draw_faint_picture,
     draw_picture,
     load_processor,
     prepare,
+    prepare_on_device,
     works_on_tensors,
 )
 from pipeline.log import logger
@@ -49,8 +48,6 @@ CPU_MICRO_BATCH_PIXELS = 8 * 224 * 224
 GPU_MICRO_BATCH = 256
 # Least cosine between a picture's embeddings after resizing on the device and on the CPU.
 LEAST_RESIZED_COSINE = 0.9999
-# How far two embeddings of one picture may lie apart, as a share of their length: a cosine of 0.9995.
-REPEAT_TOLERANCE = 0.03
 
 # A decoded image: the model's input (3, h, w) float32, or pixels (3, H, W) uint8 that the GPU prepares.
 Decoded = torch.Tensor
@@ -97,10 +94,7 @@ class Embedder:
         # Refuses a text model before its image processor is missed.
         model_config = find_vision_config(folder, trust_remote_code, model_class)
         self.processor = load_processor(folder, image_size)
-        self._takes_pixels = works_on_tensors(self.processor)
-        self.device_processor = None
-        if self.on_gpu and self._takes_pixels:
-            self.device_processor = DeviceProcessor(self.processor, self.device)
+        self.resizes_on_device = self.on_gpu and works_on_tensors(self.processor)
         # High priority: what runs there is short, and would otherwise wait for a whole pass.
         self._side = torch.cuda.Stream(priority=-1) if self.on_gpu else None
         model = load_model(folder, model_config, self.dtype, pooling_type, trust_remote_code, model_class)
@@ -111,12 +105,8 @@ class Embedder:
         self.model.to(memory_format=self._layout)
         self.compile_model, self.num_graphs = False, 0
         self.micro_batch = GPU_MICRO_BATCH if isinstance(batch_size, str) else batch_size
-        prepared = self._prepare_drawn(folder)
-        if not self.on_gpu:
-            height, width = prepared.shape[1:]
-            most = max(1, min(CPU_MICRO_BATCH, CPU_MICRO_BATCH_PIXELS // (height * width)))
-            self.micro_batch = min(self.micro_batch, most)
-        self.width = self._try(folder, prepared, image_size)
+        self._check_patches(folder, self.scales or (image_size or 0,))
+        self.width = self._try(folder)
         self._judge_resizing()
         if compile_model:
             self._compile()
@@ -128,39 +118,30 @@ class Embedder:
 
     def decode(self, data: bytes) -> Decoded:
         """Decode an image, and prepare it unless the GPU does that. Raises Rejection if it cannot be used."""
-        if not self._takes_pixels:
-            return self.prepare(decode_rgb(data))
         pixels = decode_pixels(data)
-        if self.device_processor is None or not travels_whole(*pixels.shape[1:]):
-            return self.prepare(pixels)
-        return pixels
+        return pixels if self.resizes_on_device and travels_whole(*pixels.shape[1:]) else self.prepare(pixels)
 
-    def prepare(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Turn an RGB image, or its pixels (3, H, W) uint8, into the model's input (3, h, w) float32."""
-        return prepare(self.processor, image)
+    def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn an image's pixels (3, H, W) uint8 into the model's input (3, h, w) float32."""
+        return prepare(self.processor, pixels)
 
     def stage(self, images: Sequence[Decoded]) -> Staged:
         """Bring decoded images to the device while it computes; neighbours of one size make a batch."""
-        with torch.cuda.stream(self._side):  # None on a CPU: does nothing
-            try:
-                batches = stack_by_size(self._finish(images))
-                if self.on_gpu:
-                    batches = [batch if batch.is_cuda else batch.pin_memory() for batch in batches]
-                    batches = [batch.to(self.device, self.dtype, non_blocking=True) for batch in batches]
-            except torch.cuda.OutOfMemoryError:
-                logger.warning("out of GPU memory: pictures are resized on the CPU from now on")
-                self.device_processor = None
-                return Staged(stack_by_size([self._prepare_late(image) for image in images]))
+        remedy = "or set [embedding_model].batch_size to a smaller number"
+        with torch.cuda.stream(self._side), needing_memory("the pictures of a pass", remedy):  # a stream of None: a CPU
+            batches = stack_by_size(self._finish(images))
+            if self.on_gpu:
+                batches = [batch if batch.is_cuda else batch.pin_memory() for batch in batches]
+                batches = [batch.to(self.device, self.dtype, non_blocking=True) for batch in batches]
             return Staged(batches, self._side.record_event() if self._side else None)
 
     def _finish(self, images: Sequence[Decoded]) -> list[torch.Tensor]:
         """Return the model's inputs, (3, h, w) each, preparing pixels on the device."""
-        if self.device_processor is None:  # perhaps dropped since the images were decoded
-            return [self._prepare_late(image) for image in images]
         found = dict(enumerate(images))
         whole = {place: image for place, image in found.items() if image.dtype == torch.uint8}
         if whole:
-            found |= zip(whole, self.device_processor(self._upload(list(whole.values()))), strict=True)
+            pixels = self._upload(list(whole.values()))
+            found |= zip(whole, prepare_on_device(self.processor, pixels, self.device), strict=True)
         return list(found.values())
 
     def _upload(self, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -170,9 +151,6 @@ class Embedder:
         torch.cat([picture.flatten() for picture in pictures], out=buffer)
         pieces = buffer.to(self.device, non_blocking=True).split(sizes)
         return [piece.view(picture.shape) for piece, picture in zip(pieces, pictures, strict=True)]
-
-    def _prepare_late(self, image: Decoded) -> torch.Tensor:
-        return self.prepare(image) if image.dtype == torch.uint8 else image
 
     def launch(self, staged: Staged) -> Launched:
         """Start the forward passes; on a CPU this computes them."""
@@ -194,72 +172,50 @@ class Embedder:
         """Return the embeddings (N, D) float32, not normalised, of decoded or prepared images in order."""
         return self.launch(self.stage(images)).result()
 
-    def _prepare_drawn(self, folder: Path) -> torch.Tensor:
-        """Return a drawn picture as the model's input; raise InputError where the settings do not allow that."""
-        try:
-            prepared = self.prepare(draw_picture((640, 640)))
-            if not prepared.numel():
-                raise ValueError("no pixel is left")
-            return prepared
-        except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
-            raise InputError(
-                f"{folder}: its image processor cannot prepare a picture ({one_line(error)[:200]}): correct "
-                "preprocessor_config.json, or fetch the model again"
-            ) from None
-
-    def _try(self, folder: Path, prepared: torch.Tensor, image_size: int | None) -> int:
-        """Embed a drawn picture twice and return the embedding's width.
-
-        Raises InputError where that fails or the two embeddings differ.
-        """
-        name = type(self.model).__name__
-        if image_size is not None:
-            self._check_sizes(folder, prepared, image_size)
-        try:
-            first, second = self.embed([prepared]), self.embed([prepared])
-        except PoolingError as error:
-            other = "cls_token" if self.pooling_type == "pooler_output" else "pooler_output"
-            raise InputError(f"{name} {error}: set [embedding_model].pooling_type to {other}") from None
-        except (ValueError, TypeError, RuntimeError) as error:
-            remedy = "leave [embedding_model].image_size at auto and scales empty, or give another model"
-            raise InputError(
-                f"{folder}: {name} cannot embed a picture of {' x '.join(map(str, prepared.shape[1:]))} pixels "
-                f"({one_line(error)[:200]}): {remedy if image_size else 'give another model, or fetch it again'}"
-            ) from None
-        if np.linalg.norm(first - second) > REPEAT_TOLERANCE * np.linalg.norm(first):
-            raise InputError(
-                f"{folder}: {name} gives another embedding of the same picture each time, as one does that masks at "
-                "random (ViTMAE): give another model"
-            )
-        return int(first.shape[1])
-
-    def _judge_resizing(self) -> None:
-        """Resize on the CPU from now on, where the device's way gives a faint picture another embedding."""
-        if self.device_processor is None:
-            return
-        pixels, cosine = to_pixels(draw_faint_picture()), -1.0
-        there, here = self._finish([pixels])[0], self.prepare(pixels)
-        if there.shape == here.shape:
-            [cosine] = measure_cosines(self.embed([there]), self.embed([here]))
-        if cosine < LEAST_RESIZED_COSINE:
-            logger.info("pictures are resized on the CPU: on the GPU an embedding has a cosine of %.5f", cosine)
-            self.device_processor = None
-
-    def _check_sizes(self, folder: Path, prepared: torch.Tensor, image_size: int) -> None:
-        """Raise InputError where the processor ignores the size asked for, or that is no multiple of a patch."""
-        if tuple(prepared.shape[1:]) != (image_size, image_size):
-            raise InputError(
-                f"{folder}: its image processor makes {' x '.join(map(str, prepared.shape[1:]))} pixels, not "
-                f"{image_size}: leave [embedding_model].image_size at auto and scales empty"
-            )
+    def _check_patches(self, folder: Path, sizes: Sequence[int]) -> None:
+        """Raise InputError where a size is no multiple of the model's patches."""
         side = getattr(self.model.config, "patch_size", None)
-        for size in self.scales or (image_size,):
+        for size in sizes:
             if isinstance(side, int) and size % side:
                 raise InputError(
                     f"{folder}: {size} pixels are no multiple of its patches of {side}, and their edge would be cut "
                     f"off: take {size // side * side} or {(size // side + 1) * side} in [embedding_model].image_size "
                     "or scales"
                 )
+
+    def _try(self, folder: Path) -> int:
+        """Embed a drawn picture and return the embedding's width; on a CPU, bound the pixels of a pass before.
+
+        Raises InputError where the processor or the model fails.
+        """
+        name = type(self.model).__name__
+        try:
+            prepared = self.prepare(draw_picture(640, 640))
+            if not self.on_gpu:
+                most = min(CPU_MICRO_BATCH, CPU_MICRO_BATCH_PIXELS // prepared[0].numel())
+                self.micro_batch = min(self.micro_batch, max(1, most))
+            return int(self.embed([prepared]).shape[1])
+        except PoolingError as error:
+            other = "cls_token" if self.pooling_type == "pooler_output" else "pooler_output"
+            raise InputError(f"{name} {error}: set [embedding_model].pooling_type to {other}") from None
+        except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
+            raise InputError(
+                f"{folder}: {name} or its image processor cannot embed a picture ({one_line(error)[:200]}): leave "
+                "[embedding_model].image_size at auto and scales empty, correct preprocessor_config.json, or give "
+                "another model"
+            ) from None
+
+    def _judge_resizing(self) -> None:
+        """Resize on the CPU from now on, where the device's way gives a faint picture another embedding."""
+        if not self.resizes_on_device:
+            return
+        pixels, cosine = draw_faint_picture(), -1.0
+        there, here = self._finish([pixels])[0], self.prepare(pixels)
+        if there.shape == here.shape:
+            [cosine] = measure_cosines(self.embed([there]), self.embed([here]))
+        if cosine < LEAST_RESIZED_COSINE:
+            logger.info("pictures are resized on the CPU: on the GPU an embedding has a cosine of %.5f", cosine)
+            self.resizes_on_device = False
 
     def _extract(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the features (B, D) float32 of the model's inputs, over all views of them."""
@@ -294,7 +250,7 @@ class Embedder:
 
     def _compile(self) -> None:
         """Compile the model's blocks and run a pass; log why and go on without where that fails."""
-        prepared = self.prepare(draw_picture((640, 640)))
+        prepared = self.prepare(draw_picture(640, 640))
         self.compile_model = True
         num_blocks = compile_blocks(self.model)
         num_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -11,34 +11,21 @@ from transformers import AutoImageProcessor
 
 from pipeline.errors import InputError, one_line
 from pipeline.inference.loading import PROBLEMS
+from pipeline.inference.pixels import to_pixels
 from pipeline.log import logger
 
 # No camera makes longer pictures. With a shorter edge of 256 pixels one takes 50 MB, and a crop keeps 0.3 % of it.
 RIBBON_RATIO = 256
-# Pictures resized at once, and their pixels: 400 MB as floats. Each such group makes the host wait twice.
-DEVICE_CHUNK = 128
-DEVICE_CHUNK_PIXELS = 32 << 20
+# Pictures resized at once on a device: 310 MB as floats at 640 x 640. Each such group makes the host wait twice.
+DEVICE_CHUNK = 64
 
 
-class DeviceProcessor:
-    """Runs the model's own image processor on a device, in batches."""
-
-    def __init__(self, processor: Any, device: torch.device) -> None:
-        self._processor, self._device = processor, device
-
-    def __call__(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the model's input, (3, h, w) float32 each, of pictures (3, H, W) uint8 on the device."""
-        ready: list[torch.Tensor] = []
-        while len(ready) < len(pixels):
-            chunk: list[torch.Tensor] = []
-            area = 0
-            for picture in pixels[len(ready) : len(ready) + DEVICE_CHUNK]:
-                area += picture.shape[1] * picture.shape[2]
-                if chunk and area > DEVICE_CHUNK_PIXELS:
-                    break
-                chunk.append(picture)
-            ready += self._processor(images=chunk, device=self._device)["pixel_values"]
-        return ready
+def prepare_on_device(processor: Any, pixels: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Return the model's input, (3, h, w) float32 each, of pictures (3, H, W) uint8 on the device."""
+    ready: list[torch.Tensor] = []
+    for start in range(0, len(pixels), DEVICE_CHUNK):
+        ready += processor(images=list(pixels[start : start + DEVICE_CHUNK]), device=device)["pixel_values"]
+    return ready
 
 
 def works_on_tensors(processor: Any) -> bool:
@@ -47,40 +34,36 @@ def works_on_tensors(processor: Any) -> bool:
     return bool(names & {"TorchvisionBackend", "BaseImageProcessorFast"})
 
 
-def draw_picture(size: tuple[int, int]) -> Image.Image:
-    """Draw a smooth picture of many colours, (width, height) pixels, the same each time."""
+def draw_picture(width: int, height: int) -> torch.Tensor:
+    """Draw a smooth picture of many colours, (3, height, width) uint8, the same each time."""
     blocks = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
+    return to_pixels(Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def draw_faint_picture() -> Image.Image:
+def draw_faint_picture() -> torch.Tensor:
     """Draw a picture of half the contrast: rounding moves its embedding as far as a photograph's."""
-    drawn = draw_picture((512, 384))
-    return Image.blend(Image.new("RGB", drawn.size, "grey"), drawn, 0.5)
+    return draw_picture(512, 384) // 2 + 64
 
 
-def prepare(processor: Any, image: Image.Image | torch.Tensor) -> torch.Tensor:
-    """Return the model's input (3, h, w) float32 of an RGB image, or of its pixels (3, H, W) uint8, on the CPU."""
+def prepare(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the model's input (3, h, w) float32 of an image's pixels (3, H, W) uint8, on the CPU."""
     if getattr(processor, "do_center_crop", False):
-        image = cut_ribbon(image)
-    if isinstance(image, torch.Tensor) and not works_on_tensors(processor):
-        image = Image.fromarray(image.permute(1, 2, 0).numpy())
-    pixels: torch.Tensor = processor(images=[image], return_tensors="pt")["pixel_values"][0]
-    return pixels
+        pixels = cut_ribbon(pixels)
+    image = pixels if works_on_tensors(processor) else Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    prepared: torch.Tensor = processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    return prepared
 
 
-def cut_ribbon(image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
+def cut_ribbon(pixels: torch.Tensor) -> torch.Tensor:
     """Return the middle of an image that is more than RIBBON_RATIO times as long as wide; others unchanged.
 
     A processor that resizes the shorter edge to 256 pixels makes 4 GB of an image of 1 x 20,000, to crop a square from
     its middle. That square stays the same but for a shift of half a pixel.
     """
-    width, height = image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])
+    height, width = pixels.shape[1:]
     longest = RIBBON_RATIO * min(width, height)
     x, y = max(0, width - longest) // 2, max(0, height - longest) // 2
-    if isinstance(image, Image.Image):
-        return image.crop((x, y, width - x, height - y)) if x or y else image
-    return image[:, y : height - y, x : width - x]
+    return pixels[:, y : height - y, x : width - x]
 
 
 def load_processor(folder: Path, image_size: int | None = None) -> Any:

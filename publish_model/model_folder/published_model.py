@@ -46,7 +46,7 @@ class PublishedModel:
 
         Raises InputError if the embedding of a grey picture is not L2-normalised.
         """
-        from PIL import Image
+        import torch
         from transformers import AutoModel
 
         from pipeline.inference.backbone import Embedder
@@ -65,7 +65,7 @@ class PublishedModel:
             trust_remote_code=self.trust_remote_code,
             model_class=SpatialEmbeddingsModel if has_own_code(self.folder) else AutoModel,
         )
-        (trial,) = embedder.embed([embedder.prepare(Image.new("RGB", (256, 256), (128, 128, 128)))])
+        (trial,) = embedder.embed([embedder.prepare(torch.full((3, 256, 256), 128, dtype=torch.uint8))])
         if abs(float(np.linalg.norm(trial)) - 1.0) > NORM_TOLERANCE:
             raise InputError(
                 "--model-id: its embeddings are not L2-normalised: give a model that stage 7 has published, "
