@@ -7,12 +7,12 @@ embeddings_dir/NNNN_embeddings.parquet and rejects in embeddings_dir/_rejects. A
 and goes on inside the one that was interrupted.
 """
 
+import argparse
 import contextlib
 import functools
 import sys
 import time
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.reference.tar_files import check_foreign_output, lacks_images, read_intermediate, read_old_rows
+from pipeline.reference.tar_files import check_foreign_output, read_intermediate, read_old_rows
 from pipeline.stages import STAGES
 from pipeline.threads import Background
 
@@ -57,13 +57,6 @@ ROW_GROUP_ROWS = 1024
 REMEDY = "stage 2 with --add-missing embeds them"
 
 
-@dataclass(frozen=True)
-class EmbedOptions(cli.Options):
-    """The command line's options beyond the configuration."""
-
-    add_missing: bool = False
-
-
 class Embedding:
     """The backbone that all tars of a run share, loaded at its first use, and two threads that write behind it.
 
@@ -71,7 +64,7 @@ class Embedding:
     """
 
     def __init__(self, config: Config, units: list[TarUnit], folder: Path | None, watch: Stopwatch) -> None:
-        self.config, self.watch, self.adds_missing = config, watch, False
+        self.config, self.watch = config, watch
         self.rows, self.outputs = Background(), Background()
         self._units, self._folder = units, folder
 
@@ -106,24 +99,23 @@ class Embedding:
                 )
 
 
-def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Provenance:
+def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding, adds_missing: bool) -> Provenance:
     """Embed one tar's images, have them and the rejects written, and return the provenance with the counts.
 
+    With `adds_missing` the rows of an output of another program are kept.
     Raises InputError if the tar or its intermediate is missing or damaged.
     """
     started = time.monotonic()
     if not unit.tar_path.is_file():  # before a backbone of 27 GB is loaded for it
         raise InputError(f"{unit.tar_path}: no such tar: correct the path")
     table = read_table(unit)
-    # Another device may choose another precision: what it has begun is thrown away.
-    identity = {**provenance, "precision": stage.precision.mode}
     old_rows: list[int] = []
-    if stage.adds_missing:
-        old_rows, old_values = read_old_rows(
-            unit, find_embedding(unit.output_path), table["streetview_image_id"].combine_chunks()
-        )
-        identity |= {"taken_over": len(old_rows)}
-    scratch = RowScratch(unit.output_path, hash_json(identity))
+    if adds_missing and unit.output_path.exists() and read_provenance(unit.output_path) is None:
+        image_ids = table["streetview_image_id"].combine_chunks()
+        old_rows, old_values = read_old_rows(unit, find_embedding(unit.output_path), image_ids)
+        provenance["taken_over"] = len(old_rows)
+    # Another device may choose another precision: what it has begun is thrown away.
+    scratch = RowScratch(unit.output_path, hash_json({**provenance, "precision": stage.precision.mode}))
     with contextlib.ExitStack() as held:
         held.callback(scratch.close)
         if old_rows:
@@ -135,8 +127,6 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding) -> Proven
     rejects = scratch.rejects | {row: Rejection("missing_image", f"not in {unit.tar_path.name}") for row in missing}
     precision = {"precision": stage.precision.mode, **stage.precision.fidelity}
     provenance = count_rejects(provenance, len(table), rejects.values()) | precision
-    if old_rows:
-        provenance["taken_over"] = len(old_rows)
 
     def write() -> None:
         with contextlib.closing(scratch), stage.watch.measure("write"):
@@ -244,10 +234,13 @@ def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[Ta
         folder = locate_backbone(config, download=False)
         return identify_model(folder) if folder else None
 
+    def take_over(unit: TarUnit) -> tuple[dict[str, int], str] | None:
+        counts, note = check_foreign_output(unit, find_embedding(unit.output_path), REMEDY)
+        return None if options.add_missing and counts["dropped"] else (counts, note)
+
     return list_tar_units(
-        STAGES[2], config, options, lambda unit: describe_output(unit, config, find_model()),
-        take_over=lambda unit: check_foreign_output(unit, find_embedding(unit.output_path), REMEDY),
-    )  # fmt: skip
+        STAGES[2], config, options, lambda unit: describe_output(unit, config, find_model()), take_over
+    )
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:
@@ -255,20 +248,16 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
     Raises InputError if a tar failed, PipelineError if too many images were rejected.
     """
-    watch = Stopwatch()
-    result = cli.StageResult(STAGE, watch=watch)
+    result = cli.StageResult(STAGE)
     units = list_units(config, options)
-    lacking = [
-        unit for unit in units if isinstance(options, EmbedOptions) and options.add_missing and lacks_images(unit)
-    ]
-    all_there = all(unit.output_path.exists() for unit in units) and not (options.overwrite or lacking)
+    all_there = all(unit.output_path.exists() for unit in units) and not (options.overwrite or options.add_missing)
     folder = locate_backbone(config, download=not all_there)
-    stage = Embedding(config, units, folder, watch)
+    stage = Embedding(config, units, folder, result.watch)
     with contextlib.closing(stage.outputs), contextlib.closing(stage.rows):  # what they hold is written
-        rest = [unit for unit in units if unit not in lacking]
-        do_tars(rest, result, options.overwrite, lambda unit, provenance: embed_tar(unit, provenance, stage))
-        stage.adds_missing = True
-        do_tars(lacking, result, True, lambda unit, provenance: embed_tar(unit, provenance, stage))
+        do_tars(
+            units, result, options.overwrite,
+            make=lambda unit, provenance: embed_tar(unit, provenance, stage, options.add_missing),
+        )  # fmt: skip
     result.check_reject_fraction(config.data.max_reject_fraction)
     return result
 
@@ -306,15 +295,17 @@ def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> Prov
     return make_provenance(STAGE, inputs, {"model": model_id, **settings})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage from a command line."""
-    parser = cli.make_parser(__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options beyond those of every configured stage."""
     cli.add_tar_options(parser)
     parser.add_argument(
         "--add-missing", action="store_true", help="embed the images that embeddings of another program lack"
     )
-    arguments = parser.parse_args(argv)
-    cli.run_stage(STAGE, run, cli.config_from(arguments), cli.options_from(arguments, EmbedOptions))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage from a command line."""
+    cli.run_from_command_line(STAGE, run, __doc__, argv, add_options)
 
 
 if __name__ == "__main__":

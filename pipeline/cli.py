@@ -33,6 +33,7 @@ class Options:
     overwrite: bool = False
     shard: Shard = Shard()
     tar_files: Sequence[Path] = ()
+    add_missing: bool = False  # stage 2 alone
 
 
 NO_OPTIONS = Options()

@@ -85,15 +85,15 @@ def test_nothing_comes_of_nothing():
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_what_came_before_damage_is_embedded_first(on_gpu):
+def test_damage_on_the_way_comes_out(on_gpu):
     def items():
-        yield from [0, 1, 2, 4, 5]
+        yield from range(100)
         raise InputError("0001.tar: truncated")
 
-    stream = run(items(), Fake(on_gpu))
-    assert [next(stream).items for _ in range(2)] == [[0, 1, 2, 4], [5]]
+    found = []
     with pytest.raises(InputError, match="truncated"):
-        next(stream)
+        found += (done.items for done in run(items(), Fake(on_gpu)))
+    assert found[0] == [0, 1, 2, 4]
 
 
 def test_a_bug_in_a_decoder_comes_out():

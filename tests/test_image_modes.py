@@ -10,7 +10,8 @@ from PIL import Image, PngImagePlugin
 from raw_tars import draw_view, encode
 
 from pipeline.errors import Rejection
-from pipeline.inference.images import check_image, count_turned, decode_rgb, load_rgb
+from pipeline.inference import images
+from pipeline.inference.images import check_image, decode_rgb, load_rgb
 from pipeline.inference.pixels import decode_pixels
 from preprocess_raw_data.compute_fingerprints import compute_fingerprint
 
@@ -132,13 +133,13 @@ def tag(image, orientation, kind, **options):
 def test_every_orientation_is_turned_upright_by_whoever_decodes(kind, orientation):
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}}[kind]
     data = tag(VIEW, orientation, kind, **options)
-    count_turned()
+    images._turned.clear()
     found = np.asarray(decode_rgb(data))
     assert np.abs(found.astype(int) - RGB).mean() < (4 if kind == "JPEG" else 0.01)
     np.testing.assert_array_equal(decode_pixels(data).permute(1, 2, 0).numpy(), found)
     upright = compute_fingerprint(encode(VIEW, "PNG"), 16).astype(int)
     assert np.abs(compute_fingerprint(data, 16) - upright).mean() < (1 if kind == "JPEG" else 0.01)
-    assert count_turned() == (3 if orientation > 1 else 0)
+    assert len(images._turned) == (3 if orientation > 1 else 0)
 
 
 def test_a_png_is_turned_by_a_tag_behind_its_pixels():

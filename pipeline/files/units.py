@@ -36,14 +36,15 @@ class Unit:
     """One unit of a stage's work: a tar, a row group, or all of it. It is complete when all `outputs` are there.
 
     `describe(unit)` gives the provenance that the outputs must carry, `take_over(unit)` the counts of an output that
-    carries none and is kept all the same, with a note for the log. `check()` looks at what provenance cannot tell.
-    `marks` are the outputs that carry the provenance, if they are not parquet files.
+    carries none and is kept all the same, with a note for the log, or None if rows are to be added to it. `check()`
+    looks at what provenance cannot tell. `marks` are the outputs that carry the provenance, if they are not parquet
+    files.
     """
 
     name: str
     outputs: tuple[Path, ...]
     describe: Callable[[Any], Provenance] | None = None
-    take_over: Callable[[Any], tuple[dict[str, int], str]] | None = None
+    take_over: Callable[[Any], tuple[dict[str, int], str] | None] | None = None
     check: Callable[[], None] | None = None
     marks: tuple[Path, ...] = ()
 
@@ -57,8 +58,8 @@ def find_state(unit: Unit) -> UnitState:
             unit.check()
         recorded = {path: read_recorded(path) for path in marks if unit.describe and path.exists()}
         if unit.take_over and None in recorded.values():
-            counts, note = unit.take_over(unit)
-            return UnitState(True, counts, note=note)
+            kept = unit.take_over(unit)
+            return UnitState(True, kept[0], note=kept[1]) if kept else UnitState()
         if unit.describe and recorded:
             wanted = unit.describe(unit)
             for path, found in recorded.items():
@@ -146,7 +147,7 @@ def list_tar_units(
     config: Config,
     options: Options,
     describe: Callable[[TarUnit], Provenance],
-    take_over: Callable[[TarUnit], tuple[dict[str, int], str]] | None = None,
+    take_over: Callable[[TarUnit], tuple[dict[str, int], str] | None] | None = None,
 ) -> list[TarUnit]:
     """Return this shard's units for the tars named on the command line, or else all that there are.
 

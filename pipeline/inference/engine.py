@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError, Rejection
+from pipeline.errors import Rejection
 from pipeline.inference.backbone import Decoded, Embedder
-from pipeline.inference.images import count_turned, log_turned
+from pipeline.inference.images import log_turned
 from pipeline.inference.passes import Launched, Staged
 from pipeline.log import Stopwatch
 from pipeline.threads import map_in_order, prefetch
@@ -60,7 +60,6 @@ def embed_stream(
     item. `items` is read in a thread of its own. A caller that may stop early closes the generator.
     """
     started = time.monotonic()
-    count_turned()  # forgets pictures that were decoded for a trial
     watch.device = "GPU" if embedder.on_gpu else "CPU"
     num_threads = torch.get_num_threads()  # of the caller's thread
     num_passes = 1 if embedder.on_gpu else num_threads
@@ -89,49 +88,40 @@ def _gather(
 ) -> Iterator[tuple[Embedded[Item], Staged]]:
     """Read the items, have them decoded, and bring each pass to the device."""
 
-    def attempt(item: Item | End) -> tuple[Item | End, Decoded | Rejection | None, float]:
+    def attempt(item: Item | End) -> tuple[Item | End, Decoded | Rejection | None]:
         if isinstance(item, End):
-            return item, None, 0.0
-        started = time.monotonic()
-        try:
-            outcome: Decoded | Rejection = decode(item)
-        except Rejection as rejection:
-            outcome = rejection.without_frames()
-        return item, outcome, time.monotonic() - started
+            return item, None
+        with watch.measure("decode in threads"):
+            try:
+                return item, decode(item)
+            except Rejection as rejection:
+                return item, rejection.without_frames()
+
+    def stage() -> tuple[Embedded[Item], Staged]:
+        with watch.measure("stage"):
+            return gathered, embedder.stage(ready)
 
     reader = watch.measure_each("read", items)
     gathered: Embedded[Item] = Embedded()
     ready: list[Decoded] = []
     with closing(map_in_order(attempt, reader, num_workers, in_flight, use_one_thread)) as decoded:
-        failure = None
-        try:
-            for item, outcome, seconds in decoded:
-                watch.add("decode in threads", seconds)
-                if isinstance(item, End):
-                    gathered.end = item
+        for item, outcome in decoded:
+            if isinstance(item, End):
+                gathered.end = item
+            else:
+                gathered.taken += 1
+                if isinstance(outcome, Rejection):
+                    gathered.rejected.append((item, outcome))
                 else:
-                    gathered.taken += 1
-                    if isinstance(outcome, Rejection):
-                        gathered.rejected.append((item, outcome))
-                    else:
-                        assert outcome is not None
-                        gathered.items.append(item)
-                        ready.append(outcome)
-                gathered.is_full = len(ready) >= embedder.micro_batch
-                if gathered.is_full or gathered.end is not None:
-                    yield gathered, _stage(embedder, ready, watch)
-                    gathered, ready = Embedded(), []
-        except PipelineError as error:
-            failure = error
+                    assert outcome is not None
+                    gathered.items.append(item)
+                    ready.append(outcome)
+            gathered.is_full = len(ready) >= embedder.micro_batch
+            if gathered.is_full or gathered.end is not None:
+                yield stage()
+                gathered, ready = Embedded(), []
     if gathered.taken:
-        yield gathered, _stage(embedder, ready, watch)
-    if failure is not None:
-        raise failure
-
-
-def _stage(embedder: Embedder, ready: list[Any], watch: Stopwatch) -> Staged:
-    with watch.measure("stage"):
-        return embedder.stage(ready)
+        yield stage()
 
 
 def use_one_thread() -> None:
@@ -144,20 +134,14 @@ def _compute_on_gpu(
     embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], watch: Stopwatch
 ) -> Iterator[Embedded[Item]]:
     """Run the passes, starting each before the previous one's embeddings are fetched."""
-    under_way: tuple[Embedded[Item], Launched] | None = None
-    failure = None
-    try:
-        for gathered, inputs in watch.measure_each("wait", staged):
-            with watch.measure("compute"):
-                previous, under_way = under_way, (gathered, embedder.launch(inputs))
-            if previous is not None:
-                yield _fetch(*previous, watch)
-    except PipelineError as error:
-        failure = error
-    if under_way is not None:
-        yield _fetch(*under_way, watch)
-    if failure is not None:
-        raise failure
+    under_way: list[tuple[Embedded[Item], Launched]] = []
+    for gathered, inputs in watch.measure_each("wait", staged):
+        with watch.measure("compute"):
+            under_way.append((gathered, embedder.launch(inputs)))
+        if len(under_way) > 1:
+            yield _fetch(*under_way.pop(0), watch)
+    for gathered, launched in under_way:
+        yield _fetch(gathered, launched, watch)
 
 
 def _compute_on_cpu(

@@ -216,17 +216,11 @@ def load_upright(image: Image.Image) -> Image.Image:
     return loaded.transpose(turn)
 
 
-def count_turned() -> int:
-    """Return how many pictures were turned upright since the last call."""
-    count = len(_turned)
-    del _turned[:count]
-    return count
-
-
 def log_turned() -> None:
-    """Log how many pictures were turned upright since the last call of `count_turned`, if any."""
-    if count := count_turned():
-        logger.info("%d pictures turned upright by their EXIF orientation", count)
+    """Log how many pictures were turned upright since the last call, if any."""
+    if _turned:
+        logger.info("%d pictures turned upright by their EXIF orientation", len(_turned))
+        _turned.clear()
 
 
 def _take_turn(image: Image.Image) -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ Imports torch only to measure: a finished run's precision is read without it.
 import gc
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,7 @@ class Precision:
 
 
 def settle_precision(
-    dtype: str,
-    device: str,
-    load: Load,
-    pictures: Callable[[], Iterable[bytes]],
-    note: Path | None = None,
+    dtype: str, device: str, load: Load, pictures: Callable[[], Iterable[bytes]], note: Path | None = None
 ) -> Precision:
     """Return the precision to compute in: the one asked for, else float32 on a CPU and a measured one on a GPU.
 
@@ -63,7 +60,6 @@ def settle_precision(
         return Precision(dtype)
     if not is_measured_on(device):
         return Precision("float32")
-
     return agree_on(note, lambda: choose_precision(load, pictures()))
 
 
@@ -89,18 +85,17 @@ def choose_precision(load: Load, pictures: Iterable[bytes]) -> Precision:
     except DeviceMemoryError as error:
         logger.warning("computing in bfloat16, not measured: in float32, %s", error)
         return Precision("bfloat16", pictures=len(chosen))
-    mode = "float32"
-    for tried in MODES[:-1]:
-        cosines[tried] = summarize(measure_cosines(embed_in(tried, load, chosen), expected))
-        least, median = cosines[tried].values()
-        is_near = least >= LEAST_COSINE
-        (logger.info if is_near else logger.warning)(
-            "%s: cosine to float32 %.6f at the least, %.6f in the median of %d pictures%s",
-            tried, least, median, len(chosen), "" if is_near else f": below {LEAST_COSINE}, so not in this",
+    for mode in MODES[:-1]:
+        cosines[mode] = summarize(measure_cosines(embed_in(mode, load, chosen), expected))
+        least, median = cosines[mode].values()
+        logger.info(
+            "%s: cosine to float32 %.6f at the least, %.6f in the median of %d pictures; at least %s is asked for",
+            mode, least, median, len(chosen), LEAST_COSINE,
         )  # fmt: skip
-        if is_near:
-            mode = tried
+        if least >= LEAST_COSINE:
             break
+    else:
+        mode = "float32"
     if mode != "bfloat16":
         logger.warning("computing in %s: slower than bfloat16", mode)
     return Precision(mode, cosines, len(chosen))
@@ -108,11 +103,10 @@ def choose_precision(load: Load, pictures: Iterable[bytes]) -> Precision:
 
 def is_readable(data: bytes) -> bool:
     """Whether a picture can be decoded."""
-    try:
+    with suppress(Rejection):
         check_image(data)
-    except Rejection:
-        return False
-    return True
+        return True
+    return False
 
 
 def embed_in(mode: str, load: Load, pictures: Sequence[bytes]) -> NDArray[np.float32]:
@@ -142,9 +136,7 @@ def measure_cosines(found: NDArray[np.float32], expected: NDArray[np.float32]) -
 
 def summarize(cosines: NDArray[np.float64]) -> dict[str, float]:
     """Return the least cosine, rounded down, and the median."""
-    return {
-        "least": float(np.floor(cosines.min() * 1e6) / 1e6), "median": round(float(np.median(cosines)), 6),
-    }  # fmt: skip
+    return {"least": float(np.floor(cosines.min() * 1e6) / 1e6), "median": round(float(np.median(cosines)), 6)}
 
 
 def agree_on(note: Path | None, choose: Callable[[], Precision]) -> Precision:

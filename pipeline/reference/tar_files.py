@@ -1,6 +1,5 @@
 """Take over the reference implementation's files: image paths with other folders, outputs without provenance."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files.archive import stream_members
-from pipeline.files.list_columns import ListColumn, find_embedding
+from pipeline.files.list_columns import ListColumn
 from pipeline.files.tables import read_batches, read_columns, read_provenance
 from pipeline.files.units import TarUnit
 from pipeline.ids import dataset_name
@@ -113,11 +112,3 @@ def check_foreign_output(unit: TarUnit, column: ListColumn, remedy: str) -> tupl
     if num_missing:
         note += f"; {num_missing} images were not embedded by whoever wrote the file: {remedy}"
     return {"in": len(wanted), "out": len(ids), "dropped": num_missing}, note
-
-
-def lacks_images(unit: TarUnit) -> bool:
-    """Tell whether another program wrote a tar's embeddings and left images out."""
-    with contextlib.suppress(InputError):  # a damaged one fails when its turn comes
-        if unit.output_path.exists() and read_provenance(unit.output_path) is None:
-            return check_foreign_output(unit, find_embedding(unit.output_path), "")[0]["dropped"] > 0
-    return False
