@@ -32,7 +32,7 @@ from pipeline.own_folders import discard, make_folder, move, remove, sync_folder
 from pipeline.retrieval.features import check_split_names
 from pipeline.stages import STAGES
 from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
-from preprocess_raw_data.merging.grouping import Piece, read_in_order
+from preprocess_raw_data.merging.grouping import Piece, read_by_building
 from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, measure_leakage, read_split_file
 
 STAGE = "merge_and_split"
@@ -82,13 +82,12 @@ def write_splits(
                 SplitWriter(stack.enter_context(parquet_writer(new_dir / path.name, schema, provenance)), schema)
                 for path, provenance in zip(paths, provenances, strict=True)
             ]
-            progress = stack.enter_context(Progress(STAGE, sum(map(len, inventory.codes))))
-            for group in inventory.find_groups():
-                for piece, order, codes in read_in_order(inventory, group, splits >= 0, rows_at_a_time):
-                    for split, writer in enumerate(writers):
-                        writer.add(piece, order[splits[codes] == split])
-                    progress.advance(len(order))
-                    del piece  # before the next one is read
+            progress = stack.enter_context(Progress(STAGE, len(inventory.codes)))
+            for piece, order, codes in read_by_building(inventory, splits >= 0, rows_at_a_time):
+                for split, writer in enumerate(writers):
+                    writer.add(piece, order[splits[codes] == split])
+                progress.advance(len(order))
+                del piece  # before the next one is read
             for writer in writers:
                 writer.finish()
         for path in paths:  # earlier files stay until now; a kill leaves a gap, never a mixture of old and new
@@ -165,7 +164,7 @@ def plan_splits(
     inventory: Inventory, wanted: dict[str, Any], config: Config
 ) -> tuple[NDArray[np.int8], list[dict[str, Any]]]:
     """Return each building's split, -1 for those with one image, and the provenance of each file with its counts."""
-    images = inventory.images_per_building
+    images = np.bincount(inventory.codes, minlength=len(inventory.buildings))
     kept = np.flatnonzero(images >= 2)  # a building with one image has no positive
     buildings = inventory.buildings.take(kept)
     splits = np.full(len(images), -1, np.int8)

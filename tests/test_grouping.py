@@ -26,7 +26,6 @@ def test_in_several_passes_comes_the_same_as_in_one(tmp_path, write_config, monk
         table = table.set_column(table.schema.get_field_index("building_id"), "building_id", names)
         paths.append(write(tmp_path, 4, table))
     inventory = take_inventory(paths)
-    assert inventory.find_groups() == ([[0, 1, 2, 3]] if over_two_files else [[0], [1], [2]])
     results = []
     for rows_at_a_time in (10_000, 100, 20, 1):
         folder = tmp_path / str(rows_at_a_time)
@@ -43,7 +42,7 @@ def test_pieces_stay_as_small_as_asked_but_for_one_building(tmp_path):
     inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
     keep = np.ones(100, bool)
     for rows_at_a_time in (1, 7, 40):
-        pieces = list(grouping.read_in_order(inventory, [0], keep, rows_at_a_time))
+        pieces = list(grouping.read_by_building(inventory, keep, rows_at_a_time))
         assert sum(len(order) for _, order, _ in pieces) == 500
         assert max(len(piece.embeddings) for piece, _, _ in pieces) < rows_at_a_time + 5
         for piece, order, codes in pieces:
@@ -51,13 +50,23 @@ def test_pieces_stay_as_small_as_asked_but_for_one_building(tmp_path):
             assert [inventory.buildings.ids[code].as_py() for code in codes] == names
 
 
-def test_only_files_that_share_a_building_are_merged_together(tmp_path):
+def test_a_file_is_read_once_unless_it_is_large_or_shares_a_building(tmp_path, monkeypatch):
     paths = [write(tmp_path, dataset, make_rows(dataset, [3, 3])) for dataset in (1, 2, 3, 4)]
     table = make_rows(5, [2, 2])
     names = pa.array(["0002_1", "0005_7", "0004_2", "0005_7"])
     table = table.set_column(table.schema.get_field_index("building_id"), "building_id", names)
     paths.append(write(tmp_path, 5, table))
-    assert take_inventory(paths).find_groups() == [[0], [1, 3, 4], [2]]
+    read, read_rows = [], grouping.read_rows
+    monkeypatch.setattr(
+        grouping, "read_rows", lambda column, *rest: read.append(column.path) or read_rows(column, *rest)
+    )
+    inventory = take_inventory(paths)
+    keep = np.ones(len(inventory.buildings), bool)
+    pieces = list(grouping.read_by_building(inventory, keep, 8))
+    assert [len(order) for _, order, _ in pieces] == [6, 7, 6, 7, 2]
+    assert [path.name[:4] for path in read] == ["0001", "0002", "0005", "0003", "0004", "0005", "0005"]
+    assert len({code for _, _, codes in pieces for code in set(codes.tolist())}) == 9
+    assert [len(order) for _, order, _ in grouping.read_by_building(inventory, keep, 20)] == [19, 9]
 
 
 @pytest.mark.parametrize("num_files", [1, 8])

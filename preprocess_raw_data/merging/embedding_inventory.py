@@ -25,23 +25,11 @@ class Inventory:
     """All ids of all files, without the embeddings."""
 
     embeddings: list[ListColumn]  # of each file
-    codes: list[NDArray[np.int32]]  # of each file: the building of each row, as a row of `buildings`
-    buildings: Buildings
+    file_rows: list[int]  # of each file
+    codes: NDArray[np.int32]  # of each row of all files: its building, as a row of `buildings`
+    buildings: Buildings  # as they first appear
     row_bytes: int
     schema: pa.Schema  # of the merged rows, without the columns about the tar
-
-    @property
-    def images_per_building(self) -> NDArray[np.int64]:
-        """The number of images of each building, (B,)."""
-        return np.bincount(np.concatenate(self.codes), minlength=len(self.buildings))
-
-    def find_groups(self) -> list[list[int]]:
-        """Return groups of files to merge: those that share buildings together, the others alone."""
-        held = [np.unique(codes) for codes in self.codes]
-        num_files = np.bincount(np.concatenate(held), minlength=len(self.buildings))
-        sharing = [number for number, codes in enumerate(held) if (num_files[codes] > 1).any()]
-        alone = [[number] for number in range(len(held)) if number not in set(sharing)]
-        return sorted([*alone, sharing] if sharing else alone)
 
 
 def take_inventory(paths: list[Path]) -> Inventory:
@@ -62,7 +50,8 @@ def take_inventory(paths: list[Path]) -> Inventory:
     dropped = {name for name, _ in FILE_COLUMNS}
     return Inventory(
         columns,
-        np.split(codes, np.cumsum([len(table) for table in tables])[:-1]),
+        [len(table) for table in tables],
+        codes,
         Buildings(building_ids, *mean_positions(codes, lat, lon, len(building_ids))),
         kind.list_size * kind.value_type.bit_width // 8 + BYTES_BESIDE_EMBEDDING,
         pa.schema([field for field in schema if field.name not in dropped]),
