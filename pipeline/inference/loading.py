@@ -1,4 +1,4 @@
-"""Load a vision model; refuse other models, missing weights, and a model's own code unless it is trusted."""
+"""Load a vision model; refuse others, missing weights, settings that choose code, and own code unless it is trusted."""
 
 import contextlib
 import functools
@@ -20,8 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.workspace import private_folder
-from pipeline.inference.model_files import read_settings
-from pipeline.inference.settings_check import check_folder
+from pipeline.inference.model_files import read_index, read_settings
 from pipeline.log import LineFormat, logger
 
 # What transformers raises for settings or weights that make no sense.
@@ -29,6 +28,13 @@ PROBLEMS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
     RuntimeError, MemoryError, SafetensorError, StrictDataclassError, pickle.UnpicklingError,
 )  # fmt: skip
+
+# For other names transformers imports a library, or fetches code from the hub.
+ATTENTIONS = (None, "eager", "sdpa")
+# No vision model has as many layers; transformers would build them one by one.
+MOST_LAYERS = 1000
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_LAYERS = re.compile(r"layers?$|depths?$|repeats?$|blocks?$|depth_coefficient$")
 
 # Which weights are left over or missing is judged below, and anything else is an error.
 transformers_logging.disable_progress_bar()
@@ -91,15 +97,47 @@ def find_vision_config(folder: Path, trust_remote_code: bool = False, model_clas
         if trust_remote_code:
             announce_code(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if type(config) not in MODEL_MAPPING or _takes_pictures(config):  # unmapped: it brings its own code
+    if type(config) not in MODEL_MAPPING:  # it brings its own code
         return config
-    tower = getattr(config, "vision_config", None)
-    if type(tower) in MODEL_MAPPING and _takes_pictures(tower):
-        return tower
+    for one in (config, getattr(config, "vision_config", None)):
+        if type(one) in MODEL_MAPPING and _takes_pictures(one):
+            return one
     raise InputError(
         f"{folder}: a {config.model_type} model does not take pictures alone: set [embedding_model].model_name to a "
         "vision model, such as a DINOv3 or DINOv2 ViT, or the vision tower of a CLIP or SigLIP"
     )
+
+
+def check_folder(folder: Path, trust_remote_code: bool) -> None:
+    """Raise InputError for a folder that must not reach transformers; a trusted one may choose code."""
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path}: a pipe or device, not a file: fetch the model again")
+    for path in folder.glob("*.index.json"):
+        read_index(path)
+    inner: list[Any] = [read_settings(folder / "config.json")]
+    if not trust_remote_code and (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder}: an adapter of another model (adapter_config.json): take the whole model")
+    for one in inner:  # and what is found on the way
+        inner += one if isinstance(one, list) else one.values() if isinstance(one, dict) else []
+        for key, value in one.items() if isinstance(one, dict) else []:
+            if not trust_remote_code and _chooses_code(key, value):
+                raise InputError(
+                    f"{folder}: {key} in its config.json chooses code or a library ({one_line(value)[:100]}): "
+                    "remove the key there, or take another model"
+                )
+            numbers = value if isinstance(value, list) else [value]
+            if _LAYERS.search(key) and sum(x for x in numbers if isinstance(x, (int, float))) > MOST_LAYERS:
+                raise InputError(f"{folder}: {key} in its config.json is over {MOST_LAYERS}: fetch the model again")
+
+
+def _chooses_code(key: str, value: Any) -> bool:
+    """Whether a setting names code or another repository; a quantised model needs its library."""
+    if _IMPLEMENTATION.fullmatch(key):
+        return any(name not in ATTENTIONS for name in (value.values() if isinstance(value, dict) else [value]))
+    if key in {"backbone", "architecture"}:  # a hub id, or a library's address of one
+        return isinstance(value, str) and any(sign in value for sign in "/:")
+    return key in {"use_kernels", "kernel_config", "checkpoint_path"} and bool(value)
 
 
 @functools.cache

@@ -175,16 +175,13 @@ def identify_model(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in _IDENTITY_SUFFIXES and path.name not in _NO_IDENTITY and path.is_file():
-            status = path.stat()
-            content = _digest_once(path, status.st_size, status.st_mtime_ns)
-            digest.update(f"{path.name}\0{status.st_size}\0{content}\0".encode())
+            digest.update(f"{path.name}\0{path.stat().st_size}\0{_digest(path)}\0".encode())
     return digest.hexdigest()[:16]
 
 
 def digest_weights(folder: Path) -> dict[str, str]:
     """Return the digest of each file of weights in a model folder."""
-    files = {path.name: (path, path.stat()) for path in sorted(folder.glob("*.safetensors"))}
-    return {name: _digest_once(path, one.st_size, one.st_mtime_ns) for name, (path, one) in files.items()}
+    return {path.name: _digest(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def has_own_weights(folder: Path) -> bool:
@@ -194,7 +191,11 @@ def has_own_weights(folder: Path) -> bool:
     return recorded is None or recorded == digest_weights(folder)
 
 
+def _digest(path: Path) -> str:
+    """Return the digest of all bytes of a file; this process reads it once as long as size and time stay."""
+    return _digest_once(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
 @functools.lru_cache(maxsize=1024)
 def _digest_once(path: Path, _size: int, _changed: int) -> str:
-    """Return the digest of all bytes of a file; this process reads it once as long as size and time stay."""
     return digest_file(path)

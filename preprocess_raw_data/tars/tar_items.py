@@ -14,9 +14,8 @@ Reject = tuple[str, Rejection]  # the item's name, and why
 
 @dataclass(frozen=True, slots=True)
 class FoundImage:
-    """An image member: its number among the tar's images, its place, and why it cannot be used, if so."""
+    """An image member, its place, and why it cannot be used, if so."""
 
-    order: int
     name: str
     offset: int
     size: int
@@ -50,7 +49,6 @@ class TarInventory:
         self.ignored: Counter[str] = Counter()
         self._repeated: list[Reject] = []
         self._items: dict[str, Item] = {}
-        self._num_images = 0
 
     def wants(self, member: Member) -> bool:
         """Note a member, and return whether its bytes have to be read."""
@@ -88,8 +86,7 @@ class TarInventory:
         item = self._find(member)
         if rejection is None and any(image.name == member.name for image in item.images):
             rejection = reject_second(member.name, member.name)
-        item.images.append(FoundImage(self._num_images, member.name, member.offset_data, member.size, rejection))
-        self._num_images += 1
+        item.images.append(FoundImage(member.name, member.offset_data, member.size, rejection))
 
     def _find(self, member: Member) -> Item:
         if member.stem not in self._items:
@@ -102,7 +99,7 @@ class TarInventory:
         rejects = self._repeated + [reject for _, refused in judged for reject in refused]
         kept: list[View] = []
         firsts: dict[Hashable, str] = {}
-        for view in sorted((view for view, _ in judged if view), key=lambda view: view.image.order):
+        for view in sorted((view for view, _ in judged if view), key=lambda view: view.image.offset):
             if rejection := reject_repeated(view.record.patch_id, view.image.name, firsts):
                 rejects.append((view.stem, rejection))
             else:
