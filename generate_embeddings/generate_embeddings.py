@@ -24,7 +24,7 @@ import pyarrow as pa
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError, Rejection
-from pipeline.files.archive import TarImage, read_images
+from pipeline.files.archive import read_images
 from pipeline.files.identity import hash_json, identify
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.scratch import RowScratch
@@ -48,7 +48,6 @@ from pipeline.threads import Background
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
-    from pipeline.inference.engine import Embedded
 
 STAGE = "generate_embeddings"
 # Rows of one row group: 16 MB of 4,096 floats, small enough to stream, large enough to compress.
@@ -58,14 +57,14 @@ REMEDY = "stage 2 with --add-missing embeds them"
 
 
 class Embedding:
-    """The backbone that all tars of a run share, loaded at its first use, and two threads that write behind it.
+    """The backbone that all tars of a run share, loaded at its first use, and a thread that writes behind it.
 
     While one tar's parquet is written, the next tar is embedded.
     """
 
     def __init__(self, config: Config, units: list[TarUnit], folder: Path | None, watch: Stopwatch) -> None:
         self.config, self.watch = config, watch
-        self.rows, self.outputs = Background(), Background()
+        self.outputs = Background()
         self._units, self._folder = units, folder
 
     @functools.cached_property
@@ -171,30 +170,22 @@ def fill_scratch(
         stage.watch,
     )
     seen = scratch.seen
-
-    def store(done: "Embedded[TarImage]") -> None:
-        nonlocal seen
-        seen += done.taken
-        scratch.rejects |= {image.row: rejection for image, rejection in done.rejected}
-        if done.embeddings is not None:
-            check_embeddings(done.embeddings, [image.name for image in done.items], scratch.width)
-            with stage.watch.measure("write"):
-                scratch.write([image.row for image in done.items], done.embeddings)
-                if done.is_full:  # a resumed run then forms the same passes, and gets the same values
-                    scratch.advance(seen)
-
     with contextlib.closing(stream) as passes, Progress(tar_path.name, len(table)) as progress:
-        progress.resume_at(scratch.seen)
+        progress.resume_at(seen)
         try:
             for done in passes:
-                stage.rows.submit(functools.partial(store, done))
+                seen += done.taken
+                scratch.rejects |= {image.row: rejection for image, rejection in done.rejected}
+                if done.embeddings is not None:
+                    check_embeddings(done.embeddings, [image.name for image in done.items], scratch.width)
+                    with stage.watch.measure("write"):
+                        scratch.write([image.row for image in done.items], done.embeddings)
+                        if done.is_full:  # a resumed run then forms the same passes, and gets the same values
+                            scratch.advance(seen)
                 progress.advance(done.taken)
         except KeyboardInterrupt:
-            stage.rows.finish()
             scratch.save()
             raise
-        finally:
-            stage.rows.finish()  # before anyone closes the scratch
     return sorted(left.values())
 
 
@@ -253,7 +244,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     all_there = all(unit.output_path.exists() for unit in units) and not (options.overwrite or options.add_missing)
     folder = locate_backbone(config, download=not all_there)
     stage = Embedding(config, units, folder, result.watch)
-    with contextlib.closing(stage.outputs), contextlib.closing(stage.rows):  # what they hold is written
+    with contextlib.closing(stage.outputs):  # what it holds is written
         do_tars(
             units, result, options.overwrite,
             make=lambda unit, provenance: embed_tar(unit, provenance, stage, options.add_missing),

@@ -61,9 +61,7 @@ class EmbeddingModelSection(Section):
     """`[embedding_model]`: the pretrained backbone."""
 
     model_name: str | None = Field(None, description="hub id or local folder of the backbone")
-    pooling_type: Literal["pooler_output", "cls_token", "cls_mean"] = Field(
-        "pooler_output", description="output to keep; cls_mean: CLS token and mean of the patches, twice the width"
-    )
+    pooling_type: Literal["pooler_output", "cls_token"] = Field("pooler_output", description="output to keep")
     image_size: PositiveInt | Literal["auto"] = Field("auto", description="input side in pixels; auto: the processor's")
     scales: list[PositiveInt] = Field([], description="several input sides; the embedding is their normalised mean")
     flip: bool = Field(False, description="average the embeddings of an image and its mirror image")

@@ -28,8 +28,8 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
     ) -> None:
         """Take the backbone's own configuration, its hub id, and the arguments of `Projector`.
 
-        `pooling_type` is `pooler_output`, `cls_token` or `cls_mean`; `scales` (sides in pixels, the image processor
-        makes the largest) and `flip` say over which views of a picture the backbone's features are averaged.
+        `pooling_type` is `pooler_output` or `cls_token`; `scales` (sides in pixels, the image processor makes the
+        largest) and `flip` say over which views of a picture the backbone's features are averaged.
         """
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.files import tables
 from pipeline.inference.backbone import Embedder
 from pipeline.inference.pixels import to_pixels
-from pipeline.inference.pooling import embed_views, pool
+from pipeline.inference.pooling import embed_views
 from preprocess_raw_data import process_tar
 from publish_model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 
@@ -29,7 +29,7 @@ VIEWS = {
     "flip": {"flip": True},
     "scales": {"scales": [56, 112, 84]},
     "scales and flip": {"scales": [56, 84], "flip": True},
-    "class token and mean": {"pooling_type": "cls_mean", "image_size": 70, "flip": True},
+    "class token": {"pooling_type": "cls_token", "image_size": 70, "flip": True},
 }
 
 
@@ -49,7 +49,6 @@ def embed_by_hand(folder, views):
     scales = views.get("scales") or [views.get("image_size", 56)]
     side = max(scales)
     sizes = {"size": {"shortest_edge": round(64 * side / 56)}, "crop_size": {"height": side, "width": side}}
-    num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
     rows = []
     with torch.inference_mode():
         for picture in PICTURES:
@@ -59,9 +58,8 @@ def embed_by_hand(folder, views):
                 sized = functional.interpolate(pixels, (scale, scale), mode="bicubic", antialias=True)
                 seen = [sized, sized.flip(3)] if views.get("flip") else [sized]
                 outputs = [model(pixel_values=one) for one in seen]
-                if views.get("pooling_type") == "cls_mean":
-                    tokens = [one.last_hidden_state for one in outputs]
-                    pooled = [torch.cat([one[:, 0], one[:, num_prefix:].mean(1)], 1) for one in tokens]
+                if views.get("pooling_type") == "cls_token":
+                    pooled = [one.last_hidden_state[:, 0] for one in outputs]
                 else:
                     pooled = [one.pooler_output for one in outputs]
                 found.append(sum(pooled) / len(pooled))
@@ -142,17 +140,6 @@ def test_with_the_defaults_the_features_are_the_backbones_own(backbone):
     assert (SpatialEmbeddingsConfig().scales, SpatialEmbeddingsConfig().flip) == ([], False)
 
 
-def test_register_tokens_are_no_patches(tmp_path):
-    _, model = load_plainly(write_backbone(tmp_path / "backbone", "dinov3", patch_size=14))
-    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        outputs = model(pixel_values=pixels)
-        found = pool(model, outputs, "cls_mean", pixels)
-    tokens = outputs.last_hidden_state[0]
-    assert len(tokens) == 1 + 2 + 16
-    torch.testing.assert_close(found[0], torch.cat([tokens[0], tokens[3:].mean(0)]))
-
-
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -188,8 +175,7 @@ def test_a_processor_whose_size_cannot_be_set_is_refused(backbone, tmp_path):
         Embedder(copy, device="cpu", image_size=56)
 
 
-@pytest.mark.parametrize("pooling_type", ["cls_token", "cls_mean"])
-def test_a_model_without_a_class_token_is_refused_not_given_a_patch(tmp_path, pooling_type):
+def test_a_model_without_a_class_token_is_refused_not_given_a_patch(tmp_path):
     from transformers import SiglipVisionConfig, SiglipVisionModel, SwinConfig, SwinModel, ViTImageProcessor
 
     shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -203,7 +189,7 @@ def test_a_model_without_a_class_token_is_refused_not_given_a_patch(tmp_path, po
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
         Embedder(folder, device="cpu")
         with pytest.raises(InputError, match=r"has no CLS token: set .*pooling_type to pooler_output"):
-            Embedder(folder, device="cpu", pooling_type=pooling_type)
+            Embedder(folder, device="cpu", pooling_type="cls_token")
 
 
 def write_text_and_vision(folder, family):

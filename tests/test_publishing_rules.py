@@ -145,7 +145,7 @@ def test_a_rerun_keeps_the_folder_without_loading_torch(config_file, run_main, r
         ({"dtype": "bfloat16"}, None),  # another precision of the same features
         ({"image_size": 384}, "(image_size was 384 and is now 'auto'): set"),
         ({"scales": [224, 384]}, "(scales was [224, 384] and is now []): set"),
-        ({"pooling_type": "cls_mean"}, "(pooling_type was 'cls_mean' and is now 'pooler_output')"),
+        ({"pooling_type": "cls_token"}, "(pooling_type was 'cls_token' and is now 'pooler_output')"),
         ({"model": "0123"}, "(model was '0123' and is now "),
     ],
 )

@@ -21,7 +21,6 @@ from pipeline.inference.devices import (
     is_convolutional,
     keep_freed_memory,
     needing_memory,
-    place,
     uncompile,
 )
 from pipeline.inference.loading import find_vision_config, load_model
@@ -30,7 +29,6 @@ from pipeline.inference.pixels import decode_pixels, travels_whole
 from pipeline.inference.pooling import PoolingError, embed_views
 from pipeline.inference.precision import measure_cosines
 from pipeline.inference.preprocessing import (
-    draw_faint_picture,
     draw_picture,
     load_processor,
     prepare,
@@ -97,8 +95,11 @@ class Embedder:
         self.resizes_on_device = self.on_gpu and works_on_tensors(self.processor)
         # High priority: what runs there is short, and would otherwise wait for a whole pass.
         self._side = torch.cuda.Stream(priority=-1) if self.on_gpu else None
-        model = load_model(folder, model_config, self.dtype, pooling_type, trust_remote_code, model_class)
-        self.model = place(model, self.device).eval()
+        self.model: Any = load_model(folder, model_config, self.dtype, pooling_type, trust_remote_code, model_class)
+        size = sum(parameter.nbytes for parameter in self.model.parameters()) / 1e9
+        remedy = 'take a larger one, or set [embedding_model].dtype to "bfloat16"'
+        with needing_memory(f"the model of {size:.1f} GB", remedy):
+            self.model.to(self.device).eval()
         # Twice as fast for convolutions, with the same values; on a CPU also for a ViT's patches.
         convolves = not self.on_gpu or is_convolutional(self.model)
         self._layout = torch.channels_last if convolves else torch.contiguous_format
@@ -163,9 +164,9 @@ class Embedder:
         for batch in staged.batches:
             waiting = batch
             while len(waiting):
-                count = self.micro_batch  # a pass that runs out of memory makes it smaller
-                self._forward(waiting[:count], launched)
-                waiting = waiting[count:]
+                count = self.micro_batch
+                if self._forward(waiting[:count], launched):
+                    waiting = waiting[count:]
         return launched
 
     def embed(self, images: Sequence[Decoded]) -> NDArray[np.float32]:
@@ -209,7 +210,8 @@ class Embedder:
         """Resize on the CPU from now on, where the device's way gives a faint picture another embedding."""
         if not self.resizes_on_device:
             return
-        pixels, cosine = draw_faint_picture(), -1.0
+        # Of half the contrast: rounding moves its embedding as far as a photograph's.
+        pixels, cosine = draw_picture(512, 384) // 2 + 64, -1.0
         there, here = self._finish([pixels])[0], self.prepare(pixels)
         if there.shape == here.shape:
             [cosine] = measure_cosines(self.embed([there]), self.embed([here]))
@@ -226,8 +228,8 @@ class Embedder:
         with autocast, full_precision(tf32=self.mode == "tf32") if self.on_gpu else nullcontext():
             return embed_views(self.model, inputs, self.pooling_type, self.scales, self.flip)[0]
 
-    def _forward(self, batch: torch.Tensor, launched: Launched) -> None:
-        """Start one pass; where the GPU's memory does not hold it, go on with passes of half the size."""
+    def _forward(self, batch: torch.Tensor, launched: Launched) -> bool:
+        """Start one pass; where the GPU's memory does not hold it, halve the passes and return False."""
         count = len(batch)
         if self.compile_model and count < self.micro_batch:  # a new shape would compile anew
             batch = torch.cat([batch, batch[-1:].expand(self.micro_batch - count, -1, -1, -1)])
@@ -238,15 +240,14 @@ class Embedder:
                 launched.parts.append(fetch(self._extract(inputs)[:count]))
                 if started is not None:
                     launched.events.append((started, record_time()))
-                return
+                return True
         except torch.cuda.OutOfMemoryError:
             if count == 1:
                 raise DeviceMemoryError("the GPU cannot hold the model and one image: use a larger one") from None
         torch.cuda.empty_cache()
         self.micro_batch = count // 2
         logger.warning("out of GPU memory: going on with %d images a pass", self.micro_batch)
-        for half in batch[:count].split(self.micro_batch):
-            self._forward(half, launched)
+        return False
 
     def _compile(self) -> None:
         """Compile the model's blocks and run a pass; log why and go on without where that fails."""

@@ -31,28 +31,20 @@ def choose_device(wanted: str) -> torch.device:
     Raises PipelineError if `cuda` is asked for and there is none. As slurm/settings.sh says, $REQUIRE_GPU makes `auto`
     ask for it.
     """
-    available, required = torch.cuda.is_available(), os.environ.get("REQUIRE_GPU")
-    if wanted == "auto" and (required == "1" or (required == "auto" and NVIDIA_DEVICE.exists())):
+    available, has_driver = torch.cuda.is_available(), NVIDIA_DEVICE.exists()
+    if wanted == "auto" and os.environ.get("REQUIRE_GPU") in ("1", "auto" if has_driver else "1"):
         wanted = "cuda"
     if wanted == "cuda" and not available:
         raise PipelineError(
             "device cuda: this machine has no usable GPU: set [infrastructure].device to auto or cpu, or REQUIRE_GPU "
             "to 0"
         )
-    if wanted == "cpu" and available:
-        logger.warning("a GPU is present but not used: the device is set to cpu")
-    if not available and NVIDIA_DEVICE.exists():
-        logger.warning("a GPU is present but not used: torch %s cannot use it; see nvidia-smi", torch.__version__)
-    return torch.device("cuda", torch.cuda.current_device()) if available and wanted != "cpu" else torch.device("cpu")
-
-
-def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Move a model to a device. Raises DeviceMemoryError where the memory does not hold it."""
-    size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
-    with needing_memory(
-        f"the model of {size:.1f} GB", 'take a larger one, or set [embedding_model].dtype to "bfloat16"'
-    ):
-        return model.to(device)
+    if available and wanted != "cpu":
+        return torch.device("cuda", torch.cuda.current_device())
+    if available or has_driver:
+        why = "the device is set to cpu" if available else f"torch {torch.__version__} cannot use it; see nvidia-smi"
+        logger.warning("a GPU is present but not used: %s", why)
+    return torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------------ a GPU's memory

@@ -48,7 +48,7 @@ def resize(pixel_values: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def pool(backbone: Any, outputs: Any, pooling_type: str, pixels: torch.Tensor) -> torch.Tensor:
-    """Return (B, D) float32: `pooler_output`, `cls_token`, or `cls_mean` (the CLS token and the patches' mean).
+    """Return (B, D) float32: `pooler_output`, or the CLS token.
 
     Raises PoolingError where the outputs for `pixels` (B, 3, H, W) lack it.
     """
@@ -58,19 +58,9 @@ def pool(backbone: Any, outputs: Any, pooling_type: str, pixels: torch.Tensor) -
             raise PoolingError("has no pooler_output")
         return pooled.flatten(1).float()
     tokens: torch.Tensor = outputs.last_hidden_state
-    num_prefix = count_prefix_tokens(backbone, tokens, pixels)
-    if num_prefix < 1:
-        raise PoolingError("has no CLS token")
-    if pooling_type == "cls_token":
-        return tokens[:, 0].float()
-    return torch.cat([tokens[:, 0].float(), tokens[:, num_prefix:].float().mean(1)], dim=1)
-
-
-def count_prefix_tokens(backbone: Any, tokens: torch.Tensor, pixels: torch.Tensor) -> int:
-    """Return how many tokens (CLS, registers) precede the patches' tokens, 0 or less where there are none."""
     side = getattr(backbone.config, "patch_size", None)
-    if tokens.ndim != 3 or side is None:  # (B, C, H, W) of a convolutional one
-        return 0
-    height, width = side if isinstance(side, (tuple, list)) else (side, side)
-    num_patches: int = (pixels.shape[2] // height) * (pixels.shape[3] // width)
-    return tokens.shape[1] - num_patches
+    height, width = side if isinstance(side, (tuple, list)) else (side or 1, side or 1)
+    num_patches = (pixels.shape[2] // height) * (pixels.shape[3] // width)
+    if tokens.ndim != 3 or tokens.shape[1] <= num_patches:  # (B, C, H, W) of a convolutional one
+        raise PoolingError("has no CLS token")
+    return tokens[:, 0].float()

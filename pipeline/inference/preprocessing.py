@@ -40,30 +40,18 @@ def draw_picture(width: int, height: int) -> torch.Tensor:
     return to_pixels(Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def draw_faint_picture() -> torch.Tensor:
-    """Draw a picture of half the contrast: rounding moves its embedding as far as a photograph's."""
-    return draw_picture(512, 384) // 2 + 64
-
-
 def prepare(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Return the model's input (3, h, w) float32 of an image's pixels (3, H, W) uint8, on the CPU."""
     if getattr(processor, "do_center_crop", False):
-        pixels = cut_ribbon(pixels)
+        # A processor that resizes the shorter edge to 256 pixels makes 4 GB of an image of 1 x 20,000, to crop a square
+        # from its middle. That square stays the same but for a shift of half a pixel.
+        height, width = pixels.shape[1:]
+        longest = RIBBON_RATIO * min(width, height)
+        x, y = max(0, width - longest) // 2, max(0, height - longest) // 2
+        pixels = pixels[:, y : height - y, x : width - x]
     image = pixels if works_on_tensors(processor) else Image.fromarray(pixels.permute(1, 2, 0).numpy())
     prepared: torch.Tensor = processor(images=[image], return_tensors="pt")["pixel_values"][0]
     return prepared
-
-
-def cut_ribbon(pixels: torch.Tensor) -> torch.Tensor:
-    """Return the middle of an image that is more than RIBBON_RATIO times as long as wide; others unchanged.
-
-    A processor that resizes the shorter edge to 256 pixels makes 4 GB of an image of 1 x 20,000, to crop a square from
-    its middle. That square stays the same but for a shift of half a pixel.
-    """
-    height, width = pixels.shape[1:]
-    longest = RIBBON_RATIO * min(width, height)
-    x, y = max(0, width - longest) // 2, max(0, height - longest) // 2
-    return pixels[:, y : height - y, x : width - x]
 
 
 def load_processor(folder: Path, image_size: int | None = None) -> Any:
