@@ -30,10 +30,9 @@ from benchmarks.synthetic import draw_pictures, make_config, make_tars
 from generate_embeddings import generate_embeddings
 from pipeline import cli
 from pipeline.config import load_config
-from pipeline.inference.backbone import Embedder
+from pipeline.inference.backbone import Embedder, Staged
 from pipeline.inference.engine import use_one_thread
 from pipeline.inference.images import check_image
-from pipeline.inference.passes import Staged
 from pipeline.log import logger
 from pipeline.threads import map_in_order
 from preprocess_raw_data import compute_fingerprints, process_tar

@@ -31,8 +31,7 @@ from pipeline.log import Progress, logger
 from pipeline.own_folders import discard, make_folder, move, remove, sync_folder
 from pipeline.retrieval.features import check_split_names
 from pipeline.stages import STAGES
-from preprocess_raw_data.merging.embedding_inventory import Inventory, take_inventory
-from preprocess_raw_data.merging.grouping import Piece, read_by_building
+from preprocess_raw_data.merging.embedding_rows import Inventory, Piece, read_by_building, take_inventory
 from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, measure_leakage, read_split_file
 
 STAGE = "merge_and_split"
@@ -164,20 +163,20 @@ def plan_splits(
     inventory: Inventory, wanted: dict[str, Any], config: Config
 ) -> tuple[NDArray[np.int8], list[dict[str, Any]]]:
     """Return each building's split, -1 for those with one image, and the provenance of each file with its counts."""
-    images = np.bincount(inventory.codes, minlength=len(inventory.buildings))
-    kept = np.flatnonzero(images >= 2)  # a building with one image has no positive
-    buildings = inventory.buildings.take(kept)
-    splits = np.full(len(images), -1, np.int8)
+    buildings = inventory.buildings
+    images = np.bincount(inventory.codes, minlength=len(buildings))
+    is_kept = images >= 2  # a building with one image has no positive
     named = read_named(config)
     if config.data.split_file:
-        _compare_named(config.data.split_file, named, inventory.buildings.ids)
-    splits[kept] = assign_splits(buildings, config.data, config.global_.seed, named)
-    total, dropped = int(images.sum()), int((images < 2).sum())
+        _compare_named(config.data.split_file, named, buildings.ids)
+    splits = assign_splits(buildings, config.data, config.global_.seed, named)
+    splits[~is_kept] = -1
+    total, dropped = int(images.sum()), int((~is_kept).sum())
     common = wanted | {
         "counts": {"in": total, "out": total - dropped, "dropped": dropped},
         "reasons": {SINGLE: dropped} if dropped else {},
-        "split_hash": hash_splits(buildings.ids, splits[kept]),
-        "leakage": measure_leakage(inventory.buildings, splits),
+        "split_hash": hash_splits(buildings.ids.filter(pa.array(is_kept)), splits[is_kept]),
+        "leakage": measure_leakage(buildings, splits),
     }
     provenances = []
     for number, split in enumerate(SPLITS):

@@ -9,10 +9,9 @@ from raw_tars import draw_view, encode
 
 from pipeline.errors import InputError, Rejection
 from pipeline.inference import devices
-from pipeline.inference.backbone import Embedder
+from pipeline.inference.backbone import Embedder, Launched, Staged
 from pipeline.inference.devices import choose_device
 from pipeline.inference.engine import End, embed_stream
-from pipeline.inference.passes import Launched, Staged
 from pipeline.log import Stopwatch, logging_to
 
 PICTURES = [encode(draw_view(seed)) for seed in range(11)]

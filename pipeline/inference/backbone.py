@@ -1,8 +1,10 @@
 """Run a pretrained vision model: encoded images in, pooled embeddings out."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from pipeline.inference.devices import (
     uncompile,
 )
 from pipeline.inference.loading import find_vision_config, load_model
-from pipeline.inference.passes import Launched, Staged, fetch, record_time, stack_by_size
 from pipeline.inference.pixels import decode_pixels, travels_whole
 from pipeline.inference.pooling import PoolingError, embed_views
 from pipeline.inference.precision import measure_cosines
@@ -49,6 +50,32 @@ LEAST_RESIZED_COSINE = 0.9999
 
 # A decoded image: the model's input (3, h, w) float32, or pixels (3, H, W) uint8 that the GPU prepares.
 Decoded = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Inputs of a pass on their way to the device, (n, 3, h, w) for each size, and the event of their arrival."""
+
+    batches: list[torch.Tensor]
+    arrived: torch.cuda.Event | None = None
+
+
+@dataclass
+class Launched:
+    """A pass under way: its outputs by part, (n, D) each, and the events around each part on the GPU."""
+
+    parts: list[torch.Tensor]
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]]
+
+    def result(self) -> NDArray[np.float32]:
+        """Wait for the embeddings, (N, D) float32."""
+        if self.events:
+            self.events[-1][1].synchronize()
+        return torch.cat(self.parts).numpy()
+
+    def gpu_seconds(self) -> float:
+        """Return the seconds for which the GPU computed; call `result` first."""
+        return float(sum(start.elapsed_time(end) for start, end in self.events)) / 1000.0
 
 
 class Embedder:
@@ -267,6 +294,27 @@ class Embedder:
             self.num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - num_before
             seconds = time.monotonic() - started
             logger.info("compiled %d blocks as %d graphs in %.0f s", num_blocks, self.num_graphs, seconds)
+
+
+def stack_by_size(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Stack neighbours of one size and device."""
+    groups = itertools.groupby(inputs, key=lambda tensor: (tensor.shape, tensor.device))
+    return [torch.stack(list(group)) for _, group in groups]
+
+
+def fetch(pooled: torch.Tensor) -> torch.Tensor:
+    """Copy to the host; from a GPU into pinned memory, without waiting."""
+    if pooled.device.type != "cuda":
+        return pooled
+    host = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
+    return host.copy_(pooled, non_blocking=True)
+
+
+def record_time() -> torch.cuda.Event:
+    """Return an event that records when the GPU reaches it."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def check_embeddings(embeddings: NDArray[np.float32], names: Sequence[str], width: int | None = None) -> None:

@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import Rejection
-from pipeline.inference.backbone import Decoded, Embedder
+from pipeline.inference.backbone import Decoded, Embedder, Launched, Staged
 from pipeline.inference.images import log_turned
-from pipeline.inference.passes import Launched, Staged
 from pipeline.log import Stopwatch
 from pipeline.threads import map_in_order, prefetch
 

@@ -81,19 +81,18 @@ def locate_model(
     if name and name != DEFAULT_MODEL_ID and folder.is_dir():
         return folder
     if not name or name.startswith(("/", ".", "~", "$")) or name.count("/") > 1:
-        if not download:
-            return None
-        raise InputError(f"{folder}: no such model folder: {remedy}")
+        if download:
+            raise InputError(f"{folder}: no such model folder: {remedy}")
+        return None
     snapshot, problem = take_snapshot(name, MODEL_FILES, is_whole, download)
-    if snapshot is None:
-        if not download:
-            return None
+    if snapshot is not None:
+        logger.info("%s: revision %s of the hub", name, snapshot.name)
+    elif download:
         raise InputError(
             f"{name}: the model is neither a local folder nor in the hub cache, and cannot be fetched "
             f"({problem}): correct the name, or fetch it where there is internet "
             f"(slurm/prepare.sh --model-id {name})"
         )
-    logger.info("%s: revision %s of the hub", name, snapshot.name)
     return snapshot
 
 

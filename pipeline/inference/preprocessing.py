@@ -63,10 +63,9 @@ def load_processor(folder: Path, image_size: int | None = None) -> Any:
         logger.warning("%s says nothing of its image processor: taken is the default of its kind", folder)
     try:
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        settings = processor.to_dict()
         if image_size is None:
             return processor
-        sizes = size_settings(settings, image_size)
+        sizes = size_settings(processor.to_dict(), image_size)
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **sizes)
     except PROBLEMS as error:
         if "trust_remote_code" in str(error):

@@ -37,10 +37,6 @@ class Buildings:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: NDArray[np.int64]) -> "Buildings":
-        """Return some of them."""
-        return Buildings(self.ids.take(pa.array(rows)), self.mean_lat[rows], self.mean_lon[rows])
-
 
 def draw_unit(seed: int, unit: str) -> float:
     """Return a number in [0, 1) that depends on the seed and the unit's name alone."""
@@ -51,9 +47,7 @@ def draw_unit(seed: int, unit: str) -> float:
 def choose_split(seed: int, unit: str, data: DataSection) -> int:
     """Return the index into SPLITS that the hash and the ratios give a unit."""
     value = draw_unit(seed, unit)
-    if value < data.train_ratio:
-        return 0
-    return 1 if value < data.train_ratio + data.val_ratio else 2
+    return int(value >= data.train_ratio) + int(value >= data.train_ratio + data.val_ratio)
 
 
 def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float) -> Iterator[str]:
@@ -66,19 +60,16 @@ def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float
         yield f"cell:{row:.0f}:{column:.0f}"
 
 
-def name_units(buildings: Buildings, data: DataSection) -> Iterable[str]:
-    """Name each building's unit, which goes to one split as a whole: its cell if cells are asked for and known."""
-    ids: list[str] = buildings.ids.to_pylist()
-    if not data.split_cell_m:
-        return ids
-    cells = name_cells(buildings.mean_lat, buildings.mean_lon, data.split_cell_m)
-    is_known = np.isfinite(buildings.mean_lat)
-    return (cell if known else building for cell, building, known in zip(cells, ids, is_known, strict=True))
-
-
 def assign_splits(buildings: Buildings, data: DataSection, seed: int, named: Mapping[str, str]) -> NDArray[np.int8]:
-    """Return each building's index into SPLITS: as `named`, else by the hash of its unit."""
-    units = name_units(buildings, data)
+    """Return each building's index into SPLITS: as `named`, else by the hash of its unit.
+
+    A unit goes to one split as a whole: the building, or its cell if cells are asked for and it has a position.
+    """
+    units = buildings.ids.to_pylist()
+    if data.split_cell_m:
+        cells = name_cells(buildings.mean_lat, buildings.mean_lon, data.split_cell_m)
+        is_known = np.isfinite(buildings.mean_lat)
+        units = [cell if known else building for cell, building, known in zip(cells, units, is_known, strict=True)]
     chosen = np.fromiter((choose_split(seed, unit, data) for unit in units), np.int8, len(buildings))
     if named:
         splits = np.array([SPLITS.index(split) for split in named.values()], np.int8)

@@ -11,6 +11,12 @@ from preprocess_raw_data.tars.metadata import SUFFIX, ViewRecord, is_metadata_na
 
 Reject = tuple[str, Rejection]  # the item's name, and why
 
+NOT_A_FILE = Rejection("not_a_file", "a link, a device, a pipe or a sparse file: nothing is followed")
+UNSAFE_PATH = Rejection("unsafe_path", "absolute, or climbs with ..")
+MISSING_IMAGE = Rejection("missing_image", "no image of this name")
+MISSING_METADATA = Rejection("missing_metadata", f"no {SUFFIX} of this name")
+SECOND_IMAGE = Rejection("duplicate_image_id", "a second image of this name")
+
 
 @dataclass(frozen=True, slots=True)
 class FoundImage:
@@ -114,32 +120,25 @@ def judge_item(stem: str, item: Item) -> tuple[View | None, list[Reject]]:
     Of several images with one stem the first usable one is the pair's. A pair is rejected under its stem, other members
     under their full names.
     """
-    not_files, rejects, reason = item.not_files, [], None
-    if not_files:
-        reason = Rejection("not_a_file", "a link, a device, a pipe or a sparse file: nothing is followed")
-        if item.images and item.metadata_name:  # the pair is whole without them
-            rejects, not_files, reason = [(member.name, reason) for member in not_files], [], None
-    if reason is None:
-        if item.is_unsafe:
-            reason = Rejection("unsafe_path", "absolute, or climbs with ..")
-        elif not item.images:
-            reason = Rejection("missing_image", "no image of this name")
-        elif item.metadata_name is None:
-            reason = Rejection("missing_metadata", f"no {SUFFIX} of this name")
-        elif isinstance(item.metadata, Rejection):
-            reason = item.metadata
-    if reason is not None:
-        images = [image.name for image in item.images] + [one.name for one in not_files if one.is_image_name]
-        texts = [item.metadata_name] if item.metadata_name else []
-        texts += [one.name for one in not_files if is_metadata_name(one.name)]
+    images, texts = [image.name for image in item.images], [item.metadata_name] if item.metadata_name else []
+    links, rejects = [member.name for member in item.not_files], list[Reject]()
+    if images and texts:  # the pair is whole without them
+        links, rejects = [], [(name, NOT_A_FILE) for name in links]
+    reasons: list[tuple[object, Rejection]] = [
+        (links, NOT_A_FILE), (item.is_unsafe, UNSAFE_PATH), (not images, MISSING_IMAGE), (not texts, MISSING_METADATA),
+    ]  # fmt: skip
+    if isinstance(item.metadata, Rejection):
+        reasons.append((True, item.metadata))
+    if reason := next((reason for holds, reason in reasons if holds), None):
+        images += [name for name in links if not is_metadata_name(name)]
+        texts += [name for name in links if is_metadata_name(name)]
         if images and texts:
             images, texts = [stem, *images[1:]], texts[1:]
         return None, rejects + [(name, reason) for name in images + texts]
     assert isinstance(item.metadata, ViewRecord)  # every text that is not unsafe is read
     chosen = next((image for image in item.images if image.rejection is None), None)
-    second = Rejection("duplicate_image_id", "a second image of this name")
     for image in item.images:
         if image is not chosen:
             is_pair = chosen is None and image is item.images[0]
-            rejects.append((stem if is_pair else image.name, image.rejection or second))
+            rejects.append((stem if is_pair else image.name, image.rejection or SECOND_IMAGE))
     return View(stem, chosen, item.metadata) if chosen else None, rejects

@@ -10,15 +10,15 @@ from embedding_files import SIZES, make_rows, write
 
 from pipeline.config import load_config
 from preprocess_raw_data import merge_and_split
-from preprocess_raw_data.merging import grouping
-from preprocess_raw_data.merging.embedding_inventory import take_inventory
+from preprocess_raw_data.merging import embedding_rows
+from preprocess_raw_data.merging.embedding_rows import take_inventory
 from preprocess_raw_data.merging.splits import SPLITS
 
 
 @pytest.mark.parametrize("over_two_files", [False, True])
 def test_in_several_passes_comes_the_same_as_in_one(tmp_path, write_config, monkeypatch, over_two_files):
     monkeypatch.setattr(merge_and_split, "ROW_GROUP_ROWS", 50)
-    monkeypatch.setattr(grouping, "BATCH_ROWS", 17)
+    monkeypatch.setattr(embedding_rows, "BATCH_ROWS", 17)
     paths = [write(tmp_path, dataset, make_rows(dataset, SIZES, mixed=True)) for dataset in (1, 2, 3)]
     if over_two_files:
         table = make_rows(4, [2, 3])
@@ -42,7 +42,7 @@ def test_pieces_stay_as_small_as_asked_but_for_one_building(tmp_path):
     inventory = take_inventory([write(tmp_path, 1, make_rows(1, [5] * 100, mixed=True))])
     keep = np.ones(100, bool)
     for rows_at_a_time in (1, 7, 40):
-        pieces = list(grouping.read_by_building(inventory, keep, rows_at_a_time))
+        pieces = list(embedding_rows.read_by_building(inventory, keep, rows_at_a_time))
         assert sum(len(order) for _, order, _ in pieces) == 500
         assert max(len(piece.embeddings) for piece, _, _ in pieces) < rows_at_a_time + 5
         for piece, order, codes in pieces:
@@ -56,17 +56,17 @@ def test_a_file_is_read_once_unless_it_is_large_or_shares_a_building(tmp_path, m
     names = pa.array(["0002_1", "0005_7", "0004_2", "0005_7"])
     table = table.set_column(table.schema.get_field_index("building_id"), "building_id", names)
     paths.append(write(tmp_path, 5, table))
-    read, read_rows = [], grouping.read_rows
+    read, read_rows = [], embedding_rows.read_rows
     monkeypatch.setattr(
-        grouping, "read_rows", lambda column, *rest: read.append(column.path) or read_rows(column, *rest)
+        embedding_rows, "read_rows", lambda column, *rest: read.append(column.path) or read_rows(column, *rest)
     )
     inventory = take_inventory(paths)
     keep = np.ones(len(inventory.buildings), bool)
-    pieces = list(grouping.read_by_building(inventory, keep, 8))
+    pieces = list(embedding_rows.read_by_building(inventory, keep, 8))
     assert [len(order) for _, order, _ in pieces] == [6, 7, 6, 7, 2]
     assert [path.name[:4] for path in read] == ["0001", "0002", "0005", "0003", "0004", "0005", "0005"]
     assert len({code for _, _, codes in pieces for code in set(codes.tolist())}) == 9
-    assert [len(order) for _, order, _ in grouping.read_by_building(inventory, keep, 20)] == [19, 9]
+    assert [len(order) for _, order, _ in embedding_rows.read_by_building(inventory, keep, 20)] == [19, 9]
 
 
 @pytest.mark.parametrize("num_files", [1, 8])
