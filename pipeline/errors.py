@@ -1,7 +1,10 @@
 """The ways in which a run or an item can fail, apart from bugs."""
 
 import re
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+Result = TypeVar("Result")
 
 # A name and a password before a host, with a scheme or without; passwords with a scheme may hold an @.
 _CREDENTIALS = re.compile(r"(?<=://)[^\s'\"]+(?=@)|(?<![^\s'\"=(,/])[^\s'\"/:@=(,]+:[^\s'\"/@]+(?=@)")
@@ -60,9 +63,13 @@ class Rejection(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
-    def without_frames(self) -> "Rejection":
-        """Return one to keep: where one was raised its traceback holds the picture."""
-        return Rejection(self.reason, self.detail)
+
+def catch_rejection(call: Callable[..., Result], *arguments: Any) -> Result | Rejection:
+    """Return what a call returns or the Rejection that it raises, without the traceback, which holds the picture."""
+    try:
+        return call(*arguments)
+    except Rejection as rejection:
+        return Rejection(rejection.reason, rejection.detail)
 
 
 class Terminated(KeyboardInterrupt):

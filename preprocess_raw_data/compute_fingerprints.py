@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import InputError, Rejection
+from pipeline.errors import InputError, Rejection, catch_rejection
 from pipeline.files.archive import TarImage, read_images
 from pipeline.files.identity import identify
 from pipeline.files.list_columns import find_fingerprint
@@ -118,10 +118,7 @@ def compute_tar(
     rejects: dict[int, tuple[str, Rejection]] = {}
 
     def compute(image: TarImage) -> tuple[TarImage, np.ndarray | Rejection]:
-        try:
-            return image, compute_fingerprint(image.data, config.fingerprints.image_size)
-        except Rejection as rejection:
-            return image, rejection.without_frames()
+        return image, catch_rejection(compute_fingerprint, image.data, config.fingerprints.image_size)
 
     images = watch.measure_each("read", read_images(tar_path, rows))
     with Progress(tar_path.name, len(rows)) as progress:

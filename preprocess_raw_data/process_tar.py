@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import InputError, Rejection
+from pipeline.errors import InputError, Rejection, catch_rejection
 from pipeline.files.archive import Member, stream_members
 from pipeline.files.identity import look_at, note_digest
 from pipeline.files.tables import (
@@ -62,11 +62,7 @@ def take_inventory(
                 inventory.add_metadata(member, member.read(MAX_BYTES))
 
     def check(found: tuple[Member, bytes]) -> tuple[Member, Rejection | None]:
-        try:
-            check_image(found[1])
-        except Rejection as rejection:
-            return found[0], rejection.without_frames()
-        return found[0], None
+        return found[0], catch_rejection(check_image, found[1])
 
     images = map_in_order(check, read_wanted(), num_workers, weigh=lambda found: len(found[1]))
     for member, rejection in images:

@@ -12,14 +12,15 @@ from torchvision.transforms.v2.functional import _geometry as geometry
 
 from pipeline.inference import backbone
 from pipeline.inference.backbone import Embedder
-from pipeline.inference.pixels import decode_pixels, to_pixels
-from pipeline.inference.precision import measure_cosines
-from pipeline.inference.preprocessing import (
+from pipeline.inference.pixels import (
     DEVICE_CHUNK,
+    decode_pixels,
     prepare,
     prepare_on_device,
+    to_pixels,
     works_on_tensors,
 )
+from pipeline.inference.precision import measure_cosines
 from pipeline.log import logging_to
 
 CPU = torch.device("cpu")

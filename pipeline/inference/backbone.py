@@ -26,16 +26,17 @@ from pipeline.inference.devices import (
     uncompile,
 )
 from pipeline.inference.loading import find_vision_config, load_model
-from pipeline.inference.pixels import decode_pixels, travels_whole
-from pipeline.inference.pooling import PoolingError, embed_views
-from pipeline.inference.precision import measure_cosines
-from pipeline.inference.preprocessing import (
+from pipeline.inference.pixels import (
+    decode_pixels,
     draw_picture,
     load_processor,
     prepare,
     prepare_on_device,
+    travels_whole,
     works_on_tensors,
 )
+from pipeline.inference.pooling import PoolingError, embed_views
+from pipeline.inference.precision import measure_cosines
 from pipeline.log import logger
 
 # Images in one forward pass on a CPU, and their pixels: a convolutional backbone's activations then stay in the cache

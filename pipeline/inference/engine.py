@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import Rejection
+from pipeline.errors import Rejection, catch_rejection
 from pipeline.inference.backbone import Decoded, Embedder, Launched, Staged
 from pipeline.inference.images import log_turned
 from pipeline.log import Stopwatch
@@ -91,10 +91,7 @@ def _gather(
         if isinstance(item, End):
             return item, None
         with watch.measure("decode in threads"):
-            try:
-                return item, decode(item)
-            except Rejection as rejection:
-                return item, rejection.without_frames()
+            return item, catch_rejection(decode, item)
 
     def stage() -> tuple[Embedded[Item], Staged]:
         with watch.measure("stage"):

@@ -6,7 +6,6 @@ Imports torch only to measure: a finished run's precision is read without it.
 import gc
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import DeviceMemoryError, InputError, Rejection
+from pipeline.errors import DeviceMemoryError, InputError, catch_rejection
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.inference.images import check_image
 from pipeline.log import logger
@@ -75,7 +74,8 @@ def choose_precision(load: Load, pictures: Iterable[bytes]) -> Precision:
 
     The model is loaded for each mode after the previous one is released: its weights are never in memory twice.
     """
-    chosen = list(itertools.islice(filter(is_readable, pictures), NUM_PICTURES))
+    readable = (data for data in pictures if catch_rejection(check_image, data) is None)
+    chosen = list(itertools.islice(readable, NUM_PICTURES))
     if not chosen:
         logger.warning("computing in bfloat16, not measured: there is no picture that can be read")
         return Precision("bfloat16")
@@ -99,14 +99,6 @@ def choose_precision(load: Load, pictures: Iterable[bytes]) -> Precision:
     if mode != "bfloat16":
         logger.warning("computing in %s: slower than bfloat16", mode)
     return Precision(mode, cosines, len(chosen))
-
-
-def is_readable(data: bytes) -> bool:
-    """Whether a picture can be decoded."""
-    with suppress(Rejection):
-        check_image(data)
-        return True
-    return False
 
 
 def embed_in(mode: str, load: Load, pictures: Sequence[bytes]) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from pipeline.errors import Rejection
+from pipeline.errors import Rejection, catch_rejection
 from pipeline.files.archive import Member
 from pipeline.ids import reject_repeated, reject_second
 from preprocess_raw_data.tars.metadata import SUFFIX, ViewRecord, is_metadata_name, parse_metadata
@@ -81,11 +81,7 @@ class TarInventory:
 
     def add_metadata(self, member: Member, data: bytes) -> None:
         """Note the content of a metadata file."""
-        item = self._find(member)
-        try:
-            item.metadata = parse_metadata(data)
-        except Rejection as rejection:
-            item.metadata = rejection
+        self._find(member).metadata = catch_rejection(parse_metadata, data)
 
     def add_image(self, member: Member, rejection: Rejection | None) -> None:
         """Note an image, in the order of the tar, and why it cannot be used, if so."""

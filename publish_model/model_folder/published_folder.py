@@ -126,7 +126,7 @@ def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> 
 
     They name no code: `auto_map` would have the backbone's own run wherever the published model is trusted.
     """
-    from pipeline.inference.preprocessing import load_processor, size_settings
+    from pipeline.inference.pixels import load_processor, size_settings
 
     name = "preprocessor_config.json"
     processor = load_processor(backbone_dir)

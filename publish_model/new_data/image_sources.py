@@ -119,7 +119,7 @@ def try_image(image: SourceImage) -> SourceImage:
             _check_size(image.size)
             check_image(image.data or b"")
     except Rejection as rejection:
-        image.rejection = rejection.without_frames()
+        image.rejection = Rejection(rejection.reason, rejection.detail)  # without the traceback's picture
     if image.rejection is not None:
         image.data = None
     return image
