@@ -226,6 +226,14 @@ def test_geometries_are_joined_by_id_into_a_geoparquet(aggregate, rows, tmp_path
     check_equal(table, ["OSMID"], loop_over(rows[0], rows[2]))
 
 
+def test_a_folder_that_is_no_dataset_is_left_as_it_is(aggregate, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    outcome = aggregate(tmp_path / "model")
+    assert (outcome.code, "holds no embeddings" in outcome.stderr) == (1, True)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize(
     ("ids", "shapes", "text"),
     [

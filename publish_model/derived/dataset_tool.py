@@ -26,6 +26,7 @@ def run_tool(
     dataset = EmbeddingsDataset(output)
     if not dataset.folder.is_dir():
         raise InputError(f"{dataset.folder}: no embeddings dataset: run stage 8 first, or correct the path")
-    log_path = None if alone else dataset.folder / "_logs" / f"{tool}.log"
+    # No log is written into a folder that is something else.
+    log_path = dataset.folder / "_logs" / f"{tool}.log" if not alone and (dataset.folder / "parts").is_dir() else None
     with dataset.held(shared=not alone):
         cli.run_logged(tool, lambda: story(dataset), log_path)
