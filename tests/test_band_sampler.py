@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -55,14 +56,25 @@ def neighbours_of(neighbors: Neighbors, row: int, band: int) -> set[int]:
     return set(neighbors.codes[first + bounds[band] : first + bounds[band + 1]].tolist())
 
 
-def draw_for(sampler: BandSampler, rows: np.ndarray, preference: list[list[int]] | None = None) -> Batch:
+class Drawn(NamedTuple):
+    anchors: torch.Tensor
+    negatives: torch.Tensor
+    bands: torch.Tensor
+    found: torch.Tensor
+
+
+def read(batch: Batch) -> Drawn:
+    return Drawn(*batch.places.rows.tensor_split([-len(batch.firsts)]), batch.bands, batch.found)
+
+
+def draw_for(sampler: BandSampler, rows: np.ndarray, preference: list[list[int]] | None = None) -> Drawn:
     """Draw a negative for each of some images, each a group of its own."""
     groups = Groups(torch.from_numpy(rows), np.arange(1, len(rows) + 1))
     [batch] = sampler.add_negatives([groups], None if preference is None else torch.tensor(preference))
-    return batch
+    return read(batch)
 
 
-def draw_many(sampler: BandSampler, count: int = 20_000) -> Batch:
+def draw_many(sampler: BandSampler, count: int = 20_000) -> Drawn:
     return draw_for(sampler, np.resize(sampler.anchors.numpy(), count))
 
 
@@ -90,7 +102,7 @@ def test_no_forbidden_negative_is_ever_drawn(min_distance_m: float) -> None:
     drawn = draw_many(BandSampler(data, neighbors, 1, min_distance_m))
     assert len(drawn.negatives) == 20_000
     assert drawn.found.all()
-    columns = (column.tolist() for column in (drawn.anchors.rows, drawn.negatives, drawn.bands))
+    columns = (column.tolist() for column in (drawn.anchors, drawn.negatives, drawn.bands))
     for anchor, negative, band in set(zip(*columns, strict=True)):
         assert data.building_codes[anchor] != data.building_codes[negative]
         same_panorama = (
@@ -160,7 +172,7 @@ def test_an_anchor_without_any_allowed_negative_is_marked() -> None:
     drawn = draw_many(BandSampler(replace(data, dataset_ids=ones, street_view_ids=ones), make_neighbors(data), 7), 100)
     assert len(drawn.negatives) == 100
     assert not drawn.found.any()
-    assert drawn.negatives.equal(drawn.anchors.rows)
+    assert drawn.negatives.equal(drawn.anchors)
 
 
 def test_a_preferred_band_is_taken_where_the_anchor_has_it_and_the_next_one_where_not() -> None:
@@ -183,7 +195,7 @@ def test_groups_are_whole_buildings_or_even_parts_of_them_each_image_once() -> N
     data = replace(data, embeddings=np.ones((len(codes), 2), np.float32), building_codes=codes, **columns)
     neighbors = Neighbors(np.zeros(0, np.int32), np.zeros(len(codes), np.int64), np.zeros((len(codes), 7), np.int32))
     sampler = BandSampler(data, neighbors, 5)
-    anchors = sampler.draw_groups(len(sampler.anchors))
+    [anchors] = sampler.draw_groups(len(sampler.anchors), 1000)
     assert sorted(anchors.rows.tolist()) == sorted(sampler.anchors.tolist())
     sizes: dict[int, list[int]] = {}
     for first, last in zip([0, *anchors.ends[:-1]], anchors.ends, strict=True):
@@ -193,15 +205,15 @@ def test_groups_are_whole_buildings_or_even_parts_of_them_each_image_once() -> N
     for code, found in sizes.items():
         count = int((codes == code).sum())
         assert sorted(found) == ([6, 6, 7] if code == 12 else [count])
-    many = sampler.draw_groups(3 * len(sampler.anchors))
+    [many] = sampler.draw_groups(3 * len(sampler.anchors), 1000)
     assert set(Counter(many.rows.tolist()).values()) == {3}
-    assert 7 <= len(sampler.draw_groups(7).rows) <= 7 + 7
+    assert 7 <= len(sampler.draw_groups(7, 1000)[0].rows) <= 7 + 7
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 10, 100])
 def test_batches_are_whole_groups_and_no_larger_than_asked_for(batch_size: int) -> None:
     data = make_features()
-    groups = BandSampler(data, make_neighbors(data), 5).draw_groups(200)
+    [groups] = BandSampler(data, make_neighbors(data), 5).draw_groups(200, 1000)
     start, ends = 0, set(groups.ends.tolist())
     for part in groups.split(batch_size):
         assert part.ends[-1] == len(part.rows)
@@ -214,7 +226,7 @@ def test_batches_are_whole_groups_and_no_larger_than_asked_for(batch_size: int) 
 
 def test_each_group_gets_the_negative_of_its_first_image_whatever_the_batches() -> None:
     data = make_features()
-    parts = BandSampler(data, make_neighbors(data), 5).draw_groups(60).split(10)
+    parts = BandSampler(data, make_neighbors(data), 5).draw_groups(60, 10)
     batches, [whole] = (
         BandSampler(data, make_neighbors(data), 6).add_negatives(drawn)
         for drawn in (
@@ -227,10 +239,10 @@ def test_each_group_gets_the_negative_of_its_first_image_whatever_the_batches() 
             ],
         )
     )
-    assert [batch.anchors for batch in batches] == parts
-    assert all((batch.firsts.numpy() == np.append(0, batch.anchors.ends[:-1])).all() for batch in batches)
-    assert torch.cat([batch.negatives for batch in batches]).equal(whole.negatives)
-    assert batches[0].rows.tolist() == [*parts[0].rows.tolist(), *batches[0].negatives.tolist()]
+    for part, batch in zip(parts, batches, strict=True):
+        assert read(batch).anchors.equal(part.rows)
+        assert (batch.firsts.numpy() == np.append(0, part.ends[:-1])).all()
+    assert torch.cat([read(batch).negatives for batch in batches]).equal(read(whole).negatives)
 
 
 def test_all_pairs_at_once_are_what_each_pair_is() -> None:
@@ -249,12 +261,12 @@ def test_the_state_repeats_the_draws() -> None:
     data = make_features()
     neighbors = make_neighbors(data)
     sampler = BandSampler(data, neighbors, 8)
-    sampler.draw_groups(100)
+    sampler.draw_groups(100, 1000)
     state = sampler.generator.get_state()
     other = BandSampler(data, neighbors, 99)
     other.generator.set_state(state)
-    [first], [second] = (each.add_negatives([each.draw_groups(500)]) for each in (sampler, other))
-    assert first.rows.equal(second.rows)
+    [first], [second] = (each.add_negatives(each.draw_groups(500, 1000)) for each in (sampler, other))
+    assert first.places.rows.equal(second.places.rows)
     assert first.bands.equal(second.bands)
 
 

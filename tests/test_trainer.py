@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from pipeline.retrieval.projector import Projector
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.training import trainer as trainer_module
 from train_specialized_embeddings.training.losses import LOSSES, Pairs
-from train_specialized_embeddings.training.step_graph import FIXED_SHAPES, TRIALS, Inputs, StepGraph, explain_no_graph
+from train_specialized_embeddings.training.step_graph import FIXED_SHAPES, TRIALS, StepGraph, explain_no_graph
 from train_specialized_embeddings.training.trainer import Trainer, choose_batch_size
 
 
@@ -46,10 +45,11 @@ def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_anchors(
     monkeypatch.setattr(trainer_module, "TILE", tile)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
     trainer, data = make_trainer(loss=loss, temperature=0.3)
-    [batch] = trainer.sampler.add_negatives([trainer.sampler.draw_groups(40)])
+    [part] = trainer.sampler.draw_groups(40, 1000)
+    [batch] = trainer.sampler.add_negatives([part])
     embeddings = trainer.projector(torch.from_numpy(data.embeddings))
-    rows, negatives = batch.anchors.rows.tolist(), batch.negatives.tolist()
-    groups = list(itertools.pairwise([0, *batch.anchors.ends.tolist()]))
+    rows, negatives = part.rows.tolist(), batch.places.rows[len(part.rows) :].tolist()
+    groups = list(itertools.pairwise([0, *part.ends.tolist()]))
     tiles: list[list[int]] = [[]]  # numbers of groups
     for number, (_, last) in enumerate(groups):
         if tiles[-1] and last - groups[tiles[-1][0]][0] > tile:
@@ -73,8 +73,7 @@ def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_anchors(
     torch.cat(losses).mean().backward()
     expected = [weight.grad.clone() for weight in trainer.projector.parameters() if weight.grad is not None]
 
-    inputs = Inputs(trainer.sampler.place(batch.rows), batch.firsts, batch.bands, batch.found)
-    judged = trainer._take_step(inputs, len(rows), partial(trainer.judge, tiles=trainer_module.list_tiles(batch)))
+    judged = trainer._take_step(batch, part)
     assert judged.loss_sum.item() == pytest.approx(float(torch.cat(losses).detach().sum()), rel=1e-5)
     counts = judged.counts
     active = [0] * 8
@@ -92,19 +91,18 @@ def test_a_steps_loss_gradient_and_counts_equal_a_loop_over_its_anchors(
 @pytest.mark.parametrize("loss", FIXED_SHAPES)
 def test_padded_batches_of_compiled_code_give_the_same_losses_counts_and_gradients(loss: str) -> None:
     trainer, _ = make_trainer(loss=loss, temperature=0.3)
-    batches = trainer.sampler.add_negatives(trainer.sampler.draw_groups(60).split(20))
+    batches = trainer.sampler.add_negatives(trainer.sampler.draw_groups(60, 20))
     graph = StepGraph(trainer.judge, 20, backend="eager")
     weights = list(trainer.projector.parameters())
     outcomes = []
-    for batch, padded in zip(batches, graph.pad(batches, trainer.sampler), strict=True):
-        inputs = Inputs(trainer.sampler.place(batch.rows), batch.firsts, batch.bands, batch.found)
-        for one, judge, count in ((inputs, trainer.judge, len(batch.anchors.rows)), (padded, graph.judge, 20)):
+    for batch, padded in zip(batches, graph.pad(batches), strict=True):
+        for one, judge in ((batch, trainer.judge), (padded, graph.judge)):
             trainer.optimizer.zero_grad(set_to_none=True)
-            judged = judge(trainer.features[one.places.rows], one, count)
+            judged = judge(trainer.features[one.places.rows], one)
             judged.loss.backward()
             gradients = [weight.grad for weight in weights if weight.grad is not None]
             outcomes.append((judged.loss, judged.loss_sum, judged.counts, *gradients))
-    assert len({len(batch.rows) for batch in batches}) > 1  # the padding differs
+    assert len({len(batch.places.rows) for batch in batches}) > 1  # the padding differs
     for expected, found in zip(outcomes[::2], outcomes[1::2], strict=True):
         assert expected[2].equal(found[2])
         for one, other in zip(expected, found, strict=True):
@@ -143,7 +141,7 @@ def test_a_step_that_cannot_be_captured_is_said_and_nothing_is_spent_by_trying(
 def test_trying_a_graph_adds_no_gradient_to_one_that_the_next_run_writes_over() -> None:
     trainer, _ = make_trainer(loss="multi_similarity")
     graph = StepGraph(trainer.judge, 20, backend="eager")
-    [inputs, *_] = graph.pad(trainer.sampler.add_negatives(trainer.sampler.draw_groups(20).split(20)), trainer.sampler)
+    [batch, *_] = graph.pad(trainer.sampler.add_negatives(trainer.sampler.draw_groups(20, 20)))
     weights, judge, are_clear = list(trainer.projector.parameters()), graph.judge, []
 
     def look(*arguments: Any) -> Any:
@@ -151,7 +149,7 @@ def test_trying_a_graph_adds_no_gradient_to_one_that_the_next_run_writes_over() 
         return judge(*arguments)
 
     graph.judge = look
-    assert graph.works(trainer.features[inputs.places.rows], inputs, weights)
+    assert graph.works(trainer.features[batch.places.rows], batch, weights)
     assert are_clear == [True] * TRIALS
     assert all(weight.grad is None for weight in weights)
 

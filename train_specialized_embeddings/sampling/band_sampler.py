@@ -46,25 +46,15 @@ class Places(NamedTuple):
     panoramas: torch.Tensor
     points: torch.Tensor
 
-    def take(self, part: slice) -> "Places":
-        """Return a part of the rows."""
-        return Places(*(values[part] for values in self))
 
+class Batch(NamedTuple):
+    """The anchors of a step in groups, then a negative for each group's first image."""
 
-@dataclass(frozen=True)
-class Batch:
-    """The anchors of a step in groups, and a negative for each group's first image."""
-
-    anchors: Groups
+    places: Places  # (T + G,); where no negative was found, the anchor itself
     firsts: torch.Tensor  # (G,) the place of each group's first image
-    negatives: torch.Tensor  # (G,) rows; where nothing was found, the anchor itself
     bands: torch.Tensor  # (G,) of the negatives, RANDOM_BAND where it may be any image
     found: torch.Tensor  # (G,) bool
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """The rows of the anchors, then of the negatives, (T + G,)."""
-        return torch.cat([self.anchors.rows, self.negatives])
+    is_real: torch.Tensor | None = None  # (T + G,) bool, where the batch is padded
 
 
 class BandSampler:
@@ -104,12 +94,12 @@ class BandSampler:
     def _load(self, values: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.require(values, requirements="W")).to(self.device)
 
-    def draw_groups(self, count: int) -> Groups:
+    def draw_groups(self, count: int, batch_size: int) -> list[Groups]:
         """Return `count` anchors or a few more, all those of a building or even parts of it, each equally often."""
         passes = [self._shuffle_groups() for _ in range(max(1, -(-count // len(self.anchors))))]
         ends = torch.cat([sizes for _, sizes in passes]).cumsum(0).cpu().numpy()
         ends = ends[: np.searchsorted(ends, count) + 1]
-        return Groups(torch.cat([rows for rows, _ in passes])[: int(ends[-1])], ends)
+        return Groups(torch.cat([rows for rows, _ in passes])[: int(ends[-1])], ends).split(batch_size)
 
     def _shuffle_groups(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all anchors (C,) by group, the groups in random order, and the groups' sizes."""
@@ -138,9 +128,13 @@ class BandSampler:
         # One copy to the device a draw: each is a wait.
         firsts, begins = self._load(np.stack([np.concatenate(starts), np.repeat(np.cumsum([0, *sizes[:-1]]), counts)]))
         rows = torch.cat([part.rows for part in parts])
-        drawn = firsts, *self._draw_negatives(rows[begins + firsts], preference)
-        columns = (values.split(counts) for values in drawn)
-        return [Batch(*fields) for fields in zip(parts, *columns, strict=True)]
+        negatives, bands, found = self._draw_negatives(rows[begins + firsts], preference)
+        pairs = zip((part.rows for part in parts), negatives.split(counts), strict=True)
+        places = self.place(torch.cat([own for pair in pairs for own in pair]))
+        lengths = [size + count for size, count in zip(sizes, counts, strict=True)]
+        columns = zip(*(values.split(lengths) for values in places), strict=True)
+        groups = zip(*(values.split(counts) for values in (firsts, bands, found)), strict=True)
+        return [Batch(Places(*column), *group) for column, group in zip(columns, groups, strict=True)]
 
     def _draw_negatives(self, anchors: torch.Tensor, preference: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Return a negative for each anchor (A,), its band, and whether one was found."""

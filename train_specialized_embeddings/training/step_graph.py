@@ -13,7 +13,7 @@ import torch
 from pipeline.errors import one_line
 from pipeline.inference.devices import COMPILE_ERRORS
 from pipeline.log import logger
-from train_specialized_embeddings.sampling.band_sampler import BandSampler, Batch, Places
+from train_specialized_embeddings.sampling.band_sampler import Batch, Places
 
 # Losses whose operators' shapes do not depend on values. A loss with parameters might look at the padding.
 FIXED_SHAPES = ("multi_similarity", "supcon")
@@ -33,55 +33,44 @@ class Judged(NamedTuple):
     counts: torch.Tensor  # (2, bands) float64: the negatives found, and the active ones
 
 
-class Inputs(NamedTuple):
-    """A batch for `Trainer.judge`: anchors, then a negative for each of their groups."""
-
-    places: Places  # (T + G,)
-    firsts: torch.Tensor  # (G,)
-    bands: torch.Tensor  # (G,)
-    found: torch.Tensor  # (G,)
-    is_real: torch.Tensor | None = None  # (T + G,), where the batch is padded
-
-
 class StepGraph:
     """Pads batches of at most `batch_size` anchors to one shape, and runs `judge` on them by compiled code."""
 
     def __init__(self, judge: Callable[..., Judged], batch_size: int, **options: Any) -> None:
-        """Take torch.compile's `options`; `judge` is called with features, inputs and the number of anchors."""
+        """Take torch.compile's `options`; `judge` is called with features and a padded batch."""
         self.num_anchors, self._num_groups = batch_size, batch_size // 2  # a group has two images or more
         torch.compiler.reset()  # torch keeps the code of eight runs, with their graphs' memory, and refuses a ninth
         self.judge = torch.compile(judge, dynamic=False, fullgraph=True, **options)
 
-    def pad(self, batches: Sequence[Batch], sampler: BandSampler) -> list[Inputs]:
-        """Return the padded inputs of the batches of a draw, by one copy to the device."""
+    def pad(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return the batches of a draw padded, by one copy to the device."""
         num_rows = self.num_anchors + self._num_groups
-        lines = np.zeros((2, len(batches), num_rows + self._num_groups), np.int64)  # where from, and whether real
+        lines = np.full((len(batches), num_rows + self._num_groups), -1)  # where from; -1 is padding
         row = group = 0
-        for line, is_real, batch in zip(*lines, batches, strict=True):
-            count, negatives = len(batch.anchors.rows), len(batch.firsts)
-            line[:count] = np.arange(row, row + count)
-            line[self.num_anchors :][:negatives] = np.arange(row + count, row + count + negatives)
+        for line, batch in zip(lines, batches, strict=True):
+            negatives = len(batch.firsts)
+            end = row + len(batch.places.rows)
+            line[: end - negatives - row] = np.arange(row, end - negatives)
+            line[self.num_anchors :][:negatives] = np.arange(end - negatives, end)
             line[num_rows:][:negatives] = np.arange(group, group + negatives)
-            for start, size in ((0, count), (self.num_anchors, negatives), (num_rows, negatives)):
-                is_real[start : start + size] = 1
-            row, group = row + count + negatives, group + negatives
-        source, real = torch.from_numpy(lines).to(sampler.device)
-        places = sampler.place(torch.cat([batch.rows for batch in batches])[source[:, :num_rows]])
-        groups = source[:, num_rows:]
+            row, group = end, group + negatives
+        source = torch.from_numpy(lines).to(batches[0].found.device)
+        is_real, (own, groups) = source >= 0, source.clamp_min(0).split([num_rows, self._num_groups], dim=1)
+        places = [torch.cat(values)[own] for values in zip(*(batch.places for batch in batches), strict=True)]
         firsts, bands, found = (
             torch.cat([getattr(batch, name) for batch in batches])[groups] for name in ("firsts", "bands", "found")
         )
-        found &= real[:, num_rows:].bool()
+        found &= is_real[:, num_rows:]
         columns = (Places(*each) for each in zip(*places, strict=True))
-        return [Inputs(*each) for each in zip(columns, firsts, bands, found, real[:, :num_rows].bool(), strict=True)]
+        return [Batch(*each) for each in zip(columns, firsts, bands, found, is_real[:, :num_rows], strict=True)]
 
-    def works(self, features: torch.Tensor, inputs: Inputs, weights: Sequence[torch.Tensor]) -> bool:
+    def works(self, features: torch.Tensor, batch: Batch, weights: Sequence[torch.Tensor]) -> bool:
         """Try it forward and backward; only the gradients of `weights` are lost. Log why where it fails."""
         states = torch.get_rng_state(), torch.cuda.get_rng_state(features.device) if features.is_cuda else None
         try:
             for _ in range(TRIALS):
                 torch.compiler.cudagraph_mark_step_begin()
-                self.judge(features, inputs, self.num_anchors).loss.backward()
+                self.judge(features, batch).loss.backward()
                 for weight in weights:  # a gradient lies in the graph's memory, where the next run writes over it
                     weight.grad = None
         except torch.cuda.OutOfMemoryError:

@@ -2,9 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from pipeline.config import TrainingSection
 from pipeline.errors import PipelineError
 from pipeline.inference.devices import full_precision
 from pipeline.log import Progress, logger
-from pipeline.retrieval.projector import Norm, Projector
+from pipeline.retrieval.projector import Linear, Norm, Projector
 from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch, Groups, Places
 from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_loss
-from train_specialized_embeddings.training.step_graph import Inputs, Judged, StepGraph, explain_no_graph
+from train_specialized_embeddings.training.step_graph import Judged, StepGraph, explain_no_graph
 
 # Negatives are drawn for this many steps and anchors at once: the host waits for the device once a draw.
 _STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
@@ -83,21 +82,19 @@ class Trainer:
     def run_epoch(self, progress: Progress) -> EpochReport:
         """Train on one epoch's anchors; raise PipelineError where there is no negative or the loss is not a number."""
         self.projector.train()
-        device = self.device
-        batches = self.sampler.draw_groups(self.num_anchors).split(self.batch_size)
+        parts = self.sampler.draw_groups(self.num_anchors, self.batch_size)
         steps_per_draw = max(_STEPS_PER_DRAW, -(-_MIN_ANCHORS_PER_DRAW // self.batch_size))
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         sums: list[torch.Tensor] = []  # of each step's losses; they stay on the device
-        totals = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=device)  # negatives, active ones, by band
-        for first in range(0, len(batches), steps_per_draw):
-            drawn = batches[first : first + steps_per_draw]
-            preference = torch.tensor(self.bandit.rank_bands(), device=device) if self.bandit else None
+        totals = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=self.device)  # of Judged.counts
+        for first in range(0, len(parts), steps_per_draw):
+            drawn = parts[first : first + steps_per_draw]
+            preference = torch.tensor(self.bandit.rank_bands(), device=self.device) if self.bandit else None
+            batches = self._pad(self.sampler.add_negatives(drawn, preference))
             counts = torch.zeros_like(totals)
-            for number, batch in enumerate(self._draw(drawn, preference), first + 1):
-                self._set_rates(self.epoch + number / len(batches))
-                judged = self._take_step(*batch)
+            for number, (part, batch) in enumerate(zip(drawn, batches, strict=True), first + 1):
+                self._set_rates(self.epoch + number / len(parts))
+                judged = self._take_step(batch, part)
                 sums.append(judged.loss_sum.clone())  # a graph's next run writes over its outputs
-                loss_sum += judged.loss_sum
                 counts += judged.counts
             if self.bandit:
                 self.bandit.learn(*counts[:, :RANDOM_BAND].tolist())
@@ -107,11 +104,9 @@ class Trainer:
         with torch.no_grad():
             for mean, weight in zip(self.average.parameters(), self.projector.parameters(), strict=True):
                 mean.lerp_(weight, 1 - _AVERAGE_DECAY)
-        step_losses = [loss / len(part.rows) for loss, part in zip(torch.stack(sums).tolist(), batches, strict=True)]
-        loss = float(loss_sum) / sum(len(part.rows) for part in batches)
-        return replace(self._report(loss, totals.tolist()), step_losses=step_losses)
+        return self._report(torch.stack(sums).tolist(), [len(part.rows) for part in parts], totals.tolist())
 
-    def _report(self, loss: float, totals: list[list[float]]) -> EpochReport:
+    def _report(self, losses: list[float], sizes: list[int], totals: list[list[float]]) -> EpochReport:
         by_band, active_by_band = totals
         total = sum(by_band)
         if not total:
@@ -119,97 +114,84 @@ class Trainer:
                 "no negative can be drawn: every image is of the anchor's building, its panorama, or nearer than "
                 f"[training].min_negative_distance_m = {self.section.min_negative_distance_m:g}: lower it"
             )
+        loss = sum(losses) / sum(sizes)
         if not math.isfinite(loss):
             raise PipelineError("training diverged (the loss is not a number): lower [training].learning_rate")
-        rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        shares = [count / total for count in by_band]
-        rewards = self.bandit.list_means() if self.bandit else None
-        return EpochReport(loss, sum(active_by_band) / total, shares, rates, int(total), rewards)
+        return EpochReport(
+            train_loss=loss, active_share=sum(active_by_band) / total, band_shares=[count / total for count in by_band],
+            learning_rates={group["name"]: float(group["lr"]) for group in self.optimizer.param_groups},
+            num_negatives=int(total), bandit_rewards=self.bandit.list_means() if self.bandit else None,
+            step_losses=[loss / size for loss, size in zip(losses, sizes, strict=True)],
+        )  # fmt: skip
 
     def _set_rates(self, place: float) -> None:
         """Set the learning rates for the step that ends so many epochs after the start: constant after a warm-up."""
         warmup = self.section.warmup_epochs
-        factor = place / warmup if place < warmup else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = group["peak_lr"] * (place / warmup if place < warmup else 1.0)
 
-    def _take_step(self, inputs: Inputs, num_anchors: int, judge: Callable[..., Judged]) -> Judged:
+    def _pad(self, batches: list[Batch]) -> list[Batch]:
+        """Return the batches padded for the graph; unchanged where there is none, or it cannot be captured."""
+        if self.graph is None:
+            return batches
+        padded = self.graph.pad(batches)
+        if not self._has_tried:
+            self._has_tried = True
+            weights = [*self.projector.parameters(), *self.loss.parameters()]
+            if not self.graph.works(self.features[padded[0].places.rows], padded[0], weights):
+                self.graph = None
+                return batches
+        return padded
+
+    def _take_step(self, batch: Batch, part: Groups) -> Judged:
         """Move the weights by one batch, and return its losses and counts."""
-        judged = judge(self.features[inputs.places.rows], inputs, num_anchors)
+        features = self.features[batch.places.rows]
+        if self.graph is None:
+            judged = self.judge(features, batch, list_tiles(part) if len(part.rows) > TILE else ())
+        else:
+            torch.compiler.cudagraph_mark_step_begin()
+            judged = self.graph.judge(features, batch)
         self.optimizer.zero_grad(set_to_none=True)
         judged.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.section.grad_clip)
         self.optimizer.step()
         return judged
 
-    def _draw(
-        self, parts: Sequence[Groups], preference: torch.Tensor | None
-    ) -> Iterator[tuple[Inputs, int, Callable[..., Judged]]]:
-        """Draw negatives; yield each batch, the number of its anchors, and the function that judges it."""
-        batches = self.sampler.add_negatives(parts, preference)
-        if self.graph is not None:
-            padded = self.graph.pad(batches, self.sampler)
-            if not self._has_tried:
-                self._has_tried = True
-                features = self.features[padded[0].places.rows]
-                weights = [*self.projector.parameters(), *self.loss.parameters()]
-                self.graph = self.graph if self.graph.works(features, padded[0], weights) else None
-        if self.graph is not None:
-            for inputs in padded:
-                torch.compiler.cudagraph_mark_step_begin()
-                yield inputs, self.graph.num_anchors, self.graph.judge
-            return
-        for batch in batches:
-            inputs = Inputs(self.sampler.place(batch.rows), batch.firsts, batch.bands, batch.found)
-            tiles = list_tiles(batch)
-            yield inputs, len(batch.anchors.rows), partial(self.judge, tiles=tiles)
-
-    def judge(
-        self, features: torch.Tensor, inputs: Inputs, num_anchors: int,
-        tiles: Sequence[tuple[slice, slice]] = (),
-    ) -> Judged:  # fmt: skip
+    def judge(self, features: torch.Tensor, batch: Batch, tiles: Sequence[tuple[slice, slice]] = ()) -> Judged:
         """Compare the anchors of each tile with its negatives; without tiles, all with all."""
         features = features + self.noise * torch.randn(features.shape, device=features.device)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=features.device.type == "cuda"):
             embeddings = self.projector(features)
-        own = slice(0, num_anchors)
-        if len(tiles) <= 1:
-            losses = self._compare(inputs, own, inputs.places, embeddings[own], embeddings)
-        else:
-            losses = torch.cat([self._compare_tile(inputs, embeddings, *tile) for tile in tiles])
+        num_anchors = len(batch.places.rows) - len(batch.firsts)
+        own, banded = slice(0, num_anchors), slice(num_anchors, None)
+        losses = torch.cat([self._compare(batch, embeddings, *tile) for tile in tiles or [(own, banded)]])
         counts = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=features.device)
         with torch.no_grad():
-            is_active = self._find_active(inputs, embeddings, embeddings[num_anchors:])
-            for line, mask in zip(counts, (inputs.found, is_active), strict=True):
-                line.index_add_(0, inputs.bands, mask.double())
-        if inputs.is_real is None:
+            is_active = self._find_active(batch, embeddings, embeddings[banded])
+            for line, mask in zip(counts, (batch.found, is_active), strict=True):
+                line.index_add_(0, batch.bands, mask.double())
+        if batch.is_real is None:
             return Judged(losses.mean(), losses.detach().sum().double(), counts)
-        loss_sum = torch.where(inputs.is_real[own], losses, 0.0).sum()
-        return Judged(loss_sum / inputs.is_real[own].sum(), loss_sum.detach().double(), counts)
+        loss_sum = torch.where(batch.is_real[own], losses, 0.0).sum()
+        return Judged(loss_sum / batch.is_real[own].sum(), loss_sum.detach().double(), counts)
 
-    def _compare_tile(self, inputs: Inputs, embeddings: torch.Tensor, own: slice, banded: slice) -> torch.Tensor:
-        """Return the loss of each anchor of a tile, compared with the tile's anchors and banded negatives."""
-        others = Places(*(torch.cat([values[own], values[banded]]) for values in inputs.places))
-        both = torch.cat([embeddings[own], embeddings[banded]])
-        return self._compare(inputs, own, others, embeddings[own], both)
-
-    def _compare(
-        self, inputs: Inputs, own: slice, others: Places, anchors: torch.Tensor, candidates: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the loss of each of the anchors at `own` among candidates."""
-        places = inputs.places.take(own)
+    def _compare(self, batch: Batch, embeddings: torch.Tensor, own: slice, banded: slice) -> torch.Tensor:
+        """Return the losses of the anchors at `own`, compared with each other and the negatives at `banded`."""
+        places = Places(*(values[own] for values in batch.places))
+        others = Places(*(torch.cat([values[own], values[banded]]) for values in batch.places))
         masks = self.sampler.compare(places, others)
-        if inputs.is_real is not None:
-            are_real = inputs.is_real[own, None] & inputs.is_real
+        if batch.is_real is not None:
+            are_real = batch.is_real[own, None] & torch.cat([batch.is_real[own], batch.is_real[banded]])
             masks = masks[0] & are_real, masks[1] & are_real
-        losses: torch.Tensor = self.loss(Pairs(anchors, candidates, *masks, places.buildings.long()))
+        candidates = torch.cat([embeddings[own], embeddings[banded]])
+        losses: torch.Tensor = self.loss(Pairs(embeddings[own], candidates, *masks, places.buildings.long()))
         return losses
 
-    def _find_active(self, inputs: Inputs, embeddings: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+    def _find_active(self, batch: Batch, embeddings: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
         """Tell which banded negatives (G,) are nearer to their anchor than a positive and the margin."""
-        measure = DISTANCES[self.section.triplet_distance]
-        anchors, positives = embeddings[inputs.firsts], embeddings[inputs.firsts + 1]
-        return inputs.found & (measure(anchors, positives) - measure(anchors, negatives) + self.section.margin > 0)
+        others = torch.stack([embeddings[batch.firsts + 1], negatives])
+        to_positive, to_negative = DISTANCES[self.section.triplet_distance](embeddings[batch.firsts], others)
+        return batch.found & (to_positive - to_negative + self.section.margin > 0)
 
     def state(self) -> dict[str, Any]:
         """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""
@@ -253,10 +235,10 @@ def choose_batch_size(num_images: int) -> int:
     return min(max(num_images // _STEPS_PER_PASS, _MIN_BATCH), _MAX_BATCH)
 
 
-def list_tiles(batch: Batch) -> list[tuple[slice, slice]]:
+def list_tiles(part: Groups) -> list[tuple[slice, slice]]:
     """Return the anchors of each tile, and the banded negatives of its groups, as places among the batch's rows."""
-    tiles, anchor, negative = [], 0, len(batch.anchors.rows)
-    for tile in batch.anchors.split(TILE):
+    tiles, anchor, negative = [], 0, len(part.rows)
+    for tile in part.split(TILE):
         tiles.append((slice(anchor, anchor + len(tile.rows)), slice(negative, negative + len(tile.ends))))
         anchor, negative = anchor + len(tile.rows), negative + len(tile.ends)
     return tiles
@@ -270,16 +252,11 @@ def group_parameters(
     A layer's rate is divided by the root of its inputs, so that one rate serves every width. The shortcut, the
     norms and the loss have no weight decay: it would only shrink vectors that are normalised.
     """
-    layers: dict[str, tuple[Any, float]] = {}
-    if projector.shortcut is not None:
-        layers["shortcut"] = (projector.shortcut, section.shortcut_learning_rate)
-    layers |= {f"hidden.{number}": (layer, section.learning_rate) for number, layer in enumerate(projector.hidden)}
-    if projector.output is not None:
-        layers["output"] = (projector.output, section.learning_rate)
-    norms = [norm for norm in projector.norms if isinstance(norm, Norm)]
-    layers |= {f"norms.{number}": (norm, section.learning_rate) for number, norm in enumerate(norms)}
     groups: list[dict[str, Any]] = []
-    for name, (layer, rate) in layers.items():
+    for name, layer in projector.named_modules():
+        if not isinstance(layer, (Linear, Norm)):
+            continue
+        rate = section.shortcut_learning_rate if name == "shortcut" else section.learning_rate
         decay = 0.0 if name.startswith(("shortcut", "norms")) else section.weight_decay
         peak = share * rate / layer.weight.shape[-1] ** 0.5
         groups.append({"name": name, "params": list(layer.parameters()), "peak_lr": peak, "weight_decay": decay})
