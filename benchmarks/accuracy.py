@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import make_parser, write_results
 from pipeline.config import Config, load_config
-from pipeline.log import Progress, Stopwatch
+from pipeline.log import Stopwatch
 from pipeline.retrieval.checkpoint import project
 from pipeline.retrieval.features import Features, load_features, take_buildings
 from pipeline.retrieval.labels import read_ignore_pairs, resolve_pairs
@@ -119,19 +119,17 @@ def run_case(config: Config, features: Features, other: Features | None, pairs: 
     return {
         "case": case.name, "seed": case.seed, "fold": case.fold, "images": len(train), "cpu_seconds": round(seconds, 1),
         "best_epoch": run.best["epoch"],
-        "start": {key: value for key, value in run.note.items() if key != "weights"}, "scores": scores,
+        "start": run.best["start"], "scores": scores,
     }  # fmt: skip
 
 
 def fit_projector(config: Config, train: Features, val: Features, seed: int) -> TrainingRun:
-    """Train as stage 6 does, without its files; the run's note of the start also holds its weights."""
+    """Train as stage 6 does, without its files."""
     config = config.model_copy(update={"global_": config.global_.model_copy(update={"seed": seed})})
     neighbors = load_neighbors(config.path("difficulty_metadata_path"), train)
     run = begin_run(config, make_material(config, train, val, neighbors), Stopwatch(), {})
-    with Progress("train", config.training.num_epochs * run.trainer.num_anchors, "anchor") as progress:
-        for record in run.run_epochs(progress):
-            if not record["epoch"]:
-                run.note = run.note | {"weights": run.best["projector"]}
+    for _ in run.run_epochs("train"):
+        pass
     run.settle()
     return run
 
@@ -141,11 +139,12 @@ def embed_kinds(
 ) -> dict[str, NDArray[np.float32]]:
     """Return every kind of embedding of rows (N, D) of other buildings than the run was trained on."""
     scatter = collect_scatters(train.embeddings, train.building_codes)[0]
-    whitening = whiten_within_class(scatter, config.training_model.output_dim, run.note["shrinkage"])
+    whitening = whiten_within_class(scatter, config.training_model.output_dim, run.best["start"]["shrinkage"])
     pca = whiten_by_pca(scatter, config.training_model.output_dim)
     projector = Projector(**run.best["architecture"])
     embeddings = {"raw": normalise_rows(rows), "pca_whitened": pca.apply(rows), "whitening": whitening.apply(rows)}
-    for kind, weights in (("start", run.note["weights"]), ("projector", run.best["projector"])):
+    start = run.material.start.coordinates.fold(run.trainer.origin)
+    for kind, weights in (("start", start.state_dict()), ("projector", run.best["projector"])):
         projector.load_state_dict(weights)
         embeddings[kind] = project(projector, rows, CPU)
     return embeddings

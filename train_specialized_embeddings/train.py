@@ -34,20 +34,16 @@ def list_inputs(config: Config) -> dict[str, Path]:
     Raises ConfigError where a path is not set, or the run would replace the checkpoint that it starts from.
     """
     config.require_paths("merged_dir", "checkpoint_dir")
-    merged_dir = config.path("merged_dir")
-    inputs = {
-        "train": merged_dir / "train.parquet",
-        "val": merged_dir / "val.parquet",
-    }
+    inputs = {split: config.path("merged_dir") / f"{split}.parquet" for split in ("train", "val")}
     if config.paths.difficulty_metadata_path is not None:
         inputs["difficulty"] = config.path("difficulty_metadata_path")
     if config.training.init_checkpoint is not None:
         where = "[training].init_checkpoint"
-        inputs[WARM_START] = config.expand(config.training.init_checkpoint, where)
-        if inputs[WARM_START].parent == config.path("checkpoint_dir"):
+        inputs[WARM_START] = path = config.expand(config.training.init_checkpoint, where)
+        if path.parent == config.path("checkpoint_dir"):
             raise ConfigError(
-                f"{config.file_path}: {where}: {inputs[WARM_START]} lies in [paths].checkpoint_dir, which this run "
-                "writes: set another checkpoint_dir"
+                f"{config.file_path}: {where}: {path} lies in [paths].checkpoint_dir, which this run writes: set "
+                "another checkpoint_dir"
             )
     return inputs
 
@@ -67,8 +63,7 @@ def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
     ]
     provenance = tables.make_provenance(STAGE, identities, settings)
     merged = tables.read_provenance(inputs["train"]) or {}
-    provenance |= {key: merged.get(key) for key in ("split_hash", "embedded_with")}
-    return provenance
+    return provenance | {key: merged.get(key) for key in ("split_hash", "embedded_with")}
 
 
 def list_units(config: Config) -> list[Unit]:
@@ -83,22 +78,15 @@ def list_units(config: Config) -> list[Unit]:
                 "another [paths].checkpoint_dir"
             )
 
-        made = read_json_object(folder / run_files.PROVENANCE).get("outputs", {})
+        made = read_json_object(folder / run_files.PROVENANCE).get("outputs")
         for name, digest in run_files.digest_outputs(folder).items() if made else ():
             if made.get(name, digest) != digest:
                 raise StaleOutputError(
                     f"{folder / name}: not the one that this run wrote: put that back, or give --overwrite"
                 )
 
-    return [
-        Unit(
-            STAGE,
-            STAGES[6].list_outputs(config),
-            lambda _: describe_run(config, list_inputs(config)),
-            check=check,
-            marks=(folder / run_files.PROVENANCE,),
-        )
-    ]
+    outputs, marks = STAGES[6].list_outputs(config), (folder / run_files.PROVENANCE,)
+    return [Unit(STAGE, outputs, lambda _: describe_run(config, list_inputs(config)), check=check, marks=marks)]
 
 
 def lock(folder: Path) -> AbstractContextManager[None]:

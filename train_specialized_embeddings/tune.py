@@ -83,20 +83,15 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the search from a command line."""
     parser = cli.make_parser(__doc__)
-    parser.set_defaults(**{field.name: field.default for field in fields(TuneOptions)})
-    parser.add_argument(
-        "--trials", type=cli.whole_number, dest="num_trials", metavar="N", help="finished trials in all (default: 100)"
-    )
-    parser.add_argument("--objective", choices=SCORE_KEYS, help="the validation score to maximise (default: map)")
-    parser.add_argument(
-        "--sample-buildings", type=cli.whole_number, metavar="N",
-        help="train the trials on N buildings, drawn from [global].seed",
-    )  # fmt: skip
-    parser.add_argument(
-        "--from-wandb-project", metavar="[ENTITY/]PROJECT",
-        help="run no trial: write _tune/wandb/best.toml from the project's finished runs",
-    )  # fmt: skip
-    parser.add_argument("--save-checkpoints", action="store_true", help="keep _tune/trial_N/checkpoint_best.pt")
+    add = parser.add_argument
+    add("--trials", type=cli.whole_number, default=100, dest="num_trials", metavar="N",
+        help="finished trials in all (default: 100)")  # fmt: skip
+    add("--objective", choices=SCORE_KEYS, default="map", help="the validation score to maximise (default: map)")
+    add("--sample-buildings", type=cli.whole_number, metavar="N",
+        help="train the trials on N buildings, drawn from [global].seed")  # fmt: skip
+    add("--from-wandb-project", metavar="[ENTITY/]PROJECT",
+        help="run no trial: write _tune/wandb/best.toml from the project's finished runs")  # fmt: skip
+    add("--save-checkpoints", action="store_true", help="keep _tune/trial_N/checkpoint_best.pt")
     arguments = parser.parse_args(argv)
     options = TuneOptions(**{field.name: getattr(arguments, field.name) for field in fields(TuneOptions)})
     config = cli.config_from(arguments)

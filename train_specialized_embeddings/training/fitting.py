@@ -17,7 +17,7 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.files import tables, workspace
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
 from pipeline.inference.model_files import compare_embedded
-from pipeline.log import Progress, Stopwatch, logger
+from pipeline.log import Stopwatch, logger
 from pipeline.retrieval.checkpoint import Checkpoint, hash_buildings, load_checkpoint, save_checkpoint
 from pipeline.retrieval.features import Features, check_one_run, load_features, sample_buildings
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
@@ -50,20 +50,18 @@ def fit(
         counts = {"in": material.num_images, "out": material.num_images}
         provenance = provenance | {"counts": counts}
         run = begin_run(config, material, watch, provenance)
-        num_anchors, saved_at = run.trainer.num_anchors, time.monotonic()
-        with Progress("train", config.training.num_epochs * num_anchors, "anchor") as progress:
-            if saved is not None:
-                run.resume(saved.rest)
-                for record in run.history:
-                    send(record)
-                _write_outputs(run, folder)  # a kill may have come between them and the state
-                progress.resume_at(run.epoch * num_anchors)
-            for record in run.run_epochs(progress):
+        saved_at = time.monotonic()
+        if saved is not None:
+            run.resume(saved.rest)
+            for record in run.history:
                 send(record)
-                run.log_epoch(record)
-                if run.is_periodic or time.monotonic() - saved_at > SAVE_INTERVAL_SECONDS:
-                    _save(run, folder)
-                    saved_at = time.monotonic()
+            _write_outputs(run, folder)  # a kill may have come between them and the state
+        for record in run.run_epochs("train"):
+            send(record)
+            run.log_epoch(record)
+            if run.is_periodic or time.monotonic() - saved_at > SAVE_INTERVAL_SECONDS:
+                _save(run, folder)
+                saved_at = time.monotonic()
         _save(run, folder)
         save_checkpoint(folder / run_files.FINAL, run.describe())
         run.settle()
@@ -167,12 +165,9 @@ def make_material(
     section, seed = config.training, config.global_.seed
     device = choose_device(config.infrastructure.device)
     sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
-    logger.info(
-        "training on %d images of %d buildings, %d numbers each, on %s",
-        len(train), len(train.building_ids), train.width, describe_device(device),
-    )  # fmt: skip
-    validation = choose_validation_set(val, section.validation_images, seed, device)
-    validation = replace(validation, recall_ranks=section.recall_ranks)
+    size = len(train), len(train.building_ids), train.width, describe_device(device)
+    logger.info("training on %d images of %d buildings, %d numbers each, on %s", *size)
+    validation = choose_validation_set(val, section.validation_images, seed, device, section.recall_ranks)
     if saved is not None:
         scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
         start = restore_start(saved, saved.rest["start"], scores)
@@ -182,8 +177,8 @@ def make_material(
     map_rows = partial(linear_map.map_rows, device=device if device.type == "cuda" else None)
     features = move_features(map_rows(train.embeddings), device)
     validation = replace(validation, embeddings=map_rows(validation.embeddings))
-    # What an earlier run was trained on has shaped the start; None where that run does not name its buildings.
-    before = hash_buildings([]) if (earlier := saved or warm) is None else earlier.rest.get("trained_on")
-    own = hash_buildings(train.building_ids.to_pylist())
-    trained_on = None if before is None else torch.unique(torch.cat([before, own]))
+    trained_on = torch.unique(hash_buildings(train.building_ids.to_pylist()))
+    if (earlier := saved or warm) is not None:  # whose buildings have shaped the start; some do not name them
+        before = earlier.rest.get("trained_on")
+        trained_on = None if before is None else torch.unique(torch.cat([before, trained_on]))
     return Material(sampler, features, validation, start, len(train) + len(val), trained_on)

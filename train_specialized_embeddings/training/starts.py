@@ -49,10 +49,7 @@ class Coordinates:
     def fold(self, projector: Projector) -> Projector:
         """Return the projector of features that equals this projector of coordinates, up to rounding; on the CPU."""
         own = self.linear_map
-        architecture = projector.architecture | {
-            "input_dim": own.weight.shape[1],
-            "input_power": own.input_power * projector.architecture["input_power"],
-        }
+        power = own.input_power * projector.architecture["input_power"]
         state = {name: value.detach().cpu() for name, value in projector.state_dict().items()}
         weight, bias = (torch.from_numpy(part).double() for part in (own.weight, own.bias))
         for layer in ("shortcut", "hidden.0"):
@@ -61,7 +58,7 @@ class Coordinates:
                 state[f"{layer}.weight"] = (inner @ weight).float()
                 state[f"{layer}.bias"] = (inner @ bias + state[f"{layer}.bias"]).float()
         with torch.random.fork_rng(devices=[]):  # the layers' first weights are drawn, and thrown away
-            folded = Projector(**architecture)
+            folded = Projector(**projector.architecture | {"input_dim": weight.shape[1], "input_power": power})
         folded.load_state_dict(state)
         return folded.eval()
 
@@ -93,11 +90,11 @@ def make_coordinates(linear_map: LinearMap, scatter: Scatter, output_dim: int) -
     )
     mean_square = float((within + between)[:output_dim].mean())
     scale = mean_square**-0.5 if mean_square > 0 else 1.0
-    scaled = replace(
-        linear_map, weight=(weight * scale).astype(np.float32), bias=(linear_map.bias * scale).astype(np.float32)
-    )
+    weight, bias, spread = (
+        (part * scale).astype(np.float32) for part in (weight, linear_map.bias, np.sqrt(within))
+    )  # fmt: skip
     length = float(np.sqrt((within + between).sum()) * scale)
-    return Coordinates(scaled, (np.sqrt(within) * scale).astype(np.float32), length)
+    return Coordinates(replace(linear_map, weight=weight, bias=bias), spread, length)
 
 
 def keep_features(scatter: Scatter) -> Coordinates:

@@ -18,7 +18,7 @@ from pipeline.retrieval.scores import QueryScores
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.training.starts import Start, make_projector
 from train_specialized_embeddings.training.trainer import EpochReport, Trainer
-from train_specialized_embeddings.training.validation import ValidationSet, measure_spread
+from train_specialized_embeddings.training.validation import Scores, ValidationSet, measure_spread
 
 # Embeddings have collapsed where their spread is below this share of the start's.
 COLLAPSED_SHARE = 0.25
@@ -49,7 +49,6 @@ class TrainingRun:
     trainer: Trainer
     watch: Stopwatch
     provenance: Content
-    note: dict[str, Any]  # how the start was chosen
     history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
     best: Content = field(default_factory=dict)  # the checkpoint of the last epoch as good as the peak
     peak: QueryScores | None = None  # validation of the epoch with the best mAP
@@ -62,9 +61,9 @@ class TrainingRun:
     @property
     def is_over(self) -> bool:
         """Whether the run has all its epochs, has not become better for `patience` of them, or has collapsed."""
-        section = self.config.training
-        peak = max((record for record in self.history if record["val"]), key=lambda record: record["val"]["map"])
-        has_lost = self.history[-1]["val"] is not None and 0 < section.patience <= self.epoch - peak["epoch"]
+        section, validated = self.config.training, [record for record in self.history if record["val"]]
+        peak = max(validated, key=lambda record: record["val"]["map"])
+        has_lost = validated[-1] is self.history[-1] and 0 < section.patience <= self.epoch - peak["epoch"]
         return self.epoch >= section.num_epochs or has_lost or self.has_collapsed
 
     @property
@@ -78,15 +77,18 @@ class TrainingRun:
         """Whether the last epoch leaves a checkpoint of its own."""
         return self.epoch > 0 and self.epoch % self.config.training.save_every_n_epochs == 0
 
-    def run_epochs(self, progress: Progress) -> Iterator[dict[str, Any]]:
+    def run_epochs(self, label: str) -> Iterator[dict[str, Any]]:
         """Validate the start as epoch 0, then train and validate; yield each epoch's record, and save nothing."""
-        if not self.history:
-            yield self._add_epoch(EpochReport(), time.monotonic())
-        while not self.is_over:
-            started = time.monotonic()
-            with self.watch.measure("train"):
-                report = self.trainer.run_epoch(progress)
-            yield self._add_epoch(report, started)
+        num_anchors = self.trainer.num_anchors
+        with Progress(label, self.config.training.num_epochs * num_anchors, "anchor") as progress:
+            if not self.history:
+                yield self._add_epoch(EpochReport(), time.monotonic())
+            progress.resume_at(self.epoch * num_anchors)
+            while not self.is_over:
+                started = time.monotonic()
+                with self.watch.measure("train"):
+                    report = self.trainer.run_epoch(progress)
+                yield self._add_epoch(report, started)
 
     def settle(self) -> None:
         """Interpolate between the weights of the start and of the best epoch; publish what validates best.
@@ -100,23 +102,16 @@ class TrainingRun:
             projector.load_state_dict(mixed[share])
             tried[share] = self.material.validation.summarize(self._score(projector)[1])
         chosen = max(tried, key=lambda share: tried[share]["map"])
-        epoch = self.best["epoch"] if chosen else 0
         logger.info(
             "%g of the way from the start to epoch %d is published; validation mAP by that share: %s",
             chosen, self.best["epoch"], ", ".join(f"{share:g}: {row['map']:.4f}" for share, row in tried.items()),
         )  # fmt: skip
         projector.load_state_dict(mixed[chosen])
-        metrics, self.note = self.best["metrics"], self.note | {"share": chosen}
         self.best = self.best | {
             "average": mixed[chosen],
             "projector": dict(self.material.start.coordinates.fold(projector).state_dict()),
-            "epoch": epoch,
-            "start": self.note,
-            "metrics": {
-                "epoch": epoch,
-                "val": metrics["val"] | {"projector": tried[chosen]},
-                "history": self._list_history(),
-            },
+            "start": self.material.start.note | {"share": chosen},
+            **self._describe_epoch(self.best["epoch"] if chosen else 0, tried[chosen]),
         }
 
     def _score(self, projector: Projector) -> tuple[NDArray[np.float32], QueryScores]:
@@ -140,64 +135,58 @@ class TrainingRun:
 
     def _add_epoch(self, report: EpochReport, started: float) -> dict[str, Any]:
         """Validate if it is time, add the epoch's record and return it; keep its checkpoint if none is better."""
-        epoch, section = len(self.history), self.config.training
+        epoch, section, validation = len(self.history), self.config.training, self.material.validation
         record: dict[str, Any] = {"epoch": epoch, **asdict(report)}
         if not self.config.logging.step_losses:
             del record["step_losses"]
-        each = None
+        each = scores = None
         if epoch == section.num_epochs or 0 in (
             epoch % section.validate_every_n_epochs, epoch % section.save_every_n_epochs
         ):  # fmt: skip
             embeddings, each = self._score(self.trainer.average)
-            record["embedding_spread"] = measure_spread(embeddings)
-        validation = self.material.validation
-        record["val"] = None if each is None else validation.summarize(each)
-        record["seconds"] = round(time.monotonic() - started, 3)
-        self.history.append(record)
+            record["embedding_spread"], scores = measure_spread(embeddings), validation.summarize(each)
+        self.history.append(record | {"val": scores, "seconds": round(time.monotonic() - started, 3)})
         if each is not None and not self.has_collapsed:
-            if self.peak is None or validation.summarize(self.peak)["map"] < record["val"]["map"]:
+            if self.peak is None or self.peak.average_precision.mean() < each.average_precision.mean():
                 self.peak = each
             if not validation.is_better(self.peak, each):
                 self.best = self.describe()
-        return record
+        return self.history[-1]
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Log the last epoch, and a warning where it went wrong."""
-        training, spread, val = "the start", record.get("embedding_spread"), record["val"]
+        parts, val = ["the start"], record["val"]
         if record["train_loss"] is not None:
-            training = f"loss {record['train_loss']:.4f}, {record['active_share']:.1%} of banded negatives active"
-        validated = ", not validated"
+            parts = [f"loss {record['train_loss']:.4f}", f"{record['active_share']:.1%} of banded negatives active"]
         if val is not None:
-            validated = f", spread {spread:.3f}, validation mAP {val['map']:.4f}, R@1 {val['recall_at_1']:.4f}"
-        is_good = ", as good as any so far" if self.best["epoch"] == self.epoch else ""
-        logger.info("epoch %d: %s%s%s", self.epoch, training, validated, is_good)
+            parts.append(f"spread {record['embedding_spread']:.3f}")
+            parts.append(f"validation mAP {val['map']:.4f}, R@1 {val['recall_at_1']:.4f}")
+        parts += ["as good as any so far"] if self.best["epoch"] == self.epoch else []
+        logger.info("epoch %d: %s", self.epoch, ", ".join(parts))
         if self.has_collapsed:
             logger.warning("epoch %d: the embeddings have collapsed, training ends: lower [training].learning_rate",
                            self.epoch)  # fmt: skip
         elif record["train_loss"] == 0.0:  # only a loss with a margin comes to that
             logger.warning("epoch %d: no triplet was active: raise [training].margin", self.epoch)
 
-    def _list_history(self) -> list[dict[str, Any]]:
+    def _describe_epoch(self, epoch: int, scores: Scores | None) -> Content:
         """Return what the same training gives again, whatever else the machine did or the log gets."""
         left_out = ("seconds", "step_losses")
-        return [{key: value for key, value in record.items() if key not in left_out} for record in self.history]
+        history = [{key: value for key, value in record.items() if key not in left_out} for record in self.history]
+        val = self.material.start.baselines | {"projector": scores}
+        return {"epoch": epoch, "metrics": {"epoch": epoch, "val": val, "history": history}}
 
     def describe(self) -> Content:
         """Return the checkpoint of the last epoch, with all that its readers and the next epoch need."""
-        config = self.config
-        folded = self.material.start.coordinates.fold(self.trainer.average)
+        config, start = self.config, self.material.start
+        folded = start.coordinates.fold(self.trainer.average)
         return self.trainer.state() | {
             "architecture": dict(folded.architecture),
             "projector": dict(folded.state_dict()),
-            "coordinates": self.material.start.coordinates.state(),
-            "epoch": self.epoch,
-            "start": self.note,
+            "coordinates": start.coordinates.state(),
+            "start": start.note,
             "trained_on": self.material.trained_on,
-            "metrics": {
-                "epoch": self.epoch,
-                "val": self.material.start.baselines | {"projector": self.history[-1]["val"]},
-                "history": self._list_history(),
-            },
+            **self._describe_epoch(self.epoch, self.history[-1]["val"]),
             "settings": {
                 "seed": config.global_.seed,
                 "training": config.training.model_dump(exclude={"init_checkpoint"}),
@@ -217,4 +206,4 @@ def begin_run(config: Config, material: Material, watch: Stopwatch, provenance: 
         torch.from_numpy(material.start.coordinates.spread),
     )  # fmt: skip
     logger.info("%d anchors an epoch, %d a step", trainer.num_anchors, trainer.batch_size)
-    return TrainingRun(config, material, trainer, watch, provenance, material.start.note)
+    return TrainingRun(config, material, trainer, watch, provenance)

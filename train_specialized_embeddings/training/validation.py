@@ -9,12 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.log import logger
 from pipeline.retrieval.features import Features, sample_buildings
-from pipeline.retrieval.scores import (
-    QueryScores,
-    list_unreached,
-    score_queries,
-    summarize_scores,
-)
+from pipeline.retrieval.scores import QueryScores, list_unreached, score_queries, summarize_scores
 
 CPU = torch.device("cpu")
 
@@ -55,7 +50,9 @@ class ValidationSet:
         return float(np.sqrt(np.square(around).sum()) / len(gains))
 
 
-def choose_validation_set(features: Features, max_images: int, seed: int, device: torch.device = CPU) -> ValidationSet:
+def choose_validation_set(
+    features: Features, max_images: int, seed: int, device: torch.device = CPU, recall_ranks: Sequence[int] = ()
+) -> ValidationSet:
     """Return the validation images, or whole buildings drawn from `seed` where there are more than `max_images`.
 
     At least two buildings are kept, or there would be nothing to mix up.
@@ -64,7 +61,7 @@ def choose_validation_set(features: Features, max_images: int, seed: int, device
     drawn = np.random.default_rng(seed).permutation(len(sizes))  # as sample_buildings does
     count = int((np.cumsum(sizes[drawn]) <= max_images).sum())
     chosen = sample_buildings(features, max(2, count), seed)
-    return ValidationSet(chosen.embeddings, chosen.building_codes, device)
+    return ValidationSet(chosen.embeddings, chosen.building_codes, device, recall_ranks)
 
 
 def measure_spread(embeddings: Embeddings) -> float:

@@ -1,13 +1,9 @@
 """The settings that the tuning varies; the rest stays as configured. docs/tuning.md lists them."""
 
+import operator
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from pipeline.config import Config
 
@@ -29,16 +25,15 @@ SPACE: dict[str, BaseDistribution] = {
 
 def apply(config: Config, values: dict[str, Any]) -> Config:
     """Return the configuration with these values of settings, by `section.key`."""
-    changed = {}
-    for section in {name.partition(".")[0] for name in values}:
-        keys = {name.partition(".")[2]: value for name, value in values.items() if name.startswith(section + ".")}
-        changed[section] = getattr(config, section).model_copy(update=keys)
-    return config.model_copy(update=changed)
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
+    return config
 
 
 def list_configured(config: Config) -> dict[str, Any]:
     """Return the configured values that lie in the space."""
-    values = {name: getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) for name in SPACE}
+    values = {name: operator.attrgetter(name)(config) for name in SPACE}
     return {name: value for name, value in values.items() if holds(name, value)}
 
 

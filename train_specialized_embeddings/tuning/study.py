@@ -15,7 +15,7 @@ from pipeline.cli import StageResult
 from pipeline.config import Config
 from pipeline.errors import HeldError, InputError, PipelineError, one_line
 from pipeline.files import tables, workspace
-from pipeline.log import Progress, Stopwatch, logger
+from pipeline.log import Stopwatch, logger
 from pipeline.retrieval.checkpoint import save_checkpoint
 from train_specialized_embeddings.training.fitting import read_material, training_within_memory
 from train_specialized_embeddings.training.metric_sinks import sending_metrics
@@ -128,21 +128,18 @@ class Tuning:
         Raises PipelineError where training diverges or the GPU cannot hold it, TrialPruned where other trials were
         better.
         """
-        config = search_space.apply(self.config, trial.params)
-        objective = self.options.objective
+        config, objective = search_space.apply(self.config, trial.params), self.options.objective
         settings = self.provenance["settings"] | trial.params
         provenance = self.provenance | {"settings": settings, "trial": trial.number}
         folder = self.folder / f"trial_{trial.number:04d}"
         with training_within_memory(config), sending_metrics(config.logging, folder, provenance) as send:
             run = begin_run(config, material, watch, provenance)
-            total = config.training.num_epochs * run.trainer.num_anchors
-            with Progress(f"trial {trial.number}", total, "anchor") as bar:
-                for record in run.run_epochs(bar):
-                    send(record)
-                    if record["epoch"] and record["val"]:
-                        trial.report(record["val"][objective], record["epoch"])
-                    if trial.should_prune():
-                        raise optuna.TrialPruned
+            for record in run.run_epochs(f"trial {trial.number}"):
+                send(record)
+                if record["epoch"] and record["val"]:
+                    trial.report(record["val"][objective], record["epoch"])
+                if trial.should_prune():
+                    raise optuna.TrialPruned
             run.settle()
         if self.options.save_checkpoints:
             save_checkpoint(folder / "checkpoint_best.pt", run.best)

@@ -1,6 +1,7 @@
 """Write the results of a study: the best settings as a TOML fragment, and a table of the trials."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _render_toml(complete: list[FrozenTrial], objective: str, configured: dict[s
     else:
         lines.append("# No complete trial has the settings as configured: they may be better.")
         logger.warning("best.toml: no complete trial has the settings as configured: they may be better")
-    for section in dict.fromkeys(name.partition(".")[0] for name in SPACE):
-        own_keys = [name.partition(".")[2] for name in SPACE if name.startswith(section + ".") and name in best.params]
-        lines += ["", f"[{section}]", *(f"{key} = {json.dumps(best.params[f'{section}.{key}'])}" for key in own_keys)]
+    for section, names in itertools.groupby(SPACE, lambda name: name.partition(".")[0]):
+        values = {name.partition(".")[2]: best.params[name] for name in names if name in best.params}
+        lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
