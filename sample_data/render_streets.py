@@ -14,11 +14,11 @@ import os
 import sys
 import tarfile
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from sample_data.renderer.city import MAX_BUILDINGS, NUM_DATASETS, SINGLETONS, S
 from sample_data.renderer.street_scene import photograph_street
 
 MARKER_NAME = ".render.json"
-MIN_SIZE_PX, MAX_SIZE_PX = 48, 1024
+SIZES_PX = 48, 1024
 RENDERER_DIR = Path(__file__).with_name("renderer")
 
 Photograph = tuple[str, bytes, bytes]  # stem, JPEG, metadata
@@ -76,26 +76,15 @@ def render_streets(output_dir: Path, workers: int, **city: int) -> list[Path]:
 
 
 def photograph_datasets(streets: list[Street], workers: int) -> Iterator[tuple[int, list[Photograph]]]:
-    """Photograph streets in parallel; yield each dataset's photographs when its last street is done.
-
-    A single worker is this process.
-    """
-    waiting = Counter(street.dataset_id for street in streets)
-    done: dict[int, list[Photograph]] = defaultdict(list)
+    """Photograph streets in parallel and yield each dataset's photographs; a single worker is this process."""
     with ExitStack() as stack:
-        if workers > 1:
-            # Longest first, so that no core is idle while the last street is rendered; spawned, so that no state of
-            # this process (threads, in tests) leaks into the children.
-            streets = sorted(streets, key=lambda street: -len(street.photos))
+        found = map(photograph_street, streets)
+        if workers > 1:  # spawned, so that no state of this process (threads, in tests) leaks into the children
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
             found = pool.map(photograph_street, streets)
-        else:
-            found = map(photograph_street, streets)
-        for street, photographs in zip(streets, found, strict=True):
-            done[street.dataset_id] += photographs
-            waiting[street.dataset_id] -= 1
-            if not waiting[street.dataset_id]:
-                yield street.dataset_id, sorted(done.pop(street.dataset_id))
+        together = zip(streets, found, strict=True)
+        for dataset_id, group in groupby(together, lambda pair: pair[0].dataset_id):
+            yield dataset_id, sorted(photograph for _, photographs in group for photograph in photographs)
 
 
 def write_tar(path: Path, dataset_id: int, photographs: list[Photograph], seed: int) -> None:
@@ -106,15 +95,10 @@ def write_tar(path: Path, dataset_id: int, photographs: list[Photograph], seed: 
         members += [(f"{folder}/{stem}.jpg", jpeg), (f"{folder}/{stem}.txt", metadata)]
     order = Generator(PCG64(SeedSequence(seed, spawn_key=(dataset_id - 1,)))).permutation(len(members))
     with writing_to(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i in order.tolist():
-            add_member(tar, *members[i])
-
-
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a file without time and owner (TarInfo's defaults)."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+        for name, data in (members[i] for i in order.tolist()):
+            member = tarfile.TarInfo(name)  # without time and owner
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def log(line: str) -> None:
@@ -139,13 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__, config=False)
     parser.add_argument("--output", type=Path, required=True, help="folder for the tars")
     parser.add_argument("--seed", type=bounded(0, 2**31 - 1), default=0)
-    parser.add_argument(
-        "--buildings", type=bounded(NUM_DATASETS, MAX_BUILDINGS), default=150,
-        help=f"targets with 2 to 7 images; {SINGLETONS} more get a single one",
-    )  # fmt: skip
-    parser.add_argument(
-        "--size", type=bounded(MIN_SIZE_PX, MAX_SIZE_PX), default=448, help="side of the images in pixels"
-    )
+    help_text = f"targets with 2 to 7 images; {SINGLETONS} more get a single one"
+    parser.add_argument("--buildings", type=bounded(NUM_DATASETS, MAX_BUILDINGS), default=150, help=help_text)
+    parser.add_argument("--size", type=bounded(*SIZES_PX), default=448, help="side of the images in pixels")
     parser.add_argument("--workers", type=bounded(1, 256), default=len(os.sched_getaffinity(0)), help="processes")
     arguments = parser.parse_args(argv)
     city = {"seed": arguments.seed, "buildings": arguments.buildings, "size": arguments.size}

@@ -15,16 +15,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
+import pyarrow as pa
+
 import run_pipeline
 from evaluate_embeddings.scores.tables import format_metrics_table
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config, load_config
 from pipeline.errors import InputError
+from pipeline.files.archive import read_placed
+from pipeline.files.identity import identify
+from pipeline.files.tables import is_complete, make_provenance, open_parquet, parquet_writer
+from pipeline.ids import tar_name
 from pipeline.log import logger
 from publish_model import cluster_embeddings
 from sample_data import convert_lite0, render_streets
-from sample_data.package_split import package_split
 
+PACKAGE_SCHEMA = pa.schema([("image_bytes", pa.binary()), ("OSMID", pa.string()), ("is_valid", pa.bool_())])
+# Images in memory at a time, and in a row group of the package.
+BATCH_ROWS = 256
 DEMO_CONFIG_PATH = PROJECT_ROOT / "sample_data" / "demo.toml"
 OUTPUT_DIR = PROJECT_ROOT / "demo_output"
 
@@ -43,6 +51,22 @@ def configure(raw_dir: Path | None) -> Config:
     config_path.parent.mkdir(parents=True, exist_ok=True)
     config_path.write_text(moved, encoding="utf-8")
     return load_config(config_path)
+
+
+def package_split(config: Config, split: str, output_path: Path) -> None:
+    """Package the images of a split for stage 8, the building id in place of the OSMID, unless that is done."""
+    split_path, raw_dir = config.path("merged_dir") / f"{split}.parquet", config.path("raw_dir")
+    provenance = make_provenance("package_split", [identify(split_path)], {"split": split})
+    if is_complete(output_path, provenance, overwrite=False):
+        return
+    with parquet_writer(output_path, PACKAGE_SCHEMA, provenance) as writer:
+        for batch in open_parquet(split_path).iter_batches(BATCH_ROWS):
+            places = zip(
+                *(batch[name].to_pylist() for name in ("dataset_id", "image_offset", "image_size")), strict=True
+            )
+            images = [read_placed(raw_dir / tar_name(dataset_id), *place) for dataset_id, *place in places]
+            columns = [images, batch["building_id"], pa.repeat(pa.scalar(True), len(batch))]
+            writer.write_table(pa.table(columns, schema=PACKAGE_SCHEMA))
 
 
 def show_results(config: Config, results: list[cli.StageResult], seconds: float) -> None:

@@ -106,7 +106,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[in
     seconds = {}
     for stage in SCRIPTS:
         if stage == 8:
-            from sample_data.package_split import package_split
+            from sample_data.run_demo import package_split
 
             package_split(load_config(workspace / "config.toml"), "test", workspace / "packaged.parquet")
         seconds[stage] = run_to_the_end(stage, workspace)

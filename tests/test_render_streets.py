@@ -235,17 +235,17 @@ def test_other_parameters_render_everything_again(tmp_path: Path, capsys: pytest
 def test_a_killed_run_leaves_no_unfinished_tar_under_its_final_name_and_the_next_one_completes_it(
     tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_member = render_streets.add_member
+    add_file = tarfile.TarFile.addfile
     added: list[str] = []
 
-    def killed_in_the_second_tar(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-        if name.startswith("0002/") and added:
+    def killed_in_the_second_tar(tar: tarfile.TarFile, member: tarfile.TarInfo, data: io.BytesIO) -> None:
+        if member.name.startswith("0002/") and added:
             raise KeyboardInterrupt
-        added.append(name)
-        add_member(tar, name, data)
+        added.append(member.name)
+        add_file(tar, member, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(render_streets, "add_member", killed_in_the_second_tar)
+        patched.setattr(tarfile.TarFile, "addfile", killed_in_the_second_tar)
         with pytest.raises(KeyboardInterrupt):
             render(tmp_path)
     assert [path.name for path in tmp_path.glob("*.tar")] == ["0001.tar"]

@@ -17,6 +17,9 @@ from config_files import write_config
 from test_kills import SECTIONS as KILLS_SECTIONS
 from test_kills import read_data
 
+from pipeline.config import load_config
+from sample_data.run_demo import package_split
+
 REPO = Path(__file__).resolve().parents[1]
 LOCAL_SLURM = REPO / "tests" / "local-slurm.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
@@ -117,9 +120,10 @@ def make_local_run(folder: Path) -> None:
         ["sample_data/render_streets.py", "--output", f"{folder}/raw", "--buildings", "40", "--size", "128"],
         ["sample_data/convert_lite0.py", f"{folder}/backbone"],
         ["run_pipeline.py", *config, "--to-stage", "7"],
-        ["sample_data/package_split.py", *config, "--split", "test", "--output", f"{folder}/packaged.parquet"],
         ["run_pipeline.py", *config, "--from-stage", "8"],
     ):
+        if "8" in command:
+            package_split(load_config(folder / "config.toml"), "test", folder / "packaged.parquet")
         run = subprocess.run(
             [sys.executable, str(REPO / command[0]), *command[1:]],
             env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False,

@@ -18,7 +18,7 @@ from pipeline.files.units import UnitState
 from pipeline.stages import STAGES, TUNE, choose_stages
 from preprocess_raw_data import process_tar
 from slurm.control import scheduler, submit
-from slurm.control.plan import count_shards, make_plan
+from slurm.control.plan import Plan, count_shards
 from slurm.control.scheduler import QueuedTask, format_shards
 from slurm.control.submission import check_secrets, find_active, format_dependency, name_job_file
 from slurm.control.survey import survey
@@ -55,7 +55,7 @@ def config(tmp_path, write_config, make_tar):
 
 def plan(config, first=1, last=9, active=None, **cut):
     stages = choose_stages(config, first, last) or [TUNE]
-    return make_plan(Target(config.log_dir, config), stages, active or {}, **cut)
+    return Plan(Target(config.log_dir, config), stages, active or {}, **cut)
 
 
 def summarize(found):

@@ -114,8 +114,8 @@ def test_an_epoch_by_compiled_code_ends_near_where_the_plain_one_does() -> None:
     compiled.graph = StepGraph(compiled.judge, 20, backend="eager")
     reports = [trainer.run_epoch(Progress("train", None)) for trainer in (plain, compiled)]
     assert compiled.graph is not None
-    assert reports[1].num_negatives == reports[0].num_negatives
-    assert reports[1].step_losses == pytest.approx(reports[0].step_losses, rel=1e-4)
+    assert reports[1]["num_negatives"] == reports[0]["num_negatives"]
+    assert reports[1]["step_losses"] == pytest.approx(reports[0]["step_losses"], rel=1e-4)
     for one, other in zip(plain.projector.parameters(), compiled.projector.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -187,13 +187,13 @@ def test_a_losss_own_parameters_are_trained_saved_and_resumed(monkeypatch: pytes
     monkeypatch.setitem(LOSSES, "toy", ToyProxies)
     (one, data), (other, _) = (make_trainer(loss="toy", learning_rate=0.5) for _ in range(2))
     bar = Progress("train", None)
-    before = one.run_epoch(bar).train_loss
+    before = one.run_epoch(bar)["train_loss"]
     state = one.state()
     assert state["loss"]["proxies"].abs().sum() > 0
     assert len(state["loss"]["proxies"]) == len(data.building_ids)
     for _ in range(5):
         report = one.run_epoch(bar)
-    assert report.train_loss < before
+    assert report["train_loss"] < before
     other.restore(state)
     for _ in range(5):
         other.run_epoch(bar)
@@ -203,9 +203,9 @@ def test_a_losss_own_parameters_are_trained_saved_and_resumed(monkeypatch: pytes
 def test_an_epochs_report_is_that_of_all_its_steps() -> None:
     trainer, _ = make_trainer(anchors_per_epoch=70)
     report = trainer.run_epoch(Progress("train", None))
-    assert 70 / 4 <= report.num_negatives <= 74 / 2  # groups of 2 to 4 images
+    assert 70 / 4 <= report["num_negatives"] <= 74 / 2  # groups of 2 to 4 images
     assert (count_steps(trainer), trainer.epoch) == (4, 1)
-    assert sum(report.band_shares) == pytest.approx(1)
+    assert sum(report["band_shares"]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("loss", ["triplet", "multi_similarity"])
@@ -214,7 +214,7 @@ def test_the_bandit_turns_to_the_bands_whose_negatives_are_still_active(loss: st
     assert trainer.bandit is not None
     trainer.projector.shortcut.weight.data.zero_()  # all images coincide: every negative is active
     report = trainer.run_epoch(Progress("train", None))
-    assert report.active_share == pytest.approx(1.0, abs=0.01)
+    assert report["active_share"] == pytest.approx(1.0, abs=0.01)
     means = [reward / pulls for reward, pulls in zip(trainer.bandit.rewards, trainer.bandit.pulls, strict=True)]
     assert means == pytest.approx([1.0] * 7, abs=0.01)
 
@@ -240,9 +240,9 @@ def test_every_image_is_an_anchor_and_every_building_has_a_banded_negative(loss:
     trainer, data = make_trainer(loss=loss)
     report = trainer.run_epoch(Progress("train", None))
     num_buildings = int((np.bincount(data.building_codes) > 1).sum())
-    assert num_buildings <= report.num_negatives <= num_buildings + 3  # a pass over all images, and the rest of a batch
-    assert report.num_negatives < len(data) / 2
-    assert report.train_loss > 0
+    assert num_buildings <= report["num_negatives"] <= num_buildings + 3  # a pass, and the rest of a batch
+    assert report["num_negatives"] < len(data) / 2
+    assert report["train_loss"] > 0
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_an_epoch_is_a_pass_over_the_images_that_have_a_positive(batch_size: int
 def test_the_learning_rate_warms_up_and_stays() -> None:
     trainer, _ = make_trainer(warmup_epochs=1.5, anchors_per_epoch=76)
     peak, bar = trainer.optimizer.param_groups[0]["peak_lr"], Progress("train", None)
-    rates = [trainer.run_epoch(bar).learning_rates["shortcut"] / peak for _ in range(3)]
+    rates = [trainer.run_epoch(bar)["learning_rates"]["shortcut"] / peak for _ in range(3)]
     assert rates == pytest.approx([1 / 1.5, 1.0, 1.0])
     first, _ = make_trainer(warmup_epochs=0.0)
     first._set_rates(0.1)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.units import Unit
-from pipeline.stages import ROW_GROUP, STAGES, TAR, TUNE, Stage
+from pipeline.stages import BY_LABEL, ROW_GROUP, STAGES, TAR, Stage
 from slurm.control.scheduler import QueuedTask
 from slurm.control.target import Target
 
 # A task more is a model loaded once more: 64 GPUs are a large share of a cluster, and leave each of them minutes of
 # work at a million images (docs/slurm.md).
 DEFAULT_MAX_SHARDS = 64
+ALL = BY_LABEL.values()
 
 
 @dataclass(eq=False)
@@ -49,21 +50,28 @@ def count_shards(stage: Stage, num_units: int | None, array_size: int | None, ac
 class Plan:
     """The jobs to submit in order, what is left alone and why, and what later stages have to wait for."""
 
-    def __init__(self, target: Target, active: dict[int, list[QueuedTask]]) -> None:
+    def __init__(
+        self, target: Target, stages: Sequence[Stage], active: dict[int, list[QueuedTask]],
+        array_size: int | None = None,
+    ) -> None:  # fmt: skip
+        """Plan some stages, behind what of the others is in the queue.
+
+        `array_size` cuts a stage that is asked for alone, else those that work by tars or row groups. Raises
+        StaleOutputError where outputs were made from other inputs or settings.
+        """
         self.target, self.active = target, active
         self.jobs: list[PlannedJob] = []
         self.notes: list[str] = []
         # By stage and shard: what the stages behind it wait for; done shards are not among them.
         self.pending: dict[int, dict[int, Source]] = {
-            stage.number: {task.shard: task.name for task in active.get(stage.number, [])}
-            for stage in (*STAGES.values(), TUNE)
+            stage.number: {task.shard: task.name for task in active.get(stage.number, [])} for stage in ALL
         }
+        for stage in ALL:
+            if stage in stages:
+                is_cut = len(stages) == 1 or stage.unit in (TAR, ROW_GROUP)
+                self._add(stage, array_size if is_cut else None)
 
-    def add(self, stage: Stage, array_size: int | None) -> None:
-        """Plan the jobs of a stage.
-
-        Raises StaleOutputError where outputs were made from other inputs or settings.
-        """
+    def _add(self, stage: Stage, array_size: int | None) -> None:
         try:
             units: list[Unit] | None = self.target.list_units(stage)
         except InputError as error:
@@ -110,18 +118,3 @@ def _group(stage: Stage, shard_count: int, todo: list[int], waits: dict[int, lis
             after = tuple(source.partition("_")[0] if isinstance(source, str) else source for source in after)
         groups.setdefault(after, PlannedJob(stage, [], shard_count, after)).shards.append(shard)
     return list(groups.values())
-
-
-def make_plan(
-    target: Target, stages: Sequence[Stage], active: dict[int, list[QueuedTask]], array_size: int | None = None
-) -> Plan:
-    """Plan some stages, behind what of the others is in the queue.
-
-    `array_size` cuts a stage that is asked for alone, else those that work by tars or row groups.
-    """
-    plan = Plan(target, active)
-    for stage in (*STAGES.values(), TUNE):
-        if stage in stages:
-            is_cut = len(stages) == 1 or stage.unit in (TAR, ROW_GROUP)
-            plan.add(stage, array_size if is_cut else None)
-    return plan

@@ -66,10 +66,8 @@ def _run(
 
 def clean_environment() -> dict[str, str]:
     """Return the environment without tokens, and without what changes SLURM's answers or breaks the chain of jobs."""
-    hidden = {*IGNORED, *SECRETS}
-    return {
-        name: value for name, value in os.environ.items() if name not in hidden and not name.startswith(QUERY_SETTINGS)
-    }
+    hidden = {*IGNORED, *SECRETS, *(name for name in os.environ if name.startswith(QUERY_SETTINGS))}
+    return {name: value for name, value in os.environ.items() if name not in hidden}
 
 
 def list_queued() -> list[QueuedTask] | None:
@@ -98,10 +96,7 @@ def read_job_id(answer: str) -> str:
 
 def format_shards(shards: Iterable[int]) -> str:
     """Write shard numbers as sbatch's --array does: `0-3,7`."""
-    ranges: list[list[int]] = []
-    for shard in sorted(set(shards)):
-        if ranges and shard == ranges[-1][1] + 1:
-            ranges[-1][1] = shard
-        else:
-            ranges.append([shard, shard])
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)
+    numbers = set(shards)
+    firsts = sorted(shard for shard in numbers if shard - 1 not in numbers)
+    lasts = sorted(shard for shard in numbers if shard + 1 not in numbers)
+    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in zip(firsts, lasts, strict=True))

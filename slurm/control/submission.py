@@ -15,7 +15,7 @@ from pipeline.files.workspace import locked
 from pipeline.inference.model_files import locate_backbone
 from pipeline.stages import ROW_GROUP, STAGES, TUNE, Stage
 from slurm.control import scheduler
-from slurm.control.plan import Plan, PlannedJob, make_plan
+from slurm.control.plan import Plan, PlannedJob
 from slurm.control.scheduler import QueuedTask
 from slurm.control.target import Target
 
@@ -59,8 +59,7 @@ def submit(request: Request) -> None:
 
 def plan_now(request: Request) -> Plan:
     """Plan with what is in the queue now, and say on stderr what is left alone, and why."""
-    arguments = request.arguments
-    plan = make_plan(request.target, request.stages, find_active(request.target), arguments.array_size)
+    plan = Plan(request.target, request.stages, find_active(request.target), request.arguments.array_size)
     for note in plan.notes:
         print(note, file=sys.stderr)
     environment = [option for job in plan.jobs for option in environment_options(job.stage)]
@@ -109,25 +108,23 @@ def name_job_file(stage: Stage) -> str:
 
 def build_command(job: PlannedJob, request: Request, ids: dict[PlannedJob, str]) -> list[str]:
     """Return the sbatch command of a job; `ids` names the jobs that it waits for."""
-    stage, target = job.stage, request.target
-    command = ["sbatch", "--parsable"]
-    if request.arguments.account:
-        command.append(f"--account={request.arguments.account}")
+    stage, target, arguments = job.stage, request.target, request.arguments
+    command = ["sbatch", "--parsable", *([f"--account={arguments.account}"] if arguments.account else [])]
     if stage.is_array:
-        most = f"%{request.arguments.max_concurrent}" if request.arguments.max_concurrent else ""
+        most = f"%{arguments.max_concurrent}" if arguments.max_concurrent else ""
         shards = "0-0" if job.shards == [0] else scheduler.format_shards(job.shards)
         command.append(f"--array={shards}{most}")
-    dependency = format_dependency(job, ids)
-    if dependency:
+    if dependency := format_dependency(job, ids):
         command += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
-    command += [*environment_options(stage), *request.sbatch_options]
-    command.append(f"--job-name={target.name_jobs(stage)}-{job.shard_count}")
     log_dir = str(target.log_dir).replace("%", "%%")  # percent signs of a path are no patterns
-    command.append(f"--output={log_dir}/slurm/%x-{'%A_%a' if stage.is_array else '%j'}.log")
-    command.append(str(PROJECT_ROOT / name_job_file(stage)))
-    if stage.is_array:
-        command += ["--shards", str(job.shard_count)]
-    return [*command, *target.list_arguments(stage), *request.stage_options]
+    return [
+        *command, *environment_options(stage), *request.sbatch_options,
+        f"--job-name={target.name_jobs(stage)}-{job.shard_count}",
+        f"--output={log_dir}/slurm/%x-{'%A_%a' if stage.is_array else '%j'}.log",
+        str(PROJECT_ROOT / name_job_file(stage)),
+        *(["--shards", str(job.shard_count)] if stage.is_array else []),
+        *target.list_arguments(stage), *request.stage_options,
+    ]  # fmt: skip
 
 
 def format_dependency(job: PlannedJob, ids: dict[PlannedJob, str]) -> str:

@@ -45,9 +45,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     """Return the options, the words that go to sbatch, and those that go to the stage."""
-    words = list(argv)
-    place = words.index("--") if "--" in words else len(words)
-    own, stage_options = words[:place], words[place + 1 :]
+    place = argv.index("--") if "--" in argv else len(argv)
+    own, stage_options = list(argv[:place]), list(argv[place + 1 :])
     parser = cli.make_parser(__doc__ or "")
     add_common_options(parser)
     kind = own.pop(0) if own and own[0] in ("pipeline", "stage") else "pipeline"

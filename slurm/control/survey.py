@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,11 @@ def survey(config: Config, overrides: Sequence[str] = ()) -> list[dict[str, Any]
     queued = scheduler.list_queued()
     stages = []
     for stage in STAGES.values():
-        try:
+        with suppress(ConfigError):  # the configuration does not say where that stage writes
             jobs = target.name_jobs(stage)
-        except ConfigError:
-            continue
-        if stage.number != 8 or has_new_data(config):
-            own = None if queued is None else [task for task in queued if task.jobs == jobs]
-            stages.append(describe_stage(target, config, stage, own))
+            if stage.number != 8 or has_new_data(config):
+                own = None if queued is None else [task for task in queued if task.jobs == jobs]
+                stages.append(describe_stage(target, config, stage, own))
     return stages
 
 
@@ -59,19 +58,17 @@ def describe_stage(target: Target, config: Config, stage: Stage, queued: list[Qu
 
     `total`, its number of shards, is None where nothing tells it yet.
     """
-    try:
+    found, logs = list[UnitState](), find_logs(target, stage)
+    with suppress(InputError, ConfigError):
         found = [look_at(unit) for unit in target.list_units(stage)]
-    except (InputError, ConfigError):
-        found = []
-    logs = find_logs(target, stage)
     counts = [task.shard_count for task in queued or []] or [count for count, _, _ in logs[-1:]]
     total = counts[0] if counts else (len(found) or None) if stage.unit == TAR else 1
     # The last job that has a shard counts, if it cuts the work as the last one does.
-    last = {shard: path for count, shard, path in logs if count == total}
+    last = {shard: read_log(path) for count, shard, path in logs if count == total}
     tasks = {task.shard: task for task in queued or [] if task.shard_count == total}
     states, failures, may_retry, accounts = [], [], False, list[str]()
     for shard in range(total or 0):
-        units, log = take_shard(stage, found, shard, total or 1), read_log(last[shard]) if shard in last else None
+        units, log = take_shard(stage, found, shard, total or 1), last.get(shard)
         problem = next((unit.problem for unit in units if unit.problem), "")
         states.append(judge_shard(target, stage, units, log, tasks.get(shard), queued is not None))
         accounts += [log.account] if log and log.account else []

@@ -4,7 +4,6 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import InputError, StaleOutputError
@@ -26,7 +25,7 @@ class Target:
     def list_arguments(self, stage: Stage) -> list[str]:
         """Return the stage's command line, without its shard."""
         if stage.unit == ROW_GROUP:
-            return spell_options(self.embedding or _import_stage(stage).read_options(self.config))
+            return spell_options(self.embedding or importlib.import_module(stage.module).read_options(self.config))
         assert self.config is not None
         return ["--config", str(self.config.file_path), *spell_overrides(self.overrides)]
 
@@ -41,10 +40,8 @@ class Target:
 
     def list_units(self, stage: Stage) -> list[Unit]:
         """Return a stage's units in the order in which shards take them; InputError if their input is missing."""
-        module = _import_stage(stage)
-        units: list[Unit] = (
-            module.list_row_groups(self.embedding) if self.embedding is not None else module.list_units(self.config)
-        )
+        module = importlib.import_module(stage.module)
+        units: list[Unit] = module.list_row_groups(self.embedding) if self.embedding else module.list_units(self.config)
         return units
 
     def is_shard_done(self, states: list[UnitState]) -> bool:
@@ -64,9 +61,8 @@ class Target:
         at night.
         """
         states = [look_at(unit) for unit in units]
-        for state in states:
-            if state.problem:
-                raise StaleOutputError(state.problem)
+        if problem := next((state.problem for state in states if state.problem), ""):
+            raise StaleOutputError(problem)
         if stage.unit == WORKER or (self.embedding is not None and self.embedding.limit):
             return [False] * shard_count
         return [self.is_shard_done(take_shard(stage, states, shard, shard_count)) for shard in range(shard_count)]
@@ -101,7 +97,3 @@ def spell_options(options: EmbedOptions) -> list[str]:
         if not isinstance(value, bool):
             words.append(",".join(value) if isinstance(value, tuple) else str(value))
     return words
-
-
-def _import_stage(stage: Stage) -> Any:
-    return importlib.import_module(stage.module)

@@ -66,23 +66,19 @@ class StepGraph:
 
     def works(self, features: torch.Tensor, batch: Batch, weights: Sequence[torch.Tensor]) -> bool:
         """Try it forward and backward; only the gradients of `weights` are lost. Log why where it fails."""
-        states = torch.get_rng_state(), torch.cuda.get_rng_state(features.device) if features.is_cuda else None
         try:
-            for _ in range(TRIALS):
-                torch.compiler.cudagraph_mark_step_begin()
-                self.judge(features, batch).loss.backward()
-                for weight in weights:  # a gradient lies in the graph's memory, where the next run writes over it
-                    weight.grad = None
+            with torch.random.fork_rng([features.device] if features.is_cuda else []):
+                for _ in range(TRIALS):
+                    torch.compiler.cudagraph_mark_step_begin()
+                    self.judge(features, batch).loss.backward()
+                    for weight in weights:  # a gradient lies in the graph's memory, where the next run writes over it
+                        weight.grad = None
         except torch.cuda.OutOfMemoryError:
             raise
         except COMPILE_ERRORS as error:
             logger.warning("steps are not captured as graphs, which is slower: %s", one_line(error)[:200])
             logger.info("why no step was captured, whole: %s", one_line(error), extra={"file_only": True})
             return False
-        finally:
-            torch.set_rng_state(states[0])
-            if states[1] is not None:
-                torch.cuda.set_rng_state(states[1], features.device)
         return True
 
 

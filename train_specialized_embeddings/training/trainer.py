@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,17 +30,12 @@ TILE = 1024
 _AVERAGE_DECAY = 0.8
 
 
-@dataclass(frozen=True)
-class EpochReport:
-    """The figures of an epoch's training; those of epoch 0 are the defaults."""
-
-    train_loss: float | None = None  # mean over anchors
-    active_share: float | None = None  # of the banded negatives, those within the margin of a positive
-    band_shares: list[float] | None = None
-    learning_rates: dict[str, float] | None = None  # at the epoch's last step
-    num_negatives: int = 0  # banded ones
-    bandit_rewards: list[float | None] | None = None  # by band
-    step_losses: list[float] | None = None  # means over the anchors of each step
+# An epoch's figures: the mean loss over anchors; of the banded negatives the share within the margin of a positive,
+# the shares by band and the number; the rates at the last step; the bandit's rewards by band; each step's mean loss.
+UNTRAINED: dict[str, Any] = {
+    "train_loss": None, "active_share": None, "band_shares": None, "learning_rates": None, "num_negatives": 0,
+    "bandit_rewards": None, "step_losses": None,
+}  # fmt: skip
 
 
 class Trainer:
@@ -79,7 +73,7 @@ class Trainer:
         }  # fmt: skip
 
     @full_precision()  # of what autocast leaves in float32, whatever the environment says: the shortcut centres
-    def run_epoch(self, progress: Progress) -> EpochReport:
+    def run_epoch(self, progress: Progress) -> dict[str, Any]:
         """Train on one epoch's anchors; raise PipelineError where there is no negative or the loss is not a number."""
         self.projector.train()
         parts = self.sampler.draw_groups(self.num_anchors, self.batch_size)
@@ -106,7 +100,7 @@ class Trainer:
                 mean.lerp_(weight, 1 - _AVERAGE_DECAY)
         return self._report(torch.stack(sums).tolist(), [len(part.rows) for part in parts], totals.tolist())
 
-    def _report(self, losses: list[float], sizes: list[int], totals: list[list[float]]) -> EpochReport:
+    def _report(self, losses: list[float], sizes: list[int], totals: list[list[float]]) -> dict[str, Any]:
         by_band, active_by_band = totals
         total = sum(by_band)
         if not total:
@@ -117,12 +111,15 @@ class Trainer:
         loss = sum(losses) / sum(sizes)
         if not math.isfinite(loss):
             raise PipelineError("training diverged (the loss is not a number): lower [training].learning_rate")
-        return EpochReport(
-            train_loss=loss, active_share=sum(active_by_band) / total, band_shares=[count / total for count in by_band],
-            learning_rates={group["name"]: float(group["lr"]) for group in self.optimizer.param_groups},
-            num_negatives=int(total), bandit_rewards=self.bandit.list_means() if self.bandit else None,
-            step_losses=[loss / size for loss, size in zip(losses, sizes, strict=True)],
-        )  # fmt: skip
+        return {
+            "train_loss": loss,
+            "active_share": sum(active_by_band) / total,
+            "band_shares": [count / total for count in by_band],
+            "learning_rates": {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups},
+            "num_negatives": int(total),
+            "bandit_rewards": self.bandit.list_means() if self.bandit else None,
+            "step_losses": [loss / size for loss, size in zip(losses, sizes, strict=True)],
+        }
 
     def _set_rates(self, place: float) -> None:
         """Set the learning rates for the step that ends so many epochs after the start: constant after a warm-up."""

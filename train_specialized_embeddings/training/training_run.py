@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import QueryScores
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.training.starts import Start, make_projector
-from train_specialized_embeddings.training.trainer import EpochReport, Trainer
+from train_specialized_embeddings.training.trainer import UNTRAINED, Trainer
 from train_specialized_embeddings.training.validation import Scores, ValidationSet, measure_spread
 
 # Embeddings have collapsed where their spread is below this share of the start's.
@@ -82,7 +82,7 @@ class TrainingRun:
         num_anchors = self.trainer.num_anchors
         with Progress(label, self.config.training.num_epochs * num_anchors, "anchor") as progress:
             if not self.history:
-                yield self._add_epoch(EpochReport(), time.monotonic())
+                yield self._add_epoch(UNTRAINED, time.monotonic())
             progress.resume_at(self.epoch * num_anchors)
             while not self.is_over:
                 started = time.monotonic()
@@ -133,10 +133,10 @@ class TrainingRun:
         peak = {name: torch.from_numpy(values) for name, values in vars(self.peak).items()}
         return self.describe() | {"best": self.best, "history": self.history, "peak": peak}
 
-    def _add_epoch(self, report: EpochReport, started: float) -> dict[str, Any]:
+    def _add_epoch(self, report: dict[str, Any], started: float) -> dict[str, Any]:
         """Validate if it is time, add the epoch's record and return it; keep its checkpoint if none is better."""
         epoch, section, validation = len(self.history), self.config.training, self.material.validation
-        record: dict[str, Any] = {"epoch": epoch, **asdict(report)}
+        record: dict[str, Any] = {"epoch": epoch, **report}
         if not self.config.logging.step_losses:
             del record["step_losses"]
         each = scores = None
