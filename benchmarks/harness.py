@@ -1,4 +1,4 @@
-"""Time calls in turns, measure memory, describe the machine, and write results as Markdown and JSON."""
+"""Time calls in turns, measure memory, describe the machine, and write results as a table and JSON."""
 
 import argparse
 import datetime
@@ -9,11 +9,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 
 from pipeline.config import count_cores
@@ -104,23 +105,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows, of the same keys each, as a Markdown table."""
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([format_cell(row[name]) for name in names] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def format_cell(value: object) -> str:
-    """Return a value with as many digits as a reader needs."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def write_results(rows: list[dict[str, Any]], output: Path | None, **more: Any) -> None:
     """Print the rows as a table to stderr and everything as JSON to stdout, and to a file if there is one."""
-    print(format_table(rows), file=sys.stderr)
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:,.4g}".format), file=sys.stderr)
     text = json.dumps({"rows": rows, **more, "machine": describe_machine()}, indent=2)
     print(text)
     if output:

@@ -41,7 +41,14 @@ PROCESSOR: dict[str, Any] = {
     "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3,
 }  # fmt: skip
-BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+# Lite0's names of layers and transformers': outside the blocks, and inside them.
+LAYERS = (
+    {"_conv_stem": "embeddings.convolution", "_bn0": "embeddings.batchnorm", "_conv_head": "encoder.top_conv",
+     "_bn1": "encoder.top_bn"},
+    {"_expand_conv": "expansion.expand_conv", "_bn0": "expansion.expand_bn", "_bn1": "depthwise_conv.depthwise_norm",
+     "_depthwise_conv": "depthwise_conv.depthwise_conv", "_project_conv": "projection.project_conv",
+     "_bn2": "projection.project_bn"},
+)  # fmt: skip
 IDENTITY_BIAS = 40.0  # sigmoid(40) is 1.0 in float32
 MODEL_CARD = f"""---
 license: apache-2.0
@@ -76,33 +83,17 @@ def convert(source: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    source, target = dict(source), {}
-
-    def move(old: str, new: str, parts: Sequence[str] = ("weight",)) -> None:
-        for part in parts:
-            target[f"{new}.{part}"] = source.pop(f"{old}.{part}")
-
-    try:
-        move("_conv_stem", "embeddings.convolution")
-        move("_bn0", "embeddings.batchnorm", BATCH_NORM)
-        for index in range(sum(REPEATS)):
-            old, new = f"_blocks.{index}.", f"encoder.blocks.{index}."
-            if f"{old}_expand_conv.weight" in source:
-                move(f"{old}_expand_conv", f"{new}expansion.expand_conv")
-                move(f"{old}_bn0", f"{new}expansion.expand_bn", BATCH_NORM)
-            move(f"{old}_depthwise_conv", f"{new}depthwise_conv.depthwise_conv")
-            move(f"{old}_bn1", f"{new}depthwise_conv.depthwise_norm", BATCH_NORM)
-            move(f"{old}_project_conv", f"{new}projection.project_conv")
-            move(f"{old}_bn2", f"{new}projection.project_bn", BATCH_NORM)
-            for part in ("reduce.weight", "reduce.bias", "expand.weight", "expand.bias"):
-                name = f"{new}squeeze_excite.{part}"
-                target[name] = torch.full_like(own[name], IDENTITY_BIAS if part == "expand.bias" else 0.0)
-        move("_conv_head", "encoder.top_conv")
-        move("_bn1", "encoder.top_bn", BATCH_NORM)
-    except KeyError as error:
-        raise InputError(f"{REQUIREMENT}: its weights lack {error}: install that version") from None
-    if set(source) != {"_fc.weight", "_fc.bias"}:
-        raise InputError(f"{REQUIREMENT}: its weights hold more than expected, {min(source)}: install that version")
+    target = {
+        name: torch.full_like(values, IDENTITY_BIAS if name.endswith("expand.bias") else 0.0)
+        for name, values in own.items() if ".squeeze_excite." in name
+    }  # fmt: skip
+    for name, values in source.items():
+        *block, layer, part = name.split(".")  # _blocks.3._bn1.weight, or _conv_stem.weight
+        if layer != "_fc":
+            prefix = f"encoder.blocks.{block[1]}." if block else ""
+            target[f"{prefix}{LAYERS[bool(block)].get(layer, layer)}.{part}"] = values
+    if wrong := target.keys() ^ own.keys():
+        raise InputError(f"{REQUIREMENT}: its weights are others than expected ({min(wrong)}): install that version")
     return target
 
 

@@ -23,16 +23,6 @@ def test_calls_take_turns_and_the_least_time_counts() -> None:
     assert max(seconds.values()) < 0.1
 
 
-def test_a_table_has_a_line_for_each_row() -> None:
-    table = harness.format_table([{"what": "x", "n": 12_345, "s": 0.12345}, {"what": "y", "n": 1, "s": 12345.6}])
-    assert table.splitlines() == [
-        "| what | n | s |",
-        "| --- | --- | --- |",
-        "| x | 12,345 | 0.123 |",
-        "| y | 1 | 12,346 |",
-    ]
-
-
 @pytest.mark.slow
 def test_inference_fills_the_table(tmp_path, toy_backbone, capsys):
     path = tmp_path / "inference.json"

@@ -86,7 +86,7 @@ def place_bay(facade: Facade, columns: Array) -> set[int]:
             storey = builder.upper_m if floor else builder.ground_m
             inset = 0.14 if panel.x1 - panel.x0 > 0.6 else 0.1
             z0, z1 = base + 0.75, min(base + storey - 0.35, top - 0.2)
-            facade.openings.append(Opening("bay", panel.x0 + inset, panel.x1 - inset, z0, z1, "flat", 0.0, (1, 2)))
+            facade.openings.append(Opening(panel.x0 + inset, panel.x1 - inset, z0, z1, "bay", "flat", 0.0, (1, 2)))
     return {column}
 
 
@@ -104,7 +104,7 @@ def fill_storey(facade: Facade, floor: int, columns: Array, taken: set[int], rng
             continue
         x = float(centre) + (0.3 * (pitch - width) * (-1) ** (floor + i) if builder.rhythm == "shifted" else 0.0)
         kind = "blind" if len(columns) > 3 and rng.random() < 0.015 else "window"
-        window = Opening(kind, x - width / 2, x + width / 2, base + low, min(z1, base + builder.upper_m - 0.2),
+        window = Opening(x - width / 2, x + width / 2, base + low, min(z1, base + builder.upper_m - 0.2), kind,
                          builder.window_top, 0.2, builder.panes)  # fmt: skip
         facade.openings.append(window)
         add_trimmings(facade, window, floor, i)
@@ -160,7 +160,7 @@ def add_home(facade: Facade, columns: Array, taken: set[int]) -> None:
     for i in free:
         x = float(columns[i])
         if i == door_column:
-            door = Opening("door", x - 0.55, x + 0.55, lift, lift + min(2.75, builder.ground_m - lift - 0.3),
+            door = Opening(x - 0.55, x + 0.55, lift, lift + min(2.75, builder.ground_m - lift - 0.3), "door",
                            "round" if builder.window_top == "round" else "flat", 0.25)  # fmt: skip
             facade.openings.append(door)
             facade.add((x - 0.8, x + 0.8), (0.0, lift * 0.5), 0.7, (170, 166, 158))
@@ -169,10 +169,10 @@ def add_home(facade: Facade, columns: Array, taken: set[int]) -> None:
                 facade.add((x - 0.85, x + 0.85), (door.z1 + 0.1, door.z1 + 0.28), 0.6, builder.trim_rgb)
         elif i == garage_column:
             half = min(1.3, builder.column_m / 2 - 0.2)
-            facade.openings.append(Opening("garage", x - half, x + half, 0.05, 2.35, reveal_m=0.22))
+            facade.openings.append(Opening(x - half, x + half, 0.05, 2.35, "garage", reveal_m=0.22))
         else:
             z0 = lift + 0.6
-            window = Opening("window", x - width / 2, x + width / 2, z0, max(z0 + 1.1, builder.ground_m - 0.55),
+            window = Opening(x - width / 2, x + width / 2, z0, max(z0 + 1.1, builder.ground_m - 0.55), "window",
                              builder.window_top, 0.2, builder.panes)  # fmt: skip
             facade.openings.append(window)
             add_trimmings(facade, window, 0, i)
@@ -189,9 +189,9 @@ def add_shop(facade: Facade, rng: Generator) -> None:
         left, right = 0.3 + i * step + 0.14, 0.3 + (i + 1) * step - 0.14
         if i == door_bay:
             right -= 1.15
-            facade.openings.append(Opening("door", right + 0.12, right + 1.15, 0.08, head, reveal_m=0.35))
+            facade.openings.append(Opening(right + 0.12, right + 1.15, 0.08, head, "door", reveal_m=0.35))
         panes = (max(1, round((right - left) / 1.3)), 1)
-        facade.openings.append(Opening("shop", left, right, 0.5, head, "flat", 0.08, panes))
+        facade.openings.append(Opening(left, right, 0.5, head, "shop", "flat", 0.08, panes))
         facade.add((0.3 + i * step - 0.1, 0.3 + i * step + 0.1), (0.0, head + 0.05), 0.1, darken(house.shop_rgb, 0.85))
     facade.fascia = (0.2, house.width_m - 0.2, head + 0.06, head + 0.6)
     facade.add((0.15, house.width_m - 0.15), (head + 0.6, head + 0.7), 0.3, darken(house.shop_rgb, 0.9))
@@ -208,7 +208,7 @@ def add_lobby(facade: Facade, columns: Array) -> None:
     for i, x in enumerate(columns.tolist()):
         kind = "entrance" if i == entrance else "hall"
         z0 = 0.08 if kind == "entrance" else (0.12, 0.6)[house.seed % 2]
-        facade.openings.append(Opening(kind, x - half, x + half, z0, builder.ground_m - 0.5, "flat", 0.3, (2, 2)))
+        facade.openings.append(Opening(x - half, x + half, z0, builder.ground_m - 0.5, kind, "flat", 0.3, (2, 2)))
         if kind == "entrance":
             span = (x - half - 0.4, x + half + 0.4)
             facade.add(span, (builder.ground_m - 0.45, builder.ground_m - 0.25), 1.3, builder.frame_rgb)

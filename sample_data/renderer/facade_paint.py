@@ -101,7 +101,7 @@ def paint_gable(sheet: Sheet, facade: Facade) -> None:
     middle, base = house.width_m / 2, facade.height_m
     half = min(0.55, house.width_m * 0.09)
     top = "round" if builder.roof != "front" or house.seed % 2 else "flat"
-    attic = Opening("window", middle - half, middle + half, base + 0.15, base + 1.35, top)
+    attic = Opening(middle - half, middle + half, base + 0.15, base + 1.35, "window", top)
     paint_window(sheet, attic, builder, (60, 66, 74), 90)
     edge = sheet.texels(facade.outline[2:])
     sheet.brush.line(edge, darken(builder.trim_rgb, 0.98), width=max(1, round(0.22 * sheet.density)))
@@ -148,7 +148,7 @@ def paint_surround(sheet: Sheet, opening: Opening, builder: Builder) -> None:
     if builder.head in {"surround", "pediment", "keystone"}:
         sheet.polygon(opening.outline(-0.13), darken(builder.trim_rgb, 0.97))
     elif builder.head == "soldier":
-        head = Opening("", opening.x0 - 0.1, opening.x1 + 0.1, opening.z0, opening.z1 + 0.24, opening.top)
+        head = Opening(opening.x0 - 0.1, opening.x1 + 0.1, opening.z0, opening.z1 + 0.24, "", opening.top)
         upper = head.outline()[2:]
         sheet.polygon(np.concatenate([upper, opening.outline()[2:][::-1]]), darken(builder.wall_rgb, 0.8))
     elif opening.top != "flat":

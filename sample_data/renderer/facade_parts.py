@@ -13,43 +13,47 @@ from sample_data.renderer.street_geometry import Array
 
 
 @dataclass(frozen=True)
-class Opening:
-    """A hole in the wall: a window, a door, a shop's glass or a garage."""
+class Part:
+    """A rectangle of the front."""
 
-    kind: str
     x0: float
     x1: float
     z0: float
     z1: float
+
+    def corners(self, inset: float = 0.0) -> Array:
+        """Return the corners (4, 2) as (x, z), counter-clockwise from the lower left, drawn in by `inset`."""
+        x0, x1, z0, z1 = self.x0 + inset, self.x1 - inset, self.z0 + inset, self.z1 - inset
+        return np.array([(x0, z0), (x1, z0), (x1, z1), (x0, z1)])
+
+
+@dataclass(frozen=True)
+class Opening(Part):
+    """A hole in the wall: a window, a door, a shop's glass or a garage."""
+
+    kind: str
     top: str = "flat"
     reveal_m: float = 0.18
     panes: tuple[int, int] = (1, 1)
 
     def outline(self, inset: float = 0.0) -> Array:
-        """Return the corners (N, 2) as (x, z), counter-clockwise from the lower left, drawn in by `inset`."""
-        x0, x1, z0, z1 = self.x0 + inset, self.x1 - inset, self.z0 + inset, self.z1 - inset
+        """Return the corners (N, 2) as `corners` does, with those of an arch at the top."""
+        corners = self.corners(inset)
         if self.top == "flat":
-            return np.array([(x0, z0), (x1, z0), (x1, z1), (x0, z1)])
+            return corners
+        (x0, _), (x1, _), (_, z1) = corners[:3]
         rise = (x1 - x0) * (0.5 if self.top == "round" else 0.16)
         turn = np.linspace(0.0, np.pi, 9)
         arch = np.stack([(x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turn), z1 - rise + rise * np.sin(turn)], axis=1)
-        return np.concatenate([[(x0, z0), (x1, z0)], arch])
+        return np.concatenate([corners[:2], arch])
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Part):
     """A box standing out of the wall by `depth_m`: a sill, a cornice, a slab, a step."""
 
-    x0: float
-    x1: float
-    z0: float
-    z1: float
     depth_m: float
     rgb: Rgb
-
-    def corners(self) -> Array:
-        """Return the corners (4, 2) as (x, z)."""
-        return np.array([(self.x0, self.z0), (self.x1, self.z0), (self.x1, self.z1), (self.x0, self.z1)])
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,9 @@ class Awning(Block):
 
 
 @dataclass(frozen=True)
-class Panel:
+class Panel(Part):
     """A strip of the front that stands out by `y0` at its left and `y1` at its right edge: one face of a bay."""
 
-    x0: float
-    x1: float
-    z0: float
-    z1: float
     y0: float
     y1: float
 
