@@ -13,12 +13,7 @@ from collections.abc import Sequence
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.stages import NO_NEW_DATA, STAGES, Stage, choose_stages
-
-
-def run_stage(stage: Stage, config: Config, options: cli.Options) -> cli.StageResult:
-    """Import a stage and run it with its own log file."""
-    return cli.run_stage(stage.name, importlib.import_module(stage.module).run, config, options)
+from pipeline.stages import NO_NEW_DATA, STAGES, choose_stages
 
 
 def run_stages(
@@ -33,7 +28,8 @@ def run_stages(
         print(NO_NEW_DATA, file=sys.stderr)
     for stage in chosen:
         try:
-            results.append(run_stage(stage, config, options))
+            run = importlib.import_module(stage.module).run
+            results.append(cli.run_stage(stage.name, run, config, options))
         except PipelineError as error:
             results += [error.result] if error.result else []
             raise

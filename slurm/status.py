@@ -6,17 +6,149 @@ Reads the outputs, the jobs' logs and, where it answers, squeue. Changes nothing
 """
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from slurm.control.survey import survey
+from pipeline.config import PROJECT_ROOT, Config
+from pipeline.errors import ConfigError, InputError
+from pipeline.files.units import UnitState
+from pipeline.own_folders import open_without_waiting
+from pipeline.stages import ANCHOR, STAGES, TAR, Stage, has_new_data
+from slurm.control import scheduler
+from slurm.control.scheduler import QueuedTask
+from slurm.control.target import Target, look_at, take_shard
 
 HEAD = ("stage", "name", "done", "running", "failed", "not started", "of")
+DONE, RUNNING, FAILED, WAITING, NOT_STARTED = "done", "running", "failed", "waiting", "not started"
+TAIL_BYTES = 1 << 16
+EXIT_LINE = re.compile(r"^task: stage \S+ shard \d+ job \S* (?:account (\S+) )?exit (\d+)$")
+# Behind the name of the stage's jobs: the number of shards, the job and, of an array, the shard.
+LOG_NAME = re.compile(r"-(\d+)-(\d+)(?:_(\d+))?\.log")
+
+
+@dataclass(frozen=True)
+class JobLog:
+    """What the end of a job's log says."""
+
+    job: str  # its id, with that of its task
+    path: str
+    exit_code: int | None  # None where no line says how it ended
+    account: str | None
+    last_error: str
+
+
+def survey(config: Config, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the state of every stage that the configuration has paths for, as plain values."""
+    target = Target(config.log_dir, config, tuple(overrides))
+    queued = scheduler.list_queued()
+    stages = []
+    for stage in STAGES.values():
+        with suppress(ConfigError):  # the configuration does not say where that stage writes
+            jobs = target.name_jobs(stage)
+            if stage.number != 8 or has_new_data(config):
+                own = None if queued is None else [task for task in queued if task.jobs == jobs]
+                stages.append(describe_stage(target, stage, own))
+    return stages
+
+
+def describe_stage(target: Target, stage: Stage, queued: list[QueuedTask] | None) -> dict[str, Any]:
+    """Return a stage's state by its outputs and logs, and by its tasks in the queue where SLURM answers.
+
+    `total`, its number of shards, is None where nothing tells it yet.
+    """
+    found, logs = list[UnitState](), find_logs(target, stage)
+    with suppress(InputError, ConfigError):
+        found = [look_at(unit) for unit in target.list_units(stage)]
+    counts = [task.shard_count for task in queued or []] or [count for count, _, _ in logs[-1:]]
+    total = counts[0] if counts else (len(found) or None) if stage.unit == TAR else 1
+    # The last job that has a shard counts, if it cuts the work as the last one does.
+    last = {shard: read_log(path) for count, shard, path in logs if count == total}
+    tasks = {task.shard: task for task in queued or [] if task.shard_count == total}
+    states, failures, may_retry = [], [], False
+    accounts = [f"--account={log.account}" for log in last.values() if log and log.account]
+    for shard in range(total or 0):
+        units, log = take_shard(stage, found, shard, total or 1), last.get(shard)
+        problem = next((unit.problem for unit in units if unit.problem), "")
+        states.append(judge_shard(target, stage, units, log, tasks.get(shard), queued is not None))
+        if states[-1] == FAILED:
+            may_retry |= not problem  # submit refuses the others
+            job, path, exit_code, _, error = astuple(log) if log else ("", None, None, None, "")
+            failures.append({
+                "shard": shard, "job": job, "exit_code": exit_code, "error": problem or error, "log": path,
+            })  # fmt: skip
+    retry = [
+        str(PROJECT_ROOT / "slurm/submit_stage.sh"), str(stage.number), *accounts[-1:],
+        *target.list_settings(), *(["--array-size", str(total)] if stage.is_array else []),
+    ]  # fmt: skip
+    return {
+        "stage": stage.number,
+        "name": stage.name,
+        "done": states.count(DONE),
+        "running": states.count(RUNNING),
+        "failed": len(failures),
+        "not_started": states.count(NOT_STARTED) + states.count(WAITING),
+        "total": total,
+        "shards": states,
+        "failures": failures,
+        "retry": shlex.join(retry) if may_retry else None,
+    }
+
+
+def find_logs(target: Target, stage: Stage) -> list[tuple[int, int, Path]]:
+    """Return the logs of a stage's jobs, the oldest first, each with the number of shards and its shard."""
+    jobs, found = target.name_jobs(stage), []
+    for path in (target.log_dir / "slurm").glob(f"{jobs}-*.log"):
+        if match := LOG_NAME.fullmatch(path.name.removeprefix(jobs)):
+            count, job, shard = (int(number or 0) for number in match.groups())
+            found.append((job, count, shard, path))
+    return [entry[1:] for entry in sorted(found)]
+
+
+def judge_shard(
+    target: Target, stage: Stage, units: list[UnitState], log: JobLog | None, task: QueuedTask | None, has_slurm: bool
+) -> str:
+    """Return how a shard is: by the queue, else by its outputs, else by how its last job ended."""
+    if task is not None:
+        return WAITING if task.is_waiting else RUNNING
+    is_there = bool(units) and all(unit.is_complete for unit in units)
+    if is_there and (log is None or log.exit_code == 0 or target.is_shard_done(units)):
+        return DONE
+    if any(unit.problem for unit in units):
+        return FAILED
+    if log is None:  # not begun, or taken out of the queue when those that it waited for failed
+        return NOT_STARTED
+    if log.exit_code == 0:  # its shard is done, though perhaps not the output that all shards write together
+        return DONE if stage.unit == ANCHOR else NOT_STARTED
+    return FAILED if has_slurm or log.exit_code is not None else RUNNING
+
+
+def read_log(path: Path) -> JobLog | None:
+    """Return what the end of a log says, None where there is no log."""
+    try:
+        with open_without_waiting(path) as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return None
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    exits = [(number, int(match[2]), match[1]) for number, line in enumerate(lines) if (match := EXIT_LINE.match(line))]
+    end, code, account = exits[-1] if exits else (-1, None, None)
+    behind = lines[end + 1 :]
+    # A requeued task's log goes on behind its exit line; a task that is not requeued complains there, and ends.
+    is_over = not behind or (len(behind) == 1 and behind[0].startswith("error: "))
+    errors = [line for line in lines if re.search(r"(^|\W)error: | ERROR ", line)]
+    last = lines[end - 1 : end] if is_over and end > 0 else lines[-1:]
+    job, last_error = path.stem.rpartition("-")[2], (errors or last or [""])[-1]
+    return JobLog(job, str(path), code if is_over else None, account, last_error)
 
 
 def format_status(stages: list[dict[str, Any]]) -> str:

@@ -12,14 +12,16 @@ import pytest
 from training_data import SETTINGS, fill_workspace, run
 
 from pipeline.errors import PipelineError, StaleOutputError
+from pipeline.files.workspace import locked
 from pipeline.retrieval.checkpoint import load_checkpoint
-from train_specialized_embeddings.train import lock
+from train_specialized_embeddings.train import BUSY
 
 HOLDER = """
 import sys
 from pathlib import Path
-from train_specialized_embeddings.train import lock
-with lock(Path(sys.argv[1])):
+from pipeline.files.workspace import locked
+from train_specialized_embeddings.train import BUSY
+with locked(Path(sys.argv[1]), BUSY, Path(sys.argv[1]) / ".lock"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -56,7 +58,7 @@ def test_a_killed_training_leaves_no_lock(tmp_path: Path, holder: Any) -> None:
     holder.kill()
     holder.wait()
     assert (tmp_path / "checkpoint/.lock").exists()
-    with lock(tmp_path / "checkpoint"):
+    with locked(tmp_path / "checkpoint", BUSY, tmp_path / "checkpoint/.lock"):
         assert re.fullmatch(rf"process {os.getpid()} on \S+\n", (tmp_path / "checkpoint/.lock").read_text())
     assert list((tmp_path / "checkpoint").iterdir()) == []
 

@@ -21,8 +21,8 @@ from slurm.control import scheduler, submit
 from slurm.control.plan import Plan, count_shards
 from slurm.control.scheduler import QueuedTask, format_shards
 from slurm.control.submission import check_secrets, find_active, format_dependency, name_job_file
-from slurm.control.survey import survey
 from slurm.control.target import Target
+from slurm.status import survey
 
 REPO = Path(__file__).resolve().parents[1]
 SHELL_FILES = sorted(

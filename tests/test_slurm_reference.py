@@ -12,7 +12,7 @@ from generate_embeddings import generate_embeddings
 from pipeline.config import load_config
 from preprocess_raw_data import compute_fingerprints, merge_and_split, process_tar
 from slurm.control import scheduler, submit
-from slurm.control.survey import survey
+from slurm.status import survey
 
 STAGES = {
     1: process_tar, 2: generate_embeddings, 3: merge_and_split, 4: compute_fingerprints, 5: compute_visual_neighbors,

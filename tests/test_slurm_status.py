@@ -14,8 +14,8 @@ from pipeline.stages import STAGES
 from preprocess_raw_data import process_tar
 from slurm import status
 from slurm.control import scheduler, submit
-from slurm.control.survey import read_log, survey
 from slurm.control.target import Target
+from slurm.status import read_log, survey
 
 REPO = Path(__file__).resolve().parents[1]
 STAMP = "2026-01-01 00:00:00 INFO"

@@ -9,7 +9,6 @@ and provenance.json. A rerun keeps a complete run and resumes a killed one: the 
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from train_specialized_embeddings.training import run_files
 
 STAGE = "train"
 WARM_START = "init_checkpoint"
+BUSY = "is training there: wait for it, or set another [paths].checkpoint_dir"
 
 
 def list_inputs(config: Config) -> dict[str, Path]:
@@ -89,12 +89,6 @@ def list_units(config: Config) -> list[Unit]:
     return [Unit(STAGE, outputs, lambda _: describe_run(config, list_inputs(config)), check=check, marks=marks)]
 
 
-def lock(folder: Path) -> AbstractContextManager[None]:
-    """Keep other trainings out of the folder while the block runs."""
-    busy = "is training there: wait for it, or set another [paths].checkpoint_dir"
-    return locked(folder, busy, folder / ".lock")
-
-
 def run(config: Config, options: cli.Options) -> cli.StageResult:
     """Train, resume, or keep a complete run; the result counts the images of train and val.
 
@@ -109,7 +103,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     from train_specialized_embeddings.training.fitting import fit  # torch, which a kept run does without
 
     folder, provenance = config.path("checkpoint_dir"), describe_run(config, inputs)
-    with lock(folder):
+    with locked(folder, BUSY, folder / ".lock"):
         # The mark first, so that a half-removed run does not look complete.
         marks = [folder / name for name in (run_files.PROVENANCE, run_files.LATEST, *run_files.LOG_FOLDERS)]
         with replacing(folder, [*marks, *run_files.list_outputs(folder)] if options.overwrite else []):

@@ -1,7 +1,6 @@
 """A target of submissions: a pipeline by its configuration, or one dataset of stage 8 without any."""
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -26,8 +25,13 @@ class Target:
         """Return the stage's command line, without its shard."""
         if stage.unit == ROW_GROUP:
             return spell_options(self.embedding or importlib.import_module(stage.module).read_options(self.config))
+        return self.list_settings()
+
+    def list_settings(self) -> list[str]:
+        """Return the configuration and its overrides as they stand on a command line."""
         assert self.config is not None
-        return ["--config", str(self.config.file_path), *spell_overrides(self.overrides)]
+        overrides = [part for override in self.overrides for part in ("--set", override)]
+        return ["--config", str(self.config.file_path), *overrides]
 
     def name_jobs(self, stage: Stage) -> str:
         """Return the name of the stage's jobs, `-` and the number of shards left out.
@@ -79,11 +83,6 @@ def look_at(unit: Unit) -> UnitState:
 def take_shard(stage: Stage, states: list[UnitState], shard: int, shard_count: int) -> list[UnitState]:
     """Return the states of a shard's units; all shards of stage 5 make one output."""
     return states if stage.unit == ANCHOR else states[shard::shard_count]
-
-
-def spell_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return overrides of the configuration as they stand on a command line."""
-    return [part for override in overrides for part in ("--set", override)]
 
 
 def spell_options(options: EmbedOptions) -> list[str]:

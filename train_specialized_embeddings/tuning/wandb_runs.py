@@ -11,8 +11,7 @@ from pipeline.errors import PipelineError, one_line
 from pipeline.log import logger
 from train_specialized_embeddings.training.metric_sinks import require_package
 from train_specialized_embeddings.tuning.search_space import SPACE, holds, list_configured
-from train_specialized_embeddings.tuning.study import Tuning
-from train_specialized_embeddings.tuning.tuning_report import write_report
+from train_specialized_embeddings.tuning.study import Tuning, write_report
 
 
 def report_runs(tuning: Tuning, project: str) -> StageResult:
