@@ -84,8 +84,8 @@ def list_stages(config: Config, arguments: argparse.Namespace) -> list[Stage]:
     return stages
 
 
-def parse_embeddings(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOptions, list[str]]:
-    """Return the options of a submission of stage 8 alone, those of the stage, and the words that go to sbatch."""
+def submit_embeddings(argv: Sequence[str]) -> None:
+    """Fetch the published model and submit stage 8 alone."""
     parser = cli.make_parser(__doc__ or "", config=False)
     add_common_options(parser)
     own = set(vars(parser.parse_args([])))
@@ -98,12 +98,7 @@ def parse_embeddings(argv: Sequence[str]) -> tuple[argparse.Namespace, EmbedOpti
         raise ConfigError("--shard: the tasks of the array are the shards: give --array-size N")
     check_places(options.input, options.output)
     # Absolute paths, because a job runs in another folder.
-    return arguments, replace(options, input=options.input.resolve(), output=options.output.resolve()), sbatch_options
-
-
-def submit_embeddings(argv: Sequence[str]) -> None:
-    """Fetch the published model and submit stage 8 alone."""
-    arguments, options, sbatch_options = parse_embeddings(argv)
+    options = replace(options, input=options.input.resolve(), output=options.output.resolve())
     remedy = "give --model-id a folder that stage 7 wrote, or a hub id"
     folder = locate_published(options.model_id, remedy, download=not arguments.dry_run)
     if folder is not None and folder == Path(options.model_id).expanduser():

@@ -66,11 +66,11 @@ def fit(
         save_checkpoint(folder / run_files.FINAL, run.describe())
         run.settle()
         save_checkpoint(folder / run_files.BEST, run.best)
-        best = {"best_epoch": run.best["epoch"], "val": run.best["metrics"]["val"]}
-        digests = {"outputs": run_files.digest_outputs(folder)}
-        workspace.write_json(folder / run_files.PROVENANCE, provenance | best | digests)
+        epoch, val = run.best["epoch"], run.best["metrics"]["val"]
+        mark = provenance | {"best_epoch": epoch, "val": val, "outputs": run_files.digest_outputs(folder)}
+        workspace.write_json(folder / run_files.PROVENANCE, mark)
         own_folders.remove(latest)
-        log_verdict(best["val"], best["best_epoch"])
+        log_verdict(val, epoch)
     return counts
 
 

@@ -115,7 +115,4 @@ LOSSES: dict[str, Callable[[Pairs, TrainingSection], torch.Tensor] | type[nn.Mod
 def make_loss(section: TrainingSection, num_buildings: int, width: int) -> nn.Module:
     """Return the loss that `[training].loss` names, as a module that maps pairs to one value an anchor."""
     chosen = LOSSES[section.loss]
-    if isinstance(chosen, type):
-        module: nn.Module = chosen(num_buildings, width, section)
-        return module
-    return _Function(chosen, section)
+    return chosen(num_buildings, width, section) if isinstance(chosen, type) else _Function(chosen, section)

@@ -194,10 +194,6 @@ def _try(
         tried[shrinkage] = Fitted(fitted, validate(fitted))
         if tried[shrinkage].mean < best:
             break
-    logger.info(
-        "%s: validation mAP by shrinkage %s", fit.__name__,
-        ", ".join(f"{key:g}: {one.mean:.4f}" for key, one in tried.items()),
-    )  # fmt: skip
     return tried
 
 

@@ -163,8 +163,10 @@ class Trainer:
         own, banded = slice(0, num_anchors), slice(num_anchors, None)
         losses = torch.cat([self._compare(batch, embeddings, *tile) for tile in tiles or [(own, banded)]])
         counts = torch.zeros(2, RANDOM_BAND + 1, dtype=torch.float64, device=features.device)
-        with torch.no_grad():
-            is_active = self._find_active(batch, embeddings, embeddings[banded])
+        with torch.no_grad():  # a banded negative is active that is nearer to its anchor than a positive and the margin
+            others = torch.stack([embeddings[batch.firsts + 1], embeddings[banded]])
+            to_positive, to_negative = DISTANCES[self.section.triplet_distance](embeddings[batch.firsts], others)
+            is_active = batch.found & (to_positive - to_negative + self.section.margin > 0)
             for line, mask in zip(counts, (batch.found, is_active), strict=True):
                 line.index_add_(0, batch.bands, mask.double())
         if batch.is_real is None:
@@ -183,12 +185,6 @@ class Trainer:
         candidates = torch.cat([embeddings[own], embeddings[banded]])
         losses: torch.Tensor = self.loss(Pairs(embeddings[own], candidates, *masks, places.buildings.long()))
         return losses
-
-    def _find_active(self, batch: Batch, embeddings: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-        """Tell which banded negatives (G,) are nearer to their anchor than a positive and the margin."""
-        others = torch.stack([embeddings[batch.firsts + 1], negatives])
-        to_positive, to_negative = DISTANCES[self.section.triplet_distance](embeddings[batch.firsts], others)
-        return batch.found & (to_positive - to_negative + self.section.margin > 0)
 
     def state(self) -> dict[str, Any]:
         """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""

@@ -21,16 +21,21 @@ def report_runs(tuning: Tuning, project: str) -> StageResult:
     """
     runs = list(_read_runs(project, tuning.options.objective))
     study, configured = optuna.create_study(direction="maximize"), list_configured(tuning.config)
+    # A score on another split, or with other settings that the trials do not choose, is no better or worse.
+    wanted = tuning.provenance["settings"] | {"split_hash": tuning.provenance["split_hash"]}
+    fixed = wanted.keys() - {*SPACE, "objective"}
     for name, config, scores in runs:
         settings = {key: config[key] for key in SPACE if key in config and holds(key, config[key])}
-        # A score on another split, or with another start, is no better or worse.
-        if scores and settings.keys() == SPACE.keys() and not _differs(config, tuning.provenance):
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=settings, distributions=SPACE, value=max(scores.values()), intermediate_values=scores,
-                    user_attrs={"wandb_run": name},
-                )
+        if (
+            scores
+            and settings.keys() == SPACE.keys()
+            and all(config.get(key, wanted[key]) == wanted[key] for key in fixed)
+        ):
+            trial = optuna.trial.create_trial(
+                params=settings, distributions=SPACE, value=max(scores.values()), intermediate_values=scores,
+                user_attrs={"wandb_run": name},
             )  # fmt: skip
+            study.add_trial(trial)
     trials = study.get_trials(deepcopy=False)
     where = f"--from-wandb-project {project}"
     logger.info("%s: %d of %d finished runs have these splits and settings", where, len(trials), len(runs))
@@ -55,21 +60,10 @@ def _read_runs(project: str, objective: str) -> Iterator[tuple[str, dict[str, An
     try:
         for run in wandb.Api().runs(project, filters={"state": "finished"}):
             rows = [[row[key] for key in keys] for row in run.scan_history(keys=keys)]
-            yield (
-                str(run.name),
-                dict(run.config),
-                {int(epoch): float(score) for epoch, score in rows if float(score) <= 1.0},
-            )  # no NaN
+            scores = {int(epoch): float(score) for epoch, score in rows if float(score) <= 1.0}  # no NaN
+            yield str(run.name), dict(run.config), scores
     except (wandb.Error, ValueError, OSError) as error:
         raise PipelineError(
             f"--from-wandb-project {project}: cannot be read ({one_line(error)[:200]}): give ENTITY/PROJECT, and run "
             "`wandb login` once"
         ) from None
-
-
-def _differs(config: dict[str, Any], provenance: dict[str, Any]) -> bool:
-    """Tell whether a run has other splits, or other settings that the trials do not choose."""
-    wanted = provenance["settings"] | {"split_hash": provenance["split_hash"]}
-    return any(
-        key in config and config[key] != value for key, value in wanted.items() if key not in {*SPACE, "objective"}
-    )
