@@ -69,15 +69,14 @@ def measure_product(device: torch.device, dtype: torch.dtype, side: int) -> floa
     return 2 * side**3 / time_steady(lambda: a @ a, rounds=8)
 
 
-def run_child(script: str, *arguments: object) -> dict[str, Any]:
-    """Run a benchmark in a process of its own, untuned by ours; return the JSON that it prints."""
+def run_child(script: str, *arguments: object) -> float:
+    """Run a script in a process of its own, untuned by ours; return the seconds that it prints."""
     command = [sys.executable, script, *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"error: {' '.join(map(str, arguments))}: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return float(done.stdout)
 
 
 def read_peak() -> int:

@@ -112,11 +112,9 @@ def time_embedding(folder: Path, work_dir: Path, config_path: Path, num_images: 
     plain, engine = [], []
     with on_cores(cores):
         for _ in range(rounds):
-            with tempfile.TemporaryDirectory(
-                dir=work_dir
-            ) as unpacked:  # in a process of its own: our allocator is tuned
-                found = run_child(plain_loops.__file__, folder, unpacked, *sorted((work_dir / "raw").iterdir()))
-                plain.append(found["seconds"])
+            with tempfile.TemporaryDirectory(dir=work_dir) as unpacked:
+                # In a process of its own: our allocator is tuned.
+                plain.append(run_child(plain_loops.__file__, folder, unpacked, *sorted((work_dir / "raw").iterdir())))
             started = time.perf_counter()
             result = run_stage(generate_embeddings, config_path, *settings)
             engine.append(time.perf_counter() - started - result.watch.seconds["load"])
