@@ -165,16 +165,16 @@ def test_the_ledger_fits_a_terminal_whatever_the_numbers(capsys):
 def test_what_stages_did_before_a_failure_is_in_the_ledger(tmp_path, write_config, monkeypatch):
     config = load_config(write_config(tmp_path))
 
-    def run(stage, _config, _options):
-        if stage.number == 3:
+    def run(name, _run, _config, _options):
+        if name == STAGES[3].name:
             raise InputError("no result")
-        if stage.number == 2:
+        if name == STAGES[2].name:
             error = InputError("a tar failed")
             error.result = StageResult("second", 4, 4)
             raise error
         return StageResult("first", 4, 4)
 
-    monkeypatch.setattr(run_pipeline, "run_stage", run)
+    monkeypatch.setattr(run_pipeline.cli, "run_stage", run)
     results = []
     with pytest.raises(InputError, match="a tar failed"):
         run_pipeline.run_stages(config, Options(), results)
