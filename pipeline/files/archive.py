@@ -4,7 +4,7 @@ import contextlib
 import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, NamedTuple
 
 from pipeline.errors import InputError, Rejection, one_line, unreadable
@@ -63,11 +63,6 @@ class Member(tarfile.TarInfo):
     def stem(self) -> str:
         """The path without its suffix, equal for an image and its metadata."""
         return self.name.rpartition(".")[0]
-
-    @property
-    def has_unsafe_path(self) -> bool:
-        """Whether the path is absolute or climbs with `..`."""
-        return self.name.startswith("/") or ".." in PurePosixPath(self.name).parts
 
 
 def stream_members(tar_path: Path, digests: list[str] | None = None) -> Iterator[Member]:

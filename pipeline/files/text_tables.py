@@ -44,8 +44,8 @@ def read_csv(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str,
         header = re.sub(r'"[^"]*"', "", file.readline())  # a quoted name may hold any of them
         file.seek(0)
         reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
-        rows = (row for row in reader if row)
-        names = [name.strip() for name in next(rows, [])]
+        rows = enumerate(filter(None, reader))
+        names = [name.strip() for name in next(rows, (0, list[str]()))[1]]
         wanted = find_columns(path, names, required, remedy)
         if others:
             if len(set(names) - {""}) < len(names):
@@ -55,14 +55,13 @@ def read_csv(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str,
         schema = pa.schema([(name, pa.string()) for name in wanted])
         tables = [schema.empty_table()]
         while chunk := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
-            for number, row in enumerate(chunk):
+            for number, row in chunk:
                 if len(row) != len(names):
-                    first = sum(table.num_rows for table in tables) + 1
                     raise InputError(
-                        f"{path}: row {first + number} below the names has {len(row)} values for {len(names)} columns: "
+                        f"{path}: row {number} below the names has {len(row)} values for {len(names)} columns: "
                         "correct it (a comma or a line break in a value needs quotes)"
                     )
-            columns = [[row[place] for row in chunk] for place in places]
+            columns = [[row[place] for _, row in chunk] for place in places]
             tables.append(pa.Table.from_arrays([pa.array(one, pa.string()) for one in columns], schema=schema))
     return pa.concat_tables(tables)
 

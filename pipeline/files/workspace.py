@@ -74,7 +74,7 @@ def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = F
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(descriptor, 256).decode(errors="replace").strip() or "another process"
+            holder = os.read(descriptor, 256).decode(errors="replace").partition("\n")[0] or "another process"
             os.close(descriptor)
             raise HeldError(f"{path}: {holder} {doing}") from None
         except OSError:
@@ -86,8 +86,7 @@ def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = F
         os.close(descriptor)
     try:
         with naming_failures(lock):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         with contextlib.suppress(OSError):  # others share it: the last of them removes it

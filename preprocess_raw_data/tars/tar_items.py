@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 from pipeline.errors import Rejection, catch_rejection
 from pipeline.files.archive import Member
@@ -92,7 +93,8 @@ class TarInventory:
 
     def _find(self, member: Member) -> Item:
         if member.stem not in self._items:
-            self._items[member.stem] = Item(member.has_unsafe_path)
+            climbs = ".." in PurePosixPath(member.name).parts
+            self._items[member.stem] = Item(climbs or member.name.startswith("/"))
         return self._items[member.stem]
 
     def judge(self) -> tuple[list[View], list[Reject]]:
