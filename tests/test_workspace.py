@@ -75,7 +75,7 @@ def test_a_lock_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypa
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(workspace.os, "write", fail)
+    monkeypatch.setattr(workspace.os, "pwrite", fail)
     with pytest.raises(PipelineError, match=r"cannot write .*\.a\.lock \(No space left"), locked(tmp_path / "a", BUSY):
         pass
     monkeypatch.undo()
