@@ -56,15 +56,12 @@ MIN_SAMPLE = 10_000
 PARTS_AT_ONCE = {"cpu": 1, "cuda": 25}
 # Neighbours written at a time; a row group is a part, or less of it where an image has very many.
 MAX_NEIGHBORS_PER_GROUP = 1 << 23
-# Rows whose ratios are computed at a time: allocating float64 for a whole group cost more than computing.
-BANDED_ROWS = 1_024
 
 
 def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
     """Return the images' points (N, d) float32 in the space of the leading principal components."""
     pca = fit_pca(images.stream_fingerprints(), images.width, num_components)
-    logger.info("PCA: %d of %d dimensions hold %.1f %% of the variance", len(pca.components), images.width,
-                100 * pca.explained_variance_ratio.sum())  # fmt: skip
+    logger.info("PCA: %d of %d dimensions", len(pca.components), images.width)
     return pca.project_all(images.stream_fingerprints())
 
 
@@ -82,8 +79,9 @@ def search_parts(images: ImageTable, store: PartStore, todo: Sequence[int], conf
         search = NeighborSearch(
             points, images.building_codes, store.num_neighbors, config.difficulty.backend, device, exclusion
         )
-        logger.info("searching %d images of %d buildings: %s on %s",
-                    len(images), len(images.building_ids), search.backend, describe_device(device))  # fmt: skip
+        logger.info("searching %d images of %d buildings for %d parts: %s on %s",
+                    len(images), len(images.building_ids), len(todo), search.backend,
+                    describe_device(device))  # fmt: skip
         at_once, num_anchors = PARTS_AT_ONCE[search.device.type], sum(len(store.anchors(part)) for part in todo)
         with Progress("neighbours", num_anchors) as progress:
             for start in range(0, len(todo), at_once):
@@ -94,7 +92,6 @@ def search_parts(images: ImageTable, store: PartStore, todo: Sequence[int], conf
                 with watch.measure("write"):
                     for part, *own in zip(todo[start:], *(np.split(values, ends) for values in found), strict=False):
                         store.write(part, *own)
-    logger.info("%d parts made, %d searches repeated with more candidates", len(todo), search.num_redone)
 
 
 def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:
@@ -121,12 +118,8 @@ def build_rows(
     is_found = rows >= 0
     offsets = pa.array(np.concatenate([[0], is_found.sum(axis=1).cumsum()]).astype(np.int32))
     names = images.building_ids.take(pa.array(images.building_codes[rows[is_found]]))
-    bands = []
-    for first in range(0, len(rows), BANDED_ROWS):
-        some = slice(first, first + BANDED_ROWS)
-        bands.append(assign_bands(distance_ratios(distances[some], k0)[is_found[some]], edges))
-    columns = [names, pa.array(distances[is_found]), pa.array(np.concatenate(bands))]
-    lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
+    bands = assign_bands(distance_ratios(distances, k0)[is_found], edges)
+    lists = [pa.ListArray.from_arrays(offsets, column) for column in (names, pa.array(distances[is_found]), bands)]
     ids = images.image_ids.slice(start, len(rows)).combine_chunks()
     return pa.table([ids, *lists], schema=DIFFICULTY_SCHEMA)
 

@@ -155,10 +155,7 @@ def group_split(evaluation: Evaluation, checkpoint: "Checkpoint", config: Config
 def has_validation(merged_dir: Path) -> bool:
     """Return whether there is a validation split with images; a small run may have none."""
     path = merged_dir / "val.parquet"
-    if not path.is_file():
-        return False
-    with open_parquet(path) as file:
-        return bool(file.metadata.num_rows)
+    return path.is_file() and open_parquet(path).metadata.num_rows > 0
 
 
 def describe_inputs(config: Config, ignore_pairs: Path | None) -> dict[str, Any]:
@@ -216,7 +213,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     with watch.measure("report"):
         from evaluate_embeddings.page.report import write_report
 
-        write_report(report_path, evaluation, metrics, checkpoint.metrics, config)
+        write_report(report_path, evaluation, metrics, config)
     write_json(metrics_path, metrics)
     logger.info("%s%s\n\n%s\n", STAGE, watch.describe_parts(), format_metrics_table(metrics))
     result.add({"in": metrics["gallery"], "out": metrics["gallery"]})

@@ -155,7 +155,7 @@ def test_images_that_are_all_the_same_are_hardest_for_each_other(make_run: Calla
     config, output = make_run(table.set_column(4, table.schema.field(4), same))
     outcome = run_main(main, "--config", config)
     assert outcome.code == 0
-    assert "PCA: 1 of 48 dimensions hold 0.0 % of the variance" in outcome.stderr
+    assert "PCA: 1 of 48 dimensions" in outcome.stderr
     b0, b1, b2 = (f"0001_{building}" for building in range(3))
     assert [ids for ids, _, _ in read_lists(output)] == [[b1, b1, b2, b2]] * 2 + [[b0, b0, b2, b2]] * 2 + [
         [b0, b0, b1, b1]
@@ -174,7 +174,7 @@ def test_more_components_than_there_are_is_said_and_done(make_run: Callable, run
     config, output = make_run(draw_table(9, images_per_building=2), pca_components=32)
     outcome = run_main(main, "--config", config)
     assert outcome.code == 0
-    assert re.search(r"PCA: \d+ of \d+ dimensions hold 100.0 %", outcome.stderr)
+    assert re.search(r"PCA: \d+ of 48 dimensions", outcome.stderr)
     assert output.exists()
 
 

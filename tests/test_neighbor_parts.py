@@ -145,7 +145,7 @@ def test_an_interrupted_search_goes_on_with_another_number_of_shards(
     whole = search_whole(run_main, config, output)
     assert len(run_main(main, "--config", config, "--shard", "1/2").stdout.splitlines()) == 2
     outcome = run_main(main, "--config", config)
-    assert "3 parts made" in outcome.stderr
+    assert " for 3 parts: " in outcome.stderr
     assert output.read_bytes() == whole
 
 

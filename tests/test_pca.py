@@ -21,7 +21,7 @@ def test_points_are_those_of_a_singular_value_decomposition() -> None:
     fingerprints = draw_fingerprints(700, 48)
     values = fingerprints / 255.0
     centred = values - values.mean(axis=0)
-    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    directions = np.linalg.svd(centred, full_matrices=False)[2]
     fitted = fit_pca([cut(fingerprints, 300)], 48, 10)
     points = fitted.project(fingerprints)
     assert points.shape == (700, 10)
@@ -30,7 +30,6 @@ def test_points_are_those_of_a_singular_value_decomposition() -> None:
     expected *= np.sign((expected * points).sum(axis=0))  # the sign of a component is a convention
     # The mean is kept to 1/256 of a grey level, which shifts all points alike.
     assert np.abs((points - points.mean(axis=0)) - (expected - expected.mean(axis=0))).max() < 2e-6
-    assert fitted.explained_variance_ratio == pytest.approx(singular[:10] ** 2 / (singular**2).sum(), rel=1e-9)
 
 
 def test_distances_are_those_of_the_unrounded_projection() -> None:
@@ -81,7 +80,6 @@ def test_no_more_components_than_the_fingerprints_vary_in() -> None:
     five_rows = draw_fingerprints(5, 30)
     fitted = fit_pca([[five_rows]], 30, 32)
     assert fitted.components.shape == (4, 30)
-    assert fitted.explained_variance_ratio.sum() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 300])

@@ -16,7 +16,6 @@ from evaluation_data import (
     building_color,
     make_table,
     make_workplace,
-    write_checkpoint,
     write_split,
 )
 from PIL import Image
@@ -24,7 +23,7 @@ from PIL import Image
 from evaluate_embeddings.evaluate import run
 from evaluate_embeddings.page.gallery import describe_example, make_gallery, pick_failures
 from evaluate_embeddings.page.photos import PhotoSource
-from evaluate_embeddings.page.report import Curve, format_distance, read_training_curve, render
+from evaluate_embeddings.page.report import format_distance
 from evaluate_embeddings.scores.metrics import Evaluation
 from evaluate_embeddings.scores.standalone import EvaluateOptions
 from pipeline.config import load_config
@@ -100,22 +99,19 @@ def test_the_page_asks_nothing_of_the_network_and_runs_no_script(pictured):
     assert "@import" not in page
 
 
-def test_the_page_has_its_sections_and_every_picture_and_drawing_has_an_alternative_text(pictured):
+def test_the_page_has_its_sections_and_every_picture_has_an_alternative_text(pictured):
     _, page = pictured
     reader = PageReader(page)
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
         "Scores", "Groups without labels", "Harder and fixed conditions", "By dataset",
-        "Training", "Worst failures", "Provenance and settings",
+        "Worst failures", "Provenance and settings",
     ]  # fmt: skip
     assert "viewport" in str(reader.find("meta"))
     assert all(len(image["alt"]) > 10 for image in reader.find("img"))
-    drawings = reader.find("svg")
-    assert len(drawings) == 1
     links = re.findall(r'<a href="#([^"]+)">', page)
     assert links == [section["id"] for section in reader.find("section")]
     assert len(page.encode()) < 15_000_000
-    assert all(svg["role"] == "img" and len(svg["aria-label"]) > 30 and "viewbox" in svg for svg in drawings)
     assert "imagery © Google" in page
     assert "feedbeef" in page  # the split's hash, among the provenance
 
@@ -263,36 +259,6 @@ def test_distances_are_metres_on_the_sphere():
     assert distances_m(60, 0, 60, 1) == pytest.approx(111_195 / 2, rel=1e-3)
     assert distances_m(0, 179.5, 0, -179.5) == pytest.approx(111_195, abs=1)
     assert [format_distance(metres) for metres in (0.2, 12.6, 4321)] == ["0 m", "13 m", "4.3 km"]
-
-
-# ------------------------------------------------------------------------------------------------ drawings
-
-
-def test_the_curve_is_drawn_between_its_least_and_largest_value_with_what_is_published_and_the_baselines():
-    curve = Curve([0, 1, 2], [0.4, 0.5, 0.45], {"raw": 0.3}, (2, 0.475))
-    drawing = render("sections/training.html.j2", curve=curve, kinds={"raw": "raw"})
-    assert '<polyline points="60.0,150.0 320.0,20.0 580.0,85.0 "/>' in drawing
-    assert '<text x="580.0" y="52.5">★</text>' in drawing
-    assert '<text x="588" y="280.0">raw 0.300</text>' in drawing
-    assert "best 0.500 at epoch 1, published 0.475 of epoch 2" in drawing
-    assert "60.0,280.0" in render("sections/training.html.j2", curve=Curve([0], [0.4], {}, (0, 0.4)), kinds={})
-
-
-def test_the_training_curve_comes_from_the_checkpoint():
-    history = [{"epoch": 0, "val": {"map": 0.5}}, {"epoch": 1, "val": None}, {"epoch": 2, "val": {"map": 0.6}}]
-    baselines = {"raw": 0.2, "pca_whitened": 0.3, "whitening": 0.4}
-    rows = {name: {"map": value} for name, value in {**baselines, "projector": 0.7}.items()}
-    training = {"epoch": 2, "history": history, "val": rows}
-    assert read_training_curve(training) == Curve([0, 2], [0.5, 0.6], baselines, (2, 0.7))
-    for broken in ({}, training | {"history": []}, training | {"val": {}}, training | {"history": [[]]}):
-        assert read_training_curve(broken) is None
-
-
-def test_without_a_training_curve_the_page_says_so(workplace):
-    write_checkpoint(workplace.parent / "checkpoints" / "checkpoint_best.pt", history=False)
-    page = make_report(workplace)
-    assert "No training curve" in page
-    assert not PageReader(page).find("svg")
 
 
 def test_a_split_in_which_every_query_succeeds_has_no_failures_to_show(workplace):

@@ -218,27 +218,23 @@ class NeighborSearch:
 
     def _expand(self, anchor: int, candidates: np.ndarray, squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return one anchor's neighbours (k,) and squared distances (k,), with all rows of shared points."""
-        k = self._num_neighbors
+        k, groups = self._num_neighbors, self._groups
         # A point's first k rows suffice, and as many more as the own building has.
         most = k + int(self._building_sizes[self._codes[anchor]]) if self._exclusion is None else None
-        rows: list[np.ndarray] = []
-        repeats: list[np.ndarray] = []
-        num_found, last = 0, np.inf
+        # Padding, which sorts behind all that is found.
+        rows, distances = np.full(k, -1), np.full(k, np.inf)
         for point, distance in zip(candidates, squared, strict=True):
-            if np.isinf(distance) or (num_found >= k and distance > last):
+            if np.isinf(distance) or distance > distances[k - 1]:
                 break
-            members = self._groups.rows[self._groups.starts[point] : self._groups.starts[point + 1]][:most]
+            members = groups.rows[groups.starts[point] : groups.starts[point + 1]][:most]
             members = members[self._codes[members] != self._codes[anchor]]
             if self._exclusion is not None:
                 members = members[~self._exclusion.is_near(np.array([anchor]), members[None])[0]]
-            rows.append(members)
-            repeats.append(np.full(len(members), distance))
-            num_found, last = num_found + len(members), distance
-        found, distances = np.concatenate(rows), np.concatenate(repeats)
-        first = np.lexsort((found, distances))[:k]
-        missing = (0, k - len(first))
-        found, distances = found[first], distances[first]
-        return np.pad(found, missing, constant_values=-1), np.pad(distances, missing, constant_values=np.inf)
+            rows = np.concatenate([rows, members])
+            distances = np.concatenate([distances, np.full(len(members), distance)])
+            first = np.lexsort((rows, distances))[:k]
+            rows, distances = rows[first], distances[first]
+        return rows, distances
 
 
 def measure_squared(points: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

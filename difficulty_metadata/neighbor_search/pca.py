@@ -33,7 +33,6 @@ class Pca:
 
     mean: np.ndarray  # (D,) float64, of bytes, to 1/256 of a grey level
     components: np.ndarray  # (d, D) float64, orthonormal rows, the largest variance first
-    explained_variance_ratio: np.ndarray  # (d,) float64
 
     def project(self, fingerprints: np.ndarray) -> np.ndarray:
         """Return the points (N, d) float32 of the fingerprints (N, D) uint8."""
@@ -76,8 +75,7 @@ def fit_pca(sources: Sequence[Iterable[np.ndarray]], width: int, num_components:
     kept = vectors[: max(1, min(num_components, rank))]
     largest = np.take_along_axis(kept, np.abs(kept).argmax(axis=1)[:, None], axis=1)
     components = np.rint(kept * np.sign(largest) * _COMPONENT_GRID) / _COMPONENT_GRID
-    ratios = values[: len(components)] / (values.sum() or 1.0)
-    return Pca(np.rint(mean * _MEAN_GRID) / _MEAN_GRID, components, ratios)
+    return Pca(np.rint(mean * _MEAN_GRID) / _MEAN_GRID, components)
 
 
 def _sum_scatter(sources: Sequence[Iterable[np.ndarray]], width: int) -> tuple[int, np.ndarray, np.ndarray]:

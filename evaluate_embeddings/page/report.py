@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,62 +35,27 @@ FILTERS: dict[str, Callable[..., str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A training run's validation mAP by epoch."""
-
-    epochs: list[int]
-    values: list[float]
-    baselines: dict[str, float]  # the mAP of the other kinds on the same images
-    published: tuple[int, float]  # the epoch, and the mAP of the interpolation between it and the start
-
-
-def read_training_curve(training: Mapping[str, Any]) -> Curve | None:
-    """Return the curve that the metrics of a checkpoint hold, None if they have none."""
-    try:
-        validated = [record for record in training["history"] if record["val"] is not None]
-        epochs, values = [int(one["epoch"]) for one in validated], [float(one["val"]["map"]) for one in validated]
-        baselines = {kind: float(training["val"][kind]["map"]) for kind in BASELINES}
-        published = int(training["epoch"]), float(training["val"]["projector"]["map"])
-    except (ValueError, KeyError, TypeError):  # not written by our stage 6
-        return None
-    return Curve(epochs, values, baselines, published) if values else None
-
-
 def write_report(
     path: Path,
     evaluation: Evaluation,
     metrics: Mapping[str, Any],
-    training: Mapping[str, Any],
     config: Config,
 ) -> None:
-    """Write the page in one piece; it names what it lacks (pictures, training curve).
-
-    `training` holds the checkpoint's metrics.
-    """
-    photos = PhotoSource(config.path("merged_dir") / "test.parquet", _find_raw_dir(config))
-    page = render(
-        "report.html.j2", metrics=metrics, mood=choose_mood(metrics), verdict=describe_gains(metrics),
-        kinds=KIND_LABELS, baselines=BASELINES, score_labels=SCORE_LABELS,
-        curve=read_training_curve(training), gallery=make_gallery(evaluation, photos),
+    """Write the page in one piece; it says why pictures are missing."""
+    try:
+        raw_dir: Path | None = config.path("raw_dir")
+    except ConfigError:  # not set, or of an undefined variable: the page does without photographs
+        raw_dir = None
+    photos = PhotoSource(config.path("merged_dir") / "test.parquet", raw_dir)
+    environment = load_templates(TEMPLATES_DIR)
+    environment.filters |= FILTERS
+    page = environment.get_template("report.html.j2").render(
+        metrics=metrics, mood=choose_mood(metrics), verdict=describe_gains(metrics), kinds=KIND_LABELS,
+        baselines=BASELINES, score_labels=SCORE_LABELS, gallery=make_gallery(evaluation, photos),
     )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     logger.info("%s: %.1f MB", path.name, path.stat().st_size / 1e6)
-
-
-def _find_raw_dir(config: Config) -> Path | None:
-    try:
-        return config.path("raw_dir")
-    except ConfigError:  # not set, or of an undefined variable: the page does without photographs
-        return None
-
-
-def render(name: str, **content: Any) -> str:
-    """Return the HTML of a template of this page."""
-    environment = load_templates(TEMPLATES_DIR)
-    environment.filters |= FILTERS
-    return environment.get_template(name).render(content)
 
 
 def choose_mood(metrics: Mapping[str, Any]) -> str:

@@ -58,17 +58,12 @@ class Features:
 
     @property
     def panorama_codes(self) -> NDArray[np.int64]:
-        """One code per panorama, (N,)."""
-        return code_panoramas(self.dataset_ids, self.street_view_ids)
-
-
-def code_panoramas(dataset_ids: NDArray[np.int64], street_view_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return one code per panorama, (N,): a street_view_id is unique only within its dataset."""
-    order = np.lexsort((street_view_ids, dataset_ids))
-    pairs = np.stack([dataset_ids[order], street_view_ids[order]], axis=1)
-    codes = np.empty(len(pairs), np.int64)
-    codes[order] = np.cumsum((np.diff(pairs, axis=0, prepend=pairs[:1]) != 0).any(axis=1))
-    return codes
+        """One code per panorama, (N,): a street_view_id is unique only within its dataset."""
+        order = np.lexsort((self.street_view_ids, self.dataset_ids))
+        pairs = np.stack([self.dataset_ids[order], self.street_view_ids[order]], axis=1)
+        codes = np.empty(len(pairs), np.int64)
+        codes[order] = np.cumsum((np.diff(pairs, axis=0, prepend=pairs[:1]) != 0).any(axis=1))
+        return codes
 
 
 def sample_buildings(features: Features, count: int, seed: int) -> Features:
