@@ -26,7 +26,7 @@ from difficulty_metadata.neighbor_search.bands import (
     distance_ratios,
 )
 from difficulty_metadata.neighbor_search.fingerprints import ImageTable, read_images
-from difficulty_metadata.neighbor_search.neighbor_parts import PartStore, parts_dir
+from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
 from difficulty_metadata.neighbor_search.pca import fit_pca
 from pipeline import cli
 from pipeline.config import Config
@@ -179,7 +179,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     with result.watch.measure("read"):
         images = read_images(paths)
     num_neighbors = min(config.difficulty.neighbors, len(images))
-    store = PartStore(parts_dir(path), len(images), num_neighbors, describe_output(config))
+    store = PartStore(path.parent / f"_{path.stem}_parts", len(images), num_neighbors, describe_output(config))
     own = options.shard.take(list(store.parts))
     if options.overwrite:
         for part in own:

@@ -6,7 +6,6 @@ from difficulty_metadata.neighbor_search.bands import (
     calibration_ratios,
     compute_band_edges,
     distance_ratios,
-    local_scales,
 )
 
 INF = np.inf
@@ -25,16 +24,15 @@ def percentile_by_hand(values: list[float], percent: float) -> float:
 
 
 def test_the_local_scale_is_the_distance_to_neighbour_k0() -> None:
-    assert local_scales(rows([1, 2, 3, 4]), k0=3).tolist() == [3.0]
+    assert distance_ratios(rows([1, 2, 3, 6]), k0=3).tolist() == [[1 / 3, 2 / 3, 1.0, 2.0]]
 
 
 def test_with_fewer_than_k0_neighbours_the_last_one_sets_the_scale() -> None:
-    assert local_scales(rows([1, 2, INF, INF]), k0=3).tolist() == [2.0]
+    assert distance_ratios(rows([1, 2, INF, INF]), k0=3).tolist() == [[0.5, 1.0, INF, INF]]
 
 
-def test_an_image_without_neighbours_has_no_finite_scale_and_no_ratio() -> None:
+def test_an_image_without_neighbours_has_no_ratio() -> None:
     lonely = rows([INF, INF])
-    assert local_scales(lonely, k0=1).tolist() == [INF]
     assert distance_ratios(lonely, k0=1).tolist() == [[INF, INF]]
     assert len(calibration_ratios(lonely, k0=1)) == 0
 

@@ -7,22 +7,14 @@ from pipeline.log import logger
 EDGE_PERCENTILES = (5, 10, 20, 40, 60, 85)
 
 
-def local_scales(distances: np.ndarray, k0: int) -> np.ndarray:
-    """Return each anchor's distance to neighbour number `k0`, or to its last one, as (A,) float64.
-
-    `distances` (A, k) is ascending and padded with inf. Without any neighbour the scale is inf.
-    """
-    num_found = np.isfinite(distances).sum(axis=1)
-    places = np.clip(np.minimum(num_found, k0) - 1, 0, None)
-    return np.take_along_axis(distances, places[:, None], axis=1)[:, 0].astype(np.float64)
-
-
 def distance_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
-    """Return distance / local scale as (A, k) float64, padded with inf.
+    """Return distance / local scale as (A, k) float64, padded with inf as `distances` (A, k), ascending, are.
 
-    Where the scale is 0, a distance of 0 has the ratio 0, any other inf.
+    The local scale is the distance to neighbour number `k0`, or to the last one. Where it is 0, a distance of 0 has the
+    ratio 0, any other inf.
     """
-    scales = local_scales(distances, k0)[:, None]
+    places = np.isfinite(distances).sum(axis=1, keepdims=True).clip(1, k0) - 1
+    scales = np.take_along_axis(distances, places, axis=1).astype(np.float64)  # (A, 1)
     ratios = np.full(distances.shape, np.inf)
     np.divide(distances, scales, out=ratios, where=np.isfinite(distances) & (scales > 0), dtype=np.float64)
     ratios[(scales == 0) & (distances == 0)] = 0.0
@@ -31,9 +23,9 @@ def distance_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
 
 def calibration_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
     """Return, flat, the ratios that count for the percentiles: those of anchors with a local scale above 0."""
-    ratios = distance_ratios(distances, k0)[local_scales(distances, k0) > 0]
-    finite: np.ndarray = ratios[np.isfinite(ratios)]
-    return finite
+    ratios = distance_ratios(distances, k0)
+    counted: np.ndarray = ratios[(ratios == 1).any(axis=1)]  # the distance that is the scale has the ratio 1
+    return counted[np.isfinite(counted)]
 
 
 def compute_band_edges(ratios: np.ndarray) -> list[float]:

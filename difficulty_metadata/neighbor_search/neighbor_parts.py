@@ -19,11 +19,6 @@ PART_ANCHORS = 20_000
 _TYPES = {"rows": np.int32, "distances": np.float32}
 
 
-def parts_dir(output_path: Path) -> Path:
-    """Return the folder of an output's parts."""
-    return output_path.parent / f"_{output_path.stem}_parts"
-
-
 @dataclass(frozen=True)
 class PartStore:
     """The parts of one output; each carries the output's provenance."""

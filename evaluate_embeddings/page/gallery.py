@@ -1,11 +1,12 @@
 """Choose the queries that are worth looking at, look up their answers, and fetch the pictures."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate_embeddings.page.photos import PhotoSource
+from evaluate_embeddings.page.photos import read_thumbnails
 from evaluate_embeddings.scores.metrics import Evaluation
 from pipeline.retrieval.device_scores import TIE_TOLERANCE
 from pipeline.retrieval.geography import distances_m
@@ -53,19 +54,14 @@ class Gallery:
         return str(self.evaluation.features.building_ids[int(self.evaluation.codes[row])].as_py())
 
 
-def make_gallery(evaluation: Evaluation, photos: PhotoSource) -> Gallery:
-    """Choose the worst failures and fetch their pictures; note what is missing."""
+def make_gallery(evaluation: Evaluation, split_path: Path, raw_dir: Path | None) -> Gallery:
+    """Choose the worst failures and fetch their pictures from the tars of a folder; note what is missing."""
     own = evaluation.scores["projector"]
     places = pick_failures(own.first_rank, evaluation.codes[own.query], NUM_EXAMPLES)
     failures = [describe_example(evaluation, place) for place in places]
     answers = [answer for one in failures for answer in (*one.neighbors, one.match)]
-    thumbnails = photos.read_thumbnails([*(one.query for one in failures), *(answer.row for answer in answers)])
-    note = ""
-    if photos.problem:
-        note = f"The pictures are left out: {photos.problem}."
-    elif photos.num_missing:
-        note = f"{photos.num_missing} pictures are left out: their tars are gone or have changed."
-    return Gallery(evaluation, failures, thumbnails, note)
+    rows = [*(one.query for one in failures), *(answer.row for answer in answers)]
+    return Gallery(evaluation, failures, *read_thumbnails(split_path, raw_dir, rows))
 
 
 def pick_failures(ranks: NDArray[np.int64], buildings: NDArray[np.int32], limit: int) -> list[int]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from evaluate_embeddings.page.gallery import make_gallery
-from evaluate_embeddings.page.photos import PhotoSource
 from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, judge
 from evaluate_embeddings.scores.tables import describe_gains
 from pipeline.config import Config
@@ -35,23 +34,18 @@ FILTERS: dict[str, Callable[..., str]] = {
 }
 
 
-def write_report(
-    path: Path,
-    evaluation: Evaluation,
-    metrics: Mapping[str, Any],
-    config: Config,
-) -> None:
+def write_report(path: Path, evaluation: Evaluation, metrics: Mapping[str, Any], config: Config) -> None:
     """Write the page in one piece; it says why pictures are missing."""
     try:
         raw_dir: Path | None = config.path("raw_dir")
     except ConfigError:  # not set, or of an undefined variable: the page does without photographs
         raw_dir = None
-    photos = PhotoSource(config.path("merged_dir") / "test.parquet", raw_dir)
+    gallery = make_gallery(evaluation, config.path("merged_dir") / "test.parquet", raw_dir)
     environment = load_templates(TEMPLATES_DIR)
     environment.filters |= FILTERS
     page = environment.get_template("report.html.j2").render(
         metrics=metrics, mood=choose_mood(metrics), verdict=describe_gains(metrics), kinds=KIND_LABELS,
-        baselines=BASELINES, score_labels=SCORE_LABELS, gallery=make_gallery(evaluation, photos),
+        baselines=BASELINES, score_labels=SCORE_LABELS, gallery=gallery,
     )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
