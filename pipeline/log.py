@@ -64,20 +64,21 @@ class _LogFile(logging.FileHandler):
 @contextmanager
 def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
     """Send log lines to stderr and, appended, to `log_path`; raise PipelineError if that cannot be written."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    handlers[0].addFilter(lambda record: not getattr(record, "file_only", False))
+    stream = logging.StreamHandler(sys.stderr)
+    stream.addFilter(lambda record: not getattr(record, "file_only", False))
+    handlers: dict[logging.Handler, type[LineFormat]] = {stream: LineFormat}
     if log_path is not None:
         try:
-            handlers.append(_LogFile(log_path, encoding="utf-8", errors="backslashreplace"))
+            file = _LogFile(log_path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise PipelineError(
                 f"cannot write the log {log_path} ({error.strerror}): set [global].log_dir to a writable folder"
             ) from None
+        handlers[file] = _SharedFormat if log_path.parent.name == "_logs" else LineFormat
     logger.setLevel(level)
     logger.propagate = False
-    for handler in handlers:
-        is_shared = isinstance(handler, _LogFile) and Path(handler.baseFilename).parent.name == "_logs"
-        handler.setFormatter(_SharedFormat(*_LINES) if is_shared else LineFormat(*_LINES))
+    for handler, line_format in handlers.items():
+        handler.setFormatter(line_format(*_LINES))
         logger.addHandler(handler)
     try:
         with logging_redirect_tqdm([logger]):
@@ -85,9 +86,8 @@ def logging_to(log_path: Path | None, level: str = "INFO") -> Iterator[None]:
     finally:
         for handler in handlers:
             logger.removeHandler(handler)
-            if isinstance(handler, logging.FileHandler):
-                with suppress(OSError):  # a full disk must not hide the run's own error
-                    handler.close()
+            with suppress(OSError):  # a full disk must not hide the run's own error
+                handler.close()
 
 
 class Progress(AbstractContextManager["Progress"]):

@@ -117,17 +117,16 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str |
     """Name the first difference of two provenances, None if they agree; a tar that is gone is none."""
     if old.get("stage") != new.get("stage"):
         return f"it was made by {old.get('stage')}"
-    for key in sorted(set(old.get("settings", {})) | set(new.get("settings", {}))):
-        before, after = (one.get("settings", {}).get(key) for one in (old, new))
-        if before != after:
-            return f"{key} was {before!r} and is now {after!r}"
-    old_inputs, new_inputs = ({str(item.get("name")): item for item in one.get("inputs", [])} for one in (old, new))
-    for name in sorted(old_inputs.keys() | new_inputs.keys()):
-        if name not in old_inputs:
+    before, after = (one.get("settings", {}) for one in (old, new))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            return f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
+    before, after = ({str(item.get("name")): item for item in one.get("inputs", [])} for one in (old, new))
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before:
             return f"input {name} was not among its inputs"
-        if name not in new_inputs:
-            if not name.endswith(".tar"):
-                return f"input {name} is gone"
-        elif old_inputs[name] != new_inputs[name]:
+        if name not in after and not name.endswith(".tar"):
+            return f"input {name} is gone"
+        if name in after and before[name] != after[name]:
             return f"input {name} has changed"
     return None

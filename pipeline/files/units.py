@@ -163,15 +163,14 @@ def list_tar_units(
         raise ConfigError("--tar-file: two have one name, and so the same output: give one of them")
     if not tars:
         tars = find_tars(config.path("raw_dir"), intermediates)
-    units = []
-    for dataset_id, tar_path in sorted(tars.items()):
-        name = dataset_name(dataset_id)
-        unit = TarUnit(
-            tar_path.name, (place / stage.outputs[0].format(name),), describe, take_over,
+    units = [
+        TarUnit(
+            tar_path.name, (place / stage.outputs[0].format(dataset_name(dataset_id)),), describe, take_over,
             dataset_id=dataset_id, tar_path=tar_path,
-            intermediate_path=intermediates.get(dataset_id, intermediates_dir / f"{name}.parquet"),
-        )  # fmt: skip
-        units.append(unit)
+            intermediate_path=intermediates.get(dataset_id, intermediates_dir / f"{dataset_name(dataset_id)}.parquet"),
+        )
+        for dataset_id, tar_path in sorted(tars.items())
+    ]  # fmt: skip
     return options.shard.take(units)
 
 
