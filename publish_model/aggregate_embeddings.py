@@ -69,7 +69,7 @@ def aggregate(
             raise InputError(f"{dataset.folder}: has no column {name}: run stage 8 with --keep-columns {name}")
         if pa.types.is_nested(dataset.schema.field(name).type):
             raise ConfigError(f"--by {name}: a column of lists or structs: give columns of numbers or text")
-    geometry = GeometryFile(geometry_path) if geometry_path else None
+    geometry = GeometryFile(geometry_path, dataset.schema.field(ID_COLUMN).type) if geometry_path else None
     inputs = [dataset.identify(), *([identify(geometry_path)] if geometry_path else [])]
     provenance = make_provenance(STAGE, inputs, {"by": list(by)})
     result = cli.StageResult(STAGE)

@@ -36,8 +36,15 @@ from pipeline.retrieval.group_scores import measure_groups
 from pipeline.retrieval.labels import label_rows, to_text
 from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.embedding_groups import COUNT_COLUMN, average_ids, find_types
-from publish_model.derived.group_table import CLUSTER_COLUMN, MADE_COLUMNS, POINTS_METADATA, ROW_COLUMN, make_table
-from publish_model.derived.image_groups import count_pairs, group_images
+from publish_model.derived.image_groups import (
+    CLUSTER_COLUMN,
+    MADE_COLUMNS,
+    POINTS_METADATA,
+    ROW_COLUMN,
+    count_pairs,
+    group_images,
+    make_table,
+)
 from publish_model.derived.pages import list_facts, write_page
 from publish_model.model_folder.pair_rates import read_pairs
 from publish_model.model_folder.published_model import find_model

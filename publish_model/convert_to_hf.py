@@ -36,7 +36,7 @@ from pipeline.inference.model_files import (
 from pipeline.log import logger
 from pipeline.stages import STAGES
 from publish_model.model_folder.model_card import add_test_results
-from publish_model.model_folder.model_code import CODE_PATHS
+from publish_model.model_folder.published_model import CODE_PATHS
 
 STAGE = "convert_to_hf"
 COUNTS = {"in": 1, "out": 1}  # models

@@ -237,9 +237,9 @@ def test_a_folder_that_is_no_dataset_is_left_as_it_is(aggregate, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "shapes", "text"),
     [
-        ([1, 2], [point(0, 0)] * 2, "g.parquet: names none of the ids (its OSMID is int64)"),
+        ([1, 2], [point(0, 0)] * 2, "its OSMID is int64, that of the dataset string"),
         (["way/1", "way/1"], [point(0, 0), point(1, 1)], "two geometries for way/1"),
-        (["way/0001"], [point(0, 0)], "g.parquet: names none of the ids (its OSMID is string): give their geometries"),
+        (["way/0001"], [point(0, 0)], "g.parquet: names none of the ids: give their geometries"),
         (["way/1"], [b"POINT (1 2)"], "not well-known binary"),
         (["way/1"], [ewkb_point(25832, 691000.0, 5334000.0)], "in the reference system EPSG:25832, not in EPSG:4326"),
         (["way/1"], [point(500000, 5200000)], "of way/1 is at (500000.0, 5200000.0), no longitude and latitude"),

@@ -23,7 +23,7 @@ from pipeline.inference.loading import find_vision_config
 from pipeline.inference.model_files import DEFAULT_MODEL_ID, locate_model
 from preprocess_raw_data import process_tar
 from publish_model import embed_images
-from publish_model.model_folder import model_code
+from publish_model.model_folder import published_model
 from publish_model.model_folder.published_model import find_model
 
 CODE = """
@@ -181,10 +181,10 @@ def test_a_folder_called_as_the_default_model_does_not_take_its_place(model_dir,
 def test_two_published_folders_of_one_name_each_run_their_own_code(model_dir, tmp_path, monkeypatch):
     """In a user's process, by transformers: the second one is of a version that pools otherwise."""
     first, second = (shutil.copytree(model_dir, tmp_path / name / "published") for name in "ab")
-    paths = [Path(shutil.copy(path, tmp_path)) for path in model_code.CODE_PATHS]
+    paths = [Path(shutil.copy(path, tmp_path)) for path in published_model.CODE_PATHS]
     (tmp_path / "pooling.py").write_text((tmp_path / "pooling.py").read_text() + "\n\nLATER = True\n")
-    monkeypatch.setattr(model_code, "CODE_PATHS", paths)
-    for name, content in model_code.read_code().items():
+    monkeypatch.setattr(published_model, "CODE_PATHS", paths)
+    for name, content in published_model.read_code().items():
         (second / name).write_bytes(content)
     script = (
         "import sys\nfrom transformers import AutoModel\n"

@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import shapely
 
-from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.columns import list_values, plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError, one_line
+from pipeline.files.column_types import plain_type
 from pipeline.files.tables import open_parquet, reading
 from pipeline.files.workspace import parse_json
 from pipeline.log import logger
-from publish_model.derived.embedding_groups import keys_of
 
 GEO_KEY = b"geo"
 VERSION = "1.1.0"
@@ -48,8 +48,8 @@ def describe_shape(value: bytes, *, in_degrees: bool) -> str:
 class GeometryFile:
     """A parquet of ids and geometries in well-known binary, GeoParquet or plain."""
 
-    def __init__(self, path: Path) -> None:
-        """Read its footer; raise InputError if it cannot be read, or has no such columns."""
+    def __init__(self, path: Path, id_type: pa.DataType) -> None:
+        """Read its footer; raise InputError without such columns, or where the ids are of another type than these."""
         self.path = path
         with open_parquet(path) as file:
             schema, metadata = file.schema_arrow, file.metadata.metadata or {}
@@ -69,7 +69,11 @@ class GeometryFile:
         is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
         if not is_binary or described.get("encoding", "WKB") != "WKB":
             raise InputError(f"{path}: column {self.column} is not well-known binary (WKB): write it so")
-        self._id_type = schema.field(ID_COLUMN).type
+        own_type = schema.field(ID_COLUMN).type
+        if plain_type(own_type) != plain_type(id_type):
+            raise InputError(
+                f"{path}: its {ID_COLUMN} is {own_type}, that of the dataset {id_type}: write both in one type"
+            )
 
     def join(self, table: pa.Table) -> pa.Table:
         """Add the geometry of each id to a table, null where the file has none.
@@ -77,8 +81,8 @@ class GeometryFile:
         Raises InputError where the file has two geometries for one id, or one that is not WKB of longitudes and
         latitudes.
         """
-        ids = [key[0] for key in keys_of(table, [ID_COLUMN])]
-        wanted = set(ids) - {None}
+        ids = list_values(table[ID_COLUMN])
+        wanted = set(ids)
         shapes: dict[object, bytes] = {}
         with reading(self.path), open_parquet(self.path) as file:
             for batch in file.iter_batches(BATCH_ROWS, columns=[ID_COLUMN, self.column]):
@@ -102,8 +106,7 @@ class GeometryFile:
     def describe(self) -> bytes:
         """Return the `geo` metadata of a file that holds the joined tables."""
         if self._num_missing and not self._types:
-            what = f"names none of the ids (its {ID_COLUMN} is {self._id_type})"
-            raise InputError(f"{self.path}: {what}: give their geometries, and ids of the dataset's type")
+            raise InputError(f"{self.path}: names none of the ids: give their geometries")
         logger.info("%d ids have no geometry in %s", self._num_missing, self.path)
         column = {"encoding": "WKB", "geometry_types": sorted(self._types), **self._kept}
         geo = {"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": {GEOMETRY_COLUMN: column}}

@@ -6,15 +6,28 @@ groups that are each other's most similar merge at once, and a pair below the th
 survey of recent advances in hierarchical clustering algorithms, 1983).
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import shapely
 from numpy.typing import NDArray
 
+from pipeline.embeddings_dataset.columns import take_rows
 from pipeline.errors import PipelineError
 from pipeline.retrieval.geography import earth_centred_m
+from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, VERSION
+
+CLUSTER_COLUMN, ROW_COLUMN = "cluster", "row"
+MADE_COLUMNS = (CLUSTER_COLUMN, "similarity", "is_medoid", ROW_COLUMN, GEOMETRY_COLUMN)
+# These make a parquet with such a column of points a GeoParquet.
+_POINTS = {GEOMETRY_COLUMN: {"encoding": "WKB", "geometry_types": ["Point"]}}
+POINTS_METADATA = {
+    GEO_KEY: json.dumps({"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": _POINTS}).encode()
+}
 
 # Neighbours that are looked for at a time; a group that all of them may join is searched again after it has grown.
 NUM_NEAREST = 64
@@ -92,6 +105,32 @@ def group_images(
         groups = numbers[groups]
         merged = Groups(merged.means[kept], merged.centres[kept], merged.counts[kept])
     return number_by_size(groups), recall
+
+
+def make_table(
+    columns: pa.Table, embeddings: Embeddings, groups: Rows, positions: Points | None, rows: Rows
+) -> pa.Table:
+    """Return the columns of images (N,) with what was found, sorted by group and then by cosine to the medoid.
+
+    A medoid is the image most similar to all of its group as a mean, of equal ones the first. `rows` (N,) are the
+    images' rows of the dataset.
+    """
+    numbers = np.arange(len(groups))
+    to_mean = multiply_rows(embeddings, numbers, average_groups(embeddings, groups=groups)[0], groups)
+    ranked = np.lexsort((-to_mean, groups))
+    medoids = ranked[np.flatnonzero(np.diff(groups[ranked], prepend=-1))]  # (G,)
+    is_medoid = medoids[groups] == numbers
+    similarity = np.minimum(multiply_rows(embeddings, numbers, embeddings[medoids], groups), np.float32(1))
+    order = np.lexsort((numbers, -similarity, ~is_medoid, groups))
+    taken = [take_rows(column.combine_chunks(), order) for column in columns.columns]
+    table = pa.Table.from_arrays(taken, schema=columns.schema)
+    for name, values in zip(MADE_COLUMNS, (groups, similarity, is_medoid, rows), strict=False):
+        table = table.append_column(name, pa.array(values[order]))
+    if positions is None:
+        return table
+    points = shapely.to_wkb(shapely.points(positions[order, ::-1]), byte_order=1)
+    unknown = np.isnan(positions[order]).any(axis=1)
+    return table.append_column(GEOMETRY_COLUMN, pa.array(points, pa.binary(), mask=unknown))
 
 
 def multiply_rows(some: Embeddings, rows: Rows, others: Embeddings, places: Rows) -> Embeddings:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.pages import load_templates, to_data_uri
-from publish_model.derived.group_table import CLUSTER_COLUMN, ROW_COLUMN
+from publish_model.derived.image_groups import CLUSTER_COLUMN, ROW_COLUMN
 from publish_model.new_data.id_lists import describe_id
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[1] / "templates"

@@ -23,8 +23,8 @@ from pipeline.inference.model_files import (
 from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint, build_projector, load_checkpoint
 from publish_model.model_folder.model_card import ModelParts, is_measured, list_licences, worse_than, write_card
-from publish_model.model_folder.model_code import describe_model, read_code
 from publish_model.model_folder.pair_rates import FILE_NAME, measure_pairs
+from publish_model.model_folder.published_model import describe_model, read_code
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 # Of one file; the hub takes up to 50 GB.
