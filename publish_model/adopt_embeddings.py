@@ -26,9 +26,13 @@ from pipeline.files.workspace import writing_to
 from pipeline.inference.precision import Precision
 from pipeline.log import Progress, logger
 from pipeline.reference.adoption import LEAST_COSINE, adopt, find_foreign, sample
-from publish_model.derived.dataset_tool import make_tool_parser
 from publish_model.model_folder.published_model import PublishedModel, find_model
-from publish_model.new_data.embed_options import add_device_option, add_input_options, add_model_option
+from publish_model.new_data.embed_options import (
+    add_device_option,
+    add_input_options,
+    add_model_option,
+    make_tool_parser,
+)
 
 STAGE = "adopt_embeddings"
 

@@ -30,9 +30,9 @@ from pipeline.files.identity import identify
 from pipeline.files.outputs import check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, parquet_writer
 from pipeline.log import logger
-from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.embedding_groups import MEASURED, average_rows, keys_of
 from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile
+from publish_model.new_data.embed_options import make_tool_parser, run_tool
 
 STAGE = "aggregate_embeddings"
 # About so many images are held in a pass: with their sums they take up to 2 GB at 256 numbers.
@@ -94,18 +94,6 @@ def aggregate(
     return result
 
 
-def parse_columns(text: str) -> list[str]:
-    """Read the names of `--by`.
-
-    Raises ConfigError unless OSMID is one of them, each stands there once, and none is made here.
-    """
-    names = [name.strip() for name in text.split(",")]
-    if ID_COLUMN not in names or not all(names):
-        raise ConfigError(f"--by {text}: give {ID_COLUMN}, or {ID_COLUMN} and kept columns")
-    check_names(f"--by {text}", [*MEASURED.names, EMBEDDING_COLUMN, GEOMETRY_COLUMN], names)
-    return names
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_tool_parser(__doc__ or "")
     add = parser.add_argument
@@ -113,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--geometry", type=Path, metavar="FILE", help="parquet of OSMID and geometry (WKB) to join")
     add("--overwrite", action="store_true", help="make again what is there already")
     arguments = parser.parse_args(argv)
-    by = parse_columns(arguments.by)
+    by = [name.strip() for name in arguments.by.split(",")]
+    if ID_COLUMN not in by or not all(by):
+        raise ConfigError(f"--by {arguments.by}: give {ID_COLUMN}, or {ID_COLUMN} and kept columns")
+    check_names(f"--by {arguments.by}", [*MEASURED.names, EMBEDDING_COLUMN, GEOMETRY_COLUMN], by)
     run_tool(STAGE, arguments.output, lambda dataset: aggregate(dataset, by, arguments.geometry, arguments.overwrite))
 
 

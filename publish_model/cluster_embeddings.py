@@ -34,7 +34,6 @@ from pipeline.log import logger
 from pipeline.own_folders import remove
 from pipeline.retrieval.group_scores import measure_groups
 from pipeline.retrieval.labels import label_rows, to_text
-from publish_model.derived.dataset_tool import make_tool_parser, run_tool
 from publish_model.derived.embedding_groups import COUNT_COLUMN, average_ids, find_types
 from publish_model.derived.image_groups import (
     CLUSTER_COLUMN,
@@ -46,9 +45,8 @@ from publish_model.derived.image_groups import (
     make_table,
 )
 from publish_model.derived.pages import list_facts, write_page
-from publish_model.model_folder.pair_rates import read_pairs
-from publish_model.model_folder.published_model import find_model
-from publish_model.new_data.embed_options import add_model_option
+from publish_model.model_folder.published_model import find_model, read_pairs
+from publish_model.new_data.embed_options import add_model_option, make_tool_parser, run_tool
 
 STAGE = "cluster_embeddings"
 # A group of more images than this, and than this share of all, is named: a threshold too low makes one of nearly all.
@@ -172,11 +170,10 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> tuple[pa.Tab
     """
     result = cli.StageResult(STAGE)
     name = "look_alike" if options.look_alike else "clusters"
-    paths = [dataset.folder / CLUSTERS_FOLDER / f"{name}.{suffix}" for suffix in ("parquet", "json", "html")]
-    marks = (STAGE, CLUSTERS_MARK, page_mark(STAGE))
-    for place, mark in list(zip(paths, marks, strict=True))[: 2 + options.html]:
-        check_replaceable(place, mark)
-    path, summary_path, page_path = paths
+    marks = {"parquet": STAGE, "json": CLUSTERS_MARK, "html": page_mark(STAGE)}
+    path, summary_path, page_path = (dataset.folder / CLUSTERS_FOLDER / f"{name}.{suffix}" for suffix in marks)
+    for place in (path, summary_path, page_path)[: 2 + options.html]:
+        check_replaceable(place, marks[place.suffix[1:]])
     source = dataset.open_input(options.input) if options.input is not None else None
     columns, embeddings = read_rows(dataset)
     labels = None
@@ -229,10 +226,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--threshold", type=float, metavar="COSINE", help="mean cosine to cut at (default: by the model's validation)"
     )
     cut.add_argument("--false-pairs", type=float, metavar="RATE", help="share of pairs of two buildings that reach it")
+    cut.add_argument(
+        "--look-alike", type=cli.whole_number, metavar="N", help="make N groups of ids that look alike, by k-means"
+    )
     add("--positions", metavar="LAT,LON", help="kept columns in degrees: compare near images")
     add("--max-distance-m", type=float, default=150.0, metavar="M", help="how far that is (150)")
     add("--labels", type=Path, metavar="FILE", help="parquet or CSV of OSMID and building_id, to measure by")
-    add("--look-alike", type=cli.whole_number, metavar="N", help="make N groups of ids that look alike, by k-means")
     add("--html", action="store_true", help="write a page too")
     add("--input", "-i", type=Path, metavar="PATH", help="packaged images, for the page's photographs")
     add("--overwrite", action="store_true", help="make again what is there already")
@@ -245,8 +244,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments["positions"] = tuple(name.strip() for name in arguments["positions"].split(","))
         if len(set(arguments["positions"])) != 2:
             raise ConfigError("--positions: give two kept columns, LAT,LON")
-    if arguments["look_alike"] and (arguments["threshold"] is not None or arguments["false_pairs"]):
-        raise ConfigError("--look-alike: takes no --threshold and no --false-pairs: leave them out")
     output = arguments.pop("output")
     run_tool(STAGE, output, lambda dataset: cluster(dataset, ClusterOptions(**arguments))[1])
 

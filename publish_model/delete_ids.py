@@ -22,7 +22,7 @@ from pipeline.embeddings_dataset.deletions import delete_ids
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import PipelineError
 from pipeline.log import logger
-from publish_model.derived.dataset_tool import make_tool_parser, run_tool
+from publish_model.new_data.embed_options import make_tool_parser, run_tool
 from publish_model.new_data.id_lists import read_id_list
 
 STAGE = "delete_ids"

@@ -32,6 +32,7 @@ from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import InputError, Rejection, StaleOutputError
 from pipeline.files import workspace
 from pipeline.files.identity import hash_json
+from pipeline.files.outputs import carries
 from pipeline.files.tables import (
     BUFFER_BYTES,
     PROVENANCE_KEY,
@@ -149,9 +150,7 @@ def find_package(output: Path, provenance: dict[str, Any], overwrite: bool) -> l
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return []
-    first = name_file(output, 0)
-    found = read_provenance(first) if first.is_file() else None
-    if found is None or found.get("stage") != STAGE:
+    if not carries(name_file(output, 0), STAGE):
         raise InputError(f"{output}: not empty, and not a package that was made here: give another --output")
     if overwrite:
         return []

@@ -22,11 +22,10 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import ConfigError
 from pipeline.files.outputs import check_replaceable, page_mark
 from pipeline.log import logger, logging_to
-from publish_model.derived.dataset_tool import make_tool_parser
 from publish_model.derived.pages import make_thumbnail, write_html
 from publish_model.embed_images import embed_photographs
 from publish_model.model_folder.published_model import find_model
-from publish_model.new_data.embed_options import add_device_option, add_model_option
+from publish_model.new_data.embed_options import add_device_option, add_model_option, make_tool_parser
 from publish_model.new_data.id_lists import describe_id
 
 PAGE_MARK = page_mark("search_embeddings")

@@ -21,7 +21,7 @@ from pipeline.embeddings_dataset.deletions import read_order
 from pipeline.embeddings_dataset.parts import count_rows
 from pipeline.errors import PipelineError
 from pipeline.log import logger, logging_to
-from publish_model.derived.dataset_tool import make_tool_parser
+from publish_model.new_data.embed_options import make_tool_parser
 
 SHOWN = 20
 

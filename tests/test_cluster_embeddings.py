@@ -14,7 +14,7 @@ from published_models import read_dataset
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.retrieval import pair_table
 from publish_model import cluster_embeddings, delete_ids
-from publish_model.model_folder import pair_rates
+from publish_model.model_folder import published_model
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def calibrated(model_dir, tmp_path):
     model = shutil.copytree(model_dir, tmp_path / "model")
     embeddings, buildings = draw_buildings(5, 50, 4, 0.6, 256)
     pairs = pair_table.describe_pairs(embeddings, buildings)
-    (model / pair_rates.FILE_NAME).write_text(json.dumps(pairs))
+    (model / published_model.RATES_NAME).write_text(json.dumps(pairs))
     return model
 
 
@@ -264,7 +264,7 @@ def test_the_threshold_comes_from_the_models_validation_and_follows_the_number_o
     outcome = cluster(tmp_path / "out", "--model-id", calibrated)
     assert outcome.code == 0, outcome.stderr
     _, summary = read(tmp_path / "out")
-    table = pair_rates.read_pairs(calibrated, "all")
+    table = published_model.read_pairs(calibrated, "all")
     assert summary["threshold_from"] == "validation"
     assert summary["false_pairs"] == pytest.approx(min(0.5, table.best_partners / 36))
     assert summary["threshold"] == pytest.approx(table.threshold_at(summary["false_pairs"]), abs=1e-6)

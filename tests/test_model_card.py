@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.inference.model_files import identify_model, is_within
 from publish_model import convert_to_hf as stage
 from publish_model.model_folder.model_card import add_test_results
-from publish_model.model_folder.pair_rates import FILE_NAME
+from publish_model.model_folder.published_model import RATES_NAME
 
 
 def snippets(folder):
@@ -179,14 +179,14 @@ def test_the_rates_of_pairs_are_named_and_no_part_of_the_version(config, tmp_pat
     monkeypatch.setattr("publish_model.model_folder.published_folder.measure_pairs", lambda *_: None)
     stage.run(config, Options())
     without = identify_model(tmp_path / "published")
-    assert FILE_NAME not in (tmp_path / "published" / "README.md").read_text()
+    assert RATES_NAME not in (tmp_path / "published" / "README.md").read_text()
     monkeypatch.setattr("publish_model.model_folder.published_folder.measure_pairs", lambda *_: {"all": []})
     stage.run(config, Options(overwrite=True))
     card = (tmp_path / "published" / "README.md").read_text().replace("\n", " ")
-    assert f"`{FILE_NAME}` says how often pairs of validation images reach a cosine" in card
-    assert (tmp_path / "published" / FILE_NAME).is_file()
+    assert f"`{RATES_NAME}` says how often pairs of validation images reach a cosine" in card
+    assert (tmp_path / "published" / RATES_NAME).is_file()
     assert identify_model(tmp_path / "published") == without
-    (tmp_path / "published" / FILE_NAME).unlink()
+    (tmp_path / "published" / RATES_NAME).unlink()
     assert identify_model(tmp_path / "published") == without
 
 

@@ -26,7 +26,7 @@ from publish_model import (
     search_embeddings,
     verify_embeddings,
 )
-from publish_model.model_folder import pair_rates
+from publish_model.model_folder import published_model
 
 
 @pytest.fixture
@@ -344,7 +344,7 @@ def unit(rows):
 
 def test_a_published_folder_carries_the_rates_of_pairs_of_its_validation(config_with_splits):
     for kind in ("all", "near"):  # 30 images of 10 buildings
-        rates = pair_rates.read_pairs(config_with_splits, kind).columns["false_rate"]
+        rates = published_model.read_pairs(config_with_splits, kind).columns["false_rate"]
         assert len(rates) > 5
         assert 0 < rates.min() < rates.max() < 1
 

@@ -72,15 +72,25 @@ def is_measured(metrics: Mapping[str, Any]) -> bool:
 
 def write_card(folder: Path, model: ModelParts, dtype: str) -> None:
     """Write README.md; `dtype` is the type of the published backbone weights."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     licence, licence_files = (
         _read_licence(model.folder / "README.md"),
         [path.name for path in list_licences(model.folder)],
     )
     backbone_name = model.config["backbone_model_name"]
+    named = dict(licence) or {"license": "other", "license_name": "unknown"}
+    if named.get("license") == "other" and licence_files:
+        named.setdefault("license_link", licence_files[0])
+    metadata = ModelCardData(
+        **named,
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        base_model=backbone_name if backbone_name.count("/") == 1 else None,  # else it is no hub id
+        tags=["image-retrieval", "place-recognition", "street-view", "buildings"],
+    )
     text = _render(
-        "model_card.md.j2", metadata=_make_metadata(backbone_name, licence, licence_files), name=NAME,
+        "model_card.md.j2", metadata=metadata.to_yaml(), name=NAME,
         config=model.config, image_size=model.image_size, checkpoint=model.checkpoint, metrics=model.metrics,
         dtype=dtype, licence=licence,
         unreached={row: ROWS[row] for row in worse_than(model.metrics)} if model.metrics else {},
@@ -116,23 +126,6 @@ def _read_licence(path: Path) -> dict[str, str]:
         raise InputError(
             f"{path}: its metadata cannot be read ({one_line(error)[:100]}): fetch the model again"
         ) from None
-
-
-def _make_metadata(backbone_name: str, licence: Mapping[str, Any], licence_files: list[str]) -> str:
-    """Return the card's YAML, which the hub reads."""
-    from huggingface_hub import ModelCardData
-
-    named = dict(licence) or {"license": "other", "license_name": "unknown"}
-    if named.get("license") == "other" and licence_files:
-        named.setdefault("license_link", licence_files[0])
-    data = ModelCardData(
-        **named,
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        base_model=backbone_name if backbone_name.count("/") == 1 else None,  # else it is no hub id
-        tags=["image-retrieval", "place-recognition", "street-view", "buildings"],
-    )
-    return data.to_yaml()
 
 
 def add_test_results(folder: Path, metrics_path: Path) -> bool:
@@ -179,10 +172,8 @@ def _format_table(metrics: Metrics) -> str:
     """Return the scores as a Markdown table with a line for each row, and the 95 % intervals where they are known."""
     keys = [key for key in SCORES if key in metrics["projector"]]
     lines = [["", *(SCORES[key] for key in keys)], ["---"] * (len(keys) + 1)]
-    lines += [[title, *(_format_score(metrics[row], key) for key in keys)] for row, title in ROWS.items()]
+    for row, title in ROWS.items():
+        intervals = (metrics[row].get(f"{key}_ci95") for key in keys)
+        ends = (" [{:.3f}, {:.3f}]".format(*one) if one else "" for one in intervals)
+        lines.append([title, *(f"{metrics[row][key]:.3f}{end}" for key, end in zip(keys, ends, strict=True))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _format_score(scores: Mapping[str, Any], key: str) -> str:
-    interval = scores.get(f"{key}_ci95")
-    return f"{scores[key]:.3f}" + (" [{:.3f}, {:.3f}]".format(*interval) if interval else "")

@@ -5,11 +5,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
-from pipeline.files.tables import PROVENANCE_KEY
+from pipeline.files.identity import identify
+from pipeline.files.list_columns import find_embedding
+from pipeline.files.tables import PROVENANCE_KEY, open_parquet, reading
 from pipeline.files.workspace import parse_json
 from pipeline.inference.backbone import check_embeddings
 from pipeline.inference.loading import find_vision_config, load_model, naming_model, writing_weights
@@ -21,14 +26,20 @@ from pipeline.inference.model_files import (
     read_settings,
 )
 from pipeline.log import logger
-from pipeline.retrieval.checkpoint import Checkpoint, build_projector, load_checkpoint
+from pipeline.retrieval.checkpoint import Checkpoint, build_projector, load_checkpoint, project
+from pipeline.retrieval.geography import is_position
+from pipeline.retrieval.pair_table import describe_pairs
 from publish_model.model_folder.model_card import ModelParts, is_measured, list_licences, worse_than, write_card
-from publish_model.model_folder.pair_rates import FILE_NAME, measure_pairs
-from publish_model.model_folder.published_model import describe_model, read_code
+from publish_model.model_folder.published_model import RATES_NAME, describe_model, read_code
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 # Of one file; the hub takes up to 50 GB.
 MAX_SHARD_BYTES = 5_000_000_000
+# 4,000 images make 8 million pairs: rates down to 1e-7, and an average linkage of a few seconds.
+NUM_QUERIES = 4000
+# A sample is read from so many row groups: a split of 5.8 million images has 95 GB.
+NUM_ROW_GROUPS = 16
+POSITION_COLUMNS = ("street_lat", "street_lon")
 
 
 def read_parts(config: Config, checkpoint_path: Path, backbone_dir: Path, force: bool) -> ModelParts:
@@ -39,31 +50,21 @@ def read_parts(config: Config, checkpoint_path: Path, backbone_dir: Path, force:
     """
     section, settings = config.embedding_model, read_settings(backbone_dir / "config.json")
     checkpoint = load_checkpoint(checkpoint_path, config.training_model)
-    check_embedded_alike(config, checkpoint, identify_model(backbone_dir))
-    metrics = check_worth(checkpoint, force)
-    vision = find_vision_config(backbone_dir)
-    settings = vision.to_dict() if "vision_config" in settings else settings
-    described = describe_model(name_backbone(config), settings, section, checkpoint.architecture)
-    rates = measure_pairs(config, checkpoint)
-    return ModelParts(backbone_dir, vision, described, checkpoint, section.input_size, metrics, rates)
-
-
-def name_backbone(config: Config) -> str:
-    """Return the backbone's public name: its hub id without a revision, or a local folder's name, never its path."""
-    name = config.embedding_model.model_name or ""
-    folder = config.expand(name, "[embedding_model].model_name")
-    return folder.name if folder.is_dir() else name.partition("@")[0]
-
-
-def check_embedded_alike(config: Config, checkpoint: Checkpoint, backbone_id: str) -> None:
-    """Raise InputError, naming the difference, if the checkpoint was trained on embeddings of another backbone or of
-    other settings than are published; a checkpoint of the reference implementation does not say."""
-    wanted = {"model": backbone_id, **embedding_settings(config.embedding_model)}
+    wanted = {"model": identify_model(backbone_dir), **embedding_settings(section)}
     if difference := compare_embedded(checkpoint.provenance.get("embedded_with"), wanted):
         raise InputError(
             f"{checkpoint.path}: trained on other embeddings than the configuration's ({difference}): set "
             "[embedding_model] as it was, or run stages 2, 3 and 6 again"
         )
+    metrics = check_worth(checkpoint, force)
+    vision = find_vision_config(backbone_dir)
+    settings = vision.to_dict() if "vision_config" in settings else settings
+    name = section.model_name or ""  # a hub id without its revision, or a local folder's name, never its path
+    local = config.expand(name, "[embedding_model].model_name")
+    name = local.name if local.is_dir() else name.partition("@")[0]
+    described = describe_model(name, settings, section, checkpoint.architecture)
+    rates = measure_pairs(config, checkpoint)
+    return ModelParts(backbone_dir, vision, described, checkpoint, section.input_size, metrics, rates)
 
 
 def check_worth(checkpoint: Checkpoint, force: bool) -> dict[str, dict[str, float]]:
@@ -85,6 +86,45 @@ def check_worth(checkpoint: Checkpoint, force: bool) -> dict[str, dict[str, floa
     return {row: values for row, values in metrics.items() if isinstance(values, dict)}
 
 
+def sample_rows(path: Path) -> tuple[NDArray[np.float32], pa.Table]:
+    """Return (N, D) backbone features of about NUM_QUERIES rows of a split, and their buildings and positions.
+
+    Some row groups are read, and of each the first rows, which are of whole buildings.
+    """
+    column = find_embedding(path)
+    with reading(path), open_parquet(path) as file:
+        groups = np.unique(np.linspace(0, file.num_row_groups - 1, NUM_ROW_GROUPS).astype(int))
+        names = [name for name in ("building_id", *POSITION_COLUMNS) if name in file.schema_arrow.names]
+        features, others = [], []
+        for group in groups:
+            table = file.read_row_group(int(group), columns=[column.name, *names])
+            rows = table.slice(0, -(-NUM_QUERIES // len(groups))).combine_chunks()
+            features += [column.read(chunk, 0).astype(np.float32) for chunk in rows[column.name].chunks]
+            others.append(rows.select(names))
+        return np.concatenate(features), pa.concat_tables(others)
+
+
+def measure_pairs(config: Config, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the content of pair_rates.json, None if the merged splits are not those of the checkpoint.
+
+    The splits hold the backbone features, so no image is embedded again.
+    """
+    if config.paths.merged_dir is None:
+        return None
+    path = config.path("merged_dir") / "val.parquet"
+    if not path.is_file() or identify(path) not in checkpoint.provenance.get("inputs", []):
+        logger.info("%s: not what the checkpoint was trained beside: the model carries no rates of false pairs", path)
+        return None
+    features, columns = sample_rows(path)
+    embeddings = project(build_projector(checkpoint), features, torch.device("cpu"))
+    buildings = columns["building_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    positions = None
+    if set(POSITION_COLUMNS) <= set(columns.column_names):
+        positions = np.stack([columns[name].to_numpy() for name in POSITION_COLUMNS], axis=1).astype(np.float64)
+        positions = positions if is_position(*positions.T).all() else None
+    return describe_pairs(embeddings, buildings, positions)
+
+
 def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: dict[str, Any]) -> None:
     """Write everything that loading the model needs into an empty folder, and load it for a trial.
 
@@ -101,7 +141,7 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
         shutil.copyfile(path, folder / path.name)
     copy_processor(model.folder, folder, model.image_size)
     if model.pair_rates is not None:
-        (folder / FILE_NAME).write_text(json.dumps(model.pair_rates) + "\n", encoding="utf-8")
+        (folder / RATES_NAME).write_text(json.dumps(model.pair_rates) + "\n", encoding="utf-8")
     write_card(folder, model, stored)
     with naming_model(model.folder):
         try_model(folder, model)

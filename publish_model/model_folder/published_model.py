@@ -12,6 +12,7 @@ from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError
 from pipeline.files.identity import hash_json
+from pipeline.files.workspace import read_json
 from pipeline.inference.model_files import (
     find_missing_files,
     has_own_weights,
@@ -20,10 +21,13 @@ from pipeline.inference.model_files import (
 )
 from pipeline.log import logger
 from pipeline.reference.model_folder import in_own_format, locate_published
+from pipeline.retrieval.pair_table import PairTable
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder
 
+# How often pairs of validation images reach a cosine, of two buildings and of one.
+RATES_NAME = "pair_rates.json"
 MODEL_TYPE = "spatial_embeddings"
 CODE_DIR = Path(__file__).resolve().parents[1]
 # Stage 2 and training use the same two files for pooling and projector.
@@ -159,3 +163,23 @@ def find_model(
     if missing:  # found before a dataset is begun that bears the broken model's id
         raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
     return PublishedModel(model_id, folder, device, batch_size, trust_remote_code)
+
+
+def read_pairs(folder: Path, kind: str) -> PairTable:
+    """Return the table of `all` or `near` pairs that a published folder carries.
+
+    Raises InputError if it has none.
+    """
+    remedy = "publish the model again with stage 7 beside its splits, or give --threshold"
+    try:
+        rows = read_json(folder / RATES_NAME)[kind]
+        table = PairTable.of(rows)
+        is_sound = len(rows) > 1 and all(np.isfinite(values).all() for values in table.columns.values())
+        is_sound = is_sound and bool(
+            (np.diff(table.columns["cosine"]) > 0).all() and (np.diff(table.columns["false_rate"]) < 0).all()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        is_sound = False
+    if not is_sound:
+        raise InputError(f"{folder / RATES_NAME}: no rates of false pairs by cosine ({kind}): {remedy}")
+    return table

@@ -1,16 +1,17 @@
-"""The options of stage 8, which takes no configuration."""
+"""The command lines of stage 8 and of the tools for its datasets, which take no configuration."""
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import cli
 from pipeline.embeddings_dataset.columns import check_names
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, InputOptions
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InputError
 from pipeline.files.outputs import check_outside_datasets
 from pipeline.ids import Shard
 from pipeline.inference.model_files import DEFAULT_MODEL_ID
@@ -130,3 +131,26 @@ def fraction(text: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1")
     return value
+
+
+def make_tool_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser that takes the dataset's directory."""
+    parser = cli.make_parser(description, config=False)
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="dataset directory that stage 8 wrote")
+    return parser
+
+
+def run_tool(
+    tool: str, output: Path, story: Callable[[EmbeddingsDataset], cli.StageResult], *, alone: bool = False
+) -> None:
+    """Tell a story of a dataset while none that needs it `alone` runs; such a one leaves no log file in the dataset.
+
+    Raises InputError where there is no dataset, PipelineError where another process is at it.
+    """
+    dataset = EmbeddingsDataset(output)
+    if not dataset.folder.is_dir():
+        raise InputError(f"{dataset.folder}: no embeddings dataset: run stage 8 first, or correct the path")
+    # No log is written into a folder that is something else.
+    log_path = dataset.folder / "_logs" / f"{tool}.log" if not alone and (dataset.folder / "parts").is_dir() else None
+    with dataset.held(shared=not alone):
+        cli.run_logged(tool, lambda: story(dataset), log_path)

@@ -136,10 +136,8 @@ def read_file(path: Path) -> bytes:
             num_bytes = os.fstat(file.fileno()).st_size
             _check_size(num_bytes)
             return file.read(num_bytes + 1)
-    except OSError as error:
-        raise Rejection("missing_image", error.strerror or one_line(error)) from None
-    except ValueError as error:  # a zero byte
-        raise Rejection("missing_image", one_line(error)) from None
+    except (OSError, ValueError) as error:  # the second for a zero byte
+        raise Rejection("missing_image", getattr(error, "strerror", None) or one_line(error)) from None
 
 
 def _check_size(num_bytes: int) -> None:
