@@ -98,9 +98,8 @@ def adopt_dataset(arguments: argparse.Namespace) -> cli.StageResult:
     state = store.write_state()
     for part in store.parts.values():
         result.add(part.counts, part.reasons)
-    logger.info("dataset: %d of %d parts are there", state["parts_done"], state["parts_total"])
-    if not state["complete"]:
-        logger.info("not complete: stage 8 with the same input and model makes the rest")
+    rest = "" if state["complete"] else "; stage 8 with the same input and model makes the rest"
+    logger.info("dataset: %d of %d parts are there%s", state["parts_done"], state["parts_total"], rest)
     return result
 
 

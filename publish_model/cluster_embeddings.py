@@ -57,8 +57,6 @@ RANGES = {"threshold": (-1, 1), "false_pairs": (0, 0.5), "max_distance_m": (0.00
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """The options of the command line."""
-
     model_id: str = ""
     threshold: float | None = None
     false_pairs: float | None = None
@@ -144,10 +142,12 @@ def summarize(table: pa.Table, threshold: dict[str, Any] | None, labels: pa.Arra
     sizes = np.bincount(groups)
     summary: dict[str, Any] = {
         "tool": STAGE, "ids" if threshold is None else "images": len(table), "clusters": len(sizes),
-        "alone": int((sizes == 1).sum()), "largest": int(sizes[0]), "clusters_by_size": {},
+        "alone": int((sizes == 1).sum()), "largest": int(sizes[0]),
+        "clusters_by_size": {
+            f"{2**power}-{2 ** (power + 1) - 1}" if power else "1": count
+            for power, count in enumerate(np.bincount(np.log2(sizes).astype(int)).tolist())
+        },
     }  # fmt: skip
-    for power, count in enumerate(np.bincount(np.log2(sizes).astype(int)).tolist()):
-        summary["clusters_by_size"][f"{2**power}-{2 ** (power + 1) - 1}" if power else "1"] = count
     if threshold is not None and summary["largest"] > max(GIANT_IMAGES, GIANT_SHARE * len(table)):
         summary["giant"] = {"cluster": 0, "images": summary["largest"]}
         cause = "copies of one picture, or a threshold that is too low"
@@ -176,9 +176,8 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> tuple[pa.Tab
         check_replaceable(place, marks[place.suffix[1:]])
     source = dataset.open_input(options.input) if options.input is not None else None
     columns, embeddings = read_rows(dataset)
-    labels = None
-    if options.labels is not None:
-        labels = label_rows(to_text(dataset.folder, columns[ID_COLUMN].combine_chunks()), options.labels)
+    ids = columns[ID_COLUMN].combine_chunks()
+    labels = label_rows(to_text(dataset.folder, ids), options.labels) if options.labels is not None else None
     positions = read_positions(columns, options.positions) if options.positions else None
     rows, threshold = np.arange(dataset.num_rows), None
     if options.look_alike:

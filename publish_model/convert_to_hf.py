@@ -65,8 +65,8 @@ def describe_published(config: Config, checkpoint_path: Path, backbone_id: str |
 
     `dtype` of the weights None stands for the stored one.
     """
-    inputs = [identify(checkpoint_path), {"name": "backbone", "id": backbone_id}]
     settings = embedding_settings(config.embedding_model) | {"dtype": dtype or "as stored"}
+    inputs = [identify(checkpoint_path), {"name": "backbone", "id": backbone_id}]
     return make_provenance(STAGE, inputs, settings) | {"counts": COUNTS}
 
 
@@ -77,11 +77,9 @@ def list_units(config: Config) -> list[Unit]:
 
     def describe(_: Unit) -> Provenance:
         folder = locate_backbone(config, download=False)
-        if folder:
-            return describe_published(config, checkpoint_path, identify_model(folder), None)
         inputs = (read_recorded(output / CONFIG_NAME) or {}).get("inputs", [])  # on a machine without the backbone
-        found = next((item["id"] for item in inputs if item["name"] == "backbone"), None)
-        return describe_published(config, checkpoint_path, found, None)
+        recorded = next((item["id"] for item in inputs if item["name"] == "backbone"), None)
+        return describe_published(config, checkpoint_path, identify_model(folder) if folder else recorded, None)
 
     return [make_unit(output, describe)]
 
@@ -182,7 +180,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage from a command line."""
     parser = cli.make_parser(__doc__ or "")
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="PATH", help="checkpoint (default: checkpoint_dir/checkpoint_best.pt)")

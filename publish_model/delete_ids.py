@@ -44,10 +44,10 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
     logger.info("%d rows deleted; the %d ids of the list are left out from now on", num_rows, len(listed))
     problems = []
     if missing:
-        examples = ", ".join(map(repr, missing[:NUM_EXAMPLES]))
         problem = (
-            f"{list_path}: {len(missing)} of its {len(listed)} ids match nothing in {dataset.folder} ({examples}): "
-            "correct them, or give --allow-missing; the others are deleted"
+            f"{list_path}: {len(missing)} of its {len(listed)} ids match nothing in {dataset.folder} "
+            f"({', '.join(map(repr, missing[:NUM_EXAMPLES]))}): correct them, or give --allow-missing; the others are "
+            "deleted"
         )
         logger.warning("%s", problem)
         problems += [] if allow_missing else [problem]
@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--allow-missing", action="store_true", help="exit 0 where ids match nothing, too")
     arguments = parser.parse_args(argv)
-    options = (arguments.delete_ids, arguments.allow_missing)
-    run_tool(STAGE, arguments.output, lambda dataset: delete(dataset, *options), alone=True)
+    path, allowed = arguments.delete_ids, arguments.allow_missing
+    run_tool(STAGE, arguments.output, lambda dataset: delete(dataset, path, allowed), alone=True)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def embed_images(
 def embed_photographs(paths: Sequence[Path], model: PublishedModel, dtype: str) -> NDArray[np.float32]:
     """Return the embeddings of image files, (N, D) float32, in their order.
 
-    Raises InputError, which counts them, where any of them cannot be read as an image.
+    Raises InputError where one of them cannot be read as an image.
     """
     for path in paths:  # found before a large model is loaded
         if not path.is_file():
@@ -69,19 +69,15 @@ def embed_photographs(paths: Sequence[Path], model: PublishedModel, dtype: str) 
     from pipeline.inference.backbone import check_embeddings
 
     embedder = model.load(dtype)
-    blocks, problems = [], []
+    blocks = []
     for start in range(0, len(paths), BLOCK_IMAGES):
         decoded = []
         for path in paths[start : start + BLOCK_IMAGES]:
             try:
                 decoded.append(embedder.decode(read_file(path)))
             except Rejection as rejection:
-                problems.append(f"{path}: {rejection}")
-        if decoded and not problems:
-            blocks.append(embedder.embed(decoded))
-    if problems:
-        more = f" (and {len(problems) - 1} more of {len(paths)})" if len(problems) > 1 else ""
-        raise InputError(f"{problems[0]}{more}: give JPEG, PNG or WebP images")
+                raise InputError(f"{path}: {rejection}: give JPEG, PNG or WebP images") from None
+        blocks.append(embedder.embed(decoded))
     log_turned()
     embeddings = np.concatenate(blocks)
     check_embeddings(embeddings, [str(path) for path in paths])

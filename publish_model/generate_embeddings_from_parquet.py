@@ -46,6 +46,10 @@ def embed_dataset(options: EmbedOptions, source: PackagedInput) -> cli.StageResu
     Raises InputError for an input or a model that cannot be used, StaleOutputError where the output was made from
     others, PipelineError where more images are bad than allowed, or another process needs the dataset alone.
     """
+    logger.info(
+        "%s %s, Python %s, pyarrow %s, torch %s, transformers %s, device %s", STAGE, VERSION, platform.python_version(),
+        *(version(package) for package in ("pyarrow", "torch", "transformers")), options.device,
+    )  # fmt: skip
     dataset = EmbeddingsDataset(options.output)
     if dataset.folder != options.output:
         logger.info("%s is a file or was written so before: %s is used instead", options.output, dataset.folder)
@@ -90,8 +94,8 @@ def choose_precision(
     """
     if dtype == "auto" and begun is not None and "precision" in begun:
         return Precision(begun["precision"], **begun.get("fidelity", {}))
-    load = replace(model, batch_size=NUM_PICTURES).load
-    return settle_precision(dtype, model.device, load, partial(list_pictures, source))
+    few = replace(model, batch_size=NUM_PICTURES)
+    return settle_precision(dtype, model.device, few.load, partial(list_pictures, source))
 
 
 def make_missing_parts(appending: Appending, load: Callable[[str], "Embedder"]) -> Stopwatch:
@@ -185,16 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = EmbeddingsDataset(options.output).folder
     with naming_failures(folder):
         make_folder(folder)
-
-    def tell() -> cli.StageResult:
-        logger.info(
-            "%s %s, Python %s, pyarrow %s, torch %s, transformers %s, device %s",
-            STAGE, VERSION, platform.python_version(),
-            *(version(package) for package in ("pyarrow", "torch", "transformers")), options.device,
-        )  # fmt: skip
-        return embed_dataset(options, source)
-
-    cli.run_logged(STAGE, tell, folder / "_logs" / cli.log_name(STAGE, options.shard))
+    cli.run_logged(STAGE, lambda: embed_dataset(options, source), folder / "_logs" / cli.log_name(STAGE, options.shard))
 
 
 if __name__ == "__main__":

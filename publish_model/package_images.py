@@ -69,7 +69,6 @@ def try_images(
 
 
 def name_file(folder: Path, number: int) -> Path:
-    """Return where a file of a package lies."""
     return folder / f"{number:05d}.parquet"
 
 
@@ -110,9 +109,8 @@ def write_file(
     }  # fmt: skip
     with parquet_writer(path, schema, provenance, **options) as writer:
         for group in groups:
-            rows = [{**one.row, IMAGE_COLUMN: one.data, VALID_COLUMN: one.data is not None} for one in group]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            del rows
+            rows = ({**one.row, IMAGE_COLUMN: one.data, VALID_COLUMN: one.data is not None} for one in group)
+            writer.write_table(pa.Table.from_pylist(list(rows), schema))
             rejected += [(one.name, one.rejection) for one in group if one.rejection is not None]
             seen += [one.seen for one in group]
             for one in group:
@@ -228,10 +226,10 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
     Raises InputError where the input cannot be read, StaleOutputError where the output was made of others,
     PipelineError where more images are bad than allowed.
     """
-    names = ("input", "keep_columns", "id_column", "image_column")
-    source = open_source(InputOptions(**{name: getattr(options, name) for name in names}))
-    taken = {IMAGE_COLUMN, VALID_COLUMN, EMBEDDING_COLUMN}.intersection(field.name for field in source.fields)
-    if taken:
+    columns = {"id_column": options.id_column, "image_column": options.image_column}
+    source = open_source(InputOptions(input=options.input, keep_columns=options.keep_columns, **columns))
+    names = {field.name for field in source.fields}
+    if taken := names & {IMAGE_COLUMN, VALID_COLUMN, EMBEDDING_COLUMN}:
         problem = f"column {min(taken)} has the name of one that is made here: give it another name, or do not keep it"
         raise InputError(f"{options.input}: {problem}")
     provenance = make_provenance(STAGE, source.inputs, {})

@@ -37,8 +37,8 @@ def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], image
         {"rank": rank, "picture": make_thumbnail(image), "identifier": identifier, "similarity": similarity}
         for rank, ((similarity, identifier), image) in enumerate(zip(hits, images, strict=True), start=1)
     ]
-    thumbnail = make_thumbnail(query.read_bytes())
-    write_html(path.resolve(), "search.html.j2", query=thumbnail, found=found)  # a link is the user's: it stays
+    # A link is the user's: it stays.
+    write_html(path.resolve(), "search.html.j2", query=make_thumbnail(query.read_bytes()), found=found)
 
 
 def search(arguments: argparse.Namespace) -> None:

@@ -33,10 +33,12 @@ def report(dataset: EmbeddingsDataset, findings: Findings) -> None:
     if len(findings.problems) > SHOWN:
         logger.error("... and %d more", len(findings.problems) - SHOWN)
     state, counted = dataset.state or {}, count_rows(findings.sound)
-    accounted = sum(part.counts["in"] for part in findings.sound)
     rows = [
         ("parts", f"{len(findings.sound)} sound of {state.get('parts_total', 'unknown')}"),
-        ("rows accounted for", f"{accounted} of {state.get('rows_total', 'unknown')}"),
+        (
+            "rows accounted for",
+            f"{sum(part.counts['in'] for part in findings.sound)} of {state.get('rows_total', 'unknown')}",
+        ),
         *((key.removeprefix("rows_"), value) for key, value in counted.items() if key.startswith("rows_")),
         ("embedding version", state.get("embedding_version", "unknown")),
         ("problems", len(findings.problems)),
@@ -60,8 +62,8 @@ def verify_dataset(output: Path, input_path: Path | None, repairing: bool) -> No
     findings = check_dataset(dataset, input_path)
     report(dataset, findings)
     if not findings.problems:
-        done = "complete" if (dataset.state or {}).get("complete") else "sound so far, not complete yet"
-        logger.info("%s: %s", dataset.folder, done)
+        is_complete = (dataset.state or {}).get("complete")
+        logger.info("%s: %s", dataset.folder, "complete" if is_complete else "sound so far, not complete yet")
         return
     if repairing:
         dataset.set_aside(sorted(findings.broken))

@@ -74,8 +74,9 @@ def average_ids(
     (means,) = average_groups(embeddings[rows], groups=codes)
     lengths = np.linalg.norm(means, axis=1, keepdims=True)
     means = np.where(lengths > 1e-6, means / np.maximum(lengths, 1e-6), embeddings[firsts])
-    ids = take_rows(columns[ID_COLUMN].combine_chunks(), firsts)
-    table = pa.Table.from_arrays([ids, pa.array(np.bincount(codes))], names=[ID_COLUMN, COUNT_COLUMN])
+    table = pa.table(
+        {ID_COLUMN: take_rows(columns[ID_COLUMN].combine_chunks(), firsts), COUNT_COLUMN: np.bincount(codes)}
+    )
     if positions is not None:
         positions = np.stack(mean_positions(codes, positions[rows, 0], positions[rows, 1], len(numbers)), axis=1)
     return table, means.astype(np.float32), positions, firsts

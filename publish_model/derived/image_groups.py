@@ -169,10 +169,15 @@ def average_groups(*values: NDArray[Any], groups: Rows) -> list[NDArray[Any]]:
 def _merge(groups: Groups, left: Rows, right: Rows, threshold: float, max_distance_m: float) -> Rows:
     """Merge groups along pairs (E,) that may pass, and return for each group the one (G,) that holds it now."""
     num_groups = len(groups.counts)
-    target = np.arange(num_groups)
-    left, right = np.divmod(np.unique(np.minimum(left, right) * num_groups + np.maximum(left, right)), num_groups)
-    cosines = groups.compare(left, right, max_distance_m)
+    target, into, cosines = np.arange(num_groups), left[:0], np.full(len(left), np.nan)  # not compared yet
     while True:
+        keys = np.minimum(left, right) * num_groups + np.maximum(left, right)
+        keys, firsts = np.unique(keys, return_index=True)
+        left, right = np.divmod(keys, num_groups)
+        cosines = cosines[firsts]
+        is_new = np.isnan(cosines) | np.isin(left, into) | np.isin(right, into)
+        again = np.flatnonzero(is_new & (left != right))
+        cosines[again] = groups.compare(left[again], right[again], max_distance_m)
         passing = (cosines >= threshold) & (left != right)
         left, right, cosines = left[passing], right[passing], cosines[passing]
         if not len(left):
@@ -184,12 +189,6 @@ def _merge(groups: Groups, left: Rows, right: Rows, threshold: float, max_distan
         moved = np.arange(num_groups)
         moved[gone] = into
         target, left, right = moved[target], moved[left], moved[right]
-        keys = np.minimum(left, right) * num_groups + np.maximum(left, right)
-        keys, firsts = np.unique(keys, return_index=True)
-        left, right = np.divmod(keys, num_groups)
-        cosines = cosines[firsts]
-        again = np.flatnonzero((np.isin(left, into) | np.isin(right, into)) & (left != right))
-        cosines[again] = groups.compare(left[again], right[again], max_distance_m)
 
 
 def _find_best(left: Rows, right: Rows, cosines: NDArray[np.float64], num_groups: int) -> Rows:

@@ -54,8 +54,9 @@ def list_facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the names and values of a summary as text, without sizes."""
     facts = {key: value for key, value in summary.items() if key != "tool" and not isinstance(value, dict)}
     facts |= summary.get("measures", {})
-    texts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in facts.values())
-    return [(name.replace("_", " "), text) for name, text in zip(facts, texts, strict=True)]
+    return [
+        (name.replace("_", " "), f"{one:.4g}" if isinstance(one, float) else str(one)) for name, one in facts.items()
+    ]
 
 
 def write_page(

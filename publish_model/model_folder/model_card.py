@@ -103,8 +103,8 @@ def write_card(folder: Path, model: ModelParts, dtype: str) -> None:
 
 def list_licences(folder: Path) -> list[Path]:
     """List the licence texts in a backbone's folder; a link out of it could publish any file of the user's."""
-    paths = {path for pattern in LICENCE_FILES for path in folder.glob(pattern)}
-    found = sorted(path for path in paths if path.is_file() and path.suffix != ".py")
+    paths = {path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.suffix != ".py"}
+    found = sorted(path for path in paths if path.is_file())
     for path in found:
         if not is_within(path):
             logger.warning("%s: a link out of the model's folder, which is not followed", path)

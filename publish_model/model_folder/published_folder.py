@@ -1,5 +1,6 @@
 """Check what a model is published from, and fill its folder: weights, settings, processor, code, licence, card."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
 from pipeline.files.identity import identify
 from pipeline.files.list_columns import find_embedding
-from pipeline.files.tables import PROVENANCE_KEY, open_parquet, reading
+from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_batches
 from pipeline.files.workspace import parse_json
 from pipeline.inference.backbone import check_embeddings
 from pipeline.inference.loading import find_vision_config, load_model, naming_model, writing_weights
@@ -76,8 +77,7 @@ def check_worth(checkpoint: Checkpoint, force: bool) -> dict[str, dict[str, floa
     if not isinstance(metrics, dict) or not is_measured(metrics):
         logger.warning("%s: carries no validation metrics: published as not measured", checkpoint.path)
         return {}
-    below = worse_than(metrics)
-    if below:
+    if below := worse_than(metrics):
         figures = ", ".join(f"{row} {metrics[row]['map']:.4f}" for row in (*below, "projector"))
         message = f"{checkpoint.path}: its projector retrieves worse than no training (validation mAP: {figures})"
         if not force:
@@ -92,16 +92,13 @@ def sample_rows(path: Path) -> tuple[NDArray[np.float32], pa.Table]:
     Some row groups are read, and of each the first rows, which are of whole buildings.
     """
     column = find_embedding(path)
-    with reading(path), open_parquet(path) as file:
-        groups = np.unique(np.linspace(0, file.num_row_groups - 1, NUM_ROW_GROUPS).astype(int))
+    with open_parquet(path) as file:
+        groups = np.unique(np.linspace(0, file.num_row_groups - 1, NUM_ROW_GROUPS).astype(int)).tolist()
         names = [name for name in ("building_id", *POSITION_COLUMNS) if name in file.schema_arrow.names]
-        features, others = [], []
-        for group in groups:
-            table = file.read_row_group(int(group), columns=[column.name, *names])
-            rows = table.slice(0, -(-NUM_QUERIES // len(groups))).combine_chunks()
-            features += [column.read(chunk, 0).astype(np.float32) for chunk in rows[column.name].chunks]
-            others.append(rows.select(names))
-        return np.concatenate(features), pa.concat_tables(others)
+    streams = (read_batches(path, [column.name, *names], -(-NUM_QUERIES // len(groups)), [one]) for one in groups)
+    batches = [batch for stream in streams for batch in itertools.islice(stream, 1)]
+    features = np.concatenate([column.read(batch[column.name], 0) for batch in batches])
+    return features.astype(np.float32), pa.Table.from_batches(batches).select(names)
 
 
 def measure_pairs(config: Config, checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -118,11 +115,10 @@ def measure_pairs(config: Config, checkpoint: Checkpoint) -> dict[str, Any] | No
     features, columns = sample_rows(path)
     embeddings = project(build_projector(checkpoint), features, torch.device("cpu"))
     buildings = columns["building_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    positions = None
-    if set(POSITION_COLUMNS) <= set(columns.column_names):
-        positions = np.stack([columns[name].to_numpy() for name in POSITION_COLUMNS], axis=1).astype(np.float64)
-        positions = positions if is_position(*positions.T).all() else None
-    return describe_pairs(embeddings, buildings, positions)
+    if not set(POSITION_COLUMNS) <= set(columns.column_names):
+        return describe_pairs(embeddings, buildings)
+    positions = np.stack([columns[name].to_numpy() for name in POSITION_COLUMNS], axis=1).astype(np.float64)
+    return describe_pairs(embeddings, buildings, positions if is_position(*positions.T).all() else None)
 
 
 def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: dict[str, Any]) -> None:
@@ -132,9 +128,8 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     projector do not fit, or the backbone cannot be read.
     """
     stored = write_weights(folder, model, dtype or "auto")
-    made = provenance | {"weights": digest_weights(folder)}
-    config = model.config | {"dtype": stored, PROVENANCE_KEY.decode(): made}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    carried = {"dtype": stored, PROVENANCE_KEY.decode(): provenance | {"weights": digest_weights(folder)}}
+    (folder / "config.json").write_text(json.dumps(model.config | carried, indent=2) + "\n", encoding="utf-8")
     for name, code in read_code().items():
         (folder / name).write_bytes(code)
     for path in list_licences(model.folder):
@@ -170,10 +165,8 @@ def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> 
 
     name = "preprocessor_config.json"
     processor = load_processor(backbone_dir)
-    if (backbone_dir / name).is_file():
-        settings = read_settings(backbone_dir / name)
-    else:
-        settings = parse_json(processor.to_json_string())
+    path = backbone_dir / name
+    settings = read_settings(path) if path.is_file() else parse_json(processor.to_json_string())
     settings.pop("auto_map", None)
     if image_size is not None:
         settings |= size_settings(processor.to_dict(), image_size)
@@ -201,12 +194,11 @@ def try_model(folder: Path, model: ModelParts) -> None:
     pixels = processor(images=[Image.new("RGB", (256, 256), (128, 128, 128))], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         features, _ = network.extract(pixels)
-        width, expected = features.shape[1], model.config["projector"]["input_dim"]
-        if width != expected:
+        if features.shape[1] != model.config["projector"]["input_dim"]:
             raise InputError(
-                f"{model.checkpoint.path}: its projector takes {expected} features, the backbone "
-                f"{model.config['backbone_model_name']} gives {width}: set [embedding_model].model_name to the "
-                "backbone it was trained on, or train again"
+                f"{model.checkpoint.path}: its projector takes {model.config['projector']['input_dim']} features, the "
+                f"backbone {model.config['backbone_model_name']} gives {features.shape[1]}: set "
+                "[embedding_model].model_name to the backbone it was trained on, or train again"
             )
         embedding = network.projector(features).numpy()
     check_embeddings(embedding, ["a grey image"], model.config["embedding_dim"])

@@ -159,8 +159,7 @@ def find_model(
         raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
     read_settings(located / "config.json", "correct --model-id")
     folder = in_own_format(located.resolve(), describe_model, download=download)
-    missing = find_missing_files(folder)
-    if missing:  # found before a dataset is begun that bears the broken model's id
+    if missing := find_missing_files(folder):  # found before a dataset is begun that bears the broken model's id
         raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
     return PublishedModel(model_id, folder, device, batch_size, trust_remote_code)
 
@@ -170,16 +169,16 @@ def read_pairs(folder: Path, kind: str) -> PairTable:
 
     Raises InputError if it has none.
     """
-    remedy = "publish the model again with stage 7 beside its splits, or give --threshold"
     try:
-        rows = read_json(folder / RATES_NAME)[kind]
-        table = PairTable.of(rows)
-        is_sound = len(rows) > 1 and all(np.isfinite(values).all() for values in table.columns.values())
-        is_sound = is_sound and bool(
-            (np.diff(table.columns["cosine"]) > 0).all() and (np.diff(table.columns["false_rate"]) < 0).all()
-        )
+        table = PairTable.of(read_json(folder / RATES_NAME)[kind])
+        up, down = np.diff(table.columns["cosine"]), -np.diff(table.columns["false_rate"])
+        is_finite = all(np.isfinite(values).all() for values in table.columns.values())
+        is_sound = bool(is_finite and len(up) and (up > 0).all() and (down > 0).all())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
-        raise InputError(f"{folder / RATES_NAME}: no rates of false pairs by cosine ({kind}): {remedy}")
+        raise InputError(
+            f"{folder / RATES_NAME}: no rates of false pairs by cosine ({kind}): publish the model again with stage 7 "
+            "beside its splits, or give --threshold"
+        )
     return table

@@ -71,10 +71,9 @@ def embed_batches(
             if isinstance(batch, ReadBatch):
                 with watch.measure("write"):
                     values = np.concatenate(embeddings)
-                    places = [f"row {batch.plan.first_row + picture.row}" for picture in embedded]
-                    check_embeddings(values, places, embedder.width)
                     rows = np.array([picture.row for picture in embedded], dtype=np.int64)
-                    hashes = [picture.image_hash for picture in embedded]
-                    content = make_content(source, batch.plan, batch.table, Outcome(rows, values, hashes, rejected))
+                    check_embeddings(values, [f"row {row}" for row in batch.plan.first_row + rows], embedder.width)
+                    found = Outcome(rows, values, [picture.image_hash for picture in embedded], rejected)
+                    content = make_content(source, batch.plan, batch.table, found)
                 yield batch, content
                 embedded, rejected, embeddings = [], [], embeddings[:1]

@@ -78,7 +78,6 @@ def check_places(input_path: Path, output: Path) -> None:
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--input` and how it is read."""
     add = parser.add_argument
     add(
         "--input", "-i", type=Path, required=True, metavar="PATH",
@@ -114,7 +113,6 @@ def add_model_option(parser: argparse.ArgumentParser, default: str = DEFAULT_MOD
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`."""
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the model runs (auto)")
 
 

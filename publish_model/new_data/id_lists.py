@@ -23,8 +23,7 @@ def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
     nothing. Raises InputError if the list cannot be read or is empty, or an id may be another one that was rounded.
     """
     if is_parquet(path) or path.suffix.lower() in (".csv", ".tsv"):
-        remedy = f"name the column of ids {ID_COLUMN}, and no other"
-        column = read_id_table(path, [ID_COLUMN], remedy)[ID_COLUMN]
+        column = read_id_table(path, [ID_COLUMN], f"name the column of ids {ID_COLUMN}, and no other")[ID_COLUMN]
         if column.null_count:
             logger.warning("%s: %d rows without an id are passed over", path, column.null_count)
     else:

@@ -147,8 +147,12 @@ def _check_size(num_bytes: int) -> None:
 
 def _open_csv(path: Path) -> ImageSource:
     identity = identify(path)
-    remedy = "its first line names OSMID, path and what to keep, each column once"
-    texts = read_csv(path, [ID_COLUMN, PATH_COLUMN], remedy, others=True)
+    texts = read_csv(
+        path,
+        [ID_COLUMN, PATH_COLUMN],
+        "its first line names OSMID, path and what to keep, each column once",
+        others=True,
+    )
     if not texts.num_rows:
         raise InputError(f"{path}: holds no rows: correct --input")
     columns = {name: whole_or_text(texts[name]) for name in texts.column_names if name != PATH_COLUMN}
@@ -174,8 +178,10 @@ def _open_tars(folder: Path, names: Sequence[str]) -> ImageSource:
 
     looks = [look_at(folder / name) or [0, 0] for name in names]
     inputs = [{"name": decode_name(name), "size": size} for name, (size, _) in zip(names, looks, strict=True)]
-    seen, fields = hash_json(looks), (pa.field(ID_COLUMN, pa.string()),)
-    return ImageSource(fields, inputs, None, lambda start: itertools.islice(stream_all(), start, None), seen=seen)
+    fields = (pa.field(ID_COLUMN, pa.string()),)
+    return ImageSource(
+        fields, inputs, None, lambda start: itertools.islice(stream_all(), start, None), hash_json(looks)
+    )
 
 
 def _is_image(member: Member) -> bool:
