@@ -8,11 +8,10 @@ told to keep. --geometry FILE joins a parquet of OSMID and geometry (WKB), and t
 bounded by reading the dataset once for each 500,000 images.
 """
 
-import contextlib
 import re
 import sys
 from collections.abc import Sequence
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -76,13 +75,12 @@ def aggregate(
     if is_complete(path, provenance, overwrite):
         result.kept.append(path)
     else:
-        with contextlib.ExitStack() as stack:
-            num_passes = max(1, -(-dataset.num_rows // ROWS_PER_PASS))
-            for number in range(num_passes):
-                table = average_pass(dataset, by, number, num_passes)
-                table = geometry.join(table) if geometry else table
-                if not number:
-                    writer = stack.enter_context(parquet_writer(path, table.schema, provenance))
+        num_passes = max(1, -(-dataset.num_rows // ROWS_PER_PASS))
+        means = (average_pass(dataset, by, number, num_passes) for number in range(num_passes))
+        tables = (geometry.join(table) if geometry else table for table in means)
+        first = next(tables)
+        with parquet_writer(path, first.schema, provenance) as writer:
+            for table in chain([first], tables):
                 writer.write_table(table)
             if geometry:
                 writer.add_key_value_metadata({GEO_KEY: geometry.describe()})

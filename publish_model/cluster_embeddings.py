@@ -104,8 +104,9 @@ def read_positions(columns: pa.Table, names: tuple[str, ...]) -> NDArray[np.floa
                 f"--positions: column {name} holds {columns[name].type}, no degrees: give numbers"
             ) from None
         if (np.abs(degrees) > limit).any():
-            largest = np.nanmax(np.abs(degrees))
-            raise InputError(f"--positions: column {name} holds {largest:g}, beyond {limit} degrees: give LAT,LON")
+            raise InputError(
+                f"--positions: column {name} holds {np.nanmax(np.abs(degrees)):g}, beyond {limit} degrees: give LAT,LON"
+            )
         positions[:, place] = degrees
     positions[~np.isfinite(positions).all(axis=1)] = np.nan
     return positions
@@ -243,8 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments["positions"] = tuple(name.strip() for name in arguments["positions"].split(","))
         if len(set(arguments["positions"])) != 2:
             raise ConfigError("--positions: give two kept columns, LAT,LON")
-    output = arguments.pop("output")
-    run_tool(STAGE, output, lambda dataset: cluster(dataset, ClusterOptions(**arguments))[1])
+    run_tool(STAGE, arguments.pop("output"), lambda dataset: cluster(dataset, ClusterOptions(**arguments))[1])
 
 
 if __name__ == "__main__":

@@ -73,8 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--allow-missing", action="store_true", help="exit 0 where ids match nothing, too")
     arguments = parser.parse_args(argv)
-    path, allowed = arguments.delete_ids, arguments.allow_missing
-    run_tool(STAGE, arguments.output, lambda dataset: delete(dataset, path, allowed), alone=True)
+    run_tool(
+        STAGE, arguments.output, lambda dataset: delete(dataset, arguments.delete_ids, arguments.allow_missing),
+        alone=True,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

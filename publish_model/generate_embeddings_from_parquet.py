@@ -94,8 +94,9 @@ def choose_precision(
     """
     if dtype == "auto" and begun is not None and "precision" in begun:
         return Precision(begun["precision"], **begun.get("fidelity", {}))
-    few = replace(model, batch_size=NUM_PICTURES)
-    return settle_precision(dtype, model.device, few.load, partial(list_pictures, source))
+    return settle_precision(
+        dtype, model.device, replace(model, batch_size=NUM_PICTURES).load, partial(list_pictures, source)
+    )
 
 
 def make_missing_parts(appending: Appending, load: Callable[[str], "Embedder"]) -> Stopwatch:

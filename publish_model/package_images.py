@@ -178,8 +178,8 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
         progress.resume_at(start)
         groups = gather_groups(images)
         for first in groups:
-            path, own = name_file(folder, len(finished)), itertools.chain([first], groups)
-            finished.append(write_file(path, own, source, provenance, progress, FILE_BYTES))
+            own = itertools.chain([first], groups)
+            finished.append(write_file(name_file(folder, len(finished)), own, source, provenance, progress, FILE_BYTES))
     if not finished:
         raise InputError(f"{source.inputs[0]['name']}: holds no image: correct --input")
     return finished
@@ -203,9 +203,8 @@ def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finishe
             images = images or stack.enter_context(try_images(source, start))
             path = name_file(folder, number)
             with open_parquet(path, BUFFER_BYTES) as packaged:
-                batches = packaged.iter_batches(1, columns=[IMAGE_COLUMN])
-                pairs = zip((batch[0][0].as_py() for batch in batches), images, strict=False)
-                changed = [one.name for data, one in pairs if one.data != data]
+                old = (batch[0][0].as_py() for batch in packaged.iter_batches(1, columns=[IMAGE_COLUMN]))
+                changed = [one.name for data, one in zip(old, images, strict=False) if one.data != data]
             if not changed:
                 finished[number] = file | {"seen": seen}
                 rejects = read_columns(rejects_path(path), REJECT_SCHEMA, "")

@@ -92,5 +92,5 @@ def find_types(means: Embeddings, num_groups: int) -> tuple[Rows, float]:
     num_groups = min(num_groups, len(np.unique(means.round(5), axis=0)))
     fits = [KMeans(num_groups, n_init=1, random_state=seed).fit(means) for seed in SEEDS]
     best = min(fits, key=lambda fit: fit.inertia_)
-    scores = [measure_groups(fit.labels_, best.labels_)["adjusted_rand"] for fit in fits if fit is not best]
-    return number_by_size(best.labels_.astype(np.int64)), float(np.mean(scores))
+    others = (measure_groups(fit.labels_, best.labels_)["adjusted_rand"] for fit in fits if fit is not best)
+    return number_by_size(best.labels_.astype(np.int64)), float(np.mean(list(others)))

@@ -119,9 +119,8 @@ def try_image(image: SourceImage) -> SourceImage:
             _check_size(image.size)
             check_image(image.data or b"")
     except Rejection as rejection:
-        image.rejection = Rejection(rejection.reason, rejection.detail)  # without the traceback's picture
-    if image.rejection is not None:
-        image.data = None
+        # Without the traceback, which holds the picture.
+        image.rejection, image.data = Rejection(rejection.reason, rejection.detail), None
     return image
 
 
@@ -200,7 +199,7 @@ def _open_parquets(options: InputOptions) -> ImageSource:
             for number, row in enumerate(table.select(columns).to_pylist()):
                 data = table[IMAGE_COLUMN][number].as_py() if number in wanted else None
                 rejection = None if data else Rejection("missing_image", "no bytes, or is_valid is false")
-                yield SourceImage(row, str(row[ID_COLUMN]), len(data or b""), data=data, rejection=rejection)
+                yield SourceImage(row, str(row[ID_COLUMN]), len(data or b""), data=data or None, rejection=rejection)
 
     sample = next(table for group in groups for table in read_batches(source, group))
     described = hash_json([source.fingerprint, options.id_column, options.image_column, columns])
