@@ -122,8 +122,9 @@ def make_table(
     is_medoid = medoids[groups] == numbers
     similarity = np.minimum(multiply_rows(embeddings, numbers, embeddings[medoids], groups), np.float32(1))
     order = np.lexsort((numbers, -similarity, ~is_medoid, groups))
-    taken = [take_rows(column.combine_chunks(), order) for column in columns.columns]
-    table = pa.Table.from_arrays(taken, schema=columns.schema)
+    table = pa.Table.from_arrays(
+        [take_rows(column.combine_chunks(), order) for column in columns.columns], schema=columns.schema
+    )
     for name, values in zip(MADE_COLUMNS, (groups, similarity, is_medoid, rows), strict=False):
         table = table.append_column(name, pa.array(values[order]))
     if positions is None:
