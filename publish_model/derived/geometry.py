@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import shapely
 
-from pipeline.embeddings_dataset.columns import list_values, plain_values
+from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import plain_type
@@ -81,7 +81,7 @@ class GeometryFile:
         Raises InputError where the file has two geometries for one id, or one that is not WKB of longitudes and
         latitudes.
         """
-        ids = list_values(table[ID_COLUMN])
+        ids = plain_values(table[ID_COLUMN])
         wanted = set(ids)
         shapes: dict[object, bytes] = {}
         with reading(self.path), open_parquet(self.path) as file:
