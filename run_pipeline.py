@@ -55,7 +55,6 @@ def format_ledger(results: list[cli.StageResult]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the pipeline from a command line."""
     parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--from-stage", type=int, default=1, metavar="N", choices=range(1, 10), help="first stage (1)")
     parser.add_argument("--to-stage", type=int, default=9, metavar="N", choices=range(1, 10), help="last stage (9)")

@@ -161,7 +161,6 @@ def run_phases(phases: Sequence[Phase], output: Path, folder: Path, *, on_cpu: b
 
 
 def all_passed(entries: Sequence[Entry]) -> bool:
-    """Return whether every phase passed."""
     return all(entry["result"] == PASSED for entry in entries)
 
 
@@ -200,7 +199,6 @@ def run_child(function: str, folder: Path, *, on_cpu: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the phases from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     names = [phase.name for phase in PHASES]
     groups = [DECISIVE, THROUGHPUT]

@@ -58,7 +58,6 @@ def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def wait() -> None:
-    """Wait for the GPU, if one is in use."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

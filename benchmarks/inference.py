@@ -158,7 +158,6 @@ def _input_shape(embedder: Embedder) -> torch.Size:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Time everything from a command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--images", type=int, default=512, help="4 times as many for stages 1 and 4")
     parser.add_argument("--side", type=int, default=640, help="of the pictures, in pixels")

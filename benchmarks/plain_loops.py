@@ -73,7 +73,6 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[object, torc
 
 
 def main() -> None:
-    """Extract tars to a folder and embed them with a model; print the seconds, without those of loading it."""
     folder, unpacked, *tars = map(Path, sys.argv[1:])
     processor, model = load(folder)
     started = time.perf_counter()

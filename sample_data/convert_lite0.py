@@ -143,7 +143,6 @@ def run(folder: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert from a command line and print the folder."""
     parser = cli.make_parser(__doc__, config=False)
     parser.add_argument("output", type=Path, metavar="OUT", help="model folder to write")
     print(run(parser.parse_args(argv).output))

@@ -119,7 +119,6 @@ def bounded(low: int, high: int) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Render from a command line; print one path a line."""
     parser = cli.make_parser(__doc__, config=False)
     parser.add_argument("--output", type=Path, required=True, help="folder for the tars")
     parser.add_argument("--seed", type=bounded(0, 2**31 - 1), default=0)

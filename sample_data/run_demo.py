@@ -79,7 +79,6 @@ def show_results(config: Config, results: list[cli.StageResult], seconds: float)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the demo from a command line."""
     parser = cli.make_parser(__doc__, config=False)
     parser.add_argument("--raw", type=Path, metavar="DIR", help="folder of NNNN.tar files (default: render some)")
     arguments = parser.parse_args(argv)

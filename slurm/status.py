@@ -167,7 +167,6 @@ def format_status(stages: list[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Show the state from a command line."""
     parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)

@@ -18,9 +18,8 @@ from pipeline.files.units import UnitState
 from pipeline.stages import STAGES, TUNE, choose_stages
 from preprocess_raw_data import process_tar
 from slurm.control import scheduler, submit
-from slurm.control.plan import Plan, count_shards
 from slurm.control.scheduler import QueuedTask, format_shards
-from slurm.control.submission import check_secrets, find_active, format_dependency, name_job_file
+from slurm.control.submission import Plan, check_secrets, count_shards, find_active, format_dependency, name_job_file
 from slurm.control.target import Target
 from slurm.status import survey
 

@@ -113,7 +113,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage from a command line."""
     cli.run_from_command_line(STAGE, run, __doc__, argv)
 
 

@@ -75,7 +75,6 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the search from a command line."""
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("--trials", type=cli.whole_number, default=100, dest="num_trials", metavar="N",

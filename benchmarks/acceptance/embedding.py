@@ -188,7 +188,6 @@ def _check_rows(
 
 
 def measure_large(findings: Findings) -> None:
-    """Measure ViT-L."""
     backbone = Backbone("vit-l", findings, 40 if findings.is_toy else 8_192)
     measure(backbone, {"ViT-L from tar to parquet, img/s": 2_700})
 

@@ -89,7 +89,6 @@ def pick(rng: Generator, choices: tuple[T, ...]) -> T:
 
 
 def choose_builder(rng: Generator) -> Builder:
-    """Draw a builder of any style."""
     style = STYLES[pick(rng, tuple(sorted(STYLES)))]
     wall = pick(rng, style["wall"])
     palettes = {"brick": BRICK, "boards": BOARDS, "panel": CONCRETE, "cladding": CLADDING, "render": STUCCO}
@@ -115,7 +114,6 @@ def build_house(rng: Generator, builder: Builder, number: int) -> House:
 
 
 def clamp(value: float, low: float, high: float) -> float:
-    """Keep a plain number within bounds."""
     return min(max(value, low), high)
 
 

@@ -186,7 +186,6 @@ def paint_window(
 
 
 def paint_shutters(sheet: Sheet, opening: Opening, rgb: Rgb) -> None:
-    """Hang a slatted shutter on each side of a window."""
     leaf = min(0.5, (opening.x1 - opening.x0) / 2)
     for x0 in (opening.x0 - leaf - 0.02, opening.x1 + 0.02):
         sheet.rect(x0, x0 + leaf, opening.z0, opening.z1, rgb)
@@ -215,7 +214,6 @@ def paint_door(sheet: Sheet, door: Opening, facade: Facade, rng: Generator) -> N
 
 
 def paint_garage(sheet: Sheet, door: Opening, rgb: Rgb) -> None:
-    """Paint a sectional door with its joints."""
     sheet.polygon(door.outline(-0.1), darken(rgb, 0.6))
     sheet.polygon(door.outline(), rgb)
     for z in np.arange(door.z0 + 0.4, door.z1 - 0.1, 0.42):

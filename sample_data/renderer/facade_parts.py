@@ -98,11 +98,9 @@ class Facade:
 
     @property
     def top_m(self) -> float:
-        """Return the highest point of the front."""
         return float(self.outline[:, 1].max())
 
 
 def darken(rgb: Rgb, factor: float) -> Rgb:
-    """Scale a colour, keeping it a colour."""
     red, green, blue = (min(255, max(0, round(v * factor))) for v in rgb)
     return red, green, blue

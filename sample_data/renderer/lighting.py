@@ -83,7 +83,6 @@ def paint_sky(drive: Drive) -> Image.Image:
 
 
 def draw_skyline(image: Image.Image, rng: Generator, drive: Drive) -> None:
-    """Draw hazy roofs and trees along the horizon."""
     brush, level = ImageDraw.Draw(image), SKY_HIGH_DEG * SKY_DENSITY
     leaves = {"spring": (138, 158, 116), "summer": (104, 130, 92), "autumn": (164, 132, 88), "winter": (138, 130, 124)}
     x = 0.0

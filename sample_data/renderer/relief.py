@@ -21,7 +21,6 @@ class Faces:
     fine: Array
 
     def moved(self, x: float, y: float) -> "Faces":
-        """Return the same faces elsewhere on the street."""
         offset = np.array([x, y, 0.0])
         return Faces(self.points + offset, self.normals, self.rgb, self.anchors + offset, self.fine)
 
@@ -47,7 +46,6 @@ class FaceList:
         self.fine += [fine] * len(part)
 
     def faces(self) -> Faces:
-        """Return everything collected as arrays."""
         if not self.quads:
             return Faces(np.zeros((0, 4, 3)), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0, bool))
         points, normals, colours = (np.array(column, float) for column in zip(*self.quads, strict=True))

@@ -95,7 +95,6 @@ def raise_gable(facade: Facade, near: float, rise: float) -> list[Plane]:
 
 
 def raise_chimneys(facade: Facade) -> Faces:
-    """Return the chimney stacks with their pots."""
     house, parts = facade.house, FaceList()
     rises = {"side": house.depth_m / 2 * PITCH, "mansard": MANSARD_RISE_M, "hip": 2.5, "flat": 0.0}
     rise = rises.get(house.builder.roof, 1.0)
@@ -114,7 +113,6 @@ def raise_chimneys(facade: Facade) -> Faces:
 
 
 def raise_dormers(facade: Facade) -> Faces:
-    """Return the dormers on the front slope."""
     house, builder, parts = facade.house, facade.house.builder, FaceList()
     if not builder.dormers or builder.roof not in {"side", "mansard"}:
         return parts.faces()

@@ -78,7 +78,6 @@ class Car:
 
     @property
     def length_m(self) -> float:
-        """Return the car's length."""
         return SHAPES[self.shape][0]
 
 
@@ -133,7 +132,6 @@ def grow_sprite(kind: int, drive: Drive, seed: int) -> Image.Image:
 
 
 def branch(brush: ImageDraw.ImageDraw, rng: Generator, foot: tuple[float, float], limb: Limb, rgb: Rgb) -> None:
-    """Draw a branch and those that fork from it."""
     tip = (foot[0] + limb.length * math.cos(limb.angle), foot[1] + limb.length * math.sin(limb.angle))
     brush.line([foot, tip], (*rgb, 255), width=max(1, round(limb.thick)))
     if limb.thick < 1.2:
@@ -222,7 +220,6 @@ def paint_car(canvas: Canvas, car: Car) -> None:
 
 
 def paint_wheel(canvas: Canvas, x: float, y: float) -> None:
-    """Paint a tyre with its rim."""
     turn = np.linspace(0, 2 * math.pi, 14, endpoint=False)
     for radius, grey in ((0.4, 26), (0.33, 30), (0.22, 150), (0.08, 70)):
         ring = np.stack([x + radius * np.cos(turn), np.full(14, y), 0.33 + radius * np.sin(turn)], axis=1)
@@ -230,7 +227,6 @@ def paint_wheel(canvas: Canvas, x: float, y: float) -> None:
 
 
 def paint_lamp(canvas: Canvas, x: float, y: float) -> None:
-    """Paint a lamp post that reaches over the road."""
     parts = FaceList()
     parts.add(box((x - 0.06, x + 0.06), (y - 0.06, y + 0.06), (0.0, 6.2), (74, 80, 80)))
     parts.add(box((x - 0.04, x + 0.04), (y - 1.4, y), (6.1, 6.2), (74, 80, 80)))
@@ -239,6 +235,5 @@ def paint_lamp(canvas: Canvas, x: float, y: float) -> None:
 
 
 def is_ahead(camera: Camera, x: float, y: float) -> bool:
-    """Tell whether a place on the ground lies before the camera."""
     _, depth = camera.project(np.array([x, y, 1.0]))
     return float(depth) > NEAR_M

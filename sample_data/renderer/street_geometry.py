@@ -67,7 +67,6 @@ class Camera:
 
     @cached_property
     def focal_px(self) -> float:
-        """Return the focal length in pixels."""
         return self.size / 2.0 / math.tan(math.radians(FOV_DEG / 2.0))
 
     @cached_property
@@ -77,7 +76,6 @@ class Camera:
 
     @cached_property
     def distance_m(self) -> float:
-        """Return the straight distance to the target."""
         return math.dist(self.position, self.target)
 
     @cached_property

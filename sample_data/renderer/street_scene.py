@@ -35,7 +35,6 @@ def photograph_street(street: Street) -> list[tuple[str, bytes, bytes]]:
 
 
 def encode(image: Image.Image) -> bytes:
-    """Compress a picture."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()

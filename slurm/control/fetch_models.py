@@ -17,7 +17,6 @@ from pipeline.reference.model_folder import locate_published
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fetch from a command line."""
     parser = cli.make_parser(__doc__ or "")
     parser.add_argument(
         "--model-id", action="append", default=[], metavar="ID", dest="model_ids",

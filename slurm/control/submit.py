@@ -110,7 +110,6 @@ def submit_embeddings(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Submit from a command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["embeddings"]:
         submit_embeddings(words[1:])

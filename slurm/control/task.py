@@ -36,7 +36,6 @@ def build_command(argv: Sequence[str], environment: Mapping[str, str]) -> list[s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Become the stage."""
     command = build_command(sys.argv[1:] if argv is None else argv, os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
     sys.stdout.flush()

@@ -73,7 +73,6 @@ class Coordinates:
 
 
 def restore_coordinates(state: dict[str, Any]) -> Coordinates:
-    """Return the coordinates of a checkpoint."""
     linear_map = LinearMap(state["weight"].numpy(), state["bias"].numpy(), state["input_power"])
     return Coordinates(linear_map, state["spread"].numpy(), state["length"])
 

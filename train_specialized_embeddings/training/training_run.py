@@ -55,7 +55,6 @@ class TrainingRun:
 
     @property
     def epoch(self) -> int:
-        """The number of the last epoch."""
         return int(self.history[-1]["epoch"])
 
     @property
