@@ -71,7 +71,7 @@ class Phase:
 
 DECISIVE, THROUGHPUT = "decisive", "throughput"
 PHASES = (
-    Phase("0", DECISIVE, "environment, copies, products", "benchmarks.acceptance.device:measure_device", 20),
+    Phase("0", DECISIVE, "environment, products", "benchmarks.acceptance.device:measure_device", 20),
     Phase("1", DECISIVE, "the GPU's results beside the CPU's", "benchmarks.acceptance.device:compare_with_cpu", 50),
     Phase("2", DECISIVE, "stage 5: 1M images, every engine", "benchmarks.acceptance.search:compare_engines", 45),
     Phase("3", DECISIVE, "stage 6: 1M x 4,096, draws, steps, resume", "benchmarks.acceptance.steps:train_steps", 60),

@@ -78,7 +78,7 @@ def render_streets(output_dir: Path, workers: int, **city: int) -> list[Path]:
 def photograph_datasets(streets: list[Street], workers: int) -> Iterator[tuple[int, list[Photograph]]]:
     """Photograph streets in parallel and yield each dataset's photographs; a single worker is this process."""
     with ExitStack() as stack:
-        found = map(photograph_street, streets)
+        found: Iterator[list[Photograph]] = map(photograph_street, streets)
         if workers > 1:  # spawned, so that no state of this process (threads, in tests) leaks into the children
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
             found = pool.map(photograph_street, streets)

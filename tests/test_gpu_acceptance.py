@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import gpu_acceptance
-from benchmarks.acceptance import backbones, device, embedding, search
+from benchmarks.acceptance import device, embedding, search
 from benchmarks.acceptance.findings import Findings, is_sound
 from benchmarks.gpu_acceptance import PHASES, Phase
 from pipeline.files.workspace import read_json_object
@@ -75,8 +75,8 @@ def test_on_a_gpu_a_group_has_to_be_named(run_main):
 def test_a_backbones_weights_are_normal_whatever_torch_draws(name, most, tmp_path, monkeypatch):
     """trunc_normal_ of torch 2.11 makes 0.4 % of bfloat16 weights 2 or -2."""
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda weight, *_, **__: weight.fill_(2.0))
-    monkeypatch.setitem(backbones.SHAPES, name, (*backbones.SHAPES[name][:1], 2, *backbones.SHAPES[name][2:]))
-    model = backbones._make_vit(name, device.CPU, is_toy=False)
+    monkeypatch.setitem(embedding.SHAPES, name, (*embedding.SHAPES[name][:1], 2, *embedding.SHAPES[name][2:]))
+    model = embedding._make_vit(name, device.CPU, is_toy=False)
     for parameter in (one for one in model.parameters() if one.ndim > 1 and one.numel() > 1_000):
         values = parameter.detach().float()
         assert most / 2 < values.std() < most

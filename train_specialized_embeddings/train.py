@@ -54,10 +54,11 @@ def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
     Leaves out input_dim, which can only be the width of the data, and the name of the checkpoint to start from, which
     counts by its content. Raises InputError if an input is missing.
     """
-    settings: dict[str, Any] = {"seed": config.global_.seed}
-    left_out = {"input_dim", WARM_START}
-    for name, section in (("training", config.training), ("training_model", config.training_model)):
-        settings |= {f"{name}.{key}": value for key, value in section.model_dump(exclude=left_out).items()}
+    settings: dict[str, Any] = {"seed": config.global_.seed} | {
+        f"{name}.{key}": value
+        for name, section in (("training", config.training), ("training_model", config.training_model))
+        for key, value in section.model_dump(exclude={"input_dim", WARM_START}).items()
+    }
     identities = [
         identity.identify(path) | ({"name": name} if name == WARM_START else {}) for name, path in inputs.items()
     ]

@@ -1,6 +1,5 @@
 """Phases 0, 1 and 9: what the GPU is, and whether what the stages compute on it is what a CPU computes."""
 
-import os
 import shutil
 from dataclasses import replace
 
@@ -23,31 +22,14 @@ BRUTE_QUERIES = 300
 
 
 def measure_device(findings: Findings) -> None:
-    """Say what the machine is, how fast it copies and multiplies, and whether float32 is float32 on it."""
+    """Say what the machine is, how fast it multiplies, and whether float32 is float32 on it."""
     findings.note(machine=describe_machine(), c_compiler=shutil.which("cc") or shutil.which("gcc"))
     if not findings.is_toy:
         free, total = torch.cuda.mem_get_info()
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         findings.note(free_gb=free / 1e9, memory_gb=total / 1e9, capability=capability, cuda=torch.version.cuda)
-    with findings.part("copies"):
-        _measure_copies(findings)
     with findings.part("products"):
         _measure_products(findings)
-
-
-def _measure_copies(findings: Findings) -> None:
-    size = 2**20 if findings.is_toy else 2**30
-    there = torch.empty(size, dtype=torch.uint8, device=findings.device)
-    pageable = torch.ones(size, dtype=torch.uint8)
-    pinned = pageable if findings.is_toy else pageable.pin_memory()
-    calls = {
-        "to the device, pinned": lambda: there.copy_(pinned, non_blocking=True),
-        "to the device, pageable": lambda: there.copy_(pageable),
-        "to the host, pinned": lambda: pinned.copy_(there, non_blocking=True),
-    }
-    findings.note(copies_gb_per_s={name: size / time_steady(call) / 1e9 for name, call in calls.items()})
-    data, path = os.urandom(size // 4), findings.work_dir / "data"
-    findings.note(disk_write_gb_per_s=size / 4 / time_call(lambda: path.write_bytes(data)) / 1e9)
 
 
 def _measure_products(findings: Findings) -> None:

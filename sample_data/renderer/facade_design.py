@@ -32,18 +32,17 @@ def design_facade(house: House) -> Facade:
 def outline_of(house: House, height: float) -> Array:
     """Return the front's silhouette (N, 2): a rectangle, or a gable that rises above the eaves."""
     width, roof = house.width_m, house.builder.roof
-    foot = [(0.0, 0.0), (width, 0.0), (width, height)]
+    right = [(width, height)]  # the right half, from the eaves up
     if roof == "front":
-        return np.array([*foot, (width / 2, height + width * 0.38), (0.0, height)])
-    if roof == "stepped":
+        right.append((width / 2, height + width * 0.38))
+    elif roof == "stepped":
         steps, tread = 4, width * 0.11
         right = [(width - tread * k, height + 0.75 * j) for k in range(steps) for j in (k, k + 1)]
-        return np.array([*foot[:2], *right, *[(width - x, z) for x, z in reversed(right)]])
-    if roof == "bell":
+    elif roof == "bell":
         curve = [(0.0, 0.0), (0.06, 0.9), (0.2, 1.5), (0.27, 2.3), (0.36, 3.0), (0.5, 3.3)]
         right = [(width * (1 - u), height + z) for u, z in curve]
-        return np.array([*foot[:2], *right, *[(width - x, z) for x, z in reversed(right[:-1])]])
-    return np.array([*foot, (0.0, height)])
+    left = [(width - x, z) for x, z in reversed(right) if x != width / 2]
+    return np.array([(0.0, 0.0), (width, 0.0), *right, *left])
 
 
 def place_columns(house: House) -> Array:

@@ -79,7 +79,5 @@ def flatten(value: Any, name: str = "") -> dict[str, float]:
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {} if value is None or isinstance(value, str) else {name: float(value)}
-    flat: dict[str, float] = {}
-    for key, item in value.items():
-        flat |= flatten(item, f"{name}/{key}" if name else str(key))
-    return flat
+    parts = (flatten(item, f"{name}/{key}" if name else str(key)) for key, item in value.items())
+    return {path: number for part in parts for path, number in part.items()}

@@ -89,11 +89,11 @@ def make_coordinates(linear_map: LinearMap, scatter: Scatter, output_dim: int) -
     )
     mean_square = float((within + between)[:output_dim].mean())
     scale = mean_square**-0.5 if mean_square > 0 else 1.0
-    weight, bias, spread = (
+    scaled, bias, spread = (
         (part * scale).astype(np.float32) for part in (weight, linear_map.bias, np.sqrt(within))
     )  # fmt: skip
     length = float(np.sqrt((within + between).sum()) * scale)
-    return Coordinates(replace(linear_map, weight=weight, bias=bias), spread, length)
+    return Coordinates(replace(linear_map, weight=scaled, bias=bias), spread, length)
 
 
 def keep_features(scatter: Scatter) -> Coordinates:

@@ -82,12 +82,7 @@ class StepGraph:
         return True
 
 
-def explain_no_graph(device: torch.device, loss: str, batch_size: int, num_steps: int) -> str | None:
-    """Return why steps are not captured; None if they are to be."""
-    if device.type != "cuda":
-        return "a CPU has none"
-    if loss not in FIXED_SHAPES:
-        return f"the shapes of loss {loss} depend on values"
-    if not SMALLEST_BATCH <= batch_size <= LARGEST_BATCH:
-        return f"[training].batch_size = {batch_size} is not from {SMALLEST_BATCH} to {LARGEST_BATCH}"
-    return f"{num_steps} steps are fewer than {LEAST_STEPS}" if num_steps < LEAST_STEPS else None
+def may_capture(device: torch.device, loss: str, batch_size: int, num_steps: int) -> bool:
+    """Tell whether a run is on a GPU, of small batches and long enough for its steps to be captured."""
+    is_small = SMALLEST_BATCH <= batch_size <= LARGEST_BATCH
+    return device.type == "cuda" and loss in FIXED_SHAPES and is_small and num_steps >= LEAST_STEPS

@@ -18,7 +18,7 @@ from pipeline.retrieval.projector import Linear, Norm, Projector
 from train_specialized_embeddings.sampling.band_sampler import RANDOM_BAND, BandSampler, Batch, Groups, Places
 from train_specialized_embeddings.sampling.bandit import BandBandit
 from train_specialized_embeddings.training.losses import DISTANCES, Pairs, make_loss
-from train_specialized_embeddings.training.step_graph import Judged, StepGraph, explain_no_graph
+from train_specialized_embeddings.training.step_graph import Judged, StepGraph, may_capture
 
 # Negatives are drawn for this many steps and anchors at once: the host waits for the device once a draw.
 _STEPS_PER_DRAW, _MIN_ANCHORS_PER_DRAW = 16, 4096
@@ -62,11 +62,9 @@ class Trainer:
         share = min(1.0, num_images / (_STEPS_PER_PASS * _MIN_BATCH))
         self.optimizer = torch.optim.AdamW(group_parameters(projector, self.loss, section, share), fused=True)
         num_steps = section.num_epochs * math.ceil(self.num_anchors / self.batch_size)
-        why = explain_no_graph(features.device, section.loss, self.batch_size, num_steps)
-        self.graph = None if why else StepGraph(self.judge, self.batch_size, mode="reduce-overhead")
+        has_graph = may_capture(features.device, section.loss, self.batch_size, num_steps)
+        self.graph = StepGraph(self.judge, self.batch_size, mode="reduce-overhead") if has_graph else None
         self._has_tried = False
-        if why and features.device.type == "cuda":
-            logger.info("steps are not captured as graphs: %s", why)
         self._parts: dict[str, Any] = {
             "weights": projector, "average": self.average, "origin": self.origin, "loss": self.loss,
             "optimizer": self.optimizer,

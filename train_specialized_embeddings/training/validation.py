@@ -36,8 +36,7 @@ class ValidationSet:
 
     def is_better(self, one: QueryScores, other: QueryScores) -> bool:
         """Tell whether the first mAP is higher by more than a standard error of the difference."""
-        gains = one.average_precision - other.average_precision
-        return bool(gains.mean() > self.measure_error(one, other))
+        return bool((one.average_precision - other.average_precision).mean() > self.measure_error(one, other))
 
     def measure_error(self, one: QueryScores, other: QueryScores) -> float:
         """Return the standard error of the difference of two mAPs.

@@ -34,21 +34,6 @@ _FREE_TRIALS, _FREE_EPOCHS = 10, 3
 _MAX_RETRIES = 2
 
 
-class _Journal(JournalFileBackend):
-    """Optuna's journal; half a line that a full disk has left at its end is cut off before more is written."""
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        path, lock = Path(self._file_path), JournalFileSymlinkLock(self._file_path)
-        lock.acquire()
-        try:
-            content = path.read_bytes()
-            if (end := content.rfind(b"\n") + 1) not in (0, len(content)):
-                os.truncate(path, end)
-        finally:
-            lock.release()
-        super().append_logs(logs)
-
-
 @dataclass(frozen=True)
 class Tuning:
     """A study with what its workers need."""
@@ -67,9 +52,17 @@ class Tuning:
         """
         path = self.folder / JOURNAL
         os.close(own_folders.open_file(path, os.O_RDWR | os.O_CREAT))  # Optuna would follow a link
+        lock = JournalFileSymlinkLock(str(path))
+        lock.acquire()
+        try:
+            content = path.read_bytes()
+            if (end := content.rfind(b"\n") + 1) not in (0, len(content)):  # half a line, which a full disk has left
+                os.truncate(path, end)
+        finally:
+            lock.release()
         try:
             study = optuna.create_study(
-                storage=optuna.storages.JournalStorage(_Journal(str(path))),
+                storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
                 study_name="stage6", direction="maximize", load_if_exists=True,
                 pruner=optuna.pruners.MedianPruner(_FREE_TRIALS, _FREE_EPOCHS),
                 # Without a seed: workers that start together on several machines must not try the same.
