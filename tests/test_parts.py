@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.embeddings_dataset import dataset as dataset_module
 from pipeline.embeddings_dataset.appending import Appending
-from pipeline.embeddings_dataset.dataset import EmbeddingsDataset, resolve_dataset_dir
+from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import InputOptions, PackagedInput
 from pipeline.embeddings_dataset.parts import PartContent, PartPlan, plan_parts, read_part
 from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutputError
@@ -79,19 +79,19 @@ def test_a_limit_counts_rows_of_the_input(limit, rows):
 
 def test_the_directory_is_the_output_unless_a_file_or_an_older_dataset_is_in_the_way(tmp_path):
     output, sidecar = tmp_path / "e.parquet", tmp_path / "e.parquet.parts"
-    assert resolve_dataset_dir(output) == output
+    assert EmbeddingsDataset(output).folder == output
     output.mkdir()
-    assert resolve_dataset_dir(output) == output
+    assert EmbeddingsDataset(output).folder == output
     output.rmdir()
     output.write_text("")
-    assert resolve_dataset_dir(output) == sidecar
+    assert EmbeddingsDataset(output).folder == sidecar
     output.unlink()
     sidecar.mkdir()
-    assert resolve_dataset_dir(output) == output
+    assert EmbeddingsDataset(output).folder == output
     (sidecar / "state.json").write_text("{}")
-    assert resolve_dataset_dir(output) == sidecar
+    assert EmbeddingsDataset(output).folder == sidecar
     output.mkdir()
-    assert resolve_dataset_dir(output) == output
+    assert EmbeddingsDataset(output).folder == output
 
 
 def test_the_state_adds_up_what_the_parts_say(tmp_path, source):

@@ -139,8 +139,7 @@ class Appending:
         if begun is not None and not overwrite:
             self.check(begun, folder)
         if not (overwrite or read_order(folder).done):
-            remedy = "run delete_ids.py again first" if list_part_files(folder) else "give --overwrite"
-            raise PipelineError(f"{folder}: a deletion of ids was interrupted: {remedy}")
+            raise PipelineError(f"{folder}: a deletion of ids was interrupted: run delete_ids.py again, or --overwrite")
         row_groups = set(shard.take(list(range(len(self.source.row_group_rows)))))
         self._own = {name: plan for name, plan in self.plans.items() if plan.row_group in row_groups}
         found = {} if overwrite else self.find_parts()

@@ -50,14 +50,6 @@ _EXAMPLE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def resolve_dataset_dir(output: Path) -> Path:
-    """Return the directory that an OUTPUT stands for: itself, or OUTPUT.parts where a file or a dataset forces that."""
-    sidecar = output.with_name(output.name + ".parts")
-    if output.is_file() or (not output.exists() and (sidecar / "state.json").exists()):
-        return sidecar
-    return output
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """Return what a `state.json` says, nothing for one that is missing or damaged, and may be replaced."""
     content = read_json_object(path)
@@ -70,11 +62,14 @@ def read_state(path: Path) -> dict[str, Any]:
 class EmbeddingsDataset:
     """The dataset that an OUTPUT stands for, there or not; files are read when they are asked for.
 
-    A file without our provenance raises ForeignError (see `read_part`), and is never removed or replaced.
+    It is OUTPUT itself, or OUTPUT.parts where a file or a dataset forces that. A file without our provenance raises
+    ForeignError (see `read_part`), and is never removed or replaced.
     """
 
     def __init__(self, output: Path) -> None:
-        self.folder = resolve_dataset_dir(output)
+        sidecar = output.with_name(output.name + ".parts")
+        is_beside = output.is_file() or (not output.exists() and (sidecar / "state.json").exists())
+        self.folder = sidecar if is_beside else output
         self.state_path = self.folder / "state.json"
 
     @property

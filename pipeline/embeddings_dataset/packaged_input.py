@@ -101,11 +101,10 @@ def open_input(options: InputOptions) -> PackagedInput:
     path = options.input
     check_names("--keep-columns", [options.id_column, options.image_column], options.keep_columns)
     kind, names = list_data(path) if path.is_dir() else (PARQUETS, [""])
-    if kind == PARQUETS:
-        return _open_parquets([path / name for name in names], options)
-    if names:
-        raise InputError(f"{path}: holds {len(names)} {kind}: package them first, with package_images.py")
-    raise InputError(f"{path}: holds no parquet files: correct the path")
+    if kind != PARQUETS:
+        remedy = "package them first, with package_images.py" if names else "correct the path"
+        raise InputError(f"{path}: holds {len(names) or 'no'} {kind or PARQUETS}: {remedy}")
+    return _open_parquets([path / name for name in names], options)
 
 
 def list_data(folder: Path) -> tuple[str, list[str]]:

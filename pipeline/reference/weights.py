@@ -16,9 +16,10 @@ Weights = dict[str, torch.Tensor]
 WEIGHT_KEYS = ("projector", "projector_state_dict", "model_state_dict", "state_dict", "model")
 # Prefixes that wrappers add to the names.
 PREFIXES = ("module.", "_orig_mod.", "model.", "projector.")
-# The reference's layers, and ours, whose `norms` follow `hidden` and `output`.
+# The reference's layers, in its older projector fc1 and fc2, and ours, whose `norms` follow `hidden` and `output`.
 REFERENCE_LAYERS = {
-    "input_layer": "hidden.0", "input_norm": "norms.0", "output_layer": "output", "residual_proj": "shortcut",
+    "input_layer": "hidden.0", "fc1": "hidden.0", "input_norm": "norms.0", "output_layer": "output", "fc2": "output",
+    "residual_proj": "shortcut",
 }  # fmt: skip
 
 
@@ -28,8 +29,8 @@ def read_weights(
     """Return the content of a checkpoint without an architecture with `architecture` and `projector` as ours have them.
 
     Widths and depth come from the weights, dropout and activation from the section. A missing bias is one of zeros.
-    Understands the names of this projector's own layers, of the reference implementation's, and of a sequence of linear
-    layers (a single one is the shortcut itself). Other names stay, and the projector refuses them.
+    Understands the names of this projector's own layers and of the reference implementation's. Other names stay, and
+    the projector refuses them.
     """
     key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
     rest = {name: value for name, value in content.items() if key and name != key}
@@ -38,15 +39,11 @@ def read_weights(
     weights = _strip_prefixes(tensors)
     if not weights:
         raise InputError(f"{path}: holds no projector weights: make it with stage 6")
-    if {"fc1.weight", "fc2.weight"} <= weights.keys() and "fc3.weight" not in weights:
-        weights = _rename_older(path, weights)
     layers = {name.partition(".")[0] for name in weights}
     if layers & {"shortcut", "output"} and any(name.startswith("backbone.") for name in tensors):
         raise InputError(f"{path}: a published model, whose power of the features these lack: give its checkpoint")
-    if not layers & {"shortcut", "output", *REFERENCE_LAYERS}:
-        weights = _rename_sequence(path, weights)
-    elif not layers & {"shortcut", "output"}:
-        weights = _rename_reference(weights)
+    if not layers & {"shortcut", "output"}:
+        weights = _rename_reference(path, weights)
     architecture = _infer_architecture(path, weights, section)
     if not is_activation_known and architecture["num_hidden_layers"]:
         source = "as configured" if "activation" in section.model_fields_set else "the default"
@@ -91,51 +88,29 @@ def _strip_prefixes(weights: Weights) -> Weights:
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
-def _rename(weights: Weights, names: dict[str, str]) -> Weights:
-    """Give layers other names, and leave those that are not listed."""
-    split = {name: name.rpartition(".") for name in weights}
-    return {f"{names.get(layer, layer)}.{part}": weights[name] for name, (layer, _, part) in split.items()}
-
-
-def _rename_older(path: Path, weights: Weights) -> Weights:
-    """Give the reference's older projector, fc1 and fc2 with or without norms and residual, its later names.
-
-    No such file with norms was seen: their names (norm1, ln_2, layer_norm2, ...) and their place behind the layer of
-    that number are a guess, which the log says.
-    """
-    names = {"fc1": "input_layer", "fc2": "output_layer"}
-    for layer in {name.rpartition(".")[0] for name in weights}:
-        if match := re.fullmatch(r"(?:layer_?)?(?:norm|ln)_?([12])", layer):
-            names[layer] = "input_norm" if match[1] == "1" else "output_norm"
-            logger.warning("%s: %s is assumed to be a LayerNorm directly behind fc%s; where it stands elsewhere, the "
-                           "embeddings are wrong", path, layer, match[1])  # fmt: skip
-    return _rename(weights, names)
-
-
-def _rename_reference(weights: Weights) -> Weights:
+def _rename_reference(path: Path, weights: Weights) -> Weights:
     """Map the reference implementation's projector onto this one's names.
 
     It computes y = output_layer(h) + residual_proj(x), L2-normalised: x are the features and h the result of
     input_layer and each of hidden_layers on x, each followed by an activation. With norms, one follows each layer, the
     output layer too, before activation and sum. Without residual_proj nothing is added, whatever the widths.
+    No file of the older projector with norms was seen: their names (norm1, ln_2, layer_norm2, ...) and their place
+    behind the layer of that number are a guess, which the log says.
     """
     depth = sum(bool(re.fullmatch(r"hidden_layers\.\d+\.weight", name)) for name in weights)
     names = REFERENCE_LAYERS | {"output_norm": f"norms.{depth + 1}"}
     for number in range(depth):
         names |= {f"hidden_layers.{number}": f"hidden.{number + 1}", f"hidden_norms.{number}": f"norms.{number + 1}"}
-    return _rename(weights, names)
-
-
-def _rename_sequence(path: Path, weights: Weights) -> Weights:
-    """Give linear layers that are numbered as in nn.Sequential this projector's names."""
-    layers = {name.rpartition(".")[0] for name in weights}
-    places = [(place[1], int(place[2]), layer) for layer in layers if (place := re.fullmatch(r"(.*?)(\d+)", layer))]
-    if len(places) < len(layers) or len({prefix for prefix, _, _ in places}) > 1:
-        # They may be parallel: shapes do not tell.
-        raise _not_mapped(path, f"{', '.join(sorted(layers))}: not one numbered sequence of layers")
-    *hidden, last = (layer for _, _, layer in sorted(places))
-    names = {layer: f"hidden.{number}" for number, layer in enumerate(hidden)}
-    return _rename(weights, names | {last: "output" if hidden else "shortcut"})
+    split = {name: name.rpartition(".") for name in weights}
+    for layer in {layer for layer, _, _ in split.values()} if "fc1.weight" in weights else ():
+        if match := re.fullmatch(r"(?:layer_?)?(?:norm|ln)_?([12])", layer):
+            names[layer] = names["input_norm" if match[1] == "1" else "output_norm"]
+            logger.warning("%s: %s is assumed to be a LayerNorm directly behind fc%s; where it stands elsewhere, the "
+                           "embeddings are wrong", path, layer, match[1])  # fmt: skip
+    renamed = {f"{names.get(layer, layer)}.{part}": weights[name] for name, (layer, _, part) in split.items()}
+    if len(renamed) < len(weights):
+        raise _not_mapped(path, "two of its layers have the same place")
+    return renamed
 
 
 def _not_mapped(path: Path, why: str) -> InputError:
