@@ -20,12 +20,12 @@ from pipeline import cli
 from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
-from pipeline.embeddings_dataset.parts import PartPlan
+from pipeline.embeddings_dataset.parts import PartPlan, list_part_files
 from pipeline.errors import InputError, Rejection
 from pipeline.files.workspace import writing_to
 from pipeline.inference.precision import Precision
 from pipeline.log import Progress, logger
-from pipeline.reference.adoption import LEAST_COSINE, adopt, find_foreign, sample
+from pipeline.reference.adoption import LEAST_COSINE, adopt, sample
 from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import (
     add_device_option,
@@ -79,7 +79,8 @@ def adopt_dataset(arguments: argparse.Namespace) -> cli.StageResult:
     )
     dataset = EmbeddingsDataset(arguments.output)
     store = Appending(dataset, source, model.model_id, model.name_version("float32"), Precision("float32"))
-    foreign = find_foreign(store)
+    found, listed = store.find_parts(adopting=True), list_part_files(dataset.folder)
+    foreign = [plan for name, plan in store.plans.items() if name in listed and name not in found]
     result = cli.StageResult(STAGE)
     if foreign:
         width = check_sample(store, foreign, model)
@@ -91,7 +92,7 @@ def adopt_dataset(arguments: argparse.Namespace) -> cli.StageResult:
             for plan in adopt(store, foreign, width):
                 progress.advance(plan.num_rows)
         result.written.append(dataset.folder)
-    elif not store.find_parts():
+    elif not found:
         raise InputError(f"{dataset.folder}: holds no embeddings (parts/*.parquet): correct the path")
     else:
         result.kept.append(dataset.folder)

@@ -15,7 +15,6 @@ from pipeline.embeddings_dataset.parts import (
     ForeignError,
     Part,
     PartContent,
-    PartFiles,
     PartPlan,
     find_parts,
     list_part_files,
@@ -77,39 +76,31 @@ class Appending:
                     "another --output, or --overwrite to begin anew"
                 )
 
-    def find_parts(self) -> dict[str, Part]:
+    def find_parts(self, *, adopting: bool = False) -> dict[str, Part]:
         """Return the parts that are there, whole or cut, by name; a damaged one counts as missing.
 
-        Raises StaleOutputError for a part of another recipe or not ours, InputError for a file that is no part of this
-        input, or cannot be read.
+        Raises StaleOutputError for a part of another recipe, or, unless `adopting`, one that is not ours, InputError
+        for a file that is no part of this input, or cannot be read.
         """
-        files, found = self.survey(), {}
-        for path in files.foreign:
-            raise ForeignError(path)
-        for part in files.parts:
-            if part.plan == self.plans[part.path.name] and rejects_beside(part.path).exists():
-                found[part.path.name] = part
-            else:
-                logger.warning("%s: damaged, or its rejects are missing: it is made again", part.path)
-        for path in files.damaged:
-            logger.warning("%s: damaged: it is made again", path)
-        return found
-
-    def survey(self) -> PartFiles:
-        """Return the files that are there.
-
-        Raises InputError for a file that is no part of this input, StaleOutputError for a part of another recipe.
-        """
-        files = find_parts(self.dataset.folder)
+        files, found = find_parts(self.dataset.folder), {}
         for path in (*files.foreign, *files.damaged, *(part.path for part in files.parts)):
             if path.name not in self.plans:
                 raise InputError(
                     f"{path}: no part of this input: give the --input and --read-batch-size that it was made with, or "
                     "move it away"
                 )
+        for path in () if adopting else files.foreign:
+            raise ForeignError(path)
+        broken = list(files.damaged)
         for part in files.parts:
             self.check(part.recipe, part.path)
-        return files
+            if part.plan == self.plans[part.path.name] and rejects_beside(part.path).exists():
+                found[part.path.name] = part
+            else:
+                broken.append(part.path)
+        for path in broken:
+            logger.warning("%s: damaged: it is made again", path)
+        return found
 
     def write_part(self, plan: PartPlan, content: PartContent) -> None:
         """Write a part and its rejects, without deleted ids."""

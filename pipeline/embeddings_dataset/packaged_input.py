@@ -1,5 +1,6 @@
 """Read packaged images, parquets of image bytes and ids, in read batches and in bounded memory."""
 
+import itertools
 import os
 import re
 import stat
@@ -141,13 +142,12 @@ def list_data(folder: Path) -> tuple[str, list[str]]:
 
 def _refuse_table_formats(folder: Path, names: list[str]) -> None:
     places = {folder / parent for name in names for parent in PurePosixPath(name).parents}
-    for place in sorted({folder.parent, *places}):
-        for mark, name in _TABLE_FORMATS.items():
-            if any(place.glob(mark)):
-                raise InputError(
-                    f"{place}: a {name} table, whose files hold deleted and replaced rows too: read it with its own "
-                    "library, write the rows to embed as plain parquet files, and give that folder"
-                )
+    for place, (mark, name) in itertools.product(sorted({folder.parent, *places}), _TABLE_FORMATS.items()):
+        if any(place.glob(mark)):
+            raise InputError(
+                f"{place}: a {name} table, whose files hold deleted and replaced rows too: read it with its own "
+                "library, write the rows to embed as plain parquet files, and give that folder"
+            )
 
 
 def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
@@ -240,10 +240,7 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def read_batches(source: PackagedInput, row_group: int) -> Iterator[pa.Table]:
-    """Yield the rows of one row group in read batches, the last one shorter, under the names of packaged images.
-
-    Raises InputError if a file cannot be read.
-    """
+    """Yield the rows of one row group in read batches, the last one shorter, under the names of packaged images."""
     options, batch_rows = source.options, source.options.read_batch_size
     path, own_group = source.places[row_group]
     is_struct = pa.types.is_struct(source.schema.field(options.image_column).type)
@@ -273,14 +270,9 @@ def read_batches(source: PackagedInput, row_group: int) -> Iterator[pa.Table]:
 
 def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table:
     """Give the id and the image their usual names and types, add what folders name, and check that text is text."""
-    columns = {}
-    for name in table.column_names:
-        column = table.column(name)
-        if name == source.options.image_column:
-            if pa.types.is_struct(column.type):
-                column = pc.struct_field(column, "bytes")
-            columns[IMAGE_COLUMN] = column
-            continue
+    image, others = table.column(source.options.image_column), table.drop_columns(source.options.image_column)
+    columns = {IMAGE_COLUMN: pc.struct_field(image, "bytes") if pa.types.is_struct(image.type) else image}
+    for name, column in zip(others.column_names, others.columns, strict=True):
         try:
             column.validate(full=True)
         except pa.ArrowInvalid as error:
@@ -291,9 +283,9 @@ def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table
         is_id, kind = name == source.options.id_column, source.schema.field(name).type
         if is_id and plain_type(kind) == pa.float64():
             kind = pa.int64()
-        if column.type != kind:  # floats beside whole numbers, large_string beside string
-            column = convert(path, column, pa.field(name, kind))
-        columns[ID_COLUMN if is_id else name] = column
+        # Floats beside whole numbers, large_string beside string.
+        same = column if column.type == kind else convert(path, column, pa.field(name, kind))
+        columns[ID_COLUMN if is_id else name] = same
     columns |= {name: pa.repeat(value, table.num_rows) for name, value in source.partitions[path].items()}
     return pa.table(columns)
 

@@ -164,10 +164,7 @@ class Part:
         return self.counts.get("deleted", 0)
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
-        """Read its rows.
-
-        Raises InputError naming the file if it cannot be read, DamagedError if it is damaged.
-        """
+        """Read its rows; raise InputError if the file cannot be read, DamagedError if it is damaged."""
         return read_table(self.path, columns)
 
     def read_content(self) -> PartContent:
@@ -237,11 +234,7 @@ def find_parts(folder: Path) -> PartFiles:
 
 
 def read_part(path: Path) -> Part:
-    """Return a part.
-
-    Raises ForeignError if this project did not write it, DamagedError if it is not as it was written, InputError if it
-    cannot be read.
-    """
+    """Return a part; raise ForeignError if it is not ours, DamagedError, or InputError if it cannot be read now."""
     try:
         with open_parquet(path) as file:
             return _read_footer(path, file.metadata)

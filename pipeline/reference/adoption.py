@@ -29,15 +29,6 @@ LEAST_COSINE = 0.999
 T = TypeVar("T")
 
 
-def find_foreign(store: Appending) -> list[PartPlan]:
-    """Return the parts that are to be taken over.
-
-    Raises InputError for a file that is no part of this input, StaleOutputError for a part of ours that is of another
-    recipe.
-    """
-    return [store.plans[path.name] for path in store.survey().foreign]
-
-
 def sample(store: Appending, foreign: list[PartPlan]) -> Iterator[tuple[str, bytes, NDArray[np.float32]]]:
     """Yield some pictures, spread over the parts, each with a name and the embedding (D,) that it has there."""
     for plan, table in read_planned(store.source, _spread(foreign, SAMPLED_PARTS)):

@@ -125,19 +125,16 @@ def _map_projector(folder: Path, config: dict[str, Any], weights: dict[str, Any]
 
     if not weights:
         raise InputError(f"{folder}: holds no projector weights: fetch the model again, in safetensors")
-    section = TrainingModelSection(dropout=0.0, activation=_find_activation(folder, config))
+    places = (config, *(value for value in config.values() if isinstance(value, dict)))
+    names = [str(one.get("activation", one.get("projector_activation"))).lower() for one in places]
+    activation: Any = next((name for name in names if name in ("relu", "gelu", "silu")), None)
+    if activation is None:
+        raise InputError(
+            f"{folder / 'config.json'}: does not say the projector's activation (relu, gelu or silu): add it as "
+            '"activation"'
+        )
+    section = TrainingModelSection(dropout=0.0, activation=activation)
     return make_checkpoint(folder, read_weights(folder, weights, section, is_activation_known=True))
-
-
-def _find_activation(folder: Path, config: dict[str, Any]) -> Any:
-    for settings in (config, *(value for value in config.values() if isinstance(value, dict))):
-        name = str(settings.get("activation", settings.get("projector_activation"))).lower()
-        if name in ("relu", "gelu", "silu"):
-            return name
-    raise InputError(
-        f"{folder / 'config.json'}: does not say the projector's activation (relu, gelu or silu): add it as "
-        '"activation"'
-    )
 
 
 def _find_pooling(settings_dir: Path) -> Any:
