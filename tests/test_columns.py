@@ -1,12 +1,15 @@
 """Columns as other programs write them: read, kept, or refused in one line that names file, column and remedy."""
 
 import datetime
+import itertools
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from embedded_datasets import unit_rows, write_dataset
+from published_models import make_photographs, read_dataset, write_packaged
 
 from pipeline.embeddings_dataset.columns import checksum_tables, filter_rows, hash_ids, plain_values
 from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input, read_batches
@@ -149,3 +152,17 @@ def test_only_content_is_called_damaged(tmp_path):
     with pytest.raises(InputError, match="a folder or a pipe, not a parquet file") as caught:
         open_parquet(tmp_path)
     assert not isinstance(caught.value, DamagedError)
+
+
+ONE = {"text": "1", "int": 1, "bytes": b"1", "decimal": Decimal(1)}
+
+
+@pytest.mark.parametrize(("before", "after"), [pair for pair in itertools.permutations(ONE, 2) if pair[0] != "decimal"])
+def test_a_deleted_id_does_not_come_back_in_another_type(delete, embed, tmp_path, before, after):
+    for kind in (before, after):
+        other = {"text": "01", "int": 10, "bytes": b"01", "decimal": Decimal(10)}[kind]
+        source = write_packaged(tmp_path / "in.parquet", make_photographs(4), OSMID=[ONE[kind], other, None, other])
+        assert embed(source, tmp_path / "out", "--overwrite").code == 0
+        if kind is before:
+            assert delete(tmp_path / "out", "1").code == 0
+        assert read_dataset(tmp_path / "out")["OSMID"].to_pylist() == [other, None, other]

@@ -55,7 +55,8 @@ class DeletionOrder:
         """Return which of some ids are to be left out, (N,)."""
         if not self.id_hashes:
             return np.zeros(len(ids), dtype=bool)
-        return np.array([value in self.id_hashes for value in hash_ids(ids, self.salt)], dtype=bool)
+        hashes = (hash_ids(_spellings(one), self.salt) for one in ids)
+        return np.array([not self.id_hashes.isdisjoint(one) for one in hashes], dtype=bool)
 
     def apply(self, content: PartContent) -> PartContent:
         """Return a part's content without the rows, embedded and rejected, of the ids; itself if it has none."""
@@ -72,6 +73,15 @@ class DeletionOrder:
             image_hashes=content.image_hashes[embedded],
             deleted=content.deleted + num_deleted,
         )
+
+
+def _spellings(value: object) -> list[object]:
+    """Return an id as it is and as text, bytes and number: another package may hold it so."""
+    if value is None:
+        return [value]
+    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+    numbers = [int(text)] if re.fullmatch("0|-?[1-9][0-9]{0,19}", text) else []
+    return [value, text, text.encode("utf-8", "surrogateescape"), *numbers]
 
 
 def read_order(folder: Path) -> DeletionOrder:
