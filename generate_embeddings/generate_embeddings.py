@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline import cli
@@ -52,8 +51,6 @@ if TYPE_CHECKING:
 STAGE = "generate_embeddings"
 # Rows of one row group: 16 MB of 4,096 floats, small enough to stream, large enough to compress.
 ROW_GROUP_ROWS = 1024
-# For images that embeddings of another program lack.
-REMEDY = "stage 2 with --add-missing embeds them"
 
 
 class Embedding:
@@ -124,8 +121,8 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding, adds_miss
         embedding_type = pa.list_(stored, scratch.width or stage.embedder.width)
         held.pop_all()  # the thread that writes closes it
     rejects = scratch.rejects | {row: Rejection("missing_image", f"not in {unit.tar_path.name}") for row in missing}
-    precision = {"precision": stage.precision.mode, **stage.precision.fidelity}
-    provenance = count_rejects(provenance, len(table), rejects.values()) | precision
+    provenance = count_rejects(provenance, len(table), rejects.values())
+    provenance |= {"precision": stage.precision.mode, **stage.precision.fidelity}
 
     def write() -> None:
         with contextlib.closing(scratch), stage.watch.measure("write"):
@@ -134,8 +131,8 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding, adds_miss
 
     stage.outputs.submit(write)
     count = len(table) - len(rejects)
-    rate = count / (time.monotonic() - started)
-    logger.info("%s: %d embedded, %d rejected, %.1f img/s", unit.tar_path.name, count, len(rejects), rate)
+    logger.info("%s: %d embedded, %d rejected, %.1f img/s",
+                unit.tar_path.name, count, len(rejects), count / (time.monotonic() - started))  # fmt: skip
     return provenance
 
 
@@ -204,29 +201,28 @@ def write_outputs(
     listed = [(names[row].as_py(), rejects[row]) for row in sorted(rejects)]
     write_rejects(rejects_path(unit.output_path), listed, provenance)
     schema = table.schema.append(pa.field("embedding", embedding_type))
+    dtype = embedding_type.value_type.to_pandas_dtype()
     with parquet_writer(unit.output_path, schema, provenance) as writer:
         for start in range(0, len(table), ROW_GROUP_ROWS):
-            stop = min(start + ROW_GROUP_ROWS, len(table))
-            keep = np.array([row not in rejects for row in range(start, stop)])
-            if not keep.any():
-                continue
-            rows = table.slice(start, stop - start).filter(pa.array(keep))
-            values = scratch.read(start, stop)[keep].astype("f2" if embedding_type.value_type == pa.float16() else "f4")
-            check_embeddings(values, rows["image_path"].to_pylist())
-            embedding = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=embedding_type)
-            writer.write_table(rows.append_column(schema.field("embedding"), embedding))
+            rows = table.slice(start, ROW_GROUP_ROWS)
+            kept = [place for place in range(len(rows)) if start + place not in rejects]
+            if kept:
+                rows, values = rows.take(kept), scratch.read(start, start + len(rows))[kept].astype(dtype)
+                check_embeddings(values, rows["image_path"].to_pylist())
+                embedding = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=embedding_type)
+                writer.write_table(rows.append_column(schema.field("embedding"), embedding))
 
 
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
-    """Return the units of this shard's tars."""
-
     @functools.cache
     def find_model() -> str | None:
         folder = locate_backbone(config, download=False)
         return identify_model(folder) if folder else None
 
     def take_over(unit: TarUnit) -> tuple[dict[str, int], str] | None:
-        counts, note = check_foreign_output(unit, find_embedding(unit.output_path), REMEDY)
+        counts, note = check_foreign_output(
+            unit, find_embedding(unit.output_path), "stage 2 with --add-missing embeds them"
+        )
         return None if options.add_missing and counts["dropped"] else (counts, note)
 
     return list_tar_units(
@@ -277,9 +273,7 @@ def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> Prov
 
     Where the backbone is not on this machine, what is there already is taken to be made with it.
     """
-    if model_id is None:
-        found = (read_provenance(unit.output_path) or {}).get("settings", {})
-        model_id = found.get("model")
+    model_id = model_id or (read_provenance(unit.output_path) or {}).get("settings", {}).get("model")
     section = config.embedding_model
     settings = {"dtype": section.dtype, "embedding_dtype": section.embedding_dtype, **embedding_settings(section)}
     inputs = [*unit.identify_tar(), identify(unit.intermediate_path)]
@@ -295,7 +289,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage from a command line."""
     cli.run_from_command_line(STAGE, run, __doc__, argv, add_options)
 
 

@@ -71,8 +71,7 @@ def average_intervals(values: np.ndarray, extent: float, num_cells: int) -> np.n
     sums = np.zeros((len(values) + 1, *values.shape[1:]))
     np.cumsum(values, axis=0, dtype=np.float64, out=sums[1:])
     areas = sums[whole] + part * values[whole]
-    cells: np.ndarray = np.diff(areas, axis=0) * (num_cells / extent)
-    return cells
+    return np.diff(areas, axis=0) * (num_cells / extent)
 
 
 def average_cells(image: Image.Image, extent: tuple[float, float], image_size: int) -> np.ndarray:
@@ -85,8 +84,7 @@ def average_cells(image: Image.Image, extent: tuple[float, float], image_size: i
         image = image.reduce((factors[0], factors[1]))
     rows = average_intervals(np.asarray(image), extent[1], image_size)  # (image_size, W, 3)
     cells = average_intervals(rows.swapaxes(0, 1), extent[0], image_size).swapaxes(0, 1)
-    rounded: np.ndarray = np.rint(cells).clip(0, 255).astype(np.uint8)
-    return rounded
+    return np.rint(cells).clip(0, 255).astype(np.uint8)
 
 
 # Goes into the provenance, so that fingerprints of another descriptor do not count as complete.
@@ -94,7 +92,6 @@ DESCRIPTOR = "area_mean_rgb"
 
 
 def fingerprint_width(image_size: int) -> int:
-    """Return how many numbers a fingerprint has."""
     return image_size * image_size * 3
 
 
@@ -108,44 +105,34 @@ def compute_fingerprint(data: bytes, image_size: int) -> np.ndarray:
     return average_cells(image, extent, image_size).reshape(-1)
 
 
-def compute_tar(
-    tar_path: Path, rows: dict[str, int], fingerprints: np.ndarray, config: Config, watch: Stopwatch
-) -> dict[int, tuple[str, Rejection]]:
-    """Stream a tar, put each image's fingerprint into its row (N, width), and return the names and rejections by row.
-
-    `rows` gives the row of each wanted image; it is emptied. Raises InputError if the tar is damaged.
-    """
-    rejects: dict[int, tuple[str, Rejection]] = {}
-
-    def compute(image: TarImage) -> tuple[TarImage, np.ndarray | Rejection]:
-        return image, catch_rejection(compute_fingerprint, image.data, config.fingerprints.image_size)
-
-    images = watch.measure_each("read", read_images(tar_path, rows))
-    with Progress(tar_path.name, len(rows)) as progress:
-        num_workers = config.infrastructure.count_workers()
-        for image, outcome in map_in_order(compute, images, num_workers, weigh=lambda image: len(image.data)):
-            if isinstance(outcome, Rejection):
-                rejects[image.row] = image.name, outcome
-            else:
-                fingerprints[image.row] = outcome
-            progress.advance()
-    absent = Rejection("missing_image", f"not in {tar_path.name}")
-    return rejects | {row: (name, absent) for name, row in rows.items()}
-
-
 def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stopwatch) -> Provenance:
     """Make one tar's fingerprints and its rejects, and return the provenance with the counts.
 
     Raises InputError if the tar or its intermediate is missing or damaged.
     """
+    side = config.fingerprints.image_size
     views = read_intermediate(unit, [*FINGERPRINT_ID_SCHEMA, PATH_FIELD])
     rows = {name: row for row, name in enumerate(views[PATH_FIELD.name].to_pylist())}
-    fingerprints = np.zeros((len(views), fingerprint_width(config.fingerprints.image_size)), np.uint8)
-    rejects = compute_tar(unit.tar_path, rows, fingerprints, config, watch)
+    fingerprints = np.zeros((len(views), fingerprint_width(side)), np.uint8)
+    rejects: dict[int, tuple[str, Rejection]] = {}
+
+    def compute(image: TarImage) -> tuple[TarImage, np.ndarray | Rejection]:
+        return image, catch_rejection(compute_fingerprint, image.data, side)
+
+    images = watch.measure_each("read", read_images(unit.tar_path, rows))
+    computed = map_in_order(compute, images, config.infrastructure.count_workers(), weigh=lambda image: len(image.data))
+    with Progress(unit.tar_path.name, len(rows)) as progress:
+        for image, outcome in computed:
+            if isinstance(outcome, Rejection):
+                rejects[image.row] = image.name, outcome
+            else:
+                fingerprints[image.row] = outcome
+            progress.advance()
+    absent = Rejection("missing_image", f"not in {unit.tar_path.name}")
+    rejects |= {row: (name, absent) for name, row in rows.items()}  # read_images has taken out those that are there
     provenance = count_rejects(provenance, len(views), (rejection for _, rejection in rejects.values()))
     write_rejects(rejects_path(unit.output_path), sorted(rejects.values(), key=lambda reject: reject[0]), provenance)
-    keep = np.ones(len(views), dtype=bool)
-    keep[list(rejects)] = False
+    keep = np.isin(np.arange(len(views)), list(rejects), invert=True)
     ids, width = views.select(FINGERPRINT_ID_SCHEMA.names), fingerprints.shape[1]
     schema = pa.schema([*FINGERPRINT_ID_SCHEMA, pa.field("fingerprint", pa.list_(pa.uint8(), width))])
     with watch.measure("write"), parquet_writer(unit.output_path, schema, provenance) as writer:
@@ -157,12 +144,11 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
 
 
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
-    """Return the units of this shard's tars."""
     side = config.fingerprints.image_size
 
     def describe(unit: TarUnit) -> Provenance:
-        settings = {"descriptor": DESCRIPTOR, "image_size": side}
-        return make_provenance(STAGE, [identify(unit.intermediate_path), *unit.identify_tar()], settings)
+        inputs = [identify(unit.intermediate_path), *unit.identify_tar()]
+        return make_provenance(STAGE, inputs, {"descriptor": DESCRIPTOR, "image_size": side})
 
     def take_over(unit: TarUnit) -> tuple[dict[str, int], str]:
         column = find_fingerprint(unit.output_path)
@@ -192,7 +178,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage from a command line."""
     cli.run_from_command_line(STAGE, run, __doc__, argv, cli.add_tar_options)
 
 

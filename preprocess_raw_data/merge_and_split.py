@@ -46,25 +46,22 @@ class SplitWriter:
     """Writes one split's rows in row groups of a fixed size."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
-        self._writer, self._schema = writer, schema
-        self._waiting: list[pa.Table] = []
-        self._num_waiting = 0
+        self._writer, self._schema, self._waiting = writer, schema, schema.empty_table()
 
     def add(self, piece: Piece, rows: NDArray[np.int64]) -> None:
         """Add some of a piece's rows, copying at most a row group at a time."""
         while len(rows):
-            room = ROW_GROUP_ROWS - self._num_waiting
-            self._waiting.append(piece.take(rows[:room], self._schema))
-            self._num_waiting += len(rows[:room])
+            room = ROW_GROUP_ROWS - len(self._waiting)
+            self._waiting = pa.concat_tables([self._waiting, piece.take(rows[:room], self._schema)])
             rows = rows[room:]
-            if self._num_waiting == ROW_GROUP_ROWS:
+            if len(self._waiting) == ROW_GROUP_ROWS:
                 self.finish()
 
     def finish(self) -> None:
         """Write the waiting rows as one piece, so that the bytes do not depend on their arrival."""
-        if self._num_waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting).combine_chunks())
-            self._waiting, self._num_waiting = [], 0
+        if len(self._waiting):
+            self._writer.write_table(self._waiting.combine_chunks())
+            self._waiting = self._schema.empty_table()
 
 
 def write_splits(
@@ -129,8 +126,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         return result
     inventory = take_inventory(paths)
     embedded_with = next(filter(None, ((read_provenance(path) or {}).get("settings") for path in paths)), None)
-    wanted = describe_output(config) | {"embedded_with": embedded_with}
-    splits, provenances = plan_splits(inventory, wanted, config)
+    splits, provenances = plan_splits(inventory, describe_output(config) | {"embedded_with": embedded_with}, config)
     write_splits(inventory, splits, provenances, config)
     result.add(provenances[0]["counts"], provenances[0]["reasons"])
     result.written = list(unit.outputs)
@@ -148,15 +144,13 @@ def _compare_named(split_file: str, named: dict[str, str], building_ids: pa.Stri
     names = pa.array(named, pa.string())
     strangers = names.filter(pc.invert(pc.is_in(names, value_set=building_ids)))
     what = f"{len(strangers)} of {len(names)} buildings that the split file names are not among the embeddings"
-    if len(strangers):
-        what += f", such as {strangers[0].as_py()!r}"
     if len(strangers) == len(names):
         raise InputError(
             f"{split_file}: {what}: write them as in the embeddings, such as {building_ids[0].as_py()!r} (the "
             "dataset's id in four digits, _, the building's id), or leave out [data].split_file"
         )
     if len(strangers):
-        logger.warning("%s: %s", split_file, what)
+        logger.warning("%s: %s, such as %r", split_file, what, strangers[0].as_py())
 
 
 def plan_splits(
@@ -189,7 +183,6 @@ def plan_splits(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage from a command line."""
     cli.run_from_command_line(STAGE, run, __doc__, argv)
 
 

@@ -96,7 +96,6 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     if not views and not rejects:
         raise InputError(f"{unit.tar_path}: holds no image and no metadata: is it a tar of the raw layout?")
     provenance["inputs"][0]["digest"] = note_digest(unit.tar_path, digests[0], seen, unit.note)
-    renamed = sum(view.record.dataset_id != unit.dataset_id for view in views)
     ignored = ", ".join(f"{count} {what}" for what, count in sorted(inventory.ignored.items())) or "nothing"
     provenance = count_rejects(provenance, len(views) + len(rejects), (rejection for _, rejection in rejects))
     write_rejects(rejects_path(unit.output_path), rejects, provenance)
@@ -104,13 +103,14 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
         for start in range(0, len(views), ROW_GROUP_ROWS):
             some = [describe_view(view, unit) for view in views[start : start + ROW_GROUP_ROWS]]
             writer.write_table(pa.Table.from_pylist(some, schema=INTERMEDIATE_SCHEMA))
-    logger.info("%s: %d views, %d of them name another dataset id; %d rejected; ignored %s",
-                unit.tar_path.name, len(views), renamed, len(rejects), ignored)  # fmt: skip
+    logger.info(
+        "%s: %d views, %d of them name another dataset id; %d rejected; ignored %s", unit.tar_path.name, len(views),
+        sum(view.record.dataset_id != unit.dataset_id for view in views), len(rejects), ignored,
+    )  # fmt: skip
     return provenance
 
 
 def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[TarUnit]:
-    """Return the units of this shard's tars."""
     # No setting shapes a tar's table.
     return list_tar_units(STAGES[1], config, options, lambda unit: make_provenance(STAGE, unit.identify_tar(), {}))
 
@@ -130,7 +130,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage from a command line."""
     cli.run_from_command_line(STAGE, run, __doc__, argv, cli.add_tar_options)
 
 

@@ -134,9 +134,9 @@ class Embedder:
         self.model.to(memory_format=self._layout)
         self.compile_model, self.num_graphs = False, 0
         self.micro_batch = GPU_MICRO_BATCH if isinstance(batch_size, str) else batch_size
-        self._check_patches(folder, self.scales or (image_size or 0,))
-        self.width = self._try(folder)
-        self._judge_resizing()
+        self.width = self._try(folder, image_size or 0)
+        if self.resizes_on_device:
+            self._judge_resizing()
         if compile_model:
             self._compile()
         logger.info(
@@ -189,35 +189,30 @@ class Embedder:
             for batch in staged.batches:
                 batch.record_stream(current)
         launched = Launched([], [])
-        for batch in staged.batches:
-            waiting = batch
-            while len(waiting):
-                count = self.micro_batch
-                if self._forward(waiting[:count], launched):
-                    waiting = waiting[count:]
+        for waiting in staged.batches:
+            done = 0
+            while done < len(waiting):
+                batch = waiting[done : done + self.micro_batch]
+                done += len(batch) if self._forward(batch, launched) else 0
         return launched
 
     def embed(self, images: Sequence[Decoded]) -> NDArray[np.float32]:
         """Return the embeddings (N, D) float32, not normalised, of decoded or prepared images in order."""
         return self.launch(self.stage(images)).result()
 
-    def _check_patches(self, folder: Path, sizes: Sequence[int]) -> None:
-        """Raise InputError where a size is no multiple of the model's patches."""
-        side = getattr(self.model.config, "patch_size", None)
-        for size in sizes:
+    def _try(self, folder: Path, image_size: int) -> int:
+        """Embed a drawn picture and return the embedding's width; on a CPU, bound the pixels of a pass before.
+
+        Raises InputError where the processor or the model fails, or a size is no multiple of the model's patches.
+        """
+        name, side = type(self.model).__name__, getattr(self.model.config, "patch_size", None)
+        for size in self.scales or (image_size,):
             if isinstance(side, int) and size % side:
                 raise InputError(
                     f"{folder}: {size} pixels are no multiple of its patches of {side}, and their edge would be cut "
                     f"off: take {size // side * side} or {(size // side + 1) * side} in [embedding_model].image_size "
                     "or scales"
                 )
-
-    def _try(self, folder: Path) -> int:
-        """Embed a drawn picture and return the embedding's width; on a CPU, bound the pixels of a pass before.
-
-        Raises InputError where the processor or the model fails.
-        """
-        name = type(self.model).__name__
         try:
             prepared = self.prepare(draw_picture(640, 640))
             if not self.on_gpu:
@@ -236,8 +231,6 @@ class Embedder:
 
     def _judge_resizing(self) -> None:
         """Resize on the CPU from now on, where the device's way gives a faint picture another embedding."""
-        if not self.resizes_on_device:
-            return
         # Of half the contrast: rounding moves its embedding as far as a photograph's.
         pixels, cosine = draw_picture(512, 384) // 2 + 64, -1.0
         there, here = self._finish([pixels])[0], self.prepare(pixels)
@@ -279,22 +272,20 @@ class Embedder:
 
     def _compile(self) -> None:
         """Compile the model's blocks and run a pass; log why and go on without where that fails."""
-        prepared = self.prepare(draw_picture(640, 640))
         self.compile_model = True
         num_blocks = compile_blocks(self.model)
         num_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         started = time.monotonic()
         try:
-            self.embed([prepared] * self.micro_batch)
+            self.embed([self.prepare(draw_picture(640, 640))] * self.micro_batch)
         except COMPILE_ERRORS as error:
             logger.warning("going on without torch.compile: %s", one_line(error)[:200])
-            logger.info("the compiler's failure, whole: %s", one_line(error), extra={"file_only": True})
             uncompile(self.model)
             self.compile_model = False
         else:
             self.num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - num_before
-            seconds = time.monotonic() - started
-            logger.info("compiled %d blocks as %d graphs in %.0f s", num_blocks, self.num_graphs, seconds)
+            logger.info("compiled %d blocks as %d graphs in %.0f s",
+                        num_blocks, self.num_graphs, time.monotonic() - started)  # fmt: skip
 
 
 def stack_by_size(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
@@ -84,16 +84,14 @@ def check_image(data: bytes) -> None:
     image = read_header(data)
     structure = strip_scans(data) if image.format in _JPEGS else None
     if structure is not None:
-        try:
-            with (
-                _take_turn(image),  # a progressive one has all its coefficients in memory
-                JpegImagePlugin.JpegImageFile(io.BytesIO(structure)) as empty,
-            ):
-                empty.draft("L", (max(1, empty.width // 8), max(1, empty.height // 8)))
-                empty.load()
-                return
-        except DECODE_ERRORS:
-            pass  # the whole file says why
+        with (
+            suppress(*DECODE_ERRORS),  # the whole file says why
+            _take_turn(image),  # a progressive one has all its coefficients in memory
+            JpegImagePlugin.JpegImageFile(io.BytesIO(structure)) as empty,
+        ):
+            empty.draft("L", (max(1, empty.width // 8), max(1, empty.height // 8)))
+            empty.load()
+            return
     load_rgb(open_image(data))
 
 
@@ -199,11 +197,9 @@ def read_header(data: bytes) -> Image.Image:
 
 def read_orientation(image: Image.Image) -> int:
     """Return an opened image's EXIF orientation, 1 where there is none or it is damaged."""
-    try:
-        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation
-    except DECODE_ERRORS:
-        return 1
+    with suppress(*DECODE_ERRORS):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)  # type: ignore[no-any-return]
+    return 1
 
 
 def load_upright(image: Image.Image) -> Image.Image:

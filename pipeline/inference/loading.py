@@ -72,8 +72,8 @@ def load_model(
         config.dtype = None  # what the configuration says may be another one
     with naming_model(folder):
         model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **trust)
-    unused = None if pooling_type == "pooler_output" else "pooler."
-    missing = [key for key in info["missing_keys"] if not (unused and key.startswith(unused))]
+    needs_pooler = pooling_type == "pooler_output"
+    missing = [key for key in info["missing_keys"] if needs_pooler or not key.startswith("pooler.")]
     if missing:
         raise InputError(
             f"{folder}: {len(missing)} weights are missing ({sorted(missing)[0]}, ...): fetch the model again, "

@@ -56,9 +56,10 @@ def locate_backbone(config: Config, *, download: bool) -> Path | None:
     name = config.embedding_model.model_name
     if name is None:
         raise ConfigError(f"{config.file_path}: [embedding_model].model_name: not set, and this stage needs it")
-    folder = config.expand(name, "[embedding_model].model_name")
-    remedy = "set [embedding_model].model_name to a model folder or a hub id"
-    return locate_model(name, remedy, download=download, folder=folder)
+    return locate_model(
+        name, "set [embedding_model].model_name to a model folder or a hub id", download=download,
+        folder=config.expand(name, "[embedding_model].model_name"),
+    )  # fmt: skip
 
 
 def locate_model(
@@ -107,14 +108,13 @@ def take_snapshot(
     name, _, revision = repo_id.partition("@")
     for is_local in (True, False) if download else (True,):
         try:
-            folder = Path(
-                snapshot_download(name, revision=revision or None, allow_patterns=patterns, local_files_only=is_local)
+            found = snapshot_download(
+                name, revision=revision or None, allow_patterns=patterns, local_files_only=is_local
             )
+            if not is_local or is_whole(Path(found)):
+                return Path(found), ""
         except (HfHubHTTPError, OSError, ValueError) as error:
             problem = one_line(error)[:200]
-            continue
-        if not is_local or is_whole(folder):
-            return folder, ""
     return None, problem
 
 

@@ -1,6 +1,7 @@
 """Turn image bytes to pixels, and pixels to a model's input by its own image processor, on the CPU or on a GPU."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,9 @@ def decode_pixels(data: bytes) -> torch.Tensor:
         if decode_jpeg is None or not is_upright or image.mode not in _MODES:
             return to_pixels(load_upright(image))
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch warns of read-only memory
-    try:
-        pixels: torch.Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB)
-        return pixels
-    except RuntimeError:
-        return to_pixels(decode_rgb(data))
+    with suppress(RuntimeError):
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB)  # type: ignore[no-any-return]
+    return to_pixels(decode_rgb(data))
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -142,8 +141,7 @@ def size_settings(settings: dict[str, Any], image_size: int) -> dict[str, Any]:
         )
     if not settings.get("do_center_crop"):
         return {"size": dict.fromkeys(size, image_size)}
-    crop = settings["crop_size"]
-    factor = image_size / min(crop["height"], crop["width"])
+    factor = image_size / min(settings["crop_size"][side] for side in ("height", "width"))
     return {
         "size": {key: round(value * factor) for key, value in size.items()},
         "crop_size": {"height": image_size, "width": image_size},

@@ -51,14 +51,13 @@ def take_inventory(paths: list[Path]) -> Inventory:
     building_ids, codes = encoded.dictionary, encoded.indices.to_numpy()
     lat, lon = ids["target_lat"].to_numpy(), ids["target_lon"].to_numpy()
     kind = schema.field("embedding").type
-    dropped = {name for name, _ in FILE_COLUMNS}
     return Inventory(
         columns,
         [len(table) for table in tables],
         codes,
         Buildings(building_ids, *mean_positions(codes, lat, lon, len(building_ids))),
         kind.list_size * kind.value_type.bit_width // 8 + BYTES_BESIDE_EMBEDDING,
-        pa.schema([field for field in schema if field.name not in dropped]),
+        pa.schema([field for field in schema if field.name not in dict(FILE_COLUMNS)]),
     )
 
 
@@ -82,8 +81,9 @@ def check_files(paths: list[Path]) -> tuple[pa.Schema, list[ListColumn]]:
             if column.width and not pa.types.is_fixed_size_list(merged.field(column.name).type):
                 raise pa.ArrowTypeError(f"embeddings of {column.width} numbers")
         except pa.ArrowTypeError as error:
-            problem = f"{path}: not the columns of the files before it ({one_line(error)})"
-            raise InputError(f"{problem}: make one of them again") from None
+            raise InputError(
+                f"{path}: not the columns of the files before it ({one_line(error)}): make one of them again"
+            ) from None
         provenance = read_provenance(path, warn=True) or {}
         for digest in filter(None, (one.get("digest") for one in provenance.get("inputs", []))):
             if (first := tars.setdefault(str(digest), path)) != path:

@@ -28,8 +28,6 @@ METRES_PER_DEGREE = math.radians(1) * EARTH_RADIUS_M  # of latitude
 
 @dataclass(frozen=True)
 class Buildings:
-    """Buildings as columns."""
-
     ids: pa.StringArray  # (B,)
     mean_lat: NDArray[np.float64]  # (B,) degrees, the mean over the building's images, NaN without a position
     mean_lon: NDArray[np.float64]

@@ -32,7 +32,6 @@ class ViewRecord:
 
 
 def is_metadata_name(name: str) -> bool:
-    """Whether a member's name is that of a metadata file."""
     return name.lower().endswith(SUFFIX)
 
 

@@ -60,11 +60,8 @@ class TarInventory:
     def wants(self, member: Member) -> bool:
         """Note a member, and return whether its bytes have to be read."""
         base_name = member.name.rpartition("/")[2]
-        if member.isdir():
-            self.ignored["folders"] += 1
-            return False
-        if base_name.startswith("._") or not (member.is_image_name or is_metadata_name(member.name)):
-            self.ignored["other members"] += 1
+        if member.isdir() or base_name.startswith("._") or not (member.is_image_name or is_metadata_name(member.name)):
+            self.ignored["folders" if member.isdir() else "other members"] += 1
             return False
         item = self._find(member)
         if not member.is_file:
@@ -81,7 +78,6 @@ class TarInventory:
         return False
 
     def add_metadata(self, member: Member, data: bytes) -> None:
-        """Note the content of a metadata file."""
         self._find(member).metadata = catch_rejection(parse_metadata, data)
 
     def add_image(self, member: Member, rejection: Rejection | None) -> None:
