@@ -107,8 +107,9 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding, adds_miss
     table = read_table(unit)
     old_rows: list[int] = []
     if adds_missing and unit.output_path.exists() and read_provenance(unit.output_path) is None:
-        image_ids = table["streetview_image_id"].combine_chunks()
-        old_rows, old_values = read_old_rows(unit, find_embedding(unit.output_path), image_ids)
+        old_rows, old_values = read_old_rows(
+            unit, find_embedding(unit.output_path), table["streetview_image_id"].combine_chunks()
+        )
         provenance["taken_over"] = len(old_rows)
     # Another device may choose another precision: what it has begun is thrown away.
     scratch = RowScratch(unit.output_path, hash_json({**provenance, "precision": stage.precision.mode}))
@@ -158,15 +159,11 @@ def fill_scratch(
     from pipeline.inference.engine import embed_stream
 
     left = {name: row for name, row in index_images(table).items() if row not in done_rows}
-    embedder, config = stage.embedder, stage.config
+    embedder, seen = stage.embedder, scratch.seen
     stream = embed_stream(
-        embedder,
-        read_images(tar_path, left, scratch.seen),
-        lambda image: embedder.decode(image.data),
-        config.infrastructure.count_workers(),
-        stage.watch,
-    )
-    seen = scratch.seen
+        embedder, read_images(tar_path, left, seen), lambda image: embedder.decode(image.data),
+        stage.config.infrastructure.count_workers(), stage.watch,
+    )  # fmt: skip
     with contextlib.closing(stream) as passes, Progress(tar_path.name, len(table)) as progress:
         progress.resume_at(seen)
         try:

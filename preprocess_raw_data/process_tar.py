@@ -64,8 +64,7 @@ def take_inventory(
     def check(found: tuple[Member, bytes]) -> tuple[Member, Rejection | None]:
         return found[0], catch_rejection(check_image, found[1])
 
-    images = map_in_order(check, read_wanted(), num_workers, weigh=lambda found: len(found[1]))
-    for member, rejection in images:
+    for member, rejection in map_in_order(check, read_wanted(), num_workers, weigh=lambda found: len(found[1])):
         inventory.add_image(member, rejection)
         progress.advance()
     return inventory
