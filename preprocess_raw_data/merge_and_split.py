@@ -103,12 +103,10 @@ def list_units(config: Config) -> list[Unit]:
 
 def describe_output(config: Config) -> dict[str, Any]:
     """Return the provenance that the splits must have, without the counts; a split file counts by its content."""
-    names = {"train_ratio", "val_ratio", "test_ratio", "split_cell_m"}
+    inputs = map(identify, list_outputs(config.path("embeddings_dir"), 2, "_embeddings"))
+    settings = config.data.model_dump(include={"train_ratio", "val_ratio", "test_ratio", "split_cell_m"})
     split_file = hash_json(read_named(config)) if config.data.split_file else None
-    settings = config.data.model_dump(include=names) | {"seed": config.global_.seed, "split_file": split_file}
-    return make_provenance(
-        STAGE, map(identify, list_outputs(config.path("embeddings_dir"), 2, "_embeddings")), settings
-    )
+    return make_provenance(STAGE, inputs, settings | {"seed": config.global_.seed, "split_file": split_file})
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:

@@ -123,8 +123,7 @@ def find_missing_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     names = read_index(index) if index.is_file() else {"model.safetensors"}
     missing = sorted(name for name in names | {"config.json"} if not (folder / name).is_file())
-    has_processor = any(folder.glob("*processor_config.json"))
-    return missing + ([] if has_processor else ["preprocessor_config.json"])
+    return missing if any(folder.glob("*processor_config.json")) else [*missing, "preprocessor_config.json"]
 
 
 def read_index(path: Path) -> set[str]:
@@ -138,8 +137,9 @@ def read_index(path: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({one_line(error)}): fetch it again") from None
     if outside:
-        what = f"names weights outside its folder or no safetensors ({one_line(outside[0])[:100]})"
-        raise InputError(f"{path}: {what}: fetch it again")
+        raise InputError(
+            f"{path}: names weights outside its folder or no safetensors ({one_line(outside[0])[:100]}): fetch it again"
+        )
     return names
 
 
