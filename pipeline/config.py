@@ -293,9 +293,7 @@ def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = 
 def _describe(path: Path, errors: list[Any]) -> str:
     """Turn pydantic's errors of one place into `file: [section].key: what is wrong, nearest valid name`."""
     details = errors[0]
-    location = [str(part) for part in details["loc"] if not str(part).startswith(("literal[", "constrained-"))]
-    section = location[0] if location else ""
-    key = location[1] if len(location) > 1 and location[1] not in ("int", "str", "float") else None
+    section, key, *_ = (*map(str, details["loc"]), "")
     where = f"{path}: [{section}]" + (f".{key}" if key else "")
     if details["type"] == "extra_forbidden":
         return f"{where}: unknown {'key' if key else 'section'}{suggest(list_keys(), section, key)}"

@@ -27,7 +27,7 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, read_table
 from pipeline.errors import ConfigError, InputError
-from pipeline.files.outputs import CLUSTERS_FOLDER, CLUSTERS_MARK, carries, check_replaceable, page_mark
+from pipeline.files.outputs import carries, check_replaceable, page_mark
 from pipeline.files.tables import is_complete, make_provenance, read_provenance, write_parquet
 from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
@@ -171,8 +171,8 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> tuple[pa.Tab
     """
     result = cli.StageResult(STAGE)
     name = "look_alike" if options.look_alike else "clusters"
-    marks = {"parquet": STAGE, "json": CLUSTERS_MARK, "html": page_mark(STAGE)}
-    path, summary_path, page_path = (dataset.folder / CLUSTERS_FOLDER / f"{name}.{suffix}" for suffix in marks)
+    marks = {"parquet": STAGE, "json": f'"{STAGE}"', "html": page_mark(STAGE)}
+    path, summary_path, page_path = (dataset.folder / "_clusters" / f"{name}.{suffix}" for suffix in marks)
     for place in (path, summary_path, page_path)[: 2 + options.html]:
         check_replaceable(place, marks[place.suffix[1:]])
     source = dataset.open_input(options.input) if options.input is not None else None

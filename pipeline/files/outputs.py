@@ -9,8 +9,6 @@ from pipeline.files.workspace import read_json_object
 from pipeline.own_folders import open_without_waiting
 
 _LOOKED_AT = 2**20  # bytes in which a mark stands, unless the file is a parquet
-# Where cluster_embeddings.py writes, and how its summary is told.
-CLUSTERS_FOLDER, CLUSTERS_MARK = "_clusters", '"cluster_embeddings"'
 
 
 def page_mark(tool: str) -> str:
