@@ -42,7 +42,7 @@ from pipeline.files.identity import identify
 from pipeline.files.outputs import check_replaceable, page_mark
 from pipeline.files.tables import make_provenance, open_parquet, read_provenance
 from pipeline.files.units import Unit, keep_complete
-from pipeline.files.workspace import read_json_object, write_json
+from pipeline.files.workspace import write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.features import Features, check_one_run, load_features
 from pipeline.retrieval.labels import read_ignore_pairs, resolve_pairs
@@ -51,6 +51,8 @@ from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatters, wh
 from pipeline.stages import STAGES
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.retrieval.checkpoint import Checkpoint, StateDict
 
 # Width of the whitened baseline, and the projector's default.
@@ -78,9 +80,9 @@ def hash_weights(weights: "StateDict") -> str:
     return digest.hexdigest()[:32]
 
 
-def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Checkpoint"]:
+def embed_split(config: Config, device: "torch.device") -> tuple[Features, dict[str, Embeddings], "Checkpoint"]:
     """Return the test split, its embeddings of each kind, and the projector's checkpoint."""
-    from pipeline.inference.devices import choose_device, needing_memory
+    from pipeline.inference.devices import needing_memory
     from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 
     train_path, test_path = (config.path("merged_dir") / f"{split}.parquet" for split in ("train", "test"))
@@ -97,7 +99,6 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
     checkpoint = load_checkpoint(
         config.path("checkpoint_dir") / CHECKPOINT_NAME, config.training_model, input_dim=features.width
     )
-    device = choose_device(config.infrastructure.device)
     shrinkage = checkpoint.rest.get("start", {}).get("shrinkage", DEFAULT_SHRINKAGE)  # not every checkpoint names one
     with needing_memory("the scatter of the training images", "or set [infrastructure].device to cpu"):
         scatter = collect_scatters(train.embeddings, train.building_codes, device=device)[0]
@@ -113,16 +114,12 @@ def embed_split(config: Config) -> tuple[Features, dict[str, Embeddings], "Check
 
 
 def score_split(
-    features: Features, embeddings: dict[str, Embeddings], ignored: NDArray[np.int64], config: Config
+    features: Features, embeddings: dict[str, Embeddings], ignored: NDArray[np.int64], seed: int, device: "torch.device"
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score every kind of embedding in every way that metrics.json has."""
-    from pipeline.inference.devices import choose_device
-
-    device = choose_device(config.infrastructure.device)
     total = len(KINDS) * (len(features) + sum(size for size in GALLERY_SIZES if size <= len(features)))
     with Progress("score", total, "queries") as progress:
-        codes, seed = features.building_codes, config.global_.seed
-        scores, apart = {}, {}
+        codes, scores, apart = features.building_codes, {}, {}
         for kind, rows in embeddings.items():
             try:
                 scores[kind], without = score_queries_twice(
@@ -136,16 +133,16 @@ def score_split(
         return evaluation, build_metrics(evaluation, seed, progress.advance)
 
 
-def group_split(evaluation: Evaluation, checkpoint: "Checkpoint", config: Config) -> dict[str, Any] | None:
+def group_split(
+    evaluation: Evaluation, checkpoint: "Checkpoint", merged_dir: Path, seed: int, device: "torch.device"
+) -> dict[str, Any] | None:
     """Measure groups of test images that are made without labels, None where there is no validation split to cut by."""
-    from pipeline.inference.devices import choose_device
     from pipeline.retrieval.checkpoint import build_projector, project
 
-    merged_dir, seed = config.path("merged_dir"), config.global_.seed
     if not has_validation(merged_dir):
         return None
     check_one_run(merged_dir / "test.parquet", merged_dir / "val.parquet")
-    val, device = load_features(merged_dir / "val.parquet"), choose_device(config.infrastructure.device)
+    val = load_features(merged_dir / "val.parquet")
     rows = sample_gallery(val.building_codes, MAX_IMAGES, seed)
     validation = project(build_projector(checkpoint), val.embeddings[rows], device), val.building_codes[rows]
     rows = sample_gallery(evaluation.codes, MAX_IMAGES, seed)
@@ -185,27 +182,33 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     metrics_path, report_path = unit.outputs
     result = cli.StageResult(STAGE)
     if keep_complete(unit, result, own.overwrite):
-        gallery = read_json_object(metrics_path)["gallery"]
-        result.add({"in": gallery, "out": gallery})
         return result
+    from pipeline.inference.devices import choose_device
+
     check_replaceable(report_path, page_mark(STAGE))
     check_replaceable(metrics_path, f'"stage": "{STAGE}"')
-    provenance = describe_inputs(config, own.ignore_pairs)
-    watch = Stopwatch()
+    provenance, merged_dir, seed = (
+        describe_inputs(config, own.ignore_pairs),
+        config.path("merged_dir"),
+        config.global_.seed,
+    )
+    watch, device = Stopwatch(), choose_device(config.infrastructure.device)
     pairs = read_ignore_pairs(own.ignore_pairs)
     with watch.measure("load and embed"):
-        features, embeddings, checkpoint = embed_split(config)
+        features, embeddings, checkpoint = embed_split(config, device)
     ignored = resolve_pairs(pairs, features.building_ids)
     with watch.measure("score"):
-        evaluation, metrics = score_split(features, embeddings, ignored, config)
-        metrics["groups"] = group_split(evaluation, checkpoint, config)
-    metrics["warning"] = doubt_split(checkpoint, config.path("merged_dir") / "test.parquet", features.building_ids)
+        evaluation, metrics = score_split(features, embeddings, ignored, seed, device)
+        metrics["groups"] = group_split(evaluation, checkpoint, merged_dir, seed, device)
+    metrics["warning"] = doubt_split(checkpoint, merged_dir / "test.parquet", features.building_ids)
     if metrics["warning"]:
         logger.warning("%s: %s", STAGE, metrics["warning"])
         metrics["headline"] = f"{metrics['warning']}. {metrics['headline']}"
+    counts = {"in": len(features), "out": len(features)}
     metrics["provenance"] = provenance | {
-        "seed": config.global_.seed,
-        "split_hash": (read_provenance(config.path("merged_dir") / "test.parquet") or {}).get("split_hash"),
+        "counts": counts,
+        "seed": seed,
+        "split_hash": (read_provenance(merged_dir / "test.parquet") or {}).get("split_hash"),
         "commit": read_commit(),
         "weights_hash": hash_weights(checkpoint.projector),
         "training_settings": checkpoint.settings,
@@ -216,7 +219,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         write_report(report_path, evaluation, metrics, config)
     write_json(metrics_path, metrics)
     logger.info("%s%s\n\n%s\n", STAGE, watch.describe_parts(), format_metrics_table(metrics))
-    result.add({"in": metrics["gallery"], "out": metrics["gallery"]})
+    result.add(counts)
     result.written += [report_path, metrics_path]
     return result
 

@@ -24,8 +24,9 @@ def distance_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
 def calibration_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
     """Return, flat, the ratios that count for the percentiles: those of anchors with a local scale above 0."""
     ratios = distance_ratios(distances, k0)
-    counted: np.ndarray = ratios[(ratios == 1).any(axis=1)]  # the distance that is the scale has the ratio 1
-    return counted[np.isfinite(counted)]
+    counted = ratios[(ratios == 1).any(axis=1)]  # the distance that is the scale has the ratio 1
+    finite: np.ndarray = counted[np.isfinite(counted)]
+    return finite
 
 
 def compute_band_edges(ratios: np.ndarray) -> list[float]:

@@ -164,31 +164,21 @@ class NeighborSearch:
         num_candidates = self._num_neighbors + SPARE_CANDIDATES
         rows, squared, is_proven = self._search(self._engine, anchors, num_candidates)
         while not is_proven.all():
-            again = (~is_proven).nonzero()[:, 0]
-            self.num_redone += len(again)
             num_candidates *= _GROWTH
             # A float32 engine may never prove a dense cluster; float64's margins leave exact ties only.
             self._float64_engine = self._float64_engine or TiledEngine(self._points, self._point_codes, torch.float64)
-            rows[again], squared[again], is_proven[again] = self._search(
-                self._float64_engine, anchors[again.cpu().numpy()], num_candidates
-            )
+            step = max(1, _MAX_CANDIDATES // min(num_candidates, len(self._points)))
+            for again in (~is_proven).nonzero()[:, 0].split(step):
+                self.num_redone += len(again)
+                rows[again], squared[again], is_proven[again] = self._search(
+                    self._float64_engine, anchors[again.cpu().numpy()], num_candidates
+                )
         return rows, squared
 
     def _search(
         self, engine: Engine, anchors: np.ndarray, num_candidates: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return rows (A, k), squared distances (A, k) float64 and whether they are proven to be the nearest (A,)."""
-        step = max(1, _MAX_CANDIDATES // min(num_candidates, len(self._points)))
-        parts = [
-            self._search_step(engine, anchors[start : start + step], num_candidates)
-            for start in range(0, len(anchors), step)
-        ]
-        rows, squared, is_proven = (torch.cat(part) for part in zip(*parts, strict=True))
-        return rows, squared, is_proven
-
-    def _search_step(
-        self, engine: Engine, anchors: np.ndarray, num_candidates: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         own_points = torch.from_numpy(self._groups.group_of_row[anchors]).to(self.device)
         own_codes = torch.from_numpy(self._codes[anchors]).to(self.device)
         queries = self._points[own_points]

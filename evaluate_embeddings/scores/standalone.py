@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,9 @@ from pipeline.log import Progress, logger
 from pipeline.retrieval.features import load_features
 from pipeline.retrieval.labels import label_rows, read_ignore_pairs, resolve_pairs, to_text
 from pipeline.retrieval.scores import normalise_rows, score_queries
+
+if TYPE_CHECKING:
+    import torch
 
 STAGE = "evaluate"
 CHECKPOINT_NAME = "checkpoint_best.pt"
@@ -36,12 +40,11 @@ def run_standalone(config: Config, options: EvaluateOptions) -> cli.StageResult:
     """Score the models, log the table with the verdict last, and return the counts; write nothing."""
     from pipeline.inference.devices import choose_device
 
-    result = cli.StageResult(STAGE)
+    result, scores, device = cli.StageResult(STAGE), [], choose_device(config.infrastructure.device)
     if options.embeddings is None:
-        models = load_checkpoints(config, options, result)
+        models = load_checkpoints(config, options, result, device)
     else:
         models = load_datasets(options.embeddings, options, result)
-    scores, device = [], choose_device(config.infrastructure.device)
     for place, embeddings in zip(models.places, models.embeddings, strict=True):
         with Progress(f"score {place.name}", len(models.codes), "queries") as progress:
             one = {"ignored": models.ignored, "device": device, "progress": progress.advance}
@@ -81,9 +84,10 @@ def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResul
     return LabelledModels(places, embeddings, encoded.indices.to_numpy().astype(np.int32), ignored)
 
 
-def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.StageResult) -> LabelledModels:
+def load_checkpoints(
+    config: Config, options: EvaluateOptions, result: cli.StageResult, device: "torch.device"
+) -> LabelledModels:
     """Embed the test split with the configured checkpoint and with another one."""
-    from pipeline.inference.devices import choose_device
     from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 
     assert options.compare is not None  # else the report is written
@@ -98,7 +102,6 @@ def load_checkpoints(config: Config, options: EvaluateOptions, result: cli.Stage
         checkpoint = load_checkpoint(path, section, input_dim=features.width)
         if doubt := doubt_split(checkpoint, test_path, features.building_ids):
             notes.append(f"{doubt}.")
-        device = choose_device(config.infrastructure.device)
         embeddings.append(project(build_projector(checkpoint), features.embeddings, device))
     ignored = resolve_pairs(read_ignore_pairs(options.ignore_pairs), features.building_ids)
     return LabelledModels(places, embeddings, features.building_codes, ignored, notes=notes)
