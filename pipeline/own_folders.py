@@ -74,7 +74,7 @@ def open_file(path: Path, flags: int) -> int:
 
 def open_without_waiting(path: Path) -> BufferedReader:
     """Open a file to read; raise OSError for a pipe or a device, which may never end."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115 (the caller closes it)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (not ours)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a file", str(path))

@@ -241,7 +241,7 @@ def test_a_missing_tar_a_folder_and_one_that_cannot_be_read_are_told_apart(tmp_p
     def refuse(*_):
         raise PermissionError(13, "Permission denied", "0001.tar")
 
-    monkeypatch.setattr(archive, "open", refuse, raising=False)
+    monkeypatch.setattr(archive, "open_without_waiting", refuse)
     with pytest.raises(InputError, match=r"0001\.tar: cannot be read \(Permission denied\): correct the path"):
         list_names(tmp_path / "0001.tar")
 
@@ -329,3 +329,11 @@ def test_headers_without_end_and_of_any_size_are_one_line(tmp_path, kind):
         os.truncate(path, 2**36 if name == "huge" else len(content) + 1536)
         with pytest.raises(InputError, match=f"{name}.tar: not a readable tar"):
             list(stream_members(path))
+
+
+def test_a_pipe_or_device_in_a_tars_place_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "0001.tar")
+    (tmp_path / "0002.tar").symlink_to("/dev/zero")
+    for name in ("0001.tar", "0002.tar"):
+        with pytest.raises(InputError, match=rf"{name}: cannot be read \(not a file\)"):
+            next(stream_members(tmp_path / name))

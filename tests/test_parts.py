@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from published_models import list_parts
 
 from pipeline.embeddings_dataset import dataset as dataset_module
 from pipeline.embeddings_dataset.appending import Appending
@@ -256,3 +257,25 @@ def test_a_part_that_claims_rows_which_it_does_not_hold_is_damaged(tmp_path, sou
         read_part(path)
     assert store.find_parts() == {}
     assert store.write_state()["rows_embedded"] == 0
+
+
+def test_notes_that_another_program_made_in_footers_go(delete, dataset):
+    for path in list_parts(dataset):
+        table = pq.read_table(path)
+        fields = [field.with_metadata({"note": "way/1"}) for field in table.schema]
+        pq.write_table(table.cast(pa.schema(fields, {**table.schema.metadata, "pandas": "way/1"})), path)
+    assert delete(dataset, "way/1").code == 0
+    for schema in map(pq.read_schema, list_parts(dataset)):
+        assert (b"pandas" in schema.metadata, [field.metadata for field in schema]) == (False, [None] * len(schema))
+
+
+def test_an_id_that_only_a_killed_run_has_written_goes(delete, dataset):
+    temporary = dataset / "parts" / f".rg00001_rb00000.parquet.a_host-1-{'0' * 16}.tmp"
+    (dataset / "_clusters").mkdir()
+    (dataset / "_clusters" / "clusters.json").write_text("{}")
+    for path in (temporary, dataset / "_logs" / "killed.log"):
+        path.write_text("way/77")
+    assert delete(dataset, "way/77").code == 1  # it is in no part
+    assert not temporary.exists()
+    assert not (dataset / "_logs").exists()
+    assert (dataset / "_clusters" / "clusters.json").exists()

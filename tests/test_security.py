@@ -52,6 +52,11 @@ def test_arrays_are_loaded_without_pickle():
     assert [str(path) for path, call in calls("np.load") if keyword(call, "allow_pickle") not in (None, "False")] == []
 
 
+def test_rows_of_a_foreign_parquet_are_read_in_bounded_batches():
+    found = {path.stem: ast.unparse(call.args[0]) for path, call in calls("file.iter_batches")}
+    assert found == {"packaged_input": "bound_rows(path, group, batch_rows)", "tables": "bound"}
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -45,7 +45,7 @@ def write_derived(output):
     hidden = f"{'0' * 16}.tmp"
     for name in (
         "_aggregated/OSMID.parquet", "_clusters/clusters.parquet", "_clusters/look_alike.html",
-        "_exports/int8/parts/rg00000_rb00000.parquet", "_removed/1/parts/a.parquet",
+        "_exports/int8/parts/rg00000_rb00000.parquet", "_removed/1/parts/rg00000_rb00001.parquet",
         f"parts/.rg00000_rb00000.parquet.another_host-1-{hidden}", f"_rejects/.b.parquet.another_host-1-{hidden}",
         f"_aggregated/.OSMID.parquet.another_host-1-{hidden}", "_adopted/state.json",
     ):  # fmt: skip
@@ -105,13 +105,16 @@ def test_a_takedown_of_more_ids_finishes_a_killed_one(delete, run_main, dataset,
     assert run_main(verify_embeddings.main, dataset, "--input", tmp_path / "in.parquet").code == 0
 
 
-OTHERS = ["notes.txt", "user/a.parquet", ".hidden/a", "parts/notes.txt", "parts/.rg00000_rb00000.parquet.abcd.tmp"]
+OTHERS = [
+    "notes.txt", "user/a.parquet", ".hidden/a", "parts/notes.txt", "parts/.rg00000_rb00000.parquet.abcd.tmp",
+    "_removed/1/parts/mine.parquet", "_removed/007/state.json", "_removed/\u0663/state.json", "_exports/int8/mine.npy",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "_rejects/rg00077_rb00000.parquet", "_logs/notes.txt", "export.json"])
 def test_files_of_others_stay_and_are_named(delete, dataset, name):
     path = dataset / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text('way/1 {"stage": "aggregate_embeddings"}')
     outcome = delete(dataset, "way/1")
     assert outcome.code == 1

@@ -7,7 +7,7 @@ from embedded_datasets import unit_rows, write_dataset
 from published_models import read_dataset
 
 from pipeline.errors import InputError
-from pipeline.files import text_tables
+from pipeline.files import tables, text_tables
 from pipeline.files.text_tables import read_csv, read_id_table, whole_or_text
 from pipeline.retrieval.labels import label_rows, read_ignore_pairs
 from preprocess_raw_data.merging.splits import read_split_file
@@ -155,9 +155,12 @@ def test_an_id_of_blanks_is_one_in_a_parquet(run_main, tmp_path):
     assert read_dataset(output)["OSMID"].to_pylist() == ["", "a"]
 
 
-def test_a_list_that_unfolds_beyond_memory_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_tables, "BATCH_BYTES", 2**20)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_list_that_unfolds_beyond_memory_is_one_line_before_it_does(tmp_path, monkeypatch, as_text):
+    for module in (tables, text_tables):
+        monkeypatch.setattr(module, "BATCH_BYTES", 2**20)
     values = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array(["A" * 2**16]))
-    pq.write_table(pa.table({"OSMID": values}), tmp_path / "ids.parquet")
-    with pytest.raises(InputError, match=r"ids\.parquet: 200 rows take \d+ bytes of ids"):
+    column = values.cast(pa.string()) if as_text else values
+    pq.write_table(pa.table({"OSMID": column}), tmp_path / "ids.parquet")
+    with pytest.raises(InputError, match=r"ids\.parquet: 45 rows take \d+ bytes of ids"):
         read_id_table(tmp_path / "ids.parquet", ["OSMID"], "")

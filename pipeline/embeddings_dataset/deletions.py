@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, plain_values
 from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
-from pipeline.embeddings_dataset.parts import Part, PartContent, find_parts, is_ours, read_ids, rejects_beside
+from pipeline.embeddings_dataset.parts import (
+    Part,
+    PartContent,
+    find_parts,
+    holds_notes,
+    is_ours,
+    read_ids,
+    rejects_beside,
+)
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files import workspace
 from pipeline.files.outputs import is_dataset
@@ -26,10 +34,12 @@ from pipeline.own_folders import remove
 # What is made from a dataset: the tools' copies, what was set aside, and logs, which name ids.
 _DERIVED = re.compile(
     r"_adopted/state\.json|_aggregated/[^/]+\.parquet|_clusters/(clusters|look_alike)\.(parquet|json|html)"
-    r"|_exports/(float16|int8)/.+|_logs/.+\.log(\.decoding)?|_removed/\d+/.+"
+    r"|_logs/.+\.log(\.decoding)?|_exports/(float16|int8)/(export\.json|parts/rg\d{5,}_rb\d{5,}\.parquet)"
+    r"|_removed/[1-9]\d*/(state\.json|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet)",
+    re.ASCII,
 )
 _DERIVED_FOLDERS = re.compile(r"(_adopted|_aggregated|_clusters|_exports|_logs|_removed)(/.+)?")
-_SET_ASIDE = re.compile(rf"{SET_ASIDE}/\d+")
+_SET_ASIDE = re.compile(rf"{SET_ASIDE}/[1-9]\d*", re.ASCII)
 _ORDER = "_deleted/id_hashes.json"
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.
 _OWN = re.compile(
@@ -133,8 +143,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     unmatched = before.unmatched | (wanted - before.id_hashes - found)
     order = DeletionOrder(salt, wanted, unmatched, done=False)
     _write_order(folder, order)
-    if found or set_aside or not before.done:
-        _remove_derived(folder)
+    _remove_derived(folder, only_left_behind=not (found or set_aside) and before.done)
     num_rows = sum(_rewrite(part, order) for part in dataset.parts)
     del dataset.parts  # they have changed
     dataset.update_state(dataset.parts)
@@ -180,9 +189,14 @@ def _survey(folder: Path, wanted: str) -> list[Path]:
     return sorted(found)
 
 
-def _remove_derived(folder: Path) -> None:
-    """Remove what was made from the dataset inside its folder, what was set aside, and what killed runs have left."""
+def _remove_derived(folder: Path, *, only_left_behind: bool = False) -> None:
+    """Remove what was made from the dataset inside its folder, what was set aside, and what killed runs have left.
+
+    Only logs and temporary files may name an id of no part: a run was killed before it wrote the part.
+    """
     gone = set(_survey(folder, "derived"))
+    if only_left_behind:
+        gone = {path for path in gone if "_logs" in path.relative_to(folder).parts or workspace.is_temporary(path.name)}
     for path in gone:
         remove(path)
     for place in sorted({above for path in gone for above in path.parents if folder in above.parents}, reverse=True):
@@ -195,9 +209,10 @@ def _remove_derived(folder: Path) -> None:
 
 
 def _rewrite(part: Part, order: DeletionOrder) -> int:
-    """Write a part again without some ids unless it has none of them; return how many rows that takes out.
+    """Write a part again without some ids unless it names none of them; return how many rows that takes out.
 
-    Where a run was killed between the rejects and their part, the rejects lack the ids already.
+    Notes of other programs may name ids and go too. Where a run was killed between the rejects and their part, the
+    rejects lack the ids already.
     """
     rejects_path = rejects_beside(part.path)
     beside = read_provenance(rejects_path) or {}
@@ -205,6 +220,7 @@ def _rewrite(part: Part, order: DeletionOrder) -> int:
         raise DamagedError(f"{rejects_path}: of another part: remove it and {part.path}, run this again, then stage 8")
     content = order.apply(part.read_content())
     num_deleted = part.counts["in"] - content.counts["out"] - content.counts["rejected"] - content.skipped
-    if num_deleted != part.num_deleted or beside != part.provenance:
+    has_notes = any(map(holds_notes, (part.path, rejects_path)))
+    if num_deleted != part.num_deleted or beside != part.provenance or has_notes:
         part.rewrite(replace(content, deleted=num_deleted))
     return num_deleted - part.num_deleted

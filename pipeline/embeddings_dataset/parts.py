@@ -283,8 +283,26 @@ def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: di
         "checksum": checksum_tables(content.embedded, content.rejects),
     }
     hashes = {HASHES_KEY: base64.b64encode(content.image_hashes.astype("<u8").tobytes())}
-    write_parquet(folder / "_rejects" / plan.name, content.rejects, provenance)
-    write_parquet(folder / "parts" / plan.name, content.embedded, provenance, hashes)
+    write_parquet(folder / "_rejects" / plan.name, _without_notes(content.rejects), provenance)
+    write_parquet(folder / "parts" / plan.name, _without_notes(content.embedded), provenance, hashes)
+
+
+def _own_notes(field: pa.Field) -> dict[bytes, bytes] | None:
+    """Return what a field's metadata say of its type; other notes may name ids."""
+    return {key: value for key, value in (field.metadata or {}).items() if key.startswith(b"ARROW:extension:")} or None
+
+
+def _without_notes(table: pa.Table) -> pa.Table:
+    schema = pa.schema([field.with_metadata(_own_notes(field)) for field in table.schema])
+    return pa.Table.from_arrays(table.columns, schema=schema)
+
+
+def holds_notes(path: Path) -> bool:
+    """Return whether another program noted something in the footer of a part or its rejects."""
+    with open_parquet(path) as file:
+        known = {PROVENANCE_KEY, HASHES_KEY, b"ARROW:schema"}
+        has_more = not known.issuperset(file.metadata.metadata)
+        return has_more or any(field.metadata != _own_notes(field) for field in file.schema_arrow)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:

@@ -10,6 +10,7 @@ from typing import IO, NamedTuple
 from pipeline.errors import InputError, Rejection, one_line, unreadable
 from pipeline.files.identity import RunningDigest
 from pipeline.log import logger
+from pipeline.own_folders import open_without_waiting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 # No 100-megapixel JPEG, PNG or WebP of a camera comes near this; of larger members no more is read.
@@ -75,7 +76,7 @@ def stream_members(tar_path: Path, digests: list[str] | None = None) -> Iterator
     """
     try:
         with (
-            open(tar_path, "rb") as file,
+            open_without_waiting(tar_path) as file,
             # The encoding is named, or a name would read differently under another locale.
             tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace", tarinfo=Member) as tar,
         ):
@@ -92,7 +93,7 @@ def stream_members(tar_path: Path, digests: list[str] | None = None) -> Iterator
                 digests.append(digest.read_to(os.fstat(file.fileno()).st_size))
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         # Also absurd sizes, and headers of headers without end.
-        with open(tar_path, "rb") as file:
+        with open_without_waiting(tar_path) as file:
             start = file.read(16)
         problem = f"not a readable tar ({one_line(error)}), it begins with {start!r}"
         raise InputError(f"{tar_path}: {problem}: fetch the tar again, or unpack it if it is compressed") from None
@@ -126,7 +127,7 @@ def read_placed(tar_path: Path, offset: int, size: int) -> bytes:
     """Return the bytes of a member of a tar; raise Rejection `missing_image` where none of that size begins there."""
     if not 0 < size <= MAX_IMAGE_BYTES or offset < tarfile.BLOCKSIZE:
         raise Rejection("missing_image", "no place is known")
-    with open(tar_path, "rb") as file:
+    with open_without_waiting(tar_path) as file:
         file.seek(offset - tarfile.BLOCKSIZE)
         header = file.read(tarfile.BLOCKSIZE)
         data = file.read(size)

@@ -180,9 +180,10 @@ def _read_page_size(header: bytes) -> int:
 
 def unfolded_bytes(table: pa.Table) -> int:
     """Return the bytes that a table takes as plain values: a dictionary's one value may stand in every row."""
-    num_bytes: int = table.nbytes
+    num_bytes = 0
     for column in table.columns:
         if not pa.types.is_dictionary(column.type):
+            num_bytes += column.nbytes
             continue
         with suppress(pa.ArrowNotImplementedError):  # values of one length, such as numbers
             for chunk in column.chunks:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pipeline.errors import InputError, one_line, unreadable
 from pipeline.files.column_types import whole_from_floats
 from pipeline.files.listing import is_parquet
-from pipeline.files.tables import BATCH_BYTES, open_parquet, reading, unfolded_bytes
+from pipeline.files.tables import BATCH_BYTES, open_parquet, read_batches, reading, unfolded_bytes
 
 _ROWS_AT_A_TIME = 65_536
 
@@ -71,11 +71,15 @@ def read_id_table(path: Path, required: Sequence[str | tuple[str, ...]], remedy:
     if not is_parquet(path):
         texts = read_csv(path, required, remedy)
         return pa.table({name: null_blanks(texts[name]) for name in texts.column_names})
-    with reading(path), open_parquet(path) as file:
+    with open_parquet(path) as file:
         names = find_columns(path, file.schema_arrow.names, required, remedy)
-        table = file.read(columns=names).select(names)
-        if (num_bytes := unfolded_bytes(table)) > 2 * BATCH_BYTES:
-            raise InputError(f"{path}: {table.num_rows} rows take {num_bytes} bytes of ids: correct it")
+        tables, num_bytes = [file.schema_arrow.empty_table().select(names).replace_schema_metadata()], 0
+    for batch in read_batches(path, names, _ROWS_AT_A_TIME):
+        tables.append(pa.Table.from_batches([batch]))
+        if (num_bytes := num_bytes + unfolded_bytes(tables[-1])) > 2 * BATCH_BYTES:
+            raise InputError(f"{path}: {sum(map(len, tables))} rows take {num_bytes} bytes of ids: correct it")
+    table = pa.concat_tables(tables)
+    with reading(path):
         table.validate(full=True)
     return pa.table({name: whole_from_floats(table[name], name, path) for name in names})
 

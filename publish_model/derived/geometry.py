@@ -12,7 +12,7 @@ from pipeline.embeddings_dataset.columns import plain_values
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import plain_type
-from pipeline.files.tables import open_parquet, reading
+from pipeline.files.tables import open_parquet, read_batches
 from pipeline.files.workspace import parse_json
 from pipeline.log import logger
 
@@ -84,13 +84,12 @@ class GeometryFile:
         ids = plain_values(table[ID_COLUMN])
         wanted = set(ids)
         shapes: dict[object, bytes] = {}
-        with reading(self.path), open_parquet(self.path) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=[ID_COLUMN, self.column]):
-                for one, shape in zip(
-                    plain_values(batch.column(ID_COLUMN)), batch.column(self.column).to_pylist(), strict=True
-                ):
-                    if one in wanted and shape is not None and shapes.setdefault(one, shape) != shape:
-                        raise InputError(f"{self.path}: two geometries for {one}: leave one")
+        for batch in read_batches(self.path, [ID_COLUMN, self.column], BATCH_ROWS):
+            for one, shape in zip(
+                plain_values(batch.column(ID_COLUMN)), batch.column(self.column).to_pylist(), strict=True
+            ):
+                if one in wanted and shape is not None and shapes.setdefault(one, shape) != shape:
+                    raise InputError(f"{self.path}: two geometries for {one}: leave one")
         for one, shape in shapes.items():
             try:
                 self._types.add(describe_shape(shape, in_degrees="crs" not in self._kept))
