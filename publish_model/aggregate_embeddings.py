@@ -29,7 +29,7 @@ from pipeline.files.identity import identify
 from pipeline.files.outputs import check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, parquet_writer
 from pipeline.log import logger
-from publish_model.derived.embedding_groups import MEASURED, average_rows, keys_of
+from publish_model.derived.embedding_groups import MEASURED, Key, average_rows, keys_of
 from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile
 from publish_model.new_data.embed_options import make_tool_parser, run_tool
 
@@ -40,7 +40,7 @@ ROWS_PER_PASS = 500_000
 
 def average_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num_passes: int) -> pa.Table:
     """Average the rows that belong to one pass by the hash of their key; rows without id belong to none."""
-    place, tables, keys = list(by).index(ID_COLUMN), [], []
+    place, tables, keys = list(by).index(ID_COLUMN), [], list[Key]()
     for part in dataset.parts:
         table = part.read([*by, EMBEDDING_COLUMN])
         found = keys_of(table, by)

@@ -125,10 +125,10 @@ def choose_threshold(dataset: EmbeddingsDataset, options: ClusterOptions, num_pa
     model = find_model(options.model_id, download=False)
     model.check_made(dataset)
     table = read_pairs(model.folder, "near" if options.positions else "all")
-    # Among near pairs alone the best number depends on how dense the validation images stand.
-    partners = read_pairs(model.folder, "all").best_partners
     pairs_an_image = 2 * num_pairs / dataset.num_rows
-    rate = options.false_pairs or min(0.5, partners / max(1.0, pairs_an_image))
+    # Among near pairs alone the best number depends on how dense the validation images stand.
+    best = read_pairs(model.folder, "all").best_partners / max(1.0, pairs_an_image)
+    rate = options.false_pairs or min(0.5, best)
     if table.is_beyond(rate):
         logger.warning("%.2g false pairs a pair: beyond what validation measured, extrapolated", rate)
     return {

@@ -69,7 +69,6 @@ def search(arguments: argparse.Namespace) -> None:
     if arguments.html is not None:
         images = dict(dataset.read_images(source, rows)) if source else {}
         write_page(arguments.html, arguments.query, hits, [images.get(row) for row in rows])
-        logger.info("wrote %s", arguments.html)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -76,5 +76,4 @@ def write_page(
 
     sections = {title: [[describe(place) for place in one] for one in lists] for title, lists in examples.items()}
     things = "images" if "images" in summary else "ids"
-    facts = list_facts(summary)
-    write_html(path, "clusters.html.j2", summary=summary, facts=facts, sections=sections, things=things)
+    write_html(path, "clusters.html.j2", summary=summary, facts=list_facts(summary), sections=sections, things=things)

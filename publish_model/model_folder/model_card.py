@@ -80,7 +80,7 @@ def write_card(folder: Path, model: ModelParts, dtype: str) -> None:
         [path.name for path in list_licences(model.folder)],
     )
     backbone_name = model.config["backbone_model_name"]
-    named = dict(licence) or {"license": "other", "license_name": "unknown"}
+    named: dict[str, Any] = dict(licence) or {"license": "other", "license_name": "unknown"}
     if named.get("license") == "other" and licence_files:
         named.setdefault("license_link", licence_files[0])
     metadata = ModelCardData(

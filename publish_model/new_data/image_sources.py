@@ -146,12 +146,8 @@ def _check_size(num_bytes: int) -> None:
 
 def _open_csv(path: Path) -> ImageSource:
     identity = identify(path)
-    texts = read_csv(
-        path,
-        [ID_COLUMN, PATH_COLUMN],
-        "its first line names OSMID, path and what to keep, each column once",
-        others=True,
-    )
+    remedy = "its first line names OSMID, path and what to keep, each once"
+    texts = read_csv(path, [ID_COLUMN, PATH_COLUMN], remedy, others=True)
     if not texts.num_rows:
         raise InputError(f"{path}: holds no rows: correct --input")
     columns = {name: whole_or_text(texts[name]) for name in texts.column_names if name != PATH_COLUMN}
