@@ -65,8 +65,7 @@ class GeometryFile:
         for name in (ID_COLUMN, self.column):
             if name not in schema.names:
                 raise InputError(f"{path}: column {name} is missing: --geometry takes {ID_COLUMN} and geometry")
-        kind = schema.field(self.column).type
-        is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        is_binary = str(schema.field(self.column).type) in ("binary", "large_binary")
         if not is_binary or described.get("encoding", "WKB") != "WKB":
             raise InputError(f"{path}: column {self.column} is not well-known binary (WKB): write it so")
         own_type = schema.field(ID_COLUMN).type
