@@ -36,7 +36,7 @@ from pipeline.retrieval.scores import normalise_rows, score_queries, summarize_s
 from pipeline.retrieval.whitening import collect_scatters, whiten_by_pca, whiten_within_class
 from train_specialized_embeddings.sampling.neighbor_table import load_neighbors
 from train_specialized_embeddings.training.fitting import make_material
-from train_specialized_embeddings.training.training_run import TrainingRun, begin_run
+from train_specialized_embeddings.training.training_run import TrainingRun
 
 KINDS = ("raw", "pca_whitened", "whitening", "start", "projector")
 SCORES = ("recall_at_1", "map")
@@ -127,7 +127,7 @@ def fit_projector(config: Config, train: Features, val: Features, seed: int) -> 
     """Train as stage 6 does, without its files."""
     config = config.model_copy(update={"global_": config.global_.model_copy(update={"seed": seed})})
     neighbors = load_neighbors(config.path("difficulty_metadata_path"), train)
-    run = begin_run(config, make_material(config, train, val, neighbors), Stopwatch(), {})
+    run = TrainingRun(config, make_material(config, train, val, neighbors), Stopwatch(), {})
     for _ in run.run_epochs("train"):
         pass
     run.settle()

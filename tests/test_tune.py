@@ -139,9 +139,9 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
 
     monkeypatch.setattr(study, "_FREE_TRIALS", 1)
     monkeypatch.setattr(study, "_FREE_EPOCHS", 0)
-    real, runs = study.begin_run, []
+    real, runs = study.TrainingRun, []
 
-    def begin_run(*arguments: Any, **named: Any) -> Any:
+    def begin(*arguments: Any, **named: Any) -> Any:
         runs.append(real(*arguments, **named))
         if len(runs) == 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -150,7 +150,7 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
                 projector.shortcut.weight.data.fill_(1.0)  # all images coincide
         return runs[-1]
 
-    monkeypatch.setattr(study, "begin_run", begin_run)
+    monkeypatch.setattr(study, "TrainingRun", begin)
     result = search(workspace, 4)
     assert (result.rows_in, result.rejected, result.dropped) == (4, 1, 2)
     assert [row["state"] for row in read_trials(workspace)] == ["complete", "fail", "pruned", "pruned"]

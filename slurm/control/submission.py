@@ -188,10 +188,8 @@ def find_active(target: Target) -> dict[int, list[QueuedTask]]:
 
 def check_weights(plan: Plan, target: Target) -> None:
     """Raise InputError where a job needs the backbone and it is neither a folder nor in the hub's cache."""
-    config = target.config
-    if config is None or not any(job.stage.number in (2, 7) for job in plan.jobs):
-        return
-    if locate_backbone(config, download=False) is None:
+    config, needs_it = target.config, any(job.stage.number in (2, 7) for job in plan.jobs)
+    if config is not None and needs_it and locate_backbone(config, download=False) is None:
         raise InputError(
             f"{config.embedding_model.model_name}: the backbone is not on this machine, and jobs run offline: run "
             f"slurm/prepare.sh --config {config.file_path}"

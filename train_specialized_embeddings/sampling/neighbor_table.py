@@ -21,13 +21,11 @@ NUM_BANDS = 7  # 0 is the hardest, 6 the easiest
 # for each call, so that fewer rows would take longer.
 _BATCH_ROWS = 32_768
 
-_SCHEMA = pa.schema(
-    [
-        ("target_coord_hash", pa.string()),
-        ("neighbor_building_ids", pa.list_(pa.string())),
-        ("neighbor_bands", pa.list_(pa.int64())),
-    ]
-)
+_SCHEMA = pa.schema({
+    "target_coord_hash": pa.string(),
+    "neighbor_building_ids": pa.list_(pa.string()),
+    "neighbor_bands": pa.list_(pa.int64()),
+})  # fmt: skip
 
 Rows = NDArray[np.int64]
 # Rows of `features`, their usable neighbours by image and band, and the end of each image's bands.

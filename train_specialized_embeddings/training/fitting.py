@@ -26,7 +26,7 @@ from train_specialized_embeddings.training import run_files
 from train_specialized_embeddings.training.metric_sinks import sending_metrics
 from train_specialized_embeddings.training.starts import fit_start, restore_start
 from train_specialized_embeddings.training.trainer import move_features
-from train_specialized_embeddings.training.training_run import Material, TrainingRun, begin_run
+from train_specialized_embeddings.training.training_run import Material, TrainingRun
 from train_specialized_embeddings.training.validation import choose_validation_set, log_verdict
 
 # An epoch on little data takes less time than syncing its state to disk; a kill costs at most this, or an epoch.
@@ -49,7 +49,7 @@ def fit(
         material = read_material(config, inputs, provenance, watch, saved)
         counts = {"in": material.num_images, "out": material.num_images}
         provenance = provenance | {"counts": counts}
-        run = begin_run(config, material, watch, provenance)
+        run = TrainingRun(config, material, watch, provenance)
         saved_at = time.monotonic()
         if saved is not None:
             run.resume(saved.rest)

@@ -177,11 +177,9 @@ def is_rectified(train: Features) -> bool:
 
 
 def _try(
-    fit: Callable[[Scatter, int, float], LinearMap],
-    scatter: Scatter,
-    num_rows: int,
+    fit: Callable[[Scatter, int, float], LinearMap], scatter: Scatter, num_rows: int,
     validate: Callable[[LinearMap], QueryScores],
-) -> dict[float, Fitted]:
+) -> dict[float, Fitted]:  # fmt: skip
     """Fit a map of `num_rows` rows for each of SHRINKAGES, the largest first, and validate it.
 
     Stops at the first that validates worse than the best: the mAP has one peak, and more buildings want less.

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,18 +40,20 @@ class Material:
     trained_on: torch.Tensor | None  # hashes of the training buildings, an earlier run's included
 
 
-@dataclass
 class TrainingRun:
-    """A trainer with its history and its best epoch."""
+    """A trainer with its history and its best epoch; all that it draws comes from the seed."""
 
-    config: Config
-    material: Material
-    trainer: Trainer
-    watch: Stopwatch
-    provenance: Content
-    history: list[dict[str, Any]] = field(default_factory=list)  # one record an epoch, epoch 0 included
-    best: Content = field(default_factory=dict)  # the checkpoint of the last epoch as good as the peak
-    peak: QueryScores | None = None  # validation of the epoch with the best mAP
+    def __init__(self, config: Config, material: Material, watch: Stopwatch, provenance: Content) -> None:
+        self.config, self.material, self.watch, self.provenance = config, material, watch, provenance
+        self.history: list[dict[str, Any]] = []  # one record an epoch, epoch 0 included
+        self.best: Content = {}  # the checkpoint of the last epoch as good as the peak
+        self.peak: QueryScores | None = None  # validation of the epoch with the best mAP
+        torch.manual_seed(config.global_.seed)
+        material.sampler.generator.manual_seed(config.global_.seed)
+        projector = make_projector(material.start, config.training_model, config.training).to(material.features.device)
+        spread = torch.from_numpy(material.start.coordinates.spread)
+        self.trainer = Trainer(projector, material.features, material.sampler, config.training, spread)
+        logger.info("%d anchors an epoch, %d a step", self.trainer.num_anchors, self.trainer.batch_size)
 
     @property
     def epoch(self) -> int:
@@ -193,16 +195,3 @@ class TrainingRun:
             },
             "provenance": self.provenance,
         }
-
-
-def begin_run(config: Config, material: Material, watch: Stopwatch, provenance: Content) -> TrainingRun:
-    """Return a run at its start; all that it draws comes from the seed."""
-    torch.manual_seed(config.global_.seed)
-    material.sampler.generator.manual_seed(config.global_.seed)
-    projector = make_projector(material.start, config.training_model, config.training)
-    trainer = Trainer(
-        projector.to(material.features.device), material.features, material.sampler, config.training,
-        torch.from_numpy(material.start.coordinates.spread),
-    )  # fmt: skip
-    logger.info("%d anchors an epoch, %d a step", trainer.num_anchors, trainer.batch_size)
-    return TrainingRun(config, material, trainer, watch, provenance)

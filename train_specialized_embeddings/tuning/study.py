@@ -22,7 +22,7 @@ from pipeline.log import Stopwatch, logger
 from pipeline.retrieval.checkpoint import save_checkpoint
 from train_specialized_embeddings.training.fitting import read_material, training_within_memory
 from train_specialized_embeddings.training.metric_sinks import sending_metrics
-from train_specialized_embeddings.training.training_run import Material, begin_run
+from train_specialized_embeddings.training.training_run import Material, TrainingRun
 from train_specialized_embeddings.tuning import search_space
 from train_specialized_embeddings.tuning.search_space import SPACE
 
@@ -128,7 +128,7 @@ class Tuning:
         provenance = self.provenance | {"settings": settings, "trial": trial.number}
         folder = self.folder / f"trial_{trial.number:04d}"
         with training_within_memory(config), sending_metrics(config.logging, folder, provenance) as send:
-            run = begin_run(config, material, watch, provenance)
+            run = TrainingRun(config, material, watch, provenance)
             for record in run.run_epochs(f"trial {trial.number}"):
                 send(record)
                 if record["epoch"] and record["val"]:
