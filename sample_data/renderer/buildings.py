@@ -100,21 +100,17 @@ def choose_builder(rng: Generator) -> Builder:
 
 def build_house(rng: Generator, builder: Builder, number: int) -> House:
     """Draw one house of a builder: near the builder's usual width, with its own details."""
-    width = float(clamp(builder.house_width_m * rng.uniform(0.88, 1.15), 5.0, 25.0))
+    width = min(max(builder.house_width_m * rng.uniform(0.88, 1.15), 5.0), 25.0)
     repaint = builder.wall in {"render", "boards"} and rng.random() < 0.6
     storeys = builder.floors + (int(rng.integers(-1, 2)) if builder.wall != "brick" and builder.floors > 2 else 0)
     return House(
-        builder=builder, width_m=width, depth_m=float(rng.uniform(9.0, 13.0)), floors=int(clamp(storeys, 2, 7)),
+        builder=builder, width_m=width, depth_m=float(rng.uniform(9.0, 13.0)), floors=min(max(storeys, 2), 7),
         ground=builder.ground if rng.random() < 0.7 else pick(rng, builder.style["ground"]), door_rgb=pick(rng, DOORS),
         shop_rgb=pick(rng, SHOPS), sign=invent_sign(rng), number=number, awning=bool(rng.random() < 0.6),
         mirrored=bool(rng.random() < 0.5), bay=bool(rng.random() < 0.85),
         wall_rgb=pick(rng, STUCCO if builder.wall == "render" else BOARDS) if repaint else builder.wall_rgb,
         chimneys=int(rng.integers(0, 3)), seed=int(rng.integers(2**31)),
     )  # fmt: skip
-
-
-def clamp(value: float, low: float, high: float) -> float:
-    return min(max(value, low), high)
 
 
 def invent_sign(rng: Generator) -> str:
