@@ -159,9 +159,11 @@ class TrainingRun:
         parts, val = ["the start"], record["val"]
         if record["train_loss"] is not None:
             parts = [f"loss {record['train_loss']:.4f}", f"{record['active_share']:.1%} of banded negatives active"]
-        if val is not None:
-            parts.append(f"spread {record['embedding_spread']:.3f}")
-            parts.append(f"validation mAP {val['map']:.4f}, R@1 {val['recall_at_1']:.4f}")
+        if val is None:
+            parts.append("not validated")
+        else:
+            scores = f"validation mAP {val['map']:.4f}, R@1 {val['recall_at_1']:.4f}"
+            parts += [f"spread {record['embedding_spread']:.3f}", scores]
         parts += ["as good as any so far"] if self.best["epoch"] == self.epoch else []
         logger.info("epoch %d: %s", self.epoch, ", ".join(parts))
         if self.has_collapsed:
