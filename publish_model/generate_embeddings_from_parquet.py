@@ -68,7 +68,7 @@ def embed_dataset(options: EmbedOptions, source: PackagedInput) -> cli.StageResu
             result.watch = make_missing_parts(appending, model.load)
         else:
             appending.begin()
-        state = appending.finish()
+        state = appending.write_state()
         (result.written if has_work else result.kept).append(dataset.folder)
         for part in appending.parts.values():
             result.add(part.counts, part.reasons)

@@ -107,7 +107,7 @@ class Appending:
         write_part(self.dataset.folder, plan, read_order(self.dataset.folder).apply(content), self._made_from)
 
     def write_state(self) -> dict[str, Any]:
-        """Write `state.json` from the counts of the parts, and return it.
+        """Write `state.json` from the counts of the parts, and return it; what was set aside goes once it is complete.
 
         Another process may finish a part while this one counts, so it counts again until nothing has changed: then
         the last to write has seen all.
@@ -118,6 +118,8 @@ class Appending:
             state = self.dataset.update_state(found.values(), self._first_state)
             if list_part_files(self.dataset.folder) == listed:
                 self.parts = {name: part for name, part in found.items() if name in self._own}
+                if state["complete"]:
+                    remove_made(self.dataset.folder / SET_ASIDE, r"\d+")
                 return state
 
     def find_work(self, begun: dict[str, Any] | None, shard: Shard, limit: int | None, *, overwrite: bool) -> None:
@@ -145,13 +147,12 @@ class Appending:
 
         Raises StaleOutputError where another process has just begun one of another recipe, or a file is not ours.
         """
-        folder = self.dataset.folder
         if self._overwrite:
             self.dataset.set_all_aside()
-            finish_order(folder)
+            finish_order(self.dataset.folder)
         if self.dataset.state is None:
             self.dataset.update_state((), self._first_state)
-        self.check(self.dataset.state or self.recipe, folder)
+        self.check(self.dataset.state or self.recipe, self.dataset.folder)
 
     def read_missing(self) -> Iterator[tuple[PartPlan, pa.Table]]:
         """Yield the rows of each missing part, in input order.
@@ -160,10 +161,3 @@ class Appending:
         """
         for plan, table in read_planned(self.source, self.work):
             yield plan, table.slice(0, plan.rows_within(self._limit))
-
-    def finish(self) -> dict[str, Any]:
-        """Write the state and return it; what was set aside goes once the dataset is complete."""
-        state = self.write_state()
-        if state["complete"]:
-            remove_made(self.dataset.folder / SET_ASIDE, r"\d+")
-        return state

@@ -41,7 +41,6 @@ class Findings:
     sound: tuple[Part, ...] = ()
 
     def add(self, path: Path, what: str, *, broken: bool = True) -> None:
-        """Note a problem of a file."""
         self.problems.append(f"{path}: {what}")
         if broken:
             self.broken.add(path)
@@ -73,10 +72,9 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     if input_path is not None and recipe:
         _compare_with_input(dataset.open_input(input_path, recipe), files.parts, order, findings)
     findings.sound = tuple(part for part in files.parts if part.path not in findings.broken)
-    accounted, total = sum(part.counts["in"] for part in findings.sound), (state or {}).get("rows_total")
-    if state is not None and state.get("complete") and accounted != total:
-        what = f"complete, but {accounted} of {total} rows are accounted for"
-        findings.add(dataset.state_path, what, broken=False)
+    accounted = sum(part.counts["in"] for part in findings.sound)
+    if state and state.get("complete") and accounted != (total := state.get("rows_total")):
+        findings.add(dataset.state_path, f"complete, but {accounted} of {total} rows are accounted for", broken=False)
     if not order.done:
         findings.add(dataset.folder, "a deletion of ids was interrupted: run delete_ids.py again", broken=False)
     return findings

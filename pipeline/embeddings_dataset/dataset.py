@@ -42,11 +42,9 @@ from pipeline.own_folders import move
 # Replaced and damaged files wait in a numbered folder there until the dataset is complete again.
 SET_ASIDE = "_removed"
 # A state with a value of another type is damaged.
-_COUNTS = (
-    "rows_total", "rows_embedded", "rows_rejected", "rows_skipped_invalid", "rows_deleted", "parts_done", "parts_total",
-)  # fmt: skip
 _EXAMPLE: dict[str, Any] = {
-    **dict.fromkeys(_COUNTS, 0), "read_batch_size": 1, "id_column": "", "image_column": "", "keep_columns": [],
+    "rows_total": 0, "rows_embedded": 0, "rows_rejected": 0, "rows_skipped_invalid": 0, "rows_deleted": 0,
+    "parts_done": 0, "parts_total": 0, "read_batch_size": 1, "id_column": "", "image_column": "", "keep_columns": [],
 }  # fmt: skip
 
 
@@ -79,7 +77,6 @@ class EmbeddingsDataset:
         return state if state.get("embedding_version") else None
 
     def path_of(self, name: str) -> Path:
-        """Return where the part of a name lies."""
         return self.folder / "parts" / name
 
     def find_begun(self) -> dict[str, Any] | None:
@@ -174,14 +171,12 @@ class EmbeddingsDataset:
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns of its parts."""
         with open_parquet(self.parts[0].path) as file:
             schema: pa.Schema = file.schema_arrow.remove_metadata()
             return schema
 
     @property
     def num_rows(self) -> int:
-        """Embedded rows."""
         return sum(part.counts["out"] for part in self.parts)
 
     @property

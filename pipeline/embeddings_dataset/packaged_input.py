@@ -81,7 +81,6 @@ class PackagedInput:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the whole input."""
         return sum(self.row_group_rows)
 
     def wanted_rows(self, table: pa.Table) -> NDArray[np.int64]:
@@ -203,8 +202,10 @@ def _keep_partitions(
     keys = dict.fromkeys(key for values in folder_values for key in values)
     if others := ",".join(key for key in keys if key not in keep_columns):
         logger.warning("%s: its folders name %s: give --keep-columns %s to keep it as a column", path, others, others)
-    texts = {key: pa.array([values.get(key, "") for values in folder_values]) for key in keys if key in keep_columns}
-    return {key: whole_or_text(column) for key, column in texts.items()}
+    return {
+        key: whole_or_text(pa.array([values.get(key, "") for values in folder_values]))
+        for key in keys if key in keep_columns
+    }  # fmt: skip
 
 
 def _check_columns(path: Path, schema: pa.Schema, options: InputOptions, kept: Sequence[str]) -> None:
@@ -292,7 +293,6 @@ def _as_packaged(source: PackagedInput, path: Path, table: pa.Table) -> pa.Table
 
 def list_pictures(source: PackagedInput) -> Iterator[bytes]:
     """Yield the encoded pictures that are to be embedded, from the first one on."""
-    for row_group in range(len(source.row_group_rows)):
-        for table in read_batches(source, row_group):
-            images = table.column(IMAGE_COLUMN)
-            yield from (data for row in source.wanted_rows(table) if (data := images[int(row)].as_py()))
+    for table in itertools.chain.from_iterable(read_batches(source, group) for group in range(len(source.places))):
+        images = table.column(IMAGE_COLUMN)
+        yield from (data for row in source.wanted_rows(table) if (data := images[int(row)].as_py()))

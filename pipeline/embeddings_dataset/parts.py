@@ -38,7 +38,6 @@ class PartPlan:
 
     @property
     def name(self) -> str:
-        """The part's file name."""
         return f"rg{self.row_group:05d}_rb{self.read_batch:05d}.parquet"
 
     def rows_within(self, limit: int | None) -> int:
@@ -82,7 +81,6 @@ class PartContent:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How often each reason occurs."""
         return dict(Counter(self.rejects.column("reason").to_pylist()))
 
     @property
@@ -326,7 +324,6 @@ def read_ids(path: Path) -> list[object]:
 
 def embeddings_of(table: pa.Table) -> NDArray[np.float32]:
     """Return the embeddings of a part's rows, (N, D)."""
-    column = table.column(EMBEDDING_COLUMN)
-    width = column.type.list_size
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
-    return np.concatenate([np.empty((0, width), np.float32), *chunks]).astype(np.float32, copy=False)
+    column = table.column(EMBEDDING_COLUMN).combine_chunks()
+    values: NDArray[np.float32] = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return values.reshape(len(table), column.type.list_size)

@@ -7,7 +7,7 @@ which rows of the input it holds; where some are missing, their pictures have to
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,6 @@ from pipeline.inference.images import check_image
 SAMPLED_PARTS, SAMPLED_ROWS = 8, 4
 # Computing in bfloat16 costs less than this; another model's embeddings lie near 0.
 LEAST_COSINE = 0.999
-T = TypeVar("T")
 
 
 def sample(store: Appending, foreign: list[PartPlan]) -> Iterator[tuple[str, bytes, NDArray[np.float32]]]:
@@ -74,7 +73,7 @@ def _match(store: Appending, plan: PartPlan, table: pa.Table) -> Outcome:
     return Outcome(rows, embeddings, hashes, rejected)
 
 
-def _spread(items: Sequence[T], count: int) -> list[T]:
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
     """Return so many of the items, from the first to the last."""
     return [items[place] for place in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
@@ -102,8 +101,7 @@ def read_foreign(path: Path) -> tuple[list[object], NDArray[np.float32]]:
     Raises InputError where it holds none, or not unit vectors of one length.
     """
     with reading(path), open_parquet(path) as file:
-        missing = {ID_COLUMN, EMBEDDING_COLUMN} - set(file.schema_arrow.names)
-        if missing:
+        if missing := {ID_COLUMN, EMBEDDING_COLUMN} - set(file.schema_arrow.names):
             raise InputError(f"{path}: column {sorted(missing)[0]} is missing: not an embeddings dataset")
         table = file.read([ID_COLUMN, EMBEDDING_COLUMN])
     lists = table.column(EMBEDDING_COLUMN).to_pylist()

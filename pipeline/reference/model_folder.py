@@ -81,10 +81,8 @@ def _locate_settings(folder: Path, download: bool) -> Path:
         return (found / "config.json").is_file() and bool(_list_processors(folder, found))
 
     name = read_settings(folder / "config.json")["backbone_model_name"]
-    found: Path | None = Path(name)
-    problem = ""
-    if not Path(name).is_dir():
-        found, problem = take_snapshot(name, SETTINGS_FILES, is_whole, download)
+    is_here = Path(name).is_dir()
+    found, problem = (Path(name), "") if is_here else take_snapshot(name, SETTINGS_FILES, is_whole, download)
     if found is not None and is_whole(found):
         return found
     raise InputError(

@@ -52,8 +52,10 @@ def match_members(tar_path: Path, dataset_id: int, image_paths: list[str]) -> li
     Leave ambiguous paths unchanged.
     """
     counts = Counter(_strip(path, dataset_id) for path in image_paths)
-    files = (member.name for member in stream_members(tar_path) if member.is_file)
-    members = {name for name in files if _strip(name, dataset_id) in counts}
+    members = {
+        member.name for member in stream_members(tar_path)
+        if member.is_file and _strip(member.name, dataset_id) in counts
+    }  # fmt: skip
     others: dict[str, list[str]] = {}  # members that no path names
     for member in sorted(members.difference(image_paths)):
         others.setdefault(_strip(member, dataset_id), []).append(member)
