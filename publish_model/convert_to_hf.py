@@ -163,7 +163,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
                 f"{output}: its weights are not those that it was published with: give --overwrite to publish it "
                 "again, or another --output"
             )
-        logger.info("%s: kept %s, which is complete", STAGE, output)
         result.kept.append(output)
     else:
         from publish_model.model_folder.published_folder import fill_folder, read_parts

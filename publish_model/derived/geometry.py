@@ -40,8 +40,7 @@ def describe_shape(value: bytes, *, in_degrees: bool) -> str:
     points = shapely.get_coordinates(shape)  # (N, 2), an empty point is left out or NaN
     outside = points[(np.abs(points) > (180, 90)).any(axis=1)]
     if in_degrees and len(outside):
-        x, y = outside[0].tolist()
-        raise ValueError(f"at ({x!r}, {y!r}), no longitude and latitude in degrees")
+        raise ValueError(f"at {tuple(outside[0].tolist())}, no longitude and latitude in degrees")
     return f"{shape.geom_type} Z" if shape.has_z else str(shape.geom_type)
 
 
