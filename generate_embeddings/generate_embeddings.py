@@ -80,7 +80,6 @@ class Embedding:
 
     @functools.cached_property
     def embedder(self) -> "Embedder":
-        """The backbone."""
         assert self._folder is not None
         mode = self.precision.mode
         with self.watch.measure("load"):

@@ -96,7 +96,6 @@ def write_splits(
 
 
 def list_units(config: Config) -> list[Unit]:
-    """Return the one unit: all three splits."""
     paths = STAGES[3].list_outputs(config)
     return [Unit(STAGE, paths, lambda _: describe_output(config), check=lambda: check_split_names(paths))]
 
