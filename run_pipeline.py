@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.from_stage > arguments.to_stage:
         raise ConfigError(f"--from-stage {arguments.from_stage} lies behind --to-stage {arguments.to_stage}")
-    config, options = cli.config_from(arguments), cli.options_from(arguments)
+    config, options = cli.config_from(arguments), cli.options_from(arguments, cli.Options)
     results: list[cli.StageResult] = []
     try:
         run_stages(config, options, results, arguments.from_stage, arguments.to_stage)

@@ -79,7 +79,7 @@ def list_units(config: Config) -> list[Unit]:
                 "another [paths].checkpoint_dir"
             )
 
-        made = read_json_object(folder / run_files.PROVENANCE).get("outputs")
+        made = read_json_object(folder / run_files.PROVENANCE).get("outputs", {})
         for name, digest in run_files.digest_outputs(folder).items() if made else ():
             if made.get(name, digest) != digest:
                 raise StaleOutputError(

@@ -10,7 +10,7 @@ or on several that share the folder, works on one study. Needs Optuna: pip insta
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="run no trial: write _tune/wandb/best.toml from the project's finished runs")  # fmt: skip
     add("--save-checkpoints", action="store_true", help="keep _tune/trial_N/checkpoint_best.pt")
     arguments = parser.parse_args(argv)
-    options = TuneOptions(**{field.name: getattr(arguments, field.name) for field in fields(TuneOptions)})
+    options = cli.options_from(arguments, TuneOptions)
     config = cli.config_from(arguments)
     cli.run_stage(STAGE, lambda config, _: run(config, options), config, cli.options_from(arguments))
 

@@ -88,10 +88,9 @@ def submit_embeddings(argv: Sequence[str]) -> None:
     """Fetch the published model and submit stage 8 alone."""
     parser = cli.make_parser(__doc__ or "", config=False)
     add_common_options(parser)
-    own = set(vars(parser.parse_args([])))
     add_options(parser)
     arguments, sbatch_options = parser.parse_known_args(list(argv))
-    options = EmbedOptions(**{name: value for name, value in vars(arguments).items() if name not in own})
+    options = cli.options_from(arguments, EmbedOptions)
     if options.overwrite:
         raise ConfigError("--overwrite: a task that is requeued would begin anew each time: remove OUTPUT instead")
     if not options.shard.is_whole:
