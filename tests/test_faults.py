@@ -38,7 +38,7 @@ def test_a_loss_is_noticed(tmp_path):
         "plain = stage.Appending.find_work\n"
         "def begin_blindly(appending, *arguments, **options):\n"
         "    plain(appending, *arguments, **options)\n"
-        "    appending.work = {} if appending.parts else appending.work\n"
+        "    appending.work = [] if appending.parts else appending.work\n"
         "stage.Appending.find_work = begin_blindly\n"
         "sys.argv = ['run.py', '--tries', '1', '--only', 'input that changes']\n"
         "sys.exit(run.main())\n"
