@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pipeline import VERSION
 from pipeline.config import DEFAULT_CONFIG_PATH, Config, load_config
@@ -37,7 +37,7 @@ class Options:
 
 
 NO_OPTIONS = Options()
-AnyOptions = TypeVar("AnyOptions", bound=Options)
+AnyOptions = TypeVar("AnyOptions", bound=Any)
 
 
 @dataclass
@@ -276,7 +276,9 @@ def _report(result: StageResult, started: float) -> None:
 
 def options_from(arguments: argparse.Namespace, kind: type[AnyOptions] = Options) -> AnyOptions:  # type: ignore[assignment]
     """Gather a parsed command line in a class of options: each field from the option of its name."""
-    return kind(**{name: value for name, value in vars(arguments).items() if name in kind.__dataclass_fields__})
+    fields = {name: value for name, value in vars(arguments).items() if name in kind.__dataclass_fields__}
+    options: AnyOptions = kind(**fields)
+    return options
 
 
 def config_from(arguments: argparse.Namespace) -> Config:
