@@ -1,10 +1,10 @@
 """The command line as a user meets it: help, exit codes, signals, streams, log files."""
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -197,7 +197,11 @@ def test_a_signal_in_the_midst_of_the_work_keeps_what_was_finished(
 ):
     config = write_config(tmp_path)
     make_tar(tmp_path / "raw", 1)
-    os.mkfifo(tmp_path / "raw" / "0002.tar")  # the stage waits on it until the signal comes
+    endless = tarfile.TarInfo("0002/endless.bin")
+    endless.size = 2**36  # of zeros, which take no room: the stage reads until the signal comes
+    with open(tmp_path / "raw" / "0002.tar", "wb") as tar:
+        tar.write(endless.tobuf())
+        tar.truncate(2 * endless.size)
     process = start_script(SCRIPT, "--config", config)
     log = tmp_path / "logs" / "process_tar.log"
     deadline = time.monotonic() + 60
