@@ -151,10 +151,13 @@ def test_a_model_beside_itself_cannot_be_told_from_it(run_main, tmp_path, datase
     assert "mAP +0.000, 95% interval +0.000 to +0.000; Recall@1 +0.000." in read_verdict(text)
 
 
-def test_datasets_of_other_images_cannot_be_compared(run_main, tmp_path, dataset):
-    other = write_dataset(tmp_path / "two", pa.array(BUILDINGS[::-1]), make_vectors(0.5))
+@pytest.mark.parametrize(
+    ("ids", "what"), [(BUILDINGS[::-1], "in another order than"), (BUILDINGS + 1, "not"), (BUILDINGS[:-1], "not")]
+)
+def test_datasets_of_other_images_or_in_another_order_cannot_be_compared(run_main, tmp_path, dataset, ids, what):
+    other = write_dataset(tmp_path / "two", pa.array(ids), make_vectors(0.5)[: len(ids)])
     text = evaluate(run_main, tmp_path, "--embeddings", dataset, "--compare", other, code=1)
-    assert f"two: its ids are not those of {dataset}: embed the same input with both models" in text
+    assert f"two: its ids are {what} those of {dataset}: embed the same input with both models" in text
 
 
 @pytest.fixture

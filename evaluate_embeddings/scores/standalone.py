@@ -68,8 +68,12 @@ def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResul
         pa.chunked_array([to_text(one.folder, part.read([ID_COLUMN]).column(0)) for part in one.parts], pa.string())
         for one in datasets
     )
-    if any(not ids.equals(other) for other in others):
-        raise InputError(f"{places[1]}: its ids are not those of {folder}: embed the same input with both models")
+    for other in others:
+        if not ids.equals(other):
+            what = "in another order than" if ids.sort().equals(other.sort()) else "not"
+            raise InputError(
+                f"{places[1]}: its ids are {what} those of {folder}: embed the same input with both models"
+            )
     buildings = label_rows(ids.combine_chunks(), options.labels)
     kept = np.flatnonzero(buildings.is_valid().to_numpy(zero_copy_only=False))
     result.rows_in = len(ids)
