@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError, Rejection
-from pipeline.files.outputs import check_replaceable
+from pipeline.files.outputs import check_outside_datasets, check_replaceable
 from pipeline.files.workspace import writing_to
 from pipeline.ids import decode_name
 from pipeline.inference.images import log_turned
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with logging_to(None):
         if arguments.npy is not None:
+            check_outside_datasets(arguments.npy)
             check_replaceable(arguments.npy, NPY_MAGIC, arguments.images)
         embeddings = embed_images(
             arguments.images, arguments.model_id, device=arguments.device, dtype=arguments.dtype,

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import ConfigError
-from pipeline.files.outputs import check_replaceable, page_mark
+from pipeline.files.outputs import check_outside_datasets, check_replaceable, page_mark
 from pipeline.log import logger, logging_to
 from publish_model.derived.pages import make_thumbnail, write_html
 from publish_model.embed_images import embed_photographs
@@ -47,6 +47,7 @@ def search(arguments: argparse.Namespace) -> None:
     Raises InputError for a dataset, model or photograph that cannot be used or do not belong together.
     """
     if arguments.html is not None:
+        check_outside_datasets(arguments.html)
         check_replaceable(arguments.html, PAGE_MARK, [arguments.query, arguments.input])
     dataset = EmbeddingsDataset(arguments.output)
     recipe = dataset.recipe

@@ -71,7 +71,7 @@ def test_a_page_and_vectors_replace_no_photograph(run_main, dataset, tmp_path):
         (tmp_path / name).write_bytes(b"\xff\xd8 a photograph")
     before = read_all(tmp_path)
     part = next((dataset / "parts").iterdir())
-    for target in (tmp_path / "a.jpg", tmp_path / "b.jpg", dataset / "state.json", part):
+    for target in (tmp_path / "a.jpg", tmp_path / "b.jpg", dataset / "state.json", part, dataset / "new"):
         query = ("--query", tmp_path / "b.jpg", "--model-id", "none")
         assert run_main(search_embeddings.main, dataset, *query, "--html", target).code == 2
         assert run_main(embed_images.main, "--model-id", "none", "--npy", target, tmp_path / "b.jpg").code == 2
