@@ -20,7 +20,7 @@ from pipeline import cli
 from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
-from pipeline.embeddings_dataset.parts import PartPlan, list_part_files
+from pipeline.embeddings_dataset.parts import PartPlan, find_parts
 from pipeline.errors import InputError, Rejection
 from pipeline.files.workspace import writing_to
 from pipeline.inference.precision import Precision
@@ -79,8 +79,8 @@ def adopt_dataset(arguments: argparse.Namespace) -> cli.StageResult:
     )
     dataset = EmbeddingsDataset(arguments.output)
     store = Appending(dataset, source, model.model_id, model.name_version("float32"), Precision("float32"))
-    found, listed = store.find_parts(adopting=True), list_part_files(dataset.folder)
-    foreign = [plan for name, plan in store.plans.items() if name in listed and name not in found]
+    found, names = store.find_parts(adopting=True), {path.name for path in find_parts(dataset.folder).foreign}
+    foreign = [plan for name, plan in store.plans.items() if name in names]
     result = cli.StageResult(STAGE)
     if foreign:
         width = check_sample(store, foreign, model)

@@ -141,6 +141,18 @@ def test_ids_that_pandas_turned_to_doubles_because_one_is_null_are_the_inputs_ow
     assert adopted.schema.field("OSMID").type == pa.int64()
 
 
+def test_a_part_of_ours_without_its_rejects_is_left_to_stage_8(run_main, made, foreign):
+    assert adopt(run_main, made, foreign).code == 0
+    path = list_parts(foreign)[1]
+    rejects, before = foreign / "_rejects" / path.name, path.read_bytes()
+    rejects.unlink()
+    outcome = adopt(run_main, made, foreign)
+    assert outcome.code == 0
+    assert "stage 8 with the same input and model makes the rest" in outcome.stderr
+    assert path.read_bytes() == before
+    assert not rejects.exists()
+
+
 def test_an_interrupted_adoption_goes_on(run_main, made, foreign, monkeypatch):
     monkeypatch.setattr(adoption, "SAMPLED_PARTS", 1)  # or the sample would meet what interrupts it
     damaged = foreign / "parts" / list_parts(foreign)[-1].name

@@ -62,7 +62,7 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
         findings.add(dataset.state_path, f"{what}: stage 8 makes it again from the parts")
     for path, error in files.damaged.items():
         findings.add(path, one_line(error).removeprefix(f"{path}: "))
-    for path in set(files.orphans) - set(findings.foreign):
+    for path in (one for one in files.orphans if one not in findings.foreign):
         # A kill between the two files leaves rejects alone, and a rerun writes both.
         findings.add(path, "its part is missing")
     recipe = state or next((part.recipe for part in files.parts), {})
