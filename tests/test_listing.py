@@ -63,6 +63,12 @@ def test_every_folder_is_walked_once_however_many_links_lead_to_it(tmp_path, war
     ]
 
 
+def test_a_folder_below_keeps_its_own_name_wherever_a_link_to_it_lies(tmp_path):
+    make_files(tmp_path, "a/deep/1", "z/2", "z/deep/3")
+    (tmp_path / "a" / "deep" / "link").symlink_to(tmp_path / "z")
+    assert walk(tmp_path) == ["a/deep/1", "z/2", "z/deep/3"]
+
+
 def test_a_link_that_leads_nowhere_is_yielded_as_it_is(tmp_path):
     (tmp_path / "broken.jpg").symlink_to(tmp_path / "gone")
     (tmp_path / "itself.jpg").symlink_to(tmp_path / "itself.jpg")

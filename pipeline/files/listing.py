@@ -76,18 +76,17 @@ def walk_files(folder: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise unreadable(folder, error) from None
 
-    seen, num_repeated = set[str](), 0
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    root, waiting, seen, num_repeated = folder.resolve(), [folder], set[Path](), 0
+    # Links to folders wait, so that a folder below is found under its own name first.
+    for place, folders, names in (found for start in waiting for found in os.walk(start, onerror=refuse)):
         real = Path(place).resolve()
-        if str(real) in seen or (real != folder.resolve() and folder.resolve().is_relative_to(real)):
+        if real in seen or (real != root and root.is_relative_to(real)):
             folders.clear()
             num_repeated += 1
             continue
-        seen.add(str(real))
-        # Links come last, so that a folder below is found under its own name first.
-        folders[:] = sorted(
-            (one for one in folders if one[0] != "."), key=lambda one: (Path(place, one).is_symlink(), one)
-        )
+        seen.add(real)
+        folders[:] = sorted(one for one in folders if one[0] != ".")
+        waiting += filter(Path.is_symlink, (Path(place, one) for one in folders))
         yield from (os.path.join(place, name) for name in sorted(names) if name[0] != ".")  # noqa: PTH118 (a million)
     if num_repeated:
         logger.warning(
