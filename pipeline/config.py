@@ -22,6 +22,7 @@ DEFAULT_CONFIG_PATH = PROJECT_ROOT / "config.toml"
 PositiveInt = Annotated[int, Field(ge=1)]
 # How alike a name must be to be proposed (difflib's ratio): with 0.75 each of 340 slips of one letter found its key.
 _NEAR = 0.75
+_VARIABLE = r"\$(\w+|\{[^}]*\})"
 
 
 def count_cores() -> int:
@@ -243,10 +244,11 @@ class Config(Section):
 
     def expand(self, value: str, where: str) -> Path:
         """Expand `~` and `$VARIABLES` in a path, from the configuration's folder; raise ConfigError naming `where`."""
-        expanded = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 (takes any text)
-        undefined = re.search(r"^~[^/]*|\$(\w+|\{[^}]*\})", expanded)
-        if undefined:
-            raise ConfigError(f"{self.file_path}: {where}: {undefined.group(0)} in {value!r} is not defined: export it")
+        # An empty variable would move a path to the root of the file system.
+        filled = re.sub(_VARIABLE, lambda found: os.environ.get(found[1].strip("{}")) or found[0], value)
+        expanded = os.path.expanduser(filled)  # noqa: PTH111 (takes any text)
+        if undefined := re.search(rf"^~[^/]*|{_VARIABLE}", expanded):
+            raise ConfigError(f"{self.file_path}: {where}: {undefined[0]} in {value!r} is unset or empty: export it")
         if not expanded.strip():  # else it is the configuration's own folder
             raise ConfigError(f"{self.file_path}: {where}: {value!r} is empty: give a path")
         return (self.file_path.parent / expanded).resolve()

@@ -175,7 +175,7 @@ def test_an_undefined_variable_in_a_path_that_is_used_is_exit_code_two(run_scrip
     outcome = run_script(SCRIPT, "--config", config)
     assert outcome.code == 2
     assert [line for line in outcome.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: {config}: [paths].raw_dir: $NOWHERE_AT_ALL in '$NOWHERE_AT_ALL/raw' is not defined: export it"
+        f"error: {config}: [paths].raw_dir: $NOWHERE_AT_ALL in '$NOWHERE_AT_ALL/raw' is unset or empty: export it"
     ]
 
 

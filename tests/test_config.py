@@ -240,21 +240,21 @@ def test_an_undefined_variable_is_an_error_only_where_the_path_is_used(tmp_path,
     with pytest.raises(ConfigError) as caught:
         config.require_paths("raw_dir", "merged_dir", "report_dir", "checkpoint_dir", "embeddings_dir")
     assert caught.value.problems == [
-        f"{tmp_path}/config.toml: [paths].raw_dir: $NOWHERE in '$NOWHERE/raw' is not defined: export it",
-        f"{tmp_path}/config.toml: [paths].report_dir: ${{NOWHERE}} in '${{NOWHERE}}' is not defined: export it",
+        f"{tmp_path}/config.toml: [paths].raw_dir: $NOWHERE in '$NOWHERE/raw' is unset or empty: export it",
+        f"{tmp_path}/config.toml: [paths].report_dir: ${{NOWHERE}} in '${{NOWHERE}}' is unset or empty: export it",
         f"{tmp_path}/config.toml: [paths].checkpoint_dir: not set, and this stage needs it",
-        f"{tmp_path}/config.toml: [paths].embeddings_dir: ~nosuchuser in '~nosuchuser/x' is not defined: export it",
+        f"{tmp_path}/config.toml: [paths].embeddings_dir: ~nosuchuser in '~nosuchuser/x' is unset or empty: export it",
     ]
 
 
-def test_an_empty_path_does_not_stand_for_the_configurations_folder(tmp_path, monkeypatch):
+def test_an_empty_path_or_variable_does_not_stand_for_another_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NOTHING", "")
-    config = load_config(write(tmp_path, "[paths]\nraw_dir = ''\nmerged_dir = '$NOTHING'\nreport_dir = '.'"))
+    config = load_config(write(tmp_path, "[paths]\nraw_dir = ''\nmerged_dir = '${NOTHING}/m'\nreport_dir = '.'"))
     with pytest.raises(ConfigError) as caught:
         config.require_paths("raw_dir", "merged_dir", "report_dir")
     assert caught.value.problems == [
         f"{tmp_path}/config.toml: [paths].raw_dir: '' is empty: give a path",
-        f"{tmp_path}/config.toml: [paths].merged_dir: '$NOTHING' is empty: give a path",
+        f"{tmp_path}/config.toml: [paths].merged_dir: ${{NOTHING}} in '${{NOTHING}}/m' is unset or empty: export it",
     ]
 
 

@@ -87,7 +87,7 @@ def test_a_name_that_is_not_set_or_no_folder_is_one_clear_line(tmp_path):
         ):
             locate(tmp_path, name)
         assert locate(tmp_path, name, download=False) is None
-    with pytest.raises(ConfigError, match=r"\$NO_SUCH_MODEL in .* is not defined"):
+    with pytest.raises(ConfigError, match=r"\$NO_SUCH_MODEL in .* is unset or empty"):
         locate(tmp_path, "$NO_SUCH_MODEL/x")
 
 

@@ -120,7 +120,7 @@ def test_every_missing_path_of_a_later_stage_is_reported_before_anything_runs(tm
 def test_an_undefined_variable_that_a_later_stage_uses_is_reported_before_anything_runs(tmp_path, pipeline, setting):
     outcome = pipeline("--set", f"{setting}=$NOWHERE_AT_ALL/x")
     assert outcome.code == 2
-    assert "$NOWHERE_AT_ALL in '$NOWHERE_AT_ALL/x' is not defined: export it" in outcome.stderr
+    assert "$NOWHERE_AT_ALL in '$NOWHERE_AT_ALL/x' is unset or empty: export it" in outcome.stderr
     assert not (tmp_path / "logs").exists()
 
 
