@@ -126,12 +126,12 @@ def test_a_part_written_while_another_process_counts_is_counted(tmp_path, source
     appending.write_part(plans[0], make_content(plans[0]))
     plain = dataset_module.write_json
 
-    def finish_a_part_first(path, content):
+    def finish_a_part_first(path, content, **options):
         monkeypatch.setattr(dataset_module, "write_json", plain)
         for plan in plans[1:]:
             other.write_part(plan, make_content(plan))
         other.write_state()
-        plain(path, content)
+        plain(path, content, **options)
 
     monkeypatch.setattr(dataset_module, "write_json", finish_a_part_first)
     assert appending.write_state()["complete"] is True
@@ -159,10 +159,23 @@ def test_many_writers_at_once_leave_the_right_state(tmp_path, source):
     assert list((tmp_path / "out").rglob(".*")) == []
 
 
-def test_two_runs_that_begin_at_once_with_other_settings_do_not_mix(tmp_path, source):
+@pytest.mark.parametrize("is_first_while_the_other_counts", [False, True])
+def test_two_runs_that_begin_at_once_with_other_settings_do_not_mix(
+    tmp_path, source, monkeypatch, is_first_while_the_other_counts
+):
     first, _ = make_appending(tmp_path / "out", source, begin=False)
     second, _ = make_appending(tmp_path / "out", source, begin=False, dtype="bfloat16")
-    first.begin()
+    plain = dataset_module.count_rows
+
+    def begin_first(parts):
+        monkeypatch.setattr(dataset_module, "count_rows", plain)
+        first.begin()
+        return plain(parts)
+
+    if is_first_while_the_other_counts:
+        monkeypatch.setattr(dataset_module, "count_rows", begin_first)
+    else:
+        first.begin()
     with pytest.raises(StaleOutputError, match="precision was 'float32' and is now 'bfloat16'"):
         second.begin()
 

@@ -127,12 +127,15 @@ class EmbeddingsDataset:
         return tuple(files.parts)
 
     def update_state(self, parts: Iterable[Part], first: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Write the counts of its parts into the state and return it; `first` is one for a dataset that has none."""
-        before, counted = self.state, count_rows(parts)
+        """Write the counts of its parts into the state and return it.
+
+        `first` is one for a dataset that has none; where another process has just begun it, its state stays.
+        """
+        is_new, before, counted = not self.state_path.exists(), self.state, count_rows(parts)
         state = (before or first or {}) | counted
         state["complete"] = counted["parts_done"] == state.get("parts_total")
         if (before or first) and state != before:
-            write_json(self.state_path, state)
+            write_json(self.state_path, state, once=is_new)
         return state
 
     def held(self, *, shared: bool = False) -> AbstractContextManager[None]:
