@@ -28,9 +28,9 @@ from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
 from pipeline.files.workspace import read_json_object, writing_folder
 from pipeline.inference.model_files import (
     embedding_settings,
-    has_own_weights,
     identify_model,
     is_within,
+    list_changed,
     locate_backbone,
 )
 from pipeline.log import logger
@@ -158,10 +158,10 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     result.add(COUNTS)
     unit = make_unit(output, lambda _: provenance)
     if find_complete(unit, own.overwrite):
-        if not has_own_weights(output):
+        if changed := list_changed(output):
             raise StaleOutputError(
-                f"{output}: its weights are not those that it was published with: give --overwrite to publish it "
-                "again, or another --output"
+                f"{output}: changed since it was published ({changed}): give --overwrite to publish it again, or "
+                "another --output"
             )
         result.kept.append(output)
     else:

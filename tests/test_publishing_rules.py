@@ -164,21 +164,29 @@ def test_a_checkpoint_trained_on_embeddings_made_otherwise_is_refused(
     assert not (tmp_path / "published").exists()
 
 
-def test_weights_of_another_model_do_not_pass_for_those_that_were_published(config, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", lambda own: own[:-1] + bytes([own[-1] ^ 1])),
+        ("preprocessor_config.json", lambda own: own.replace(b"{", b'{"note": 1,', 1)),
+        ("config.json", lambda own: own.replace(b"{", b'{"id2label": {"0": "house"},', 1)),
+    ],
+)
+def test_a_changed_file_does_not_pass_for_the_one_that_was_published(config, tmp_path, caplog, name, change):
     stage.run(config, Options())
-    path = tmp_path / "published" / "model.safetensors"
+    path = tmp_path / "published" / name
     own = path.read_bytes()
-    path.write_bytes(own[:-1] + bytes([own[-1] ^ 1]))
-    with pytest.raises(StaleOutputError, match="published: its weights are not those that it was published with"):
+    path.write_bytes(change(own))
+    with pytest.raises(StaleOutputError, match=f"published: changed since it was published .{name}.: give"):
         stage.run(config, Options())
     with caplog.at_level("WARNING", "spatial_building_embeddings"):
         find_model(str(tmp_path / "published"), download=False).load("float32")
-    assert "its weights are not those that it was published with: changed since, or another model's" in caplog.text
+    assert f"published: changed since it was published, or another model's: {name}" in caplog.text
     path.write_bytes(own)
     caplog.clear()
     assert stage.run(config, Options()).kept
     find_model(str(tmp_path / "published"), download=False).load("float32")
-    assert "its weights" not in caplog.text
+    assert "changed since" not in caplog.text
 
 
 def test_moved_and_touched_inputs_change_nothing(config, toy_backbone, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, hide_credentials, one_line
-from pipeline.files.identity import describe_difference, digest_file
+from pipeline.files.identity import describe_difference, digest_file, hash_json
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.files.workspace import read_json, read_json_object
 from pipeline.log import logger
@@ -178,16 +178,23 @@ def identify_model(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def digest_weights(folder: Path) -> dict[str, str]:
-    """Return the digest of each file of weights in a model folder."""
-    return {path.name: _digest(path) for path in sorted(folder.glob("*.safetensors"))}
+def digest_published(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Return the digest of each file that shapes a published model's embeddings; `settings` are its config.json's."""
+    files = [*sorted(folder.glob("*.safetensors")), *folder.glob("preprocessor_config.json")]
+    return {path.name: _digest(path) for path in files} | {"config.json": hash_json(settings)}
 
 
-def has_own_weights(folder: Path) -> bool:
-    """Whether a published folder's weights are those that it was published with, as far as its config.json says."""
-    published = read_json_object(folder / "config.json").get(PROVENANCE_KEY.decode())
+def list_changed(folder: Path) -> str:
+    """Return the names of a published folder's files that are not as published, as far as its config.json says."""
+    settings = read_json_object(folder / "config.json")
+    published = settings.pop(PROVENANCE_KEY.decode(), None)
     recorded = published.get("weights") if isinstance(published, dict) else None
-    return recorded is None or recorded == digest_weights(folder)
+    if not isinstance(recorded, dict):
+        return ""
+    found = digest_published(folder, settings)
+    # Folders of before record their weights alone.
+    names = [name for name in {**recorded, **found} if name in recorded or name.endswith(".safetensors")]
+    return ", ".join(name for name in names if found.get(name) != recorded.get(name))
 
 
 def _digest(path: Path) -> str:

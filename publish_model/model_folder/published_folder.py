@@ -21,7 +21,7 @@ from pipeline.inference.backbone import check_embeddings
 from pipeline.inference.loading import find_vision_config, load_model, naming_model, writing_weights
 from pipeline.inference.model_files import (
     compare_embedded,
-    digest_weights,
+    digest_published,
     embedding_settings,
     identify_model,
     read_settings,
@@ -128,13 +128,14 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     projector do not fit, or the backbone cannot be read.
     """
     stored = write_weights(folder, model, dtype or "auto")
-    carried = {"dtype": stored, PROVENANCE_KEY.decode(): provenance | {"weights": digest_weights(folder)}}
-    (folder / "config.json").write_text(json.dumps(model.config | carried, indent=2) + "\n", encoding="utf-8")
+    copy_processor(model.folder, folder, model.image_size)
+    config = model.config | {"dtype": stored}
+    carried = {PROVENANCE_KEY.decode(): provenance | {"weights": digest_published(folder, config)}}
+    (folder / "config.json").write_text(json.dumps(config | carried, indent=2) + "\n", encoding="utf-8")
     for name, code in read_code().items():
         (folder / name).write_bytes(code)
     for path in list_licences(model.folder):
         shutil.copyfile(path, folder / path.name)
-    copy_processor(model.folder, folder, model.image_size)
     if model.pair_rates is not None:
         (folder / RATES_NAME).write_text(json.dumps(model.pair_rates) + "\n", encoding="utf-8")
     write_card(folder, model, stored)

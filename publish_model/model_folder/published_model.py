@@ -15,8 +15,8 @@ from pipeline.files.identity import hash_json
 from pipeline.files.workspace import read_json
 from pipeline.inference.model_files import (
     find_missing_files,
-    has_own_weights,
     identify_model,
+    list_changed,
     read_settings,
 )
 from pipeline.log import logger
@@ -114,11 +114,8 @@ class PublishedModel:
         from pipeline.inference.backbone import Embedder
         from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
-        if not has_own_weights(self.folder):
-            logger.warning(
-                "%s: its weights are not those that it was published with: changed since, or another model's",
-                self.folder,
-            )
+        if changed := list_changed(self.folder):
+            logger.warning("%s: changed since it was published, or another model's: %s", self.folder, changed)
         embedder = Embedder(
             self.folder,
             device=self.device,
