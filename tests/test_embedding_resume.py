@@ -151,6 +151,7 @@ def test_other_settings_are_refused_and_named(embed, packaged, tmp_path, argumen
     outcome = embed(packaged, tmp_path / "out", *arguments)
     assert outcome.code == 1
     assert difference in outcome.stderr
+    assert "state.json: made from another input, model or setting: " in outcome.stderr
     assert "--overwrite to begin anew" in outcome.stderr
     assert read_bytes(tmp_path / "out") == before
     assert embed(packaged, tmp_path / "out", *arguments, "--overwrite").code == 0

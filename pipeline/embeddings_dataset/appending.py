@@ -130,7 +130,7 @@ class Appending:
         """
         folder, self._limit, self._overwrite = self.dataset.folder, limit, overwrite
         if begun is not None and not overwrite:
-            self.check(begun, folder)
+            self.check(begun, self.dataset.state_path if self.dataset.state else folder)
         if not (overwrite or read_order(folder).done):
             raise PipelineError(f"{folder}: a deletion of ids was interrupted: run delete_ids.py again, or --overwrite")
         row_groups = set(shard.take(list(range(len(self.source.row_group_rows)))))
@@ -152,7 +152,7 @@ class Appending:
             finish_order(self.dataset.folder)
         if self.dataset.state is None:
             self.dataset.update_state((), self._first_state)
-        self.check(self.dataset.state or self.recipe, self.dataset.folder)
+        self.check(self.dataset.state or self.recipe, self.dataset.state_path)
 
     def read_missing(self) -> Iterator[tuple[PartPlan, pa.Table]]:
         """Yield the rows of each missing part, in input order.
