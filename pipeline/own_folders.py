@@ -91,6 +91,16 @@ def make_folder(folder: Path) -> None:
         pass
 
 
+def pin(folder: Path) -> Path:
+    """Return a path that stays with a folder of this project's, whatever takes its name, until this process ends.
+
+    It is for libraries that open files by their paths. Without /proc it is the folder's own.
+    """
+    with opened_folder(folder, make=True) as descriptor:
+        pinned = Path(f"/proc/{os.getpid()}/fd/{os.dup(descriptor)}")
+    return pinned if pinned.is_dir() else folder
+
+
 def refuse_folder(path: Path) -> None:
     """Raise OSError (EISDIR) for a folder without a name of this project's: it is the user's, in a file's place."""
     if path.is_dir() and not path.is_symlink() and not any(map(_OWN_NAME.fullmatch, path.absolute().parts[-_DEPTH:])):

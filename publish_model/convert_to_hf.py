@@ -34,6 +34,7 @@ from pipeline.inference.model_files import (
     locate_backbone,
 )
 from pipeline.log import logger
+from pipeline.own_folders import pin
 from pipeline.stages import STAGES
 from publish_model.model_folder.model_card import add_test_results
 from publish_model.model_folder.published_model import CODE_PATHS
@@ -169,7 +170,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
         model = read_parts(config, checkpoint_path, backbone_dir, own.force)
         with writing_folder(output, made=MADE) as folder:
-            fill_folder(folder, model, own.dtype, provenance)
+            fill_folder(pin(folder), model, own.dtype, provenance)
         result.written.append(output)
     if config.paths.report_dir is not None:
         add_test_results(output, config.path("report_dir") / "metrics.json")

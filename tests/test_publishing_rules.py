@@ -19,6 +19,7 @@ from pipeline.inference.model_files import embedding_settings, identify_model
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
 from publish_model import convert_to_hf as stage
 from publish_model.convert_to_hf import PublishOptions
+from publish_model.model_folder import published_folder
 from publish_model.model_folder.model_card import is_measured, worse_than
 from publish_model.model_folder.published_model import find_model
 
@@ -322,6 +323,24 @@ def test_what_a_link_in_a_backbone_leads_to_is_not_published(config_file, run_ma
     (linked / name).symlink_to(tmp_path / "private")
     outcome = run_main(stage.main, "--config", config_file, "--set", f"embedding_model.model_name={linked}")
     check_refused(outcome, f"{linked / name}: a link out of the model's folder")
+
+
+def test_a_link_that_takes_the_hidden_folders_place_is_not_written_through(config, tmp_path, monkeypatch):
+    mine, write_card = tmp_path / "mine", published_folder.write_card
+    mine.mkdir()
+    (mine / "README.md").write_text("mine")
+
+    def swap(folder, *arguments):
+        (hidden,) = tmp_path.glob(".published.*.tmp")
+        hidden.rename(tmp_path / "moved")
+        hidden.symlink_to(mine)
+        write_card(folder, *arguments)
+
+    monkeypatch.setattr(published_folder, "write_card", swap)
+    with pytest.raises(PipelineError, match="a link or pipe"):
+        stage.run(config, Options())
+    assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+    assert (tmp_path / "moved" / "README.md").exists()
 
 
 def test_options_reach_the_stage(config_file, run_main, tmp_path):
