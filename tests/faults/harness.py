@@ -44,7 +44,8 @@ class Operations:
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
         """Take one audit event."""
-        if event not in FILE_EVENTS or not any(self._is_below(argument) for argument in arguments[:2]):
+        paths = arguments[:1] if event == "open" else arguments[:2]  # the second one of "open" is its mode
+        if event not in FILE_EVENTS or not any(map(self._is_below, paths)):
             return
         self.count += 1
         if self.count == self._at:
