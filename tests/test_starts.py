@@ -143,7 +143,7 @@ def test_random_weights_start_from_nothing() -> None:
 
 
 def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    means = {0.7: 0.4, 0.5: 0.5, 0.3: 0.6, 0.2: 0.6, 0.1: 0.59, 0.05: 0.9}
+    means = {0.85: 0.3, 0.7: 0.4, 0.5: 0.5, 0.3: 0.6, 0.2: 0.6, 0.1: 0.59, 0.05: 0.9}
 
     def fit(scatter: Any, count: int, shrinkage: float) -> LinearMap:
         return LinearMap(np.zeros((1, 1), np.float32), np.array([shrinkage]))
@@ -151,7 +151,7 @@ def test_the_search_for_a_shrinkage_ends_at_the_first_that_is_worse(monkeypatch:
     def validate(fitted: LinearMap) -> QueryScores:
         return make_fitted(precisions(means[float(fitted.bias[0])], 0.0)).scores
 
-    assert list(starts._try(fit, None, 1, validate)) == [0.7, 0.5, 0.3, 0.2, 0.1]
+    assert list(starts._try(fit, None, 1, validate)) == [0.85, 0.7, 0.5, 0.3, 0.2, 0.1]
     monkeypatch.setattr(starts, "SHRINKAGES", (0.05,))
     assert list(starts._try(fit, None, 1, validate)) == [0.05]
 

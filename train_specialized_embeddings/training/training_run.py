@@ -94,15 +94,20 @@ class TrainingRun:
     def settle(self) -> None:
         """Interpolate between the weights of the start and of the best epoch; publish what validates best.
 
-        What few buildings teach holds less elsewhere (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
+        The start is published if none is better by a standard error: what few buildings teach holds less elsewhere
+        (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
         """
+        validation = self.material.validation
         start, trained = self.best["origin"], self.best["average"]
-        mixed, tried, projector = {}, {}, copy.deepcopy(self.trainer.average)
+        mixed, scored, projector = {}, {}, copy.deepcopy(self.trainer.average)
         for share in SHARES:
             mixed[share] = {name: start[name].lerp(trained[name], share) for name in trained}
             projector.load_state_dict(mixed[share])
-            tried[share] = self.material.validation.summarize(self._score(projector)[1])
+            scored[share] = self._score(projector)[1]
+        tried = {share: validation.summarize(scores) for share, scores in scored.items()}
         chosen = max(tried, key=lambda share: tried[share]["map"])
+        if not validation.is_better(scored[chosen], scored[0.0]):
+            chosen = 0.0
         logger.info(
             "%g of the way from the start to epoch %d is published; validation mAP by that share: %s",
             chosen, self.best["epoch"], ", ".join(f"{share:g}: {row['map']:.4f}" for share, row in tried.items()),
