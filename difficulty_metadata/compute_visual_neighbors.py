@@ -120,8 +120,7 @@ def build_rows(
     names = images.building_ids.take(pa.array(images.building_codes[rows[is_found]]))
     bands = assign_bands(distance_ratios(distances, k0)[is_found], edges)
     lists = [pa.ListArray.from_arrays(offsets, column) for column in (names, pa.array(distances[is_found]), bands)]
-    ids = images.image_ids.slice(start, len(rows)).combine_chunks()
-    return pa.table([ids, *lists], schema=DIFFICULTY_SCHEMA)
+    return pa.table([images.image_ids.slice(start, len(rows)).combine_chunks(), *lists], schema=DIFFICULTY_SCHEMA)
 
 
 def merge(images: ImageTable, store: PartStore, path: Path, config: Config) -> Provenance:
@@ -157,7 +156,6 @@ def list_units(config: Config) -> list[Unit]:
 def describe_output(config: Config) -> dict[str, Any]:
     """Return the provenance that the output must have, but for the band edges and counts."""
     paths = list_outputs(config.path("fingerprints_dir"), 4, "_fingerprints")
-    # The settings that shape the output.
     settings = config.difficulty.model_dump(exclude={"backend"})
     return make_provenance(STAGE, [identify(source) for source in paths], settings | {"seed": config.global_.seed})
 

@@ -188,12 +188,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     check_outside_datasets(report_path)
     check_replaceable(report_path, page_mark(STAGE))
     check_replaceable(metrics_path, f'"stage": "{STAGE}"')
-    provenance, merged_dir, seed = (
-        describe_inputs(config, own.ignore_pairs),
-        config.path("merged_dir"),
-        config.global_.seed,
-    )
-    watch, device = Stopwatch(), choose_device(config.infrastructure.device)
+    provenance, merged_dir = describe_inputs(config, own.ignore_pairs), config.path("merged_dir")
+    watch, device, seed = Stopwatch(), choose_device(config.infrastructure.device), config.global_.seed
     pairs = read_ignore_pairs(own.ignore_pairs)
     with watch.measure("load and embed"):
         features, embeddings, checkpoint = embed_split(config, device)

@@ -234,8 +234,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     result = cli.StageResult(STAGE)
     units = list_units(config, options)
     all_there = all(unit.output_path.exists() for unit in units) and not (options.overwrite or options.add_missing)
-    folder = locate_backbone(config, download=not all_there)
-    stage = Embedding(config, units, folder, result.watch)
+    stage = Embedding(config, units, locate_backbone(config, download=not all_there), result.watch)
     with contextlib.closing(stage.outputs):  # what it holds is written
         do_tars(
             units, result, options.overwrite,

@@ -267,7 +267,6 @@ def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path | No
 
 
 def _report(result: StageResult, started: float) -> None:
-    """Log the counts as the last line, and print the paths that were written."""
     result.seconds = time.monotonic() - started
     logger.info("%s; %.1f s%s", result.describe(), result.seconds, result.watch.describe_parts())
     for path in result.written:

@@ -272,7 +272,6 @@ class Config(Section):
 
 def load_config(path: Path = DEFAULT_CONFIG_PATH, overrides: list[str] | None = None) -> Config:
     """Read a configuration and apply overrides (see `apply_override`); raise ConfigError with every problem."""
-    path = Path(path)
     tables = read_toml(path)
     problems = [problem for override in overrides or [] if (problem := apply_override(tables, override))]
     if "file_path" in tables:  # a field of Config, but not a section

@@ -25,8 +25,7 @@ def calibration_ratios(distances: np.ndarray, k0: int) -> np.ndarray:
     """Return, flat, the ratios that count for the percentiles: those of anchors with a local scale above 0."""
     ratios = distance_ratios(distances, k0)
     counted = ratios[(ratios == 1).any(axis=1)]  # the distance that is the scale has the ratio 1
-    finite: np.ndarray = counted[np.isfinite(counted)]
-    return finite
+    return np.asarray(counted[np.isfinite(counted)])
 
 
 def compute_band_edges(ratios: np.ndarray) -> list[float]:
@@ -37,8 +36,7 @@ def compute_band_edges(ratios: np.ndarray) -> list[float]:
     if not len(ratios):
         logger.warning("no image of the sample has a neighbour and a local scale above 0: all band edges are set to 1")
         return [1.0] * len(EDGE_PERCENTILES)
-    edges = np.percentile(ratios, EDGE_PERCENTILES, method="linear", overwrite_input=True)
-    return [float(edge) for edge in edges]
+    return [float(edge) for edge in np.percentile(ratios, EDGE_PERCENTILES, method="linear", overwrite_input=True)]
 
 
 def assign_bands(ratios: np.ndarray, edges: list[float]) -> np.ndarray:

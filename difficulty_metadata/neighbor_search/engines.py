@@ -49,10 +49,9 @@ class BallTreeEngine:
         """See Engine."""
         count = min(num_candidates, len(self._points))
         distances, candidates = self._tree.query(queries.double().numpy(), k=count)
+        bounds = (distances[:, -1] - self._margin).clip(min=0.0) ** 2
         if count == len(self._points):
-            bounds = np.full(len(queries), np.inf)
-        else:
-            bounds = (distances[:, -1] - self._margin).clip(min=0.0) ** 2
+            bounds[:] = np.inf
         return torch.from_numpy(candidates.astype(np.int64)), torch.from_numpy(bounds)
 
 
@@ -139,8 +138,7 @@ def bound_unseen(squared: torch.Tensor, queries: torch.Tensor, dtype: torch.dtyp
     roundoff = torch.finfo(dtype).eps / 2
     reach = 2 * queries.double().square().sum(dim=1).sqrt() + squared.clamp(min=0.0).sqrt()
     margin = (queries.shape[1] + 4) * 1.01 * roundoff * reach.square()  # 1.01: terms of second order
-    bounds = (squared - margin).clamp(min=0.0)
-    return torch.where(squared.isinf(), squared, bounds)
+    return torch.where(squared.isinf(), squared, (squared - margin).clamp(min=0.0))
 
 
 def _find_below(scores: torch.Tensor, thresholds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

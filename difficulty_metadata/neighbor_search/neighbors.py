@@ -82,8 +82,7 @@ class Exclusion:
     def is_near(self, anchors: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Return whether rows `others` (A, m) are too near to the rows `anchors` (A,)."""
         own = self.latitudes[anchors][:, None], self.longitudes[anchors][:, None]
-        is_near: np.ndarray = distances_m(*own, self.latitudes[others], self.longitudes[others]) < self.within_m
-        return is_near
+        return distances_m(*own, self.latitudes[others], self.longitudes[others]) < self.within_m
 
 
 class NeighborSearch:
@@ -109,8 +108,7 @@ class NeighborSearch:
         self._block_anchors = _BLOCK_ANCHORS[self.device.type]
         self._points = torch.from_numpy(self._groups.points).to(self.device)
         self._point_codes = torch.from_numpy(self._groups.codes).to(self.device)
-        sizes = np.diff(self._groups.starts)
-        self._is_shared = torch.from_numpy(sizes > 1).to(self.device)
+        self._is_shared = torch.from_numpy(np.diff(self._groups.starts) > 1).to(self.device)
         self._first_rows = torch.from_numpy(self._groups.rows[self._groups.starts[:-1]]).to(self.device)
         self._building_sizes = np.bincount(building_codes)
         self._engine = self._make_engine()

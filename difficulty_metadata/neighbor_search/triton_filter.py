@@ -109,8 +109,7 @@ class TritonEngine:
         bounds = thresholds.double()
         if count == ranks[0]:
             bounds = torch.minimum(bounds, best[:, -1].double() * (1 - _SUM_ROOM))
-        missing = (0, ranks[0] - count)
-        return pad(candidates, missing, value=-1), bounds.masked_fill(~is_whole, 0.0)
+        return pad(candidates, (0, ranks[0] - count), value=-1), bounds.masked_fill(~is_whole, 0.0)
 
     def _guess_thresholds(self, queries: torch.Tensor, query_codes: torch.Tensor, ranks: list[int]) -> torch.Tensor:
         """Return squared distances (Q,) float32 within which about SAMPLE_STRIDE x ranks[1] points lie.
@@ -173,8 +172,7 @@ class TritonEngine:
         rounded = norms * reach_error + (reaches + reach_error) * norm_error
         summed = (self._num_dims + 8) * 2.0**-21 * (norms + norm_error) * (reaches + reach_error)
         margins = rounded + summed + 2.0**-22 * (norms + reaches).square()
-        limits: torch.Tensor = ((norms.square() - squared) / 2 - margins).float()
-        return limits
+        return ((norms.square() - squared) / 2 - margins).float()
 
 
 def _nearest_squared(queries: torch.Tensor, query_codes: torch.Tensor, level: _Level, rank: int) -> torch.Tensor:

@@ -69,8 +69,7 @@ def pick_failures(ranks: NDArray[np.int64], buildings: NDArray[np.int32], limit:
     order = np.argsort(-ranks, kind="stable")
     order = order[ranks[order] > 1]
     first = np.unique(buildings[order], return_index=True)[1]
-    places: list[int] = order[np.sort(first)][:limit].tolist()
-    return places
+    return [int(place) for place in order[np.sort(first)][:limit]]
 
 
 def describe_example(evaluation: Evaluation, place: int) -> Example:

@@ -12,7 +12,6 @@ from evaluate_embeddings.scores.tables import describe_gains
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.files.workspace import writing_to
-from pipeline.log import logger
 from pipeline.pages import load_templates
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
@@ -49,7 +48,6 @@ def write_report(path: Path, evaluation: Evaluation, metrics: Mapping[str, Any],
     )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    logger.info("%s: %.1f MB", path.name, path.stat().st_size / 1e6)
 
 
 def choose_mood(metrics: Mapping[str, Any]) -> str:

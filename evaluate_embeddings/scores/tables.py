@@ -86,7 +86,6 @@ def _format_counts(queries: int, gallery: int, buildings: int, ignored_pairs: in
 
 
 def _format_scores(rows: Mapping[str, Scores]) -> list[str]:
-    """Return a line of titles, and for each row a line of its scores and one of their intervals."""
     lines = [_format_line("", [SCORE_LABELS[key] for key in TABLE_KEYS])]
     for label, scores in rows.items():
         lines.append(_format_line(label[:13], [f"{scores[key]:.3f}" for key in TABLE_KEYS]))

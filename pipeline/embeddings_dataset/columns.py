@@ -28,7 +28,6 @@ def plain_values(column: pa.Array | pa.ChunkedArray) -> list[object]:
 
 
 def _map_innermost(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """Return a type with its innermost types changed."""
     if pa.types.is_map(kind):
         return pa.map_(_map_innermost(kind.key_type, change), _map_innermost(kind.item_type, change))
     if pa.types.is_struct(kind):
@@ -112,9 +111,8 @@ def checksum_tables(*tables: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def check_names(where: str, made: Iterable[str], passed_on: Iterable[str]) -> None:
+def check_names(where: str, made: Sequence[str], passed_on: Iterable[str]) -> None:
     """Raise ConfigError where a tool would write two columns of one name, of those it makes and those it passes on."""
-    made = list(made)
     twice = [name for name, count in Counter([*made, *passed_on]).items() if count > 1]
     if twice:
         raise ConfigError(

@@ -298,8 +298,7 @@ def _without_notes(table: pa.Table) -> pa.Table:
 def holds_notes(path: Path) -> bool:
     """Return whether another program noted something in the footer of a part or its rejects."""
     with open_parquet(path) as file:
-        known = {PROVENANCE_KEY, HASHES_KEY, b"ARROW:schema"}
-        has_more = not known.issuperset(file.metadata.metadata)
+        has_more = not {PROVENANCE_KEY, HASHES_KEY, b"ARROW:schema"}.issuperset(file.metadata.metadata)
         return has_more or any(field.metadata != _own_notes(field) for field in file.schema_arrow)
 
 

@@ -25,14 +25,10 @@ def identify(path: Path) -> dict[str, Any]:
     A parquet's is that of its footer, which has every column chunk's place and statistics, and the provenance.
     """
     try:
-        identity: dict[str, Any] = {"name": path.name, "size": path.stat().st_size}
-        if is_parquet(path):
-            identity["footer"] = hash_footer(path)
-        else:
-            identity["hash"] = digest_file(path)
+        content = {"footer": hash_footer(path)} if is_parquet(path) else {"hash": digest_file(path)}
+        return {"name": path.name, "size": path.stat().st_size, **content}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: run the stage that writes it, or correct the path") from None
-    return identity
 
 
 def identify_tar(path: Path, note: Path, *, read: bool = True) -> dict[str, Any]:

@@ -258,9 +258,7 @@ def provenance_of(footer: pq.FileMetaData) -> dict[str, Any] | None:
 
 def is_complete(path: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:
     """Whether `path` is there and can be kept (see `matches`)."""
-    if overwrite or not path.exists():
-        return False
-    return matches(path, read_provenance(path), provenance)
+    return not overwrite and path.exists() and matches(path, read_provenance(path), provenance)
 
 
 def matches(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> bool:

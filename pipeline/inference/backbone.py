@@ -158,7 +158,8 @@ class Embedder:
         """Bring decoded images to the device while it computes; neighbours of one size make a batch."""
         remedy = "or set [embedding_model].batch_size to a smaller number"
         with torch.cuda.stream(self._side), needing_memory("the pictures of a pass", remedy):  # a stream of None: a CPU
-            batches = stack_by_size(self._finish(images))
+            groups = itertools.groupby(self._finish(images), key=lambda tensor: (tensor.shape, tensor.device))
+            batches = [torch.stack(list(group)) for _, group in groups]
             if self.on_gpu:
                 batches = [batch if batch.is_cuda else batch.pin_memory() for batch in batches]
                 batches = [batch.to(self.device, self.dtype, non_blocking=True) for batch in batches]
@@ -286,12 +287,6 @@ class Embedder:
             self.num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - num_before
             logger.info("compiled %d blocks as %d graphs in %.0f s",
                         num_blocks, self.num_graphs, time.monotonic() - started)  # fmt: skip
-
-
-def stack_by_size(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Stack neighbours of one size and device."""
-    groups = itertools.groupby(inputs, key=lambda tensor: (tensor.shape, tensor.device))
-    return [torch.stack(list(group)) for _, group in groups]
 
 
 def fetch(pooled: torch.Tensor) -> torch.Tensor:

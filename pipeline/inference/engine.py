@@ -85,8 +85,6 @@ def _gather(
     in_flight: int,
     watch: Stopwatch,
 ) -> Iterator[tuple[Embedded[Item], Staged]]:
-    """Read the items, have them decoded, and bring each pass to the device."""
-
     def attempt(item: Item | End) -> tuple[Item | End, Decoded | Rejection | None]:
         if isinstance(item, End):
             return item, None
@@ -143,8 +141,6 @@ def _compute_on_gpu(
 def _compute_on_cpu(
     embedder: Embedder, staged: Iterable[tuple[Embedded[Item], Staged]], num_passes: int, watch: Stopwatch
 ) -> Iterator[Embedded[Item]]:
-    """Run as many passes at once as there are cores."""
-
     def compute(entry: tuple[Embedded[Item], Staged]) -> tuple[Embedded[Item], Launched, float]:
         started = time.monotonic()
         return entry[0], embedder.launch(entry[1]), time.monotonic() - started

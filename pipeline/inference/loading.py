@@ -178,7 +178,6 @@ def naming_model(folder: Path) -> Iterator[None]:
 
 
 def _takes_pictures(config: Any) -> bool:
-    """Whether a configuration's model takes pictures alone."""
     kinds: Any = MODEL_MAPPING[type(config)]
     kind = kinds[0] if isinstance(kinds, (list, tuple)) else kinds
     return kind.main_input_name == "pixel_values" and getattr(config, "text_config", None) is None

@@ -74,7 +74,6 @@ def _match(store: Appending, plan: PartPlan, table: pa.Table) -> Outcome:
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Return so many of the items, from the first to the last."""
     return [items[place] for place in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 

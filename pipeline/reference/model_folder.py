@@ -117,7 +117,6 @@ def _read_weights(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
 
 
 def _map_projector(folder: Path, config: dict[str, Any], weights: dict[str, Any]) -> "Checkpoint":
-    """Return the projector with the names and the architecture of our own."""
     from pipeline.reference.weights import read_weights
     from pipeline.retrieval.checkpoint import make_checkpoint
 

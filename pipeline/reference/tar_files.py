@@ -81,7 +81,6 @@ def read_old_rows(unit: TarUnit, column: ListColumn, image_ids: pa.Array) -> tup
 
 
 def _strip(name: str, dataset_id: int) -> str:
-    """Return a name without leading ./ and NNNN/."""
     folder = f"{dataset_name(dataset_id)}/"
     while name.startswith((folder, "./")):
         name = name.partition("/")[2]

@@ -103,8 +103,8 @@ def make_checkpoint(
         for key in ("architecture", "projector", "metrics", "settings", "provenance")
     }
     checkpoint = Checkpoint(path, **parts, rest=rest)
-    projector = build_projector(checkpoint)  # refuses weights that do not fit before any work is done
-    checkpoint = replace(checkpoint, architecture=projector.architecture)
+    # Weights that do not fit are refused before any work is done.
+    checkpoint = replace(checkpoint, architecture=build_projector(checkpoint).architecture)
     _check_widths(checkpoint, section, input_dim)
     return checkpoint
 
@@ -176,7 +176,6 @@ def read_content(path: Path) -> dict[str, Any]:
 
 
 def _list_tensors(content: Any) -> Iterator[torch.Tensor]:
-    """Yield every tensor in dictionaries and lists."""
     if isinstance(content, torch.Tensor):
         yield content
     elif isinstance(content, (dict, list, tuple)):

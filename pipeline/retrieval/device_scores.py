@@ -105,7 +105,6 @@ def _rank_blocks(images: _Images, back: Codes, block_rows: int, progress: Callab
     device, own, lock = images.embeddings.device, threading.local(), threading.Lock()
 
     def compare(tile: Tile) -> Tile:
-        """Count, for the queries of both blocks, the other block's candidates that are nearer than a positive."""
         block, other = tile
         if not hasattr(own, "scores"):  # fresh pages would cost more to fill
             shape = block_rows, block_rows

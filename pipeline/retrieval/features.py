@@ -15,7 +15,6 @@ from pipeline.errors import InputError, StaleOutputError
 from pipeline.files import tables
 from pipeline.files.identity import describe_difference
 from pipeline.files.list_columns import ListColumn, find_embedding
-from pipeline.log import logger
 from pipeline.threads import map_in_order
 
 # Numbers decoded at a time: 16 MiB of float32, which is 1,024 rows of a 7B backbone.
@@ -71,9 +70,7 @@ def sample_buildings(features: Features, count: int, seed: int) -> Features:
     num_buildings = len(features.building_ids)
     if count >= num_buildings:
         return features
-    sample = take_buildings(features, np.random.default_rng(seed).permutation(num_buildings)[:count])
-    logger.info("%d of %d buildings, %d of %d images", count, num_buildings, len(sample), len(features))
-    return sample
+    return take_buildings(features, np.random.default_rng(seed).permutation(num_buildings)[:count])
 
 
 def take_buildings(features: Features, codes: NDArray[Any]) -> Features:

@@ -50,8 +50,7 @@ def normalise_rows(embeddings: NDArray[Any]) -> Embeddings:
     Raises InputError if a row is not finite or zero.
     """
     rows: Embeddings = np.asarray(embeddings, dtype=np.float32)
-    unit: Embeddings = rows / _check_rows(rows)[:, None]
-    return unit
+    return rows / _check_rows(rows)[:, None]
 
 
 def _check_rows(rows: Embeddings) -> Embeddings:

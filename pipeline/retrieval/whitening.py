@@ -62,8 +62,7 @@ class LinearMap:
     def apply(self, embeddings: NDArray[Any]) -> Float32:
         """Return the mapped rows (N, k), L2-normalised; a row that maps to zero stays zero."""
         mapped = self.map_rows(embeddings)
-        norms = np.linalg.norm(mapped, axis=1, keepdims=True)
-        mapped /= np.maximum(norms, np.finfo(np.float32).tiny)
+        mapped /= np.maximum(np.linalg.norm(mapped, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return mapped
 
     def map_rows(self, embeddings: NDArray[Any], device: "torch.device | None" = None) -> Float32:
@@ -302,8 +301,7 @@ def whiten_by_pca(scatter: Scatter, output_dim: int = 256) -> LinearMap:
     rank = min(_count_positive(values), scatter.num_rows - 1, output_dim)
     if rank < 1:  # one row, or equal ones: any map will do
         return LinearMap(np.zeros((1, len(values)), np.float32), np.zeros(1, np.float32))
-    kept = (vectors[:, ::-1][:, :rank] * values[::-1][:rank] ** -0.5).T
-    return _as_map(kept, scatter)
+    return _as_map((vectors[:, ::-1][:, :rank] * values[::-1][:rank] ** -0.5).T, scatter)
 
 
 def decompose(symmetric: Float64, device: "torch.device | None" = None) -> tuple[Float64, Float64]:
@@ -318,12 +316,10 @@ def decompose(symmetric: Float64, device: "torch.device | None" = None) -> tuple
         found = torch.linalg.eigh(torch.from_numpy(symmetric).to(device))
         return found.eigenvalues.cpu().numpy(), found.eigenvectors.cpu().numpy()
     with threadpool_limits(1, user_api="blas"):
-        values, vectors = np.linalg.eigh(symmetric)
-    return values, vectors
+        return np.linalg.eigh(symmetric)
 
 
 def _count_positive(ascending: Float64) -> int:
-    """Count the eigenvalues above rounding."""
     return int((ascending > max(ascending[-1], 0.0) * len(ascending) * np.finfo(np.float64).eps).sum())
 
 

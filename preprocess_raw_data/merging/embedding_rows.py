@@ -136,9 +136,8 @@ def read_by_building(
     for start, stop in itertools.pairwise([*cuts, len(order)]):
         rows = order[start:stop]
         wanted = np.sort(rows)
-        piece = read_piece(inventory, wanted)
-        yield piece, np.searchsorted(wanted, rows), codes[rows]
-        del piece  # before the next one is read
+        # No name holds the piece here, so that it is gone before the next one is read.
+        yield read_piece(inventory, wanted), np.searchsorted(wanted, rows), codes[rows]
 
 
 def read_piece(inventory: Inventory, wanted: NDArray[np.int64]) -> Piece:

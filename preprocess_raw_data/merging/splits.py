@@ -53,8 +53,7 @@ def name_cells(lat: NDArray[np.float64], lon: NDArray[np.float64], cell_m: float
     rows = np.floor(lat * METRES_PER_DEGREE / cell_m)
     # A degree's width at the row's latitude, so that all cells of a row have the same edges.
     widths = METRES_PER_DEGREE * np.cos(np.radians(rows * cell_m / METRES_PER_DEGREE))
-    columns = np.floor(lon * widths / cell_m)
-    for row, column in zip(rows, columns, strict=True):
+    for row, column in zip(rows, np.floor(lon * widths / cell_m), strict=True):
         yield f"cell:{row:.0f}:{column:.0f}"
 
 
@@ -72,8 +71,7 @@ def assign_splits(buildings: Buildings, data: DataSection, seed: int, named: Map
     if named:
         splits = np.array([SPLITS.index(split) for split in named.values()], np.int8)
         places = pc.index_in(buildings.ids, pa.array(named, pa.string()))
-        is_named = np.asarray(places.is_valid())
-        chosen[is_named] = splits[places.drop_null().to_numpy()]
+        chosen[np.asarray(places.is_valid())] = splits[places.drop_null().to_numpy()]
     return chosen
 
 

@@ -96,8 +96,7 @@ class Plan:
         # All stages that are cut as this one is count: shard 3 must be the same tars.
         alike = [other for other in STAGES.values() if other.unit == TAR] if stage.unit == TAR else [stage]
         tasks = [task for other in alike for task in self.active.get(other.number, [])]
-        num_units = None if units is None else len(units)
-        shard_count = count_shards(stage, num_units, array_size, tasks)
+        shard_count = count_shards(stage, None if units is None else len(units), array_size, tasks)
         waits = {shard: self._find_sources(stage, shard) for shard in range(shard_count)}
         done = set[int]()
         if units is not None and not all(waits.values()):
@@ -116,7 +115,6 @@ class Plan:
             self.notes.append(f"stage {stage.label} {stage.name}: of {shard_count}: {counts}")
 
     def _find_sources(self, stage: Stage, shard: int) -> list[Source]:
-        """Return what one shard waits for."""
         sources = [source for number in stage.after for source in self.pending[number].values()]
         if stage.shard_after is not None and shard in self.pending[stage.shard_after]:
             sources.append(self.pending[stage.shard_after][shard])
@@ -124,7 +122,6 @@ class Plan:
 
 
 def _group(stage: Stage, shard_count: int, todo: list[int], waits: dict[int, list[Source]]) -> list[PlannedJob]:
-    """Return one job for all shards that wait for the same."""
     groups: dict[tuple[Source, ...], PlannedJob] = {}
     for shard in todo:
         after = tuple(waits[shard])

@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, sbatch_options, stage_options = parse(words)
     config = cli.config_from(arguments)
     target = Target(config.log_dir, config, tuple(arguments.overrides))
-    stages = list_stages(config, arguments)
-    submit(Request(target, stages, arguments, sbatch_options, stage_options))
+    submit(Request(target, list_stages(config, arguments), arguments, sbatch_options, stage_options))
 
 
 if __name__ == "__main__":

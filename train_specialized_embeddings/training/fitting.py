@@ -165,8 +165,8 @@ def make_material(
     section, seed = config.training, config.global_.seed
     device = choose_device(config.infrastructure.device)
     sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
-    size = len(train), len(train.building_ids), train.width, describe_device(device)
-    logger.info("training on %d images of %d buildings, %d numbers each, on %s", *size)
+    logger.info("training on %d images of %d buildings, %d numbers each, on %s",
+                len(train), len(train.building_ids), train.width, describe_device(device))  # fmt: skip
     validation = choose_validation_set(val, section.validation_images, seed, device, section.recall_ranks)
     if saved is not None:
         scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}

@@ -77,7 +77,6 @@ class StepGraph:
             raise
         except COMPILE_ERRORS as error:
             logger.warning("steps are not captured as graphs, which is slower: %s", one_line(error)[:200])
-            logger.info("why no step was captured, whole: %s", one_line(error), extra={"file_only": True})
             return False
         return True
 

@@ -139,7 +139,6 @@ class Trainer:
         return padded
 
     def _take_step(self, batch: Batch, part: Groups) -> Judged:
-        """Move the weights by one batch, and return its losses and counts."""
         features = self.features[batch.places.rows]
         if self.graph is None:
             judged = self.judge(features, batch, list_tiles(part) if len(part.rows) > TILE else ())
@@ -186,8 +185,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""
-        device = self.device
-        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         bandit = self.bandit and _copy(vars(self.bandit))
         return {
             **{name: _copy(part.state_dict()) for name, part in self._parts.items()},
@@ -262,6 +260,4 @@ def _copy(value: Any) -> Any:
         return value.detach().cpu().clone()
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_copy(item) for item in value]
-    return value
+    return [_copy(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 
 from pipeline.log import logger
 from pipeline.retrieval.features import Features, sample_buildings
-from pipeline.retrieval.scores import QueryScores, list_unreached, score_queries, summarize_scores
+from pipeline.retrieval.scores import Embeddings, QueryScores, list_unreached, score_queries, summarize_scores
 
 CPU = torch.device("cpu")
 
 Scores = dict[str, float]
-Embeddings = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

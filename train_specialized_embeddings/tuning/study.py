@@ -124,8 +124,7 @@ class Tuning:
         better.
         """
         config, objective = search_space.apply(self.config, trial.params), self.options.objective
-        settings = self.provenance["settings"] | trial.params
-        provenance = self.provenance | {"settings": settings, "trial": trial.number}
+        provenance = self.provenance | {"settings": self.provenance["settings"] | trial.params, "trial": trial.number}
         folder = self.folder / f"trial_{trial.number:04d}"
         with training_within_memory(config), sending_metrics(config.logging, folder, provenance) as send:
             run = TrainingRun(config, material, watch, provenance)
