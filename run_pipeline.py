@@ -28,8 +28,7 @@ def run_stages(
         print(NO_NEW_DATA, file=sys.stderr)
     for stage in chosen:
         try:
-            run = importlib.import_module(stage.module).run
-            results.append(cli.run_stage(stage.name, run, config, options))
+            results.append(cli.run_stage(stage.name, importlib.import_module(stage.module).run, config, options))
         except PipelineError as error:
             results += [error.result] if error.result else []
             raise

@@ -208,7 +208,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage from a command line."""
     add_options = partial(cli.add_shard_option, unit="block of 20,000 images")
     cli.run_from_command_line(STAGE, run, __doc__, argv, add_options)
 

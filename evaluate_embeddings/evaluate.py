@@ -222,7 +222,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage from a command line."""
     parser = cli.make_parser(__doc__)
     parser.add_argument(
         "--ignore-pairs", type=Path, metavar="CSV",

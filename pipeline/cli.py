@@ -75,12 +75,11 @@ class StageResult:
         """Raise PipelineError if a larger share of the items that were not dropped was rejected than is allowed."""
         tried = self.rows_in - self.dropped
         if tried and self.rejected / tried > allowed:
-            error = PipelineError(
+            raise PipelineError(
                 f"{self.stage}: {self.rejected} of {tried} items were rejected, more than {setting} = {allowed:g} "
-                "allows: read the _rejects folder beside the outputs, correct the input path or raise the setting"
+                "allows: read the _rejects folder beside the outputs, correct the input path or raise the setting",
+                self,
             )
-            error.result = self
-            raise error
 
 
 class _Parser(argparse.ArgumentParser):

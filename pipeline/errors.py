@@ -16,7 +16,10 @@ class PipelineError(Exception):
     """A run that cannot go on: what is wrong, where, what to do; `result` is the StageResult of what was done."""
 
     exit_code = 1
-    result: Any = None
+
+    def __init__(self, problem: str, result: Any = None) -> None:
+        super().__init__(problem)
+        self.result = result
 
 
 class ConfigError(PipelineError):

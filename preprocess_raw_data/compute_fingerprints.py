@@ -71,7 +71,7 @@ def average_intervals(values: np.ndarray, extent: float, num_cells: int) -> np.n
     sums = np.zeros((len(values) + 1, *values.shape[1:]))
     np.cumsum(values, axis=0, dtype=np.float64, out=sums[1:])
     areas = sums[whole] + part * values[whole]
-    return np.diff(areas, axis=0) * (num_cells / extent)
+    return np.asarray(np.diff(areas, axis=0) * (num_cells / extent))
 
 
 def average_cells(image: Image.Image, extent: tuple[float, float], image_size: int) -> np.ndarray:
@@ -84,7 +84,7 @@ def average_cells(image: Image.Image, extent: tuple[float, float], image_size: i
         image = image.reduce((factors[0], factors[1]))
     rows = average_intervals(np.asarray(image), extent[1], image_size)  # (image_size, W, 3)
     cells = average_intervals(rows.swapaxes(0, 1), extent[0], image_size).swapaxes(0, 1)
-    return np.rint(cells).clip(0, 255).astype(np.uint8)
+    return np.asarray(np.rint(cells).clip(0, 255), np.uint8)
 
 
 # Goes into the provenance, so that fingerprints of another descriptor do not count as complete.

@@ -37,7 +37,6 @@ from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_split
 STAGE = "merge_and_split"
 # Rows of one row group of the output: at 4,096 dimensions 64 MB.
 ROW_GROUP_ROWS = 4096
-SINGLE = "single_image"
 # The folder in merged_dir for the splits until all are complete.
 UNFINISHED = ".unfinished"
 
@@ -165,7 +164,7 @@ def plan_splits(
     total, dropped = int(images.sum()), int((~is_kept).sum())
     common = wanted | {
         "counts": {"in": total, "out": total - dropped, "dropped": dropped},
-        "reasons": {SINGLE: dropped} if dropped else {},
+        "reasons": {"single_image": dropped} if dropped else {},
         "split_hash": hash_splits(buildings.ids.filter(pa.array(is_kept)), splits[is_kept]),
         "leakage": measure_leakage(buildings, splits),
     }

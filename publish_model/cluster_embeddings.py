@@ -151,8 +151,8 @@ def summarize(table: pa.Table, threshold: dict[str, Any] | None, labels: pa.Arra
     }  # fmt: skip
     if threshold is not None and summary["largest"] > max(GIANT_IMAGES, GIANT_SHARE * len(table)):
         summary["giant"] = {"cluster": 0, "images": summary["largest"]}
-        cause = "copies of one picture, or a threshold that is too low"
-        logger.warning("cluster 0 holds %d of %d images: %s", summary["largest"], len(table), cause)
+        logger.warning("cluster 0 holds %d of %d images: copies of one picture, or a threshold that is too low",
+                       summary["largest"], len(table))  # fmt: skip
     summary |= threshold or {}
     if "expected_wrong_pair_share" in summary:
         summary["expected_wrong_pairs"] = summary["expected_wrong_pair_share"] * (sizes * (sizes - 1.0)).sum() / 2

@@ -157,8 +157,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     check_place(output)
     result = cli.StageResult(STAGE)
     result.add(COUNTS)
-    unit = make_unit(output, lambda _: provenance)
-    if find_complete(unit, own.overwrite):
+    if find_complete(make_unit(output, lambda _: provenance), own.overwrite):
         if changed := list_changed(output):
             raise StaleOutputError(
                 f"{output}: changed since it was published ({changed}): give --overwrite to publish it again, or "

@@ -60,9 +60,7 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
             "above), which may hold them: delete the ids there too and move them away"
         )
     if problems:
-        error = PipelineError(problems[-1])
-        error.result = result
-        raise error
+        raise PipelineError(problems[-1], result)
     return result
 
 

@@ -207,8 +207,7 @@ def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finishe
                 changed = [one.name for data, one in zip(old, images, strict=False) if one.data != data]
             if not changed:
                 finished[number] = file | {"seen": seen}
-                rejects = read_columns(rejects_path(path), REJECT_SCHEMA, "")
-                write_parquet(rejects_path(path), rejects, finished[number])
+                write_parquet(rejects_path(path), read_columns(rejects_path(path), REJECT_SCHEMA, ""), finished[number])
             elif source.seen:
                 raise StaleOutputError(f"{path}: {changed[0]} was another picture in its tar: give --overwrite")
             else:
@@ -227,8 +226,7 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
     """
     columns = {"id_column": options.id_column, "image_column": options.image_column}
     source = open_source(InputOptions(input=options.input, keep_columns=options.keep_columns, **columns))
-    names = {field.name for field in source.fields}
-    if taken := names & {IMAGE_COLUMN, VALID_COLUMN, EMBEDDING_COLUMN}:
+    if taken := {field.name for field in source.fields} & {IMAGE_COLUMN, VALID_COLUMN, EMBEDDING_COLUMN}:
         problem = f"column {min(taken)} has the name of one that is made here: give it another name, or do not keep it"
         raise InputError(f"{options.input}: {problem}")
     provenance = make_provenance(STAGE, source.inputs, {})

@@ -21,7 +21,7 @@ from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import ConfigError
 from pipeline.files.outputs import check_outside_datasets, check_replaceable, page_mark
-from pipeline.log import logger, logging_to
+from pipeline.log import logging_to
 from publish_model.derived.pages import make_thumbnail, write_html
 from publish_model.embed_images import embed_photographs
 from publish_model.model_folder.published_model import find_model
@@ -66,7 +66,6 @@ def search(arguments: argparse.Namespace) -> None:
     hits = [(float(similarities[row]), describe_id(ids[row])) for row in rows]
     for rank, (similarity, identifier) in enumerate(hits, start=1):
         print(f"{rank}\t{similarity:.6f}\t{identifier}")
-    logger.info("searched %d embeddings", dataset.num_rows)
     if arguments.html is not None:
         images = dict(dataset.read_images(source, rows)) if source else {}
         write_page(arguments.html, arguments.query, hits, [images.get(row) for row in rows])

@@ -46,7 +46,6 @@ class BallTreeEngine:
         self._margin = 1e-12 * float(np.linalg.norm(self._points, axis=1).max(initial=0.0))
 
     def search(self, queries: torch.Tensor, _query_codes: torch.Tensor, num_candidates: int) -> Found:
-        """See Engine."""
         count = min(num_candidates, len(self._points))
         distances, candidates = self._tree.query(queries.double().numpy(), k=count)
         bounds = (distances[:, -1] - self._margin).clip(min=0.0) ** 2
@@ -72,7 +71,6 @@ class TiledEngine:
         self._sample = self._points[::SAMPLE_STRIDE].contiguous(), codes[::SAMPLE_STRIDE].contiguous()
 
     def search(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int) -> Found:
-        """See Engine."""
         # The number of wanted points in the sample, plus four standard deviations.
         expected = num_candidates / SAMPLE_STRIDE
         sample_rank = int(expected + 4 * expected**0.5) + 1

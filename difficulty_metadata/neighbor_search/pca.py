@@ -45,13 +45,9 @@ class Pca:
 
     def project_all(self, sources: Sequence[Iterable[np.ndarray]]) -> np.ndarray:
         """Return the points (N, d) float32 of all sources' fingerprints, in their order, each source on a core."""
-
-        def project_source(blocks: Iterable[np.ndarray]) -> list[np.ndarray]:
-            return [self.project(block) for block in blocks]
-
         with (
             threadpool_limits(1, user_api="blas"),
-            closing(map_in_order(project_source, sources, count_cores())) as projected,
+            closing(map_in_order(lambda blocks: list(map(self.project, blocks)), sources, count_cores())) as projected,
         ):
             return np.concatenate([points for source in projected for points in source])
 

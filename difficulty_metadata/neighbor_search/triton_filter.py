@@ -86,7 +86,6 @@ class TritonEngine:
         )
 
     def search(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int) -> Found:
-        """See Engine."""
         ranks = [num_candidates]
         for _ in self._levels[1:]:
             expected = ranks[-1] / SAMPLE_STRIDE
@@ -116,9 +115,8 @@ class TritonEngine:
 
         The smallest sample is searched as a whole, and bounds the search in the next one.
         """
-        coarsest = self._levels[-1]
         thresholds = torch.cat([
-            _nearest_squared(block, codes, coarsest, ranks[-1])
+            _nearest_squared(block, codes, self._levels[-1], ranks[-1])
             for block, codes in zip(queries.split(DENSE_POINTS), query_codes.split(DENSE_POINTS), strict=True)
         ])  # fmt: skip
         for index in range(len(self._levels) - 2, 0, -1):
@@ -172,7 +170,8 @@ class TritonEngine:
         rounded = norms * reach_error + (reaches + reach_error) * norm_error
         summed = (self._num_dims + 8) * 2.0**-21 * (norms + norm_error) * (reaches + reach_error)
         margins = rounded + summed + 2.0**-22 * (norms + reaches).square()
-        return ((norms.square() - squared) / 2 - margins).float()
+        limits: torch.Tensor = ((norms.square() - squared) / 2 - margins).float()
+        return limits
 
 
 def _nearest_squared(queries: torch.Tensor, query_codes: torch.Tensor, level: _Level, rank: int) -> torch.Tensor:

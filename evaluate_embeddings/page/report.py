@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate_embeddings.page.gallery import make_gallery
-from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation, judge
+from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation
 from evaluate_embeddings.scores.tables import describe_gains
 from pipeline.config import Config
 from pipeline.errors import ConfigError
@@ -43,16 +43,8 @@ def write_report(path: Path, evaluation: Evaluation, metrics: Mapping[str, Any],
     environment = load_templates(TEMPLATES_DIR)
     environment.filters |= FILTERS
     page = environment.get_template("report.html.j2").render(
-        metrics=metrics, mood=choose_mood(metrics), verdict=describe_gains(metrics), kinds=KIND_LABELS,
+        metrics=metrics, verdict=describe_gains(metrics), kinds=KIND_LABELS,
         baselines=BASELINES, score_labels=SCORE_LABELS, gallery=gallery,
     )  # fmt: skip
     with writing_to(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-
-
-def choose_mood(metrics: Mapping[str, Any]) -> str:
-    """Return the verdict's class in the style sheet: good if all are beaten, bad if one is not or nobody can tell."""
-    verdicts = {judge(metrics["projector_gain"][f"over_{baseline}"]["map_ci95"]) for baseline in BASELINES}
-    if metrics["warning"] or "is worse than" in verdicts:
-        return "bad"
-    return "good" if verdicts == {"beats"} else ""

@@ -44,8 +44,7 @@ def _choose(folder: Path, wanted: str, is_wanted: Callable[[Path], bool]) -> tup
 
 def list_outputs(folder: Path, stage: int, ending: str) -> list[Path]:
     """Return a stage's parquets, NAME`ending`.parquet, by name; raise InputError if there are none."""
-    wanted = f"*{ending}.parquet"
-    found, problem = _choose(folder, wanted, lambda path: is_parquet(path) and path.stem.endswith(ending))
+    found, problem = _choose(folder, f"*{ending}.parquet", lambda path: is_parquet(path) and path.stem.endswith(ending))
     if not found:
         raise InputError(f"{folder}: {problem}: run stage {stage}, or correct the path")
     return found

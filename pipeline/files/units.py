@@ -232,6 +232,4 @@ def do_tars(
     if failures:
         more = f" (and {len(failures) - 1} more, see the log)" if len(failures) > 1 else ""
         others = ", the others are done" if len(units) > len(failures) else ""
-        failed = InputError(f"{len(failures)} of {len(units)} tars failed{others}: {failures[0]}{more}")
-        failed.result = result
-        raise failed
+        raise InputError(f"{len(failures)} of {len(units)} tars failed{others}: {failures[0]}{more}", result)

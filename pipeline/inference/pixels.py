@@ -72,10 +72,8 @@ def travels_whole(height: int, width: int) -> bool:
 
 def prepare_on_device(processor: Any, pixels: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """Return the model's input, (3, h, w) float32 each, of pictures (3, H, W) uint8 on the device."""
-    ready: list[torch.Tensor] = []
-    for start in range(0, len(pixels), DEVICE_CHUNK):
-        ready += processor(images=list(pixels[start : start + DEVICE_CHUNK]), device=device)["pixel_values"]
-    return ready
+    chunks = (list(pixels[start : start + DEVICE_CHUNK]) for start in range(0, len(pixels), DEVICE_CHUNK))
+    return [one for chunk in chunks for one in processor(images=chunk, device=device)["pixel_values"]]
 
 
 def works_on_tensors(processor: Any) -> bool:

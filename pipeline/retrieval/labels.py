@@ -45,8 +45,7 @@ def label_rows(ids: pa.StringArray, labels_path: Path | None) -> pa.StringArray:
     columns["building"] = null_blanks(columns["building"])
     pairs = pa.table(columns).drop_null().group_by(["id", "building"]).aggregate([]).combine_chunks()
     if pairs.num_rows != len(pairs["id"].unique()):
-        counts = pairs["id"].value_counts()
-        twice = next(entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1)
+        twice = next(entry["values"] for entry in pairs["id"].value_counts().to_pylist() if entry["counts"] > 1)
         raise InputError(f"{labels_path}: {name} {twice} has two buildings: give each image one")
     places = pc.index_in(ids, value_set=pairs["id"].combine_chunks())
     if places.null_count == len(ids):

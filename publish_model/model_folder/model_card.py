@@ -173,7 +173,6 @@ def _format_code(value: object) -> str:
 
 
 def _format_table(metrics: Metrics) -> str:
-    """Return the scores as a Markdown table with a line for each row, and the 95 % intervals where they are known."""
     keys = [key for key in SCORES if key in metrics["projector"]]
     lines = [["", *(SCORES[key] for key in keys)], ["---"] * (len(keys) + 1)]
     for row, title in ROWS.items():

@@ -54,9 +54,8 @@ def embed_batches(
         data, picture.data = picture.data, None  # freed as soon as it is decoded
         if not data:
             raise Rejection("missing_image", "null" if data is None else "0 bytes")
-        decoded = embedder.decode(data)
         picture.image_hash = hash_bytes(data)
-        return decoded
+        return embedder.decode(data)
 
     embedded: list[Picture] = []
     rejected: list[tuple[int, Rejection]] = []

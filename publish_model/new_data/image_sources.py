@@ -97,8 +97,6 @@ def open_source(options: InputOptions) -> ImageSource:
 
 
 def _list_files(folder: Path, names: Sequence[str], table: pa.Table, inputs: list[dict[str, Any]]) -> ImageSource:
-    """Return the images of files below a folder, whose rows are those of a table."""
-
     def stream(start: int) -> Iterator[SourceImage]:
         batches = table.slice(start).to_batches(1000)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)

@@ -206,8 +206,7 @@ def check_secrets(options: Sequence[str]) -> None:
 
 def name_job_file(stage: Stage) -> str:
     """Return a stage's job file, from the project's root."""
-    folder = "publish_model/slurm" if stage.unit == ROW_GROUP else "slurm"
-    return f"{folder}/{stage.name}.sbatch"
+    return f"{'publish_model/slurm' if stage.unit == ROW_GROUP else 'slurm'}/{stage.name}.sbatch"
 
 
 def build_command(job: PlannedJob, request: Request, ids: dict[PlannedJob, str]) -> list[str]:

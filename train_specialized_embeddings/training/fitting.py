@@ -173,8 +173,7 @@ def make_material(
         start = restore_start(saved, saved.rest["start"], scores)
     else:
         start = fit_start(train, validation, config.training_model.output_dim, section, device, warm)
-    linear_map = start.coordinates.linear_map
-    map_rows = partial(linear_map.map_rows, device=device if device.type == "cuda" else None)
+    map_rows = partial(start.coordinates.linear_map.map_rows, device=device if device.type == "cuda" else None)
     features = move_features(map_rows(train.embeddings), device)
     validation = replace(validation, embeddings=map_rows(validation.embeddings))
     trained_on = torch.unique(hash_buildings(train.building_ids.to_pylist()))

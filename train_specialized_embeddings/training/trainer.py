@@ -186,11 +186,13 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return copies of everything that the next step depends on, as tensors and plain values on the CPU."""
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        bandit = self.bandit and _copy(vars(self.bandit))
         return {
             **{name: _copy(part.state_dict()) for name, part in self._parts.items()},
             "epoch": self.epoch,
-            "sampler": {"random": self.sampler.generator.get_state(), "bandit": bandit},
+            "sampler": {
+                "random": self.sampler.generator.get_state(),
+                "bandit": self.bandit and _copy(vars(self.bandit)),
+            },
             "random": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
 

@@ -31,11 +31,10 @@ def report_runs(tuning: Tuning, project: str) -> StageResult:
             and settings.keys() == SPACE.keys()
             and all(config.get(key, wanted[key]) == wanted[key] for key in fixed)
         ):
-            trial = optuna.trial.create_trial(
+            study.add_trial(optuna.trial.create_trial(
                 params=settings, distributions=SPACE, value=max(scores.values()), intermediate_values=scores,
                 user_attrs={"wandb_run": name},
-            )  # fmt: skip
-            study.add_trial(trial)
+            ))  # fmt: skip
     trials = study.get_trials(deepcopy=False)
     where = f"--from-wandb-project {project}"
     logger.info("%s: %d of %d finished runs have these splits and settings", where, len(trials), len(runs))
