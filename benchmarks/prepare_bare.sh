@@ -10,7 +10,7 @@ python=${PYTHON:-python}
 # pydantic, with those of its requirements that torch does not have, and threadpoolctl, in the versions installed here.
 wanted=()
 for name in pydantic pydantic-core annotated-types typing-inspection threadpoolctl; do
-    wanted+=("$name==$("$python" -c "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))" "$name")")
+    wanted+=("$name==$("$python" -P -c "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))" "$name")")
 done
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation=cp --python-version="${2:-3.12}" \
     --platform=manylinux2014_x86_64 --platform=manylinux_2_28_x86_64 --dest="$folder" "${wanted[@]}"

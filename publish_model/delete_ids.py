@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
-from pipeline.embeddings_dataset.deletions import delete_ids
+from pipeline.embeddings_dataset.deletions import delete_ids, list_naming_columns
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import PipelineError
 from pipeline.log import logger
@@ -58,6 +58,11 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
         problems.append(
             f"{dataset.folder}: the ids are gone but for {len(others)} files or datasets that are not its own (named "
             "above), which may hold them: delete the ids there too and move them away"
+        )
+    if naming := list_naming_columns(dataset):
+        problems.append(
+            f"{dataset.folder}: rows that stay name deleted ids in the kept columns {', '.join(map(repr, naming))}: "
+            "embed the input without these columns (--keep-columns) into another folder, and remove this one"
         )
     if problems:
         raise PipelineError(problems[-1], result)

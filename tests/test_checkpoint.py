@@ -174,6 +174,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     ("change", "problem"),
     [
         ({"architecture": {"input_dim": 12, "num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000"),
+        ({"architecture": {}, "projector": {}}, "num_hidden_layers is 1, of 0 weights"),
         ({"architecture": {"input_dim": 12, "hidden_dim": 10**9, "output_dim": 10**9}}, "size mismatch"),
         ({"architecture": {"input_dim": 12}}, "size mismatch"),
         ({"architecture": {"input_dim": 12, "input_power": "x"}}, "could not convert string to float"),

@@ -372,15 +372,15 @@ def test_what_was_set_aside_goes_and_what_is_not_ours_stays(delete, tmp_path):
     aside, foreign = output / "_removed" / "1" / "parts", output / "_removed" / "mine" / "parts"
     for folder in (aside, foreign):
         folder.mkdir(parents=True)
-        pq.write_table(pa.table({"OSMID": ["way/1"]}), folder / "with.parquet")
+        pq.write_table(pa.table({"OSMID": ["way/1"]}), folder / "rg00000_rb00001.parquet")
     for _ in range(2):
         outcome = delete(output, "way/1")
         assert outcome.code == 1
         assert [path.name for path in (output / "_removed").iterdir()] == ["mine"]
-        assert (foreign / "with.parquet").exists()
-        assert f"{foreign / 'with.parquet'}: not written by this project: it stays" in outcome.stderr
+        assert (foreign / "rg00000_rb00001.parquet").exists()
+        assert f"{foreign / 'rg00000_rb00001.parquet'}: not written by this project: it stays" in outcome.stderr
         assert "the ids are gone but for 1 files or datasets that are not its own" in outcome.stderr.splitlines()[-1]
-    (foreign / "with.parquet").unlink()
+    (foreign / "rg00000_rb00001.parquet").unlink()
     assert delete(output, "way/1").code == 0
 
 

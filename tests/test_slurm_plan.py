@@ -250,6 +250,13 @@ def test_options_behind_two_dashes_go_to_the_stage(slurmless):  # by way of the 
     assert command.index("--time=5") < script < command.index("--force")
 
 
+def test_the_folder_that_a_chain_is_submitted_from_brings_no_code(slurmless, tmp_path):
+    for name in ("pyarrow", "pydantic", "numpy"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')\nraise ImportError")
+    assert dry_run("3", script="slurm/submit_stage.sh", PATH=slurmless, cwd=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("as_one_word", [True, False])
 def test_another_environment_runs_the_submission_and_the_jobs(slurmless, tmp_path, as_one_word):
     python = tmp_path / "venv" / "bin" / "python"

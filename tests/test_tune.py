@@ -235,6 +235,15 @@ def test_a_link_that_takes_the_studys_place_is_not_written_through(
     assert not any(mine.iterdir())
 
 
+def test_no_trial_logs_through_a_link(workspace: Path) -> None:
+    (workspace / "mine").mkdir()
+    (workspace / "checkpoint/_tune").mkdir(parents=True)
+    (workspace / "checkpoint/_tune/trial_0000").symlink_to(workspace / "mine")
+    with pytest.raises(PipelineError, match="trial_0000 is a link or pipe"):
+        search(workspace, 1, "logging.tensorboard=true")
+    assert not any((workspace / "mine").iterdir())
+
+
 def test_a_study_without_any_complete_trial_says_so(workspace: Path) -> None:
     with pytest.raises(PipelineError, match=r"_tune: no trial was complete"):
         search(workspace, 2, "training.min_negative_distance_m=9e9")

@@ -3,7 +3,7 @@
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, plain_val
 from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import (
+    EMBEDDING_COLUMN,
     Part,
     PartContent,
     find_parts,
@@ -116,7 +117,7 @@ def _write_order(folder: Path, order: DeletionOrder) -> None:
     workspace.write_json(folder / _ORDER, content)
 
 
-def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]]) -> tuple[int, list[str], list[Path]]:
+def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Iterable[object]]) -> tuple[int, list[str], list[Path]]:
     """Take ids out for good; return the number of rows deleted, and the listed names that no row has or had.
 
     What in its folder is not its own comes third: other datasets and files of others stay, and may hold the ids.
@@ -128,7 +129,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     for path in _survey(folder, "link"):
         raise PipelineError(f"{path}: a link, and what it leads to may hold the ids: remove it, then run this again")
     salt = before.salt or secrets.token_bytes(16)
-    hashes = {name: set(hash_ids(values, salt)) for name, values in listed.items()}
+    hashes = {name: set(hash_ids(list(values), salt)) for name, values in listed.items()}
     wanted, found = before.id_hashes.union(*hashes.values()), set[int]()
     if not wanted:
         return 0, list(listed), []
@@ -149,6 +150,26 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Sequence[object]
     dataset.update_state(dataset.parts)
     _write_order(folder, replace(order, done=True))
     return num_rows, [name for name, own in hashes.items() if own <= unmatched], _survey(folder, "other")
+
+
+def list_naming_columns(dataset: EmbeddingsDataset) -> list[str]:
+    """Return the kept columns in which the text of a row that stays is an id that was to go."""
+    order, found = read_order(dataset.folder), set[str]()
+    kept = set(dataset.schema.names) - {ID_COLUMN, EMBEDDING_COLUMN}
+    for part in dataset.parts if kept else ():
+        table = part.read(sorted(kept - found))
+        texts = {name: set(_list_texts(plain_values(table.column(name)))) for name in table.column_names}
+        found |= {name for name, values in texts.items() if order.find(list(values)).any()}
+    return sorted(found)
+
+
+def _list_texts(value: object) -> Iterator[object]:
+    """Yield the texts and bytes in a plain value, nested or not."""
+    if isinstance(value, str | bytes):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _list_texts(one)
 
 
 def finish_order(folder: Path) -> None:

@@ -116,8 +116,10 @@ def build_projector(checkpoint: Checkpoint) -> Projector:
     """
     architecture, weights = checkpoint.architecture, checkpoint.projector
     try:
-        if architecture.get("num_hidden_layers", 1) > len(weights):  # a number alone must not make layers
-            raise ValueError(f"num_hidden_layers is {architecture['num_hidden_layers']}")
+        if (num_layers := architecture.get("num_hidden_layers", 1)) > len(
+            weights
+        ):  # a number alone must not make layers
+            raise ValueError(f"num_hidden_layers is {num_layers}, of {len(weights)} weights")
         with torch.device("meta"):  # shapes are compared before memory is taken for them
             Projector(**architecture).load_state_dict(weights, strict=True, assign=True)
         if not (0 <= architecture.get("dropout", 0.0) < 1 and 0 < architecture.get("input_power", 1.0) < 100):

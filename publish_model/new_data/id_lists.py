@@ -16,7 +16,7 @@ from pipeline.files.text_tables import read_id_table, reading_text
 from pipeline.log import logger
 
 
-def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
+def read_id_list(path: Path, kind: pa.DataType) -> dict[str, set[object]]:
     """Return each id of a list, as text, with the plain values of the dataset's type that it stands for.
 
     Text stands for the id that is written so, blanks and quotes included; one that can be none of the type stands for
@@ -32,13 +32,15 @@ def read_id_list(path: Path, kind: pa.DataType) -> dict[str, list[object]]:
         # Only a line feed ends a line, as ids may hold the others, unless there is none in the list.
         lines = (line.removesuffix("\r") for line in content.split("\n" if "\n" in content else "\r"))
         column = pa.chunked_array([[line for line in lines if line.strip()]], pa.string())
-    listed: dict[str, list[object]] = {}
+    listed: dict[str, set[object]] = {}
     for chunk in column.chunks:
+        with contextlib.suppress(pa.ArrowNotImplementedError):  # a small parquet may repeat an id 10^8 times
+            chunk = chunk.unique()  # noqa: PLW2901
         for scalar, value in zip(chunk, plain_values(chunk), strict=True):
             if value is not None and value == value:  # noqa: PLR0124 (NaN)
                 text = value if isinstance(value, str) else describe_id(scalar)
                 values = [value] if chunk.type == kind else _values_of(text, kind, path)
-                listed.setdefault(text, []).extend(values)  # nanoseconds read like others
+                listed.setdefault(text, set()).update(values)  # nanoseconds read like others
     if not listed:
         raise InputError(f"{path}: holds no ids")
     return listed

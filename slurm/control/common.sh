@@ -29,7 +29,7 @@ find_python() {
     if [ -z "${PYTHON:-}" ]; then
         if [ -x "$root/.venv/bin/python" ]; then PYTHON=$root/.venv/bin/python; else PYTHON=python3; fi
     fi
-    if ! "$PYTHON" -c 'import pyarrow, pydantic' 2>/dev/null; then
+    if ! "$PYTHON" -P -c 'import pyarrow, pydantic' 2>/dev/null; then
         echo "error: $PYTHON lacks the project's packages: run $root/slurm/prepare.sh on a login node" >&2
         return 1
     fi

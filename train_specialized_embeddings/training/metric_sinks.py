@@ -29,6 +29,7 @@ def sending_metrics(
             from torch.utils.tensorboard import SummaryWriter
 
             own_folders.discard(folder / TENSORBOARD)
+            own_folders.make_folder(folder / TENSORBOARD)
             board = stack.enter_context(SummaryWriter(str(folder / TENSORBOARD)))
         if section.wandb != "off":
             require_package("wandb", "[logging].wandb", 'set it to "off"')
