@@ -123,6 +123,11 @@ def test_its_version_changes_with_weights_processor_and_backbone(dino, tmp_path)
     assert len(versions) == 4
 
 
+def test_its_version_hangs_on_no_order_of_names(dino):
+    index = json.loads((find_model(str(dino[0]), download=False).folder / "model.safetensors.index.json").read_text())
+    assert list(index["weight_map"]) == sorted(index["weight_map"])
+
+
 def test_a_processor_of_its_own_wins_over_the_backbones(dino, tmp_path):
     folder = shutil.copytree(dino[0], tmp_path / "reference")
     shutil.copy(dino[1] / "preprocessor_config.json", folder)

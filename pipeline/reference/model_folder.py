@@ -165,4 +165,5 @@ def _write_weights(rebuilt: Path, paths: dict[str, Path], projector: dict[str, A
     with writing_weights(rebuilt):
         save_file(weights, rebuilt / "projector.safetensors", {"format": "pt"})
     linked = {name: f"linked-{path.name}" for name, path in paths.items() if name.startswith("backbone.")}
-    return linked | dict.fromkeys(weights, "projector.safetensors")
+    # In one order, as the index is part of the model's identity.
+    return dict(sorted((linked | dict.fromkeys(weights, "projector.safetensors")).items()))
