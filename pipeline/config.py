@@ -249,8 +249,8 @@ class Config(Section):
         expanded = os.path.expanduser(filled)  # noqa: PTH111 (takes any text)
         if undefined := re.search(rf"^~[^/]*|{_VARIABLE}", expanded):
             raise ConfigError(f"{self.file_path}: {where}: {undefined[0]} in {value!r} is unset or empty: export it")
-        if not expanded.strip():  # else it is the configuration's own folder
-            raise ConfigError(f"{self.file_path}: {where}: {value!r} is empty: give a path")
+        if not expanded.strip() or "\0" in expanded:  # an empty one is the configuration's own folder
+            raise ConfigError(f"{self.file_path}: {where}: {value!r} is empty or holds a zero byte: give a path")
         return (self.file_path.parent / expanded).resolve()
 
     def require_paths(self, *keys: str) -> None:
