@@ -5,10 +5,9 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Result
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 # What the items in flight may take together, but for one: some hundreds of pictures of Street View.
 HELD_BYTES = 2**27

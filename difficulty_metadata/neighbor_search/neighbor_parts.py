@@ -51,10 +51,11 @@ class PartStore:
         schema = pa.schema(
             [(name, pa.binary(np.dtype(kind).itemsize * self.num_neighbors)) for name, kind in _TYPES.items()]
         )
-        columns = []
-        for field, values in zip(schema, (rows, distances), strict=True):
-            stored = pa.py_buffer(np.ascontiguousarray(values, _TYPES[field.name]))
-            columns.append(pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, stored]))
+        stored = map(np.ascontiguousarray, (rows, distances), _TYPES.values())
+        columns = [
+            pa.FixedSizeBinaryArray.from_buffers(field.type, len(values), [None, pa.py_buffer(values)])
+            for field, values in zip(schema, stored, strict=True)
+        ]
         with parquet_writer(
             self.path(part), schema, self.provenance,
             compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True,

@@ -7,14 +7,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from pipeline.errors import DeviceMemoryError, PipelineError
+from pipeline.errors import DeviceMemoryError, PipelineError, Result
 from pipeline.log import logger
-
-Result = TypeVar("Result")
 
 # The driver makes this file for the first GPU, on Linux.
 NVIDIA_DEVICE = Path("/dev/nvidia0")

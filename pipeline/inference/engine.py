@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from pipeline.errors import Rejection, catch_rejection
 from pipeline.inference.backbone import Decoded, Embedder, Launched, Staged
 from pipeline.inference.images import log_turned
 from pipeline.log import Stopwatch
-from pipeline.threads import map_in_order, prefetch
-
-Item = TypeVar("Item")
+from pipeline.threads import Item, map_in_order, prefetch
 
 # Passes made ready ahead of those that a GPU computes.
 PASSES_READY = 2

@@ -171,10 +171,10 @@ def _open_tars(folder: Path, names: Sequence[str]) -> ImageSource:
 
     looks = [look_at(folder / name) or [0, 0] for name in names]
     inputs = [{"name": decode_name(name), "size": size} for name, (size, _) in zip(names, looks, strict=True)]
-    fields = (pa.field(ID_COLUMN, pa.string()),)
     return ImageSource(
-        fields, inputs, None, lambda start: itertools.islice(stream_all(), start, None), hash_json(looks)
-    )
+        (pa.field(ID_COLUMN, pa.string()),), inputs, None,
+        lambda start: itertools.islice(stream_all(), start, None), hash_json(looks),
+    )  # fmt: skip
 
 
 def _is_image(member: Member) -> bool:
@@ -198,7 +198,7 @@ def _open_parquets(options: InputOptions) -> ImageSource:
     sample = next(table for group in groups for table in read_batches(source, group))
     described = hash_json([source.fingerprint, options.id_column, options.image_column, columns])
     inputs = [{"name": source.path.name, "size": source.size, "hash": described}]
-    fields = tuple(sample.schema.field(name) for name in columns)
     return ImageSource(
-        fields, inputs, source.num_rows, lambda start: itertools.islice(stream_all(), start, None), described
-    )
+        tuple(sample.schema.field(name) for name in columns), inputs, source.num_rows,
+        lambda start: itertools.islice(stream_all(), start, None), described,
+    )  # fmt: skip

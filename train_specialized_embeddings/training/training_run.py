@@ -53,7 +53,6 @@ class TrainingRun:
         projector = make_projector(material.start, config.training_model, config.training).to(material.features.device)
         spread = torch.from_numpy(material.start.coordinates.spread)
         self.trainer = Trainer(projector, material.features, material.sampler, config.training, spread)
-        logger.info("%d anchors an epoch, %d a step", self.trainer.num_anchors, self.trainer.batch_size)
 
     @property
     def epoch(self) -> int:
