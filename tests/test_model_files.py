@@ -10,7 +10,7 @@ import pytest
 from generate_embeddings import generate_embeddings
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError
-from pipeline.inference.model_files import identify_model, locate_backbone, locate_model
+from pipeline.inference.model_files import digest_published, identify_model, locate_backbone, locate_model
 from preprocess_raw_data import process_tar
 
 
@@ -59,6 +59,11 @@ def test_every_byte_of_large_weights_counts_also_after_a_change_in_place(tmp_pat
         assert identify_model(tmp_path / "same") != first
     changed_in_place.write_bytes(weights)
     assert identify_model(tmp_path / "same") == first
+
+
+def test_settings_are_the_same_before_and_after_they_are_stored(tmp_path):
+    settings = {"backbone_config": {"id2label": dict.fromkeys(range(12), "building")}}
+    assert digest_published(tmp_path, settings) == digest_published(tmp_path, json.loads(json.dumps(settings)))
 
 
 def test_a_folder_without_config_is_no_model(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -181,7 +182,8 @@ def identify_model(folder: Path) -> str:
 def digest_published(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Return the digest of each file that shapes a published model's embeddings; `settings` are its config.json's."""
     files = [*sorted(folder.glob("*.safetensors")), *folder.glob("preprocessor_config.json")]
-    return {path.name: _digest(path) for path in files} | {"config.json": hash_json(settings)}
+    stored = json.loads(json.dumps(settings))  # where the number of a label is text
+    return {path.name: _digest(path) for path in files} | {"config.json": hash_json(stored)}
 
 
 def list_changed(folder: Path) -> str:
