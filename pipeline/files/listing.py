@@ -54,8 +54,7 @@ def list_intermediates(intermediates_dir: Path) -> dict[int, Path]:
     """Return stage 1's outputs by dataset id; none if there is no such folder."""
     if not intermediates_dir.is_dir():
         return {}
-    found = (path for path in list_files(intermediates_dir) if is_parquet(path))
-    ids = {path: parse_dataset_name(path.stem) for path in found}
+    ids = {path: parse_dataset_name(path.stem) for path in list_files(intermediates_dir) if is_parquet(path)}
     return {dataset_id: path for path, dataset_id in ids.items() if dataset_id is not None}
 
 

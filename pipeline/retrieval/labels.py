@@ -58,8 +58,7 @@ def read_ignore_pairs(path: Path | None) -> pa.Table | None:
     if path is None:
         return None
     remedy = f"--ignore-pairs takes a CSV with the columns {' and '.join(PAIR_COLUMNS)}"
-    table = read_id_table(path, PAIR_COLUMNS, remedy)
-    return table.cast(pa.schema([(name, pa.string()) for name in PAIR_COLUMNS]))
+    return read_id_table(path, PAIR_COLUMNS, remedy).cast(pa.schema([(name, pa.string()) for name in PAIR_COLUMNS]))
 
 
 def resolve_pairs(pairs: pa.Table | None, building_ids: pa.StringArray) -> NDArray[np.int64]:

@@ -89,8 +89,7 @@ def triplet(pairs: Pairs, section: TrainingSection) -> torch.Tensor:
     measure = DISTANCES[section.triplet_distance]
     to_positive, to_negative = (measure(anchors, pairs.candidates[other]) for other in (positives, negatives))
     losses = torch.relu(to_positive - to_negative + section.margin) * pairs.is_negative[rows].any(dim=1)
-    sums = losses.new_zeros(len(pairs.anchors)).index_add(0, rows, losses)
-    return sums / pairs.is_positive.sum(dim=1).clamp_min(1)
+    return losses.new_zeros(len(pairs.anchors)).index_add(0, rows, losses) / pairs.is_positive.sum(dim=1).clamp_min(1)
 
 
 class _Function(nn.Module):

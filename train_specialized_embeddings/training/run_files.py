@@ -21,8 +21,7 @@ _OUTPUT = re.compile(r"checkpoint_(best|final|epoch_\d+)\.pt|metrics\.jsonl")
 
 def digest_outputs(folder: Path) -> dict[str, str]:
     """Return the digests of a complete run's checkpoints; metrics.jsonl has the seconds that it took."""
-    paths = [folder / name for name in (BEST, FINAL)]
-    return {path.name: digest_file(path) for path in paths if path.exists()}
+    return {name: digest_file(folder / name) for name in (BEST, FINAL) if (folder / name).exists()}
 
 
 def list_outputs(folder: Path) -> list[Path]:
