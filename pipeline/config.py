@@ -246,7 +246,8 @@ class Config(Section):
         """Expand `~` and `$VARIABLES` in a path, from the configuration's folder; raise ConfigError naming `where`."""
         # An empty variable would move a path to the root of the file system.
         filled = re.sub(_VARIABLE, lambda found: os.environ.get(found[1].strip("{}")) or found[0], value)
-        expanded = os.path.expanduser(filled)  # noqa: PTH111 (takes any text)
+        has_home = os.environ.get("HOME") != ""
+        expanded = os.path.expanduser(filled) if has_home else filled  # noqa: PTH111 (takes any text)
         if undefined := re.search(rf"^~[^/]*|{_VARIABLE}", expanded):
             raise ConfigError(f"{self.file_path}: {where}: {undefined[0]} in {value!r} is unset or empty: export it")
         if not expanded.strip() or "\0" in expanded:  # an empty one is the configuration's own folder

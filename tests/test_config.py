@@ -249,14 +249,15 @@ def test_an_undefined_variable_is_an_error_only_where_the_path_is_used(tmp_path,
 
 def test_an_empty_path_or_variable_does_not_stand_for_another_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NOTHING", "")
-    config = load_config(
-        write(tmp_path, "[paths]\nraw_dir = ''\nmerged_dir = '${NOTHING}/m'\nreport_dir = \"a\\u0000\"")
-    )
+    monkeypatch.setenv("HOME", "")
+    paths = "raw_dir = ''\nmerged_dir = '${NOTHING}/m'\nreport_dir = \"a\\u0000\"\nembeddings_dir = '~/m'"
+    config = load_config(write(tmp_path, f"[paths]\n{paths}"))
     with pytest.raises(ConfigError) as caught:
-        config.require_paths("raw_dir", "merged_dir", "report_dir")
+        config.require_paths("raw_dir", "merged_dir", "embeddings_dir", "report_dir")
     assert caught.value.problems == [
         f"{tmp_path}/config.toml: [paths].raw_dir: '' is empty or holds a zero byte: give a path",
         f"{tmp_path}/config.toml: [paths].merged_dir: ${{NOTHING}} in '${{NOTHING}}/m' is unset or empty: export it",
+        f"{tmp_path}/config.toml: [paths].embeddings_dir: ~ in '~/m' is unset or empty: export it",
         f"{tmp_path}/config.toml: [paths].report_dir: 'a\\x00' is empty or holds a zero byte: give a path",
     ]
 
