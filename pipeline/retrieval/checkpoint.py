@@ -116,9 +116,8 @@ def build_projector(checkpoint: Checkpoint) -> Projector:
     """
     architecture, weights = checkpoint.architecture, checkpoint.projector
     try:
-        if (num_layers := architecture.get("num_hidden_layers", 1)) > len(
-            weights
-        ):  # a number alone must not make layers
+        num_layers = architecture.get("num_hidden_layers", 1)
+        if num_layers > len(weights):  # a number alone must not make layers
             raise ValueError(f"num_hidden_layers is {num_layers}, of {len(weights)} weights")
         with torch.device("meta"):  # shapes are compared before memory is taken for them
             Projector(**architecture).load_state_dict(weights, strict=True, assign=True)
