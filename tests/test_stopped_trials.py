@@ -57,6 +57,20 @@ def test_a_trial_whose_worker_was_stopped_is_tried_again_and_counts_once(
     assert "the settings as configured: " in (workspace / "checkpoint/_tune/best.toml").read_text()
 
 
+def test_an_interruption_that_the_journals_lock_hides_behind_an_error_is_still_one(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hide(*_: Any) -> None:
+        try:
+            raise Terminated
+        finally:
+            raise FileNotFoundError(2, "No such file or directory", "journal.log.lock")
+
+    monkeypatch.setattr(Tuning, "open_study", hide)
+    with pytest.raises(Terminated):
+        search(workspace, 1)
+
+
 def test_settings_that_kill_their_workers_again_and_again_are_given_up(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

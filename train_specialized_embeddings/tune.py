@@ -71,7 +71,13 @@ def run(config: Config, options: TuneOptions) -> cli.StageResult:
     if options.from_wandb_project is not None:
         return report_runs(tuning, options.from_wandb_project)
     with naming_failures(tuning.folder / JOURNAL):  # Optuna's errors name no file
-        return run_study(tuning)
+        try:
+            return run_study(tuning)
+        except (OSError, RuntimeError) as error:
+            found: BaseException | None = error  # Optuna's file lock may hide an interruption behind its own error
+            while found is not None and not isinstance(found, KeyboardInterrupt):
+                found = found.__context__
+            raise found or error  # noqa: B904
 
 
 def main(argv: Sequence[str] | None = None) -> None:
