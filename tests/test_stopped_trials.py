@@ -35,7 +35,7 @@ def stop_first(monkeypatch: pytest.MonkeyPatch, error: type[BaseException], time
     def train(self: Tuning, trial: Any, *rest: Any) -> float:
         tried.append(dict(trial.params))
         if len(tried) <= times:
-            raise error
+            raise error("stopped")
         return real(self, trial, *rest)
 
     monkeypatch.setattr(Tuning, "_train", train)
