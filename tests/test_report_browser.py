@@ -54,7 +54,7 @@ def test_it_opens_from_disk_without_a_complaint_or_a_request_and_fits_the_screen
 def test_every_link_of_the_contents_leads_to_a_section_that_can_be_seen(browser, report):
     page = open_report(browser, report, 1280).page
     links = page.locator("nav a")
-    assert links.count() == 7
+    assert links.count() == 6
     for number in range(links.count()):
         links.nth(number).click()
         heading = page.locator(f"section{page.evaluate('location.hash')} h2")

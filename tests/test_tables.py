@@ -63,7 +63,7 @@ def test_whatever_goes_wrong_the_old_file_stays_and_nothing_else(tmp_path, failu
     def fail():
         with tables.parquet_writer(path, SCHEMA, PROVENANCE) as writer:
             writer.write_table(make_table(5).cast(SCHEMA))
-            raise failure
+            raise failure("it went wrong")
 
     with pytest.raises((failure, PipelineError)):
         fail()

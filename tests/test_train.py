@@ -157,7 +157,7 @@ def test_training_on_a_sample_of_the_buildings_reads_these_alone(
 ) -> None:
     with caplog.at_level("INFO", "spatial_building_embeddings"):
         run(workspace, "training.sample_buildings=11", "training.num_epochs=1")
-    assert "11 of 30 buildings" in caplog.text
+    assert "images of 11 buildings" in caplog.text
     assert read_checkpoints(workspace)["checkpoint_best.pt"]["settings"]["training"]["sample_buildings"] == 11
 
 

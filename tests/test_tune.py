@@ -45,7 +45,6 @@ def test_a_study_may_train_on_a_sample_of_the_buildings_which_is_another_study(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="spatial_building_embeddings"):
         assert search(workspace, 1, sample_buildings=11).rows_out == 1
-    assert "11 of 30 buildings" in caplog.text
     assert re.search(r"training on \d+ images of 11 buildings", caplog.text)
     with pytest.raises(StaleOutputError, match="sample_buildings was 11 and is now 12"):
         search(workspace, 2, sample_buildings=12)
