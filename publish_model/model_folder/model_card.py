@@ -71,14 +71,11 @@ def is_measured(metrics: Mapping[str, Any]) -> bool:
     return all(isinstance(row, dict) and isinstance(row.get("map"), int | float) for row in rows)
 
 
-def write_card(folder: Path, model: ModelParts, dtype: str) -> None:
-    """Write README.md; `dtype` is the type of the published backbone weights."""
+def write_card(folder: Path, model: ModelParts, dtype: str, licence_files: list[str]) -> None:
+    """Write README.md; `dtype` is the type of the published backbone weights, the files lie beside it."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    licence, licence_files = (
-        _read_licence(model.folder / "README.md"),
-        [path.name for path in list_licences(model.folder)],
-    )
+    licence = _read_licence(model.folder / "README.md")
     backbone_name = model.config["backbone_model_name"]
     named: dict[str, Any] = dict(licence) or {"license": "other", "license_name": "unknown"}
     if named.get("license") == "other" and licence_files:

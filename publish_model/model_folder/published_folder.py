@@ -134,11 +134,12 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     (folder / "config.json").write_text(json.dumps(config | carried, indent=2) + "\n", encoding="utf-8")
     for name, code in read_code().items():
         (folder / name).write_bytes(code)
-    for path in list_licences(model.folder):
+    licences = list_licences(model.folder)
+    for path in licences:
         shutil.copyfile(path, folder / path.name)
     if model.pair_rates is not None:
         (folder / RATES_NAME).write_text(json.dumps(model.pair_rates) + "\n", encoding="utf-8")
-    write_card(folder, model, stored)
+    write_card(folder, model, stored, [path.name for path in licences])
     with naming_model(model.folder):
         try_model(folder, model)
 
