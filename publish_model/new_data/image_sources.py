@@ -22,7 +22,7 @@ from pipeline.embeddings_dataset.packaged_input import (
     open_input,
     read_batches,
 )
-from pipeline.errors import InputError, Rejection, one_line
+from pipeline.errors import InputError, Rejection, catch_rejection, one_line
 from pipeline.files.archive import MAX_IMAGE_BYTES, Member, stream_members
 from pipeline.files.identity import hash_json, identify, look_at
 from pipeline.files.text_tables import read_csv, whole_or_text
@@ -110,16 +110,18 @@ def _list_files(folder: Path, names: Sequence[str], table: pa.Table, inputs: lis
 
 def try_image(image: SourceImage) -> SourceImage:
     """Read an image if need be, and see whether it can be decoded."""
-    try:
-        if image.path is not None:
-            image.data = read_file(image.path)
-        if image.rejection is None:
-            _check_size(image.size)
-            check_image(image.data or b"")
-    except Rejection as rejection:
-        # Without the traceback, which holds the picture.
-        image.rejection, image.data = Rejection(rejection.reason, rejection.detail), None
+    outcome = catch_rejection(_read_and_check, image)
+    if outcome is not None:
+        image.rejection, image.data = outcome, None
     return image
+
+
+def _read_and_check(image: SourceImage) -> None:
+    if image.path is not None:
+        image.data = read_file(image.path)
+    if image.rejection is None:
+        _check_size(image.size)
+        check_image(image.data or b"")
 
 
 def read_file(path: Path) -> bytes:
