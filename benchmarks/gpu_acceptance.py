@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))  # run by path: import from the project, not this 
 
 from benchmarks.acceptance.findings import FAILED, PASSED, Entry, Findings, is_sound
 from pipeline import cli
-from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger, logging_to
+from pipeline.workspace import read_json_object, write_json
 
 # For all phases of a group; a phase that has not begun by then is skipped.
 LIMIT_SECONDS = 480.0

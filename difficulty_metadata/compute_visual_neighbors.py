@@ -36,9 +36,9 @@ from pipeline.files.listing import list_outputs
 from pipeline.files.tables import make_provenance, parquet_writer
 from pipeline.files.units import Provenance, Unit, find_complete, find_state, keep_complete, refuse_missing
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.own_folders import discard, remove
 from pipeline.stages import STAGES
 from pipeline.threads import prefetch
+from pipeline.workspace import discard, remove
 
 STAGE = "compute_visual_neighbors"
 # The names are historical: the key is the image's id, the distances are Euclidean, between fingerprints.

@@ -42,13 +42,13 @@ from pipeline.files.identity import identify
 from pipeline.files.outputs import check_outside_datasets, check_replaceable, page_mark
 from pipeline.files.tables import make_provenance, open_parquet, read_provenance
 from pipeline.files.units import Unit, keep_complete
-from pipeline.files.workspace import write_json
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.features import Features, check_one_run, load_features
 from pipeline.retrieval.labels import read_ignore_pairs, resolve_pairs
 from pipeline.retrieval.scores import Embeddings, normalise_rows, score_queries_twice
 from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatters, whiten_by_pca, whiten_within_class
 from pipeline.stages import STAGES
+from pipeline.workspace import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from pipeline.errors import Rejection
 from pipeline.log import logger
-from pipeline.own_folders import discard, open_file
+from pipeline.workspace import discard, open_file
 
 _Decoder = TypeVar("_Decoder", bound=Callable[..., Any])
 # A thread, 0 for a crash of an earlier run, and the picture: its length, and sums of its first and last bytes, which

@@ -17,12 +17,13 @@ from typing import TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from pipeline import LOGGER
 from pipeline.errors import PipelineError, printable
-from pipeline.own_folders import open_file
+from pipeline.workspace import open_file
 
 Item = TypeVar("Item")
 
-logger = logging.getLogger("spatial_building_embeddings")
+logger = LOGGER
 
 
 class LineFormat(logging.Formatter):

@@ -28,9 +28,9 @@ from pipeline.files.listing import list_outputs
 from pipeline.files.tables import make_provenance, parquet_writer, read_provenance
 from pipeline.files.units import Unit, keep_complete, refuse_missing
 from pipeline.log import Progress, logger
-from pipeline.own_folders import discard, make_folder, move, remove, sync_folder
 from pipeline.retrieval.features import check_split_names
 from pipeline.stages import STAGES
+from pipeline.workspace import discard, make_folder, move, remove, sync_folder
 from preprocess_raw_data.merging.embedding_rows import Inventory, Piece, read_by_building, take_inventory
 from preprocess_raw_data.merging.splits import SPLITS, assign_splits, hash_splits, measure_leakage, read_split_file
 

@@ -22,10 +22,10 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
 from pipeline.embeddings_dataset.parts import PartPlan, find_parts
 from pipeline.errors import InputError, Rejection
-from pipeline.files.workspace import writing_to
 from pipeline.inference.precision import Precision
 from pipeline.log import Progress, logger
 from pipeline.reference.adoption import LEAST_COSINE, adopt, sample
+from pipeline.workspace import writing_to
 from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import (
     add_device_option,

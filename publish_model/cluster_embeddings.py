@@ -29,11 +29,10 @@ from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, read_table
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.outputs import carries, check_replaceable, page_mark
 from pipeline.files.tables import is_complete, make_provenance, read_provenance, write_parquet
-from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
-from pipeline.own_folders import remove
 from pipeline.retrieval.group_scores import measure_groups
 from pipeline.retrieval.labels import label_rows, to_text
+from pipeline.workspace import read_json_object, remove, write_json
 from publish_model.derived.embedding_groups import COUNT_COLUMN, average_ids, find_types
 from publish_model.derived.image_groups import (
     CLUSTER_COLUMN,

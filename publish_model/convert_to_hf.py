@@ -25,7 +25,6 @@ from pipeline.files.identity import identify
 from pipeline.files.outputs import check_outside_datasets
 from pipeline.files.tables import PROVENANCE_KEY, make_provenance
 from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
-from pipeline.files.workspace import read_json_object, writing_folder
 from pipeline.inference.model_files import (
     embedding_settings,
     identify_model,
@@ -34,8 +33,8 @@ from pipeline.inference.model_files import (
     locate_backbone,
 )
 from pipeline.log import logger
-from pipeline.own_folders import pin
 from pipeline.stages import STAGES
+from pipeline.workspace import pin, read_json_object, writing_folder
 from publish_model.model_folder.model_card import add_test_results
 from publish_model.model_folder.published_model import CODE_PATHS
 

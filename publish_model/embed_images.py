@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 from pipeline import cli
 from pipeline.errors import InputError, Rejection
 from pipeline.files.outputs import check_outside_datasets, check_replaceable
-from pipeline.files.workspace import writing_to
 from pipeline.ids import decode_name
 from pipeline.inference.images import log_turned
 from pipeline.inference.model_files import DEFAULT_MODEL_ID
 from pipeline.log import logging_to
+from pipeline.workspace import writing_to
 from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import add_device_option, add_model_option
 from publish_model.new_data.image_sources import read_file

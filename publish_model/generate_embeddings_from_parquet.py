@@ -28,11 +28,10 @@ from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictu
 from pipeline.embeddings_dataset.parts import STAGE, PartContent, plan_parts
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files.units import Unit
-from pipeline.files.workspace import naming_failures
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import Progress, Stopwatch, logger, logging_to
-from pipeline.own_folders import make_folder
 from pipeline.threads import Background
+from pipeline.workspace import make_folder, naming_failures
 from publish_model.model_folder.published_model import PublishedModel, find_model
 from publish_model.new_data.embed_options import EmbedOptions, parse
 

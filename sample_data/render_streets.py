@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # run by path: Python put this folder, not the on
 
 from pipeline import cli
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.files.workspace import read_json_object, write_json, writing_to
+from pipeline.workspace import read_json_object, write_json, writing_to
 from sample_data.renderer.city import MAX_BUILDINGS, NUM_DATASETS, SINGLETONS, Street, plan_city
 from sample_data.renderer.street_scene import photograph_street
 

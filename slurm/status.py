@@ -21,8 +21,8 @@ from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.units import UnitState
-from pipeline.own_folders import open_without_waiting
 from pipeline.stages import ANCHOR, STAGES, TAR, Stage, has_new_data
+from pipeline.workspace import open_without_waiting
 from slurm.control import scheduler
 from slurm.control.scheduler import QueuedTask
 from slurm.control.target import Target, look_at, take_shard

@@ -86,7 +86,7 @@ def test_a_rerun_keeps_a_complete_folder(folder, run_main, monkeypatch):
 def test_what_a_killed_run_left_is_cleared_away(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_lite0, "write_model", lambda folder: (folder / "config.json").write_text("{}"))
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    from pipeline.files.workspace import temporary_path
+    from pipeline.workspace import temporary_path
 
     own = temporary_path(tmp_path / "lite0").name
     left = tmp_path / own.replace(f"-{os.getpid()}-", f"-{int(done.stdout)}-")

@@ -16,8 +16,8 @@ from benchmarks import gpu_acceptance
 from benchmarks.acceptance import device, embedding, search
 from benchmarks.acceptance.findings import Findings, is_sound
 from benchmarks.gpu_acceptance import PHASES, Phase
-from pipeline.files.workspace import read_json_object
 from pipeline.inference.precision import MODES
+from pipeline.workspace import read_json_object
 
 TARGETS = {
     "2-full": ["stage 5 of 2,000 images, s"],

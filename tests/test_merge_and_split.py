@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_files import SETTINGS, SIZES, make_rows, place_of, read_splits, stage_3, write
 
+from pipeline import workspace
 from pipeline.config import DataSection
 from pipeline.errors import StaleOutputError
-from pipeline.files import tables, workspace
+from pipeline.files import tables
 from pipeline.files.identity import identify
 from pipeline.retrieval.features import check_one_run
 from preprocess_raw_data.merge_and_split import UNFINISHED

@@ -7,9 +7,9 @@ from embedding_files import SIZES, make_rows, write
 from published_models import make_photographs, write_packaged
 from training_data import SETTINGS, fill_workspace, run
 
+from pipeline import workspace
 from pipeline.errors import PipelineError
-from pipeline.files import workspace
-from pipeline.files.workspace import replacing, writing_folder
+from pipeline.workspace import replacing, writing_folder
 from preprocess_raw_data import merge_and_split
 from preprocess_raw_data.merging.splits import SPLITS
 from train_specialized_embeddings.training.training_run import TrainingRun
@@ -131,7 +131,7 @@ def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, mon
     config = write_config(tmp_path)
     assert run_main(merge_and_split.main, "--config", config).code == 0
     before = read(tmp_path / "merged")
-    plain, synced = workspace.own_folders.sync_file, []
+    plain, synced = workspace.sync_file, []
 
     def fill_disk(path):
         synced.append(path)
@@ -139,7 +139,7 @@ def test_splits_stay_where_the_new_ones_find_no_room(tmp_path, write_config, mon
             raise OSError(28, os.strerror(28))
         plain(path)
 
-    monkeypatch.setattr(workspace.own_folders, "sync_file", fill_disk)
+    monkeypatch.setattr(workspace, "sync_file", fill_disk)
     outcome = run_main(merge_and_split.main, "--config", config, "--overwrite")
     assert outcome.code == 1
     assert "No space left" in outcome.stderr.splitlines()[-1]
@@ -173,6 +173,6 @@ def test_a_folder_of_the_users_in_the_place_of_a_file_stays(tmp_path):
         with pytest.raises((PipelineError, OSError), match="a folder of yours"), writing():
             pass
     with pytest.raises(OSError, match="a folder of yours"):
-        workspace.own_folders.remove(theirs.parent)
+        workspace.remove(theirs.parent)
     assert theirs.read_text() == "mine"
     assert (tmp_path / "model" / "mark").read_text() == "old"

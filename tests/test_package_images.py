@@ -13,8 +13,8 @@ from package_fixtures import PHOTOGRAPHS, read_package, read_rejects, run
 from published_models import publish, read_dataset, write_backbone
 from raw_tars import make_city, write_tar
 
+from pipeline import workspace
 from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
-from pipeline.files import workspace
 from publish_model import generate_embeddings_from_parquet, package_images
 from publish_model.new_data import image_sources
 

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import cli
+from pipeline import cli, workspace
 from pipeline.errors import ConfigError
-from pipeline.files import workspace
 from sample_data import render_streets
 from sample_data.renderer.city import MAX_ANGLE_DEG, SINGLETONS, plan_city
 from sample_data.renderer.street_geometry import DOWN, METRES_PER_DEGREE, Camera, StreetFrame, X

@@ -12,14 +12,14 @@ import pytest
 from training_data import SETTINGS, fill_workspace, run
 
 from pipeline.errors import PipelineError, StaleOutputError
-from pipeline.files.workspace import locked
 from pipeline.retrieval.checkpoint import load_checkpoint
+from pipeline.workspace import locked
 from train_specialized_embeddings.train import BUSY
 
 HOLDER = """
 import sys
 from pathlib import Path
-from pipeline.files.workspace import locked
+from pipeline.workspace import locked
 from train_specialized_embeddings.train import BUSY
 with locked(Path(sys.argv[1]), BUSY, Path(sys.argv[1]) / ".lock"):
     print("held", flush=True)

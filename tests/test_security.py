@@ -14,7 +14,7 @@ import torch
 from published_models import make_config, write_checkpoint
 
 from pipeline.errors import InputError, PipelineError
-from pipeline.files.workspace import parse_json, read_json_object
+from pipeline.workspace import parse_json, read_json_object
 from publish_model import aggregate_embeddings, convert_to_hf
 
 REPO = Path(__file__).resolve().parents[1]

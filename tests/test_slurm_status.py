@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_config
-from pipeline.files.workspace import locked
 from pipeline.stages import STAGES
+from pipeline.workspace import locked
 from preprocess_raw_data import process_tar
 from slurm import status
 from slurm.control import scheduler, submit

@@ -9,7 +9,7 @@ from tuning_data import make_workspace, read_trials, search
 
 from pipeline.config import load_config
 from pipeline.errors import PipelineError, Terminated
-from pipeline.files.workspace import locked
+from pipeline.workspace import locked
 
 optuna = pytest.importorskip("optuna", reason="the extra `tune` is not installed")
 

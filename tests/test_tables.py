@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import workspace
 from pipeline.errors import DamagedError, InputError, PipelineError, Rejection, StaleOutputError
-from pipeline.files import column_types, identity, tables, workspace
+from pipeline.files import column_types, identity, tables
 
 PROVENANCE = {"stage": "somewhere", "version": "1", "inputs": [], "settings": {"a": 1}}
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("embedding", pa.list_(pa.float32(), 8))])
@@ -74,7 +75,7 @@ def test_whatever_goes_wrong_the_old_file_stays_and_nothing_else(tmp_path, failu
 def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_write_clears_up(tmp_path):
     path = tmp_path / "a.parquet"
     script = (
-        "import os, sys; from pathlib import Path; from pipeline.files import workspace\n"
+        "import os, sys; from pathlib import Path; from pipeline import workspace\n"
         "with workspace.writing_to(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half'); os.kill(os.getpid(), 9)"
     )

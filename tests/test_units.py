@@ -22,9 +22,9 @@ from pipeline.files.units import (
     find_state,
     list_tar_units,
 )
-from pipeline.files.workspace import write_json
 from pipeline.ids import Shard
 from pipeline.stages import STAGES
+from pipeline.workspace import write_json
 
 
 @pytest.fixture

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import workspace
 from pipeline.errors import PipelineError
-from pipeline.files import workspace
-from pipeline.files.workspace import (
+from pipeline.workspace import (
     clear_temporaries,
     locked,
     read_json,
     read_json_object,
+    remove,
     remove_made,
     temporary_path,
     write_json,
     writing_folder,
     writing_to,
 )
-from pipeline.own_folders import remove
 
 BUSY = "is at it: wait for that one"
 
@@ -45,7 +45,7 @@ def test_a_lock_names_its_holder_and_leaves_nothing_behind(tmp_path):
 
 def test_a_killed_process_holds_nothing(tmp_path):
     script = (
-        "import os, sys; from pathlib import Path; from pipeline.files.workspace import locked\n"
+        "import os, sys; from pathlib import Path; from pipeline.workspace import locked\n"
         "with locked(Path(sys.argv[1]), 'is at it'):\n"
         "    os.kill(os.getpid(), 9)"
     )

@@ -19,8 +19,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files import identity, tables
 from pipeline.files.units import Unit, keep_complete
-from pipeline.files.workspace import locked, read_json_object, replacing
 from pipeline.stages import STAGES
+from pipeline.workspace import locked, read_json_object, replacing
 from train_specialized_embeddings.training import run_files
 
 STAGE = "train"

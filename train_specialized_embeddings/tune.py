@@ -19,9 +19,9 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.files.units import Unit
-from pipeline.files.workspace import naming_failures
 from pipeline.retrieval.scores import SCORE_KEYS
 from pipeline.stages import TUNE
+from pipeline.workspace import naming_failures
 from train_specialized_embeddings.train import describe_run, list_inputs
 from train_specialized_embeddings.training.metric_sinks import require_package
 

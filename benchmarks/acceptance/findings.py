@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.files.workspace import write_json
 from pipeline.log import logger
+from pipeline.workspace import write_json
 
 if TYPE_CHECKING:
     import torch

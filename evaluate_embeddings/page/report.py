@@ -11,8 +11,8 @@ from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LAB
 from evaluate_embeddings.scores.tables import describe_gains
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.files.workspace import writing_to
 from pipeline.pages import load_templates
+from pipeline.workspace import writing_to
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 

@@ -25,10 +25,10 @@ from pipeline.embeddings_dataset.parts import (
 )
 from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.files.tables import make_provenance
-from pipeline.files.workspace import remove_made
 from pipeline.ids import Shard
 from pipeline.inference.precision import Precision
 from pipeline.log import logger
+from pipeline.workspace import remove_made
 
 
 class Appending:

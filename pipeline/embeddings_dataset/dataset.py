@@ -35,9 +35,8 @@ from pipeline.embeddings_dataset.parts import (
 from pipeline.errors import InputError
 from pipeline.files.identity import hash_json
 from pipeline.files.tables import open_parquet
-from pipeline.files.workspace import locked, read_json_object, write_json
 from pipeline.log import logger
-from pipeline.own_folders import move
+from pipeline.workspace import locked, move, read_json_object, write_json
 
 # Replaced and damaged files wait in a numbered folder there until the dataset is complete again.
 SET_ASIDE = "_removed"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import workspace
 from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, plain_values
 from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
@@ -25,12 +26,10 @@ from pipeline.embeddings_dataset.parts import (
     rejects_beside,
 )
 from pipeline.errors import DamagedError, InputError, PipelineError
-from pipeline.files import workspace
 from pipeline.files.outputs import is_dataset
 from pipeline.files.tables import read_provenance
-from pipeline.files.workspace import read_json
 from pipeline.log import logger
-from pipeline.own_folders import remove
+from pipeline.workspace import read_json, remove
 
 # What is made from a dataset: the tools' copies, what was set aside, and logs, which name ids.
 _DERIVED = re.compile(

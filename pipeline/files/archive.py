@@ -10,7 +10,7 @@ from typing import IO, NamedTuple
 from pipeline.errors import InputError, Rejection, one_line, unreadable
 from pipeline.files.identity import RunningDigest
 from pipeline.log import logger
-from pipeline.own_folders import open_without_waiting
+from pipeline.workspace import open_without_waiting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 # No 100-megapixel JPEG, PNG or WebP of a camera comes near this; of larger members no more is read.

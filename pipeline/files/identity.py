@@ -14,9 +14,8 @@ from typing import IO, Any
 
 from pipeline.errors import DamagedError, InputError, PipelineError
 from pipeline.files.listing import is_parquet
-from pipeline.files.workspace import read_json_object, write_json
 from pipeline.log import logger
-from pipeline.own_folders import open_without_waiting
+from pipeline.workspace import open_without_waiting, read_json_object, write_json
 
 
 def identify(path: Path) -> dict[str, Any]:

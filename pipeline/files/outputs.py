@@ -5,8 +5,7 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError, InputError
 from pipeline.files.tables import read_provenance
-from pipeline.files.workspace import read_json_object
-from pipeline.own_folders import open_without_waiting
+from pipeline.workspace import open_without_waiting, read_json_object
 
 _LOOKED_AT = 2**20  # bytes in which a mark stands, unless the file is a parquet
 

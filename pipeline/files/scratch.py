@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import Rejection
-from pipeline.files.workspace import locked, naming_failures, read_json_object, write_json
 from pipeline.log import logger
-from pipeline.own_folders import open_file, remove
+from pipeline.workspace import locked, naming_failures, open_file, read_json_object, remove, write_json
 
 # How much work a killed node may lose, against a sync of the file each time.
 SECONDS_BETWEEN_SAVES = 30.0

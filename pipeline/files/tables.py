@@ -18,8 +18,8 @@ from pipeline import VERSION
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError, one_line
 from pipeline.files.column_types import check_columns, convert_table, fill_composite_ids, stored_fields
 from pipeline.files.identity import as_provenance, describe_difference
-from pipeline.files.workspace import parse_json, writing_to
 from pipeline.log import logger
+from pipeline.workspace import parse_json, writing_to
 
 PROVENANCE_KEY = b"spatial_building_embeddings"
 

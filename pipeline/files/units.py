@@ -11,11 +11,10 @@ from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files.identity import as_provenance, identify, identify_tar
 from pipeline.files.listing import find_tars, is_parquet, list_intermediates
 from pipeline.files.tables import PROVENANCE_KEY, matches, read_provenance
-from pipeline.files.workspace import read_json_object
 from pipeline.ids import dataset_name, parse_dataset_id
 from pipeline.log import logger
-from pipeline.own_folders import refuse_folder
 from pipeline.stages import Stage
+from pipeline.workspace import read_json_object, refuse_folder
 
 Provenance = dict[str, Any]
 

@@ -19,9 +19,9 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, dynamic_module_ut
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import InputError, one_line
-from pipeline.files.workspace import private_folder
 from pipeline.inference.model_files import read_index, read_settings
 from pipeline.log import LineFormat, logger
+from pipeline.workspace import private_folder
 
 # What transformers raises for settings or weights that make no sense.
 PROBLEMS = (

@@ -12,8 +12,8 @@ from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, hide_credentials, one_line
 from pipeline.files.identity import describe_difference, digest_file, hash_json
 from pipeline.files.tables import PROVENANCE_KEY
-from pipeline.files.workspace import read_json, read_json_object
 from pipeline.log import logger
+from pipeline.workspace import read_json, read_json_object
 
 # The published model of the tools that take no configuration.
 DEFAULT_MODEL_ID = "alexwaolson/spatial-building-embeddings"

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DeviceMemoryError, InputError, catch_rejection
-from pipeline.files.workspace import read_json_object, write_json
 from pipeline.inference.images import check_image
 from pipeline.log import logger
+from pipeline.workspace import read_json_object, write_json
 
 # What a backbone can compute in, the fastest first. Under autocast weights and sums stay in float32, and products alone
 # are bfloat16; TF32 has products with 10 bits of mantissa instead of 23.

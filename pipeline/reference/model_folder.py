@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import EmbeddingModelSection, TrainingModelSection
 from pipeline.errors import InputError, one_line
-from pipeline.files.workspace import private_folder, read_json_object
 from pipeline.inference.model_files import (
     find_missing_files,
     locate_model,
@@ -20,6 +19,7 @@ from pipeline.inference.model_files import (
     read_settings,
     take_snapshot,
 )
+from pipeline.workspace import private_folder, read_json_object
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint

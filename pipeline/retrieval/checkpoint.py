@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline import workspace
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
-from pipeline.files import workspace
 from pipeline.files.identity import digest_file
 from pipeline.inference.devices import full_precision, needing_memory
 from pipeline.log import logger

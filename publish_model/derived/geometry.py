@@ -13,8 +13,8 @@ from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError, one_line
 from pipeline.files.column_types import plain_type
 from pipeline.files.tables import open_parquet, read_batches
-from pipeline.files.workspace import parse_json
 from pipeline.log import logger
+from pipeline.workspace import parse_json
 
 GEO_KEY = b"geo"
 VERSION = "1.1.0"

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.files.workspace import writing_to
 from pipeline.inference.images import decode_rgb
 from pipeline.pages import load_templates, to_data_uri
+from pipeline.workspace import writing_to
 from publish_model.derived.image_groups import CLUSTER_COLUMN, ROW_COLUMN
 from publish_model.new_data.id_lists import describe_id
 

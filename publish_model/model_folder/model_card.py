@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.tables import PROVENANCE_KEY
-from pipeline.files.workspace import read_json_object, writing_to
 from pipeline.inference.model_files import LICENCE_FILES, is_within
 from pipeline.log import logger
 from pipeline.pages import load_templates
 from pipeline.retrieval.scores import list_unreached
+from pipeline.workspace import read_json_object, writing_to
 
 if TYPE_CHECKING:
     from pipeline.retrieval.checkpoint import Checkpoint

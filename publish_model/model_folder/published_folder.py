@@ -16,7 +16,6 @@ from pipeline.errors import InputError, PipelineError
 from pipeline.files.identity import identify
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_batches
-from pipeline.files.workspace import parse_json
 from pipeline.inference.backbone import check_embeddings
 from pipeline.inference.loading import find_vision_config, load_model, naming_model, writing_weights
 from pipeline.inference.model_files import (
@@ -30,6 +29,7 @@ from pipeline.log import logger
 from pipeline.retrieval.checkpoint import Checkpoint, build_projector, load_checkpoint, project
 from pipeline.retrieval.geography import is_position
 from pipeline.retrieval.pair_table import describe_pairs
+from pipeline.workspace import parse_json
 from publish_model.model_folder.model_card import ModelParts, is_measured, list_licences, worse_than, write_card
 from publish_model.model_folder.published_model import RATES_NAME, describe_model, read_code
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel

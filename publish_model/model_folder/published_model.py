@@ -12,7 +12,6 @@ from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError
 from pipeline.files.identity import hash_json
-from pipeline.files.workspace import read_json
 from pipeline.inference.model_files import (
     find_missing_files,
     identify_model,
@@ -22,6 +21,7 @@ from pipeline.inference.model_files import (
 from pipeline.log import logger
 from pipeline.reference.model_folder import in_own_format, locate_published
 from pipeline.retrieval.pair_table import PairTable
+from pipeline.workspace import read_json
 
 if TYPE_CHECKING:
     from pipeline.inference.backbone import Embedder

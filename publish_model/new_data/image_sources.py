@@ -28,7 +28,7 @@ from pipeline.files.identity import hash_json, identify, look_at
 from pipeline.files.text_tables import read_csv, whole_or_text
 from pipeline.ids import decode_name, reject_repeated
 from pipeline.inference.images import check_image
-from pipeline.own_folders import open_without_waiting
+from pipeline.workspace import open_without_waiting
 
 PATH_COLUMN = "path"
 # Rows of a parquet that are read at once: each may be a picture of MAX_IMAGE_BYTES, and Arrow takes thrice their bytes.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pipeline.config import PROJECT_ROOT
 from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.files.units import Unit
-from pipeline.files.workspace import locked
 from pipeline.inference.model_files import locate_backbone
 from pipeline.stages import BY_LABEL, ROW_GROUP, STAGES, TAR, Stage
+from pipeline.workspace import locked
 from slurm.control import scheduler
 from slurm.control.scheduler import QueuedTask
 from slurm.control.target import Target

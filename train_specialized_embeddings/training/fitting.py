@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 
-from pipeline import own_folders
+from pipeline import workspace
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
-from pipeline.files import tables, workspace
+from pipeline.files import tables
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
 from pipeline.inference.model_files import compare_embedded
 from pipeline.log import Stopwatch, logger
@@ -69,7 +69,7 @@ def fit(
         epoch, val = run.best["epoch"], run.best["metrics"]["val"]
         mark = provenance | {"best_epoch": epoch, "val": val, "outputs": run_files.digest_outputs(folder)}
         workspace.write_json(folder / run_files.PROVENANCE, mark)
-        own_folders.remove(latest)
+        workspace.remove(latest)
         log_verdict(val, epoch)
     return counts
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipeline import own_folders
+from pipeline import workspace
 from pipeline.config import LoggingSection
 from pipeline.errors import PipelineError
 from pipeline.files.identity import hash_json
@@ -28,15 +28,15 @@ def sending_metrics(
             require_package("tensorboard", "[logging].tensorboard", "set it to false")
             from torch.utils.tensorboard import SummaryWriter
 
-            own_folders.discard(folder / TENSORBOARD)
-            own_folders.make_folder(folder / TENSORBOARD)
+            workspace.discard(folder / TENSORBOARD)
+            workspace.make_folder(folder / TENSORBOARD)
             board = stack.enter_context(SummaryWriter(str(folder / TENSORBOARD)))
         if section.wandb != "off":
             require_package("wandb", "[logging].wandb", 'set it to "off"')
             import wandb
 
-            own_folders.discard(folder / WANDB)
-            own_folders.make_folder(folder / WANDB)
+            workspace.discard(folder / WANDB)
+            workspace.make_folder(folder / WANDB)
             # A resumed run has the same inputs and settings, so it keeps its name.
             run = wandb.init(
                 project=section.wandb_project, name=section.wandb_run_name, dir=folder / WANDB, mode=section.wandb,

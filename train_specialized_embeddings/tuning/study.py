@@ -13,11 +13,11 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline import own_folders
+from pipeline import workspace
 from pipeline.cli import StageResult
 from pipeline.config import Config
 from pipeline.errors import HeldError, InputError, PipelineError, one_line
-from pipeline.files import tables, workspace
+from pipeline.files import tables
 from pipeline.log import Stopwatch, logger
 from pipeline.retrieval.checkpoint import save_checkpoint
 from train_specialized_embeddings.training.fitting import read_material, training_within_memory
@@ -51,7 +51,7 @@ class Tuning:
         choose, InputError where its journal is damaged.
         """
         path = self.folder / JOURNAL
-        os.close(own_folders.open_file(path, os.O_RDWR | os.O_CREAT))  # Optuna would follow a link
+        os.close(workspace.open_file(path, os.O_RDWR | os.O_CREAT))  # Optuna would follow a link
         lock = JournalFileSymlinkLock(str(path))
         lock.acquire()
         try:
@@ -167,7 +167,7 @@ def run_study(tuning: Tuning) -> StageResult:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     options, folder = tuning.options, tuning.folder
-    own_folders.make_folder(folder)
+    workspace.make_folder(folder)
     with workspace.replacing(folder, [folder / JOURNAL] if options.overwrite else []):
         study, result = tuning.open_study(), StageResult("tune")
         has_work = len(list_finished(study)) < options.num_trials

@@ -5,7 +5,7 @@ from typing import Any
 
 import optuna
 
-from pipeline import own_folders
+from pipeline import workspace
 from pipeline.cli import StageResult
 from pipeline.errors import PipelineError, one_line
 from pipeline.log import logger
@@ -44,7 +44,7 @@ def report_runs(tuning: Tuning, project: str) -> StageResult:
             "name, or search with --trials and [logging].wandb"
         )
     folder = tuning.folder / "wandb"
-    own_folders.make_folder(folder)
+    workspace.make_folder(folder)
     result = StageResult("tune", written=write_report(folder, study, tuning.options.objective, configured))
     result.add({"in": len(runs), "out": len(trials), "dropped": len(runs) - len(trials)})
     return result

@@ -1,11 +1,11 @@
-"""Work in a folder: keep others out, set old output aside until the new is whole, clear up behind killed runs.
+"""Open, write, replace and remove what this project makes, never through a link, and keep other processes out.
 
-Only this module locks, and pipeline/own_folders.py alone renames and removes, never through a link. An unfinished
-output has a hidden name beside its place, which no one can guess; renaming it makes it appear in one piece.
+Only this module locks, renames and removes. A folder of outputs may itself be a link that the user made; below it,
+folders with a name that only this project gives may not. An unfinished output has a hidden name beside its place, which
+no one can guess; renaming it makes it appear in one piece.
 """
 
 import atexit
-import contextlib
 import errno
 import fcntl
 import functools
@@ -13,17 +13,176 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from pipeline import own_folders
+from pipeline import LOGGER
 from pipeline.errors import HeldError, PipelineError
-from pipeline.log import logger
-from pipeline.own_folders import discard, link, make_folder, move, open_file, refuse_folder, remove, sync_folder
+
+# Side tables, the parts of an embeddings dataset, and folders on the way to their names.
+_OWN_NAME = re.compile(r"_.+|parts|\.(.+\.)?unfinished|\..+\.(old|tmp)")
+_DEPTH = 4  # so deep do they lie in each other; names above are the user's
+
+
+@contextmanager
+def opened_folder(folder: Path, *, make: bool = False) -> Iterator[int]:
+    """Yield a folder's descriptor; `make` it if need be. Raises OSError (ELOOP) if one that is ours is a link."""
+    parts = folder.absolute().parts
+    first = max(1, len(parts) - _DEPTH)
+    while first < len(parts) and not _OWN_NAME.fullmatch(parts[first]):
+        first += 1
+    place = Path(*parts[:first])
+    if make:
+        place.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in parts[first:]:
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=descriptor)
+            below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor, place = below, place / name
+        place = folder  # relative, if it was
+        yield descriptor
+    except OSError as error:
+        if isinstance(error.filename, str):  # the name alone, where it was used with the descriptor
+            error.filename = str(place / error.filename)
+            if Path(error.filename).is_symlink():
+                raise _refuse(error.filename) from None
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def list_names(folder: Path) -> list[str]:
+    """Return the sorted names in a folder."""
+    with opened_folder(folder) as descriptor, os.scandir(descriptor) as entries:
+        return sorted(entry.name for entry in entries)
+
+
+def open_file(path: Path, flags: int) -> int:
+    """Open a file of this project's and return its descriptor; make its folder where `flags` make the file.
+
+    Raises OSError (ELOOP) where it or a folder that is ours is a link, and for writing to a pipe or to a second name.
+    """
+    with opened_folder(path.parent, make=bool(flags & os.O_CREAT)) as folder:
+        descriptor = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=folder)
+    status = os.fstat(descriptor)
+    if flags & (os.O_WRONLY | os.O_RDWR) and (status.st_nlink > 1 or stat.S_ISFIFO(status.st_mode)):
+        os.close(descriptor)
+        raise _refuse(str(path))
+    return descriptor
+
+
+def open_without_waiting(path: Path) -> IO[bytes]:
+    """Open a file to read; raise OSError for a pipe or a device, which may never end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (not ours)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return file
+
+
+@contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Turn a failure to write beside `path` into a PipelineError that names `path`; pass on other errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise PipelineError(f"cannot write {path} ({error.filename} is {error.strerror}): move it away") from error
+        places = (path.parent, "/proc")  # there is what `pin` gives
+        if error.filename is not None and not any(Path(str(error.filename)).is_relative_to(place) for place in places):
+            raise  # something else that the block touched
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        problem = f"cannot write {path} ({reason}): free space or allow writing there, then run this again"
+        raise PipelineError(problem) from error
+
+
+def _refuse(path: str) -> OSError:
+    return OSError(errno.ELOOP, "a link or pipe, and nothing is made or removed through one", path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of this project's, and those above it, unless it is there; refuse a link (OSError)."""
+    with opened_folder(folder, make=True):
+        pass
+
+
+def pin(folder: Path) -> Path:
+    """Return a path that stays with a folder of this project's, whatever takes its name, until this process ends.
+
+    It is for libraries that open files by their paths. Without /proc it is the folder's own.
+    """
+    with opened_folder(folder, make=True) as descriptor:
+        pinned = Path(f"/proc/{os.getpid()}/fd/{os.dup(descriptor)}")
+    return pinned if pinned.is_dir() else folder
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise OSError (EISDIR) for a folder without a name of this project's: it is the user's, in a file's place."""
+    if path.is_dir() and not path.is_symlink() and not any(map(_OWN_NAME.fullmatch, path.absolute().parts[-_DEPTH:])):
+        raise OSError(errno.EISDIR, "a folder of yours, where this project writes a file", str(path))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder of this project's with its content, or a link, if it is there.
+
+    Raises OSError behind a link, and for a folder of the user's.
+    """
+    refuse_folder(path)
+    with suppress(FileNotFoundError), opened_folder(path.parent) as folder:
+        while stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+            with suppress(FileNotFoundError):  # another process is removing it too
+                shutil.rmtree(path.name, dir_fd=folder)
+        os.unlink(path.name, dir_fd=folder)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder that nobody needs any more; ignore a failure."""
+    with suppress(OSError):
+        remove(path)
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename a file or folder, replacing a file of that name; raise PipelineError if it cannot be written there."""
+    with (
+        naming_failures(target),
+        opened_folder(path.parent) as source,
+        opened_folder(target.parent, make=True) as folder,
+    ):
+        os.replace(path.name, target.name, src_dir_fd=source, dst_dir_fd=folder)
+
+
+def link(path: Path, target: Path) -> None:
+    """Give a file a second name in its folder unless something has that name."""
+    with opened_folder(path.parent) as folder:
+        try:
+            os.link(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.rename(path.name, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    descriptor = open_file(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's names to the disk; some network file systems refuse this, and lose nothing by it."""
+    with opened_folder(folder) as descriptor, suppress(OSError):
+        os.fsync(descriptor)
 
 
 def temporary_path(path: Path) -> Path:
@@ -39,7 +198,7 @@ def is_temporary(name: str) -> re.Match[str] | None:
 @functools.cache  # once a process is enough, as a dataset has many files
 def clear_temporaries(folder: Path) -> None:
     """Remove the temporary files of killed processes of this host."""
-    for name in own_folders.list_names(folder):
+    for name in list_names(folder):
         if (holder := is_temporary(name)) and holder[1] == _host():
             try:
                 os.kill(int(holder[2]), 0)
@@ -78,7 +237,7 @@ def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = F
             os.close(descriptor)
             raise HeldError(f"{path}: {holder} {doing}") from None
         except OSError:
-            logger.warning("%s: this file system has no locks: let one process at a time work there", lock.parent)
+            LOGGER.warning("%s: this file system has no locks: let one process at a time work there", lock.parent)
             remove(lock)
             break
         if os.fstat(descriptor).st_nlink:  # else its last holder has removed it since it was opened
@@ -89,7 +248,7 @@ def locked(path: Path, doing: str, lock: Path | None = None, *, shared: bool = F
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
-        with contextlib.suppress(OSError):  # others share it: the last of them removes it
+        with suppress(OSError):  # others share it: the last of them removes it
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(lock)
         os.close(descriptor)
@@ -106,7 +265,7 @@ def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> 
     if path.is_file():
         raise PipelineError(f"{path}: a file, where a folder is to be written: remove it or give another path")
     old = path.with_name(f".{path.name}.old")
-    with contextlib.ExitStack() as stack, naming_failures(path):
+    with ExitStack() as stack, naming_failures(path):
         if resumable:
             folder = path.with_name(f".{path.name}.unfinished")
             stack.enter_context(locked(folder, "is at it: wait for that one, or stop it"))
@@ -116,13 +275,13 @@ def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> 
         make_folder(folder)
         clear_temporaries(path.parent)
         _bring_back(old, path, made)  # where a run was killed between the two renames
-        for name in own_folders.list_names(path) if path.exists() else []:
+        for name in list_names(path) if path.exists() else []:
             if re.fullmatch(made, name):
                 refuse_folder(path / name)
         yield folder
         for file_path in folder.rglob("*"):
             if file_path.is_file():
-                own_folders.sync_file(file_path)
+                sync_file(file_path)
         sync_folder(folder)
         try:
             if path.exists():  # a full folder cannot be renamed over: for an instant there is neither
@@ -135,8 +294,8 @@ def writing_folder(path: Path, *, resumable: bool = False, made: str = ".*") -> 
 
 def _bring_back(old: Path, path: Path, made: str) -> None:
     """Give the old folder its name again if that is free; else move the user's files out of it, and remove it."""
-    with contextlib.suppress(FileNotFoundError):
-        names = own_folders.list_names(old)
+    with suppress(FileNotFoundError):
+        names = list_names(old)
         if not path.exists():
             move(old, path)
             return
@@ -151,13 +310,13 @@ def remove_made(folder: Path, names: str) -> None:
 
     Other names are the user's: they stay, and a warning names one. Raises OSError behind a link.
     """
-    with contextlib.suppress(FileNotFoundError):
-        listed = own_folders.list_names(folder)
+    with suppress(FileNotFoundError):
+        listed = list_names(folder)
         ours = [name for name in listed if re.fullmatch(names, name)]
         for name in ours:
             remove(folder / name)
         if others := sorted(set(listed) - set(ours)):
-            logger.warning("%s: not written by this project: move it away", folder / others[0])
+            LOGGER.warning("%s: not written by this project: move it away", folder / others[0])
         else:
             remove(folder)
 
@@ -192,19 +351,6 @@ def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
 
 
 @contextmanager
-def naming_failures(path: Path) -> Iterator[None]:
-    """Turn a failure to write beside `path` into a PipelineError that names `path`; pass on other errors."""
-    try:
-        yield
-    except OSError as error:
-        places = (path.parent, "/proc")  # there is what `pin` gives
-        is_near = error.filename is None or any(Path(str(error.filename)).is_relative_to(place) for place in places)
-        if not is_near and error.errno != errno.ELOOP:
-            raise  # something else that the block touched
-        raise own_folders.write_failure(path, error) from error
-
-
-@contextmanager
 def writing_to(path: Path, *, once: bool = False) -> Iterator[Path]:
     """Yield a hidden name to write to; when the block ends well, sync it and rename it to `path`.
 
@@ -216,7 +362,7 @@ def writing_to(path: Path, *, once: bool = False) -> Iterator[Path]:
             os.close(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             clear_temporaries(path.parent)
             yield temporary
-            own_folders.sync_file(temporary)
+            sync_file(temporary)
             (link if once else move)(temporary, path)
             sync_folder(path.parent)
     finally:
@@ -240,7 +386,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file; raise OSError for a pipe, ValueError if it is damaged or absurdly long."""
-    with own_folders.open_without_waiting(path) as file:
+    with open_without_waiting(path) as file:
         if os.fstat(file.fileno()).st_size > 2**30:  # hashes of ids are the longest: 20 bytes each
             raise ValueError("absurdly long")
         return parse_json(file.read())
