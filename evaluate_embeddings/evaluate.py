@@ -46,7 +46,6 @@ from pipeline.log import Progress, Stopwatch, logger
 from pipeline.retrieval.features import Features, check_one_run, load_features
 from pipeline.retrieval.labels import read_ignore_pairs, resolve_pairs
 from pipeline.retrieval.scores import Embeddings, normalise_rows, score_queries_twice
-from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatters, whiten_by_pca, whiten_within_class
 from pipeline.stages import STAGES
 from pipeline.workspace import write_json
 
@@ -84,6 +83,7 @@ def embed_split(config: Config, device: "torch.device") -> tuple[Features, dict[
     """Return the test split, its embeddings of each kind, and the projector's checkpoint."""
     from pipeline.inference.devices import needing_memory
     from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
+    from pipeline.retrieval.whitening import DEFAULT_SHRINKAGE, collect_scatters, whiten_by_pca, whiten_within_class
 
     train_path, test_path = (config.path("merged_dir") / f"{split}.parquet" for split in ("train", "test"))
     check_one_run(train_path, test_path)

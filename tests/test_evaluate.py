@@ -338,7 +338,7 @@ def test_a_gpu_too_small_for_the_closed_forms_is_one_line(workplace, monkeypatch
     def refuse(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(f"evaluate_embeddings.evaluate.{name}", refuse)
+    monkeypatch.setattr(f"pipeline.retrieval.whitening.{name}", refuse)
     with pytest.raises(PipelineError, match=r"the GPU cannot hold the scatter .*set \[infrastructure\]\.device to cpu"):
         evaluate(workplace)
 

@@ -9,7 +9,6 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.config import count_cores
 from pipeline.errors import InputError
-from pipeline.retrieval.whitening import decompose
 from pipeline.threads import map_in_order
 
 # The covariance of this width takes 1.2 GB and minutes; image_size 64 is four times the default.
@@ -63,6 +62,8 @@ def fit_pca(sources: Sequence[Iterable[np.ndarray]], width: int, num_components:
             f"fingerprints of {width} values are too wide for the PCA, at most {MAX_WIDTH}: "
             "set [fingerprints].image_size to 64 or less and run stage 4 again"
         )
+    from pipeline.retrieval.whitening import decompose  # torch, which a kept table does without
+
     count, mean, scatter = _sum_scatter(sources, width)
     values, vectors = decompose(scatter / max(count - 1, 1) / 255.0**2)
     values, vectors = values[::-1].clip(min=0.0), vectors[:, ::-1].T  # eigh sorts them ascending

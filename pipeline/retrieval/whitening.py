@@ -11,17 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import count_cores
+from pipeline.inference.devices import full_precision
 from pipeline.threads import map_in_order
-
-if TYPE_CHECKING:
-    import torch
 
 # Numbers of one block in float64: 128 MiB.
 _BLOCK_NUMBERS = 2**24
@@ -65,7 +64,7 @@ class LinearMap:
         mapped /= np.maximum(np.linalg.norm(mapped, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return mapped
 
-    def map_rows(self, embeddings: NDArray[Any], device: "torch.device | None" = None) -> Float32:
+    def map_rows(self, embeddings: NDArray[Any], device: torch.device | None = None) -> Float32:
         """Return the mapped rows (N, k) before they are normalised; threads prepare blocks ahead.
 
         NumPy computes them, or torch on a device: the same up to rounding.
@@ -87,11 +86,7 @@ class LinearMap:
                 mapped[start : start + step] = product
         return mapped
 
-    def _map_on(self, device: "torch.device", rows: "torch.Tensor") -> Float32:
-        import torch
-
-        from pipeline.inference.devices import full_precision
-
+    def _map_on(self, device: torch.device, rows: torch.Tensor) -> Float32:
         weight, bias = (torch.from_numpy(part).to(device) for part in (self.weight, self.bias))
         moved = _raise(rows.to(device, non_blocking=True).float(), self.input_power)
         with full_precision():
@@ -112,7 +107,7 @@ class Scatter:
     num_rows: int
     num_buildings: int
     input_power: float = 1.0  # the rows were raised to
-    device: "torch.device | None" = None  # decomposes matrices; None is the CPU
+    device: torch.device | None = None  # decomposes matrices; None is the CPU
 
     @cached_property
     def within_axes(self) -> tuple[Float64, Float64]:
@@ -145,15 +140,13 @@ def collect_scatters(
     embeddings: NDArray[Any],
     building_codes: NDArray[np.int32],
     input_powers: Sequence[float] = (1.0,),
-    device: "torch.device | None" = None,
+    device: torch.device | None = None,
 ) -> list[Scatter]:
     """Sum up rows (N, D) of any float type, raised to each of the powers, in one pass over blocks of whole buildings.
 
     Rows need not be grouped by building. The device computes the powers in float32 as the projector does (in float64
     for float64 rows), and the sums in float64, to which a CPU may add float32 products of _SINGLE_ROWS rows.
     """
-    import torch  # takes seconds, and reading a map does not need it
-
     device = device or torch.device("cpu")
     sums = [_Sums(embeddings, power, device) for power in input_powers]
 
@@ -171,10 +164,8 @@ def collect_scatters(
     return [each.finish() for each in sums]
 
 
-def copy_rows(values: NDArray[Any], *, pinned: bool) -> "torch.Tensor":
+def copy_rows(values: NDArray[Any], *, pinned: bool) -> torch.Tensor:
     """Return a copy of rows in memory that a GPU can copy from without a wait, if `pinned`."""
-    import torch
-
     copied = torch.empty(values.shape, dtype=torch.from_numpy(np.empty(0, values.dtype)).dtype, pin_memory=pinned)
     np.copyto(copied.numpy(), values)
     return copied
@@ -183,9 +174,7 @@ def copy_rows(values: NDArray[Any], *, pinned: bool) -> "torch.Tensor":
 class _Sums:
     """The sums of `collect_scatters` for one power, on the device."""
 
-    def __init__(self, embeddings: NDArray[Any], power: float, device: "torch.device") -> None:
-        import torch
-
+    def __init__(self, embeddings: NDArray[Any], power: float, device: torch.device) -> None:
         width = embeddings.shape[1]
         self._power, self._device = power, device
         is_single = embeddings.dtype != np.float64 and width >= _SINGLE_WIDTH
@@ -198,10 +187,8 @@ class _Sums:
         self._origin = _raise(first, power).double().mean(dim=0).to(self._dtype)
         self._num_rows = self._num_buildings = 0
 
-    def add(self, rows: "torch.Tensor", sizes: "torch.Tensor") -> None:
+    def add(self, rows: torch.Tensor, sizes: torch.Tensor) -> None:
         """Add rows (B, D) of whole buildings, one after the other, of these sizes."""
-        import torch
-
         block = _raise(rows, self._power) - self._origin
         means = torch.segment_reduce(block, "mean", lengths=sizes, axis=0, unsafe=True)
         self._total += sizes.double() @ means.double()
@@ -224,17 +211,15 @@ class _Sums:
         return Scatter(mean + origin, within, between, *counts, self._power, self._device)
 
 
-def _raise(rows: "torch.Tensor", power: float) -> "torch.Tensor":
+def _raise(rows: torch.Tensor, power: float) -> torch.Tensor:
     """Return rows of any float type, raised to a power with their signs kept."""
-    import torch
-
     if power == 1.0:
         return rows
     rows = rows if rows.dtype == torch.float64 else rows.float()
     return rows.abs().pow_(power).copysign_(rows)
 
 
-def _add_gram(matrix: "torch.Tensor", rows: "torch.Tensor") -> None:
+def _add_gram(matrix: torch.Tensor, rows: torch.Tensor) -> None:
     """Add rows.T @ rows to a matrix (D, D) of float64, float32 rows part by part."""
     if matrix.is_cuda:
         matrix.addmm_(rows.T, rows)
@@ -304,15 +289,13 @@ def whiten_by_pca(scatter: Scatter, output_dim: int = 256) -> LinearMap:
     return _as_map((vectors[:, ::-1][:, :rank] * values[::-1][:rank] ** -0.5).T, scatter)
 
 
-def decompose(symmetric: Float64, device: "torch.device | None" = None) -> tuple[Float64, Float64]:
+def decompose(symmetric: Float64, device: torch.device | None = None) -> tuple[Float64, Float64]:
     """Return the eigenvalues (D,) of a symmetric matrix, ascending, and its eigenvectors as columns (D, D).
 
     On the CPU by one thread: the result is then the same on any number of cores. Several threads that wait for one
     another were ten times as slow on busy cores (1,280 dimensions: 4 s instead of 0.4 s).
     """
     if device is not None and device.type == "cuda":
-        import torch
-
         found = torch.linalg.eigh(torch.from_numpy(symmetric).to(device))
         return found.eigenvalues.cpu().numpy(), found.eigenvectors.cpu().numpy()
     with threadpool_limits(1, user_api="blas"):
