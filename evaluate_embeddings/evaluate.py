@@ -10,6 +10,7 @@ they were made from the same inputs. With --compare or --embeddings it scores th
 the verdict last, and writes nothing.
 """
 
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -166,6 +167,13 @@ def describe_inputs(config: Config, ignore_pairs: Path | None) -> dict[str, Any]
     return make_provenance(STAGE, inputs, {"seed": config.global_.seed})
 
 
+def find_raw_dir(config: Config) -> Path | None:
+    """Return the folder of the tars, None if the page does without photographs."""
+    with contextlib.suppress(ConfigError):  # not set, or of an undefined variable
+        return config.path("raw_dir") if config.path("raw_dir").is_dir() else None
+    return None
+
+
 def list_units(config: Config, ignore_pairs: Path | None = None) -> list[Unit]:
     """Return the one unit: the metrics and the page."""
     outputs = STAGES[9].list_outputs(config)
@@ -181,7 +189,10 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     (unit,) = list_units(config, own.ignore_pairs)
     metrics_path, report_path = unit.outputs
     result = cli.StageResult(STAGE)
+    raw_dir = find_raw_dir(config)
     if keep_complete(unit, result, own.overwrite):
+        if raw_dir is None and "data:image/" in report_path.read_text(encoding="utf-8"):
+            logger.warning("%s: shows photographs, though raw_dir is no folder: --overwrite omits them", report_path)
         return result
     from pipeline.inference.devices import choose_device
 
@@ -213,7 +224,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     with watch.measure("report"):
         from evaluate_embeddings.page.report import write_report
 
-        write_report(report_path, evaluation, metrics, config)
+        write_report(report_path, evaluation, metrics, merged_dir / "test.parquet", raw_dir)
     write_json(metrics_path, metrics)
     logger.info("%s%s\n\n%s\n", STAGE, watch.describe_parts(), format_metrics_table(metrics))
     result.add(counts)

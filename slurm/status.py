@@ -104,12 +104,12 @@ def describe_stage(target: Target, stage: Stage, queued: list[QueuedTask] | None
 
 
 def find_logs(target: Target, stage: Stage) -> list[tuple[int, int, Path]]:
-    """Return the logs of a stage's jobs, the oldest first, each with the number of shards and its shard."""
+    """Return the logs of a stage's jobs, the last written last, each with the number of shards and its shard."""
     jobs, found = target.name_jobs(stage), []
     for path in (target.log_dir / "slurm").glob(f"{jobs}-*.log"):
         if match := LOG_NAME.fullmatch(path.name.removeprefix(jobs)):
-            count, job, shard = (int(number or 0) for number in match.groups())
-            found.append((job, count, shard, path))
+            count, _, shard = (int(number or 0) for number in match.groups())
+            found.append((path.stat().st_mtime_ns, count, shard, path))  # a cluster's job ids begin anew
     return [entry[1:] for entry in sorted(found)]
 
 

@@ -154,13 +154,13 @@ def test_only_content_is_called_damaged(tmp_path):
     assert not isinstance(caught.value, DamagedError)
 
 
-ONE = {"text": "1", "int": 1, "bytes": b"1", "decimal": Decimal(1)}
+ONE = {"text": "1", "int": 1, "bytes": b"1", "decimal": Decimal("1.00")}
 
 
-@pytest.mark.parametrize(("before", "after"), [pair for pair in itertools.permutations(ONE, 2) if pair[0] != "decimal"])
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(ONE, 2)))
 def test_a_deleted_id_does_not_come_back_in_another_type(delete, embed, tmp_path, before, after):
     for kind in (before, after):
-        other = {"text": "01", "int": 10, "bytes": b"01", "decimal": Decimal(10)}[kind]
+        other = {"text": "01", "int": 10, "bytes": b"01", "decimal": Decimal("1.01")}[kind]
         source = write_packaged(tmp_path / "in.parquet", make_photographs(4), OSMID=[ONE[kind], other, None, other])
         assert embed(source, tmp_path / "out", "--overwrite").code == 0
         if kind is before:

@@ -120,6 +120,10 @@ def test_the_keys_of_hive_folders_are_kept_where_asked_for_and_said_else(embed, 
     assert "row_group_fingerprint was" in embed(folder, tmp_path / "out", "--keep-columns", "year,city").stderr
     write_packaged(folder / "y.parquet", make_photographs(1), OSMID=[7])
     assert "column year is missing" in embed(folder, tmp_path / "other", "--keep-columns", "year").stderr
+    write_packaged(tmp_path / "both/year=2020/x.parquet", make_photographs(2), OSMID=[1, 2], year=[1999, 2020])
+    outcome = embed(tmp_path / "both", tmp_path / "twice", "--keep-columns", "year")
+    assert "its folders name year, as columns of its files do: the files' values count" in outcome.stderr
+    assert read_dataset(tmp_path / "twice")["year"].to_pylist() == [1999, 2020]
 
 
 def test_text_of_several_widths_in_one_folder_is_one_type(embed, parquets, tmp_path):

@@ -169,6 +169,12 @@ def test_the_gallery_shows_each_query_with_its_neighbours(pictured):
     assert "pictures are left out" not in page.lower()
 
 
+def test_a_page_that_is_kept_without_its_tars_is_said_to_show_photographs(pictured, caplog):
+    for raw_dir, is_said in (("raw", False), ("none", True)):
+        run(load_config(pictured[0], [f"paths.raw_dir={raw_dir}"]), EvaluateOptions())
+        assert ("report.html: shows photographs, though raw_dir is no folder" in caplog.text) == is_said
+
+
 @pytest.mark.parametrize("case", ["not set", "no such folder", "undefined variable", "no offsets"])
 def test_without_photographs_the_page_says_so(workplace, case):
     settings = {"no such folder": ["paths.raw_dir=nowhere"], "undefined variable": ["paths.raw_dir=$NO_SUCH_NAME/x"]}

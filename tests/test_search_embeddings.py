@@ -109,6 +109,7 @@ UUID_ID = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16)], pa.bin
         (pa.scalar(b"way/1"), "way/1"),
         (pa.scalar(b"\xff\x00"), "0xff00"),
         (pa.scalar(7), "7"),
+        (pa.scalar(2**50, pa.timestamp("ms")), "1125899906842624"),  # beyond the year 9999
         (UUID_ID, "00000000-0000-0000-0000-000000000000"),
     ],
 )  # fmt: skip

@@ -101,6 +101,9 @@ def test_the_last_job_of_a_shard_counts(config, answers):
     assert states(config, 1)[3] == "failed"
     write_log(config, 100, 3, "error: worse", "task: stage 1 shard 3 job 100 exit 1")
     assert survey(config)[0]["failures"][0]["error"] == "error: worse"
+    newest = write_log(config, 9, 3, "error: worst", "task: stage 1 shard 3 job 9 exit 1")  # job ids have begun anew
+    os.utime(newest, (2**31, 2**31))
+    assert survey(config)[0]["failures"][0]["error"] == "error: worst"
     answers["squeue"] = list_queue(config, (71, 3, "PENDING"))
     assert states(config, 1)[3] == "waiting"
 

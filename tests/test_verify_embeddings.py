@@ -326,6 +326,15 @@ def test_a_part_of_another_model_is_seen(verify, dataset):
     check_seen(verify(dataset), "made with another embedding_version")
 
 
+def test_the_state_of_another_dataset_is_named_and_no_part_set_aside(verify, dataset):
+    state = read_state(dataset) | {"embedding_version": "0" * 16}
+    (dataset / "state.json").write_text(json.dumps(state))
+    before = read_bytes(dataset)
+    for options in ((), ("--repair",)):
+        check_seen(verify(dataset, *options), f"{dataset}/state.json: of another dataset than the parts beside it")
+    assert read_bytes(dataset) == before
+
+
 @pytest.mark.parametrize("columns", [["a", "b"], ["b", "a"]])
 def test_a_checksum_is_of_values_not_of_chunks_and_encodings(columns):
     one = pa.table({"a": ["x", "y", None], "b": pa.array([[1.0, 2], [3, 4], [5, 6]], pa.list_(pa.float32(), 2))})

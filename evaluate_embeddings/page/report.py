@@ -9,8 +9,6 @@ from typing import Any
 from evaluate_embeddings.page.gallery import make_gallery
 from evaluate_embeddings.scores.metrics import BASELINES, KIND_LABELS, SCORE_LABELS, Evaluation
 from evaluate_embeddings.scores.tables import describe_gains
-from pipeline.config import Config
-from pipeline.errors import ConfigError
 from pipeline.pages import load_templates
 from pipeline.workspace import writing_to
 
@@ -33,13 +31,11 @@ FILTERS: dict[str, Callable[..., str]] = {
 }
 
 
-def write_report(path: Path, evaluation: Evaluation, metrics: Mapping[str, Any], config: Config) -> None:
+def write_report(
+    path: Path, evaluation: Evaluation, metrics: Mapping[str, Any], split_path: Path, raw_dir: Path | None
+) -> None:
     """Write the page in one piece; it says why pictures are missing."""
-    try:
-        raw_dir: Path | None = config.path("raw_dir")
-    except ConfigError:  # not set, or of an undefined variable: the page does without photographs
-        raw_dir = None
-    gallery = make_gallery(evaluation, config.path("merged_dir") / "test.parquet", raw_dir)
+    gallery = make_gallery(evaluation, split_path, raw_dir)
     environment = load_templates(TEMPLATES_DIR)
     environment.filters |= FILTERS
     page = environment.get_template("report.html.j2").render(

@@ -66,6 +66,8 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
         # A kill between the two files leaves rejects alone, and a rerun writes both.
         findings.add(path, "its part is missing")
     recipe = state or next((part.recipe for part in files.parts), {})
+    if files.parts and not any(part.recipe.items() <= recipe.items() for part in files.parts):
+        raise InputError(f"{dataset.state_path}: of another dataset than the parts beside it: move it away")
     for part in files.parts:
         for problem in itertools.islice(_list_problems(part, recipe, order), 1):
             findings.add(part.path, problem)

@@ -5,6 +5,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def _spellings(value: object) -> list[object]:
     if value is None:
         return [value]
     text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+    text = re.sub(r"\.0+$", "", f"{value:f}") if isinstance(value, Decimal) else text
     numbers = [int(text)] if re.fullmatch("0|-?[1-9][0-9]{0,19}", text) else []
     return [value, text, text.encode("utf-8", "surrogateescape"), *numbers]
 
@@ -128,7 +130,10 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Iterable[object]
     for path in _survey(folder, "link"):
         raise PipelineError(f"{path}: a link, and what it leads to may hold the ids: remove it, then run this again")
     salt = before.salt or secrets.token_bytes(16)
-    hashes = {name: set(hash_ids(list(values), salt)) for name, values in listed.items()}
+    hashes = {}
+    for name, values in listed.items():  # other ids are whole in each of their spellings, a decimal in none
+        spellings = [own for one in values for own in (_spellings(one) if isinstance(one, Decimal) else [one])]
+        hashes[name] = set(hash_ids(spellings, salt))
     wanted, found = before.id_hashes.union(*hashes.values()), set[int]()
     if not wanted:
         return 0, list(listed), []

@@ -151,12 +151,13 @@ def _refuse_table_formats(folder: Path, names: list[str]) -> None:
 
 def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
     path, schemas, rows, places, footers = options.input, [], [], [], []
-    folder_values: list[dict[str, str]] = []
+    folder_values, held_twice = list[dict[str, str]](), set[str]()
     for file_path in files:
         pairs = [part.partition("=") for part in file_path.relative_to(path).parts[:-1]]  # Hive: year=2020/
         values = {key: "" if value == _NO_PARTITION else unquote(value) for key, is_pair, value in pairs if is_pair}
         with open_parquet(file_path) as file, reading(file_path):
             metadata, schema = file.metadata, file.schema_arrow
+            held_twice |= values.keys() & set(schema.names)
             folder_values.append({key: value for key, value in values.items() if key not in schema.names})
             _check_columns(file_path, schema, options, [name for name in options.keep_columns if name not in values])
             if plain_type(schema.field(options.id_column).type) == pa.float64():
@@ -178,6 +179,9 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
                     f"{file_path}: column {name} is {kind}, in {files[0].name} it is {first}: package all files in the "
                     "same way"
                 )
+    if held_twice:
+        names = ", ".join(sorted(held_twice))
+        logger.warning("%s: its folders name %s, as columns of its files do: the files' values count", path, names)
     partitions = _keep_partitions(path, folder_values, options.keep_columns)
     size = sum(file_path.stat().st_size for file_path in files)
     fingerprint = footers[0] if path.is_file() else hash_json([footers, folder_values] if partitions else footers)

@@ -73,8 +73,8 @@ def describe_id(scalar: pa.Scalar) -> str:
         scalar = scalar if isinstance(scalar.as_py(), uuid.UUID) else scalar.value
     try:
         value = scalar.as_py()
-    except (ValueError, OverflowError):
-        value = scalar
+    except (ValueError, OverflowError):  # a time beyond Python's
+        value = plain_values(pa.repeat(scalar, 1))[0]
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
