@@ -23,8 +23,8 @@ from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError, StaleOutputError, one_line
 from pipeline.files.identity import identify
 from pipeline.files.outputs import check_outside_datasets
-from pipeline.files.tables import PROVENANCE_KEY, make_provenance
-from pipeline.files.units import Provenance, Unit, find_complete, read_recorded
+from pipeline.files.tables import PROVENANCE_KEY, make_provenance, read_provenance
+from pipeline.files.units import Provenance, Unit, find_complete
 from pipeline.inference.model_files import (
     embedding_settings,
     identify_model,
@@ -77,7 +77,7 @@ def list_units(config: Config) -> list[Unit]:
 
     def describe(_: Unit) -> Provenance:
         folder = locate_backbone(config, download=False)
-        inputs = (read_recorded(output / CONFIG_NAME) or {}).get("inputs", [])  # on a machine without the backbone
+        inputs = (read_provenance(output / CONFIG_NAME) or {}).get("inputs", [])  # on a machine without the backbone
         recorded = next((item["id"] for item in inputs if item["name"] == "backbone"), None)
         return describe_published(config, checkpoint_path, identify_model(folder) if folder else recorded, None)
 

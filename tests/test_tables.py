@@ -326,7 +326,7 @@ FILE = {"name": "0001.parquet", "size": 7, "footer": "f"}
     ],
 )
 def test_the_first_difference_of_two_provenances_is_named(old, new, difference):
-    assert identity.describe_difference(old, new) == difference
+    assert tables.describe_difference(old, new) == difference
 
 
 def test_a_hash_of_plain_values_does_not_depend_on_their_order():

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,31 +96,3 @@ def hash_footer(path: Path) -> str:
             raise DamagedError(f"{path}: not a readable parquet file (no footer): remove it and make it again")
         file.seek(end - 8 - length)
         return hashlib.sha256(file.read(length)).hexdigest()[:32]
-
-
-def as_provenance(content: Any) -> dict[str, Any] | None:
-    """Return what stands where provenance is kept, None if it has not the shape of this project's."""
-    if not isinstance(content, dict):
-        return None
-    parts = {"inputs": list, "settings": dict, "counts": dict, "reasons": dict}
-    is_shaped = all(isinstance(content.get(key, kind()), kind) for key, kind in parts.items())
-    return content if is_shaped and all(isinstance(one, dict) for one in content.get("inputs", [])) else None
-
-
-def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Name the first difference of two provenances, None if they agree; a tar that is gone is none."""
-    if old.get("stage") != new.get("stage"):
-        return f"it was made by {old.get('stage')}"
-    before, after = (one.get("settings", {}) for one in (old, new))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            return f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
-    before, after = ({str(item.get("name")): item for item in one.get("inputs", [])} for one in (old, new))
-    for name in sorted(before.keys() | after.keys()):
-        if name not in before:
-            return f"input {name} was not among its inputs"
-        if name not in after and not name.endswith(".tar"):
-            return f"input {name} is gone"
-        if name in after and before[name] != after[name]:
-            return f"input {name} has changed"
-    return None

@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 from pipeline import VERSION
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError, one_line
 from pipeline.files.column_types import check_columns, convert_table, fill_composite_ids, stored_fields
-from pipeline.files.identity import as_provenance, describe_difference
 from pipeline.log import logger
-from pipeline.workspace import parse_json, writing_to
+from pipeline.workspace import parse_json, read_json_object, writing_to
 
 PROVENANCE_KEY = b"spatial_building_embeddings"
 
@@ -241,7 +240,11 @@ def read_ids(paths: list[Path], fields: Iterable[pa.Field], remedy: str) -> list
 
 
 def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
-    """Return the provenance that a parquet carries, else None, with a warning if asked for."""
+    """Return the provenance that a parquet or a JSON file carries, else None, with a warning if asked for."""
+    if path.suffix == ".json":
+        content = read_json_object(path)
+        beside = content.get(PROVENANCE_KEY.decode(), content.get("provenance"))
+        return _as_provenance(content if "stage" in content else beside)
     found = provenance_of(open_parquet(path).metadata)
     if found is None and warn:
         logger.warning("%s carries no provenance: taken as it is, its columns and types are checked", path)
@@ -251,9 +254,18 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
 def provenance_of(footer: pq.FileMetaData) -> dict[str, Any] | None:
     """Return the provenance in a parquet's footer, None where there is none."""
     try:
-        return as_provenance(parse_json((footer.metadata or {}).get(PROVENANCE_KEY, b"null")))
+        return _as_provenance(parse_json((footer.metadata or {}).get(PROVENANCE_KEY, b"null")))
     except ValueError:
         return None
+
+
+def _as_provenance(content: Any) -> dict[str, Any] | None:
+    """Return what stands where provenance is kept, None if it has not the shape of this project's."""
+    if not isinstance(content, dict):
+        return None
+    parts = {"inputs": list, "settings": dict, "counts": dict, "reasons": dict}
+    is_shaped = all(isinstance(content.get(key, kind()), kind) for key, kind in parts.items())
+    return content if is_shaped and all(isinstance(one, dict) for one in content.get("inputs", [])) else None
 
 
 def is_complete(path: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:
@@ -270,6 +282,25 @@ def matches(path: Path, found: Mapping[str, Any] | None, wanted: Mapping[str, An
             "or set another output path"
         )
     return True
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """Name the first difference of two provenances, None if they agree; a tar that is gone is none."""
+    if old.get("stage") != new.get("stage"):
+        return f"it was made by {old.get('stage')}"
+    before, after = (one.get("settings", {}) for one in (old, new))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            return f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
+    before, after = ({str(item.get("name")): item for item in one.get("inputs", [])} for one in (old, new))
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before:
+            return f"input {name} was not among its inputs"
+        if name not in after and not name.endswith(".tar"):
+            return f"input {name} is gone"
+        if name in after and before[name] != after[name]:
+            return f"input {name} has changed"
+    return None
 
 
 def make_provenance(stage: str, inputs: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:

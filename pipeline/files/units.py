@@ -8,13 +8,13 @@ from typing import Any
 from pipeline.cli import Options, StageResult
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
-from pipeline.files.identity import as_provenance, identify, identify_tar
+from pipeline.files.identity import identify, identify_tar
 from pipeline.files.listing import find_tars, is_parquet, list_intermediates
-from pipeline.files.tables import PROVENANCE_KEY, matches, read_provenance
+from pipeline.files.tables import matches, read_provenance
 from pipeline.ids import dataset_name, parse_dataset_id
 from pipeline.log import logger
 from pipeline.stages import Stage
-from pipeline.workspace import read_json_object, refuse_folder
+from pipeline.workspace import refuse_folder
 
 Provenance = dict[str, Any]
 
@@ -55,7 +55,7 @@ def find_state(unit: Unit) -> UnitState:
     try:
         if unit.check is not None:
             unit.check()
-        recorded = {path: read_recorded(path) for path in marks if unit.describe and path.exists()}
+        recorded = {path: read_provenance(path) for path in marks if unit.describe and path.exists()}
         if unit.take_over and None in recorded.values():
             kept = unit.take_over(unit)
             return UnitState(True, kept[0], note=kept[1]) if kept else UnitState()
@@ -96,16 +96,6 @@ def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:
     result.add(state.counts, state.reasons)
     result.kept += unit.outputs
     return True
-
-
-def read_recorded(path: Path) -> Provenance | None:
-    """Return the provenance that a parquet's footer or a JSON file carries, None where it carries none."""
-    if is_parquet(path):
-        return read_provenance(path)
-    content = read_json_object(path)
-    return as_provenance(
-        content if "stage" in content else content.get(PROVENANCE_KEY.decode(), content.get("provenance"))
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

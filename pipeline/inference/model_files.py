@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.config import Config, EmbeddingModelSection
 from pipeline.errors import ConfigError, InputError, hide_credentials, one_line
-from pipeline.files.identity import describe_difference, digest_file, hash_json
-from pipeline.files.tables import PROVENANCE_KEY
+from pipeline.files.identity import digest_file, hash_json
+from pipeline.files.tables import PROVENANCE_KEY, describe_difference
 from pipeline.log import logger
 from pipeline.workspace import read_json, read_json_object
 

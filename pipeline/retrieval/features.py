@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from pipeline.config import count_cores
 from pipeline.errors import InputError, StaleOutputError
 from pipeline.files import tables
-from pipeline.files.identity import describe_difference
 from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.threads import map_in_order
 
@@ -125,7 +124,7 @@ def check_one_run(first: Path, second: Path) -> None:
     """Raise InputError if two splits come from different runs of stage 3; one without provenance may be anybody's."""
     check_split_names((first, second))
     both = [tables.read_provenance(path) for path in (first, second)]
-    difference = describe_difference(both[0], both[1]) if both[0] and both[1] else None
+    difference = tables.describe_difference(both[0], both[1]) if both[0] and both[1] else None
     if difference:
         raise InputError(f"{second}: not of the same run as {first.name} ({difference}): run stage 3 again")
 
