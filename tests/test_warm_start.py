@@ -86,14 +86,14 @@ def test_the_checkpoint_counts_by_its_content_and_a_killed_run_goes_on(
     monkeypatch.setattr("train_specialized_embeddings.training.fitting.SAVE_INTERVAL_SECONDS", 0.0)
     run(workspace, OLD, "paths.checkpoint_dir=whole")
     calls = iter(range(100))
-    keep = fitting._write_outputs
+    keep = fitting._save
 
     def die_at_the_third(*arguments: Any) -> None:
         if next(calls) == 2:
             raise KeyboardInterrupt
         keep(*arguments)
 
-    monkeypatch.setattr(fitting, "_write_outputs", die_at_the_third)
+    monkeypatch.setattr(fitting, "_save", die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(workspace, OLD)
     shutil.copy(workspace / "old/checkpoint_best.pt", workspace / "elsewhere.pt")

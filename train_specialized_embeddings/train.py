@@ -9,6 +9,7 @@ and provenance.json. A rerun keeps a complete run and resumes a killed one: the 
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: imp
 
 from pipeline import cli
 from pipeline.config import Config
-from pipeline.errors import ConfigError, StaleOutputError
+from pipeline.errors import ConfigError
 from pipeline.files import identity, tables
 from pipeline.files.units import Unit, keep_complete
 from pipeline.stages import STAGES
-from pipeline.workspace import locked, read_json_object, replacing
+from pipeline.workspace import locked, replacing
 from train_specialized_embeddings.training import run_files
 
 STAGE = "train"
@@ -70,23 +71,8 @@ def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
 def list_units(config: Config) -> list[Unit]:
     """Return the one unit: the run."""
     folder = config.path("checkpoint_dir")
-
-    def check() -> None:
-        found = run_files.list_outputs(folder)
-        if found and not any((folder / name).exists() for name in (run_files.PROVENANCE, run_files.LATEST)):
-            raise StaleOutputError(
-                f"{found[0]}: nothing beside it says what it was made from: give --overwrite to train over it, or set "
-                "another [paths].checkpoint_dir"
-            )
-
-        made = read_json_object(folder / run_files.PROVENANCE).get("outputs", {})
-        for name, digest in run_files.digest_outputs(folder).items() if made else ():
-            if made.get(name, digest) != digest:
-                raise StaleOutputError(
-                    f"{folder / name}: not the one that this run wrote: put that back, or give --overwrite"
-                )
-
-    outputs, marks = STAGES[6].list_outputs(config), (folder / run_files.PROVENANCE,)
+    check, marks = partial(run_files.check_outputs, folder), (folder / run_files.PROVENANCE,)
+    outputs = STAGES[6].list_outputs(config)
     return [Unit(STAGE, outputs, lambda _: describe_run(config, list_inputs(config)), check=check, marks=marks)]
 
 

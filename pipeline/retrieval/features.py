@@ -91,9 +91,9 @@ def load_features(path: Path) -> Features:
     Raises InputError if the file is missing, damaged or empty, a column is missing, of another type or has nulls,
     or an embedding is not finite or all zero (naming the image).
     """
+    tables.read_provenance(path, warn=True)
     table = tables.read_columns(path, FEATURE_COLUMNS, "make the file again with stage 3")
     column = find_embedding(path)
-    tables.read_provenance(path, warn=True)
     if table.num_rows == 0:
         raise InputError(f"{path}: holds no rows: run stage 3 on more images, or change [data].*_ratio")
     image_ids, building_ids = (

@@ -49,21 +49,18 @@ def fit(
         material = read_material(config, inputs, provenance, watch, saved)
         counts = {"in": material.num_images, "out": material.num_images}
         provenance = provenance | {"counts": counts}
-        run = TrainingRun(config, material, watch, provenance)
-        saved_at = time.monotonic()
+        run = TrainingRun(config, material, watch, provenance, saved and saved.rest)
+        for record in run.history:
+            send(record)
         if saved is not None:
-            run.resume(saved.rest)
-            for record in run.history:
-                send(record)
-            _write_outputs(run, folder)  # a kill may have come between them and the state
+            _save(run, folder)  # a kill may have come between the state and the other files
+        saved_at = time.monotonic()
         for record in run.run_epochs("train"):
             send(record)
             run.log_epoch(record)
-            if run.is_periodic or time.monotonic() - saved_at > SAVE_INTERVAL_SECONDS:
+            if run.is_periodic or run.is_over or time.monotonic() - saved_at > SAVE_INTERVAL_SECONDS:
                 _save(run, folder)
                 saved_at = time.monotonic()
-        _save(run, folder)
-        save_checkpoint(folder / run_files.FINAL, run.describe())
         run.settle()
         save_checkpoint(folder / run_files.BEST, run.best)
         epoch, val = run.best["epoch"], run.best["metrics"]["val"]
@@ -76,18 +73,16 @@ def fit(
 
 def _save(run: TrainingRun, folder: Path) -> None:
     """Write the state that a killed run resumes from, then the files that follow from it."""
+    lines, last = [json.dumps(record, allow_nan=False) for record in run.history], run.describe()
     with run.watch.measure("write"):
-        save_checkpoint(folder / run_files.LATEST, run.describe_state())
-        _write_outputs(run, folder)
-
-
-def _write_outputs(run: TrainingRun, folder: Path) -> None:
-    lines = [json.dumps(record, allow_nan=False) for record in run.history]
-    with workspace.writing_to(folder / run_files.METRICS) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    save_checkpoint(folder / run_files.BEST, run.best)
-    if run.is_periodic:
-        save_checkpoint(folder / run_files.PERIODIC.format(run.epoch), run.describe())
+        save_checkpoint(folder / run_files.LATEST, last | run.describe_rest())
+        with workspace.writing_to(folder / run_files.METRICS) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        save_checkpoint(folder / run_files.BEST, run.best)
+        if run.is_periodic:
+            save_checkpoint(folder / run_files.PERIODIC.format(run.epoch), last)
+        if run.is_over:
+            save_checkpoint(folder / run_files.FINAL, last)
 
 
 def training_within_memory(config: Config) -> AbstractContextManager[None]:

@@ -8,7 +8,9 @@ Importing this needs no torch: a complete run is kept without it.
 import re
 from pathlib import Path
 
+from pipeline.errors import StaleOutputError
 from pipeline.files.identity import digest_file
+from pipeline.workspace import read_json_object
 
 BEST, FINAL = "checkpoint_best.pt", "checkpoint_final.pt"  # what is published; the last epoch
 PERIODIC = "checkpoint_epoch_{}.pt"
@@ -27,3 +29,19 @@ def digest_outputs(folder: Path) -> dict[str, str]:
 def list_outputs(folder: Path) -> list[Path]:
     """Return the checkpoints and metrics that exist in a folder."""
     return sorted(path for path in folder.glob("*") if _OUTPUT.fullmatch(path.name))
+
+
+def check_outputs(folder: Path) -> None:
+    """Raise StaleOutputError where nothing beside outputs says what they were made from, or one was put in later."""
+    found = list_outputs(folder)
+    if found and not any((folder / name).exists() for name in (PROVENANCE, LATEST)):
+        raise StaleOutputError(
+            f"{found[0]}: nothing beside it says what it was made from: give --overwrite to train over it, or set "
+            "another [paths].checkpoint_dir"
+        )
+    made = read_json_object(folder / PROVENANCE).get("outputs", {})
+    for name, digest in digest_outputs(folder).items() if made else ():
+        if made.get(name, digest) != digest:
+            raise StaleOutputError(
+                f"{folder / name}: not the one that this run wrote: put that back, or give --overwrite"
+            )

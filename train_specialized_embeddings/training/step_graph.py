@@ -40,7 +40,7 @@ class StepGraph:
         """Take torch.compile's `options`; `judge` is called with features and a padded batch."""
         self.num_anchors, self._num_groups = batch_size, batch_size // 2  # a group has two images or more
         torch.compiler.reset()  # torch keeps the code of eight runs, with their graphs' memory, and refuses a ninth
-        self.judge = torch.compile(judge, dynamic=False, fullgraph=True, **options)
+        self.judge, self.works = torch.compile(judge, dynamic=False, fullgraph=True, **options), False
 
     def pad(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return the batches of a draw padded, by one copy to the device."""
@@ -64,8 +64,8 @@ class StepGraph:
         columns = (Places(*each) for each in zip(*places, strict=True))
         return [Batch(*each) for each in zip(columns, firsts, bands, found, is_real[:, :num_rows], strict=True)]
 
-    def works(self, features: torch.Tensor, batch: Batch, weights: Sequence[torch.Tensor]) -> bool:
-        """Try it forward and backward; only the gradients of `weights` are lost. Log why where it fails."""
+    def try_out(self, features: torch.Tensor, batch: Batch, weights: Sequence[torch.Tensor]) -> None:
+        """Run it forward and backward to see if it `works`; only the gradients of `weights` are lost. Log why not."""
         try:
             with torch.random.fork_rng([features.device] if features.is_cuda else []):
                 for _ in range(TRIALS):
@@ -73,12 +73,11 @@ class StepGraph:
                     self.judge(features, batch).loss.backward()
                     for weight in weights:  # a gradient lies in the graph's memory, where the next run writes over it
                         weight.grad = None
+            self.works = True
         except torch.cuda.OutOfMemoryError:
             raise
         except COMPILE_ERRORS as error:
             logger.warning("steps are not captured as graphs, which is slower: %s", one_line(error)[:200])
-            return False
-        return True
 
 
 def may_capture(device: torch.device, loss: str, batch_size: int, num_steps: int) -> bool:

@@ -64,7 +64,6 @@ class Trainer:
         num_steps = section.num_epochs * math.ceil(self.num_anchors / self.batch_size)
         has_graph = may_capture(features.device, section.loss, self.batch_size, num_steps)
         self.graph = StepGraph(self.judge, self.batch_size, mode="reduce-overhead") if has_graph else None
-        self._has_tried = False
         self._parts: dict[str, Any] = {
             "weights": projector, "average": self.average, "origin": self.origin, "loss": self.loss,
             "optimizer": self.optimizer,
@@ -81,7 +80,9 @@ class Trainer:
         for first in range(0, len(parts), steps_per_draw):
             drawn = parts[first : first + steps_per_draw]
             preference = torch.tensor(self.bandit.rank_bands(), device=self.device) if self.bandit else None
-            batches = self._pad(self.sampler.add_negatives(drawn, preference))
+            batches = self.sampler.add_negatives(drawn, preference)
+            if self.graph is not None:
+                batches = self._pad(self.graph, batches)
             counts = torch.zeros_like(totals)
             for number, (part, batch) in enumerate(zip(drawn, batches, strict=True), first + 1):
                 self._set_rates(self.epoch + number / len(parts))
@@ -125,18 +126,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (place / warmup if place < warmup else 1.0)
 
-    def _pad(self, batches: list[Batch]) -> list[Batch]:
-        """Return the batches padded for the graph; unchanged where there is none, or it cannot be captured."""
-        if self.graph is None:
-            return batches
-        padded = self.graph.pad(batches)
-        if not self._has_tried:
-            self._has_tried = True
+    def _pad(self, graph: StepGraph, batches: list[Batch]) -> list[Batch]:
+        """Return the batches padded for the graph; give it up and return them unchanged where it cannot be captured."""
+        padded = graph.pad(batches)
+        if not graph.works:
             weights = [*self.projector.parameters(), *self.loss.parameters()]
-            if not self.graph.works(self.features[padded[0].places.rows], padded[0], weights):
-                self.graph = None
-                return batches
-        return padded
+            graph.try_out(self.features[padded[0].places.rows], padded[0], weights)
+        self.graph = graph if graph.works else None
+        return padded if graph.works else batches
 
     def _take_step(self, batch: Batch, part: Groups) -> Judged:
         features = self.features[batch.places.rows]

@@ -43,7 +43,10 @@ class Material:
 class TrainingRun:
     """A trainer with its history and its best epoch; all that it draws comes from the seed."""
 
-    def __init__(self, config: Config, material: Material, watch: Stopwatch, provenance: Content) -> None:
+    def __init__(
+        self, config: Config, material: Material, watch: Stopwatch, provenance: Content, state: Content | None = None
+    ) -> None:
+        """Start from the material, or go on from the content of the file that a killed run resumes from."""
         self.config, self.material, self.watch, self.provenance = config, material, watch, provenance
         self.history: list[dict[str, Any]] = []  # one record an epoch, epoch 0 included
         self.best: Content = {}  # the checkpoint of the last epoch as good as the peak
@@ -53,6 +56,11 @@ class TrainingRun:
         projector = make_projector(material.start, config.training_model, config.training).to(material.features.device)
         spread = torch.from_numpy(material.start.coordinates.spread)
         self.trainer = Trainer(projector, material.features, material.sampler, config.training, spread)
+        if state is not None:
+            self.trainer.restore(state)
+            self.history, self.best = list(state["history"]), state["best"]
+            self.peak = QueryScores(**{name: values.numpy() for name, values in state["peak"].items()})
+            logger.info("going on after epoch %d", self.epoch)
 
     @property
     def epoch(self) -> int:
@@ -79,10 +87,10 @@ class TrainingRun:
 
     def run_epochs(self, label: str) -> Iterator[dict[str, Any]]:
         """Validate the start as epoch 0, then train and validate; yield each epoch's record, and save nothing."""
+        if not self.history:
+            yield self._add_epoch(UNTRAINED, time.monotonic())
         num_anchors = self.trainer.num_anchors
         with Progress(label, self.config.training.num_epochs * num_anchors, "anchor") as progress:
-            if not self.history:
-                yield self._add_epoch(UNTRAINED, time.monotonic())
             progress.resume_at(self.epoch * num_anchors)
             while not self.is_over:
                 started = time.monotonic()
@@ -124,19 +132,6 @@ class TrainingRun:
         with self.watch.measure("validate"):
             embeddings = project(projector, self.material.validation.embeddings, self.trainer.device)
             return embeddings, self.material.validation.score_each(embeddings)
-
-    def resume(self, state: Content) -> None:
-        """Continue from a state that `describe_state` returned."""
-        self.trainer.restore(state)
-        self.history, self.best = list(state["history"]), state["best"]
-        self.peak = QueryScores(**{name: values.numpy() for name, values in state["peak"].items()})
-        logger.info("going on after epoch %d", self.epoch)
-
-    def describe_state(self) -> Content:
-        """Return the checkpoint of the last epoch, with what `resume` needs beside it."""
-        assert self.peak is not None  # the start is validated first
-        peak = {name: torch.from_numpy(values) for name, values in vars(self.peak).items()}
-        return self.describe() | {"best": self.best, "history": self.history, "peak": peak}
 
     def _add_epoch(self, report: dict[str, Any], started: float) -> dict[str, Any]:
         """Validate if it is time, add the epoch's record and return it; keep its checkpoint if none is better."""
@@ -201,3 +196,8 @@ class TrainingRun:
             },
             "provenance": self.provenance,
         }
+
+    def describe_rest(self) -> Content:
+        """Return what a killed run needs beside the checkpoint of the last epoch."""
+        peak = {name: torch.from_numpy(values) for name, values in vars(self.peak).items()}
+        return {"best": self.best, "history": self.history, "peak": peak}
