@@ -38,7 +38,7 @@ from pipeline.files.units import Provenance, Unit, find_complete, find_state, ke
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.stages import STAGES
 from pipeline.threads import prefetch
-from pipeline.workspace import discard, remove
+from pipeline.workspace import discard
 
 STAGE = "compute_visual_neighbors"
 # The names are historical: the key is the image's id, the distances are Euclidean, between fingerprints.
@@ -179,9 +179,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     num_neighbors = min(config.difficulty.neighbors, len(images))
     store = PartStore(path.parent / f"_{path.stem}_parts", len(images), num_neighbors, describe_output(config))
     own = options.shard.take(list(store.parts))
-    if options.overwrite:
-        for part in own:
-            remove(store.path(part))
     done = [part for part in store.parts if find_complete(store.unit(part), options.overwrite)]
     todo = [part for part in own if part not in done]
     if todo:

@@ -40,11 +40,6 @@ class Stage:
         return self.module.rpartition(".")[2]
 
     @property
-    def script(self) -> str:
-        """The script's path from the project's root."""
-        return self.module.replace(".", "/") + ".py"
-
-    @property
     def label(self) -> str:
         """The stage's number, or "tune"."""
         return str(self.number or self.name)

@@ -15,7 +15,7 @@ from generate_embeddings import generate_embeddings
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
 from pipeline.files.units import UnitState
-from pipeline.stages import STAGES, TUNE, choose_stages
+from pipeline.stages import STAGES, TUNE, WHOLE, WORKER, choose_stages
 from preprocess_raw_data import process_tar
 from slurm.control import scheduler, submit
 from slurm.control.scheduler import QueuedTask, format_shards
@@ -273,7 +273,7 @@ def test_tuning_is_submitted_by_its_name(dry_run_here):
     (command,) = dry_run_here(submit.main, "stage", "tune", "--array-size", "4", SBATCH_OPTIONS_tune="--time=9")
     script = next(number for number, word in enumerate(command) if word.endswith("tune.sbatch"))
     assert {"--array=0-3", "--time=9"} < set(command[:script])
-    assert command[script + 1 : script + 3] == ["--shards", "4"]
+    assert "--shards" not in command[script:]  # the workers are not told apart
 
 
 def test_log_folders_with_percent_signs_and_spaces_are_no_patterns(tmp_path, write_config, dry_run_here):
@@ -371,7 +371,8 @@ def test_a_job_file_asks_for_what_it_must_and_holds_no_logic(path):
     assert ("gpus-per-node" in options) == stage.uses_gpu
     assert not {"account", "partition"} & options.keys()
     assert options["job-name"] == stage.name
-    assert text.rstrip().endswith(f'run_task {stage.label} "$@"')
+    how = "run_task" if stage.unit in (WHOLE, WORKER) else "run_shard"
+    assert text.rstrip().endswith(f'\n{how} {stage.label} {stage.module.replace(".", "/")}.py "$@"')
     assert len(text.splitlines()) <= 25
 
 

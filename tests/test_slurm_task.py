@@ -9,44 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError
-from slurm.control import task
-
 REPO = Path(__file__).resolve().parents[1]
 
-
-@pytest.fixture
-def config_path(tmp_path, write_config, make_tar):
-    path = write_config(tmp_path / "of mine", infrastructure={"num_workers": "auto"})
-    for number in (1, 2, 3):
-        make_tar(path.parent / "raw", number)
-    return path
-
-
-def command(stage, config_path, *options, **environment):
-    return task.build_command([str(stage), *options, "--config", str(config_path)], environment)
-
-
-# ------------------------------------------------------------------------------------------------ the task
-
-
-def test_a_task_is_the_shard_of_its_number(config_path):
-    found = command(1, config_path, "--shards", "8", SLURM_ARRAY_TASK_ID="5", SLURM_ARRAY_TASK_MAX="6")
-    assert found == [
-        sys.executable, str(REPO / "preprocess_raw_data/process_tar.py"), "--config", str(config_path),
-        "--shard", "5/8",
-    ]  # fmt: skip
-    # By hand, without --shards, the array's last number says how many there are.
-    assert command(1, config_path, SLURM_ARRAY_TASK_ID="5", SLURM_ARRAY_TASK_MAX="6")[-1] == "5/7"
-    assert command(1, config_path)[-1] == "0/1"
-    assert "--shard" not in command(3, config_path)
-    workers = command("tune", config_path, "--shards", "4", SLURM_ARRAY_TASK_ID="3")
-    assert workers[1:] == [str(REPO / "train_specialized_embeddings/tune.py"), "--config", str(config_path)]
-    with pytest.raises(ConfigError, match="task 5 of an array that is cut into 4 shards"):
-        command(1, config_path, "--shards", "4", SLURM_ARRAY_TASK_ID="5")
-
-
-# ------------------------------------------------------------------------------------------------ the shell
 
 # A Python that stands in for the stage: it says when it runs, keeps what it has on TERM, or does not listen.
 STAND_IN = """#!/usr/bin/env bash
@@ -75,7 +39,7 @@ def run_job(tmp_path, number=None, stubborn=0, code=0, tenths=100, **variables):
         "PIPELINE_MODULES": "a b", **variables,
     }  # fmt: skip
     job = subprocess.Popen(
-        ["bash", "-c", f'root={REPO}; source "$root/slurm/control/common.sh" || exit 1; run_task 2 --config "a b"'],
+        ["bash", "-c", f'root={REPO}; source "$root/slurm/control/common.sh" ; run_task 2 a.py --config "a b"'],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if number is not None:
@@ -85,6 +49,27 @@ def run_job(tmp_path, number=None, stubborn=0, code=0, tenths=100, **variables):
         os.kill(job.pid, number)
     output, _ = job.communicate(timeout=30)
     return job.returncode, output
+
+
+@pytest.mark.parametrize(
+    ("call", "array", "expected"),
+    [
+        ("run_shard 1 a.py --shards 8 --config x", {"ID": "5", "MAX": "6"}, "4 a.py --config x --shard 5/8"),
+        ("run_shard 1 a.py --config x", {"ID": "5", "MAX": "6"}, "4 a.py --config x --shard 5/7"),  # by hand
+        ("run_shard 1 a.py --config x", {}, "4 a.py --config x --shard 0/1"),
+        ("run_task tune a.py --trials 3", {"ID": "3", "MAX": "3"}, "4 a.py --trials 3"),
+    ],
+)
+def test_a_task_is_the_shard_of_its_number(tmp_path, call, array, expected):
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/usr/bin/env bash\ncase "$*" in -P*) exit 0 ;; esac\necho "$OMP_NUM_THREADS $*"\n')
+    stand_in.chmod(0o755)
+    variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(stand_in), "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
+    run = subprocess.run(
+        ["bash", "-c", f'root={REPO}; source "$root/slurm/control/common.sh"; {call}'], check=True, text=True,
+        capture_output=True, env=variables | {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()},
+    )  # fmt: skip
+    assert run.stdout.splitlines()[0] == expected.replace("a.py", f"{REPO}/a.py")
 
 
 def test_a_stages_exit_code_is_the_jobs(tmp_path):

@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize("stage", [*STAGES.values(), TUNE], ids=lambda stage: stage.name)
 def test_a_stage_is_what_its_script_says(stage):
     module = importlib.import_module(stage.module)
-    assert (REPO / stage.script).is_file()
+    assert (REPO / f"{stage.module.replace('.', '/')}.py").is_file()
     assert stage.name == module.STAGE
     assert callable(module.run)
     assert callable(module.list_units)

@@ -30,7 +30,6 @@ class PartStore:
 
     @property
     def parts(self) -> range:
-        """The numbers of the parts."""
         return range(-(-self.num_anchors // PART_ANCHORS))
 
     def anchors(self, part: int) -> np.ndarray:
@@ -38,11 +37,9 @@ class PartStore:
         return np.arange(part * PART_ANCHORS, min((part + 1) * PART_ANCHORS, self.num_anchors))
 
     def path(self, part: int) -> Path:
-        """Return a part's file."""
         return self.folder / f"{part:06d}.parquet"
 
     def unit(self, part: int) -> Unit:
-        """Return a part as a unit of work."""
         return Unit(f"part {part}", (self.path(part),), lambda _: self.provenance)
 
     def write(self, part: int, rows: np.ndarray, distances: np.ndarray) -> None:

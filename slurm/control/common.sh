@@ -56,26 +56,36 @@ requeue() {
     scontrol requeue "$task"
 }
 
-# Runs a stage as a job: run_task STAGE [OPTIONS]. On SLURM's warning the stage keeps what is finished, and the task
-# goes back into the queue.
+# Runs the shard of an array's task: run_shard STAGE SCRIPT [--shards N] [OPTIONS], by default of as many as it goes up to.
+run_shard() {
+    local stage=$1 script=$2 shards=$((${SLURM_ARRAY_TASK_MAX:-0} + 1))
+    shift 2
+    if [ "${1:-}" = --shards ]; then shards=$2 && shift 2; fi
+    run_task "$stage" "$script" "$@" --shard "${SLURM_ARRAY_TASK_ID:-0}/$shards"
+}
+
+# Runs a stage as a job: run_task STAGE SCRIPT [OPTIONS]. On SLURM's warning the stage keeps what is finished, and the
+# task goes back into the queue.
 run_task() {
-    local child='' watchdog='' warned='' code
+    local child='' watchdog='' warned='' code stage=$1 script=$2
+    shift 2
     trap 'warned=1; stop_child' USR1
     trap 'stop_child' TERM
     unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACEHUB_API_TOKEN
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
     load_modules
     find_python "$@" || return 1
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-$(nproc)}}
 
     # In the background: bash runs a trap only once the foreground command has ended.
-    "$PYTHON" "$root/slurm/control/task.py" "$@" &
+    "$PYTHON" "$root/$script" "$@" &
     child=$!
     if [ -n "$warned" ]; then stop_child; fi
     while kill -0 "$child" 2>/dev/null; do wait "$child"; done
     wait "$child"
     code=$?
     if [ -n "$watchdog" ]; then kill "$watchdog" 2>/dev/null; fi
-    echo "task: stage $1 shard ${SLURM_ARRAY_TASK_ID:-0} job ${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}} ${SLURM_JOB_ACCOUNT:+account $SLURM_JOB_ACCOUNT }exit $code"
+    echo "task: stage $stage shard ${SLURM_ARRAY_TASK_ID:-0} job ${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}} ${SLURM_JOB_ACCOUNT:+account $SLURM_JOB_ACCOUNT }exit $code"
     # 143: it kept what was finished. 137: it did not answer in time, and what it wrote is whole all the same.
     if [ -n "$warned" ] && { [ "$code" = 143 ] || [ "$code" = 137 ]; }; then
         requeue || code=1

@@ -13,7 +13,7 @@ from pipeline.config import PROJECT_ROOT
 from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.files.units import Unit
 from pipeline.inference.model_files import locate_backbone
-from pipeline.stages import BY_LABEL, ROW_GROUP, STAGES, TAR, Stage
+from pipeline.stages import BY_LABEL, ROW_GROUP, STAGES, TAR, WHOLE, WORKER, Stage
 from pipeline.workspace import locked
 from slurm.control import scheduler
 from slurm.control.scheduler import QueuedTask
@@ -225,7 +225,7 @@ def build_command(job: PlannedJob, request: Request, ids: dict[PlannedJob, str])
         f"--job-name={target.name_jobs(stage)}-{job.shard_count}",
         f"--output={log_dir}/slurm/%x-{'%A_%a' if stage.is_array else '%j'}.log",
         str(PROJECT_ROOT / name_job_file(stage)),
-        *(["--shards", str(job.shard_count)] if stage.is_array else []),
+        *(["--shards", str(job.shard_count)] if stage.unit not in (WHOLE, WORKER) else []),
         *target.list_arguments(stage), *request.stage_options,
     ]  # fmt: skip
 
