@@ -74,6 +74,8 @@ class StageResult:
     def check_reject_fraction(self, allowed: float, setting: str = "[data].max_reject_fraction") -> None:
         """Raise PipelineError if a larger share of the items that were not dropped was rejected than is allowed."""
         tried = self.rows_in - self.dropped
+        if 0 < tried == self.rejected:
+            logger.warning("%s: none of the %d items could be used: read the _rejects folder", self.stage, tried)
         if tried and self.rejected / tried > allowed:
             raise PipelineError(
                 f"{self.stage}: {self.rejected} of {tried} items were rejected, more than {setting} = {allowed:g} "

@@ -29,6 +29,12 @@ def test_whole_numbers_as_an_int64_prints_them_are_int64_and_blank_ones_null(tmp
     assert (column.type, column.to_pylist()) == (pa.int64(), [-(2**63), 2**63 - 1, None, None, 0])
 
 
+def test_ids_as_a_spreadsheet_rounds_them_are_said_to_be_so(tmp_path, caplog):
+    (tmp_path / "x.csv").write_text("OSMID,of\n9.74962E+18,1\n1e5,1.5E+7\n")
+    assert read_csv(tmp_path / "x.csv", ["OSMID"], "", others=True)["OSMID"].to_pylist() == ["9.74962E+18", "1e5"]
+    assert [record.getMessage().partition("x.csv: ")[2][:12] for record in caplog.records] == ["column OSMID"]
+
+
 def test_a_quoted_name_says_nothing_of_the_separator(tmp_path):
     (tmp_path / "x.csv").write_text('OSMID;path;"a,b,c,d"\n1;x;y\n')
     assert read_csv(tmp_path / "x.csv", ["OSMID"], "", others=True).column_names == ["OSMID", "path", "a,b,c,d"]

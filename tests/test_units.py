@@ -159,7 +159,7 @@ def test_a_stale_output_is_refused_before_anything_is_made(run, tmp_path):
     assert run(settings={"size": 2}, overwrite=True)[0] == [1, 2, 3]
 
 
-def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config):
+def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config, caplog):
     result = StageResult("stage", rows_in=10, rows_out=7, rejected=3)
     for allowed, fails in ((0.2, True), (0.3, False), (1.0, False), (0.0, True)):
         config = load_config(write_config(tmp_path, data={"max_reject_fraction": allowed}))
@@ -172,6 +172,9 @@ def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config):
             result.check_reject_fraction(config.data.max_reject_fraction)
         assert caught.value.result is result
     StageResult("stage").check_reject_fraction(config.data.max_reject_fraction)
+    assert not caplog.records
+    StageResult("stage", rows_in=5, rejected=3, dropped=2).check_reject_fraction(1.0)
+    assert "stage: none of the 3 items could be used" in caplog.text
 
 
 def test_tars_are_listed_by_dataset_and_what_is_none_is_counted(tmp_path, caplog, monkeypatch):

@@ -16,6 +16,7 @@ from pipeline.errors import InputError, one_line, unreadable
 from pipeline.files.column_types import whole_from_floats
 from pipeline.files.listing import is_parquet
 from pipeline.files.tables import BATCH_BYTES, open_parquet, read_batches, reading, unfolded_bytes
+from pipeline.log import logger
 
 _ROWS_AT_A_TIME = 65_536
 
@@ -46,7 +47,8 @@ def read_csv(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str,
         reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
         rows = enumerate(filter(None, reader))
         names = [name.strip() for name in next(rows, (0, list[str]()))[1]]
-        wanted = find_columns(path, names, required, remedy)
+        ids = find_columns(path, names, required, remedy)
+        wanted = list(ids)
         if others:
             if len(set(names) - {""}) < len(names):
                 raise InputError(f"{path}: its first line has to name each column once, and none blank: correct it")
@@ -63,7 +65,11 @@ def read_csv(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str,
                     )
             columns = [[row[place] for _, row in chunk] for place in places]
             tables.append(pa.Table.from_arrays([pa.array(one, pa.string()) for one in columns], schema=schema))
-    return pa.concat_tables(tables)
+    table = pa.concat_tables(tables)
+    for name in ids:
+        if pc.any(pc.match_substring_regex(table[name], r"^-?\d[.,]\d+E\+\d+$"), min_count=0).as_py():
+            logger.warning("%s: column %s: 1.23E+18 and the like: a spreadsheet may have made one of two", path, name)
+    return table
 
 
 def read_id_table(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str) -> pa.Table:
