@@ -38,7 +38,7 @@ from evaluate_embeddings.scores.standalone import CHECKPOINT_NAME, STAGE, Evalua
 from evaluate_embeddings.scores.tables import format_metrics_table
 from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files.identity import identify
 from pipeline.files.outputs import check_outside_datasets, check_replaceable, page_mark
 from pipeline.files.tables import make_provenance, open_parquet, read_provenance
@@ -191,7 +191,10 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     result = cli.StageResult(STAGE)
     raw_dir = find_raw_dir(config)
     if keep_complete(unit, result, own.overwrite):
-        if raw_dir is None and "data:image/" in report_path.read_text(encoding="utf-8"):
+        page, inputs = report_path.read_text(encoding="utf-8"), describe_inputs(config, own.ignore_pairs)["inputs"]
+        if not all((one.get("footer") or one["hash"]) in page for one in inputs):
+            raise StaleOutputError(f"{report_path}: not the page of these inputs: give --overwrite to make it again")
+        if raw_dir is None and "data:image/" in page:
             logger.warning("%s: shows photographs, though raw_dir is no folder: --overwrite omits them", report_path)
         return result
     from pipeline.inference.devices import choose_device

@@ -212,7 +212,7 @@ def test_geometries_are_joined_by_id_into_a_geoparquet(aggregate, rows, tmp_path
     source = write_geometry(tmp_path / "g.parquet", list(shapes), list(shapes.values()), {"geo": json.dumps(geo)})
     outcome = aggregate(output, "--geometry", source)
     assert outcome.code == 0, outcome.stderr
-    assert "1 ids have no geometry" in outcome.stderr
+    assert "WARNING 1 ids have no geometry" in outcome.stderr
     path = output / "_aggregated" / "OSMID.geo.parquet"
     table = pq.read_table(path)
     assert {row["OSMID"]: row["geometry"] for row in table.to_pylist()} == {

@@ -33,6 +33,7 @@ from evaluate_embeddings.scores.tables import describe_gains, format_metrics_tab
 from pipeline.config import load_config
 from pipeline.errors import InputError, PipelineError, StaleOutputError
 from pipeline.files import tables
+from pipeline.files.identity import identify
 from pipeline.retrieval.checkpoint import save_checkpoint
 from pipeline.retrieval.features import load_features
 from pipeline.retrieval.scores import SCORE_KEYS, normalise_rows, score_queries, score_queries_twice, summarize_scores
@@ -242,6 +243,15 @@ def test_outputs_of_other_inputs_or_settings_are_refused_with_the_difference_nam
     assert evaluate(workplace, overwrite=True).written
     (workplace.parent / "report" / "metrics.json").write_text("{")
     with pytest.raises(StaleOutputError, match="does not say what it was made from"):
+        evaluate(workplace)
+
+
+def test_the_page_of_other_inputs_is_refused(workplace):
+    evaluate(workplace)
+    page_path = workplace.parent / "report" / "report.html"
+    page = page_path.read_text(encoding="utf-8")
+    page_path.write_text(page.replace(identify(workplace.parent / "merged/test.parquet")["footer"], "0" * 32))
+    with pytest.raises(StaleOutputError, match=r"report\.html: not the page of these inputs"):
         evaluate(workplace)
 
 

@@ -159,6 +159,14 @@ def test_a_stale_output_is_refused_before_anything_is_made(run, tmp_path):
     assert run(settings={"size": 2}, overwrite=True)[0] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_stage_wrote_stays(run, tmp_path, overwrite):
+    path = tmp_path / "intermediates" / "0002.parquet"
+    write_parquet(path, pa.table({"a": [1]}), {"stage": "merge_and_split"})
+    made, _, error = run(overwrite=overwrite)
+    assert (made, str(error)) == ([], f"{path}: merge_and_split wrote it, so it stays: set another path for the output")
+
+
 def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config, caplog):
     result = StageResult("stage", rows_in=10, rows_out=7, rejected=3)
     for allowed, fails in ((0.2, True), (0.3, False), (1.0, False), (0.0, True)):

@@ -1,5 +1,6 @@
 """Units of a stage's work, whether each is complete, and the work of the stages that go tar by tar."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,12 @@ def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
 
 def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:
     """Return whether a unit is complete and stays, and add it to `result` then; raise StaleOutputError as above."""
+    for path in filter(is_parquet, unit.outputs):
+        found: Provenance | None = None
+        with contextlib.suppress(InputError):  # missing or damaged: made again
+            found = read_provenance(path)
+        if found and found.get("stage") != result.stage:
+            raise ConfigError(f"{path}: {found.get('stage')} wrote it, so it stays: set another path for the output")
     state = find_complete(unit, overwrite)
     if state is None:
         return False

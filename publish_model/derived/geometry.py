@@ -104,7 +104,8 @@ class GeometryFile:
         """Return the `geo` metadata of a file that holds the joined tables."""
         if self._num_missing and not self._types:
             raise InputError(f"{self.path}: names none of the ids: give their geometries")
-        logger.info("%d ids have no geometry in %s", self._num_missing, self.path)
+        log = logger.warning if self._num_missing else logger.info
+        log("%d ids have no geometry in %s", self._num_missing, self.path)
         column = {"encoding": "WKB", "geometry_types": sorted(self._types), **self._kept}
         geo = {"version": VERSION, "primary_column": GEOMETRY_COLUMN, "columns": {GEOMETRY_COLUMN: column}}
         return json.dumps(geo, sort_keys=True).encode()
