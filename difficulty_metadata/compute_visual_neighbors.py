@@ -25,7 +25,7 @@ from difficulty_metadata.neighbor_search.bands import (
     compute_band_edges,
     distance_ratios,
 )
-from difficulty_metadata.neighbor_search.fingerprints import ImageTable, read_images
+from difficulty_metadata.neighbor_search.fingerprints import ImageTable, read_images, stream_fingerprints
 from difficulty_metadata.neighbor_search.neighbor_parts import PartStore
 from difficulty_metadata.neighbor_search.pca import fit_pca
 from pipeline import cli
@@ -60,9 +60,9 @@ MAX_NEIGHBORS_PER_GROUP = 1 << 23
 
 def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
     """Return the images' points (N, d) float32 in the space of the leading principal components."""
-    pca = fit_pca(images.stream_fingerprints(), images.width, num_components)
+    pca = fit_pca([stream_fingerprints(column) for column in images.fingerprints], images.width, num_components)
     logger.info("PCA: %d of %d dimensions", len(pca.components), images.width)
-    return pca.project_all(images.stream_fingerprints())
+    return pca.project_all([stream_fingerprints(column) for column in images.fingerprints])
 
 
 def search_parts(images: ImageTable, store: PartStore, todo: Sequence[int], config: Config, watch: Stopwatch) -> None:

@@ -157,7 +157,6 @@ def has_validation(merged_dir: Path) -> bool:
 
 
 def describe_inputs(config: Config, ignore_pairs: Path | None) -> dict[str, Any]:
-    """Return the provenance that the outputs must have."""
     merged_dir = config.path("merged_dir")
     splits = ("train", "val", "test") if has_validation(merged_dir) else ("train", "test")
     paths = [*(merged_dir / f"{split}.parquet" for split in splits), config.path("checkpoint_dir") / CHECKPOINT_NAME]
@@ -175,7 +174,6 @@ def find_raw_dir(config: Config) -> Path | None:
 
 
 def list_units(config: Config, ignore_pairs: Path | None = None) -> list[Unit]:
-    """Return the one unit: the metrics and the page."""
     outputs = STAGES[9].list_outputs(config)
     return [Unit(STAGE, outputs, lambda _: describe_inputs(config, ignore_pairs), marks=outputs[:1])]
 

@@ -64,7 +64,6 @@ class StageResult:
         self.reasons.update(reasons or {})
 
     def describe(self) -> str:
-        """Return the counts as one line."""
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
         return (
             f"{self.stage}: {self.rows_in} in = {self.rows_out} out + {self.rejected} rejected + {self.dropped} dropped"
@@ -127,14 +126,12 @@ def make_parser(description: str, *, config: bool = True) -> argparse.ArgumentPa
 
 
 def add_shard_option(parser: argparse.ArgumentParser, unit: str) -> None:
-    """Add `--shard I/N`."""
     parser.add_argument(
         "--shard", type=parse_shard, default=Shard(), metavar="I/N", help=f"do every N-th {unit}, 0 <= I < N"
     )
 
 
 def add_tar_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the stages that work per tar."""
     parser.add_argument(
         "--tar-file", type=Path, action="append", default=[], metavar="PATH", dest="tar_files",
         help="do this tar only; may be repeated (default: every tar of raw_dir)",
@@ -245,7 +242,6 @@ def run_from_command_line(
 
 
 def log_name(stage: str, shard: Shard) -> str:
-    """Name the log file of a stage or of one shard of it."""
     return f"{stage}.log" if shard.is_whole else f"{stage}.{shard}.log"
 
 
@@ -282,5 +278,4 @@ def options_from(arguments: argparse.Namespace, kind: type[AnyOptions] = Options
 
 
 def config_from(arguments: argparse.Namespace) -> Config:
-    """Load the configuration that a parsed command line names."""
     return load_config(arguments.config, arguments.overrides)

@@ -197,7 +197,6 @@ class InfrastructureSection(Section):
     num_workers: PositiveInt | Literal["auto"] = Field("auto", description="decoding threads; auto: one a core")
 
     def count_workers(self) -> int:
-        """Return the number of decoding threads to use."""
         return count_cores() if self.num_workers == "auto" else self.num_workers
 
 
@@ -267,7 +266,6 @@ class Config(Section):
 
     @property
     def log_dir(self) -> Path:
-        """The folder of the log files."""
         return self.expand(self.global_.log_dir, "[global].log_dir")
 
 
@@ -306,7 +304,6 @@ def _describe(path: Path, errors: list[Any]) -> str:
 
 
 def list_keys() -> dict[str, list[str]]:
-    """Return the valid keys of each section."""
     return {
         field.alias or name: list(field.annotation.model_fields)
         for name, field in Config.model_fields.items()

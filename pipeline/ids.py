@@ -19,12 +19,10 @@ class Shard:
     count: int = 1
 
     def take(self, units: list[T]) -> list[T]:
-        """Return this shard's part of the units."""
         return units[self.index :: self.count]
 
     @property
     def is_whole(self) -> bool:
-        """Whether one process does everything."""
         return self.count == 1
 
     def __str__(self) -> str:

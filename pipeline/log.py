@@ -113,7 +113,6 @@ class Progress(AbstractContextManager["Progress"]):
         self._bar.update(done - self._bar.n)
 
     def advance(self, count: int = 1) -> None:
-        """Count `count` more items."""
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
@@ -122,7 +121,6 @@ class Progress(AbstractContextManager["Progress"]):
             logger.info(self.describe(now - self._started))
 
     def describe(self, seconds: float) -> str:
-        """Return done/total, the rate over `seconds` and the time left."""
         rate = (self.done - self._resumed) / max(seconds, 1e-9)
         if self.total is None:
             return f"{self.label}: {self.done} {self.unit}, {rate:.1f} {self.unit}/s"
@@ -159,7 +157,6 @@ class Stopwatch:
             yield found.pop()
 
     def add(self, part: str, seconds: float) -> None:
-        """Add seconds that were measured elsewhere to `part`."""
         with self._lock:
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 

@@ -108,7 +108,6 @@ NO_NEW_DATA = "stage 8: [new_data].input and output are not set: passed over"
 
 
 def has_new_data(config: Config) -> bool:
-    """Whether stage 8 is part of the pipeline."""
     return bool(config.new_data.input and config.new_data.output)
 
 

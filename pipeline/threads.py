@@ -80,18 +80,17 @@ class Background:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []
 
     def submit(self, call: Callable[[], None]) -> None:
         """Start a call once the previous one has ended."""
         self.finish()
-        self._pending = self._pool.submit(call)
+        self._pending.append(self._pool.submit(call))
 
     def finish(self) -> None:
         """Wait for the running call, and raise its error."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        while self._pending:
+            self._pending.pop().result()
 
     def close(self) -> None:
         """End the thread after the running call, and raise its error."""

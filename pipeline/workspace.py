@@ -62,7 +62,6 @@ def opened_folder(folder: Path, *, make: bool = False) -> Iterator[int]:
 
 
 def list_names(folder: Path) -> list[str]:
-    """Return the sorted names in a folder."""
     with opened_folder(folder) as descriptor, os.scandir(descriptor) as entries:
         return sorted(entry.name for entry in entries)
 
@@ -173,7 +172,6 @@ def link(path: Path, target: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Force a file's bytes to the disk."""
     descriptor = open_file(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -130,7 +130,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
 
 
 def read_named(config: Config) -> dict[str, str]:
-    """Return the split of each building that the split file names."""
     path = config.data.split_file
     return read_split_file(config.expand(path, "[data].split_file")) if path else {}
 

@@ -57,7 +57,7 @@ def take_inventory(
                 continue
             if member.is_image_name:
                 with watch.measure("read"):
-                    yield member, member.read_image()
+                    yield member, member.read()
             else:
                 inventory.add_metadata(member, member.read(MAX_BYTES))
 

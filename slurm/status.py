@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,10 @@ from slurm.control.target import Target, look_at, take_shard
 HEAD = ("stage", "name", "done", "running", "failed", "not started", "of")
 DONE, RUNNING, FAILED, WAITING, NOT_STARTED = "done", "running", "failed", "waiting", "not started"
 TAIL_BYTES = 1 << 16
+Log = dict[str, Any]
 EXIT_LINE = re.compile(r"^task: stage \S+ shard \d+ job \S* (?:account (\S+) )?exit (\d+)$")
 # Behind the name of the stage's jobs: the number of shards, the job and, of an array, the shard.
 LOG_NAME = re.compile(r"-(\d+)-(\d+)(?:_(\d+))?\.log")
-
-
-@dataclass(frozen=True)
-class JobLog:
-    """What the end of a job's log says."""
-
-    job: str  # its id, with that of its task
-    path: str
-    exit_code: int | None  # None where no line says how it ended
-    account: str | None
-    last_error: str
 
 
 def survey(config: Config, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -74,17 +63,15 @@ def describe_stage(target: Target, stage: Stage, queued: list[QueuedTask] | None
     last = {shard: read_log(path) for count, shard, path in logs if count == total}
     tasks = {task.shard: task for task in queued or [] if task.shard_count == total}
     states, failures, may_retry = [], [], False
-    accounts = [f"--account={log.account}" for log in last.values() if log and log.account]
+    accounts = [f"--account={log['account']}" for log in last.values() if log and log["account"]]
     for shard in range(total or 0):
         units, log = take_shard(stage, found, shard, total or 1), last.get(shard)
         problem = next((unit.problem for unit in units if unit.problem), "")
         states.append(judge_shard(target, stage, units, log, tasks.get(shard), queued is not None))
         if states[-1] == FAILED:
             may_retry |= not problem  # submit refuses the others
-            job, path, exit_code, _, error = astuple(log) if log else ("", None, None, None, "")
-            failures.append({
-                "shard": shard, "job": job, "exit_code": exit_code, "error": problem or error, "log": path,
-            })  # fmt: skip
+            known = log or dict.fromkeys(("job", "exit_code", "error", "log", "account"))
+            failures.append({"shard": shard, **known, "error": problem or known["error"]})
     retry = [
         str(PROJECT_ROOT / "slurm/submit_stage.sh"), str(stage.number), *accounts[-1:],
         *target.list_settings(), *(["--array-size", str(total)] if stage.is_array else []),
@@ -114,25 +101,25 @@ def find_logs(target: Target, stage: Stage) -> list[tuple[int, int, Path]]:
 
 
 def judge_shard(
-    target: Target, stage: Stage, units: list[UnitState], log: JobLog | None, task: QueuedTask | None, has_slurm: bool
+    target: Target, stage: Stage, units: list[UnitState], log: Log | None, task: QueuedTask | None, has_slurm: bool
 ) -> str:
     """Return how a shard is: by the queue, else by its outputs, else by how its last job ended."""
     if task is not None:
         return WAITING if task.is_waiting else RUNNING
     is_there = bool(units) and all(unit.is_complete for unit in units)
-    if is_there and (log is None or log.exit_code == 0 or target.is_shard_done(units)):
+    if is_there and (log is None or log["exit_code"] == 0 or target.is_shard_done(units)):
         return DONE
     if any(unit.problem for unit in units):
         return FAILED
     if log is None:  # not begun, or taken out of the queue when those that it waited for failed
         return NOT_STARTED
-    if log.exit_code == 0:  # its shard is done, though perhaps not the output that all shards write together
+    if log["exit_code"] == 0:  # its shard is done, though perhaps not the output that all shards write together
         return DONE if stage.unit == ANCHOR else NOT_STARTED
-    return FAILED if has_slurm or log.exit_code is not None else RUNNING
+    return FAILED if has_slurm or log["exit_code"] is not None else RUNNING
 
 
-def read_log(path: Path) -> JobLog | None:
-    """Return what the end of a log says, None where there is no log."""
+def read_log(path: Path) -> Log | None:
+    """Return what the end of a job's log says, None where there is no log; an `exit_code` None: not how it ended."""
     try:
         with open_without_waiting(path) as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
@@ -147,12 +134,11 @@ def read_log(path: Path) -> JobLog | None:
     is_over = not behind or (len(behind) == 1 and behind[0].startswith("error: "))
     errors = [line for line in lines if re.search(r"(^|\W)error: | ERROR ", line)]
     last = lines[end - 1 : end] if is_over and end > 0 else lines[-1:]
-    job, last_error = path.stem.rpartition("-")[2], (errors or last or [""])[-1]
-    return JobLog(job, str(path), code if is_over else None, account, last_error)
+    job, error = path.stem.rpartition("-")[2], (errors or last or [""])[-1]
+    return {"job": job, "exit_code": code if is_over else None, "error": error, "log": str(path), "account": account}
 
 
 def format_status(stages: list[dict[str, Any]]) -> str:
-    """Return the table, the failures and the commands."""
     line = "{:>5}  {:<32}  {:>5}  {:>7}  {:>6}  {:>11}  {:>5}".format
     counts = ("stage", "name", "done", "running", "failed", "not_started")
     lines = [line(*HEAD), *(line(*map(stage.get, counts), stage["total"] or "?") for stage in stages)]

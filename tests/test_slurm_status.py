@@ -79,7 +79,14 @@ def test_queue_logs_and_outputs_are_put_together(config, answers):
     assert states(config, 1) == ["done", "running", "waiting", "failed"]
     stage = survey(config)[0]
     assert stage["failures"] == [
-        {"shard": 3, "job": "70_3", "exit_code": 1, "error": "error: 0004.tar: truncated", "log": str(path)}
+        {
+            "shard": 3,
+            "job": "70_3",
+            "exit_code": 1,
+            "error": "error: 0004.tar: truncated",
+            "log": str(path),
+            "account": "group",
+        }
     ]
     text = status.format_status(survey(config))
     assert "error: 0004.tar: truncated" in text
@@ -148,14 +155,14 @@ def test_a_log_is_read_from_its_end(tmp_path):
         f"task 7_0 goes back into the queue (try 2, 20 requeues at most)\n{STAMP} x: 5/10 img, 9.0 img/s, ETA unknown\n"
     )
     log = read_log(path)
-    assert log.exit_code is None
+    assert log["exit_code"] is None
     with open(path, "a", encoding="utf-8") as file:
         file.write("task: stage 2 shard 0 job 7 exit 143\nerror: task 7_0: begun 9 times already\n")
     log = read_log(path)
-    assert (log.exit_code, log.last_error) == (143, "error: task 7_0: begun 9 times already")
+    assert (log["exit_code"], log["error"]) == (143, "error: task 7_0: begun 9 times already")
     assert read_log(tmp_path / "none.log") is None
     (tmp_path / "empty.log").write_text("")
-    assert read_log(tmp_path / "empty.log").last_error == ""
+    assert read_log(tmp_path / "empty.log")["error"] == ""
 
 
 def test_json_has_every_stage_and_no_torch_is_imported(config, write_config):

@@ -30,12 +30,9 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self.building_codes)
 
-    def stream_fingerprints(self) -> list[Iterator[np.ndarray]]:
-        """Return an iterator for each file, which yields its fingerprints in blocks (rows, width) uint8."""
-        return [_stream_blocks(column) for column in self.fingerprints]
 
-
-def _stream_blocks(column: ListColumn) -> Iterator[np.ndarray]:
+def stream_fingerprints(column: ListColumn) -> Iterator[np.ndarray]:
+    """Yield a file's fingerprints in blocks (rows, width) uint8."""
     start = 0
     for batch in read_batches(column.path, [column.name], _BLOCK_ROWS):
         yield column.read(batch.column(0), start)

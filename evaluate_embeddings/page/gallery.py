@@ -17,8 +17,6 @@ NUM_EXAMPLES = 12
 
 @dataclass(frozen=True)
 class Answer:
-    """An image among the answers to a query."""
-
     row: int
     rank: int
     similarity: float  # cosine
@@ -38,20 +36,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Gallery:
-    """The examples of the page."""
-
     evaluation: Evaluation
     failures: list[Example]
     thumbnails: dict[int, str]  # data URIs by row
     note: str  # on missing pictures
-
-    def image(self, row: int) -> str:
-        """Return an image's id."""
-        return str(self.evaluation.features.image_ids[row].as_py())
-
-    def building(self, row: int) -> str:
-        """Return the id of an image's building."""
-        return str(self.evaluation.features.building_ids[int(self.evaluation.codes[row])].as_py())
 
 
 def make_gallery(evaluation: Evaluation, split_path: Path, raw_dir: Path | None) -> Gallery:

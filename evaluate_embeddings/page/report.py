@@ -16,7 +16,6 @@ TEMPLATES_DIR = Path(__file__).parent / "templates"
 
 
 def format_distance(metres: float) -> str:
-    """Return a distance in metres or kilometres."""
     return f"{metres:.0f} m" if metres < 1000 else f"{metres / 1000:,.1f} km"
 
 

@@ -39,9 +39,9 @@ class Member(tarfile.TarInfo):
         """Whether this is a file in one piece: a sparse one's bytes lie apart."""
         return self.isreg() and not self.issparse()
 
-    def read(self, limit: int | None = None) -> bytes:
-        """Return the member's first `limit` bytes, by default all; raise InputError if the tar ends before."""
-        wanted = self.size if limit is None else min(self.size, limit)
+    def read(self, limit: int = MAX_IMAGE_BYTES) -> bytes:
+        """Return the member's first `limit` bytes; raise InputError if the tar ends before."""
+        wanted = min(self.size, limit)
         try:
             self.file.seek(self.offset_data)
             data = self.file.read(wanted)
@@ -51,13 +51,8 @@ class Member(tarfile.TarInfo):
             raise InputError(f"{self.file.name}: truncated inside {self.name}: fetch the tar again")
         return data
 
-    def read_image(self) -> bytes:
-        """Return the member's bytes; those behind MAX_IMAGE_BYTES are left out, as no decoder needs them."""
-        return self.read(MAX_IMAGE_BYTES)
-
     @property
     def is_image_name(self) -> bool:
-        """Whether this is the name of an image."""
         return self.name.lower().endswith(IMAGE_SUFFIXES)
 
     @property
@@ -102,8 +97,6 @@ def stream_members(tar_path: Path, digests: list[str] | None = None) -> Iterator
 
 
 class TarImage(NamedTuple):
-    """A wanted image of a tar."""
-
     row: int
     name: str
     data: bytes
@@ -120,7 +113,7 @@ def read_images(tar_path: Path, rows: dict[str, int], num_seen: int = 0) -> Iter
         if row is not None:
             found += 1
             if found > num_seen:
-                yield TarImage(row, member.name, member.read_image())
+                yield TarImage(row, member.name, member.read())
 
 
 def read_placed(tar_path: Path, offset: int, size: int) -> bytes:

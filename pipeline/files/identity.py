@@ -61,12 +61,10 @@ def look_at(path: Path) -> list[int] | None:
 
 
 def hash_json(content: Any) -> str:
-    """Return a short hash of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def digest_file(path: Path) -> str:
-    """Return the digest of a file's content."""
     with open_without_waiting(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 

@@ -32,7 +32,6 @@ class ListColumn:
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """The type in this project's files."""
         return pa.list_(pa.from_numpy_dtype(self.dtype), self.width or 0)
 
     def read(self, column: pa.Array, first_row: int, *, check_finite: bool = True) -> NDArray[Any]:

@@ -14,7 +14,6 @@ TAR_SUFFIX = ".tar"
 
 
 def is_parquet(path: PurePath | str) -> bool:
-    """Whether a name has a parquet's ending, in any case."""
     return str(path).lower().endswith(PARQUET_SUFFIXES)
 
 

@@ -115,12 +115,10 @@ class TarUnit(Unit):
 
     @property
     def output_path(self) -> Path:
-        """The one output."""
         return self.outputs[0]
 
     @property
     def note(self) -> Path:
-        """Where the tar's digest is noted."""
         return self.intermediate_path.parent / "_inputs" / f"{self.tar_path.name}.json"
 
     def identify_tar(self) -> list[dict[str, Any]]:

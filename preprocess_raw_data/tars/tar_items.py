@@ -31,8 +31,6 @@ class FoundImage:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A usable pair."""
-
     stem: str
     image: FoundImage
     record: ViewRecord
@@ -50,8 +48,6 @@ class Item:
 
 
 class TarInventory:
-    """Gathers a tar's members into items."""
-
     def __init__(self) -> None:
         self.ignored: Counter[str] = Counter()
         self._repeated: list[Reject] = []

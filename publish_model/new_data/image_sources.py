@@ -168,7 +168,7 @@ def _open_tars(folder: Path, names: Sequence[str]) -> ImageSource:
                     rejection = reject_repeated(name, f"{decode_name(tar_name)}/{member.name}", firsts)
                     if not member.is_file:
                         rejection = Rejection("missing_image", "a link or device, which is not followed")
-                    data = member.read_image() if rejection is None else None
+                    data = member.read() if rejection is None else None
                     yield SourceImage({ID_COLUMN: name}, name, member.size, data=data, rejection=rejection)
 
     looks = [look_at(folder / name) or [0, 0] for name in names]

@@ -205,7 +205,6 @@ def check_secrets(options: Sequence[str]) -> None:
 
 
 def name_job_file(stage: Stage) -> str:
-    """Return a stage's job file, from the project's root."""
     return f"{'publish_model/slurm' if stage.unit == ROW_GROUP else 'slurm'}/{stage.name}.sbatch"
 
 

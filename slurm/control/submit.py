@@ -33,7 +33,6 @@ from slurm.control.target import Target
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every submission."""
     add = parser.add_argument
     add("--account", metavar="A", help="account that pays (default: $SBATCH_ACCOUNT, else the cluster's own default)")
     add("--array-size", type=cli.whole_number, metavar="N",

@@ -86,7 +86,6 @@ def take_shard(stage: Stage, states: list[UnitState], shard: int, shard_count: i
 
 
 def spell_options(options: EmbedOptions) -> list[str]:
-    """Return stage 8's command line, without the shard."""
     words = ["--input", str(options.input), "--output", str(options.output), "--model-id", options.model_id]
     for field in fields(options):
         value = getattr(options, field.name)
