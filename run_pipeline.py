@@ -44,7 +44,7 @@ def format_ledger(results: list[cli.StageResult]) -> str:
     lines = [f"{'stage':<35}{'in':>9}{'out':>9}{'rejected':>9}{'dropped':>9}{'seconds':>9}"]
     for result in results:
         seconds = "kept" if result.kept and not result.written else f"{result.seconds:.1f}"
-        numbers = (result.rows_in, result.rows_out, result.rejected, result.dropped, seconds)
+        numbers = (*(result.counts[key] for key in ("in", "out", "rejected", "dropped")), seconds)
         lines.append(f"{result.stage:<35}" + "".join(f"{number:>9}" for number in numbers))
     if results and all(result.kept and not result.written for result in results):
         lines.append("every stage is complete and up to date: nothing was redone")

@@ -59,7 +59,7 @@ def run_stage(stage: Any, config_path: Path, *overrides: str) -> cli.StageResult
     """Run a stage in this process, anew."""
     config = load_config(config_path, [f"infrastructure.num_workers={len(os.sched_getaffinity(0))}", *overrides])
     result: cli.StageResult = stage.run(config, cli.Options(overwrite=True))
-    assert result.rejected == 0
+    assert result.counts["rejected"] == 0
     return result
 
 

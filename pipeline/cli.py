@@ -42,13 +42,10 @@ AnyOptions = TypeVar("AnyOptions", bound=Any)
 
 @dataclass
 class StageResult:
-    """The counts of a stage, where rows_in = rows_out + rejected + dropped, and the paths that it wrote or kept."""
+    """The counts of a stage, where in = out + rejected + dropped, and the paths that it wrote or kept."""
 
     stage: str
-    rows_in: int = 0
-    rows_out: int = 0
-    rejected: int = 0
-    dropped: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     written: list[Path] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)
@@ -57,27 +54,23 @@ class StageResult:
 
     def add(self, counts: dict[str, int], reasons: dict[str, int] | None = None) -> None:
         """Add the counts of one output, as its provenance records them."""
-        self.rows_in += counts.get("in", 0)
-        self.rows_out += counts.get("out", 0)
-        self.rejected += counts.get("rejected", 0)
-        self.dropped += counts.get("dropped", 0)
+        self.counts.update(counts)
         self.reasons.update(reasons or {})
 
     def describe(self) -> str:
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
-        return (
-            f"{self.stage}: {self.rows_in} in = {self.rows_out} out + {self.rejected} rejected + {self.dropped} dropped"
-            f"{f' ({why})' if why else ''}; {len(self.written)} written, {len(self.kept)} kept"
-        )
+        parts = " + ".join(f"{self.counts[key]} {key}" for key in ("out", "rejected", "dropped"))
+        paths = f"{len(self.written)} written, {len(self.kept)} kept"
+        return f"{self.stage}: {self.counts['in']} in = {parts}{f' ({why})' if why else ''}; {paths}"
 
     def check_reject_fraction(self, allowed: float, setting: str = "[data].max_reject_fraction") -> None:
         """Raise PipelineError if a larger share of the items that were not dropped was rejected than is allowed."""
-        tried = self.rows_in - self.dropped
-        if 0 < tried == self.rejected:
+        rejected, tried = self.counts["rejected"], self.counts["in"] - self.counts["dropped"]
+        if 0 < tried == rejected:
             logger.warning("%s: none of the %d items could be used: read the _rejects folder", self.stage, tried)
-        if tried and self.rejected / tried > allowed:
+        if tried and rejected / tried > allowed:
             raise PipelineError(
-                f"{self.stage}: {self.rejected} of {tried} items were rejected, more than {setting} = {allowed:g} "
+                f"{self.stage}: {rejected} of {tried} items were rejected, more than {setting} = {allowed:g} "
                 "allows: read the _rejects folder beside the outputs, correct the input path or raise the setting",
                 self,
             )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,9 @@ def config(tmp_path, write_config):
 
 def test_a_stage_prints_only_the_paths_it_wrote_and_logs_the_rest(tmp_path, config, capsys):
     def story(_config, _options):
-        return StageResult("stage", 5, 4, 1, written=[tmp_path / "a"], kept=[tmp_path / "b"])
+        return StageResult(
+            "stage", Counter({"in": 5, "out": 4, "rejected": 1}), written=[tmp_path / "a"], kept=[tmp_path / "b"]
+        )
 
     result = cli.run_stage("stage", story, config, Options(shard=Shard(1, 2)))
     printed = capsys.readouterr()
@@ -136,7 +139,7 @@ def test_a_stage_prints_only_the_paths_it_wrote_and_logs_the_rest(tmp_path, conf
 def test_a_stage_that_fails_still_counts_and_prints_what_it_finished(tmp_path, config, capsys):
     def story(_config, _options):
         error = InputError("0002.tar: damaged")
-        error.result = StageResult("stage", 5, 5, written=[tmp_path / "a"])
+        error.result = StageResult("stage", Counter({"in": 5, "out": 5}), written=[tmp_path / "a"])
         raise error
 
     with pytest.raises(InputError):

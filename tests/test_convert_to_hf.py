@@ -32,7 +32,7 @@ FILES = {
 def test_the_folder_holds_backbone_projector_processor_code_and_card(config, toy_backbone, tmp_path):
     result = stage.run(config, Options())
     folder = tmp_path / "published"
-    assert (result.rows_in, result.rows_out, result.written) == (1, 1, [folder])
+    assert (result.counts["in"], result.counts["out"], result.written) == (1, 1, [folder])
     assert {path.name for path in folder.iterdir()} == FILES
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # others may read all of it, or nothing
     found = load_file(folder / "model.safetensors")

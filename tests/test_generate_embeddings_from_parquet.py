@@ -289,6 +289,6 @@ def test_the_whole_pipeline_runs_it_by_its_configuration(model_dir, packaged, tm
     )
     shutil.copytree(model_dir, tmp_path / "published")
     result = stage.run(config, Options())
-    assert (result.rows_in, result.rows_out) == (37, 37)
+    assert (result.counts["in"], result.counts["out"]) == (37, 37)
     assert result.written == [tmp_path / "embedded"]
     assert stage.run(config, Options()).kept == [tmp_path / "embedded"]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 
 import pytest
 from published_models import make_config, make_picture, write_checkpoint
@@ -165,7 +166,7 @@ def test_the_pipeline_brings_them_when_stage_9_is_done(config_file, run_main, tm
 
     def evaluate(_config, _options):
         write_metrics(tmp_path / "report" / "metrics.json", hash_)
-        return StageResult("evaluate", 1, 1, written=["x"])
+        return StageResult("evaluate", Counter({"in": 1, "out": 1}), written=["x"])
 
     monkeypatch.setattr("evaluate_embeddings.evaluate.run", evaluate)
     run_pipeline.run_stages(load_config(config_file), Options(), [], 9, 9)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from raw_tars import make_view, write_tar
@@ -131,7 +132,7 @@ def fake_stages(monkeypatch):
 
     def run(name, _run, _config, _options):
         ran.extend(number for number, stage in STAGES.items() if stage.name == name)
-        return StageResult(name, 1, 1, written=["x"])
+        return StageResult(name, Counter({"in": 1, "out": 1}), written=["x"])
 
     monkeypatch.setattr(run_pipeline.cli, "run_stage", run)
     return ran
@@ -151,9 +152,12 @@ def test_all_nine_run_in_order_and_the_eighth_only_where_it_has_data(tmp_path, w
 def test_the_ledger_fits_a_terminal_whatever_the_numbers(capsys):
     results = [
         StageResult(
-            "generate_embeddings_from_parquet", 25_000_000, 24_000_000, 999_999, 1, kept=["x"], seconds=86_400.0
+            "generate_embeddings_from_parquet",
+            Counter({"in": 25_000_000, "out": 24_000_000, "rejected": 999_999, "dropped": 1}),
+            kept=["x"],
+            seconds=86_400.0,
         ),
-        StageResult("train", 5, 5, written=["x"]),
+        StageResult("train", Counter({"in": 5, "out": 5}), written=["x"]),
     ]
     lines = run_pipeline.format_ledger(results).splitlines()
     assert max(map(len, lines)) <= 80
@@ -170,9 +174,9 @@ def test_what_stages_did_before_a_failure_is_in_the_ledger(tmp_path, write_confi
             raise InputError("no result")
         if name == STAGES[2].name:
             error = InputError("a tar failed")
-            error.result = StageResult("second", 4, 4)
+            error.result = StageResult("second", Counter({"in": 4, "out": 4}))
             raise error
-        return StageResult("first", 4, 4)
+        return StageResult("first", Counter({"in": 4, "out": 4}))
 
     monkeypatch.setattr(run_pipeline.cli, "run_stage", run)
     results = []

@@ -51,7 +51,7 @@ def test_a_trial_whose_worker_was_stopped_is_tried_again_and_counts_once(
         search(workspace, 2)
     result = search(workspace, 2)
     assert tried[0] == tried[1] == search_space.list_configured(load_config(workspace / "config.toml"))
-    assert (result.rows_in, result.rows_out, result.rejected) == (2, 2, 0)
+    assert (result.counts["in"], result.counts["out"], result.counts["rejected"]) == (2, 2, 0)
     rows = read_trials(workspace)
     assert [row["state"] for row in rows] == ["complete", "complete"]
     assert "the settings as configured: " in (workspace / "checkpoint/_tune/best.toml").read_text()
@@ -78,7 +78,7 @@ def test_settings_that_kill_their_workers_again_and_again_are_given_up(
     for _ in range(3):
         with pytest.raises(KilledError):
             search(workspace, 2)
-    assert search(workspace, 2).rejected == 1
+    assert search(workspace, 2).counts["rejected"] == 1
     assert tried[0] == tried[1] == tried[2]
 
 
@@ -89,7 +89,7 @@ def test_a_live_workers_trial_is_left_to_it(workspace: Path) -> None:
     study = optuna.load_study(study_name="stage6", storage=storage)
     trial = study.ask(SPACE)
     with locked(folder, "runs trial 1", folder / ".trial_0001.lock"):
-        assert search(workspace, 2).rows_in == 2
+        assert search(workspace, 2).counts["in"] == 2
         assert study.trials[trial.number].state == optuna.trial.TrialState.RUNNING
     search(workspace, 3)
     assert study.trials[trial.number].state == optuna.trial.TrialState.FAIL
@@ -100,7 +100,7 @@ def test_the_configured_settings_are_tried_again_and_missed_in_the_report_while_
 ) -> None:
     tried = stop_first(monkeypatch, PipelineError)
     with caplog.at_level(logging.WARNING, logger="spatial_building_embeddings"):
-        assert search(workspace, 2).rejected == 1
+        assert search(workspace, 2).counts["rejected"] == 1
     assert "best.toml: no complete trial has the settings as configured" in caplog.text
     best = workspace / "checkpoint/_tune/best.toml"
     assert "No complete trial has the settings as configured" in best.read_text()

@@ -49,7 +49,12 @@ BASELINES = ("raw", "pca_whitened", "whitening")
 def test_a_run_leaves_checkpoints_metrics_and_its_provenance(workspace: Path) -> None:
     result = run(workspace)
     rows = make_split(30, 1).num_rows + make_split(12, 2).num_rows
-    assert (result.rows_in, result.rows_out, result.rejected, result.dropped) == (rows, rows, 0, 0)
+    assert (result.counts["in"], result.counts["out"], result.counts["rejected"], result.counts["dropped"]) == (
+        rows,
+        rows,
+        0,
+        0,
+    )
     assert sorted(path.name for path in result.written) == OUTPUTS
     history = read_metrics(workspace)
     assert [record["epoch"] for record in history] == [0, 1, 2, 3, 4, 5]

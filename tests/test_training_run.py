@@ -168,7 +168,7 @@ def test_a_complete_run_is_kept_without_importing_torch(workspace: Path) -> None
     first = run(workspace)
     before = {path.name: path.stat().st_mtime_ns for path in (workspace / "checkpoint").iterdir()}
     again = run(workspace)
-    assert (again.rows_in, again.rows_out, again.written) == (first.rows_in, first.rows_out, [])
+    assert (again.counts["in"], again.counts["out"], again.written) == (first.counts["in"], first.counts["out"], [])
     assert [path.name for path in again.kept] == [OUTPUTS[0], *OUTPUTS[3:]]
     assert {path.name: path.stat().st_mtime_ns for path in (workspace / "checkpoint").iterdir()} == before
     code = (

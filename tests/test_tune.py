@@ -44,7 +44,7 @@ def test_a_study_may_train_on_a_sample_of_the_buildings_which_is_another_study(
     workspace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="spatial_building_embeddings"):
-        assert search(workspace, 1, sample_buildings=11).rows_out == 1
+        assert search(workspace, 1, sample_buildings=11).counts["out"] == 1
     assert re.search(r"training on \d+ images of 11 buildings", caplog.text)
     with pytest.raises(StaleOutputError, match="sample_buildings was 11 and is now 12"):
         search(workspace, 2, sample_buildings=12)
@@ -53,7 +53,7 @@ def test_a_study_may_train_on_a_sample_of_the_buildings_which_is_another_study(
 def test_a_search_leaves_its_best_settings_and_a_table_and_goes_on_when_asked_for_more(workspace: Path) -> None:
     result = search(workspace, 3)
     assert [path.name for path in result.written] == OUTPUTS
-    assert (result.rows_in, result.rows_out) == (3, 3)
+    assert (result.counts["in"], result.counts["out"]) == (3, 3)
     first = read_trials(workspace)
     assert [row["trial"] for row in first] == ["0", "1", "2"]
     assert set(SPACE) < set(first[0])
@@ -65,7 +65,7 @@ def test_a_search_leaves_its_best_settings_and_a_table_and_goes_on_when_asked_fo
     assert {path.name for path in (workspace / "checkpoint").iterdir()} == {"_tune"}
     kept = search(workspace, 3)
     assert (kept.written, len(kept.kept)) == ([], 2)
-    assert search(workspace, 5).rows_in == 5
+    assert search(workspace, 5).counts["in"] == 5
     assert read_trials(workspace)[:3] == first
 
 
@@ -129,7 +129,7 @@ def test_a_trial_that_another_worker_takes_back_while_it_is_asked_for_is_followe
         return ask(study, *arguments)
 
     monkeypatch.setattr(optuna.Study, "ask", ask_late)
-    assert search(workspace, 1).rows_in == 1
+    assert search(workspace, 1).counts["in"] == 1
     assert taken
 
 
@@ -151,7 +151,7 @@ def test_bad_trials_are_pruned_or_counted_as_failed(workspace: Path, monkeypatch
 
     monkeypatch.setattr(study, "TrainingRun", begin)
     result = search(workspace, 4)
-    assert (result.rows_in, result.rejected, result.dropped) == (4, 1, 2)
+    assert (result.counts["in"], result.counts["rejected"], result.counts["dropped"]) == (4, 1, 2)
     assert [row["state"] for row in read_trials(workspace)] == ["complete", "fail", "pruned", "pruned"]
 
 

@@ -1,5 +1,6 @@
 """The per-tar stages' work: which tars, what is kept, what fails, what is counted."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,8 +120,8 @@ def test_made_and_kept_units_are_counted_alike(run, tmp_path):
     made, second, error = run()
     assert (made, error) == ([2], None)
     assert (
-        (second.rows_in, second.rows_out, second.rejected)
-        == (first.rows_in, first.rows_out, first.rejected)
+        (second.counts["in"], second.counts["out"], second.counts["rejected"])
+        == (first.counts["in"], first.counts["out"], first.counts["rejected"])
         == (9, 6, 3)
     )
     assert second.reasons == {"unreadable_image": 3}
@@ -132,7 +133,7 @@ def test_a_tar_that_fails_leaves_the_others_done_and_is_told_in_the_end(run, tmp
     assert made == [1, 3]
     assert str(error) == f"1 of 3 tars failed, the others are done: {tmp_path}/raw/0002.tar: damaged"
     assert error.result is result
-    assert result.rows_in == 6
+    assert result.counts["in"] == 6
     made, _, error = run(broken=("0002.tar", "0003.tar"), overwrite=True)
     assert made == [1]
     assert (
@@ -168,7 +169,7 @@ def test_what_another_stage_wrote_stays(run, tmp_path, overwrite):
 
 
 def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config, caplog):
-    result = StageResult("stage", rows_in=10, rows_out=7, rejected=3)
+    result = StageResult("stage", Counter({"in": 10, "out": 7, "rejected": 3}))
     for allowed, fails in ((0.2, True), (0.3, False), (1.0, False), (0.0, True)):
         config = load_config(write_config(tmp_path, data={"max_reject_fraction": allowed}))
         if not fails:
@@ -181,7 +182,7 @@ def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config, c
         assert caught.value.result is result
     StageResult("stage").check_reject_fraction(config.data.max_reject_fraction)
     assert not caplog.records
-    StageResult("stage", rows_in=5, rejected=3, dropped=2).check_reject_fraction(1.0)
+    StageResult("stage", Counter({"in": 5, "rejected": 3, "dropped": 2})).check_reject_fraction(1.0)
     assert "stage: none of the 3 items could be used" in caplog.text
 
 

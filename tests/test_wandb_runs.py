@@ -92,7 +92,7 @@ def test_the_best_of_the_runs_with_these_splits_and_settings_is_written_for_trai
     public.append(types.SimpleNamespace(name="another program's", config={"lr": 1}, scan_history=lambda **_: []))
     serve(public)
     result = take_best(workspace)
-    assert (result.rows_in, result.rows_out, result.dropped) == (8, 3, 5)
+    assert (result.counts["in"], result.counts["out"], result.counts["dropped"]) == (8, 3, 5)
     folder = workspace / "checkpoint/_tune/wandb"
     text = (folder / "best.toml").read_text()
     expected: dict[str, dict[str, Any]] = {"training": {}, "training_model": {}}
@@ -114,7 +114,7 @@ def test_another_score_may_choose_and_a_training_run_counts_too(workspace: Path,
     logged = serve()
     train(workspace, "logging.wandb=offline")
     serve([FakePublicRun("a training", logged[0])])
-    assert take_best(workspace, objective="recall_at_5").rows_out == 1
+    assert take_best(workspace, objective="recall_at_5").counts["out"] == 1
     assert "validation recall_at_5" in (workspace / "checkpoint/_tune/wandb/best.toml").read_text()
 
 

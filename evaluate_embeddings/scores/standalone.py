@@ -52,7 +52,7 @@ def run_standalone(config: Config, options: EvaluateOptions) -> cli.StageResult:
                 scores.append(score_queries(normalise_rows(embeddings), models.codes, **one))
             except InputError as error:
                 raise InputError(f"{place}: {error}") from None
-    result.rows_out = len(models.codes)
+    result.counts["out"] = len(models.codes)
     logger.info("%s:\n\n%s\n", STAGE, format_models(scores, models, config.global_.seed))
     return result
 
@@ -76,7 +76,7 @@ def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResul
             )
     buildings = label_rows(ids.combine_chunks(), options.labels)
     kept = np.flatnonzero(buildings.is_valid().to_numpy(zero_copy_only=False))
-    result.rows_in = len(ids)
+    result.counts["in"] = len(ids)
     if dropped := len(ids) - len(kept):
         result.add({"dropped": dropped}, {"no_label": dropped})
     encoded = buildings.take(pa.array(kept)).dictionary_encode()
@@ -98,7 +98,7 @@ def load_checkpoints(
     config.require_paths("merged_dir", "checkpoint_dir")
     test_path = config.path("merged_dir") / "test.parquet"
     features = load_features(test_path)
-    result.rows_in = len(features)
+    result.counts["in"] = len(features)
     places = [config.path("checkpoint_dir") / CHECKPOINT_NAME, options.compare]
     section = config.training_model.model_copy(update={"input_dim": "auto", "output_dim": "auto"})  # of any width
     embeddings, notes = [], []
