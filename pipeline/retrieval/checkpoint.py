@@ -136,21 +136,19 @@ def build_projector(checkpoint: Checkpoint) -> Projector:
 
 
 def project(projector: Projector, embeddings: NDArray[np.float32], device: torch.device) -> NDArray[np.float32]:
-    """Return the projector's output (N, output_dim) for backbone embeddings (N, D), in evaluation mode, in blocks.
+    """Return the projector's output (N, output_dim) for backbone embeddings (N, D), in blocks.
 
-    Moves the projector to the device. Raises DeviceMemoryError where that cannot hold it and a block.
+    Puts the projector on the device and in evaluation mode. Raises DeviceMemoryError where that cannot hold it and a
+    block.
     """
-    was_training = projector.training
-    projector.eval()
     with needing_memory("the projector and a block of images", "or set [infrastructure].device to cpu"):
-        projector.to(device)
+        projector.eval().to(device)
         with torch.inference_mode(), full_precision():  # whatever the environment says: the shortcut centres
             blocks = [
                 # A copy, because torch warns of rows that cannot be written to.
                 projector(torch.from_numpy(np.array(embeddings[start : start + BLOCK_ROWS])).to(device)).cpu()
                 for start in range(0, len(embeddings), BLOCK_ROWS)
             ]
-    projector.train(was_training)
     return torch.cat(blocks).numpy()
 
 

@@ -45,14 +45,14 @@ def rank_positives(
     embeddings: NDArray[np.float32],
     building_codes: Codes,
     ignored: Codes,
-    panorama_codes: Codes | None,
+    panorama_codes: Codes,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
 ) -> list[Ranked]:
     """Let each of the L2-normalised rows (N, D) query all others, and rank the rows of its building (N,).
 
-    Buildings that `ignored` (M, 2), in both directions, pairs with the query's are no candidates. With panoramas (N,) a
-    second result leaves out the candidates of the query's own, positives too. Products are in float32; a negative that
+    Buildings that `ignored` (M, 2), in both directions, pairs with the query's are no candidates. The second result
+    leaves out the candidates of the query's own panorama (N,), positives too. Products are in float32; a negative that
     ties with a positive counts as nearer. `progress` is called with the number of finished queries.
     Raises DeviceMemoryError where the GPU's memory does not suffice.
     """
@@ -73,8 +73,8 @@ def rank_positives(
         for first in range(0, len(order), step):
             part = embeddings[order[first : first + step]]
             table[first : first + len(part)] = move(part)
-        panoramas = None if panorama_codes is None else move(panorama_codes[order])
-        images = _Images(table, move(codes), panoramas, move(starts), move(sizes[order]), move(ignored))
+        labels = move(codes), move(panorama_codes[order])
+        images = _Images(table, *labels, move(starts), move(sizes[order]), move(ignored))
         with full_precision():
             return _rank_blocks(images, np.argsort(order), block_rows, progress)
 
@@ -91,7 +91,7 @@ class _Images:
 
     embeddings: torch.Tensor  # (N, D), padded with zeros to whole blocks
     buildings: torch.Tensor  # (N,) codes
-    panoramas: torch.Tensor | None  # (N,) codes
+    panoramas: torch.Tensor  # (N,) codes
     starts: torch.Tensor  # (N,) the first row of each row's building
     sizes: torch.Tensor  # (N,) the rows of each row's building
     ignored: torch.Tensor  # (M, 2) pairs of buildings
@@ -116,7 +116,7 @@ def _rank_blocks(images: _Images, back: Codes, block_rows: int, progress: Callab
         for left_out in block.list_left_out(other):
             scores[left_out] = -torch.inf
         if any([block.add(scores, 1, mask, lock), other is not block and other.add(scores, 0, mask, lock)]):
-            rows, columns = block.list_same_panorama(other)
+            rows, columns = other.panoramas.find(block.panoramas.labels)
             similarities = scores[rows, columns]
             block.note_companions(rows, similarities, lock)
             if other is not block:
@@ -154,7 +154,7 @@ class _Block:
         own = slice(first, first + count)
         self.rows = table[first : first + block_rows]  # (B, D), padded with zeros
         self._codes = _Labels(images.buildings[own])
-        self._panoramas = None if images.panoramas is None else _Labels(images.panoramas[own])
+        self.panoramas = _Labels(images.panoramas[own])
         self._first_code, self._last_code = int(images.buildings[first]), int(images.buildings[first + count - 1])
         pairs, self._paired_rows = self._codes.find(images.ignored[:, 0].contiguous())
         self._paired_codes = images.ignored[pairs, 1]
@@ -174,9 +174,8 @@ class _Block:
         self.thresholds = torch.nn.functional.pad(thresholds, (0, block_rows - count), value=torch.inf).contiguous()
         self.nearer = torch.zeros(self.thresholds.shape, dtype=torch.int64, device=table.device)
         self._companions = torch.zeros_like(self.nearer)
-        if images.panoramas is not None:
-            positives = places.gather(1, order)[:, :-1].clamp(max=len(images.panoramas) - 1)
-            self._is_apart = self.valid & (images.panoramas[positives] != images.panoramas[own, None]).T
+        positives = places.gather(1, order)[:, :-1].clamp(max=len(images.panoramas) - 1)
+        self._is_apart = self.valid & (images.panoramas[positives] != images.panoramas[own, None]).T
 
     def list_left_out(self, other: "_Block") -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return rows here and columns there that are no candidates of each other: of one building, or ignored."""
@@ -187,12 +186,6 @@ class _Block:
             pairs, columns = other._codes.find(self._paired_codes)
             found.append((self._paired_rows[pairs], columns))
         return found
-
-    def list_same_panorama(self, other: "_Block") -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows here and columns there of one panorama; none without panoramas."""
-        if self._panoramas is None or other._panoramas is None:
-            return self._codes.labels[:0], self._codes.labels[:0]
-        return other._panoramas.find(self._panoramas.labels)
 
     def add(self, scores: torch.Tensor, dim: int, mask: torch.Tensor, lock: threading.Lock) -> bool:
         """Count the candidates nearer than each positive along a dimension of a tile (B, B); return if any may be."""
@@ -223,10 +216,7 @@ class _Block:
     def results(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Return what `_score` does for these rows, among all candidates and among those of other panoramas."""
         nearer = self.nearer[:, : self.count]
-        found = [_score(nearer, self.valid)]
-        if self._panoramas is not None:
-            found.append(_score(nearer - self._companions[:, : self.count], self._is_apart))
-        return found
+        return [_score(nearer, self.valid), _score(nearer - self._companions[:, : self.count], self._is_apart)]
 
 
 Tile = tuple["_Block", "_Block"]

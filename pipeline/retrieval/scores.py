@@ -67,13 +67,13 @@ def _check_rows(rows: Embeddings) -> Embeddings:
 
 def score_queries(embeddings: Embeddings, building_codes: NDArray[Any], **options: Any) -> QueryScores:
     """Score as `score_queries_twice` does, by one search among all candidates; the options are that function's."""
-    return score_queries_twice(embeddings, building_codes, None, **options)[0]
+    return score_queries_twice(embeddings, building_codes, np.arange(len(building_codes)), **options)[0]
 
 
 def score_queries_twice(
     embeddings: Embeddings,
     building_codes: NDArray[Any],
-    panorama_ids: NDArray[Any] | None,
+    panorama_ids: NDArray[Any],
     *,
     ignored: Codes | None = None,
     device: "torch.device | None" = None,
@@ -81,8 +81,8 @@ def score_queries_twice(
 ) -> tuple[QueryScores, QueryScores | None]:
     """Let each L2-normalised row (N, D) query all others by cosine, in float32, on the device (None: the CPU).
 
-    The second result is without the candidates of the query's own panorama; None without panoramas, or where no image
-    has a positive of another one. Buildings that `ignored` (M, 2) pairs with the query's are no candidates; a row
+    The second result is without the candidates of the query's own panorama; None where no image has a positive of
+    another one. Buildings that `ignored` (M, 2) pairs with the query's are no candidates; a row
     without a positive is no query. A negative that ties with a positive counts as nearer. `progress` hears how many
     queries were done since the last call. Raises InputError if a row is not finite or zero, or no row has a positive.
     """
@@ -96,10 +96,10 @@ def score_queries_twice(
         np.asarray(embeddings, np.float32), np.asarray(building_codes, np.int64), pairs, panorama_ids,
         device or torch.device("cpu"), progress,
     )  # fmt: skip
-    whole, *apart = (QueryScores(*one) for one in ranked)
+    whole, apart = (QueryScores(*one) for one in ranked)
     if not len(whole.query):
         raise InputError("no image has another image of its building to find: give more images or another split")
-    return whole, apart[0] if apart and len(apart[0].query) else None
+    return whole, apart if len(apart.query) else None
 
 
 # ------------------------------------------------------------------------------------------------ means, intervals

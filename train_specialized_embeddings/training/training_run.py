@@ -155,16 +155,13 @@ class TrainingRun:
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Log the last epoch, and a warning where it went wrong."""
-        parts, val = ["the start"], record["val"]
+        loss, scores, val = "the start", "not validated", record["val"]
         if record["train_loss"] is not None:
-            parts = [f"loss {record['train_loss']:.4f}", f"{record['active_share']:.1%} of banded negatives active"]
-        if val is None:
-            parts.append("not validated")
-        else:
+            loss = f"loss {record['train_loss']:.4f}, {record['active_share']:.1%} of banded negatives active"
+        if val is not None:
             scores = f"validation mAP {val['map']:.4f}, R@1 {val['recall_at_1']:.4f}"
-            parts += [f"spread {record['embedding_spread']:.3f}", scores]
-        parts += ["as good as any so far"] if self.best["epoch"] == self.epoch else []
-        logger.info("epoch %d: %s", self.epoch, ", ".join(parts))
+        best = ", as good as any so far" if self.best["epoch"] == self.epoch else ""
+        logger.info("epoch %d: %s, %s%s", self.epoch, loss, scores, best)
         if self.has_collapsed:
             logger.warning("epoch %d: the embeddings have collapsed, training ends: lower [training].learning_rate",
                            self.epoch)  # fmt: skip
