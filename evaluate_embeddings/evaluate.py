@@ -40,7 +40,7 @@ from pipeline import cli
 from pipeline.config import PROJECT_ROOT, Config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files.identity import identify
-from pipeline.files.outputs import check_outside_datasets, check_replaceable, page_mark
+from pipeline.files.outputs import check_replaceable, page_mark
 from pipeline.files.tables import make_provenance, open_parquet, read_provenance
 from pipeline.files.units import Unit, keep_complete
 from pipeline.log import Progress, Stopwatch, logger
@@ -197,7 +197,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         return result
     from pipeline.inference.devices import choose_device
 
-    check_outside_datasets(report_path)
     check_replaceable(report_path, page_mark(STAGE))
     check_replaceable(metrics_path, f'"stage": "{STAGE}"')
     provenance, merged_dir = describe_inputs(config, own.ignore_pairs), config.path("merged_dir")

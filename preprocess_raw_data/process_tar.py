@@ -102,10 +102,10 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
         for start in range(0, len(views), ROW_GROUP_ROWS):
             some = [describe_view(view, unit) for view in views[start : start + ROW_GROUP_ROWS]]
             writer.write_table(pa.Table.from_pylist(some, schema=INTERMEDIATE_SCHEMA))
-    logger.info(
-        "%s: %d views, %d of them name another dataset id; %d rejected; ignored %s", unit.tar_path.name, len(views),
-        sum(view.record.dataset_id != unit.dataset_id for view in views), len(rejects), ignored,
-    )  # fmt: skip
+    num_strange = sum(view.record.dataset_id != unit.dataset_id for view in views)
+    log = logger.warning if num_strange else logger.info
+    log("%s: %d views, %d of them name another dataset id; %d rejected; ignored %s",
+        unit.tar_path.name, len(views), num_strange, len(rejects), ignored)  # fmt: skip
     return provenance
 
 

@@ -8,11 +8,11 @@ told to keep. --geometry FILE joins a parquet of OSMID and geometry (WKB), and t
 bounded by reading the dataset once for each 500,000 images.
 """
 
-import re
 import sys
 from collections.abc import Sequence
 from itertools import chain, compress
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -60,7 +60,7 @@ def aggregate(
     Raises InputError for a dataset or geometries that cannot be used, StaleOutputError where the output was made of
     others.
     """
-    name = re.sub(r"[^\w-]", "_", "_".join(by))
+    name = "_".join(quote(one, safe="").replace("_", "%5F") for one in by)
     path = dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry_path else ''}.parquet"
     check_replaceable(path, STAGE, [geometry_path])
     for name in by:

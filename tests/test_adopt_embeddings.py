@@ -124,6 +124,19 @@ def test_a_dataset_of_another_model_or_other_pictures_is_refused_and_left(run_ma
     assert read_files(foreign) == before
 
 
+def test_two_embeddings_exchanged_are_seen_where_all_images_are_compared(run_main, made, foreign):
+    paths = list_parts(foreign)[3:5]
+    tables = [pq.read_table(path) for path in paths]
+    lists = [table["embedding"].to_pylist() for table in tables]
+    lists[0][3], lists[1][3] = lists[1][3], lists[0][3]
+    for path, table, values in zip(paths, tables, lists, strict=True):
+        pq.write_table(table.set_column(1, "embedding", pa.array(values, pa.list_(pa.float32()))), path)
+    before = read_files(foreign)
+    outcome = adopt(run_main, made, foreign)
+    assert (outcome.code, "row 18: the cosine to what the model makes of it" in outcome.stderr) == (1, True)
+    assert read_files(foreign) == before
+
+
 def test_ids_that_pandas_turned_to_doubles_because_one_is_null_are_the_inputs_own(run_main, made, foreign, tmp_path):
     ids = [None if row == 2 else 10**9 + row for row in range(26)]
     write_packaged(made / "nulls.parquet", IMAGES, is_valid=VALID, OSMID=pa.array(ids, pa.int64()))
@@ -154,7 +167,7 @@ def test_a_part_of_ours_without_its_rejects_is_left_to_stage_8(run_main, made, f
 
 
 def test_an_interrupted_adoption_goes_on(run_main, made, foreign, monkeypatch):
-    monkeypatch.setattr(adoption, "SAMPLED_PARTS", 1)  # or the sample would meet what interrupts it
+    monkeypatch.setattr(adoption, "SAMPLED_IMAGES", 1)  # or the sample would meet what interrupts it
     damaged = foreign / "parts" / list_parts(foreign)[-1].name
     sound = damaged.read_bytes()
     table = pq.read_table(damaged)

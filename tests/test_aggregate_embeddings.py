@@ -148,9 +148,12 @@ def test_a_kept_column_never_meets_one_that_is_made_here(aggregate, tmp_path):
 
 
 def test_a_column_whose_name_is_a_path_does_not_leave_the_folder(aggregate, tmp_path):
-    output = write_dataset(tmp_path / "out", pa.array(["a"]), unit_rows(0, 1), **{"../../x": [1]})
-    assert aggregate(output, "--by", "OSMID,../../x").code == 0
-    assert [path.name for path in (output / "_aggregated").iterdir()] == ["OSMID_______x.parquet"]
+    names = ["../../x", "x", "y", "x_y", "x y"]
+    output = write_dataset(tmp_path / "out", pa.array(["a"]), unit_rows(0, 1), **dict.fromkeys(names, [1]))
+    for by in (*names, "x,y"):
+        assert aggregate(output, "--by", f"OSMID,{by}").code == 0
+    found = sorted(path.name.removesuffix(".parquet") for path in (output / "_aggregated").iterdir())
+    assert found == ["OSMID_..%2F..%2Fx", "OSMID_x", "OSMID_x%20y", "OSMID_x%5Fy", "OSMID_x_y", "OSMID_y"]
 
 
 def test_memory_does_not_grow_with_the_images(aggregate, tmp_path, monkeypatch):

@@ -118,6 +118,8 @@ def test_other_settings_are_refused_by_name(
     assert output.read_bytes() == before
     assert run_main(main, "--config", config, "--set", setting, "--overwrite").code == 0
     assert output.read_bytes() != before
+    bare = ("--set", "paths.difficulty_metadata_path=bare")  # a parquet, though its name does not say so
+    assert [run_main(main, "--config", config, *bare, *own).code for own in ((), (), ("--set", setting))] == [0, 0, 1]
 
 
 def test_another_fingerprint_file_is_refused_by_name(make_run: Callable, run_main: Callable) -> None:

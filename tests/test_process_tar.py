@@ -83,7 +83,7 @@ def test_the_tars_name_wins_over_the_dataset_in_the_line_and_the_difference_is_c
     write_tar(tmp_path / "raw" / "0001.tar", entries)
     outcome = stage()
     assert set(read(tmp_path)[0]["building_id"].to_pylist()) == {"0001_1"}
-    assert "2 views, 1 of them name another dataset id; 0 rejected; ignored nothing" in outcome.stderr
+    assert "WARNING 0001.tar: 2 views, 1 of them name another dataset id; 0 rejected; ignored nothing" in outcome.stderr
 
 
 def test_the_shared_bad_tar_comes_out_as_expected(tmp_path, shared_dir, stage):

@@ -168,6 +168,11 @@ def test_what_another_stage_wrote_stays(run, tmp_path, overwrite):
     assert (made, str(error)) == ([], f"{path}: merge_and_split wrote it, so it stays: set another path for the output")
 
 
+def test_no_stage_writes_into_an_embeddings_dataset(run, tmp_path):
+    (tmp_path / "state.json").write_text('{"embedding_version": "0"}')
+    assert "is an embeddings dataset: give another path" in str(run(overwrite=True)[2])
+
+
 def test_too_many_rejects_fail_the_run_with_the_counts(tmp_path, write_config, caplog):
     result = StageResult("stage", Counter({"in": 10, "out": 7, "rejected": 3}))
     for allowed, fails in ((0.2, True), (0.3, False), (1.0, False), (0.0, True)):
@@ -217,7 +222,8 @@ def provenance(**settings):
 
 
 def test_a_unit_that_lacks_an_output_is_made(tmp_path):
-    unit = Unit("a", (tmp_path / "a.parquet", tmp_path / "b.pt"), lambda _: provenance())
+    outputs = (tmp_path / "a.parquet", tmp_path / "b.pt")
+    unit = Unit("a", outputs, lambda _: provenance(), marks=outputs[:1])
     assert find_complete(unit, overwrite=False) is None
     write_parquet(unit.outputs[0], pa.table({"a": [1]}), provenance())
     assert find_complete(unit, overwrite=False) is None
@@ -229,7 +235,7 @@ def test_a_unit_that_lacks_an_output_is_made(tmp_path):
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_a_unit_is_complete_or_stale_or_neither(tmp_path, kind):
     outputs = (tmp_path / f"a.{kind}", tmp_path / "b.pt")
-    marks = outputs[:1] if kind == "json" else ()
+    marks = outputs[:1]
 
     def judge(size=1):
         return find_state(Unit("a", outputs, lambda _: provenance(size=size), marks=marks))

@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, StaleOutputError
 from pipeline.files.identity import identify, identify_tar
 from pipeline.files.listing import find_tars, is_parquet, list_intermediates
+from pipeline.files.outputs import check_outside_datasets
 from pipeline.files.tables import matches, read_provenance
 from pipeline.ids import dataset_name, parse_dataset_id
 from pipeline.log import logger
@@ -37,8 +38,7 @@ class Unit:
 
     `describe(unit)` gives the provenance that the outputs must carry, `take_over(unit)` the counts of an output that
     carries none and is kept all the same, with a note for the log, or None if rows are to be added to it. `check()`
-    looks at what provenance cannot tell. `marks` are the outputs that carry the provenance, if they are not parquet
-    files.
+    looks at what provenance cannot tell. `marks` are the outputs that carry the provenance, if not all do.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Unit:
 def find_state(unit: Unit) -> UnitState:
     """Return whether a unit is complete or stale; raise InputError where an input is missing or an output damaged."""
     there = [path for path in unit.outputs if path.exists()]
-    marks = unit.marks or [path for path in there if is_parquet(path)]
+    marks = unit.marks or there
     try:
         if unit.check is not None:
             unit.check()
@@ -87,7 +87,8 @@ def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
 
 def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:
     """Return whether a unit is complete and stays, and add it to `result` then; raise StaleOutputError as above."""
-    for path in filter(is_parquet, unit.outputs):
+    check_outside_datasets(unit.outputs[0])
+    for path in unit.marks or unit.outputs:
         found: Provenance | None = None
         with contextlib.suppress(InputError):  # missing or damaged: made again
             found = read_provenance(path)

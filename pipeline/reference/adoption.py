@@ -4,10 +4,9 @@ The reference implementation's parts hold OSMID and embedding (list<float>) and 
 which rows of the input it holds; where some are missing, their pictures have to be unreadable.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,17 +21,22 @@ from pipeline.errors import InputError, Rejection
 from pipeline.files.tables import open_parquet, reading
 from pipeline.inference.images import check_image
 
-# Parts that are compared, and pictures of each that are embedded again.
-SAMPLED_PARTS, SAMPLED_ROWS = 8, 4
+# Pictures that are embedded again.
+SAMPLED_IMAGES = 32
 # Computing in bfloat16 costs less than this; another model's embeddings lie near 0.
 LEAST_COSINE = 0.999
 
 
 def sample(store: Appending, foreign: list[PartPlan]) -> Iterator[tuple[str, bytes, NDArray[np.float32]]]:
-    """Yield some pictures, spread over the parts, each with a name and the embedding (D,) that it has there."""
-    for plan, table in read_planned(store.source, _spread(foreign, SAMPLED_PARTS)):
+    """Yield some pictures, spread over all rows, each with a name and the embedding (D,) that it has there."""
+    sizes = [open_parquet(store.dataset.path_of(plan.name)).metadata.num_rows for plan in foreign]
+    total, starts = sum(sizes), np.cumsum([0, *sizes])
+    chosen = np.linspace(0, total - 1, min(SAMPLED_IMAGES, total)).astype(int)  # of all rows
+    pieces = zip(foreign, np.split(chosen, np.searchsorted(chosen, starts[1:-1])), starts, strict=False)
+    places = {plan: piece - start for plan, piece, start in pieces if len(piece)}
+    for plan, table in read_planned(store.source, places):
         found = _match(store, plan, table)
-        for place in _spread(range(len(found.rows)), SAMPLED_ROWS):
+        for place in places[plan].tolist():
             row = int(found.rows[place])
             image = table.column(IMAGE_COLUMN)[row].as_py()
             yield f"{plan.name}, row {plan.first_row + row}", image, found.embeddings[place]
@@ -71,10 +75,6 @@ def _match(store: Appending, plan: PartPlan, table: pa.Table) -> Outcome:
         )
     hashes = [hash_bytes(images[int(row)].as_py() or b"") for row in rows]
     return Outcome(rows, embeddings, hashes, rejected)
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    return [items[place] for place in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
 def _make_comparable(ids: list[object]) -> list[str]:
