@@ -104,17 +104,15 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding, adds_miss
     if not unit.tar_path.is_file():  # before a backbone of 27 GB is loaded for it
         raise InputError(f"{unit.tar_path}: no such tar: correct the path")
     table = read_table(unit)
-    old_rows: list[int] = []
-    if adds_missing and unit.output_path.exists() and read_provenance(unit.output_path) is None:
-        old_rows, old_values = read_old_rows(
-            unit, find_embedding(unit.output_path), table["streetview_image_id"].combine_chunks()
-        )
+    image_ids = table["streetview_image_id"].combine_chunks()
+    old_rows, old_values = read_old_rows(unit.output_path, image_ids) if adds_missing else ([], None)
+    if old_values is not None:
         provenance["taken_over"] = len(old_rows)
     # Another device may choose another precision: what it has begun is thrown away.
     scratch = RowScratch(unit.output_path, hash_json({**provenance, "precision": stage.precision.mode}))
     with contextlib.ExitStack() as held:
         held.callback(scratch.close)
-        if old_rows:
+        if old_values is not None:
             scratch.write(old_rows, old_values)
         missing = fill_scratch(unit.tar_path, table, scratch, stage, set(old_rows))
         stored = pa.float16() if stage.config.embedding_model.embedding_dtype == "float16" else pa.float32()
@@ -142,7 +140,6 @@ def read_table(unit: TarUnit) -> pa.Table:
 
 
 def index_images(table: pa.Table) -> dict[str, int]:
-    """Return the row of each image path."""
     return {name: row for row, name in enumerate(table["image_path"].to_pylist())}
 
 
@@ -234,7 +231,8 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     result = cli.StageResult(STAGE)
     units = list_units(config, options)
     all_there = all(unit.output_path.exists() for unit in units) and not (options.overwrite or options.add_missing)
-    stage = Embedding(config, units, locate_backbone(config, download=not all_there), result.watch)
+    folder = locate_backbone(config, download=not all_there)
+    stage = Embedding(config, units, folder, result.watch)
     with contextlib.closing(stage.outputs):  # what it holds is written
         do_tars(
             units, result, options.overwrite,
@@ -276,7 +274,6 @@ def describe_output(unit: TarUnit, config: Config, model_id: str | None) -> Prov
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options beyond those of every configured stage."""
     cli.add_tar_options(parser)
     parser.add_argument(
         "--add-missing", action="store_true", help="embed the images that embeddings of another program lack"

@@ -69,7 +69,6 @@ def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
 
 
 def list_units(config: Config) -> list[Unit]:
-    """Return the one unit: the run."""
     folder = config.path("checkpoint_dir")
     check, marks = partial(run_files.check_outputs, folder), (folder / run_files.PROVENANCE,)
     outputs = STAGES[6].list_outputs(config)

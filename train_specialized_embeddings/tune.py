@@ -30,8 +30,6 @@ STAGE = "tune"
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What the command line asks for."""
-
     num_trials: int = 100
     objective: str = "map"
     sample_buildings: int | None = None  # of the training split; None is as configured
@@ -41,7 +39,6 @@ class TuneOptions:
 
 
 def list_units(config: Config) -> list[Unit]:
-    """Return the one unit: the study."""
     return [Unit(STAGE, TUNE.list_outputs(config))]
 
 

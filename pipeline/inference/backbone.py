@@ -298,7 +298,6 @@ def fetch(pooled: torch.Tensor) -> torch.Tensor:
 
 
 def record_time() -> torch.cuda.Event:
-    """Return an event that records when the GPU reaches it."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event

@@ -93,7 +93,6 @@ def keep_freed_memory() -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """Name the device for a log line."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
@@ -129,6 +128,5 @@ def compile_blocks(model: torch.nn.Module) -> int:
 
 
 def uncompile(model: torch.nn.Module) -> None:
-    """Run a model and all its parts uncompiled again."""
     for module in model.modules():
         module._compiled_call_impl = None

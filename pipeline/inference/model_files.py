@@ -194,9 +194,7 @@ def list_changed(folder: Path) -> str:
     if not isinstance(recorded, dict):
         return ""
     found = digest_published(folder, settings)
-    # Folders of before record their weights alone.
-    names = [name for name in {**recorded, **found} if name in recorded or name.endswith(".safetensors")]
-    return ", ".join(name for name in names if found.get(name) != recorded.get(name))
+    return ", ".join(name for name in {**recorded, **found} if found.get(name) != recorded.get(name))
 
 
 def _digest(path: Path) -> str:

@@ -63,7 +63,6 @@ def settle_precision(
 
 
 def is_measured_on(device: str) -> bool:
-    """Whether the device is a GPU, where a precision is measured."""
     from pipeline.inference.devices import choose_device
 
     return device != "cpu" and choose_device(device).type == "cuda"
@@ -111,7 +110,6 @@ def embed_in(mode: str, load: Load, pictures: Sequence[bytes]) -> NDArray[np.flo
 
 
 def release() -> None:
-    """Free the GPU's memory of unused tensors."""
     import torch
 
     gc.collect()

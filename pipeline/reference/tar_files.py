@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.files.archive import stream_members
-from pipeline.files.list_columns import ListColumn
+from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.files.tables import read_batches, read_columns, read_provenance
 from pipeline.files.units import TarUnit
 from pipeline.ids import dataset_name
@@ -71,9 +71,11 @@ def match_members(tar_path: Path, dataset_id: int, image_paths: list[str]) -> li
     return names
 
 
-def read_old_rows(unit: TarUnit, column: ListColumn, image_ids: pa.Array) -> tuple[list[int], NDArray[Any]]:
-    """Return, of an output without provenance, each row's place among `image_ids`, and its numbers (n, width)."""
-    ids = read_columns(unit.output_path, [_ID], "make the file again")[_ID.name]
+def read_old_rows(path: Path, image_ids: pa.Array) -> tuple[list[int], NDArray[Any] | None]:
+    """Return each row's place among `image_ids`, and the embeddings (n, width); none of a file with provenance."""
+    if not path.exists() or read_provenance(path) is not None:
+        return [], None
+    ids, column = read_columns(path, [_ID], "make the file again")[_ID.name], find_embedding(path)
     values = [np.empty((0, column.width or 0), np.float32)]
     for batch in read_batches(column.path, [column.name], _BATCH_ROWS):
         values.append(column.read(batch.column(0), sum(map(len, values))).astype(np.float32))

@@ -51,7 +51,6 @@ class Features:
 
     @property
     def width(self) -> int:
-        """Numbers an embedding has."""
         return int(self.embeddings.shape[1])
 
     @property

@@ -93,7 +93,6 @@ class LinearMap:
             return np.asarray(torch.addmm(bias, moved, weight.T).cpu().numpy())
 
     def take_leading(self, count: int) -> "LinearMap":
-        """Return the map of the first `count` rows."""
         return replace(self, weight=self.weight[:count], bias=self.bias[:count])
 
 

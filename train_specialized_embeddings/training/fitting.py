@@ -106,6 +106,7 @@ def read_material(
     input cannot be trained on, PipelineError where the widths do not agree.
     """
     with watch.measure("read"):
+        check_one_run(inputs["train"], inputs["val"])
         train, val = load_features(inputs["train"]), load_features(inputs["val"])
         if config.training.sample_buildings is not None:
             train = sample_buildings(train, config.training.sample_buildings, config.global_.seed)
@@ -130,10 +131,8 @@ def read_material(
 def check_splits(inputs: dict[str, Path], train: Features, val: Features, input_dim: int | str) -> None:
     """Warn if the splits share buildings.
 
-    Raises InputError where they come from two runs of stage 3 or there is nothing to tell apart, PipelineError where
-    the widths do not agree.
+    Raises InputError where there is nothing to tell apart, PipelineError where the widths do not agree.
     """
-    check_one_run(inputs["train"], inputs["val"])
     if len(train.building_ids) < 2:
         raise InputError(f"{inputs['train']}: holds one building, training needs two: give more tars to the split")
     if len(train) == len(train.building_ids):
@@ -158,6 +157,10 @@ def make_material(
 ) -> Material:  # fmt: skip
     """Find the start, and map the images to its coordinates; the training ones go where the steps need them."""
     section, seed = config.training, config.global_.seed
+    trained_on = torch.unique(hash_buildings(train.building_ids.to_pylist()))
+    if (earlier := saved or warm) is not None:  # whose buildings have shaped the start; some do not name them
+        before = earlier.rest.get("trained_on")
+        trained_on = None if before is None else torch.unique(torch.cat([before, trained_on]))
     device = choose_device(config.infrastructure.device)
     sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
     logger.info("training on %d images of %d buildings, %d numbers each, on %s",
@@ -171,8 +174,4 @@ def make_material(
     map_rows = partial(start.coordinates.linear_map.map_rows, device=device if device.type == "cuda" else None)
     features = move_features(map_rows(train.embeddings), device)
     validation = replace(validation, embeddings=map_rows(validation.embeddings))
-    trained_on = torch.unique(hash_buildings(train.building_ids.to_pylist()))
-    if (earlier := saved or warm) is not None:  # whose buildings have shaped the start; some do not name them
-        before = earlier.rest.get("trained_on")
-        trained_on = None if before is None else torch.unique(torch.cat([before, trained_on]))
     return Material(sampler, features, validation, start, len(train) + len(val), trained_on)

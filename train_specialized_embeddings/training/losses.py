@@ -93,8 +93,6 @@ def triplet(pairs: Pairs, section: TrainingSection) -> torch.Tensor:
 
 
 class _Function(nn.Module):
-    """A loss without parameters."""
-
     def __init__(self, function: Callable[[Pairs, TrainingSection], torch.Tensor], section: TrainingSection) -> None:
         super().__init__()
         self.function, self.section = function, section

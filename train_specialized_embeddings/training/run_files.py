@@ -27,7 +27,6 @@ def digest_outputs(folder: Path) -> dict[str, str]:
 
 
 def list_outputs(folder: Path) -> list[Path]:
-    """Return the checkpoints and metrics that exist in a folder."""
     return sorted(path for path in folder.glob("*") if _OUTPUT.fullmatch(path.name))
 
 

@@ -36,8 +36,6 @@ _MAX_RETRIES = 2
 
 @dataclass(frozen=True)
 class Tuning:
-    """A study with what its workers need."""
-
     config: Config
     options: Any  # TuneOptions
     inputs: dict[str, Path]
