@@ -32,6 +32,7 @@ from pipeline.files.tables import is_complete, make_provenance, read_provenance,
 from pipeline.log import logger
 from pipeline.retrieval.group_scores import measure_groups
 from pipeline.retrieval.labels import label_rows, to_text
+from pipeline.retrieval.pair_table import Embeddings, centre
 from pipeline.workspace import read_json_object, remove, write_json
 from publish_model.derived.embedding_groups import COUNT_COLUMN, average_ids, find_types
 from publish_model.derived.image_groups import (
@@ -68,7 +69,7 @@ class ClusterOptions:
     overwrite: bool = False
 
 
-def read_rows(dataset: EmbeddingsDataset) -> tuple[pa.Table, NDArray[np.float32]]:
+def read_rows(dataset: EmbeddingsDataset) -> tuple[pa.Table, Embeddings]:
     """Return the columns of all embedded images but the embeddings, and these (N, D).
 
     Raises InputError where one is not finite or not of unit length.
@@ -111,29 +112,32 @@ def read_positions(columns: pa.Table, names: tuple[str, ...]) -> NDArray[np.floa
     return positions
 
 
-def choose_threshold(dataset: EmbeddingsDataset, options: ClusterOptions, num_pairs: int) -> dict[str, Any]:
-    """Return the cosine to cut at for so many pairs of images, where it is from, and the share of wrong pairs expected.
+def choose_threshold(
+    dataset: EmbeddingsDataset, options: ClusterOptions, embeddings: Embeddings, num_pairs: int
+) -> tuple[dict[str, Any], Embeddings]:
+    """Return the cosine to cut at for so many pairs of images, with what is expected there, and the rows to compare.
 
-    A given threshold needs no model. Raises ConfigError without either, InputError where the model has no table or is
-    another one.
+    A given threshold needs no model and compares the embeddings; validation's is one of centred rows. Raises
+    ConfigError without either, InputError where the model has no table or is another one.
     """
     if options.threshold is not None:
-        return {"threshold": options.threshold, "threshold_from": "given"}
+        return {"threshold": options.threshold, "threshold_from": "given"}, embeddings
     if not options.model_id:
         raise ConfigError("--model-id: give the model that made the embeddings, or a --threshold")
     model = find_model(options.model_id, download=False)
     model.check_made(dataset)
-    table = read_pairs(model.folder, "near" if options.positions else "all")
-    pairs_an_image = 2 * num_pairs / dataset.num_rows
-    # Among near pairs alone the best number depends on how dense the validation images stand.
-    best = read_pairs(model.folder, "all").best_partners / max(1.0, pairs_an_image)
-    rate = options.false_pairs or min(0.5, best)
-    if table.is_beyond(rate):
-        logger.warning("%.2g false pairs a pair: beyond what validation measured, extrapolated", rate)
+    table, centred = read_pairs(model.folder, "near" if options.positions else "all"), centre(embeddings)
+    candidates = max(1.0, 2 * num_pairs / dataset.num_rows)
+    shift = read_pairs(model.folder, "all").measure_shift(centred)
+    if options.false_pairs is None:
+        threshold = table.choose_threshold(candidates, shift)
+    else:
+        threshold = table.threshold_at(options.false_pairs) + shift
     return {
-        "threshold": round(table.threshold_at(rate), 6), "threshold_from": "validation", "false_pairs": rate,
-        "expected_wrong_pair_share": table.wrong_share_at(pairs_an_image * rate),
-    }  # fmt: skip
+        "threshold": round(threshold, 6), "threshold_from": "validation", "shift": round(shift, 6),
+        "false_pairs": float(table.partners_at(threshold, candidates, shift)) / candidates,
+        "expected_wrong_pair_share": table.expect_wrong_share(threshold, candidates, shift),
+    }, centred  # fmt: skip
 
 
 def summarize(table: pa.Table, threshold: dict[str, Any] | None, labels: pa.Array | None) -> dict[str, Any]:
@@ -179,13 +183,14 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> tuple[pa.Tab
     ids = columns[ID_COLUMN].combine_chunks()
     labels = label_rows(to_text(dataset.folder, ids), options.labels) if options.labels is not None else None
     positions = read_positions(columns, options.positions) if options.positions else None
-    rows, threshold = np.arange(dataset.num_rows), None
+    rows, threshold, compared = np.arange(dataset.num_rows), None, embeddings
     if options.look_alike:
         columns, embeddings, positions, rows = average_ids(columns, embeddings, positions)
         settings: dict[str, Any] = {"look_alike": options.look_alike}
     else:
-        threshold = choose_threshold(dataset, options, count_pairs(dataset.num_rows, positions, options.max_distance_m))
-        settings = {"threshold": threshold["threshold"]}
+        num_pairs = count_pairs(dataset.num_rows, positions, options.max_distance_m)
+        threshold, compared = choose_threshold(dataset, options, embeddings, num_pairs)
+        settings = {name: threshold[name] for name in ("threshold", "threshold_from")}
     check_names("the dataset's kept columns", MADE_COLUMNS, columns.column_names)
     if options.positions:
         settings |= {"positions": list(options.positions), "max_distance_m": options.max_distance_m}
@@ -196,7 +201,7 @@ def cluster(dataset: EmbeddingsDataset, options: ClusterOptions) -> tuple[pa.Tab
         if threshold is None:
             groups, figure = find_types(embeddings, options.look_alike or 1)
         else:
-            groups, figure = group_images(embeddings, threshold["threshold"], positions, options.max_distance_m)
+            groups, figure = group_images(compared, threshold["threshold"], positions, options.max_distance_m)
         noted = {"adjusted_rand_between_starts" if threshold is None else "search_recall": figure}
         made = make_table(columns, embeddings, groups, positions, rows)
         write_parquet(path, made, provenance | {"noted": noted}, {} if positions is None else POINTS_METADATA)

@@ -21,6 +21,13 @@ def unit_rows(seed: int, num_rows: int, width: int = WIDTH) -> NDArray[np.float3
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+def draw_buildings(seed, num_buildings, num_images, noise=0.15, width=8):
+    """Return unit vectors around as many centres, and the building of each."""
+    buildings = np.repeat(np.arange(num_buildings), num_images)
+    rows = unit_rows(seed, num_buildings, width)[buildings] + noise * unit_rows(seed + 1, len(buildings), width)
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), buildings
+
+
 def write_dataset(
     folder: Path, ids: pa.Array, embeddings: NDArray[np.float32], rows_of_part: int = 10, **columns: Any
 ) -> Path:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import Watched, open_browser
-from embedded_datasets import unit_rows, write_dataset
+from embedded_datasets import draw_buildings, unit_rows, write_dataset
 from published_models import read_dataset
 
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
@@ -20,13 +20,6 @@ from publish_model.model_folder import published_model
 @pytest.fixture
 def cluster(run_main):
     return lambda output, *arguments: run_main(cluster_embeddings.main, output, *arguments)
-
-
-def draw_buildings(seed, num_buildings, num_images, noise=0.15, width=8):
-    """Return unit vectors around as many centres, and the building of each."""
-    buildings = np.repeat(np.arange(num_buildings), num_images)
-    rows = unit_rows(seed, num_buildings, width)[buildings] + noise * unit_rows(seed + 1, len(buildings), width)
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), buildings
 
 
 @pytest.fixture
@@ -224,29 +217,6 @@ def test_a_takedown_removes_the_clusters(cluster, run_main, dataset, tmp_path):
 # ------------------------------------------------------------------------------------------------ by validation
 
 
-def test_the_table_of_pairs_holds_the_rates_of_a_loop():
-    embeddings, buildings = draw_buildings(5, 12, 3, 0.6)
-    positions = np.stack([52 + buildings * 0.0008, np.zeros(36)], axis=1)  # 89 m apart
-    tables = pair_table.describe_pairs(embeddings, buildings, positions)
-    for kind, reach in (("all", 99), ("near", 1)):
-        pairs = [
-            (float(embeddings[a] @ embeddings[b]), buildings[a] == buildings[b])
-            for a in range(36) for b in range(a) if abs(buildings[a] - buildings[b]) <= reach
-        ]  # fmt: skip
-        different = [cosine for cosine, is_same in pairs if not is_same]
-        assert len(tables[kind]) > 5
-        for row in tables[kind]:
-            reached = sum(cosine >= row["cosine"] - 1e-6 for cosine in different)
-            assert row["false_rate"] == pytest.approx(reached / len(different))
-            assert row["partners"] == pytest.approx(2 * reached / 36)
-
-
-def test_one_building_or_one_image_of_each_gives_no_table():
-    embeddings = unit_rows(0, 6)
-    for buildings in (np.zeros(6, int), np.arange(6)):
-        assert pair_table.describe_pairs(embeddings, buildings) == {"all": []}
-
-
 @pytest.fixture
 def calibrated(model_dir, tmp_path):
     """A model with a table of pairs that 200 images have given."""
@@ -257,21 +227,24 @@ def calibrated(model_dir, tmp_path):
     return model
 
 
-def test_the_threshold_comes_from_the_models_validation_and_follows_the_number_of_images(
-    cluster, embed, packaged, calibrated, tmp_path
-):
+def test_the_threshold_comes_from_the_models_validation_and_the_images(cluster, embed, packaged, calibrated, tmp_path):
     assert embed(packaged, tmp_path / "out", model=calibrated).code == 0
     outcome = cluster(tmp_path / "out", "--model-id", calibrated)
     assert outcome.code == 0, outcome.stderr
     _, summary = read(tmp_path / "out")
     table = published_model.read_pairs(calibrated, "all")
-    assert summary["threshold_from"] == "validation"
-    assert summary["false_pairs"] == pytest.approx(min(0.5, table.best_partners / 36))
-    assert summary["threshold"] == pytest.approx(table.threshold_at(summary["false_pairs"]), abs=1e-6)
-    assert summary["expected_wrong_pair_share"] == pytest.approx(table.wrong_share_at(table.best_partners), abs=1e-3)
+    centred = pair_table.centre(np.array(read_dataset(tmp_path / "out")["embedding"].to_pylist(), np.float32))
+    shift = table.measure_shift(centred)
+    threshold = table.choose_threshold(36, shift)
+    assert (summary["threshold_from"], summary["threshold"]) == ("validation", pytest.approx(threshold, abs=1e-6))
+    assert summary["shift"] == pytest.approx(shift, abs=1e-6)
+    assert table.threshold_at(summary["false_pairs"]) + shift == pytest.approx(threshold, abs=1e-4)
+    assert summary["expected_wrong_pair_share"] == pytest.approx(
+        table.expect_wrong_share(threshold, 36, shift), abs=1e-3
+    )
     outcome = cluster(tmp_path / "out", "--model-id", calibrated, "--false-pairs", "1e-3", "--overwrite")
     assert outcome.code == 0
-    assert read(tmp_path / "out")[1]["threshold"] > summary["threshold"]
+    assert read(tmp_path / "out")[1]["threshold"] == pytest.approx(table.threshold_at(1e-3) + shift, abs=1e-6)
     outcome = cluster(tmp_path / "out", "--model-id", calibrated, "--positions", "lat,lon")
     assert outcome.code == 1
 
@@ -282,19 +255,6 @@ def test_a_model_without_the_table_needs_a_threshold(cluster, embed, packaged, m
     assert outcome.code == 1
     assert "or give --threshold" in outcome.stderr.splitlines()[-1]
     assert cluster(tmp_path / "out", "--model-id", model_dir, "--threshold", "0.5").code == 0
-
-
-def test_rates_between_the_rows_are_interpolated_and_beyond_them_the_line_goes_on():
-    table = pair_table.PairTable({
-        "cosine": np.array([0.2, 0.4, 0.6]), "false_rate": np.array([1e-1, 1e-2, 1e-3]),
-        "partners": np.array([10, 1, 0.1]), "bcubed_f1": np.array([0.3, 0.8, 0.5]),
-        "wrong_pair_share": np.array([0.9, 0.4, 0.1]),
-    })  # fmt: skip
-    for rate, cosine in ((1e-1, 0.2), (10**-1.5, 0.3), (1e-3, 0.6), (1e-4, 0.8), (0.5, 0.2 - 0.2 * np.log10(5))):
-        assert table.threshold_at(rate) == pytest.approx(cosine)
-    assert [table.is_beyond(rate) for rate in (0.5, 1e-1, 1e-2, 1e-3, 1e-4)] == [True, False, False, False, True]
-    assert table.best_partners == 1
-    assert table.wrong_share_at(5.5) == pytest.approx(0.65)
 
 
 # ------------------------------------------------------------------------------------------------ look alike, the page

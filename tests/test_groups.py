@@ -14,7 +14,7 @@ from pipeline.cli import Options
 from pipeline.config import load_config
 from pipeline.errors import StaleOutputError
 from pipeline.retrieval.group_scores import measure_groups
-from pipeline.retrieval.pair_table import PairTable, describe_pairs
+from pipeline.retrieval.pair_table import PairTable, centre, describe_pairs
 
 
 def draw(seed, num_buildings=40, noise=0.8):
@@ -26,9 +26,9 @@ def draw(seed, num_buildings=40, noise=0.8):
 def test_the_groups_are_cut_where_validation_was_grouped_best_and_measured_by_the_labels():
     test, validation = draw(0), draw(10, 60)
     found = summarize_groups(test, validation)
-    table = PairTable.of(describe_pairs(*validation)["all"])
-    assert found["threshold"] == pytest.approx(table.threshold_at(table.best_partners / 119))
-    tree = linkage(test[0].astype(np.float64), "average", metric="cosine")
+    table, centred = PairTable.of(describe_pairs(*validation)["all"]), centre(test[0])
+    assert found["threshold"] == pytest.approx(table.choose_threshold(119, table.measure_shift(centred)))
+    tree = linkage(centred.astype(np.float64), "average", metric="cosine")
     expected = measure_groups(fcluster(tree, 1 - found["threshold"], "distance"), test[1])
     assert {key: found[key] for key in expected} == pytest.approx(expected)
     cuts = np.linspace(0, 1, 201)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.retrieval.group_scores import measure_groups
-from pipeline.retrieval.pair_table import PairTable, describe_pairs
+from pipeline.retrieval.pair_table import PairTable, centre, describe_pairs
 from pipeline.retrieval.scores import Embeddings
 
 # More images are sampled, by whole buildings: all their pairs are held.
@@ -25,9 +25,9 @@ def summarize_groups(test: Labelled, validation: Labelled) -> dict[str, Any] | N
     own, known = (describe_pairs(*sample)["all"] for sample in (test, validation))
     if not own or len(known) < 2:
         return None
-    embeddings, codes = test
+    embeddings, codes = centre(test[0]), test[1]
     table, best = PairTable.of(known), max(own, key=lambda row: row["bcubed_f1"])
-    threshold = table.threshold_at(min(0.5, table.best_partners / (len(codes) - 1)))
+    threshold = table.choose_threshold(len(codes) - 1, table.measure_shift(embeddings))
     groups = fcluster(linkage(embeddings, "average", "cosine"), 1 - threshold, "distance")
     found = {"images": len(codes), "groups": int(groups.max()), "threshold": threshold}
     in_hindsight = {"best_threshold": best["cosine"], "best_bcubed_f1": best["bcubed_f1"]}

@@ -168,9 +168,9 @@ def read_pairs(folder: Path, kind: str) -> PairTable:
     """
     try:
         table = PairTable.of(read_json(folder / RATES_NAME)[kind])
-        up, down = np.diff(table.columns["cosine"]), -np.diff(table.columns["false_rate"])
+        up, down, right = (np.diff(table.columns[name]) for name in ("cosine", "false_rate", "right_partners"))
         is_finite = all(np.isfinite(values).all() for values in table.columns.values())
-        is_sound = bool(is_finite and len(up) and (up > 0).all() and (down > 0).all())
+        is_sound = bool(is_finite and len(up) and (up > 0).all() and (down < 0).all() and (right <= 0).all())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
