@@ -92,7 +92,8 @@ class EmbeddingModelSection(Section):
 class FingerprintsSection(Section):
     """`[fingerprints]`"""
 
-    image_size: int = Field(16, ge=1, le=256, description="side of the fingerprint in pixels")
+    # Stage 5's covariance takes 1.2 GB at 64.
+    image_size: int = Field(16, ge=1, le=64, description="side of the fingerprint in pixels")
 
 
 class DataSection(Section):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from pipeline.errors import PipelineError, Result
+from pipeline.errors import Result
 
 Item = TypeVar("Item")
 
@@ -24,34 +24,21 @@ def map_in_order(
     """Yield `function(item)` for each item in order, computed by threads, with at most `in_flight` items held.
 
     `weigh` tells the bytes of an item: a new one is taken only while those held are at most HELD_BYTES. `items` is
-    consumed in the calling thread; a PipelineError of it, such as a damaged tar, comes after the results of the items
-    before it. A caller that may stop early closes the generator, and with it `items`.
+    consumed in the calling thread. A caller that may stop early closes the generator, and with it `items`.
     """
     in_flight = in_flight or 4 * num_workers
     pending: deque[Future[Result]] = deque()
     weights: deque[int] = deque()
-    failure: PipelineError | None = None
     with ThreadPoolExecutor(num_workers, initializer=initializer) as pool:
         try:
-            reader = iter(items)
-            while True:
-                try:
-                    item = next(reader)
-                except StopIteration:
-                    break
-                except PipelineError as error:
-                    failure = error
-                    break
+            for item in items:
                 weights.append(weigh(item))
                 pending.append(pool.submit(function, item))
-                del item
                 while len(pending) >= in_flight or sum(weights) > HELD_BYTES:
                     weights.popleft()
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-            if failure is not None:
-                raise failure
         finally:
             for future in pending:
                 future.cancel()

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from difficulty_metadata.neighbor_search import pca
-from difficulty_metadata.neighbor_search.pca import MAX_WIDTH, fit_pca
-from pipeline.errors import InputError
+from difficulty_metadata.neighbor_search.pca import fit_pca
 
 
 def draw_fingerprints(num_rows: int, width: int, seed: int = 0) -> np.ndarray:
@@ -87,8 +86,3 @@ def test_fingerprints_without_any_variance_are_one_point_at_the_origin(num_rows:
     same = np.full((num_rows, 12), 201, dtype=np.uint8)
     fitted = fit_pca([[same]], 12, 5)
     assert (fitted.project(same) == np.zeros((num_rows, 1), dtype=np.float32)).all()
-
-
-def test_too_wide_fingerprints_are_refused_with_the_remedy() -> None:
-    with pytest.raises(InputError, match=r"set \[fingerprints\].image_size to 64 or less"):
-        fit_pca([], MAX_WIDTH + 1, 4)

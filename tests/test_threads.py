@@ -5,7 +5,6 @@ import time
 
 import pytest
 
-from pipeline.errors import InputError
 from pipeline.threads import Background, map_in_order, prefetch
 
 
@@ -62,17 +61,6 @@ def test_an_exception_of_the_items_comes_out():
 
     with pytest.raises(OSError, match="the disk"):
         list(map_in_order(str, items(), num_workers=2))
-
-
-def test_damage_comes_out_behind_what_came_before_it():
-    def items():
-        yield from range(5)
-        raise InputError("0001.tar: truncated")
-
-    results = map_in_order(str, items(), num_workers=2, in_flight=8)
-    assert [next(results) for _ in range(5)] == list("01234")
-    with pytest.raises(InputError, match="truncated"):
-        next(results)
 
 
 @pytest.mark.parametrize("depth", [1, 3])

@@ -8,11 +8,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import count_cores
-from pipeline.errors import InputError
 from pipeline.threads import map_in_order
 
-# The covariance of this width takes 1.2 GB and minutes; image_size 64 is four times the default.
-MAX_WIDTH = 64 * 64 * 3
 # Products of bytes less 128 are integers up to 2^14: float32 adds 1,024 of them without rounding (2^14 x 2^10 = 2^24),
 # and float64 any number of such sums (< 2^53). So neither the cut into blocks nor the order of the threads shows.
 _CENTRE, _EXACT_ROWS = 128, 1_024
@@ -55,13 +52,8 @@ def fit_pca(sources: Sequence[Iterable[np.ndarray]], width: int, num_components:
     """Fit the leading components of fingerprints in one pass over sources of blocks (B, width) uint8, such as files.
 
     Returns fewer components than asked for where fewer have any variance, but at least one. The largest entry of a
-    component is positive. Raises InputError if the fingerprints are too wide.
+    component is positive.
     """
-    if width > MAX_WIDTH:
-        raise InputError(
-            f"fingerprints of {width} values are too wide for the PCA, at most {MAX_WIDTH}: "
-            "set [fingerprints].image_size to 64 or less and run stage 4 again"
-        )
     from pipeline.retrieval.whitening import decompose  # torch, which a kept table does without
 
     count, mean, scatter = _sum_scatter(sources, width)
