@@ -175,7 +175,7 @@ def find_raw_dir(config: Config) -> Path | None:
 
 def list_units(config: Config, ignore_pairs: Path | None = None) -> list[Unit]:
     outputs = STAGES[9].list_outputs(config)
-    return [Unit(STAGE, outputs, lambda _: describe_inputs(config, ignore_pairs), marks=outputs[:1])]
+    return [Unit(STAGE, outputs, lambda _: describe_inputs(config, ignore_pairs))]
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:

@@ -90,7 +90,7 @@ def make_unit(output: Path, describe: Callable[[Unit], Provenance]) -> Unit:
     weights = sorted(set(map(str, named.values()))) if isinstance(named, dict) else ["model.safetensors"]
     code = [path.name for path in CODE_PATHS]
     outputs = tuple(output / name for name in (CONFIG_NAME, "preprocessor_config.json", "README.md", *code, *weights))
-    return Unit(STAGE, outputs, describe, check=lambda: check_place(output), marks=outputs[:1])
+    return Unit(STAGE, outputs, describe, check=lambda: check_place(output))
 
 
 def check_place(folder: Path) -> None:

@@ -70,9 +70,8 @@ def describe_run(config: Config, inputs: dict[str, Path]) -> dict[str, Any]:
 
 def list_units(config: Config) -> list[Unit]:
     folder = config.path("checkpoint_dir")
-    check, marks = partial(run_files.check_outputs, folder), (folder / run_files.PROVENANCE,)
-    outputs = STAGES[6].list_outputs(config)
-    return [Unit(STAGE, outputs, lambda _: describe_run(config, list_inputs(config)), check=check, marks=marks)]
+    check, outputs = partial(run_files.check_outputs, folder), STAGES[6].list_outputs(config)
+    return [Unit(STAGE, outputs, lambda _: describe_run(config, list_inputs(config)), check=check)]
 
 
 def run(config: Config, options: cli.Options) -> cli.StageResult:

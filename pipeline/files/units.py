@@ -38,7 +38,7 @@ class Unit:
 
     `describe(unit)` gives the provenance that the outputs must carry, `take_over(unit)` the counts of an output that
     carries none and is kept all the same, with a note for the log, or None if rows are to be added to it. `check()`
-    looks at what provenance cannot tell. `marks` are the outputs that carry the provenance, if not all do.
+    looks at what provenance cannot tell.
     """
 
     name: str
@@ -46,17 +46,20 @@ class Unit:
     describe: Callable[[Any], Provenance] | None = None
     take_over: Callable[[Any], tuple[dict[str, int], str] | None] | None = None
     check: Callable[[], None] | None = None
-    marks: tuple[Path, ...] = ()
+
+    @property
+    def marks(self) -> tuple[Path, ...]:
+        """The outputs that carry the provenance: the first JSON file, without one all of them."""
+        return tuple(path for path in self.outputs if path.suffix == ".json")[:1] or self.outputs
 
 
 def find_state(unit: Unit) -> UnitState:
     """Return whether a unit is complete or stale; raise InputError where an input is missing or an output damaged."""
     there = [path for path in unit.outputs if path.exists()]
-    marks = unit.marks or there
     try:
         if unit.check is not None:
             unit.check()
-        recorded = {path: read_provenance(path) for path in marks if unit.describe and path.exists()}
+        recorded = {path: read_provenance(path) for path in unit.marks if unit.describe and path.exists()}
         if unit.take_over and None in recorded.values():
             kept = unit.take_over(unit)
             return UnitState(True, kept[0], note=kept[1]) if kept else UnitState()
@@ -88,7 +91,7 @@ def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
 def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:
     """Return whether a unit is complete and stays, and add it to `result` then; raise StaleOutputError as above."""
     check_outside_datasets(unit.outputs[0])
-    for path in unit.marks or unit.outputs:
+    for path in unit.marks:
         found: Provenance | None = None
         with contextlib.suppress(InputError):  # missing or damaged: made again
             found = read_provenance(path)
