@@ -44,7 +44,6 @@ def embed_images(
     model_id: str = DEFAULT_MODEL_ID,
     *,
     device: str = "auto",
-    dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> NDArray[np.float32]:
     """Return the embeddings of image files, (N, D) float32 of length 1, in their order.
@@ -55,7 +54,7 @@ def embed_images(
     model = find_model(
         model_id, download=True, device=device, batch_size=BLOCK_IMAGES, trust_remote_code=trust_remote_code
     )
-    return embed_photographs([Path(path) for path in paths], model, dtype)
+    return embed_photographs([Path(path) for path in paths], model, "auto")
 
 
 def embed_photographs(paths: Sequence[Path], model: PublishedModel, dtype: str) -> NDArray[np.float32]:
@@ -91,19 +90,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_option(parser)
     add("--npy", type=Path, metavar="PATH", help="write the vectors there, and print nothing but the path")
     add_device_option(parser)
-    add(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="type to compute in (auto: bfloat16 on CUDA, float32 on CPU)",
-    )  # fmt: skip
     arguments = parser.parse_args(argv)
     with logging_to(None):
         if arguments.npy is not None:
             check_outside_datasets(arguments.npy)
             check_replaceable(arguments.npy, NPY_MAGIC, arguments.images)
         embeddings = embed_images(
-            arguments.images, arguments.model_id, device=arguments.device, dtype=arguments.dtype,
-            trust_remote_code=arguments.trust_remote_code,
-        )  # fmt: skip
+            arguments.images, arguments.model_id, device=arguments.device, trust_remote_code=arguments.trust_remote_code
+        )
         if arguments.npy is None:
             for path, embedding in zip(arguments.images, embeddings, strict=True):
                 print(json.dumps({"image": decode_name(str(path)), "embedding": embedding.tolist()}))
