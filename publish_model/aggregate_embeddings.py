@@ -60,7 +60,7 @@ def aggregate(
     Raises InputError for a dataset or geometries that cannot be used, StaleOutputError where the output was made of
     others.
     """
-    name = "_".join(quote(one, safe="").replace("_", "%5F") for one in by)
+    name = "_".join(quote(one, safe="").replace("_", "%5F").replace(".", "%2E") for one in by)
     path = dataset.folder / "_aggregated" / f"{name}{'.geo' if geometry_path else ''}.parquet"
     check_replaceable(path, STAGE, [geometry_path])
     for name in by:

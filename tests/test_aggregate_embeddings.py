@@ -153,7 +153,7 @@ def test_a_column_whose_name_is_a_path_does_not_leave_the_folder(aggregate, tmp_
     for by in (*names, "x,y"):
         assert aggregate(output, "--by", f"OSMID,{by}").code == 0
     found = sorted(path.name.removesuffix(".parquet") for path in (output / "_aggregated").iterdir())
-    assert found == ["OSMID_..%2F..%2Fx", "OSMID_x", "OSMID_x%20y", "OSMID_x%5Fy", "OSMID_x_y", "OSMID_y"]
+    assert found == ["OSMID_%2E%2E%2F%2E%2E%2Fx", "OSMID_x", "OSMID_x%20y", "OSMID_x%5Fy", "OSMID_x_y", "OSMID_y"]
 
 
 def test_memory_does_not_grow_with_the_images(aggregate, tmp_path, monkeypatch):
