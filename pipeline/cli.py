@@ -238,12 +238,19 @@ def log_name(stage: str, shard: Shard) -> str:
     return f"{stage}.log" if shard.is_whole else f"{stage}.{shard}.log"
 
 
-def run_logged(stage: str, story: Callable[[], StageResult], log_path: Path | None, level: str = "INFO") -> StageResult:
+def run_logged(
+    stage: str,
+    story: Callable[[], StageResult],
+    log_path: Path | None,
+    level: str = "INFO",
+    max_reject_fraction: float = 1.0,
+) -> StageResult:
     """Run a story with its log file and last log line, and print the paths that it wrote."""
     with logging_to(log_path, level), noting_decoders(log_path):
         started = time.monotonic()
         try:
             result = story()
+            result.check_reject_fraction(max_reject_fraction, "--max-reject-fraction")
         except (PipelineError, KeyboardInterrupt) as error:
             text = str(error) or f"{stage}: interrupted; what was finished is kept"
             logger.error("%s", text, extra={"file_only": True})  # stderr gets it as the last line

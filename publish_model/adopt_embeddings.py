@@ -20,7 +20,7 @@ from pipeline import cli
 from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
-from pipeline.embeddings_dataset.parts import PartPlan, find_parts
+from pipeline.embeddings_dataset.parts import PartPlan, find_files
 from pipeline.errors import InputError, Rejection
 from pipeline.inference.precision import Precision
 from pipeline.log import Progress, logger
@@ -79,13 +79,14 @@ def adopt_dataset(arguments: argparse.Namespace) -> cli.StageResult:
     )
     dataset = EmbeddingsDataset(arguments.output)
     store = Appending(dataset, source, model.model_id, model.name_version("float32"), Precision("float32"))
-    found, names = store.find_parts(adopting=True), {path.name for path in find_parts(dataset.folder).foreign}
-    foreign = [plan for name, plan in store.plans.items() if name in names]
+    files = find_files(dataset.folder)
+    found, others = store.take_up(files), set(files.foreign)
+    foreign = [plan for name, plan in store.plans.items() if dataset.path_of(name) in others]
     result = cli.StageResult(STAGE)
     if foreign:
         width = check_sample(store, foreign, model)
         kept = dataset.folder / "_adopted" / "state.json"
-        if dataset.state_path.is_file() and dataset.state is None and not kept.exists():  # another program's
+        if dataset.state_path.is_file() and files.state is None and not kept.exists():  # another program's
             with writing_to(kept) as temporary:
                 temporary.write_bytes(dataset.state_path.read_bytes())
         with Progress(STAGE, sum(plan.num_rows for plan in foreign)) as progress:

@@ -10,7 +10,7 @@ and OUTPUT/_logs/. A rerun keeps the parts that are done. Takes no configuration
 import contextlib
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.duplicates import describe_duplicates
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input
-from pipeline.embeddings_dataset.parts import STAGE, PartContent, plan_parts
+from pipeline.embeddings_dataset.parts import STAGE, PartContent, find_files, plan_parts
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files.units import Unit
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
@@ -43,7 +43,7 @@ def embed_dataset(options: EmbedOptions, source: PackagedInput) -> cli.StageResu
     """Embed the rows that have no embedding yet and return the counts of this process's share of the dataset.
 
     Raises InputError for an input or a model that cannot be used, StaleOutputError where the output was made from
-    others, PipelineError where more images are bad than allowed, or another process needs the dataset alone.
+    others, PipelineError where another process needs the dataset alone.
     """
     logger.info(
         "%s %s, Python %s, pyarrow %s, torch %s, transformers %s, device %s", STAGE, VERSION, platform.python_version(),
@@ -57,17 +57,21 @@ def embed_dataset(options: EmbedOptions, source: PackagedInput) -> cli.StageResu
             options.model_id, download=True, device=options.device, batch_size=options.batch_size,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
-        begun = None if options.overwrite else dataset.find_begun()
-        precision = choose_precision(model, options.dtype, source, begun)
+        files = None if options.overwrite else find_files(dataset.folder)
+        precision = choose_precision(model, options.dtype, source, files.begun if files else None)
         appending = Appending(dataset, source, model.model_id, model.name_version(precision.mode), precision)
-        appending.find_work(begun, options.shard, options.limit, overwrite=options.overwrite)
+        appending.find_work(files, options.shard, options.limit)
         result = cli.StageResult(STAGE)
         has_work = bool(appending.work)
         if has_work:
-            result.watch = make_missing_parts(appending, model.load)
-        else:
-            appending.begin()
-        state = appending.write_state()
+            with result.watch.measure("load"):
+                embedder = model.load(precision.mode)
+        appending.begin()  # a model that cannot be used has failed by now, and has left nothing behind
+        try:
+            if has_work:
+                make_missing_parts(appending, embedder, result.watch)
+        finally:
+            state = appending.write_state()
         (result.written if has_work else result.kept).append(dataset.folder)
         for part in appending.parts.values():
             result.add(part.counts, part.reasons)
@@ -80,7 +84,6 @@ def embed_dataset(options: EmbedOptions, source: PackagedInput) -> cli.StageResu
         state["rows_total"],
         "complete" if state["complete"] else "not complete yet",
     )  # fmt: skip
-    result.check_reject_fraction(options.max_reject_fraction, "--max-reject-fraction")
     return result
 
 
@@ -98,18 +101,14 @@ def choose_precision(
     )
 
 
-def make_missing_parts(appending: Appending, load: Callable[[str], "Embedder"]) -> Stopwatch:
-    """Load the model, make the parts and return where the time went; an interrupted run leaves its state right.
+def make_missing_parts(appending: Appending, embedder: "Embedder", watch: Stopwatch) -> None:
+    """Make the parts; `watch` adds up where the time went.
 
     Two or three read batches are held at a time. Raises InputError if the input ends before the place that its footer
     names.
     """
-    watch = Stopwatch()
-    with watch.measure("load"):
-        from publish_model.new_data.batch_embedding import ReadBatch, embed_batches
+    from publish_model.new_data.batch_embedding import ReadBatch, embed_batches
 
-        embedder = load(str(appending.recipe["precision"]))
-    appending.begin()  # a model that cannot be used has failed by now, and has left nothing behind
     rows_kept, rows = appending.num_rows
     batches = (ReadBatch(plan, table) for plan, table in appending.read_missing())
 
@@ -118,19 +117,14 @@ def make_missing_parts(appending: Appending, load: Callable[[str], "Embedder"]) 
             appending.write_part(batch.plan, content)
         progress.advance(batch.table.num_rows)
 
-    try:
-        with (
-            Progress(STAGE, rows_kept + rows) as progress,
-            contextlib.closing(Background()) as writer,
-            contextlib.closing(embed_batches(embedder, appending.source, batches, watch)) as parts,
-        ):
-            progress.resume_at(rows_kept)
-            for batch, content in parts:
-                writer.submit(partial(write, batch, content))
-    except KeyboardInterrupt:
-        appending.write_state()
-        raise
-    return watch
+    with (
+        Progress(STAGE, rows_kept + rows) as progress,
+        contextlib.closing(Background()) as writer,
+        contextlib.closing(embed_batches(embedder, appending.source, batches, watch)) as parts,
+    ):
+        progress.resume_at(rows_kept)
+        for batch, content in parts:
+            writer.submit(partial(write, batch, content))
 
 
 def list_units(config: Config) -> list[Unit]:
@@ -189,7 +183,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = EmbeddingsDataset(options.output).folder
     with naming_failures(folder):
         make_folder(folder)
-    cli.run_logged(STAGE, lambda: embed_dataset(options, source), folder / "_logs" / cli.log_name(STAGE, options.shard))
+    cli.run_logged(
+        STAGE,
+        lambda: embed_dataset(options, source),
+        folder / "_logs" / cli.log_name(STAGE, options.shard),
+        max_reject_fraction=options.max_reject_fraction,
+    )
 
 
 if __name__ == "__main__":

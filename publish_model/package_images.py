@@ -241,7 +241,6 @@ def package_images(options: argparse.Namespace) -> cli.StageResult:
         result.written.append(options.output)
     for file in finished:
         result.add(file["counts"], file["reasons"])
-    result.check_reject_fraction(options.max_reject_fraction, "--max-reject-fraction")
     return result
 
 
@@ -258,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="make a package anew that is there; the old one stays until then")
     options = parser.parse_args(argv)
     check_places(options.input, options.output)
-    cli.run_logged(STAGE, lambda: package_images(options), None)
+    cli.run_logged(STAGE, lambda: package_images(options), None, max_reject_fraction=options.max_reject_fraction)
 
 
 if __name__ == "__main__":

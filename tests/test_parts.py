@@ -14,7 +14,7 @@ from pipeline.embeddings_dataset import dataset as dataset_module
 from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import InputOptions, PackagedInput
-from pipeline.embeddings_dataset.parts import PartContent, PartPlan, plan_parts, read_part
+from pipeline.embeddings_dataset.parts import PartContent, PartPlan, find_files, plan_parts, read_part
 from pipeline.errors import DamagedError, InputError, PipelineError, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY
 from pipeline.ids import Shard
@@ -35,7 +35,7 @@ def source(tmp_path):
 def make_appending(folder, source, *, model="model", model_id="the/model", begin=True, dtype="float32"):
     dataset = EmbeddingsDataset(folder)
     appending = Appending(dataset, source, model_id, f"{model}, {dtype}", Precision(dtype))
-    appending.find_work(dataset.find_begun(), Shard(), None, overwrite=False)
+    appending.find_work(find_files(folder), Shard(), None)
     if begin:
         appending.begin()
     return appending, plan_parts(source)
@@ -212,23 +212,23 @@ def test_parts_of_another_model_are_found_even_if_the_state_says_otherwise(tmp_p
     appending, _ = make_appending(tmp_path / "out2", source)
     (tmp_path / "out" / "parts").rename(tmp_path / "out2" / "parts")
     with pytest.raises(StaleOutputError, match="embedding_version was"):
-        appending.find_parts()
+        appending.take_up(find_files(appending.dataset.folder))
 
 
 def test_a_part_is_not_there_without_its_rejects(tmp_path, source):
     appending, plans = make_appending(tmp_path / "out", source)
     appending.write_part(plans[0], make_content(plans[0]))
-    assert list(appending.find_parts()) == [plans[0].name]
+    assert list(appending.take_up(find_files(appending.dataset.folder))) == [plans[0].name]
     (tmp_path / "out" / "_rejects" / plans[0].name).unlink()
-    assert appending.find_parts() == {}
+    assert appending.take_up(find_files(appending.dataset.folder)) == {}
 
 
 def test_a_replaced_part_is_read_again(tmp_path, source):
     appending, plans = make_appending(tmp_path / "out", source)
     appending.write_part(plans[0], make_content(plans[0]))
-    assert appending.find_parts()[plans[0].name].counts["out"] == 2
+    assert appending.take_up(find_files(appending.dataset.folder))[plans[0].name].counts["out"] == 2
     appending.write_part(plans[0], make_content(plans[0], rejected=2))
-    assert appending.find_parts()[plans[0].name].counts["out"] == 0
+    assert appending.take_up(find_files(appending.dataset.folder))[plans[0].name].counts["out"] == 0
 
 
 def test_hidden_files_and_other_kinds_are_passed_over(tmp_path, source):
@@ -236,10 +236,10 @@ def test_hidden_files_and_other_kinds_are_passed_over(tmp_path, source):
     (appending.dataset.folder / "parts").mkdir()
     for name in (".rg00000_rb00000.parquet.host-1.tmp", "_SUCCESS", "notes.txt", "_metadata.parquet"):
         ((appending.dataset.folder / "parts") / name).write_text("")
-    assert appending.find_parts() == {}
+    assert appending.take_up(find_files(appending.dataset.folder)) == {}
     ((appending.dataset.folder / "parts") / "rg00009_rb00000.parquet").write_text("")
     with pytest.raises(InputError, match="no part of this input"):
-        appending.find_parts()
+        appending.take_up(find_files(appending.dataset.folder))
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, source):
@@ -268,7 +268,7 @@ def test_a_part_that_claims_rows_which_it_does_not_hold_is_damaged(tmp_path, sou
     pq.write_table(table.replace_schema_metadata({PROVENANCE_KEY: json.dumps(claimed)}), path)
     with pytest.raises(DamagedError):
         read_part(path)
-    assert store.find_parts() == {}
+    assert store.take_up(find_files(store.dataset.folder)) == {}
     assert store.write_state()["rows_embedded"] == 0
 
 

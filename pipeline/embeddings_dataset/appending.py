@@ -12,11 +12,11 @@ from pipeline.embeddings_dataset.deletions import finish_order, read_order
 from pipeline.embeddings_dataset.packaged_input import SHAPING_OPTIONS, PackagedInput
 from pipeline.embeddings_dataset.parts import (
     STAGE,
-    ForeignError,
+    DatasetFiles,
     Part,
     PartContent,
     PartPlan,
-    find_parts,
+    find_files,
     list_part_files,
     plan_parts,
     read_planned,
@@ -76,22 +76,19 @@ class Appending:
                     "another --output, or --overwrite to begin anew"
                 )
 
-    def find_parts(self, *, adopting: bool = False) -> dict[str, Part]:
-        """Return the parts that are there, whole or cut, by name; a damaged one counts as missing.
+    def take_up(self, files: DatasetFiles) -> dict[str, Part]:
+        """Return the parts among a dataset's files, whole or cut, by name; a damaged one counts as missing.
 
-        Raises StaleOutputError for a part of another recipe, or, unless `adopting`, one that is not ours, InputError
-        for a file that is no part of this input, or cannot be read.
+        Raises StaleOutputError for a part of another recipe, InputError for a file that is no part of this input.
         """
-        files, found = find_parts(self.dataset.folder), {}
-        for path in (*files.foreign, *files.damaged, *(part.path for part in files.parts)):
+        foreign = [path for path in files.foreign if path.parent.name == "parts"]
+        for path in (*foreign, *files.damaged, *(part.path for part in files.parts)):
             if path.name not in self.plans:
                 raise InputError(
                     f"{path}: no part of this input: give the --input and --read-batch-size that it was made with, or "
                     "move it away"
                 )
-        for path in () if adopting else files.foreign:
-            raise ForeignError(path)
-        broken = list(files.damaged)
+        found, broken = {}, list(files.damaged)
         for part in files.parts:
             self.check(part.recipe, part.path)
             if part.plan == self.plans[part.path.name] and rejects_beside(part.path).exists():
@@ -114,7 +111,7 @@ class Appending:
         """
         while True:
             listed = list_part_files(self.dataset.folder)
-            found = self.find_parts()
+            found = self.take_up(find_files(self.dataset.folder))
             state = self.dataset.update_state(found.values(), self._first_state)
             if list_part_files(self.dataset.folder) == listed:
                 self.parts = {name: part for name, part in found.items() if name in self._own}
@@ -122,20 +119,29 @@ class Appending:
                     remove_made(self.dataset.folder / SET_ASIDE, r"\d+")
                 return state
 
-    def find_work(self, begun: dict[str, Any] | None, shard: Shard, limit: int | None, *, overwrite: bool) -> None:
-        """Find the parts of a shard that are missing (see `find_begun`); nothing is written before `begin`.
+    def find_work(self, files: DatasetFiles | None, shard: Shard, limit: int | None) -> None:
+        """Find the parts of a shard that are missing among a dataset's files; nothing is written before `begin`.
 
-        Raises StaleOutputError, naming the difference, where the dataset is of another recipe or not ours,
-        PipelineError where a deletion of ids was interrupted. With `overwrite` neither matters.
+        Without files the dataset is begun anew. Raises StaleOutputError, naming the difference, where it is of another
+        recipe or not ours, PipelineError where a deletion of ids was interrupted.
         """
-        folder, self._limit, self._overwrite = self.dataset.folder, limit, overwrite
-        if begun is not None and not overwrite:
-            self.check(begun, self.dataset.state_path if self.dataset.state else folder)
-        if not (overwrite or read_order(folder).done):
-            raise PipelineError(f"{folder}: a deletion of ids was interrupted: run delete_ids.py again, or --overwrite")
+        folder, self._limit, self._is_anew = self.dataset.folder, limit, files is None
+        found = {}
+        if files is not None:
+            if files.begun is None:
+                files.refuse_foreign()
+            else:
+                self.check(files.begun, self.dataset.state_path if files.state else folder)
+            if files.parts and not files.state:
+                logger.warning("%s: missing or damaged: made again from the parts", self.dataset.state_path)
+            if not read_order(folder).done:
+                raise PipelineError(
+                    f"{folder}: a deletion of ids was interrupted: run delete_ids.py again, or --overwrite"
+                )
+            found = self.take_up(files)
+            files.refuse_foreign()
         row_groups = set(shard.take(list(range(len(self.source.row_group_rows)))))
         self._own = {name: plan for name, plan in self.plans.items() if plan.row_group in row_groups}
-        found = {} if overwrite else self.find_parts()
         self.parts = {name: part for name, part in found.items() if name in self._own}
         done = {name: part.counts["in"] for name, part in self.parts.items()}
         self.work = [plan for name, plan in self._own.items() if plan.rows_within(limit) > done.get(name, 0)]
@@ -143,11 +149,11 @@ class Appending:
         self.num_rows = kept, sum(plan.rows_within(limit) for plan in self.work)
 
     def begin(self) -> None:
-        """Take up the dataset or begin it; with `overwrite` what is there is set aside first.
+        """Take up the dataset or begin it; where it is begun anew, what is there is set aside first.
 
         Raises StaleOutputError where another process has just begun one of another recipe, or a file is not ours.
         """
-        if self._overwrite:
+        if self._is_anew:
             self.dataset.set_all_aside()
             finish_order(self.dataset.folder)
         if self.dataset.state is None:

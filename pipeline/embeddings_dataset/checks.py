@@ -16,7 +16,7 @@ from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, IMAGE_COLUMN, 
 from pipeline.embeddings_dataset.parts import (
     Part,
     embeddings_of,
-    find_parts,
+    find_files,
     plan_parts,
     read_planned,
     rejects_beside,
@@ -51,8 +51,8 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
 
     Raises InputError where there is none, or where a file or the input cannot be read now.
     """
-    state, files, order = dataset.state, find_parts(dataset.folder), read_order(dataset.folder)
-    findings = Findings(foreign=dataset.list_foreign(files))
+    files, order = find_files(dataset.folder), read_order(dataset.folder)
+    state, findings = files.state, Findings(foreign=files.foreign)
     if not (files.parts or files.damaged or findings.foreign or dataset.state_path.exists()):
         raise InputError(f"{dataset.folder}: no embeddings dataset (neither state.json nor parts): correct the path")
     for path in findings.foreign:
@@ -62,7 +62,7 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
         findings.add(dataset.state_path, f"{what}: stage 8 makes it again from the parts")
     for path, error in files.damaged.items():
         findings.add(path, one_line(error).removeprefix(f"{path}: "))
-    for path in (one for one in files.orphans if one not in findings.foreign):
+    for path in files.orphans:
         # A kill between the two files leaves rejects alone, and a rerun writes both.
         findings.add(path, "its part is missing")
     recipe = state or next((part.recipe for part in files.parts), {})

@@ -21,46 +21,30 @@ from pipeline.embeddings_dataset.packaged_input import (
 )
 from pipeline.embeddings_dataset.parts import (
     EMBEDDING_COLUMN,
-    ForeignError,
     Part,
-    PartFiles,
     count_rows,
     embeddings_of,
-    find_parts,
-    is_ours,
+    find_files,
     read_image_hashes,
     read_planned,
+    read_state,
     rejects_beside,
 )
 from pipeline.errors import InputError
 from pipeline.files.identity import hash_json
 from pipeline.files.tables import open_parquet
 from pipeline.log import logger
-from pipeline.workspace import locked, move, read_json_object, write_json
+from pipeline.workspace import locked, move, write_json
 
 # Replaced and damaged files wait in a numbered folder there until the dataset is complete again.
 SET_ASIDE = "_removed"
-# A state with a value of another type is damaged.
-_EXAMPLE: dict[str, Any] = {
-    "rows_total": 0, "rows_embedded": 0, "rows_rejected": 0, "rows_skipped_invalid": 0, "rows_deleted": 0,
-    "parts_done": 0, "parts_total": 0, "read_batch_size": 1, "id_column": "", "image_column": "", "keep_columns": [],
-}  # fmt: skip
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Return what a `state.json` says, nothing for one that is missing or damaged, and may be replaced."""
-    content = read_json_object(path)
-    state = _EXAMPLE | content
-    is_sound = all(isinstance(state[key], type(value)) for key, value in _EXAMPLE.items())
-    is_sound = is_sound and state["read_batch_size"] > 0 and all(isinstance(one, str) for one in state["keep_columns"])
-    return content if is_sound else {}
 
 
 class EmbeddingsDataset:
     """The dataset that an OUTPUT stands for, there or not; files are read when they are asked for.
 
     It is OUTPUT itself, or OUTPUT.parts where a file or a dataset forces that. A file without our provenance raises
-    ForeignError (see `read_part`), and is never removed or replaced.
+    ForeignError, and is never removed or replaced.
     """
 
     def __init__(self, output: Path) -> None:
@@ -78,42 +62,21 @@ class EmbeddingsDataset:
     def path_of(self, name: str) -> Path:
         return self.folder / "parts" / name
 
-    def find_begun(self) -> dict[str, Any] | None:
-        """Return what the dataset was made from: by its state, or by a part where that is lost.
-
-        None stands for a dataset that has not begun. Raises ForeignError for one that this project did not write.
-        """
-        if (state := self.state) is not None:
-            return state
-        files = find_parts(self.folder)
-        for part in files.parts:
-            logger.warning("%s: missing or damaged: made again from the parts", self.state_path)
-            return part.recipe | {key: part.provenance[key] for key in ("fidelity",) if key in part.provenance}
-        for path in self.list_foreign(files):
-            raise ForeignError(path)
-        return None
-
-    def list_foreign(self, files: PartFiles) -> list[Path]:
-        """Return the state, parts and rejects that this project did not write."""
-        state = [self.state_path] if self.state is None and read_state(self.state_path) else []
-        return [*state, *files.foreign, *(path for path in files.orphans if not is_ours(path))]
-
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """Its parts in input order; an incomplete dataset is named in the log.
 
         Raises InputError where there is none or a part is damaged, ForeignError where one is not ours.
         """
-        files = find_parts(self.folder)
-        for path in files.foreign:
-            raise ForeignError(path)
+        files = find_files(self.folder)
+        files.refuse_foreign()
         for path in files.damaged:
             raise InputError(f"{path}: damaged: run verify_embeddings.py --repair and stage 8 again")
         if not files.parts:
             raise InputError(
                 f"{self.folder}: holds no embeddings (parts/*.parquet): run stage 8 first, or correct the path"
             )
-        state = self.state or files.parts[0].recipe
+        state = files.state or files.parts[0].recipe
         for part in files.parts:
             for other in (key for key, value in part.recipe.items() if value != state.get(key)):
                 raise InputError(f"{part.path}: made with another {other} than the dataset: run verify_embeddings.py")
@@ -164,9 +127,8 @@ class EmbeddingsDataset:
 
         Raises ForeignError, and moves nothing, where this project did not write the state, a part or rejects.
         """
-        files = find_parts(self.folder)
-        for path in self.list_foreign(files):
-            raise ForeignError(path)
+        files = find_files(self.folder)
+        files.refuse_foreign()
         self.set_aside([self.state_path, *files.damaged, *(part.path for part in files.parts), *files.orphans])
 
     # ------------------------------------------------------------------------------------------ reading

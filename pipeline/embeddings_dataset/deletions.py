@@ -20,7 +20,7 @@ from pipeline.embeddings_dataset.parts import (
     EMBEDDING_COLUMN,
     Part,
     PartContent,
-    find_parts,
+    find_files,
     holds_notes,
     is_ours,
     read_ids,
@@ -139,7 +139,7 @@ def delete_ids(dataset: EmbeddingsDataset, listed: Mapping[str, Iterable[object]
         return 0, list(listed), []
     held = [path for part in dataset.parts for path in (part.path, rejects_beside(part.path))]
     set_aside = list(folder.glob(f"{SET_ASIDE}/[0-9]*/*/rg*.parquet"))
-    for path in [*held, *filter(is_ours, find_parts(folder).orphans), *set_aside]:
+    for path in [*held, *find_files(folder).orphans, *set_aside]:
         try:
             found |= wanted.intersection(hash_ids(read_ids(path), salt))
         except (InputError, LookupError):

@@ -18,13 +18,18 @@ from numpy.typing import NDArray
 from pipeline.embeddings_dataset.columns import checksum_tables, plain_values, take_rows
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
-from pipeline.files.identity import look_at
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, provenance_of, read_provenance, reading, write_parquet
+from pipeline.workspace import read_json_object
 
 EMBEDDING_COLUMN = "embedding"
 STAGE = "generate_embeddings_from_parquet"
 HASHES_KEY = PROVENANCE_KEY + b".image_hashes"
 _NAME = re.compile(r"rg\d{5,}_rb\d{5,}\.parquet")
+# A state with a value of another type is damaged.
+_EXAMPLE: dict[str, Any] = {
+    "rows_total": 0, "rows_embedded": 0, "rows_rejected": 0, "rows_skipped_invalid": 0, "rows_deleted": 0,
+    "parts_done": 0, "parts_total": 0, "read_batch_size": 1, "id_column": "", "image_column": "", "keep_columns": [],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -197,53 +202,77 @@ def rejects_beside(path: Path) -> Path:
     return path.parents[1] / ("_rejects" if path.parent.name == "parts" else "parts") / path.name
 
 
-def list_part_files(folder: Path) -> dict[str, list[int] | None]:
-    """Return a dataset's part files by name, each with its size and time."""
+def list_part_files(folder: Path) -> dict[str, int]:
+    """Return a dataset's part files by name, each with its number: a file that is made again has another."""
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / "parts") as entries:
-        names = sorted(one.name for one in entries if one.name.endswith(".parquet") and one.name[0] not in "._")
-        return {name: look_at(folder / "parts" / name) for name in names}
+        numbers = {one.name: one.inode() for one in entries}
+        return {name: numbers[name] for name in sorted(numbers) if name.endswith(".parquet") and name[0] not in "._"}
     return {}
 
 
-@dataclass(frozen=True)
-class PartFiles:
-    """A dataset's files: the sound parts in input order, the damaged and the foreign ones, and rejects without part."""
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what a `state.json` says, nothing for one that is missing or damaged, and may be replaced."""
+    content = read_json_object(path)
+    state = _EXAMPLE | content
+    is_sound = all(isinstance(state[key], type(value)) for key, value in _EXAMPLE.items())
+    is_sound = is_sound and state["read_batch_size"] > 0 and all(isinstance(one, str) for one in state["keep_columns"])
+    return content if is_sound else {}
 
+
+@dataclass(frozen=True)
+class DatasetFiles:
+    """A dataset's files: its state if that is ours, sound parts in input order, damaged ones, and rejects without part.
+
+    `foreign` are those that this project did not write, by their names or what they carry; among parts of ours a
+    strange state counts as damaged.
+    """
+
+    state: dict[str, Any] | None
     parts: list[Part]
     damaged: dict[Path, DamagedError]
-    foreign: list[Path]
     orphans: list[Path]
+    foreign: list[Path]
+
+    @property
+    def begun(self) -> dict[str, Any] | None:
+        """What the dataset was made from: by its state, or by a part where that is lost; None before it has begun."""
+        if self.state or not self.parts:
+            return self.state
+        provenance = self.parts[0].provenance
+        return self.parts[0].recipe | {key: provenance[key] for key in ("fidelity",) if key in provenance}
+
+    def refuse_foreign(self) -> None:
+        """Raise ForeignError if a file is not ours."""
+        for path in self.foreign:
+            raise ForeignError(path)
 
 
-def find_parts(folder: Path) -> PartFiles:
-    """Read the footers of a dataset's part files; raise InputError if one cannot be read now."""
-    names = list_part_files(folder)
-    orphans = [path for path in sorted((folder / "_rejects").glob("rg*.parquet")) if path.name not in names]
-    files = PartFiles([], {}, [], orphans)
+def find_files(folder: Path) -> DatasetFiles:
+    """Read the state and the footers of a dataset's part files; raise InputError if one cannot be read now."""
+    state_path = folder / "state.json"
+    content, names = read_state(state_path), list_part_files(folder)
+    files = DatasetFiles(content if content.get("embedding_version") else None, [], {}, [], [])
     for path in (folder / "parts" / name for name in names):
         try:
             files.parts.append(read_part(path))
-        except ForeignError:
-            files.foreign.append(path)
         except DamagedError as error:
-            files.damaged[path] = error
+            if is_ours(path):
+                files.damaged[path] = error
+            else:
+                files.foreign.append(path)
+    for path in sorted((folder / "_rejects").glob("rg*.parquet")):
+        if path.name not in names:
+            (files.orphans if is_ours(path) else files.foreign).append(path)
+    if content and not (files.state or files.parts):  # else it is one of ours that has been changed
+        files.foreign.append(state_path)
     files.parts.sort(key=lambda part: part.plan.first_row)
     return files
 
 
 def read_part(path: Path) -> Part:
-    """Return a part; raise ForeignError if it is not ours, DamagedError, or InputError if it cannot be read now."""
-    try:
-        with open_parquet(path) as file:
-            return _read_footer(path, file.metadata)
-    except DamagedError:
-        if is_ours(path):
-            raise
-        raise ForeignError(path) from None
-
-
-def _read_footer(path: Path, footer: Any) -> Part:
-    provenance = provenance_of(footer) or {}
+    """Return a part; raise DamagedError if it is damaged or not ours, InputError if it cannot be read now."""
+    with open_parquet(path) as file:
+        num_rows, provenance = file.metadata.num_rows, provenance_of(file.metadata) or {}
     try:
         recipe = {**provenance["inputs"][0], **provenance["settings"]}
         _ = recipe["embedding_version"]
@@ -254,8 +283,8 @@ def _read_footer(path: Path, footer: Any) -> Part:
         raise DamagedError(f"{path}: damaged (it does not say in full what it was made from)") from None
     if plan.name != path.name:
         raise DamagedError(f"{path}: holds the rows of {plan.name}")
-    if footer.num_rows != counted[0] or min(counted) < 0 or not sum(counted) == total <= plan.num_rows:
-        raise DamagedError(f"{path}: holds {footer.num_rows} rows, but says {part.counts} of {plan.num_rows}")
+    if num_rows != counted[0] or min(counted) < 0 or not sum(counted) == total <= plan.num_rows:
+        raise DamagedError(f"{path}: holds {num_rows} rows, but says {part.counts} of {plan.num_rows}")
     return part
 
 

@@ -7,6 +7,7 @@ folder has the configuration and the image processor. The model's code, which wo
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,25 +30,39 @@ PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
 SETTINGS_FILES = ["config.json", "*processor_config.json"]
 
 
-def locate_published(name: str, remedy: str, *, download: bool) -> Path | None:
-    """Return a published model's folder as `locate_model` does; with `download` all that it needs is here then."""
+@dataclass(frozen=True)
+class Located:
+    """A published model's folder and its config.json."""
+
+    folder: Path
+    config: dict[str, Any]
+
+
+def locate_published(name: str, *, download: bool) -> Located | None:
+    """Locate a published model as `locate_model` does; with `download` all that it needs is here then."""
+    remedy = "give --model-id a folder that stage 7 wrote, or a hub id"
     folder = locate_model(
-        name, remedy, download=download, is_whole=lambda found: _is_foreign(found) or not find_missing_files(found)
-    )
-    if folder is not None and download and _is_foreign(folder):  # a later job has no internet
-        _locate_settings(folder, download=True)
-    return folder
+        name, remedy, download=download,
+        is_whole=lambda found: _is_foreign(read_json_object(found / "config.json")) or not find_missing_files(found),
+    )  # fmt: skip
+    if folder is None:
+        return None
+    config = read_settings(folder / "config.json", remedy)
+    if download and _is_foreign(config):  # a later job has no internet
+        _locate_settings(folder, config, download=True)
+    return Located(folder, config)
 
 
-def in_own_format(folder: Path, describe: Callable[..., dict[str, Any]], *, download: bool) -> Path:
+def in_own_format(found: Located, describe: Callable[..., dict[str, Any]], *, download: bool) -> Path:
     """Return a published folder; one of the reference implementation is rebuilt, for as long as this process runs.
 
     The backbone's weights are linked. `describe` makes the config.json. Raises InputError where the backbone's settings
     are neither here nor, with `download`, to be had, or a weight is missing.
     """
-    if not _is_foreign(folder):
+    folder, config = found.folder.resolve(), found.config
+    if not _is_foreign(config):
         return folder
-    config, settings_dir = read_settings(folder / "config.json"), _locate_settings(folder, download)
+    settings_dir = _locate_settings(folder, config, download)
     paths, weights = _read_weights(folder)
     projector = _map_projector(folder, config, weights)
     rebuilt = private_folder("spatial-embeddings-model-") / folder.name
@@ -68,19 +83,18 @@ def in_own_format(folder: Path, describe: Callable[..., dict[str, Any]], *, down
     return rebuilt
 
 
-def _is_foreign(folder: Path) -> bool:
-    """Whether the reference implementation published a folder: its backbone's settings lie elsewhere."""
-    config = read_json_object(folder / "config.json")
+def _is_foreign(config: dict[str, Any]) -> bool:
+    """Whether a config.json is the reference implementation's: its backbone's settings lie elsewhere."""
     return isinstance(config.get("backbone_model_name"), str) and not isinstance(config.get("backbone_config"), dict)
 
 
-def _locate_settings(folder: Path, download: bool) -> Path:
+def _locate_settings(folder: Path, config: dict[str, Any], download: bool) -> Path:
     """Return the folder with the configuration and image processor of the backbone that a published folder names."""
 
     def is_whole(found: Path) -> bool:
         return (found / "config.json").is_file() and bool(_list_processors(folder, found))
 
-    name = read_settings(folder / "config.json")["backbone_model_name"]
+    name = config["backbone_model_name"]
     is_here = Path(name).is_dir()
     found, problem = (Path(name), "") if is_here else take_snapshot(name, SETTINGS_FILES, is_whole, download)
     if found is not None and is_whole(found):

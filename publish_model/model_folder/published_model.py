@@ -88,20 +88,21 @@ def describe_model(
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A published model's folder, the id under which it was asked for, and how it is to run.
+    """A published model's folder and id by content, the id under which it was asked for, and how it is to run.
 
     Its own code is run only if `trust_remote_code` is set.
     """
 
     model_id: str
     folder: Path
+    identity: str
     device: str
     batch_size: int | str
     trust_remote_code: bool
 
     def name_version(self, precision: str) -> str:
         """Return a short id of everything that determines the embeddings: files (pooling included) and precision."""
-        return hash_json({"model": identify_model(self.folder), "precision": precision})[:16]
+        return hash_json({"model": self.identity, "precision": precision})[:16]
 
     def load(self, dtype: str) -> "Embedder":
         """Load its weights into this project's classes, or trusted ones, to compute in a type.
@@ -151,14 +152,13 @@ def find_model(
 
     Raises InputError if there is none, or a file of it is missing.
     """
-    located = locate_published(model_id, "give --model-id a folder that stage 7 wrote, or a hub id", download=download)
+    located = locate_published(model_id, download=download)
     if located is None:
         raise InputError(f"the model {model_id!r} is not on this machine: give --model-id its folder")
-    read_settings(located / "config.json", "correct --model-id")
-    folder = in_own_format(located.resolve(), describe_model, download=download)
+    folder = in_own_format(located, describe_model, download=download)
     if missing := find_missing_files(folder):  # found before a dataset is begun that bears the broken model's id
         raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
-    return PublishedModel(model_id, folder, device, batch_size, trust_remote_code)
+    return PublishedModel(model_id, folder, identify_model(folder), device, batch_size, trust_remote_code)
 
 
 def read_pairs(folder: Path, kind: str) -> PairTable:

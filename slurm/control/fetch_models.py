@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.model_ids:
         print(locate_backbone(cli.config_from(arguments), download=True))
     for name in arguments.model_ids:
-        print(locate_published(name, "give --model-id a folder or a hub id", download=True))
+        located = locate_published(name, download=True)
+        print(located and located.folder)
 
 
 if __name__ == "__main__":

@@ -97,10 +97,9 @@ def submit_embeddings(argv: Sequence[str]) -> None:
     check_places(options.input, options.output)
     # Absolute paths, because a job runs in another folder.
     options = replace(options, input=options.input.resolve(), output=options.output.resolve())
-    remedy = "give --model-id a folder that stage 7 wrote, or a hub id"
-    folder = locate_published(options.model_id, remedy, download=not arguments.dry_run)
-    if folder is not None and folder == Path(options.model_id).expanduser():
-        options = replace(options, model_id=str(folder.resolve()))
+    located = locate_published(options.model_id, download=not arguments.dry_run)
+    if located is not None and located.folder == Path(options.model_id).expanduser():
+        options = replace(options, model_id=str(located.folder.resolve()))
     if not arguments.dry_run:
         open_input(options)  # a mistyped path leaves no folder behind
     target = Target(EmbeddingsDataset(options.output).folder.resolve() / "_logs", embedding=options)
