@@ -81,8 +81,7 @@ class Appending:
 
         Raises StaleOutputError for a part of another recipe, InputError for a file that is no part of this input.
         """
-        foreign = [path for path in files.foreign if path.parent.name == "parts"]
-        for path in (*foreign, *files.damaged, *(part.path for part in files.parts)):
+        for path in (*files.foreign, *files.damaged, *(part.path for part in files.parts)):
             if path.name not in self.plans:
                 raise InputError(
                     f"{path}: no part of this input: give the --input and --read-batch-size that it was made with, or "

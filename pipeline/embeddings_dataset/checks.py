@@ -52,7 +52,7 @@ def check_dataset(dataset: EmbeddingsDataset, input_path: Path | None = None) ->
     Raises InputError where there is none, or where a file or the input cannot be read now.
     """
     files, order = find_files(dataset.folder), read_order(dataset.folder)
-    state, findings = files.state, Findings(foreign=files.foreign)
+    state, findings = files.state, Findings(foreign=[*files.others, *files.foreign])
     if not (files.parts or files.damaged or findings.foreign or dataset.state_path.exists()):
         raise InputError(f"{dataset.folder}: no embeddings dataset (neither state.json nor parts): correct the path")
     for path in findings.foreign:

@@ -21,6 +21,7 @@ from pipeline.embeddings_dataset.packaged_input import (
 )
 from pipeline.embeddings_dataset.parts import (
     EMBEDDING_COLUMN,
+    ForeignError,
     Part,
     count_rows,
     embeddings_of,
@@ -69,7 +70,8 @@ class EmbeddingsDataset:
         Raises InputError where there is none or a part is damaged, ForeignError where one is not ours.
         """
         files = find_files(self.folder)
-        files.refuse_foreign()
+        for path in files.foreign:
+            raise ForeignError(path)
         for path in files.damaged:
             raise InputError(f"{path}: damaged: run verify_embeddings.py --repair and stage 8 again")
         if not files.parts:

@@ -223,8 +223,7 @@ def read_state(path: Path) -> dict[str, Any]:
 class DatasetFiles:
     """A dataset's files: its state if that is ours, sound parts in input order, damaged ones, and rejects without part.
 
-    `foreign` are those that this project did not write, by their names or what they carry; among parts of ours a
-    strange state counts as damaged.
+    This project did not write the parts `foreign` and the `others`: rejects without part, and a state without any.
     """
 
     state: dict[str, Any] | None
@@ -232,6 +231,7 @@ class DatasetFiles:
     damaged: dict[Path, DamagedError]
     orphans: list[Path]
     foreign: list[Path]
+    others: list[Path]
 
     @property
     def begun(self) -> dict[str, Any] | None:
@@ -243,7 +243,7 @@ class DatasetFiles:
 
     def refuse_foreign(self) -> None:
         """Raise ForeignError if a file is not ours."""
-        for path in self.foreign:
+        for path in (*self.others, *self.foreign):
             raise ForeignError(path)
 
 
@@ -251,7 +251,7 @@ def find_files(folder: Path) -> DatasetFiles:
     """Read the state and the footers of a dataset's part files; raise InputError if one cannot be read now."""
     state_path = folder / "state.json"
     content, names = read_state(state_path), list_part_files(folder)
-    files = DatasetFiles(content if content.get("embedding_version") else None, [], {}, [], [])
+    files = DatasetFiles(content if content.get("embedding_version") else None, [], {}, [], [], [])
     for path in (folder / "parts" / name for name in names):
         try:
             files.parts.append(read_part(path))
@@ -262,9 +262,9 @@ def find_files(folder: Path) -> DatasetFiles:
                 files.foreign.append(path)
     for path in sorted((folder / "_rejects").glob("rg*.parquet")):
         if path.name not in names:
-            (files.orphans if is_ours(path) else files.foreign).append(path)
+            (files.orphans if is_ours(path) else files.others).append(path)
     if content and not (files.state or files.parts):  # else it is one of ours that has been changed
-        files.foreign.append(state_path)
+        files.others.append(state_path)
     files.parts.sort(key=lambda part: part.plan.first_row)
     return files
 
