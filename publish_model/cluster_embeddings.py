@@ -8,6 +8,7 @@ image is in one cluster, alone if need be, by average linkage. --positions LAT,L
 is there. --look-alike N makes up to N groups of ids (the means of their images) by k-means, in look_alike.parquet.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ def read_positions(columns: pa.Table, names: tuple[str, ...]) -> NDArray[np.floa
                 f"--positions: column {name} holds {np.nanmax(np.abs(degrees)):g}, beyond {limit} degrees: give LAT,LON"
             )
         positions[:, place] = degrees
+    if not (np.abs(positions) > (np.pi / 2, np.pi)).any():
+        logger.warning("--positions: all lie within a radian or two of 0, 0: give degrees, if these are none")
     positions[~np.isfinite(positions).all(axis=1)] = np.nan
     return positions
 
@@ -245,8 +248,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[name] is not None and not low < arguments[name] <= high:
             raise ConfigError(f"--{name.replace('_', '-')}: give a number above {low:g}, up to {high:g}")
     if arguments["positions"] is not None:
-        arguments["positions"] = tuple(name.strip() for name in arguments["positions"].split(","))
-        if len(set(arguments["positions"])) != 2:
+        arguments["positions"] = names = tuple(name.strip() for name in arguments["positions"].split(","))
+        if len(set(names)) != 2 or re.match("(.*_)?(lon|lng)", names[0], re.IGNORECASE):
             raise ConfigError("--positions: give two kept columns, LAT,LON")
     run_tool(STAGE, arguments.pop("output"), lambda dataset: cluster(dataset, ClusterOptions(**arguments))[1])
 

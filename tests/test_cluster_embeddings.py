@@ -174,9 +174,16 @@ def test_true_and_false_are_no_degrees(cluster, tmp_path):
     assert (outcome.code, "column lat holds bool, no degrees" in outcome.stderr) == (1, True)
 
 
+def test_radians_are_suspected(cluster, tmp_path):
+    for lat, is_said in ((0.85, True), (48.85, False)):
+        output = write_dataset(tmp_path / str(lat), pa.array(range(2)), unit_rows(0, 2), lat=[lat, lat], lon=[0.04, 0])
+        outcome = cluster(output, "--threshold", "0.8", "--positions", "lat,lon")
+        assert (outcome.code, "give degrees" in outcome.stderr) == (0, is_said)
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["--threshold", "nan"], ["--threshold", "2"], ["--threshold", "0.5", "--false-pairs", "0.1"],
-                  ["--threshold", "0.5", "--positions", "lat"],
+                  ["--threshold", "0.5", "--positions", "lat"], ["--threshold", "0.5", "--positions", "lon,lat"],
                   ["--threshold", "0.5", "--positions", "lat,lon", "--max-distance-m", "1e-11"]],
 )  # fmt: skip
 def test_bad_options_have_exit_code_2(cluster, dataset, arguments):
