@@ -36,7 +36,8 @@ from publish_model.new_data.image_sources import read_file
 
 # Decoded at a time; larger inputs are stage 8's.
 BLOCK_IMAGES = 32
-NPY_MAGIC = b"\x93NUMPY"
+# How a file of float32 rows begins: one of labels or of other numbers is the user's.
+NPY_MARK = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': ("
 
 
 def embed_images(
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with logging_to(None):
         if arguments.npy is not None:
             check_outside_datasets(arguments.npy)
-            check_replaceable(arguments.npy, NPY_MAGIC, arguments.images)
+            check_replaceable(arguments.npy, NPY_MARK, arguments.images)
         embeddings = embed_images(
             arguments.images, arguments.model_id, device=arguments.device, trust_remote_code=arguments.trust_remote_code
         )

@@ -32,11 +32,13 @@ def test_a_file_with_the_tools_mark_is_replaced_and_no_other(tmp_path):
     check_replaceable(path, search_embeddings.PAGE_MARK)
     path.write_text(f"<head>{search_embeddings.PAGE_MARK}")
     check_replaceable(path, search_embeddings.PAGE_MARK)
-    np.save(tmp_path / "a.npy", np.zeros(3))
-    check_replaceable(tmp_path / "a.npy", embed_images.NPY_MAGIC)
+    np.save(tmp_path / "a.npy", np.zeros((3, 256), np.float32))
+    check_replaceable(tmp_path / "a.npy", embed_images.NPY_MARK)
+    np.save(tmp_path / "labels.npy", np.arange(3))
     write_parquet(tmp_path / "a.parquet", pa.table({"a": [1]}), {"stage": "one"})
     check_replaceable(tmp_path / "a.parquet", "one")
-    for name, mark in (("page.html", "one"), ("a.npy", "one"), ("a.parquet", "two"), ("", "one")):
+    for name, mark in (("page.html", "one"), ("a.npy", "one"), ("a.parquet", "two"), ("", "one"),
+                       ("labels.npy", embed_images.NPY_MARK)):  # fmt: skip
         with pytest.raises(ConfigError, match="not written by this tool.*another path"):
             check_replaceable(tmp_path / name, mark)
     with pytest.raises(ConfigError, match=r"page\.html: an input"):
