@@ -66,7 +66,6 @@ def compute_points(images: ImageTable, num_components: int) -> np.ndarray:
 
 
 def search_parts(images: ImageTable, store: PartStore, todo: Sequence[int], config: Config, watch: Stopwatch) -> None:
-    """Find and write the neighbours of some parts' anchors."""
     from difficulty_metadata.neighbor_search.neighbors import Exclusion, NeighborSearch
     from pipeline.inference.devices import choose_device, describe_device, needing_memory
 
@@ -103,7 +102,6 @@ def draw_sample(num_images: int, fraction: float, seed: int) -> np.ndarray:
 
 
 def calibrate(store: PartStore, config: Config) -> list[float]:
-    """Return the band edges of the sample's ratios."""
     is_drawn = draw_sample(store.num_anchors, config.difficulty.sample_fraction_for_bands, config.global_.seed)
     drawn = (store.read(part, "distances")[is_drawn[store.anchors(part)]] for part in store.parts)
     return compute_band_edges(
@@ -148,7 +146,6 @@ def merge(images: ImageTable, store: PartStore, path: Path, config: Config) -> P
 
 
 def list_units(config: Config) -> list[Unit]:
-    """Return the one unit, which the shards make together."""
     (path,) = STAGES[5].list_outputs(config)
     return [Unit(STAGE, (path,), lambda _: describe_output(config))]
 

@@ -71,7 +71,6 @@ def read_commit(root: Path = PROJECT_ROOT) -> str | None:
 
 
 def hash_weights(weights: "StateDict") -> str:
-    """Return a short hash of a state dict's names, shapes and values."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         values = weight.detach().cpu().float().contiguous().numpy()
@@ -117,7 +116,6 @@ def embed_split(config: Config, device: "torch.device") -> tuple[Features, dict[
 def score_split(
     features: Features, embeddings: dict[str, Embeddings], ignored: NDArray[np.int64], seed: int, device: "torch.device"
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Score every kind of embedding in every way that metrics.json has."""
     total = len(KINDS) * (len(features) + sum(size for size in GALLERY_SIZES if size <= len(features)))
     with Progress("score", total, "queries") as progress:
         codes, scores, apart = features.building_codes, {}, {}

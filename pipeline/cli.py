@@ -53,7 +53,6 @@ class StageResult:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def add(self, counts: dict[str, int], reasons: dict[str, int] | None = None) -> None:
-        """Add the counts of one output, as its provenance records them."""
         self.counts.update(counts)
         self.reasons.update(reasons or {})
 

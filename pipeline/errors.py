@@ -95,7 +95,6 @@ def hide_credentials(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's text without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

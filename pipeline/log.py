@@ -139,7 +139,6 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Add the block's duration to `part`."""
         started = time.monotonic()
         try:
             yield

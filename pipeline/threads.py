@@ -70,12 +70,10 @@ class Background:
         self._pending: list[Future[None]] = []
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Start a call once the previous one has ended."""
         self.finish()
         self._pending.append(self._pool.submit(call))
 
     def finish(self) -> None:
-        """Wait for the running call, and raise its error."""
         while self._pending:
             self._pending.pop().result()
 

@@ -61,7 +61,6 @@ def pick_failures(ranks: NDArray[np.int64], buildings: NDArray[np.int32], limit:
 
 
 def describe_example(evaluation: Evaluation, place: int) -> Example:
-    """Look up the projector's answers to the query at a position."""
     scores, embeddings, codes = evaluation.scores["projector"], evaluation.embeddings["projector"], evaluation.codes
     query = int(scores.query[place])
     lat, lon = evaluation.features.target_lat, evaluation.features.target_lon

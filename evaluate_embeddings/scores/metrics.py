@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,6 @@ SCORE_LABELS = {
 # Galleries of one size make splits of different sizes comparable.
 GALLERY_SIZES = (1_000, 10_000, 100_000)
 
-Verdict = Literal["beats", "cannot be told from", "is worse than"]
 ScoresByKind = dict[str, QueryScores]
 Scores = dict[str, Any]  # each of SCORE_KEYS and, under KEY_ci95, its interval
 
@@ -166,7 +165,7 @@ def build_metrics(evaluation: Evaluation, seed: int, progress: Callable[[int], N
     }
 
 
-def judge(interval: Sequence[float]) -> Verdict:
+def judge(interval: Sequence[float]) -> str:
     """Return the verdict on one model beside another, by the 95% interval of the paired difference."""
     low, high = interval
     return "beats" if low > 0 else "is worse than" if high < 0 else "cannot be told from"
@@ -174,7 +173,7 @@ def judge(interval: Sequence[float]) -> Verdict:
 
 def describe_headline(gains: Mapping[str, Scores]) -> str:
     """Compare the projector's mAP with every baseline in one line; "beats" only if it beats them all."""
-    groups: dict[Verdict, list[str]] = {"is worse than": [], "cannot be told from": [], "beats": []}
+    groups: dict[str, list[str]] = {"is worse than": [], "cannot be told from": [], "beats": []}
     for baseline in BASELINES:
         groups[judge(gains[f"over_{baseline}"]["map_ci95"])].append(KIND_LABELS[baseline])
     beaten = groups.pop("beats")

@@ -28,8 +28,6 @@ CHECKPOINT_NAME = "checkpoint_best.pt"
 
 @dataclass(frozen=True)
 class EvaluateOptions(cli.Options):
-    """The command line's options beyond the configuration."""
-
     ignore_pairs: Path | None = None
     embeddings: Path | None = None
     labels: Path | None = None
@@ -91,7 +89,6 @@ def load_datasets(folder: Path, options: EvaluateOptions, result: cli.StageResul
 def load_checkpoints(
     config: Config, options: EvaluateOptions, result: cli.StageResult, device: "torch.device"
 ) -> LabelledModels:
-    """Embed the test split with the configured checkpoint and with another one."""
     from pipeline.retrieval.checkpoint import build_projector, load_checkpoint, project
 
     assert options.compare is not None  # else the report is written

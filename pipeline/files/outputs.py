@@ -27,7 +27,6 @@ def check_replaceable(path: Path, mark: str | bytes, inputs: Iterable[Path | Non
 
 
 def carries(path: Path, mark: str | bytes) -> bool:
-    """Return whether a file carries the mark of a tool."""
     try:
         with open_without_waiting(path) as file:
             start = file.read(_LOOKED_AT)

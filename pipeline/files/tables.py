@@ -88,13 +88,11 @@ def choose_encodings(schema: pa.Schema) -> dict[str, Any]:
 def write_parquet(
     path: Path, table: pa.Table, provenance: dict[str, Any], metadata: Mapping[bytes, bytes] | None = None
 ) -> None:
-    """Write one table as a parquet in one piece."""
     with parquet_writer(path, table.schema, provenance, metadata) as writer:
         writer.write_table(table)
 
 
 def write_rejects(path: Path, rejects: Iterable[tuple[str, Rejection]], provenance: dict[str, Any]) -> None:
-    """Write the names of rejected items with their reasons and details."""
     rows = [{"member": name, "reason": one.reason, "detail": one.detail} for name, one in rejects]
     write_parquet(path, pa.Table.from_pylist(rows, schema=REJECT_SCHEMA), provenance)
 

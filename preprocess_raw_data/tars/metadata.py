@@ -52,7 +52,6 @@ def parse_metadata(data: bytes) -> ViewRecord:
 
 
 def _parse_fields(words: list[str]) -> ViewRecord:
-    """Return the record of the numbers behind the `d`, or raise ValueError."""
     if len(words) != NUM_FIELDS:
         raise ValueError(f"{len(words)} fields behind the d, expected {NUM_FIELDS}")
     numbers = [_parse_number(word) for word in words]

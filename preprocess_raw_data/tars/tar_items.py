@@ -90,7 +90,6 @@ class TarInventory:
         return self._items[member.stem]
 
     def judge(self) -> tuple[list[View], list[Reject]]:
-        """Return the usable views by patch id, and the rejects by name."""
         judged = [judge_item(stem, item) for stem, item in self._items.items()]
         rejects = self._repeated + [reject for _, refused in judged for reject in refused]
         kept: list[View] = []

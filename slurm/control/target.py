@@ -22,7 +22,6 @@ class Target:
     embedding: EmbedOptions | None = None
 
     def list_arguments(self, stage: Stage) -> list[str]:
-        """Return the stage's command line, without its shard."""
         if stage.unit == ROW_GROUP:
             return spell_options(self.embedding or importlib.import_module(stage.module).read_options(self.config))
         return self.list_settings()
