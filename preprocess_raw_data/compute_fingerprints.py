@@ -32,7 +32,7 @@ from pipeline.files.tables import (
 )
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
 from pipeline.inference.images import decode_rgb_small, log_turned
-from pipeline.log import Progress, Stopwatch, logger
+from pipeline.log import Progress, Stopwatch
 from pipeline.reference.tar_files import check_foreign_output, read_intermediate
 from pipeline.stages import STAGES
 from pipeline.threads import map_in_order
@@ -112,34 +112,32 @@ def write_tar(unit: TarUnit, provenance: Provenance, config: Config, watch: Stop
     """
     side = config.fingerprints.image_size
     views = read_intermediate(unit, [*FINGERPRINT_ID_SCHEMA, PATH_FIELD])
-    rows = {name: row for row, name in enumerate(views[PATH_FIELD.name].to_pylist())}
-    fingerprints = np.zeros((len(views), fingerprint_width(side)), np.uint8)
-    rejects: dict[int, tuple[str, Rejection]] = {}
+    names = views[PATH_FIELD.name].to_pylist()
+    rows = {name: row for row, name in enumerate(names)}
+    absent = Rejection("missing_image", f"not in {unit.tar_path.name}")
+    outcomes: list[np.ndarray | Rejection] = [absent] * len(names)
 
     def compute(image: TarImage) -> tuple[TarImage, np.ndarray | Rejection]:
         return image, catch_rejection(compute_fingerprint, image.data, side)
 
     images = watch.measure_each("read", read_images(unit.tar_path, rows))
     computed = map_in_order(compute, images, config.infrastructure.count_workers(), weigh=lambda image: len(image.data))
-    with Progress(unit.tar_path.name, len(rows)) as progress:
+    with Progress(unit.tar_path.name, len(names)) as progress:
         for image, outcome in computed:
-            if isinstance(outcome, Rejection):
-                rejects[image.row] = image.name, outcome
-            else:
-                fingerprints[image.row] = outcome
+            outcomes[image.row] = outcome
             progress.advance()
-    absent = Rejection("missing_image", f"not in {unit.tar_path.name}")
-    rejects |= {row: (name, absent) for name, row in rows.items()}  # read_images has taken out those that are there
-    provenance = count_rejects(provenance, len(views), (rejection for _, rejection in rejects.values()))
-    write_rejects(rejects_path(unit.output_path), sorted(rejects.values(), key=lambda reject: reject[0]), provenance)
-    keep = np.isin(np.arange(len(views)), list(rejects), invert=True)
-    ids, width = views.select(FINGERPRINT_ID_SCHEMA.names), fingerprints.shape[1]
-    schema = pa.schema([*FINGERPRINT_ID_SCHEMA, pa.field("fingerprint", pa.list_(pa.uint8(), width))])
+    rejects = [(name, one) for name, one in zip(names, outcomes, strict=True) if isinstance(one, Rejection)]
+    provenance = count_rejects(provenance, len(names), (rejection for _, rejection in rejects))
+    write_rejects(rejects_path(unit.output_path), sorted(rejects, key=lambda reject: reject[0]), provenance)
+    fingerprints = [one for one in outcomes if not isinstance(one, Rejection)]
+    keep = pa.array([not isinstance(one, Rejection) for one in outcomes], pa.bool_())
+    schema = pa.schema([*FINGERPRINT_ID_SCHEMA, ("fingerprint", pa.list_(pa.uint8(), fingerprint_width(side)))])
     with watch.measure("write"), parquet_writer(unit.output_path, schema, provenance) as writer:
-        column = pa.FixedSizeListArray.from_arrays(pa.array(fingerprints[keep].reshape(-1)), width)
-        table = ids.filter(pa.array(keep)).append_column(schema.field("fingerprint"), column).cast(schema)
+        values = np.concatenate([np.empty(0, np.uint8), *fingerprints])
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values), fingerprint_width(side))
+        ids = views.select(FINGERPRINT_ID_SCHEMA.names).filter(keep)
+        table = ids.append_column(schema.field("fingerprint"), column).cast(schema)
         writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-    logger.info("%s: %d images, %d rejected", unit.tar_path.name, len(views), len(rejects))
     return provenance
 
 
