@@ -115,12 +115,12 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding, adds_miss
         if old_values is not None:
             scratch.write(old_rows, old_values)
         missing = fill_scratch(unit.tar_path, table, scratch, stage, set(old_rows))
-        stored = pa.float16() if stage.config.embedding_model.embedding_dtype == "float16" else pa.float32()
+        stored = pa.type_for_alias(stage.config.embedding_model.embedding_dtype)
         embedding_type = pa.list_(stored, scratch.width or stage.embedder.width)
         held.pop_all()  # the thread that writes closes it
     rejects = scratch.rejects | {row: Rejection("missing_image", f"not in {unit.tar_path.name}") for row in missing}
-    provenance = count_rejects(provenance, len(table), rejects.values())
-    provenance |= {"precision": stage.precision.mode, **stage.precision.fidelity}
+    made_in = {"precision": stage.precision.mode, **stage.precision.fidelity}
+    provenance = count_rejects(provenance, len(table), rejects.values()) | made_in
 
     def write() -> None:
         with contextlib.closing(scratch), stage.watch.measure("write"):

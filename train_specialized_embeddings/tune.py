@@ -90,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--save-checkpoints", action="store_true", help="keep _tune/trial_N/checkpoint_best.pt")
     arguments = parser.parse_args(argv)
     options = cli.options_from(arguments, TuneOptions)
-    config = cli.config_from(arguments)
-    cli.run_stage(STAGE, lambda config, _: run(config, options), config, cli.options_from(arguments))
+    cli.run_stage(
+        STAGE, lambda config, _: run(config, options), cli.config_from(arguments), cli.options_from(arguments)
+    )
 
 
 if __name__ == "__main__":

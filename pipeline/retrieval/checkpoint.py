@@ -105,7 +105,19 @@ def make_checkpoint(
     checkpoint = Checkpoint(path, **parts, rest=rest)
     # Weights that do not fit are refused before any work is done.
     checkpoint = replace(checkpoint, architecture=build_projector(checkpoint).architecture)
-    _check_widths(checkpoint, section, input_dim)
+    found = checkpoint.architecture
+    if input_dim not in (None, found["input_dim"]):
+        raise InputError(
+            f"{path}: its projector takes embeddings of {found['input_dim']} numbers, these have "
+            f"{input_dim}: use the backbone that it was trained on, or train again"
+        )
+    for key in ("input_dim", "output_dim"):
+        asked = getattr(section, key, "auto")
+        if asked not in ("auto", found[key]):
+            raise InputError(
+                f"{path}: its {key} is {found[key]}, [training_model].{key} asks for {asked}: "
+                "correct the setting, or train again"
+            )
     return checkpoint
 
 
@@ -180,19 +192,3 @@ def _list_tensors(content: Any) -> Iterator[torch.Tensor]:
     elif isinstance(content, (dict, list, tuple)):
         for value in content.values() if isinstance(content, dict) else content:
             yield from _list_tensors(value)
-
-
-def _check_widths(checkpoint: Checkpoint, section: TrainingModelSection | None, input_dim: int | None) -> None:
-    found = checkpoint.architecture
-    if input_dim not in (None, found["input_dim"]):
-        raise InputError(
-            f"{checkpoint.path}: its projector takes embeddings of {found['input_dim']} numbers, these have "
-            f"{input_dim}: use the backbone that it was trained on, or train again"
-        )
-    for key in ("input_dim", "output_dim"):
-        asked = getattr(section, key, "auto")
-        if asked not in ("auto", found[key]):
-            raise InputError(
-                f"{checkpoint.path}: its {key} is {found[key]}, [training_model].{key} asks for {asked}: "
-                "correct the setting, or train again"
-            )

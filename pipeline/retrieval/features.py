@@ -1,5 +1,6 @@
 """A merged split as arrays: one row an image, integer codes for the buildings."""
 
+from collections import deque
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -56,11 +57,8 @@ class Features:
     @property
     def panorama_codes(self) -> NDArray[np.int64]:
         """One code per panorama, (N,): a street_view_id is unique only within its dataset."""
-        order = np.lexsort((self.street_view_ids, self.dataset_ids))
-        pairs = np.stack([self.dataset_ids[order], self.street_view_ids[order]], axis=1)
-        codes = np.empty(len(pairs), np.int64)
-        codes[order] = np.cumsum((np.diff(pairs, axis=0, prepend=pairs[:1]) != 0).any(axis=1))
-        return codes
+        views, codes = np.unique(self.street_view_ids, return_inverse=True)
+        return np.unique(self.dataset_ids, return_inverse=True)[1] * len(views) + codes
 
 
 def sample_buildings(features: Features, count: int, seed: int) -> Features:
@@ -153,6 +151,5 @@ def _read_embeddings(column: ListColumn, image_ids: pa.StringArray) -> NDArray[A
 
     pieces = np.array_split(np.arange(len(sizes)), min(len(sizes), _PIECES_A_CORE * count_cores()))
     with closing(map_in_order(read, [piece.tolist() for piece in pieces], count_cores())) as done:
-        for _ in done:
-            pass
+        deque(done, maxlen=0)
     return embeddings

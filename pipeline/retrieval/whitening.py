@@ -160,7 +160,8 @@ def collect_scatters(
             moved, moved_sizes = rows.to(device, non_blocking=True), sizes.to(device)
             for each in sums:
                 each.add(moved, moved_sizes)
-    return [each.finish() for each in sums]
+    num_buildings = len(np.unique(building_codes))
+    return [each.finish(len(embeddings), num_buildings) for each in sums]
 
 
 def copy_rows(values: NDArray[Any], *, pinned: bool) -> torch.Tensor:
@@ -176,15 +177,14 @@ class _Sums:
     def __init__(self, embeddings: NDArray[Any], power: float, device: torch.device) -> None:
         width = embeddings.shape[1]
         self._power, self._device = power, device
-        is_single = embeddings.dtype != np.float64 and width >= _SINGLE_WIDTH
-        is_single = is_single and len(embeddings) >= _SINGLE_ROWS_A_DIMENSION * width
-        self._dtype = torch.float32 if is_single and device.type == "cpu" else torch.float64
+        is_wide = width >= _SINGLE_WIDTH and len(embeddings) >= _SINGLE_ROWS_A_DIMENSION * width
+        is_single = is_wide and embeddings.dtype != np.float64 and device.type == "cpu"
+        self._dtype = torch.float32 if is_single else torch.float64
         self._within = torch.zeros((width, width), dtype=torch.float64, device=device)
         self._between, self._total = torch.zeros_like(self._within), torch.zeros_like(self._within[0])
         # Sums of squares around a fixed point near the data lose no digits to a large mean.
         first = torch.from_numpy(np.array(embeddings[: min(len(embeddings), 256)])).to(device)
         self._origin = _raise(first, power).double().mean(dim=0).to(self._dtype)
-        self._num_rows = self._num_buildings = 0
 
     def add(self, rows: torch.Tensor, sizes: torch.Tensor) -> None:
         """Add rows (B, D) of whole buildings, one after the other, of these sizes."""
@@ -194,20 +194,16 @@ class _Sums:
         block -= means.repeat_interleave(sizes, dim=0, output_size=len(block))
         _add_gram(self._within, block)
         _add_gram(self._between, means.mul_(sizes.to(self._dtype).sqrt()[:, None]))
-        self._num_rows += len(block)
-        self._num_buildings += len(sizes)
 
-    def finish(self) -> Scatter:
+    def finish(self, num_rows: int, num_buildings: int) -> Scatter:
         """Return the scatter of all rows added."""
         mean, within, between, origin = (
             values.cpu().numpy() for values in (self._total, self._within, self._between, self._origin)
         )
-        mean /= self._num_rows
-        between /= self._num_rows
+        for total in (mean, within, between):
+            np.divide(total, num_rows, out=total)
         between -= np.outer(mean, mean)
-        within /= self._num_rows
-        counts = self._num_rows, self._num_buildings
-        return Scatter(mean + origin, within, between, *counts, self._power, self._device)
+        return Scatter(mean + origin, within, between, num_rows, num_buildings, self._power, self._device)
 
 
 def _raise(rows: torch.Tensor, power: float) -> torch.Tensor:

@@ -216,9 +216,8 @@ def make_projector(start: Start, model: TrainingModelSection, section: TrainingS
     """
     if start.projector is not None:
         return start.projector
-    coordinates = start.coordinates
     projector = Projector(
-        len(coordinates.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,
+        len(start.coordinates.spread), model.output_dim, model.hidden_dim, model.num_hidden_layers, model.dropout,
         model.activation, hidden_dims=model.hidden_dims, use_residual=section.use_residual,
     )  # fmt: skip
     if section.init == "random":
@@ -226,7 +225,7 @@ def make_projector(start: Start, model: TrainingModelSection, section: TrainingS
     with torch.no_grad():
         if len(projector.hidden):
             first: Any = projector.hidden[0]
-            first.weight.normal_(std=1 / max(coordinates.length, 1e-6))
+            first.weight.normal_(std=1 / max(start.coordinates.length, 1e-6))
             first.bias.zero_()
         if projector.shortcut is None:
             carry_coordinates(projector)

@@ -170,8 +170,10 @@ class TrainingRun:
 
     def _describe_epoch(self, epoch: int, scores: Scores | None) -> Content:
         """Return what the same training gives again, whatever else the machine did or the log gets."""
-        left_out = ("seconds", "step_losses")
-        history = [{key: value for key, value in record.items() if key not in left_out} for record in self.history]
+        history = [
+            {key: value for key, value in record.items() if key not in ("seconds", "step_losses")}
+            for record in self.history
+        ]
         val = self.material.start.baselines | {"projector": scores}
         return {"epoch": epoch, "metrics": {"epoch": epoch, "val": val, "history": history}}
 

@@ -165,7 +165,6 @@ def run_study(tuning: Tuning) -> StageResult:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     options, folder = tuning.options, tuning.folder
-    workspace.make_folder(folder)
     with workspace.replacing(folder, [folder / JOURNAL] if options.overwrite else []):
         study, result = tuning.open_study(), StageResult("tune")
         has_work = len(list_finished(study)) < options.num_trials
@@ -199,14 +198,16 @@ def write_report(folder: Path, study: optuna.Study, objective: str, configured: 
         raise PipelineError(f"{folder}: no trial was complete: train with the settings as they are and read the log")
     with workspace.writing_to(paths[0]) as temporary:
         temporary.write_text(_render_toml(complete, objective, configured), encoding="utf-8")
+    rows = [
+        [
+            trial.number, trial.state.name.lower(), trial.value, max(trial.intermediate_values, default=0),
+            f"{trial.duration.total_seconds() if trial.duration else 0.0:.1f}", *map(trial.params.get, SPACE),
+        ]
+        for trial in trials
+    ]  # fmt: skip
     with workspace.writing_to(paths[1]) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["trial", "state", "score", "epochs", "seconds", *SPACE])
-        for trial in trials:
-            seconds = trial.duration.total_seconds() if trial.duration else 0.0
-            epochs = max(trial.intermediate_values, default=0)
-            row = [trial.number, trial.state.name.lower(), trial.value, epochs, f"{seconds:.1f}"]
-            writer.writerow([*row, *map(trial.params.get, SPACE)])
+        header = ["trial", "state", "score", "epochs", "seconds", *SPACE]
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
     logger.info("to train with the best of %d trials: train.py --set %s", len(complete), paths[0])
     return paths
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import optuna
 
-from pipeline import workspace
 from pipeline.cli import StageResult
 from pipeline.errors import PipelineError, one_line
 from pipeline.log import logger
@@ -43,9 +42,8 @@ def report_runs(tuning: Tuning, project: str) -> StageResult:
             f"{where}: none of its {len(runs)} finished runs is of stage 6 with these splits and settings: correct the "
             "name, or search with --trials and [logging].wandb"
         )
-    folder = tuning.folder / "wandb"
-    workspace.make_folder(folder)
-    result = StageResult("tune", written=write_report(folder, study, tuning.options.objective, configured))
+    paths = write_report(tuning.folder / "wandb", study, tuning.options.objective, configured)
+    result = StageResult("tune", written=paths)
     result.add({"in": len(runs), "out": len(trials), "dropped": len(runs) - len(trials)})
     return result
 
