@@ -385,7 +385,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file; raise OSError for a pipe, ValueError if it is damaged or absurdly long."""
     with open_without_waiting(path) as file:
-        if os.fstat(file.fileno()).st_size > 2**30:  # hashes of ids are the longest: 20 bytes each
+        if os.fstat(file.fileno()).st_size > 2**30:  # hashes of ids are the longest: 11 bytes each
             raise ValueError("absurdly long")
         return parse_json(file.read())
 

@@ -46,7 +46,7 @@ def average_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num
         found = keys_of(table, by)
         own = np.array([key[place] is not None for key in found], dtype=bool)
         if num_passes > 1:
-            own &= np.array([value % num_passes == number for value in hash_ids(found)], dtype=bool)
+            own &= hash_ids(found) % num_passes == number
         tables.append(filter_rows(table, own))
         keys += compress(found, own)
     return average_rows(pa.concat_tables(tables).unify_dictionaries(), keys, by)

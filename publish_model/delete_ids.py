@@ -23,7 +23,7 @@ from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import PipelineError
 from pipeline.log import logger
 from publish_model.new_data.embed_options import make_tool_parser, run_tool
-from publish_model.new_data.id_lists import read_id_list
+from publish_model.new_data.id_lists import name_id, plain_ids, read_id_list
 
 STAGE = "delete_ids"
 NUM_EXAMPLES = 5
@@ -35,19 +35,20 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
     Raises InputError where the dataset or the list cannot be read; once all is done, PipelineError where ids match
     nothing, unless that is allowed, or files of others may hold the ids.
     """
-    listed = read_id_list(list_path, dataset.schema.field(ID_COLUMN).type)
-    num_rows, missing, others = delete_ids(dataset, listed)
+    listed = read_id_list(list_path)
+    values = plain_ids(listed, dataset.schema.field(ID_COLUMN).type, list_path)
+    num_rows, distinct, missing, others = delete_ids(dataset, values)
     result = cli.StageResult(STAGE)
     for part in dataset.parts:
         result.add(part.counts, part.reasons)
     (result.written if num_rows else result.kept).append(dataset.folder)
-    logger.info("%d rows deleted; the %d ids of the list are left out from now on", num_rows, len(listed))
+    logger.info("%d rows deleted; the %d ids of the list are left out from now on", num_rows, len(distinct))
     problems = []
-    if missing:
+    if len(missing):
+        examples = ", ".join(repr(name_id(listed[place])) for place in missing[:NUM_EXAMPLES])
         problem = (
-            f"{list_path}: {len(missing)} of its {len(listed)} ids match nothing in {dataset.folder} "
-            f"({', '.join(map(repr, missing[:NUM_EXAMPLES]))}): correct them, or give --allow-missing; the others are "
-            "deleted"
+            f"{list_path}: {len(missing)} of its {len(distinct)} ids match nothing in {dataset.folder} "
+            f"({examples}): correct them, or give --allow-missing; the others are deleted"
         )
         logger.warning("%s", problem)
         problems += [] if allow_missing else [problem]
@@ -59,7 +60,11 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
             f"{dataset.folder}: the ids are gone but for {len(others)} files or datasets that are not its own (named "
             "above), which may hold them: delete the ids there too and move them away"
         )
-    if naming := list_naming_columns(dataset):
+    naming, counting = list_naming_columns(dataset)
+    if counting:
+        names = ", ".join(map(repr, counting))
+        logger.warning("%s: numbers in the kept columns %s equal deleted ids, maybe by chance", dataset.folder, names)
+    if naming:
         problems.append(
             f"{dataset.folder}: rows that stay name deleted ids in the kept columns {', '.join(map(repr, naming))}: "
             "embed the input without these columns (--keep-columns) into another folder, and remove this one"

@@ -166,7 +166,10 @@ def test_a_list_may_be_a_parquet(run_main, tmp_path):
 
 def test_lists_that_cannot_be_used_are_one_line(delete, run_main, tmp_path):
     output = write_dataset(tmp_path / "out", pa.array([1, 2, 3]), unit_rows(0, 3))
-    for ids, text in ((["way/1"], "1 of its 1 ids match nothing"), ([], "holds no ids")):
+    outcome = delete(write_dataset(tmp_path / "other", pa.array([1, 2, 3]), unit_rows(0, 3)), "way/1", "01", "way/1")
+    assert (outcome.code, "2 of its 2 ids match nothing" in outcome.stderr.splitlines()[-1]) == (1, True)
+    assert read_dataset(tmp_path / "other")["OSMID"].to_pylist() == [1, 2, 3]
+    for ids, text in (([" "], "holds no ids"), ([], "holds no ids")):
         outcome = delete(output, *ids)
         assert outcome.code == 1
         assert text in outcome.stderr.splitlines()[-1]

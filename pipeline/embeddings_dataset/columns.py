@@ -31,13 +31,20 @@ def _map_innermost(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataTyp
     if pa.types.is_map(kind):
         return pa.map_(_map_innermost(kind.key_type, change), _map_innermost(kind.item_type, change))
     if pa.types.is_struct(kind):
-        fields = (kind.field(index) for index in range(kind.num_fields))
-        return pa.struct([field.with_type(_map_innermost(field.type, change)) for field in fields])
-    is_fixed, is_large = pa.types.is_fixed_size_list(kind), pa.types.is_large_list(kind)
-    if not (is_fixed or is_large or pa.types.is_list(kind)):
+        return pa.struct([bare_field(kind.field(index), change) for index in range(kind.num_fields)])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(bare_field(kind.value_field, change), kind.list_size)
+    name = str(kind).partition("<")[0]
+    if name not in ("list", "large_list", "list_view", "large_list_view"):
         return change(kind)
-    element = kind.value_field.with_type(_map_innermost(kind.value_type, change))
-    return pa.large_list(element) if is_large else pa.list_(element, kind.list_size if is_fixed else -1)
+    make = pa.list_ if name == "list" else getattr(pa, name)
+    return make(bare_field(kind.value_field, change))
+
+
+def bare_field(field: pa.Field, change: Callable[[pa.DataType], pa.DataType] = lambda kind: kind) -> pa.Field:
+    """Return a field, and those in it, without what programs noted beside its type: notes may name ids."""
+    notes = {key: value for key, value in (field.metadata or {}).items() if key.startswith(b"ARROW:extension:")}
+    return field.with_type(_map_innermost(field.type, change)).with_metadata(notes or None)
 
 
 def _decoded(kind: pa.DataType) -> pa.DataType:
@@ -84,9 +91,9 @@ def hash_bytes(data: bytes, salt: bytes = b"") -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "little")
 
 
-def hash_ids(values: Sequence[object], salt: bytes = b"") -> list[int]:
-    """Return the 64-bit hashes of plain Python values."""
-    return [hash_bytes(repr(value).encode("utf-8", "surrogatepass"), salt) for value in values]
+def hash_ids(values: Iterable[object], salt: bytes = b"") -> NDArray[np.uint64]:
+    """Return the 64-bit hashes of plain Python values, (N,)."""
+    return np.fromiter((hash_bytes(repr(one).encode("utf-8", "surrogatepass"), salt) for one in values), np.uint64)
 
 
 def checksum_tables(*tables: pa.Table) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.embeddings_dataset.columns import checksum_tables, plain_values, take_rows
+from pipeline.embeddings_dataset.columns import bare_field, checksum_tables, plain_values, take_rows
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN, PackagedInput, read_batches
 from pipeline.errors import DamagedError, InputError, Rejection, StaleOutputError
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, provenance_of, read_provenance, reading, write_parquet
@@ -314,21 +314,15 @@ def write_part(folder: Path, plan: PartPlan, content: PartContent, made_from: di
     write_parquet(folder / "parts" / plan.name, _without_notes(content.embedded), provenance, hashes)
 
 
-def _own_notes(field: pa.Field) -> dict[bytes, bytes] | None:
-    """Return what a field's metadata say of its type; other notes may name ids."""
-    return {key: value for key, value in (field.metadata or {}).items() if key.startswith(b"ARROW:extension:")} or None
-
-
 def _without_notes(table: pa.Table) -> pa.Table:
-    schema = pa.schema([field.with_metadata(_own_notes(field)) for field in table.schema])
-    return pa.Table.from_arrays(table.columns, schema=schema)
+    return pa.Table.from_arrays(table.columns, schema=pa.schema(map(bare_field, table.schema)))
 
 
 def holds_notes(path: Path) -> bool:
     """Return whether another program noted something in the footer of a part or its rejects."""
     with open_parquet(path) as file:
         has_more = not {PROVENANCE_KEY, HASHES_KEY, b"ARROW:schema"}.issuperset(file.metadata.metadata)
-        return has_more or any(field.metadata != _own_notes(field) for field in file.schema_arrow)
+        return has_more or any(not field.equals(bare_field(field), check_metadata=True) for field in file.schema_arrow)
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:

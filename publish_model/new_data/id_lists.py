@@ -1,13 +1,16 @@
 """Read a list of ids to take out: text, CSV or parquet."""
 
 import contextlib
+import itertools
 import re
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from pipeline.embeddings_dataset.columns import plain_values
+from pipeline.embeddings_dataset.columns import plain_values, take_rows
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.errors import InputError, escape_controls
 from pipeline.files.column_types import plain_type, whole_from_floats
@@ -15,35 +18,54 @@ from pipeline.files.listing import is_parquet
 from pipeline.files.text_tables import read_id_table, reading_text
 from pipeline.log import logger
 
+_ROWS_AT_A_TIME = 65_536
 
-def read_id_list(path: Path, kind: pa.DataType) -> dict[str, set[object]]:
-    """Return each id of a list, as text, with the plain values of the dataset's type that it stands for.
 
-    Text stands for the id that is written so, blanks and quotes included; one that can be none of the type stands for
-    nothing. Raises InputError if the list cannot be read or is empty, or an id may be another one that was rounded.
+def read_id_list(path: Path) -> pa.Array:
+    """Return the ids of a list.
+
+    Raises InputError if the list cannot be read or is empty.
     """
     if is_parquet(path) or path.suffix.lower() in (".csv", ".tsv"):
         column = read_id_table(path, [ID_COLUMN], f"name the column of ids {ID_COLUMN}, and no other")[ID_COLUMN]
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
         if column.null_count:
             logger.warning("%s: %d rows without an id are passed over", path, column.null_count)
+        with contextlib.suppress(pa.ArrowNotImplementedError):  # a small parquet may repeat an id 10^8 times
+            column = pa.chunked_array([chunk.unique() for chunk in column.chunks], column.type)
+        column = take_rows(column.combine_chunks(), np.flatnonzero(column.is_valid()))
     else:
         with reading_text(path) as file:
             content = file.read()
         # Only a line feed ends a line, as ids may hold the others, unless there is none in the list.
-        lines = (line.removesuffix("\r") for line in content.split("\n" if "\n" in content else "\r"))
-        column = pa.chunked_array([[line for line in lines if line.strip()]], pa.string())
-    listed: dict[str, set[object]] = {}
-    for chunk in column.chunks:
-        with contextlib.suppress(pa.ArrowNotImplementedError):  # a small parquet may repeat an id 10^8 times
-            chunk = chunk.unique()  # noqa: PLW2901
-        for scalar, value in zip(chunk, plain_values(chunk), strict=True):
-            if value is not None and value == value:  # noqa: PLR0124 (NaN)
-                text = value if isinstance(value, str) else describe_id(scalar)
-                values = [value] if chunk.type == kind else _values_of(text, kind, path)
-                listed.setdefault(text, set()).update(values)  # nanoseconds read like others
-    if not listed:
+        found = re.finditer("[^\n]+" if "\n" in content else "[^\r]+", content)
+        lines = (line[0].removesuffix("\r") for line in found if line[0].strip())
+        column = pa.array([], pa.large_string())
+        while some := list(itertools.islice(lines, 10 * _ROWS_AT_A_TIME)):
+            column = pa.concat_arrays([column, pa.array(some, column.type)])
+    if not len(column):
         raise InputError(f"{path}: holds no ids")
-    return listed
+    return column.cast(pa.large_string()) if plain_type(column.type) == pa.string() else column
+
+
+def plain_ids(column: pa.Array, kind: pa.DataType, path: Path) -> Iterator[object]:
+    """Yield the plain value of a dataset's type that each listed id stands for, else its text, which no row has.
+
+    Text stands for the id that is written so, blanks and quotes included. Raises InputError if an id may be another
+    one that was rounded.
+    """
+    for start in range(0, len(column), _ROWS_AT_A_TIME):
+        rows = column[start : start + _ROWS_AT_A_TIME]
+        if plain_type(rows.type) == plain_type(kind):
+            yield from plain_values(rows)
+        else:
+            yield from (next(iter(_values_of(text, kind, path)), text) for text in map(name_id, rows))
+
+
+def name_id(scalar: pa.Scalar) -> str:
+    """Return an id as text, one that is text as it is."""
+    return scalar.as_py() if plain_type(scalar.type) == pa.string() else describe_id(scalar)
 
 
 def _values_of(text: str, kind: pa.DataType, path: Path) -> list[object]:
