@@ -38,7 +38,7 @@ from pipeline.files.tables import (
     write_rejects,
 )
 from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
-from pipeline.inference.model_files import embedding_settings, identify_model, locate_backbone
+from pipeline.inference.model_files import check_unchanged, embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import Progress, Stopwatch, logger
 from pipeline.reference.tar_files import check_foreign_output, read_intermediate, read_old_rows
@@ -63,13 +63,14 @@ class Embedding:
         self.config, self.watch = config, watch
         self.outputs = Background()
         self._units, self._folder = units, folder
+        self.identity = identify_model(folder) if folder else None
 
     @functools.cached_property
     def precision(self) -> Precision:
         """The precision of the backbone: the same for all tars of one folder, whichever process embeds them."""
         assert self._folder is not None  # without it nothing is left to embed
         section = self.config.embedding_model
-        name = hash_json({"model": identify_model(self._folder), **embedding_settings(section)})[:16]
+        name = hash_json({"model": self.identity, **embedding_settings(section)})[:16]
         trial = section.model_copy(update={"batch_size": NUM_PICTURES, "compile": False})
         load = functools.partial(load_embedder, self._folder, self.config.model_copy(update={"embedding_model": trial}))
         with self.watch.measure("load"):
@@ -83,7 +84,9 @@ class Embedding:
         assert self._folder is not None
         mode = self.precision.mode
         with self.watch.measure("load"):
-            return load_embedder(self._folder, self.config, mode)
+            embedder = load_embedder(self._folder, self.config, mode)
+        check_unchanged(self._folder, self.identity)
+        return embedder
 
     def _list_pictures(self) -> Iterator[bytes]:
         """Yield the images of the run; skip a tar that cannot be read, which fails when its turn comes."""
@@ -103,6 +106,8 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding, adds_miss
     started = time.monotonic()
     if not unit.tar_path.is_file():  # before a backbone of 27 GB is loaded for it
         raise InputError(f"{unit.tar_path}: no such tar: correct the path")
+    if provenance["settings"]["model"] != stage.identity:
+        raise InputError("the backbone was replaced meanwhile: run this again")
     table = read_table(unit)
     image_ids = table["streetview_image_id"].combine_chunks()
     old_rows, old_values = read_old_rows(unit.output_path, image_ids) if adds_missing else ([], None)

@@ -26,6 +26,7 @@ from pipeline.files.outputs import check_outside_datasets
 from pipeline.files.tables import PROVENANCE_KEY, make_provenance, read_provenance
 from pipeline.files.units import Provenance, Unit, find_complete
 from pipeline.inference.model_files import (
+    check_unchanged,
     embedding_settings,
     identify_model,
     is_within,
@@ -169,6 +170,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         model = read_parts(config, checkpoint_path, backbone_dir, own.force)
         with writing_folder(output, made=MADE) as folder:
             fill_folder(pin(folder), model, own.dtype, provenance)
+            check_unchanged(backbone_dir, provenance["inputs"][1]["id"])
         result.written.append(output)
     if config.paths.report_dir is not None:
         add_test_results(output, config.path("report_dir") / "metrics.json")

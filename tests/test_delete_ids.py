@@ -1,6 +1,7 @@
 """Taking ids out of a dataset: gone everywhere, for good, whenever it is killed."""
 
 import json
+import re
 import unicodedata
 import uuid
 
@@ -41,12 +42,7 @@ def test_the_ids_are_gone_from_parts_rejects_and_state(delete, run_main, dataset
         assert find_text(dataset, one) == []
     assert list_parts(dataset)[4].read_bytes() == untouched
     state = read_state(dataset)
-    assert (state["rows_embedded"], state["rows_rejected"], state["rows_skipped_invalid"], state["rows_deleted"]) == (
-        16,
-        0,
-        1,
-        3,
-    )
+    assert [state[f"rows_{one}"] for one in ("embedded", "rejected", "skipped_invalid", "deleted")] == [16, 0, 1, 3]
     assert (state["complete"], state["rejected_by_reason"]) == (True, {})
     outcome = run_main(verify_embeddings.main, dataset, "--input", tmp_path / "in.parquet")
     assert outcome.code == 0, outcome.stderr
@@ -195,7 +191,6 @@ LISTS = {
     "a byte-order mark": ("ids.txt", "\ufeffway/1\nway/2\n".encode()),
     "windows' line ends": ("ids.txt", b"way/1\r\nway/2\r\n"),
     "a csv with reasons": ("ids.csv", b'OSMID,reason\nway/1,"asked, twice"\nway/2,\n'),
-    "old macs' line ends": ("ids.txt", b"way/1\rway/2\r"),
     "a csv of old macs": ("ids.csv", b"OSMID,reason\rway/1,x\rway/2,y\r"),
     "blank lines": ("ids.txt", b"\n\nway/1\n  \n\nway/2\n\n"),
     "a csv with blanks": ("ids.csv", b"reason , OSMID \nx ,way/1\ny ,way/2\n"),
@@ -283,11 +278,8 @@ def test_a_listed_name_is_the_id_that_is_written_so_and_no_other(delete, tmp_pat
         assert delete(output, decomposed, " 7", "\\n", '"x"').code == 0
         assert read_dataset(output)["OSMID"].to_pylist() == [composed, "7", "\n", "x", "0x78"]
     outcome = delete(output, "7 ", "0x78")
-    assert (outcome.code, "1 of its 2 ids match nothing" in outcome.stderr, "('7 ')" in outcome.stderr) == (
-        1,
-        True,
-        True,
-    )
+    assert (outcome.code, "1 of its 2 ids match nothing" in outcome.stderr) == (1, True)
+    assert "('7 ')" in outcome.stderr
     assert read_dataset(output)["OSMID"].to_pylist() == [composed, "7", "\n", "x"]
 
 
@@ -297,6 +289,9 @@ def test_ids_with_line_breaks_of_any_kind_are_deleted(run_main, tmp_path):
     (tmp_path / "ids.txt").write_text("a\u2028b\nc\u0085d\n g\n", encoding="utf-8", newline="")
     assert run_main(delete_ids.main, output, "--delete-ids", tmp_path / "ids.txt").code == 0
     assert read_dataset(output)["OSMID"].to_pylist() == ["e\nf", "x"]
+    (tmp_path / "ids.txt").write_text("e\rx", newline="")
+    outcome = run_main(delete_ids.main, output, "--delete-ids", tmp_path / "ids.txt")
+    assert "has carriage returns and no line feed" in outcome.stderr
     (tmp_path / "ids.csv").write_text('OSMID\n"e\nf"\n', encoding="utf-8", newline="")
     assert run_main(delete_ids.main, output, "--delete-ids", tmp_path / "ids.csv").code == 0
     assert read_dataset(output)["OSMID"].to_pylist() == ["x"]
@@ -308,9 +303,7 @@ def test_ids_that_match_nothing_are_said_and_make_exit_code_1(delete, run_main, 
         outcome = delete(output, "way/1", "way/7", "weg/2")
         assert outcome.code == 1
         assert f"{rows} rows deleted" in outcome.stderr
-        last = outcome.stderr.splitlines()[-1]
-        assert "2 of its 3 ids match nothing" in last
-        assert "('way/7', 'weg/2')" in last
+        assert re.search(r"2 of its 3 ids match nothing.*\('way/7', 'weg/2'\)", outcome.stderr.splitlines()[-1])
         assert read_dataset(output)["OSMID"].to_pylist() == ["way/2"]
     arguments = [output, "--delete-ids", tmp_path / "ids.txt", "--allow-missing"]
     assert run_main(delete_ids.main, *arguments).code == 0

@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import logging
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -11,9 +12,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from published_models import make_config, write_checkpoint
+from published_models import list_parts, make_config, write_checkpoint
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError, PipelineError
+from pipeline.inference.backbone import Embedder
+from pipeline.inference.model_files import identify_model
 from pipeline.workspace import parse_json, read_json_object
 from publish_model import aggregate_embeddings, convert_to_hf
 
@@ -130,6 +134,32 @@ def test_code_in_a_backbones_folder_is_not_run(toy_backbone, tmp_path, monkeypat
         convert_to_hf.run(make_config(tmp_path, backbone), convert_to_hf.PublishOptions())
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "published").exists()
+
+
+def test_a_model_that_is_replaced_while_it_is_loaded_gives_no_embeddings(
+    embed, packaged, model_dir, tmp_path, monkeypatch
+):
+    """Else a dataset would hold the vectors of one model under the name of another."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    plain = Embedder.__init__
+
+    def replace_and_load(self, *arguments, **options):
+        weights = load_file(folder / "model.safetensors")
+        name = next(name for name in weights if name.startswith("projector."))
+        save_file(weights | {name: weights[name] * 2}, folder / "model.safetensors", {"format": "pt"})
+        plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Embedder, "__init__", replace_and_load)
+    outcome = embed(packaged, tmp_path / "out", model=folder)
+    assert (outcome.code, f"{folder}: replaced while it was read: run this again" in outcome.stderr) == (1, True)
+    assert not list_parts(tmp_path / "out")
+
+
+def test_a_sparse_file_of_weights_is_not_read(toy_backbone, tmp_path):
+    backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
+    os.truncate(backbone / "model.safetensors", 10**12)
+    with pytest.raises(InputError, match="model.safetensors: over 50000000000 bytes"):
+        identify_model(backbone)
 
 
 def test_torch_is_new_enough_to_read_checkpoints_of_others():

@@ -208,11 +208,8 @@ def test_an_overwriting_run_killed_before_its_first_part_leaves_the_ids_deletabl
     EmbeddingsDataset(dataset).set_all_aside()
     assert not list_parts(dataset)
     outcome = delete(dataset, "way/1")
-    assert (outcome.code, "holds no embeddings" in outcome.stderr, "run stage 8 first" in outcome.stderr) == (
-        1,
-        True,
-        True,
-    )
+    assert (outcome.code, "holds no embeddings" in outcome.stderr) == (1, True)
+    assert "run stage 8 first" in outcome.stderr
     assert (dataset / "_removed" / "2" / "parts").is_dir()
     assert embed(tmp_path / "in.parquet", dataset, "--limit", "3").code == 0
     outcome = delete(dataset, "way/1")

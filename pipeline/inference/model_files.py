@@ -22,6 +22,8 @@ DEFAULT_MODEL_ID = "alexwaolson/spatial-building-embeddings"
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "notice*"]
 # The files of a model: settings, weights, remote code and licence, without flax and onnx copies.
 MODEL_FILES = ["*.json", "*.safetensors", "*.py", *LICENCE_FILES, "README.md"]
+# The most that the hub takes of one file.
+MOST_BYTES = 50_000_000_000
 # Only files that change the embeddings count: no model card, rates of validation or settings of other libraries.
 _IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
 _NO_IDENTITY = {"pair_rates.json", "modules.json", "sentence_bert_config.json"}
@@ -179,6 +181,12 @@ def identify_model(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_unchanged(folder: Path, identity: str | None) -> None:
+    """Raise InputError if a model's folder, which has been loaded, is no longer the one that was identified."""
+    if identify_model(folder) != identity:
+        raise InputError(f"{folder}: replaced while it was read: run this again")
+
+
 def digest_published(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Return the digest of each file that shapes a published model's embeddings; `settings` are its config.json's."""
     files = [*sorted(folder.glob("*.safetensors")), *folder.glob("preprocessor_config.json")]
@@ -198,7 +206,12 @@ def list_changed(folder: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    """Return the digest of all bytes of a file; this process reads it once as long as size and time stay."""
+    """Return the digest of all bytes of a file; this process reads it once as long as size and time stay.
+
+    Raises InputError for a file that no hub takes: reading a sparse one could take a day.
+    """
+    if path.stat().st_size > MOST_BYTES:
+        raise InputError(f"{path}: over {MOST_BYTES} bytes, which is no model's file: fetch the model again")
     return _digest_once(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 

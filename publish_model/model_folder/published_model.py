@@ -13,6 +13,7 @@ from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError
 from pipeline.files.identity import hash_json
 from pipeline.inference.model_files import (
+    check_unchanged,
     find_missing_files,
     identify_model,
     list_changed,
@@ -107,7 +108,7 @@ class PublishedModel:
     def load(self, dtype: str) -> "Embedder":
         """Load its weights into this project's classes, or trusted ones, to compute in a type.
 
-        Raises InputError if the embedding of a grey picture is not L2-normalised.
+        Raises InputError if the folder was replaced meanwhile, or the embedding of a grey picture is not L2-normalised.
         """
         import torch
         from transformers import AutoModel
@@ -125,6 +126,7 @@ class PublishedModel:
             trust_remote_code=self.trust_remote_code,
             model_class=SpatialEmbeddingsModel if has_own_code(self.folder) else AutoModel,
         )
+        check_unchanged(self.folder, self.identity)
         (trial,) = embedder.embed([embedder.prepare(torch.full((3, 256, 256), 128, dtype=torch.uint8))])
         if abs(float(np.linalg.norm(trial)) - 1.0) > NORM_TOLERANCE:
             raise InputError(

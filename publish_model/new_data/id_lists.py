@@ -38,8 +38,9 @@ def read_id_list(path: Path) -> pa.Array:
     else:
         with reading_text(path) as file:
             content = file.read()
-        # Only a line feed ends a line, as ids may hold the others, unless there is none in the list.
-        found = re.finditer("[^\n]+" if "\n" in content else "[^\r]+", content)
+        if "\r" in content and "\n" not in content:
+            raise InputError(f"{path}: has carriage returns and no line feed: end each id with a line feed")
+        found = re.finditer("[^\n]+", content)  # ids may hold other line breaks
         lines = (line[0].removesuffix("\r") for line in found if line[0].strip())
         column = pa.array([], pa.large_string())
         while some := list(itertools.islice(lines, 10 * _ROWS_AT_A_TIME)):
