@@ -37,7 +37,7 @@ from pipeline.files.tables import (
     rejects_path,
     write_rejects,
 )
-from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
+from pipeline.files.units import Provenance, TarUnit, UnitState, do_tars, list_tar_units
 from pipeline.inference.model_files import check_unchanged, embedding_settings, identify_model, locate_backbone
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
 from pipeline.log import Progress, Stopwatch, logger
@@ -217,11 +217,9 @@ def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[Ta
         folder = locate_backbone(config, download=False)
         return identify_model(folder) if folder else None
 
-    def take_over(unit: TarUnit) -> tuple[dict[str, int], str] | None:
-        counts, note = check_foreign_output(
-            unit, find_embedding(unit.output_path), "stage 2 with --add-missing embeds them"
-        )
-        return None if options.add_missing and counts["dropped"] else (counts, note)
+    def take_over(unit: TarUnit) -> UnitState | None:
+        state = check_foreign_output(unit, find_embedding(unit.output_path), "stage 2 with --add-missing embeds them")
+        return None if options.add_missing and state.counts["dropped"] else state
 
     return list_tar_units(
         STAGES[2], config, options, lambda unit: describe_output(unit, config, find_model()), take_over

@@ -30,7 +30,7 @@ from pipeline.files.tables import (
     rejects_path,
     write_rejects,
 )
-from pipeline.files.units import Provenance, TarUnit, do_tars, list_tar_units
+from pipeline.files.units import Provenance, TarUnit, UnitState, do_tars, list_tar_units
 from pipeline.inference.images import decode_rgb_small, log_turned
 from pipeline.log import Progress, Stopwatch
 from pipeline.reference.tar_files import check_foreign_output, read_intermediate
@@ -148,7 +148,7 @@ def list_units(config: Config, options: cli.Options = cli.NO_OPTIONS) -> list[Ta
         inputs = [identify(unit.intermediate_path), *unit.identify_tar()]
         return make_provenance(STAGE, inputs, {"descriptor": DESCRIPTOR, "image_size": side})
 
-    def take_over(unit: TarUnit) -> tuple[dict[str, int], str]:
+    def take_over(unit: TarUnit) -> UnitState:
         column = find_fingerprint(unit.output_path)
         if column.width not in (None, fingerprint_width(side)):
             raise InputError(

@@ -257,7 +257,7 @@ def test_an_output_without_provenance_is_stale_unless_the_stage_takes_it_over(tm
     pq.write_table(pa.table({"a": [1]}), path)
     unit = Unit("a", (path,), lambda _: provenance())
     assert "it does not say what it was made from" in find_state(unit).problem
-    state = find_state(replace(unit, take_over=lambda _: ({"in": 1, "out": 1}, "from elsewhere")))
+    state = find_state(replace(unit, take_over=lambda _: UnitState(True, {"in": 1, "out": 1}, note="from elsewhere")))
     assert (state.is_complete, state.counts, state.note) == (True, {"in": 1, "out": 1}, "from elsewhere")
 
 

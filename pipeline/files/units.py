@@ -36,15 +36,15 @@ class UnitState:
 class Unit:
     """One unit of a stage's work: a tar, a row group, or all of it. It is complete when all `outputs` are there.
 
-    `describe(unit)` gives the provenance that the outputs must carry, `take_over(unit)` the counts of an output that
-    carries none and is kept all the same, with a note for the log, or None if rows are to be added to it. `check()`
+    `describe(unit)` gives the provenance that the outputs must carry, `take_over(unit)` the state of an output
+    that carries none and is kept all the same, None if rows are to be added to it. `check()`
     looks at what provenance cannot tell.
     """
 
     name: str
     outputs: tuple[Path, ...]
     describe: Callable[[Any], Provenance] | None = None
-    take_over: Callable[[Any], tuple[dict[str, int], str] | None] | None = None
+    take_over: Callable[[Any], UnitState | None] | None = None
     check: Callable[[], None] | None = None
 
     @property
@@ -61,8 +61,7 @@ def find_state(unit: Unit) -> UnitState:
             unit.check()
         recorded = {path: read_provenance(path) for path in unit.marks if unit.describe and path.exists()}
         if unit.take_over and None in recorded.values():
-            kept = unit.take_over(unit)
-            return UnitState(True, kept[0], note=kept[1]) if kept else UnitState()
+            return unit.take_over(unit) or UnitState()
         if unit.describe and recorded:
             wanted = unit.describe(unit)
             for path, found in recorded.items():
@@ -145,7 +144,7 @@ def list_tar_units(
     config: Config,
     options: Options,
     describe: Callable[[TarUnit], Provenance],
-    take_over: Callable[[TarUnit], tuple[dict[str, int], str] | None] | None = None,
+    take_over: Callable[[TarUnit], UnitState | None] | None = None,
 ) -> list[TarUnit]:
     """Return this shard's units for the tars named on the command line, or else all that there are.
 

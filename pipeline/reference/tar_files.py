@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.files.archive import stream_members
 from pipeline.files.list_columns import ListColumn, find_embedding
 from pipeline.files.tables import read_batches, read_columns, read_provenance
-from pipeline.files.units import TarUnit
+from pipeline.files.units import TarUnit, UnitState
 from pipeline.ids import dataset_name
 from pipeline.log import logger
 
@@ -89,8 +89,8 @@ def _strip(name: str, dataset_id: int) -> str:
     return name
 
 
-def check_foreign_output(unit: TarUnit, column: ListColumn, remedy: str) -> tuple[dict[str, int], str]:
-    """Return the counts of an output without provenance that has a `column` for its intermediate's images, and a note.
+def check_foreign_output(unit: TarUnit, column: ListColumn, remedy: str) -> UnitState:
+    """Return the state of an output without provenance that has a `column` for its intermediate's images.
 
     Images that it lacks are counted as dropped; `remedy` says how they are made. Raises InputError if a file is
     damaged, or the output has other images or one twice.
@@ -114,4 +114,4 @@ def check_foreign_output(unit: TarUnit, column: ListColumn, remedy: str) -> tupl
     num_missing = len(wanted) - len(ids)
     if num_missing:
         note += f"; {num_missing} images were not embedded by whoever wrote the file: {remedy}"
-    return {"in": len(wanted), "out": len(ids), "dropped": num_missing}, note
+    return UnitState(True, {"in": len(wanted), "out": len(ids), "dropped": num_missing}, note=note)
