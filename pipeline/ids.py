@@ -21,10 +21,6 @@ class Shard:
     def take(self, units: list[T]) -> list[T]:
         return units[self.index :: self.count]
 
-    @property
-    def is_whole(self) -> bool:
-        return self.count == 1
-
     def __str__(self) -> str:
         return f"{self.index}of{self.count}"
 

@@ -41,7 +41,7 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
     parser = cli.make_parser(description, config=False)
     add_options(parser)
     options = EmbedOptions(**vars(parser.parse_args(argv)))
-    if options.overwrite and not options.shard.is_whole:
+    if options.overwrite and options.shard.count > 1:
         raise ConfigError("--overwrite with --shard would remove what the other shards write: remove OUTPUT yourself")
     check_places(options.input, options.output)
     return options

@@ -92,7 +92,7 @@ def submit_embeddings(argv: Sequence[str]) -> None:
     options = cli.options_from(arguments, EmbedOptions)
     if options.overwrite:
         raise ConfigError("--overwrite: a task that is requeued would begin anew each time: remove OUTPUT instead")
-    if not options.shard.is_whole:
+    if options.shard.count > 1:
         raise ConfigError("--shard: the tasks of the array are the shards: give --array-size N")
     check_places(options.input, options.output)
     # Absolute paths, because a job runs in another folder.
