@@ -66,6 +66,7 @@ def test_what_only_one_process_can_do_is_not_submitted(run_main, option, complai
 
 def test_a_missing_input_for_new_data_leaves_no_folder(run_main, tmp_path):
     (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "spatial_embeddings"}')
     arguments = ["--input", tmp_path / "no.parquet", "--output", tmp_path / "out", "--model-id", tmp_path / "model"]
     outcome = run_main(submit.main, "embeddings", *arguments)
     assert outcome.code == 1

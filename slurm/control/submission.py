@@ -63,20 +63,19 @@ def count_shards(stage: Stage, num_units: int | None, array_size: int | None, ac
 
 
 class Plan:
-    """The jobs to submit in order, what is left alone and why, and what later stages have to wait for."""
+    """The jobs to submit in order, and what later stages have to wait for."""
 
     def __init__(
         self, target: Target, stages: Sequence[Stage], active: dict[int, list[QueuedTask]],
         array_size: int | None = None,
     ) -> None:  # fmt: skip
-        """Plan some stages, behind what of the others is in the queue.
+        """Plan some stages, behind what of the others is in the queue, and say on stderr what is left alone, and why.
 
         `array_size` cuts a stage that is asked for alone, else those that work by tars or row groups. Raises
         StaleOutputError where outputs were made from other inputs or settings.
         """
         self.target, self.active = target, active
         self.jobs: list[PlannedJob] = []
-        self.notes: list[str] = []
         # By stage and shard: what the stages behind it wait for; done shards are not among them.
         self.pending: dict[int, dict[int, Source]] = {
             stage.number: {task.shard: task.name for task in active.get(stage.number, [])} for stage in ALL
@@ -92,7 +91,7 @@ class Plan:
         except InputError as error:
             units = None
             if stage.unit != ROW_GROUP:
-                self.notes.append(f"stage {stage.number}: {error}")
+                print(f"stage {stage.number}: {error}", file=sys.stderr)
         # All stages that are cut as this one is count: shard 3 must be the same tars.
         alike = [other for other in STAGES.values() if other.unit == TAR] if stage.unit == TAR else [stage]
         tasks = [task for other in alike for task in self.active.get(other.number, [])]
@@ -112,7 +111,7 @@ class Plan:
             pending.update(dict.fromkeys(job.shards, job))
         if num_kept or done or not todo:
             counts = f"{len(done)} done, {num_kept} in the queue, {len(todo)} to submit"
-            self.notes.append(f"stage {stage.label} {stage.name}: of {shard_count}: {counts}")
+            print(f"stage {stage.label} {stage.name}: of {shard_count}: {counts}", file=sys.stderr)
 
     def _find_sources(self, stage: Stage, shard: int) -> list[Source]:
         sources = [source for number in stage.after for source in self.pending[number].values()]
@@ -164,10 +163,8 @@ def submit(request: Request) -> None:
 
 
 def plan_now(request: Request) -> Plan:
-    """Plan with what is in the queue now, and say on stderr what is left alone, and why."""
+    """Plan with what is in the queue now; raise ConfigError where an option holds a secret."""
     plan = Plan(request.target, request.stages, find_active(request.target), request.arguments.array_size)
-    for note in plan.notes:
-        print(note, file=sys.stderr)
     environment = [option for job in plan.jobs for option in environment_options(job.stage)]
     check_secrets([*environment, *request.sbatch_options, *request.stage_options])
     return plan
