@@ -32,7 +32,6 @@ PAGE_MARK = page_mark("search_embeddings")
 
 
 def write_page(path: Path, query: Path, hits: Sequence[tuple[float, Any]], images: Sequence[bytes | None]) -> None:
-    """Write a page with the photograph and what was found."""
     found = [
         {"rank": rank, "picture": make_thumbnail(image), "identifier": identifier, "similarity": similarity}
         for rank, ((similarity, identifier), image) in enumerate(zip(hits, images, strict=True), start=1)

@@ -27,7 +27,6 @@ SHOWN = 20
 
 
 def report(dataset: EmbeddingsDataset, findings: Findings) -> None:
-    """Log the problems and the table of what was checked."""
     for problem in findings.problems[:SHOWN]:
         logger.error("%s", problem)
     if len(findings.problems) > SHOWN:

@@ -129,13 +129,13 @@ def test_a_killed_takedown_of_broken_files_can_be_finished(delete, run_main, dat
 
 
 def test_what_was_made_of_the_dataset_is_removed_with_them(delete, dataset):
-    (dataset / "_exports" / "int8").mkdir(parents=True)
-    (dataset / "_exports" / "int8" / "export.json").write_text("{}")
+    (dataset / "_clusters").mkdir()
+    (dataset / "_clusters" / "clusters.json").write_text("{}")
     assert delete(dataset, "way/777").code == 1
-    assert (dataset / "_exports").is_dir()
+    assert (dataset / "_clusters").is_dir()
     outcome = delete(dataset, "way/1")
-    assert "_exports: removed, as it was made with the ids" in outcome.stderr
-    assert not (dataset / "_exports").exists()
+    assert "_clusters: removed, as it was made with the ids" in outcome.stderr
+    assert not (dataset / "_clusters").exists()
 
 
 @pytest.mark.parametrize(

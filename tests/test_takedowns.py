@@ -47,7 +47,7 @@ def write_derived(output):
     hidden = f"{'0' * 16}.tmp"
     for name in (
         "_aggregated/OSMID.parquet", "_clusters/clusters.parquet", "_clusters/look_alike.html",
-        "_exports/int8/parts/rg00000_rb00000.parquet", "_removed/1/parts/rg00000_rb00001.parquet",
+        "_removed/1/parts/rg00000_rb00001.parquet",
         f"parts/.rg00000_rb00000.parquet.another_host-1-{hidden}", f"_rejects/.b.parquet.another_host-1-{hidden}",
         f"_aggregated/.OSMID.parquet.another_host-1-{hidden}", "_adopted/state.json",
     ):  # fmt: skip
@@ -109,7 +109,8 @@ def test_a_takedown_of_more_ids_finishes_a_killed_one(delete, run_main, dataset,
 
 OTHERS = [
     "notes.txt", "user/a.parquet", ".hidden/a", "parts/notes.txt", "parts/.rg00000_rb00000.parquet.abcd.tmp",
-    "_removed/1/parts/mine.parquet", "_removed/007/state.json", "_removed/\u0663/state.json", "_exports/int8/mine.npy",
+    "_removed/1/parts/mine.parquet", "_removed/007/state.json", "_removed/\u0663/state.json",
+    "_clusters/mine.npy", "_exports/int8/parts/rg00000_rb00000.parquet",
 ]  # fmt: skip
 
 
@@ -127,16 +128,14 @@ def test_files_of_others_stay_and_are_named(delete, dataset, name):
     assert holders(dataset, "way/1") == []
 
 
-@pytest.mark.parametrize(
-    "place", ["second", "deep/er", "_exports/mine", "_exports/int8/mine", "_removed/mine", "parts/x"]
-)
+@pytest.mark.parametrize("place", ["second", "deep/er", "_clusters/mine", "_removed/mine", "parts/x"])
 def test_a_second_dataset_inside_is_one_other_and_stays(delete, run_main, dataset, tmp_path, place):
     """It holds the same ids, and all that tools make, a link and an empty folder too."""
     second = tmp_path / "apart"
     shutil.copytree(dataset, second)
     assert run_main(aggregate_embeddings.main, second).code == 0
     write_derived(second)
-    (second / "_exports" / "empty").mkdir(parents=True, exist_ok=True)
+    (second / "_clusters" / "empty").mkdir(parents=True, exist_ok=True)
     (second / "link").symlink_to(tmp_path)
     (dataset / place).parent.mkdir(parents=True, exist_ok=True)
     second = second.rename(dataset / place)
@@ -246,7 +245,7 @@ def test_dictionaries_keep_no_deleted_value(delete, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "_aggregated", "_exports", "_logs", "_removed", "_removed/1", "_exports/int8", "_aggregated/OSMID.parquet",
+        "_aggregated", "_logs", "_removed", "_removed/1", "_aggregated/OSMID.parquet",
         "parts", "parts/rg00000_rb00000.parquet", "_rejects/rg00000_rb00000.parquet",
     ],
 )  # fmt: skip

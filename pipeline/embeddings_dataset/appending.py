@@ -61,9 +61,6 @@ class Appending:
             **self.recipe, **noted, "rows_total": source.num_rows, "parts_total": len(self.plans),
         }  # fmt: skip
         self._own = self.plans  # this run's
-        self.parts: dict[str, Part] = {}  # this run's, as they are there
-        self.work: list[PartPlan] = []  # the parts to make, in input order
-        self.num_rows = 0, 0  # of the input, that this run leaves as they are and that it works on
 
     def check(self, found: dict[str, Any], where: Path) -> None:
         """Raise StaleOutputError naming the first thing in which what is there was made otherwise."""
@@ -141,8 +138,9 @@ class Appending:
             files.refuse_foreign()
         row_groups = set(shard.take(list(range(len(self.source.row_group_rows)))))
         self._own = {name: plan for name, plan in self.plans.items() if plan.row_group in row_groups}
-        self.parts = {name: part for name, part in found.items() if name in self._own}
+        self.parts = {name: part for name, part in found.items() if name in self._own}  # as they are there
         done = {name: part.counts["in"] for name, part in self.parts.items()}
+        # The parts to make, in input order, and the rows that this run leaves as they are and that it works on.
         self.work = [plan for name, plan in self._own.items() if plan.rows_within(limit) > done.get(name, 0)]
         kept = sum(done.values()) - sum(done.get(plan.name, 0) for plan in self.work)
         self.num_rows = kept, sum(plan.rows_within(limit) for plan in self.work)

@@ -36,11 +36,11 @@ from pipeline.workspace import read_json, remove
 # What is made from a dataset: the tools' copies, what was set aside, and logs, which name ids.
 _DERIVED = re.compile(
     r"_adopted/state\.json|_aggregated/[^/]+\.parquet|_clusters/(clusters|look_alike)\.(parquet|json|html)"
-    r"|_logs/.+\.log(\.decoding)?|_exports/(float16|int8)/(export\.json|parts/rg\d{5,}_rb\d{5,}\.parquet)"
+    r"|_logs/.+\.log(\.decoding)?"
     r"|_removed/[1-9]\d*/(state\.json|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet)",
     re.ASCII,
 )
-_DERIVED_FOLDERS = re.compile(r"(_adopted|_aggregated|_clusters|_exports|_logs|_removed)(/.+)?")
+_DERIVED_FOLDERS = re.compile(r"(_adopted|_aggregated|_clusters|_logs|_removed)(/.+)?")
 _SET_ASIDE = re.compile(rf"{SET_ASIDE}/[1-9]\d*", re.ASCII)
 _ORDER = "_deleted/id_hashes.json"
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.

@@ -326,7 +326,6 @@ def holds_notes(path: Path) -> bool:
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a part or its rejects."""
     with reading(path), open_parquet(path) as file:
         table: pa.Table = file.read(columns)
         table.validate(full=True)  # a changed byte may leave text that is none

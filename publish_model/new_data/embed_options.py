@@ -48,7 +48,6 @@ def parse(description: str, argv: Sequence[str] | None) -> EmbedOptions:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add stage 8's options, for the stage and for who submits it."""
     add = parser.add_argument
     add_input_options(parser)
     add("--output", "-o", type=Path, required=True, metavar="OUTPUT", help="dataset directory to write or resume")
@@ -88,7 +87,6 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_column_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a packaged parquet's columns."""
     add = parser.add_argument
     add(
         "--keep-columns", type=_names, default=(), metavar="A,B",
