@@ -101,6 +101,19 @@ def test_parts_that_do_not_say_what_they_were_made_from_are_not_replaced(embed, 
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_logs", "parts"]
 
 
+def test_rejects_of_others_are_not_written_over(embed, packaged, tmp_path):
+    embed(packaged, tmp_path / "out")
+    part = list_parts(tmp_path / "out")[0]
+    part.unlink()
+    rejects = tmp_path / "out" / "_rejects" / part.name
+    rejects.write_text("mine")
+    outcome = embed(packaged, tmp_path / "out")
+    assert outcome.code == 1
+    assert outcome.stderr.splitlines()[-1].startswith(f"error: {rejects}: not written by this project")
+    assert rejects.read_text() == "mine"
+    assert not part.exists()
+
+
 def test_another_input_is_refused_and_named(embed, packaged, tmp_path):
     embed(packaged, tmp_path / "out")
     source = tmp_path / "other.parquet"
