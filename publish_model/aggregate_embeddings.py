@@ -20,7 +20,7 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path: import from the project, not this folder
 
 from pipeline import cli
-from pipeline.embeddings_dataset.columns import check_names, filter_rows, hash_ids
+from pipeline.embeddings_dataset.columns import check_names, filter_rows, hash_ids, plain_values
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN, read_table
@@ -29,7 +29,7 @@ from pipeline.files.identity import identify
 from pipeline.files.outputs import check_replaceable
 from pipeline.files.tables import is_complete, make_provenance, parquet_writer
 from pipeline.log import logger
-from publish_model.derived.embedding_groups import MEASURED, Key, average_rows, keys_of
+from publish_model.derived.embedding_groups import MEASURED, Key, average_rows, with_whole_keys
 from publish_model.derived.geometry import GEO_KEY, GEOMETRY_COLUMN, GeometryFile
 from publish_model.new_data.embed_options import make_tool_parser, run_tool
 
@@ -42,8 +42,8 @@ def average_pass(dataset: EmbeddingsDataset, by: Sequence[str], number: int, num
     """Average the rows that belong to one pass by the hash of their key; rows without id belong to none."""
     place, tables, keys = list(by).index(ID_COLUMN), [], list[Key]()
     for part in dataset.parts:
-        table = part.read([*by, EMBEDDING_COLUMN])
-        found = keys_of(table, by)
+        table = with_whole_keys(part.read([*by, EMBEDDING_COLUMN]), by)
+        found: list[Key] = list(zip(*(plain_values(table[name]) for name in by), strict=True))
         own = np.array([key[place] is not None for key in found], dtype=bool)
         if num_passes > 1:
             own &= hash_ids(found) % num_passes == number

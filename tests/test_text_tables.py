@@ -147,6 +147,8 @@ def test_keys_of_by_that_are_floats_are_whole_numbers_or_refused(run_main, tmp_p
     columns = {"year": [2020.0, float("nan"), 2020.0], "zone": [1.1, 1.1, 2.0], "code": ["1.1", "1.10", "1.1"]}
     output = write_dataset(tmp_path / "out", pa.array([7, 7, 7]), unit_rows(0, 3), **columns)
     assert run_main(aggregate_embeddings.main, output, "--by", "OSMID,year").code == 0
+    groups = pq.read_table(output / "_aggregated" / "OSMID_year.parquet")
+    assert (groups["year"].type, groups["year"].to_pylist()) == (pa.int64(), [2020, None])
     assert run_main(aggregate_embeddings.main, output, "--by", "OSMID,code").code == 0
     groups = pq.read_table(output / "_aggregated" / "OSMID_code.parquet").to_pylist()
     assert [(group["code"], group["num_images"]) for group in groups] == [("1.1", 2), ("1.10", 1)]

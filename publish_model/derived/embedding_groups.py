@@ -21,15 +21,12 @@ COUNT_COLUMN = "num_images"
 MEASURED = pa.schema([(COUNT_COLUMN, pa.int64()), ("mean_pairwise_similarity", pa.float64())])
 
 
-def keys_of(table: pa.Table, by: Sequence[str]) -> list[Key]:
-    """Return the keys of a table's rows as plain values; NaN, which equals nothing, counts as null.
-
-    Raises InputError where a key is a float that is not a whole number.
-    """
-    columns = (table.column(name).combine_chunks() for name in by)
-    columns = (whole_from_floats(one, name, "--by", quiet=True) for one, name in zip(columns, by, strict=True))
-    rows = zip(*map(plain_values, columns), strict=True)
-    return [tuple(None if value != value else value for value in row) for row in rows]  # noqa: PLR0124
+def with_whole_keys(table: pa.Table, by: Sequence[str]) -> pa.Table:
+    """Return a table whose keys that are floats are int64, NaN null; raise InputError where one is not whole."""
+    for place in map(table.column_names.index, by):
+        keys = whole_from_floats(table.column(place), table.column_names[place], "--by", quiet=True)
+        table = table.set_column(place, table.schema.field(place).with_type(keys.type), keys)
+    return table
 
 
 def average_rows(table: pa.Table, keys: Sequence[Key], by: Sequence[str]) -> pa.Table:
@@ -67,7 +64,7 @@ def average_ids(
     Images without an id are left out. A mean without a direction gives way to the first image.
     """
     numbers: dict[object, int] = {}
-    keys = [key for (key,) in keys_of(columns, [ID_COLUMN])]
+    keys = plain_values(columns[ID_COLUMN])
     rows = np.array([row for row, key in enumerate(keys) if key is not None], np.int64)
     codes = np.array([numbers.setdefault(keys[row], len(numbers)) for row in rows], np.int64)
     firsts = rows[np.unique(codes, return_index=True)[1]]
