@@ -96,3 +96,11 @@ def test_a_shift_is_bounded_and_of_few_images_it_is_none():
     near = (near / np.linalg.norm(near, axis=1, keepdims=True)).astype(np.float32)
     assert table.measure_shift(near) == pair_table.MAX_SHIFT
     assert table.measure_shift(near[:20]) == 0
+    assert table.measure_shift(np.repeat(near[:1], 100, axis=0)) == 0
+
+
+def test_thousands_of_copies_leave_the_threshold_of_the_others():
+    table = pair_table.PairTable.of(pair_table.describe_pairs(*draw_buildings(5, 50, 4, 0.8, 32))["all"])
+    others, _ = draw_buildings(9, 100, 4, 0.8, 32)
+    copied = pair_table.centre(np.concatenate([np.repeat(unit_rows(0, 1, 32), 3_000, axis=0), others]))
+    assert table.measure_shift(copied) == pytest.approx(table.measure_shift(pair_table.centre(others)), abs=0.05)

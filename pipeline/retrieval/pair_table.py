@@ -31,7 +31,7 @@ Embeddings = NDArray[np.float32]
 
 def centre(embeddings: Embeddings) -> Embeddings:
     """Subtract the rows' mean (N, D), or the part of it that is not by chance, and L2-normalise them again."""
-    sample = _sample(embeddings)
+    sample, _ = _sample(embeddings)
     weights = 1 / np.maximum(1, (sample @ sample.T >= COPIES).sum(axis=1))
     mean = (weights @ sample / weights.sum()).astype(np.float32)
     by_chance = BUILDING_IMAGES / weights.sum()  # the squared length of the mean of independent unit vectors
@@ -110,13 +110,13 @@ class PairTable:
 
     def measure_shift(self, embeddings: Embeddings) -> float:
         """Return how much higher than in validation the cosines of pairs of two buildings are among centred rows."""
-        num_rows = len(embeddings)
-        if num_rows < 2 * COMPARED_PARTNERS:
+        sample, step = _sample(embeddings)
+        others = step * len(sample) - 1  # without copies
+        if len(sample) < 2 * COMPARED_PARTNERS:
             return 0.0
-        sample = _sample(embeddings)
         cosines = np.sort((sample @ sample.T)[np.triu_indices(len(sample), 1)])[::-1]
-        right = np.interp(cosines, self.columns["cosine"], self.columns["right_partners"]) / (num_rows - 1)
-        rate = min(COMPARED_PARTNERS / (num_rows - 1), 0.1)
+        right = np.interp(cosines, self.columns["cosine"], self.columns["right_partners"]) / others
+        rate = min(COMPARED_PARTNERS / others, 0.1)
         reached = np.arange(1, len(cosines) + 1) / len(cosines) - right >= rate
         shift = float(cosines[np.argmax(reached)]) - self.threshold_at(rate)
         return min(MAX_SHIFT, max(-MAX_SHIFT, shift))
@@ -145,5 +145,7 @@ class PairTable:
         return np.interp(-np.log(partners), -np.log(self.columns["partners"]), self.columns[name])
 
 
-def _sample(embeddings: Embeddings) -> Embeddings:
-    return embeddings[:: -(-len(embeddings) // SAMPLE_IMAGES)]
+def _sample(embeddings: Embeddings) -> tuple[Embeddings, int]:
+    """Return every n-th row, without copies, and n."""
+    step = -(-len(embeddings) // SAMPLE_IMAGES)
+    return np.unique(embeddings[::step], axis=0), step
