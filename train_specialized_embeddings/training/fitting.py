@@ -49,7 +49,7 @@ def fit(
         material = read_material(config, inputs, provenance, watch, saved)
         counts = {"in": material.num_images, "out": material.num_images}
         provenance = provenance | {"counts": counts}
-        run = TrainingRun(config, material, watch, provenance, saved and saved.rest)
+        run = TrainingRun(config, material, watch, provenance, saved.rest if saved else None)
         for record in run.history:
             send(record)
         if saved is not None:

@@ -132,7 +132,7 @@ class Trainer:
         if not graph.works:
             weights = [*self.projector.parameters(), *self.loss.parameters()]
             graph.try_out(self.features[padded[0].places.rows], padded[0], weights)
-        self.graph = graph if graph.works else None
+            self.graph = graph if graph.works else None
         return padded if graph.works else batches
 
     def _take_step(self, batch: Batch, part: Groups) -> Judged:
