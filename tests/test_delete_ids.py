@@ -177,10 +177,12 @@ def test_lists_that_cannot_be_used_are_one_line(delete, run_main, tmp_path):
 
 def test_a_damaged_order_stops_stage_8_rather_than_bring_rows_back(delete, embed, dataset, tmp_path):
     assert delete(dataset, "way/1").code == 0
-    (dataset / "_deleted" / "id_hashes.json").write_text(json.dumps({"done": True}))
-    outcome = embed(tmp_path / "in.parquet", dataset)
-    assert outcome.code == 1
-    assert "id_hashes.json: damaged" in outcome.stderr.splitlines()[-1]
+    path = dataset / "_deleted" / "id_hashes.json"
+    order = json.loads(path.read_text())
+    for damaged in ({"done": True}, order | {"salt": "00" * 65}, order | {"salt": ""}, order | {"id_hashes": "AAAA"}):
+        path.write_text(json.dumps(damaged))
+        outcome = embed(tmp_path / "in.parquet", dataset)
+        assert (outcome.code, "id_hashes.json: damaged" in outcome.stderr.splitlines()[-1]) == (1, True)
 
 
 def write_strings(folder, *ids):

@@ -157,10 +157,15 @@ def test_an_image_processors_code_is_neither_run_nor_published(toy_backbone, own
     backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
     settings = json.loads((backbone / "preprocessor_config.json").read_text())
     settings["auto_map"] = {"AutoImageProcessor": "toy.Toy"}
+    settings["inner"] = [{"Auto_Map ": settings["auto_map"], "custom_pipelines": {"x": {"impl": "toy.Toy"}}}]
     (backbone / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = json.loads((backbone / "config.json").read_text())
+    (backbone / "config.json").write_text(json.dumps(config | {"inner": settings["inner"]}))
     (backbone / "toy.py").write_text(PAYLOAD.format(str(tmp_path / "ran")) + "class Toy: pass\n")
     published = publish(tmp_path, backbone)
-    assert "auto_map" not in json.loads((published / "preprocessor_config.json").read_text())
+    for name in ("preprocessor_config.json", "config.json"):
+        assert "toy.Toy" not in (published / name).read_text()
+    assert json.loads((published / "preprocessor_config.json").read_text())["inner"] == [{}]
     Embedder(backbone, device="cpu", trust_remote_code=True)
     del settings["image_processor_type"]
     (own_backbone / "preprocessor_config.json").write_text(json.dumps(settings))

@@ -76,9 +76,8 @@ def test_killed_anywhere_the_next_run_leaves_no_byte(delete, embed, dataset, tmp
 
     monkeypatch.setattr(deletions, step, die)
     if step == "replace":  # the last one, behind parts and state
-        monkeypatch.setattr(
-            deletions, step, lambda one, **changes: die() if "done" in changes else replace(one, **changes)
-        )
+        finish = lambda one, **changes: die() if "done" in changes else replace(one, **changes)  # noqa: E731
+        monkeypatch.setattr(deletions, step, finish)
     assert delete(dataset, "way/1").code == 130
     monkeypatch.undo()
     write_derived(dataset)  # by whoever was at it meanwhile
@@ -279,6 +278,8 @@ def test_stage_8_neither_writes_nor_removes_through_a_link(embed, dataset, tmp_p
     assert outcome.code == 1
     assert str(dataset / name) in outcome.stderr.splitlines()[-1]
     assert "a link" in outcome.stderr.splitlines()[-1]
+    assert embed(tmp_path / "in.parquet", dataset, "--overwrite").code == 1
+    assert [path.name for path in (dataset / "_removed").iterdir()] == ["1"]  # nothing was set aside
     assert {path: path.read_bytes() for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()} == before
 
 
@@ -319,9 +320,8 @@ def test_the_order_is_read_before_each_part_is_written(delete, dataset):
     content = part.read_content()
     assert "way/1" in content.embedded["OSMID"].to_pylist()
     assert delete(dataset, "way/1").code == 0
-    source = open_input(
-        InputOptions(input=dataset.parent / "in.parquet", read_batch_size=part.recipe["read_batch_size"])
-    )
+    size = part.recipe["read_batch_size"]
+    source = open_input(InputOptions(input=dataset.parent / "in.parquet", read_batch_size=size))
     store = Appending(EmbeddingsDataset(dataset), source, "m", "v", Precision("float32"))
     store.write_part(part.plan, content)
     assert holders(dataset, "way/1") == []

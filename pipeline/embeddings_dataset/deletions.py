@@ -43,6 +43,7 @@ _DERIVED = re.compile(
 _DERIVED_FOLDERS = re.compile(r"(_adopted|_aggregated|_clusters|_logs|_removed)(/.+)?")
 _SET_ASIDE = re.compile(rf"{SET_ASIDE}/[1-9]\d*", re.ASCII)
 _ORDER = "_deleted/id_hashes.json"
+_SALT_BYTES = 16
 # The dataset's own files: parts and rejects are rewritten, the others hold no ids.
 _OWN = re.compile(
     r"state\.json|\.dataset\.lock(\..+)?|_deleted/id_hashes\.json"
@@ -117,7 +118,10 @@ def read_order(folder: Path) -> DeletionOrder:
         hashes = np.frombuffer(base64.b64decode(content["id_hashes"]), "<u8")
         is_unmatched = np.unpackbits(np.frombuffer(bytes.fromhex(content["unmatched"]), np.uint8), count=len(hashes))
         unmatched = hashes[is_unmatched.astype(bool)]
-        return DeletionOrder(bytes.fromhex(content["salt"]), hashes, unmatched, bool(content["done"]))
+        salt = bytes.fromhex(content["salt"])
+        if len(salt) != _SALT_BYTES:
+            raise ValueError("another salt than ours")
+        return DeletionOrder(salt, hashes, unmatched, bool(content["done"]))
     except (FileNotFoundError, NotADirectoryError):
         return DeletionOrder(b"", np.empty(0, np.uint64), np.empty(0, np.uint64), done=True)
     except (ValueError, KeyError, TypeError):
@@ -147,7 +151,7 @@ def delete_ids(
     folder, before = dataset.folder, read_order(dataset.folder)
     for path in _survey(folder, "link"):
         raise PipelineError(f"{path}: a link, and what it leads to may hold the ids: remove it, then run this again")
-    salt = before.salt or secrets.token_bytes(16)
+    salt = before.salt or secrets.token_bytes(_SALT_BYTES)
     # All rows are looked up in each of their spellings, and the text of a decimal stands for it everywhere.
     hashes = hash_ids((_spellings(one)[-1] if isinstance(one, Decimal) else one for one in ids), salt)
     wanted, found = _sorted(before.id_hashes, hashes), np.empty(0, np.uint64)
@@ -193,7 +197,7 @@ def _list_values(value: object) -> Iterator[object]:
     """Yield the texts, bytes, whole numbers and names of fields in a plain value, nested or not."""
     if isinstance(value, str | bytes | int) and not isinstance(value, bool):
         yield value
-    elif isinstance(value, float) and value.is_integer():
+    elif isinstance(value, float | Decimal) and value % 1 == 0:
         yield int(value)
     elif isinstance(value, dict | list | tuple):
         for one in [*value, *value.values()] if isinstance(value, dict) else value:

@@ -31,7 +31,7 @@ from pipeline.retrieval.geography import is_position
 from pipeline.retrieval.pair_table import describe_pairs
 from pipeline.workspace import parse_json
 from publish_model.model_folder.model_card import ModelParts, is_measured, list_licences, worse_than, write_card
-from publish_model.model_folder.published_model import RATES_NAME, describe_model, read_code
+from publish_model.model_folder.published_model import RATES_NAME, describe_model, drop_code, read_code
 from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 # Of one file; the hub takes up to 50 GB.
@@ -159,17 +159,13 @@ def write_weights(folder: Path, model: ModelParts, dtype: str) -> str:
 
 
 def copy_processor(backbone_dir: Path, folder: Path, image_size: int | None) -> None:
-    """Copy the settings of the backbone's image processor for `image_size`, in the file that every version reads.
-
-    They name no code: `auto_map` would have the backbone's own run wherever the published model is trusted.
-    """
+    """Copy the settings of the backbone's image processor for `image_size`, in the file that every version reads."""
     from pipeline.inference.pixels import load_processor, size_settings
 
     name = "preprocessor_config.json"
     processor = load_processor(backbone_dir)
     path = backbone_dir / name
-    settings = read_settings(path) if path.is_file() else parse_json(processor.to_json_string())
-    settings.pop("auto_map", None)
+    settings = drop_code(read_settings(path) if path.is_file() else parse_json(processor.to_json_string()))
     if image_size is not None:
         settings |= size_settings(processor.to_dict(), image_size)
     (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

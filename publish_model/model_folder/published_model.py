@@ -43,7 +43,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_spatial_embeddings.SpatialEmbeddingsModel",
 }
 # Keys of a backbone's configuration about its storage, which do not hold for the published copy.
-STORAGE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "auto_map")
+STORAGE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+# Settings that name code, however deep they stand.
+CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
 def read_code() -> dict[str, bytes]:
@@ -78,13 +80,21 @@ def describe_model(
         "auto_map": AUTO_MAP,
         "model_type": MODEL_TYPE,
         "backbone_model_name": backbone_name,
-        "backbone_config": {key: value for key, value in backbone_config.items() if key not in STORAGE_KEYS},
+        "backbone_config": drop_code({key: value for key, value in backbone_config.items() if key not in STORAGE_KEYS}),
         "pooling_type": section.pooling_type,
         "scales": section.scales,
         "flip": section.flip,
         "projector": architecture,
         "embedding_dim": architecture["output_dim"],
     }
+
+
+def drop_code(settings: Any) -> Any:
+    """Return a backbone's settings without what names code: it would run wherever the published model is trusted."""
+    if isinstance(settings, dict):
+        kept = (key for key in settings if key.strip().lower() not in CODE_KEYS)
+        return {key: drop_code(settings[key]) for key in kept}
+    return [drop_code(one) for one in settings] if isinstance(settings, list) else settings
 
 
 @dataclass(frozen=True)
