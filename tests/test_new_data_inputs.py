@@ -122,7 +122,7 @@ def test_the_keys_of_hive_folders_are_kept_where_asked_for_and_said_else(embed, 
     assert "column year is missing" in embed(folder, tmp_path / "other", "--keep-columns", "year").stderr
     write_packaged(tmp_path / "both/year=2020/x.parquet", make_photographs(2), OSMID=[1, 2], year=[1999, 2020])
     outcome = embed(tmp_path / "both", tmp_path / "twice", "--keep-columns", "year")
-    assert "its folders name year, as columns of its files do: the files' values count" in outcome.stderr
+    assert "its folders name year: give --keep-columns year to keep it as a column, unless the files" in outcome.stderr
     assert read_dataset(tmp_path / "twice")["year"].to_pylist() == [1999, 2020]
 
 

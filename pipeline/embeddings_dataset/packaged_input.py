@@ -151,14 +151,13 @@ def _refuse_table_formats(folder: Path, names: list[str]) -> None:
 
 def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
     path, schemas, rows, places, footers = options.input, [], [], [], []
-    folder_values, held_twice = list[dict[str, str]](), set[str]()
+    folder_values: list[dict[str, str]] = []
     for file_path in files:
         pairs = [part.partition("=") for part in file_path.relative_to(path).parts[:-1]]  # Hive: year=2020/
         values = {key: "" if value == _NO_PARTITION else unquote(value) for key, is_pair, value in pairs if is_pair}
         with open_parquet(file_path) as file, reading(file_path):
             metadata, schema = file.metadata, file.schema_arrow
-            held_twice |= values.keys() & set(schema.names)
-            folder_values.append({key: value for key, value in values.items() if key not in schema.names})
+            folder_values.append(values)
             _check_columns(file_path, schema, options, [name for name in options.keep_columns if name not in values])
             if plain_type(schema.field(options.id_column).type) == pa.float64():
                 whole_from_floats(file.read([options.id_column]).column(0), options.id_column, file_path)
@@ -179,10 +178,8 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
                     f"{file_path}: column {name} is {kind}, in {files[0].name} it is {first}: package all files in the "
                     "same way"
                 )
-    if held_twice:
-        names = ", ".join(sorted(held_twice))
-        logger.warning("%s: its folders name %s, as columns of its files do: the files' values count", path, names)
-    partitions = _keep_partitions(path, folder_values, options.keep_columns)
+    kept = [name for name in options.keep_columns if name not in schemas[0].names]
+    partitions = _keep_partitions(path, folder_values, kept)
     size = sum(file_path.stat().st_size for file_path in files)
     fingerprint = footers[0] if path.is_file() else hash_json([footers, folder_values] if partitions else footers)
     return PackagedInput(
@@ -205,7 +202,8 @@ def _keep_partitions(
     """Return the kept columns that folders name, a value for each file, and say which others they name."""
     keys = dict.fromkeys(key for values in folder_values for key in values)
     if others := ",".join(key for key in keys if key not in keep_columns):
-        logger.warning("%s: its folders name %s: give --keep-columns %s to keep it as a column", path, others, others)
+        what = "to keep it as a column, unless the files have one, which counts"
+        logger.warning("%s: its folders name %s: give --keep-columns %s %s", path, others, others, what)
     return {
         key: whole_or_text(pa.array([values.get(key, "") for values in folder_values]))
         for key in keys if key in keep_columns
