@@ -25,7 +25,7 @@ from pipeline.embeddings_dataset.appending import Appending
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.duplicates import describe_duplicates
 from pipeline.embeddings_dataset.packaged_input import PackagedInput, list_pictures, open_input
-from pipeline.embeddings_dataset.parts import STAGE, PartContent, find_files, plan_parts
+from pipeline.embeddings_dataset.parts import STAGE, PartContent, find_files, plan_parts, read_planned
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.files.units import Unit
 from pipeline.inference.precision import NUM_PICTURES, Precision, settle_precision
@@ -110,7 +110,8 @@ def make_missing_parts(appending: Appending, embedder: "Embedder", watch: Stopwa
     from publish_model.new_data.batch_embedding import ReadBatch, embed_batches
 
     rows_kept, rows = appending.num_rows
-    batches = (ReadBatch(plan, table) for plan, table in appending.read_missing())
+    tables = read_planned(appending.source, appending.work)
+    batches = (ReadBatch(plan, table.slice(0, plan.rows_within(appending.limit))) for plan, table in tables)
 
     def write(batch: ReadBatch, content: PartContent) -> None:
         with watch.measure("write"):

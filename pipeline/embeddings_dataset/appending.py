@@ -1,11 +1,8 @@
 """The parts that one run adds to an embeddings dataset: which are missing, writing them, and the state."""
 
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
 from pipeline.embeddings_dataset.deletions import finish_order, read_order
@@ -19,7 +16,6 @@ from pipeline.embeddings_dataset.parts import (
     find_files,
     list_part_files,
     plan_parts,
-    read_planned,
     rejects_beside,
     write_part,
 )
@@ -121,7 +117,7 @@ class Appending:
         Without files the dataset is begun anew. Raises StaleOutputError, naming the difference, where it is of another
         recipe or not ours, PipelineError where a deletion of ids was interrupted.
         """
-        folder, self._limit, self._is_anew = self.dataset.folder, limit, files is None
+        folder, self.limit, self._is_anew = self.dataset.folder, limit, files is None
         found = {}
         if files is not None:
             if files.begun is None:
@@ -156,11 +152,3 @@ class Appending:
         if self.dataset.state is None:
             self.dataset.update_state((), self._first_state)
         self.check(self.dataset.state or self.recipe, self.dataset.state_path)
-
-    def read_missing(self) -> Iterator[tuple[PartPlan, pa.Table]]:
-        """Yield the rows of each missing part, in input order.
-
-        Raises InputError if the input ends before the place that its footer names.
-        """
-        for plan, table in read_planned(self.source, self.work):
-            yield plan, table.slice(0, plan.rows_within(self._limit))

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[1] / "templates"
 NAME = "Spatial building embeddings"
-_LICENCE_BYTES = 2**20
 LICENCE_KEYS = ("license", "license_name", "license_link")
 ROWS = {
     "raw": "backbone alone",
@@ -102,14 +101,13 @@ def write_card(folder: Path, model: ModelParts, dtype: str, licence_files: list[
 def list_licences(folder: Path) -> list[Path]:
     """List the licence texts in a backbone's folder; a link out of it could publish any file of the user's."""
     paths = {path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.suffix != ".py"}
-    found = sorted(path for path in paths if path.is_file())
-    for path in [path for path in found if path.stat().st_size > _LICENCE_BYTES]:
-        logger.warning("%s: over %d bytes, no licence: left out", path, _LICENCE_BYTES)
-        found.remove(path)
-    for path in found:
+    found = []
+    for path in sorted(paths):
         if not is_within(path):
             logger.warning("%s: a link out of the model's folder, which is not followed", path)
-    return [path for path in found if is_within(path)]
+        elif path.is_file():
+            found.append(path)
+    return found
 
 
 def _read_licence(path: Path) -> dict[str, str]:
