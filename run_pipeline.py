@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.stages import NO_NEW_DATA, STAGES, choose_stages
+from pipeline.stages import choose_stages
 
 
 def run_stages(
@@ -23,10 +23,7 @@ def run_stages(
 
     Raises ConfigError before anything runs if a path of a later stage is not set, and what the failing stage raises.
     """
-    chosen = choose_stages(config, first, last)
-    if first <= 8 <= last and STAGES[8] not in chosen:
-        print(NO_NEW_DATA, file=sys.stderr)
-    for stage in chosen:
+    for stage in choose_stages(config, first, last):
         try:
             results.append(cli.run_stage(stage.name, importlib.import_module(stage.module).run, config, options))
         except PipelineError as error:

@@ -4,6 +4,7 @@ A new stage is a script and one entry here; the script offers `run(config, optio
 `list_units(config)`, which names its units (see pipeline/files/units.py).
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,6 @@ TUNE = Stage(
 )  # fmt: skip
 
 BY_LABEL = {stage.label: stage for stage in (*STAGES.values(), TUNE)}
-NO_NEW_DATA = "stage 8: [new_data].input and output are not set: passed over"
 
 
 def has_new_data(config: Config) -> bool:
@@ -118,6 +118,8 @@ def choose_stages(config: Config, first: int, last: int) -> list[Stage]:
     """
     asked = [stage for number, stage in STAGES.items() if first <= number <= last]
     chosen = [stage for stage in asked if stage.number != 8 or has_new_data(config)]
+    if len(chosen) < len(asked):
+        print("stage 8: [new_data].input and output are not set: passed over", file=sys.stderr)
     check_paths(config, chosen)
     for name in dict.fromkeys(name for stage in asked for name in (*stage.may_read, stage.writes)):
         config.find_path(name)

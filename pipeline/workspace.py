@@ -19,8 +19,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pipeline import LOGGER
 from pipeline.errors import HeldError, PipelineError
@@ -80,7 +81,7 @@ def open_file(path: Path, flags: int) -> int:
     return descriptor
 
 
-def open_without_waiting(path: Path) -> IO[bytes]:
+def open_without_waiting(path: Path) -> BufferedReader:
     """Open a file to read; raise OSError for a pipe or a device, which may never end."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (not ours)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -189,7 +190,6 @@ def temporary_path(path: Path) -> Path:
 
 
 def is_temporary(name: str) -> re.Match[str] | None:
-    """Match the name of a temporary file of some process."""
     return re.fullmatch(r"\..+\.(\w+)-(\d+)-[0-9a-f]{16}\.tmp", name)
 
 

@@ -19,4 +19,4 @@ if [ "$install" = 1 ] && [[ " ${options[*]-} " != *" --help "* ]]; then
 fi
 find_python "$@"
 export HF_HUB_OFFLINE=0
-exec "$PYTHON" "$root/slurm/control/fetch_models.py" ${options[@]+"${options[@]}"}
+exec "$PYTHON" "$root/slurm/control/submit.py" fetch ${options[@]+"${options[@]}"}

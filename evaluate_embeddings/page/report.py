@@ -33,7 +33,6 @@ FILTERS: dict[str, Callable[..., str]] = {
 def write_report(
     path: Path, evaluation: Evaluation, metrics: Mapping[str, Any], split_path: Path, raw_dir: Path | None
 ) -> None:
-    """Write the page in one piece; it says why pictures are missing."""
     gallery = make_gallery(evaluation, split_path, raw_dir)
     environment = load_templates(TEMPLATES_DIR)
     environment.filters |= FILTERS

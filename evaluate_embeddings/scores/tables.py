@@ -38,7 +38,6 @@ class LabelledModels:
 
 
 def format_metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Return metrics.json as a table, with the intervals below the values."""
     counts = (metrics["queries"], metrics["gallery"], metrics["buildings"], metrics["ignored_pairs"])
     lines = _format_counts(*counts, split=f"{metrics['split']} split: ")
     lines += _format_scores({KIND_LABELS[kind]: metrics[kind] for kind in KINDS})

@@ -25,8 +25,9 @@ from pipeline.config import Config
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import open_input
 from pipeline.errors import ConfigError
+from pipeline.inference.model_files import locate_backbone
 from pipeline.reference.model_folder import locate_published
-from pipeline.stages import BY_LABEL, NO_NEW_DATA, ROW_GROUP, STAGES, TUNE, Stage, check_paths, choose_stages
+from pipeline.stages import BY_LABEL, STAGES, TUNE, Stage, check_paths, choose_stages, has_new_data
 from publish_model.new_data.embed_options import EmbedOptions, add_options, check_places
 from slurm.control.submission import Request, submit
 from slurm.control.target import Target
@@ -75,12 +76,9 @@ def list_stages(config: Config, arguments: argparse.Namespace) -> list[Stage]:
         check_paths(config, [TUNE])
         return [TUNE]
     first, last = (stage.number,) * 2 if stage else (arguments.from_stage, arguments.to_stage)
-    stages = choose_stages(config, first, last)
-    if first <= 8 <= last and not any(chosen.unit == ROW_GROUP for chosen in stages):
-        if stage:
-            raise ConfigError(f"{config.file_path}: [new_data].input and output: both are needed to embed new data")
-        print(NO_NEW_DATA, file=sys.stderr)
-    return stages
+    if stage == STAGES[8] and not has_new_data(config):
+        raise ConfigError(f"{config.file_path}: [new_data].input and output: both are needed to embed new data")
+    return choose_stages(config, first, last)
 
 
 def submit_embeddings(argv: Sequence[str]) -> None:
@@ -106,10 +104,28 @@ def submit_embeddings(argv: Sequence[str]) -> None:
     submit(Request(target, [STAGES[8]], arguments, sbatch_options, []))
 
 
+def fetch_models(argv: Sequence[str]) -> None:
+    """Fetch the configured backbone, or named models, into the hub's cache, and print each one's folder."""
+    parser = cli.make_parser(
+        "Fetch the configured backbone, or named models, into the hub's cache, for jobs without internet.\n\n"
+        "    slurm/prepare.sh [--config CONFIG] [--model-id ID ...] [--no-install]"
+    )
+    parser.add_argument(
+        "--model-id", action="append", default=[], metavar="ID", dest="model_ids",
+        help="fetch this hub model in place of the backbone; may be repeated",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    if not arguments.model_ids:
+        print(locate_backbone(cli.config_from(arguments), download=True))
+    for name in arguments.model_ids:
+        located = locate_published(name, download=True)
+        print(located and located.folder)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["embeddings"]:
-        submit_embeddings(words[1:])
+    if other := {"embeddings": submit_embeddings, "fetch": fetch_models}.get(words[0] if words else ""):
+        other(words[1:])
         return
     arguments, sbatch_options, stage_options = parse(words)
     config = cli.config_from(arguments)
