@@ -120,8 +120,9 @@ def embed_tar(unit: TarUnit, provenance: Provenance, stage: Embedding, adds_miss
         if old_values is not None:
             scratch.write(old_rows, old_values)
         missing = fill_scratch(unit.tar_path, table, scratch, stage, set(old_rows))
-        stored = pa.type_for_alias(stage.config.embedding_model.embedding_dtype)
-        embedding_type = pa.list_(stored, scratch.width or stage.embedder.width)
+        embedding_type = pa.list_(
+            pa.type_for_alias(stage.config.embedding_model.embedding_dtype), scratch.width or stage.embedder.width
+        )
         held.pop_all()  # the thread that writes closes it
     rejects = scratch.rejects | {row: Rejection("missing_image", f"not in {unit.tar_path.name}") for row in missing}
     made_in = {"precision": stage.precision.mode, **stage.precision.fidelity}

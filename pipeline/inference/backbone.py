@@ -74,10 +74,6 @@ class Launched:
             self.events[-1][1].synchronize()
         return torch.cat(self.parts).numpy()
 
-    def gpu_seconds(self) -> float:
-        """Return the seconds for which the GPU computed; call `result` first."""
-        return float(sum(start.elapsed_time(end) for start, end in self.events)) / 1000.0
-
 
 class Embedder:
     """A model with its image processor, on a device, in evaluation mode.

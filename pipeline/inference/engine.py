@@ -155,6 +155,6 @@ def _fetch(gathered: Embedded[Item], launched: Launched, watch: Stopwatch) -> Em
     if gathered.items:
         with watch.measure("compute"):
             gathered.embeddings = launched.result()
-        watch.busy_seconds += launched.gpu_seconds()
+        watch.busy_seconds += sum(start.elapsed_time(end) for start, end in launched.events) / 1000.0
         watch.images += len(gathered.items)
     return gathered
