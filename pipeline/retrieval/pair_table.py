@@ -35,7 +35,8 @@ def centre(embeddings: Embeddings) -> Embeddings:
     weights = 1 / np.maximum(1, (sample @ sample.T >= COPIES).sum(axis=1))
     mean = (weights @ sample / weights.sum()).astype(np.float32)
     by_chance = BUILDING_IMAGES / weights.sum()  # the squared length of the mean of independent unit vectors
-    centred = embeddings - np.float32(max(0.0, 1 - by_chance / max(float(mean @ mean), by_chance))) * mean
+    mean *= 1 - by_chance / max(float(mean @ mean), by_chance)
+    centred: Embeddings = embeddings - mean
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
     return centred
 
@@ -123,7 +124,7 @@ class PairTable:
 
     def choose_threshold(self, candidates: float, shift: float) -> float:
         """Return the cosine where B-cubed F1 is expected to be best, for images with so many candidates each."""
-        cosines = np.linspace(*self.columns["cosine"][[0, -1]], 500)
+        cosines = np.linspace(self.columns["cosine"][0], self.columns["cosine"][-1], 500)
         precision = self._at_partners("bcubed_precision", self.partners_at(cosines, candidates, shift))
         recall = np.interp(cosines, self.columns["cosine"], self.columns["bcubed_recall"])
         scores = 2 * precision * recall / (precision + recall)
