@@ -209,11 +209,10 @@ def read_batches(
 def read_columns(path: Path, fields: Iterable[pa.Field], remedy: str, *, with_others: bool = False) -> pa.Table:
     """Return some columns, none of them empty, with the given types; `with_others` the other columns follow."""
     wanted = pa.schema(fields)
-    with open_parquet(path) as file:
+    with open_parquet(path) as file, reading(path):
         stored = stored_fields(file.schema_arrow, wanted)
         check_columns(path, file.schema_arrow, stored)
-        with reading(path):
-            table = file.read(columns=None if with_others else [field.name for field in stored])
+        table = file.read(columns=None if with_others else [field.name for field in stored])
     table = fill_composite_ids(convert_table(path, table, stored))
     for name in wanted.names:
         if table[name].null_count:
