@@ -126,8 +126,6 @@ class PublishedModel:
         from pipeline.inference.backbone import Embedder
         from publish_model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
-        if changed := list_changed(self.folder):
-            logger.warning("%s: changed since it was published, or another model's: %s", self.folder, changed)
         embedder = Embedder(
             self.folder,
             device=self.device,
@@ -170,6 +168,8 @@ def find_model(
     folder = in_own_format(located, describe_model, download=download)
     if missing := find_missing_files(folder):  # found before a dataset is begun that bears the broken model's id
         raise InputError(f"{folder}: {missing[0]} is missing: fetch or copy the model folder again")
+    if changed := list_changed(folder):
+        logger.warning("%s: changed since it was published, or another model's: %s", folder, changed)
     return PublishedModel(model_id, folder, identify_model(folder), device, batch_size, trust_remote_code)
 
 
