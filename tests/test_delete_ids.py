@@ -130,7 +130,7 @@ def test_a_killed_takedown_of_broken_files_can_be_finished(delete, run_main, dat
 
 def test_what_was_made_of_the_dataset_is_removed_with_them(delete, dataset):
     (dataset / "_clusters").mkdir()
-    (dataset / "_clusters" / "clusters.json").write_text("{}")
+    (dataset / "_clusters" / "clusters.json").write_text('{"tool": "cluster_embeddings"}')
     assert delete(dataset, "way/777").code == 1
     assert (dataset / "_clusters").is_dir()
     outcome = delete(dataset, "way/1")
@@ -363,23 +363,6 @@ def test_a_text_list_names_uuids_binary_ids_and_times(delete, tmp_path, ids, lin
     output = write_dataset(tmp_path / "out", ids, unit_rows(0, 3))
     assert delete(output, line).code == 0
     assert read_dataset(output)["OSMID"].combine_chunks().equals(pa.concat_arrays([ids.slice(0, 1), ids.slice(2)]))
-
-
-def test_what_was_set_aside_goes_and_what_is_not_ours_stays(delete, tmp_path):
-    output = write_strings(tmp_path / "out", "way/1", "way/2")
-    aside, foreign = output / "_removed" / "1" / "parts", output / "_removed" / "mine" / "parts"
-    for folder in (aside, foreign):
-        folder.mkdir(parents=True)
-        pq.write_table(pa.table({"OSMID": ["way/1"]}), folder / "rg00000_rb00001.parquet")
-    for _ in range(2):
-        outcome = delete(output, "way/1")
-        assert outcome.code == 1
-        assert [path.name for path in (output / "_removed").iterdir()] == ["mine"]
-        assert (foreign / "rg00000_rb00001.parquet").exists()
-        assert f"{foreign / 'rg00000_rb00001.parquet'}: not written by this project: it stays" in outcome.stderr
-        assert "the ids are gone but for 1 files or datasets that are not its own" in outcome.stderr.splitlines()[-1]
-    (foreign / "rg00000_rb00001.parquet").unlink()
-    assert delete(output, "way/1").code == 0
 
 
 def test_overwriting_a_dataset_whose_deletion_was_killed_applies_the_deletion(delete, embed, dataset, tmp_path):

@@ -1,13 +1,18 @@
-"""What a takedown says of values outside the ids' own column, and of its list."""
+"""What a takedown says of values outside the ids' own column and of files of others, its list, and its hashes."""
 
 import base64
+import json
+import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from embedded_datasets import unit_rows, write_dataset
 from published_models import read_dataset
 
+from pipeline.embeddings_dataset import deletions
+from pipeline.embeddings_dataset.columns import hash_ids
 from publish_model.new_data.id_lists import read_id_list
 
 
@@ -66,3 +71,43 @@ def test_notes_of_others_inside_a_nested_column_go_with_the_ids(delete, tmp_path
 def test_an_id_that_a_list_repeats_takes_no_more_memory(tmp_path):
     pq.write_table(pa.table({"OSMID": ["way/1"] * 9 + ["way/2"]}), tmp_path / "list.parquet")
     assert read_id_list(tmp_path / "list.parquet").to_pylist() == ["way/1", "way/2"]
+
+
+def test_each_dataset_has_hashes_of_its_own(delete, tmp_path):
+    """A table of the hashes of all ids that can be counted through fits no dataset."""
+    contents = []
+    for name in ("one", "two"):
+        output = write_dataset(tmp_path / name, pa.array([1, 2, 3]), unit_rows(0, 3))
+        assert delete(output, "2", "3").code == 0
+        contents.append(json.loads((output / "_deleted" / "id_hashes.json").read_text()))
+    assert {len(one["salt"]) for one in contents} == {32}
+    assert contents[0]["salt"] != contents[1]["salt"]
+    first, second = (np.frombuffer(base64.b64decode(one["id_hashes"]), "<u8").tolist() for one in contents)
+    assert set(first).isdisjoint(second)
+    assert set(first).isdisjoint(hash_ids([1, 2, 3]))
+    salted = hash_ids([2, 3], bytes.fromhex(contents[0]["salt"]))
+    assert first == sorted(salted)
+    order = deletions.read_order(tmp_path / "one")
+    assert order.find([1, 2, 3, "3", b"2", None]).tolist() == [False, True, True, True, True, False]
+
+
+def test_what_was_set_aside_goes_and_what_is_not_ours_stays(delete, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(["way/1", "way/2"]), unit_rows(0, 2))
+    aside, foreign = output / "_removed" / "1" / "parts", output / "_removed" / "mine" / "parts"
+    for folder in (aside, foreign):
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"OSMID": ["way/1"]}), folder / "rg00000_rb00001.parquet")
+    mine = output / "_aggregated" / "by_city.parquet"
+    shutil.copytree(foreign, mine.parent)
+    (mine.parent / "rg00000_rb00001.parquet").rename(mine)
+    for _ in range(2):
+        outcome = delete(output, "way/1")
+        assert outcome.code == 1
+        assert [path.name for path in (output / "_removed").iterdir()] == ["mine"]
+        for path in (foreign / "rg00000_rb00001.parquet", mine):
+            assert f"{path}: not written by this project: it stays" in outcome.stderr
+            assert path.exists()
+        assert "the ids are gone but for 2 files or datasets that are not its own" in outcome.stderr.splitlines()[-1]
+    (foreign / "rg00000_rb00001.parquet").unlink()
+    mine.unlink()
+    assert delete(output, "way/1").code == 0

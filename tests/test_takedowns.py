@@ -1,13 +1,11 @@
 """A takedown is done when no byte is left, and not before it says so."""
 
-import base64
 import errno
 import json
 import os
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +14,6 @@ from published_models import list_parts, read_bytes, read_dataset
 
 from pipeline.embeddings_dataset import deletions, parts
 from pipeline.embeddings_dataset.appending import Appending
-from pipeline.embeddings_dataset.columns import hash_ids
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import InputOptions, open_input
 from pipeline.inference.precision import Precision
@@ -52,7 +49,9 @@ def write_derived(output):
         f"_aggregated/.OSMID.parquet.another_host-1-{hidden}", "_adopted/state.json",
     ):  # fmt: skip
         (output / name).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"OSMID": ["way/1"]}), output / name)
+        stage = "cluster_embeddings" if "_clusters" in name else "aggregate_embeddings"
+        footer = {parts.PROVENANCE_KEY: json.dumps({"stage": stage})}
+        pq.write_table(pa.table({"OSMID": ["way/1"]}).replace_schema_metadata(footer), output / name)
     (output / "_logs").mkdir(exist_ok=True)
     (output / "_logs" / "generate_embeddings_from_parquet.1of3.log").write_text("4 times, among them way/1 and way/2")
 
@@ -379,21 +378,3 @@ def test_with_the_input_a_part_that_lacks_more_than_the_deleted_ids_is_seen(dele
     part.rewrite(replace(content, embedded=content.embedded.set_column(0, content.embedded.schema.field(0), ids)))
     outcome = run_main(verify_embeddings.main, dataset, "--input", tmp_path / "in.parquet")
     assert (outcome.code, "its ids are not those of the input's rows" in outcome.stderr) == (1, True)
-
-
-def test_each_dataset_has_hashes_of_its_own(delete, tmp_path):
-    """A table of the hashes of all ids that can be counted through fits no dataset."""
-    contents = []
-    for name in ("one", "two"):
-        output = write_dataset(tmp_path / name, pa.array([1, 2, 3]), unit_rows(0, 3))
-        assert delete(output, "2", "3").code == 0
-        contents.append(json.loads((output / "_deleted" / "id_hashes.json").read_text()))
-    assert {len(one["salt"]) for one in contents} == {32}
-    assert contents[0]["salt"] != contents[1]["salt"]
-    first, second = (np.frombuffer(base64.b64decode(one["id_hashes"]), "<u8").tolist() for one in contents)
-    assert set(first).isdisjoint(second)
-    assert set(first).isdisjoint(hash_ids([1, 2, 3]))
-    salted = hash_ids([2, 3], bytes.fromhex(contents[0]["salt"]))
-    assert first == sorted(salted)
-    order = deletions.read_order(tmp_path / "one")
-    assert order.find([1, 2, 3, "3", b"2", None]).tolist() == [False, True, True, True, True, False]

@@ -1,6 +1,7 @@
 """Delete ids from an embeddings dataset for good: stage 8 leaves out ids with the same hashes too."""
 
 import base64
+import itertools
 import os
 import re
 import secrets
@@ -28,7 +29,7 @@ from pipeline.embeddings_dataset.parts import (
     rejects_beside,
 )
 from pipeline.errors import DamagedError, InputError, PipelineError
-from pipeline.files.outputs import is_dataset
+from pipeline.files.outputs import carries, is_dataset
 from pipeline.files.tables import read_provenance
 from pipeline.log import logger
 from pipeline.workspace import read_json, remove
@@ -40,6 +41,8 @@ _DERIVED = re.compile(
     r"|_removed/[1-9]\d*/(state\.json|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet)",
     re.ASCII,
 )
+# Files there that these did not write are the user's.
+_TOOLS = {"_aggregated": "aggregate_embeddings", "_clusters": "cluster_embeddings"}
 _DERIVED_FOLDERS = re.compile(r"(_adopted|_aggregated|_clusters|_logs|_removed)(/.+)?")
 _SET_ASIDE = re.compile(rf"{SET_ASIDE}/[1-9]\d*", re.ASCII)
 _ORDER = "_deleted/id_hashes.json"
@@ -68,8 +71,9 @@ class DeletionOrder:
         """Return which of some ids are to be left out, (N,)."""
         if not len(self.id_hashes):
             return np.zeros(len(ids), dtype=bool)
-        hashes = (hash_ids(_spellings(one), self.salt) for one in ids)
-        return np.array([_are_among(one, self.id_hashes).any() for one in hashes], dtype=bool)
+        spellings = [_spellings(one) for one in ids]
+        is_listed = _are_among(hash_ids(itertools.chain(*spellings), self.salt), self.id_hashes)
+        return np.logical_or.reduceat(is_listed, np.cumsum([0, *map(len, spellings)])[:-1])
 
     def apply(self, content: PartContent) -> PartContent:
         """Return a part's content without the rows, embedded and rejected, of the ids; itself if it has none."""
@@ -234,7 +238,9 @@ def _survey(folder: Path, wanted: str) -> list[Path]:
             elif _OWN.fullmatch(name) and not is_orphan:
                 kind = "own"
             else:
-                is_made = _DERIVED.fullmatch(name) or workspace.is_temporary(path.name) or (is_orphan and is_ours(path))
+                tool = _TOOLS.get(path.parent.name)
+                is_made = _DERIVED.fullmatch(name) and (tool is None or carries(path, tool))
+                is_made = is_made or workspace.is_temporary(path.name) or (is_orphan and is_ours(path))
                 kind = "derived" if is_made else "other"
             if kind != "own" and path.name in below:
                 below.remove(path.name)
