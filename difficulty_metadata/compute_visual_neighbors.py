@@ -194,7 +194,7 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
         return result
     if keep_complete(unit, result, options.overwrite):
         return result  # another shard's process has merged the parts and removed them
-    logger.info("shard %s is done; the last of the %d shards will write %s", options.shard, options.shard.count, path)
+    logger.info("this shard is done; the last of the %d shards will write %s", options.shard.count, path)
     num_anchors = sum(len(store.anchors(part)) for part in own)
     result.add({"in": num_anchors, "out": num_anchors})
     (result.written if todo else result.kept).extend(map(store.path, own))

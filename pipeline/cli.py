@@ -234,7 +234,7 @@ def run_from_command_line(
 
 
 def log_name(stage: str, shard: Shard) -> str:
-    return f"{stage}.log" if shard.count == 1 else f"{stage}.{shard}.log"
+    return f"{stage}.log" if shard.count == 1 else f"{stage}.{shard.index}of{shard.count}.log"
 
 
 def run_logged(

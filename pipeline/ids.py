@@ -21,9 +21,6 @@ class Shard:
     def take(self, units: list[T]) -> list[T]:
         return units[self.index :: self.count]
 
-    def __str__(self) -> str:
-        return f"{self.index}of{self.count}"
-
 
 def decode_name(name: str) -> str:
     """Return a file's name as text: its bytes as UTF-8 whatever the locale, `\\xNN` for those that are none."""

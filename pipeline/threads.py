@@ -78,6 +78,5 @@ class Background:
             self._pending.pop().result()
 
     def close(self) -> None:
-        """End the thread after the running call, and raise its error."""
         self._pool.shutdown()
         self.finish()

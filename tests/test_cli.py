@@ -52,9 +52,9 @@ def test_options_gather_what_the_command_line_says():
     parser = make_parser("x")
     add_tar_options(parser)
     options = options_from(parser.parse_args(["--overwrite", "--shard", "1/4", "--tar-file", "a", "--tar-file", "b"]))
-    assert (options.overwrite, str(options.shard), [str(path) for path in options.tar_files]) == (
+    assert (options.overwrite, options.shard, [str(path) for path in options.tar_files]) == (
         True,
-        "1of4",
+        Shard(1, 4),
         ["a", "b"],
     )
     assert options_from(make_parser("x").parse_args([])) == Options()

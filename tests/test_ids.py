@@ -40,7 +40,6 @@ def test_shards_together_take_every_unit_once():
         taken = [Shard(index, count).take(units) for index in range(count)]
         assert sorted(unit for part in taken for unit in part) == units
         assert max(map(len, taken)) - min(map(len, taken)) <= 1
-    assert str(Shard(1, 3)) == "1of3"
 
 
 @pytest.mark.parametrize("dataset_id", [0, 7, 9999, 12345])

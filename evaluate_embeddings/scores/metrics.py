@@ -115,9 +115,7 @@ def summarize_datasets(
 def summarize_galleries(evaluation: Evaluation, seed: int, progress: Callable[[int], None]) -> dict[str, Any]:
     """Return the scores within galleries of GALLERY_SIZES, as far as the split is large enough."""
     found = {}
-    for size in GALLERY_SIZES:
-        if size > len(evaluation.codes):
-            break
+    for size in [one for one in GALLERY_SIZES if one <= len(evaluation.codes)]:
         rows = sample_gallery(evaluation.codes, size, seed)
         codes = evaluation.codes[rows]
         scores = {

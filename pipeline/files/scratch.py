@@ -74,7 +74,6 @@ class RowScratch:
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        """Remove the file and its note, once the output is complete."""
         remove(self._progress_path)
         remove(self._rows_path)
 
