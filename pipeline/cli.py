@@ -28,8 +28,6 @@ _STOPS: dict[signal.Signals, type[BaseException]] = {signal.SIGINT: KeyboardInte
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a command line beside the configuration."""
-
     overwrite: bool = False
     shard: Shard = Shard()
     tar_files: Sequence[Path] = ()

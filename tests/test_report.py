@@ -232,7 +232,7 @@ def test_a_query_that_is_answered_right_is_no_failure():
     ranks = np.ones(60, np.int64)
     ranks[4] = 2
     evaluation.scores["projector"] = QueryScores(np.arange(60), ranks, np.ones(60))
-    assert [example.query for example in make_gallery(evaluation, Path("test.parquet"), None).failures] == [4]
+    assert [example.query for example in make_gallery(evaluation, Path("test.parquet"), None)["failures"]] == [4]
 
 
 def test_answers_are_the_nearest_candidates_by_a_plain_sort():

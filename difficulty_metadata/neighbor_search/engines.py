@@ -24,8 +24,6 @@ Found = tuple[torch.Tensor, torch.Tensor]
 
 
 class Engine(Protocol):
-    """A search among points given at construction."""
-
     def search(self, queries: torch.Tensor, query_codes: torch.Tensor, num_candidates: int, /) -> Found:
         """Return candidates (Q, m) int64, padded with -1, and bounds (Q,) float64.
 

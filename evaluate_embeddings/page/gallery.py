@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,22 +35,15 @@ class Example:
     raw_rank: int  # of the nearest positive by the raw embeddings
 
 
-@dataclass(frozen=True)
-class Gallery:
-    evaluation: Evaluation
-    failures: list[Example]
-    thumbnails: dict[int, str]  # data URIs by row
-    note: str  # on missing pictures
-
-
-def make_gallery(evaluation: Evaluation, split_path: Path, raw_dir: Path | None) -> Gallery:
-    """Choose the worst failures and fetch their pictures from the tars of a folder; note what is missing."""
+def make_gallery(evaluation: Evaluation, split_path: Path, raw_dir: Path | None) -> dict[str, Any]:
+    """Choose the worst failures and fetch their pictures, data URIs by row, from the tars; note what is missing."""
     own = evaluation.scores["projector"]
     places = pick_failures(own.first_rank, evaluation.codes[own.query], NUM_EXAMPLES)
     failures = [describe_example(evaluation, place) for place in places]
     answers = [answer for one in failures for answer in (*one.neighbors, one.match)]
     rows = [*(one.query for one in failures), *(answer.row for answer in answers)]
-    return Gallery(evaluation, failures, *read_thumbnails(split_path, raw_dir, rows))
+    thumbnails, note = read_thumbnails(split_path, raw_dir, rows)
+    return {"evaluation": evaluation, "failures": failures, "thumbnails": thumbnails, "note": note}
 
 
 def pick_failures(ranks: NDArray[np.int64], buildings: NDArray[np.int32], limit: int) -> list[int]:

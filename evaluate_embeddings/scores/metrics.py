@@ -49,7 +49,6 @@ class Evaluation:
 
     @property
     def codes(self) -> NDArray[np.int32]:
-        """The building of each row, (N,)."""
         return self.features.building_codes
 
 

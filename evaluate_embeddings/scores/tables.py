@@ -103,7 +103,6 @@ def _finish(lines: list[str], *paragraphs: str) -> str:
 
 
 def describe_gains(metrics: Mapping[str, Any]) -> str:
-    """Return the projector's gain in mAP over each baseline with its interval."""
     parts = []
     for baseline in BASELINES:
         gain = metrics["projector_gain"][f"over_{baseline}"]

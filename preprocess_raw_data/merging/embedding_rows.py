@@ -26,8 +26,6 @@ BATCH_ROWS = 1024
 
 @dataclass(frozen=True)
 class Inventory:
-    """All ids of all files, without the embeddings."""
-
     embeddings: list[ListColumn]  # of each file
     file_rows: list[int]  # of each file
     codes: NDArray[np.int32]  # of each row of all files: its building, as a row of `buildings`

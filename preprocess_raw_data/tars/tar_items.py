@@ -21,8 +21,6 @@ SECOND_IMAGE = Rejection("duplicate_image_id", "a second image of this name")
 
 @dataclass(frozen=True, slots=True)
 class FoundImage:
-    """An image member, its place, and why it cannot be used, if so."""
-
     name: str
     offset: int
     size: int

@@ -105,7 +105,6 @@ def submit_embeddings(argv: Sequence[str]) -> None:
 
 
 def fetch_models(argv: Sequence[str]) -> None:
-    """Fetch the configured backbone, or named models, into the hub's cache, and print each one's folder."""
     parser = cli.make_parser(
         "Fetch the configured backbone, or named models, into the hub's cache, for jobs without internet.\n\n"
         "    slurm/prepare.sh [--config CONFIG] [--model-id ID ...] [--no-install]"
