@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from published_models import (
     list_parts,
+    read_bytes,
     write_packaged,
 )
 from stage8_fixtures import PHOTOGRAPHS, read_state
@@ -55,13 +56,17 @@ def test_wrong_columns_are_all_named(embed, tmp_path):
     assert embed(source, tmp_path / "out", "--no-filter-valid").code == 0
 
 
-def test_damage_inside_the_input_is_one_line(embed, packaged, tmp_path):
+def test_damage_inside_the_input_is_one_line_and_the_whole_input_goes_on(embed, packaged, undisturbed, tmp_path):
+    whole, output = packaged.read_bytes(), tmp_path / "out"
     offset = pq.read_metadata(packaged).row_group(2).column(1).data_page_offset
     with open(packaged, "r+b") as file:
         file.seek(offset)
         file.write(b"\xff" * 200)
-    check_refused(embed(packaged, tmp_path / "out"), f"{packaged}: damaged (")
-    assert len(list_parts(tmp_path / "out")) == 6
+    check_refused(embed(packaged, output), f"{packaged}: damaged (")
+    assert read_state(output)["parts_done"] == len(list_parts(output)) <= 6
+    packaged.write_bytes(whole)
+    assert embed(packaged, output).code == 0
+    assert read_bytes(output) == undisturbed
 
 
 def test_too_many_rejects_fail_the_run_and_keep_what_was_made(embed, tmp_path):

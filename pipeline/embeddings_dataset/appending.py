@@ -16,6 +16,7 @@ from pipeline.embeddings_dataset.parts import (
     find_files,
     list_part_files,
     plan_parts,
+    refuse_foreign,
     rejects_beside,
     write_part,
 )
@@ -121,7 +122,7 @@ class Appending:
         found = {}
         if files is not None:
             if files.begun is None:
-                files.refuse_foreign()
+                refuse_foreign(files.others + files.foreign)
             else:
                 self.check(files.begun, self.dataset.state_path if files.state else folder)
             if files.parts and not files.state:
@@ -131,7 +132,7 @@ class Appending:
                     f"{folder}: a deletion of ids was interrupted: run delete_ids.py again, or --overwrite"
                 )
             found = self.take_up(files)
-            files.refuse_foreign()
+            refuse_foreign(files.others + files.foreign)
         row_groups = set(shard.take(list(range(len(self.source.row_group_rows)))))
         self._own = {name: plan for name, plan in self.plans.items() if plan.row_group in row_groups}
         self.parts = {name: part for name, part in found.items() if name in self._own}  # as they are there

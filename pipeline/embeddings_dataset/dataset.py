@@ -21,7 +21,6 @@ from pipeline.embeddings_dataset.packaged_input import (
 )
 from pipeline.embeddings_dataset.parts import (
     EMBEDDING_COLUMN,
-    ForeignError,
     Part,
     count_rows,
     embeddings_of,
@@ -29,6 +28,7 @@ from pipeline.embeddings_dataset.parts import (
     read_image_hashes,
     read_planned,
     read_state,
+    refuse_foreign,
     rejects_beside,
 )
 from pipeline.errors import InputError
@@ -45,7 +45,7 @@ class EmbeddingsDataset:
     """The dataset that an OUTPUT stands for, there or not; files are read when they are asked for.
 
     It is OUTPUT itself, or OUTPUT.parts where a file or a dataset forces that. A file without our provenance raises
-    ForeignError, and is never removed or replaced.
+    StaleOutputError, and is never removed or replaced.
     """
 
     def __init__(self, output: Path) -> None:
@@ -57,8 +57,7 @@ class EmbeddingsDataset:
     @property
     def state(self) -> dict[str, Any] | None:
         """What `state.json` says, None where it is missing, damaged or not ours."""
-        state = read_state(self.state_path)
-        return state if state.get("embedding_version") else None
+        return read_state(self.state_path)
 
     def path_of(self, name: str) -> Path:
         return self.folder / "parts" / name
@@ -67,11 +66,10 @@ class EmbeddingsDataset:
     def parts(self) -> tuple[Part, ...]:
         """Its parts in input order; an incomplete dataset is named in the log.
 
-        Raises InputError where there is none or a part is damaged, ForeignError where one is not ours.
+        Raises InputError where there is none or a part is damaged, StaleOutputError where one is not ours.
         """
         files = find_files(self.folder)
-        for path in files.foreign:
-            raise ForeignError(path)
+        refuse_foreign(files.foreign)
         for path in files.damaged:
             raise InputError(f"{path}: damaged: run verify_embeddings.py --repair and stage 8 again")
         if not files.parts:
@@ -130,10 +128,10 @@ class EmbeddingsDataset:
     def set_all_aside(self) -> None:
         """Set the state aside first, so that what a kill leaves still tells its origin, then all parts and rejects.
 
-        Raises ForeignError, and moves nothing, where this project did not write the state, a part or rejects.
+        Raises StaleOutputError, and moves nothing, where this project did not write the state, a part or rejects.
         """
         files = find_files(self.folder)
-        files.refuse_foreign()
+        refuse_foreign(files.others + files.foreign)
         self.set_aside([self.state_path, *files.damaged, *(part.path for part in files.parts), *files.orphans])
 
     # ------------------------------------------------------------------------------------------ reading

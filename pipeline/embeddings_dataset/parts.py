@@ -136,11 +136,10 @@ def make_content(source: PackagedInput, plan: PartPlan, table: pa.Table, outcome
 # ------------------------------------------------------------------------------------------------ a part that is there
 
 
-class ForeignError(StaleOutputError):
-    """A file that this project did not write, by its name or its footer: it is never removed or replaced."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(
+def refuse_foreign(paths: Iterable[Path]) -> None:
+    """Raise StaleOutputError for the first of some files that this project did not write: it stays as it is."""
+    for path in paths:
+        raise StaleOutputError(
             f"{path}: not written by this project (its name or its footer does not say so): adopt the dataset with "
             "adopt_embeddings.py, move the file away, or give another path"
         )
@@ -210,13 +209,13 @@ def list_part_files(folder: Path) -> dict[str, int]:
     return {}
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return what a `state.json` says, nothing for one that is missing or damaged, and may be replaced."""
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return what a `state.json` says, None for one that is missing, damaged or not ours."""
     content = read_json_object(path)
     state = _EXAMPLE | content
     is_sound = all(isinstance(state[key], type(value)) for key, value in _EXAMPLE.items())
     is_sound = is_sound and state["read_batch_size"] > 0 and all(isinstance(one, str) for one in state["keep_columns"])
-    return content if is_sound else {}
+    return content if is_sound and content.get("embedding_version") else None
 
 
 @dataclass(frozen=True)
@@ -241,17 +240,11 @@ class DatasetFiles:
         provenance = self.parts[0].provenance
         return self.parts[0].recipe | {key: provenance[key] for key in ("fidelity",) if key in provenance}
 
-    def refuse_foreign(self) -> None:
-        """Raise ForeignError if a file is not ours."""
-        for path in (*self.others, *self.foreign):
-            raise ForeignError(path)
-
 
 def find_files(folder: Path) -> DatasetFiles:
     """Read the state and the footers of a dataset's part files; raise InputError if one cannot be read now."""
     state_path = folder / "state.json"
-    content, names = read_state(state_path), list_part_files(folder)
-    files = DatasetFiles(content if content.get("embedding_version") else None, [], {}, [], [], [])
+    names, files = list_part_files(folder), DatasetFiles(read_state(state_path), [], {}, [], [], [])
     for path in (folder / "parts" / name for name in names):
         try:
             files.parts.append(read_part(path))
@@ -263,7 +256,7 @@ def find_files(folder: Path) -> DatasetFiles:
     for path in sorted((folder / "_rejects").glob("rg*.parquet")):
         if path.name not in names:
             (files.orphans if is_ours(path) else files.others).append(path)
-    if content and not (files.state or files.parts):  # else it is one of ours that has been changed
+    if state_path.exists() and not (files.state or files.parts):  # else it is one of ours that has been changed
         files.others.append(state_path)
     files.parts.sort(key=lambda part: part.plan.first_row)
     return files
