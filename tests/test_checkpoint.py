@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import resource
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,18 @@ def test_a_small_file_that_claims_much_is_refused_in_one_line(
     with pytest.raises(InputError, match=f"a.pt: .*{problem}") as caught:
         load_checkpoint(tmp_path / "a.pt")
     assert "\n" not in str(caught.value)
+
+
+def test_an_archive_that_unfolds_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "plain.pt", make_content(make_projector()) | {"bias": torch.zeros(10**6)})
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(InputError, match="a.pt: .*compressed: torch stores weights as they are"):
+        load_checkpoint(tmp_path / "a.pt")
 
 
 def test_it_counts_the_buildings_that_it_was_trained_on(tmp_path: Path) -> None:

@@ -181,9 +181,24 @@ TEXT_SCORE = b"""{"op_code": 0, "worker_id": "w", "study_name": "stage6", "direc
 {"op_code": 4, "worker_id": "w", "study_id": 0, "datetime_start": "2026-01-01T00:00:00"}
 {"op_code": 6, "worker_id": "w", "trial_id": 0, "state": 1, "values": ["x"], "datetime_complete": "2026-01-01T00:00:00"}
 """
+# One whose loss is chosen among others.
+OTHER_CHOICES = json.dumps(
+    {
+        "op_code": 5, "worker_id": "w", "trial_id": 0, "param_name": "training.loss", "param_value_internal": 0,
+        "distribution": json.dumps({"name": "CategoricalDistribution", "attributes": {"choices": ["x"]}}),
+    }
+).encode()  # fmt: skip
+JOURNALS = [
+    b"\xff\n",
+    b"[1]\n",
+    b'{"op_code": 0}\n',
+    b'{"a":' * 100_000,
+    TEXT_SCORE,
+    TEXT_SCORE.split(b'{"op_code": 6')[0] + OTHER_CHOICES + b"\n",
+]
 
 
-@pytest.mark.parametrize("content", [b"\xff\n", b"[1]\n", b'{"op_code": 0}\n', b'{"a":' * 100_000, TEXT_SCORE])
+@pytest.mark.parametrize("content", JOURNALS)
 def test_a_journal_that_is_none_is_one_line(workspace: Path, content: bytes) -> None:
     (workspace / "checkpoint/_tune").mkdir(parents=True)
     (workspace / "checkpoint/_tune/journal.log").write_bytes(content)

@@ -172,6 +172,10 @@ def read_content(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint: run stage 6 (train), or correct the path")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("compressed: torch stores weights as they are")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a pickle of another origin, which is refused or checked below
             content = torch.load(path, map_location="cpu", weights_only=True)

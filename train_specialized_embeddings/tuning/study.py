@@ -66,7 +66,10 @@ class Tuning:
                 # Without a seed: workers that start together on several machines must not try the same.
                 sampler=optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True),
             )  # fmt: skip
-            sum(trial.value or 0.0 for trial in study.get_trials(deepcopy=False))  # a score that is no number
+            for trial in study.get_trials(deepcopy=False):
+                _ = 0.0 + (trial.value or 0.0)  # a score that is no number
+                for name, kind in trial.distributions.items():
+                    optuna.distributions.check_distribution_compatibility(SPACE[name], kind)
         except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError) as error:
             raise InputError(f"{path}: damaged ({one_line(error)[:200]}): remove it, or give --overwrite") from None
         fixed = {key: value for key, value in self.provenance["settings"].items() if key not in SPACE}
