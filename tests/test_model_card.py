@@ -137,6 +137,12 @@ def test_results_of_another_checkpoint_or_none_leave_the_card_alone(published, t
     (tmp_path / "broken.json").write_text("{")
     assert not add_test_results(published, tmp_path / "broken.json")
     assert not add_test_results(tmp_path / "no-folder", tmp_path / "other.json")
+    hash_ = read_config(published)["spatial_building_embeddings"]["inputs"][0]["hash"]
+    for change in ({"whitening": {}}, {"projector": 1}, {"raw": {"map": "x"}}):
+        damaged = write_metrics(tmp_path / "damaged.json", hash_)
+        damaged.write_text(json.dumps(json.loads(damaged.read_text()) | change))
+        with pytest.raises(InputError, match=r"damaged\.json: scores that cannot be shown"):
+            add_test_results(published, damaged)
     assert (published / "README.md").read_bytes() == before
 
 

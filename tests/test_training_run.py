@@ -28,7 +28,7 @@ from training_data import (
 
 from pipeline.cli import Options
 from pipeline.config import load_config
-from pipeline.errors import StaleOutputError
+from pipeline.errors import InputError, StaleOutputError
 from pipeline.files import tables
 from pipeline.inference.model_files import embedding_settings, identify_model
 from pipeline.retrieval.checkpoint import build_projector, load_checkpoint
@@ -162,6 +162,19 @@ def test_sigkill_of_the_script_and_a_rerun_equal_an_undisturbed_run(
     assert run(workspace, *overrides).written
     assert simplify(read_checkpoints(workspace)) == simplify(read_checkpoints(undisturbed))
     assert simplify(read_metrics(workspace)) == simplify(read_metrics(undisturbed))
+
+
+@pytest.mark.parametrize(
+    "change", [{"history": None}, {"history": [1]}, {"best": {}}, {"peak": {"x": 1}}, {"coordinates": {}}]
+)
+def test_a_state_of_another_shape_is_one_line(
+    workspace: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latest = workspace / "checkpoint/.checkpoint_latest.pt"
+    run_killed(workspace, monkeypatch, 3)
+    torch.save(torch.load(latest, weights_only=True) | change, latest)
+    with pytest.raises(InputError, match=r"checkpoint_latest\.pt: no run can go on from it"):
+        run(workspace)
 
 
 def test_a_complete_run_is_kept_without_importing_torch(workspace: Path) -> None:

@@ -119,6 +119,9 @@ def test_a_lock_that_is_a_link_or_pipe_is_refused(tmp_path, make):
 
 def test_json_is_not_waited_for_at_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.json")
+    (tmp_path / "kernel.json").symlink_to("/proc/self/status")
+    with pytest.raises(OSError, match="not a file"):
+        read_json(tmp_path / "kernel.json")
     assert read_json_object(tmp_path / "a.json") == {}
     with pytest.raises(OSError, match="not a file"):
         read_json(tmp_path / "a.json")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, EmbeddingModelSection
-from pipeline.errors import ConfigError, InputError, hide_credentials, one_line
+from pipeline.errors import ConfigError, InputError, hide_credentials, one_line, unreadable
 from pipeline.files.identity import digest_file, hash_json
 from pipeline.files.tables import PROVENANCE_KEY, describe_difference
 from pipeline.log import logger
@@ -212,7 +212,10 @@ def _digest(path: Path) -> str:
     """
     if path.stat().st_size > MOST_BYTES:
         raise InputError(f"{path}: over {MOST_BYTES} bytes, which is no model's file: fetch the model again")
-    return _digest_once(path, path.stat().st_size, path.stat().st_mtime_ns)
+    try:
+        return _digest_once(path, path.stat().st_size, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,18 @@ def read_content(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint: make it with stage 6")
     return content
+
+
+@contextmanager
+def going_on_from(path: Path) -> Iterator[None]:
+    """Raise InputError, naming a checkpoint, where it lacks what a run goes on from, or that has another shape."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        problem = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise InputError(f"{path}: no run can go on from it ({problem}): take another, or begin anew") from None
 
 
 def _list_tensors(content: Any) -> Iterator[torch.Tensor]:

@@ -87,7 +87,7 @@ def write_card(folder: Path, model: ModelParts, dtype: str, licence_files: list[
         tags=["image-retrieval", "place-recognition", "street-view", "buildings"],
     )
     text = _render(
-        "model_card.md.j2", metadata=metadata.to_yaml(), name=NAME,
+        "model_card.md.j2", model.checkpoint.path, metadata=metadata.to_yaml(), name=NAME,
         config=model.config, image_size=model.image_size, checkpoint=model.checkpoint, metrics=model.metrics,
         dtype=dtype, licence=licence,
         unreached={row: ROWS[row] for row in worse_than(model.metrics)} if model.metrics else {},
@@ -141,7 +141,7 @@ def add_test_results(folder: Path, metrics_path: Path) -> bool:
     card = card_path.read_text(encoding="utf-8")
     before, begin, rest = card.partition(BEGIN)
     _, end, after = rest.partition(END)
-    updated = before + _render("test_results.md.j2", test=metrics) + after
+    updated = before + _render("test_results.md.j2", metrics_path, test=metrics) + after
     if not (begin and end) or updated == card:
         return False
     with writing_to(card_path) as temporary:
@@ -150,15 +150,23 @@ def add_test_results(folder: Path, metrics_path: Path) -> bool:
 
 
 def _checkpoint_hashes(provenance: Any) -> set[str]:
-    inputs = provenance.get("inputs", []) if isinstance(provenance, dict) else []
-    return {item["hash"] for item in inputs if str(item.get("name")).endswith(".pt") and "hash" in item}
+    inputs = provenance.get("inputs") if isinstance(provenance, dict) else None
+    inputs = [item for item in inputs if isinstance(item, dict)] if isinstance(inputs, list) else []
+    return {str(item["hash"]) for item in inputs if str(item.get("name")).endswith(".pt") and "hash" in item}
 
 
-def _render(template: str, **content: Any) -> str:
+def _render(template: str, source: Path, **content: Any) -> str:
+    """Fill a template; raise InputError, naming the file that the scores come from, where they have another shape."""
+    from jinja2 import TemplateError
+
     environment = load_templates(TEMPLATES_DIR)
     environment.globals |= {"begin": BEGIN, "end": END, "results_table": _format_table}
     environment.filters["code"] = _format_code
-    return environment.get_template(template).render(content)
+    try:
+        return environment.get_template(template).render(content)
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        problem = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise InputError(f"{source}: scores that cannot be shown ({problem}): make it again") from None
 
 
 def _format_code(value: object) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import TrainingModelSection, TrainingSection
 from pipeline.log import logger
-from pipeline.retrieval.checkpoint import Checkpoint, build_projector
+from pipeline.retrieval.checkpoint import Checkpoint, build_projector, going_on_from
 from pipeline.retrieval.features import Features
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import QueryScores, normalise_rows
@@ -268,9 +268,10 @@ def restore_start(
     """
     architecture, weights, coordinates = checkpoint.architecture, checkpoint.projector, features
     if isinstance(state := checkpoint.rest.get("coordinates"), dict):
-        coordinates, weights = restore_coordinates(state), checkpoint.rest["average"]
-        power = architecture["input_power"] / coordinates.linear_map.input_power
-        architecture = architecture | {"input_dim": len(coordinates.spread), "input_power": power}
+        with going_on_from(checkpoint.path):
+            coordinates, weights = restore_coordinates(state), dict(checkpoint.rest["average"])
+            power = architecture["input_power"] / coordinates.linear_map.input_power
+            architecture = architecture | {"input_dim": len(coordinates.spread), "input_power": power}
     assert coordinates is not None
     projector = build_projector(Checkpoint(checkpoint.path, architecture, weights)).train()
     return Start(coordinates, note, baselines, projector)

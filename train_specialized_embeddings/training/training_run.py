@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.log import Progress, Stopwatch, logger
-from pipeline.retrieval.checkpoint import project
+from pipeline.retrieval.checkpoint import going_on_from, project
 from pipeline.retrieval.projector import Projector
 from pipeline.retrieval.scores import QueryScores
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
+from train_specialized_embeddings.training.run_files import LATEST
 from train_specialized_embeddings.training.starts import Start, make_projector
 from train_specialized_embeddings.training.trainer import UNTRAINED, Trainer
 from train_specialized_embeddings.training.validation import Scores, ValidationSet, measure_spread
@@ -57,10 +58,11 @@ class TrainingRun:
         spread = torch.from_numpy(material.start.coordinates.spread)
         self.trainer = Trainer(projector, material.features, material.sampler, config.training, spread)
         if state is not None:
-            self.trainer.restore(state)
-            self.history, self.best = list(state["history"]), state["best"]
-            self.peak = QueryScores(**{name: values.numpy() for name, values in state["peak"].items()})
-            logger.info("going on after epoch %d", self.epoch)
+            with going_on_from(config.path("checkpoint_dir") / LATEST):
+                self.trainer.restore(state)
+                self.history, self.best = list(state["history"]), state["best"]
+                self.peak = QueryScores(**{name: values.numpy() for name, values in state["peak"].items()})
+                logger.info("going on after epoch %d, the best is %d", self.epoch, self.best["epoch"])
 
     @property
     def epoch(self) -> int:
