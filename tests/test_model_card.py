@@ -226,17 +226,19 @@ def test_a_licence_of_lists_without_end_is_not_written_out(toy_backbone, tmp_pat
     assert "its licence as `mit, apache-2.0`" in (tmp_path / "published" / "README.md").read_text()
 
 
-def test_a_licence_that_links_to_a_file_elsewhere_is_not_published(toy_backbone, tmp_path, caplog):
+def test_a_licence_that_links_to_a_file_elsewhere_or_is_huge_is_not_published(toy_backbone, tmp_path, caplog):
     (tmp_path / "private").write_text("secret")
     backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
     (backbone / "LICENSE").symlink_to(tmp_path / "private")
     (backbone / "real").write_text("Do as you like.")
     (backbone / "NOTICE").symlink_to("real")
+    (backbone / "LICENCE.txt").write_bytes(bytes(2**20 + 1))
     write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
     stage.run(make_config(tmp_path, backbone), Options())
     published = {path.name for path in (tmp_path / "published").iterdir()}
     assert "NOTICE" in published
-    assert "LICENSE" not in published
+    assert {"LICENSE", "LICENCE.txt"}.isdisjoint(published)
+    assert caplog.text.count("LICENCE.txt: over 1048576 bytes") == 1
     assert caplog.text.count("LICENSE: a link out of the model's folder") == 1
 
 

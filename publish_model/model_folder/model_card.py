@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[1] / "templates"
 NAME = "Spatial building embeddings"
+_LICENCE_BYTES = 2**20
 LICENCE_KEYS = ("license", "license_name", "license_link")
 ROWS = {
     "raw": "backbone alone",
@@ -105,6 +106,8 @@ def list_licences(folder: Path) -> list[Path]:
     for path in sorted(paths):
         if not is_within(path):
             logger.warning("%s: a link out of the model's folder, which is not followed", path)
+        elif path.is_file() and path.stat().st_size > _LICENCE_BYTES:
+            logger.warning("%s: over %d bytes, no licence: left out", path, _LICENCE_BYTES)
         elif path.is_file():
             found.append(path)
     return found
