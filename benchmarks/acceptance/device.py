@@ -140,7 +140,7 @@ def rank_many(findings: Findings) -> None:
         rows = normalise_rows(values)
     with findings.part("ranks"):
         no_pairs = np.empty((0, 2), np.int64)
-        seconds, [(queries, ranks, _)] = run_steady(
+        seconds, [(queries, ranks, _), _] = run_steady(
             lambda: rank_positives(rows, codes, no_pairs, np.arange(len(codes)), findings.device), rounds=1
         )
         findings.note(rank_s=seconds, rank_s_of_all_images=seconds * (TEST_IMAGES / count) ** 2)
