@@ -244,8 +244,9 @@ def test_overwrite_leaves_nothing_of_the_old_run(workspace: Path) -> None:
 def test_a_checkpoint_of_unknown_origin_is_not_trained_over(workspace: Path) -> None:
     (workspace / "checkpoint").mkdir()
     (workspace / "checkpoint/checkpoint_best.pt").write_bytes(b"somebody's")
-    with pytest.raises(StaleOutputError, match=r"checkpoint_best.pt: nothing beside it says what it was made from"):
-        run(workspace)
+    for overwrite in (False, True):
+        with pytest.raises(StaleOutputError, match=r"checkpoint_best.pt: nothing beside it says what it was made from"):
+            run(workspace, overwrite=overwrite)
     assert (workspace / "checkpoint/checkpoint_best.pt").read_bytes() == b"somebody's"
 
 

@@ -22,6 +22,7 @@ from pipeline.files.units import (
     do_tars,
     find_complete,
     find_state,
+    keep_complete,
     list_tar_units,
 )
 from pipeline.ids import Shard
@@ -161,12 +162,19 @@ def test_a_stale_output_is_refused_before_anything_is_made(run, tmp_path):
     assert run(settings={"size": 2}, overwrite=True)[0] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_what_another_stage_wrote_stays(run, tmp_path, overwrite):
+@pytest.mark.parametrize(("stage", "overwrite"), [("merge_and_split", False), ("merge_and_split", True), (None, True)])
+def test_what_another_stage_or_program_wrote_stays(run, tmp_path, stage, overwrite):
     path = tmp_path / "intermediates" / "0002.parquet"
-    write_parquet(path, pa.table({"a": [1]}), {"stage": "merge_and_split"})
+    write_parquet(path, pa.table({"a": [1]}), {"stage": stage} if stage else {})
     made, _, error = run(overwrite=overwrite)
-    assert (made, str(error)) == ([], f"{path}: merge_and_split wrote it, so it stays: set another path for the output")
+    whose = stage or "another program"
+    assert (made, str(error)) == ([], f"{path}: {whose} wrote it, so it stays: set another path for the output")
+
+
+def test_a_file_that_is_no_parquet_is_not_replaced_by_one(tmp_path):
+    (tmp_path / "raw.tar").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"raw\.tar: another program wrote it"):
+        keep_complete(Unit("a", (tmp_path / "raw.tar",), lambda _: provenance()), StageResult("stage"), overwrite=True)
 
 
 def test_no_stage_writes_into_an_embeddings_dataset(run, tmp_path):

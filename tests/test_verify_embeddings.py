@@ -235,13 +235,14 @@ def test_a_dataset_of_another_program_is_named_and_left_as_it_is_by_every_tool(
         assert left == before
 
 
-def test_a_state_of_another_program_is_not_replaced_either(embed, packaged, tmp_path):
+@pytest.mark.parametrize("content", ['{"rows_embedded": 4}', '{"rows_total": "4"}', "[1, 2]", "mine"])
+def test_a_state_of_another_program_is_not_replaced_either(embed, packaged, tmp_path, content):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "state.json").write_text('{"rows_embedded": 4}')
+    (tmp_path / "out" / "state.json").write_text(content)
     outcome = embed(packaged, tmp_path / "out")
     assert outcome.code == 1
     assert "state.json: not written by this project" in outcome.stderr.splitlines()[-1]
-    assert (tmp_path / "out" / "state.json").read_text() == '{"rows_embedded": 4}'
+    assert (tmp_path / "out" / "state.json").read_text() == content
 
 
 def test_ids_of_which_one_is_missing_are_no_damage(verify, embed, tmp_path):

@@ -85,9 +85,11 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     result = cli.StageResult(STAGE)
     if keep_complete(unit, result, options.overwrite):
         return result
+    folder, provenance = config.path("checkpoint_dir"), describe_run(config, inputs)
+    if not (folder / "_replaced").exists():  # where a killed run left the mark
+        run_files.check_marked(folder)
     from train_specialized_embeddings.training.fitting import fit  # torch, which a kept run does without
 
-    folder, provenance = config.path("checkpoint_dir"), describe_run(config, inputs)
     with locked(folder, BUSY, folder / ".lock"):
         # The mark first, so that a half-removed run does not look complete.
         marks = [folder / name for name in (run_files.PROVENANCE, run_files.LATEST, *run_files.LOG_FOLDERS)]

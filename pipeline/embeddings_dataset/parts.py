@@ -256,7 +256,7 @@ def find_files(folder: Path) -> DatasetFiles:
     for path in sorted((folder / "_rejects").glob("rg*.parquet")):
         if path.name not in names:
             (files.orphans if is_ours(path) else files.others).append(path)
-    if state_path.exists() and not (files.state or files.parts):  # else it is one of ours that has been changed
+    if state_path.exists() and not (files.state or files.parts or files.damaged):  # else one of ours is damaged
         files.others.append(state_path)
     files.parts.sort(key=lambda part: part.plan.first_row)
     return files

@@ -90,12 +90,13 @@ def find_complete(unit: Unit, overwrite: bool) -> UnitState | None:
 def keep_complete(unit: Unit, result: StageResult, overwrite: bool) -> bool:
     """Return whether a unit is complete and stays, and add it to `result` then; raise StaleOutputError as above."""
     check_outside_datasets(unit.outputs[0])
-    for path in unit.marks:
-        found: Provenance | None = None
-        with contextlib.suppress(InputError):  # missing or damaged: made again
-            found = read_provenance(path)
-        if found and found.get("stage") != result.stage:
-            raise ConfigError(f"{path}: {found.get('stage')} wrote it, so it stays: set another path for the output")
+    for path in filter(Path.exists, unit.marks):
+        made_by = result.stage if is_parquet(path) else None
+        with contextlib.suppress(InputError):  # damaged
+            made_by = (read_provenance(path) or {}).get("stage")
+        if made_by != result.stage and (made_by or (overwrite and not unit.take_over)):
+            maker = made_by or "another program"
+            raise ConfigError(f"{path}: {maker} wrote it, so it stays: set another path for the output")
     state = find_complete(unit, overwrite)
     if state is None:
         return False

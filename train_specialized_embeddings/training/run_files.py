@@ -30,14 +30,19 @@ def list_outputs(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if _OUTPUT.fullmatch(path.name))
 
 
-def check_outputs(folder: Path) -> None:
-    """Raise StaleOutputError where nothing beside outputs says what they were made from, or one was put in later."""
+def check_marked(folder: Path) -> None:
+    """Raise StaleOutputError where nothing beside outputs says what they were made from: they may be anybody's."""
     found = list_outputs(folder)
     if found and not any((folder / name).exists() for name in (PROVENANCE, LATEST)):
         raise StaleOutputError(
-            f"{found[0]}: nothing beside it says what it was made from: give --overwrite to train over it, or set "
-            "another [paths].checkpoint_dir"
+            f"{found[0]}: nothing beside it says what it was made from: move it away, or set another "
+            "[paths].checkpoint_dir"
         )
+
+
+def check_outputs(folder: Path) -> None:
+    """Raise StaleOutputError where outputs are not marked, or one was put in later."""
+    check_marked(folder)
     made = read_json_object(folder / PROVENANCE).get("outputs", {})
     for name, digest in digest_outputs(folder).items() if made else ():
         if made.get(name, digest) != digest:
