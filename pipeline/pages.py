@@ -32,6 +32,7 @@ def load_templates(folder: Path) -> "Environment":
 def to_data_uri(image: "Image.Image", side: int, quality: int) -> str:
     """Return an RGB image, its longest side at most `side` pixels, as a JPEG data URI."""
     small, buffer = image.copy(), io.BytesIO()
+    small.info = {}  # a comment would be written too
     small.thumbnail((side, side))
     small.save(buffer, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

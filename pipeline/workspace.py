@@ -305,16 +305,15 @@ def _bring_back(old: Path, path: Path, made: str) -> None:
 
 
 def remove_made(folder: Path, names: str) -> None:
-    """Remove what this project has made in a folder: all whose name `names`, a pattern, matches; then an empty folder.
-
-    Other names are the user's: they stay, and a warning names one. Raises OSError behind a link.
-    """
+    """Remove files below a folder that `names`, a pattern `FOLDER/FILE`, matches, and empty folders; name the rest."""
     with suppress(FileNotFoundError):
-        listed = list_names(folder)
-        ours = [name for name in listed if re.fullmatch(names, name)]
-        for name in ours:
-            remove(folder / name)
-        if others := sorted(set(listed) - set(ours)):
+        list_names(folder)  # no link
+        for path in sorted(folder.rglob("*"), reverse=True):
+            is_folder = path.is_dir() and not path.is_symlink()
+            pattern = names.partition("/")[0] + "(/.*)?" if is_folder else names
+            if re.fullmatch(pattern, path.relative_to(folder).as_posix()) and not (is_folder and list_names(path)):
+                remove(path)
+        if others := list_names(folder):
             LOGGER.warning("%s: not written by this project: move it away", folder / others[0])
         else:
             remove(folder)
@@ -344,9 +343,9 @@ def replacing(folder: Path, paths: list[Path]) -> Iterator[None]:
             for kept in sorted(aside.iterdir()) if aside.is_dir() else []:
                 remove(folder / kept.name)
                 move(kept, folder / kept.name)
-            remove_made(aside.parent, aside.name)
+            remove_made(aside.parent, f"{aside.name}/.+")
         raise
-    remove_made(aside.parent, aside.name)
+    remove_made(aside.parent, f"{aside.name}/.+")
 
 
 @contextmanager

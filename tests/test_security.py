@@ -1,6 +1,7 @@
 """What must not be in the code: unsafe loading, remote code of others, secrets in what is written."""
 
 import ast
+import base64
 import io
 import json
 import logging
@@ -12,12 +13,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from published_models import list_parts, make_config, write_checkpoint
+from published_models import encode, list_parts, make_config, make_picture, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError, PipelineError
 from pipeline.inference.backbone import Embedder
-from pipeline.inference.model_files import identify_model
+from pipeline.inference.images import decode_rgb
+from pipeline.pages import to_data_uri
 from pipeline.workspace import parse_json, read_json_object
 from publish_model import aggregate_embeddings, convert_to_hf
 
@@ -155,11 +157,22 @@ def test_a_model_that_is_replaced_while_it_is_loaded_gives_no_embeddings(
     assert not list_parts(tmp_path / "out")
 
 
-def test_a_sparse_file_of_weights_is_not_read(toy_backbone, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "processor.py", "README.md"])
+def test_a_sparse_file_of_a_model_is_not_read(toy_backbone, tmp_path, name):
     backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
-    os.truncate(backbone / "model.safetensors", 10**12)
-    with pytest.raises(InputError, match="model.safetensors: over 50000000000 bytes"):
-        identify_model(backbone)
+    (backbone / name).touch()
+    os.truncate(backbone / name, 10**12)
+    write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    with pytest.raises(InputError, match=f"{name}: .*over [0-9]* bytes"):
+        convert_to_hf.run(make_config(tmp_path, backbone), convert_to_hf.PublishOptions())
+    assert not (tmp_path / "published").exists()
+
+
+def test_a_picture_on_a_page_has_none_of_its_texts():
+    picture = encode(make_picture(0), comment=b"<script>", exif=b"Exif\0\0<script>", icc_profile=b"<script>" * 30)
+    small = base64.b64decode(to_data_uri(decode_rgb(picture), 32, 85).partition(",")[2])
+    assert b"<script>" in picture
+    assert b"<script>" not in small
 
 
 def test_torch_is_new_enough_to_read_checkpoints_of_others():

@@ -286,9 +286,15 @@ def test_a_rerun_of_stage_8_removes_only_numbered_folders(embed, dataset, tmp_pa
     (dataset / "_removed" / "photos").mkdir(parents=True)
     (dataset / "_removed" / "photos" / "1.jpg").write_text("mine")
     (dataset / "_removed" / "2").mkdir()
+    shutil.copytree(dataset / "parts", dataset / "_removed" / "3" / "parts")
+    (dataset / "_removed" / "3" / "parts" / "holiday.parquet").write_text("mine")
+    (dataset / "_removed" / "3" / "_rejects" / "rg00000_rb00009.parquet").mkdir(parents=True)
+    (dataset / "_removed" / "3" / "_rejects" / "rg00000_rb00009.parquet" / "b.txt").write_text("mine")
     assert embed(tmp_path / "in.parquet", dataset).code == 0
-    assert [path.name for path in (dataset / "_removed").iterdir()] == ["photos"]
-    assert (dataset / "_removed" / "photos" / "1.jpg").read_text() == "mine"
+    left = [path for path in (dataset / "_removed").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in left) == ["1.jpg", "b.txt", "holiday.parquet"]
+    assert {path.read_text() for path in left} == {"mine"}
+    assert not (dataset / "_removed" / "2").exists()
 
 
 def test_nothing_is_deleted_while_another_process_writes_and_nothing_written_while_one_deletes(

@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
+from pipeline.embeddings_dataset.dataset import SET_ASIDE, SET_ASIDE_FILES, EmbeddingsDataset
 from pipeline.embeddings_dataset.deletions import finish_order, read_order
 from pipeline.embeddings_dataset.packaged_input import SHAPING_OPTIONS, PackagedInput
 from pipeline.embeddings_dataset.parts import (
@@ -109,7 +109,7 @@ class Appending:
             if list_part_files(self.dataset.folder) == listed:
                 self.parts = {name: part for name, part in found.items() if name in self._own}
                 if state["complete"]:
-                    remove_made(self.dataset.folder / SET_ASIDE, r"\d+")
+                    remove_made(self.dataset.folder / SET_ASIDE, SET_ASIDE_FILES)
                 return state
 
     def find_work(self, files: DatasetFiles | None, shard: Shard, limit: int | None) -> None:

@@ -39,6 +39,7 @@ from pipeline.workspace import locked, make_folder, move, naming_failures, write
 
 # Replaced and damaged files wait in a numbered folder there until the dataset is complete again.
 SET_ASIDE = "_removed"
+SET_ASIDE_FILES = r"[1-9]\d*/(state\.json|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet)"
 
 
 class EmbeddingsDataset:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline import workspace
 from pipeline.embeddings_dataset.columns import filter_rows, hash_ids, plain_values
-from pipeline.embeddings_dataset.dataset import SET_ASIDE, EmbeddingsDataset
+from pipeline.embeddings_dataset.dataset import SET_ASIDE, SET_ASIDE_FILES, EmbeddingsDataset
 from pipeline.embeddings_dataset.packaged_input import ID_COLUMN
 from pipeline.embeddings_dataset.parts import (
     EMBEDDING_COLUMN,
@@ -38,7 +38,7 @@ from pipeline.workspace import read_json, remove
 _DERIVED = re.compile(
     r"_adopted/state\.json|_aggregated/[^/]+\.parquet|_clusters/(clusters|look_alike)\.(parquet|json|html)"
     r"|_logs/.+\.log(\.decoding)?"
-    r"|_removed/[1-9]\d*/(state\.json|(parts|_rejects)/rg\d{5,}_rb\d{5,}\.parquet)",
+    rf"|{SET_ASIDE}/{SET_ASIDE_FILES}",
     re.ASCII,
 )
 # Files there that these did not write are the user's.
@@ -103,8 +103,11 @@ def _spellings(value: object) -> list[object]:
 
 
 def _sorted(*hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    joined = np.sort(np.concatenate(hashes))  # numpy's `unique` takes 50 times as long
-    return joined[np.append(joined[:-1] != joined[1:], True)[: len(joined)]]
+    joined = np.concatenate(hashes)
+    joined.sort()  # numpy's `unique` takes 50 times as long
+    is_last = np.append(joined[:-1] != joined[1:], True)[: len(joined)]
+    distinct: NDArray[np.uint64] = joined[is_last]
+    return distinct
 
 
 def _are_among(hashes: NDArray[np.uint64], ascending: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -135,7 +138,7 @@ def read_order(folder: Path) -> DeletionOrder:
 def _write_order(folder: Path, order: DeletionOrder) -> None:
     content = {
         "salt": order.salt.hex(),
-        "id_hashes": base64.b64encode(order.id_hashes.astype("<u8", copy=False)).decode(),
+        "id_hashes": base64.b64encode(order.id_hashes.astype("<u8", copy=False).data).decode(),
         "unmatched": np.packbits(_are_among(order.id_hashes, order.unmatched)).tobytes().hex(),  # a bit a hash
         "done": order.done,
     }
@@ -239,7 +242,7 @@ def _survey(folder: Path, wanted: str) -> list[Path]:
                 kind = "own"
             else:
                 tool = _TOOLS.get(path.parent.name)
-                is_made = _DERIVED.fullmatch(name) and (tool is None or carries(path, tool))
+                is_made: Any = _DERIVED.fullmatch(name) and (tool is None or carries(path, tool))
                 is_made = is_made or workspace.is_temporary(path.name) or (is_orphan and is_ours(path))
                 kind = "derived" if is_made else "other"
             if kind != "own" and path.name in below:

@@ -119,6 +119,8 @@ def _read_licence(path: Path) -> dict[str, str]:
     from yaml import YAMLError
 
     try:
+        if path.is_file() and path.stat().st_size > _LICENCE_BYTES:
+            raise ValueError(f"over {_LICENCE_BYTES} bytes")
         found = (metadata_load(path) or {}) if path.is_file() else {}
         listed = {key: value if isinstance(value := found.get(key), list) else [value] for key in LICENCE_KEYS}
         # Text alone: a few lines of lists in lists, by reference, are written out without end.

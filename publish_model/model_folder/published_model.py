@@ -65,7 +65,8 @@ def has_own_code(folder: Path) -> bool:
     if read_settings(folder / "config.json").get("model_type") != MODEL_TYPE:
         return False
     for name, code in read_code().items():
-        if (folder / name).is_file() and (folder / name).read_bytes() != code:
+        path = folder / name
+        if path.is_file() and (path.stat().st_size != len(code) or path.read_bytes() != code):
             logger.warning("%s: not the code that this version publishes", folder / name)
             return False
     return True
