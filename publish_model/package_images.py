@@ -30,7 +30,7 @@ from pipeline.config import count_cores
 from pipeline.embeddings_dataset.packaged_input import IMAGE_COLUMN, VALID_COLUMN, InputOptions
 from pipeline.embeddings_dataset.parts import EMBEDDING_COLUMN
 from pipeline.errors import InputError, Rejection, StaleOutputError
-from pipeline.files.identity import hash_json
+from pipeline.files.identity import hash_footer, hash_json
 from pipeline.files.outputs import carries
 from pipeline.files.tables import (
     BUFFER_BYTES,
@@ -122,7 +122,7 @@ def write_file(
         # Stage 8 tells its input by the footer, in which a picture of the same size would be the same.
         writer.add_key_value_metadata({PROVENANCE_KEY + b".pictures": digest.hexdigest().encode()})
     described = count_rejects(provenance, len(seen), (rejection for _, rejection in rejected))
-    described["seen"] = source.seen or hash_json(seen)
+    described |= {"seen": source.seen or hash_json(seen), "footer": hash_footer(path)}
     write_rejects(rejects_path(path), rejected, described)
     return described
 
@@ -135,7 +135,10 @@ def read_finished(folder: Path, provenance: dict[str, Any]) -> list[dict[str, An
     finished: list[dict[str, Any]] = []
     while (path := name_file(folder, len(finished))).is_file() and rejects_path(path).is_file():
         found = read_provenance(rejects_path(path)) or {}
-        matches(rejects_path(path), found, provenance)
+        for one, own in ((path, read_provenance(path)), (rejects_path(path), found)):
+            matches(one, own, provenance)
+        if found.get("footer") != hash_footer(path):  # another file, or a kill came before its rejects: looked at anew
+            found["seen"] = ""
         finished.append(found)
     return finished
 
@@ -205,7 +208,7 @@ def renew(folder: Path, source: ImageSource, provenance: dict[str, Any], finishe
                 old = (batch[0][0].as_py() for batch in packaged.iter_batches(1, columns=[IMAGE_COLUMN]))
                 changed = [one.name for data, one in zip(old, images, strict=False) if one.data != data]
             if not changed:
-                finished[number] = file | {"seen": seen}
+                finished[number] = file | {"seen": seen, "footer": hash_footer(path)}
                 write_parquet(rejects_path(path), read_columns(rejects_path(path), REJECT_SCHEMA, ""), finished[number])
             elif source.seen:
                 raise StaleOutputError(f"{path}: {changed[0]} was another picture in its tar: give --overwrite")

@@ -229,6 +229,18 @@ def test_geometries_are_joined_by_id_into_a_geoparquet(aggregate, rows, tmp_path
     check_equal(table, ["OSMID"], loop_over(rows[0], rows[2]))
 
 
+def test_the_column_geometry_wins_over_another_one_that_is_primary(aggregate, tmp_path):
+    output = write_dataset(tmp_path / "out", pa.array(["a"]), unit_rows(0, 1))
+    table = pa.table({"OSMID": ["a"], "geometry": [point(7, 48)], "utm": [point(300_000, 5_300_000)]})
+    columns = {"geometry": {"encoding": "WKB"}, "utm": {"encoding": "WKB", "crs": {"name": "UTM"}}}
+    geo = json.dumps({"version": "1.1.0", "primary_column": "utm", "columns": columns})
+    pq.write_table(table.replace_schema_metadata({"geo": geo}), tmp_path / "g.parquet")
+    assert aggregate(output, "--geometry", tmp_path / "g.parquet").code == 0
+    path = output / "_aggregated" / "OSMID.geo.parquet"
+    assert pq.read_table(path)["geometry"].to_pylist() == [point(7, 48)]
+    assert "UTM" not in pq.read_metadata(path).metadata[b"geo"].decode()
+
+
 def test_a_folder_that_is_no_dataset_is_left_as_it_is(aggregate, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

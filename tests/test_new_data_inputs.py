@@ -126,6 +126,14 @@ def test_the_keys_of_hive_folders_are_kept_where_asked_for_and_said_else(embed, 
     assert read_dataset(tmp_path / "twice")["year"].to_pylist() == [1999, 2020]
 
 
+def test_kept_names_that_differ_by_blanks_alone_are_refused(embed, tmp_path):
+    source = write_packaged(
+        tmp_path / "in.parquet", make_photographs(1), OSMID=[1], **{"year": [2000], "year ": [1900]}
+    )
+    outcome = embed(source, tmp_path / "out", "--keep-columns", "year ")
+    assert (outcome.code, "year is there with blanks around its name too" in outcome.stderr) == (1, True)
+
+
 def test_text_of_several_widths_in_one_folder_is_one_type(embed, parquets, tmp_path):
     write_packaged(parquets / "z.parquet", make_photographs(2), OSMID=pa.array(["x", "y"], pa.large_string()))
     assert embed(parquets, tmp_path / "out").code == 0

@@ -246,6 +246,24 @@ def test_a_finished_package_with_rejects_of_another_one_is_refused_and_kept(run_
     assert read_package(output).num_rows == 6
 
 
+@pytest.mark.parametrize("name", ["photographs", "others"])
+def test_a_file_of_another_package_is_not_kept(run_main, folder, tmp_path, name):
+    shutil.copytree(folder, tmp_path / "b" / name)
+    (tmp_path / "b" / name / "z.PNG").write_bytes(PHOTOGRAPHS[6])
+    assert (
+        run(run_main, folder, tmp_path / "one").code == run(run_main, tmp_path / "b" / name, tmp_path / "two").code == 0
+    )
+    before = read_package(tmp_path / "one")
+    shutil.copy2(tmp_path / "two" / "00000.parquet", tmp_path / "one" / "00000.parquet")
+    outcome = run(run_main, folder, tmp_path / "one")
+    if name == "others":
+        assert (outcome.code, "(input others is gone)" in outcome.stderr) == (1, True)
+    else:
+        assert (outcome.code, "1 pictures have changed" in outcome.stderr) == (0, True)
+        assert read_package(tmp_path / "one").equals(before)
+        assert "nothing redone" in run(run_main, folder, tmp_path / "one").stderr
+
+
 def test_overwrite_leaves_the_old_package_until_the_new_one_is_there(run_main, folder, tmp_path):
     output = tmp_path / "packaged"
     assert run(run_main, folder, output).code == 0

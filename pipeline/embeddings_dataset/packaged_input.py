@@ -224,6 +224,8 @@ def _check_columns(path: Path, schema: pa.Schema, options: InputOptions, kept: S
         count = len(schema.get_all_field_indices(name))
         if count != 1:
             problems.append(f"column {name} is {'missing' if count == 0 else f'there {count} times'}")
+        elif name in kept and any(one.strip() == name != one for one in schema.names):
+            problems.append(f"column {name} is there with blanks around its name too: rename one")
         elif not is_right(schema.field(name).type):
             problems.append(f"column {name} is {schema.field(name).type}, expected {expected}")
     if problems:

@@ -54,7 +54,8 @@ class GeometryFile:
             schema, metadata = file.schema_arrow, file.metadata.metadata or {}
         try:
             geo: Any = parse_json(metadata.get(GEO_KEY, b"{}"))
-            self.column = str(geo.get("primary_column", GEOMETRY_COLUMN))
+            has_own = GEOMETRY_COLUMN in schema.names
+            self.column = GEOMETRY_COLUMN if has_own else str(geo.get("primary_column", GEOMETRY_COLUMN))
             described = dict(geo.get("columns", {}).get(self.column, {}))
         except (ValueError, AttributeError, TypeError):
             raise InputError(f"{path}: its geo metadata are damaged: write the file again") from None
