@@ -185,6 +185,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             {"projector": {"shortcut.weight": torch.zeros(1).expand(10**9, 10**9)}},
             "claims more numbers",
         ),
+        (
+            {"projector": make_projector().state_dict() | {"x": torch.zeros(1, dtype=torch.complex64)}},
+            "complex numbers",
+        ),
         ({"history": [{"loss": torch.zeros(1).expand(10**9)}]}, "claims more numbers"),
     ],
 )

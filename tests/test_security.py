@@ -157,6 +157,15 @@ def test_a_model_that_is_replaced_while_it_is_loaded_gives_no_embeddings(
     assert not list_parts(tmp_path / "out")
 
 
+def test_weights_that_are_not_finite_give_no_embeddings(toy_backbone, tmp_path):
+    backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
+    weights = load_file(backbone / "model.safetensors")
+    name = next(name for name in weights if name.endswith("key.weight"))
+    save_file(weights | {name: weights[name] * torch.nan}, backbone / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{backbone}: .* holds numbers that are not finite"):
+        Embedder(backbone, device="cpu")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "processor.py", "README.md"])
 def test_a_sparse_file_of_a_model_is_not_read(toy_backbone, tmp_path, name):
     backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")

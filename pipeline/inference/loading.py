@@ -65,7 +65,7 @@ def load_model(
     """Load a vision model whose configuration `find_vision_config` gave; `dtype` auto is the type of its weights.
 
     A pooler that is missing and not used is zero. Raises InputError where other weights are missing, which would be
-    random numbers.
+    random numbers, or weights are not finite.
     """
     trust = {"trust_remote_code": trust_remote_code} if model_class is AutoModel else {}
     if dtype == "auto":
@@ -81,6 +81,9 @@ def load_model(
         )
     for key in info["missing_keys"]:
         torch.nn.init.zeros_(model.get_parameter(key))
+    for name, weight in model.named_parameters():  # attention may make finite numbers of NaN
+        if not weight.sum(dtype=torch.float32).isfinite():
+            raise InputError(f"{folder}: {name} holds numbers that are not finite: fetch the model again")
     return model  # type: ignore[no-any-return]
 
 

@@ -132,6 +132,8 @@ def build_projector(checkpoint: Checkpoint) -> Projector:
         num_layers = architecture.get("num_hidden_layers", 1)
         if num_layers > len(weights):  # a number alone must not make layers
             raise ValueError(f"num_hidden_layers is {num_layers}, of {len(weights)} weights")
+        if any(weight.is_complex() for weight in weights.values()):  # of which torch takes the real part
+            raise ValueError("complex numbers")
         with torch.device("meta"):  # shapes are compared before memory is taken for them
             Projector(**architecture).load_state_dict(weights, strict=True, assign=True)
         if not (0 <= architecture.get("dropout", 0.0) < 1 and 0 < architecture.get("input_power", 1.0) < 100):
