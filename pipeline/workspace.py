@@ -84,11 +84,12 @@ def open_file(path: Path, flags: int) -> int:
 def open_without_waiting(path: Path) -> BufferedReader:
     """Open a file to read; raise OSError for a pipe, a device or a file of the kernel's, which may never end."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (not ours)
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode) or (status.st_size == 0 and os.pread(file.fileno(), 1, 0)):
-        file.close()
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return file
+    with suppress(OSError):  # the kernel's log cannot be read while it is empty
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode) and (status.st_size > 0 or not os.pread(file.fileno(), 1, 0)):
+            return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a file", str(path))
 
 
 @contextmanager
