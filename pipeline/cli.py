@@ -140,7 +140,7 @@ def parse_shard(text: str) -> Shard:
 def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's main and exit with its code; a failure that is no bug is one line on stderr."""
     if argv is None:  # run as a script, not from another program
-        _speak_utf8()
+        _check_surroundings()
     _catch_stops()
     try:
         main(argv)
@@ -166,8 +166,14 @@ def run_guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     sys.exit(0)
 
 
-def _speak_utf8() -> None:
-    """Write text as UTF-8; refuse a locale under which Python does not read file names as UTF-8."""
+def _check_surroundings() -> None:
+    """Write text as UTF-8; refuse another encoding of file names, a closed stdout and a removed current folder."""
+    if sys.stdout is None:
+        _exit(1, "stdout is closed: send it to a file, or to /dev/null")
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # torch's libraries are not found from there
+        _exit(1, "the current folder was removed: cd to one that is there, then run this again")
     if sys.getfilesystemencoding() != "utf-8":
         _exit(1, "the locale is not UTF-8, so file names would be misread: export LC_ALL=C.UTF-8, then run this again")
     for stream in (sys.stdout, sys.stderr):

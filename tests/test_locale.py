@@ -47,3 +47,14 @@ def test_paths_are_utf_8_under_the_c_locale_and_a_locale_that_is_not_utf_8_is_re
     assert table["path"].to_pylist() == names
     assert table["is_valid"].to_pylist() == [True] * 3
     assert table["image_bytes"].to_pylist() == list(make_photographs(3))
+
+
+def test_a_closed_stdout_and_a_removed_current_folder_are_said_in_one_line(tmp_path):
+    script = f"{sys.executable} {REPO}/publish_model/embed_images.py --help"
+    (tmp_path / "gone").mkdir()
+    for command, problem in (
+        (f"{script} >&-", "stdout is closed"),
+        (f"cd {tmp_path}/gone && rmdir ../gone && {script}", "the current folder was removed"),
+    ):
+        code, _, stderr = run("bash", "-c", command)
+        assert (code, stderr.startswith(f"error: {problem}"), stderr.count("\n")) == (1, True, 1)

@@ -153,6 +153,7 @@ def test_what_a_value_decides(run, text, expected, noted):
 def test_a_file_of_ours_comes_out_as_it_went_in(run):
     text = "[data]\ntrain_ratio = 0.8\nval_ratio = 0.1\ntest_ratio = 0.1\n\n[embedding_model]\nscales = [224, 384]\n"
     assert tomllib.loads(run(text).stdout) == tomllib.loads(text)
+    assert tomllib.loads(run("[training]\nmargin = inf").stdout) == {"training": {"margin": float("inf")}}
 
 
 def test_every_counterpart_is_a_key_that_is_there():
