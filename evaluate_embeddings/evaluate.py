@@ -196,7 +196,6 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     from pipeline.inference.devices import choose_device
 
     check_replaceable(report_path, page_mark(STAGE))
-    check_replaceable(metrics_path, f'"stage": "{STAGE}"')
     provenance, merged_dir = describe_inputs(config, own.ignore_pairs), config.path("merged_dir")
     watch, device, seed = Stopwatch(), choose_device(config.infrastructure.device), config.global_.seed
     pairs = read_ignore_pairs(own.ignore_pairs)
