@@ -181,21 +181,18 @@ TEXT_SCORE = b"""{"op_code": 0, "worker_id": "w", "study_name": "stage6", "direc
 {"op_code": 4, "worker_id": "w", "study_id": 0, "datetime_start": "2026-01-01T00:00:00"}
 {"op_code": 6, "worker_id": "w", "trial_id": 0, "state": 1, "values": ["x"], "datetime_complete": "2026-01-01T00:00:00"}
 """
-# One whose loss is chosen among others.
-OTHER_CHOICES = json.dumps(
+# What else somebody may write of a trial.
+EDITS: list[dict[str, Any]] = [
     {
-        "op_code": 5, "worker_id": "w", "trial_id": 0, "param_name": "training.loss", "param_value_internal": 0,
+        "op_code": 5, "param_name": "training.loss", "param_value_internal": 0,
         "distribution": json.dumps({"name": "CategoricalDistribution", "attributes": {"choices": ["x"]}}),
-    }
-).encode()  # fmt: skip
-JOURNALS = [
-    b"\xff\n",
-    b"[1]\n",
-    b'{"op_code": 0}\n',
-    b'{"a":' * 100_000,
-    TEXT_SCORE,
-    TEXT_SCORE.split(b'{"op_code": 6')[0] + OTHER_CHOICES + b"\n",
-]
+    },
+    {"op_code": 8, "user_attr": {"num_killed": "x"}},
+    {"op_code": 6, "state": 1, "values": [10**400]},
+]  # fmt: skip
+BEGUN = TEXT_SCORE.split(b'{"op_code": 6')[0]
+EDITED = [BEGUN + json.dumps({"worker_id": "w", "trial_id": 0, **one}).encode() + b"\n" for one in EDITS]
+JOURNALS = [b"\xff\n", b"[1]\n", b'{"op_code": 0}\n', b'{"a":' * 100_000, TEXT_SCORE, *EDITED]
 
 
 @pytest.mark.parametrize("content", JOURNALS)

@@ -32,6 +32,8 @@ JOURNAL = "journal.log"
 _FREE_TRIALS, _FREE_EPOCHS = 10, 3
 # Settings that killed their workers so often, by their memory perhaps, are tried no more.
 _MAX_RETRIES = 2
+# What Optuna, or what follows, makes of a journal that somebody has edited.
+_DAMAGE = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,21 @@ class Tuning:
                 _ = 0.0 + (trial.value or 0.0)  # a score that is no number
                 for name, kind in trial.distributions.items():
                     optuna.distributions.check_distribution_compatibility(SPACE[name], kind)
-        except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError) as error:
+            fixed = {key: value for key, value in self.provenance["settings"].items() if key not in SPACE}
+            made_from = self.provenance | {"settings": fixed}
+            if found := study.user_attrs.get("provenance"):
+                tables.matches(path, found, made_from)
+            else:
+                study.set_user_attr("provenance", made_from)
+            self._retry_killed(study)
+            configured = search_space.list_configured(self.config)
+            tried = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
+            if len(list_finished(study)) < self.options.num_trials and not any(
+                trial.system_attrs.get("fixed_params", trial.params) == configured for trial in tried
+            ):
+                study.enqueue_trial(configured)
+        except _DAMAGE as error:
             raise InputError(f"{path}: damaged ({one_line(error)[:200]}): remove it, or give --overwrite") from None
-        fixed = {key: value for key, value in self.provenance["settings"].items() if key not in SPACE}
-        made_from = self.provenance | {"settings": fixed}
-        if found := study.user_attrs.get("provenance"):
-            tables.matches(path, found, made_from)
-        else:
-            study.set_user_attr("provenance", made_from)
-        self._retry_killed(study)
-        configured = search_space.list_configured(self.config)
-        tried = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
-        if len(list_finished(study)) < self.options.num_trials and not any(
-            trial.system_attrs.get("fixed_params", trial.params) == configured for trial in tried
-        ):
-            study.enqueue_trial(configured)
         return study
 
     def run_trials(self, study: optuna.Study, watch: Stopwatch) -> None:
