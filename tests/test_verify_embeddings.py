@@ -357,6 +357,10 @@ def test_a_published_folder_carries_the_rates_of_pairs_of_its_validation(config_
         rates = published_model.read_pairs(config_with_splits, kind).columns["false_rate"]
         assert len(rates) > 5
         assert 0 < rates.min() < rates.max() < 1
+    path = config_with_splits / published_model.RATES_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "another"}))
+    with pytest.raises(InputError, match="no rates of false pairs of this model"):
+        published_model.read_pairs(config_with_splits, "all")
 
 
 @pytest.fixture

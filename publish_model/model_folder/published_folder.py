@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.errors import InputError, PipelineError
-from pipeline.files.identity import identify
+from pipeline.files.identity import hash_json, identify
 from pipeline.files.list_columns import find_embedding
 from pipeline.files.tables import PROVENANCE_KEY, open_parquet, read_batches
 from pipeline.inference.backbone import check_embeddings
@@ -130,7 +130,8 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     stored = write_weights(folder, model, dtype or "auto")
     copy_processor(model.folder, folder, model.image_size)
     config = model.config | {"dtype": stored}
-    carried = {PROVENANCE_KEY.decode(): provenance | {"weights": digest_published(folder, config)}}
+    weights = digest_published(folder, config)
+    carried = {PROVENANCE_KEY.decode(): provenance | {"weights": weights}}
     (folder / "config.json").write_text(json.dumps(config | carried, indent=2) + "\n", encoding="utf-8")
     for name, code in read_code().items():
         (folder / name).write_bytes(code)
@@ -138,7 +139,8 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     for path in licences:
         shutil.copyfile(path, folder / path.name)
     if model.pair_rates is not None:
-        (folder / RATES_NAME).write_text(json.dumps(model.pair_rates) + "\n", encoding="utf-8")
+        rates = {"model": hash_json(weights), **model.pair_rates}
+        (folder / RATES_NAME).write_text(json.dumps(rates) + "\n", encoding="utf-8")
     write_card(folder, model, stored, [path.name for path in licences])
     with naming_model(model.folder):
         try_model(folder, model)

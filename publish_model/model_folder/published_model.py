@@ -12,6 +12,7 @@ from pipeline.embeddings_dataset.checks import NORM_TOLERANCE
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
 from pipeline.errors import InputError
 from pipeline.files.identity import hash_json
+from pipeline.files.tables import read_provenance
 from pipeline.inference.model_files import (
     check_unchanged,
     find_missing_files,
@@ -177,18 +178,19 @@ def find_model(
 def read_pairs(folder: Path, kind: str) -> PairTable:
     """Return the table of `all` or `near` pairs that a published folder carries.
 
-    Raises InputError if it has none.
+    Raises InputError if it has none, or another model's.
     """
     try:
-        table = PairTable.of(read_json(folder / RATES_NAME)[kind])
+        content, published = read_json(folder / RATES_NAME), read_provenance(folder / "config.json") or {}
+        own, table = hash_json(published.get("weights")), PairTable.of(content[kind])
         up, down, right = (np.diff(table.columns[name]) for name in ("cosine", "false_rate", "right_partners"))
-        is_finite = all(np.isfinite(values).all() for values in table.columns.values())
-        is_sound = bool(is_finite and len(up) and (up > 0).all() and (down < 0).all() and (right <= 0).all())
+        is_own = content.get("model", own) == own and all(np.isfinite(one).all() for one in table.columns.values())
+        is_sound = bool(is_own and len(up) and (up > 0).all() and (down < 0).all() and (right <= 0).all())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
         raise InputError(
-            f"{folder / RATES_NAME}: no rates of false pairs by cosine ({kind}): publish the model again with stage 7 "
+            f"{folder / RATES_NAME}: no rates of false pairs of this model ({kind}): publish it again with stage 7 "
             "beside its splits, or give --threshold"
         )
     return table
