@@ -138,9 +138,11 @@ def test_content_that_is_no_checkpoint_is_refused(tmp_path: Path, content: Any) 
         load_checkpoint(tmp_path / "bad.pt")
 
 
-def test_a_start_that_is_no_table_is_passed_over(tmp_path: Path) -> None:
-    torch.save(make_content(make_projector()) | {"start": 5}, tmp_path / "a.pt")
-    assert "start" not in load_checkpoint(tmp_path / "a.pt").rest
+def test_a_start_or_provenance_that_is_no_table_is_passed_over(tmp_path: Path) -> None:
+    torch.save(make_content(make_projector()) | {"start": 5, "provenance": {"inputs": 5}}, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert "start" not in loaded.rest
+    assert loaded.provenance == {}
 
 
 def test_another_width_is_refused_naming_both_and_the_remedy(tmp_path: Path) -> None:

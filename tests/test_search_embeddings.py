@@ -1,13 +1,16 @@
 """Searching a dataset for a photograph."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from embedded_datasets import unit_rows, write_dataset
-from published_models import make_photographs, write_packaged
+from published_models import list_parts, make_photographs, write_packaged
 
 from pipeline.embeddings_dataset.dataset import EmbeddingsDataset
+from pipeline.embeddings_dataset.parts import read_part
 from publish_model import delete_ids, search_embeddings
 from publish_model.new_data.id_lists import describe_id
 
@@ -53,6 +56,20 @@ def test_a_photograph_of_the_dataset_is_found_first(search, photographs, tmp_pat
     assert [line[0] for line in lines] == ["1", "2", "3"]
     assert (float(lines[0][1]), lines[0][2]) == (pytest.approx(1, abs=1e-5), "way/6")
     assert float(lines[0][1]) >= float(lines[1][1]) >= float(lines[2][1])
+
+
+def test_parts_that_another_model_makes_meanwhile_are_not_compared(search, photographs, tmp_path, monkeypatch):
+    plain = search_embeddings.embed_photographs
+
+    def embed_late(*arguments):
+        part = read_part(list_parts(photographs)[2])
+        replace(part, provenance=part.provenance | {"embedding_version": "0" * 16}).rewrite(part.read_content())
+        return plain(*arguments)
+
+    monkeypatch.setattr(search_embeddings, "embed_photographs", embed_late)
+    outcome = search(photographs, "--query", tmp_path / "query.jpg")
+    assert (outcome.code, outcome.stdout) == (1, "")
+    assert f"{list_parts(photographs)[2]}: replaced while the dataset was read: run this again" in outcome.stderr
 
 
 def test_the_page_shows_the_images_of_the_input(search, photographs, tmp_path, monkeypatch):

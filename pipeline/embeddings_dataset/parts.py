@@ -167,7 +167,7 @@ class Part:
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """Read its rows; raise InputError if the file cannot be read, DamagedError if it is damaged."""
-        return read_table(self.path, columns)
+        return read_table(self.path, columns, self.provenance)
 
     def read_content(self) -> PartContent:
         """Read all that `write_part` wrote."""
@@ -318,8 +318,11 @@ def holds_notes(path: Path) -> bool:
         return has_more or any(not field.equals(bare_field(field), check_metadata=True) for field in file.schema_arrow)
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+def read_table(path: Path, columns: list[str] | None = None, made: dict[str, Any] | None = None) -> pa.Table:
+    """Read a part or its rejects; raise InputError if it is not the one that was `made` so."""
     with reading(path), open_parquet(path) as file:
+        if made is not None and provenance_of(file.metadata) != made:
+            raise InputError(f"{path}: replaced while the dataset was read: run this again")
         table: pa.Table = file.read(columns)
         table.validate(full=True)  # a changed byte may leave text that is none
         return table.replace_schema_metadata()

@@ -241,7 +241,7 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
     if path.suffix == ".json":
         content = read_json_object(path)
         beside = content.get(PROVENANCE_KEY.decode(), content.get("provenance"))
-        return _as_provenance(content if "stage" in content else beside)
+        return as_provenance(content if "stage" in content else beside)
     found = provenance_of(open_parquet(path).metadata)
     if found is None and warn:
         logger.warning("%s carries no provenance: taken as it is, its columns and types are checked", path)
@@ -251,12 +251,12 @@ def read_provenance(path: Path, *, warn: bool = False) -> dict[str, Any] | None:
 def provenance_of(footer: pq.FileMetaData) -> dict[str, Any] | None:
     """Return the provenance in a parquet's footer, None where there is none."""
     try:
-        return _as_provenance(parse_json((footer.metadata or {}).get(PROVENANCE_KEY, b"null")))
+        return as_provenance(parse_json((footer.metadata or {}).get(PROVENANCE_KEY, b"null")))
     except ValueError:
         return None
 
 
-def _as_provenance(content: Any) -> dict[str, Any] | None:
+def as_provenance(content: Any) -> dict[str, Any] | None:
     """Return what stands where provenance is kept, None if it has not the shape of this project's."""
     if not isinstance(content, dict):
         return None

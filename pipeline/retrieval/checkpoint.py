@@ -19,6 +19,7 @@ from pipeline import workspace
 from pipeline.config import TrainingModelSection
 from pipeline.errors import InputError, one_line
 from pipeline.files.identity import digest_file
+from pipeline.files.tables import as_provenance
 from pipeline.inference.devices import full_precision, needing_memory
 from pipeline.log import logger
 from pipeline.reference.weights import read_weights
@@ -103,6 +104,7 @@ def make_checkpoint(
         key: found if isinstance(found := rest.pop(key, None), dict) else {}
         for key in ("architecture", "projector", "metrics", "settings", "provenance")
     }
+    parts["provenance"] = as_provenance(parts["provenance"]) or {}
     checkpoint = Checkpoint(path, **parts, rest=rest)
     # Weights that do not fit are refused before any work is done.
     checkpoint = replace(checkpoint, architecture=build_projector(checkpoint).architecture)

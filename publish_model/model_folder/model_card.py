@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError, one_line
-from pipeline.files.tables import PROVENANCE_KEY
+from pipeline.files.tables import PROVENANCE_KEY, as_provenance
 from pipeline.inference.model_files import LICENCE_FILES, is_within
 from pipeline.log import logger
 from pipeline.pages import load_templates
@@ -155,8 +155,7 @@ def add_test_results(folder: Path, metrics_path: Path) -> bool:
 
 
 def _checkpoint_hashes(provenance: Any) -> set[str]:
-    inputs = provenance.get("inputs") if isinstance(provenance, dict) else None
-    inputs = [item for item in inputs if isinstance(item, dict)] if isinstance(inputs, list) else []
+    inputs = (as_provenance(provenance) or {}).get("inputs", [])
     return {str(item["hash"]) for item in inputs if str(item.get("name")).endswith(".pt") and "hash" in item}
 
 
