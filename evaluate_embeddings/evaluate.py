@@ -187,8 +187,10 @@ def run(config: Config, options: cli.Options) -> cli.StageResult:
     result = cli.StageResult(STAGE)
     raw_dir = find_raw_dir(config)
     if keep_complete(unit, result, own.overwrite):
-        page, inputs = report_path.read_text(encoding="utf-8"), describe_inputs(config, own.ignore_pairs)["inputs"]
-        if not all((one.get("footer") or one["hash"]) in page for one in inputs):
+        page = report_path.read_text(encoding="utf-8", errors="replace")
+        if not all(
+            (one.get("footer") or one["hash"]) in page for one in describe_inputs(config, own.ignore_pairs)["inputs"]
+        ):
             raise StaleOutputError(f"{report_path}: not the page of these inputs: give --overwrite to make it again")
         if raw_dir is None and "data:image/" in page:
             logger.warning("%s: shows photographs, though raw_dir is no folder: --overwrite omits them", report_path)
