@@ -13,6 +13,7 @@ from published_models import read_dataset
 
 from pipeline.embeddings_dataset import deletions
 from pipeline.embeddings_dataset.columns import hash_ids
+from publish_model import aggregate_embeddings, verify_embeddings
 from publish_model.new_data.id_lists import read_id_list
 
 
@@ -111,3 +112,11 @@ def test_what_was_set_aside_goes_and_what_is_not_ours_stays(delete, tmp_path):
     (foreign / "rg00000_rb00001.parquet").unlink()
     mine.unlink()
     assert delete(output, "way/1").code == 0
+
+
+def test_a_dataset_may_be_the_current_folder(delete, run_main, tmp_path, monkeypatch):
+    monkeypatch.chdir(write_dataset(tmp_path / "out", pa.array(["a", "b"]), unit_rows(0, 2)))
+    assert run_main(aggregate_embeddings.main, ".").code == 0
+    assert run_main(verify_embeddings.main, ".", "--repair").code == 0
+    assert delete(".", "a").code == 0
+    assert read_dataset(tmp_path / "out")["OSMID"].to_pylist() == ["b"]

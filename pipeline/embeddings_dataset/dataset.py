@@ -50,7 +50,7 @@ class EmbeddingsDataset:
     """
 
     def __init__(self, output: Path) -> None:
-        sidecar = output.with_name(output.name + ".parts")
+        sidecar = Path(f"{output}.parts")  # `.` has no name
         is_beside = output.is_file() or (not output.exists() and (sidecar / "state.json").exists())
         self.folder = sidecar if is_beside else output
         self.state_path = self.folder / "state.json"
