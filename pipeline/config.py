@@ -40,7 +40,7 @@ class Section(BaseModel):
 class GlobalSection(Section):
     """`[global]`"""
 
-    seed: int = Field(42, ge=0, description="seed of every random choice")
+    seed: int = Field(42, ge=0, lt=2**63, description="seed of every random choice")
     log_dir: str = Field("logs", description="folder of the log files")
 
 

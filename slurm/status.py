@@ -31,8 +31,8 @@ DONE, RUNNING, FAILED, WAITING, NOT_STARTED = "done", "running", "failed", "wait
 TAIL_BYTES = 1 << 16
 Log = dict[str, Any]
 EXIT_LINE = re.compile(r"^task: stage \S+ shard \d+ job \S* (?:account (\S+) )?exit (\d+)$")
-# Behind the name of the stage's jobs: the number of shards, the job and, of an array, the shard.
-LOG_NAME = re.compile(r"-(\d+)-(\d+)(?:_(\d+))?\.log")
+# Behind the name of the stage's jobs: a hash of settings, the number of shards, the job and, of an array, the shard.
+LOG_NAME = re.compile(r"(?:-[0-9a-f]{8})?-(\d+)-(\d+)(?:_(\d+))?\.log")
 
 
 def survey(config: Config, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -85,8 +85,8 @@ def test_every_problem_is_reported_at_once_with_file_section_key_and_nearest_nam
     [
         "training.num_epochs=1.5", "training.num_epochs=true", "training.num_epochs='3'", "training.margin=nan",
         "training.margin=inf", "training.margin=true", "embedding_model.compile=1", "embedding_model.batch_size=0",
-        "infrastructure.num_workers=0", "global.seed=-1", "data.split_cell_m=-1", "data.max_reject_fraction=1.1",
-        "training_model.dropout=1.0", "data.memory_mb=15",
+        "infrastructure.num_workers=0", "global.seed=-1", "global.seed=9223372036854775808", "data.split_cell_m=-1",
+        "data.max_reject_fraction=1.1", "training_model.dropout=1.0", "data.memory_mb=15",
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_or_out_of_range_is_refused(tmp_path, setting):

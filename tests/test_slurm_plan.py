@@ -1,5 +1,6 @@
 """Which jobs are submitted, with which dependencies and which sbatch lines; no SLURM is needed."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -19,7 +20,16 @@ from pipeline.stages import STAGES, TUNE, WHOLE, WORKER, choose_stages
 from preprocess_raw_data import process_tar
 from slurm.control import scheduler, submit
 from slurm.control.scheduler import QueuedTask, format_shards
-from slurm.control.submission import Plan, check_secrets, count_shards, find_active, format_dependency, name_job_file
+from slurm.control.submission import (
+    Plan,
+    Request,
+    check_secrets,
+    count_shards,
+    find_active,
+    format_dependency,
+    name_job_file,
+    plan_now,
+)
 from slurm.control.target import Target
 from slurm.status import survey
 
@@ -214,6 +224,16 @@ def test_the_queue_is_read_task_by_task_and_the_targets_jobs_are_told_by_their_n
     monkeypatch.setattr(scheduler, "ask", lambda _command: "\n".join(lines))
     assert find_active(target)[1] == [QueuedTask("70_3", 3, 5, mine, False), QueuedTask("70_4", 4, 5, mine, True)]
     assert find_active(Target(config.log_dir, other))[1] == [QueuedTask("71", 0, 1, others, True)]
+
+
+def test_a_queued_job_of_other_overrides_is_no_job_of_this_command(config, monkeypatch):
+    target, other = (Target(config.log_dir, config, (f"global.seed={seed}",)) for seed in (1, 2))
+    name = f"{other.name_jobs(STAGES[3])}-{other.settings}-1"
+    monkeypatch.setattr(scheduler, "ask", lambda _command: f"83|N/A|PENDING|{name}")
+    arguments = argparse.Namespace(array_size=None)
+    assert plan_now(Request(other, [STAGES[3]], arguments, [], [])).jobs == []
+    with pytest.raises(ConfigError, match=r"job 83 in the queue makes the output of stage 3 with other --set options"):
+        plan_now(Request(target, [STAGES[3]], arguments, [], []))
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -1,6 +1,7 @@
 """Ask SLURM's commands and give them orders."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ IGNORED = {
     for name in ("ARRAY_INX", "CLUSTERS", "DEPENDENCY", "ERROR", "OPEN_MODE", "OUTPUT", "SIGNAL", "WAIT")
 }
 QUERY_TIMEOUT_SECONDS = 60
+# Target.name_jobs and Target.settings, which jobs of before lack, and the number of shards.
+JOB_NAME = re.compile(r"(\w+-[0-9a-f]{8})(?:-([0-9a-f]{8}))?-(\d+)")
 WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
@@ -32,6 +35,7 @@ class QueuedTask:
     shard_count: int
     jobs: str = ""
     is_waiting: bool = False
+    settings: str = ""  # as in Target.settings
 
 
 def ask(command: Sequence[str]) -> str | None:
@@ -80,9 +84,10 @@ def list_queued() -> list[QueuedTask] | None:
         if line.count("|") != 3:  # with $SLURM_CLUSTERS, the cluster's name
             continue
         job_id, task, state, job_name = (part.strip() for part in line.split("|"))
-        jobs, _, count = job_name.rpartition("-")
+        if not (found := JOB_NAME.fullmatch(job_name)):
+            continue
         name, shard = (f"{job_id}_{task}", int(task)) if task.isdigit() else (job_id, 0)
-        tasks.append(QueuedTask(name, shard, int(count) if count.isdigit() else 1, jobs, state in WAITING_STATES))
+        tasks.append(QueuedTask(name, shard, int(found[3]), found[1], state in WAITING_STATES, found[2] or ""))
     return tasks
 
 

@@ -164,7 +164,15 @@ def submit(request: Request) -> None:
 
 def plan_now(request: Request) -> Plan:
     """Plan with what is in the queue now; raise ConfigError where an option holds a secret."""
-    plan = Plan(request.target, request.stages, find_active(request.target), request.arguments.array_size)
+    active = find_active(request.target)
+    for stage in request.stages:
+        for task in active.get(stage.number, []):
+            if task.settings not in ("", request.target.settings):
+                raise ConfigError(
+                    f"job {task.name} in the queue makes the output of stage {stage.label} with other --set options: "
+                    "wait for it or scancel it, then run this again"
+                )
+    plan = Plan(request.target, request.stages, active, request.arguments.array_size)
     environment = [option for job in plan.jobs for option in environment_options(job.stage)]
     check_secrets([*environment, *request.sbatch_options, *request.stage_options])
     return plan
@@ -218,7 +226,7 @@ def build_command(job: PlannedJob, request: Request, ids: dict[PlannedJob, str])
     log_dir = str(target.log_dir).replace("%", "%%")  # percent signs of a path are no patterns
     return [
         *command, *environment_options(stage), *request.sbatch_options,
-        f"--job-name={target.name_jobs(stage)}-{job.shard_count}",
+        f"--job-name={target.name_jobs(stage)}-{target.settings}-{job.shard_count}",
         f"--output={log_dir}/slurm/%x-{'%A_%a' if stage.is_array else '%j'}.log",
         str(PROJECT_ROOT / name_job_file(stage)),
         *(["--shards", str(job.shard_count)] if stage.unit not in (WHOLE, WORKER) else []),

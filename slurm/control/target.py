@@ -32,8 +32,13 @@ class Target:
         overrides = [part for override in self.overrides for part in ("--set", override)]
         return ["--config", str(self.config.file_path), *overrides]
 
+    @property
+    def settings(self) -> str:
+        """A hash of the overrides: a queued job keeps those that it was submitted with."""
+        return hash_json(self.overrides)[:8]
+
     def name_jobs(self, stage: Stage) -> str:
-        """Return the name of the stage's jobs, `-` and the number of shards left out.
+        """Return the name of the stage's jobs, without `-`, the hash of the overrides, `-` and the number of shards.
 
         Where the stage writes tells this target's jobs from another's that shares its log folder. Raises ConfigError if
         that is not set.
