@@ -18,18 +18,9 @@ from pipeline.errors import ConfigError, PipelineError, StaleOutputError
 from pipeline.files.units import UnitState
 from pipeline.stages import STAGES, TUNE, WHOLE, WORKER, choose_stages
 from preprocess_raw_data import process_tar
-from slurm.control import scheduler, submit
+from slurm.control import scheduler, submission, submit
 from slurm.control.scheduler import QueuedTask, format_shards
-from slurm.control.submission import (
-    Plan,
-    Request,
-    check_secrets,
-    count_shards,
-    find_active,
-    format_dependency,
-    name_job_file,
-    plan_now,
-)
+from slurm.control.submission import Plan, check_secrets, count_shards, find_active, format_dependency, name_job_file
 from slurm.control.target import Target
 from slurm.status import survey
 
@@ -231,9 +222,9 @@ def test_a_queued_job_of_other_overrides_is_no_job_of_this_command(config, monke
     name = f"{other.name_jobs(STAGES[3])}-{other.settings}-1"
     monkeypatch.setattr(scheduler, "ask", lambda _command: f"83|N/A|PENDING|{name}")
     arguments = argparse.Namespace(array_size=None)
-    assert plan_now(Request(other, [STAGES[3]], arguments, [], [])).jobs == []
+    assert submission.plan_now(submission.Request(other, [STAGES[3]], arguments, [], [])).jobs == []
     with pytest.raises(ConfigError, match=r"job 83 in the queue makes the output of stage 3 with other --set options"):
-        plan_now(Request(target, [STAGES[3]], arguments, [], []))
+        submission.plan_now(submission.Request(target, [STAGES[3]], arguments, [], []))
 
 
 # ------------------------------------------------------------------------------------------------ the command line

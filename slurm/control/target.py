@@ -33,8 +33,7 @@ class Target:
         return ["--config", str(self.config.file_path), *overrides]
 
     @property
-    def settings(self) -> str:
-        """A hash of the overrides: a queued job keeps those that it was submitted with."""
+    def settings(self) -> str:  # a queued job keeps the overrides that it was submitted with
         return hash_json(self.overrides)[:8]
 
     def name_jobs(self, stage: Stage) -> str:
