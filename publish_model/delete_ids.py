@@ -35,9 +35,8 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
     Raises InputError where the dataset or the list cannot be read; once all is done, PipelineError where ids match
     nothing, unless that is allowed, or files of others may hold the ids.
     """
-    listed = read_id_list(list_path)
-    values = plain_ids(listed, dataset.schema.field(ID_COLUMN).type, list_path)
-    num_rows, distinct, missing, others = delete_ids(dataset, values)
+    listed, kind = read_id_list(list_path), dataset.schema.field(ID_COLUMN).type
+    num_rows, distinct, missing, others = delete_ids(dataset, plain_ids(listed, kind, list_path))
     result = cli.StageResult(STAGE)
     for part in dataset.parts:
         result.add(part.counts, part.reasons)

@@ -5,17 +5,23 @@ import re
 import shutil
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from published_models import make_config, make_picture, write_checkpoint
 from stage7_fixtures import read_config
 
 import run_pipeline
 from pipeline.cli import Options, StageResult
 from pipeline.config import load_config
-from pipeline.errors import InputError
+from pipeline.errors import InputError, PipelineError
+from pipeline.files.identity import identify
 from pipeline.inference.model_files import identify_model, is_within
+from pipeline.retrieval.checkpoint import load_checkpoint
 from publish_model import convert_to_hf as stage
 from publish_model.model_folder.model_card import add_test_results
+from publish_model.model_folder.published_folder import measure_pairs
 from publish_model.model_folder.published_model import RATES_NAME
 
 
@@ -195,6 +201,21 @@ def test_the_rates_of_pairs_are_named_and_no_part_of_the_version(config, tmp_pat
     assert identify_model(tmp_path / "published") == without
     (tmp_path / "published" / RATES_NAME).unlink()
     assert identify_model(tmp_path / "published") == without
+
+
+def test_a_projector_that_gives_zeros_is_one_line(config, tmp_path):
+    path = tmp_path / "val.parquet"
+    values = pa.FixedSizeListArray.from_arrays(pa.array([0.5] * 96, pa.float32()), 24)
+    pq.write_table(pa.table({"building_id": ["a", "a", "b", "b"], "embedding": values}), path)
+    checkpoint = write_checkpoint(tmp_path / "zero.pt", provenance={"inputs": [identify(path)]})
+    content = torch.load(checkpoint, weights_only=True)
+    content["projector"] = {name: weight * 0 for name, weight in content["projector"].items()}
+    torch.save(content, checkpoint)
+    paths = config.paths.model_copy(update={"merged_dir": str(tmp_path)})
+    with pytest.raises(
+        PipelineError, match=r"zero\.pt on row 0 of val\.parquet: its embedding is not finite or all zero"
+    ):
+        measure_pairs(config.model_copy(update={"paths": paths}), load_checkpoint(checkpoint))
 
 
 # ------------------------------------------------------------------------------------------------ what others wrote

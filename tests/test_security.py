@@ -166,12 +166,15 @@ def test_weights_that_are_not_finite_give_no_embeddings(toy_backbone, tmp_path):
         Embedder(backbone, device="cpu")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "processor.py", "README.md"])
+SPARSE = ["backbone/model.safetensors", "backbone/config.json", "backbone/own.py", "backbone/README.md"]
+
+
+@pytest.mark.parametrize("name", [*SPARSE, "checkpoint/checkpoint_best.pt"])
 def test_a_sparse_file_of_a_model_is_not_read(toy_backbone, tmp_path, name):
     backbone = shutil.copytree(toy_backbone, tmp_path / "backbone")
-    (backbone / name).touch()
-    os.truncate(backbone / name, 10**12)
     write_checkpoint(tmp_path / "checkpoint" / "checkpoint_best.pt")
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 10**12)
     with pytest.raises(InputError, match=f"{name}: .*over [0-9]* bytes"):
         convert_to_hf.run(make_config(tmp_path, backbone), convert_to_hf.PublishOptions())
     assert not (tmp_path / "published").exists()

@@ -165,7 +165,8 @@ def test_sigkill_of_the_script_and_a_rerun_equal_an_undisturbed_run(
 
 
 @pytest.mark.parametrize(
-    "change", [{"history": None}, {"history": [1]}, {"best": {}}, {"peak": {"x": 1}}, {"coordinates": {}}]
+    "change",
+    [{"history": None}, {"history": [1]}, {"best": {}}, {"peak": {"x": 1}}, {"coordinates": {}}, {"metrics": [1]}],
 )
 def test_a_state_of_another_shape_is_one_line(
     workspace: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch

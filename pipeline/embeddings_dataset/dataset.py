@@ -35,7 +35,7 @@ from pipeline.errors import InputError
 from pipeline.files.identity import hash_json
 from pipeline.files.tables import open_parquet
 from pipeline.log import logger
-from pipeline.workspace import locked, make_folder, move, naming_failures, write_json
+from pipeline.workspace import locked, make_folder, move, write_json
 
 # Replaced and damaged files wait in a numbered folder there until the dataset is complete again.
 SET_ASIDE = "_removed"
@@ -116,8 +116,7 @@ class EmbeddingsDataset:
     def set_aside(self, doomed: Iterable[Path]) -> None:
         """Move parts, each with its rejects, rejects and the state to a new folder in `_removed/`."""
         for folder in (self.folder / "parts", self.folder / "_rejects"):
-            with naming_failures(folder):
-                make_folder(folder)  # a link is refused before anything moves
+            make_folder(folder)  # a link is refused before anything moves
         numbers = [int(path.name) for path in (self.folder / SET_ASIDE).glob("*") if path.name.isdecimal()]
         target = self.folder / SET_ASIDE / str(max(numbers, default=0) + 1)
         for one in doomed:

@@ -105,9 +105,7 @@ def _spellings(value: object) -> list[object]:
 def _sorted(*hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
     joined = np.concatenate(hashes)
     joined.sort()  # numpy's `unique` takes 50 times as long
-    is_last = np.append(joined[:-1] != joined[1:], True)[: len(joined)]
-    distinct: NDArray[np.uint64] = joined[is_last]
-    return distinct
+    return np.extract(np.append(joined[:-1] != joined[1:], True)[: len(joined)], joined)
 
 
 def _are_among(hashes: NDArray[np.uint64], ascending: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -124,11 +122,10 @@ def read_order(folder: Path) -> DeletionOrder:
         content: Any = read_json(path)
         hashes = np.frombuffer(base64.b64decode(content["id_hashes"]), "<u8")
         is_unmatched = np.unpackbits(np.frombuffer(bytes.fromhex(content["unmatched"]), np.uint8), count=len(hashes))
-        unmatched = hashes[is_unmatched.astype(bool)]
         salt = bytes.fromhex(content["salt"])
         if len(salt) != _SALT_BYTES:
             raise ValueError("another salt than ours")
-        return DeletionOrder(salt, hashes, unmatched, bool(content["done"]))
+        return DeletionOrder(salt, hashes, hashes[is_unmatched.astype(bool)], bool(content["done"]))
     except (FileNotFoundError, NotADirectoryError):
         return DeletionOrder(b"", np.empty(0, np.uint64), np.empty(0, np.uint64), done=True)
     except (ValueError, KeyError, TypeError):
@@ -242,9 +239,9 @@ def _survey(folder: Path, wanted: str) -> list[Path]:
                 kind = "own"
             else:
                 tool = _TOOLS.get(path.parent.name)
-                is_made: Any = _DERIVED.fullmatch(name) and (tool is None or carries(path, tool))
-                is_made = is_made or workspace.is_temporary(path.name) or (is_orphan and is_ours(path))
-                kind = "derived" if is_made else "other"
+                is_made = bool(_DERIVED.fullmatch(name)) and (tool is None or carries(path, tool))
+                is_left = workspace.is_temporary(path.name) or (is_orphan and is_ours(path))
+                kind = "derived" if is_made or is_left else "other"
             if kind != "own" and path.name in below:
                 below.remove(path.name)
             found += [path] if kind == wanted else []

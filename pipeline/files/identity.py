@@ -16,6 +16,9 @@ from pipeline.files.listing import is_parquet
 from pipeline.log import logger
 from pipeline.workspace import open_without_waiting, read_json_object, write_json
 
+# The most that the hub takes of one file; tars may be longer.
+MOST_BYTES = 50_000_000_000
+
 
 def identify(path: Path) -> dict[str, Any]:
     """Return a file's identity for provenance: name, size and a hash; raise InputError if it is missing.
@@ -65,7 +68,11 @@ def hash_json(content: Any) -> str:
 
 
 def digest_file(path: Path) -> str:
+    """Return the digest of a file; raise InputError for a sparse one of absurd length, which could take a day."""
+    most = 2**30 if path.suffix in (".json", ".py") else MOST_BYTES
     with open_without_waiting(path) as file:
+        if path.suffix != ".tar" and os.fstat(file.fileno()).st_size > most:
+            raise InputError(f"{path}: over {most} bytes, which no model or list has: fetch or make it again")
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 

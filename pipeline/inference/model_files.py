@@ -22,8 +22,6 @@ DEFAULT_MODEL_ID = "alexwaolson/spatial-building-embeddings"
 LICENCE_FILES = ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "notice*"]
 # The files of a model: settings, weights, remote code and licence, without flax and onnx copies.
 MODEL_FILES = ["*.json", "*.safetensors", "*.py", *LICENCE_FILES, "README.md"]
-# The most that the hub takes of one file, and that is read of JSON.
-MOST_BYTES, MOST_SETTINGS_BYTES = 50_000_000_000, 2**30
 # Only files that change the embeddings count: no model card, rates of validation or settings of other libraries.
 _IDENTITY_SUFFIXES = (".json", ".safetensors", ".bin", ".py")
 _NO_IDENTITY = {"pair_rates.json", "modules.json", "sentence_bert_config.json"}
@@ -206,13 +204,7 @@ def list_changed(folder: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    """Return the digest of all bytes of a file; this process reads it once as long as size and time stay.
-
-    Raises InputError for a file that no hub takes: reading a sparse one could take a day.
-    """
-    most = MOST_BYTES if path.suffix in (".safetensors", ".bin") else MOST_SETTINGS_BYTES
-    if path.stat().st_size > most:
-        raise InputError(f"{path}: over {most} bytes, which is no model's file: fetch the model again")
+    """Return the digest of all bytes of a file; this process reads it once as long as size and time stay."""
     try:
         return _digest_once(path, path.stat().st_size, path.stat().st_mtime_ns)
     except OSError as error:

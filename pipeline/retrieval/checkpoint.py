@@ -203,8 +203,10 @@ def going_on_from(path: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        problem = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise InputError(f"{path}: no run can go on from it ({problem}): take another, or begin anew") from None
+        raise InputError(
+            f"{path}: no run can go on from it ({type(error).__name__}: {one_line(error)[:200]}): take another, or "
+            "begin anew"
+        ) from None
 
 
 def _list_tensors(content: Any) -> Iterator[torch.Tensor]:

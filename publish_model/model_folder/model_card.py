@@ -169,8 +169,9 @@ def _render(template: str, source: Path, **content: Any) -> str:
     try:
         return environment.get_template(template).render(content)
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
-        problem = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise InputError(f"{source}: scores that cannot be shown ({problem}): make it again") from None
+        raise InputError(
+            f"{source}: scores that cannot be shown ({type(error).__name__}: {one_line(error)[:200]}): make it again"
+        ) from None
 
 
 def _format_code(value: object) -> str:

@@ -114,6 +114,7 @@ def measure_pairs(config: Config, checkpoint: Checkpoint) -> dict[str, Any] | No
         return None
     features, columns = sample_rows(path)
     embeddings = project(build_projector(checkpoint), features, torch.device("cpu"))
+    check_embeddings(embeddings, [f"{checkpoint.path} on row {row} of {path.name}" for row in range(len(embeddings))])
     buildings = columns["building_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     if not set(POSITION_COLUMNS) <= set(columns.column_names):
         return describe_pairs(embeddings, buildings)

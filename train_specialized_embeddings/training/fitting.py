@@ -18,7 +18,7 @@ from pipeline.files import tables
 from pipeline.inference.devices import choose_device, describe_device, needing_memory
 from pipeline.inference.model_files import compare_embedded
 from pipeline.log import Stopwatch, logger
-from pipeline.retrieval.checkpoint import Checkpoint, hash_buildings, load_checkpoint, save_checkpoint
+from pipeline.retrieval.checkpoint import Checkpoint, going_on_from, hash_buildings, load_checkpoint, save_checkpoint
 from pipeline.retrieval.features import Features, check_one_run, load_features, sample_buildings
 from train_specialized_embeddings.sampling.band_sampler import BandSampler
 from train_specialized_embeddings.sampling.neighbor_table import Neighbors, load_neighbors
@@ -160,15 +160,16 @@ def make_material(
     trained_on = torch.unique(hash_buildings(train.building_ids.to_pylist()))
     if (earlier := saved or warm) is not None:  # whose buildings have shaped the start; some do not name them
         before = earlier.rest.get("trained_on")
-        trained_on = None if before is None else torch.unique(torch.cat([before, trained_on]))
+        trained_on = None if not isinstance(before, torch.Tensor) else torch.unique(torch.cat([before, trained_on]))
     device = choose_device(config.infrastructure.device)
     sampler = BandSampler(train, neighbors, seed, section.min_negative_distance_m, device)
     logger.info("training on %d images of %d buildings, %d numbers each, on %s",
                 len(train), len(train.building_ids), train.width, describe_device(device))  # fmt: skip
     validation = choose_validation_set(val, section.validation_images, seed, device, section.recall_ranks)
     if saved is not None:
-        scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
-        start = restore_start(saved, saved.rest["start"], scores)
+        with going_on_from(saved.path):
+            scores = {name: row for name, row in saved.metrics["val"].items() if name != "projector"}
+            start = restore_start(saved, saved.rest["start"], scores)
     else:
         start = fit_start(train, validation, config.training_model.output_dim, section, device, warm)
     map_rows = partial(start.coordinates.linear_map.map_rows, device=device if device.type == "cuda" else None)

@@ -68,12 +68,13 @@ class Tuning:
                 # Without a seed: workers that start together on several machines must not try the same.
                 sampler=optuna.samplers.TPESampler(n_startup_trials=_FREE_TRIALS, constant_liar=True),
             )  # fmt: skip
-            for trial in study.get_trials(deepcopy=False):
-                _ = 0.0 + (trial.value or 0.0)  # a score that is no number
-                for name, kind in trial.distributions.items():
-                    optuna.distributions.check_distribution_compatibility(SPACE[name], kind)
-            fixed = {key: value for key, value in self.provenance["settings"].items() if key not in SPACE}
-            made_from = self.provenance | {"settings": fixed}
+            trials = study.get_trials(deepcopy=False)
+            sum(trial.value or 0.0 for trial in trials)  # a score that is no number
+            for name, kind in itertools.chain(*(trial.distributions.items() for trial in trials)):
+                optuna.distributions.check_distribution_compatibility(SPACE[name], kind)
+            made_from = self.provenance | {
+                "settings": {key: value for key, value in self.provenance["settings"].items() if key not in SPACE}
+            }
             if found := study.user_attrs.get("provenance"):
                 tables.matches(path, found, made_from)
             else:
