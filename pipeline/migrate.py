@@ -64,9 +64,10 @@ def format_config(tables: dict[str, dict[str, Any]], notes: Notes) -> str:
     for section in list_keys():
         if table := tables.get(section):
             lines += ["", f"[{section}]"]
-            for key, value in table.items():
-                text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)  # nan, inf
-                lines.append(f"{key} = {text}")
+            lines += [
+                f"{key} = {repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)}"
+                for key, value in table.items()
+            ]
     if notes:
         lines += ["", f"# {len(notes)} of the old file to look at:"]
         lines += [" ".join(f"# {name}: {note}".split()) for name, note in notes]

@@ -178,8 +178,7 @@ def _open_parquets(files: list[Path], options: InputOptions) -> PackagedInput:
                     f"{file_path}: column {name} is {kind}, in {files[0].name} it is {first}: package all files in the "
                     "same way"
                 )
-    kept = [name for name in options.keep_columns if name not in schemas[0].names]
-    partitions = _keep_partitions(path, folder_values, kept)
+    partitions = _keep_partitions(path, folder_values, {*options.keep_columns} - {*schemas[0].names})
     size = sum(file_path.stat().st_size for file_path in files)
     fingerprint = footers[0] if path.is_file() else hash_json([footers, folder_values] if partitions else footers)
     return PackagedInput(
@@ -196,9 +195,7 @@ def _describe_type(schema: pa.Schema, name: str, options: InputOptions) -> str:
     return "int64" if name == options.id_column and re.search("float|double", kind) else kind
 
 
-def _keep_partitions(
-    path: Path, folder_values: list[dict[str, str]], keep_columns: Sequence[str]
-) -> dict[str, pa.Array]:
+def _keep_partitions(path: Path, folder_values: list[dict[str, str]], keep_columns: set[str]) -> dict[str, pa.Array]:
     """Return the kept columns that folders name, a value for each file, and say which others they name."""
     keys = dict.fromkeys(key for values in folder_values for key in values)
     if others := ",".join(key for key in keys if key not in keep_columns):

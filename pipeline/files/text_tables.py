@@ -47,8 +47,7 @@ def read_csv(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str,
         reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
         rows = enumerate(filter(None, reader))
         names = [name.strip() for name in next(rows, (0, list[str]()))[1]]
-        ids = find_columns(path, names, required, remedy)
-        wanted = list(ids)
+        wanted = find_columns(path, names, required, remedy)
         if others:
             if len(set(names) - {""}) < len(names):
                 raise InputError(f"{path}: its first line has to name each column once, and none blank: correct it")
@@ -66,7 +65,7 @@ def read_csv(path: Path, required: Sequence[str | tuple[str, ...]], remedy: str,
             columns = [[row[place] for _, row in chunk] for place in places]
             tables.append(pa.Table.from_arrays([pa.array(one, pa.string()) for one in columns], schema=schema))
     table = pa.concat_tables(tables)
-    for name in ids:
+    for name in wanted[: len(required)]:
         if pc.any(pc.match_substring_regex(table[name], r"^-?\d[.,]\d+E\+\d+$"), min_count=0).as_py():
             logger.warning("%s: column %s: 1.23E+18 and the like: a spreadsheet may have made one of two", path, name)
     return table
