@@ -165,8 +165,7 @@ def describe_inputs(config: Config, ignore_pairs: Path | None) -> dict[str, Any]
 
 
 def find_raw_dir(config: Config) -> Path | None:
-    """Return the folder of the tars, None if the page does without photographs."""
-    with contextlib.suppress(ConfigError):  # not set, or of an undefined variable
+    with contextlib.suppress(ConfigError):  # not set, or of an undefined variable: the page has no photographs
         return config.path("raw_dir") if config.path("raw_dir").is_dir() else None
     return None
 

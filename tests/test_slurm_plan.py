@@ -223,7 +223,9 @@ def test_a_queued_job_of_other_overrides_is_no_job_of_this_command(config, monke
     monkeypatch.setattr(scheduler, "ask", lambda _command: f"83|N/A|PENDING|{name}")
     arguments = argparse.Namespace(array_size=None)
     assert submission.plan_now(submission.Request(other, [STAGES[3]], arguments, [], [])).jobs == []
-    with pytest.raises(ConfigError, match=r"job 83 in the queue makes the output of stage 3 with other --set options"):
+    with pytest.raises(
+        ConfigError, match=r"job 83 in the queue makes merge_and_split's output with other --set options"
+    ):
         submission.plan_now(submission.Request(target, [STAGES[3]], arguments, [], []))
 
 

@@ -165,13 +165,12 @@ def submit(request: Request) -> None:
 def plan_now(request: Request) -> Plan:
     """Plan with what is in the queue now; raise ConfigError where an option holds a secret."""
     active = find_active(request.target)
-    own = [(stage, task) for stage in request.stages for task in active.get(stage.number, [])]
-    for stage, task in own:
-        if task.settings not in ("", request.target.settings):
-            raise ConfigError(
-                f"job {task.name} in the queue makes the output of stage {stage.label} with other --set options: wait "
-                "for it or scancel it, then run this again"
-            )
+    own = [task for stage in request.stages for task in active.get(stage.number, [])]
+    for task in (task for task in own if task.settings not in ("", request.target.settings)):
+        raise ConfigError(
+            f"job {task.name} in the queue makes {task.jobs.partition('-')[0]}'s output with other --set options: wait "
+            "for it or scancel it, then run this again"
+        )
     plan = Plan(request.target, request.stages, active, request.arguments.array_size)
     environment = [option for job in plan.jobs for option in environment_options(job.stage)]
     check_secrets([*environment, *request.sbatch_options, *request.stage_options])

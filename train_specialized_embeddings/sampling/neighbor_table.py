@@ -76,11 +76,11 @@ def load_neighbors(path: Path | None, features: Features) -> Neighbors:
     rows, codes, row_ends = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
     starts[rows] = np.cumsum(row_ends[:, -1], dtype=np.int64) - row_ends[:, -1]
     ends[rows] = row_ends
-    num_alone = int((ends[:, -1] == 0).sum())
-    log = logger.info if 2 * num_alone < len(ends) else logger.warning  # half a table, or another one, it seems
+    alone = ends[:, -1] == 0
+    log = logger.info if alone.mean() < 0.5 else logger.warning  # half a table, or another one, it seems
     log("%s: %d training images, %d of them not in the table, %d without a usable neighbour (their negatives are "
         "random), %.1f usable neighbours an image",
-        path.name, len(ends), len(features) - len(known), num_alone, ends[:, -1].mean())  # fmt: skip
+        path.name, len(ends), len(features) - len(known), alone.sum(), ends[:, -1].mean())  # fmt: skip
     return Neighbors(codes, starts, ends)
 
 
