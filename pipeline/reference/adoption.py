@@ -29,9 +29,8 @@ LEAST_COSINE = 0.999
 
 def sample(store: Appending, foreign: list[PartPlan]) -> Iterator[tuple[str, bytes, NDArray[np.float32]]]:
     """Yield some pictures, spread over all rows, each with a name and the embedding (D,) that it has there."""
-    sizes = [open_parquet(store.dataset.path_of(plan.name)).metadata.num_rows for plan in foreign]
-    total, starts = sum(sizes), np.cumsum([0, *sizes])
-    chosen = np.linspace(0, total - 1, min(SAMPLED_IMAGES, total)).astype(int)  # of all rows
+    starts = np.cumsum([0, *(open_parquet(store.dataset.path_of(plan.name)).metadata.num_rows for plan in foreign)])
+    chosen = np.linspace(0, starts[-1] - 1, min(SAMPLED_IMAGES, int(starts[-1]))).astype(int)  # of all rows
     pieces = zip(foreign, np.split(chosen, np.searchsorted(chosen, starts[1:-1])), starts, strict=False)
     places = {plan: piece - start for plan, piece, start in pieces if len(piece)}
     for plan, table in read_planned(store.source, places):

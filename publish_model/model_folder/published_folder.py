@@ -140,8 +140,8 @@ def fill_folder(folder: Path, model: ModelParts, dtype: str | None, provenance: 
     for path in licences:
         shutil.copyfile(path, folder / path.name)
     if model.pair_rates is not None:
-        rates = {"model": hash_json(weights), **model.pair_rates}
-        (folder / RATES_NAME).write_text(json.dumps(rates) + "\n", encoding="utf-8")
+        rates = json.dumps({"model": hash_json(weights), **model.pair_rates}) + "\n"
+        (folder / RATES_NAME).write_text(rates, encoding="utf-8")
     write_card(folder, model, stored, [path.name for path in licences])
     with naming_model(model.folder):
         try_model(folder, model)
