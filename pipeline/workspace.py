@@ -357,10 +357,11 @@ def writing_to(path: Path, *, once: bool = False) -> Iterator[Path]:
     """
     temporary = temporary_path(path)
     try:
-        with naming_failures(path):
+        with naming_failures(path), opened_folder(path.parent, make=True) as folder:
             os.close(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             clear_temporaries(path.parent)
-            yield temporary
+            pinned = Path(f"/proc/{os.getpid()}/fd/{folder}/{temporary.name}")  # a link may take the folder's name
+            yield pinned if pinned.exists() else temporary
             sync_file(temporary)
             (link if once else move)(temporary, path)
             sync_folder(path.parent)

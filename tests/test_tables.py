@@ -49,7 +49,7 @@ def test_a_file_appears_only_when_its_block_has_ended_well(tmp_path):
     with workspace.writing_to(path) as temporary:
         temporary.write_bytes(b"all of it")
         assert not path.exists()
-        assert temporary.parent == path.parent
+        assert temporary.parent.samefile(path.parent)
         assert temporary.name.startswith(".")
     assert path.read_bytes() == b"all of it"
     assert list_files(path.parent) == ["a.bin"]

@@ -203,6 +203,21 @@ def test_nothing_is_made_or_removed_behind_a_link_in_an_output(tmp_path, name):
     assert list_files(theirs) == ["1"]
 
 
+def test_a_folder_that_becomes_a_link_meanwhile_is_not_written_through(tmp_path):
+    parts, theirs = tmp_path / "out" / "parts", tmp_path / "theirs"
+    theirs.mkdir()
+
+    def write(temporary):
+        parts.rename(tmp_path / "moved")
+        parts.symlink_to(theirs)
+        temporary.write_text("ours")
+
+    with pytest.raises(PipelineError, match="parts is a link"), writing_to(parts / "a") as temporary:
+        write(temporary)
+    assert list_files(theirs) == []
+    assert [path.read_text() for path in (tmp_path / "moved").iterdir()] == ["ours"]
+
+
 def test_an_output_may_be_a_link_itself(tmp_path):
     (tmp_path / "scratch").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "scratch")
