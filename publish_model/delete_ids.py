@@ -61,8 +61,10 @@ def delete(dataset: EmbeddingsDataset, list_path: Path, allow_missing: bool) -> 
         )
     naming, counting = list_naming_columns(dataset)
     if counting:
-        names = ", ".join(map(repr, counting))
-        logger.warning("%s: numbers in the kept columns %s equal deleted ids, maybe by chance", dataset.folder, names)
+        logger.warning(
+            "%s: numbers in the kept columns %s equal deleted ids, maybe by chance",
+            dataset.folder, ", ".join(map(repr, counting)),
+        )  # fmt: skip
     if naming:
         problems.append(
             f"{dataset.folder}: rows that stay name deleted ids in the kept columns {', '.join(map(repr, naming))}: "

@@ -34,11 +34,9 @@ def _map_innermost(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataTyp
         return pa.struct([bare_field(kind.field(index), change) for index in range(kind.num_fields)])
     if pa.types.is_fixed_size_list(kind):
         return pa.list_(bare_field(kind.value_field, change), kind.list_size)
-    name = str(kind).partition("<")[0]
-    if name not in ("list", "large_list", "list_view", "large_list_view"):
-        return change(kind)
-    make = pa.list_ if name == "list" else getattr(pa, name)
-    return make(bare_field(kind.value_field, change))
+    makers = {"list": pa.list_, "large_list": pa.large_list, "list_view": pa.list_view}
+    make = (makers | {"large_list_view": pa.large_list_view}).get(str(kind).partition("<")[0])
+    return make(bare_field(kind.value_field, change)) if make else change(kind)
 
 
 def bare_field(field: pa.Field, change: Callable[[pa.DataType], pa.DataType] = lambda kind: kind) -> pa.Field:
