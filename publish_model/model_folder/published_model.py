@@ -94,7 +94,7 @@ def describe_model(
 def drop_code(settings: Any) -> Any:
     """Return a backbone's settings without what names code: it would run wherever the published model is trusted."""
     if isinstance(settings, dict):
-        return {key: drop_code(one) for key, one in settings.items() if key.strip().lower() not in CODE_KEYS}
+        return {key: drop_code(one) for key, one in settings.items() if str(key).strip().lower() not in CODE_KEYS}
     return [drop_code(one) for one in settings] if isinstance(settings, list) else settings
 
 
