@@ -356,6 +356,7 @@ def writing_to(path: Path, *, once: bool = False) -> Iterator[Path]:
     With `once` a file that has that name stays. Raises PipelineError naming `path` if it cannot be written.
     """
     temporary = temporary_path(path)
+    str(path).encode()  # for those that read it: Parquet's library takes UTF-8 alone
     try:
         with naming_failures(path), opened_folder(path.parent, make=True) as folder:
             os.close(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
