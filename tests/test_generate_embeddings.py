@@ -164,6 +164,9 @@ def test_weights_that_are_no_numbers_stop_the_run_naming_the_image(tmp_path, cit
     weights = load_file(folder / "model.safetensors")
     weights["layernorm.weight"][3] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "layernorm.weight holds numbers that are not finite" in stage("embedding_model.model_name=broken").stderr
+    weights["layernorm.weight"][:] = 3e38
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     outcome = stage("embedding_model.model_name=broken")
     assert outcome.code == 1
     first = make_city(1, SIZES)[0].name
