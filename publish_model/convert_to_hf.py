@@ -72,7 +72,6 @@ def describe_published(config: Config, checkpoint_path: Path, backbone_id: str |
 
 
 def list_units(config: Config) -> list[Unit]:
-    """Return the one unit: the published folder."""
     checkpoint_path = config.path("checkpoint_dir") / "checkpoint_best.pt"
     output = config.path(STAGES[7].writes)
 

@@ -182,7 +182,6 @@ class EmbeddingsDataset:
                 yield part, first, places
 
     def read_ids_at(self, rows: Sequence[int]) -> dict[int, Any]:
-        """Return the ids of some embedded rows."""
         found: dict[int, Any] = {}
         for part, first, places in self.locate(rows):
             column = part.read([ID_COLUMN]).column(0)

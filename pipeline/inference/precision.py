@@ -57,9 +57,9 @@ def settle_precision(
         logger.warning("computing in bfloat16, as asked for: how near that comes to float32 is only measured for auto")
     if dtype != "auto":
         return Precision(dtype)
-    return (
-        agree_on(note, lambda: choose_precision(load, pictures())) if is_measured_on(device) else Precision("float32")
-    )
+    if not is_measured_on(device):
+        return Precision("float32")
+    return agree_on(note, lambda: choose_precision(load, pictures()))
 
 
 def is_measured_on(device: str) -> bool:

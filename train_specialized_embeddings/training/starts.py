@@ -113,7 +113,6 @@ class Fitted:
 
     @property
     def mean(self) -> float:
-        """Its mAP."""
         return float(self.scores.average_precision.mean())
 
 
