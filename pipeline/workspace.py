@@ -1,8 +1,7 @@
 """Open, write, replace and remove what this project makes, never through a link, and keep other processes out.
 
-Only this module locks, renames and removes. A folder of outputs may itself be a link that the user made; below it,
-folders with a name that only this project gives may not. An unfinished output has a hidden name beside its place, which
-no one can guess; renaming it makes it appear in one piece.
+Only this module locks, renames and removes. A folder of outputs may be a link of the user's; below it, folders with a
+name that only this project gives may not. An unfinished output has a hidden name; renaming makes it appear whole.
 """
 
 import atexit
